@@ -1,9 +1,9 @@
-# make quickstart   set up .venv and run the demonstration on the CPU
-# make test         set up .venv and run every check
-# make test-faults  break runs at every point that the fault tests know, not at a few: minutes
-# make test-slow    fuzz importers and the request parser: minutes
-# make test-docs    type everything that the documentation tells to type: minutes
-# make measures     print the house measures
+# make quickstart   create .venv and run the quickstart on the CPU
+# make test         create .venv and run all checks
+# make test-faults  inject faults at every known point instead of a sample (minutes)
+# make test-slow    fuzz importers and the request parser (minutes)
+# make test-docs    run all commands of the documentation (minutes)
+# make measures     print the code and language measures
 # make docs         build the documentation in English and Chinese: build/docs/en/index.html
 
 PYTHON ?= python3
@@ -31,22 +31,21 @@ layers: $(VENV)/.installed-dev
 measures: $(VENV)/.installed-dev
 	$(BIN)/python tools/house.py
 
-# The tests compute with small tensors: one thread is quicker than several that wait for each other.
-# Of processes, each takes up to 4 GB.
+# Tests use small tensors: one thread is faster than several. Each process uses up to 4 GB.
 unit: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadscope
 
 test-slow: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest --slow -m slow
 
-# What the documentation tells to type, typed; minutes.
+# Run the code blocks of the documentation; takes minutes.
 test-docs: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/docs --type-blocks
 
 test-faults: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults --every-fault
 
-# Of both languages, side by side; a warning is an error.
+# Builds both languages; warnings are errors.
 docs: $(VENV)/.installed-dev
 	for language in en zh_CN; do $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going \
 	  -c docs -D language=$$language docs/$${language%_*} build/docs/$${language%_*} || exit 1; done

@@ -1,8 +1,8 @@
-"""What a build does beyond pyproject.toml: finesight-tiny's weights are unpacked into the package.
+"""Unpack the weights of finesight-tiny into the package during the build.
 
-Git holds them compressed by a third (`pretraining/weights/*.xz`, made by `pack`); wheels and
-checkouts that are installed have them as every other model's. Everything here is Python's own:
-a build has nothing else.
+Git contains the compressed weights (`pretraining/weights/*.xz`, written by `pack`, one third
+smaller). Wheels and installed checkouts contain plain safetensors files. This file imports only the
+standard library and setuptools, because the build environment has no other packages.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ HERE = Path(__file__).resolve().parent
 PACKED = HERE / "pretraining" / "weights"
 MODEL = HERE / "src" / "finesight" / "assets" / "finesight-tiny"
 
-# Of a number in bf16 the upper byte, sign and exponent, says more of the next number's upper byte
-# than of its own lower one: literals are told apart by where they stand among two.
+# The upper byte of a bf16 value (sign and exponent) predicts the upper byte of the next value
+# better than its own lower byte. So the literal context depends on the position within two bytes.
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 0, "lp": 1, "pb": 1}]
 
 
 def pack() -> None:
-    """Compress the weights as they lie in the package: python -c "import setup; setup.pack()"."""
+    """Compress the weights of the package: python -c "import setup; setup.pack()"."""
     PACKED.mkdir(exist_ok=True)
     for path in sorted(MODEL.glob("*.safetensors")):
         packed = lzma.compress(path.read_bytes(), format=lzma.FORMAT_XZ, filters=FILTERS)
@@ -32,18 +32,18 @@ def pack() -> None:
 
 
 def unpack() -> None:
-    """Write the weights into the package, where others or none are."""
+    """Write the weights into the package if they are missing or different."""
     for path in sorted(PACKED.glob("*.xz")):
         content, target = lzma.decompress(path.read_bytes()), MODEL / path.stem
         if not target.exists() or target.read_bytes() != content:
-            # Whole or not at all: a build may be stopped, and two may run at once.
-            hidden = target.with_name(f".{target.name}.{os.getpid()}")
-            hidden.write_bytes(content)
-            hidden.replace(target)
+            # Write atomically: a build may be interrupted, and two builds may run concurrently.
+            temporary = target.with_name(f".{target.name}.{os.getpid()}")
+            temporary.write_bytes(content)
+            temporary.replace(target)
 
 
 class BuildWithWeights(build_py):
-    """build_py, of a package that is whole."""
+    """build_py with unpacked weights."""
 
     def run(self) -> None:
         unpack()

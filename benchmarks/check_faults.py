@@ -1,12 +1,12 @@
-"""Does `data check` find the faults that a sample shows, and leave sound samples alone?
+"""Measure detection rate and false alarms of `data check` for faults in single samples.
 
     python benchmarks/check_faults.py DATA [--count 20] [--seed 0] [--out FILE]
 
-DATA holds real pictures (formulas, captioned photographs, words and receipts with boxes); half of
-the 2,000 samples are drawn. `--count` of each fault are planted, each in a sample of its own, and
-the files are checked by the command itself, with and without the faults. A fault counts as found
-when its line is reported under its own code, and an alarm as false when a line without a fault,
-or a whole source, is reported as an error or a warning. Writes results/check_faults.json.
+DATA contains real images: formulas, captioned photographs, words and receipts with boxes. Half of
+the 2,000 samples are generated. `--count` instances of each fault are injected into different
+samples. The command checks the files with and without faults. A fault is detected if its line is
+reported with its issue code. An error or warning for a line without a fault, or for a whole source,
+is a false alarm. Writes results/check_faults.json.
 """
 
 from __future__ import annotations
@@ -24,47 +24,64 @@ from typing import Any
 
 import numpy
 import PIL
-from plant import CAPTION, Garden, Planted, Record, parted, plant, samples_of, write
+from fault_injection import (
+    CAPTION_PROMPT,
+    FaultContext,
+    InjectedFault,
+    Record,
+    inject_faults,
+    load_external_samples,
+    split_by_image,
+    write_records,
+)
 
-from finesight.data.opening import Request
+from finesight.data.import_source import ImportOptions
 from finesight.data.sample import Sample
-from finesight.model.tiny import make_tiny
+from finesight.model.tiny import create_tiny_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from shape_pictures import LABELS, draw_scenes
+from shape_images import LABELS_FILE, write_shape_images
 
-OUT = Path(__file__).parent / "results" / "check_faults.json"
+DEFAULT_OUTPUT = Path(__file__).parent / "results" / "check_faults.json"
 
 MAX_LENGTH = 2000
-"""Tokens; the longest sound sample has fewer, with the small model's tokenizer."""
+"""Maximum tokens of a sample; all valid samples are shorter with the small tokenizer."""
 
-FORMULAS = Request(
+FORMULAS = ImportOptions(
     columns={"image": "image", "answer": "latex"}, prompt="Read the formula.", limit=450
 )
-CAPTIONS = Request(columns={"image": "image", "answer": "captions"}, prompt=CAPTION, limit=50)
-WORDS = Request(columns={"image": "image", "question": "question", "box": "bbox_xyxy"}, limit=300)
-SCENES = Request(
-    columns={"image": "picture", "label": "shapes", "box": "boxes"},
+CAPTIONS = ImportOptions(
+    columns={"image": "image", "answer": "captions"}, prompt=CAPTION_PROMPT, limit=50
+)
+TEXT_BOXES = ImportOptions(
+    columns={"image": "image", "question": "question", "box": "bbox_xyxy"}, limit=300
+)
+SCENES = ImportOptions(
+    columns={"image": "image", "label": "shapes", "box": "boxes"},
     prompt="Find every shape.",
     box_format="xywh",
 )
-DRAWN = 1000
+DRAWN_SAMPLES = 1000
 
 
-def base(data: Path, work: Path, seed: int) -> list[Sample]:
-    """2,000 sound samples: 1,000 real ones and as many drawn ones."""
-    draw_scenes(work / "scenes", DRAWN, seed)
+def build_clean_samples(data: Path, work: Path, seed: int) -> list[Sample]:
+    """Build 2,000 valid samples: 1,000 real and 1,000 generated."""
+    write_shape_images(work / "scenes", DRAWN_SAMPLES, seed)
     sources = (
         (data / "latex_ocr/latex_ocr.jsonl", FORMULAS),
         (data / "captions/captions.jsonl", CAPTIONS),
-        (data / "grounding/grounding.jsonl", WORDS),
-        (work / "scenes" / LABELS, SCENES),
+        (data / "grounding/grounding.jsonl", TEXT_BOXES),
+        (work / "scenes" / LABELS_FILE, SCENES),
     )
-    return [sample for source, request in sources for sample in samples_of(source, request, work)]
+    return [
+        sample
+        for source, request in sources
+        for sample in load_external_samples(source, request, work)
+    ]
 
 
-def check(train: Path, held_out: Path, model: Path) -> tuple[list[Record], Record, float]:
-    """The findings and the summary that the command prints, and the seconds it took."""
+def run_check(train: Path, held_out: Path, model: Path) -> tuple[list[Record], Record, float]:
+    """Run `data check` and return findings, summary and seconds."""
     command = [sys.executable, "-m", "finesight", "data", "check", str(train), "--json"]
     command += ["--against", str(held_out), "--model", str(model)]
     start = time.perf_counter()
@@ -77,20 +94,24 @@ def check(train: Path, held_out: Path, model: Path) -> tuple[list[Record], Recor
     return findings, summary, seconds
 
 
-def alarms(findings: list[Record], train: Path, planted: list[Planted]) -> list[Record]:
-    """Errors and warnings about lines of `train` without a fault, or about anything else."""
-    spoilt = {f"{train}:{line}" for one in planted for line in one.lines}
-    grave = [finding for finding in findings if finding["severity"] != "note"]
-    return [finding for finding in grave if finding["where"] not in spoilt]
+def false_alarms(
+    findings: list[Record], train: Path, injected: list[InjectedFault]
+) -> list[Record]:
+    """Return errors and warnings without a matching fault."""
+    spoilt = {f"{train}:{line}" for one in injected for line in one.lines}
+    problems = [finding for finding in findings if finding["severity"] != "note"]
+    return [finding for finding in problems if finding["where"] not in spoilt]
 
 
-def table(planted: list[Planted], findings: list[Record], train: Path) -> list[dict[str, Any]]:
-    """Of each fault how many were planted and found, and which lines were not."""
+def count_detections(
+    injected: list[InjectedFault], findings: list[Record], train: Path
+) -> list[dict[str, Any]]:
+    """Count injected and detected faults per type, and list the missed lines."""
     found: defaultdict[str, set[str]] = defaultdict(set)
     for finding in findings:
         found[finding["code"]].add(finding["where"])
     rows = {}
-    for one in planted:
+    for one in injected:
         row = rows.setdefault(
             one.fault,
             {"fault": one.fault, "code": one.code, "planted": 0, "found": 0, "missed": []},
@@ -104,34 +125,34 @@ def table(planted: list[Planted], findings: list[Record], train: Path) -> list[d
 
 
 def main() -> None:
-    """Plant, check, compare, print and write."""
+    """Run the benchmark, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUTPUT)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        model = make_tiny(work / "model")
-        samples = base(chosen.data, work, chosen.seed)
-        train, held_out = parted(samples, 10)
-        eval_file = write(work / "eval.jsonl", held_out)
-        clean_file = write(work / "clean.jsonl", train)
-        clean, _, clean_s = check(clean_file, eval_file, model)
-        garden = Garden(chosen.seed, work / "spoilt", held_out, MAX_LENGTH)
-        records, planted = plant(train, garden, chosen.count)
-        train_file = write(work / "train.jsonl", records)
-        findings, summary, seconds = check(train_file, eval_file, model)
-    rows = table(planted, findings, train_file)
-    false = alarms(findings, train_file, planted)
-    false_when_clean = alarms(clean, clean_file, [])
+        model = create_tiny_model(work / "model")
+        samples = build_clean_samples(chosen.data, work, chosen.seed)
+        train, held_out = split_by_image(samples, 10)
+        eval_file = write_records(work / "eval.jsonl", held_out)
+        clean_file = write_records(work / "clean.jsonl", train)
+        clean, _, clean_s = run_check(clean_file, eval_file, model)
+        garden = FaultContext(chosen.seed, work / "spoilt", held_out, MAX_LENGTH)
+        records, injected = inject_faults(train, garden, chosen.count)
+        train_file = write_records(work / "train.jsonl", records)
+        findings, summary, seconds = run_check(train_file, eval_file, model)
+    rows = count_detections(injected, findings, train_file)
+    false = false_alarms(findings, train_file, injected)
+    false_when_clean = false_alarms(clean, clean_file, [])
     result = {
         "samples": len(samples),
-        "real": len(samples) - DRAWN,
+        "real": len(samples) - DRAWN_SAMPLES,
         "seed": chosen.seed,
         "faults": rows,
-        "planted": len(planted),
+        "planted": len(injected),
         "found": sum(row["found"] for row in rows),
         "false_alarms": [[f["code"], f["where"], f["what"]] for f in false],
         "false_alarms_without_faults": [[f["code"], f["where"]] for f in false_when_clean],
@@ -144,10 +165,10 @@ def main() -> None:
     }
     for row in rows:
         print(f"{row['fault']:28} {row['planted']:3} planted {row['found']:3} found")
-    print(f"false alarms: {len(false)} of {len(samples) - len(planted)} sound samples,")
+    print(f"false alarms: {len(false)} of {len(samples) - len(injected)} valid samples,")
     print(f"{len(false_when_clean)} of {len(samples)} without faults; {result['notes']} notes")
     chosen.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    sys.exit(0 if result["found"] == len(planted) else 1)
+    sys.exit(0 if result["found"] == len(injected) else 1)
 
 
 if __name__ == "__main__":

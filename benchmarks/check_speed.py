@@ -1,13 +1,11 @@
-"""How long does `data check` take for 100,000 samples, and does its memory stay flat?
+"""Measure time and memory of `data check` for 100,000 samples.
 
-    python benchmarks/check_speed.py [--samples 100000] [--contents 1000] [--work FOLDER]
+    python benchmarks/check_speed.py [--samples 100000] [--num-images 1000] [--work FOLDER]
 
-Pictures are JPEGs of 1 megapixel (1216 x 864, quality 85): `--contents` different ones, each in 5
-files of its own that are read and hashed, all files under as many names (hard links) as give each
-sample a path of its own. Every sample has a question, an answer and a box; a tenth is held out.
-The command itself is run and watched from outside. Rates of decoding for JPEG and PNG are
-measured on one core: one second of them is what so many different pictures cost. Writes
-results/check_speed.json.
+Images are JPEGs of 1 megapixel (1216 x 864, quality 85). Each of `--num-images` images has 5
+copies, which are read and hashed; hard links give each sample its own path. Each sample has a
+question, an answer and a box; a tenth is the validation split. The benchmark runs the command as a
+subprocess. It also measures JPEG and PNG decoding on one core. Writes results/check_speed.json.
 """
 
 from __future__ import annotations
@@ -26,71 +24,72 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from finesight.check.pictures import describe
+from finesight.check.image_catalog import inspect_images
 
-OUT = Path(__file__).parent / "results" / "check_speed.json"
+DEFAULT_OUTPUT = Path(__file__).parent / "results" / "check_speed.json"
 WIDTH, HEIGHT = 1216, 864
-COPIES = 5
+FILES_PER_IMAGE = 5
 
 
-def paint(number: int) -> Image.Image:
-    """A picture with the coarse shapes and the fine grain of a photograph."""
-    rng = np.random.default_rng(number)
+def draw_photo(seed: int) -> Image.Image:
+    """Generate an image with coarse shapes and fine grain, like a photograph."""
+    rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (9, 13, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)).astype(np.int16)
     grain = rng.integers(-10, 11, (HEIGHT, WIDTH, 1), dtype=np.int16)
     return Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
 
 
-def lay_out(folder: Path, samples: int, contents: int) -> tuple[Path, Path, int]:
-    """The files of samples to train on and held out, and the bytes of a picture on average."""
+def write_dataset(folder: Path, num_samples: int, num_images: int) -> tuple[Path, Path, int]:
+    """Write training and validation samples. Returns the files and the mean image size in bytes."""
     size = 0
-    for number in range(contents):
+    for number in range(num_images):
         first = folder / f"{number}-0.jpg"
-        paint(number).save(first, quality=85)
+        draw_photo(number).save(first, quality=85)
         size += first.stat().st_size
-        for copy in range(1, COPIES):
+        for copy in range(1, FILES_PER_IMAGE):
             (folder / f"{number}-{copy}.jpg").write_bytes(first.read_bytes())
     train, held_out = folder / "train.jsonl", folder / "eval.jsonl"
     with train.open("w") as training, held_out.open("w") as holding:
-        for number in range(samples):
-            content = number % contents
+        for number in range(num_samples):
+            content = number % num_images
             name = f"links/{number % 100}/{number}.jpg"
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.link(folder / f"{content}-{number // contents % COPIES}.jpg", folder / name)
-            file = holding if content < contents // 10 else training
-            file.write(json.dumps(record(number, name)) + "\n")
-    return train, held_out, size // contents
+            os.link(
+                folder / f"{content}-{number // num_images % FILES_PER_IMAGE}.jpg", folder / name
+            )
+            file = holding if content < num_images // 10 else training
+            file.write(json.dumps(make_record(number, name)) + "\n")
+    return train, held_out, size // num_images
 
 
-def record(number: int, name: str) -> dict[str, object]:
-    """A sample about a picture, with a question of its own and a box in the answer."""
-    asked = [
-        {"type": "image", "image": name},
-        {"type": "text", "text": f"Where is number {number}?"},
+def make_record(index: int, image_name: str) -> dict[str, object]:
+    """Make a sample with a unique question and a box answer."""
+    question = [
+        {"type": "image", "image": image_name},
+        {"type": "text", "text": f"Where is number {index}?"},
     ]
-    x, y = number % 900, number % 700
-    box = {"type": "box", "image": 0, "label": f"{number}", "xyxy": [x, y, x + 80, y + 60]}
-    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": [box]}]
-    return {"id": str(number), "messages": turns}
+    x, y = index % 900, index % 700
+    box = {"type": "box", "image": 0, "label": f"{index}", "xyxy": [x, y, x + 80, y + 60]}
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": [box]}]
+    return {"id": str(index), "messages": turns}
 
 
-def watched(command: list[str]) -> tuple[float, list[float], str]:
-    """Run a command: its seconds, the megabytes that it and its processes held together (a reading
-    each second), and what it printed."""
+def monitor_memory(command: list[str]) -> tuple[float, list[float], str]:
+    """Run a command and measure seconds, peak memory in MB (sampled each second) and output."""
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         memory = []
         while running.poll() is None:
-            memory.append(held(running.pid))
+            memory.append(pss_megabytes(running.pid))
             time.sleep(1)
         seconds = time.perf_counter() - start
         printed = running.stdout.read() if running.stdout else ""
     return seconds, memory, printed
 
 
-def held(pid: int) -> float:
-    """Megabytes of memory, proportionally shared, of a process and those it started."""
+def pss_megabytes(pid: int) -> float:
+    """Return the proportional set size (PSS) of a process and its children in MB."""
     total = 0.0
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -99,40 +98,40 @@ def held(pid: int) -> float:
                 total += int(line.split()[1]) / 1000
     except (FileNotFoundError, ProcessLookupError):
         return 0.0
-    return total + sum(held(int(child)) for child in children)
+    return total + sum(pss_megabytes(int(child)) for child in children)
 
 
-def rate(folder: Path, suffix: str, pictures: int = 100) -> float:
-    """Different pictures a second that one core decodes and sums up."""
+def measure_decode_rate(folder: Path, suffix: str, num_images: int = 100) -> float:
+    """Measure the decoding rate of one core in images/s."""
     paths = []
-    for number in range(pictures):
+    for number in range(num_images):
         paths.append(str(folder / f"rate-{number}{suffix}"))
-        paint(number).save(paths[-1])
+        draw_photo(number).save(paths[-1])
     start = time.process_time()
-    assert all(content.fault is None for content in describe(paths)), "a damaged picture"
-    return pictures / (time.process_time() - start)
+    assert all(content.issue_code is None for content in inspect_images(paths)), "a damaged picture"
+    return num_images / (time.process_time() - start)
 
 
 def main() -> None:
-    """Lay out, run, watch, print and write."""
+    """Run the benchmark, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=100_000)
-    parser.add_argument("--contents", type=int, default=1000)
+    parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--out", type=Path, default=OUT)
-    chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=chosen.work) as name:
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUTPUT)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.work) as name:
         folder = Path(name)
-        rates = {suffix: rate(folder, suffix) for suffix in (".jpg", ".png")}
-        train, held_out, size = lay_out(folder, chosen.samples, chosen.contents)
+        rates = {suffix: measure_decode_rate(folder, suffix) for suffix in (".jpg", ".png")}
+        train, held_out, size = write_dataset(folder, args.samples, args.num_images)
         command = [sys.executable, "-m", "finesight", "data", "check", str(train), "--json"]
-        seconds, memory, printed = watched([*command, "--against", str(held_out)])
+        seconds, memory, printed = monitor_memory([*command, "--against", str(held_out)])
     summary = json.loads(printed.splitlines()[-1])
     quarter = max(1, len(memory) // 4)
     result = {
-        "samples": summary["samples"],
-        "paths": summary["pictures"],
-        "contents": summary["contents"],
+        "samples": summary["num_samples"],
+        "images": summary["num_images"],
+        "unique_images": summary["num_unique_images"],
         "bytes_of_a_picture": size,
         "seconds": round(seconds, 1),
         "cores": len(os.sched_getaffinity(0)),
@@ -141,12 +140,12 @@ def main() -> None:
         "megabytes_most": round(max(memory)),
         "jpegs_a_second_on_a_core": round(rates[".jpg"]),
         "pngs_a_second_on_a_core": round(rates[".png"]),
-        "faults": summary["faults"],
+        "issues": summary["issues"],
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
         "versions": {"numpy": np.__version__, "pillow": PIL.__version__},
     }
     print(json.dumps(result, indent=2))
-    chosen.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How fast samples become tokens and patches, without a model's weights. Prints one JSON object.
+"""Measure tokenization and image encoding speed without model weights.
 
     python benchmarks/encode_speed.py MODEL_FOLDER DATA.jsonl... [--samples 10000] [--workers 2]
 
-Samples are those of the files, one after the other, over and over until there are enough; each
-time over, the answers get a number, so that no text was ever tokenised before.
-`outline` reads the pictures' headers and makes tokens; `encode` also decodes and cuts pictures.
-Each worker is a process with one thread; `outline_alone` is one process without workers.
-`cpu_ms` is the processor's time for a sample, which other programs on the machine do not swell.
+The samples of the files are repeated. Each repetition appends a number to the answers, so that no
+text is tokenized twice. `tokenize` reads image headers and tokenizes texts; `encode` also decodes
+images and extracts patches. Each worker is a process with one thread; `tokenize_single_process`
+uses no workers. `cpu_ms` is the CPU time per sample, independent of other programs. Prints one JSON
+object.
 """
 
 from __future__ import annotations
@@ -24,59 +24,69 @@ import numpy
 import PIL
 import tokenizers
 
-from finesight.data.jsonl import Located, read_samples
+from finesight.data.jsonl import LocatedSample, read_samples
 from finesight.data.sample import TextPart
-from finesight.encode.lengths import usable
-from finesight.encode.render import Renderer
-from finesight.hub import locate
+from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.sample_filter import filter_samples
+from finesight.model_folder import locate_model
 
-Counts = tuple[int, int, int]
-"""Samples, tokens, patches."""
+EncodeCounts = tuple[int, int, int]
+"""Numbers of samples, tokens and patches."""
 
-Task = Callable[[Renderer, list[Located]], Counts]
-
-
-def outline_all(renderer: Renderer, samples: list[Located]) -> Counts:
-    """Make every outline and count."""
-    outlines = [renderer.outline(located) for located in samples]
-    return len(outlines), sum(one.tokens for one in outlines), sum(one.patches for one in outlines)
+EncodeTask = Callable[[NativeRenderer, list[LocatedSample]], EncodeCounts]
 
 
-def encode_all(renderer: Renderer, samples: list[Located]) -> Counts:
-    """Encode every sample with its patches, keep none, and count."""
+def tokenize_all(renderer: NativeRenderer, samples: list[LocatedSample]) -> EncodeCounts:
+    """Tokenize all samples and count."""
+    outlines = [renderer.tokenize(located_sample) for located_sample in samples]
+    return (
+        len(outlines),
+        sum(one.num_tokens for one in outlines),
+        sum(one.num_patches for one in outlines),
+    )
+
+
+def encode_all(renderer: NativeRenderer, samples: list[LocatedSample]) -> EncodeCounts:
+    """Encode all samples with patches, discard them, and count."""
     tokens = patches = 0
-    for located in samples:
-        encoded = renderer.encode(located)
-        tokens += encoded.outline.tokens
+    for located_sample in samples:
+        encoded = renderer.encode(located_sample)
+        tokens += encoded.tokenized.num_tokens
         patches += len(encoded.patches_ND)
     return len(samples), tokens, patches
 
 
-def numbered(located: Located, number: int) -> Located:
-    """The same sample with a number after its last answer."""
-    *before, last = located.sample.messages
-    told = last.model_copy(update={"content": (*last.content, TextPart(text=f" {number}"))})
-    sample = located.sample.model_copy(update={"messages": (*before, told)})
-    return Located(sample, located.folder)
+def number_answer(located_sample: LocatedSample, number: int) -> LocatedSample:
+    """Append a number to the last answer of a sample."""
+    *before, last = located_sample.sample.messages
+    numbered_message = last.model_copy(
+        update={"content": (*last.content, TextPart(text=f" {number}"))}
+    )
+    sample = located_sample.sample.model_copy(update={"messages": (*before, numbered_message)})
+    return LocatedSample(sample, located_sample.folder)
 
 
-def clocked(task: Task, renderer: Renderer, samples: list[Located]) -> tuple[Counts, float]:
-    """A task's counts and the seconds of processor time it took."""
+def run_with_cpu_time(
+    task: EncodeTask, renderer: NativeRenderer, samples: list[LocatedSample]
+) -> tuple[EncodeCounts, float]:
+    """Run a task and return its counts and CPU seconds."""
     start = time.process_time()
     counts = task(renderer, samples)
     return counts, time.process_time() - start
 
 
-def timed(task: Task, renderer: Renderer, samples: list[Located], workers: int) -> dict[str, float]:
-    """Wall seconds of a task over all samples, shared out to worker processes (0: none)."""
+def measure_wall_time(
+    task: EncodeTask, renderer: NativeRenderer, samples: list[LocatedSample], num_workers: int
+) -> dict[str, float]:
+    """Measure the wall time of a task, distributed to worker processes (0: none)."""
     start = time.perf_counter()
-    if not workers:
-        measured = [clocked(task, renderer, samples)]
+    if not num_workers:
+        measured = [run_with_cpu_time(task, renderer, samples)]
     else:
-        shares = [samples[worker::workers] for worker in range(workers)]
-        with ProcessPoolExecutor(workers) as pool:
-            tasks, renderers = [task] * workers, [renderer] * workers
-            measured = list(pool.map(clocked, tasks, renderers, shares))
+        shares = [samples[worker::num_workers] for worker in range(num_workers)]
+        with ProcessPoolExecutor(num_workers) as pool:
+            tasks, renderers = [task] * num_workers, [renderer] * num_workers
+            measured = list(pool.map(run_with_cpu_time, tasks, renderers, shares))
     seconds = time.perf_counter() - start
     columns = zip(*(counts for counts, _ in measured), strict=True)
     done, tokens, patches = (sum(column) for column in columns)
@@ -91,7 +101,7 @@ def timed(task: Task, renderer: Renderer, samples: list[Located], workers: int) 
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("data", nargs="+", type=Path)
@@ -99,25 +109,25 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=8192)
     chosen = parser.parse_args()
-    renderer = Renderer(locate(chosen.model))
-    corpus = [Located(one, path.parent) for path in chosen.data for one in read_samples(path)]
-    found = usable(map(renderer.outline, corpus), chosen.max_length, "drop")
-    renderer = Renderer(locate(chosen.model))
+    renderer = NativeRenderer(locate_model(chosen.model))
+    corpus = [LocatedSample(one, path.parent) for path in chosen.data for one in read_samples(path)]
+    found = filter_samples(map(renderer.tokenize, corpus), chosen.max_length, "skip")
+    renderer = NativeRenderer(locate_model(chosen.model))
     samples = [
-        numbered(corpus[number % len(corpus)], number // len(corpus))
+        number_answer(corpus[number % len(corpus)], number // len(corpus))
         for number in range(chosen.samples)
     ]
     result = {
         "model": Path(chosen.model).name,
         "data": {
             "samples": len(corpus),
-            "usable": len(found.kept),
-            "too_long": len(found.too_long),
-            "without_answer": len(found.without_answer),
+            "usable": len(found.sample_indices),
+            "too_long": len(found.too_long_ids),
+            "unsupervised": len(found.unsupervised_ids),
         },
-        "outline_alone": timed(outline_all, renderer, samples, 0),
-        "outline": timed(outline_all, renderer, samples, chosen.workers),
-        "encode": timed(encode_all, renderer, samples, chosen.workers),
+        "tokenize_single_process": measure_wall_time(tokenize_all, renderer, samples, 0),
+        "tokenize": measure_wall_time(tokenize_all, renderer, samples, chosen.workers),
+        "encode": measure_wall_time(encode_all, renderer, samples, chosen.workers),
         "workers": chosen.workers,
         "cores": os.cpu_count(),
         "versions": {

@@ -1,14 +1,13 @@
-"""What products in FP8 change of a run: its loss beside that of the same run in bf16.
+"""Compare the loss of a run with FP8 matrix products to the same run in bf16.
 
     python benchmarks/fp8_loss.py --out benchmarks/results/fp8_loss_cpu.json
         [--recipe RECIPE] [--only "bf16,fp32,other packs,fp8"] [--threads 2] [SETTING=VALUE ...]
 
-Without a recipe, finesight-tiny learns to read generated train tickets, as the quickstart has it; a
-recipe brings other pictures and another model. Every variant takes the same seed and samples, in a
-process of its own. `other packs` adds up in another order what `bf16` adds up, and `fp32`
-rounds less: how far these two differ is what a difference of `fp8` is to be seen beside. `language`
-and `vision` have FP8 in that part alone. `losses` are means over 20 steps each, `differences` are
-relative to those of `bf16`.
+The default task is the quickstart: finesight-tiny on generated train tickets. A recipe selects
+other data and another model. All variants use the same seed and samples, each in its own process.
+`other packs` changes the summation order of `bf16`, and `fp32` reduces rounding; their differences
+are the reference for the difference of `fp8`. `language` and `vision` use FP8 in one part. `losses`
+are means over 20 steps, `differences` are relative to `bf16`.
 """
 
 from __future__ import annotations
@@ -29,102 +28,103 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "bf16": (),
     "fp32": ("train.precision=fp32",),
     "other packs": ("train.pack_tokens=2048",),
-    "fp8": ("tune.fp8=[language, vision]",),
-    "language": ("tune.fp8=[language]",),
-    "vision": ("tune.fp8=[vision]",),
+    "fp8": ("tune.quantize.fp8=[language, vision]",),
+    "language": ("tune.quantize.fp8=[language]",),
+    "vision": ("tune.quantize.fp8=[vision]",),
 }
-USUAL = "bf16,fp32,other packs,fp8"
-STEPS = 20
-"""Of a mean."""
+DEFAULT_VARIANTS = "bf16,fp32,other packs,fp8"
+STEPS_PER_MEAN = 20
+"""Steps per mean of the loss."""
 
-SHOWN = ("picture", "tune", "train", "eval")
-"""Of a recipe, beside the model: what computing hangs on."""
+REPORTED_SECTIONS = ("image", "tune", "train", "eval")
+"""Sections of the recipe in the report, besides the model."""
 
 
-def train_one(recipe: Path, output: Path, changes: list[str]) -> dict[str, Any]:
-    """Train in this process; gives its figures."""
+def train_variant(recipe: Path, output: Path, overrides: list[str]) -> dict[str, Any]:
+    """Train one variant in this process and return its results."""
     from finesight.recipe import load_recipe
-    from finesight.train.loop import train
+    from finesight.train.trainer import train
 
-    result = train(load_recipe(recipe, [*changes, f"output={output}"]))
+    result = train(load_recipe(recipe, [*overrides, f"output_dir={output}"]))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     return {
-        "losses": [fmean(losses[at : at + STEPS]) for at in range(0, len(losses), STEPS)],
-        "after": _measured(result.after),
-        "seconds_of_steps": round(sum(line["seconds"] for line in lines if "loss" in line), 1),
+        "losses": [
+            fmean(losses[at : at + STEPS_PER_MEAN]) for at in range(0, len(losses), STEPS_PER_MEAN)
+        ],
+        "after": _eval_summary(result.after),
+        "seconds_of_steps": round(sum(line["step_s"] for line in lines if "loss" in line), 1),
     }
 
 
-def _measured(after: Any) -> dict[str, Any] | None:
-    if after is None:
+def _eval_summary(result: Any) -> dict[str, Any] | None:
+    if result is None:
         return None
-    kept = ("held_out_loss", "scores", "intervals")
-    return {key: value for key, value in after.as_json().items() if key in kept}
+    fields = ("validation_loss", "scores", "intervals")
+    return {key: value for key, value in result.as_json().items() if key in fields}
 
 
-def compare(figures: dict[str, Any]) -> None:
-    """Add to each variant how its losses differ from those of `bf16`."""
-    plain = figures["variants"]["bf16"]
+def add_loss_differences(figures: dict[str, Any]) -> None:
+    """Add the relative loss differences to `bf16` to each variant."""
+    baseline = figures["variants"]["bf16"]
     for found in figures["variants"].values():
-        pairs = list(zip(found["losses"], plain["losses"], strict=True))
+        pairs = list(zip(found["losses"], baseline["losses"], strict=True))
         found["differences"] = [round(own / other - 1, 5) for own, other in pairs]
 
 
-def parsed() -> argparse.Namespace:
-    """What was asked for."""
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipe", type=Path)
-    parser.add_argument("--only", default=USUAL)
+    parser.add_argument("--only", default=DEFAULT_VARIANTS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("settings", nargs="*")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measure and write."""
+    """Run the benchmark and write the results."""
     if sys.argv[1:2] == ["--train"]:
         written, output, *given = sys.argv[2:]
-        print(json.dumps(train_one(Path(written), Path(output), given)))
+        print(json.dumps(train_variant(Path(written), Path(output), given)))
         return
-    asked = parsed()
+    args = parse_args()
     import torch
-    from qlora_quickstart import prepare
+    from qlora_quickstart import prepare_quickstart
 
-    from finesight.infer.load import resolve_device
+    from finesight.infer.model_loader import resolve_device
     from finesight.recipe import load_recipe
-    from finesight.train.prepare import versions
-    from finesight.train.report import device_name
+    from finesight.train.logging import get_device_name
+    from finesight.train.setup import library_versions
 
-    torch.set_num_threads(asked.threads)
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        recipe = asked.recipe or prepare(Path(folder) / "quickstart", 0)
-        settings = load_recipe(recipe, asked.settings)
+        recipe = args.recipe or prepare_quickstart(Path(folder) / "quickstart", 0)
+        settings = load_recipe(recipe, args.settings)
         written = yaml.safe_load(recipe.read_text())
         figures: dict[str, Any] = {
-            "command": f"python benchmarks/fp8_loss.py --out {asked.out} --only '{asked.only}'"
-            f" --threads {asked.threads}"
-            + (f" --recipe {asked.recipe.name}" if asked.recipe else ""),
-            "machine": device_name(resolve_device(settings.train.device)),
-            "versions": versions(),
+            "command": f"python benchmarks/fp8_loss.py --out {args.out} --only '{args.only}'"
+            f" --threads {args.threads}" + (f" --recipe {args.recipe.name}" if args.recipe else ""),
+            "machine": get_device_name(resolve_device(settings.train.device)),
+            "versions": library_versions(),
             "model": settings.model,
-            "recipe": {key: value for key, value in written.items() if key in SHOWN},
-            "settings": asked.settings,
+            "recipe": {key: value for key, value in written.items() if key in REPORTED_SECTIONS},
+            "settings": args.settings,
             "variants": {},
         }
-        for name in asked.only.split(","):
+        for name in args.only.split(","):
             words = [sys.executable, __file__, "--train", str(recipe), f"{folder}/{name}"]
             done = subprocess.run(
-                [*words, *asked.settings, *VARIANTS[name]],
+                [*words, *args.settings, *VARIANTS[name]],
                 check=True,
                 stdout=subprocess.PIPE,
-                env=os.environ | {"OMP_NUM_THREADS": str(asked.threads)},
+                env=os.environ | {"OMP_NUM_THREADS": str(args.threads)},
             )
             figures["variants"][name] = json.loads(done.stdout.splitlines()[-1])
-            compare(figures)
+            add_loss_differences(figures)
             print(name, figures["variants"][name], flush=True)
-            asked.out.write_text(json.dumps(figures, indent=1) + "\n")
+            args.out.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

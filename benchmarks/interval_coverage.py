@@ -1,4 +1,4 @@
-"""How often 95 % intervals contain the population value, by score, set size and population.
+"""Measure the coverage of 95 % intervals by score, set size and population.
 
     python benchmarks/interval_coverage.py [--sets 500] [--only NAME ...] [--out FILE]
     python benchmarks/interval_coverage.py --table
@@ -33,23 +33,23 @@ import numpy as np
 from numpy.random import Generator
 
 from finesight.data.sample import BoxPart
-from finesight.evaluate import detection
-from finesight.evaluate.answered import Case
+from finesight.evaluate import detection_metrics
 from finesight.evaluate.bootstrap import (
     NON_NEGATIVE,
     UNBOUNDED,
-    Array,
-    Ends,
-    Estimator,
-    Weights,
-    differences,
-    divided,
-    intervals,
-    mean,
+    FloatArray,
+    ResampleWeights,
+    ScoreBounds,
+    ScoreEstimator,
+    compute_difference_intervals,
+    compute_intervals,
+    estimate_mean,
+    safe_divide,
 )
-from finesight.evaluate.captions import LONGEST_GRAM, bleu_estimator
-from finesight.evaluate.proportions import Interval
-from finesight.evaluate.score import score
+from finesight.evaluate.caption_metrics import MAX_NGRAM_ORDER, estimate_bleu
+from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.proportions import ConfidenceInterval
+from finesight.evaluate.task_metrics import compute_metrics
 
 OUT = Path(__file__).parent / "results" / "interval_coverage.json"
 SIZES = (5, 10, 20, 30, 100)
@@ -59,7 +59,7 @@ RESAMPLES = 1000
 Method = Literal["percentile", "now"]
 METHODS: tuple[Method, ...] = ("percentile", "now")
 
-Resampled = Mapping[str, Callable[[Weights], Array]]
+Resampled = Mapping[str, Callable[[ResampleWeights], FloatArray]]
 """Scores of resamples by name, (R, N) -> (R,), where they are not those of the estimators."""
 
 
@@ -67,13 +67,13 @@ Resampled = Mapping[str, Callable[[Weights], Array]]
 class Drawn:
     """A set of samples as the estimators of its scores."""
 
-    estimators: Mapping[str, Estimator]
+    estimators: Mapping[str, ScoreEstimator]
     resampled: Resampled = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Population:
-    """Where sets come from: one answer to each sample or, of pairs, one before and one after.
+    """Population of sample sets: one answer per sample, or a pair of answers before and after.
 
     `values` holds the population values that are known exactly.
     """
@@ -87,26 +87,26 @@ class Population:
 # Sets of samples.
 
 
-def of_cases(metric: Any, cases: list[Case]) -> Drawn:
+def of_cases(metric: Any, cases: list[EvalCase]) -> Drawn:
     """A set as the task's measure scores it."""
     resampled: Resampled = {}
     if metric == "detection":
-        ap = weighted_ap(detection.matched(cases))
+        ap = weighted_ap(detection_metrics.match_detections(cases))
         resampled = {name: ap[name] for name in ("ap", "ap_50", "ap_75")}
-    estimators = score(metric, cases).estimators
+    estimators = compute_metrics(metric, cases).estimators
     return Drawn({n: e for n, e in estimators.items() if n != "stopped"}, resampled)
 
 
-Rates = Callable[[Generator, Array], Array]
+Rates = Callable[[Generator, FloatArray], FloatArray]
 """Error rates of texts of such lengths."""
 
 
-def texts(chance: Generator, count: int, spread: float, rates: Rates) -> list[Case]:
+def texts(chance: Generator, count: int, spread: float, rates: Rates) -> list[EvalCase]:
     """Transcriptions of lognormal length with so many wrong characters."""
     lengths = np.ceil(chance.lognormal(3, spread, count))
     wrong = chance.binomial(lengths.astype(int), np.clip(rates(chance, lengths), 0, 1))
     return [
-        Case("b" * edits + "a" * (length - edits), (), ("a" * length,), ())
+        EvalCase("b" * edits + "a" * (length - edits), (), ("a" * length,), ())
         for edits, length in zip(wrong.tolist(), lengths.astype(int).tolist(), strict=True)
     ]
 
@@ -121,14 +121,14 @@ def unread(share: float) -> Rates:
     )
 
 
-Overlaps = Callable[[Generator, int], Array]
+Overlaps = Callable[[Generator, int], FloatArray]
 
 
-def boxes(overlaps: Array) -> list[Case]:
+def boxes(overlaps: FloatArray) -> list[EvalCase]:
     """Answers to grounding questions with such overlaps (IoU)."""
     truth = (BoxPart(xyxy=(0, 0, 1000, 1000)),)
     return [
-        Case("", (BoxPart(xyxy=(0, 0, 1000, 1000 * iou)),) if iou else (), ("",), truth)
+        EvalCase("", (BoxPart(xyxy=(0, 0, 1000, 1000 * iou)),) if iou else (), ("",), truth)
         for iou in overlaps.tolist()
     ]
 
@@ -151,7 +151,7 @@ def beta(a: float, b: float) -> Overlaps:
 
 def proportions(share: float) -> Population:
     def draw(chance: Generator, count: int) -> tuple[Drawn, ...]:
-        return (Drawn({"exact": mean((chance.random(count) < share).astype(float))}),)
+        return (Drawn({"exact": estimate_mean((chance.random(count) < share).astype(float))}),)
 
     return Population(f"share {share}", draw, {"exact": share})
 
@@ -164,9 +164,9 @@ def classified(name: str, shares: Iterable[float], accuracies: Iterable[float]) 
     def draw(chance: Generator, count: int) -> tuple[Drawn, ...]:
         wanted = chance.choice(len(chances), count, p=chances)
         hit = chance.random(count) < right[wanted]
-        said = np.where(hit, wanted, chance.integers(0, len(chances) + 1, count))
-        pairs = zip(said.tolist(), wanted.tolist(), strict=True)
-        cases = [Case(f"c{s}", (), (f"c{w}",), ()) for s, w in pairs]
+        output = np.where(hit, wanted, chance.integers(0, len(chances) + 1, count))
+        pairs = zip(output.tolist(), wanted.tolist(), strict=True)
+        cases = [EvalCase(f"c{s}", (), (f"c{w}",), ()) for s, w in pairs]
         return (of_cases("classification", cases),)
 
     return Population(name, draw)
@@ -180,38 +180,38 @@ def forms(name: str, rates: tuple[float, ...], present: tuple[float, ...]) -> Po
         for ease in chance.beta(4, 1, count):
             there = [k for k in range(len(rates)) if chance.random() < present[k]] or [0]
             truth = {f"f{k}": 1 for k in there}
-            said = {f"f{k}": int(chance.random() < rates[k] * ease) for k in there}
-            cases.append(Case(json.dumps(said), (), (json.dumps(truth),), ()))
+            output = {f"f{k}": int(chance.random() < rates[k] * ease) for k in there}
+            cases.append(EvalCase(json.dumps(output), (), (json.dumps(truth),), ()))
         return (of_cases("json", cases),)
 
     return Population(name, draw)
 
 
-def averaged(name: str, draw: Overlaps, bounds: Ends) -> Population:
-    return Population(name, lambda c, n: (Drawn({"mean": mean(draw(c, n), bounds)}),))
+def averaged(name: str, draw: Overlaps, bounds: ScoreBounds) -> Population:
+    return Population(name, lambda c, n: (Drawn({"mean": estimate_mean(draw(c, n), bounds)}),))
 
 
 def captioned(name: str, match: float) -> Population:
-    """Captions as the counts that BLEU is computed from; hard pictures match less."""
+    """Captions as the counts that BLEU is computed from; difficult images match less."""
 
     def draw(chance: Generator, count: int) -> tuple[Drawn, ...]:
         lengths = chance.poisson(9, count) + 4
         closest = np.maximum(4, lengths + chance.integers(-3, 4, count))
         share, columns, offered = match * chance.beta(6, 2, count), [], []
         words = lengths
-        for order in range(LONGEST_GRAM):
+        for order in range(MAX_NGRAM_ORDER):
             offered.append(lengths - order)
             words = chance.binomial(np.minimum(words, offered[-1]), share)
             columns.append(words)
         rows = np.stack([*columns, *offered, lengths, closest], axis=1).astype(float)
-        return (Drawn({f"bleu_{n}": bleu_estimator(rows, n) for n in (1, 4)}),)
+        return (Drawn({f"bleu_{n}": estimate_bleu(rows, n) for n in (1, 4)}),)
 
     return Population(name, draw)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Objects of one class in a picture: how many, how often found, false ones, overlaps."""
+    """Objects of one class: expected count, recall, false positives, overlaps."""
 
     wanted: float
     hit: float
@@ -219,8 +219,8 @@ class Kind:
     overlap: tuple[float, float] = (8, 2)
 
 
-def scene(chance: Generator, kinds: tuple[Kind, ...], gains: tuple[float, ...]) -> list[Case]:
-    """A picture with the answers of models that find more by `gains`; their errors go together."""
+def scene(chance: Generator, kinds: tuple[Kind, ...], gains: tuple[float, ...]) -> list[EvalCase]:
+    """Image with the answers of models whose recall differs by `gains`; errors are correlated."""
     truth: list[BoxPart] = []
     found: list[list[BoxPart]] = [[] for _ in gains]
     column = 0
@@ -242,7 +242,7 @@ def scene(chance: Generator, kinds: tuple[Kind, ...], gains: tuple[float, ...]) 
                 boxed.append(BoxPart(label=f"c{kind}", xyxy=(left, 0, left + 100, 100)))
     for boxed in found:
         chance.shuffle(boxed)  # type: ignore[arg-type]
-    return [Case("", tuple(boxed), ("",), tuple(truth)) for boxed in found]
+    return [EvalCase("", tuple(boxed), ("",), tuple(truth)) for boxed in found]
 
 
 def detected(
@@ -264,7 +264,7 @@ def changed_shares(gained: float, lost: float) -> Population:
         luck, other = chance.random(count), chance.random(count) < 0.5
         before = np.where(luck < gained, False, np.where(luck < gained + lost, True, other))
         after = np.where(luck < gained, True, np.where(luck < gained + lost, False, other))
-        return tuple(Drawn({"exact": mean(one.astype(float))}) for one in (before, after))
+        return tuple(Drawn({"exact": estimate_mean(one.astype(float))}) for one in (before, after))
 
     return Population(f"pairs: {gained} gained, {lost} lost", draw, {"exact": gained - lost})
 
@@ -281,7 +281,7 @@ def changed_texts(name: str, gain: float, same: float) -> Population:
             of_cases(
                 "ocr",
                 [
-                    Case("b" * e + "a" * (n - e), (), ("a" * n,), ())
+                    EvalCase("b" * e + "a" * (n - e), (), ("a" * n,), ())
                     for e, n in zip(edits.tolist(), lengths.tolist(), strict=True)
                 ],
             )
@@ -293,12 +293,12 @@ def changed_texts(name: str, gain: float, same: float) -> Population:
 
 
 def changed_means(
-    name: str, changes: Overlaps, bounds: Ends = UNBOUNDED, value: float | None = None
+    name: str, changes: Overlaps, bounds: ScoreBounds = UNBOUNDED, value: float | None = None
 ) -> Population:
     def draw(chance: Generator, count: int) -> tuple[Drawn, ...]:
         before = chance.normal(0, 1, count)
         after = before + changes(chance, count)
-        return tuple(Drawn({"mean": mean(one, bounds)}) for one in (before, after))
+        return tuple(Drawn({"mean": estimate_mean(one, bounds)}) for one in (before, after))
 
     return Population(f"pairs: {name}", draw, {} if value is None else {"mean": value})
 
@@ -359,18 +359,20 @@ POPULATIONS = [
 # Methods.
 
 
-def percentile(resampled: Mapping[str, Callable[[Weights], Array]], samples: int) -> Any:
+def percentile(
+    resampled: Mapping[str, Callable[[ResampleWeights], FloatArray]], samples: int
+) -> Any:
     """The earlier method: the expanded percentile interval (Hesterberg 2015)."""
     drawn = np.random.default_rng(0).integers(0, samples, (RESAMPLES, samples))
-    places = (drawn + samples * np.arange(RESAMPLES)[:, None]).ravel()
-    counts = np.bincount(places, minlength=RESAMPLES * samples).reshape(RESAMPLES, samples)
+    locations = (drawn + samples * np.arange(RESAMPLES)[:, None]).ravel()
+    counts = np.bincount(locations, minlength=RESAMPLES * samples).reshape(RESAMPLES, samples)
     tail = 0.0
     if samples > 1:
         tail = NormalDist().cdf(-math.sqrt(samples / (samples - 1)) * _student(samples - 1))
     found = {}
     for name, of in resampled.items():
         low, high = np.quantile(of(counts.astype(float)), [tail, 1 - tail])
-        found[name] = Interval(float(low), float(high))
+        found[name] = ConfidenceInterval(float(low), float(high))
     return found
 
 
@@ -383,20 +385,22 @@ def _student(freedom: int) -> float:
     return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
-def weighted_ap(classes: list[detection.Class]) -> dict[str, Callable[[Weights], Array]]:
+def weighted_ap(
+    classes: list[detection_metrics.ClassDetections],
+) -> dict[str, Callable[[ResampleWeights], FloatArray]]:
     """COCO's average precision of resamples, as the earlier method had it."""
-    memory: dict[int, Array] = {}
+    memory: dict[int, FloatArray] = {}
 
-    def by_threshold(weights: Weights) -> Array:
+    def by_threshold(weights: ResampleWeights) -> FloatArray:
         if id(weights) not in memory:
             memory.clear()
-            total = np.zeros((len(weights), len(detection.THRESHOLDS)))
+            total = np.zeros((len(weights), len(detection_metrics.IOU_THRESHOLDS)))
             present = np.zeros(len(weights))
             for one in classes:
-                wanted = weights @ one.wanted
+                wanted = weights @ one.num_references
                 total += _class_ap(one, weights, wanted)
                 present += wanted > 0
-            memory[id(weights)] = divided(total, np.broadcast_to(present[:, None], total.shape))
+            memory[id(weights)] = safe_divide(total, np.broadcast_to(present[:, None], total.shape))
         return memory[id(weights)]
 
     return {
@@ -406,32 +410,38 @@ def weighted_ap(classes: list[detection.Class]) -> dict[str, Callable[[Weights],
     }
 
 
-def _class_ap(one: detection.Class, weights: Weights, wanted: Array) -> Array:
-    drawn = weights[:, one.samples]
+def _class_ap(
+    one: detection_metrics.ClassDetections, weights: ResampleWeights, wanted: FloatArray
+) -> FloatArray:
+    drawn = weights[:, one.sample_indices]
     ranked = np.cumsum(drawn, axis=1)
-    result = np.zeros((len(weights), len(detection.THRESHOLDS)))
-    for t, right in enumerate(one.right):
-        places = np.flatnonzero(right)
-        if not len(places):
+    result = np.zeros((len(weights), len(detection_metrics.IOU_THRESHOLDS)))
+    for t, right in enumerate(one.is_correct):
+        locations = np.flatnonzero(right)
+        if not len(locations):
             continue
-        hits = np.cumsum(drawn[:, places], axis=1)
-        precision = hits / (ranked[:, places] + np.spacing(1))
+        hits = np.cumsum(drawn[:, locations], axis=1)
+        precision = hits / (ranked[:, locations] + np.spacing(1))
         best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        recall = divided(hits, np.broadcast_to(wanted[:, None], hits.shape))
-        reached = np.searchsorted(detection.RECALLS, recall, side="right") * (hits > 0)
+        recall = safe_divide(hits, np.broadcast_to(wanted[:, None], hits.shape))
+        reached = np.searchsorted(detection_metrics.RECALL_LEVELS, recall, side="right") * (
+            hits > 0
+        )
         steps = np.diff(reached, axis=1, prepend=0)
-        result[:, t] = (steps * best).sum(axis=1) / len(detection.RECALLS)
+        result[:, t] = (steps * best).sum(axis=1) / len(detection_metrics.RECALL_LEVELS)
     return result
 
 
 def resampled_of(drawn: tuple[Drawn, ...]) -> Resampled:
     """Scores, or differences of scores, as functions of the weights."""
 
-    def one_of(part: Drawn, name: str) -> Callable[[Weights], Array]:
+    def one_of(part: Drawn, name: str) -> Callable[[ResampleWeights], FloatArray]:
         one = part.estimators[name]
-        return part.resampled.get(name, lambda weights: one.value(one.sums(weights)))
+        return part.resampled.get(
+            name, lambda weights: one.score_from_sums(one.weighted_sums(weights))
+        )
 
-    def of(name: str) -> Callable[[Weights], Array]:
+    def of(name: str) -> Callable[[ResampleWeights], FloatArray]:
         several = [one_of(part, name) for part in drawn]
         if len(several) == 1:
             return several[0]
@@ -445,8 +455,8 @@ def found_by(method: Method, drawn: tuple[Drawn, ...], samples: int) -> Mapping[
     if method == "percentile":
         return percentile(resampled_of(drawn), samples)
     if len(drawn) == 1:
-        return intervals(drawn[0].estimators)
-    return differences(drawn[0].estimators, drawn[1].estimators)
+        return compute_intervals(drawn[0].estimators)
+    return compute_difference_intervals(drawn[0].estimators, drawn[1].estimators)
 
 
 # Coverage.
@@ -459,7 +469,7 @@ def population_values(population: Population, large: int = LARGE) -> dict[str, f
     drawn = population.draw(np.random.default_rng(99), large)
     values = {
         name: sum(
-            sign * part.estimators[name].plug_in
+            sign * part.estimators[name].plug_in_score
             for sign, part in zip((1,) if len(drawn) == 1 else (-1, 1), drawn, strict=True)
         )
         for name in drawn[0].estimators
@@ -476,7 +486,7 @@ def coverage(
 ) -> list[dict[str, Any]]:
     """Rows of results: one for each score and method, of so many sets of so many samples."""
     chance = np.random.default_rng([7, samples])
-    ends: dict[tuple[str, Method], list[Interval | None]] = {}
+    ends: dict[tuple[str, Method], list[ConfidenceInterval | None]] = {}
     scores: dict[str, list[float]] = {}
     for _ in range(sets):
         drawn = population.draw(chance, samples)

@@ -1,12 +1,12 @@
-"""Where the speed of a step comes from: what makes it quick, put on one after the other.
+"""Measure the contribution of each optimization to the step time, added one by one.
 
     python benchmarks/ladder.py CONFIG --out FILE [--batch 64,16] [--steps 12]
 
-CONFIG is a folder with a model's configuration; its weights are random. A step is LoRA of rank 64
-on all seven projections of the decoder with drop-out 0.05, over made samples of the caption recipe:
-15 tokens that all begin with, a picture of 280 x 280 pixels (400 patches, 100 tokens), 9 tokens of
-questions, answers of 10 to 19, in one pack. Nothing is read from files here, so a row tells of the
-card and of what launches its kernels alone. `gb` is the most that is allocated, in 10^9 bytes.
+CONFIG is a folder with the configuration of a model; weights are random. A step is LoRA of rank 64
+on all seven projections of the decoder with dropout 0.05, in one pack of random samples shaped like
+the caption recipe: a shared prefix of 15 tokens, an image of 280 x 280 pixels (400 patches, 100
+tokens), 9 question tokens, answers of 10 to 19 tokens. Nothing is read from files, so the results
+depend only on GPU and kernel launches. `gb` is the peak allocated memory in GB (10^9 bytes).
 """
 
 from __future__ import annotations
@@ -22,190 +22,217 @@ from typing import Any
 
 import numpy as np
 import torch
-from peer_figures import head
+from peer_metrics import report_header
 from torch import Tensor
 
-from finesight.config import Train, Tune
-from finesight.encode.encoded import Encoded, Outline, Span
-from finesight.encode.pack import PackedBatch, beginning_of, pack
-from finesight.hub import locate
-from finesight.model import attention, epilogue, fp8, fused_layer, layers
+from finesight.config import TrainSettings, TuneSettings
+from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack
+from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
+from finesight.model import attention, fused_decoder, fused_gelu, layers
 from finesight.model.attention import Segments
-from finesight.model.few_bits import multiplies_in_fp8
-from finesight.model.linear import GroupedLinear
-from finesight.model.lora import stacked
-from finesight.model.network import VisionLanguageModel
-from finesight.model.parts import apply_tuning, trainable
-from finesight.model.rowwise import Fp8Matrix
-from finesight.model.weights import random_model
-from finesight.train import recorded
-from finesight.train.optimizer import Masters
-from finesight.train.recorded import Passes
+from finesight.model.fused_linear import FusedLinear
+from finesight.model.lora.layer import stacked_row_counts
+from finesight.model.quant import fp8
+from finesight.model.quant.quantize import supports_fp8_matmul
+from finesight.model.quant.rowwise_quant import Fp8Matrix
+from finesight.model.trainable import configure_tuning, trainable_parameters
+from finesight.model.vlm import VisionLanguageModel
+from finesight.model.weights_io import init_random_model
+from finesight.model_folder import locate_model
+from finesight.train import cuda_graphs
+from finesight.train.cuda_graphs import CudaGraphRunner
+from finesight.train.optimizer import MasterWeightOptimizer
 
-CUDA = torch.device("cuda")
-GRID = 1, 20, 20
-BEFORE, AFTER, ANSWER = 15, 9, (10, 19)
-LORA = Tune.model_validate({"lora": {"rank": 64, "alpha": 16.0, "dropout": 0.05}})
-WARM = 16
-"""Steps until packs are recorded, too, where launches turn out to be late."""
+DEVICE = torch.device("cuda")
+GRID_THW = 1, 20, 20
+PREFIX_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = 15, 9, (10, 19)
+LORA_TUNE = TuneSettings.model_validate({"lora": {"rank": 64, "alpha": 16.0, "dropout": 0.05}})
+WARMUP_STEPS = 16
+"""Warmup steps, including CUDA graph capture."""
 
 
-def made(samples: int, channels: int, *, share: bool = True) -> PackedBatch:
-    """Samples of random tokens and patches in one pack on the card; all begin with the same ones,
-    which they `share` or not."""
-    rng = np.random.default_rng(samples)
-    places = GRID[1] * GRID[2] // 4
-    beginning = rng.integers(1000, 90000, BEFORE)
-    rows = []
-    for number in range(samples):
-        answer = int(rng.integers(ANSWER[0], ANSWER[1], endpoint=True))
-        others = rng.integers(1000, 90000, places + AFTER + answer)
-        ids_T = np.concatenate([beginning, others]).astype(np.int32)
-        at = np.arange(len(ids_T), dtype=np.int32)
-        side = GRID[1] * 14, GRID[2] * 14
-        outline = Outline(
+def make_batch(num_samples: int, channels: int, *, share_prefix: bool = True) -> PackedBatch:
+    """Pack random samples on the GPU, with or without a shared prefix."""
+    rng = np.random.default_rng(num_samples)
+    num_image_tokens = GRID_THW[1] * GRID_THW[2] // 4
+    prefix_ids = rng.integers(1000, 90000, PREFIX_TOKENS)
+    samples = []
+    for number in range(num_samples):
+        answer = int(rng.integers(ANSWER_TOKENS[0], ANSWER_TOKENS[1], endpoint=True))
+        suffix_ids = rng.integers(1000, 90000, num_image_tokens + QUESTION_TOKENS + answer)
+        ids_T = np.concatenate([prefix_ids, suffix_ids]).astype(np.int32)
+        positions = np.arange(len(ids_T), dtype=np.int32)
+        side = GRID_THW[1] * 14, GRID_THW[2] * 14
+        tokenized = TokenizedSample(
             id=str(number),
             ids_T=ids_T,
-            learned_T=at >= len(ids_T) - answer,
-            positions_3T=np.tile(at, (3, 1)),
-            spans=(Span("image", BEFORE, BEFORE + places, GRID, (), side, side),),
+            loss_mask_T=positions >= len(ids_T) - answer,
+            position_ids_3T=np.tile(positions, (3, 1)),
+            spans=(
+                VisualSpan(
+                    "image",
+                    PREFIX_TOKENS,
+                    PREFIX_TOKENS + num_image_tokens,
+                    GRID_THW,
+                    (),
+                    side,
+                    side,
+                ),
+            ),
         )
-        patches = rng.integers(0, 256, (GRID[1] * GRID[2], channels), dtype=np.uint8)
-        rows.append(Encoded(outline, patches))
-    outlines = [one.outline for one in rows]
-    return pack(rows, beginning=beginning_of(outlines) if share else 0).to(CUDA)
+        patches = rng.integers(0, 256, (GRID_THW[1] * GRID_THW[2], channels), dtype=np.uint8)
+        samples.append(EncodedSample(tokenized, patches))
+    tokenized_samples = [sample.tokenized for sample in samples]
+    return pack(
+        samples, prefix_length=find_shared_prefix_length(tokenized_samples) if share_prefix else 0
+    ).to(DEVICE)
 
 
-class Learner:
-    """A model and what its steps need."""
+class TrainedModel:
+    """A model with optimizer and CUDA graphs."""
 
-    def __init__(self, config: Path, *, in_fp8: bool) -> None:
-        self.model = random_model(locate(str(config)).config, 0, torch.bfloat16, CUDA)
-        if in_fp8:
-            quantise(self.model)
-        apply_tuning(self.model, LORA, 0)
-        self.learning = trainable(self.model)
-        self.masters = Masters(self.learning, Train(), stacked(self.model))
-        self.passes = Passes(self.model.train(), list(self.learning.values()))
+    def __init__(self, config: Path, *, use_fp8: bool) -> None:
+        self.model = init_random_model(locate_model(str(config)).config, 0, torch.bfloat16, DEVICE)
+        if use_fp8:
+            quantize_fp8(self.model)
+        configure_tuning(self.model, LORA_TUNE, 0)
+        self.trainable_params = trainable_parameters(self.model)
+        self.optimizer = MasterWeightOptimizer(
+            self.trainable_params, TrainSettings(), stacked_row_counts(self.model)
+        )
+        self.graph_runner = CudaGraphRunner(
+            self.model.train(), list(self.trainable_params.values())
+        )
 
-    def record_anew(self) -> None:
-        """Without the recordings of rungs before."""
-        self.passes.forget()
-        self.passes = Passes(self.model, list(self.learning.values()))
+    def reset_graphs(self) -> None:
+        """Discard the CUDA graphs of earlier measurements."""
+        self.graph_runner.release_graphs()
+        self.graph_runner = CudaGraphRunner(self.model, list(self.trainable_params.values()))
 
     @torch.no_grad()
-    def seen(self, batch: PackedBatch) -> Tensor:
-        """The features of its pictures."""
-        return self.model.see(batch.patches_ND, batch.grids)
+    def encode_images(self, batch: PackedBatch) -> Tensor:
+        """Encode the images of a packed batch."""
+        return self.model.encode_images(batch.patches_ND, batch.grid_thw)
 
     def step(self, batch: PackedBatch, features: Tensor | None) -> None:
-        """Forwards, backwards, and the optimiser's step."""
-        share = torch.full((), 1.0 / batch.supervised, device=CUDA)
-        self.passes.learn(batch, features, share)
-        self.masters.step(1.0, self.masters.norm())
+        """Run forward, backward and optimizer step."""
+        share = torch.full((), 1.0 / batch.num_supervised_tokens, device=DEVICE)
+        self.graph_runner.forward_backward(batch, features, share)
+        self.optimizer.step(1.0, self.optimizer.grad_norm())
 
 
 @torch.no_grad()
-def quantise(model: VisionLanguageModel) -> None:
-    """The frozen products of tower and decoder in FP8, as `tune.fp8` has them."""
-    for path, group in model.named_modules():
-        if isinstance(group, GroupedLinear) and "lm_head" not in path and multiplies_in_fp8(group):
-            assert isinstance(group.weight, torch.nn.Parameter), path
-            dense = torch.split(group.weight.detach(), list(group.outputs.values()))
-            with CUDA:
-                group.freeze_as(Fp8Matrix, fp8.Fp8Weight)
-            assert isinstance(group.weight, fp8.Fp8Weight)
-            for matrix, values in zip(group.weight.matrices, dense, strict=True):
-                matrix.pieces()[0].fill(values)
+def quantize_fp8(model: VisionLanguageModel) -> None:
+    """Quantize the frozen products of vision encoder and decoder, as `tune.quantize.fp8` does."""
+    for path, linear in model.named_modules():
+        if (
+            isinstance(linear, FusedLinear)
+            and "lm_head" not in path
+            and supports_fp8_matmul(linear)
+        ):
+            assert isinstance(linear.weight, torch.nn.Parameter), path
+            dense = torch.split(linear.weight.detach(), list(linear.output_sizes.values()))
+            with DEVICE:
+                linear.set_quantized_weight(Fp8Matrix, fp8.Fp8Weight)
+            assert isinstance(linear.weight, fp8.Fp8Weight)
+            for matrix, values in zip(linear.weight.matrices, dense, strict=True):
+                matrix.tensor_specs()[0].load(values)
 
 
-def timed(step: Callable[[], None], steps: int) -> float:
-    """Seconds from the end of a step on the card to that of the next one, the median; none is
-    waited for, as in a run."""
-    marks = []
-    for _ in range(WARM + steps + 1):
+def time_steps(step: Callable[[], None], num_steps: int) -> float:
+    """Return the median time between the ends of steps, without synchronization between steps."""
+    events = []
+    for _ in range(WARMUP_STEPS + num_steps + 1):
         step()
-        mark = torch.cuda.Event(enable_timing=True)
-        mark.record()
-        marks.append(mark)
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        events.append(event)
     torch.cuda.synchronize()
-    timed = pairwise(marks[WARM:])
-    return statistics.median(start.elapsed_time(end) / 1000 for start, end in timed)
+    intervals = pairwise(events[WARMUP_STEPS:])
+    return statistics.median(start.elapsed_time(end) / 1000 for start, end in intervals)
 
 
 @contextmanager
-def without(*missing: str) -> Iterator[None]:
-    """Within the block some of what makes a step quick is left out."""
+def disable_optimizations(*disabled: str) -> Iterator[None]:
+    """Disable optimizations within the block."""
     switches: dict[str, tuple[object, str, object]] = {
-        "attention": (attention, "SHORT", 0),
-        "layers": (fused_layer, "takes", lambda *_: False),
-        "tower": (layers, "has_kernels", lambda *_: False),
-        "look": (attention.look_kernels, "look", _varlen),
-        "gelu": (epilogue, "_operands", lambda *_: None),
-        "recordings": (recorded, "pays", lambda *_: False),
+        "attention": (attention, "MAX_TRITON_SEQLEN", 0),
+        "layers": (fused_decoder, "supports_fused_layers", lambda *_: False),
+        "vision_encoder": (layers, "has_kernels", lambda *_: False),
+        "vision_attention": (attention.vision_kernels, "vision_attention", _varlen),
+        "gelu": (fused_gelu, "_kernel_operands", lambda *_: None),
+        "cuda_graphs": (cuda_graphs, "should_capture", lambda *_: False),
     }
-    kept = {name: getattr(module, entry) for name, (module, entry, _) in switches.items()}
-    for name in missing:
-        module, entry, other = switches[name]
-        setattr(module, entry, other)
+    originals = {
+        name: getattr(module, attribute) for name, (module, attribute, _) in switches.items()
+    }
+    for name in disabled:
+        module, attribute, replacement = switches[name]
+        setattr(module, attribute, replacement)
     try:
         yield
     finally:
-        for name in missing:
-            module, entry, _ = switches[name]
-            setattr(module, entry, kept[name])
+        for name in disabled:
+            module, attribute, _ = switches[name]
+            setattr(module, attribute, originals[name])
 
 
-def _varlen(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, bounds: Any) -> Tensor:
-    segments = Segments((), bounds.bounds_S1, bounds.longest)
-    return attention._attend_varlen(q_THD, k_THD, v_THD, segments, segments, causal=False)
+def _varlen(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, cu_seqlens: Any) -> Tensor:
+    segments = Segments((), cu_seqlens.cu_seqlens_S1, cu_seqlens.max_seqlen)
+    return attention._flash_attention(q_THD, k_THD, v_THD, segments, segments, causal=False)
 
 
-ALL = ("layers", "attention", "tower", "look", "gelu", "recordings")
-RUNGS = (
-    ("one step after the other", ALL),
-    ("decoder layers in few kernels", ALL[1:]),
-    ("attention of short segments", ALL[2:]),
-    ("sums and norms, turns of the tower", ALL[3:]),
-    ("attention of pictures", ALL[4:]),
-    ("the tower's GELU in a product", ALL[5:]),
-    ("small packs recorded", ()),
+OPTIMIZATIONS = ("layers", "attention", "vision_encoder", "vision_attention", "gelu", "cuda_graphs")
+ABLATION_STEPS = (
+    ("unfused kernels", OPTIMIZATIONS),
+    ("fused decoder layers", OPTIMIZATIONS[1:]),
+    ("short-segment attention", OPTIMIZATIONS[2:]),
+    ("fused norms and rotary in the vision encoder", OPTIMIZATIONS[3:]),
+    ("vision attention kernel", OPTIMIZATIONS[4:]),
+    ("fused GELU in the vision encoder", OPTIMIZATIONS[5:]),
+    ("CUDA graphs", ()),
 )
 
 
-def measure(config: Path, batches: list[int], steps: int) -> list[dict[str, Any]]:
-    """A row for each rung and batch."""
+def run_ablation(config: Path, batch_sizes: list[int], steps: int) -> list[dict[str, Any]]:
+    """Measure each optimization and batch size."""
     rows: list[dict[str, Any]] = []
 
-    def add(rung: str, samples: int, learner: Learner, known: bool, share: bool = True) -> None:
-        learner.record_anew()
-        channels = learner.model.visual.patch_embed.proj.in_features // 2
-        batch = made(samples, channels, share=share)
-        features = learner.seen(batch) if known else None
+    def measure_row(
+        label: str,
+        batch_size: int,
+        trained: TrainedModel,
+        cache_features: bool,
+        share_prefix: bool = True,
+    ) -> None:
+        trained.reset_graphs()
+        channels = trained.model.visual.patch_embed.proj.in_features // 2
+        batch = make_batch(batch_size, channels, share_prefix=share_prefix)
+        features = trained.encode_images(batch) if cache_features else None
         torch.cuda.reset_peak_memory_stats()
-        seconds = timed(lambda: learner.step(batch, features), steps)
+        seconds = time_steps(lambda: trained.step(batch, features), steps)
         gb = torch.cuda.max_memory_allocated() / 1e9
-        row = {"rung": rung, "batch": samples, "ms": seconds * 1e3, "gb": gb}
-        rows.append(row | {"samples_per_s": samples / seconds})
+        row = {"optimization": label, "batch": batch_size, "ms": seconds * 1e3, "gb": gb}
+        rows.append(row | {"samples_per_s": batch_size / seconds})
         print(json.dumps(rows[-1]), flush=True)
 
-    learner = Learner(config, in_fp8=False)
-    for samples in batches:
-        for rung, missing in RUNGS:
-            with without(*missing):
-                add(rung, samples, learner, known=False, share=False)
-        add("what all begin with, once", samples, learner, known=False)
-        add("features kept", samples, learner, known=True)
-    del learner
-    learner = Learner(config, in_fp8=True)
-    for samples in batches:
-        add("in FP8", samples, learner, known=False)
-        add("in FP8, features kept", samples, learner, known=True)
+    trained = TrainedModel(config, use_fp8=False)
+    for samples in batch_sizes:
+        for label, disabled in ABLATION_STEPS:
+            with disable_optimizations(*disabled):
+                measure_row(label, samples, trained, cache_features=False, share_prefix=False)
+        measure_row("shared prefix", samples, trained, cache_features=False)
+        measure_row("vision cache", samples, trained, cache_features=True)
+    del trained
+    trained = TrainedModel(config, use_fp8=True)
+    for samples in batch_sizes:
+        measure_row("FP8", samples, trained, cache_features=False)
+        measure_row("FP8, vision cache", samples, trained, cache_features=True)
     return rows
 
 
 def main() -> None:
-    """Measure, write, and print the table."""
+    """Run the benchmark, write and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path, required=True)
@@ -213,13 +240,13 @@ def main() -> None:
     parser.add_argument("--batch", **batches)
     parser.add_argument("--steps", type=int, default=12)
     options = parser.parse_args()
-    report = head("ladder.py", options.config)
-    report["results"] = measure(options.config, options.batch, options.steps)
+    report = report_header("ladder.py", options.config)
+    report["results"] = run_ablation(options.config, options.batch, options.steps)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
     print("| | batch | samples/s | ms | GB |\n|---|---|---|---|---|")
     for row in report["results"]:
         figures = f"{row['samples_per_s']:.0f} | {row['ms']:.1f} | {row['gb']:.1f}"
-        print(f"| {row['rung']} | {row['batch']} | {figures} |")
+        print(f"| {row['optimization']} | {row['batch']} | {figures} |")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""Are the native models those of transformers at their true size, in the type they are served in?
+"""Compare native models to transformers at full size in the inference data type.
 
     python benchmarks/model_parity_cuda.py FOLDER [NAME...] [--out FILE]
     python benchmarks/model_parity_cuda.py --tiny
 
-FOLDER holds model folders (config.json is enough), NAME chooses among them. On random weights in
-bf16, prints one JSON line a model: how far the native logits of a pack (pictures, a video, text)
-are from those of transformers with SDPA attention on each sample alone, beside how far transformers
-is from itself when its attention kernel changes (SDPA's own choice, SDPA's plain arithmetic,
-eager), and all of them from transformers in fp32. Distances are the largest and the root mean
-square difference, relative to the same figure of the reference. `within` says that the native
-logits are no farther from SDPA's than two of the reference's kernels are from each other. --tiny
-does it with two small models on the processor.
+FOLDER contains model folders (config.json suffices); NAME selects some of them. With random bf16
+weights, the script prints one JSON line per model. It compares native logits of a packed batch
+(images, a video, text) to transformers with SDPA attention on single samples. It also compares
+transformers to itself with other attention kernels (SDPA default, SDPA math, eager), and all of
+them to transformers in fp32. Errors are the maximum and RMS difference, relative to the same value
+of the reference. `within` is true if the native error is not larger than the error between two
+kernels of transformers. --tiny uses two small models on the CPU.
 """
 
 from __future__ import annotations
@@ -29,28 +28,30 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from finesight.encode.encoded import Grid
-from finesight.encode.pack import PackedBatch
-from finesight.hub import PREPROCESSOR_DEFAULTS
-from finesight.model.geometry import Settings
-from finesight.model.network import FAMILIES, VisionLanguageModel, build
-from finesight.model.weights import hub_tensors
+from finesight.encode.packing import PackedBatch
+from finesight.encode.tokenized_sample import GridTHW
+from finesight.model.config import ConfigReader
+from finesight.model.vlm import ARCHITECTURES, VisionLanguageModel, build_model
+from finesight.model.weights_io import hub_tensors
+from finesight.model_folder import PREPROCESSOR_DEFAULTS
 
 
 @dataclass(frozen=True)
-class Case:
-    """Random text around random pictures or a video."""
+class ParityCase:
+    """Random text with random images or a video."""
 
     name: str
     ids_T: Tensor
-    kinds_T: Tensor
-    grids: tuple[Grid, ...]
+    modality_T: Tensor
+    grids: tuple[GridTHW, ...]
     patches_ND: Tensor
 
 
-def make_case(config: dict[str, Any], name: str, grids: Sequence[Grid], seed: int) -> Case:
-    """12 tokens of text before, between and after the grids; `name` says what they are. Qwen3-VL
-    takes the pairs of frames of a video one by one."""
+def make_case(config: dict[str, Any], name: str, grids: Sequence[GridTHW], seed: int) -> ParityCase:
+    """Make a case: 12 text tokens before, between and after the grids.
+
+    `name` selects images or a video. Qwen3-VL processes the frame pairs of a video separately.
+    """
     rng = np.random.default_rng(seed)
     film = name == "video"
     if film and config["model_type"] == "qwen3_vl":
@@ -65,53 +66,62 @@ def make_case(config: dict[str, Any], name: str, grids: Sequence[Grid], seed: in
         ids += [config["vision_start_token_id"], *[marker] * count, config["vision_end_token_id"]]
         ids += rng.integers(0, words, 12).tolist()
         kinds += [0, *[2 if film else 1] * count, *[0] * 13]
-    rows = sum(t * h * w for t, h, w in grids)
-    numbers = 6 * config["vision_config"]["patch_size"] ** 2
-    patches = rng.integers(0, 256, (rows, numbers), dtype=np.uint8)
-    return Case(name, torch.tensor(ids), torch.tensor(kinds), tuple(grids), torch.tensor(patches))
+    num_patches = sum(t * h * w for t, h, w in grids)
+    patch_size = 6 * config["vision_config"]["patch_size"] ** 2
+    patches = rng.integers(0, 256, (num_patches, patch_size), dtype=np.uint8)
+    return ParityCase(
+        name, torch.tensor(ids), torch.tensor(kinds), tuple(grids), torch.tensor(patches)
+    )
 
 
-def reference_inputs(model: Any, case: Case, device: torch.device) -> dict[str, Tensor]:
-    """What transformers reads: fp32 pixels, grids, and its own 3-D positions."""
-    inputs = {"input_ids": case.ids_T[None], "mm_token_type_ids": case.kinds_T[None]}
-    if not case.grids:
-        index = torch.arange(len(case.ids_T)).expand(3, 1, -1)
+def reference_inputs(
+    model: Any, parity_case: ParityCase, device: torch.device
+) -> dict[str, Tensor]:
+    """Build the inputs of transformers: fp32 pixels, grids, 3-D position ids."""
+    inputs = {
+        "input_ids": parity_case.ids_T[None],
+        "mm_token_type_ids": parity_case.modality_T[None],
+    }
+    if not parity_case.grids:
+        index = torch.arange(len(parity_case.ids_T)).expand(3, 1, -1)
         return {name: x.to(device) for name, x in {**inputs, "position_ids": index}.items()}
     mean, std = (
         torch.tensor(PREPROCESSOR_DEFAULTS[key])[:, None] for key in ("image_mean", "image_std")
     )
-    pixels = ((case.patches_ND.unflatten(1, (3, -1)) / 255 - mean) / std).flatten(1)
+    pixels = ((parity_case.patches_ND.unflatten(1, (3, -1)) / 255 - mean) / std).flatten(1)
     pixel_key, grid_key = (
         ("pixel_values_videos", "video_grid_thw")
-        if case.name == "video"
+        if parity_case.name == "video"
         else ("pixel_values", "image_grid_thw")
     )
-    grids = {grid_key: torch.tensor(case.grids)}
+    grids = {grid_key: torch.tensor(parity_case.grids)}
     index, _ = model.model.get_rope_index(**inputs, **grids)
     inputs |= {"position_ids": index, pixel_key: pixels, **grids}
     return {name: x.to(device) for name, x in inputs.items()}
 
 
-def pack_cases(cases: Sequence[Case], inputs: Sequence[dict[str, Tensor]]) -> PackedBatch:
-    """All cases end to end, logits wanted everywhere, positions as the reference has them."""
+def pack_cases(
+    cases: Sequence[ParityCase], reference_inputs: Sequence[dict[str, Tensor]]
+) -> PackedBatch:
+    """Pack all cases with logits at every position and the position ids of the reference."""
     lengths = tuple(len(case.ids_T) for case in cases)
     ids_T = torch.cat([case.ids_T for case in cases])
     return PackedBatch(
         sample_ids=tuple(case.name for case in cases),
         lengths=lengths,
-        grids=tuple(grid for case in cases for grid in case.grids),
+        grid_thw=tuple(grid for case in cases for grid in case.grids),
         ids_T=ids_T,
-        positions_3T=torch.cat([x["position_ids"][:, 0].cpu() for x in inputs], dim=1),
-        bounds_S1=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        position_ids_3T=torch.cat([x["position_ids"][:, 0].cpu() for x in reference_inputs], dim=1),
+        cu_seqlens_S1=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
         patches_ND=torch.cat([case.patches_ND for case in cases]),
-        visual_at_M=torch.cat([case.kinds_T for case in cases]).nonzero().squeeze(1),
-        predict_L=torch.arange(len(ids_T)),
-        target_L=ids_T,
+        visual_indices_M=torch.cat([case.modality_T for case in cases]).nonzero().squeeze(1),
+        logit_indices_L=torch.arange(len(ids_T)),
+        labels_L=ids_T,
     )
 
 
 def reference_model(config: dict[str, Any], device: torch.device) -> Any:
-    """transformers' model in bf16, weights and biases from N(0, 0.02), norms at one."""
+    """Build the transformers model in bf16: weights and biases from N(0, 0.02), norms one."""
     from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
     typed = CONFIG_MAPPING[config["model_type"]].from_dict(config)
@@ -129,10 +139,10 @@ def reference_model(config: dict[str, Any], device: torch.device) -> Any:
 def native_model(
     config: dict[str, Any], reference: Any, device: torch.device
 ) -> VisionLanguageModel:
-    """The native model with the reference's weights, copied in memory."""
-    settings, pixels = Settings(config), Settings(PREPROCESSOR_DEFAULTS)
-    model = build(settings, pixels, torch.bfloat16, device)
-    named = model.architecture.native_name
+    """Build the native model with a copy of the weights of the reference."""
+    settings, pixels = ConfigReader(config), ConfigReader(PREPROCESSOR_DEFAULTS)
+    model = build_model(settings, pixels, torch.bfloat16, device)
+    named = model.architecture.to_native_name
     found = {named(name): p.detach() for name, p in reference.named_parameters()}
     for tensor in hub_tensors(model):
         tensor.data.copy_(found.pop(tensor.name).view(tensor.data.shape))
@@ -140,55 +150,57 @@ def native_model(
     return model
 
 
-def distance(found: Tensor, expected: Tensor) -> dict[str, float]:
-    """Largest and root mean square difference, each relative to that of `expected`."""
-    difference = found.float() - expected.float()
+def relative_error(actual: Tensor, expected: Tensor) -> dict[str, float]:
+    """Return maximum and RMS difference, each relative to the value of `expected`."""
+    difference = actual.float() - expected.float()
     largest = difference.abs().max() / expected.float().abs().max()
     spread = difference.square().mean().sqrt() / expected.float().square().mean().sqrt()
     return {"max": float(f"{largest:.3g}"), "rms": float(f"{spread:.3g}")}
 
 
 @torch.no_grad()
-def measure(config: dict[str, Any], cases: Sequence[Case], device: torch.device) -> dict[str, Any]:
-    """Distances by case and over all of them."""
-    theirs = reference_model(config, device)
-    ours = native_model(config, theirs, device)
-    inputs = [reference_inputs(theirs, case, device) for case in cases]
+def measure_parity(
+    config: dict[str, Any], cases: Sequence[ParityCase], device: torch.device
+) -> dict[str, Any]:
+    """Measure the errors per case and in total."""
+    reference = reference_model(config, device)
+    ours = native_model(config, reference, device)
+    inputs = [reference_inputs(reference, case, device) for case in cases]
     batch = pack_cases(cases, inputs).to(device)
-    native = ours.logits(ours(batch)).split(batch.lengths)
+    native = ours.compute_logits(ours(batch)).split(batch.lengths)
     del ours
 
     def run(attention: str) -> list[Tensor]:
-        theirs.set_attn_implementation(attention)
-        return [theirs(**x, use_cache=False).logits[0] for x in inputs]
+        reference.set_attn_implementation(attention)
+        return [reference(**x, use_cache=False).logits[0] for x in inputs]
 
     sdpa, eager = run("sdpa"), run("eager")
     with sdpa_kernel(SDPBackend.MATH):
-        plain = run("sdpa")
-    for parameter in theirs.parameters():
+        sdpa_fp32 = run("sdpa")
+    for parameter in reference.parameters():
         parameter.data = parameter.data.float()
     exact = run("sdpa")
     pairs = {
         "native-sdpa": (native, sdpa),
         "eager-sdpa": (eager, sdpa),
-        "plain-sdpa": (plain, sdpa),
-        "eager-plain": (eager, plain),
+        "math-sdpa": (sdpa_fp32, sdpa),
+        "eager-math": (eager, sdpa_fp32),
         "native-fp32": (native, exact),
         "sdpa-fp32": (sdpa, exact),
         "eager-fp32": (eager, exact),
     }
     result: dict[str, Any] = {
         case.name: {
-            name: distance(found[number], expected[number])
+            name: relative_error(found[number], expected[number])
             for name, (found, expected) in pairs.items()
         }
         for number, case in enumerate(cases)
     }
     result["all"] = {
-        name: distance(torch.cat(list(found)), torch.cat(list(expected)))
+        name: relative_error(torch.cat(list(found)), torch.cat(list(expected)))
         for name, (found, expected) in pairs.items()
     }
-    allowed = [result["all"][pair] for pair in ("eager-sdpa", "plain-sdpa", "eager-plain")]
+    allowed = [result["all"][pair] for pair in ("eager-sdpa", "math-sdpa", "eager-math")]
     found = result["all"]["native-sdpa"]
     result["within"] = all(found[key] <= max(a[key] for a in allowed) for key in ("max", "rms"))
     return result
@@ -229,40 +241,40 @@ TINY_QWEN3 = {"head_dim": 16, "attention_bias": False} | {
 }
 
 
-def configurations(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and config.json of each model to measure."""
-    if options.tiny:
+def load_configs(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Return name and config.json of each model."""
+    if args.tiny:
         for family, vision in TINY.items():
             config = {**TINY_LANGUAGE, "model_type": family}
             if family == "qwen3_vl":
                 config["text_config"] = TINY_LANGUAGE | TINY_QWEN3
             yield family, {**config, "vision_config": {**TINY_VISION, **vision}}
         return
-    for file in sorted(options.folder.glob("*/config.json")):
+    for file in sorted(args.folder.glob("*/config.json")):
         config = json.loads(file.read_text())
-        chosen = not options.names or file.parent.name in options.names
-        if chosen and config.get("model_type") in FAMILIES:
+        chosen = not args.names or file.parent.name in args.names
+        if chosen and config.get("model_type") in ARCHITECTURES:
             yield file.parent.name, config
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", default=Path("."))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     device = torch.device("cpu" if options.tiny else "cuda")
     shrink = 4 if options.tiny else 1
-    for name, config in configurations(options):
+    for name, config in load_configs(options):
         start = time.perf_counter()
-        sizes: list[tuple[str, list[Grid]]] = [
+        sizes: list[tuple[str, list[GridTHW]]] = [
             ("pictures", [(1, 40 // shrink, 56 // shrink), (1, 24 // shrink, 16 // shrink)]),
             ("video", [(4, 24 // shrink, 32 // shrink)]),
             ("text", []),
         ]
         cases = [make_case(config, kind, grids, n) for n, (kind, grids) in enumerate(sizes)]
-        result = measure(config, cases, device)
+        result = measure_parity(config, cases, device)
         head = {"model": name, "torch": torch.__version__, "device": device.type}
         if device.type == "cuda":
             torch.cuda.empty_cache()

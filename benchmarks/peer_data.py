@@ -1,4 +1,4 @@
-"""What the contestants of `peers.py` learn from, and the model that learns."""
+"""Prepare data and model for `peer_comparison.py`."""
 
 from __future__ import annotations
 
@@ -11,129 +11,139 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from finesight.config import DataFile, ExactSize, Lora, Tune
+from finesight.config import ExactSize, LoraSettings, TrainFileSettings, TuneSettings
+from finesight.data.corpus import load_corpus
 from finesight.data.jsonl import write_samples
-from finesight.data.sources import load_sources
-from finesight.encode.rendering import renderer_of
-from finesight.hub import locate
-from finesight.infer.load import resolve_device
-from finesight.model.geometry import Settings
-from finesight.model.network import build
-from finesight.model.parts import apply_tuning
-from finesight.model.weights import random_model, save_model
-from finesight.synth.tasks import HELD_OUT, of_kind
-from finesight.train.course import InOrder
-from finesight.train.flops import Arithmetic, measured_peak
-from finesight.train.loader import StepData
+from finesight.encode.renderer import build_renderer
+from finesight.infer.model_loader import resolve_device
+from finesight.model.config import ConfigReader
+from finesight.model.trainable import configure_tuning
+from finesight.model.vlm import build_model
+from finesight.model.weights_io import init_random_model, save_model
+from finesight.model_folder import locate_model
+from finesight.synth.tasks import EVAL_TASKS, iter_samples_of_kind
+from finesight.train.dataloader import StepDataset
+from finesight.train.flops import FlopCounter, measure_peak_flops
+from finesight.train.sampler import SequentialSampler
 
 SAMPLES = 496
-PHOTO = 640, 480
+PHOTO_SIZE = 640, 480
 PROMPT = "Describe the picture."
-TOGETHER = 16
+COUNT_BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
-class Counted:
-    """What a sample is, in the mean: tokens, of them learned, patches, operations of a training
-    step, of them for attention; the longest in tokens, and the operations a second that a large
-    product reaches here."""
+class SampleCosts:
+    """Mean cost of a sample: tokens, supervised tokens, patches, training FLOPs and attention
+    FLOPs. Also the longest sample in tokens and the peak FLOP/s of a large matrix product."""
 
-    samples: int
-    tokens: float
-    learned: float
-    patches: float
-    longest: int
-    operations: float
-    attention: float
-    peak: float
+    num_samples: int
+    num_tokens: float
+    num_supervised_tokens: float
+    num_patches: float
+    max_tokens: int
+    flops: float
+    attention_flops: float
+    peak_flops: float
 
 
-def draw(target: Path) -> Path:
-    """Drawn scenes with their captions, as JPEG of a photograph's size: what one costs to open."""
-    table = target / "data.jsonl"
+def write_caption_dataset(output_dir: Path) -> Path:
+    """Generate captioned scenes as JPEGs of the size of a photograph."""
+    table = output_dir / "data.jsonl"
     if table.exists():
         return table
-    (target / "pictures").mkdir(parents=True)
-    scenes = HELD_OUT["captions"]
+    (output_dir / "pictures").mkdir(parents=True)
+    scenes = EVAL_TASKS["captions"]
     samples = []
-    for number, drawn in islice(of_kind(scenes.task, 11, scenes.kind), SAMPLES):
-        picture = f"pictures/{number:06}.jpg"
-        drawn.picture.convert("RGB").resize(PHOTO).save(target / picture, quality=90)
-        samples.append(drawn.as_sample(f"scene-{number}", picture))
+    for number, drawn in islice(iter_samples_of_kind(scenes.task, 11, scenes.task_kind), SAMPLES):
+        image = f"pictures/{number:06}.jpg"
+        drawn.image.convert("RGB").resize(PHOTO_SIZE).save(output_dir / image, quality=90)
+        samples.append(drawn.to_sample(f"scene-{number}", image))
     write_samples(table, samples)
     return table
 
 
-def resized(data: Path, target: Path, side: int) -> Path:
-    """The samples for everybody else: pictures brought to side x side pixels, and a table with
-    `messages` and `images` a line, as most peers read it."""
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
+def write_resized_dataset(data: Path, output_dir: Path, image_side: int) -> Path:
+    """Write the samples of peers: images resized to `image_side`, with `messages` and `images` per
+    line."""
+    shutil.rmtree(output_dir, ignore_errors=True)
+    output_dir.mkdir(parents=True)
     lines = []
-    for number, located in enumerate(load_sources((DataFile(path=data),)).read()):
-        asked, answered = located.sample.messages
-        pictures = [part.image for part in asked.content if part.type == "image"]
+    for number, located_sample in enumerate(
+        load_corpus((TrainFileSettings(path=data),)).read_samples()
+    ):
+        question, answer = located_sample.sample.messages
+        images = [part.image for part in question.content if part.type == "image"]
         texts = [
-            "".join(p.text for p in turn.content if p.type == "text") for turn in (asked, answered)
+            "".join(p.text for p in turn.content if p.type == "text") for turn in (question, answer)
         ]
-        if len(pictures) != 1:
-            raise SystemExit(f"{data}, sample {number}: {len(pictures)} pictures, expected one")
-        place = (target / f"{number:06}.png").resolve()
-        with Image.open(located.folder / pictures[0]) as picture:
-            picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC).save(place)
+        if len(images) != 1:
+            raise SystemExit(f"{data}, sample {number}: {len(images)} images, expected one")
+        image_path = (output_dir / f"{number:06}.png").resolve()
+        with Image.open(located_sample.folder / images[0]) as image:
+            image.convert("RGB").resize((image_side, image_side), Image.Resampling.BICUBIC).save(
+                image_path
+            )
         turns = [
             {"role": "user", "content": f"<image>{texts[0]}"},
             {"role": "assistant", "content": texts[1]},
         ]
-        lines.append(json.dumps({"messages": turns, "images": [str(place)]}, ensure_ascii=False))
-    table = target / "samples.jsonl"
+        lines.append(
+            json.dumps({"messages": turns, "images": [str(image_path)]}, ensure_ascii=False)
+        )
+    table = output_dir / "samples.jsonl"
     table.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return table
 
 
-def random_weights(config: Path, target: Path) -> Path:
-    """The folder itself where it has weights, or one with random ones in bf16."""
-    if list(config.glob("*.safetensors")) or target.exists():
-        return config if list(config.glob("*.safetensors")) else target
-    folder = locate(str(config))
-    making = target.with_name(f".{target.name}")
+def ensure_weights(config: Path, output_dir: Path) -> Path:
+    """Return a model folder with weights: `config`, or random bf16 weights in `output_dir`."""
+    if list(config.glob("*.safetensors")) or output_dir.exists():
+        return config if list(config.glob("*.safetensors")) else output_dir
+    folder = locate_model(str(config))
+    making = output_dir.with_name(f".{output_dir.name}")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
-    model = random_model(folder.config, 0, torch.bfloat16, resolve_device("auto"))
+    model = init_random_model(folder.config, 0, torch.bfloat16, resolve_device("auto"))
     save_model(model, folder, making, torch.bfloat16)
-    return making.rename(target)
+    return making.rename(output_dir)
 
 
-def count(config: Path, data: Path, side: int, lora: Lora) -> Counted:
-    """Count tokens and operations of the samples, without a weight, and measure the peak."""
-    folder = locate(str(config))
-    corpus = load_sources((DataFile(path=data),))
-    model = build(
-        Settings(folder.config),
-        Settings(folder.preprocessor, "preprocessor_config.json"),
+def measure_sample_costs(
+    config: Path, data: Path, image_side: int, lora: LoraSettings
+) -> SampleCosts:
+    """Count tokens and FLOPs of the samples without weights, and measure the peak FLOP/s."""
+    folder = locate_model(str(config))
+    corpus = load_corpus((TrainFileSettings(path=data),))
+    model = build_model(
+        ConfigReader(folder.config),
+        ConfigReader(folder.preprocessor_config, "preprocessor_config.json"),
         torch.bfloat16,
         torch.device("meta"),
     )
-    apply_tuning(model, Tune(lora=lora), seed=0)
-    arithmetic = Arithmetic(model)
-    members = InOrder(tuple(range(len(corpus))), TOGETHER)
-    renderer = renderer_of(folder, ExactSize(height=side, width=side), None)
-    steps = StepData(corpus, renderer, members, pack_tokens=65536, unusable="refuse")
-    batches = [batch for number in range(len(members)) for batch in steps.step(number).packs]
-    # Others compute all tokens of a sample; operations are those that are needed.
-    lengths = [renderer.outline(located).tokens for located in corpus.read()]
-    patches = sum(t * h * w for batch in batches for t, h, w in batch.grids)
+    configure_tuning(model, TuneSettings(lora=lora), seed=0)
+    arithmetic = FlopCounter(model)
+    members = SequentialSampler(tuple(range(len(corpus))), COUNT_BATCH_SIZE)
+    renderer = build_renderer(folder, ExactSize(height=image_side, width=image_side), None)
+    steps = StepDataset(corpus, renderer, members, pack_tokens=65536, on_invalid_sample="fail")
+    batches = [batch for number in range(len(members)) for batch in steps.get_step(number).packs]
+    # Peers compute all tokens of a sample; FLOPs count the required operations.
+    lengths = [
+        renderer.tokenize(located_sample).num_tokens for located_sample in corpus.read_samples()
+    ]
+    patches = sum(t * h * w for batch in batches for t, h, w in batch.grid_thw)
     device = resolve_device("auto")
-    peak = measured_peak(device, torch.bfloat16)
+    peak = measure_peak_flops(device, torch.bfloat16)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return Counted(
-        samples=len(lengths),
-        tokens=sum(lengths) / len(lengths),
-        learned=sum(batch.supervised for batch in batches) / len(lengths),
-        patches=patches / len(lengths),
-        longest=max(lengths),
-        operations=sum(map(arithmetic.of, batches)) / len(lengths),
-        attention=sum(arithmetic.attention(b.lengths, b.grids) for b in batches) / len(lengths),
-        peak=peak,
+    return SampleCosts(
+        num_samples=len(lengths),
+        num_tokens=sum(lengths) / len(lengths),
+        num_supervised_tokens=sum(batch.num_supervised_tokens for batch in batches) / len(lengths),
+        num_patches=patches / len(lengths),
+        max_tokens=max(lengths),
+        flops=sum(map(arithmetic.count, batches)) / len(lengths),
+        attention_flops=sum(arithmetic.count_attention(b.lengths, b.grid_thw) for b in batches)
+        / len(lengths),
+        peak_flops=peak,
     )

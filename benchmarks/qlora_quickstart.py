@@ -1,10 +1,10 @@
-"""The quickstart's task on a CPU with frozen weights in four bits, beside those of 16.
+"""Compare the quickstart on a CPU with 4-bit and 16-bit frozen weights.
 
     python benchmarks/qlora_quickstart.py --out benchmarks/results/qlora_quickstart_cpu.json
         [--seed 0] [--threads 2]
 
-Every variant learns the same tickets from the same seed in a process of its own. `frozen_bytes` are
-what the weights that stay frozen take in memory.
+All variants use the same tickets and seed, each in its own process. `frozen_bytes` is the memory of
+the frozen weights.
 """
 
 from __future__ import annotations
@@ -18,91 +18,94 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-FOUR = "tune.nf4=[vision, merger, language]"
+NF4_OVERRIDE = "tune.quantize.nf4=[vision, merger, language]"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "lora": (),
-    "nf4": (FOUR,),
-    "nf4, 8-bit moments": (FOUR, "train.optimizer=adamw8bit"),
+    "nf4": (NF4_OVERRIDE,),
+    "nf4, 8-bit moments": (NF4_OVERRIDE, "train.optimizer=adamw_8bit"),
 }
 
 
-def prepare(folder: Path, seed: int) -> Path:
-    """Tickets drawn and imported as the quickstart does; gives its recipe."""
-    from finesight.data.importing import import_file
-    from finesight.data.opening import Request
-    from finesight.quickstart import PROMPT, Plan, write_recipe
-    from finesight.synth.tickets import FIELDS, TABLE, draw_tickets
+def prepare_quickstart(folder: Path, seed: int) -> Path:
+    """Generate and import the tickets of the quickstart. Returns the recipe."""
+    from finesight.data.import_source import ImportOptions
+    from finesight.data.importer import import_dataset
+    from finesight.quickstart_demo import PROMPT, QuickstartSettings, write_recipe
+    from finesight.synth.tickets import TABLE_FILE, TICKET_FIELDS, write_tickets
 
-    plan = Plan(seed=seed)
+    plan = QuickstartSettings(seed=seed)
     recipe = write_recipe(folder, plan)
-    draw_tickets(folder / "tickets", plan.pictures, seed)
-    columns = {"image": "picture", "fields": ",".join(FIELDS)}
-    request = Request(columns=columns, prompt=PROMPT, eval_last=plan.held_out)
-    import_file(folder / "tickets" / TABLE, folder / "data", request)
+    write_tickets(folder / "tickets", plan.num_images, seed)
+    columns = {"image": "image", "fields": ",".join(TICKET_FIELDS)}
+    request = ImportOptions(columns=columns, prompt=PROMPT, eval_last=plan.num_eval_rows)
+    import_dataset(folder / "tickets" / TABLE_FILE, folder / "data", request)
     return recipe
 
 
-def train_one(recipe: Path, output: Path, changes: list[str]) -> dict[str, Any]:
-    """Train in this process; gives its figures."""
+def train_variant(recipe: Path, output: Path, overrides: list[str]) -> dict[str, Any]:
+    """Train one variant in this process and return its results."""
     import torch
 
-    from finesight.hub import locate
-    from finesight.model.weights import load_model
+    from finesight.model.weights_io import load_model
+    from finesight.model_folder import locate_model
     from finesight.recipe import load_recipe
-    from finesight.train.loop import train
+    from finesight.train.trainer import train
 
-    settings = load_recipe(recipe, [*changes, f"output={output}"])
+    settings = load_recipe(recipe, [*overrides, f"output_dir={output}"])
     result = train(settings)
     assert result.after is not None, "a run without held-out data"
     model = load_model(
-        locate(settings.model), torch.bfloat16, torch.device("cpu"), settings.tune.nf4 or ()
+        locate_model(settings.model),
+        torch.bfloat16,
+        torch.device("cpu"),
+        settings.tune.quantize.nf4 or (),
     )
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return {
         "f1": result.after.scores["f1"],
         "f1_interval": result.after.intervals["f1"],
         "exact": result.after.scores["exact"],
-        "held_out_loss": result.after.held_out_loss,
-        "seconds_of_steps": round(sum(line["seconds"] for line in lines if "loss" in line), 1),
+        "validation_loss": result.after.validation_loss,
+        "seconds_of_steps": round(sum(line["step_s"] for line in lines if "loss" in line), 1),
         "frozen_bytes": sum(t.nbytes for t in [*model.parameters(), *model.buffers()]),
     }
 
 
 def main() -> None:
-    """Measure and write."""
+    """Run the benchmark and write the results."""
     if sys.argv[1:2] == ["--train"]:
         written, output, *given = sys.argv[2:]
-        print(json.dumps(train_one(Path(written), Path(output), given)))
+        print(json.dumps(train_variant(Path(written), Path(output), given)))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     import torch
 
-    from finesight.train.prepare import versions
-    from finesight.train.report import device_name
+    from finesight.train.logging import get_device_name
+    from finesight.train.setup import library_versions
 
-    torch.set_num_threads(asked.threads)
+    torch.set_num_threads(args.threads)
     figures: dict[str, Any] = {
-        "command": f"python benchmarks/qlora_quickstart.py --out {asked.out} --seed {asked.seed}"
-        f" --threads {asked.threads}",
-        "machine": device_name(torch.device("cpu")),
-        "versions": versions(),
+        "command": f"python benchmarks/qlora_quickstart.py --out {args.out} --seed {args.seed}"
+        f" --threads {args.threads}",
+        "machine": get_device_name(torch.device("cpu")),
+        "versions": library_versions(),
         "variants": {},
     }
     with tempfile.TemporaryDirectory() as folder:
-        recipe = prepare(Path(folder) / "quickstart", asked.seed)
+        recipe = prepare_quickstart(Path(folder) / "quickstart", args.seed)
         for number, (name, changes) in enumerate(VARIANTS.items()):
             words = [sys.executable, __file__, "--train", str(recipe), f"{folder}/{number}"]
-            environment = os.environ | {"OMP_NUM_THREADS": str(asked.threads)}
+            environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
             done = subprocess.run(
                 [*words, *changes], check=True, stdout=subprocess.PIPE, env=environment
             )
             figures["variants"][name] = json.loads(done.stdout.splitlines()[-1])
             print(name, figures["variants"][name], flush=True)
-            asked.out.write_text(json.dumps(figures, indent=1) + "\n")
+            args.out.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

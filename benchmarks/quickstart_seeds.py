@@ -1,8 +1,8 @@
-"""The quickstart from several seeds: seconds in all and of training, figures before and after.
+"""Run the quickstart with several seeds: total and training time, metrics before and after.
 
     python benchmarks/quickstart_seeds.py --out benchmarks/results/quickstart_cpu.json
 
-Each seed draws its own tickets and trains in a process of its own.
+Each seed generates its own tickets and runs in its own process.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 
-from finesight.train.prepare import versions
-from finesight.train.report import device_name
+from finesight.train.logging import get_device_name
+from finesight.train.setup import library_versions
 
 SEEDS = (0, 1, 2)
 
-ONE = """
+QUICKSTART_SCRIPT = """
 import json, sys
 from pathlib import Path
 from rich.console import Console
-from finesight.quickstart import Plan, quickstart
+from finesight.quickstart_demo import Plan, quickstart
 done = quickstart(Path(sys.argv[1]), Console(stderr=True), Plan(seed=int(sys.argv[2])))
 print(json.dumps(done.as_json()))
 """
@@ -36,25 +36,25 @@ print(json.dumps(done.as_json()))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     figures = {
-        "command": f"python benchmarks/quickstart_seeds.py --out {asked.out}",
-        "machine": device_name(torch.device("cpu")),
-        "versions": versions(),
-        "seeds": [measured(seed) for seed in SEEDS],
+        "command": f"python benchmarks/quickstart_seeds.py --out {args.out}",
+        "machine": get_device_name(torch.device("cpu")),
+        "versions": library_versions(),
+        "seeds": [measure_seed(seed) for seed in SEEDS],
     }
-    asked.out.write_text(json.dumps(figures, indent=1) + "\n")
+    args.out.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def measured(seed: int) -> dict[str, Any]:
-    """Figures of one quickstart, in a new folder."""
+def measure_seed(seed: int) -> dict[str, Any]:
+    """Run the quickstart with one seed in a new folder."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "quickstart"
-        words = [sys.executable, "-c", ONE, str(out), str(seed)]
+        words = [sys.executable, "-c", QUICKSTART_SCRIPT, str(out), str(seed)]
         result = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout)
         lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").open()]
-    steps = sum(line["seconds"] for line in lines if "loss" in line)
+    steps = sum(line["step_s"] for line in lines if "loss" in line)
     found = {
         "seed": seed,
         "seconds": round(time.monotonic() - start, 1),

@@ -1,11 +1,12 @@
-"""How fast the report of a run is made, and how fast Chromium opens it. Prints one JSON object.
+"""Measure how fast reports are written, and how fast Chromium opens them.
 
     python benchmarks/report_speed.py [RUN...] [--examples 2000] [--times 3]
 
-Without RUN, two runs are made up: formulas (wide pictures of few colours, answers drawn as MathML)
-and boxes (photographs of 1024 x 768, each another one). Needs chromium, chromedriver and selenium.
-`ready_ms` is from the request of the file until its load event, when the script has drawn the first
-examples; `filter_ms` and `search_ms` go over all examples. The slowest of several times is given.
+Without RUN, the script generates two runs: formulas (wide images with few colors, answers as
+MathML) and boxes (unique photographs of 1024 x 768). Requires chromium, chromedriver and selenium.
+`ready_ms` is the time from the request to the load event, after which the first examples are drawn;
+`filter_ms` and `search_ms` process all examples. The slowest of several repetitions is reported.
+Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from PIL import Image, ImageDraw, ImageFilter
 from finesight.report.run_page import write_report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from browser import DESK, PHONE, Browser, chromium
-from run_folders import Line, MadeRun, answer_line
+from browser import DESKTOP_WIDTH, PHONE_WIDTH, Browser, launch_chromium
+from run_dir_fixtures import FakeRunDir, JsonLine, make_prediction_line
 
-TERMS = (
+FORMULA_TERMS = (
     r"\frac { %d } { x _ { %d } }",
     r"\sum _ { i = %d } ^ { %d } a _ i",
     r"\sqrt { %d y ^ { %d } }",
 )
 
-TIMED = """
+PAGE_TIMING_SCRIPT = """
 const times = performance.getEntriesByType("navigation")[0];
 const paint = performance.getEntriesByName("first-contentful-paint")[0];
 const clock = (act) => {
@@ -57,29 +58,31 @@ return {
 """
 
 
-def formulas(folder: Path, count: int) -> tuple[list[Line], list[Line]]:
-    """Answers before and after about pictures of formulas."""
+def make_formula_examples(folder: Path, count: int) -> tuple[list[JsonLine], list[JsonLine]]:
+    """Generate answers before and after training about images of formulas."""
     chance = random.Random(0)
     before, after = [], []
     for i in range(count):
         truth, wrong = (
             " + ".join(
                 term % (chance.randint(1, 99), chance.randint(1, 9))
-                for term in chance.choices(TERMS, k=4)
+                for term in chance.choices(FORMULA_TERMS, k=4)
             )
             for _ in range(2)
         )
-        picture = Image.new("L", (360, 50), 255)
-        ImageDraw.Draw(picture).text((4, 18), truth[:55], fill=0)
-        picture.save(folder / f"{i}.png")
+        image = Image.new("L", (360, 50), 255)
+        ImageDraw.Draw(image).text((4, 18), truth[:55], fill=0)
+        image.save(folder / f"{i}.png")
         for lines, text in ((before, wrong), (after, truth if i % 5 else wrong)):
             path = str(folder / f"{i}.png")
-            lines.append(answer_line(f"s{i}", text, truth, float(text == truth), image=path))
+            lines.append(
+                make_prediction_line(f"s{i}", text, truth, float(text == truth), image=path)
+            )
     return before, after
 
 
-def boxes(folder: Path, count: int) -> tuple[list[Line], list[Line]]:
-    """Answers before and after about photographs: noise that is smooth enough to look like one."""
+def make_box_examples(folder: Path, count: int) -> tuple[list[JsonLine], list[JsonLine]]:
+    """Generate answers before and after training about smooth-noise photographs."""
     chance = np.random.default_rng(0)
     before, after = [], []
     for i in range(count):
@@ -90,27 +93,27 @@ def boxes(folder: Path, count: int) -> tuple[list[Line], list[Line]]:
         other = {"image": 0, "label": "a thing", "xyxy": [300, 200, 700, 600 + i % 100]}
         for lines, found in ((before, other), (after, truth if i % 5 else other)):
             scores = {"hit": float(found is truth), "iou": 1.0 if found is truth else 0.2}
-            line = answer_line(f"s{i}", json.dumps(found["xyxy"]), "", 0.0, scores=scores)
+            line = make_prediction_line(f"s{i}", json.dumps(found["xyxy"]), "", 0.0, scores=scores)
             more = {"image": str(folder / f"{i}.jpg"), "boxes": [found], "gold_boxes": [truth]}
             lines.append(line | more)
     return before, after
 
 
-def made(folder: Path, kind: str, count: int) -> Path:
-    """A run folder of so many examples."""
-    run = MadeRun(folder / kind, metric="latex" if kind == "formulas" else "grounding")
-    run.trained()
-    run.finished(differences=[])
-    (folder / f"{kind}_pictures").mkdir()
-    make = formulas if kind == "formulas" else boxes
-    before, after = make(folder / f"{kind}_pictures", count)
-    run.answered("before", before)
-    run.answered("after", after)
+def make_run_dir(folder: Path, task: str, count: int) -> Path:
+    """Write a run folder with the given number of examples."""
+    run = FakeRunDir(folder / task, metric="latex" if task == "formulas" else "grounding")
+    run.write_metrics()
+    run.write_finished(differences=[])
+    (folder / f"{task}_pictures").mkdir()
+    make = make_formula_examples if task == "formulas" else make_box_examples
+    before, after = make(folder / f"{task}_pictures", count)
+    run.write_predictions("before", before)
+    run.write_predictions("after", after)
     return run.folder
 
 
-def measured(run: Path, page: Path, browser: Browser, times: int) -> dict[str, Any]:
-    """Seconds and megabytes of one report."""
+def measure_report(run: Path, page: Path, browser: Browser, repeats: int) -> dict[str, Any]:
+    """Measure seconds and size of one report."""
     start = time.perf_counter()
     write_report(run, page)
     seconds = time.perf_counter() - start
@@ -118,31 +121,33 @@ def measured(run: Path, page: Path, browser: Browser, times: int) -> dict[str, A
         "write_s": round(seconds, 2),
         "page_mb": round(page.stat().st_size / 1e6, 2),
     }
-    for width in (PHONE, DESK):
+    for width in (PHONE_WIDTH, DESKTOP_WIDTH):
         found = []
-        for _ in range(times):
+        for _ in range(repeats):
             browser.open(page, width)
-            told = {"messages": browser.messages(), "requests": browser.requests()}
-            assert told == {"messages": [], "requests": [page.as_uri()]}, told
+            browser_log = {"messages": browser.messages(), "requests": browser.requests()}
+            assert browser_log == {"messages": [], "requests": [page.as_uri()]}, browser_log
             result["examples"] = browser.run("return DATA.examples.length;")
-            found.append(browser.run(TIMED))
+            found.append(browser.run(PAGE_TIMING_SCRIPT))
         slowest = {name: max(one[name] for one in found) for name in found[0]}
         result[f"{width}_pixels"] = {name: round(value, 1) for name, value in slowest.items()}
     return result
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="*", type=Path)
     parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--times", type=int, default=3)
     chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place, chromium() as browser:
-        folder = Path(place)
-        runs = chosen.run or [made(folder, kind, chosen.examples) for kind in ("formulas", "boxes")]
+    with tempfile.TemporaryDirectory() as temp_dir, launch_chromium() as browser:
+        folder = Path(temp_dir)
+        runs = chosen.run or [
+            make_run_dir(folder, kind, chosen.examples) for kind in ("formulas", "boxes")
+        ]
         results = {
-            run.name: measured(run, folder / f"{number}.html", browser, chosen.times)
+            run.name: measure_report(run, folder / f"{number}.html", browser, chosen.times)
             for number, run in enumerate(runs)
         }
         version = browser.driver.capabilities["browserVersion"]

@@ -1,15 +1,15 @@
-"""Load on `finesight serve`, held for minutes: is anything lost, and does its memory grow?
+"""Check `finesight serve` for lost requests and memory growth under continuous load.
 
     python benchmarks/serve_load.py MODEL [--minutes 10] [--clients 32] [--device auto] [--out FILE]
 
-A server of its own, and clients that ask without a pause: half of them about pictures never seen
-before, half about one of a few; a third reads a stream, and one question in ten is let go while its
-answer grows. Prints a line of JSON every ten seconds: memory of the server in MB (with that of the
-card, where nvidia-smi says it), its threads and open files, free pages of its cache, questions and
-tokens so far. The last line compares the memory of the last third with that of the second, gives
-what was lost, and the pages that are free when all is quiet again. Features of pictures are kept
-for when they come again, on the device, up to a bound (64 MiB on a CPU, `infer.rows`): until then
-memory grows by them, with finesight-tiny by 31 KB for each new picture.
+The script starts a server and clients that send requests without pause. Half of the requests use
+new images, half one of a few repeated images. A third of the requests stream, and one in ten is
+cancelled during generation. Every ten seconds, the script prints a line of JSON: memory of the
+server in MB (with GPU memory if nvidia-smi reports it), threads, open files, free KV-cache blocks,
+requests and tokens so far. The last line compares memory in the second and last third, and contains
+the lost requests and the free blocks at idle. The server caches image features on the device up to
+a limit (64 MiB on a CPU, `infer/model_runner.py`). Memory grows until then, by 31 KB per new image
+with finesight-tiny.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-EVERY = 10.0
+SAMPLE_INTERVAL_S = 10.0
 """Seconds between two lines."""
 
-KNOWN = 8
-"""Pictures that are asked about again and again."""
+NUM_REPEATED_IMAGES = 8
+"""Number of repeated images."""
 
-LONGEST = 64
+MAX_NEW_TOKENS = 64
 
 
-def picture(seed: int) -> str:
-    """A picture of noise as a data URL."""
+def make_image_url(seed: int) -> str:
+    """Return an image of noise as a data URL."""
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (112, 168, 3), dtype=np.uint8)
     file = io.BytesIO()
@@ -57,123 +57,129 @@ def picture(seed: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-class Load:
-    """Clients of one server, until they are told to stop; `ends` counts how questions ended."""
+class LoadGenerator:
+    """Clients of one server that run until `stop`; `outcomes` counts the results of requests."""
 
     def __init__(self, port: int, model: str, clients: int) -> None:
         self._port, self._model = port, model
-        self._numbers = itertools.count(1)
+        self._request_ids = itertools.count(1)
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._known = [picture(seed) for seed in range(KNOWN)]
-        self.ends: Counter[str] = Counter()
-        self._threads = [threading.Thread(target=self._ask_on) for _ in range(clients)]
+        self._repeated_images = [make_image_url(seed) for seed in range(NUM_REPEATED_IMAGES)]
+        self.outcomes: Counter[str] = Counter()
+        self._threads = [threading.Thread(target=self._run_client) for _ in range(clients)]
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """Let all clients finish what they have asked."""
+        """Let all clients finish their current request."""
         self._stop.set()
         for thread in self._threads:
             thread.join()
 
-    def _ask_on(self) -> None:
+    def _run_client(self) -> None:
         while not self._stop.is_set():
-            number = next(self._numbers)
+            number = next(self._request_ids)
             try:
-                end = self._ask(number)
+                outcome = self._send_request(number)
             except Exception as error:
-                end = f"lost: {type(error).__name__}: {error}"[:100]
+                outcome = f"lost: {type(error).__name__}: {error}"[:100]
             with self._lock:
-                self.ends[end] += 1
+                self.outcomes[outcome] += 1
 
-    def _ask(self, number: int) -> str:
+    def _send_request(self, number: int) -> str:
         rng = random.Random(number)
-        url = rng.choice(self._known) if rng.random() < 0.5 else picture(1000 + number)
+        url = (
+            rng.choice(self._repeated_images)
+            if rng.random() < 0.5
+            else make_image_url(1000 + number)
+        )
         parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}}]
-        parts += [{"type": "text", "text": f"What is in picture {number}? Tell me more."}]
+        parts += [{"type": "text", "text": f"What is in image {number}? Describe details."}]
         body = {
             "model": self._model,
             "messages": [{"role": "user", "content": parts}],
-            "max_tokens": rng.randint(1, LONGEST),
+            "max_tokens": rng.randint(1, MAX_NEW_TOKENS),
             "temperature": 1.0,
             "stream": number % 3 == 0,
         }
-        there = http.client.HTTPConnection("127.0.0.1", self._port, timeout=300)
-        with contextlib.closing(there):
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=300)
+        with contextlib.closing(connection):
             kind = {"Content-Type": "application/json"}
-            there.request("POST", "/v1/chat/completions", json.dumps(body), kind)
+            connection.request("POST", "/v1/chat/completions", json.dumps(body), kind)
             if number % 10 == 1:
                 time.sleep(rng.random() / 10)
-                return "let go"
-            answer = there.getresponse()
+                return "cancelled"
+            answer = connection.getresponse()
             content = answer.read()
         if answer.status != 200:
             return f"status {answer.status}"
         if body["stream"]:
-            return "done" if content.endswith(b"[DONE]\n\n") else "lost: a stream without its end"
+            return "done" if content.endswith(b"[DONE]\n\n") else "lost: incomplete stream"
         return "done" if json.loads(content)["choices"] else "lost: no choice"
 
 
-def metrics(port: int) -> dict[str, float]:
-    """The server's own figures, by name with labels."""
-    there = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    with contextlib.closing(there):
-        there.request("GET", "/metrics")
-        text = there.getresponse().read().decode()
+def read_server_metrics(port: int) -> dict[str, float]:
+    """Read the metrics of the server, by name with labels."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
     rows = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     return {name: float(value) for name, value in rows}
 
 
-def memory(process: int) -> dict[str, float]:
-    """What a process holds now: MB in memory and on the card, threads and open files."""
-    status = Path(f"/proc/{process}/status").read_text()
+def process_memory(pid: int) -> dict[str, float]:
+    """Return the memory and GPU memory of a process in MB, its threads and open files."""
+    status = Path(f"/proc/{pid}/status").read_text()
     resident = int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0])
-    found: dict[str, float] = {
+    usage: dict[str, float] = {
         "memory_mb": round(resident / 1000, 1),
         "threads": int(re.findall(r"Threads:\s+(\d+)", status)[0]),
-        "open_files": len(os.listdir(f"/proc/{process}/fd")),
+        "open_files": len(os.listdir(f"/proc/{pid}/fd")),
     }
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         card = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10)
-        found["card_mb"] = sum(map(float, card.stdout.split()))
-    return found
+        usage["card_mb"] = sum(map(float, card.stdout.split()))
+    return usage
 
 
 @contextlib.contextmanager
-def served(model: str, device: str) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
-    """The server as a program, its port, and the name that its model has."""
+def run_server(model: str, device: str) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
+    """Run the server as a subprocess. Yields its process, port and model name."""
     command = [sys.executable, "-m", "finesight", "serve", model, "--port", "0", "--device", device]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "FINESIGHT_KEY": ""}
-    program = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
-        assert program.stdout is not None
-        line = program.stdout.readline()
-        found = re.search(r"serving ([^, ]+).* at http://127.0.0.1:(\d+)/v1", line)
-        assert found is not None, f"the server says {line!r}"
-        yield program, int(found[2]), found[1]
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        match = re.search(r"serving ([^, ]+).* at http://127.0.0.1:(\d+)/v1", line)
+        assert match is not None, f"the server printed {line!r}"
+        yield process, int(match[2]), match[1]
     finally:
-        program.terminate()
-        program.wait(120)
+        process.terminate()
+        process.wait(120)
 
 
-def observed(
-    program: subprocess.Popen[str], port: int, load: Load, seconds: float
+def sample_memory(
+    process: subprocess.Popen[str], port: int, load: LoadGenerator, seconds: float
 ) -> list[dict[str, Any]]:
-    """A row every ten seconds while the load lasts, printed as it comes."""
+    """Print a row every ten seconds during the load, and return all rows."""
     start = time.monotonic()
     rows = []
     while time.monotonic() - start < seconds:
-        time.sleep(EVERY)
-        figures = metrics(port)
+        time.sleep(SAMPLE_INTERVAL_S)
+        server_metrics = read_server_metrics(port)
         rows.append(
             {
                 "seconds": round(time.monotonic() - start),
-                **memory(program.pid),
-                "pages_free": int(figures["finesight_cache_pages_free"]),
-                "questions": sum(load.ends.values()),
-                "answer_tokens": int(figures.get('finesight_tokens_total{kind="answer"}', 0)),
+                **process_memory(process.pid),
+                "num_free_blocks": int(server_metrics["finesight_kv_cache_blocks_free"]),
+                "requests": sum(load.outcomes.values()),
+                "completion_tokens": int(
+                    server_metrics.get('finesight_tokens_total{kind="completion"}', 0)
+                ),
             }
         )
         print(json.dumps(rows[-1]), flush=True)
@@ -181,7 +187,7 @@ def observed(
 
 
 def main() -> None:
-    """Hold the load, and say what became of it."""
+    """Run the load and print the summary."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--minutes", type=float, default=10.0)
@@ -189,13 +195,13 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    with served(options.model, options.device) as (program, port, name):
-        before = metrics(port)
-        load = Load(port, name, options.clients)
-        rows = observed(program, port, load, 60 * options.minutes)
+    with run_server(options.model, options.device) as (program, port, name):
+        before = read_server_metrics(port)
+        load = LoadGenerator(port, name, options.clients)
+        rows = sample_memory(program, port, load, 60 * options.minutes)
         load.stop()
         time.sleep(2)
-        after = metrics(port)
+        after = read_server_metrics(port)
     third = max(1, len(rows) // 3)
     second, last = rows[third : 2 * third] or rows[:third], rows[-third:]
     summary: dict[str, Any] = {
@@ -203,10 +209,14 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python "
         + platform.python_version(),
         "versions": {n: metadata.version(n) for n in ("torch", "fastapi", "uvicorn", "llguidance")},
-        "ends": dict(load.ends),
-        "lost": sum(count for end, count in load.ends.items() if end not in ("done", "let go")),
-        "pages": [int(f["finesight_cache_pages_free"]) for f in (before, after)],
-        "running": int(after["finesight_running"]),
+        "outcomes": dict(load.outcomes),
+        "lost": sum(
+            count
+            for outcome, count in load.outcomes.items()
+            if outcome not in ("done", "cancelled")
+        ),
+        "num_free_blocks": [int(f["finesight_kv_cache_blocks_free"]) for f in (before, after)],
+        "num_running": int(after["finesight_requests_running"]),
         "exit_code": program.returncode,
     }
     for key in ("memory_mb", "card_mb"):

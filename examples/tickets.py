@@ -1,51 +1,55 @@
 # %% [markdown]
-# # Train tickets, read into JSON
+# # Reading train tickets as JSON
 #
-# What `finesight quickstart` does, by the Python API: a table of labels and a folder of pictures
-# become a tuned model with figures from before and after. Runs on a CPU in about two minutes,
-# without a network: as a script, or cell by cell in an editor that knows `# %%`. To begin anew,
+# The workflow of `finesight quickstart` in the Python API: fine-tune a model on a table of labels
+# and a folder of images, with an evaluation before and after training. It takes about two minutes
+# on a CPU and needs no network. Run it as a script, or cell by cell in an editor. To start again,
 # delete the folder `tickets-example`.
 
 # %%
 from pathlib import Path
 
-from finesight.api import check_data, import_data, load, question, train
-from finesight.infer.load import cpu_precision
-from finesight.synth.tickets import FIELDS, draw_tickets
+from finesight.api import build_question, check_data, import_data, load_model, train
+from finesight.infer.model_loader import select_cpu_precision
+from finesight.synth.tickets import TICKET_FIELDS, write_tickets
 
-TICKETS, HELD_OUT, STEPS = 2500, 100, 200
+NUM_TICKETS, NUM_EVAL_ROWS, NUM_STEPS = 2500, 100, 200
 MODEL = "finesight-tiny"
 PROMPT = "Read the ticket."
 folder = Path("tickets-example")
 
 # %% [markdown]
-# The data: pictures, and a table as a spreadsheet saves it. Put your own in its place.
+# Data: images and a CSV table. Replace them with your own.
 
 # %%
-table = draw_tickets(folder / "tickets", TICKETS, seed=0)
+table = write_tickets(folder / "tickets", NUM_TICKETS, seed=0)
 print(*table.read_text(encoding="utf-8").splitlines()[:3], sep="\n")
 
 # %% [markdown]
 # Import: the columns `from,to,date,seat,price` become the answer, a JSON object. The last rows are
-# held out.
+# the validation split.
 
 # %%
-columns = {"image": "picture", "fields": ",".join(FIELDS)}
-summary = import_data(table, folder / "data", columns=columns, prompt=PROMPT, eval_last=HELD_OUT)
-for written in summary.written:
-    print(f"{written.file}: {written.samples} samples")
+columns = {"image": "image", "fields": ",".join(TICKET_FIELDS)}
+summary = import_data(
+    table, folder / "data", columns=columns, prompt=PROMPT, eval_last=NUM_EVAL_ROWS
+)
+for output_file in summary.output_files:
+    print(f"{output_file.file}: {output_file.num_samples} samples")
 
 # %% [markdown]
-# Check: damaged pictures, contradictions, held-out pictures that are trained on, and more.
+# Data check: corrupt images, contradictory answers, validation images in the training data, and
+# more.
 
 # %%
 data = {"train": folder / "data" / "train.jsonl", "eval": folder / "data" / "eval.jsonl"}
-checked = check_data(data["train"], data["eval"])
-print(f"{checked.samples} samples, {checked.pictures} pictures, faults: {checked.counts or 'none'}")
+check = check_data(data["train"], data["eval"])
+print(f"{check.num_samples} samples, {check.num_images} images")
+print(f"issues: {check.issue_counts or 'none'}")
 
 # %% [markdown]
-# Train: adapters on all linear layers; the model itself stays as it is. Held-out tickets are
-# answered and scored before the first step and after the last.
+# Training: LoRA adapters on all linear layers; the base model is frozen. The trainer evaluates the
+# validation split before the first step and after the last.
 
 # %%
 recipe = {
@@ -58,32 +62,32 @@ recipe = {
         "lora": {"rank": 32, "alpha": 32, "dropout": 0.0},
     },
     "train": {
-        "steps": STEPS,
-        "batch": 16,
+        "steps": NUM_STEPS,
+        "batch_size": 16,
         "learning_rate": 2.0e-3,
         "device": "cpu",
-        "precision": cpu_precision(),
-        "workers": 0,
+        "precision": select_cpu_precision(),
+        "num_workers": 0,
     },
-    "eval": {"metric": "json", "max_new_tokens": 112, "batch": 100},
-    "output": folder / "run",
+    "eval": {"metric": "json", "max_new_tokens": 112, "batch_size": 100},
+    "output_dir": folder / "run",
 }
 result = train(recipe)
 print(result.as_table())
 
 # %% [markdown]
-# Ask it about three tickets that it has never seen, drawn from another seed.
+# Inference on three new tickets, generated with another seed.
 
 # %%
-draw_tickets(folder / "new", 3, seed=1)
-pictures = sorted((folder / "new" / "pictures").iterdir())
-model = load(folder / "run")
-asked = [question(picture, PROMPT) for picture in pictures]
-answers = model.generate_all(asked, max_new_tokens=112)
+write_tickets(folder / "new", 3, seed=1)
+image_paths = sorted((folder / "new" / "images").iterdir())
+model = load_model(folder / "run")
+questions = [build_question(image_path, PROMPT) for image_path in image_paths]
+answers = model.generate_batch(questions, max_new_tokens=112)
 print(*(answer.as_text() for answer in answers), sep="\n")
 
 # %% [markdown]
-# And look: figures with intervals, curves, and every held-out ticket with its answers.
+# The report contains metrics with confidence intervals, loss curves and all validation answers.
 
 # %%
 print(f"Open {folder / 'run' / 'report.html'} in a browser.")

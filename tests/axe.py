@@ -1,4 +1,4 @@
-"""axe-core, which judges how accessible a page is that is open in a browser."""
+"""Accessibility checks of an open page with axe-core."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 import pytest
 from browser import Browser
 
-GRAVE = ("serious", "critical")
+SEVERE_IMPACTS = ("serious", "critical")
 
 
-class Axe:
-    """The checker; tests are skipped where it is not installed."""
+class AxeChecker:
+    """axe-core checker. Tests are skipped without it."""
 
     def __init__(self) -> None:
         pytest.importorskip("axe_core_python", reason="axe-core-python is not installed")
         file = importlib.resources.files("axe_core_python") / "axe.min.js"
         self._script = file.read_text("utf-8")
 
-    def grave(self, browser: Browser) -> list[str]:
-        """The serious findings in the page that is open."""
+    def find_violations(self, browser: Browser) -> list[str]:
+        """Return serious violations of the open page."""
         browser.run(self._script)
-        told: Any = browser.driver.execute_async_script(
+        result: Any = browser.driver.execute_async_script(
             "const done = arguments[arguments.length - 1]; axe.run().then(done);"
         )
         return [
             f"{one['id']}: {one['nodes'][0]['html'][:200]}"
-            for one in told["violations"]
-            if one["impact"] in GRAVE
+            for one in result["violations"]
+            if one["impact"] in SEVERE_IMPACTS
         ]

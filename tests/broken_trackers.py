@@ -1,4 +1,4 @@
-"""Packages of trackers that misbehave, in folders that come before the real ones."""
+"""Fake tracker packages with faults, found before the real ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SWANLAB = '''
+SWANLAB_SOURCE = '''
 """Like SwanLab, as far as a run needs it; `broken` is called at every figure."""
 import os, sys, threading, types
 
@@ -35,7 +35,7 @@ def init(**given):
 Image = Text = lambda *given, **named: given
 '''
 
-FAULTS = {
+FAULT_CODE = {
     "raises": "if calls == 3: raise ConnectionError('planted: the server is gone')",
     "hangs": "threading.Event().wait()",
     "dies": "if calls == 3: os._exit(9)",
@@ -43,18 +43,17 @@ FAULTS = {
 }
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, folder: Path, fault: str) -> None:
-    """From here on, `swanlab` is a package with this fault: for this process, which looks whether
-    there is one, and for those it starts."""
+def install_broken_tracker(monkeypatch: pytest.MonkeyPatch, folder: Path, fault: str) -> None:
+    """Install a faulty `swanlab` package for this process and its children."""
     package = folder / f"{fault}-packages"
     package.mkdir()
-    (package / "swanlab.py").write_text(SWANLAB.format(fault=FAULTS[fault]))
+    (package / "swanlab.py").write_text(SWANLAB_SOURCE.format(fault=FAULT_CODE[fault]))
     monkeypatch.syspath_prepend(str(package))
     monkeypatch.setenv("PYTHONPATH", str(package), prepend=":")
 
 
-def unimportable(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str) -> None:
-    """From here on, a package is there, but what it needs is not."""
+def make_unimportable(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str) -> None:
+    """Install a package whose dependency is missing."""
     package = folder / f"{name}-broken"
     package.mkdir()
     (package / f"{name}.py").write_text("import a_library_that_has_gone\n")

@@ -1,4 +1,4 @@
-"""Pages opened in a headless Chromium, and what happened to them there."""
+"""Headless Chromium for page tests."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-PHONE, DESK = 390, 1440
-"""The widths in CSS pixels at which every page must be readable."""
+PHONE_WIDTH, DESKTOP_WIDTH = 390, 1440
+"""Tested page widths in CSS pixels."""
 
-PAYLOADS = (
+XSS_PAYLOADS = (
     "<script>alert(1)</script>",
     "</script><script>alert(2)</script>",
     "<!--<script>alert(3)</script>-->",
@@ -48,15 +48,17 @@ PAYLOADS = (
     "{{ 7 * 7 }}{% raw %}${alert(31)}",
     "\u2028\u2029\\u003cscript\\u003ealert(32)",
 )
-"""Texts that run a script, or try to, wherever a page takes them for more than text."""
+"""Texts that execute a script if a page does not escape them."""
 
-COUNTING = "window.alert = (number) => top.ran.push(number); if (top === window) window.ran = [];"
+COUNT_ALERTS_SCRIPT = (
+    "window.alert = (number) => top.ran.push(number); if (top === window) window.ran = [];"
+)
 
 
-PAINTED = """return new Promise((resolve) =>
+WAIT_PAINT_SCRIPT = """return new Promise((resolve) =>
   requestAnimationFrame(() => requestAnimationFrame(() => resolve(true))));"""
 
-NAMELESS = """
+UNLABELED_SCRIPT = """
 const named = (at) => at.getAttribute("aria-label") || at.textContent.trim() || at.labels?.length;
 const found = [...document.querySelectorAll("button, summary, a")].filter((at) => !named(at));
 found.push(...[...document.querySelectorAll("img")].filter((at) => !at.alt));
@@ -80,54 +82,56 @@ NAMED_KEYS: dict[str, dict[str, Any]] = {
 
 
 class Browser:
-    """A Chromium that opens local files and remembers their messages and requests."""
+    """Chromium that records console messages and requests."""
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
-        self._tell("Page.addScriptToEvaluateOnNewDocument", {"source": COUNTING})
+        self._send_command("Page.addScriptToEvaluateOnNewDocument", {"source": COUNT_ALERTS_SCRIPT})
 
-    def open(self, page: Path, width: int = DESK, height: int = 900, *, dark: bool = False) -> None:
-        """Open a file at that width, on a screen that asks for a light or a dark page."""
+    def open(
+        self, page: Path, width: int = DESKTOP_WIDTH, height: int = 900, *, dark: bool = False
+    ) -> None:
+        """Open a file with a width and color scheme."""
         self.visit(page.as_uri(), width, height, dark=dark)
 
     def visit(
-        self, address: str, width: int = DESK, height: int = 900, *, dark: bool = False
+        self, address: str, width: int = DESKTOP_WIDTH, height: int = 900, *, dark: bool = False
     ) -> None:
-        """Open an address, as `open` does a file."""
+        """Open a URL with a width and color scheme."""
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._tell("Emulation.setDeviceMetricsOverride", screen)
-        self._tell("Emulation.setEmulatedMedia", {"features": [scheme]})
+        self._send_command("Emulation.setDeviceMetricsOverride", screen)
+        self._send_command("Emulation.setEmulatedMedia", {"features": [scheme]})
         self.driver.get("about:blank")
         self.messages(), self.requests()
         self.driver.get(address)
-        self.run(PAINTED)  # keys that come before a page is painted are dropped
+        self.run(WAIT_PAINT_SCRIPT)  # keys that come before a page is painted are dropped
 
     def settle(self) -> None:
-        """Wait until what a script has just begun, or an address that failed, has had its time."""
+        """Wait for pending scripts and requests."""
         self.run("return new Promise((resolve) => setTimeout(resolve, 200));")
 
     def run(self, script: str) -> Any:
-        """The value of a function's body, run in the page."""
+        """Execute a function body in the page and return its value."""
         return self.driver.execute_script(script)
 
     def press(self, *keys: str) -> None:
-        """Press and release keys, by their names in JavaScript, wherever the focus is."""
+        """Press and release keys by their JavaScript names."""
         for key in keys:
             text = {"text": key} if len(key) == 1 else NAMED_KEYS.get(key, {})
-            self._tell("Input.dispatchKeyEvent", {"type": "keyDown", "key": key, **text})
-            self._tell("Input.dispatchKeyEvent", {"type": "keyUp", "key": key})
+            self._send_command("Input.dispatchKeyEvent", {"type": "keyDown", "key": key, **text})
+            self._send_command("Input.dispatchKeyEvent", {"type": "keyUp", "key": key})
 
-    def ran(self) -> list[int]:
-        """The numbers of the PAYLOADS that ran in the page that is open."""
+    def executed_payloads(self) -> list[int]:
+        """Return the numbers of executed payloads."""
         return [int(number) for number in self.run("return window.ran;")]
 
     def messages(self) -> list[str]:
-        """What the console has said since it was last asked: errors, warnings and the rest."""
+        """Return console messages since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """The addresses that were asked for since this was last asked, but for data: ones."""
+        """Return requested URLs since the last call, without data URLs."""
         entries = [json.loads(entry["message"]) for entry in self.driver.get_log("performance")]
         sent = [
             entry["message"]["params"]["request"]["url"]
@@ -136,8 +140,8 @@ class Browser:
         ]
         return [url for url in sent if not url.startswith(("data:", "about:"))]
 
-    def overflow(self) -> int:
-        """By how many pixels the page is wider than its window: sideways scrolling."""
+    def overflow_width(self) -> int:
+        """Return the horizontal overflow of the page in pixels."""
         return int(
             self.run(
                 "const page = document.documentElement;"
@@ -145,22 +149,21 @@ class Browser:
             )
         )
 
-    def nameless(self) -> list[str]:
-        """What someone who does not see the page could not name: pictures, buttons, fields and
-        boxes that scroll without a name, and headings that leave out a level."""
-        return [str(found) for found in self.run(NAMELESS)]
+    def unlabeled_elements(self) -> list[str]:
+        """Return elements without a label, and skipped heading levels."""
+        return [str(found) for found in self.run(UNLABELED_SCRIPT)]
 
-    def picture(self, file: Path) -> None:
-        """Save what is seen as a PNG."""
+    def save_screenshot(self, file: Path) -> None:
+        """Save a screenshot as PNG."""
         file.write_bytes(self.driver.get_screenshot_as_png())
 
-    def _tell(self, command: str, parameters: dict[str, Any]) -> None:
+    def _send_command(self, command: str, parameters: dict[str, Any]) -> None:
         self.driver.execute_cdp_cmd(command, parameters)
 
 
 @contextmanager
-def chromium() -> Iterator[Browser]:
-    """A browser for the length of the block; skips the test where there is none."""
+def launch_chromium() -> Iterator[Browser]:
+    """Run a browser within the block. Skips the test without Chromium."""
     program, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if program is None or driver is None:
         pytest.skip("no chromium and chromedriver on the search path")

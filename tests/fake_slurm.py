@@ -26,7 +26,7 @@ def install(folder: Path) -> Path:
     return folder
 
 
-def told(line: str) -> None:
+def log_command(line: str) -> None:
     with (Path(os.environ["FAKE_SLURM"]) / "told").open("a") as file:
         file.write(f"{line}\n")
 
@@ -48,12 +48,12 @@ def srun(words: list[str]) -> int:
     while any(task.poll() is None for task in tasks):
         code = code or max(abs(task.returncode or 0) for task in tasks)
         if code:
-            kill(signal.SIGKILL)
+            kill_tasks(signal.SIGKILL)
         time.sleep(0.05)
     return code or max(abs(task.returncode) for task in tasks)
 
 
-def kill(number: signal.Signals) -> None:
+def kill_tasks(number: signal.Signals) -> None:
     """All processes of all tasks, as Slurm does it."""
     for group in (Path(os.environ["FAKE_SLURM"]) / "tasks").read_text().split():
         with contextlib.suppress(ProcessLookupError):
@@ -62,12 +62,12 @@ def kill(number: signal.Signals) -> None:
 
 def main() -> int:
     name, *words = sys.argv[1:]
-    told(" ".join([name, *words]))
+    log_command(" ".join([name, *words]))
     if name == "srun":
         return srun(words)
     if name == "scancel":
         assert words[0] == "--signal=USR1", words
-        kill(signal.SIGUSR1)
+        kill_tasks(signal.SIGUSR1)
     elif words[:2] == ["show", "hostnames"]:
         with contextlib.suppress(BrokenPipeError):
             print("127.0.0.1\nelsewhere", flush=True)

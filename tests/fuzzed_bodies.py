@@ -1,4 +1,4 @@
-"""Bodies of chat completions, damaged at random; those of a seed are always the same."""
+"""Randomly corrupted bodies of chat completions, reproducible by seed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import random
 from typing import Any
 
-from hostile_requests import image_part, schema_format, small_image
+from hostile_requests import make_image_content, make_schema_format, make_small_image
 
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 10**400, 0.0, -0.0, 1e-320),
@@ -17,7 +17,7 @@ ODD: tuple[Any, ...] = (
     *("https://localhost/a.png", "file:///etc/passwd", "http://[", "../../x", "\U0001f600" * 50),
     *([1] * 300, [""] * 300, {"a" * 300: 1}, {str(n): n for n in range(300)}),
 )
-"""Values that are put in the place of others."""
+"""Replacement values."""
 
 TOOL = {
     "type": "function",
@@ -41,10 +41,10 @@ SCHEMA = {
 }
 
 
-def _sound(model: str, rng: random.Random) -> dict[str, Any]:
-    """A body that is answered."""
+def _make_valid_body(model: str, rng: random.Random) -> dict[str, Any]:
+    """Make a valid body."""
     text = {"type": "text", "text": "What is in the image?"}
-    image = image_part(small_image(rng.choice(["PNG", "JPEG", "GIF", "WEBP"])))
+    image = make_image_content(make_small_image(rng.choice(["PNG", "JPEG", "GIF", "WEBP"])))
     messages: list[dict[str, Any]] = [{"role": "user", "content": rng.choice(["Hello", [text]])}]
     if rng.random() < 0.3:
         messages = [{"role": "user", "content": [image, text]}]
@@ -70,7 +70,12 @@ def _sound(model: str, rng: random.Random) -> dict[str, Any]:
         "stream": True,
         "stream_options": {"include_usage": True},
         "response_format": rng.choice(
-            [schema_format(SCHEMA), {"type": "json_object"}, {"type": "boxes"}, {"type": "text"}]
+            [
+                make_schema_format(SCHEMA),
+                {"type": "json_object"},
+                {"type": "boxes"},
+                {"type": "text"},
+            ]
         ),
         "tools": [TOOL],
         "tool_choice": rng.choice(["none", "auto", "required"]),
@@ -80,12 +85,12 @@ def _sound(model: str, rng: random.Random) -> dict[str, Any]:
     for key in rng.sample(sorted(optional), rng.randint(0, 5)):
         body[key] = optional[key]
     # Nothing is shared with other bodies, or within this one.
-    sound: dict[str, Any] = json.loads(json.dumps(body))
-    return sound
+    valid: dict[str, Any] = json.loads(json.dumps(body))
+    return valid
 
 
-def _places(value: Any) -> list[tuple[Any, Any]]:
-    """Containers and keys of everything inside of a value."""
+def _list_json_paths(value: Any) -> list[tuple[Any, Any]]:
+    """Return containers and keys of all nested values."""
     items: list[tuple[Any, Any]] = []
     if isinstance(value, dict):
         items = list(value.items())
@@ -94,17 +99,17 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
     found = []
     for key, inner in items:
         found.append((value, key))
-        found += _places(inner)
+        found += _list_json_paths(inner)
     return found
 
 
-def _damage(body: dict[str, Any], rng: random.Random) -> None:
-    """Change one place of the body."""
-    places = _places(body)
-    if not places:
+def _corrupt_value(body: dict[str, Any], rng: random.Random) -> None:
+    """Change one value of the body."""
+    locations = _list_json_paths(body)
+    if not locations:
         return
-    container, key = rng.choice(places)
-    other, from_key = rng.choice(places)
+    container, key = rng.choice(locations)
+    other, from_key = rng.choice(locations)
     how = rng.randrange(6)
     if how == 0:
         container[key] = copy.deepcopy(rng.choice(ODD))
@@ -124,8 +129,8 @@ def _damage(body: dict[str, Any], rng: random.Random) -> None:
         container[key] = text[:at] + rng.choice(["", "\0", "\ud800", "{", "}" * 50]) + text[at:]
 
 
-def _scramble(data: bytes, rng: random.Random) -> bytes:
-    """Change bytes of the body, which may be JSON no more."""
+def _corrupt_bytes(data: bytes, rng: random.Random) -> bytes:
+    """Change bytes of the body, which may invalidate the JSON."""
     changed = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         at, how = rng.randrange(len(changed) + 1), rng.randrange(4)
@@ -140,14 +145,14 @@ def _scramble(data: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
-def fuzzed_body(model: str, seed: int) -> bytes:
-    """A body by its number: one in twenty is sound, one in four is damaged in its bytes."""
+def make_fuzzed_body(model: str, seed: int) -> bytes:
+    """Make a body by seed: one in twenty is valid, one in four has corrupted bytes."""
     rng = random.Random(seed)
-    body = _sound(model, rng)
+    body = _make_valid_body(model, rng)
     if seed % 20:
         for _ in range(rng.randint(1, 3)):
-            _damage(body, rng)
+            _corrupt_value(body, rng)
         # The parser is tested, not how long the model may speak.
         body.setdefault("max_tokens", 2)
     data = json.dumps(body).encode("utf-8", "surrogatepass")
-    return _scramble(data, rng) if seed % 4 == 3 else data
+    return _corrupt_bytes(data, rng) if seed % 4 == 3 else data

@@ -1,4 +1,4 @@
-"""Requests that try to stall a server or to fill its memory, made on the spot."""
+"""Generators of requests that try to stall a server or to exhaust its memory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from typing import Any
 from PIL import Image
 
 SIDE = 7_900
-"""Pixels of a side of an image that is just within the limit of pixels."""
+"""Side of an image just below the pixel limit."""
 
 
 @dataclass(frozen=True)
-class Hostile:
-    """A request by its name; `cut` is the share of the body after which the client disconnects."""
+class HostileRequest:
+    """Named request. The client disconnects after the fraction `cut` of the body."""
 
     name: str
     path: str
@@ -31,7 +31,7 @@ class Hostile:
     cut: float = 1.0
 
     def send(self, port: int, seconds: float = 120.0) -> int:
-        """Send it and return the status; 0 where the client or the server closed first."""
+        """Send the request and return the status, or 0 if the connection was closed."""
         head = (
             f"POST {self.path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n"
             f"Content-Type: {self.content_type}\r\nContent-Length: {len(self.body)}\r\n\r\n"
@@ -50,20 +50,20 @@ class Hostile:
         return int(words[1]) if len(words) > 1 else 0
 
 
-def chat(model: str, content: Any, **more: Any) -> bytes:
-    """The body of a chat completion."""
+def make_chat_body(model: str, content: Any, **more: Any) -> bytes:
+    """Make the body of a chat completion."""
     body = {"model": model, "messages": [{"role": "user", "content": content}], **more}
     return json.dumps({"max_tokens": 64, **body}).encode()
 
 
-def image_part(data: bytes, kind: str = "png") -> dict[str, Any]:
-    """An image as a part of a message."""
+def make_image_content(data: bytes, kind: str = "png") -> dict[str, Any]:
+    """Make an image part of a message."""
     url = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
-    """A `response_format` of a JSON schema."""
+def make_schema_format(schema: dict[str, Any]) -> dict[str, Any]:
+    """Make a `response_format` with a JSON schema."""
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
 
 
@@ -95,8 +95,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 
 
 @cache
-def jpeg2000() -> bytes:
-    """A few hundred bytes that take seconds to decode."""
+def make_jpeg2000() -> bytes:
+    """Make an image of a few hundred bytes that takes seconds to decode."""
     file = io.BytesIO()
     flat = Image.new("L", (SIDE, SIDE), 128)
     flat.save(file, "JPEG2000", quality_mode="rates", quality_layers=[1000])
@@ -104,8 +104,8 @@ def jpeg2000() -> bytes:
 
 
 @cache
-def progressive_jpeg(scans: int = 3_000) -> bytes:
-    """A JPEG whose smallest scan is repeated: each pass goes over all of the image."""
+def make_progressive_jpeg(scans: int = 3_000) -> bytes:
+    """Make a JPEG with many repeated scans, each of which processes all pixels."""
     file = io.BytesIO()
     flat = Image.new("RGB", (SIDE, SIDE), (120, 30, 200))
     flat.save(file, "JPEG", progressive=True, quality=50)
@@ -123,16 +123,16 @@ def progressive_jpeg(scans: int = 3_000) -> bytes:
 
 
 @cache
-def small_image(kind: str) -> bytes:
-    """An image of 64 x 64 pixels."""
+def make_small_image(kind: str) -> bytes:
+    """Make an image of 64 x 64 pixels."""
     file = io.BytesIO()
     Image.new("P" if kind == "GIF" else "RGB", (64, 64)).save(file, kind)
     return file.getvalue()
 
 
-def header_flood(kind: str, size: int) -> bytes:
-    """An image whose header has as many segments, comments or chunks as `size` bytes hold."""
-    data = small_image(kind)
+def make_header_flood(kind: str, size: int) -> bytes:
+    """Make an image whose header has `size` bytes of segments, comments or chunks."""
+    data = make_small_image(kind)
     if kind == "JPEG":
         at, piece = 2, b"\xff\xe1\x00\x08Exif\0\0"
     elif kind == "GIF":
@@ -143,15 +143,15 @@ def header_flood(kind: str, size: int) -> bytes:
     return data[:at] + piece * (size // len(piece)) + data[at:]
 
 
-def long_text(kind: str, length: int, seed: int) -> str:
-    """A text that takes long to tokenize, different for each seed."""
+def make_long_text(kind: str, length: int, seed: int) -> str:
+    """Make a text that is slow to tokenize, unique by seed."""
     units = {"digits": "0123456789", "jamo": "\u1100\u1161\u11a8", "marks": "\u0301\u0316"}
     text = units[kind] * (length // len(units[kind]))
     return f"{seed} {text}"
 
 
-def form(data: bytes) -> tuple[bytes, str]:
-    """The body of an upload, and its content type."""
+def make_multipart_form(data: bytes) -> tuple[bytes, str]:
+    """Make the body of an upload and its content type."""
     mark = b"----------------8f0c"
     head = b'\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nvision\r\n--' + mark
     file = b'\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
@@ -162,41 +162,45 @@ def form(data: bytes) -> tuple[bytes, str]:
 CHAT, FILES = "/v1/chat/completions", "/v1/files"
 
 
-def kinds(model: str, flood: int, length: int) -> dict[str, Callable[[int], Hostile]]:
-    """Makers of hostile requests by name; `flood` are bytes of a header, `length` characters."""
+def request_makers(
+    model: str, flood: int, length: int
+) -> dict[str, Callable[[int], HostileRequest]]:
+    """Return makers of hostile requests by name."""
 
-    def asked(name: str, content: Any, **more: Any) -> Hostile:
-        return Hostile(name, CHAT, chat(model, content, **more))
+    def requested(name: str, content: Any, **more: Any) -> HostileRequest:
+        return HostileRequest(name, CHAT, make_chat_body(model, content, **more))
 
-    def shown(name: str, data: bytes, times: int = 1, **more: Any) -> Hostile:
-        return asked(name, [*[image_part(data)] * times, {"type": "text", "text": "What?"}], **more)
+    def shown(name: str, data: bytes, times: int = 1, **more: Any) -> HostileRequest:
+        return requested(
+            name, [*[make_image_content(data)] * times, {"type": "text", "text": "What?"}], **more
+        )
 
-    def uploaded(name: str, data: bytes) -> Hostile:
-        return Hostile(name, FILES, *form(data))
+    def uploaded(name: str, data: bytes) -> HostileRequest:
+        return HostileRequest(name, FILES, *make_multipart_form(data))
 
-    makers: dict[str, Callable[[int], Hostile]] = {
-        f"schema: {name}": lambda _, name=name, schema=schema: asked(  # type: ignore[misc]
-            name, "Answer.", response_format=schema_format(schema), max_tokens=400
+    makers: dict[str, Callable[[int], HostileRequest]] = {
+        f"schema: {name}": lambda _, name=name, schema=schema: requested(  # type: ignore[misc]
+            name, "Answer.", response_format=make_schema_format(schema), max_tokens=400
         )
         for name, schema in SCHEMAS.items()
     }
     for text in ("digits", "jamo", "marks"):
         # Beyond the limit of characters, or just within it.
-        makers[f"text: {text}"] = lambda seed, text=text: asked(  # type: ignore[misc]
-            text, long_text(text, length if seed % 2 else 400_000, seed)
+        makers[f"text: {text}"] = lambda seed, text=text: requested(  # type: ignore[misc]
+            text, make_long_text(text, length if seed % 2 else 400_000, seed)
         )
     for kind in ("JPEG", "GIF", "PNG"):
         makers[f"header: {kind}"] = lambda _, kind=kind: shown(  # type: ignore[misc]
-            kind, header_flood(kind, flood)
+            kind, make_header_flood(kind, flood)
         )
         makers[f"upload: {kind}"] = lambda _, kind=kind: uploaded(  # type: ignore[misc]
-            kind, header_flood(kind, flood)
+            kind, make_header_flood(kind, flood)
         )
     makers |= {
-        "image: JPEG 2000": lambda _: shown("JPEG 2000", jpeg2000(), 8),
-        "image: progressive": lambda _: shown("progressive", progressive_jpeg(), 4, n=4),
-        "image: cut off": lambda _: shown("cut off", small_image("PNG")[:60]),
-        "tools": lambda _: asked(
+        "image: JPEG 2000": lambda _: shown("JPEG 2000", make_jpeg2000(), 8),
+        "image: progressive": lambda _: shown("progressive", make_progressive_jpeg(), 4, n=4),
+        "image: cut off": lambda _: shown("cut off", make_small_image("PNG")[:60]),
+        "tools": lambda _: requested(
             "tools",
             "Call it.",
             tools=[
@@ -207,18 +211,18 @@ def kinds(model: str, flood: int, length: int) -> dict[str, Callable[[int], Host
             ],
             tool_choice="required",
         ),
-        "body: escapes": lambda seed: asked("escapes", f"{seed}" + "\u4e00" * (flood // 6)),
-        "body: brackets": lambda _: Hostile("brackets", CHAT, b"[" * flood),
-        "body: values": lambda _: Hostile(
+        "body: escapes": lambda seed: requested("escapes", f"{seed}" + "\u4e00" * (flood // 6)),
+        "body: brackets": lambda _: HostileRequest("brackets", CHAT, b"[" * flood),
+        "body: values": lambda _: HostileRequest(
             "values", CHAT, b'{"model":"a","messages":[' + b"1," * 100_000 + b"1]}"
         ),
-        "body: not UTF-8": lambda seed: Hostile(
+        "body: not UTF-8": lambda seed: HostileRequest(
             "not UTF-8", CHAT, random.Random(seed).randbytes(50_000)
         ),
-        "disconnect": lambda seed: Hostile(
+        "disconnect": lambda seed: HostileRequest(
             "disconnect",
             CHAT,
-            chat(model, long_text("digits", flood, seed)),
+            make_chat_body(model, make_long_text("digits", flood, seed)),
             cut=random.Random(seed).random(),
         ),
     }
@@ -227,9 +231,9 @@ def kinds(model: str, flood: int, length: int) -> dict[str, Callable[[int], Host
 
 def hostile_requests(
     model: str, number: int, flood: int = 4 << 20, length: int = 990_000
-) -> Iterator[Hostile]:
-    """So many requests, every kind in turn, in an order that is always the same."""
-    makers = kinds(model, flood, length)
+) -> Iterator[HostileRequest]:
+    """Yield requests of all kinds in a fixed random order."""
+    makers = request_makers(model, flood, length)
     names = [name for _ in range(-(-number // len(makers))) for name in makers][:number]
     random.Random(0).shuffle(names)
     for seed, name in enumerate(names):

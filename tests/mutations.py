@@ -8,13 +8,25 @@ from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
-NUMBERS = (0, -1, 1, 2, 3, 0.5, 1e-300, 1e308, 10**9, 2**31, 2**63, 10**30, 10**400)
+NUMERIC_VALUES = (0, -1, 1, 2, 3, 0.5, 1e-300, 1e308, 10**9, 2**31, 2**63, 10**30, 10**400)
 NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
-PLAIN = (None, True, False, "", [], {}, [[]], [None], {"": None}, [0] * 10_000, "x" * 100_000)
+SIMPLE_VALUES = (
+    None,
+    True,
+    False,
+    "",
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    [0] * 10_000,
+    "x" * 100_000,
+)
 TEXTS = ("NaN", "\0", "a\0b", "\u202e", "1", "..", ".", "/", "~", "a/b", "\ud800", "(", "[a-", "%s")
 PATHS = ("/dev/zero", "/etc/passwd", "/proc/self/mem", "file:///x", "../../x", "s3://x/y", "a b")
 TOKENS = ("<|im_end|>", "<|image_pad|>", "<|vision_start|>", "{{ x }}", "{% raw %}")
-VALUES = (*NUMBERS, *NUMBERS, *NOT_FINITE, *PLAIN, *TEXTS, *PATHS, *TOKENS)
+VALUES = (*NUMERIC_VALUES, *NUMERIC_VALUES, *NOT_FINITE, *SIMPLE_VALUES, *TEXTS, *PATHS, *TOKENS)
 
 DEEP = '{"a": ' * 300 + "[" * 100_000
 ODD_FILES = (
@@ -72,17 +84,17 @@ def mutated_bytes(rng: random.Random, content: bytes) -> bytes:
     """Bytes changed, lost or repeated."""
     found = bytearray(content or b"x")
     for _ in range(rng.choice((1, 2, 5, 20))):
-        place = rng.randrange(len(found))
+        location = rng.randrange(len(found))
         match rng.randrange(4):
             case 0:
-                found[place] = rng.randrange(256)
+                found[location] = rng.randrange(256)
             case 1:
-                found[place] = rng.choice(b":-{}[]&*!|>'\"%@`#,? \n\t\x000123456789eE.")
+                found[location] = rng.choice(b":-{}[]&*!|>'\"%@`#,? \n\t\x000123456789eE.")
             case 2:
-                del found[place : place + rng.randrange(1, 20)]
+                del found[location : location + rng.randrange(1, 20)]
                 found = found or bytearray(b"x")
             case _:
-                found[place:place] = found[rng.randrange(len(found)) :][:20]
+                found[location:location] = found[rng.randrange(len(found)) :][:20]
     return bytes(found)
 
 
@@ -111,20 +123,20 @@ def mutated_lines(rng: random.Random, content: bytes) -> bytes:
     if not lines or rng.randrange(12) == 0:
         return rng.choice(ODD_FILES)
     for _ in range(rng.choice((1, 1, 2, 5))):
-        place = rng.randrange(len(lines))
+        location = rng.randrange(len(lines))
         match rng.randrange(8):
             case 0:
-                lines[place] = mutated_bytes(rng, lines[place])
+                lines[location] = mutated_bytes(rng, lines[location])
             case 1:
-                lines[place] = rng.choice(ODD_FILES).replace(b"\n", b" ")
+                lines[location] = rng.choice(ODD_FILES).replace(b"\n", b" ")
             case 2:
-                lines.insert(place, rng.choice(lines))
+                lines.insert(location, rng.choice(lines))
             case 3:
-                del lines[place]
+                del lines[location]
                 lines = lines or [b"{}"]
             case _:
                 try:
-                    lines[place] = as_json(mutated_value(rng, json.loads(lines[place])))
+                    lines[location] = as_json(mutated_value(rng, json.loads(lines[location])))
                 except (ValueError, RecursionError):
-                    lines[place] = b"{}"
+                    lines[location] = b"{}"
     return b"\n".join(lines) + rng.choice((b"\n", b""))

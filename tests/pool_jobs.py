@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.errors import UserError
-from finesight.worker_process import Output
+from finesight.worker_process import JobOutput
 
 
 def load(number: int) -> dict[str, Any]:
@@ -19,46 +19,46 @@ def load(number: int) -> dict[str, Any]:
     return {"number": number}
 
 
-def describe(state: dict[str, Any], array: NDArray[np.generic]) -> Output:
+def describe(state: dict[str, Any], array: NDArray[np.generic]) -> JobOutput:
     state["jobs"] = state.get("jobs", 0) + 1
     value = {"number": state["number"], "jobs": state["jobs"], "pid": os.getpid()}
-    return Output(value, [array, array.astype(np.float32).T])
+    return JobOutput(value, [array, array.astype(np.float32).T])
 
 
-def spin(state: dict[str, Any]) -> Output:
+def spin(state: dict[str, Any]) -> JobOutput:
     while True:
         pass
 
 
-def sleep(state: dict[str, Any], seconds: float) -> Output:
+def sleep(state: dict[str, Any], seconds: float) -> JobOutput:
     time.sleep(seconds)
-    return Output(seconds)
+    return JobOutput(seconds)
 
 
-def grow(state: dict[str, Any], size: int) -> Output:
-    return Output(int(np.ones(size, dtype=np.uint8).sum()))
+def allocate_memory(state: dict[str, Any], size: int) -> JobOutput:
+    return JobOutput(int(np.ones(size, dtype=np.uint8).sum()))
 
 
-def hoard(state: dict[str, Any], size: int) -> Output:
+def hoard(state: dict[str, Any], size: int) -> JobOutput:
     state["kept"] = np.ones(size, dtype=np.uint8)
-    return Output(os.getpid())
+    return JobOutput(os.getpid())
 
 
-def crash(state: dict[str, Any]) -> Output:
+def crash(state: dict[str, Any]) -> JobOutput:
     os.kill(os.getpid(), signal.SIGSEGV)
-    return Output()
+    return JobOutput()
 
 
-def refuse(state: dict[str, Any]) -> Output:
+def refuse(state: dict[str, Any]) -> JobOutput:
     raise UserError("is 3", where="field", expected="4", remedy="correct it")
 
 
-def fail(state: dict[str, Any]) -> Output:
+def fail(state: dict[str, Any]) -> JobOutput:
     raise ZeroDivisionError("a secret")
 
 
-def limits(state: dict[str, Any]) -> Output:
-    return Output(
+def limits(state: dict[str, Any]) -> JobOutput:
+    return JobOutput(
         {
             "nice": os.nice(0),
             "group": os.getpgrp(),

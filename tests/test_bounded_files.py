@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from finesight.bounded_files import (
-    LARGEST_LINE,
+    MAX_LINE_BYTES,
     parse_json,
     read_bytes,
     read_json,
@@ -30,16 +30,16 @@ READERS: list[Callable[[Path], object]] = [
 
 
 @pytest.mark.parametrize("read", READERS)
-@pytest.mark.parametrize("place", ["folder", "pipe", "/dev/zero", "link", "missing", "null\0"])
+@pytest.mark.parametrize("location", ["folder", "pipe", "/dev/zero", "link", "missing", "null\0"])
 def test_only_regular_files_are_read(
-    read: Callable[[Path], object], place: str, tmp_path: Path
+    read: Callable[[Path], object], location: str, tmp_path: Path
 ) -> None:
     """A named pipe does not block, a device does not fill the memory."""
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/zero")
     with pytest.raises(UserError) as caught:
-        read(tmp_path / place)
+        read(tmp_path / location)
     assert caught.value.where
     assert caught.value.expected
     assert caught.value.remedy
@@ -48,9 +48,9 @@ def test_only_regular_files_are_read(
 def test_a_larger_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "large"
     path.write_bytes(b"x" * 11)
-    assert len(read_bytes(path, expected="a file", most=11)) == 11
+    assert len(read_bytes(path, expected="a file", max_bytes=11)) == 11
     with pytest.raises(UserError, match="more than 10 bytes"):
-        read_bytes(path, expected="a file", most=10)
+        read_bytes(path, expected="a file", max_bytes=10)
 
 
 @pytest.mark.parametrize("open_and_close", ["[]", '{"a":}'])
@@ -71,7 +71,7 @@ def test_whatever_is_no_json_is_a_value_error(text: str | bytes) -> None:
         parse_json(text)
 
 
-def test_numbers_that_are_not_finite_are_read() -> None:
+def test_non_finite_values_are_read() -> None:
     """Metrics have NaN for the figures of a step without any."""
     found = parse_json('{"loss": NaN, "norm": -Infinity, "large": 1e400}')
     assert math.isnan(found["loss"])
@@ -82,12 +82,12 @@ def test_numbers_that_are_not_finite_are_read() -> None:
 def test_an_object_is_wanted(text: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"holds a \w+, not an object|not readable as JSON"):
+    with pytest.raises(UserError, match=r"contains a \w+, not an object|not readable as JSON"):
         read_json_object(path)
 
 
 def test_long_lines_are_cut_and_the_next_ones_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"1\n" + b"2" * (2 * LARGEST_LINE + 3) + b"\n3\n" + b"4" * LARGEST_LINE)
+    path.write_bytes(b"1\n" + b"2" * (2 * MAX_LINE_BYTES + 3) + b"\n3\n" + b"4" * MAX_LINE_BYTES)
     lines = list(read_lines(path, expected="lines"))
-    assert lines == [b"1\n", b"2" * LARGEST_LINE, b"3\n", b"4" * LARGEST_LINE]
+    assert lines == [b"1\n", b"2" * MAX_LINE_BYTES, b"3\n", b"4" * MAX_LINE_BYTES]

@@ -78,7 +78,7 @@ def test_fork_does_not_release_lock_of_parent(tmp_path: Path) -> None:
             other.acquire(wait=False)
 
 
-def test_worker_ends_when_parent_was_killed_before_it_started() -> None:
+def test_worker_of_a_killed_parent_exits_at_start() -> None:
     parent = subprocess.run(
         [sys.executable, "-c", KILLED_BEFORE_WORKER_STARTS], stdout=subprocess.PIPE, text=True
     )

@@ -1,4 +1,4 @@
-"""The examples, run as they are but for their size."""
+"""Run the examples with smaller sizes."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
-from by_path import loaded
+from module_loader import load_module
 
-from finesight.model.tiny import make_tiny
-from finesight.quickstart import PROMPT, Plan, write_recipe
-from finesight.recipe import load_recipe, recipe_of
+from finesight.model.tiny import create_tiny_model
+from finesight.quickstart_demo import PROMPT, QuickstartSettings, write_recipe
+from finesight.recipe import load_recipe, recipe_from_dict
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-NOTEBOOK = loaded("tools/notebook.py")
+SIZES = "NUM_TICKETS, NUM_EVAL_ROWS, NUM_STEPS"
+NOTEBOOK = load_module("tools/make_notebook.py")
 
 
-def in_small(source: str, smaller: dict[str, str]) -> str:
-    """The source with some of its lines in place of others, each of which is there once."""
+def with_small_settings(source: str, smaller: dict[str, str]) -> str:
+    """Replace lines of the source, each of which occurs once."""
     for line, other in smaller.items():
         assert source.count(f"{line}\n") == 1, f"the example has not one line {line!r}"
         source = source.replace(f"{line}\n", f"{other}\n")
@@ -25,18 +26,17 @@ def in_small(source: str, smaller: dict[str, str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """The folder in which the example was run in small, and the names that it leaves behind."""
+def example_run(tmp_path_factory):
+    """Run the example with small sizes; return its folder and global names."""
     work = tmp_path_factory.mktemp("examples")
-    model = make_tiny(work / "tiny")
+    model = create_tiny_model(work / "tiny")
     source = (EXAMPLES / "tickets.py").read_text(encoding="utf-8")
-    plan = Plan()
-    sizes = f"TICKETS, HELD_OUT, STEPS = {plan.pictures}, {plan.held_out}, {plan.steps}"
+    plan = QuickstartSettings()
     smaller = {
-        sizes: "TICKETS, HELD_OUT, STEPS = 20, 4, 2",
+        f"{SIZES} = {plan.num_images}, {plan.num_eval_rows}, {plan.steps}": f"{SIZES} = 20, 4, 2",
         'MODEL = "finesight-tiny"': f"MODEL = {str(model)!r}",
     }
-    source = in_small(source, smaller)
+    source = with_small_settings(source, smaller)
     left: dict[str, object] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
@@ -44,24 +44,24 @@ def ran(tmp_path_factory):
     return work, left
 
 
-def test_the_example_trains_and_measures(ran):
-    work, left = ran
+def test_example_trains_and_evaluates(example_run):
+    work, left = example_run
     run = work / "tickets-example" / "run"
     assert json.loads((run / "result.json").read_text())["steps"] == 2
-    assert left["result"].before.headline == "f1"
+    assert left["result"].before.primary_metric == "f1"
     assert (run / "report.html").is_file()
-    assert left["checked"].counts == {}
+    assert left["check"].issue_counts == {}
 
 
-def test_the_example_asks_about_new_pictures(ran):
-    _, left = ran
+def test_example_predicts_on_new_images(example_run):
+    _, left = example_run
     assert [answer.images[0].name for answer in left["answers"]] == [
         f"{number:04}.png" for number in range(3)
     ]
 
 
-def test_the_example_is_in_cells():
-    """Titles and code take turns, so that every cell says what it is for."""
+def test_example_is_split_into_cells():
+    """Markdown cells and code cells alternate."""
     for path in EXAMPLES.glob("*.py"):
         heads = [
             line for line in path.read_text(encoding="utf-8").splitlines() if line[:4] == "# %%"
@@ -70,35 +70,35 @@ def test_the_example_is_in_cells():
         assert set(heads[1::2]) == {"# %%"}, path
 
 
-def test_the_example_does_what_the_quickstart_does(ran, tmp_path):
-    """The settings that decide about the result are the same in both."""
-    _, left = ran
+def test_example_settings_match_quickstart(example_run, tmp_path):
+    """Example and quickstart use the same settings."""
+    _, left = example_run
     assert left["PROMPT"] == PROMPT
-    theirs = load_recipe(write_recipe(tmp_path / "quick", Plan()), ["train.steps=2"])
-    mine = recipe_of(left["recipe"])
+    theirs = load_recipe(write_recipe(tmp_path / "quick", QuickstartSettings()), ["train.steps=2"])
+    mine = recipe_from_dict(left["recipe"])
     # A script without a guard must not start processes that would run it again.
-    train = mine.train.model_copy(update={"workers": None})
+    train = mine.train.model_copy(update={"num_workers": None})
     assert (mine.tune, train, mine.eval) == (theirs.tune, theirs.train, theirs.eval)
 
 
 @pytest.fixture(scope="module")
 def cells():
-    """The code of the notebook, cell by cell, without what installs."""
-    notebook = json.loads(NOTEBOOK.NOTEBOOK.read_text(encoding="utf-8"))
+    """Return the code cells of the notebook without the installation."""
+    notebook = json.loads(NOTEBOOK.NOTEBOOK_PATH.read_text(encoding="utf-8"))
     code = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
     assert [number for number, cell in enumerate(code) if cell.startswith("%pip ")] == [0]
     return code[1:]
 
 
-def test_the_notebook_is_made_of_its_script():
-    script = NOTEBOOK.SOURCE.read_text(encoding="utf-8")
-    made = NOTEBOOK.NOTEBOOK.read_text(encoding="utf-8")
-    assert made == NOTEBOOK.as_notebook(script), "run: python tools/notebook.py"
+def test_notebook_matches_its_script():
+    script = NOTEBOOK.SCRIPT_PATH.read_text(encoding="utf-8")
+    made = NOTEBOOK.NOTEBOOK_PATH.read_text(encoding="utf-8")
+    assert made == NOTEBOOK.to_notebook(script), "run: python tools/make_notebook.py"
 
 
-def test_the_notebook_is_one_that_opens():
-    """What Jupyter's nbformat 4.5 demands of every notebook."""
-    notebook = json.loads(NOTEBOOK.NOTEBOOK.read_text(encoding="utf-8"))
+def test_notebook_format_is_valid():
+    """Check the requirements of nbformat 4.5."""
+    notebook = json.loads(NOTEBOOK.NOTEBOOK_PATH.read_text(encoding="utf-8"))
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
     ids = [cell["id"] for cell in notebook["cells"]]
     assert len(ids) == len({*ids}), "two cells of one id"
@@ -108,14 +108,15 @@ def test_the_notebook_is_one_that_opens():
         assert all(line.endswith("\n") for line in cell["source"][:-1])
 
 
-def test_the_notebook_runs_and_runs_again(cells, tmp_path, monkeypatch, capsys):
-    """Cell after cell on a CPU, in small; a machine that came back goes through them anew."""
+def test_notebook_runs_repeatedly(cells, tmp_path, monkeypatch, capsys):
+    """Run all cells on a CPU with small sizes, and again as after a restart."""
     monkeypatch.chdir(tmp_path)
+    model = create_tiny_model(tmp_path / "tiny")
     smaller = {
-        "TICKETS, HELD_OUT, STEPS = 660, 60, 75": "TICKETS, HELD_OUT, STEPS = 20, 4, 2",
-        'MODEL = "Qwen/Qwen2-VL-2B-Instruct"': f"MODEL = {str(make_tiny(tmp_path / 'tiny'))!r}",
+        f"{SIZES} = 660, 60, 75": f"{SIZES} = 20, 4, 2",
+        'MODEL = "Qwen/Qwen2-VL-2B-Instruct"': f"MODEL = {str(model)!r}",
     }
-    first = in_small(f"{cells[0]}\n", smaller)
+    first = with_small_settings(f"{cells[0]}\n", smaller)
     results = []
     for _ in range(2):
         left: dict[str, object] = {}
@@ -126,6 +127,6 @@ def test_the_notebook_runs_and_runs_again(cells, tmp_path, monkeypatch, capsys):
     assert results[0] == results[1]
     assert results[0].steps == 2
     assert (tmp_path / "tickets-on-a-gpu" / "adapter.zip").stat().st_size > 1000
-    shown = capsys.readouterr().out
-    assert "s for a step" in shown
-    assert "held_out_loss" in shown
+    output = capsys.readouterr().out
+    assert "s per step" in output
+    assert "validation_loss" in output

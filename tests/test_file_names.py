@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from finesight.errors import escaped_json
-from finesight.file_names import existing, is_utf8, readable_name, spellings
+from finesight.errors import escape_surrogates
+from finesight.file_name_encoding import find_existing, is_utf8, iter_spellings, to_readable_name
 
 CAT = "\u4e2d\u6587\u732b"
 
@@ -31,30 +31,30 @@ def in_gbk(name: str) -> str:
     ],
 )
 def test_readable_names(name: str, text: str) -> None:
-    assert readable_name(name) == text
-    assert is_utf8(readable_name(name))
+    assert to_readable_name(name) == text
+    assert is_utf8(to_readable_name(name))
     assert is_utf8(name) is (name == text)
 
 
 def test_spellings_of_a_path() -> None:
-    assert list(spellings("a/b.jpg")) == ["a/b.jpg"]
-    assert list(spellings("a\\b.jpg")) == ["a\\b.jpg", "a/b.jpg"]
+    assert list(iter_spellings("a/b.jpg")) == ["a/b.jpg"]
+    assert list(iter_spellings("a\\b.jpg")) == ["a\\b.jpg", "a/b.jpg"]
     misread = f"{CAT}.jpg".encode("gbk").decode("cp437")
-    assert list(spellings(f"{CAT}.jpg")) == [f"{CAT}.jpg", in_gbk(f"{CAT}.jpg"), misread]
-    assert list(spellings("\udcd6.jpg")) == ["\udcd6.jpg"]
+    assert list(iter_spellings(f"{CAT}.jpg")) == [f"{CAT}.jpg", in_gbk(f"{CAT}.jpg"), misread]
+    assert list(iter_spellings("\udcd6.jpg")) == ["\udcd6.jpg"]
 
 
 @pytest.mark.parametrize("there", [CAT, in_gbk(CAT), CAT.encode("gbk").decode("cp437")])
 def test_a_name_is_found_however_it_was_unpacked(tmp_path: Path, there: str) -> None:
     (tmp_path / f"{there}.jpg").touch()
-    assert existing(tmp_path, f"{CAT}.jpg") == tmp_path / f"{there}.jpg"
-    assert existing(tmp_path, "other.jpg") is None
-    assert existing(tmp_path, "a\0b") is None
+    assert find_existing(tmp_path, f"{CAT}.jpg") == tmp_path / f"{there}.jpg"
+    assert find_existing(tmp_path, "other.jpg") is None
+    assert find_existing(tmp_path, "a\0b") is None
 
 
 def test_json_with_names_can_be_written_and_read() -> None:
     import json
 
     name = in_gbk(CAT)
-    text = escaped_json(json.dumps({"path": name}, ensure_ascii=False))
+    text = escape_surrogates(json.dumps({"path": name}, ensure_ascii=False))
     assert json.loads(text.encode())["path"] == name

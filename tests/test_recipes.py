@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from finesight.cli.app import run
+from finesight.cli.app import run_command
 from finesight.data.jsonl import read_samples
 from finesight.data.sample import BoxPart
 from finesight.recipe import load_recipe
@@ -35,7 +35,7 @@ CASES = [
 
 
 @pytest.fixture
-def foreign(tmp_path, monkeypatch):
+def source_data_folder(tmp_path, monkeypatch):
     """A working folder with small files of the names and columns that the comments speak of."""
     monkeypatch.chdir(tmp_path)
     rows = []
@@ -51,7 +51,7 @@ def foreign(tmp_path, monkeypatch):
             writer.writerows(rows)
     for name in ("data_vl.json", "dataset.json"):
         Path(name).write_text(json.dumps([_conversation(row) for row in rows]))
-    Path("chat.json").write_text(json.dumps([_talk(row) for row in rows]))
+    Path("chat.json").write_text(json.dumps([_make_chat(row) for row in rows]))
     _write_parquet(rows)
     return tmp_path
 
@@ -62,7 +62,7 @@ def _conversation(row: dict[str, str]) -> dict[str, object]:
     return {"id": row["image_path"], "conversations": turns}
 
 
-def _talk(row: dict[str, str]) -> dict[str, object]:
+def _make_chat(row: dict[str, str]) -> dict[str, object]:
     """As the first Qwen-VL's script reads them."""
     question = f"Picture 1: <img>{row['image_path']}</img>\nWhat is it?"
     turns = [{"from": "user", "value": question}, {"from": "assistant", "value": row["caption"]}]
@@ -80,7 +80,7 @@ def _write_parquet(rows: list[dict[str, str]]) -> None:
     parquet.write_table(pyarrow.table(table), "textvqa.parquet")
 
 
-def test_the_five_tutorials_have_recipes():
+def test_tutorial_recipes_exist():
     assert {recipe.stem for recipe in RECIPES} >= {
         "chat_qwen_vl_7b",
         "captions_qwen2_vl_2b",
@@ -91,7 +91,7 @@ def test_the_five_tutorials_have_recipes():
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe_is_short_loads_and_measures(recipe):
+def test_recipe_is_short_and_valid(recipe):
     assert len(recipe.read_text(encoding="utf-8").splitlines()) <= 25
     loaded = load_recipe(recipe)
     assert loaded.data.eval, f"{recipe} has no held-out data"
@@ -100,8 +100,8 @@ def test_recipe_is_short_loads_and_measures(recipe):
 
 
 @pytest.mark.parametrize(("recipe", "command"), CASES)
-def test_command_in_the_comment_prepares_the_data(recipe, command, foreign):
-    assert run(command) == 0
+def test_commands_in_comments_prepare_the_data(recipe, command, source_data_folder):
+    assert run_command(command) == 0
     data = load_recipe(recipe).data
     train = read_samples(data.train[0].path)
     held_out = read_samples(data.eval[0].path)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dying_disk import in_dying_child
+from crash_disk import run_in_crashing_child
 from safetensors.numpy import load_file, save_file
 
 from finesight import digests, storage
@@ -21,7 +21,7 @@ from finesight.errors import UserError
 OLD, NEW = {"a": b"old", "b/c": b"older"}, {"a": b"new" * 1000, "b/c": b"newer"}
 
 
-class FailingDisk(storage.Disk):
+class FailingDisk(storage.FileSystem):
     """Refuses one kind of operation with an error number of the system."""
 
     def __init__(self, operation: str, number: int) -> None:
@@ -67,7 +67,7 @@ def visible(store: Path) -> dict[str, dict[str, bytes]]:
         folder.name: {
             path.relative_to(folder).as_posix(): path.read_bytes()
             for path in folder.rglob("*")
-            if path.is_file() and path.name != digests.DIGESTS
+            if path.is_file() and path.name != digests.DIGESTS_FILE
         }
         for folder in folders
     }
@@ -80,19 +80,19 @@ def replace_generation(store: Path) -> None:
 
 
 @pytest.mark.parametrize("crash", ["process", "power"])
-def test_killed_at_every_operation_leaves_a_legal_state(tmp_path: Path, crash: str) -> None:
+def test_crash_at_every_operation_leaves_valid_state(tmp_path: Path, crash: str) -> None:
     legal = [{"old": OLD}, {"old": OLD, "new": NEW}, {"new": NEW}]
     seen = []
     for last in range(1, 100):
         store = tmp_path / str(last)
         write_all(store / "old", OLD)
-        done = in_dying_child(last, replace_generation, store, crash)
+        done = run_in_crashing_child(last, replace_generation, store, crash)
         assert visible(store) in legal, f"illegal state when killed before operation {last}"
         seen.append(legal.index(visible(store)))
         if done:
             break
         # A new process finishes the work after any crash.
-        storage.sweep(store)
+        storage.remove_partial_files(store)
         assert not list(store.glob(".*")), f"leftovers after operation {last}"
         if "new" not in visible(store):
             write_all(store / "new", NEW)
@@ -107,11 +107,11 @@ def rewrite_file(store: Path) -> None:
 
 
 @pytest.mark.parametrize("crash", ["process", "power"])
-def test_killed_at_every_operation_a_file_is_old_or_new(tmp_path: Path, crash: str) -> None:
+def test_crash_at_every_operation_leaves_old_or_new_file(tmp_path: Path, crash: str) -> None:
     (tmp_path / "file").write_bytes(b"old")
     seen = set()
     for last in range(1, 20):
-        done = in_dying_child(last, rewrite_file, tmp_path, crash)
+        done = run_in_crashing_child(last, rewrite_file, tmp_path, crash)
         seen.add((tmp_path / "file").read_bytes())
         if done:
             break
@@ -120,31 +120,31 @@ def test_killed_at_every_operation_a_file_is_old_or_new(tmp_path: Path, crash: s
     assert seen == {b"old", b"new" * 1000}
 
 
-def test_error_in_the_block_leaves_nothing(tmp_path: Path) -> None:
+def test_error_in_block_leaves_no_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_all(tmp_path / "x", {"a": b"1", "missing/folder/b": b"2"})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_no_folder_can_be_made(tmp_path: Path) -> None:
+def test_missing_parent_folder_is_reported(tmp_path: Path) -> None:
     """Some file systems answer that the new folder does not exist."""
 
-    class Odd(storage.Disk):
+    class Odd(storage.FileSystem):
         def make_folder(self, path: Path) -> None:
             raise FileNotFoundError(errno.ENOENT, "no such file or directory")
 
-    with storage.using(Odd()), pytest.raises(UserError, match=r"x: cannot be written"):
+    with storage.use_file_system(Odd()), pytest.raises(UserError, match=r"x: cannot be written"):
         storage.make_folder(tmp_path / "x")
 
 
-def test_never_overwrites(tmp_path: Path) -> None:
+def test_existing_folder_is_never_overwritten(tmp_path: Path) -> None:
     write_all(tmp_path / "x", OLD)
     with pytest.raises(UserError, match="never overwritten"):
         write_all(tmp_path / "x", NEW)
     assert visible(tmp_path) == {"x": OLD}
 
 
-def test_of_two_at_once_the_first_to_finish_makes_it(tmp_path: Path) -> None:
+def test_concurrent_writers_create_one_folder(tmp_path: Path) -> None:
     def slower() -> None:
         with storage.write_folder(tmp_path / "x") as folder:
             (folder / "a").write_bytes(b"late")
@@ -156,20 +156,20 @@ def test_of_two_at_once_the_first_to_finish_makes_it(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_name_taken_at_the_last_moment_is_refused_as_any(tmp_path: Path) -> None:
-    class Slow(storage.Disk):
+def test_name_taken_during_write_is_rejected(tmp_path: Path) -> None:
+    class Slow(storage.FileSystem):
         def rename(self, source: Path, target: Path) -> None:
-            with storage.using(storage.Disk()):
+            with storage.use_file_system(storage.FileSystem()):
                 write_all(target, OLD)
             super().rename(source, target)
 
-    with storage.using(Slow()), pytest.raises(UserError, match="x exists already"):
+    with storage.use_file_system(Slow()), pytest.raises(UserError, match="x exists already"):
         write_all(tmp_path / "x", NEW)
     assert visible(tmp_path) == {"x": OLD}
 
 
-def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
-    assert not in_dying_child(5, lambda store: write_all(store / "x", OLD), tmp_path)
+def test_stale_temporary_files_are_removed(tmp_path: Path) -> None:
+    assert not run_in_crashing_child(5, lambda store: write_all(store / "x", OLD), tmp_path)
     (dead,) = tmp_path.glob(".x.*.partial")
     with storage.write_folder(tmp_path / "x.y") as other, storage.write_folder(tmp_path / "x") as x:
         for folder in (other, x):
@@ -182,11 +182,11 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
 
 @pytest.mark.parametrize("operation", ["write", "rename", "sync", "make_folder"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_refused_operation_is_explained_and_leaves_nothing(
+def test_failed_operation_is_explained_and_cleaned_up(
     tmp_path: Path, operation: str, number: int
 ) -> None:
     with (
-        storage.using(FailingDisk(operation, number)),
+        storage.use_file_system(FailingDisk(operation, number)),
         pytest.raises(UserError, match=r"cannot be written[\s\S]*remedy") as caught,
     ):
         write_all(tmp_path / "x", NEW)
@@ -194,10 +194,10 @@ def test_refused_operation_is_explained_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_disk_leaves_no_torn_line_and_no_torn_file(tmp_path: Path) -> None:
+def test_full_disk_leaves_no_partial_line_or_file(tmp_path: Path) -> None:
     storage.append_line(tmp_path / "lines", "first")
     storage.write_file(tmp_path / "file", b"old")
-    with storage.using(FailingDisk("write", errno.ENOSPC)):
+    with storage.use_file_system(FailingDisk("write", errno.ENOSPC)):
         with pytest.raises(UserError, match="no space left"):
             storage.append_line(tmp_path / "lines", "second")
         with pytest.raises(UserError, match="no space left"):
@@ -207,7 +207,7 @@ def test_full_disk_leaves_no_torn_line_and_no_torn_file(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "lines"]
 
 
-def test_other_writers_refusals_are_explained_too(tmp_path: Path) -> None:
+def test_errors_of_other_writers_are_explained(tmp_path: Path) -> None:
     """The system itself refuses: files of at most 64 KiB, in a child process."""
     script = f"""
 import numpy, resource
@@ -232,19 +232,19 @@ for kind in ("tensors", "bytes"):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 65536
 
 
-def test_every_flipped_bit_is_named_with_both_digests(tmp_path: Path) -> None:
+def test_every_bit_flip_is_reported_with_digests(tmp_path: Path) -> None:
     with storage.write_folder(tmp_path / "x") as folder:
         save_file({"w": np.arange(6, dtype=np.float32)}, folder / "w.safetensors")
     file = tmp_path / "x" / "w.safetensors"
     good = file.read_bytes()
-    expected = json.loads((tmp_path / "x" / digests.DIGESTS).read_text())["w.safetensors"]
+    expected = json.loads((tmp_path / "x" / digests.DIGESTS_FILE).read_text())["w.safetensors"]
     for at in range(0, len(good), 7):
         file.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
         with pytest.raises(UserError) as caught:
             digests.verify_folder(tmp_path / "x")
         assert str(file) in str(caught.value)
         assert expected in str(caught.value)
-        assert digests.digest(file) in str(caught.value)
+        assert digests.sha256_file(file) in str(caught.value)
     file.write_bytes(good)
     digests.verify_folder(tmp_path / "x")
     assert load_file(file)["w"].tolist() == list(range(6))
@@ -254,12 +254,15 @@ def test_every_flipped_bit_is_named_with_both_digests(tmp_path: Path) -> None:
     ("break_it", "message"),
     [
         (lambda folder: (folder / "a").unlink(), "the file a is missing"),
-        (lambda folder: (folder / digests.DIGESTS).unlink(), "is missing: the folder is incomp"),
-        (lambda folder: (folder / digests.DIGESTS).write_text("{"), "not readable as JSON"),
-        (lambda folder: (folder / digests.DIGESTS).write_text("{}"), "expected: file names"),
+        (
+            lambda folder: (folder / digests.DIGESTS_FILE).unlink(),
+            "is missing: the folder is incomp",
+        ),
+        (lambda folder: (folder / digests.DIGESTS_FILE).write_text("{"), "not readable as JSON"),
+        (lambda folder: (folder / digests.DIGESTS_FILE).write_text("{}"), "expected: file names"),
     ],
 )
-def test_incomplete_folder_is_refused(tmp_path: Path, break_it: object, message: str) -> None:
+def test_incomplete_folder_is_rejected(tmp_path: Path, break_it: object, message: str) -> None:
     write_all(tmp_path / "x", OLD)
     assert callable(break_it)
     break_it(tmp_path / "x")
@@ -267,9 +270,9 @@ def test_incomplete_folder_is_refused(tmp_path: Path, break_it: object, message:
         digests.verify_folder(tmp_path / "x")
 
 
-def test_cut_file_keeps_the_beginning(tmp_path: Path) -> None:
+def test_cut_file_preserves_the_prefix(tmp_path: Path) -> None:
     for line in ("one", "two"):
         storage.append_line(tmp_path / "lines", line)
-    storage.cut_file(tmp_path / "lines", 4)
+    storage.truncate_file(tmp_path / "lines", 4)
     storage.append_line(tmp_path / "lines", "three")
     assert (tmp_path / "lines").read_text() == "one\nthree\n"

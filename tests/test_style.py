@@ -1,23 +1,23 @@
-"""The house measures hold here, and are missed where they should be."""
+"""Tests of the code measures: they are met here, and detect violations."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from by_path import loaded
+from module_loader import load_module
 
 ROOT = Path(__file__).parents[1]
 
 
-HOUSE = loaded("tools/house.py")
-MEASURES = {one.name: one for one in HOUSE.measure(ROOT)}
+CODE_MEASURES = load_module("tools/house.py")
+MEASURES = {one.name: one for one in CODE_MEASURES.measure_project(ROOT)}
 
 
 @pytest.mark.parametrize("name", sorted(MEASURES))
 def test_measure_holds(name):
     one = MEASURES[name]
-    assert one.holds, f"{one}\n" + "\n".join(one.against)
+    assert one.is_met, f"{one}\n" + "\n".join(one.violations)
 
 
 GOOD = '''"""Batch sizes."""
@@ -70,31 +70,31 @@ PAGE_OFFENCES = {
     "mean words of a sentence in documentation": "It is " + "very " * 28 + "long.",
     "share of sentences over 30 words": "It is " + "very " * 30 + "long.",
 }
-WITHOUT_CODE = "newcomer searches without a hit"  # needs the whole package
+WITHOUT_CODE = "newcomer searches without a hit"  # requires the whole package
 
 
 def _missed(project: Path) -> set[str]:
-    return {one.name for one in HOUSE.measure(project) if not one.holds}
+    return {one.name for one in CODE_MEASURES.measure_project(project) if not one.is_met}
 
 
-def test_good_code_misses_nothing(tmp_path):
+def test_clean_project_has_no_violations(tmp_path):
     assert _missed(_project(tmp_path, GOOD)) == {WITHOUT_CODE}
 
 
 @pytest.mark.parametrize("name", sorted(OFFENCES))
-def test_offence_is_seen(tmp_path, name):
+def test_code_violation_is_detected(tmp_path, name):
     assert name in _missed(_project(tmp_path, OFFENCES[name]))
 
 
 @pytest.mark.parametrize("name", sorted(PAGE_OFFENCES))
-def test_offence_on_a_page_is_reported(tmp_path, name):
+def test_page_violation_is_detected(tmp_path, name):
     project = _project(tmp_path, GOOD)
     assert name not in _missed(project)
     (project / "README.md").write_text(PAGE_OFFENCES[name])
     assert name in _missed(project)
 
 
-def test_repeated_module_names_are_reported(tmp_path):
+def test_repeated_module_names_are_detected(tmp_path):
     project = _project(tmp_path, GOOD)
     for folder in ("one", "two"):
         (project / "src" / "finesight" / folder).mkdir()
@@ -103,16 +103,16 @@ def test_repeated_module_names_are_reported(tmp_path):
     assert "module names used twice" in _missed(project)
 
 
-def test_vague_names_are_seen(tmp_path):
+def test_vague_names_are_detected(tmp_path):
     assert "vague names of files and folders" in _missed(_project(tmp_path, GOOD, "utils"))
 
 
-def test_every_measure_has_an_offence():
+def test_every_measure_has_a_violation_case():
     others = {"vague names of files and folders", "module names used twice"}
     assert set(MEASURES) == {*OFFENCES, *PAGE_OFFENCES, *others}
 
 
-def test_figures_are_printed(capsys):
-    HOUSE.main()
+def test_measures_are_printed(capsys):
+    CODE_MEASURES.main()
     printed = capsys.readouterr().out
     assert all(name in printed for name in MEASURES)

@@ -18,8 +18,8 @@ import pytest
 from finesight import worker_pool as area
 from finesight.errors import UserError
 from finesight.worker_pool import (
-    NICE,
-    WorkerFault,
+    WORKER_NICENESS,
+    WorkerJobError,
     WorkerLimitError,
     WorkerLostError,
     WorkerPool,
@@ -31,7 +31,7 @@ MIB = 1 << 20
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerPool]:
     monkeypatch.setenv("FINESIGHT_KEY", "a secret of the server")
-    made = WorkerPool(jobs.load, 7, idle=2, memory_bytes=64 * MIB)
+    made = WorkerPool(jobs.load, 7, num_idle=2, memory_bytes=64 * MIB)
     made.start()
     yield made
     made.close()
@@ -40,38 +40,38 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerPool]:
 def pids(pool: WorkerPool, number: int = 2) -> set[int]:
     """Processes of the idle workers."""
     with ThreadPoolExecutor(number) as threads:
-        meeting = threading.Barrier(number)
+        barrier = threading.Barrier(number)
 
         def ask(_: int) -> int:
-            with pool.worker() as worker:
-                meeting.wait(10)
-                return int(worker.call(jobs.describe, np.zeros(1), seconds=1).value["pid"])
+            with pool.borrow_worker() as worker:
+                barrier.wait(10)
+                return int(worker.call(jobs.describe, np.zeros(1), max_cpu_s=1).value["pid"])
 
         return set(threads.map(ask, range(number)))
 
 
 def test_values_and_arrays_come_back(pool):
     array = np.arange(6, dtype=np.int16).reshape(2, 3)
-    with pool.worker() as worker:
-        reply = worker.call(jobs.describe, array, seconds=1)
+    with pool.borrow_worker() as worker:
+        reply = worker.call(jobs.describe, array, max_cpu_s=1)
     assert (reply.value["number"], reply.value["jobs"]) == (7, 1)
     assert [found.tolist() for found in reply.arrays] == [array.tolist(), array.T.tolist()]
     assert [found.dtype for found in reply.arrays] == [np.int16, np.float32]
     assert 0 <= reply.cpu_seconds < 1
     large = np.arange(3 * MIB, dtype=np.uint8)
-    with pool.worker() as worker:
-        assert np.array_equal(worker.call(jobs.describe, large, seconds=1).arrays[0], large)
+    with pool.borrow_worker() as worker:
+        assert np.array_equal(worker.call(jobs.describe, large, max_cpu_s=1).arrays[0], large)
 
 
 def test_workers_are_used_again(pool):
     first = pids(pool)
     assert len(first) == 2
     assert pids(pool) == first
-    with pool.worker() as worker:
+    with pool.borrow_worker() as worker:
         with pytest.raises(UserError) as raised:
-            worker.call(jobs.refuse, seconds=1)
+            worker.call(jobs.refuse, max_cpu_s=1)
         # An error of the user leaves the worker as it is.
-        assert worker.call(jobs.describe, np.zeros(1), seconds=1).value["pid"] in first
+        assert worker.call(jobs.describe, np.zeros(1), max_cpu_s=1).value["pid"] in first
     error = raised.value
     assert (error.what, error.where) == ("is 3", "field")
     assert (error.expected, error.remedy) == ("4", "correct it")
@@ -79,74 +79,76 @@ def test_workers_are_used_again(pool):
 
 
 @pytest.mark.parametrize(
-    ("job", "args"), [(jobs.spin, ()), (jobs.grow, (200 * MIB,)), (jobs.crash, ())]
+    ("job", "args"), [(jobs.spin, ()), (jobs.allocate_memory, (200 * MIB,)), (jobs.crash, ())]
 )
 def test_a_job_beyond_its_limits_is_killed_and_its_worker_replaced(pool, job, args):
     first = pids(pool)
     with (
-        pool.worker() as worker,
+        pool.borrow_worker() as worker,
         pytest.raises(WorkerLimitError, match=r"0\.3 s of processor time"),
     ):
-        worker.call(job, *args, seconds=0.3)
+        worker.call(job, *args, max_cpu_s=0.3)
     second = pids(pool)
     assert len(second) == 2
     assert len(first & second) == 1
 
 
 def test_a_job_within_its_limits_is_not_killed(pool):
-    with pool.worker() as worker:
-        assert worker.call(jobs.grow, 30 * MIB, seconds=1).value == 30 * MIB
+    with pool.borrow_worker() as worker:
+        assert worker.call(jobs.allocate_memory, 30 * MIB, max_cpu_s=1).value == 30 * MIB
         # Waiting takes no processor time.
-        assert worker.call(jobs.sleep, 0.5, seconds=0.3).value == 0.5
+        assert worker.call(jobs.sleep, 0.5, max_cpu_s=0.3).value == 0.5
 
 
 def test_a_worker_of_ones_own_has_limits_of_its_own(pool):
     with pool.fork(8 * MIB) as worker, pytest.raises(WorkerLimitError):
-        worker.call(jobs.grow, 30 * MIB, seconds=1)
+        worker.call(jobs.allocate_memory, 30 * MIB, max_cpu_s=1)
     with pool.fork(200 * MIB) as worker:
-        assert worker.call(jobs.grow, 100 * MIB, seconds=1).value == 100 * MIB
+        assert worker.call(jobs.allocate_memory, 100 * MIB, max_cpu_s=1).value == 100 * MIB
 
 
-def test_a_fault_is_told_by_its_place_alone(pool):
+def test_worker_exception_reports_location_only(pool):
     first = pids(pool)
-    with pool.worker() as worker, pytest.raises(WorkerFault) as raised:
-        worker.call(jobs.fail, seconds=1)
-    assert raised.value.kind == "ZeroDivisionError"
-    assert "in fail" in raised.value.frames
-    assert "a secret" not in f"{raised.value} {raised.value.frames}".replace('("a secret")', "")
+    with pool.borrow_worker() as worker, pytest.raises(WorkerJobError) as raised:
+        worker.call(jobs.fail, max_cpu_s=1)
+    assert raised.value.error_name == "ZeroDivisionError"
+    assert "in fail" in raised.value.traceback_text
+    assert "a secret" not in f"{raised.value} {raised.value.traceback_text}".replace(
+        '("a secret")', ""
+    )
     assert len(first & pids(pool)) == 1
 
 
 def test_a_worker_that_keeps_memory_is_replaced(pool):
-    with pool.worker() as worker:
-        hoarder = worker.call(jobs.hoard, area.MAX_RSS_INCREASE + 8 * MIB, seconds=1).value
+    with pool.borrow_worker() as worker:
+        hoarder = worker.call(jobs.hoard, area.MAX_RSS_INCREASE + 8 * MIB, max_cpu_s=1).value
     assert hoarder not in pids(pool)
 
 
 def test_a_deadline_ends_the_wait(pool):
-    with pool.worker() as worker:
+    with pool.borrow_worker() as worker:
         began = time.monotonic()
         with pytest.raises(WorkerLimitError):
-            worker.call(jobs.sleep, 60.0, seconds=60, deadline=began + 0.2)
+            worker.call(jobs.sleep, 60.0, max_cpu_s=60, deadline=began + 0.2)
     assert time.monotonic() - began < 10
 
 
 def test_waiting_without_blocking(pool):
-    with pool.worker() as worker:
-        worker.start(jobs.sleep, 0.3, seconds=1)
-        assert not worker.ready(0.0)
-        assert not worker.ready(0.01)
-        assert worker.ready(30.0)
-        assert worker.finish().value == 0.3
+    with pool.borrow_worker() as worker:
+        worker.start(jobs.sleep, 0.3, max_cpu_s=1)
+        assert not worker.wait(0.0)
+        assert not worker.wait(0.01)
+        assert worker.wait(30.0)
+        assert worker.get_result().value == 0.3
 
 
 @pytest.mark.parametrize("end", ["kill", "close"])
 def test_a_job_that_is_cancelled(pool, end):
-    with pool.worker() as worker:
+    with pool.borrow_worker() as worker:
         timer = threading.Timer(0.2, worker.kill if end == "kill" else pool.close)
         timer.start()
         with pytest.raises(WorkerLostError):
-            worker.call(jobs.sleep, 60.0, seconds=60)
+            worker.call(jobs.sleep, 60.0, max_cpu_s=60)
     timer.join()
     if end == "close":
         with pytest.raises(WorkerLostError):
@@ -157,10 +159,10 @@ def test_a_job_that_is_cancelled(pool, end):
 def test_a_worker_ends_at_once_with_its_connection(pool, job):
     """Cancelled jobs would otherwise pile up until their time limits."""
     with pool.fork() as worker:
-        pid = int(worker.call(jobs.describe, np.zeros(1), seconds=1).value["pid"])
+        pid = int(worker.call(jobs.describe, np.zeros(1), max_cpu_s=1).value["pid"])
         if job == "running":
-            worker.start(jobs.spin, seconds=600)
-            assert not worker.ready(0.2)
+            worker.start(jobs.spin, max_cpu_s=600)
+            assert not worker.wait(0.2)
     assert not alive(pid)
 
 
@@ -168,12 +170,12 @@ PARENT = """
 import sys, time
 import numpy as np, pool_jobs as jobs
 from finesight.worker_pool import WorkerPool
-pool = WorkerPool(jobs.load, 7, idle=1, memory_bytes=64 << 20)
+pool = WorkerPool(jobs.load, 7, num_idle=1, memory_bytes=64 << 20)
 pool.start()
 busy = pool.fork()
-print(busy.call(jobs.describe, np.zeros(1), seconds=1).value["pid"])
+print(busy.call(jobs.describe, np.zeros(1), max_cpu_s=1).value["pid"])
 print(pool._process.pid, flush=True)
-busy.start(jobs.spin, seconds=600)
+busy.start(jobs.spin, max_cpu_s=600)
 time.sleep(600)
 """
 
@@ -202,10 +204,10 @@ def members(group: int) -> set[int]:
     return found
 
 
-def test_workers_have_low_priority_and_hold_nothing_of_the_pool(pool):
-    with pool.worker() as worker:
-        found = worker.call(jobs.limits, seconds=1).value
-    assert found["nice"] >= os.nice(0) + NICE
+def test_workers_have_low_priority_and_no_pool_handles(pool):
+    with pool.borrow_worker() as worker:
+        found = worker.call(jobs.limits, max_cpu_s=1).value
+    assert found["nice"] >= os.nice(0) + WORKER_NICENESS
     assert found["group"] != os.getpgrp()
     # Standard streams, its connection, and what lists the folder.
     assert len(found["open"]) == 5
@@ -221,7 +223,7 @@ def test_processes_that_were_killed_are_replaced(pool):
     os.kill(pool._process.pid, signal.SIGKILL)
     pool._process.wait()
     with pool.fork() as worker:
-        assert worker.call(jobs.describe, np.zeros(1), seconds=1).value["number"] == 7
+        assert worker.call(jobs.describe, np.zeros(1), max_cpu_s=1).value["number"] == 7
 
 
 def test_no_process_is_left(pool):
@@ -245,18 +247,18 @@ def alive(pid: int) -> bool:
 
 def test_many_threads_at_once(pool):
     def ask(number: int) -> int:
-        with pool.worker() as worker:
-            return int(worker.call(jobs.describe, np.array([number]), seconds=1).arrays[0][0])
+        with pool.borrow_worker() as worker:
+            return int(worker.call(jobs.describe, np.array([number]), max_cpu_s=1).arrays[0][0])
 
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(ask, range(200))) == list(range(200))
-    assert len(pool._idle) == 2
+    assert len(pool._idle_workers) == 2
 
 
-def test_a_setup_that_fails_is_told_at_the_start():
+def test_failing_setup_is_reported_at_start():
     with pytest.raises(UserError, match="is 3"):
-        WorkerPool(jobs.refuse, {}, idle=1, memory_bytes=MIB).start()
-    with pytest.raises(WorkerFault, match="ZeroDivisionError"):
-        WorkerPool(jobs.fail, {}, idle=1, memory_bytes=MIB).start()
+        WorkerPool(jobs.refuse, {}, num_idle=1, memory_bytes=MIB).start()
+    with pytest.raises(WorkerJobError, match="ZeroDivisionError"):
+        WorkerPool(jobs.fail, {}, num_idle=1, memory_bytes=MIB).start()
     with pytest.raises(OSError, match="ended"):
-        WorkerPool(jobs.crash, {}, idle=1, memory_bytes=MIB).start()
+        WorkerPool(jobs.crash, {}, num_idle=1, memory_bytes=MIB).start()

@@ -1,6 +1,6 @@
-"""finesight: teach a Qwen vision-language model your own task, from pictures to a tuned model.
+"""finesight: fine-tune Qwen vision-language models on images.
 
-Importing it imports nothing. What people do from Python is in `finesight.api`.
+Importing the package imports no dependencies. The Python API is `finesight.api`.
 """
 
 __version__ = "0.1.0"

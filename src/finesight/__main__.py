@@ -1,4 +1,4 @@
-"""`python -m finesight`, the same as the installed command."""
+"""Run `python -m finesight`, equivalent to the installed command."""
 
 from finesight.cli.app import main
 

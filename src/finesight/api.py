@@ -1,8 +1,9 @@
-"""What people do from Python: load a model, encode samples, train, evaluate, generate.
+"""Python API: load a model, encode samples, train, evaluate and generate.
 
-Each function does what the command of the same purpose does, by the same code, with the same
-defaults and the same errors: `UserError` says where, what, what was expected and the remedy. A
-`FileName` is a str or a Path. Shapes: T tokens, N patches of pictures, D numbers of a patch.
+Each function has the behavior, defaults and errors of the corresponding command, because both run
+the same code. `UserError` contains the location, the problem, the expected value and the remedy.
+
+Shapes: T tokens, N image patches, D values per patch.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finesight.arguments import FileName, check_choice, check_counts, named, paths
-from finesight.errors import Interrupted, UserError
+from finesight.arguments import StrPath, check_choice, check_counts, to_name, to_paths
+from finesight.errors import TrainingInterrupted, UserError
 
 if TYPE_CHECKING:
     # What these bring takes seconds to import: each function does, when it is called.
@@ -22,378 +23,456 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-    from finesight.check.findings import Checked
-    from finesight.config import Device, Metric, Precision, Recipe, Weights
-    from finesight.data.importing import Summary
-    from finesight.data.jsonl import Located
-    from finesight.encode.encoded import Encoded, Span
+    from finesight.check.check_issues import CheckResult
+    from finesight.config import Device, MetricSpec, Precision, Recipe, WeightFormat
+    from finesight.data.importer import ImportSummary
+    from finesight.data.jsonl import LocatedSample
+    from finesight.encode.tokenized_sample import EncodedSample, VisualSpan
     from finesight.encode.tokenizer import TextTokenizer
-    from finesight.evaluate.evaluate import Evaluation
-    from finesight.infer.load import Answerer
-    from finesight.infer.predict import Prediction
-    from finesight.train.finish import RunResult
+    from finesight.evaluate.generation_eval import GenerationEvalResult
+    from finesight.infer.model_loader import InferenceModel
+    from finesight.infer.prediction import Prediction
+    from finesight.train.finalize import RunResult
 
 __all__ = [
     "Encoding",
-    "Interrupted",
     "Model",
+    "TrainingInterrupted",
     "UserError",
+    "build_question",
     "check_data",
-    "draw",
+    "draw_boxes",
     "evaluate",
     "import_data",
-    "load",
-    "question",
-    "read",
+    "load_model",
+    "read_samples",
     "train",
 ]
 
-UNLEARNED = -100
-"""The label of a token that carries no loss, which `torch.nn.functional.cross_entropy` passes over
-by default."""
+IGNORE_INDEX = -100
+"""Label of a token without loss, the default
+`ignore_index` of `torch.nn.functional.cross_entropy`."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Encoding:
-    """A sample as the model reads it. Printed, or the last line of a notebook's cell, it is a table
-    of its tokens, with a star at each that is learned."""
+    """A sample as model input. Its representation is a table of its tokens with a star at each
+    supervised token.
+    """
 
-    encoded: Encoded
+    encoded: EncodedSample
     tokenizer: TextTokenizer
 
     @property
-    def ids(self) -> NDArray[np.int32]:
-        """The tokens, of shape (T,)."""
-        return self.encoded.outline.ids_T
+    def input_ids(self) -> NDArray[np.int32]:
+        """Token IDs of shape (T,)."""
+        return self.encoded.tokenized.ids_T
 
     @property
-    def learned(self) -> NDArray[np.bool_]:
-        """Which of them carry loss, every answer and its end, of shape (T,)."""
-        return self.encoded.outline.learned_T
+    def loss_mask(self) -> NDArray[np.bool_]:
+        """Mask of shape (T,) of the supervised tokens: every answer and its end token."""
+        return self.encoded.tokenized.loss_mask_T
 
     @property
     def labels(self) -> NDArray[np.int32]:
-        """The ids of the learned tokens, `UNLEARNED` in the places of the others, of shape (T,).
+        """Labels of shape (T,): IDs of supervised tokens, `IGNORE_INDEX` for all others.
 
-        They are not moved: the token that predicts a label stands before it.
+        Labels are not shifted: the token that predicts a label precedes it.
         """
         import numpy as np
 
-        return np.where(self.learned, self.ids, np.int32(UNLEARNED))
+        return np.where(self.loss_mask, self.input_ids, np.int32(IGNORE_INDEX))
 
     @property
-    def positions(self) -> NDArray[np.int32]:
-        """Time, height and width of each token for the rotary embedding, of shape (3, T)."""
-        return self.encoded.outline.positions_3T
+    def position_ids(self) -> NDArray[np.int32]:
+        """Position IDs (time, height, width) of each token for M-RoPE, of shape (3, T)."""
+        return self.encoded.tokenized.position_ids_3T
 
     @property
-    def pictures(self) -> tuple[Span, ...]:
-        """Where each picture or video stands among the tokens, and its sizes in pixels."""
-        return self.encoded.outline.spans
+    def visual_spans(self) -> tuple[VisualSpan, ...]:
+        """Token range of each image or video, and its sizes in pixels."""
+        return self.encoded.tokenized.spans
 
     @property
     def patches(self) -> NDArray[np.uint8]:
-        """All pictures in patches, end to end, not yet normalised, of shape (N, D)."""
+        """Concatenated patches of all images, not yet normalized, of shape (N, D)."""
         return self.encoded.patches_ND
 
     def __repr__(self) -> str:
-        from finesight.encode.show import as_lines
+        from finesight.encode.token_table import format_token_table
 
-        return "\n".join(as_lines(self.encoded.outline, self.tokenizer))
+        return "\n".join(format_token_table(self.encoded.tokenized, self.tokenizer))
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model that `load` has brought into memory, with the picture sizes and the system prompt
-    that belong to it."""
+    """A loaded model with its image rule and system prompt."""
 
     name: str
-    answerer: Answerer = field(repr=False)
+    inference_model: InferenceModel = field(repr=False)
 
     def generate(
-        self, pictures: FileName | Sequence[FileName], prompt: str, *, max_new_tokens: int = 512
+        self, images: StrPath | Sequence[StrPath], prompt: str, *, max_new_tokens: int = 512
     ) -> Prediction:
-        """The answer to one question about a picture, about several together, or about none (an
-        empty list). The most probable token is taken each time: the answer is always the same.
+        """Generate the answer to a question about any number of images.
 
-        Of the result, `text` is for people, `boxes` are in pixels of the original pictures, and
-        `stopped` is False where it was cut off. Raises UserError for a picture that is missing or
-        damaged, and for a question that is too long for the model.
+        Decoding is greedy, so the answer is deterministic.
+
+        Args:
+            images: One image file, several, or an empty list.
+            prompt: The question.
+            max_new_tokens: Maximum number of tokens of the answer.
+
+        Returns:
+            The prediction: `text` for display, `boxes` in pixels of the original images, and
+                `stopped`, which is False if the answer was truncated.
+
+        Raises:
+            UserError: An image is missing or corrupt, or the prompt exceeds the context length.
         """
-        asked = question(pictures, prompt)
-        return self.generate_all([asked], max_new_tokens=max_new_tokens)[0]
+        prompt_sample = build_question(images, prompt)
+        return self.generate_batch([prompt_sample], max_new_tokens=max_new_tokens)[0]
 
-    def generate_all(
-        self, questions: Sequence[Located], *, max_new_tokens: int = 512, batch: int = 16
+    def generate_batch(
+        self, samples: Sequence[LocatedSample], *, max_new_tokens: int = 512, batch_size: int = 16
     ) -> list[Prediction]:
-        """Answers to many questions, in their order, `batch` of them at once.
+        """Generate the answers to many questions in batches.
 
-        Questions are made by `question` or come from `read`: of a sample with an answer, the turns
-        before that are asked. Where a GPU's memory is full, half as many are answered at once.
-        Raises UserError as `generate` does.
+        Args:
+            samples: Questions from `build_question` or `read_samples`. For a sample with an answer,
+                the preceding turns are the prompt.
+            max_new_tokens: Maximum number of tokens per answer.
+            batch_size: Number of samples per batch; halved when GPU memory is exhausted.
+
+        Returns:
+            The predictions in the order of the samples.
+
+        Raises:
+            UserError: See `generate`.
         """
-        from finesight.infer.predict import predict
+        from finesight.infer.prediction import predict
 
-        check_counts(max_new_tokens=max_new_tokens, batch=batch)
-        model, renderer = self.answerer.model, self.answerer.renderer
-        return predict(model, renderer, questions, max_new_tokens=max_new_tokens, batch=batch)
+        check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
+        model, renderer = self.inference_model.model, self.inference_model.renderer
+        return predict(
+            model, renderer, samples, max_new_tokens=max_new_tokens, batch_size=batch_size
+        )
 
     def stream(
         self,
-        pictures: FileName | Sequence[FileName],
+        images: StrPath | Sequence[StrPath],
         prompt: str,
         *,
         max_new_tokens: int = 512,
         temperature: float = 0.0,
         seed: int | None = None,
     ) -> Iterator[str]:
-        """The answer to one question piece by piece, as it grows.
+        """Stream the answer to one question in text pieces.
 
-        At a `temperature` above 0 tokens are drawn, the same ones from the same `seed`. The
-        question is read when the first piece is asked for, and raises UserError then; the answer
-        stops when nobody listens any more.
+        A `temperature` above 0 enables sampling, which is reproducible with the same `seed`. The
+        prompt is encoded when the first piece is requested, and UserError is raised then. Closing
+        the generator stops decoding.
         """
-        from finesight.infer.request import Options, Sampling
-        from finesight.infer.service import Service
+        from finesight.infer.inference_service import InferenceService
+        from finesight.infer.request import GenerationOptions, SamplingParams
 
-        asked = question(pictures, prompt)
-        sampling = Sampling(temperature=temperature, seed=seed)
-        options = Options(max_new_tokens=max_new_tokens, sampling=sampling)
-        service = Service(self.answerer, rows=1)
+        prompt_sample = build_question(images, prompt)
+        sampling = SamplingParams(temperature=temperature, seed=seed)
+        options = GenerationOptions(max_new_tokens=max_new_tokens, sampling_params=sampling)
+        service = InferenceService(self.inference_model, max_num_seqs=1)
         try:
-            for delta in service.ask(asked, options):
+            for delta in service.submit(prompt_sample, options):
                 yield delta.text
         finally:
             service.close()
 
-    def encode(self, sample: Located, *, add_generation_prompt: bool = False) -> Encoding:
-        """What the model reads of a sample, in training and in answering alike.
+    def encode(self, sample: LocatedSample, *, add_generation_prompt: bool = False) -> Encoding:
+        """Encode a sample as model input, with the same tokenization for training and inference.
 
-        With `add_generation_prompt`, the turns before the sample's last answer and what stands
-        before an answer: the prompt that `generate_all` answers. Pictures are opened and resized
-        by the model's rule or, of a run, by the run's. Raises UserError for a damaged picture and
-        for a box outside of its picture.
+        Args:
+            sample: The sample to encode.
+            add_generation_prompt: Encode the prompt of the last answer, as in `generate_batch`.
+
+        Raises:
+            UserError: An image is corrupt, or a box is outside its image.
         """
-        renderer = self.answerer.renderer
+        renderer = self.inference_model.renderer
         if add_generation_prompt:
-            encoded = renderer.with_patches(renderer.prompt_outline(sample))
+            encoded = renderer.load_patches(renderer.tokenize_prompt(sample))
         else:
             encoded = renderer.encode(sample)
         return Encoding(encoded, renderer.tokenizer)
 
 
-def load(
-    model: FileName,
+def load_model(
+    model: StrPath,
     *,
     device: Device = "auto",
     precision: Precision = "auto",
-    weights: Weights = "auto",
+    weights: WeightFormat = "auto",
 ) -> Model:
-    """Load a run, a folder of a model or of an adapter, a model of a hub by its name, or
-    `finesight-tiny`, which comes with the package.
+    """Load a run, a model or adapter folder, a hub model, or `finesight-tiny`.
 
-    `device` auto is the GPU where there is one. `precision` auto is bf16 on a GPU that computes in
-    it, fp16 on older ones, fp32 on a CPU. `weights` auto is as they are stored, or as a run trained
-    with them; nf4, fp8, int8 and int4 are made while they are loaded. Raises UserError for what is
-    missing, half-written, or not the base that a run or adapter was trained on.
+    Args:
+        model: Name or path. `finesight-tiny` is the bundled model.
+        device: auto is the GPU if available.
+        precision: auto is bf16 on GPUs that support it, fp16 on older ones, fp32 on a CPU.
+        weights: auto is the stored format, or the format of the run's training; nf4, fp8, int8 and
+            int4 quantize the weights while loading.
+
+    Raises:
+        UserError: The model is missing, incomplete, or not the base model of the run or adapter.
     """
-    from finesight.config import Device, Precision, Weights
-    from finesight.infer.load import load_answerer
+    from finesight.config import Device, Precision, WeightFormat
+    from finesight.infer.model_loader import load_inference_model
 
     check_choice("device", device, Device)
     check_choice("precision", precision, Precision)
-    check_choice("weights", weights, Weights)
-    name = named(model)
-    return Model(name, load_answerer(name, device, precision, weights))
+    check_choice("weights", weights, WeightFormat)
+    name = to_name(model)
+    return Model(name, load_inference_model(name, device, precision, weights))
 
 
-def question(pictures: FileName | Sequence[FileName], prompt: str) -> Located:
-    """A question about a picture, about several together, or about none, for
-    `Model.generate_all`. Raises UserError for what is missing or no picture."""
-    from finesight.infer.predict import question as asked
+def build_question(images: StrPath | Sequence[StrPath], prompt: str) -> LocatedSample:
+    """Build a question about one image, several images, or none, for `Model.generate_batch`.
 
-    files = paths(pictures)
-    return asked(files, prompt, str(files[0]) if len(files) == 1 else prompt)
-
-
-def draw(answer: Prediction, picture: int = 0) -> Image.Image:
-    """A copy of one of the answer's pictures, counted from 0, with the boxes that are in it.
-
-    In RGB, in the size of the original; a notebook shows it. Raises UserError where the answer has
-    no such picture.
+    Raises:
+        UserError: A file is missing or not an image.
     """
-    from finesight.infer.draw import drawn
+    from finesight.infer.prediction import build_question as build_sample
 
-    if not 0 <= picture < len(answer.images):
+    files = to_paths(images)
+    return build_sample(files, prompt, str(files[0]) if len(files) == 1 else prompt)
+
+
+def draw_boxes(prediction: Prediction, image_index: int = 0) -> Image.Image:
+    """Return a copy of an image of the prediction with its boxes.
+
+    Args:
+        prediction: The prediction.
+        image_index: 0-based index of the image.
+
+    Returns:
+        An RGB image of the original size.
+
+    Raises:
+        UserError: The prediction has no such image.
+    """
+    from finesight.infer.box_drawing import annotate_image
+
+    if not 0 <= image_index < len(prediction.images):
         raise UserError(
-            f"picture {picture}",
-            where="draw",
-            expected=f"a number below {len(answer.images)}: so many pictures were shown",
-            remedy="leave it out to draw the first one, and draw answers about pictures only",
+            f"image {image_index}",
+            where="draw_boxes",
+            expected=f"an index below {len(prediction.images)}, the number of images",
+            remedy="omit it to draw the first image, and use predictions with images",
         )
-    return drawn(answer, picture)
+    return annotate_image(prediction, image_index)
 
 
-def read(*files: FileName, limit: int | None = None, answered: bool = True) -> list[Located]:
-    """The samples of files, each checked: JSONL, Parquet or tar, by paths, patterns such as
-    `shards/*.tar`, or addresses in object storage; `limit` takes the first ones of each.
+def read_samples(
+    *files: StrPath, limit: int | None = None, require_answer: bool = True
+) -> list[LocatedSample]:
+    """Read and validate the samples of files.
 
-    A sample's `sample.messages` are its turns; its pictures are relative to its `folder`. Without
-    `answered`, the last turn may be a question. Raises UserError with file and line.
+    Args:
+        files: JSONL, Parquet or tar files as paths, patterns such as `shards/*.tar`, or object
+            storage URLs.
+        limit: Read only the first samples of each.
+        require_answer: Reject samples whose last turn is a question.
+
+    Returns:
+        Samples with turns in `sample.messages` and image paths relative to `folder`.
+
+    Raises:
+        UserError: A sample is invalid. The error names file and line.
     """
-    from finesight.config import HeldOutFile
-    from finesight.data.sources import load_sources
+    from finesight.config import DataFileSettings
+    from finesight.data.corpus import load_corpus
 
     check_counts(limit=limit)
-    sources = [HeldOutFile(path=named(file), limit=limit) for file in files]
-    return load_sources(sources, answered=answered).read()
+    sources = [DataFileSettings(path=to_name(file), limit=limit) for file in files]
+    return load_corpus(sources, require_answer=require_answer).read_samples()
 
 
 def import_data(
-    source: FileName,
-    out: FileName,
+    source: StrPath,
+    out: StrPath,
     *,
     columns: Mapping[str, str] | None = None,
     prompt: str | None = None,
-    split: float | None = None,
+    train_fraction: float | None = None,
     eval_last: int | None = None,
     limit: int | None = None,
     format: str | None = None,
-) -> Summary:
-    """Turn pictures with labels into samples in the new folder `out`: `data.jsonl`, or with
-    `split` or `eval_last` `train.jsonl` and `eval.jsonl`.
+) -> ImportSummary:
+    """Import a labeled image dataset as samples in the new folder `out`.
 
-    `source` is a file, a folder, an archive, or `hf:OWNER/NAME` and `modelscope:OWNER/NAME`.
-    `columns` says which columns of a table are `image`, `answer`, `question`, `box`, `label`, or
-    under `fields` the names, with commas, of those whose values make an answer in JSON. `split` is
-    the share of rows to train on, `eval_last` how many rows at the end are held out; no picture is
-    in both files. The format is detected where `format` does not name it. What else there is to
-    say about a source, `finesight data import` has options for. Raises UserError, and leaves no
-    folder, for rows that cannot be used; where it names that command's options, `--map image=path`
-    is `columns={"image": "path"}`.
+    The output is `data.jsonl`, or `train.jsonl` and `eval.jsonl` with `train_fraction` or
+    `eval_last`. No image is in both files. `finesight data import` has further options.
+
+    Args:
+        source: A file, a folder, an archive, or `hf:OWNER/NAME` and `modelscope:OWNER/NAME`.
+        out: The folder to create.
+        columns: Table columns by role: `image`, `answer`, `question`, `box`, `label`, or `fields`,
+            a comma-separated list of columns for a JSON answer.
+        prompt: Question for each image.
+        train_fraction: Fraction of the rows for training.
+        eval_last: Number of rows at the end that are held out.
+        limit: Import only the first rows.
+        format: Dataset format; detected by default.
+
+    Raises:
+        UserError: Rows are invalid; no folder is created. In messages, the option `--map
+            image=path` is `columns={"image": "path"}`.
     """
-    from finesight.data.importing import import_file
-    from finesight.data.opening import Request
-    from finesight.data.origins import brought
+    from finesight.data.import_source import ImportOptions
+    from finesight.data.importer import import_dataset
+    from finesight.data.source_fetch import fetch_source
 
     check_counts(limit=limit, eval_last=eval_last)
-    request = Request(
+    options = ImportOptions(
         format=format,
         columns=columns or {},
         prompt=prompt,
         limit=limit,
         eval_last=eval_last,
-        split=split,
+        train_fraction=train_fraction,
     )
-    with brought(str(source), Path(out), request) as found:
-        for note in found.notes:
+    with fetch_source(str(source), Path(out), options) as fetched:
+        for note in fetched.notes:
             warnings.warn(f"{source}: {note}", stacklevel=2)
-        return import_file(found.path, Path(out), found.request)
+        return import_dataset(fetched.path, Path(out), fetched.options)
 
 
 def check_data(
-    data: FileName | Sequence[FileName], held_out: FileName | Sequence[FileName] = ()
-) -> Checked:
-    """What is wrong with samples: pictures, boxes, texts, turns, what repeats, and held-out
-    pictures that are trained on.
+    data: StrPath | Sequence[StrPath], validation: StrPath | Sequence[StrPath] = ()
+) -> CheckResult:
+    """Check samples: images, boxes, texts, turns, duplicates, and validation images in training
+    data.
 
-    Of the result, `counts` has the number of findings by fault, empty where all is well,
-    `findings` are the first of each, and `severity` is that of the gravest. Nothing is changed.
-    Raises UserError for a file that cannot be read at all.
+    Returns:
+        The result: `issue_counts` has the number of issues by code (empty without issues), `issues`
+            the first of each code, and `severity` the highest severity. No files are changed.
+
+    Raises:
+        UserError: A file is unreadable.
     """
-    from finesight.check.run import check_sources
-    from finesight.check.subjects import of_files
-    from finesight.data.opening import Request
+    from finesight.check.check_inputs import inputs_from_files
+    from finesight.check.data_checker import check_sources
+    from finesight.data.import_source import ImportOptions
 
-    return check_sources(of_files(paths(data), paths(held_out), Request()))
+    return check_sources(inputs_from_files(to_paths(data), to_paths(validation), ImportOptions()))
 
 
 def train(
-    recipe: FileName | Mapping[str, Any] | Recipe,
-    changes: Mapping[str, object] | None = None,
+    recipe: StrPath | Mapping[str, Any] | Recipe,
+    overrides: Mapping[str, object] | None = None,
     *,
     resume: bool = False,
     trust_metric: bool = False,
 ) -> RunResult:
-    """Train what a recipe says, measured before and after: a file, or its settings by name.
+    """Train a recipe with an evaluation before and after.
 
-    `changes` are settings in place of the recipe's, by their dotted names:
-    `{"train.steps": 100}`. With `resume` a run that was stopped goes on from its newest checkpoint,
-    as if it never had been, and one that is finished gives its result. Progress goes to stderr. Of
-    several processes that a launcher started, each gets the result. `trust_metric` executes a
-    `metric.py` that comes from the folder of a run, whoever made it.
+    Args:
+        recipe: A file, or settings by name.
+        overrides: Settings by dotted name that replace those of the recipe: `{"train.steps": 100}`.
+        resume: Resume an interrupted run from its last checkpoint; return the result of a finished
+            one.
+        trust_metric: Execute a `metric.py` from a run folder of any origin.
 
-    Raises UserError for what the user can mend, before anything is written where possible, and
-    Interrupted, with a checkpoint written, when Ctrl-C or a scheduler stops it.
+    Returns:
+        The result, on every rank. Progress is logged to stderr.
+
+    Raises:
+        UserError: A problem that the user can fix, raised before any output is written where
+            possible.
+        TrainingInterrupted: Ctrl-C or a scheduler stopped the run; a checkpoint was saved.
     """
     from finesight.config import Recipe
     from finesight.evaluate.metric_trust import check_recipe_metric
-    from finesight.recipe import load_recipe, recipe_of
-    from finesight.train.finish import finished
-    from finesight.train.loop import train as run
-    from finesight.train.run import Run
+    from finesight.recipe import load_recipe, recipe_from_dict
+    from finesight.train.finalize import load_result
+    from finesight.train.run_dir import RunDir
+    from finesight.train.trainer import train as run_training
 
     if isinstance(recipe, Recipe):
         recipe = recipe.model_dump(mode="json")
     path = None if isinstance(recipe, Mapping) else Path(recipe)
     if isinstance(recipe, Mapping):
-        settings = recipe_of(recipe, changes or {})
+        settings = recipe_from_dict(recipe, overrides or {})
     else:
-        settings = load_recipe(Path(recipe), changes or {})
-    check_recipe_metric(settings, path, changes or {}, trust=trust_metric)
-    result = run(settings, resume=resume) or finished(Run(settings.output))
+        settings = load_recipe(Path(recipe), overrides or {})
+    check_recipe_metric(settings, path, overrides or {}, trust=trust_metric)
+    result = run_training(settings, resume=resume) or load_result(RunDir(settings.output_dir))
     if result is None:
         raise UserError(
             "no result after the end of the run",
-            where=str(settings.output),
-            expected="a folder that all processes of a run see",
-            remedy="see what the first process of the run has said",
+            where=str(settings.output_dir),
+            expected="an output folder shared by all ranks",
+            remedy="check the log of rank 0",
         )
     return result
 
 
 def evaluate(
-    model: Model | FileName,
-    data: FileName | None = None,
-    metric: Metric | None = None,
+    model: Model | StrPath,
+    data: StrPath | None = None,
+    metric: MetricSpec | None = None,
     *,
     limit: int | None = None,
     max_new_tokens: int | None = None,
-    batch: int | None = None,
-    out: FileName | None = None,
+    batch_size: int | None = None,
+    out: StrPath | None = None,
     trust_metric: bool = False,
-) -> Evaluation:
-    """Answer held-out samples of a JSONL file and score the answers.
+) -> GenerationEvalResult:
+    """Generate answers for validation samples and score them.
 
-    `metric` is captions, latex, ocr, qa, classification, json, grounding, detection, or a function
-    of your own, `FILE.py:FUNCTION`. Of a run, what is left out is as its recipe says. `limit` takes
-    the first samples, `out` is a file for every answer with its scores. `trust_metric` executes the
-    `metric.py` of a run folder that you did not make.
+    Args:
+        model: A loaded model, or a name or path.
+        data: JSONL file; for a run, defaults to that of its recipe.
+        metric: captions, latex, ocr, qa, classification, json, grounding, detection, or a custom
+            function `FILE.py:FUNCTION`; for a run, defaults to that of its recipe.
+        limit: Use only the first samples.
+        max_new_tokens: Maximum number of tokens per answer.
+        batch_size: Number of samples per batch.
+        out: File for all answers with their scores.
+        trust_metric: Execute a `metric.py` from a run folder of any origin.
 
-    Of the result, `scores` are the figures by name, `intervals` their 95 % confidence intervals
-    (None where there is none: `notes` say why), `headline` names the one that stands for all,
-    `predictions` are the answers. Raises UserError where data or metric is neither given nor in a
-    recipe, and for samples without what the metric compares.
+    Returns:
+        The result: `scores` by name, `intervals` with 95 % confidence intervals (None if
+            unavailable; `notes` give the reason), `primary_metric`, and `predictions`.
+
+    Raises:
+        UserError: Data or metric is neither given nor in a recipe, or a sample lacks content that
+            the metric needs.
     """
     from rich.console import Console
 
-    from finesight.evaluate.evaluate import evaluate as measure
-    from finesight.evaluate.held_out import held_out
+    from finesight.evaluate.eval_inputs import load_eval_inputs
+    from finesight.evaluate.generation_eval import evaluate as run_evaluation
     from finesight.evaluate.metric_trust import check_metric
-    from finesight.train.progress import Screen
+    from finesight.train.console import TrainingConsole
 
-    check_counts(limit=limit, max_new_tokens=max_new_tokens, batch=batch)
-    samples, settings = held_out(
-        model.name if isinstance(model, Model) else named(model),
-        data=None if data is None else Path(named(data)),
+    check_counts(limit=limit, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    samples, settings = load_eval_inputs(
+        model.name if isinstance(model, Model) else to_name(model),
+        data=None if data is None else Path(to_name(data)),
         metric=metric,
         limit=limit,
-        batch=batch,
+        batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
     check_metric(settings.metric, named=metric is not None, trust=trust_metric)
-    answerer = (model if isinstance(model, Model) else load(model)).answerer
+    inference_model = (model if isinstance(model, Model) else load_model(model)).inference_model
     total = min(len(samples), settings.limit or len(samples))
-    with Screen(Console(stderr=True)).stage("answers", total) as advance:
-        answers = None if out is None else Path(out)
-        return measure(answerer.model, answerer.renderer, samples, settings, answers, advance)
+    with TrainingConsole(Console(stderr=True)).progress_stage("answers", total) as on_progress:
+        predictions_file = None if out is None else Path(out)
+        return run_evaluation(
+            inference_model.model,
+            inference_model.renderer,
+            samples,
+            settings,
+            predictions_file,
+            on_progress,
+        )

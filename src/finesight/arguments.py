@@ -1,4 +1,4 @@
-"""What a Python program gives to a function of `finesight.api`: names, counts, choices."""
+"""Validate arguments of `finesight.api`: names, counts, choices."""
 
 from __future__ import annotations
 
@@ -9,47 +9,46 @@ from typing import get_args
 
 from finesight.errors import UserError
 
-FileName = str | Path
-"""A file's, run's or model's name. `~` is the user's home."""
+StrPath = str | Path
+"""Name of a file, run or model. `~` is the home folder."""
 
 
-def paths(names: FileName | Sequence[FileName]) -> list[Path]:
-    """One file or several. Raises UserError for what is no name, as each function here does for
-    what is wrong."""
-    several = isinstance(names, Iterable) and not isinstance(names, str | bytes | os.PathLike)
-    listed: Iterable[object] = names if several else [names]  # type: ignore[assignment]
-    return [Path(os.path.expanduser(named(name))) for name in listed]
+def to_paths(paths: StrPath | Sequence[StrPath]) -> list[Path]:
+    """Convert one or several file names to paths. Raises UserError for other types."""
+    is_sequence = isinstance(paths, Iterable) and not isinstance(paths, str | bytes | os.PathLike)
+    items: Iterable[object] = paths if is_sequence else [paths]  # type: ignore[assignment]
+    return [Path(os.path.expanduser(to_name(name))) for name in items]
 
 
-def named(name: object) -> str:
-    """The name of a file, a run or a model."""
-    if isinstance(name, str | os.PathLike):
-        return str(name)
+def to_name(value: object) -> str:
+    """Convert the name of a file, run or model to text."""
+    if isinstance(value, str | os.PathLike):
+        return str(value)
     raise UserError(
-        f"a {type(name).__name__} in place of a file's name",
+        f"a {type(value).__name__} instead of a file name",
         expected="a str or a Path",
-        remedy='save what is in memory, a picture by image.save("picture.png"), and name the file',
+        remedy='save in-memory data to a file, such as image.save("image.png"), and pass its name',
     )
 
 
-def check_choice(name: str, value: object, kind: object) -> None:
-    """Whether a value is one of those of a Literal."""
-    if value not in get_args(kind):
+def check_choice(name: str, value: object, literal: object) -> None:
+    """Raise UserError unless a value is a member of a Literal."""
+    if value not in get_args(literal):
         raise UserError(
             f"{name} is {value!r}",
             where=name,
-            expected=f"one of {', '.join(get_args(kind))}",
+            expected=f"one of {', '.join(get_args(literal))}",
             remedy="choose one of these",
         )
 
 
 def check_counts(**counts: int | None) -> None:
-    """Whether each is above 0, where it is given."""
+    """Raise UserError unless each given count is above 0."""
     for name, count in counts.items():
         if count is not None and count < 1:
             raise UserError(
                 f"{name} is {count}",
                 where=name,
-                expected="a whole number from 1 upwards",
-                remedy="correct it, or leave it out",
+                expected="an integer of at least 1",
+                remedy="correct or remove it",
             )

@@ -1,4 +1,4 @@
-"""Read files that others wrote: regular files of bounded size, JSON of bounded depth."""
+"""Read untrusted files: regular files of bounded size, JSON of bounded depth."""
 
 from __future__ import annotations
 
@@ -12,40 +12,43 @@ from typing import Any, BinaryIO
 
 from pydantic_core import from_json
 
-from finesight.errors import UserError, look_beside
+from finesight.errors import UserError, suggest_similar_path
 
-LARGEST = 40 * 2**20
-"""Bytes of a file that is read whole: tokenizers have up to 13 MB, those of families with large
-vocabularies up to 35 MB. Parsed, JSON takes up to 30 times its size in memory."""
+MAX_FILE_BYTES = 40 * 2**20
+"""Maximum size of a file that is read at once. Tokenizers have up to 35 MB. Parsed JSON takes up to
+30 times its size in memory."""
 
-LARGEST_LINE = 8 * 2**20
-"""Bytes of one line of a JSON Lines file."""
+MAX_LINE_BYTES = 8 * 2**20
+"""Maximum size of a line of a JSON Lines file."""
 
 
 def read_bytes(
-    path: Path, *, expected: str, remedy: str = "restore the file", most: int = LARGEST
+    path: Path, *, expected: str, remedy: str = "restore the file", max_bytes: int = MAX_FILE_BYTES
 ) -> bytes:
-    """Read a regular file of at most `most` bytes.
+    """Read a regular file of at most `max_bytes` bytes.
 
-    Folders, named pipes, devices and larger files are refused before they are read.
+    Folders, named pipes, devices and larger files are rejected before they are read.
 
     Raises:
-        UserError: The file cannot be read, and `expected` and `remedy` say what to do.
+        UserError: The file is unreadable; the error contains `expected` and `remedy`.
     """
-    with _explained(path, expected, remedy), _opened(path) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
+    with _translate_os_errors(path, expected, remedy), _open_regular_file(path) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
         raise UserError(
-            f"has more than {most:,} bytes", where=str(path), expected=expected, remedy=remedy
+            f"has more than {max_bytes:,} bytes", where=str(path), expected=expected, remedy=remedy
         )
     return content
 
 
 def read_text(
-    path: Path, *, expected: str, remedy: str = "restore the file", most: int = LARGEST
+    path: Path, *, expected: str, remedy: str = "restore the file", max_bytes: int = MAX_FILE_BYTES
 ) -> str:
-    """Read a regular UTF-8 file of at most `most` bytes. Raises UserError as `read_bytes` does."""
-    content = read_bytes(path, expected=expected, remedy=remedy, most=most)
+    """Read a regular UTF-8 file of at most `max_bytes` bytes.
+
+    Raises UserError like `read_bytes`.
+    """
+    content = read_bytes(path, expected=expected, remedy=remedy, max_bytes=max_bytes)
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -58,19 +61,19 @@ def read_text(
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON of at most 200 nested levels; NaN and infinity are numbers.
+    """Parse JSON of at most 200 levels; NaN and infinity are valid.
 
-    Unlike `json.loads`, text that nests deeper is refused by a ValueError, never a RecursionError,
-    and so are lone surrogates, which no file can hold.
+    In contrast to `json.loads`, deeper nesting raises ValueError, never RecursionError, and lone
+    surrogates are rejected.
     """
     try:
         return from_json(text)
     except TypeError as error:  # text with a lone surrogate is no text to the parser
-        raise ValueError("a character that UTF-8 cannot hold") from error
+        raise ValueError("a character that UTF-8 cannot encode") from error
 
 
 def read_json(path: Path, *, expected: str = "JSON", remedy: str = "restore the file") -> Any:
-    """Read a JSON file of bounded size and depth. Raises UserError as `read_bytes` does."""
+    """Read a JSON file of bounded size and depth. Raises UserError like `read_bytes`."""
     content = read_bytes(path, expected=expected, remedy=remedy)
     try:
         return parse_json(content)
@@ -83,11 +86,11 @@ def read_json(path: Path, *, expected: str = "JSON", remedy: str = "restore the 
 def read_json_object(
     path: Path, *, expected: str = "a JSON object", remedy: str = "restore the file"
 ) -> dict[str, Any]:
-    """Read a JSON file that holds one object. Raises UserError as `read_json` does."""
+    """Read a JSON file with a single object. Raises UserError like `read_json`."""
     content = read_json(path, expected=expected, remedy=remedy)
     if not isinstance(content, dict):
         raise UserError(
-            f"holds a {type(content).__name__}, not an object",
+            f"contains a {type(content).__name__}, not an object",
             where=str(path),
             expected=expected,
             remedy=remedy,
@@ -96,25 +99,25 @@ def read_json_object(
 
 
 def read_lines(
-    path: Path, *, expected: str, remedy: str = "restore the file", most: int = LARGEST_LINE
+    path: Path, *, expected: str, remedy: str = "restore the file", max_bytes: int = MAX_LINE_BYTES
 ) -> Iterator[bytes]:
-    """Yield the lines of a regular file of any size, one at a time, with their line ends.
+    """Yield the lines of a regular file of any size with their line ends.
 
-    Of a line of more than `most` bytes only the first `most` are given, without a line end.
+    Longer lines are truncated to `max_bytes` bytes without a line end.
 
     Raises:
-        UserError: The file cannot be read, and `expected` and `remedy` say what to do.
+        UserError: The file is unreadable; the error contains `expected` and `remedy`.
     """
-    with _explained(path, expected, remedy), _opened(path) as file:
-        while line := file.readline(most):
+    with _translate_os_errors(path, expected, remedy), _open_regular_file(path) as file:
+        while line := file.readline(max_bytes):
             yield line
-            while len(line) == most and not line.endswith(b"\n"):
-                line = file.readline(most)
+            while len(line) == max_bytes and not line.endswith(b"\n"):
+                line = file.readline(max_bytes)
 
 
 @contextmanager
-def _explained(path: Path, expected: str, remedy: str) -> Iterator[None]:
-    """Turn an OSError into a UserError about `path`."""
+def _translate_os_errors(path: Path, expected: str, remedy: str) -> Iterator[None]:
+    """Convert an OSError to a UserError about `path`."""
     try:
         yield
     except OSError as error:
@@ -123,20 +126,20 @@ def _explained(path: Path, expected: str, remedy: str) -> Iterator[None]:
             "no such file" if missing else f"cannot be read: {error.strerror or error}",
             where=str(path),
             expected=expected,
-            remedy=look_beside(path) if missing else remedy,
+            remedy=suggest_similar_path(path) if missing else remedy,
         ) from error
 
 
-def _opened(path: Path) -> BinaryIO:
-    """Open a regular file. Raises OSError for other kinds; a named pipe does not block."""
+def _open_regular_file(path: Path) -> BinaryIO:
+    """Open a regular file without blocking on named pipes. Raises OSError for other file types."""
     try:
-        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError as error:  # a null character in the name
         raise OSError(errno.EINVAL, str(error)) from error
-    mode = os.fstat(number).st_mode
+    mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
-        return os.fdopen(number, "rb")
-    os.close(number)
+        return os.fdopen(fd, "rb")
+    os.close(fd)
     if stat.S_ISDIR(mode):
         raise OSError(errno.EISDIR, "it is a folder")
     raise OSError(errno.EINVAL, "it is not a regular file")

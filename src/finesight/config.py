@@ -1,4 +1,4 @@
-"""Every setting of a recipe. Unknown keys are refused with the nearest known name."""
+"""Settings of a recipe. Unknown keys are rejected with the closest known name."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 
-class Section(BaseModel):
-    """A group of settings: frozen, unknown keys refused, no silent conversion of types."""
+class SettingsSection(BaseModel):
+    """Base of all sections: frozen, strict types, unknown keys rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -25,7 +25,7 @@ def _as_path(value: object) -> object:
 
 
 def _as_float(value: object) -> object:
-    # YAML reads 1 as an integer and, without a dot, 1e-4 as text: both mean a number here.
+    # YAML parses 1 as an integer and, without a dot, 1e-4 as text: accept both as floats.
     if isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)
@@ -34,49 +34,52 @@ def _as_float(value: object) -> object:
     return value
 
 
-FilePath = Annotated[Path, BeforeValidator(_as_path)]
-Real = Annotated[float, BeforeValidator(_as_float)]
+ExpandedPath = Annotated[Path, BeforeValidator(_as_path)]
+CoercedFloat = Annotated[float, BeforeValidator(_as_float)]
 
-MOST = 1_000_000_000
-"""Of anything that is counted: what is more was mistyped, and would end where memory does."""
+MAX_COUNT = 1_000_000_000
+"""Maximum of counts: larger values are typing errors and would exhaust the memory."""
 
-Positive = Annotated[int, Field(gt=0, le=MOST)]
-Steps = Annotated[int, Field(ge=0, le=MOST)]
+PositiveInt = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+StepCount = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Seed = Annotated[int, Field(ge=0)]
-Side = Annotated[int, Field(gt=0, le=65_535)]
-"""Pixels along a side, as many as a JPEG may have."""
+SideLength = Annotated[int, Field(gt=0, le=65_535)]
+"""Side length in pixels, up to the maximum of JPEG."""
 
-Share = Annotated[Real, Field(gt=0.0, lt=1.0)]
-StepsOrShare = Steps | Share
-"""A count of optimiser steps (integer) or a share of the run (a fraction below 1)."""
-
-
-def _as_place(value: object) -> object:
-    return value if is_address(value) else _as_path(value)
+Fraction = Annotated[CoercedFloat, Field(gt=0.0, lt=1.0)]
+StepsOrFraction = StepCount | Fraction
+"""Number of optimizer steps (integer) or a fraction of the run (below 1)."""
 
 
-def is_address(value: object) -> bool:
-    """Whether it is text that names a file in object storage, such as `s3://BUCKET/NAME`."""
+def _as_path_or_url(value: object) -> object:
+    return value if is_url(value) else _as_path(value)
+
+
+def is_url(value: object) -> bool:
+    """Return whether a value is a URL in object storage, such as `s3://BUCKET/NAME`."""
     return isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value) is not None
 
 
-FilePlace = Annotated[Path | str, BeforeValidator(_as_place)]
-"""A path, or the address of a file in object storage: no other text."""
+PathOrUrl = Annotated[Path | str, BeforeValidator(_as_path_or_url)]
+"""A path, or the URL of a file in object storage."""
 
 
-class HeldOutFile(Section):
-    """A file of samples, JSONL, Parquet or tar, or a pattern that fits many of them; `limit` takes
-    only its first samples."""
+class DataFileSettings(SettingsSection):
+    """A data file (JSONL, Parquet or tar) or glob pattern.
 
-    path: FilePlace
-    limit: Positive | None = None
+    `limit` uses only its first samples.
+    """
+
+    path: PathOrUrl
+    limit: PositiveInt | None = None
 
 
-class DataFile(HeldOutFile):
-    """A file to learn from. `weight` is how many times an epoch passes over it (2.0: twice, 0.5: a
-    different half each epoch)."""
+class TrainFileSettings(DataFileSettings):
+    """A training file. `weight` is the number of passes per epoch (0.5: a different half each
+    epoch).
+    """
 
-    weight: Annotated[Real, Field(gt=0.0, le=10_000.0)] = 1.0
+    weight: Annotated[CoercedFloat, Field(gt=0.0, le=10_000.0)] = 1.0
 
 
 def _as_files(value: object) -> object:
@@ -84,74 +87,83 @@ def _as_files(value: object) -> object:
     return tuple({"path": item} if isinstance(item, str | Path) else item for item in items)
 
 
-DataFiles = Annotated[tuple[DataFile, ...], BeforeValidator(_as_files), Field(min_length=1)]
-HeldOutFiles = Annotated[tuple[HeldOutFile, ...], BeforeValidator(_as_files)]
+TrainFiles = Annotated[
+    tuple[TrainFileSettings, ...], BeforeValidator(_as_files), Field(min_length=1)
+]
+EvalFiles = Annotated[tuple[DataFileSettings, ...], BeforeValidator(_as_files)]
 
 
-class Data(Section):
-    """What to learn from and what to measure on."""
+class DataSettings(SettingsSection):
+    """Training and validation data."""
 
-    train: DataFiles
-    eval: HeldOutFiles = ()
-    system: str | None = None
-    max_length: Positive = 8192
-    unusable: Literal["drop", "refuse"] = "drop"
+    train: TrainFiles
+    eval: EvalFiles = ()
+    system_prompt: str | None = None
+    max_length: PositiveInt = 8192
+    on_invalid_sample: Literal["skip", "fail"] = "skip"
 
 
-class PixelRange(Section):
-    """The families' own rule: keep the shape, stay within this many pixels."""
+class PixelRange(SettingsSection):
+    """Image rule of the model families: preserve the aspect ratio within a range
+    of pixel counts."""
 
-    min_pixels: Positive
-    max_pixels: Positive
+    min_pixels: PositiveInt
+    max_pixels: PositiveInt
 
     @model_validator(mode="after")
-    def _ordered(self) -> PixelRange:
+    def _check_order(self) -> PixelRange:
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
         return self
 
 
-class ExactSize(Section):
-    """Every picture to one size, rounded to what the family's patches allow."""
+class ExactSize(SettingsSection):
+    """Resize every image to one size, rounded to multiples of the patch size."""
 
-    height: Side
-    width: Side
-
-
-class LongestSide(Section):
-    """Scale so that the longer side has this many pixels, keep the shape."""
-
-    longest_side: Side
+    height: SideLength
+    width: SideLength
 
 
-PictureRule = PixelRange | ExactSize | LongestSide
+class LongestSide(SettingsSection):
+    """Scale the longer side to this number of pixels, preserving the aspect ratio."""
 
-Tuning = Literal["frozen", "lora", "full"]
+    longest_side: SideLength
+
+
+ImageRule = PixelRange | ExactSize | LongestSide
+
+TuneMode = Literal["frozen", "lora", "full"]
 
 Device = Literal["auto", "cpu", "cuda"]
 
-Sharing = Literal["ddp", "zero2", "fsdp", "fsdp_offload"]
+ParallelMode = Literal["ddp", "zero2", "fsdp", "fsdp_offload"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
-Cache = Literal["auto", "never", "memory", "disk"]
-Weights = Literal["auto", "nf4", "fp8", "int8", "int4"]
-"""`auto`: as they are stored, or as a run trained with them; the others are made while loading."""
+VisionCacheMode = Literal["auto", "never", "memory", "disk"]
+WeightFormat = Literal["auto", "nf4", "fp8", "int8", "int4"]
+"""`auto` is the stored format, or the format of the run's training; others
+quantize while loading."""
 
 
-class Lora(Section):
-    """Low-rank adapters (Hu et al. 2021): scale is alpha / rank; `targets` narrows the linear
-    layers of a part by the last piece of their hub name, by default all of them."""
+class LoraSettings(SettingsSection):
+    """LoRA adapters (Hu et al. 2021) with scale alpha / rank.
+
+    `target_modules` restricts LoRA to linear layers of a part by the last component of their
+    published name; the default is all.
+    """
 
     rank: Annotated[int, Field(gt=0, le=65_536)] = 64
-    alpha: Annotated[Real, Field(gt=0.0, le=1e9)] = 16.0
-    dropout: Annotated[Real, Field(ge=0.0, lt=1.0)] = 0.05
-    targets: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] | None = None
+    alpha: Annotated[CoercedFloat, Field(gt=0.0, le=1e9)] = 16.0
+    dropout: Annotated[CoercedFloat, Field(ge=0.0, lt=1.0)] = 0.05
+    target_modules: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] | None = None
 
 
-Quantisable = Literal["vision", "merger", "language", "embeddings"]
-"""Of the embeddings the head alone is kept in four bits: the table is looked up."""
+QuantizablePart = Literal["vision", "merger", "language", "embeddings"]
+"""Parts that NF4 supports. Of the embeddings, only the output head is quantized; the table is a
+lookup.
+"""
 
 
-def _frozen_modes(part: str) -> str:
+def _allowed_modes(part: str) -> str:
     return "frozen" if part == "embeddings" else "lora or frozen"
 
 
@@ -159,128 +171,147 @@ def _as_names(value: object) -> object:
     return (value,) if isinstance(value, str) else _as_tuple(value)
 
 
-Multiplied = Literal["vision", "language"]
-"""The parts with nearly all of a step's arithmetic. A merger has little, and of the embeddings the
-head makes the loss: what it rounds shows there at once."""
+Fp8Part = Literal["vision", "language"]
+"""Parts that FP8 supports: nearly all FLOPs of a step. The merger has few FLOPs, and rounding
+errors of the output head affect the loss directly.
+"""
 
 
-class Tune(Section):
-    """How each part of the model learns, and whose frozen linear layers are kept in four bits, NF4
-    with double quantisation (Dettmers et al. 2023), or multiplied in FP8 (Micikevicius et al.
-    2022)."""
+class QuantizeSettings(SettingsSection):
+    """Quantization of frozen linear layers by part.
 
-    vision: Tuning = "frozen"
-    merger: Tuning = "frozen"
-    language: Tuning = "lora"
-    embeddings: Literal["frozen", "full"] = "frozen"
-    lora: Lora = Lora()
+    NF4 weights use double quantization (Dettmers et al. 2023). FP8 uses FP8 matrix products
+    (Micikevicius et al. 2022).
+    """
+
     nf4: (
-        Annotated[tuple[Quantisable, ...], BeforeValidator(_as_names), Field(min_length=1)] | None
+        Annotated[tuple[QuantizablePart, ...], BeforeValidator(_as_names), Field(min_length=1)]
+        | None
     ) = None
-
-    fp8: (
-        Annotated[tuple[Multiplied, ...], BeforeValidator(_as_names), Field(min_length=1)] | None
-    ) = None
+    fp8: Annotated[tuple[Fp8Part, ...], BeforeValidator(_as_names), Field(min_length=1)] | None = (
+        None
+    )
 
     @field_validator("nf4", "fp8")
     @classmethod
-    def _in_one_order(cls, parts: tuple[Quantisable, ...] | None) -> tuple[Quantisable, ...] | None:
-        """However they were listed, the same parts are the same setting."""
+    def _sort_parts(
+        cls, parts: tuple[QuantizablePart, ...] | None
+    ) -> tuple[QuantizablePart, ...] | None:
+        """Sort the parts so that equal settings compare equal."""
         if parts is None:
             return None
-        return tuple(part for part in get_args(Quantisable) if part in parts)
+        return tuple(part for part in get_args(QuantizablePart) if part in parts)
+
+
+class TuneSettings(SettingsSection):
+    """Training mode of each part of the model, LoRA settings and quantization."""
+
+    vision: TuneMode = "frozen"
+    merger: TuneMode = "frozen"
+    language: TuneMode = "lora"
+    embeddings: Literal["frozen", "full"] = "frozen"
+    lora: LoraSettings = LoraSettings()
+    quantize: QuantizeSettings = QuantizeSettings()
 
     @model_validator(mode="after")
-    def _quantised_parts_are_frozen(self) -> Tune:
+    def _check_quantized_parts_frozen(self) -> TuneSettings:
         modes = {
             "vision": self.vision,
             "merger": self.merger,
             "language": self.language,
             "embeddings": self.embeddings,
         }
-        for part in self.nf4 or ():
+        for part in self.quantize.nf4 or ():
             if modes[part] == "full":
                 raise ValueError(
-                    f"{part} is full and in nf4: weights in four bits cannot be trained;"
-                    f" set tune.{part} to {_frozen_modes(part)}, or leave it out of nf4"
+                    f"{part} is full and in quantize.nf4: 4-bit weights cannot be trained;"
+                    f" set tune.{part} to {_allowed_modes(part)}, or remove it from quantize.nf4"
                 )
-        for part in self.fp8 or ():
+        for part in self.quantize.fp8 or ():
             if modes[part] == "full":
                 raise ValueError(
-                    f"{part} is full and in fp8: only weights that stay as they are can be in FP8;"
-                    f" set tune.{part} to lora or frozen, or leave it out of fp8"
+                    f"{part} is full and in quantize.fp8: only frozen weights can be in FP8;"
+                    f" set tune.{part} to lora or frozen, or remove it from quantize.fp8"
                 )
-            if part in (self.nf4 or ()):
-                raise ValueError(f"{part} is in nf4 and in fp8: leave it out of one of them")
+            if part in (self.quantize.nf4 or ()):
+                raise ValueError(
+                    f"{part} is in quantize.nf4 and in quantize.fp8: remove it from one of them"
+                )
         return self
 
     @model_validator(mode="after")
-    def _something_learns(self) -> Tune:
-        if not (self.uses("lora") or self.uses("full")):
+    def _check_any_trainable(self) -> TuneSettings:
+        if not (self.has_mode("lora") or self.has_mode("full")):
             raise ValueError("every part is frozen: set at least one to lora or full")
         return self
 
-    def uses(self, tuning: Tuning) -> bool:
-        """Whether at least one part is in this mode."""
-        return tuning in (self.vision, self.merger, self.language, self.embeddings)
+    def has_mode(self, mode: TuneMode) -> bool:
+        """Return whether at least one part has this mode."""
+        return mode in (self.vision, self.merger, self.language, self.embeddings)
 
 
-Rate = Annotated[Real, Field(gt=0.0)]
-Beta = Annotated[Real, Field(ge=0.0, lt=1.0)]
+LearningRate = Annotated[CoercedFloat, Field(gt=0.0)]
+Beta = Annotated[CoercedFloat, Field(ge=0.0, lt=1.0)]
 
 
-class Rates(Section):
-    """Learning rates by part; a part left out takes `default`."""
+class LearningRates(SettingsSection):
+    """Learning rates by part; `default` applies to all others."""
 
-    default: Rate
-    vision: Rate | None = None
-    merger: Rate | None = None
-    language: Rate | None = None
-    embeddings: Rate | None = None
-
-
-def _as_rates(value: object) -> object:
-    return value if isinstance(value, dict | Rates) else {"default": value}
+    default: LearningRate
+    vision: LearningRate | None = None
+    merger: LearningRate | None = None
+    language: LearningRate | None = None
+    embeddings: LearningRate | None = None
 
 
-class Train(Section):
-    """The optimisation: AdamW (Loshchilov & Hutter 2019) over packed micro-batches, or for weights
-    that start from nothing Muon (Jordan et al. 2024), with AdamW for vectors and embeddings.
-    `adamw8bit` keeps AdamW's moments of matrices in eight bits (Dettmers et al. 2022).
+def _as_learning_rates(value: object) -> object:
+    return value if isinstance(value, dict | LearningRates) else {"default": value}
 
-    `batch` counts samples of one optimiser step over all GPUs; `pack_tokens` is the token budget
-    of one packed micro-batch (a longer sample stands alone, a much longer one is shared out over
-    all processes). `cache` says where features of pictures are kept that a frozen tower has looked
-    at. `parallel` says what several processes share out: nothing (DDP), gradients and moments
-    (ZeRO-2), or weights, too (FSDP2), which, like moments, may lie in the CPU's memory.
+
+class TrainSettings(SettingsSection):
+    """Optimizer, schedule, batch sizes and parallelism.
+
+    Optimizers are AdamW (Loshchilov & Hutter 2019) and, for training from scratch, Muon (Jordan et
+    al. 2024) with AdamW for vectors and embeddings. `adamw_8bit` stores the optimizer state of
+    matrices in 8 bits (Dettmers et al. 2022).
+
+    Attributes:
+        batch_size: Samples per optimizer step over all GPUs.
+        pack_tokens: Token budget of one packed micro-batch. A longer sample has its own
+            micro-batch, a much longer one is split over all ranks (context parallelism).
+        vision_cache: Storage of the outputs of a frozen vision encoder.
+        parallel: Replicated (DDP), or sharded over the ranks: gradients and optimizer state
+            (ZeRO-2), or also weights (FSDP2), optionally with CPU offloading.
     """
 
-    epochs: Annotated[Real, Field(gt=0.0, le=1e6)] | None = None
-    steps: Positive | None = None
-    batch: Positive = 16
-    pack_tokens: Positive = 4096
-    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
-    learning_rate: Annotated[Rates, BeforeValidator(_as_rates)] = Rates(default=1e-4)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: StepsOrShare = 0.03
-    weight_decay: Annotated[Real, Field(ge=0.0)] = 0.0
+    epochs: Annotated[CoercedFloat, Field(gt=0.0, le=1e6)] | None = None
+    steps: PositiveInt | None = None
+    batch_size: PositiveInt = 16
+    pack_tokens: PositiveInt = 4096
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    learning_rate: Annotated[LearningRates, BeforeValidator(_as_learning_rates)] = LearningRates(
+        default=1e-4
+    )
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: StepsOrFraction = 0.03
+    weight_decay: Annotated[CoercedFloat, Field(ge=0.0)] = 0.0
     betas: Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)] = (0.9, 0.999)
-    clip: Annotated[Real, Field(gt=0.0)] | None = 1.0
-    recompute: bool | Share = False
+    max_grad_norm: Annotated[CoercedFloat, Field(gt=0.0)] | None = 1.0
+    activation_checkpointing: bool | Fraction = False
     precision: Precision = "auto"
     device: Device = "auto"
     seed: Seed = 0
     data_seed: Seed = 0
-    workers: Annotated[int, Field(ge=0, le=1024)] | None = None
-    cache: Cache = "auto"
-    parallel: Sharing = "ddp"
-    save_every: StepsOrShare | None = None
-    keep: Positive = 2
+    num_workers: Annotated[int, Field(ge=0, le=1024)] | None = None
+    vision_cache: VisionCacheMode = "auto"
+    parallel: ParallelMode = "ddp"
+    save_every: StepsOrFraction | None = None
+    keep_checkpoints: PositiveInt = 2
 
     @model_validator(mode="after")
-    def _one_length(self) -> Train:
+    def _check_single_duration(self) -> TrainSettings:
         if self.epochs is not None and self.steps is not None:
-            raise ValueError("epochs and steps are both set: give one, and null for the other")
+            raise ValueError("epochs and steps are both set: set one of them to null")
         return self
 
 
@@ -288,68 +319,70 @@ TaskName = Literal[
     "captions", "latex", "ocr", "qa", "classification", "json", "grounding", "detection"
 ]
 
-OwnMetric = Annotated[str, Field(pattern=r"\.py:[A-Za-z_]\w*$")]
+CustomMetric = Annotated[str, Field(pattern=r"\.py:[A-Za-z_]\w*$")]
 """A function in a Python file: `path/to/metric.py:function`."""
 
-Metric = TaskName | OwnMetric
+MetricSpec = TaskName | CustomMetric
 
 
-class Eval(Section):
-    """Measuring by generation on held-out samples, before the first step and after the last;
-    `every` adds measurements in between. After `patience` of them without a better headline the
-    run stops; with it, the weights of a run are those of its best measurement."""
+class EvalSettings(SettingsSection):
+    """Evaluation by generation on validation samples, before the first and after the last step.
 
-    metric: Metric
-    every: StepsOrShare | None = None
-    patience: Positive | None = None
-    limit: Positive | None = None
+    `every` adds evaluations during training. `patience` stops the run after this number of
+    evaluations without improvement of the primary metric; the run then keeps the weights of the
+    best evaluation.
+    """
+
+    metric: MetricSpec
+    every: StepsOrFraction | None = None
+    patience: PositiveInt | None = None
+    limit: PositiveInt | None = None
     max_new_tokens: Annotated[int, Field(gt=0, le=1_048_576)] = 512
-    batch: Positive = 32
+    batch_size: PositiveInt = 32
 
     @model_validator(mode="after")
-    def _measured_on_the_way(self) -> Eval:
+    def _check_patience(self) -> EvalSettings:
         if self.patience is not None and self.every is None:
-            raise ValueError("patience counts measurements on the way, and every is not set")
+            raise ValueError("patience requires evaluations during training, but every is not set")
         return self
 
 
 TrackerKind = Literal["swanlab", "tensorboard", "wandb", "mlflow", "trackio"]
 
-WORDS: dict[TrackerKind, tuple[str, ...]] = {
+TRACKER_MODES: dict[TrackerKind, tuple[str, ...]] = {
     "swanlab": ("cloud", "local", "offline"),
     "wandb": ("cloud", "offline"),
 }
-"""Addresses that are no addresses: whether figures go to the makers' own server, or into files."""
+"""Values of `uri` other than URLs: the cloud of the tracker, or local files."""
 
 
-class Tracker(Section):
-    """Where figures go beside `metrics.jsonl`, which is always written: one of five packages, the
-    project there that the run is listed in, and the address of its server or store."""
+class TrackerSettings(SettingsSection):
+    """An experiment tracker in addition to `metrics.jsonl`: its package, project and server URI."""
 
     kind: TrackerKind
     project: Annotated[str, Field(min_length=1)] = "finesight"
-    address: Annotated[str, Field(min_length=1)] | None = None
+    uri: Annotated[str, Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
-    def _known_address(self) -> Tracker:
-        address, words = self.address, WORDS.get(self.kind, ())
-        if address is None or address in words:
+    def _check_uri(self) -> TrackerSettings:
+        uri, modes = self.uri, TRACKER_MODES.get(self.kind, ())
+        if uri is None or uri in modes:
             return self
         if self.kind == "tensorboard":
-            raise ValueError("tensorboard writes into the run's folder: it takes no address")
-        if words and not is_address(address):
-            known = ", ".join((*words, "https://HOST"))
-            raise ValueError(f"{self.kind} cannot send to {address!r}: it knows {known}")
-        if _SECRET_PARTS.search(address):
+            raise ValueError("tensorboard writes to the run folder and does not support uri")
+        if modes and not is_url(uri):
+            known = ", ".join((*modes, "https://HOST"))
+            raise ValueError(f"{self.kind} does not support uri {uri!r}: use {known}")
+        if _SECRET_PATTERN.search(uri):
             raise ValueError(
-                f"the address of {self.kind} holds a password or token, which would be written"
-                " into the run: leave it out, the package reads it from the environment"
+                f"uri of {self.kind} contains a password or token, which would be saved"
+                " in the run: remove it and set it in the environment of the package"
             )
         return self
 
 
-_SECRET_PARTS = re.compile("(?i)://[^/]*@|[?&][^=&]*(?:key|token|secret|sig|pass)[^=&]*=")
-"""Of an address: a user's name before the host, or a query that lets in."""
+_SECRET_PATTERN = re.compile("(?i)://[^/]*@|[?&][^=&]*(?:key|token|secret|sig|pass)[^=&]*=")
+"""Credentials in a URL: user information before the host, or a secret query parameter."""
 
 
 def _as_trackers(value: object) -> object:
@@ -357,26 +390,28 @@ def _as_trackers(value: object) -> object:
     return tuple({"kind": item} if isinstance(item, str) else item for item in items)
 
 
-Trackers = Annotated[tuple[Tracker, ...], BeforeValidator(_as_trackers)]
+TrackerList = Annotated[tuple[TrackerSettings, ...], BeforeValidator(_as_trackers)]
 
 
-class Recipe(Section):
-    """One run, from pictures to a tuned model."""
+class Recipe(SettingsSection):
+    """Settings of one run."""
 
     model: str
-    adapter: FilePath | None = None
-    data: Data
-    picture: PictureRule | None = None
-    tune: Tune = Tune()
-    train: Train = Train()
-    eval: Eval | None = None
-    track: Trackers = ()
-    output: FilePath
+    adapter: ExpandedPath | None = None
+    data: DataSettings
+    image: ImageRule | None = None
+    tune: TuneSettings = TuneSettings()
+    train: TrainSettings = TrainSettings()
+    eval: EvalSettings | None = None
+    track: TrackerList = ()
+    output_dir: ExpandedPath
 
     @field_validator("track")
     @classmethod
-    def _each_once(cls, trackers: tuple[Tracker, ...]) -> tuple[Tracker, ...]:
+    def _check_unique_trackers(
+        cls, trackers: tuple[TrackerSettings, ...]
+    ) -> tuple[TrackerSettings, ...]:
         kinds = [tracker.kind for tracker in trackers]
-        if twice := [kind for kind in dict.fromkeys(kinds) if kinds.count(kind) > 1]:
-            raise ValueError(f"{twice[0]} is listed twice: list each tracker once")
+        if duplicates := [kind for kind in dict.fromkeys(kinds) if kinds.count(kind) > 1]:
+            raise ValueError(f"{duplicates[0]} is duplicated: list each tracker once")
         return trackers

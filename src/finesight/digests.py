@@ -1,4 +1,4 @@
-"""The SHA-256 of files, and the manifest by which a folder is known to be whole."""
+"""SHA-256 digests of files and folder manifests."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ from pathlib import Path, PurePosixPath
 from finesight.bounded_files import read_json_object
 from finesight.errors import UserError
 
-DIGESTS = "sha256.json"
-"""The manifest of a folder: file name to SHA-256, in hexadecimal."""
+DIGESTS_FILE = "sha256.json"
+"""Manifest of a folder: SHA-256 in hexadecimal by file name."""
 
 
-def digest(file: Path) -> str:
-    """SHA-256 of the file's bytes, in hexadecimal."""
+def sha256_file(file: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def verify_folder(path: Path) -> None:
-    """Read every file of a folder made by `write_folder` and compare it with the manifest.
+    """Compare all files of a folder written by `write_folder` with its manifest.
 
-    Raises UserError naming a missing file, or a changed file with both digests.
+    Raises:
+        UserError: A file is missing or modified. The error contains both digests.
     """
     where, remedy = str(path), "restore the folder from a copy, or delete it and make it again"
-    manifest = path / DIGESTS
+    manifest = path / DIGESTS_FILE
     if not path.is_dir():
         raise UserError(
-            f"there is no folder {path.name}",
+            f"missing folder {path.name}",
             where=where,
-            expected=f"a folder with {DIGESTS}",
+            expected=f"a folder with {DIGESTS_FILE}",
             remedy="check the path",
         )
     if not manifest.is_file():
         raise UserError(
-            f"{DIGESTS} is missing: the folder is incomplete",
+            f"{DIGESTS_FILE} is missing: the folder is incomplete",
             where=where,
             expected="every file that was written, and their digests",
             remedy=remedy,
@@ -51,13 +52,13 @@ def verify_folder(path: Path) -> None:
             raise UserError(
                 f"the file {name} is missing",
                 where=where,
-                expected=f"every file that {DIGESTS} lists",
+                expected=f"every file that {DIGESTS_FILE} lists",
                 remedy=remedy,
             )
-        found = digest(path / name)
-        if found != expected:
+        actual = sha256_file(path / name)
+        if actual != expected:
             raise UserError(
-                f"the file has changed since it was written, its SHA-256 is {found}",
+                f"the file has changed since it was written, its SHA-256 is {actual}",
                 where=str(path / name),
                 expected=str(expected),
                 remedy=remedy,

@@ -1,4 +1,4 @@
-"""What a user may see: an error that says where, what, what was expected and what to do."""
+"""Errors for the user: location, problem, expected value and remedy."""
 
 from __future__ import annotations
 
@@ -9,40 +9,50 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-_UNSEEN = re.compile(
+_UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-"""Characters that move the cursor, colour or reorder what follows, or cannot be written at all."""
+"""Characters that move the cursor, change colors, reorder text, or cannot be encoded."""
 
 
-MOST_CHARACTERS = 10_000
-"""Of each part of a message: values of others, with millions of characters, may stand in it."""
+MAX_PART_CHARS = 10_000
+"""Maximum length of each part of a message, which may contain values of untrusted files."""
 
 
-def printable(text: str) -> str:
-    """The text with such characters as escapes: names and messages of others reach the terminal."""
-    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+def escape_unprintable(text: str) -> str:
+    """Escape unprintable characters, because untrusted names and messages reach the terminal."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def escaped_json(text: str) -> str:
-    """Return JSON text with lone surrogates as escapes, so that it can be written as UTF-8.
+def escape_surrogates(text: str) -> str:
+    """Escape lone surrogates in JSON text so that it can be encoded as UTF-8.
 
-    Python has them in the names of files that are not UTF-8.
+    Python uses surrogates in file names that are not UTF-8.
     """
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 class UserError(Exception):
-    """Something in the user's input or machine is wrong; the command ends with exit code 2.
+    """An error of the user's input or machine; the command exits with code 2.
 
-    The message is complete without a traceback: `where` names the file and line, setting or
-    argument, `what` the offending value, `expected` what would have been right, and `remedy`
-    the next thing to type or change. What others wrote may stand in each: all are `printable`.
+    The message is complete without a traceback and safe to print.
+
+    Attributes:
+        what: The invalid value or the problem.
+        where: File and line, setting or argument.
+        expected: What a valid value is.
+        remedy: The next command or change.
     """
 
     def __init__(self, what: str, *, where: str = "", expected: str = "", remedy: str = "") -> None:
-        self.what, self.where = printable(_cut(what)), printable(_cut(where))
-        self.expected, self.remedy = printable(_cut(expected)), printable(_cut(remedy))
+        self.what, self.where = (
+            escape_unprintable(_truncate(what)),
+            escape_unprintable(_truncate(where)),
+        )
+        self.expected, self.remedy = (
+            escape_unprintable(_truncate(expected)),
+            escape_unprintable(_truncate(remedy)),
+        )
         super().__init__(str(self))
 
     def __str__(self) -> str:
@@ -54,26 +64,26 @@ class UserError(Exception):
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Exceptions with keyword arguments do not survive the way back from a worker process.
+        # Exceptions with keyword arguments cannot be unpickled by default.
         return _rebuild, (type(self), self.what, self.where, self.expected, self.remedy)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 3]}..."
+def _truncate(text: str) -> str:
+    return text if len(text) <= MAX_PART_CHARS else f"{text[: MAX_PART_CHARS - 3]}..."
 
 
 def _rebuild(kind: type[UserError], what: str, where: str, expected: str, remedy: str) -> UserError:
     return kind(what, where=where, expected=expected, remedy=remedy)
 
 
-def look_beside(path: Path) -> str:
-    """The remedy where a file is missing: the most similar name in its folder, if there is one."""
+def suggest_similar_path(path: Path) -> str:
+    """Return a remedy for a missing file: the most similar name in its folder, if any."""
     import difflib
 
-    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    similar = difflib.get_close_matches(path.name, beside, n=1)
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    similar = difflib.get_close_matches(path.name, siblings, n=1)
     return f"did you mean {path.parent / similar[0]}?" if similar else "check the path"
 
 
-class Interrupted(Exception):
-    """A run was asked to stop and has written a checkpoint; the command ends with exit code 75."""
+class TrainingInterrupted(Exception):
+    """The run was interrupted and saved a checkpoint; the command exits with code 75."""

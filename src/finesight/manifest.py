@@ -1,31 +1,84 @@
-"""What was trained is what is served: the file that evaluation, prediction and merging read."""
+"""Run manifest: the file that evaluation, prediction and merging read."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import json
+from pathlib import Path
 
-from finesight.config import PictureRule, Tune
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-MANIFEST = "manifest.json"
+from finesight.bounded_files import read_bytes
+from finesight.config import ImageRule, TuneSettings
+from finesight.errors import UserError
+
+MANIFEST_FILE = "manifest.json"
+
+FORMAT_VERSION = 2
+"""Version of the manifest's keys. Manifests of another version are rejected."""
+
+_REMEDY = "restore the manifest of the run, or train again"
 
 
 class Manifest(BaseModel):
-    """`manifest.json` of a run folder, and of the model folder that the run is merged into.
+    """Content of `manifest.json` in a run folder and in a merged model folder.
 
-    `base` is the model as the recipe named it and `base_fingerprint` the SHA-256 over the headers
-    and index of its weight files; a base that has another one is refused. `picture` is the size
-    rule in force (the family's own when the recipe names none), `system` the system prompt (None
-    for a family without one).
+    Attributes:
+        format_version: Version of the manifest's keys.
+        base_model: The model as the recipe names it.
+        base_fingerprint: SHA-256 over the headers and the index of the base model's weight files.
+            A base model with another fingerprint is rejected.
+        image_rule: The image size rule of the run: the recipe's, or the family's default.
+        system_prompt: The system prompt; None for a family without one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: int = 1
+    format_version: int = FORMAT_VERSION
     family: str
-    base: str
+    base_model: str
     base_fingerprint: str
-    picture: PictureRule
-    system: str | None
-    end_token: str
-    tune: Tune
+    image_rule: ImageRule
+    system_prompt: str | None
+    eos_token: str
+    tune: TuneSettings
     versions: dict[str, str]
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Read and validate a manifest.
+
+    Raises:
+        UserError: The file is unreadable or invalid, or has another format version.
+    """
+    content = read_bytes(path, expected="the manifest of a run", remedy=_REMEDY)
+    _check_format_version(content, path)
+    try:
+        return Manifest.model_validate_json(content)
+    except ValidationError as error:
+        first_error = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first_error["loc"])) or "the file"
+        raise UserError(
+            f"{key} is {first_error['input']!r:.80}",
+            where=str(path),
+            expected=first_error["msg"],
+            remedy=_REMEDY,
+        ) from error
+
+
+def _check_format_version(content: bytes, path: Path) -> None:
+    """Reject a manifest of another version before its keys are validated."""
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError):
+        return  # Reported as invalid JSON by the validation.
+    if not isinstance(record, dict):
+        return
+    # Version 1 named the key "format".
+    version = record.get("format_version", record.get("format", FORMAT_VERSION))
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"manifest has format version {version!r:.80}",
+            where=str(path),
+            expected=f"format version {FORMAT_VERSION}",
+            remedy="use the finesight version that wrote the run, or train again",
+        )

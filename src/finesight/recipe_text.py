@@ -1,4 +1,4 @@
-"""A recipe as it was written: its text, and the line of every setting in it."""
+"""Recipe text: read the file, and find the line of each setting."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from typing import Any
 
 import yaml
 
-from finesight.errors import UserError, look_beside
-from finesight.yaml_text import Composed, TooManyValues
+from finesight.bounded_yaml import ComposedYaml, TooManyValuesError
+from finesight.errors import UserError, suggest_similar_path
 
-LARGEST = 2**20
-"""Bytes of a recipe; those of people have a few thousand."""
+MAX_RECIPE_BYTES = 2**20
+"""Maximum size of a recipe in bytes; typical recipes have a few thousand."""
 
-_FEWER = "name many data files by a pattern, such as shards/*.tar"
+_TOO_LARGE_REMEDY = "list many data files as a pattern, such as shards/*.tar"
 
-VALUES = 20_000
-"""Settings of a recipe with their names, at most: its longest lists are those of data files."""
+MAX_VALUES = 20_000
+"""Maximum number of values including names; the longest lists are data files."""
 
-Key = tuple[str | int, ...]
-"""A place in a recipe: names of groups and settings, numbers in lists."""
+SettingKey = tuple[str | int, ...]
+"""Path of a setting: section and setting names, and list indices."""
 
 
-def dotted(key: Key) -> str:
-    """A key as overrides and messages name it."""
+def format_key(key: SettingKey) -> str:
+    """Format a key as in overrides and messages."""
     return ".".join(str(piece) for piece in key)
 
 
-def read_text(path: Path) -> str:
-    """What a recipe file says. Raises UserError for one that is not there, or is no text."""
+def read_recipe_text(path: Path) -> str:
+    """Read a recipe file. Raises UserError if it is missing or not text."""
     try:
         if path.is_char_device():  # such as /dev/zero, without an end
             raise UserError(
@@ -38,13 +38,13 @@ def read_text(path: Path) -> str:
                 remedy="check the path",
             )
         with path.open("rb") as file:  # a pipe, too: <(envsubst < recipe.yaml)
-            content = file.read(LARGEST + 1)
-        if len(content) > LARGEST:
+            content = file.read(MAX_RECIPE_BYTES + 1)
+        if len(content) > MAX_RECIPE_BYTES:
             raise UserError(
-                f"has more than {LARGEST:,} bytes",
+                f"has more than {MAX_RECIPE_BYTES:,} bytes",
                 where=str(path),
                 expected="a YAML file of settings",
-                remedy=_FEWER,
+                remedy=_TOO_LARGE_REMEDY,
             )
         return content.decode()
     except FileNotFoundError as error:
@@ -52,7 +52,7 @@ def read_text(path: Path) -> str:
             "no such recipe",
             where=str(path),
             expected="a YAML file",
-            remedy=look_beside(path),
+            remedy=suggest_similar_path(path),
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(
@@ -70,68 +70,72 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def parse_recipe(text: str, path: Path) -> tuple[Any, dict[Key, int]]:
+def parse_recipe(text: str, path: Path) -> tuple[Any, dict[SettingKey, int]]:
     """Parse the YAML of a recipe.
 
     Args:
         text: The text of the recipe.
-        path: Its file, which errors name.
+        path: Its file, for errors.
 
     Returns:
-        The data, and the line of every key, counted from 1.
+        The data, and the 1-based line of each key.
 
     Raises:
-        UserError: The YAML is broken, has more than VALUES values, or gives a key twice.
+        UserError: The YAML is invalid, has more than MAX_VALUES values, or has a duplicate key.
     """
     try:
-        composed = Composed(text, VALUES)
-        lines: dict[Key, int] = {}
-        if composed.root is not None:
-            _collect_lines(composed.root, (), path, lines, ())
-        return composed.data(), lines
+        document = ComposedYaml(text, MAX_VALUES)
+        lines: dict[SettingKey, int] = {}
+        if document.root is not None:
+            _collect_lines(document.root, (), path, lines, ())
+        return document.data(), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        too_many = isinstance(error, TooManyValues)
+        too_many = isinstance(error, TooManyValuesError)
         raise UserError(
             f"{'' if too_many else 'broken YAML: '}{error.problem or error.context}",
             where=f"{path}:{mark.line + 1}" if mark else str(path),
             expected="settings as `name: value`, groups indented by spaces",
-            remedy=_FEWER if too_many else "correct this line or the one above it",
+            remedy=_TOO_LARGE_REMEDY if too_many else "correct this line or the one above it",
         ) from error
     except yaml.YAMLError as error:
         raise UserError(
             f"broken YAML: {error}",
             where=str(path),
             expected="settings as `name: value`, groups indented by spaces",
-            remedy="remove what YAML cannot hold",
+            remedy="remove content that YAML does not support",
         ) from error
 
 
 def _collect_lines(
-    node: yaml.Node, key: Key, path: Path, lines: dict[Key, int], above: tuple[yaml.Node, ...]
+    node: yaml.Node,
+    key: SettingKey,
+    path: Path,
+    lines: dict[SettingKey, int],
+    ancestors: tuple[yaml.Node, ...],
 ) -> None:
-    """Note the lines of all keys below `key`; `above` are the nodes that this one stands in."""
-    if node in above:  # by an alias
+    """Collect the lines of all keys below `key`; `ancestors` detect recursive aliases."""
+    if node in ancestors:  # by an alias
         raise UserError(
-            f"{dotted(key)} stands inside of itself",
+            f"{format_key(key)} contains itself",
             where=f"{path}:{lines[key]}",
-            expected="values that have an end",
-            remedy="write the value out, without the alias",
+            expected="values without recursive aliases",
+            remedy="write the value without the alias",
         )
-    above = (*above, node)
+    ancestors = (*ancestors, node)
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             lines[(*key, index)] = item.start_mark.line + 1
-            _collect_lines(item, (*key, index), path, lines, above)
+            _collect_lines(item, (*key, index), path, lines, ancestors)
     elif isinstance(node, yaml.MappingNode):
         for name, value in node.value:
-            line, inner = name.start_mark.line + 1, (*key, str(name.value))
-            if inner in lines:
+            line, child_key = name.start_mark.line + 1, (*key, str(name.value))
+            if child_key in lines:
                 raise UserError(
-                    f"{dotted(inner)} is given twice, first on line {lines[inner]}",
+                    f"{format_key(child_key)} is duplicated, first on line {lines[child_key]}",
                     where=f"{path}:{line}",
                     expected="each setting once",
                     remedy="remove one of the two",
                 )
-            lines[inner] = line
-            _collect_lines(value, inner, path, lines, above)
+            lines[child_key] = line
+            _collect_lines(value, child_key, path, lines, ancestors)

@@ -1,9 +1,8 @@
-"""Files that exist whole or not at all.
+"""Atomic writes of files and folders.
 
-Everything that must survive a crash is written here: into a hidden neighbour first, flushed to the
-disk, listed with SHA-256 digests, and only then given its name by one rename. Limits: the file
-system must rename atomically within a folder and honour fsync (local Linux and macOS file systems
-do; network file systems may not).
+Data is written to a hidden folder next to the target, flushed to disk, listed with SHA-256 digests,
+and then renamed once. The file system must rename atomically within a folder and honor fsync. Local
+Linux and macOS file systems do; network file systems may not.
 """
 
 from __future__ import annotations
@@ -23,32 +22,32 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from finesight.child_processes import FileLock
-from finesight.digests import DIGESTS, digest
+from finesight.digests import DIGESTS_FILE, sha256_file
 from finesight.errors import UserError
 
-_PARTIAL = ".partial"
+_PARTIAL_SUFFIX = ".partial"
 
-AT_ONCE = 2**20
-"""Bytes of small pieces that are written together."""
+WRITE_BUFFER_BYTES = 2**20
+"""Number of bytes of small pieces that are written together."""
 
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another output folder, then start again",
     errno.EDQUOT: "free some of your quota or choose another output folder, then start again",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f) or choose another file system",
-    errno.EROFS: "choose an output folder on a file system that can be written",
+    errno.EROFS: "choose an output folder on a writable file system",
     errno.EACCES: "choose an output folder that you may write to, or change its permissions",
     errno.EPERM: "choose an output folder that you may write to, or change its permissions",
-    errno.EISDIR: "remove the folder that is in the file's place, then start again",
+    errno.EISDIR: "remove the folder with the name of the file, then start again",
     errno.ENOTDIR: "choose an output folder whose parents are folders",
     errno.ENAMETOOLONG: "choose a shorter output name",
-    errno.EIO: "look after the disk, or choose an output folder on another one",
+    errno.EIO: "check the disk, or choose an output folder on another one",
 }
 
 
-class Disk:
-    """The file operations beneath this module, one method each.
+class FileSystem:
+    """File operations used by this module, one method each.
 
-    Tests put another one in force with `using` to fail, or to die, at a chosen operation.
+    Tests replace it through `use_file_system` to fail or crash at a chosen operation.
     """
 
     def make_folder(self, path: Path) -> None:
@@ -57,7 +56,7 @@ class Disk:
     def create(self, path: Path) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
 
-    def open_to_append(self, path: Path) -> int:
+    def open_append(self, path: Path) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def write(self, file: int, data: memoryview) -> int:
@@ -67,12 +66,12 @@ class Disk:
         os.fsync(file)
 
     def sync_path(self, path: Path) -> None:
-        """Flush a file that another writer closed, or the entries of a folder."""
-        file = os.open(path, os.O_RDONLY)
+        """Flush a closed file, or the entries of a folder."""
+        fd = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(file)
+            os.fsync(fd)
         finally:
-            os.close(file)
+            os.close(fd)
 
     def rename(self, source: Path, target: Path) -> None:
         source.rename(target)
@@ -86,102 +85,106 @@ class Disk:
     def remove_tree(self, path: Path) -> None:
         shutil.rmtree(path)
 
-    def free(self, path: Path) -> int:
-        """Bytes that this user may still write to the disk of an existing file or folder."""
+    def free_bytes(self, path: Path) -> int:
+        """Return the bytes that this user may write to the disk of an existing path."""
         return shutil.disk_usage(path).free
 
 
-_DISK: ContextVar[Disk] = ContextVar("disk", default=Disk())  # noqa: B039 (it has no state)
+_FILE_SYSTEM: ContextVar[FileSystem] = ContextVar(
+    "file_system",
+    default=FileSystem(),  # noqa: B039 (it has no state)
+)
 
 
 @contextlib.contextmanager
-def using(disk: Disk) -> Iterator[None]:
-    """Within the block, carry out every file operation through `disk`."""
-    token = _DISK.set(disk)
+def use_file_system(file_system: FileSystem) -> Iterator[None]:
+    """Use another file system for all file operations in the context."""
+    token = _FILE_SYSTEM.set(file_system)
     try:
         yield
     finally:
-        _DISK.reset(token)
+        _FILE_SYSTEM.reset(token)
 
 
 @contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn a refusal of the machine (full, read-only, forbidden) into a UserError about `path`."""
+def translate_os_errors(path: Path) -> Iterator[None]:
+    """Convert an OSError (disk full, read-only, permission denied) to a UserError about `path`."""
     try:
         yield
     except OSError as error:
         if error.errno not in _REMEDIES:
             raise
-        raise _refusal(path, error.errno) from error
+        raise _build_write_error(path, error.errno) from error
     except SafetensorError as error:
         # Its writer reports errors of the system as text only.
-        found = re.search(r"os error (\d+)", str(error))
-        if not found or int(found[1]) not in _REMEDIES:
+        match = re.search(r"os error (\d+)", str(error))
+        if not match or int(match[1]) not in _REMEDIES:
             raise
-        raise _refusal(path, int(found[1])) from error
+        raise _build_write_error(path, int(match[1])) from error
 
 
-def _refusal(path: Path, number: int) -> UserError:
+def _build_write_error(path: Path, error_number: int) -> UserError:
     return UserError(
-        f"cannot be written: {os.strerror(number).lower()}",
+        f"cannot be written: {os.strerror(error_number).lower()}",
         where=str(path),
-        expected="a place that takes what is written",
-        remedy=_REMEDIES[number],
+        expected="a writable location with free space",
+        remedy=_REMEDIES[error_number],
     )
 
 
-def require_room(path: Path, size: int, what: str, remedy: str) -> None:
-    """Raises UserError unless `size` bytes are free for `what`, where `path` is or will be. Quotas
-    are not known here: only writing tells."""
-    with explained(path):
-        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-        free = _DISK.get().free(there)
-    if free < size:
+def require_free_space(path: Path, num_bytes: int, purpose: str, remedy: str) -> None:
+    """Raise UserError unless `num_bytes` are free on the disk of `path`.
+
+    Quotas are unknown here and fail only when writing.
+    """
+    with translate_os_errors(path):
+        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        free = _FILE_SYSTEM.get().free_bytes(existing)
+    if free < num_bytes:
         raise UserError(
             f"{free / 1e9:.3g} GB are free on this disk",
             where=str(path),
-            expected=f"at least {size / 1e9:.3g} GB: {what}",
+            expected=f"at least {num_bytes / 1e9:.3g} GB: {purpose}",
             remedy=remedy,
         )
 
 
 def make_folder(path: Path) -> None:
-    """Make `path` and its missing parents, each entry flushed."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    with explained(path):
-        for folder in reversed(missing):
+    """Create `path` and its missing parents, and flush each entry."""
+    missing_folders = [folder for folder in (path, *path.parents) if not folder.exists()]
+    with translate_os_errors(path):
+        for folder in reversed(missing_folders):
             try:
-                _DISK.get().make_folder(folder)
+                _FILE_SYSTEM.get().make_folder(folder)
             except FileNotFoundError as error:  # some file systems have folders of their own only
-                raise OSError(errno.EPERM, "no folder can be made here") from error
-            _DISK.get().sync_path(folder.parent)
+                raise OSError(errno.EPERM, "cannot create a folder here") from error
+            _FILE_SYSTEM.get().sync_path(folder.parent)
 
 
 @contextlib.contextmanager
 def write_folder(target: Path) -> Iterator[Path]:
-    """Yield a hidden empty folder; when the block ends well it becomes `target`, complete.
+    """Yield a hidden empty folder that becomes `target` when the context exits without an error.
 
-    Every file in it is flushed and listed in `sha256.json`. An error in the block, or a crash at
-    any point, leaves no `target`. Of several processes that write it at once, the first to finish
-    makes it. Raises UserError when `target` exists or cannot be written.
+    All files are flushed and listed in `sha256.json`. An error or a crash at any point leaves no
+    `target`. If several processes write concurrently, the first to finish creates it. Raises
+    UserError if `target` exists or cannot be written.
     """
-    refuse_existing(target)
+    raise_if_exists(target)
     make_folder(target.parent)
-    with explained(target):
+    with translate_os_errors(target):
         _remove_leftovers(target)
-        with _own_folder(target) as partial:
+        with _create_partial_folder(target) as partial:
             yield partial
-            _seal(partial)
-            _give_name(partial, target)
-        _DISK.get().sync_path(target.parent)
+            _write_digests(partial)
+            _commit_folder(partial, target)
+        _FILE_SYSTEM.get().sync_path(target.parent)
 
 
 def write_folder_once(target: Path, write: Callable[[Path], None]) -> None:
-    """`target` as `write` fills it, as `write_folder` does, unless it is there: of several
-    processes that want it, one makes it, and the others wait."""
+    """Write `target` with `write` unless it exists; concurrent processes wait for one writer."""
     make_folder(target.parent)
     path = target.with_suffix(".lock")
-    with explained(target), FileLock(path, os.O_WRONLY | os.O_CREAT) as lock:
+    with translate_os_errors(target), FileLock(path, os.O_WRONLY | os.O_CREAT) as lock:
         lock.acquire()
         if not target.is_dir():
             with write_folder(target) as staging:
@@ -190,54 +193,57 @@ def write_folder_once(target: Path, write: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def working_folder(target: Path) -> Iterator[Path]:
-    """Yield a hidden empty folder beside `target` for what is needed to make it, and remove it."""
+    """Yield a hidden temporary folder next to `target`, and remove it at the end."""
     make_folder(target.parent)
-    with explained(target):
+    with translate_os_errors(target):
         _remove_leftovers(target)
-        with _own_folder(target) as folder:
+        with _create_partial_folder(target) as folder:
             yield folder
 
 
 @contextlib.contextmanager
-def _own_folder(target: Path) -> Iterator[Path]:
-    """A new hidden folder beside `target`, locked by this process, and gone in the end."""
+def _create_partial_folder(target: Path) -> Iterator[Path]:
+    """Create a locked hidden folder next to `target`, and remove it at the end."""
     while True:
-        partial = _hidden(target.with_name(f"{target.name}.{secrets.token_hex(4)}"))
-        _DISK.get().make_folder(partial)
+        partial = _partial_path(target.with_name(f"{target.name}.{secrets.token_hex(4)}"))
+        _FILE_SYSTEM.get().make_folder(partial)
         try:
-            with _locked(partial, wait=True) as alive:
+            with _lock_folder(partial, wait=True) as is_locked:
                 # Another process may have taken the new folder for a leftover before the lock.
-                if alive:
+                if is_locked:
                     yield partial
                     return
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _give_name(partial: Path, target: Path) -> None:
-    refuse_existing(target)
+def _commit_folder(partial: Path, target: Path) -> None:
+    raise_if_exists(target)
     try:
-        _DISK.get().rename(partial, target)
+        _FILE_SYSTEM.get().rename(partial, target)
     except OSError:
-        refuse_existing(target)  # another process was quicker by that moment
+        raise_if_exists(target)  # another process finished first
         raise
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what killed processes left of `target`; a living one holds a lock on its folder."""
-    ours = re.compile(re.escape(f".{target.name}") + r"(\.[0-9a-f]{8})?" + re.escape(_PARTIAL))
+    """Remove partial folders of killed processes; running processes hold a lock on theirs."""
+    pattern = re.compile(
+        re.escape(f".{target.name}") + r"(\.[0-9a-f]{8})?" + re.escape(_PARTIAL_SUFFIX)
+    )
     for folder in target.parent.iterdir():
-        if ours.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
-            with _locked(folder) as alive:
-                if alive:
-                    _DISK.get().remove_tree(folder)
+        if pattern.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+            with _lock_folder(folder) as is_locked:
+                if is_locked:
+                    _FILE_SYSTEM.get().remove_tree(folder)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold the lock on `folder`, which ends with this process; False where there is none to hold.
+def _lock_folder(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold the lock of `folder`; yield False if it is held elsewhere.
 
-    Where a file system locks no folders, one of this process's own counts as locked.
+    The lock ends with this process. On file systems without folder locks, folders of this process
+    count as locked.
     """
     try:
         lock = FileLock(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -247,40 +253,42 @@ def _locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     with lock:
         try:
             lock.acquire(wait=wait)
-            held = True
+            is_held = True
         except OSError:
-            held = wait
-        yield held and folder.exists()
+            is_held = wait
+        yield is_held and folder.exists()
 
 
-def _seal(folder: Path) -> None:
-    disk = _DISK.get()
-    files = _files(folder)
-    assert files, f"nothing was written into {folder}"
+def _write_digests(folder: Path) -> None:
+    file_system = _FILE_SYSTEM.get()
+    files = _list_files(folder)
+    assert files, f"no files were written to {folder}"
     names = [file.relative_to(folder).as_posix() for file in files]
     # Read again while they are flushed.
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(digest, files)
+        digests = pool.map(sha256_file, files)
         for file in files:
-            disk.sync_path(file)
-        listed = dict(zip(names, digests, strict=True))
-    _write_new(folder / DIGESTS, ((json.dumps(listed, indent=1) + "\n").encode(),))
-    for inner in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
-        disk.sync_path(inner)
+            file_system.sync_path(file)
+        digests_by_name = dict(zip(names, digests, strict=True))
+    _write_new_file(
+        folder / DIGESTS_FILE, ((json.dumps(digests_by_name, indent=1) + "\n").encode(),)
+    )
+    for subfolder in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        file_system.sync_path(subfolder)
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Put `data` at `path` in one rename; a file that was there stays whole until then."""
-    write_pieces(path, (data,))
+    """Write `data` to `path` with one rename; an existing file stays complete until then."""
+    write_chunks(path, (data,))
 
 
-def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
-    """Put the pieces one after another at `path` in one rename, as `write_file` does."""
-    disk, partial = _DISK.get(), _hidden(path)
+def write_chunks(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write the concatenated pieces to `path` with one rename, like `write_file`."""
+    disk, partial = _FILE_SYSTEM.get(), _partial_path(path)
     make_folder(path.parent)
-    with explained(path):
+    with translate_os_errors(path):
         try:
-            _write_new(partial, pieces)
+            _write_new_file(partial, pieces)
             disk.rename(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -289,110 +297,111 @@ def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append `line` and a line end to a file that its reader may find torn after a crash.
+    """Append `line` and a line end to a file.
 
-    Not flushed to the disk: a power failure loses the lines since `flush_file`. When the disk is
-    full nothing of the line stays, and a UserError says so.
+    Readers must accept a truncated last line after a crash. The line is not flushed: a power
+    failure loses the lines since `flush_file`. On a full disk, no part of the line is written and
+    UserError is raised.
     """
-    disk, data = _DISK.get(), f"{line}\n".encode()
-    with explained(path):
+    file_system, data = _FILE_SYSTEM.get(), f"{line}\n".encode()
+    with translate_os_errors(path):
         size = path.stat().st_size if path.exists() else 0
-        file = disk.open_to_append(path)
+        fd = file_system.open_append(path)
         try:
-            _write_all(file, data)
+            _write_all(fd, data)
         except OSError:
-            os.ftruncate(file, size)
+            os.ftruncate(fd, size)
             raise
         finally:
-            os.close(file)
+            os.close(fd)
 
 
 def flush_file(path: Path) -> None:
-    """Let what has been appended to the file, if there is one, survive a power failure."""
+    """Flush appended data of an existing file to disk."""
     if path.exists():
-        with explained(path):
-            _DISK.get().sync_path(path)
-            _DISK.get().sync_path(path.parent)
+        with translate_os_errors(path):
+            _FILE_SYSTEM.get().sync_path(path)
+            _FILE_SYSTEM.get().sync_path(path.parent)
 
 
-def cut_file(path: Path, size: int) -> None:
-    """Shorten the file to its first `size` bytes, flushed."""
-    with explained(path):
-        _DISK.get().truncate(path, size)
-        _DISK.get().sync_path(path)
+def truncate_file(path: Path, size: int) -> None:
+    """Truncate the file to its first `size` bytes, and flush it."""
+    with translate_os_errors(path):
+        _FILE_SYSTEM.get().truncate(path, size)
+        _FILE_SYSTEM.get().sync_path(path)
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder made by `write_folder`.
+    """Delete a folder written by `write_folder`.
 
-    It loses its name first, in one rename: a crash at any point leaves it complete or not seen.
+    It is renamed first: a crash at any point leaves it complete or invisible.
     """
-    disk, hidden = _DISK.get(), _hidden(path)
-    with explained(path):
-        if hidden.exists():
-            disk.remove_tree(hidden)
-        disk.rename(path, hidden)
-        disk.sync_path(path.parent)
-        disk.remove_tree(hidden)
+    file_system, partial = _FILE_SYSTEM.get(), _partial_path(path)
+    with translate_os_errors(path):
+        if partial.exists():
+            file_system.remove_tree(partial)
+        file_system.rename(path, partial)
+        file_system.sync_path(path.parent)
+        file_system.remove_tree(partial)
 
 
-def set_aside(path: Path, other: Path) -> None:
-    """Give a folder another name; one that has it already makes room."""
-    with explained(path):
-        if other.exists():
-            remove_folder(other)
-        _DISK.get().rename(path, other)
-        _DISK.get().sync_path(path.parent)
+def move_folder(path: Path, target: Path) -> None:
+    """Rename a folder, replacing an existing target."""
+    with translate_os_errors(path):
+        if target.exists():
+            remove_folder(target)
+        _FILE_SYSTEM.get().rename(path, target)
+        _FILE_SYSTEM.get().sync_path(path.parent)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what writes and deletions that never finished left in `folder`."""
+def remove_partial_files(folder: Path) -> None:
+    """Remove files of interrupted writes and deletions in `folder`."""
     if not folder.is_dir():
         return
-    with explained(folder):
-        for leftover in folder.glob(f".*{_PARTIAL}"):
+    with translate_os_errors(folder):
+        for leftover in folder.glob(f".*{_PARTIAL_SUFFIX}"):
             if leftover.is_dir():
-                _DISK.get().remove_tree(leftover)
+                _FILE_SYSTEM.get().remove_tree(leftover)
             else:
-                _DISK.get().remove_file(leftover)
+                _FILE_SYSTEM.get().remove_file(leftover)
 
 
-def _hidden(path: Path) -> Path:
-    return path.with_name(f".{path.name}{_PARTIAL}")
+def _partial_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_PARTIAL_SUFFIX}")
 
 
-def _files(folder: Path) -> list[Path]:
+def _list_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _write_new(path: Path, pieces: Iterable[bytes]) -> None:
-    file = _DISK.get().create(path)
+def _write_new_file(path: Path, pieces: Iterable[bytes]) -> None:
+    fd = _FILE_SYSTEM.get().create(path)
     try:
         waiting, size = list[bytes](), 0
         for piece in pieces:
             waiting.append(piece)
             size += len(piece)
-            if size >= AT_ONCE:
-                _write_all(file, b"".join(waiting))
+            if size >= WRITE_BUFFER_BYTES:
+                _write_all(fd, b"".join(waiting))
                 waiting, size = [], 0
-        _write_all(file, b"".join(waiting))
-        _DISK.get().sync(file)
+        _write_all(fd, b"".join(waiting))
+        _FILE_SYSTEM.get().sync(fd)
     finally:
-        os.close(file)
+        os.close(fd)
 
 
-def _write_all(file: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[_DISK.get().write(file, rest) :]
+def _write_all(fd: int, data: bytes) -> None:
+    remaining = memoryview(data)
+    while remaining:
+        remaining = remaining[_FILE_SYSTEM.get().write(fd, remaining) :]
 
 
-def refuse_existing(target: Path) -> None:
-    """Raise UserError when there is anything at `target`."""
+def raise_if_exists(target: Path) -> None:
+    """Raise UserError if `target` exists."""
     if target.exists():
         raise UserError(
             f"{target.name} exists already and is never overwritten",
             where=str(target),
-            expected="a name that is free",
+            expected="an unused name",
             remedy="choose another name, or move it away first",
         )

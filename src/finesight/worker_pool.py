@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.errors import UserError
-from finesight.worker_process import FORK, Output, WorkerJob, read_frame, write_frame
+from finesight.worker_process import FORK_MESSAGE, JobOutput, WorkerJob, read_frame, write_frame
 
-NICE = 10
+WORKER_NICENESS = 10
 """Scheduling priority of workers, below the process that started them."""
 
 WALL_FACTOR = 15
@@ -68,17 +68,17 @@ class WorkerLostError(Exception):
     """A worker ended because its pool was closed or its job was cancelled."""
 
 
-class WorkerFault(Exception):
-    """A job raised an error of our own. `frames` is its traceback, without the message."""
+class WorkerJobError(Exception):
+    """A job raised an internal error. `traceback_text` is its traceback without the message."""
 
-    def __init__(self, kind: str, frames: str) -> None:
-        super().__init__(kind)
-        self.kind, self.frames = kind, frames
+    def __init__(self, error_name: str, traceback_text: str) -> None:
+        super().__init__(error_name)
+        self.error_name, self.traceback_text = error_name, traceback_text
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerReply:
-    """Result of a job: the value and arrays of its `Output`, and the processor time it took."""
+    """Result of a job: the value and arrays of its `JobOutput`, and its processor time."""
 
     value: Any
     arrays: tuple[NDArray[np.generic], ...]
@@ -88,15 +88,16 @@ class WorkerReply:
 class Worker:
     """Connection to a worker process.
 
-    `call` runs a job and blocks; `start`, `ready` and `finish` run one without blocking. One thread
-    uses a worker at a time, but any thread may `kill` or `close` it. The context manager closes it.
+    `call` runs a job and blocks; `start`, `wait` and `get_result` run one without blocking. One
+    thread uses a worker at a time, but any thread may `kill` or `close` it. The context manager
+    closes it.
     """
 
     def __init__(self, pool: WorkerPool, connection: socket.socket, memory_bytes: int) -> None:
         self._pool, self._connection = pool, connection
-        self._memory_bytes, self._cpu_seconds = memory_bytes, 0.0
+        self._memory_bytes, self._max_cpu_s = memory_bytes, 0.0
         self._lock = threading.Lock()
-        self.killed = self._pending = False
+        self.is_killed = self._pending = False
         self.jobs = 0
         self.rss_increase = 0
 
@@ -107,13 +108,17 @@ class Worker:
         self.close()
 
     def call(
-        self, function: Callable[..., Output], *args: Any, seconds: float, deadline: float = np.inf
+        self,
+        function: Callable[..., JobOutput],
+        *args: Any,
+        max_cpu_s: float,
+        deadline: float = np.inf,
     ) -> WorkerReply:
         """Run `function(state, *args)` in the worker and wait for its result.
 
         Args:
             function: Module-level function. Its first argument is the state of the pool.
-            seconds: Limit of processor time.
+            max_cpu_s: Limit of processor time in seconds.
             deadline: Time on the clock of `time.monotonic` at which waiting ends.
 
         Raises:
@@ -121,35 +126,35 @@ class Worker:
             WorkerLimitError: The job exceeded a limit, or crashed.
             WorkerLostError: The worker was killed.
         """
-        self.start(function, *args, seconds=seconds)
-        while not self.ready(min(60.0, deadline - time.monotonic())):
+        self.start(function, *args, max_cpu_s=max_cpu_s)
+        while not self.wait(min(60.0, deadline - time.monotonic())):
             if time.monotonic() >= deadline:
                 self.kill()
-                raise self._over_limit()
-        return self.finish()
+                raise self._limit_error()
+        return self.get_result()
 
-    def start(self, function: Callable[..., Output], *args: Any, seconds: float) -> None:
+    def start(self, function: Callable[..., JobOutput], *args: Any, max_cpu_s: float) -> None:
         """Send a job to the worker."""
-        self._cpu_seconds = seconds
-        job = WorkerJob(function, args, seconds, seconds * WALL_FACTOR)
+        self._max_cpu_s = max_cpu_s
+        job = WorkerJob(function, args, max_cpu_s, max_cpu_s * WALL_FACTOR)
         buffers: list[pickle.PickleBuffer] = []
-        head = pickle.dumps(job, protocol=5, buffer_callback=buffers.append)
+        payload = pickle.dumps(job, protocol=5, buffer_callback=buffers.append)
         self.jobs += 1
         self._pending = True
         try:
             with self._lock:
                 self._connection.settimeout(None)
-                write_frame(self._connection, [head, *(buffer.raw() for buffer in buffers)])
+                write_frame(self._connection, [payload, *(buffer.raw() for buffer in buffers)])
         except OSError as error:
-            raise self._ended() from error
+            raise self._exit_error() from error
 
-    def ready(self, seconds: float) -> bool:
-        """Wait up to `seconds` for the result; return whether it has begun to arrive."""
-        if self.killed:
+    def wait(self, timeout_s: float) -> bool:
+        """Wait up to `timeout_s` for the result; return whether it has started to arrive."""
+        if self.is_killed:
             return True
         try:
             with self._lock:
-                self._connection.settimeout(max(0.0, seconds) or 1e-6)
+                self._connection.settimeout(max(0.0, timeout_s) or 1e-6)
                 self._connection.recv(1, socket.MSG_PEEK)
         except (TimeoutError, BlockingIOError):
             return False
@@ -157,36 +162,36 @@ class Worker:
             return True
         return True
 
-    def finish(self) -> WorkerReply:
-        """Receive the result. Raises as `call` does."""
+    def get_result(self) -> WorkerReply:
+        """Receive the result. Raises like `call`."""
         try:
             with self._lock:
                 self._connection.settimeout(None)
-                head, *buffers = read_frame(self._connection, self._memory_bytes)
+                payload, *buffers = read_frame(self._connection, self._memory_bytes)
         except (EOFError, OSError) as error:
-            raise self._ended() from error
+            raise self._exit_error() from error
         self._pending = False
-        meta = json.loads(head)
+        meta = json.loads(payload)
         self.rss_increase = int(meta["rss_increase"])
         try:
             _raise_error(meta)
-        except (WorkerFault, MemoryError) as error:
+        except (WorkerJobError, MemoryError) as error:
             self.kill()
-            raise error if isinstance(error, WorkerFault) else self._over_limit() from error
+            raise error if isinstance(error, WorkerJobError) else self._limit_error() from error
         arrays = tuple(
-            np.frombuffer(buffer, dtype=np.dtype(kind)).reshape(shape)
-            for buffer, (kind, shape) in zip(buffers, meta["arrays"], strict=True)
+            np.frombuffer(buffer, dtype=np.dtype(dtype)).reshape(shape)
+            for buffer, (dtype, shape) in zip(buffers, meta["arrays"], strict=True)
         )
         return WorkerReply(meta["value"], arrays, float(meta["cpu_seconds"]))
 
     @property
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Return whether the worker was killed or still runs a job."""
-        return self.killed or self._pending
+        return self.is_killed or self._pending
 
     def kill(self) -> None:
         """End the worker and its job."""
-        self.killed = True
+        self.is_killed = True
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
 
@@ -196,27 +201,27 @@ class Worker:
         with self._lock:
             self._connection.close()
 
-    def _ended(self) -> Exception:
-        if self.killed or self._pool.closed:
+    def _exit_error(self) -> Exception:
+        if self.is_killed or self._pool.is_closed:
             return WorkerLostError(f"a worker ended after {self.jobs} jobs")
-        return self._over_limit()
+        return self._limit_error()
 
-    def _over_limit(self) -> WorkerLimitError:
+    def _limit_error(self) -> WorkerLimitError:
         return WorkerLimitError(
-            f"took more than {self._cpu_seconds:g} s of processor time or"
-            f" {self._memory_bytes >> 20} MiB of memory, and was stopped",
-            expected="input that is quick to read",
-            remedy="make it smaller or simpler",
+            f"took more than {self._max_cpu_s:g} s of processor time or"
+            f" {self._memory_bytes >> 20} MiB of memory, and was killed",
+            expected="input within the time and memory limits",
+            remedy="use smaller or simpler input",
         )
 
 
 def _raise_error(meta: Mapping[str, Any]) -> None:
-    """Raise what a reply says went wrong."""
+    """Raise the error of a reply, if any."""
     if "user_error" in meta:
         what, where, expected, remedy = map(str, meta["user_error"])
         raise UserError(what, where=where, expected=expected, remedy=remedy)
     if "fault" in meta:
-        raise WorkerFault(*map(str, meta["fault"]))
+        raise WorkerJobError(*map(str, meta["fault"]))
     if "out_of_memory" in meta:
         raise MemoryError
 
@@ -227,27 +232,29 @@ class WorkerPool:
     Args:
         setup: Module-level function that returns the state of the jobs. It must not start threads.
         args: Arguments of `setup`; they are pickled.
-        idle: Number of idle workers, forked in advance.
+        num_idle: Number of idle workers, forked in advance.
         memory_bytes: Memory limit of a worker, in addition to the memory of the template.
     """
 
-    def __init__(self, setup: Callable[..., Any], *args: Any, idle: int, memory_bytes: int) -> None:
+    def __init__(
+        self, setup: Callable[..., Any], *args: Any, num_idle: int, memory_bytes: int
+    ) -> None:
         self._setup = pickle.dumps((setup, args), protocol=5)
-        self._idle_count, self.memory_bytes = idle, memory_bytes
+        self._num_idle, self.memory_bytes = num_idle, memory_bytes
         self._lock = threading.Lock()
-        self._idle: list[Worker] = []
+        self._idle_workers: list[Worker] = []
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self.closed = False
+        self.is_closed = False
 
     def start(self) -> None:
         """Start the template and the idle workers.
 
-        Raises UserError and WorkerFault as `setup` does, OSError where no process can be started.
+        Raises UserError and WorkerJobError like `setup`, OSError if no process can be started.
         """
         with self._lock:
-            while len(self._idle) < self._idle_count:
-                self._idle.append(self._fork(self.memory_bytes))
+            while len(self._idle_workers) < self._num_idle:
+                self._idle_workers.append(self._fork(self.memory_bytes))
 
     def fork(self, memory_bytes: int | None = None) -> Worker:
         """Fork a worker for the caller, with its own memory limit. The caller closes it."""
@@ -255,74 +262,78 @@ class WorkerPool:
             return self._fork(self.memory_bytes if memory_bytes is None else memory_bytes)
 
     @contextlib.contextmanager
-    def worker(self) -> Iterator[Worker]:
+    def borrow_worker(self) -> Iterator[Worker]:
         """Lend an idle worker, or fork one if none is idle."""
         with self._lock:
             # An idle worker whose connection is readable has ended.
-            while self._idle and self._idle[-1].ready(0.0):
-                self._idle.pop().close()
-            worker = self._idle.pop() if self._idle else self._fork(self.memory_bytes)
+            while self._idle_workers and self._idle_workers[-1].wait(0.0):
+                self._idle_workers.pop().close()
+            worker = (
+                self._idle_workers.pop() if self._idle_workers else self._fork(self.memory_bytes)
+            )
         try:
             yield worker
         finally:
-            self._take_back(worker)
+            self._return_worker(worker)
 
     def close(self) -> None:
         """Kill all processes of the pool. Jobs that run fail with WorkerLostError."""
         with self._lock:
-            self.closed = True
+            self.is_closed = True
             self._end_template()
-            for worker in self._idle:
+            for worker in self._idle_workers:
                 worker.close()
-            self._idle.clear()
+            self._idle_workers.clear()
 
     def kill(self) -> None:
         """Kill all processes of the pool, without waiting for a thread that uses it."""
-        self.closed = True
+        self.is_closed = True
         process = self._process
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
-    def _take_back(self, worker: Worker) -> None:
+    def _return_worker(self, worker: Worker) -> None:
         """Return a worker to the idle ones, or replace it."""
-        fresh = worker.jobs < MAX_JOBS and worker.rss_increase < MAX_RSS_INCREASE
+        is_fresh = worker.jobs < MAX_JOBS and worker.rss_increase < MAX_RSS_INCREASE
         with self._lock:
-            if worker.busy or not fresh:
+            if worker.is_busy or not is_fresh:
                 worker.close()
-            if self.closed or len(self._idle) >= self._idle_count:
+            if self.is_closed or len(self._idle_workers) >= self._num_idle:
                 worker.close()
                 return
             # If the fork fails, the next job forks its own worker.
-            with contextlib.suppress(OSError, UserError, WorkerFault):
-                self._idle.append(self._fork(self.memory_bytes) if worker.killed else worker)
+            with contextlib.suppress(OSError, UserError, WorkerJobError):
+                self._idle_workers.append(
+                    self._fork(self.memory_bytes) if worker.is_killed else worker
+                )
 
     def _fork(self, memory_bytes: int) -> Worker:
         """Fork a worker. Starts the template again if it has ended."""
-        if self.closed:
-            raise WorkerLostError(f"a pool of {self._idle_count} workers is closed")
-        ours, theirs = socket.socketpair()
-        with theirs:
-            message = FORK.pack(memory_bytes, NICE)
+        if self.is_closed:
+            raise WorkerLostError(f"a pool of {self._num_idle} workers is closed")
+        connection, child_connection = socket.socketpair()
+        with child_connection:
+            message = FORK_MESSAGE.pack(memory_bytes, WORKER_NICENESS)
             try:
-                socket.send_fds(self._started(), [message], [theirs.fileno()])
+                socket.send_fds(self._get_control(), [message], [child_connection.fileno()])
             except OSError:
                 self._end_template()
-                socket.send_fds(self._started(), [message], [theirs.fileno()])
-        return Worker(self, ours, memory_bytes)
+                socket.send_fds(self._get_control(), [message], [child_connection.fileno()])
+        return Worker(self, connection, memory_bytes)
 
-    def _started(self) -> socket.socket:
+    def _get_control(self) -> socket.socket:
         """Return the connection to the template. Starts it if there is none."""
         if self._control is None:
-            self._control, theirs = socket.socketpair()
-            with theirs:
-                number = theirs.fileno()
+            self._control, child_connection = socket.socketpair()
+            with child_connection:
+                fd = child_connection.fileno()
                 inherited = {k: v for k, v in os.environ.items() if k.startswith(_INHERITED)}
                 # A process group of its own: Ctrl-C in a terminal does not reach it, and one
                 # signal kills the template and all workers.
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", _TEMPLATE, str(number), json.dumps(sys.path)],
-                    pass_fds=[number],
+                    [sys.executable, "-P", "-c", _TEMPLATE, str(fd), json.dumps(sys.path)],
+                    pass_fds=[fd],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     env={**inherited, **_ENVIRONMENT},

@@ -1,12 +1,12 @@
 """Process that runs jobs for a `finesight.worker_pool.WorkerPool`, within limits.
 
-`main` is the template process of a pool. It loads what jobs need once, stays single-threaded, and
+`main` is the template process of a pool. It loads the shared state once, stays single-threaded, and
 forks a worker for each connection that the pool sends it. A worker runs one job after another. Each
 job has a limit of processor time, which the kernel enforces. The kernel also kills a worker as soon
 as the pool closes its connection, or the process of the pool ends.
 
-Requests are pickled: they come from the pool alone. Replies are JSON and raw arrays: a worker may
-be compromised by a file that it decodes, and nothing that it sends back may run code.
+Requests are pickled: they are sent only by the pool. Replies are JSON and raw arrays: a worker may
+be compromised by a file that it decodes, so its replies must not be able to execute code.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from finesight.errors import UserError
 
-FORK = struct.Struct("!QI")
+FORK_MESSAGE = struct.Struct("!QI")
 """Message to the template: bytes of memory beyond its own, and the nice level of the worker."""
 
 _COUNT = struct.Struct("!I")
@@ -40,7 +40,7 @@ _LENGTH = struct.Struct("!Q")
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class JobOutput:
     """Result of a job: a value that JSON can hold, and arrays."""
 
     value: Any = None
@@ -51,7 +51,7 @@ class Output:
 class WorkerJob:
     """Function of the template's state and `args`, with limits on its time in seconds."""
 
-    function: Callable[..., Output]
+    function: Callable[..., JobOutput]
     args: tuple[Any, ...]
     cpu_seconds: float
     wall_seconds: float
@@ -87,7 +87,7 @@ def _read(connection: socket.socket, length: int) -> bytearray:
     return data
 
 
-def raw(array: NDArray[np.generic]) -> memoryview:
+def as_byte_view(array: NDArray[np.generic]) -> memoryview:
     """Bytes of an array, without a copy where it is contiguous."""
     flat: memoryview = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     return flat
@@ -100,7 +100,7 @@ def main(number: int) -> None:
         number: File descriptor of the control connection. The process ends when the pool closes it.
     """
     control = socket.socket(fileno=number)
-    # Ctrl-C goes to every process of the terminal; the pool ends this one.
+    # Ctrl-C reaches every process of the terminal; the pool ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Workers that have ended are reaped by the kernel.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -108,43 +108,43 @@ def main(number: int) -> None:
         setup, args = pickle.loads(read_frame(control)[0])
         state: list[Any] = []
 
-        def load() -> Output:
+        def load() -> JobOutput:
             state.append(setup(*args))
-            return Output()
+            return JobOutput()
 
         reply, _ = _outcome(load)
         write_frame(control, [json.dumps(reply).encode()])
         gc.collect()
         gc.freeze()
         while state:
-            data, handles, _, _ = socket.recv_fds(control, FORK.size, 1)
+            data, handles, _, _ = socket.recv_fds(control, FORK_MESSAGE.size, 1)
             if not data:
                 return
-            memory_bytes, nice = FORK.unpack(data)
+            memory_bytes, nice = FORK_MESSAGE.unpack(data)
             if os.fork() == 0:
                 control.close()
-                _work(socket.socket(fileno=handles[0]), state[0], memory_bytes, nice)
+                _run_worker(socket.socket(fileno=handles[0]), state[0], memory_bytes, nice)
             os.close(handles[0])
 
 
-def _work(connection: socket.socket, state: Any, memory_bytes: int, nice: int) -> None:
+def _run_worker(connection: socket.socket, state: Any, memory_bytes: int, nice: int) -> None:
     """Run jobs until the pool closes the connection. Never returns."""
     status = 1
     try:
-        _confine(memory_bytes, nice)
+        _apply_limits(memory_bytes, nice)
         _signal_hangup(connection)
         base = _resident_bytes()
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
-                head, *buffers = read_frame(connection)
-                job: WorkerJob = pickle.loads(head, buffers=buffers)
-                began = time.process_time()
-                reply = _run(job, state, connection)
+                payload, *buffers = read_frame(connection)
+                job: WorkerJob = pickle.loads(payload, buffers=buffers)
+                start_time = time.process_time()
+                reply = _run_job(job, state, connection)
                 meta = reply[0] | {
-                    "cpu_seconds": time.process_time() - began,
+                    "cpu_seconds": time.process_time() - start_time,
                     "rss_increase": _resident_bytes() - base,
                 }
-                write_frame(connection, [json.dumps(meta).encode(), *map(raw, reply[1])])
+                write_frame(connection, [json.dumps(meta).encode(), *map(as_byte_view, reply[1])])
         status = 0
     finally:
         os._exit(status)
@@ -166,13 +166,13 @@ def _check_open(connection: socket.socket) -> None:
             raise EOFError
 
 
-def _run(
+def _run_job(
     job: WorkerJob, state: Any, connection: socket.socket
 ) -> tuple[dict[str, Any], Sequence[NDArray[np.generic]]]:
     """Run a job. The kernel kills this process if the job exceeds a time limit or is cancelled."""
     signal.setitimer(signal.ITIMER_PROF, job.cpu_seconds)
     signal.setitimer(signal.ITIMER_REAL, job.wall_seconds)
-    # The pool sends nothing while a job runs: SIGIO means that it has closed the connection.
+    # The pool sends no data while a job runs: SIGIO means that it has closed the connection.
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     try:
         _check_open(connection)
@@ -184,7 +184,7 @@ def _run(
 
 
 def _outcome(
-    function: Callable[[], Output],
+    function: Callable[[], JobOutput],
 ) -> tuple[dict[str, Any], Sequence[NDArray[np.generic]]]:
     """Run a function and return its output or its error as a reply."""
     try:
@@ -202,30 +202,30 @@ def _outcome(
     return {"value": output.value, "arrays": kinds}, output.arrays
 
 
-def _confine(memory_bytes: int, nice: int) -> None:
+def _apply_limits(memory_bytes: int, nice: int) -> None:
     """Set the priority and the memory limit, and discard output: native code may print input."""
-    silence = os.open(os.devnull, os.O_RDWR)
-    for number in (0, 1, 2):
-        os.dup2(silence, number)
-    if silence > 2:
-        os.close(silence)
+    devnull = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(devnull, fd)
+    if devnull > 2:
+        os.close(devnull)
     os.nice(nice)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError):
         # Out of memory, the kernel kills a worker before the server.
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
-        limit = _statm(0) + memory_bytes
+        limit = _read_statm(0) + memory_bytes
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _resident_bytes() -> int:
     try:
-        return _statm(1)
+        return _read_statm(1)
     except OSError:  # no /proc on macOS
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _statm(column: int) -> int:
+def _read_statm(column: int) -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[column]) * resource.getpagesize()

@@ -1,4 +1,4 @@
-"""Bad input of every kind: exit 2, where, what, expected and remedy, and nothing half-written."""
+"""Tests of invalid input: exit code 2, a complete message, and no partial files."""
 
 from __future__ import annotations
 
@@ -10,48 +10,50 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_run import make_task, write_recipe
+from tiny_task import make_task, write_recipe
 
 from finesight import digests, storage
-from finesight.cli.app import run
+from finesight.cli.app import run_command
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A task and its finished run, made once."""
+def template_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Create a task and its finished run once."""
     folder = tmp_path_factory.mktemp("original")
-    recipe = write_recipe(folder / "recipe.yaml", make_task(folder / "task") | {"output": "none"})
-    assert run(["train", str(recipe), f"output={folder / 'done'}"]) == 0
+    recipe = write_recipe(
+        folder / "recipe.yaml", make_task(folder / "task") | {"output_dir": "none"}
+    )
+    assert run_command(["train", str(recipe), f"output_dir={folder / 'done'}"]) == 0
     return folder
 
 
 @pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
-    shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+def folder(template_folder: Path, tmp_path: Path) -> Path:
+    """Copy the task and run for a test that corrupts them."""
+    shutil.copytree(template_folder, tmp_path, dirs_exist_ok=True)
     text = (tmp_path / "recipe.yaml").read_text()
-    (tmp_path / "recipe.yaml").write_text(text.replace(str(original), str(tmp_path)))
+    (tmp_path / "recipe.yaml").write_text(text.replace(str(template_folder), str(tmp_path)))
     return tmp_path
 
 
-def contents(folder: Path) -> dict[Path, tuple[int, int]]:
+def read_contents(folder: Path) -> dict[Path, tuple[int, int]]:
     return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*") if p.is_file()}
 
 
-def train(folder: Path, *more: str, output: str = "run") -> list[str]:
-    return ["train", str(folder / "recipe.yaml"), f"output={folder / output}", *more]
+def train(folder: Path, *more: str, output_dir: str = "run") -> list[str]:
+    return ["train", str(folder / "recipe.yaml"), f"output_dir={folder / output_dir}", *more]
 
 
-def check_message(said: str, words: tuple[str, ...]) -> None:
-    """Where, what, expected and remedy, without a traceback."""
-    message = said[said.index("error: ") :]
-    assert "Traceback" not in said
+def check_message(printed_text: str, words: tuple[str, ...]) -> None:
+    """Check location, problem, expected value and remedy, without a traceback."""
+    message = printed_text[printed_text.index("error: ") :]
+    assert "Traceback" not in printed_text
     for word in (*words, "\n  expected: ", "\n  remedy: "):
         assert word in message, message
 
 
 def with_lines(folder: Path, *lines: str) -> str:
-    """A data file with other lines after the first good one."""
+    """Write a data file with these lines after the first valid one."""
     good = (folder / "task" / "train.jsonl").read_text().splitlines()[0]
     data = folder / "task" / "bad.jsonl"
     data.write_text("".join(f"{line}\n" for line in (good, *lines)))
@@ -59,7 +61,7 @@ def with_lines(folder: Path, *lines: str) -> str:
 
 
 def unknown_setting(folder: Path) -> list[str]:
-    text = (folder / "recipe.yaml").read_text().replace("  batch: 4", "  bach: 4")
+    text = (folder / "recipe.yaml").read_text().replace("  batch_size: 4", "  bach_size: 4")
     (folder / "recipe.yaml").write_text(text)
     return train(folder)
 
@@ -69,7 +71,7 @@ def unknown_override(folder: Path) -> list[str]:
 
 
 def wrong_type(folder: Path) -> list[str]:
-    return train(folder, "train.batch=many")
+    return train(folder, "train.batch_size=many")
 
 
 def endless_epochs(folder: Path) -> list[str]:
@@ -88,9 +90,9 @@ def missing_data(folder: Path) -> list[str]:
     return train(folder, f"data.train={folder / 'none.jsonl'}")
 
 
-def missing_picture(folder: Path) -> list[str]:
+def missing_image(folder: Path) -> list[str]:
     (folder / "task" / "train3.png").unlink()
-    return train(folder, "data.unusable=refuse")
+    return train(folder, "data.on_invalid_sample=fail")
 
 
 def missing_question(folder: Path) -> list[str]:
@@ -106,28 +108,28 @@ def broken_line(folder: Path) -> list[str]:
     return train(folder, with_lines(folder, '{"id": '))
 
 
-def line_of_another_kind(folder: Path) -> list[str]:
+def line_of_wrong_type(folder: Path) -> list[str]:
     return train(folder, with_lines(folder, "[]"))
 
 
-def not_a_picture(folder: Path) -> list[str]:
+def not_an_image(folder: Path) -> list[str]:
     (folder / "task" / "train3.png").write_text("a letter")
-    return train(folder, "data.unusable=refuse")
+    return train(folder, "data.on_invalid_sample=fail")
 
 
-def no_picture_at_all(folder: Path) -> list[str]:
+def no_valid_image(folder: Path) -> list[str]:
     for path in (folder / "task").glob("train*.png"):
         path.write_text("a letter")
     return train(folder)
 
 
-def not_a_picture_to_ask_about(folder: Path) -> list[str]:
+def not_an_image_for_predict(folder: Path) -> list[str]:
     (folder / "letter.png").write_text("a letter")
     return ["predict", str(folder / "done"), str(folder / "letter.png"), "--prompt", "Which?"]
 
 
 def bomb(path: Path) -> None:
-    """A PNG of 10,000 x 10,000 black pixels, 1 bit each, in about 12 KB."""
+    """Write a PNG of 10,000 x 10,000 black pixels with 1 bit each, about 12 KB."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         body = name + data
@@ -144,12 +146,12 @@ def bomb(path: Path) -> None:
     assert 11_000 < path.stat().st_size < 13_000
 
 
-def bomb_to_learn_from(folder: Path) -> list[str]:
+def bomb_in_training_data(folder: Path) -> list[str]:
     bomb(folder / "task" / "train3.png")
-    return train(folder, "data.unusable=refuse")
+    return train(folder, "data.on_invalid_sample=fail")
 
 
-def bomb_to_ask_about(folder: Path) -> list[str]:
+def bomb_for_predict(folder: Path) -> list[str]:
     bomb(folder / "bomb.png")
     return ["predict", str(folder / "done"), str(folder / "bomb.png"), "--prompt", "Which?"]
 
@@ -165,15 +167,15 @@ def wrong_family(folder: Path) -> list[str]:
     return train(folder)
 
 
-def absent_model(folder: Path) -> list[str]:
+def missing_model(folder: Path) -> list[str]:
     return train(folder, f"model={folder / 'absent'}")
 
 
-def everything_too_long(folder: Path) -> list[str]:
+def all_samples_too_long(folder: Path) -> list[str]:
     return train(folder, "data.max_length=3")
 
 
-def warm_up_without_end(folder: Path) -> list[str]:
+def warmup_too_long(folder: Path) -> list[str]:
     return train(folder, "train.warmup=50")
 
 
@@ -183,61 +185,65 @@ def two_adapters(folder: Path) -> list[str]:
 
 
 def name_too_long(folder: Path) -> list[str]:
-    return train(folder, output="long" * 100)
+    return train(folder, output_dir="long" * 100)
 
 
-def folder_below_a_file(folder: Path) -> list[str]:
-    return train(folder, output="recipe.yaml/run")
+def folder_below_file(folder: Path) -> list[str]:
+    return train(folder, output_dir="recipe.yaml/run")
 
 
 def another_run(folder: Path) -> list[str]:
-    return train(folder, output="done")
+    return train(folder, output_dir="done")
 
 
 def other_files(folder: Path) -> list[str]:
-    return train(folder, output="task")
+    return train(folder, output_dir="task")
 
 
 CASES: dict[Callable[[Path], list[str]], tuple[str, ...]] = {
-    unknown_setting: ("recipe.yaml:10", "train.bach: unknown setting", "did you mean train.batch?"),
+    unknown_setting: (
+        "recipe.yaml:10",
+        "train.bach_size: unknown setting",
+        "did you mean train.batch_size?",
+    ),
     unknown_override: ("override train.learnig_rate", "did you mean train.learning_rate"),
-    wrong_type: ("override train.batch=many", "'many'", "a whole number"),
+    wrong_type: ("override train.batch_size=many", "'many'", "an integer"),
     endless_epochs: ("train.epochs", "inf", "a finite number"),
     wrong_betas: ("train.betas.1", "1.5", "a number below 1.0"),
     missing_recipe: ("recpe.yaml", "no such recipe", "recipe.yaml?"),
     missing_data: ("none.jsonl", "no such file"),
-    missing_picture: ("train3.png", "no such picture"),
-    missing_question: ("none.png", "no such picture"),
+    missing_image: ("train3.png", "no such image"),
+    missing_question: ("none.png", "no such image"),
     empty_data: ("empty.jsonl", "no samples"),
     broken_line: ("bad.jsonl:2", "JSON"),
-    line_of_another_kind: ("bad.jsonl:2",),
-    not_a_picture: ("train3.png", "not a picture"),
-    no_picture_at_all: ("data", "not one of 11 samples", "not a picture"),
-    not_a_picture_to_ask_about: ("letter.png", "not a picture"),
-    bomb_to_learn_from: ("train3.png", "10000 x 10000", "at most"),
-    bomb_to_ask_about: ("bomb.png", "10000 x 10000", "at most"),
+    line_of_wrong_type: ("bad.jsonl:2",),
+    not_an_image: ("train3.png", "not an image"),
+    no_valid_image: ("data", "none of 11 samples", "not an image"),
+    not_an_image_for_predict: ("letter.png", "not an image"),
+    bomb_in_training_data: ("train3.png", "10000 x 10000", "at most"),
+    bomb_for_predict: ("bomb.png", "10000 x 10000", "at most"),
     model_without_weights: ("tiny", "weights"),
     wrong_family: ("config.json", "llava", "qwen2_vl"),
-    absent_model: ("absent",),
-    everything_too_long: ("none of 11 samples",),
-    warm_up_without_end: ("train.warmup", "50 steps of warm-up in a run of 6 steps"),
-    two_adapters: ("adapter", "has an adapter of its own", "leave adapter out"),
+    missing_model: ("absent",),
+    all_samples_too_long: ("none of 11 samples",),
+    warmup_too_long: ("train.warmup", "50 warmup steps in a run of 6 steps"),
+    two_adapters: ("adapter", "already has an adapter", "remove adapter"),
     name_too_long: ("longlong", "file name too long", "shorter"),
-    folder_below_a_file: ("recipe.yaml/run", "not a directory"),
-    another_run: ("done", "holds another run", "--resume"),
-    other_files: ("task", "and no run"),
+    folder_below_file: ("recipe.yaml/run", "not a directory"),
+    another_run: ("done", "contains another run", "--resume"),
+    other_files: ("task", "but no run"),
 }
 
 
 @pytest.mark.parametrize("spoil", CASES, ids=lambda spoil: spoil.__name__)
-def test_bad_input(
+def test_bad_input_exits_with_2_and_writes_no_files(
     folder: Path, spoil: Callable[[Path], list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = spoil(folder)
-    before = contents(folder)
-    assert run(arguments) == 2
+    before = read_contents(folder)
+    assert run_command(arguments) == 2
     check_message(capsys.readouterr().err, CASES[spoil])
-    assert contents(folder) == before
+    assert read_contents(folder) == before
     assert not (folder / "run").exists()
 
 
@@ -245,7 +251,7 @@ def test_bad_input(
     "name", ["optimizer.safetensors", "trainable.safetensors", "state.json", "sha256.json"]
 )
 @pytest.mark.parametrize("missing", [False, True], ids=["flipped bit", "missing"])
-def test_damaged_checkpoint(
+def test_damaged_checkpoint_is_rejected(
     folder: Path, name: str, missing: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "done" / "result.json").unlink()
@@ -256,19 +262,19 @@ def test_damaged_checkpoint(
     file.unlink()
     if not missing:
         file.write_bytes(data)
-    before = contents(folder)
-    assert run(train(folder, "--resume", output="done")) == 2
-    # A digest that has changed is found at the file it belongs to.
-    place = "step-6" if name == "sha256.json" else name
-    remedy = f"delete {file.parent.parent} to start from the beginning"
-    check_message(capsys.readouterr().err, (place, remedy))
-    assert contents(folder) == before
+    before = read_contents(folder)
+    assert run_command(train(folder, "--resume", output_dir="done")) == 2
+    # A changed digest is reported at its file.
+    location = "step-6" if name == "sha256.json" else name
+    remedy = f"delete {file.parent.parent} to restart the run from step 0"
+    check_message(capsys.readouterr().err, (location, remedy))
+    assert read_contents(folder) == before
     storage.remove_folder(file.parent)
-    assert run(train(folder, "--resume", output="done")) == 0
+    assert run_command(train(folder, "--resume", output_dir="done")) == 0
 
 
-class Full(storage.Disk):
-    """No space left for one file."""
+class FullDiskFor(storage.FileSystem):
+    """File system without space for one file."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -281,9 +287,9 @@ class Full(storage.Disk):
         self.refuse(path)
         return super().create(path)
 
-    def open_to_append(self, path: Path) -> int:
+    def open_append(self, path: Path) -> int:
         self.refuse(path)
-        return super().open_to_append(path)
+        return super().open_append(path)
 
     def sync_path(self, path: Path) -> None:
         self.refuse(path)
@@ -293,21 +299,23 @@ class Full(storage.Disk):
 @pytest.mark.parametrize(
     "name",
     [
-        *("manifest.json", "recipe.yaml", "dropped.jsonl", "metrics.jsonl"),
-        *("optimizer.safetensors", "sha256.json", "moved.json", "model.safetensors"),
+        *("manifest.json", "recipe.yaml", "skipped_samples.jsonl", "metrics.jsonl"),
+        *("optimizer.safetensors", "sha256.json", "param_audit.json", "model.safetensors"),
         *("adapter_model.safetensors", "images.safetensors", "result.json"),
     ],
 )
-def test_full_disk(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    before = contents(folder)
-    with storage.using(Full(name)):
-        assert run(train(folder)) == 2
+def test_full_disk_leaves_no_partial_files(
+    folder: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = read_contents(folder)
+    with storage.use_file_system(FullDiskFor(name)):
+        assert run_command(train(folder)) == 2
     check_message(capsys.readouterr().err, ("cannot be written: no space left on device",))
-    assert {path: contents(folder)[path] for path in before} == before
+    assert {path: read_contents(folder)[path] for path in before} == before
     written = folder / "run"
     assert [path for path in written.rglob("*") if path.name.startswith(".")] == []
-    for whole in (written / "model", written / "adapter", *written.glob("checkpoints/*")):
-        if whole.exists():
-            digests.verify_folder(whole)
+    for full in (written / "model", written / "adapter", *written.glob("checkpoints/*")):
+        if full.exists():
+            digests.verify_folder(full)
     assert not (written / "result.json").exists()
-    assert run(train(folder, "--resume")) == 0
+    assert run_command(train(folder, "--resume")) == 0

@@ -7,23 +7,23 @@ import sys
 from pathlib import Path
 
 import pytest
-from speaking import shapes
+from service_fixture import write_shape_image
 from typer.testing import CliRunner
 
 from finesight.cli.app import app
 from finesight.data.jsonl import read_samples
 from finesight.data.sample import ImagePart
 from finesight.errors import UserError
-from finesight.vision.picture import open_picture
+from finesight.vision.image_decoding import load_image
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    return shapes(tmp_path_factory.mktemp("pictures with blanks"), 0)
+def image_question(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    return write_shape_image(tmp_path_factory.mktemp("pictures with blanks"), 0)
 
 
-def _chat(*lines: str, options: tuple[str, ...] = ()) -> list[str]:
-    """The lines that are printed; the last is an error's message where there was one."""
+def run_chat(*lines: str, options: tuple[str, ...] = ()) -> list[str]:
+    """Return the printed lines; an error message is the last line."""
     typed = "".join(f"{line}\n" for line in lines)
     command = ["chat", "finesight-tiny", "--device", "cpu", "--precision", "fp32", *options]
     result = CliRunner().invoke(app, command, input=typed)
@@ -33,10 +33,10 @@ def _chat(*lines: str, options: tuple[str, ...] = ()) -> list[str]:
     return result.stdout.splitlines()
 
 
-def test_a_talk_with_pictures_is_drawn_saved_and_taken_back(picture, tmp_path):
-    path, question = picture
+def test_session_with_images_is_drawn_saved_and_undone(image_question, tmp_path):
+    path, question = image_question
     drawn, saved = tmp_path / "drawn.png", tmp_path / "talk.jsonl"
-    lines = _chat(
+    lines = run_chat(
         f"/image {path}",
         question,
         f"/box {drawn}",
@@ -50,58 +50,67 @@ def test_a_talk_with_pictures_is_drawn_saved_and_taken_back(picture, tmp_path):
         "/quit",
         "never asked",
     )
-    height_first = open_picture(path).size
+    height_first = load_image(path).size
     assert lines[0] == (
-        f"{path}: {height_first[0]} x {height_first[1]}, shown with the next question"
+        f"{path}: {height_first[0]} x {height_first[1]}, attached to the next question"
     )
     assert lines[2].startswith("  box "), lines[:4]
     assert lines[2].endswith("hollow gray hexagon")
-    assert open_picture(drawn).tobytes() != open_picture(path).tobytes()
-    assert "gone: Why?" in lines
+    assert load_image(drawn).tobytes() != load_image(path).tobytes()
+    assert "removed: Why?" in lines
     assert lines.count(lines[1]) == 2, "at temperature 0 the same question has the same answer"
-    assert "nothing to take back" in lines
+    assert "nothing to undo" in lines
     assert lines[-1].startswith("/quit")
     [sample] = read_samples(saved)
-    assert [part.image for part in sample.parts() if isinstance(part, ImagePart)] == [str(path)]
+    assert [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)] == [
+        str(path)
+    ]
     assert len(sample.messages) == 2
 
 
-def test_several_pictures_go_with_one_question(picture, tmp_path):
-    other, _ = shapes(tmp_path, 10)
+def test_several_images_in_one_question(image_question, tmp_path):
+    other, _ = write_shape_image(tmp_path, 10)
     saved = tmp_path / "talk.jsonl"
-    lines = _chat(f"/image '{picture[0]}' {other}", f"/image {other}", "Same?", f"/save {saved}")
-    assert [line.partition(":")[0] for line in lines[:3]] == [str(picture[0]), *[str(other)] * 2]
+    lines = run_chat(
+        f"/image '{image_question[0]}' {other}", f"/image {other}", "Same?", f"/save {saved}"
+    )
+    assert [line.partition(":")[0] for line in lines[:3]] == [
+        str(image_question[0]),
+        *[str(other)] * 2,
+    ]
     [sample] = read_samples(saved)
     assert sum(isinstance(part, ImagePart) for part in sample.messages[0].content) == 3
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "output"),
     [
-        ("/image", "no picture is named"),
-        ("/image 'a", "cannot be read"),
-        ("/image gone.png", "no such picture"),
-        ("/box", "no picture in the last of 0 turns"),
-        ("/again", "nothing has been asked yet"),
-        ("/save", "no file is named"),
-        ("/save talk.jsonl", "nothing to save"),
+        ("/image", "a path is missing"),
+        ("/image 'a", "cannot be parsed"),
+        ("/image gone.png", "no such image"),
+        ("/box", "no image in 0 turns"),
+        ("/again", "the conversation has 0 turns"),
+        ("/save", "a file name is missing"),
+        ("/save talk.jsonl", "no conversation to save"),
         ("/draw", "unknown command /draw"),
     ],
 )
-def test_what_is_wrong_ends_a_script(line: str, told: str, monkeypatch, tmp_path):
+def test_script_ends_at_first_error(line: str, output: str, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert told in _chat(line)[-1]
+    assert output in run_chat(line)[-1]
 
 
-def test_an_answer_is_cut_off_and_drawn_by_its_seed(picture):
+def test_truncated_reply_depends_on_seed(image_question):
     options = ("--max-new-tokens", "3", "--temperature", "8", "--seed", "4")
-    lines = _chat(f"/image {picture[0]}", picture[1], "/again", options=options)
-    assert lines[1].endswith("[cut off: longer than --max-new-tokens]")
+    lines = run_chat(f"/image {image_question[0]}", image_question[1], "/again", options=options)
+    assert lines[1].endswith("[truncated at --max-new-tokens]")
     assert lines[1] != lines[2]
-    assert _chat(f"/image {picture[0]}", picture[1], options=options)[1] == lines[1]
+    assert (
+        run_chat(f"/image {image_question[0]}", image_question[1], options=options)[1] == lines[1]
+    )
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat():
+def test_ctrl_c_cancels_reply_but_not_session():
     command = [
         *(sys.executable, "-m", "finesight", "chat", "finesight-tiny", "--device", "cpu"),
         *("--max-new-tokens", "900", "--temperature", "90", "--seed", "1"),
@@ -115,8 +124,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat():
         chat.stdin.flush()
         assert chat.stdout.read(1), "no answer has begun"
         chat.send_signal(signal.SIGINT)
-        said, complaints = chat.communicate(b"/undo\n/quit\n", timeout=120)
+        output, complaints = chat.communicate(b"/undo\n/quit\n", timeout=120)
     assert chat.returncode == 0, complaints
-    lines = said.decode().splitlines()
+    lines = output.decode().splitlines()
     assert lines[-2].endswith("[stopped]")
-    assert lines[-1] == "gone: Tell me everything."
+    assert lines[-1] == "removed: Tell me everything."

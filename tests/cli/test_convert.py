@@ -1,4 +1,4 @@
-"""`finesight convert`, through its command line."""
+"""Tests of the command `finesight convert`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import typer
 import yaml
 from click.testing import Result
-from converting import FACTORY, SWIFT, recipe_of
-from scenery import paint, write_jsonl
+from convert_fixtures import LLAMA_FACTORY_SETTINGS, SWIFT_SETTINGS, load_converted_recipe
+from image_fixtures import write_gray_image, write_jsonl
 from typer.testing import CliRunner
 
 from finesight.cli.convert import convert
@@ -27,48 +27,53 @@ def run(*arguments: str | Path) -> Result:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def work_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    settings = FACTORY | {"use_dora": True, "flash_attn": "fa2", "plot_loss": True, "x\x1b[1m": 1}
+    settings = LLAMA_FACTORY_SETTINGS | {
+        "use_dora": True,
+        "flash_attn": "fa2",
+        "plot_loss": True,
+        "x\x1b[1m": 1,
+    }
     Path("train.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path
 
 
-def test_says_what_it_did(here):
+def test_summary_is_printed(work_dir):
     result = run("convert", "train.yaml", "recipe.yaml")
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     assert lines[0] == "recipe.yaml: from LLaMA-Factory, train.yaml"
-    assert "  use_dora true: no such adapters here: they become plain LoRA" in lines
-    assert "  flash_attn: planned by finesight itself" in lines
-    assert "  x\\x1b[1m 1: not known of LLaMA-Factory: see whether it matters" in lines
+    assert "  use_dora true: this adapter type is not supported; LoRA is used" in lines
+    assert "  flash_attn: finesight selects it automatically" in lines
+    assert "  x\\x1b[1m 1: unknown setting of LLaMA-Factory: check whether it matters" in lines
     assert lines[-3:] == [
         "next:",
         "  finesight data import data/tickets.json samples/tickets",
         "  finesight train recipe.yaml",
     ]
-    assert "lora" in (here / "recipe.yaml").read_text()
+    assert "lora" in (work_dir / "recipe.yaml").read_text()
 
 
-def test_json(here):
+def test_json_output(work_dir):
     result = run("convert", "train.yaml", "recipe.yaml", "--json")
     done = json.loads(result.output)
     assert done["program"] == "LLaMA-Factory"
-    assert done["recipe"] == (here / "recipe.yaml").read_text()
-    assert {"kind", "key", "value", "text"} == set(done["remarks"][0])
-    assert done["imports"] == ["finesight data import data/tickets.json samples/tickets"]
+    assert done["recipe_text"] == (work_dir / "recipe.yaml").read_text()
+    assert {"kind", "key", "value", "text"} == set(done["notes"][0])
+    assert done["import_commands"] == ["finesight data import data/tickets.json samples/tickets"]
 
 
-def test_refusals_write_nothing(here):
-    Path("dpo.yaml").write_text(yaml.safe_dump(FACTORY | {"stage": "dpo"}))
+def test_failed_conversion_writes_no_files(work_dir):
+    Path("dpo.yaml").write_text(yaml.safe_dump(LLAMA_FACTORY_SETTINGS | {"stage": "dpo"}))
     result = run("convert", "dpo.yaml", "recipe.yaml")
     assert isinstance(result.exception, UserError)
-    assert sorted(path.name for path in here.iterdir()) == ["dpo.yaml", "train.yaml"]
+    assert sorted(path.name for path in work_dir.iterdir()) == ["dpo.yaml", "train.yaml"]
 
 
-def test_the_commands_that_it_prints_make_the_recipes_data(here):
-    paint(here / "a.png")
-    paint(here / "b.png", shade=90)
+def test_printed_import_commands_create_the_data(work_dir):
+    write_gray_image(work_dir / "a.png")
+    write_gray_image(work_dir / "b.png", gray_level=90)
     rows = [
         {
             "messages": [
@@ -79,13 +84,13 @@ def test_the_commands_that_it_prints_make_the_recipes_data(here):
         }
         for number, name in enumerate("ab")
     ]
-    write_jsonl(here / "tickets.jsonl", rows)
-    Path("s.yaml").write_text(yaml.safe_dump(SWIFT | {"split_dataset_ratio": 0.5}))
+    write_jsonl(work_dir / "tickets.jsonl", rows)
+    Path("s.yaml").write_text(yaml.safe_dump(SWIFT_SETTINGS | {"split_dataset_ratio": 0.5}))
     done = json.loads(run("convert", "s.yaml", "recipe.yaml", "--json").output)
-    for command in done["imports"]:
+    for command in done["import_commands"]:
         words = command.split()
         assert words[:3] == ["finesight", "data", "import"]
         assert run(*words[2:]).exit_code == 0
-    data = recipe_of(here).data
+    data = load_converted_recipe(work_dir).data
     for file in (*data.train, *data.eval):
         assert Path(file.path).exists()

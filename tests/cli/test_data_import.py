@@ -1,4 +1,4 @@
-"""`finesight data import`, through its command line."""
+"""Tests of the command `finesight data import`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 from click.testing import Result
-from scenery import paint, write_jsonl
+from image_fixtures import write_gray_image, write_jsonl
 from typer.testing import CliRunner
 
 from finesight.cli.data_import import import_data
@@ -28,7 +28,7 @@ def run(*arguments: str | Path) -> Result:
 def source(tmp_path: Path) -> Path:
     rows = [
         {
-            "image": paint(tmp_path / f"{n}.png", shade=n).name,
+            "image": write_gray_image(tmp_path / f"{n}.png", gray_level=n).name,
             "box": [n, 0, 10, 10],
             "n": n,
             "text": [f"first {n}", f"second {n}"],
@@ -38,7 +38,7 @@ def source(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "rows.jsonl", rows)
 
 
-def test_says_what_it_did(source: Path, tmp_path: Path) -> None:
+def test_summary_is_printed(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run(
         *(source, out, "--map", "image=image", "--map", "answer=text"),
@@ -48,37 +48,37 @@ def test_says_what_it_did(source: Path, tmp_path: Path) -> None:
     assert f"{source}: 6 rows, read as table (--map)" in result.output
     assert f"{out / 'train.jsonl'}: 6 samples from 3 rows" in result.output
     assert f"{out / 'eval.jsonl'}: 2 samples from 2 rows" in result.output
-    assert "left out: 1 rows, not selected" in result.output
-    assert "columns not used: box, n" in result.output
+    assert "skipped: 1 rows, not selected" in result.output
+    assert "unused columns: box, n" in result.output
     assert read_samples(out / "eval.jsonl")[1].references == ("second 4",)
 
 
-def test_json(source: Path, tmp_path: Path) -> None:
+def test_json_output(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run(
         *(source, out, "--map", "image=image", "--map", "box=box", "--prompt", "", "--json"),
-        *("--rows", "1:4", "--box-format", "xywh", "--box-units", "pixel", "--copy-pictures"),
+        *("--rows", "1:4", "--box-format", "xywh", "--box-units", "pixel", "--copy-images"),
     )
     assert result.exit_code == 0, result.output
     assert json.loads(result.output) == {
         "format": "table",
-        "known_by": "--map",
-        "rows": 6,
-        "written": [{"file": str(out / "data.jsonl"), "rows": 3, "samples": 3}],
-        "left_out": {"not selected by --rows and --limit": 3},
-        "pictures": 3,
-        "clipped_boxes": 0,
-        "noted": {},
+        "detected_by": "--map",
+        "num_rows": 6,
+        "output_files": [{"file": str(out / "data.jsonl"), "num_rows": 3, "num_samples": 3}],
+        "skipped_rows": {"not selected by --rows and --limit": 3},
+        "num_images": 3,
+        "num_clipped_boxes": 0,
+        "source_notes": {},
         "unused_columns": ["n", "text"],
-        "listed": None,
+        "skipped_rows_file": None,
     }
     sample = read_samples(out / "data.jsonl")[0]
-    assert sample.messages[0].content[0].image == "pictures/1.png"
+    assert sample.messages[0].content[0].image == "images/1.png"
     assert sample.messages[1].content[0].xyxy == (1, 0, 11, 10)
 
 
-def test_detected_format_shows_its_reason(tmp_path: Path) -> None:
-    paint(tmp_path / "a.png")
+def test_detected_format_is_printed_with_reason(tmp_path: Path) -> None:
+    write_gray_image(tmp_path / "a.png")
     turns = [
         {"from": "user", "value": "Picture 1: <img>a.png</img>\nWhat?"},
         {"from": "assistant", "value": "A square."},
@@ -86,27 +86,27 @@ def test_detected_format_shows_its_reason(tmp_path: Path) -> None:
     source = tmp_path / "data.json"
     source.write_text(json.dumps([{"conversations": turns}]))
     result = run(source, tmp_path / "out", "--seed", "1")
-    assert "read as qwen-vl (a turn holds 'Picture 1: <img>a.png</img>')" in result.output
+    assert "read as qwen-vl (a turn contains 'Picture 1: <img>a.png</img>')" in result.output
 
 
-def test_unusable_rows_can_be_left_out(source: Path, tmp_path: Path) -> None:
+def test_invalid_rows_can_be_skipped(source: Path, tmp_path: Path) -> None:
     (tmp_path / "3.png").unlink()
     arguments = ("--map", "image=image", "--map", "answer=text", "--prompt", "Read.")
     refused = run(source, tmp_path / "out", *arguments)
     assert isinstance(refused.exception, UserError)
-    assert "--unusable drop" in refused.exception.remedy
-    result = run(source, tmp_path / "out", *arguments, "--unusable", "drop")
+    assert "--on-invalid-row skip" in refused.exception.remedy
+    result = run(source, tmp_path / "out", *arguments, "--on-invalid-row", "skip")
     assert result.exit_code == 0, result.output
-    assert "left out: 1 rows, a picture is missing or damaged" in result.output
-    assert f"{tmp_path / 'out' / 'left_out.jsonl'}: each row" in result.output
-    (line,) = (tmp_path / "out" / "left_out.jsonl").read_text().splitlines()
+    assert "skipped: 1 rows, an image is missing or corrupt" in result.output
+    assert f"{tmp_path / 'out' / 'skipped_rows.jsonl'}: invalid rows with reasons" in result.output
+    (line,) = (tmp_path / "out" / "skipped_rows.jsonl").read_text().splitlines()
     left_out = json.loads(line)
-    assert left_out["place"] == "line 4"
-    assert left_out["reason"] == "a picture is missing or damaged"
-    assert "no such picture" in left_out["problem"]
+    assert left_out["location"] == "line 4"
+    assert left_out["reason"] == "an image is missing or corrupt"
+    assert "no such image" in left_out["error"]
 
 
-def test_the_help_names_every_format() -> None:
+def test_help_names_every_format() -> None:
     words = " ".join(run("--help").output.replace("\n", " ").split())
     assert [form.name for form in FORMATS if form.name not in words] == []
 
@@ -121,11 +121,13 @@ def test_the_help_names_every_format() -> None:
         (["--rows", "5"], "--rows"),
         (["--rows", "a:b"], "--rows"),
         (["--format", "csv"], "--format"),
-        (["--map", "image=image", "--ask", "grounding"], "--ask"),
-        (["--map", "image=image", "--split", "2"], "split"),
+        (["--map", "image=image", "--box-task", "grounding"], "--box-task"),
+        (["--map", "image=image", "--train-fraction", "2"], "split"),
     ],
 )
-def test_refused(source: Path, tmp_path: Path, arguments: list[str], where: str) -> None:
+def test_invalid_options_are_rejected(
+    source: Path, tmp_path: Path, arguments: list[str], where: str
+) -> None:
     result = run(source, tmp_path / "out", *arguments)
     assert isinstance(result.exception, UserError)
     assert result.exception.where == where
@@ -135,7 +137,7 @@ def test_refused(source: Path, tmp_path: Path, arguments: list[str], where: str)
 @pytest.mark.parametrize(
     "arguments", [["--box-format", "corners"], ["--limit", "0"], ["--box-units", "px"]]
 )
-def test_refused_by_the_command_line(source: Path, tmp_path: Path, arguments: list[str]) -> None:
+def test_usage_errors_exit_with_2(source: Path, tmp_path: Path, arguments: list[str]) -> None:
     assert run(source, tmp_path / "out", *arguments).exit_code == 2
 
 

@@ -1,4 +1,4 @@
-"""`finesight data migrate`, through its command line."""
+"""Tests of the command `finesight data migrate`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 from click.testing import Result
-from scenery import paint, write_jsonl
+from image_fixtures import write_gray_image, write_jsonl
 from typer.testing import CliRunner
 
 from finesight.cli.data_migrate import migrate
@@ -26,7 +26,7 @@ def run(*arguments: str | Path) -> Result:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    paint(tmp_path / "a.png", 1000, 500)
+    write_gray_image(tmp_path / "a.png", 1000, 500)
     rows = [
         {"image": "a.png", "query": "Where is the dog? Answer as JSON.", "response": OLD},
         {"image": "a.png", "query": "What is it?", "response": "A dog."},
@@ -34,7 +34,7 @@ def file(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "old.jsonl", rows)
 
 
-def test_says_what_it_did(file: Path, tmp_path: Path) -> None:
+def test_summary_is_printed(file: Path, tmp_path: Path) -> None:
     out = tmp_path / "new.jsonl"
     result = run(file, out, "--from", "qwen_vl", "--to", "qwen3_vl")
     assert result.exit_code == 0, result.output
@@ -47,31 +47,31 @@ def test_says_what_it_did(file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "numbers"),
+    ("rule", "values"),
     [
         (["height=280", "width=560"], [56, 56, 168, 252]),
         (["longest_side=560"], [56, 56, 168, 252]),
         (["min_pixels=3136", "max_pixels=160000"], [56, 56, 168, 252]),
     ],
 )
-def test_rules_of_pictures(file: Path, tmp_path: Path, rule: list[str], numbers: list[int]) -> None:
+def test_image_rule_options(file: Path, tmp_path: Path, rule: list[str], values: list[int]) -> None:
     out = tmp_path / "new.jsonl"
-    options = [word for pair in rule for word in ("--picture", pair)]
+    options = [word for pair in rule for word in ("--image", pair)]
     result = run(file, out, "--from", "qwen_vl", "--to", "qwen2_5_vl", *options, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.output) == {
         "file": str(out),
-        "records": 2,
-        "boxes": 1,
+        "num_records": 2,
+        "num_boxes": 1,
         "answers_with_boxes": 1,
-        "answers_without": 1,
-        "left": ["line 1"],
+        "answers_without_boxes": 1,
+        "unconverted": ["line 1"],
     }
     record = json.loads(out.read_text(encoding="utf-8").splitlines()[0])
-    assert json.loads(record["response"])["bbox_2d"] == numbers
+    assert json.loads(record["response"])["bbox_2d"] == values
 
 
-def test_the_rule_of_a_model(file: Path, tmp_path: Path) -> None:
+def test_image_rule_of_model(file: Path, tmp_path: Path) -> None:
     out, model = tmp_path / "new.jsonl", tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "qwen2_5_vl"}', encoding="utf-8")
@@ -85,12 +85,12 @@ def test_the_rule_of_a_model(file: Path, tmp_path: Path) -> None:
     (model / "config.json").write_text('{"model_type": "qwen2_vl"}', encoding="utf-8")
     result = run(file, tmp_path / "other.jsonl", *options)
     assert isinstance(result.exception, UserError)
-    assert "a model of the family qwen2_vl" in str(result.exception)
+    assert "the model family is qwen2_vl" in str(result.exception)
 
 
 @pytest.mark.parametrize("pair", ["height=280", "longest_side=x", "size=5", "longest_side"])
-def test_bad_rules(file: Path, tmp_path: Path, pair: str) -> None:
-    options = ("--from", "qwen_vl", "--to", "qwen2_5_vl", "--picture", pair)
+def test_invalid_image_rules_are_rejected(file: Path, tmp_path: Path, pair: str) -> None:
+    options = ("--from", "qwen_vl", "--to", "qwen2_5_vl", "--image", pair)
     result = run(file, tmp_path / "new.jsonl", *options)
     assert isinstance(result.exception, UserError)
-    assert "--picture height=112" in result.exception.remedy
+    assert "--image height=112" in result.exception.remedy

@@ -1,4 +1,4 @@
-"""`finesight data show`, from a recipe to its lines."""
+"""Tests of the command `finesight data show`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from conversations import make_folder
+from conversation_fixtures import make_folder
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -38,39 +38,39 @@ def recipe(tmp_path: Path) -> Path:
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps(line) for line in lines))
     path = tmp_path / "recipe.yaml"
-    path.write_text(f"model: {model}\ndata: {{train: {data}}}\noutput: {tmp_path / 'run'}\n")
+    path.write_text(f"model: {model}\ndata: {{train: {data}}}\noutput_dir: {tmp_path / 'run'}\n")
     return path
 
 
-def test_lines(recipe: Path) -> None:
-    result = CliRunner().invoke(app, [str(recipe), "--samples", "2"], catch_exceptions=False)
+def test_token_table_is_printed(recipe: Path) -> None:
+    result = CliRunner().invoke(app, [str(recipe), "--num-samples", "2"], catch_exceptions=False)
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert [line for line in lines if line.startswith("sample")] == ["sample s0", "sample s1"]
-    (picture, _) = [line for line in lines if "<|image_pad|>" in line]
-    assert "8 x <|image_pad|>" in picture
-    assert "a.png, 100x50 as 112x56, grid 1 x 4 x 8" in picture
+    (image, _) = [line for line in lines if "<|image_pad|>" in line]
+    assert "8 x <|image_pad|>" in image
+    assert "a.png, 100x50 as 112x56, grid 1 x 4 x 8" in image
     assert sum(line.endswith("'<|im_end|>'") and "*" in line for line in lines) == 2
 
 
-def test_json_and_settings_in_place_of_the_recipe_s(recipe: Path) -> None:
-    arguments = [str(recipe), "picture.height=28", "picture.width=28", "--json", "--samples", "9"]
+def test_json_output_with_overrides(recipe: Path) -> None:
+    arguments = [str(recipe), "image.height=28", "image.width=28", "--json", "--num-samples", "9"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert [record["id"] for record in records] == ["s0", "s1", "s2"]
-    assert records[0]["pictures"][0]["resized"] == [28, 28]
-    (learned,) = {sum(row["learned"] for row in record["rows"]) for record in records}
-    assert learned == records[0]["learned"] == 2
+    assert records[0]["images"][0]["resized_size"] == [28, 28]
+    (supervised,) = {sum(row["is_supervised"] for row in record["rows"]) for record in records}
+    assert supervised == records[0]["num_supervised_tokens"] == 2
 
 
-def test_held_out_samples(recipe: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.eval of recipe\.yaml names no file"):
+def test_eval_option_needs_eval_data(recipe: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.eval of recipe\.yaml is empty"):
         CliRunner().invoke(app, [str(recipe), "--eval"], catch_exceptions=False)
 
 
-def test_a_page(recipe: Path, tmp_path: Path) -> None:
+def test_html_page_of_samples(recipe: Path, tmp_path: Path) -> None:
     page = tmp_path / "pages" / "show.html"
-    arguments = [str(recipe), "--samples", "2", "--html", str(page)]
+    arguments = [str(recipe), "--num-samples", "2", "--html", str(page)]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert (result.exit_code, result.stdout) == (0, "")
     assert f"page: {page}" in result.stderr
@@ -82,9 +82,9 @@ def test_a_page(recipe: Path, tmp_path: Path) -> None:
     assert [json.loads(line)["id"] for line in again.stdout.splitlines()] == ["s0", "s1"]
 
 
-def test_a_page_never_replaces_another_file(recipe: Path, tmp_path: Path) -> None:
+def test_page_never_overwrites_other_files(recipe: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     before = data.read_bytes()
-    with pytest.raises(UserError, match=r"data\.jsonl exists already and is not a page"):
+    with pytest.raises(UserError, match=r"data\.jsonl exists and is not a page"):
         CliRunner().invoke(app, [str(recipe), "--html", str(data)], catch_exceptions=False)
     assert data.read_bytes() == before

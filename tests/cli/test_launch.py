@@ -1,4 +1,4 @@
-"""The command `finesight launch`: files, what is printed, and how they are submitted."""
+"""Tests of the command `finesight launch`: job files, output, submission."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 import fake_slurm
 import pytest
 
-from finesight.cli.app import run
+from finesight.cli.app import run_command
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the command runs: with a recipe, without the commands of any engine."""
+    """Change to a folder with a recipe and without scheduler commands."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    text = "model: some/model\ndata: {train: a.jsonl}\noutput: runs/first\n"
+    text = "model: some/model\ndata: {train: a.jsonl}\noutput_dir: runs/first\n"
     (tmp_path / "recipe.yaml").write_text(text)
     return tmp_path
 
 
 def launch(*words: str) -> int:
-    return run(["launch", "recipe.yaml", *words])
+    return run_command(["launch", "recipe.yaml", *words])
 
 
 CLOUD = ("--image", "a/b:1", "--store", "s3://b/c")
@@ -46,7 +46,7 @@ CLOUD = ("--image", "a/b:1", "--store", "s3://b/c")
         ),
     ],
 )
-def test_a_file_and_how_to_start_it(
+def test_job_file_and_start_command(
     words: tuple[str, ...],
     file: str,
     command: str,
@@ -54,14 +54,14 @@ def test_a_file_and_how_to_start_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert launch(*words) == 0
-    assert capsys.readouterr().out == f"{file}\nstart it: {command}\n"
+    assert capsys.readouterr().out == f"{file}\nstart with: {command}\n"
     assert "finesight train recipe.yaml --resume" in (folder / file).read_text()
     assert launch(*words, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told == {"file": file, "command": command, "submitted": False, "said": None}
+    result = json.loads(capsys.readouterr().out)
+    assert result == {"file": file, "command": command, "submitted": False, "output": None}
 
 
-def test_slurm_takes_the_job(
+def test_slurm_job_is_submitted(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands = fake_slurm.install(folder / "slurm")
@@ -72,7 +72,7 @@ def test_slurm_takes_the_job(
     assert (commands / "told").read_text() == "sbatch ./-x.sbatch\n"
 
 
-def test_an_engine_that_refuses_is_heard(
+def test_submit_error_is_reported(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "bin").mkdir()
@@ -80,10 +80,10 @@ def test_an_engine_that_refuses_is_heard(
     (folder / "bin" / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
     assert launch("--on", "slurm", "--submit") == 2
-    assert "sbatch ended with 1: no such partition" in capsys.readouterr().err
+    assert "sbatch failed with exit code 1: no such partition" in capsys.readouterr().err
 
 
-def test_a_file_of_ones_own_is_not_overwritten(
+def test_existing_user_file_is_not_overwritten(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert launch() == launch() == 0
@@ -96,21 +96,21 @@ def test_a_file_of_ones_own_is_not_overwritten(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--on", "slurm", "--submit"), "sbatch is not installed here"),
-        (("--submit",), "no queue to submit to"),
-        (("--partition", "x"), "--partition beside --on torchrun"),
-        (("--on", "slurm", "--image", "x"), "--image beside --on slurm"),
+        (("--on", "slurm", "--submit"), "sbatch is not installed"),
+        (("--submit",), "torchrun has no job queue"),
+        (("--partition", "x"), "--partition is given with --on torchrun"),
+        (("--on", "slurm", "--image", "x"), "--image is given with --on slurm"),
         (("--on", "slurm", "--partition", "a b"), "'a b' is not a name"),
         (("--on", "kubeflow", "--image", "x"), "--store: is missing"),
-        (("--nodes", "0"), "'0' machines"),
+        (("--nodes", "0"), "invalid number of nodes '0'"),
         (("--name", "A B"), "the name 'A B'"),
         (("train.bach=8",), "train.bach"),
     ],
 )
-def test_bad_input(
+def test_bad_input_is_rejected(
     words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert launch(*words) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert "remedy: " in said
+    output = capsys.readouterr().err
+    assert message in output
+    assert "remedy: " in output

@@ -1,4 +1,4 @@
-"""`finesight merge` on runs and adapters: what it writes, says and refuses."""
+"""Tests of `finesight merge` with runs and adapters."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from gptq import Way, publish
-from oracle import CPU
-from tuned import tuned
+from gptq_fixtures import GptqConfig, write_quantized_model
+from hf_reference import CPU
+from lora_fixtures import tune_with_lora
 from typer.testing import CliRunner, Result
 
 from finesight.cli.merge import merge
-from finesight.config import PixelRange, Tune
+from finesight.config import PixelRange, TuneSettings
 from finesight.digests import verify_folder
 from finesight.errors import UserError
-from finesight.hub import ModelFolder
-from finesight.infer.load import load_answerer
+from finesight.infer.model_loader import load_inference_model
 from finesight.manifest import Manifest
-from finesight.model.adapter import write_adapter
-from finesight.model.tiny import make_tiny
-from finesight.model.weights import load_model, save_model
+from finesight.model.lora.peft_io import save_adapter
+from finesight.model.tiny import create_tiny_model
+from finesight.model.weights_io import load_model, save_model
+from finesight.model_folder import ModelFolder
 from finesight.storage import write_folder
 
-TUNE = Tune.model_validate({"language": "lora", "lora": {"rank": 2}})
+TUNE = TuneSettings.model_validate({"language": "lora", "lora": {"rank": 2}})
 
 
 def run_command(*arguments: object) -> Result:
@@ -36,7 +36,7 @@ def run_command(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def refused(*arguments: object) -> str:
+def run_rejected(*arguments: object) -> str:
     result = run_command(*arguments)
     assert isinstance(result.exception, UserError), result.output
     return str(result.exception)
@@ -44,15 +44,17 @@ def refused(*arguments: object) -> str:
 
 @pytest.fixture
 def base(tmp_path: Path) -> ModelFolder:
-    return ModelFolder(make_tiny(tmp_path / "base"))
+    return ModelFolder(create_tiny_model(tmp_path / "base"))
 
 
 @pytest.fixture
 def adapter(base: ModelFolder, tmp_path: Path) -> Path:
-    model = tuned(load_model(base, torch.float32, CPU), {"language": "lora", "lora": {"rank": 2}})
+    model = tune_with_lora(
+        load_model(base, torch.float32, CPU), {"language": "lora", "lora": {"rank": 2}}
+    )
     folder = tmp_path / "run" / "adapter"
     folder.mkdir(parents=True)
-    write_adapter(folder, model, base=str(base.path), base_fingerprint=base.fingerprint())
+    save_adapter(folder, model, base_model=str(base.path), base_fingerprint=base.fingerprint())
     return folder
 
 
@@ -60,11 +62,11 @@ def adapter(base: ModelFolder, tmp_path: Path) -> Path:
 def run(base: ModelFolder, adapter: Path) -> Path:
     manifest = Manifest(
         family="qwen2_vl",
-        base=str(base.path),
+        base_model=str(base.path),
         base_fingerprint=base.fingerprint(),
-        picture=PixelRange(min_pixels=784, max_pixels=7840),
-        system="Speak in rhymes.",
-        end_token="<|im_end|>",
+        image_rule=PixelRange(min_pixels=784, max_pixels=7840),
+        system_prompt="Speak in rhymes.",
+        eos_token="<|im_end|>",
         tune=TUNE,
         versions={},
     )
@@ -72,31 +74,31 @@ def run(base: ModelFolder, adapter: Path) -> Path:
     return adapter.parent
 
 
-def test_a_run_is_merged_into_a_whole_model_folder(
-    run: Path, base: ModelFolder, tmp_path: Path
-) -> None:
+def test_run_is_merged_into_model_folder(run: Path, base: ModelFolder, tmp_path: Path) -> None:
     out = tmp_path / "merged"
     result = run_command(run, out)
     assert result.exit_code == 0, result.exception
     first, compared, *_, last = result.output.splitlines()
     assert first == f"14 layers merged into {out}, fp32"
-    assert compared.startswith("4 questions about drawn pictures")
-    assert last == "4 of 4 answers are equal, token by token"
+    assert compared.startswith("4 prompts about generated images")
+    assert last == "4 of 4 completions have equal tokens"
     verify_folder(out)
     written = {path.name for path in out.iterdir()}
     assert written == {path.name for path in base.path.iterdir()} | {"manifest.json", "README.md"}
     assert (out / "model.safetensors").read_bytes() != base.weight_files()[0].read_bytes()
 
 
-def test_a_merged_run_is_asked_as_it_was_trained(run: Path, tmp_path: Path) -> None:
+def test_merged_model_keeps_prompt_settings(run: Path, tmp_path: Path) -> None:
     assert run_command(run, tmp_path / "merged").exit_code == 0
-    renderers = [load_answerer(str(path), "cpu").renderer for path in (run, tmp_path / "merged")]
+    renderers = [
+        load_inference_model(str(path), "cpu").renderer for path in (run, tmp_path / "merged")
+    ]
     rule = PixelRange(min_pixels=784, max_pixels=7840)
-    assert [renderer.rule for renderer in renderers] == [rule, rule]
-    assert [renderer.system for renderer in renderers] == ["Speak in rhymes."] * 2
+    assert [renderer.image_rule for renderer in renderers] == [rule, rule]
+    assert [renderer.system_prompt for renderer in renderers] == ["Speak in rhymes."] * 2
 
 
-def test_other_programs_find_the_pixel_limits_of_the_training(run: Path, tmp_path: Path) -> None:
+def test_merged_model_keeps_pixel_limits(run: Path, tmp_path: Path) -> None:
     assert run_command(run, tmp_path / "merged").exit_code == 0
     settings = json.loads((tmp_path / "merged" / "preprocessor_config.json").read_text())
     assert (settings["min_pixels"], settings["max_pixels"]) == (784, 7840)
@@ -104,10 +106,10 @@ def test_other_programs_find_the_pixel_limits_of_the_training(run: Path, tmp_pat
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_picture_settings_within_those_of_a_processor_stay(
+def test_processor_config_keeps_image_settings(
     run: Path, base: ModelFolder, tmp_path: Path, alone: bool
 ) -> None:
-    """As transformers 5 writes them: a new file beside them would hide patches and colours."""
+    """transformers 5 writes processor_config.json; without image settings it would hide them."""
     before = base.path / "preprocessor_config.json"
     settings = json.loads(before.read_text()) | {"image_mean": [0.5, 0.4, 0.3], "size": {}}
     (base.path / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
@@ -118,19 +120,19 @@ def test_picture_settings_within_those_of_a_processor_stay(
     expected = settings | {"min_pixels": 784, "max_pixels": 7840, "size": limits}
     nested = json.loads((tmp_path / "merged" / "processor_config.json").read_text())
     assert nested == {"image_processor": expected}
-    assert ModelFolder(tmp_path / "merged").preprocessor["image_mean"] == [0.5, 0.4, 0.3]
+    assert ModelFolder(tmp_path / "merged").preprocessor_config["image_mean"] == [0.5, 0.4, 0.3]
     assert (tmp_path / "merged" / "preprocessor_config.json").exists() is not alone
 
 
-def test_a_size_that_other_programs_cannot_be_told_is_said(run: Path, tmp_path: Path) -> None:
+def test_unsupported_image_size_is_reported(run: Path, tmp_path: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
-    manifest["picture"] = {"height": 112, "width": 504}
+    manifest["image_rule"] = {"height": 112, "width": 504}
     (run / "manifest.json").write_text(json.dumps(manifest))
     result = run_command(run, tmp_path / "merged")
-    assert result.output.splitlines()[-1].endswith("give them height 112, width 504")
+    assert result.output.splitlines()[-1].endswith("resize images to height 112, width 504")
 
 
-def test_what_is_made_of_a_merged_model_has_not_its_manifest(run: Path, tmp_path: Path) -> None:
+def test_merged_model_has_no_run_manifest(run: Path, tmp_path: Path) -> None:
     assert run_command(run, tmp_path / "merged").exit_code == 0
     merged, again = ModelFolder(tmp_path / "merged"), tmp_path / "again"
     again.mkdir()
@@ -138,93 +140,90 @@ def test_what_is_made_of_a_merged_model_has_not_its_manifest(run: Path, tmp_path
     assert not (again / "manifest.json").exists()
 
 
-def test_an_adapter_folder_is_merged_as_its_run_is(
-    run: Path, adapter: Path, tmp_path: Path
-) -> None:
+def test_adapter_folder_merges_like_its_run(run: Path, adapter: Path, tmp_path: Path) -> None:
     assert run_command(run, tmp_path / "a").exit_code == 0
     result = run_command(adapter, tmp_path / "b", "--json")
-    told = json.loads(result.output)
-    parity = told.pop("parity")
-    assert told == {"folder": str(tmp_path / "b"), "layers": 14, "precision": "fp32"}
-    assert (parity["prompts"], parity["equal"], parity["partings"]) == (4, 4, [])
-    assert 0 <= parity["summed"] < 1e-4 < parity["adapter"]
-    assert parity["reloaded"] < 1e-6
-    assert (parity["rounded"], parity["as_trained"]) == (None, None)
+    output = json.loads(result.output)
+    parity = output.pop("parity")
+    assert output == {"folder": str(tmp_path / "b"), "merged_layers": 14, "precision": "fp32"}
+    assert (parity["num_prompts"], parity["num_equal"], parity["divergences"]) == (4, 4, [])
+    assert 0 <= parity["merge_change"] < 1e-4 < parity["adapter_change"]
+    assert parity["reload_difference"] < 1e-6
+    assert (parity["rounding_change"], parity["quantized_comparison"]) == (None, None)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
 
 
-def test_a_base_that_moved_is_found_by_option(run: Path, base: ModelFolder, tmp_path: Path) -> None:
-    moved = base.path.rename(tmp_path / "moved")
-    assert "no folder" in refused(run, tmp_path / "merged")
-    result = run_command(run, tmp_path / "merged", "--base", moved, "--precision", "bf16")
+def test_base_option_finds_relocated_base(run: Path, base: ModelFolder, tmp_path: Path) -> None:
+    changed = base.path.rename(tmp_path / "moved")
+    assert "no folder" in run_rejected(run, tmp_path / "merged")
+    result = run_command(run, tmp_path / "merged", "--base", changed, "--precision", "bf16")
     assert result.exit_code == 0, result.exception
     assert "bf16" in result.output
 
 
 @pytest.mark.parametrize("source", ["run", "run/adapter"])
-def test_another_base_is_refused_with_the_two_fingerprints(
+def test_wrong_base_is_rejected_with_both_fingerprints(
     run: Path, base: ModelFolder, source: str, tmp_path: Path
 ) -> None:
-    other = ModelFolder(make_tiny(tmp_path / "other", "qwen2_5_vl"))
-    message = refused(tmp_path / source, tmp_path / "merged", "--base", other.path)
+    other = ModelFolder(create_tiny_model(tmp_path / "other", "qwen2_5_vl"))
+    message = run_rejected(tmp_path / source, tmp_path / "merged", "--base", other.path)
     assert base.fingerprint() in message
     assert other.fingerprint() in message
     assert not (tmp_path / "merged").exists()
 
 
-def test_an_existing_folder_is_refused(run: Path, tmp_path: Path) -> None:
+def test_existing_output_folder_is_rejected(run: Path, tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
-    assert "exists already" in refused(run, tmp_path / "merged")
+    assert "exists already" in run_rejected(run, tmp_path / "merged")
 
 
-def test_what_has_no_adapter_is_refused(base: ModelFolder, tmp_path: Path) -> None:
-    message = refused(base.path, tmp_path / "merged")
+def test_model_without_adapter_is_rejected(base: ModelFolder, tmp_path: Path) -> None:
+    message = run_rejected(base.path, tmp_path / "merged")
     assert f"{base.path} has no adapter" in message
-    assert "is a model of its own" in refused(base.path, tmp_path / "m", "--base", base.path)
+    assert "is a complete model" in run_rejected(base.path, tmp_path / "m", "--base", base.path)
 
 
-def test_a_run_with_its_own_whole_model_takes_no_base(
-    run: Path, base: ModelFolder, tmp_path: Path
-) -> None:
+def test_full_finetune_run_takes_no_base(run: Path, base: ModelFolder, tmp_path: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["tune"]["merger"] = "full"
     (run / "manifest.json").write_text(json.dumps(manifest))
-    make_tiny(run / "model")
-    message = refused(run, tmp_path / "merged", "--base", base.path)
-    assert "holds its own whole model in model/" in message
+    create_tiny_model(run / "model")
+    message = run_rejected(run, tmp_path / "merged", "--base", base.path)
+    assert "contains a complete model in model/" in message
     assert run_command(run, tmp_path / "merged").exit_code == 0
 
 
 @pytest.mark.parametrize("few", ["nf4", "fp8"])
-def test_a_run_in_few_bits_is_merged_into_the_published_weights_and_says_so(
-    few: str, run: Path, tmp_path: Path
-) -> None:
+def test_quantized_run_merges_into_published_weights(few: str, run: Path, tmp_path: Path) -> None:
     assert run_command(run, tmp_path / "plain").exit_code == 0
     manifest = json.loads((run / "manifest.json").read_text())
-    manifest["tune"][few] = ["language"]
+    manifest["tune"]["quantize"] = {few: ["language"]}
     (run / "manifest.json").write_text(json.dumps(manifest))
     result = run_command(run, tmp_path / "merged")
     assert result.exit_code == 0, result.exception
-    assert f"the run had the weights of language in {few.upper()}" in result.output.splitlines()[-1]
-    assert "against the base in few bits, as it was trained" in result.output.splitlines()[-2]
+    assert (
+        f"the run used quantized weights (language in {few.upper()})"
+        in result.output.splitlines()[-1]
+    )
+    assert "compared with the quantized base used in training" in result.output.splitlines()[-2]
     weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("plain", "merged")]
     assert weights[0] == weights[1]
-    told = json.loads(run_command(run, tmp_path / "again", "--json").output)
-    assert told[f"trained_in_{few}"] == ["language"]
-    trained = told["parity"]["as_trained"]
+    output = json.loads(run_command(run, tmp_path / "again", "--json").output)
+    assert output[f"{few}_parts"] == ["language"]
+    trained = output["parity"]["quantized_comparison"]
     assert 1e-3 < trained["logits"] < 10
     assert 0 <= trained["equal_answers"] <= 1
 
 
-def test_a_damaged_base_is_refused(adapter: Path, base: ModelFolder, tmp_path: Path) -> None:
+def test_damaged_base_is_rejected(adapter: Path, base: ModelFolder, tmp_path: Path) -> None:
     file = base.path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
-    assert "not a whole safetensors file" in refused(adapter, tmp_path / "merged")
+    assert "not a complete safetensors file" in run_rejected(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_flipped_bit_in_the_adapter_is_refused(
+def test_bit_flip_in_adapter_is_rejected(
     run: Path, adapter: Path, base: ModelFolder, tmp_path: Path
 ) -> None:
     sealed = tmp_path / "sealed"
@@ -234,35 +233,35 @@ def test_a_flipped_bit_in_the_adapter_is_refused(
     content = bytearray((sealed / "adapter_model.safetensors").read_bytes())
     content[-1] ^= 1
     (sealed / "adapter_model.safetensors").write_bytes(content)
-    message = refused(sealed, tmp_path / "merged")
+    message = run_rejected(sealed, tmp_path / "merged")
     assert "has changed since it was written" in message
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_model_in_four_bits_is_written_in_full(base: ModelFolder, tmp_path: Path) -> None:
-    four, dense = publish(base, tmp_path, Way())
+def test_four_bit_model_is_written_dequantized(base: ModelFolder, tmp_path: Path) -> None:
+    four, dense = write_quantized_model(base, tmp_path, GptqConfig())
     out = tmp_path / "full"
     result = run_command(four.path, out)
     assert result.exit_code == 0, result.exception
     lines = result.output.splitlines()
     assert lines[0] == f"written to {out}, fp32"
-    assert any(line.startswith("  in four bits, and in full") for line in lines)
+    assert any(line.startswith("  4 bits, and dequantized") for line in lines)
     assert "adapter" not in result.output
-    assert lines[-1].startswith("14 layers were published in four bits and are written in fp32")
+    assert lines[-1].startswith("14 layers were dequantized from 4 bits to fp32")
     models = [load_model(f, torch.float32, CPU).state_dict() for f in (ModelFolder(out), dense)]
     assert all(torch.equal(models[0][name], tensor) for name, tensor in models[1].items())
-    told = json.loads(run_command(four.path, tmp_path / "again", "--json").output)
-    assert told["published_in_int4"] == 14
-    assert "has no adapter" in refused(dense.path, tmp_path / "nothing")
+    output = json.loads(run_command(four.path, tmp_path / "again", "--json").output)
+    assert output["dequantized_layers"] == 14
+    assert "has no adapter" in run_rejected(dense.path, tmp_path / "nothing")
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(run: Path, tmp_path: Path) -> None:
-    """At a write in the middle of the weights, in a process of its own."""
+def test_full_disk_is_reported_and_leaves_no_files(run: Path, tmp_path: Path) -> None:
+    """The limit is exceeded within the weights; runs in a subprocess."""
     program = (
-        "import resource, sys; from finesight.cli.app import run;"
+        "import resource, sys; from finesight.cli.app import run_command;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "sys.exit(run(sys.argv[1:]))"
+        "sys.exit(run_command(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", program, "merge", str(run), str(tmp_path / "merged")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -271,14 +270,14 @@ def test_a_full_disk_is_said_and_leaves_nothing(run: Path, tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
 
 
-def test_a_run_that_is_stopped_by_ctrl_c_leaves_nothing(run: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_no_files(run: Path, tmp_path: Path) -> None:
     program = (
-        "import os, signal, sys; from finesight.cli.app import run;"
-        "from finesight.export import merging;"
-        # A shell that starts the tests in the background has them ignore it.
+        "import os, signal, sys; from finesight.cli.app import run_command;"
+        "from finesight.export import verified_merge;"
+        # Tests started in the background inherit an ignored SIGINT.
         "signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "merging.complete = lambda *all: os.kill(os.getpid(), signal.SIGINT);"
-        "sys.exit(run(sys.argv[1:]))"
+        "verified_merge.complete_hf_folder = lambda *all: os.kill(os.getpid(), signal.SIGINT);"
+        "sys.exit(run_command(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", program, "merge", str(run), str(tmp_path / "merged")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -286,24 +285,22 @@ def test_a_run_that_is_stopped_by_ctrl_c_leaves_nothing(run: Path, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
 
 
-def test_a_run_that_trained_parts_whole_is_written_with_all_that_belongs_to_a_model(
-    run: Path, tmp_path: Path
-) -> None:
+def test_full_finetune_run_is_written_as_complete_model(run: Path, tmp_path: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["tune"] = {"language": "full"}
     (run / "manifest.json").write_text(json.dumps(manifest))
-    make_tiny(run / "model", seed=1)
+    create_tiny_model(run / "model", seed=1)
     out = tmp_path / "merged"
     result = run_command(run, out)
     assert result.exit_code == 0, result.exception
     assert result.output.splitlines()[0] == f"written to {out}, fp32"
     card = (out / "README.md").read_text()
     assert "adapter" not in result.output + card.partition("## Written equals trained")[2]
-    told = json.loads(run_command(run, tmp_path / "told", "--json").output)
-    assert told["parity"]["adapter"] is told["parity"]["summed"] is None
+    output = json.loads(run_command(run, tmp_path / "told", "--json").output)
+    assert output["parity"]["adapter_change"] is output["parity"]["merge_change"] is None
     written = [path / "model.safetensors" for path in (run / "model", out)]
     assert written[0].read_bytes() == written[1].read_bytes()
     assert "language (full)" in card
     settings = json.loads((out / "preprocessor_config.json").read_text())
     assert settings["max_pixels"] == 7840
-    assert "has no adapter" in refused(out, tmp_path / "again")
+    assert "has no adapter" in run_rejected(out, tmp_path / "again")

@@ -21,14 +21,14 @@ ENDLESS = {
 }
 
 
-def _run(*arguments: object) -> Result:
+def run_serve(*arguments: object) -> Result:
     app = typer.Typer()
     app.command()(serve)
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def _started(*arguments: str, **environment: str) -> tuple[subprocess.Popen[str], str]:
-    """The server as a program, and where it says that it is."""
+def start_server(*arguments: str, **environment: str) -> tuple[subprocess.Popen[str], str]:
+    """Start the server as a subprocess. Yields it with its URL."""
     command = [sys.executable, "-m", "finesight", "serve", "finesight-tiny", "--port", "0"]
     program = subprocess.Popen(
         [*command, "--device", "cpu", *arguments],
@@ -46,8 +46,8 @@ def _started(*arguments: str, **environment: str) -> tuple[subprocess.Popen[str]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_stop_it_finishes_running_answers_and_exits_with_0(number):
-    program, address = _started(FINESIGHT_KEY=KEY)
+def test_sigterm_finishes_running_requests_and_exits_with_0(number):
+    program, address = start_server(FINESIGHT_KEY=KEY)
     try:
         client = OpenAI(base_url=address, api_key=KEY, max_retries=0)
         stream = client.chat.completions.create(
@@ -70,40 +70,40 @@ def test_told_to_stop_it_finishes_running_answers_and_exits_with_0(number):
     assert printed[1] == ""
 
 
-def test_without_a_key_on_this_machine(tmp_path):
-    program, address = _started(FINESIGHT_KEY="", TMPDIR=str(tmp_path))
+def test_no_key_needed_on_loopback(tmp_path):
+    program, address = start_server(FINESIGHT_KEY="", TMPDIR=str(tmp_path))
     try:
         client = OpenAI(base_url=address, api_key="none", max_retries=0)
-        said = client.chat.completions.create(
+        output = client.chat.completions.create(
             model="finesight-tiny", messages=[{"role": "user", "content": "Hello"}], max_tokens=5
         )
-        assert said.choices
+        assert output.choices
         (folder,) = tmp_path.glob("finesight-serve-*")
         assert folder.stat().st_mode & 0o777 == 0o700
     finally:
         program.send_signal(signal.SIGTERM)
         assert program.wait(30) == 0
-    # What was kept of requests is gone with the server.
+    # Temporary files of requests are removed with the server.
     assert not list(tmp_path.glob("finesight-serve-*"))
 
 
-def test_beyond_this_machine_without_a_key(monkeypatch):
+def test_public_host_requires_a_key(monkeypatch):
     monkeypatch.delenv("FINESIGHT_KEY", raising=False)
-    result = _run("finesight-tiny", "--host", "0.0.0.0", "--port", 0)
+    result = run_serve("finesight-tiny", "--host", "0.0.0.0", "--port", 0)
     assert isinstance(result.exception, UserError)
-    assert "there is no key" in str(result.exception)
+    assert "there is no API key" in str(result.exception)
 
 
-def test_a_key_file_that_is_not_there(tmp_path):
-    result = _run("finesight-tiny", "--key-file", tmp_path / "missing")
+def test_missing_key_file_is_rejected(tmp_path):
+    result = run_serve("finesight-tiny", "--key-file", tmp_path / "missing")
     assert isinstance(result.exception, UserError)
     assert "cannot be read" in str(result.exception)
 
 
-def test_a_missing_extra_is_named(monkeypatch):
+def test_missing_extra_is_reported(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("finesight.serve")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    result = _run("finesight-tiny")
+    result = run_serve("finesight-tiny")
     assert isinstance(result.exception, UserError)
     assert "finesight[serve]" in str(result.exception)

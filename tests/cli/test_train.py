@@ -1,4 +1,4 @@
-"""The command `finesight train` itself: exit codes, signals, and what stays on disk."""
+"""Tests of the command `finesight train`: exit codes, signals, files on disk."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import final_files, losses, make_task, write_recipe
+from tiny_task import make_task, read_final_files, read_losses, write_recipe
 
 from finesight import digests
-from finesight.cli.app import run
+from finesight.cli.app import run_command
 
 COMMAND = [sys.executable, "-c", "from finesight.cli.app import main; main()", "train"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(autouse=True)
-def as_many_threads_as_the_other_process() -> Iterator[None]:
-    """On some processors two threads add up in another order than one."""
+def use_one_thread() -> Iterator[None]:
+    """On some CPUs, two threads sum in another order than one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -38,12 +38,15 @@ def recipe(tmp_path: Path) -> Path:
     return write_recipe(tmp_path / "recipe.yaml", make_task(tmp_path / "task"))
 
 
-def test_result_as_json(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["train", str(recipe), f"output={tmp_path / 'run'}", "--json"]) == 0
+def test_json_result(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["train", str(recipe), f"output_dir={tmp_path / 'run'}", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["steps"] == 6
-    assert result["after"]["held_out_loss"] < result["before"]["held_out_loss"]
-    assert {row["part"] for row in result["moved"] if row["trained"]} == {"merger", "language"}
+    assert result["after"]["validation_loss"] < result["before"]["validation_loss"]
+    assert {row["part"] for row in result["param_changes"] if row["is_trained"]} == {
+        "merger",
+        "language",
+    }
 
 
 def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> None:
@@ -53,14 +56,14 @@ def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> No
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_leaves_a_checkpoint_and_exit_code_75(
+def test_signal_saves_checkpoint_and_exits_with_75(
     recipe: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """The whole group gets the signal, as from a terminal; then the run goes on to the same end."""
-    settings = [str(recipe), "train.epochs=60", "train.workers=2", "train.save_every=50"]
-    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    """The process group receives the signal, as from a terminal; the resumed run is identical."""
+    settings = [str(recipe), "train.epochs=60", "train.num_workers=2", "train.save_every=50"]
+    stopped, full = tmp_path / "stopped", tmp_path / "whole"
     process = subprocess.Popen(
-        [*COMMAND, *settings, f"output={stopped}"],
+        [*COMMAND, *settings, f"output_dir={stopped}"],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -69,30 +72,30 @@ def test_signal_leaves_a_checkpoint_and_exit_code_75(
     )
     wait_for_lines(stopped / "metrics.jsonl", 7, process)
     os.killpg(process.pid, number)
-    _, said = process.communicate()
-    assert process.returncode == 75, said
-    assert "Traceback" not in said
-    assert f"stopped by {number.name}" in said
-    assert "--resume" in said
-    finished = len(losses(stopped))
+    _, printed_text = process.communicate()
+    assert process.returncode == 75, printed_text
+    assert "Traceback" not in printed_text
+    assert f"stopped by {number.name}" in printed_text
+    assert "--resume" in printed_text
+    finished = len(read_losses(stopped))
     assert 4 <= finished < 165
     digests.verify_folder(stopped / "checkpoints" / f"step-{finished}")
     texts = []
-    for output, more in ((stopped, ["--resume"]), (whole, [])):
-        command = [*COMMAND, *settings, f"output={output}", *more]
+    for output, more in ((stopped, ["--resume"]), (full, [])):
+        command = [*COMMAND, *settings, f"output_dir={output}", *more]
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         texts.append(done.stderr)
-    assert f"going on after step {finished} of 165" in texts[0]
-    assert final_files(stopped) == final_files(whole)
-    assert losses(stopped) == losses(whole)
+    assert f"resuming after step {finished} of 165" in texts[0]
+    assert read_final_files(stopped) == read_final_files(full)
+    assert read_losses(stopped) == read_losses(full)
 
 
-def test_full_disk(recipe: Path, tmp_path: Path) -> None:
-    """Files may grow to 100 KB, less than a checkpoint: a refusal of the system itself."""
+def test_full_disk_is_reported(recipe: Path, tmp_path: Path) -> None:
+    """A file size limit of 100 KB, less than a checkpoint, causes a real system error."""
     output = tmp_path / "run"
     done = subprocess.run(
-        [*COMMAND, str(recipe), f"output={output}", "train.workers=0"],
+        [*COMMAND, str(recipe), f"output_dir={output}", "train.num_workers=0"],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -104,23 +107,21 @@ def test_full_disk(recipe: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert list((output / "checkpoints").iterdir()) == []
     done = subprocess.run(
-        [*COMMAND, str(recipe), f"output={output}", "--resume"],
+        [*COMMAND, str(recipe), f"output_dir={output}", "--resume"],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert [step for step, _ in losses(output)] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in read_losses(output)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_readers_that_are_killed_again_and_again_leave_a_checkpoint(
-    recipe: Path, tmp_path: Path
-) -> None:
-    """The deaths show between two steps: what is finished is saved, and the run goes on."""
-    settings = [str(recipe), "train.epochs=60", "train.workers=2", "train.save_every=0"]
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
+def test_killed_data_workers_leave_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
+    """Worker deaths are detected between two steps: the run saves a checkpoint and can resume."""
+    settings = [str(recipe), "train.epochs=60", "train.num_workers=2", "train.save_every=0"]
+    killed, full = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen(
-        [*COMMAND, *settings, "data.eval=[]", f"output={killed}"],
+        [*COMMAND, *settings, "data.eval=[]", f"output_dir={killed}"],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -132,13 +133,13 @@ def test_readers_that_are_killed_again_and_again_leave_a_checkpoint(
         with suppress(OSError):
             for child in children.read_text().split():
                 os.kill(int(child), signal.SIGKILL)
-    _, said = process.communicate()
-    assert process.returncode == 2, said
-    assert "error: train.workers: a process that reads data died" in said
-    assert "Traceback" not in said
-    finished = len(losses(killed))
+    _, printed_text = process.communicate()
+    assert process.returncode == 2, printed_text
+    assert "error: train.num_workers: a data loader worker died" in printed_text
+    assert "Traceback" not in printed_text
+    finished = len(read_losses(killed))
     assert finished < 165
     digests.verify_folder(killed / "checkpoints" / f"step-{finished}")
-    for output, more in ((killed, ["--resume"]), (whole, [])):
-        assert run(["train", *settings, "data.eval=[]", f"output={output}", *more]) == 0
-    assert final_files(killed) == final_files(whole)
+    for output, more in ((killed, ["--resume"]), (full, [])):
+        assert run_command(["train", *settings, "data.eval=[]", f"output_dir={output}", *more]) == 0
+    assert read_final_files(killed) == read_final_files(full)

@@ -16,29 +16,31 @@ from finesight.cli.app import app
 from finesight.errors import UserError
 
 
-def _refusal(*arguments: object) -> str:
+def run_rejected(*arguments: object) -> str:
     result = CliRunner().invoke(app, ["web", "finesight-tiny", *map(str, arguments)])
     assert isinstance(result.exception, UserError), result.output
     return str(result.exception)
 
 
-def test_passwords_that_cannot_be_are_refused(tmp_path):
+def test_invalid_passwords_are_rejected(tmp_path):
     (tmp_path / "short").write_text("1234567\n")
-    assert "a password of 7 characters" in _refusal("--password-file", tmp_path / "short")
-    assert "cannot be read" in _refusal("--password-file", tmp_path / "gone")
-    assert "--open is given together" in _refusal("--password-file", tmp_path / "short", "--open")
+    assert "the password has 7 characters" in run_rejected("--password-file", tmp_path / "short")
+    assert "cannot be read" in run_rejected("--password-file", tmp_path / "gone")
+    assert "--no-password is given with" in run_rejected(
+        "--password-file", tmp_path / "short", "--no-password"
+    )
 
 
-def test_a_port_that_is_taken_is_refused_before_the_model_is_loaded():
+def test_occupied_port_is_rejected_before_model_load():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert "cannot listen at 127.0.0.1" in _refusal("--port", taken.getsockname()[1])
-    assert "cannot listen at 192.0.2.1" in _refusal("--host", "192.0.2.1")
+        assert "cannot listen on 127.0.0.1" in run_rejected("--port", taken.getsockname()[1])
+    assert "cannot listen on 192.0.2.1" in run_rejected("--host", "192.0.2.1")
 
 
-@pytest.mark.parametrize("options", [[], ["--open"]])
-def test_beyond_this_machine_there_is_a_password_unless_told(options: list[str], tmp_path: Path):
+@pytest.mark.parametrize("options", [[], ["--no-password"]])
+def test_public_host_requires_a_password_unless_open(options: list[str], tmp_path: Path):
     command = [sys.executable, "-m", "finesight", "web", "finesight-tiny", "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     with subprocess.Popen(
@@ -52,7 +54,7 @@ def test_beyond_this_machine_there_is_a_password_unless_told(options: list[str],
         port = int(page.stdout.readline().rsplit(":", 1)[1])
         if not options:
             assert len(page.stdout.readline().removeprefix("password: ").strip()) >= 16
-        # The socket is bound; the page behind it answers as soon as it is there.
+        # The socket is bound; requests wait until the page is ready.
         status = _status(f"http://127.0.0.1:{port}/config")
         assert status == (200 if options else 401)
         assert [*tmp_path.glob("finesight-web-*")] != []

@@ -21,10 +21,10 @@ from typing import Any
 
 from fuzzed_sources import Source, case
 
-from finesight.data.importing import import_file
+from finesight.data.import_source import ImportOptions, open_unvalidated
+from finesight.data.importer import import_dataset
 from finesight.data.jsonl import read_samples
-from finesight.data.opening import Request, draft
-from finesight.data.origins import brought
+from finesight.data.source_fetch import fetch_source
 from finesight.digests import verify_folder
 from finesight.errors import UserError
 
@@ -52,27 +52,29 @@ def limit() -> None:
 
 
 def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return the peak resident memory in bytes; `ru_maxrss` would include that of the parent."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return next(int(line.split()[1]) for line in status.splitlines() if "VmHWM" in line) * 1024
 
 
-def imported(source: Path, out: Path, request: Request) -> str:
+def imported(source: Path, out: Path, request: ImportOptions) -> str:
     """Import a source as the command does, and read back what was written."""
     try:
-        with brought(str(source), out, request) as found:
-            import_file(found.path, out, found.request)
+        with fetch_source(str(source), out, request) as found:
+            import_dataset(found.path, out, found.options)
     except UserError as error:
         str(error).encode()
         left = sorted(path.name for path in out.parent.iterdir() if path != source)
         assert left == [], f"a refused import left {left}"
         return "refused"
     verify_folder(out)
-    files = [file for file in out.glob("*.jsonl") if file.name != "left_out.jsonl"]
+    files = [file for file in out.glob("*.jsonl") if file.name != "skipped_rows.jsonl"]
     assert files, "nothing was written"
     for file in files:
         for line in file.read_bytes().splitlines():
             json.loads(line, parse_constant=_no_json)
         for sample in read_samples(file):
-            for part in sample.parts():
+            for part in sample.iter_parts():
                 if part.type == "image":
                     assert (out / part.image).is_file(), part.image
     return "imported"
@@ -82,11 +84,11 @@ def _no_json(name: str) -> None:
     raise AssertionError(f"{name} was written")
 
 
-def checked(source: Path, request: Request, saved: Path) -> None:
+def checked(source: Path, request: ImportOptions, saved: Path) -> None:
     """Read a source as `data check` does, with its faults."""
     saved.mkdir()
     try:
-        for drafted in draft(source, request, saved):
+        for drafted in open_unvalidated(source, request, saved):
             assert all(sample.messages for sample in drafted.samples)
     except UserError as error:
         str(error).encode()
@@ -95,7 +97,7 @@ def checked(source: Path, request: Request, saved: Path) -> None:
 def done(source: Source, rng: Any, folder: Path) -> str:
     """What became of a case. Raises whatever an import raises but must not."""
     path = source.write(folder / "source", rng)
-    request = Request(**source.request)
+    request = ImportOptions(**source.request)
     (folder / "made").mkdir()
     outcome = imported(path, folder / "made" / "out", request)
     if source.kind != "archive":
@@ -103,16 +105,16 @@ def done(source: Source, rng: Any, folder: Path) -> str:
     return outcome
 
 
-def told(seed: int, number: int, folder: Path) -> dict[str, Any]:
+def describe_result(seed: int, number: int, folder: Path) -> dict[str, Any]:
     """Run a case in a new folder, which stays where it fails."""
     source, rng = case(seed, number)
-    place = Path(tempfile.mkdtemp(prefix=f"{number}-", dir=folder))
-    (place / "source").mkdir()
+    location = Path(tempfile.mkdtemp(prefix=f"{number}-", dir=folder))
+    (location / "source").mkdir()
     started, cpu = time.monotonic(), time.process_time()
     problem = ""
     signal.setitimer(signal.ITIMER_REAL, 10 * CASE_S)
     try:
-        outcome = done(source, rng, place)
+        outcome = done(source, rng, location)
     except Slow:
         outcome = "slow"
     except Exception:
@@ -122,7 +124,7 @@ def told(seed: int, number: int, folder: Path) -> dict[str, Any]:
     if spent > CASE_S:
         outcome = "slow"
     if outcome in ("imported", "refused"):
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(location, ignore_errors=True)
     return {
         "number": number,
         "kind": source.kind,
@@ -131,7 +133,7 @@ def told(seed: int, number: int, folder: Path) -> dict[str, Any]:
         "cpu_s": round(spent, 3),
         "wall_s": round(time.monotonic() - started, 3),
         "peak": peak(),
-        "folder": str(place),
+        "folder": str(location),
     }
 
 
@@ -143,7 +145,7 @@ def main() -> None:
     os.chdir(folder)
     for number in range(first, stop, step):
         print(json.dumps({"begun": number}), flush=True)
-        print(json.dumps(told(seed, number, folder)), flush=True)
+        print(json.dumps(describe_result(seed, number, folder)), flush=True)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import yaml
 from PIL import Image
 from pyarrow import parquet
 
-from finesight.data.opening import Request
+from finesight.data.import_source import ImportOptions
 
 Files = dict[str, bytes]
 
@@ -42,29 +42,29 @@ class Source:
     def write(self, folder: Path, rng: random.Random) -> Path:
         """Write the files below a folder, some of them spoilt as files; return what to import."""
         for name, content in self.files.items():
-            place = os.path.join(os.fsencode(folder), os.fsencode(name))
+            location = os.path.join(os.fsencode(folder), os.fsencode(name))
             try:
-                os.makedirs(os.path.dirname(place), exist_ok=True)
-                _put(place, content, rng)
+                os.makedirs(os.path.dirname(location), exist_ok=True)
+                _put(location, content, rng)
             except (OSError, ValueError):
                 continue  # a name that no file can have
         return folder / self.path
 
 
-def _put(place: bytes, content: bytes, rng: random.Random) -> None:
+def _put(location: bytes, content: bytes, rng: random.Random) -> None:
     match rng.randrange(300):
         case 0:
-            os.mkfifo(place)
+            os.mkfifo(location)
         case 1:
-            os.symlink(b"/dev/zero", place)
+            os.symlink(b"/dev/zero", location)
         case 2:
-            os.symlink(os.path.basename(place), place)
+            os.symlink(os.path.basename(location), location)
         case 3:
-            os.mkdir(place)
+            os.mkdir(location)
         case 4:
-            os.symlink(b"..", place)
+            os.symlink(b"..", location)
         case _:
-            with open(place, "wb") as file:
+            with open(location, "wb") as file:
                 file.write(content)
 
 
@@ -76,13 +76,13 @@ def image(kind: str = "PNG", size: tuple[int, int] = (40, 30)) -> bytes:
 
 PNG, JPEG = image(), image("JPEG")
 
-ASKED = "Where is the dog?"
+IMPORT_OPTIONS = "Where is the dog?"
 
 ROWS: dict[str, dict[str, Any]] = {
-    "query": {
+    "query-response": {
         "id": "a",
         "image": ["a.png"],
-        "query": f"<image>{ASKED}",
+        "query": f"<image>{IMPORT_OPTIONS}",
         "response": 'There: {"bbox_2d": [1, 2, 30, 25], "label": "dog"}',
         "history": [["Hello", "Hi"]],
         "system": "Be brief.",
@@ -92,20 +92,20 @@ ROWS: dict[str, dict[str, Any]] = {
         "id": 7,
         "image": "a.png",
         "conversations": [
-            {"from": "human", "value": f"<image>\n{ASKED}"},
+            {"from": "human", "value": f"<image>\n{IMPORT_OPTIONS}"},
             {"from": "gpt", "value": "On the lawn."},
         ],
     },
     "llama-factory": {
         "conversations": [
-            {"from": "human", "value": f"<image>{ASKED}<image>"},
+            {"from": "human", "value": f"<image>{IMPORT_OPTIONS}<image>"},
             {"from": "gpt", "value": "There."},
         ],
         "images": ["a.png", "b.jpg"],
         "system": "Be brief.",
     },
     "alpaca": {
-        "instruction": f"<image>{ASKED}",
+        "instruction": f"<image>{IMPORT_OPTIONS}",
         "input": "Now.",
         "output": "There.",
         "history": [["a", "b"]],
@@ -125,7 +125,7 @@ ROWS: dict[str, dict[str, Any]] = {
         },
     },
     "swift-pairs": {
-        "conversation": [{"human": f"<image>{ASKED}", "assistant": "There."}],
+        "conversation": [{"human": f"<image>{IMPORT_OPTIONS}", "assistant": "There."}],
         "system": "Be brief.",
         "images": [{"bytes": None, "path": "a.png"}],
     },
@@ -135,7 +135,7 @@ ROWS: dict[str, dict[str, Any]] = {
             {
                 "role": "user",
                 "content": [
-                    {"type": "text", "text": ASKED},
+                    {"type": "text", "text": IMPORT_OPTIONS},
                     {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}},
                     {"type": "image"},
                 ],
@@ -146,13 +146,13 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "qwen-vl": {
         "conversations": [
-            {"from": "user", "value": f"Picture 1: <img>a.png</img>\n{ASKED}"},
+            {"from": "user", "value": f"Picture 1: <img>a.png</img>\n{IMPORT_OPTIONS}"},
             {"from": "assistant", "value": "<ref>dog</ref><box>(88,99),(500,700)</box> there"},
         ]
     },
     "conversations": {
         "conversations": [
-            {"from": "user", "value": f"{ASKED}<|vision_start|>a.png<|vision_end|>"},
+            {"from": "user", "value": f"{IMPORT_OPTIONS}<|vision_start|>a.png<|vision_end|>"},
             {
                 "from": "assistant",
                 "value": "<|object_ref_start|>dog<|object_ref_end|>"
@@ -160,7 +160,7 @@ ROWS: dict[str, dict[str, Any]] = {
             },
         ]
     },
-    "picture-path": {
+    "image-path": {
         "conversations": [
             {"role": "user", "value": "a.png"},
             {"role": "assistant", "value": "x ^ { 2 }"},
@@ -173,7 +173,7 @@ ROWS: dict[str, dict[str, Any]] = {
                 "role": "user",
                 "content": [
                     {"type": "image", "image": "a.png"},
-                    {"type": "text", "text": f"{ASKED} \u00e9\u2028"},
+                    {"type": "text", "text": f"{IMPORT_OPTIONS} \u00e9\u2028"},
                     {"type": "video", "frames": ["a.png", "a.png"], "fps": 2.0},
                 ],
             },
@@ -191,7 +191,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "table": {
         "image": "a.png",
         "answer": ["a dog", "one dog"],
-        "question": ASKED,
+        "question": IMPORT_OPTIONS,
         "box": [[1, 2, 30, 25]],
         "label": ["dog"],
         "rest": {"a": [1.5, None, True]},
@@ -201,7 +201,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 MAPPED = {role: role for role in ("image", "answer", "question", "box", "label")}
 REQUESTS: dict[str, dict[str, Any]] = {
-    "picture-path": {"prompt": "Read."},
+    "image-path": {"prompt": "Read."},
     "table": {"columns": MAPPED},
 }
 
@@ -300,11 +300,11 @@ def yolo(rng: random.Random) -> Source:
     if rng.random() < 0.5:
         files = {"a.png": PNG, "a.txt": labels, "b.jpg": JPEG, "b.txt": LABELS.encode()}
         return Source("yolo", {**files, "classes.txt": b"dog\ncat\n"})
-    said = spoilt_data(rng, DESCRIPTION) if rng.random() < 0.5 else DESCRIPTION
+    output = spoilt_data(rng, DESCRIPTION) if rng.random() < 0.5 else DESCRIPTION
     try:
-        text = yaml.safe_dump(said, allow_unicode=True)
+        text = yaml.safe_dump(output, allow_unicode=True)
     except yaml.YAMLError:
-        text = repr(said)
+        text = repr(output)
     files = {
         "data.yaml": text.encode("utf-8", "surrogatepass"),
         "val.txt": b"./images/val/b.jpg\n",
@@ -318,13 +318,13 @@ def yolo(rng: random.Random) -> Source:
 
 def voc(rng: random.Random) -> Source:
     files = {"a.png": PNG, "a.xml": spoilt_text(rng, VOC), "b.xml": VOC.encode()}
-    return Source("voc", files, request={"ask": rng.choice(("detection", "grounding"))})
+    return Source("voc", files, request={"box_task": rng.choice(("detection", "grounding"))})
 
 
 def labelme(rng: random.Random) -> Source:
-    said = as_json(spoilt_data(rng, LABELME), rng)
-    files = {"a.png": PNG, "a.json": said, "b.json": as_json(LABELME, rng)}
-    return Source("labelme", files, request={"ask": rng.choice(("detection", "grounding"))})
+    output = as_json(spoilt_data(rng, LABELME), rng)
+    files = {"a.png": PNG, "a.json": output, "b.json": as_json(LABELME, rng)}
+    return Source("labelme", files, request={"box_task": rng.choice(("detection", "grounding"))})
 
 
 def coco(rng: random.Random) -> Source:
@@ -332,7 +332,7 @@ def coco(rng: random.Random) -> Source:
     files = {"a.json": as_json(document, rng), "images/a.png": PNG, "images/b.jpg": JPEG}
     if rng.random() < 0.2:
         files["a.png"] = PNG
-    return Source("coco", files, "a.json", {"ask": rng.choice(("detection", "grounding"))})
+    return Source("coco", files, "a.json", {"box_task": rng.choice(("detection", "grounding"))})
 
 
 def typed_table(rng: random.Random) -> Source:
@@ -347,7 +347,7 @@ def typed_table(rng: random.Random) -> Source:
         column = rare_column(rng, rows)
         columns[rng.choice(("answer", "box", "image", f"more{number}", "id"))] = column
     if rng.random() < 0.2:
-        turns = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": "x"}]
+        turns = [{"role": "user", "content": IMPORT_OPTIONS}, {"role": "assistant", "content": "x"}]
         columns = {"id": ["1", "2", "2"], "messages": [turns] * rows}
     request = {"columns": {"image": "image", "answer": "answer", "box": "box"}, "prompt": "?"}
     if "messages" in columns:
@@ -382,10 +382,10 @@ def rare_column(rng: random.Random, rows: int) -> Any:
         pyarrow.int64(),
     ]
     kind = rng.choice(wide)
-    numbers = [rng.choice(WIDE) for _ in range(rows)]
+    values = [rng.choice(WIDE) for _ in range(rows)]
     if kind == pyarrow.date64():
-        numbers = [int(n / 86_400_000) * 86_400_000 for n in numbers]
-    column = pyarrow.array(numbers, pyarrow.int64()).view(kind)
+        values = [int(n / 86_400_000) * 86_400_000 for n in values]
+    column = pyarrow.array(values, pyarrow.int64()).view(kind)
     match rng.randrange(9):
         case 0:
             days = [rng.choice((0, 2**30, -(2**30), 2**31 - 1)) for _ in range(rows)]
@@ -416,8 +416,8 @@ def rare_column(rng: random.Random, rows: int) -> Any:
 
 
 def web_dataset(rng: random.Random) -> Source:
-    said = as_json(spoilt_data(rng, {"caption": "a dog", "box": [1, 2, 30, 25]}), rng)
-    members = {"1.png": PNG, "1.txt": b"a dog", "1.json": said, "2.png": PNG, "2.txt": b"x"}
+    output = as_json(spoilt_data(rng, {"caption": "a dog", "box": [1, 2, 30, 25]}), rng)
+    members = {"1.png": PNG, "1.txt": b"a dog", "1.json": output, "2.png": PNG, "2.txt": b"x"}
     members |= {"2.json": b"{}"}
     request = {"columns": {"image": "image", "answer": "txt"}, "prompt": "?"}
     return Source("web-dataset", {"a.tar": tarred(members, rng)}, "a.tar", request)
@@ -486,12 +486,26 @@ LONG = "9" * 5000
 LARGE = 4_000_000
 """Characters of what is spoilt, about: enough for what takes the square of its length."""
 
-PLACES = (None, True, 0, -1, 0.5, 1e308, float("nan"), float("inf"), 10**400, 2**63, [], {}, [[]])
+JSON_PATHS = (
+    None,
+    True,
+    0,
+    -1,
+    0.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    10**400,
+    2**63,
+    [],
+    {},
+    [[]],
+)
 TEXTS = ("", "NaN", "\0", "a\0b", "\ud800", "\u202e", "1", "x" * 300, "a" * 100_000, "..", ".", "/")
 PATHS = ("/dev/zero", "/etc/passwd", "~", "file:///x", "http://x/a.png", "a.png\0", "data:,x")
 MARKS = ("<|im_end|>", "<image>", "<|vision_start|>", "<|box_start|>(1,2),(3,4)<|box_end|>", "[")
 SHORT = ('{"bbox_2d": [1, 2]}', "<bbox>", "<box>(1,2),(3,4)</box>", "<img>", "<ref>", "```[", "{x}")
-WEIRD = (*PLACES, *TEXTS, *PATHS, *MARKS, *SHORT, LONG, "1e999", "-0", "\u0663")
+WEIRD = (*JSON_PATHS, *TEXTS, *PATHS, *MARKS, *SHORT, LONG, "1e999", "-0", "\u0663")
 
 
 def weird_text(rng: random.Random) -> str:
@@ -554,10 +568,10 @@ def nested(value: Any, levels: int) -> Any:
 
 
 def spoilt_string(rng: random.Random, text: str) -> str:
-    place = rng.randrange(len(text) + 1)
+    location = rng.randrange(len(text) + 1)
     added = rng.choice((*TEXTS, *MARKS, *SHORT, "\n", '"', " "))
     added *= most_times(rng.choice((1, 1, 2, 3000, 100_000)), added)
-    return text[:place] + added + text[place:]
+    return text[:location] + added + text[location:]
 
 
 def most_times(times: int, text: str) -> int:
@@ -569,9 +583,9 @@ def spoilt_text(rng: random.Random, text: str) -> bytes:
     """Text of a label file with words exchanged, or as it was."""
     for _ in range(rng.choice((0, 1, 1, 2))):
         words = text.split(" ")
-        place = rng.randrange(len(words))
+        location = rng.randrange(len(words))
         value = str(rng.choice(WEIRD)).translate({ord(c): None for c in "\ud800"})
-        words[place] = rng.choice((value, words[place] * 3, "", f"{words[place]}{value}"))
+        words[location] = rng.choice((value, words[location] * 3, "", f"{words[location]}{value}"))
         text = " ".join(words)
         if rng.randrange(10) == 0:
             text *= most_times(rng.choice((3, 2000)), text)
@@ -582,31 +596,31 @@ def spoilt_bytes(rng: random.Random, content: bytes) -> bytes:
     """Bytes changed, lost, repeated or cut off."""
     found = bytearray(content or b"x")
     for _ in range(rng.choice((1, 2, 5, 20))):
-        place = rng.randrange(len(found))
+        location = rng.randrange(len(found))
         match rng.randrange(7):
             case 0 | 1:
-                found[place] = rng.randrange(256)
+                found[location] = rng.randrange(256)
             case 2:
-                found[place] = rng.choice(b":-{}[]&*!|>'\"%@`#,? \n\t\0<>/")
+                found[location] = rng.choice(b":-{}[]&*!|>'\"%@`#,? \n\t\0<>/")
             case 3:
-                del found[place : place + rng.randrange(1, 20)]
+                del found[location : location + rng.randrange(1, 20)]
             case 4:
-                found[place:place] = found[rng.randrange(len(found)) :][:20]
+                found[location:location] = found[rng.randrange(len(found)) :][:20]
             case 5:
-                found[place : place + 8] = rng.choice((b"\xff" * 8, b"\0" * 8, b"\x7f" * 8))
+                found[location : location + 8] = rng.choice((b"\xff" * 8, b"\0" * 8, b"\x7f" * 8))
             case _:
-                del found[place:]
+                del found[location:]
         found = found or bytearray(b"x")
     return bytes(found)
 
 
 REQUEST_CHANGES: tuple[dict[str, Any], ...] = (
-    {"unusable": "drop"},
-    {"split": 0.5},
+    {"on_invalid_row": "skip"},
+    {"train_fraction": 0.5},
     {"eval_last": 1},
     {"limit": 1},
-    {"rows": (0, 1)},
-    {"copy_pictures": True},
+    {"row_range": (0, 1)},
+    {"copy_images": True},
     {"prompt": "{labels}?"},
     {"prompt": ""},
     {"box_format": "xywh"},
@@ -637,7 +651,7 @@ def main() -> None:
     seed, number, folder_name = sys.argv[1:]
     source, rng = case(int(seed), int(number))
     path = source.write(Path(folder_name), rng)
-    print(f"{source.kind}: {path} {Request(**source.request)}")
+    print(f"{source.kind}: {path} {ImportOptions(**source.request)}")
 
 
 if __name__ == "__main__":

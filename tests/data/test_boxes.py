@@ -6,7 +6,15 @@ from typing import get_args
 
 import pytest
 
-from finesight.data.boxes import Box, BoxForm, BoxFormat, BoxUnits, fitted, four_numbers, iou
+from finesight.data.boxes import (
+    Box,
+    BoxConvention,
+    BoxFormat,
+    BoxUnits,
+    clip_to_image,
+    iou,
+    parse_coordinates,
+)
 from finesight.errors import UserError
 
 SIZE = (200, 500)
@@ -20,58 +28,63 @@ PIXELS = {
 
 @pytest.mark.parametrize("units", get_args(BoxUnits))
 @pytest.mark.parametrize("form", get_args(BoxFormat))
-def test_every_form_gives_the_same_corners(form: BoxFormat, units: BoxUnits) -> None:
+def test_all_box_formats_give_the_same_corners(form: BoxFormat, units: BoxUnits) -> None:
     height, width = SIZE
-    whole = {"pixel": None, "1": 1, "1000": 1000}[units]
+    full = {"pixel": None, "1": 1, "1000": 1000}[units]
     sides = (width, height, width, height)
-    numbers = PIXELS[form]
-    if whole is not None:
-        numbers = tuple(n / side * whole for n, side in zip(numbers, sides, strict=True))
-    assert BoxForm(form, units).to_pixels(numbers, SIZE) == pytest.approx(CORNERS, abs=1e-9)
+    values = PIXELS[form]
+    if full is not None:
+        values = tuple(n / side * full for n, side in zip(values, sides, strict=True))
+    assert BoxConvention(form, units).to_pixels(values, SIZE) == pytest.approx(CORNERS, abs=1e-9)
 
 
-def test_a_pixel_outside_is_rounding() -> None:
-    assert fitted((-1.0, 0.0, 500.6, 201.0), SIZE, BoxForm()) == (0.0, 0.0, 500.0, 200.0)
-    assert fitted(CORNERS, SIZE, BoxForm()) == CORNERS
+def test_rounding_outside_image_is_clipped() -> None:
+    assert clip_to_image((-1.0, 0.0, 500.6, 201.0), SIZE, BoxConvention()) == (
+        0.0,
+        0.0,
+        500.0,
+        200.0,
+    )
+    assert clip_to_image(CORNERS, SIZE, BoxConvention()) == CORNERS
 
 
 @pytest.mark.parametrize(
     ("box", "what"),
     [
-        ((0, 0, 502, 100), "outside of its picture"),
-        ((-2, 0, 50, 100), "outside of its picture"),
-        ((0, 0, 50, 202), "outside of its picture"),
-        ((500.2, 0, 500.8, 50), "outside of its picture"),
-        ((50, 0, 40, 100), "reversed or has no area"),
-        ((50, 30, 60, 30), "reversed or has no area"),
-        ((float("nan"), 0, 60, 30), "reversed or has no area"),
-        ((0, 0, float("inf"), 30), "reversed or has no area"),
+        ((0, 0, 502, 100), "outside its image"),
+        ((-2, 0, 50, 100), "outside its image"),
+        ((0, 0, 50, 202), "outside its image"),
+        ((500.2, 0, 500.8, 50), "outside its image"),
+        ((50, 0, 40, 100), "has inverted corners or no area"),
+        ((50, 30, 60, 30), "has inverted corners or no area"),
+        ((float("nan"), 0, 60, 30), "has inverted corners or no area"),
+        ((0, 0, float("inf"), 30), "has inverted corners or no area"),
     ],
 )
-def test_refused(box: Box, what: str) -> None:
+def test_invalid_boxes_are_rejected(box: Box, what: str) -> None:
     with pytest.raises(UserError, match=what) as caught:
-        fitted(box, SIZE, BoxForm())
+        clip_to_image(box, SIZE, BoxConvention())
     assert "xywh" in caught.value.remedy
     assert "500" in caught.value.expected
 
 
 @pytest.mark.parametrize("value", [[1, 2, 3], [1, 2, 3, 4, 5], "1234", [1, 2, 3, None], 5, [[1]]])
-def test_not_four_numbers(value: object) -> None:
+def test_box_needs_four_numeric_values(value: object) -> None:
     with pytest.raises(UserError, match="the box"):
-        four_numbers(value)
+        parse_coordinates(value)
 
 
-def test_a_number_too_large_for_a_float_is_refused() -> None:
+def test_overflowing_value_is_rejected() -> None:
     with pytest.raises(UserError, match="the box"):
-        four_numbers([1, 2, 3, 10**400])
+        parse_coordinates([1, 2, 3, 10**400])
 
 
 def test_thousandths_give_the_nearest_float() -> None:
-    assert BoxForm(units="1000").to_pixels((588, 0, 725, 1000), (480, 360))[0] == 211.68
+    assert BoxConvention(units="1000").to_pixels((588, 0, 725, 1000), (480, 360))[0] == 211.68
 
 
-def test_numbers_may_be_text() -> None:
-    assert four_numbers(["1", 2, "3.5", 4.0]) == [1.0, 2.0, 3.5, 4.0]
+def test_values_may_be_text() -> None:
+    assert parse_coordinates(["1", 2, "3.5", 4.0]) == [1.0, 2.0, 3.5, 4.0]
 
 
 @pytest.mark.parametrize(

@@ -16,17 +16,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from image_fixtures import write_gray_image, write_jsonl
 from PIL import Image
-from scenery import paint, write_jsonl
-from small_run import make_task
 from test_file_names import CAT, in_gbk
+from tiny_task import make_task
 
-from finesight.cli.app import run
-from finesight.data.importing import Summary, import_file
+from finesight.cli.app import run_command
+from finesight.data.corpus import open_sample_source
+from finesight.data.import_source import ImportOptions
+from finesight.data.importer import ImportSummary, import_dataset
 from finesight.data.jsonl import read_samples
-from finesight.data.opening import Request
-from finesight.data.origins import brought
-from finesight.data.sources import samples_at
+from finesight.data.source_fetch import fetch_source
 from finesight.digests import verify_folder
 
 NAME = f"{CAT}.jpg"
@@ -38,45 +38,46 @@ def image() -> bytes:
     return content.getvalue()
 
 
-def imported(source: Path, out: Path, **request: object) -> Summary:
-    with brought(str(source), out, Request(**request)) as found:  # type: ignore[arg-type]
-        return import_file(found.path, out, found.request)
+def imported(source: Path, out: Path, **request: object) -> ImportSummary:
+    options = ImportOptions(**request)  # type: ignore[arg-type]
+    with fetch_source(str(source), out, options) as found:
+        return import_dataset(found.path, out, found.options)
 
 
-def plain_folder(folder: Path) -> Path:
-    paint(folder / in_gbk(NAME))
+def utf8_folder(folder: Path) -> Path:
+    write_gray_image(folder / in_gbk(NAME))
     (folder / in_gbk(f"{CAT}.txt")).write_text("a cat")
     return folder
 
 
 def folder_in_gbk(folder: Path) -> Path:
-    paint(folder / in_gbk(CAT) / in_gbk(CAT) / "a.jpg")
+    write_gray_image(folder / in_gbk(CAT) / in_gbk(CAT) / "a.jpg")
     (folder / in_gbk(CAT) / in_gbk(CAT) / "a.txt").write_text("a cat")
     return folder / in_gbk(CAT)
 
 
 def rows(folder: Path) -> Path:
-    paint(folder / in_gbk(CAT) / in_gbk(NAME))
+    write_gray_image(folder / in_gbk(CAT) / in_gbk(NAME))
     row = {"image": f"{CAT}\\{NAME}", "query": "?", "response": "a cat"}
     return write_jsonl(folder / "a.jsonl", [row])
 
 
 def rows_in_gbk(folder: Path) -> Path:
     """The file of rows is called in GBK, and so are ids that are made of its name."""
-    paint(folder / "a.jpg")
+    write_gray_image(folder / "a.jpg")
     row = {"image": "a.jpg", "query": "?", "response": "a cat"}
     return write_jsonl(folder / in_gbk(f"{CAT}.jsonl"), [row])
 
 
 def yolo(folder: Path) -> Path:
-    paint(folder / in_gbk(NAME))
+    write_gray_image(folder / in_gbk(NAME))
     (folder / in_gbk(f"{CAT}.txt")).write_text("0 .5 .5 .2 .2\n")
     (folder / "classes.txt").write_text(CAT)
     return folder
 
 
 def yolo_list(folder: Path) -> Path:
-    paint(folder / "images" / in_gbk(NAME))
+    write_gray_image(folder / "images" / in_gbk(NAME))
     (folder / "labels").mkdir()
     (folder / "labels" / in_gbk(f"{CAT}.txt")).write_text("0 .5 .5 .2 .2\n")
     (folder / "list.txt").write_bytes(f"./images/{NAME}\n".encode("gbk"))
@@ -85,7 +86,7 @@ def yolo_list(folder: Path) -> Path:
 
 
 def voc(folder: Path) -> Path:
-    paint(folder / in_gbk(NAME))
+    write_gray_image(folder / in_gbk(NAME))
     box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
     (folder / in_gbk(f"{CAT}.xml")).write_text(
         f"<annotation><filename>{NAME}</filename><object><name>{CAT}</name>{box}</object>"
@@ -95,14 +96,14 @@ def voc(folder: Path) -> Path:
 
 
 def labelme(folder: Path) -> Path:
-    paint(folder / in_gbk(NAME))
+    write_gray_image(folder / in_gbk(NAME))
     shape = {"label": CAT, "shape_type": "rectangle", "points": [[1, 1], [9, 9]]}
     (folder / in_gbk(f"{CAT}.json")).write_text(json.dumps({"imagePath": NAME, "shapes": [shape]}))
     return folder
 
 
 def coco(folder: Path) -> Path:
-    paint(folder / "images" / in_gbk(NAME))
+    write_gray_image(folder / "images" / in_gbk(NAME))
     document = {
         "images": [{"id": 1, "file_name": NAME}],
         "annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5]}],
@@ -146,7 +147,7 @@ def web_dataset(folder: Path) -> Path:
 
 
 MADE = [
-    *(plain_folder, folder_in_gbk, rows, rows_in_gbk, yolo, yolo_list, voc, labelme, coco),
+    *(utf8_folder, folder_in_gbk, rows, rows_in_gbk, yolo, yolo_list, voc, labelme, coco),
     *(zipped, tarred, web_dataset),
 ]
 
@@ -154,12 +155,12 @@ MADE = [
 @pytest.mark.parametrize("make", MADE)
 def test_every_source_in_gbk_is_imported(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     request: dict[str, object] = {}
-    if make in (plain_folder, folder_in_gbk, zipped, tarred):
+    if make in (utf8_folder, folder_in_gbk, zipped, tarred):
         request = {"prompt": "?"}
     elif make is web_dataset:
         request = {"columns": {"image": "image", "answer": "txt"}, "prompt": "?"}
     out = tmp_path / "out"
-    assert imported(make(tmp_path / "set"), out, **request).written[0].samples == 1
+    assert imported(make(tmp_path / "set"), out, **request).output_files[0].num_samples == 1
     (sample,) = read_samples(out / "data.jsonl")
     shown = out / sample.messages[0].content[0].image
     assert shown.is_file()
@@ -172,17 +173,17 @@ def test_every_source_in_gbk_is_imported(tmp_path: Path, make: Callable[[Path], 
     verify_folder(out)
 
 
-def test_names_that_become_the_same_are_both_kept(tmp_path: Path) -> None:
+def test_colliding_names_are_both_imported(tmp_path: Path) -> None:
     """One is called in GBK and the other, of the same characters, in UTF-8."""
     for shade, name in enumerate((CAT, in_gbk(CAT))):
-        paint(tmp_path / "set" / f"{name}.png", shade=shade * 99)
+        write_gray_image(tmp_path / "set" / f"{name}.png", gray_level=shade * 99)
         (tmp_path / "set" / f"{name}.txt").write_text(f"shade {shade * 99}")
-    imported(tmp_path / "set", tmp_path / "out", prompt="?", copy_pictures=True)
+    imported(tmp_path / "set", tmp_path / "out", prompt="?", copy_images=True)
     samples = read_samples(tmp_path / "out" / "data.jsonl")
     assert len({sample.id for sample in samples}) == 2
     for sample in samples:
-        picture = Image.open(tmp_path / "out" / sample.messages[0].content[0].image)
-        assert sample.messages[-1].content[0].text == f"shade {picture.getpixel((0, 0))}"
+        input_image = Image.open(tmp_path / "out" / sample.messages[0].content[0].image)
+        assert sample.messages[-1].content[0].text == f"shade {input_image.getpixel((0, 0))}"
 
 
 def test_a_name_in_the_field_for_utf_8(tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_a_name_in_the_field_for_utf_8(tmp_path: Path) -> None:
             member.extra = struct.pack("<HH", 0x7075, len(field)) + field
             archive.writestr(member, data)
     imported(tmp_path / "a.zip", tmp_path / "out", prompt="?")
-    assert (tmp_path / "out" / "pictures" / NAME).is_file()
+    assert (tmp_path / "out" / "images" / NAME).is_file()
 
 
 def test_a_tar_to_train_on_whose_names_are_in_gbk(tmp_path: Path) -> None:
@@ -214,8 +215,8 @@ def test_a_tar_to_train_on_whose_names_are_in_gbk(tmp_path: Path) -> None:
             member = tarfile.TarInfo(f"{CAT}/{name}")
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
-    located = samples_at(tmp_path / "a.tar").located(0)
-    assert "/@" in str(located.path(located.sample.messages[0].content[0].image))
+    located = open_sample_source(tmp_path / "a.tar").read_sample(0)
+    assert "/@" in str(located.resolve_path(located.sample.messages[0].content[0].image))
 
 
 def test_from_import_to_training(
@@ -223,7 +224,7 @@ def test_from_import_to_training(
 ) -> None:
     """The source lies in a folder that is called in GBK as well; what is made of it does not, and
     a run in such a folder is refused."""
-    recipe = make_task(tmp_path / "task", samples=4, held_out=2)
+    recipe = make_task(tmp_path / "task", num_samples=4, num_eval_samples=2)
     home = tmp_path / in_gbk(CAT)
     (home / in_gbk(CAT)).mkdir(parents=True)
     for number, picture in enumerate(sorted((tmp_path / "task").glob("train*.png"))):
@@ -231,28 +232,28 @@ def test_from_import_to_training(
     names = [f"{CAT}/{CAT}{number}.png" for number in range(4)]
     write_jsonl(home / "a.jsonl", [{"image": n, "query": "?", "response": "x"} for n in names])
     monkeypatch.chdir(home)
-    assert run(["data", "check", "a.jsonl", "--fix", str(tmp_path / "fixed")]) == 0
-    assert run(["data", "import", "a.jsonl", str(tmp_path / "data")]) == 0
+    assert run_command(["data", "check", "a.jsonl", "--fix", str(tmp_path / "fixed")]) == 0
+    assert run_command(["data", "import", "a.jsonl", str(tmp_path / "data")]) == 0
     recipe["data"] = {"train": str(tmp_path / "data" / "data.jsonl")}
-    recipe["output"] = str(tmp_path / "run")
-    recipe["train"] |= {"epochs": 1, "batch": 2, "save_every": 10}
+    recipe["output_dir"] = str(tmp_path / "run")
+    recipe["train"] |= {"epochs": 1, "batch_size": 2, "save_every": 10}
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text(yaml.safe_dump(recipe))
-    assert run(["data", "check", "r.yaml"]) == 0
-    assert run(["data", "show", "r.yaml", "--json"]) == 0
-    assert run(["train", "r.yaml"]) == 0
+    assert run_command(["data", "check", "r.yaml"]) == 0
+    assert run_command(["data", "show", "r.yaml", "--json"]) == 0
+    assert run_command(["train", "r.yaml"]) == 0
     monkeypatch.chdir(home)
     shutil.copytree(recipe["model"], "tiny")
-    Path("r.yaml").write_text(yaml.safe_dump(recipe | {"output": "run", "model": "tiny"}))
+    Path("r.yaml").write_text(yaml.safe_dump(recipe | {"output_dir": "run", "model": "tiny"}))
     capsys.readouterr()
-    assert run(["train", "r.yaml"]) == 2
-    assert "a name that is not UTF-8" in capsys.readouterr().err
+    assert run_command(["train", "r.yaml"]) == 2
+    assert "is not valid UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [["--json"], []])
 def test_findings_about_such_names_are_printed(tmp_path: Path, options: list[str]) -> None:
     """To a terminal that takes nothing but UTF-8."""
-    folder = plain_folder(tmp_path / in_gbk(CAT))
+    folder = utf8_folder(tmp_path / in_gbk(CAT))
     (folder / in_gbk("\u4e2d.jpg")).write_text("no picture")
     (folder / in_gbk("\u4e2d.txt")).write_text("x")
     code = "from finesight.cli.app import main; main()"
@@ -265,6 +266,6 @@ def test_findings_about_such_names_are_printed(tmp_path: Path, options: list[str
         check=False,
     )
     assert done.returncode == 2, done.stderr.decode(errors="replace")
-    assert b"not a picture" in done.stdout
+    assert b"not an image" in done.stdout
     for line in done.stdout.splitlines() if options else []:
         json.loads(line.decode())

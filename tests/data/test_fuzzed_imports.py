@@ -21,9 +21,9 @@ import fuzzed_sources
 import pytest
 from fuzz_worker import CASE_S, MEMORY
 
-from finesight.data.importing import import_file
-from finesight.data.opening import Request
-from finesight.data.origins import brought
+from finesight.data.import_source import ImportOptions
+from finesight.data.importer import import_dataset
+from finesight.data.source_fetch import fetch_source
 
 WORKER = Path(__file__).with_name("fuzz_worker.py")
 BATCH = 1000
@@ -38,25 +38,25 @@ SEED = 32
 def results(first: int, stop: int, folder: Path) -> Iterator[dict[str, Any]]:
     """What became of each case; where a process ended early, that of the case it was at."""
     while first < stop:
-        begun = first
+        started = first
         for line in worker_lines(first, min(stop, first + BATCH), folder):
-            said = json.loads(line)
-            begun = said.get("begun", begun)
-            if "outcome" in said:
-                yield said
-                first = said["number"] + 1
-        if first == begun:
-            yield {"number": begun, "kind": "?", "outcome": "ended the process"}
-            first = begun + 1
+            output = json.loads(line)
+            started = output.get("begun", started)
+            if "outcome" in output:
+                yield output
+                first = output["number"] + 1
+        if first == started:
+            yield {"number": started, "kind": "?", "outcome": "ended the process"}
+            first = started + 1
 
 
 def worker_lines(first: int, stop: int, folder: Path) -> Iterator[str]:
     """The lines of a process that runs the cases, which ends when it stays silent."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(WORKER), *map(str, (SEED, first, stop, 1)), str(folder)]
-    pipe, kept = subprocess.PIPE, folder / f"stderr-{first}"
+    pipe, stored = subprocess.PIPE, folder / f"stderr-{first}"
     with (
-        kept.open("wb") as errors,
+        stored.open("wb") as errors,
         subprocess.Popen(command, stdout=pipe, stderr=errors, env=environment) as process,
         selectors.DefaultSelector() as selector,
     ):
@@ -98,11 +98,11 @@ def fuzz(count: int, folder: Path) -> None:
         assert min(counts["imported"], counts["refused"]) > 0, f"{kind}: {counts}"
 
 
-def put_as_it_is(place: bytes, content: bytes, rng: random.Random) -> None:
-    Path(os.fsdecode(place)).write_bytes(content)
+def put_as_it_is(location: bytes, content: bytes, rng: random.Random) -> None:
+    Path(os.fsdecode(location)).write_bytes(content)
 
 
-def test_sound_sources_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_valid_sources_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is spoilt in the other tests is sound before."""
     monkeypatch.setattr(fuzzed_sources, "spoilt_data", lambda rng, data: data)
     monkeypatch.setattr(fuzzed_sources, "spoilt_text", lambda rng, text: text.encode())
@@ -118,8 +118,10 @@ def test_sound_sources_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         source = make(rng)
         source.request.pop("ask", None)
         path = source.write(folder / "source", rng)
-        with brought(str(path), folder / "out", Request(**source.request)) as found:
-            assert import_file(found.path, folder / "out", found.request).written, source.kind
+        with fetch_source(str(path), folder / "out", ImportOptions(**source.request)) as found:
+            assert import_dataset(found.path, folder / "out", found.options).output_files, (
+                source.kind
+            )
 
 
 def test_some_spoilt_sources(tmp_path: Path) -> None:

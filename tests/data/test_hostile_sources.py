@@ -13,13 +13,13 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from scenery import paint, write_jsonl
+from image_fixtures import write_gray_image, write_jsonl
 
-from finesight.data import lines, spool
-from finesight.data.importing import Summary, import_file
+from finesight.data import line_index, spool
+from finesight.data.import_source import ImportOptions
+from finesight.data.importer import ImportSummary, import_dataset
 from finesight.data.jsonl import read_samples
-from finesight.data.opening import Request
-from finesight.data.origins import brought
+from finesight.data.source_fetch import fetch_source
 from finesight.errors import UserError
 
 HANG_S = 60
@@ -39,11 +39,12 @@ def _no_hang() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
-def imported(source: Path, **request: object) -> Summary:
+def imported(source: Path, **request: object) -> ImportSummary:
     """Import a source as the command does, into `out` beside it."""
     out = source.parent / "out"
-    with brought(str(source), out, Request(**request)) as found:  # type: ignore[arg-type]
-        return import_file(found.path, out, found.request)
+    options = ImportOptions(**request)  # type: ignore[arg-type]
+    with fetch_source(str(source), out, options) as found:
+        return import_dataset(found.path, out, found.options)
 
 
 def refusal(source: Path, **request: object) -> UserError:
@@ -74,7 +75,7 @@ def test_device_as_source(tmp_path: Path, name: str) -> None:
     "name", ["b.txt", "b.xml", "b.json", "b.parquet", "b.jpg", "data.yaml", "in/classes.txt"]
 )
 def test_named_pipe_in_a_folder(tmp_path: Path, name: str) -> None:
-    paint(tmp_path / "set" / "a.jpg")
+    write_gray_image(tmp_path / "set" / "a.jpg")
     (tmp_path / "set" / "a.txt").write_text("a house")
     (tmp_path / "set" / name).parent.mkdir(exist_ok=True)
     os.mkfifo(tmp_path / "set" / name)
@@ -84,7 +85,7 @@ def test_named_pipe_in_a_folder(tmp_path: Path, name: str) -> None:
 
 
 def test_named_pipe_behind_a_link(tmp_path: Path) -> None:
-    paint(tmp_path / "set" / "a.jpg")
+    write_gray_image(tmp_path / "set" / "a.jpg")
     (tmp_path / "set" / "a.txt").symlink_to(tmp_path / "pipe")
     os.mkfifo(tmp_path / "pipe")
     assert "a named pipe" in refusal(tmp_path / "set", prompt="?").what
@@ -92,7 +93,7 @@ def test_named_pipe_behind_a_link(tmp_path: Path) -> None:
 
 def test_list_of_images_that_is_a_pipe(tmp_path: Path) -> None:
     """A data.yaml may name files outside of its folder."""
-    paint(tmp_path / "set" / "a.jpg")
+    write_gray_image(tmp_path / "set" / "a.jpg")
     (tmp_path / "set" / "data.yaml").write_text("names: [dog]\ntrain: ../list.txt\n")
     os.mkfifo(tmp_path / "list.txt")
     assert "a named pipe" in refusal(tmp_path / "set").what
@@ -115,7 +116,9 @@ def sparse(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("read", [lines.find_lines, lambda path: [*lines.read_lines(path)], None])
+@pytest.mark.parametrize(
+    "read", [line_index.index_lines, lambda path: [*line_index.read_lines(path)], None]
+)
 def test_line_over_the_limit(tmp_path: Path, read: Callable[[Path], object] | None) -> None:
     path = sparse(tmp_path / "a.jsonl")
     if read is None:
@@ -132,10 +135,10 @@ def test_line_at_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     path = tmp_path / "a.jsonl"
     for content in (b"a\n" + b"b" * 9 + b"\nc", b"a\n" + b"b" * 9 + b"\n"):
         path.write_bytes(content)
-        monkeypatch.setattr(lines, "LARGEST_LINE", 10)
-        assert len(lines.find_lines(path)) == len([*lines.read_lines(path)])
-        monkeypatch.setattr(lines, "LARGEST_LINE", 9)
-        for read in (lines.find_lines, lambda path: [*lines.read_lines(path)]):
+        monkeypatch.setattr(line_index, "MAX_LINE_BYTES", 10)
+        assert len(line_index.index_lines(path)) == len([*line_index.read_lines(path)])
+        monkeypatch.setattr(line_index, "MAX_LINE_BYTES", 9)
+        for read in (line_index.index_lines, lambda path: [*line_index.read_lines(path)]):
             with pytest.raises(UserError, match=r"a\.jsonl:2: a line of more than 9 bytes"):
                 read(path)
 
@@ -151,11 +154,11 @@ def boxes_of(what: str) -> Any:
     """What a sample with too many boxes holds, by format."""
     box = {"bbox_2d": [1, 2, 3, 4]}
     swift = {"bbox": [[1, 2, 3, 4]] * MANY}
-    asked = [{"role": "user", "content": "<image>?"}]
+    requested = [{"role": "user", "content": "<image>?"}]
     return {
-        "query": {"image": "a.png", "query": "?", "response": json.dumps([box] * MANY)},
+        "query-response": {"image": "a.png", "query": "?", "response": json.dumps([box] * MANY)},
         "ms-swift": {
-            "messages": [*asked, {"role": "assistant", "content": "<bbox>" * MANY}],
+            "messages": [*requested, {"role": "assistant", "content": "<bbox>" * MANY}],
             "images": ["a.png"],
             "objects": swift,
         },
@@ -179,9 +182,9 @@ def boxes_of(what: str) -> Any:
     }[what]
 
 
-@pytest.mark.parametrize("name", ["query", "ms-swift", "qwen-vl", "samples", "table"])
+@pytest.mark.parametrize("name", ["query-response", "ms-swift", "qwen-vl", "samples", "table"])
 def test_too_many_boxes_in_a_row(tmp_path: Path, name: str) -> None:
-    paint(tmp_path / "a.png")
+    write_gray_image(tmp_path / "a.png")
     source = write_jsonl(tmp_path / "a.jsonl", [boxes_of(name)])
     columns = {"image": "image", "box": "box"} if name == "table" else {}
     error = refusal(source, columns=columns, prompt="?" if name == "table" else None)
@@ -193,14 +196,14 @@ def test_too_many_boxes_in_a_row(tmp_path: Path, name: str) -> None:
 
 
 def yolo_lines(folder: Path, lines: str) -> Path:
-    paint(folder / "a.png")
+    write_gray_image(folder / "a.png")
     (folder / "a.txt").write_text(lines)
     (folder / "classes.txt").write_text("dog\n")
     return folder
 
 
 def voc_file(folder: Path, objects: str, size: str = "") -> Path:
-    paint(folder / "a.png")
+    write_gray_image(folder / "a.png")
     head = f"<filename>a.png</filename>{size}"
     (folder / "a.xml").write_text(f"<annotation>{head}{objects}</annotation>")
     return folder
@@ -212,7 +215,7 @@ def voc_object(xmax: str = "9") -> str:
 
 
 def labelme_file(folder: Path, shapes: str) -> Path:
-    paint(folder / "a.png")
+    write_gray_image(folder / "a.png")
     (folder / "a.json").write_text(f'{{"imagePath": "a.png", "shapes": [{shapes}]}}')
     return folder
 
@@ -223,7 +226,7 @@ def labelme_shape(number: str = "9") -> str:
 
 
 def coco_file(folder: Path, annotations: str, more: str = "") -> Path:
-    paint(folder / "a.png")
+    write_gray_image(folder / "a.png")
     (folder / "a.json").write_text(
         f'{{"images": [{{"id": 1, "file_name": "a.png"{more}}}], "annotations": [{annotations}], '
         '"categories": [{"id": 1, "name": "dog"}]}'
@@ -267,7 +270,7 @@ def test_too_many_boxes_of_an_image(tmp_path: Path, make: Callable[[Path], Path]
         lambda folder: coco_file(folder, coco_box(), f', "width": {LONG[:400]}, "height": 20'),
     ],
 )
-def test_numbers_that_are_no_coordinates(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+def test_invalid_coordinates_are_refused(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     (tmp_path / "set").mkdir()
     refusal(make(tmp_path / "set"))
 
@@ -275,7 +278,7 @@ def test_numbers_that_are_no_coordinates(tmp_path: Path, make: Callable[[Path], 
 def test_voc_size_of_thousands_of_digits_is_not_known(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     size = f"<size><width>{LONG}</width><height>{LONG}</height></size>"
-    assert imported(voc_file(tmp_path / "set", voc_object(), size)).written[0].samples == 1
+    assert imported(voc_file(tmp_path / "set", voc_object(), size)).output_files[0].num_samples == 1
 
 
 def test_notes_that_are_no_json_become_null(tmp_path: Path) -> None:
@@ -288,7 +291,7 @@ def test_notes_that_are_no_json_become_null(tmp_path: Path) -> None:
 
 
 def test_frames_a_second_without_end(tmp_path: Path) -> None:
-    paint(tmp_path / "a.png")
+    write_gray_image(tmp_path / "a.png")
     video = {"type": "video", "frames": ["a.png"], "fps": 1e999}
     messages = [{"role": "user", "content": [video]}, {"role": "assistant", "content": "x"}]
     source = write_jsonl(tmp_path / "a.jsonl", [{"id": "1", "messages": messages}])
@@ -313,15 +316,18 @@ def test_too_many_answers(tmp_path: Path, record: dict[str, Any], what: str) -> 
         ({"query": "?", "response": "x", "images": ["a.png"] * 30_001}, "30,001 images"),
         ({"conversations": [{"from": "user", "value": "x"}] * MANY}, "10,001 messages"),
         ({"query": "?", "response": "bbox_2d" + "[0," * 100_000}, "bbox_2d outside of JSON"),
-        ({"query": "?", "response": "<|object_ref_start|>" * 50_000}, "the mark"),
-        ({"conversations": [{"from": "user", "value": "<|vision_start|>" * 50_000}]}, "the mark"),
+        ({"query": "?", "response": "<|object_ref_start|>" * 50_000}, "the placeholder"),
+        (
+            {"conversations": [{"from": "user", "value": "<|vision_start|>" * 50_000}]},
+            "the placeholder",
+        ),
         ({"query": "?", "response": "x", "deep": [[]] * 10**6}, "1,000,002 lists and objects"),
         ({"query": "?", "response": '{"bbox_2d": %s}' % ("[" * 900 + "]" * 900)}, "bbox_2d"),
         ({"messages": [{"role": "user", "content": "x"}] * 9999}, "user, user and 9989 more"),
     ],
 )
 def test_rows_that_would_take_long(tmp_path: Path, record: dict[str, Any], what: str) -> None:
-    paint(tmp_path / "a.png")
+    write_gray_image(tmp_path / "a.png")
     assert what in refusal(write_jsonl(tmp_path / "a.jsonl", [record])).what
 
 
@@ -349,10 +355,10 @@ def test_texts_that_are_put_together_take_linear_time(tmp_path: Path) -> None:
             {"role": "assistant", "content": "x"},
         ]
     }
-    paint(tmp_path / "a.png")
+    write_gray_image(tmp_path / "a.png")
     for name, row, size in (("swift", swift, 1_000_000), ("openai", openai, 3_008_000)):
         out = tmp_path / name
-        import_file(write_jsonl(tmp_path / f"{name}.jsonl", [row]), out, Request())
+        import_dataset(write_jsonl(tmp_path / f"{name}.jsonl", [row]), out, ImportOptions())
         (sample,) = read_samples(out / "data.jsonl")
         assert len(sample.messages[0].content[-1].text) == size
 
@@ -363,8 +369,8 @@ def test_more_classes_than_a_question_may_name(tmp_path: Path) -> None:
     document = json.loads(source.read_text())
     document["categories"] += [{"id": n, "name": f"{n}"} for n in range(2, 100_002)]
     source.write_text(json.dumps(document))
-    assert "would name 100,001 classes" in refusal(source).what
-    assert imported(source, ask="grounding").written[0].samples == 1
+    assert "a question with 100,001 classes" in refusal(source).what
+    assert imported(source, box_task="grounding").output_files[0].num_samples == 1
 
 
 def test_json_over_the_limit_of_levels(tmp_path: Path) -> None:
@@ -377,14 +383,14 @@ def test_a_small_source_that_becomes_a_large_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The names of all classes stand in the question about each image."""
-    paint(tmp_path / "a.png")
+    write_gray_image(tmp_path / "a.png")
     categories = [{"id": n, "name": f"class {n}"} for n in range(1000)]
     images = [{"id": n, "file_name": "a.png"} for n in range(1000)]
     boxes = [{"image_id": 0, "category_id": 0, "bbox": [1, 1, 9, 9]}]
     document = {"images": images, "annotations": boxes, "categories": categories}
     (tmp_path / "a.json").write_text(json.dumps(document))
     monkeypatch.setattr(spool, "FREE_BYTES", 2**20)
-    monkeypatch.setattr(spool, "MOST_RATIO", 10)
+    monkeypatch.setattr(spool, "MAX_EXPANSION_RATIO", 10)
     assert "bytes of samples out of" in refusal(tmp_path / "a.json").what
 
 
@@ -398,18 +404,18 @@ def test_large_files_of_labels(tmp_path: Path) -> None:
 
 def test_lists_of_paths_that_name_no_file(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
-    paint(tmp_path / "set" / "a.png")
+    write_gray_image(tmp_path / "set" / "a.png")
     (tmp_path / "set" / "data.yaml").write_text("names: [dog]\ntrain: list.txt\n")
     for line in ("/", ".", "a\0b.png", "x" * 5000 + ".png"):
         (tmp_path / "set" / "list.txt").write_text(f"a.png\n{line}\n")
         refusal(tmp_path / "set")
 
 
-@pytest.mark.parametrize("request_", [{"eval_last": 1}, {"split": 0.5, "seed": 1}])
+@pytest.mark.parametrize("request_", [{"eval_last": 1}, {"train_fraction": 0.5, "seed": 1}])
 def test_no_file_without_samples_is_written(tmp_path: Path, request_: dict[str, Any]) -> None:
     """Images without a text are rows, too, but say nothing: here all that are trained on."""
     for number, name in enumerate("ab"):
-        paint(tmp_path / "set" / f"{name}.png", shade=number)
+        write_gray_image(tmp_path / "set" / f"{name}.png", gray_level=number)
     (tmp_path / "set" / "b.txt").write_text("a house")
     error = refusal(tmp_path / "set", prompt="?", **request_)
-    assert "would hold no samples: its 1 rows say nothing" in error.what
+    assert "would contain no samples: its 1 rows have no training content" in error.what

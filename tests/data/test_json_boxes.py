@@ -7,29 +7,38 @@ import signal
 
 import pytest
 
-from finesight.data.json_boxes import LEVELS, Item, around_boxes, box_item, json_values, unfenced
+from finesight.data.json_boxes import (
+    MAX_JSON_DEPTH,
+    JsonBox,
+    iter_json_values,
+    parse_json_box,
+    split_at_boxes,
+    strip_code_fences,
+)
 
 ONE = '{"bbox_2d": [1, 2, 3, 4], "label": "dog"}'
 
 
-def test_values_are_found_from_left_to_right_and_none_within_another() -> None:
+def test_top_level_values_are_found_in_order() -> None:
     text = f"a [1, {{}}] b {{broken c {ONE} ["
-    found = list(json_values(text))
+    found = list(iter_json_values(text))
     assert [one.value for one in found] == [[1, {}], json.loads(ONE)]
     assert [text[one.start : one.stop] for one in found] == ["[1, {}]", ONE]
     # Objects alone are found in a list that breaks off.
-    assert [one.value for one in json_values(f"[{ONE}, {ONE}, {{", "{")] == [json.loads(ONE)] * 2
+    assert [one.value for one in iter_json_values(f"[{ONE}, {ONE}, {{", "{")] == [
+        json.loads(ONE)
+    ] * 2
 
 
-def test_too_deep_a_nesting_is_passed_over() -> None:
-    assert list(json_values("[" * 100_000, "{")) == []
+def test_deeply_nested_json_is_skipped() -> None:
+    assert list(iter_json_values("[" * 100_000, "{")) == []
 
 
 def test_value_over_the_limit_of_levels_is_passed_over() -> None:
-    deepest = "[" * LEVELS + "]" * LEVELS
-    assert len(list(json_values(deepest))) == 1
-    assert list(json_values(f"[{deepest}]")) == []
-    assert list(json_values("[" * 900 + "]" * 900)) == []
+    deepest = "[" * MAX_JSON_DEPTH + "]" * MAX_JSON_DEPTH
+    assert len(list(iter_json_values(deepest))) == 1
+    assert list(iter_json_values(f"[{deepest}]")) == []
+    assert list(iter_json_values("[" * 900 + "]" * 900)) == []
 
 
 @pytest.mark.parametrize(
@@ -46,8 +55,8 @@ def test_brackets_that_never_close_take_linear_time(text: str) -> None:
     """In the square of its length any of these takes minutes."""
     signal.alarm(30)
     try:
-        assert list(json_values(text)) == []
-        assert unfenced(text) == text
+        assert list(iter_json_values(text)) == []
+        assert strip_code_fences(text) == text
     finally:
         signal.alarm(0)
 
@@ -62,17 +71,17 @@ def test_brackets_that_never_close_take_linear_time(text: str) -> None:
         (f"[1] {ONE}", ["[1] ", [json.loads(ONE)], ""]),
     ],
 )
-def test_texts_and_boxes_come_in_turn(text: str, pieces: list[object]) -> None:
-    assert list(around_boxes(text)) == pieces
+def test_text_and_boxes_alternate(text: str, pieces: list[object]) -> None:
+    assert list(split_at_boxes(text)) == pieces
 
 
-def test_only_fences_around_boxes_are_taken_off() -> None:
-    assert unfenced(f"```json\n{ONE}\n```") == ONE
-    assert unfenced('```json\n{"a": 1}\n```') == '```json\n{"a": 1}\n```'
+def test_only_fences_around_boxes_are_removed() -> None:
+    assert strip_code_fences(f"```json\n{ONE}\n```") == ONE
+    assert strip_code_fences('```json\n{"a": 1}\n```') == '```json\n{"a": 1}\n```'
 
 
-def test_an_item_is_a_box_with_at_most_a_label() -> None:
-    assert box_item(json.loads(ONE)) == Item([1, 2, 3, 4], "dog")
-    assert box_item({"bbox_2d": "x", "text_content": 5}) == Item("x", "5")
-    assert box_item({"bbox_2d": [], "score": 1}) is None
-    assert box_item([1, 2, 3, 4]) is None
+def test_box_item_with_optional_label() -> None:
+    assert parse_json_box(json.loads(ONE)) == JsonBox([1, 2, 3, 4], "dog")
+    assert parse_json_box({"bbox_2d": "x", "text_content": 5}) == JsonBox("x", "5")
+    assert parse_json_box({"bbox_2d": [], "score": 1}) is None
+    assert parse_json_box([1, 2, 3, 4]) is None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finesight.data.jsonl import Located, read_samples, write_samples
+from finesight.data.jsonl import LocatedSample, read_samples, write_samples
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
 from finesight.errors import UserError
 
@@ -42,7 +42,7 @@ def record(**changes: Any) -> dict[str, Any]:
     return {**base, **changes}
 
 
-def talk(*roles: str) -> dict[str, Any]:
+def make_messages(*roles: str) -> dict[str, Any]:
     return record(messages=[{"role": role, "content": "words"} for role in roles])
 
 
@@ -51,40 +51,40 @@ def answer(**part: Any) -> dict[str, Any]:
     return record(messages=[user, {"role": "assistant", "content": [part]}])
 
 
-def refused(path: Path, line: str | bytes, *, answered: bool = True) -> UserError:
+def load_error(path: Path, line: str | bytes, *, answered: bool = True) -> UserError:
     """The refusal of a file whose third line is `line`; it names that line."""
     data = line if isinstance(line, bytes) else line.encode()
     path.write_bytes(json.dumps(record()).encode() + b"\n\n" + data + b"\n")
     with pytest.raises(UserError) as caught:
-        read_samples(path, answered=answered)
+        read_samples(path, require_answer=answered)
     assert caught.value.where.startswith(f"{path}:3")
     assert caught.value.expected
     assert caught.value.remedy
     return caught.value
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_roundtrip(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     write_samples(path, [SAMPLE, SAMPLE])
     assert read_samples(path) == [SAMPLE, SAMPLE]
     assert len(path.read_bytes().splitlines()) == 2
 
 
-def test_whole_pixels_are_written_without_a_point(tmp_path: Path) -> None:
+def test_integral_coordinates_have_no_decimal_point(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     write_samples(path, [SAMPLE])
     assert '"xyxy": [1, 2.5, 3, 4]' in path.read_text(encoding="utf-8")
 
 
-def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+def test_byte_order_mark_and_crlf(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(record()).encode() + b"\r\n\r\n")
     assert [sample.id for sample in read_samples(path)] == ["1"]
 
 
-def test_located_paths_start_at_the_folder_of_the_file(tmp_path: Path) -> None:
-    assert Located(SAMPLE, tmp_path).path("a/b.png") == tmp_path / "a" / "b.png"
-    assert Located(SAMPLE, tmp_path).path("/else/c.png") == Path("/else/c.png")
+def test_sample_paths_are_relative_to_file(tmp_path: Path) -> None:
+    assert LocatedSample(SAMPLE, tmp_path).resolve_path("a/b.png") == tmp_path / "a" / "b.png"
+    assert LocatedSample(SAMPLE, tmp_path).resolve_path("/else/c.png") == Path("/else/c.png")
 
 
 @pytest.mark.parametrize(
@@ -103,29 +103,29 @@ def test_located_paths_start_at_the_folder_of_the_file(tmp_path: Path) -> None:
         (json.dumps(answer(type="box", xyxy=[1, 4, 3, 4])), "the box"),
         (json.dumps(answer(type="box", xyxy=[-9, 1, 3, 4])), "the box"),
         ('{"id": "a", "messages": [{"role": "user", "content": "NaN"}], "meta": NaN}', "meta is"),
-        (json.dumps(answer(type="box", image=1, xyxy=[1, 2, 3, 4])), "picture number 1"),
-        (json.dumps(answer(type="image", image="a.png")), "a picture in a turn of the assistant"),
+        (json.dumps(answer(type="box", image=1, xyxy=[1, 2, 3, 4])), "image 1"),
+        (json.dumps(answer(type="image", image="a.png")), "an image in a turn of the assistant"),
         (json.dumps(answer(type="text", text=" ")), "an empty turn of the assistant"),
-        (json.dumps(talk("system")), "roles are system"),
-        (json.dumps(talk("assistant")), "roles are assistant"),
-        (json.dumps(talk("user", "user", "assistant")), "roles are user, user, assistant"),
-        (json.dumps(talk("user", "system", "assistant")), "roles are user, system"),
-        (json.dumps(talk("user")), "there is no answer"),
+        (json.dumps(make_messages("system")), "roles are system"),
+        (json.dumps(make_messages("assistant")), "roles are assistant"),
+        (json.dumps(make_messages("user", "user", "assistant")), "roles are user, user, assistant"),
+        (json.dumps(make_messages("user", "system", "assistant")), "roles are user, system"),
+        (json.dumps(make_messages("user")), "no answer"),
     ],
 )
-def test_refused_with_the_line(tmp_path: Path, line: str | bytes, what: str) -> None:
+def test_invalid_line_error_has_line_number(tmp_path: Path, line: str | bytes, what: str) -> None:
     with pytest.raises(UserError, match=what):
-        raise refused(tmp_path / "a.jsonl", line)
+        raise load_error(tmp_path / "a.jsonl", line)
 
 
-def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
-    error = refused(tmp_path / "a.jsonl", json.dumps(record(refrences=["x"])))
+def test_unknown_key_suggests_closest_one(tmp_path: Path) -> None:
+    error = load_error(tmp_path / "a.jsonl", json.dumps(record(refrences=["x"])))
     assert "refrences" in error.what
     assert error.remedy == "did you mean references?"
 
 
-def test_misspelt_key_is_told_before_the_missing_one(tmp_path: Path) -> None:
-    error = refused(
+def test_misspelled_key_is_reported_first(tmp_path: Path) -> None:
+    error = load_error(
         tmp_path / "a.jsonl", json.dumps(record(messages=[{"role": "user", "contents": "x"}]))
     )
     assert "messages.0.contents" in error.what
@@ -134,37 +134,37 @@ def test_misspelt_key_is_told_before_the_missing_one(tmp_path: Path) -> None:
 
 def test_prediction_needs_no_answer(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps(talk("user")))
-    assert read_samples(path, answered=False)[0].messages[-1].role == "user"
-    path.write_text(json.dumps(talk("user", "assistant")))
-    assert read_samples(path, answered=False)[0].messages[-1].role == "assistant"
+    path.write_text(json.dumps(make_messages("user")))
+    assert read_samples(path, require_answer=False)[0].messages[-1].role == "user"
+    path.write_text(json.dumps(make_messages("user", "assistant")))
+    assert read_samples(path, require_answer=False)[0].messages[-1].role == "assistant"
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
 def test_empty_file(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="holds no samples") as caught:
+    with pytest.raises(UserError, match="contains no samples") as caught:
         read_samples(path)
     assert caught.value.where == str(path)
 
 
-def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
+def test_missing_file_suggests_closest_name(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").touch()
     with pytest.raises(UserError, match="no such file") as caught:
         read_samples(tmp_path / "trian.jsonl")
     assert caught.value.remedy == f"did you mean {tmp_path / 'train.jsonl'}?"
 
 
-def test_folder_in_place_of_a_file(tmp_path: Path) -> None:
+def test_folder_instead_of_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_samples(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["images", "conversations", "query"])
-def test_a_row_of_another_format_is_sent_to_the_import(key: str, tmp_path: Path) -> None:
+def test_foreign_row_error_suggests_import(key: str, tmp_path: Path) -> None:
     path = tmp_path / "foreign.jsonl"
     path.write_text(json.dumps({"id": "a", "messages": [], key: ["x"]}) + "\n")
-    with pytest.raises(UserError, match="another program's format") as caught:
+    with pytest.raises(UserError, match="another dataset format") as caught:
         read_samples(path)
     assert "finesight data import" in str(caught.value)

@@ -9,20 +9,20 @@ from typing import Any
 
 import pyarrow
 import pytest
-from hubs import picture
-from packing import as_parquet, as_tars, rows_of, tar_of
+from container_fixtures import read_rows, write_parquet, write_tar, write_tar_shards
+from hub_fixtures import make_png
 from pyarrow import parquet
 
-from finesight.config import DataFile
-from finesight.data import parquet_groups
-from finesight.data.headers import DamagedPicture, picture_size
-from finesight.data.inside import content, content_digest
-from finesight.data.lines import Unreadable
+from finesight.config import TrainFileSettings
+from finesight.data import parquet_row_groups
+from finesight.data.container_paths import resolve_content, sha256_content
+from finesight.data.corpus import Corpus, load_corpus
+from finesight.data.image_header import CorruptImageError, read_image_size
+from finesight.data.line_index import UnreadableFileError
 from finesight.data.sample import ImagePart
-from finesight.data.sources import Corpus, load_sources
-from finesight.digests import digest
+from finesight.digests import sha256_file
 from finesight.errors import UserError
-from finesight.storage import Disk
+from finesight.storage import FileSystem
 
 NAMES = [f"pictures.d/{number}.png" for number in range(7)]
 
@@ -33,10 +33,10 @@ def table(tmp_path: Path) -> Path:
     (tmp_path / "pictures.d").mkdir()
     rows = []
     for number, name in enumerate(NAMES):
-        (tmp_path / name).write_bytes(picture(number, 10 + number, 20))
-        asked = [{"type": "image", "image": name}, {"type": "text", "text": "What?"}]
+        (tmp_path / name).write_bytes(make_png(number, 10 + number, 20))
+        requested = [{"type": "image", "image": name}, {"type": "text", "text": "What?"}]
         answer = [{"type": "box", "image": 0, "label": "x", "xyxy": [1, 2, 3.5, 4 + number]}]
-        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        turns = [{"role": "user", "content": requested}, {"role": "assistant", "content": answer}]
         rows.append({"id": f"s{number}", "messages": turns})
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -44,42 +44,42 @@ def table(tmp_path: Path) -> Path:
 
 
 def load(path: Path | str, **settings: Any) -> Corpus:
-    return load_sources((DataFile.model_validate({"path": str(path)} | settings),))
+    return load_corpus((TrainFileSettings.model_validate({"path": str(path)} | settings),))
 
 
-def shown(corpus: Corpus, index: int) -> Path:
-    located = corpus[index]
-    (part,) = (part for part in located.sample.parts() if isinstance(part, ImagePart))
-    return located.path(part.image)
+def image_file(corpus: Corpus, index: int) -> Path:
+    located_sample = corpus[index]
+    (part,) = (part for part in located_sample.sample.iter_parts() if isinstance(part, ImagePart))
+    return located_sample.resolve_path(part.image)
 
 
 def assert_same(corpus: Corpus, table: Path) -> None:
-    plain = load(table)
-    assert len(corpus) == len(plain)
+    baseline = load(table)
+    assert len(corpus) == len(baseline)
     for index in (3, 0, 6, 1, 2, 5, 4):
-        mine, theirs = corpus.checked(index).sample, plain.checked(index).sample
-        assert mine.with_files(lambda name: "") == theirs.with_files(lambda name: "")
-        assert content_digest(shown(corpus, index)) == digest(shown(plain, index))
-        assert picture_size(shown(corpus, index)) == (20, 10 + index)
+        mine, theirs = corpus.read_validated(index).sample, baseline.read_validated(index).sample
+        assert mine.map_paths(lambda name: "") == theirs.map_paths(lambda name: "")
+        assert sha256_content(image_file(corpus, index)) == sha256_file(image_file(baseline, index))
+        assert read_image_size(image_file(corpus, index)) == (20, 10 + index)
 
 
-def test_shards_of_tars_by_a_pattern(table: Path, tmp_path: Path) -> None:
-    corpus = load(as_tars(table, tmp_path / "shards", each=3))
+def test_tar_shards_by_pattern(table: Path, tmp_path: Path) -> None:
+    corpus = load(write_tar_shards(table, tmp_path / "shards", each=3))
     assert_same(corpus, table)
-    assert corpus.sizes == (7,)
-    assert corpus.where(4) == f"{tmp_path / 'shards' / '001.tar'}, sample 2"
+    assert corpus.source_sizes == (7,)
+    assert corpus.location(4) == f"{tmp_path / 'shards' / '001.tar'}, sample 2"
     few = load(tmp_path / "shards" / "*.tar", limit=4)
     assert [few[i].sample.id for i in range(len(few))] == ["s0", "s1", "s2", "s3"]
     assert len({corpus.fingerprint, few.fingerprint, load(table).fingerprint}) == 3
 
 
-def test_many_shards_are_gone_through_by_several_processes(
+def test_many_shards_are_scanned_in_parallel(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    pattern = as_tars(table, tmp_path / "shards", each=1)
+    pattern = write_tar_shards(table, tmp_path / "shards", each=1)
     alone = load(pattern)
-    monkeypatch.setattr("finesight.data.sources.MANY", 7)
+    monkeypatch.setattr("finesight.data.corpus.MIN_PARALLEL_FILES", 7)
     together = load(pattern)
     assert together.fingerprint == alone.fingerprint
     assert_same(together, table)
@@ -89,62 +89,62 @@ def test_many_shards_are_gone_through_by_several_processes(
 
 
 @pytest.mark.parametrize("texts", [False, True], ids=["structs", "texts"])
-def test_parquet_with_pictures_in_it(table: Path, tmp_path: Path, texts: bool) -> None:
-    path = as_parquet(table, tmp_path / "a.parquet", group=3, texts=texts)
+def test_parquet_with_embedded_images(table: Path, tmp_path: Path, texts: bool) -> None:
+    path = write_parquet(table, tmp_path / "a.parquet", group=3, texts=texts)
     corpus = load(path)
     assert_same(corpus, table)
-    assert corpus.where(4) == f"{path}, row 5"
+    assert corpus.location(4) == f"{path}, row 5"
     assert len(load(path, limit=4)) == 4
 
 
-def test_parquet_with_pictures_beside_it(table: Path, tmp_path: Path) -> None:
-    whole = parquet.read_table(as_parquet(table, tmp_path / "a.parquet"))
-    parquet.write_table(whole.drop(["images"]), tmp_path / "b.parquet", row_group_size=2)
+def test_parquet_with_separate_images(table: Path, tmp_path: Path) -> None:
+    full = parquet.read_table(write_parquet(table, tmp_path / "a.parquet"))
+    parquet.write_table(full.drop(["images"]), tmp_path / "b.parquet", row_group_size=2)
     assert_same(load(tmp_path / "b.parquet"), table)
 
 
-def test_pictures_without_a_path_are_known_by_their_number(table: Path, tmp_path: Path) -> None:
-    row = rows_of(table)[2]
+def test_images_without_path_are_identified_by_index(table: Path, tmp_path: Path) -> None:
+    row = read_rows(table)[2]
     row["messages"][0]["content"][0]["image"] = "1"
-    images = [{"path": None, "bytes": picture(n, 12, 20)} for n in (0, 2)]
+    images = [{"path": None, "bytes": make_png(n, 12, 20)} for n in (0, 2)]
     packed = pyarrow.Table.from_pylist(
         [row | {"messages": json.dumps(row["messages"]), "images": images}]
     )
     parquet.write_table(packed, tmp_path / "a.parquet")
-    assert content_digest(shown(load(tmp_path / "a.parquet"), 0)) == digest(tmp_path / NAMES[2])
+    assert sha256_content(image_file(load(tmp_path / "a.parquet"), 0)) == sha256_file(
+        tmp_path / NAMES[2]
+    )
 
 
-def test_a_change_of_a_sample_is_another_fingerprint(table: Path, tmp_path: Path) -> None:
-    prints = [load(as_tars(table, tmp_path / "one", 3)).fingerprint]
-    prints.append(load(as_parquet(table, tmp_path / "one.parquet")).fingerprint)
+def test_changed_sample_changes_the_fingerprint(table: Path, tmp_path: Path) -> None:
+    prints = [load(write_tar_shards(table, tmp_path / "one", 3)).fingerprint]
+    prints.append(load(write_parquet(table, tmp_path / "one.parquet")).fingerprint)
     table.write_text(table.read_text().replace("What?", "That?"))
-    prints.append(load(as_tars(table, tmp_path / "two", 3)).fingerprint)
-    prints.append(load(as_parquet(table, tmp_path / "two.parquet")).fingerprint)
+    prints.append(load(write_tar_shards(table, tmp_path / "two", 3)).fingerprint)
+    prints.append(load(write_parquet(table, tmp_path / "two.parquet")).fingerprint)
     assert len(set(prints)) == 4
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
-def test_another_file_is_never_taken_for_the_old_one(
-    table: Path, tmp_path: Path, kind: str
-) -> None:
+def test_replaced_file_is_detected(table: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "one" / "000.tar" if kind == "tar" else tmp_path / "a.parquet"
-    as_tars(table, tmp_path / "one", 9)
-    as_parquet(table, tmp_path / "a.parquet")
+    write_tar_shards(table, tmp_path / "one", 9)
+    write_parquet(table, tmp_path / "a.parquet")
     corpus = load(path)
     os.utime(path, ns=(0, 0))
-    with pytest.raises(Unreadable, match="has changed"):
+    with pytest.raises(UnreadableFileError, match="has changed"):
         _ = corpus[0]
 
 
-def test_tars_without_samples_are_refused(tmp_path: Path) -> None:
-    files = {"1.jpg": picture(1), "1.txt": b"caption"}
-    with pytest.raises(UserError, match=r"no sample beside 1\.jpg[\s\S]*data import"):
-        load(tar_of(tmp_path / "a.tar", files))
-    foreign = {"1.jpg": picture(1), "1.json": b'{"image": "1.jpg", "conversations": []}'}
-    with pytest.raises(UserError, match=r"a\.tar, sample 1: the key image.*another program"):
-        load(tar_of(tmp_path / "a.tar", foreign)).read()
-    with pytest.raises(UserError, match="holds no samples"):
-        load(tar_of(tmp_path / "a.tar", {}))
+def test_tar_without_samples_is_rejected(tmp_path: Path) -> None:
+    files = {"1.jpg": make_png(1), "1.txt": b"caption"}
+    with pytest.raises(UserError, match=r"no sample next to 1\.jpg[\s\S]*data import"):
+        load(write_tar(tmp_path / "a.tar", files))
+    foreign = {"1.jpg": make_png(1), "1.json": b'{"image": "1.jpg", "conversations": []}'}
+    with pytest.raises(UserError, match=r"a\.tar, sample 1: the key image.*another dataset"):
+        load(write_tar(tmp_path / "a.tar", foreign)).read_samples()
+    with pytest.raises(UserError, match="contains no samples"):
+        load(write_tar(tmp_path / "a.tar", {}))
     (tmp_path / "a.tar").write_bytes(b"none" * 500)
     with pytest.raises(UserError, match="cannot be read"):
         load(tmp_path / "a.tar")
@@ -152,112 +152,114 @@ def test_tars_without_samples_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 @pytest.mark.parametrize("name", ["{beside}", "../{name}", "../../../../../../../{beside}"])
-def test_no_picture_that_did_not_come_with_it(
+def test_images_outside_the_container_are_not_read(
     table: Path, tmp_path: Path, kind: str, name: str
 ) -> None:
     (tmp_path / "in").mkdir()
-    row = rows_of(table)[0]
+    row = read_rows(table)[0]
     named = name.format(beside=tmp_path / NAMES[0], name=NAMES[0])
     row["messages"][0]["content"][0]["image"] = named
     if kind == "tar":
-        path = tar_of(tmp_path / "in" / "a.tar", {"s0.json": json.dumps(row).encode()})
+        path = write_tar(tmp_path / "in" / "a.tar", {"s0.json": json.dumps(row).encode()})
     else:
         images = [{"path": "other", "bytes": b""}]
         packed = row | {"messages": json.dumps(row["messages"]), "images": images}
         path = tmp_path / "in" / "a.parquet"
         parquet.write_table(pyarrow.Table.from_pylist([packed]), path)
-    with pytest.raises(DamagedPicture, match="no such picture"):
-        picture_size(shown(load(path), 0))
+    with pytest.raises(CorruptImageError, match="no such image"):
+        read_image_size(image_file(load(path), 0))
 
 
-def test_a_picture_that_the_tar_does_not_have(table: Path, tmp_path: Path) -> None:
-    row = rows_of(table)[0]
-    tar = tar_of(tmp_path / "a.tar", {"s0.json": json.dumps(row).encode()})
-    with pytest.raises(DamagedPicture, match=r"a\.tar/pictures\.d/0\.png: no such picture"):
-        picture_size(shown(load(tar), 0))
+def test_image_missing_from_tar(table: Path, tmp_path: Path) -> None:
+    row = read_rows(table)[0]
+    tar = write_tar(tmp_path / "a.tar", {"s0.json": json.dumps(row).encode()})
+    with pytest.raises(CorruptImageError, match=r"a\.tar/pictures\.d/0\.png: no such image"):
+        read_image_size(image_file(load(tar), 0))
 
 
-def test_a_tar_that_was_cut_off_after_its_samples_were_found(table: Path, tmp_path: Path) -> None:
-    as_tars(table, tmp_path / "one", 9)
+def test_truncated_tar_is_detected(table: Path, tmp_path: Path) -> None:
+    write_tar_shards(table, tmp_path / "one", 9)
     path = tmp_path / "one" / "000.tar"
-    file = shown(load(path), 6)
-    assert isinstance(content(file), object)
+    file = image_file(load(path), 6)
+    assert isinstance(resolve_content(file), object)
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(DamagedPicture, match="ends before byte"):
-        picture_size(file)
+    with pytest.raises(CorruptImageError, match="ends before byte"):
+        read_image_size(file)
 
 
 @pytest.mark.parametrize("texts", [False, True], ids=["structs", "texts"])
-def test_groups_too_large_to_be_read_again_and_again_are_divided_once(
+def test_large_row_groups_are_split_once(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: bool
 ) -> None:
-    path = as_parquet(table, tmp_path / "a.parquet", group=5, texts=texts)
-    plain = load(path)
+    path = write_parquet(table, tmp_path / "a.parquet", group=5, texts=texts)
+    baseline = load(path)
     written: list[Path] = []
-    divide = parquet_groups._divide
-    monkeypatch.setattr(parquet_groups, "divided_folder", lambda: tmp_path / "divided")
-    monkeypatch.setattr(parquet_groups, "LARGEST", 10)
-    monkeypatch.setattr(parquet_groups, "MOST_ROWS", 2)
+    divide = parquet_row_groups._rewrite_row_groups
+    monkeypatch.setattr(parquet_row_groups, "regrouped_folder", lambda: tmp_path / "divided")
+    monkeypatch.setattr(parquet_row_groups, "MAX_ROW_GROUP_BYTES", 10)
+    monkeypatch.setattr(parquet_row_groups, "MAX_GROUP_ROWS", 2)
     monkeypatch.setattr(
-        parquet_groups, "_divide", lambda *paths: (written.append(paths[1]), divide(*paths))
+        parquet_row_groups,
+        "_rewrite_row_groups",
+        lambda *paths: (written.append(paths[1]), divide(*paths)),
     )
     for _ in range(2):
-        parquet_groups._divided.cache_clear()
+        parquet_row_groups._ensure_small_groups.cache_clear()
         corpus = load(path)
         assert_same(corpus, table)
-    assert parquet_groups.group_sizes(path) == (2, 2, 1, 2)
+    assert parquet_row_groups.list_row_group_sizes(path) == (2, 2, 1, 2)
     assert len(written) == 1
-    assert corpus.fingerprint == plain.fingerprint
-    assert corpus.where(4) == f"{path}, row 5"
-    assert shown(corpus, 4).is_relative_to(path)
+    assert corpus.fingerprint == baseline.fingerprint
+    assert corpus.location(4) == f"{path}, row 5"
+    assert image_file(corpus, 4).is_relative_to(path)
     # Another file of this name is not taken for the old one.
-    as_parquet(table, path, group=7, texts=texts)
+    write_parquet(table, path, group=7, texts=texts)
     assert_same(load(path), table)
     assert len(written) == 2
 
 
-def test_no_room_for_smaller_groups(
+def test_no_disk_space_for_split_row_groups(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = as_parquet(table, tmp_path / "a.parquet")
-    monkeypatch.setattr(parquet_groups, "divided_folder", lambda: tmp_path / "divided")
-    monkeypatch.setattr(parquet_groups, "LARGEST", 10)
-    monkeypatch.setattr(Disk, "free", lambda disk, folder: 100)
+    path = write_parquet(table, tmp_path / "a.parquet")
+    monkeypatch.setattr(parquet_row_groups, "regrouped_folder", lambda: tmp_path / "divided")
+    monkeypatch.setattr(parquet_row_groups, "MAX_ROW_GROUP_BYTES", 10)
+    monkeypatch.setattr(FileSystem, "free_bytes", lambda disk, folder: 100)
     with pytest.raises(UserError, match=r"GB are free[\s\S]*row_group_size"):
         load(path)
     assert [file for file in (tmp_path / "divided").iterdir() if file.suffix != ".lock"] == []
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_damage_within_a_parquet_file(
+def test_corrupt_parquet_raises_user_error(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
 ) -> None:
     """Whatever byte is wrong: what is read, if anything, or a UserError."""
     if large:
-        monkeypatch.setattr(parquet_groups, "divided_folder", lambda: tmp_path / "divided")
-        monkeypatch.setattr(parquet_groups, "LARGEST", 10)
-    whole = as_parquet(table, tmp_path / "a.parquet").read_bytes()
-    said: list[str] = []
-    for at in range(4, len(whole), len(whole) // 150):
+        monkeypatch.setattr(parquet_row_groups, "regrouped_folder", lambda: tmp_path / "divided")
+        monkeypatch.setattr(parquet_row_groups, "MAX_ROW_GROUP_BYTES", 10)
+    full = write_parquet(table, tmp_path / "a.parquet").read_bytes()
+    output: list[str] = []
+    for at in range(4, len(full), len(full) // 150):
         path = tmp_path / f"{at}.parquet"
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        path.write_bytes(full[:at] + bytes([full[at] ^ 0x55]) + full[at + 1 :])
         try:
             corpus = load(path)
             for index in range(len(corpus)):
-                picture_size(shown(corpus, index))
+                read_image_size(image_file(corpus, index))
         except UserError as error:
-            said.append(error.what)
-    assert any("cannot be read as Parquet" in one for one in said)
+            output.append(error.what)
+    assert any("cannot be read as Parquet" in one for one in output)
 
 
-def test_broken_parquet_files_are_refused(table: Path, tmp_path: Path) -> None:
-    path = as_parquet(table, tmp_path / "a.parquet", texts=True)
-    whole = parquet.read_table(path)
-    broken = whole.set_column(1, "messages", pyarrow.array(["{"] * 7))
+def test_invalid_parquet_rows_are_rejected(table: Path, tmp_path: Path) -> None:
+    path = write_parquet(table, tmp_path / "a.parquet", texts=True)
+    full = parquet.read_table(path)
+    broken = full.set_column(1, "messages", pyarrow.array(["{"] * 7))
     parquet.write_table(broken, tmp_path / "b.parquet")
     with pytest.raises(UserError, match=r"b\.parquet, row 3: broken JSON"):
         _ = load(tmp_path / "b.parquet")[2]
-    parquet.write_table(whole.append_column("label", pyarrow.array(["x"] * 7)), path)
+    parquet.write_table(full.append_column("label", pyarrow.array(["x"] * 7)), path)
     with pytest.raises(UserError, match=r"a\.parquet, row 1: unknown key label"):
         _ = load(path)[0]
     (tmp_path / "c.parquet").write_bytes(b"PAR1 none")
@@ -265,10 +267,10 @@ def test_broken_parquet_files_are_refused(table: Path, tmp_path: Path) -> None:
         load(tmp_path / "c.parquet")
 
 
-def test_a_pattern_that_fits_nothing(tmp_path: Path) -> None:
+def test_pattern_without_matches(tmp_path: Path) -> None:
     (tmp_path / "a.tar").mkdir()
     for pattern in ("*.tar", "none/*.jsonl"):
-        with pytest.raises(UserError, match="no file fits"):
+        with pytest.raises(UserError, match="no file matches"):
             load(tmp_path / pattern)
     odd = tmp_path / "a[1].jsonl"
     odd.write_text('{"id": "a", "messages": [{"role": "user", "content": "q"}]}\n')

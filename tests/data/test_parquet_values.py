@@ -11,13 +11,13 @@ import pytest
 from pyarrow import parquet
 
 from finesight.data import parquet_values
-from finesight.data.importing import import_file
-from finesight.data.opening import Request
-from finesight.data.rows import open_rows
+from finesight.data.import_source import ImportOptions
+from finesight.data.importer import import_dataset
+from finesight.data.row_reader import open_row_file
 from finesight.errors import UserError
 
 
-def numbers(kind: Any, *values: int) -> Any:
+def read_values(kind: Any, *values: int) -> Any:
     """Integers taken for values of another type of the same width."""
     width = pyarrow.int32() if kind.bit_width == 32 else pyarrow.int64()
     return pyarrow.array(values, width).view(kind)
@@ -29,28 +29,28 @@ def written(path: Path, columns: dict[str, Any], **options: Any) -> Path:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    rows = open_rows(path)
-    return [row.record for row in rows.select(0, rows.total)]
+    rows = open_row_file(path)
+    return [row.record for row in rows.iter_range(0, rows.num_rows)]
 
 
 FAR = 2**61
 
 TIMES = [
-    (numbers(pyarrow.date32(), 2**30), None),
-    (numbers(pyarrow.date32(), -(2**30)), None),
-    (numbers(pyarrow.date32(), 365), "1971-01-01"),
-    (numbers(pyarrow.date64(), 86_400_000 * 10**8), None),
-    (numbers(pyarrow.timestamp("ms"), FAR), None),
-    (numbers(pyarrow.timestamp("ms", "Mars/Olympus"), FAR), None),
-    (numbers(pyarrow.timestamp("ns", "Mars/Olympus"), 1), "1970-01-01 00:00:00+00:00"),
-    (numbers(pyarrow.timestamp("us", "Asia/Shanghai"), 0), "1970-01-01 08:00:00+08:00"),
-    (numbers(pyarrow.timestamp("us", "Asia/Shanghai"), FAR), None),
-    (numbers(pyarrow.timestamp("us", "Mars/Olympus"), 0), "1970-01-01 00:00:00+00:00"),
-    (numbers(pyarrow.timestamp("us", "+08:00"), 0), "1970-01-01 08:00:00+08:00"),
-    (numbers(pyarrow.duration("s"), FAR), None),
-    (numbers(pyarrow.duration("ms"), 1500), "0:00:01.500000"),
-    (numbers(pyarrow.time64("us"), FAR), None),
-    (numbers(pyarrow.time32("s"), 60), "00:01:00"),
+    (read_values(pyarrow.date32(), 2**30), None),
+    (read_values(pyarrow.date32(), -(2**30)), None),
+    (read_values(pyarrow.date32(), 365), "1971-01-01"),
+    (read_values(pyarrow.date64(), 86_400_000 * 10**8), None),
+    (read_values(pyarrow.timestamp("ms"), FAR), None),
+    (read_values(pyarrow.timestamp("ms", "Mars/Olympus"), FAR), None),
+    (read_values(pyarrow.timestamp("ns", "Mars/Olympus"), 1), "1970-01-01 00:00:00+00:00"),
+    (read_values(pyarrow.timestamp("us", "Asia/Shanghai"), 0), "1970-01-01 08:00:00+08:00"),
+    (read_values(pyarrow.timestamp("us", "Asia/Shanghai"), FAR), None),
+    (read_values(pyarrow.timestamp("us", "Mars/Olympus"), 0), "1970-01-01 00:00:00+00:00"),
+    (read_values(pyarrow.timestamp("us", "+08:00"), 0), "1970-01-01 08:00:00+08:00"),
+    (read_values(pyarrow.duration("s"), FAR), None),
+    (read_values(pyarrow.duration("ms"), 1500), "0:00:01.500000"),
+    (read_values(pyarrow.time64("us"), FAR), None),
+    (read_values(pyarrow.time32("s"), 60), "00:01:00"),
 ]
 
 
@@ -59,21 +59,21 @@ def test_times_are_read_or_null(tmp_path: Path, column: Any, text: str | None) -
     columns = {"query": ["?", "!"], "response": ["x", "y"]}
     times = pyarrow.concat_arrays([column, pyarrow.nulls(1, column.type)])
     path = written(tmp_path / "a.parquet", {**columns, "when": times})
-    import_file(path, tmp_path / "out", Request())
+    import_dataset(path, tmp_path / "out", ImportOptions())
     lines = (tmp_path / "out" / "data.jsonl").read_text().splitlines()
     assert [json.loads(line)["meta"] for line in lines] == [{"when": text}, {"when": None}]
 
 
 def test_a_date_out_of_range_is_no_answer(tmp_path: Path) -> None:
-    far = numbers(pyarrow.date32(), 2**30, 0)
+    far = read_values(pyarrow.date32(), 2**30, 0)
     path = written(tmp_path / "a.parquet", {"query": ["?", "!"], "day": far})
-    request = Request(columns={"question": "query", "answer": "day"})
+    request = ImportOptions(columns={"question": "query", "answer": "day"})
     with pytest.raises(UserError, match="row 1: no answer in query, day"):
-        import_file(path, tmp_path / "out", request)
+        import_dataset(path, tmp_path / "out", request)
 
 
 def test_times_inside_of_lists_and_structs(tmp_path: Path) -> None:
-    days = numbers(pyarrow.date32(), 2**30, 0)
+    days = read_values(pyarrow.date32(), 2**30, 0)
     columns = {
         "list": pyarrow.ListArray.from_arrays([0, 2], days),
         "struct": pyarrow.StructArray.from_arrays([days[:1], pyarrow.array([5])], ["d", "n"]),
@@ -95,15 +95,15 @@ def test_rows_that_take_no_bytes(tmp_path: Path) -> None:
     """A million rows in 5 kB took 30 s and 1.7 GB."""
     same = pyarrow.array(["x"] * 1_000_000).dictionary_encode()
     path = written(tmp_path / "a.parquet", {"query": same, "response": same})
-    with pytest.raises(UserError, match=r"1,000,000 rows in .* bytes: they are all the same"):
-        open_rows(path)
+    with pytest.raises(UserError, match=r"1,000,000 rows in .* bytes: all rows are identical"):
+        open_row_file(path)
 
 
 def test_rows_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "a.parquet", {"a": ["x" * n for n in (10, 3000, 10)]})
-    monkeypatch.setattr(parquet_values, "LARGEST_ROW", 4000)
+    monkeypatch.setattr(parquet_values, "MAX_ROW_BYTES", 4000)
     assert [len(record["a"]) for record in read(path)] == [10, 3000, 10]
-    monkeypatch.setattr(parquet_values, "LARGEST_ROW", 2000)
+    monkeypatch.setattr(parquet_values, "MAX_ROW_BYTES", 2000)
     with pytest.raises(UserError, match="bytes in a sample"):
         read(path)
 
@@ -113,9 +113,9 @@ def test_long_values_that_repeat_are_read_few_at_a_time(
 ) -> None:
     path = written(tmp_path / "a.parquet", {"a": ["x" * 1000] * 500, "b": list(range(500))})
     group = parquet.read_metadata(path).row_group(0)
-    assert parquet_values.batch_rows(group) == 64
-    monkeypatch.setattr(parquet_values, "LARGEST_BATCH", 10_000)
-    assert 1 <= parquet_values.batch_rows(group) < 10
+    assert parquet_values.get_batch_size(group) == 64
+    monkeypatch.setattr(parquet_values, "MAX_BATCH_BYTES", 10_000)
+    assert 1 <= parquet_values.get_batch_size(group) < 10
     assert [record["b"] for record in read(path)] == list(range(500))
 
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from finesight.data.split import hold_out_last, split_by_picture
+from finesight.data.split import split_by_image, split_last_rows
 from finesight.errors import UserError
 
 
@@ -15,27 +15,27 @@ def keys(*rows: str) -> list[frozenset[str]]:
     return [frozenset(row) for row in rows]
 
 
-def test_last_rows_and_what_shows_their_pictures() -> None:
-    assert hold_out_last(keys("a", "b", "ac", "", "c", "d"), 2) == ([0, 1, 3], [4, 5])
+def test_last_rows_and_their_images_are_excluded() -> None:
+    assert split_last_rows(keys("a", "b", "ac", "", "c", "d"), 2) == ([0, 1, 3], [4, 5])
 
 
-def test_all_rows_may_be_held_out() -> None:
-    assert hold_out_last(keys("a", "b"), 2) == ([], [0, 1])
+def test_all_rows_may_be_eval_rows() -> None:
+    assert split_last_rows(keys("a", "b"), 2) == ([], [0, 1])
 
 
-def test_too_many_rows_to_hold_out() -> None:
+def test_too_many_eval_rows() -> None:
     with pytest.raises(UserError, match="3 rows of 2"):
-        hold_out_last(keys("a", "b"), 3)
+        split_last_rows(keys("a", "b"), 3)
     with pytest.raises(UserError, match="each of the other 1 rows"):
-        hold_out_last(keys("a", "a"), 1)
+        split_last_rows(keys("a", "a"), 1)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_split_keeps_rows_of_a_picture_together(seed: int) -> None:
+def test_split_keeps_rows_of_an_image_together(seed: int) -> None:
     draw = random.Random(seed)
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     rows = [frozenset(draw.choices(letters, k=draw.choice([0, 1, 1, 1]))) for _ in range(60)]
-    train, held_out = split_by_picture(rows, 0.8, seed)
+    train, held_out = split_by_image(rows, 0.8, seed)
     assert sorted(train + held_out) == list(range(60))
     assert not frozenset().union(*(rows[i] for i in train)) & frozenset().union(
         *(rows[i] for i in held_out)
@@ -43,21 +43,21 @@ def test_split_keeps_rows_of_a_picture_together(seed: int) -> None:
     assert len(held_out) == 12
 
 
-def test_pictures_shared_over_several_steps() -> None:
+def test_transitively_shared_images_stay_together() -> None:
     # ab - bc - cd is one group, e and f are groups of their own.
-    train, held_out = split_by_picture(keys("ab", "e", "bc", "f", "cd"), 0.6, 0)
+    train, held_out = split_by_image(keys("ab", "e", "bc", "f", "cd"), 0.6, 0)
     assert held_out == [1, 3]
     assert train == [0, 2, 4]
 
 
-def test_seed_decides() -> None:
+def test_seed_determines_the_split() -> None:
     rows = keys(*"abcdefghij")
-    found = {tuple(split_by_picture(rows, 0.8, seed)[1]) for seed in range(10)}
+    found = {tuple(split_by_image(rows, 0.8, seed)[1]) for seed in range(10)}
     assert len(found) > 3
-    assert split_by_picture(rows, 0.8, 5) == split_by_picture(rows, 0.8, 5)
+    assert split_by_image(rows, 0.8, 5) == split_by_image(rows, 0.8, 5)
 
 
 @pytest.mark.parametrize("rows", [keys("a"), keys("a", "a", "ab")])
-def test_nothing_to_split(rows: list[frozenset[str]]) -> None:
+def test_single_group_cannot_be_split(rows: list[frozenset[str]]) -> None:
     with pytest.raises(UserError, match="1 groups"):
-        split_by_picture(rows, 0.5, 0)
+        split_by_image(rows, 0.5, 0)

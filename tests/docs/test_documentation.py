@@ -1,6 +1,6 @@
-"""The documentation: the same in both languages, and what it tells to type works.
+"""Tests of the documentation: equal content in both languages, valid code blocks.
 
-`make test-docs` types every block of every page; without `--type-blocks`, blocks are read alone.
+`make test-docs` runs all blocks of all pages. Without `--type-blocks`, blocks are only parsed.
 """
 
 from __future__ import annotations
@@ -13,18 +13,25 @@ from pathlib import Path
 
 import pytest
 import yaml
-from docs_blocks import ROOT, Block, blocks, headings, pages
-from docs_stage import LATER, data_sets, hubs, models, reader_folder, stage
-from docs_typing import Reader
+from docs_code_blocks import ROOT, CodeBlock, list_code_blocks, list_heading_levels, list_pages
+from docs_environment import (
+    PREPARED_COMMANDS,
+    build_dataset_repositories,
+    build_model_repositories,
+    create_reader_folder,
+    prepare_page_folder,
+    run_fake_hubs,
+)
+from docs_terminal import DocsTerminal
 from typer.core import TyperGroup
 from typer.main import get_command
 
 from finesight.cli.app import app
-from finesight.recipe import recipe_of
+from finesight.recipe import recipe_from_dict
 
-ENGLISH, CHINESE = pages("en"), pages("zh")
-TOLD = {"README.md": ROOT / "README.md", **ENGLISH}
-BLOCKS = [block for page in TOLD.values() for block in blocks(page)]
+ENGLISH, CHINESE = list_pages("en"), list_pages("zh")
+RUNNABLE_PAGES = {"README.md": ROOT / "README.md", **ENGLISH}
+BLOCKS = [block for page in RUNNABLE_PAGES.values() for block in list_code_blocks(page)]
 TYPED = ("sh", "python", "console")
 
 
@@ -33,25 +40,25 @@ def test_both_languages_have_the_same_pages() -> None:
 
 
 @pytest.mark.parametrize("name", CHINESE)
-def test_a_page_has_the_same_in_both_languages(name: str) -> None:
+def test_page_has_the_same_content_in_both_languages(name: str) -> None:
     english, chinese = ENGLISH[name], CHINESE[name]
-    assert headings(chinese) == headings(english)
-    assert [_said(block) for block in blocks(chinese)] == [
-        _said(block) for block in blocks(english)
+    assert list_heading_levels(chinese) == list_heading_levels(english)
+    assert [normalize_block(block) for block in list_code_blocks(chinese)] == [
+        normalize_block(block) for block in list_code_blocks(english)
     ]
 
 
-def _said(block: Block) -> tuple[str, str | None, str | None, str]:
-    # The captions of toctrees are in the page's language; what they list is compared.
+def normalize_block(block: CodeBlock) -> tuple[str, str | None, str | None, str]:
+    # Captions of toctrees are translated; only their entries are compared.
     caption = None if block.language == "toctree" else block.caption
     return block.language, caption, block.needs, block.code
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "sh"], ids=str)
-def test_commands_of_a_block_are_there(block: Block) -> None:
-    """Names and options alone: nothing is done."""
+def test_commands_in_code_blocks_exist(block: CodeBlock) -> None:
+    """Check command names and options without running the commands."""
     for words in _commands(block.text):
-        _understood(words, f"{block}: {shlex.join(words)}")
+        check_command(words, f"{block}: {shlex.join(words)}")
 
 
 def _commands(text: str) -> Iterator[list[str]]:
@@ -64,11 +71,11 @@ def _commands(text: str) -> Iterator[list[str]]:
             yield after[: min(ends, default=len(after))]
 
 
-def _understood(words: list[str], told: str) -> None:
+def check_command(words: list[str], error_reported: str) -> None:
     command = get_command(app)
     while isinstance(command, TyperGroup) and words and not words[0].startswith("-"):
         name, *words = words
-        assert name in command.commands, f"{told}: no command {name}"
+        assert name in command.commands, f"{error_reported}: no command {name}"
         command = command.commands[name]
     known = {
         flag
@@ -76,23 +83,24 @@ def _understood(words: list[str], told: str) -> None:
         for flag in (*parameter.opts, *parameter.secondary_opts)
     }
     flags = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
-    assert flags <= known | {"--help"}, f"{told}: no option {flags - known}"
+    assert flags <= known | {"--help"}, f"{error_reported}: no option {flags - known}"
 
 
-def _is_of_a_recipe(block: Block) -> bool:
-    """What other programs are told is shown, too, on the page that leads from them."""
+def _is_of_a_recipe(block: CodeBlock) -> bool:
+    """Check if a YAML block is a recipe; migration pages also contain settings of other
+    programs."""
     return block.language == "yaml" and "model_name_or_path" not in block.text
 
 
 @pytest.mark.parametrize("block", filter(_is_of_a_recipe, BLOCKS), ids=str)
-def test_settings_of_a_block_are_those_of_a_recipe(block: Block) -> None:
-    least = {"model": "tiny", "data": {"train": "train.jsonl"}, "output": "runs/a"}
-    recipe_of(least | yaml.safe_load(block.text))
+def test_settings_in_code_blocks_are_valid(block: CodeBlock) -> None:
+    least = {"model": "tiny", "data": {"train": "train.jsonl"}, "output_dir": "runs/a"}
+    recipe_from_dict(least | yaml.safe_load(block.text))
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "json"], ids=str)
-def test_json_of_a_page_can_be_read(block: Block) -> None:
-    """Of several programs and kinds: what each means is typed by `make test-docs`."""
+def test_json_code_blocks_are_valid(block: CodeBlock) -> None:
+    """Check JSON syntax; `make test-docs` runs the blocks."""
     json.loads(block.text)
 
 
@@ -103,32 +111,41 @@ def reader_env(
     if not request.config.getoption("--type-blocks"):
         pytest.skip("blocks are typed by `make test-docs`")
     folder = tmp_path_factory.mktemp("reader")
-    with hubs(models(folder / "models") | data_sets(), folder / "home") as env:
+    with run_fake_hubs(
+        build_model_repositories(folder / "models") | build_dataset_repositories(), folder / "home"
+    ) as env:
         yield env
 
 
 @pytest.fixture(scope="session")
-def prepared(reader_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared_repositories(
+    reader_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("prepared") / "folder"
-    reader_folder(folder)
-    reader = Reader(folder, reader_env)
-    reader.types(Block(Path(__file__), 0, "sh", LATER, None, None))
-    reader.leaves()
+    create_reader_folder(folder)
+    reader = DocsTerminal(folder, reader_env)
+    reader.run_block(CodeBlock(Path(__file__), 0, "sh", PREPARED_COMMANDS, None, None))
+    reader.close()
     return folder
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, page in TOLD.items() if any(b.language in TYPED for b in blocks(page))]
+    "name",
+    [
+        n
+        for n, page in RUNNABLE_PAGES.items()
+        if any(b.language in TYPED for b in list_code_blocks(page))
+    ],
 )
-def test_what_a_page_tells_to_type_works(
+def test_code_blocks_of_page_run(
     name: str, reader_env: dict[str, str], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     folder = tmp_path / "folder"
-    stage(name, request.getfixturevalue("prepared"), folder)
-    reader = Reader(folder, reader_env)
+    prepare_page_folder(name, request.getfixturevalue("prepared_repositories"), folder)
+    reader = DocsTerminal(folder, reader_env)
     try:
-        for block in blocks(TOLD[name]):
+        for block in list_code_blocks(RUNNABLE_PAGES[name]):
             if block.needs is None and (block.caption or block.language in TYPED):
-                reader.types(block)
+                reader.run_block(block)
     finally:
-        reader.leaves()
+        reader.close()

@@ -14,42 +14,42 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from doctoring import codes, only
-from small_run import Task
+from doctor_fixtures import find_diagnosis, list_codes
+from tiny_task import TinyTask
 
 from finesight import storage
-from finesight.cli.app import run
-from finesight.doctor import run_course, run_end
-from finesight.doctor.findings import Finding
-from finesight.errors import Interrupted, UserError
-from finesight.report.record import read_record
+from finesight.cli.app import run_command
+from finesight.doctor import run_end_check, training_check
+from finesight.doctor.diagnosis import Diagnosis
+from finesight.errors import TrainingInterrupted, UserError
+from finesight.report.run_reader import read_run
 
 SHORT = ("train.epochs=null", "train.steps=16", "train.save_every=16", "train.pack_tokens=1000")
 
 
 @pytest.fixture
-def task(tmp_path: Path) -> Task:
-    return Task(tmp_path / "task")
+def task(tmp_path: Path) -> TinyTask:
+    return TinyTask(tmp_path / "task")
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unfinished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has not come to its end, to look at."""
-    return Task(tmp_path_factory.mktemp("stopped") / "task").unfinished()
+    return TinyTask(tmp_path_factory.mktemp("stopped") / "task").rewind_to_checkpoint()
 
 
-def judged(folder: Path) -> list[Finding]:
-    record = read_record(folder)
-    return [*run_end.judge(record), *run_course.judge(record)]
+def diagnose(folder: Path) -> list[Diagnosis]:
+    record = read_run(folder)
+    return [*run_end_check.check_run_end(record), *training_check.check_training(record)]
 
 
-def typed_in(remedy: str) -> None:
+def run_remedy(remedy: str) -> None:
     """Every command of a remedy: ours in this process, others by a shell."""
     for command in remedy.replace(" && ", "\n").splitlines():
         words = shlex.split(command)
         if words[0] == "finesight":
             # What `data check` mends it also tells, by its exit code.
-            assert run(words[1:]) == (2 if "--fix" in words else 0), command
+            assert run_command(words[1:]) == (2 if "--fix" in words else 0), command
         else:
             subprocess.run(command, shell=True, check=True)
 
@@ -57,179 +57,187 @@ def typed_in(remedy: str) -> None:
 def output_of(remedy: str) -> Path:
     """The new folder that a remedy names."""
     words = shlex.split(remedy.splitlines()[-1])
-    (output,) = [word.partition("=")[2] for word in words if word.startswith("output=")]
+    (output,) = [word.partition("=")[2] for word in words if word.startswith("output_dir=")]
     return Path(output)
 
 
-def test_a_learning_rate_that_is_too_high_is_found_and_lowered(task: Task) -> None:
-    task.run(*SHORT, "train.learning_rate=1.0", "train.schedule=constant", name="my run")
-    found = only(judged(task.folder / "my run"), "rate-too-high")
-    assert "gradients have died away" in found.what
-    typed_in(found.remedy)
-    assert codes(judged(output_of(found.remedy))) == []
+def test_high_learning_rate_is_found_and_lowered(task: TinyTask) -> None:
+    task.run(*SHORT, "train.learning_rate=1.0", "train.lr_schedule=constant", name="my run")
+    found = find_diagnosis(diagnose(task.folder / "my run"), "learning-rate-too-high")
+    assert "gradients vanished" in found.what
+    run_remedy(found.remedy)
+    assert list_codes(diagnose(output_of(found.remedy))) == []
 
 
-def test_a_flat_loss_is_found_and_following_the_commands_it_falls(task: Task) -> None:
-    task.run(*SHORT, "train.learning_rate=1e-7", "train.schedule=constant")
+def test_flat_loss_is_found_and_remedy_trains(task: TinyTask) -> None:
+    task.run(*SHORT, "train.learning_rate=1e-7", "train.lr_schedule=constant")
     folder = task.folder / "run"
     for _ in range(2):
-        found = only(judged(folder), "loss-flat")
+        found = find_diagnosis(diagnose(folder), "loss-flat")
         assert "learning rate is too low" in found.why
-        typed_in(found.remedy)
+        run_remedy(found.remedy)
         folder = output_of(found.remedy)
-    assert codes(judged(folder)) == []
+    assert list_codes(diagnose(folder)) == []
 
 
-def test_a_run_without_finite_losses_is_explained_and_set_right(task: Task) -> None:
-    with pytest.raises(UserError, match="no finite"):
+def test_non_finite_loss_is_explained_and_fixed(task: TinyTask) -> None:
+    with pytest.raises(UserError, match="non-finite"):
         task.run(*SHORT, "train.learning_rate=1e30")
-    faults = [one for one in judged(task.folder / "run") if one.severity == "fault"]
+    faults = [one for one in diagnose(task.folder / "run") if one.severity == "error"]
     assert [one.code for one in faults] == ["not-finite"]
     assert "train.jsonl:" in faults[0].why
-    typed_in(faults[0].remedy)
-    assert codes(judged(output_of(faults[0].remedy))) == []
+    run_remedy(faults[0].remedy)
+    assert list_codes(diagnose(output_of(faults[0].remedy))) == []
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_a_recipe_that_cannot_be_read_is_told(stopped: Path, tmp_path: Path, ended: bool) -> None:
+def test_unreadable_recipe_is_reported(unfinished_run: Path, tmp_path: Path, ended: bool) -> None:
     folder = tmp_path / "copy"
-    shutil.copytree(stopped, folder)
+    shutil.copytree(unfinished_run, folder)
     recipe = folder / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("seed:", "sead:"))
     if ended:
         (folder / "result.json").write_text('{"steps": 4}')
-    found = only(judged(folder), "recipe")
-    assert found.severity == ("hint" if ended else "fault")
+    found = find_diagnosis(diagnose(folder), "recipe")
+    assert found.severity == ("warning" if ended else "error")
     assert "sead" in found.what
-    assert run(shlex.split(found.remedy)[1:]) == 2
+    assert run_command(shlex.split(found.remedy)[1:]) == 2
 
 
-def test_a_run_that_was_killed_goes_on(task: Task) -> None:
-    folder = task.unfinished()
-    found = only(judged(folder), "unfinished")
+def test_killed_run_is_resumed(task: TinyTask) -> None:
+    folder = task.rewind_to_checkpoint()
+    found = find_diagnosis(diagnose(folder), "unfinished")
     assert "was killed" in found.why
-    assert "; 2 steps are done again" in found.why
-    typed_in(found.remedy)
-    assert codes(judged(folder)) == []
+    assert "; 2 steps will be repeated" in found.why
+    run_remedy(found.remedy)
+    assert list_codes(diagnose(folder)) == []
 
 
 @pytest.mark.parametrize(
-    ("how", "said"), [("interrupted", "it was interrupted: for a test"), ("failed", "it failed")]
+    ("how", "printed_text"),
+    [("interrupted", "it was interrupted: for a test"), ("failed", "it failed")],
 )
-def test_why_a_run_ended_is_what_it_noted(
-    stopped: Path, tmp_path: Path, how: str, said: str
+def test_end_reason_is_read_from_run(
+    unfinished_run: Path, tmp_path: Path, how: str, printed_text: str
 ) -> None:
     """A run that was started again since has not ended by that."""
     folder = tmp_path / "copy"
-    shutil.copytree(stopped, folder)
-    end = {"step": 6, "ended": "2026-01-01T00:00:00+00:00", "how": how, "why": "for a test"}
+    shutil.copytree(unfinished_run, folder)
+    end = {
+        "step": 6,
+        "ended_at": "2026-01-01T00:00:00+00:00",
+        "status": how,
+        "reason": "for a test",
+    }
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(end) + "\n")
         file.flush()
-        found = only(judged(folder), "unfinished")
-        assert said in found.why
+        found = find_diagnosis(diagnose(folder), "unfinished")
+        assert printed_text in found.why
         assert "for a test; 2 steps" in found.why
-        file.write(json.dumps({"step": 6, "started": "2026-01-02T00:00:00+00:00"}) + "\n")
-    assert "was killed" in only(judged(folder), "unfinished").why
+        file.write(json.dumps({"step": 6, "started_at": "2026-01-02T00:00:00+00:00"}) + "\n")
+    assert "was killed" in find_diagnosis(diagnose(folder), "unfinished").why
 
 
-def test_an_interrupted_run_says_itself_what_stopped_it(task: Task) -> None:
-    class Stopping(storage.Disk):
+def test_interrupted_run_records_the_signal(task: TinyTask) -> None:
+    class Stopping(storage.FileSystem):
         def rename(self, source: Path, target: Path) -> None:
             super().rename(source, target)
             if target.name == "step-2":
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    with storage.using(Stopping()), pytest.raises(Interrupted):
+    with storage.use_file_system(Stopping()), pytest.raises(TrainingInterrupted):
         task.run()
-    found = only(judged(task.folder / "run"), "unfinished")
+    found = find_diagnosis(diagnose(task.folder / "run"), "unfinished")
     assert "it was interrupted: stopped by SIGTERM" in found.why
-    assert "done again" not in found.why
+    assert "repeated" not in found.why
 
 
-def test_a_damaged_checkpoint_is_told_and_resuming_passes_it_by(task: Task) -> None:
-    task.run("train.keep=3")
+def test_damaged_checkpoint_is_reported_and_skipped(task: TinyTask) -> None:
+    task.run("train.keep_checkpoints=3")
     folder = task.folder / "run"
     (folder / "result.json").unlink()
     storage.remove_folder(folder / "checkpoints" / "step-6")
     state = folder / "checkpoints" / "step-4" / "state.json"
     state.write_text(state.read_text() + " ")
-    found = only(judged(folder), "checkpoint-damaged")
-    assert "step 2 comes before it" in found.why
-    typed_in(found.remedy)
-    assert codes(judged(folder)) == []
+    found = find_diagnosis(diagnose(folder), "checkpoint-damaged")
+    assert "previous checkpoint is from step 2" in found.why
+    run_remedy(found.remedy)
+    assert list_codes(diagnose(folder)) == []
 
 
-def test_damaged_weights_are_written_again_from_the_checkpoint(task: Task) -> None:
+def test_damaged_weights_are_rewritten_from_checkpoint(task: TinyTask) -> None:
     task.run()
     folder = task.folder / "run"
     weights = folder / "adapter" / "adapter_model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1] + b"\x7f")
-    typed_in(only(judged(folder), "weights-damaged").remedy)
-    assert codes(judged(folder)) == []
-    assert len(weights.read_bytes()) == len(whole)
+    full = weights.read_bytes()
+    weights.write_bytes(full[:-1] + b"\x7f")
+    run_remedy(find_diagnosis(diagnose(folder), "weights-damaged").remedy)
+    assert list_codes(diagnose(folder)) == []
+    assert len(weights.read_bytes()) == len(full)
 
 
-def _lose_picture(task: Task) -> None:
+def _delete_image(task: TinyTask) -> None:
     (task.folder / "train3.png").unlink()
 
 
-def _shorten(task: Task) -> None:
+def _shorten(task: TinyTask) -> None:
     task.recipe["data"]["max_length"] = 44
 
 
-@pytest.mark.parametrize("plant", [_lose_picture, _shorten])
-def test_samples_that_were_left_out_are_mended(task: Task, plant: Callable[[Task], None]) -> None:
+@pytest.mark.parametrize("plant", [_delete_image, _shorten])
+def test_skipped_samples_are_fixed(task: TinyTask, plant: Callable[[TinyTask], None]) -> None:
     plant(task)
     task.run(*SHORT[:1], "train.steps=2")
-    found = only(judged(task.folder / "run"), "left-out")
-    assert found.severity == "fault"
-    typed_in(found.remedy)
-    assert "left-out" not in codes(judged(output_of(found.remedy)))
+    found = find_diagnosis(diagnose(task.folder / "run"), "samples-skipped")
+    assert found.severity == "error"
+    run_remedy(found.remedy)
+    assert "samples-skipped" not in list_codes(diagnose(output_of(found.remedy)))
 
 
-def test_a_base_that_moved_is_looked_for_and_a_changed_one_is_told(task: Task) -> None:
+def test_missing_or_changed_base_is_reported(task: TinyTask) -> None:
     task.run(*SHORT[:1], "train.steps=1")
     folder, model = task.folder / "run", task.folder / "tiny"
     model.rename(task.folder / "elsewhere")
-    found = only(judged(folder), "base-missing")
+    found = find_diagnosis(diagnose(folder), "base-missing")
     assert shlex.split(found.remedy)[-1] == "tiny"
     (task.folder / "elsewhere").rename(model)
     header = model / "model.safetensors"
     header.write_bytes(
         header.read_bytes().replace(b'"BF16"', b'"F16" ').replace(b'"F32"', b'"I32"')
     )
-    found = only(judged(folder), "base-changed")
+    found = find_diagnosis(diagnose(folder), "base-changed")
     assert shlex.split(found.remedy) == ["finesight", "doctor", str(model)]
-    assert run(["doctor", str(model)]) == 2
+    assert run_command(["doctor", str(model)]) == 2
 
 
-def test_a_run_that_goes_on_is_left_in_peace(stopped: Path) -> None:
-    handle = os.open(stopped, os.O_RDONLY)
+def test_running_run_is_not_touched(unfinished_run: Path) -> None:
+    handle = os.open(unfinished_run, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        found = judged(stopped)
+        found = diagnose(unfinished_run)
     finally:
         os.close(handle)
-    assert codes(found) == []
-    assert str(os.getpid()) in only(found, "end").what
+    assert list_codes(found) == []
+    assert str(os.getpid()) in find_diagnosis(found, "run-end").what
 
 
-def test_a_checkpoint_that_has_no_room_is_told(
-    stopped: Path, monkeypatch: pytest.MonkeyPatch
+def test_no_disk_space_for_checkpoint_is_reported(
+    unfinished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_end.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
-    found = only(judged(stopped), "disk-full")
+    monkeypatch.setattr(run_end_check.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    found = find_diagnosis(diagnose(unfinished_run), "disk-full")
     assert found.remedy.startswith("du ")
 
 
-def test_the_command_says_all_of_it(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["doctor", str(stopped)]) == 2
+def test_doctor_command_prints_all_findings(
+    unfinished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["doctor", str(unfinished_run)]) == 2
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("  FAULT  the run is not finished") for line in lines)
-    assert f"         $ finesight train {stopped}/recipe.yaml --resume" in lines
-    assert run(["doctor", str(stopped), "--json"]) == 2
-    said = json.loads(capsys.readouterr().out)
-    assert said["faults"] == 1
-    assert {"section", "code", "severity", "what", "why", "remedy"} == set(said["findings"][0])
+    assert any(line.startswith("  ERROR    the run is not finished") for line in lines)
+    assert f"           $ finesight train {unfinished_run}/recipe.yaml --resume" in lines
+    assert run_command(["doctor", str(unfinished_run), "--json"]) == 2
+    output = json.loads(capsys.readouterr().out)
+    assert output["num_errors"] == 1
+    assert {"section", "code", "severity", "what", "why", "remedy"} == set(output["diagnoses"][0])

@@ -23,34 +23,34 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from finesight.data.jsonl import Located
+from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import BoxPart, ImagePart, TextPart, VideoPart
-from finesight.hub import ModelFolder
+from finesight.model_folder import ModelFolder
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 EMBEDDING_SYSTEM = "<|im_start|>system\nRepresent the user's input.<|im_end|>\n"
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedEncoding:
     """What the reference makes of a conversation."""
 
     text: str
     ids_T: np.ndarray
-    learned_T: np.ndarray
-    positions_3T: np.ndarray
-    published_3T: np.ndarray
+    loss_mask_T: np.ndarray
+    position_ids_3T: np.ndarray
+    published_position_ids_3T: np.ndarray
     patches_ND: np.ndarray
-    grids: list[tuple[int, int, int]]
+    grid_thw: list[tuple[int, int, int]]
 
 
-class Reference:
+class HFChatReference:
     """Chat template, tokenizer, picture processor and rope index of one model folder."""
 
     def __init__(self, folder: ModelFolder) -> None:
         self.folder = folder
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder.tokenizer_file))
-        given = folder.preprocessor
+        given = folder.preprocessor_config
         self.side = given["patch_size"]
         self.newest = folder.family == "qwen3_vl"
         self.processor = Qwen2VLImageProcessorPil(
@@ -61,20 +61,26 @@ class Reference:
             for name in ("im_start", "im_end", "image_pad", "video_pad")
         }
 
-    def expected(self, located: Located) -> Expected:
+    def encode(self, located_sample: LocatedSample) -> ExpectedEncoding:
         """Ids, learned marks, positions and patches of the whole conversation."""
-        seen = [v for part in located.sample.parts() for v in self._visuals(part, located)]
+        seen = [
+            v
+            for part in located_sample.sample.iter_parts()
+            for v in self._process_visuals(part, located_sample)
+        ]
         sizes = [(v.original, v.resized) for v in seen if v.kind == "image"]
         messages = [
             {
                 "role": message.role,
-                "content": [_as_content(run, self.folder.family, sizes) for run in _runs(message)],
+                "content": [
+                    _to_content(run, self.folder.family, sizes) for run in _group_boxes(message)
+                ],
             }
-            for message in located.sample.messages
+            for message in located_sample.sample.messages
         ]
-        text = self._template(messages)
+        text = self._apply_template(messages)
         if self.newest:
-            text = _with_moments(text, located)
+            text = _insert_timestamps(text, located_sample)
         for visual in seen:
             pad = f"<|{visual.kind}_pad|>"
             count = math.prod(visual.grid) // 4
@@ -83,18 +89,18 @@ class Reference:
             text = text.replace(f"<|taken {kind}|>", f"<|{kind}_pad|>")
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         patches = [visual.patches for visual in seen] or [np.empty((0, 6 * self.side**2))]
-        return Expected(
+        return ExpectedEncoding(
             text=text,
             ids_T=np.array(ids),
-            learned_T=self._learned(ids),
-            positions_3T=self._rope_index(ids, seen),
-            published_3T=self._published(ids, seen),
+            loss_mask_T=self._compute_loss_mask(ids),
+            position_ids_3T=self._rope_index(ids, seen),
+            published_position_ids_3T=self._published_rope_index(ids, seen),
             patches_ND=np.concatenate(patches),
-            grids=[visual.grid for visual in seen],
+            grid_thw=[visual.grid for visual in seen],
         )
 
-    def _template(self, messages: list[dict[str, Any]]) -> str:
-        expected = in_words(messages, None if self.newest else DEFAULT_SYSTEM)
+    def _apply_template(self, messages: list[dict[str, Any]]) -> str:
+        expected = render_chat(messages, None if self.newest else DEFAULT_SYSTEM)
         chat = self.folder.chat_template
         if not chat:
             return expected
@@ -103,17 +109,21 @@ class Reference:
         assert str(text).removeprefix(EMBEDDING_SYSTEM if self.newest else "") == expected
         return expected
 
-    def _visuals(self, part: object, located: Located) -> list[Visual]:
+    def _process_visuals(
+        self, part: object, located_sample: LocatedSample
+    ) -> list[ProcessedVisual]:
         p = self.side
         if isinstance(part, ImagePart):
-            image = Image.open(located.path(part.image))
-            original, patches, grid = image.size[::-1], *self._processed(image)
-            return [Visual("image", original, (grid[1] * p, grid[2] * p), grid, patches, 0.0)]
+            image = Image.open(located_sample.resolve_path(part.image))
+            original, patches, grid = image.size[::-1], *self._process_image(image)
+            return [
+                ProcessedVisual("image", original, (grid[1] * p, grid[2] * p), grid, patches, 0.0)
+            ]
         if isinstance(part, VideoPart):
             # No video processor without torchvision: each frame goes through the pictures' own.
-            frames = [Image.open(located.path(name)) for name in part.frames]
+            frames = [Image.open(located_sample.resolve_path(name)) for name in part.frames]
             frames += frames[-1:] * (len(frames) % 2)
-            processed = [self._processed(frame) for frame in frames]
+            processed = [self._process_image(frame) for frame in frames]
             stills = np.stack([patches for patches, _ in processed])
             t, (_, h, w) = len(frames) // 2, processed[0][1]
             pairs = stills.reshape(t, 2, h * w, 3, 2, p, p)[:, :, :, :, 0]
@@ -121,11 +131,13 @@ class Reference:
             original, size, seconds = frames[0].size[::-1], (h * p, w * p), 2 / part.fps
             if self.newest:
                 apart = np.split(patches, t)
-                return [Visual("video", original, size, (1, h, w), x, seconds) for x in apart]
-            return [Visual("video", original, size, (t, h, w), patches, seconds)]
+                return [
+                    ProcessedVisual("video", original, size, (1, h, w), x, seconds) for x in apart
+                ]
+            return [ProcessedVisual("video", original, size, (t, h, w), patches, seconds)]
         return []
 
-    def _processed(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
+    def _process_image(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
         """Patches before rescaling and normalising: whole numbers from 0 to 255."""
         out = self.processor(
             images=[image], do_rescale=False, do_normalize=False, return_tensors="np"
@@ -133,19 +145,19 @@ class Reference:
         t, h, w = (int(number) for number in out["image_grid_thw"][0])
         return out["pixel_values"], (t, h, w)
 
-    def _learned(self, ids: list[int]) -> np.ndarray:
+    def _compute_loss_mask(self, ids: list[int]) -> np.ndarray:
         """From each `<|im_start|>assistant` and newline to the next `<|im_end|>` included."""
         opening = self.tokenizer("assistant\n", add_special_tokens=False)["input_ids"]
-        learned = np.zeros(len(ids), dtype=bool)
+        loss_mask = np.zeros(len(ids), dtype=bool)
         inside = False
         for at, token in enumerate(ids):
             head = ids[at - len(opening) - 1 : at]
             inside = inside or head == [self.ids["im_start"], *opening]
-            learned[at] = inside
+            loss_mask[at] = inside
             inside = inside and token != self.ids["im_end"]
-        return learned
+        return loss_mask
 
-    def _rope_index(self, ids: list[int], seen: list[Visual]) -> np.ndarray:
+    def _rope_index(self, ids: list[int], seen: list[ProcessedVisual]) -> np.ndarray:
         """transformers' own positions."""
         kinds = {self.ids["image_pad"]: 1, self.ids["video_pad"]: 2}
         arguments: dict[str, Any] = {
@@ -156,14 +168,14 @@ class Reference:
         if "video_grid_thw" in arguments and self.folder.family == "qwen2_5_vl":
             seconds = [v.seconds for v in seen if v.kind == "video"]
             arguments["second_per_grid_ts"] = torch.tensor(seconds)
-        positions, _ = rope_model(self.folder.family).get_rope_index(
+        positions, _ = build_rope_model(self.folder.family).get_rope_index(
             input_ids=torch.tensor([ids]),
             mm_token_type_ids=torch.tensor([[kinds.get(token, 0) for token in ids]]),
             **arguments,
         )
         return positions[:, 0].numpy()
 
-    def _published(self, ids: list[int], seen: list[Visual]) -> np.ndarray:
+    def _published_rope_index(self, ids: list[int], seen: list[ProcessedVisual]) -> np.ndarray:
         """The rule of the published code in words of one syllable: one token at a time; after a
         picture or video, text goes on at one more than the largest position of any row."""
         rows: list[tuple[int, int, int]] = []
@@ -190,7 +202,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Visual:
+class ProcessedVisual:
     """A picture or video as the reference processes it."""
 
     kind: str
@@ -201,7 +213,7 @@ class Visual:
     seconds: float
 
 
-def in_words(messages: list[dict[str, Any]], system: str | None = DEFAULT_SYSTEM) -> str:
+def render_chat(messages: list[dict[str, Any]], system: str | None = DEFAULT_SYSTEM) -> str:
     """The published chat template, said as code."""
     own = messages[0]["role"] == "system" or system is None
     turns = [] if own else [("system", system)]
@@ -216,9 +228,9 @@ def in_words(messages: list[dict[str, Any]], system: str | None = DEFAULT_SYSTEM
     return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
 
 
-def _with_moments(text: str, located: Located) -> str:
+def _insert_timestamps(text: str, located_sample: LocatedSample) -> str:
     """Each video as its pairs of frames, with the time between the two in front."""
-    for part in located.sample.parts():
+    for part in located_sample.sample.iter_parts():
         if isinstance(part, VideoPart):
             moments = [number / part.fps for number in range(len(part.frames))]
             moments += moments[-1:] * (len(moments) % 2)
@@ -230,7 +242,7 @@ def _with_moments(text: str, located: Located) -> str:
 
 
 @cache
-def rope_model(family: str) -> Any:
+def build_rope_model(family: str) -> Any:
     """A model of the family without numbers in its weights, for its rule of positions."""
     vision = {"depth": 1, "spatial_merge_size": 2, "tokens_per_second": 2}
     text = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 128}
@@ -245,7 +257,7 @@ def rope_model(family: str) -> Any:
         return Qwen2_5_VLModel(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
 
 
-def _runs(message: Any) -> list[Any]:
+def _group_boxes(message: Any) -> list[Any]:
     """The parts of a turn, adjacent boxes gathered in lists."""
     runs: list[Any] = []
     for part in message.content:
@@ -256,36 +268,36 @@ def _runs(message: Any) -> list[Any]:
     return runs
 
 
-def _as_content(run: Any, family: str, sizes: list[Any]) -> dict[str, str]:
+def _to_content(run: Any, family: str, sizes: list[Any]) -> dict[str, str]:
     if isinstance(run, TextPart):
         return {"type": "text", "text": run.text}
     if not isinstance(run, list):
         return {"type": run.type}
     if family == "qwen2_vl":
-        return {"type": "text", "text": "".join(_in_thousandths(box, sizes) for box in run)}
+        return {"type": "text", "text": "".join(_format_box_1000(box, sizes) for box in run)}
     if family == "qwen3_vl":
         sizes = [(original, (1000, 1000)) for original, _ in sizes]
-    items = ", ".join(_in_json(box, sizes) for box in run)
+    items = ", ".join(_format_box_json(box, sizes) for box in run)
     return {"type": "text", "text": f"[{items}]" if len(run) > 1 else items}
 
 
-def _in_thousandths(box: BoxPart, sizes: list[Any]) -> str:
+def _format_box_1000(box: BoxPart, sizes: list[Any]) -> str:
     (height, width), _ = sizes[box.image]
-    whole = (Fraction(width), Fraction(height)) * 2
+    image_size = (Fraction(width), Fraction(height)) * 2
     x1, y1, x2, y2 = (
         math.floor(Fraction(value) * 1000 / side + Fraction(1, 2))
-        for value, side in zip(box.xyxy, whole, strict=True)
+        for value, side in zip(box.xyxy, image_size, strict=True)
     )
     name = "" if box.label is None else f"<|object_ref_start|>{box.label}<|object_ref_end|>"
     return f"{name}<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>"
 
 
-def _in_json(box: BoxPart, sizes: list[Any]) -> str:
+def _format_box_json(box: BoxPart, sizes: list[Any]) -> str:
     (height, width), (new_height, new_width) = sizes[box.image]
     scales = (Fraction(new_width, width), Fraction(new_height, height)) * 2
-    numbers = ", ".join(
+    values = ", ".join(
         str(math.floor(Fraction(value) * scale + Fraction(1, 2)))
         for value, scale in zip(box.xyxy, scales, strict=True)
     )
     label = "" if box.label is None else f', "label": {json.dumps(box.label, ensure_ascii=False)}'
-    return f'{{"bbox_2d": [{numbers}]{label}}}'
+    return f'{{"bbox_2d": [{values}]{label}}}'

@@ -7,22 +7,22 @@ import random
 
 import pytest
 
-from finesight.encode.dialect import Box, PlacedBox
+from finesight.encode.family_base import ImageBox, PredictedBox
 from finesight.encode.qwen2_5_vl import Qwen25VL
 
 FAMILY = Qwen25VL()
 
 
-def test_writes_pixels_of_the_resized_picture() -> None:
-    box = PlacedBox('猫 "x"', (48, 36, 480, 359.9), (360, 480), (252, 336))
+def test_boxes_are_written_in_resized_pixels() -> None:
+    box = ImageBox('猫 "x"', (48, 36, 480, 359.9), (360, 480), (252, 336))
     alone = '{"bbox_2d": [34, 25, 336, 252], "label": "猫 \\"x\\""}'
     assert FAMILY.write_boxes([box]) == [alone]
-    bare = PlacedBox(None, (-0.4, 0, 1.4, 3), (3, 3), (28, 28))
+    bare = ImageBox(None, (-0.4, 0, 1.4, 3), (3, 3), (28, 28))
     assert FAMILY.write_boxes([bare]) == ['{"bbox_2d": [0, 0, 13, 28]}']
     assert FAMILY.write_boxes([box, bare]) == [f'[{alone}, {{"bbox_2d": [0, 0, 13, 28]}}]']
 
 
-def test_comes_back_within_half_a_pixel_of_the_resized_picture() -> None:
+def test_roundtrip_error_is_below_half_a_pixel() -> None:
     chance = random.Random(0)
     for _ in range(500):
         original = chance.randint(1, 3000), chance.randint(1, 3000)
@@ -31,7 +31,7 @@ def test_comes_back_within_half_a_pixel_of_the_resized_picture() -> None:
         ys = sorted(chance.uniform(0, original[0]) for _ in range(2))
         corners = (xs[0], ys[0], xs[1], ys[1])
         label = chance.choice((None, "cat", 'a "b" {"bbox_2d": [1, 2, 3, 4]}', "猫\\n"))
-        boxes = [PlacedBox(label, corners, original, resized)] * chance.randint(1, 3)
+        boxes = [ImageBox(label, corners, original, resized)] * chance.randint(1, 3)
         (text,) = FAMILY.write_boxes(boxes)
         assert isinstance(text, str)
         found = FAMILY.read_boxes(f"Here: {text}<|im_end|>", original, resized)
@@ -42,20 +42,20 @@ def test_comes_back_within_half_a_pixel_of_the_resized_picture() -> None:
 
 
 ONE = (20.0, 10.0, 60.0, 20.0)
-CAT = Box("cat", ONE)
+CAT = PredictedBox("cat", ONE)
 CASES = [
     ('{"bbox_2d": [10, 20, 30, 40], "label": "cat"}', [CAT]),
     ('```json\n[\n\t{"bbox_2d": [10, 20, 30.0, 40], "label": "cat"}\n]\n```<|im_end|>', [CAT]),
     ('I see {"label": "cat", "bbox_2d": [10, 20, 30, 40]} there', [CAT]),
     ('{"bbox_2d": [10, 20, 30, 40], "text_content": "cat"}', [CAT]),
-    ('{"bbox_2d": ["10", "20", "30", "40"]}', [Box(None, ONE)]),
+    ('{"bbox_2d": ["10", "20", "30", "40"]}', [PredictedBox(None, ONE)]),
     ('{"objects": [{"bbox_2d": [10, 20, 30, 40], "label": "cat"}]}', [CAT]),
     ('[{"bbox_2d": [10, 20, 30, 40], "label": "cat"}, {"bbox_2d": [1, 2', [CAT]),
-    ("{'bbox_2d': [10, 20, 30, 40]}", [Box(None, ONE)]),
-    ("[10, 20, 30, 40]", [Box(None, ONE)]),
-    ("```json\n[10, 20, 30, 40]\n```", [Box(None, ONE)]),
+    ("{'bbox_2d': [10, 20, 30, 40]}", [PredictedBox(None, ONE)]),
+    ("[10, 20, 30, 40]", [PredictedBox(None, ONE)]),
+    ("```json\n[10, 20, 30, 40]\n```", [PredictedBox(None, ONE)]),
     ("the list [10, 20, 30, 40] of numbers", []),
-    (r'{"bbox_2d": [10, 20, 30, 40], "label": "\ud83d"}', [Box("?", ONE)]),
+    (r'{"bbox_2d": [10, 20, 30, 40], "label": "\ud83d"}', [PredictedBox("?", ONE)]),
     ('{"bbox_2d": [10, 20, 30]}', []),
     ('{"bbox_2d": [10, 20, 30, NaN]}', []),
     ('{"bbox_2d": [10, 20, 30, {}]}', []),
@@ -66,11 +66,11 @@ CASES = [
 
 
 @pytest.mark.parametrize(("text", "boxes"), CASES)
-def test_reads_leniently(text: str, boxes: list[Box]) -> None:
+def test_lenient_box_parsing(text: str, boxes: list[PredictedBox]) -> None:
     assert FAMILY.read_boxes(text, (100, 200), (200, 100)) == boxes
 
 
-def test_reads_any_text_without_failing() -> None:
+def test_any_text_is_parsed_without_errors() -> None:
     chance = random.Random(0)
     pieces = ['{"bbox_2d": ', "[", "]", "{", "}", '"', ",", "1", "9" * 400, "-", ".5", "null", " "]
     for _ in range(3000):

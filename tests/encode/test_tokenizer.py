@@ -7,7 +7,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from conversations import SPECIALS, WORDS, make_folder
+from conversation_fixtures import SPECIAL_TOKENS, WORDS, make_folder
 
 from finesight.encode.tokenizer import TokenCache, Tokenizer
 from finesight.errors import UserError
@@ -18,44 +18,44 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("model"), "qwen2_vl") / "tokenizer.json"
 
 
-def test_special_names_in_text_are_text(path: Path) -> None:
+def test_special_token_names_in_text_stay_text(path: Path) -> None:
     tokenizer = Tokenizer(path)
-    for special in SPECIALS:
+    for special in SPECIAL_TOKENS:
         text = f"before {special} after"
         ids = tokenizer.encode(text)
-        assert tokenizer.id_of(special) not in ids
-        assert tokenizer.decode(ids, skip_special=True) == text
+        assert tokenizer.token_to_id(special) not in ids
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_text_comes_back(path: Path) -> None:
+def test_decode_inverts_encode(path: Path) -> None:
     tokenizer = Tokenizer(path)
     for text in WORDS:
         composed = text.replace("e\u0301", "é")
-        assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == composed
+        assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == composed
     assert tokenizer.encode("") == ()
 
 
 def test_decode_with_and_without_special_tokens(path: Path) -> None:
     tokenizer = Tokenizer(path)
-    ids = [*tokenizer.encode("x"), tokenizer.id_of("<|im_end|>")]
-    assert tokenizer.decode(ids, skip_special=True) == "x"
-    assert tokenizer.decode(ids, skip_special=False) == "x<|im_end|>"
-    assert tokenizer.name_of(ids[-1]) == "<|im_end|>"
-    assert tokenizer.name_of(10**6) == ""
+    ids = [*tokenizer.encode("x"), tokenizer.token_to_id("<|im_end|>")]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "x"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "x<|im_end|>"
+    assert tokenizer.id_to_token(ids[-1]) == "<|im_end|>"
+    assert tokenizer.id_to_token(10**6) == ""
 
 
-def test_the_bytes_of_tokens_are_those_of_the_text(path: Path) -> None:
+def test_token_bytes_equal_text_bytes(path: Path) -> None:
     tokenizer = Tokenizer(path)
     every = "".join(map(chr, range(0x20, 0x250))) + "\t\n\r\x00 你好 😀\xad"
     for text in (*WORDS, every):
         ids = tokenizer.encode(text)
-        spelled = b"".join(map(tokenizer.bytes_of, ids))
+        spelled = b"".join(map(tokenizer.id_to_bytes, ids))
         assert spelled.decode() == unicodedata.normalize("NFC", text)
-    assert tokenizer.bytes_of(tokenizer.id_of("<|im_end|>")) == b"<|im_end|>"
-    assert tokenizer.bytes_of(10**6) == b""
+    assert tokenizer.id_to_bytes(tokenizer.token_to_id("<|im_end|>")) == b"<|im_end|>"
+    assert tokenizer.id_to_bytes(10**6) == b""
 
 
-def test_a_pickled_tokenizer_still_reads_text_as_text(path: Path) -> None:
+def test_pickled_tokenizer_treats_special_names_as_text(path: Path) -> None:
     tokenizer = Tokenizer(path)
     sent = pickle.loads(pickle.dumps(tokenizer))
     assert sent.encode("<|im_end|>") == tokenizer.encode("<|im_end|>")
@@ -63,24 +63,24 @@ def test_a_pickled_tokenizer_still_reads_text_as_text(path: Path) -> None:
 
 def test_unknown_token_and_broken_file(path: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no token <\|none\|>"):
-        Tokenizer(path).id_of("<|none|>")
+        Tokenizer(path).token_to_id("<|none|>")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="not a tokenizer") as raised:
         Tokenizer(tmp_path / "tokenizer.json")
     assert raised.value.where == str(tmp_path / "tokenizer.json")
 
 
-def test_published_tokenizers_keep_words_that_are_not_special(shared: Path) -> None:
+def test_non_special_added_tokens_are_encoded(shared: Path) -> None:
     newer = Tokenizer(shared / "qwen_assets" / "Qwen2.5-VL-7B-Instruct" / "tokenizer.json")
     assert newer.encode("<tool_call>") == (151657,)
     assert 151655 not in newer.encode("<|image_pad|>")
 
 
 def test_the_cache_of_texts_is_bounded_in_bytes():
-    asked: list[str] = []
+    requested: list[str] = []
 
     def tokenize(text: str) -> tuple[int, ...]:
-        asked.append(text)
+        requested.append(text)
         return tuple(range(len(text)))
 
     cache = TokenCache(tokenize, max_bytes=100_000)
@@ -88,15 +88,15 @@ def test_the_cache_of_texts_is_bounded_in_bytes():
     for text in texts:
         assert cache(text) == tuple(range(len(text)))
         assert 0 < cache.bytes <= 100_000
-    asked.clear()
+    requested.clear()
     cache(texts[-1])
-    assert not asked
+    assert not requested
     cache(texts[0])
-    assert asked == texts[:1]
+    assert requested == texts[:1]
     # A text that would take much of it is not kept.
     before, long = cache.bytes, "y" * 1000
     assert cache(long) == cache(long)
-    assert asked[1:] == [long, long]
+    assert requested[1:] == [long, long]
     assert cache.bytes == before
     cache.clear()
     assert cache.bytes == 0
@@ -105,7 +105,7 @@ def test_the_cache_of_texts_is_bounded_in_bytes():
 def test_texts_are_forgotten(path: Path):
     tokenizer = Tokenizer(path)
     before = tokenizer.encode("Hello")
-    assert tokenizer._ids.bytes > 0
+    assert tokenizer._cached_tokenize.bytes > 0
     tokenizer.clear_cache()
-    assert tokenizer._ids.bytes == 0
+    assert tokenizer._cached_tokenize.bytes == 0
     assert tokenizer.encode("Hello") == before

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
-from small_run import Task
+from tiny_task import TinyTask
 
 from finesight import api
-from finesight.cli.app import run
+from finesight.cli.app import run_command
 from finesight.errors import UserError
-from finesight.evaluate import own
+from finesight.evaluate import custom_metric
 from finesight.evaluate.metric_trust import (
     check_metric,
     check_recipe_metric,
@@ -19,7 +19,7 @@ from finesight.evaluate.metric_trust import (
     trust_file,
     trust_metric,
 )
-from finesight.recipe import recipe_of
+from finesight.recipe import recipe_from_dict
 
 METRIC = """from pathlib import Path
 with Path({log!r}).open("a") as file:
@@ -44,7 +44,7 @@ class Run:
     """A run with a metric of its own, which tells when it is executed."""
 
     def __init__(self, folder: Path) -> None:
-        self.task = Task(folder / "task")
+        self.task = TinyTask(folder / "task")
         self.log = folder / "log"
         self.metric = self.task.folder / "mine.py"
         self.metric.write_text(METRIC.format(log=str(self.log)))
@@ -66,28 +66,26 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(tmp_path_factory.mktemp("made"))
 
 
-def test_evaluating_a_run_of_somebody_else_asks_first(
-    made: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_metric_of_a_foreign_run_needs_trust(made: Run, capsys: pytest.CaptureFixture[str]) -> None:
     forget()
-    assert run(["eval", str(made.folder)]) == 2
+    assert run_command(["eval", str(made.folder)]) == 2
     message = capsys.readouterr().err
-    assert f"{made.folder / 'metric.py'}: is a program that a run folder brings" in message
+    assert f"{made.folder / 'metric.py'}: an untrusted program in a run folder" in message
     assert "--trust-metric" in message
     assert not made.executed()
     with pytest.raises(UserError, match="trust_metric=True"):
         api.evaluate(made.folder)
     assert not made.executed()
-    assert run(["eval", str(made.folder), "--trust-metric"]) == 0
+    assert run_command(["eval", str(made.folder), "--trust-metric"]) == 0
     assert made.executed()
     # It is trusted from now on, until it is another program.
-    assert run(["eval", str(made.folder)]) == 0
+    assert run_command(["eval", str(made.folder)]) == 0
     assert made.executed()
-    kept = (made.folder / "metric.py").read_text()
-    (made.folder / "metric.py").write_text(kept + "\n")
-    assert run(["eval", str(made.folder)]) == 2
+    stored = (made.folder / "metric.py").read_text()
+    (made.folder / "metric.py").write_text(stored + "\n")
+    assert run_command(["eval", str(made.folder)]) == 2
     assert not made.executed()
-    (made.folder / "metric.py").write_text(kept)
+    (made.folder / "metric.py").write_text(stored)
 
 
 def test_a_metric_that_the_user_names_is_executed(made: Run) -> None:
@@ -95,19 +93,22 @@ def test_a_metric_that_the_user_names_is_executed(made: Run) -> None:
     data = str(made.task.folder / "eval.jsonl")
     model = str(made.task.folder / "tiny")
     named = f"{made.folder / 'metric.py'}:score"
-    assert run(["eval", model, "--data", data, "--metric", named, "--max-new-tokens", "2"]) == 0
+    assert (
+        run_command(["eval", model, "--data", data, "--metric", named, "--max-new-tokens", "2"])
+        == 0
+    )
     assert made.executed()
     # What was named once is trusted in the run's folder, too.
-    assert run(["eval", str(made.folder)]) == 0
+    assert run_command(["eval", str(made.folder)]) == 0
     assert made.executed()
 
 
 def test_training_a_recipe_records_its_metric(made: Run, tmp_path: Path) -> None:
     forget()
-    more = [f"output={tmp_path / 'again'}", "train.steps=1", "train.epochs=null"]
-    assert run(["train", str(made.recipe), *more]) == 0
+    more = [f"output_dir={tmp_path / 'again'}", "train.steps=1", "train.epochs=null"]
+    assert run_command(["train", str(made.recipe), *more]) == 0
     assert made.executed()
-    assert run(["eval", str(tmp_path / "again")]) == 0
+    assert run_command(["eval", str(tmp_path / "again")]) == 0
     assert made.executed()
 
 
@@ -117,20 +118,20 @@ def test_training_the_recipe_of_a_run_folder_asks_first(
     forget()
     recipe, link = made.folder / "recipe.yaml", tmp_path / "link.yaml"
     link.symlink_to(recipe)
-    more = ["train.steps=1", "train.epochs=null", f"output={tmp_path / 'other'}"]
+    more = ["train.steps=1", "train.epochs=null", f"output_dir={tmp_path / 'other'}"]
     for path in (recipe, link):
-        assert run(["train", str(path), *more]) == 2
+        assert run_command(["train", str(path), *more]) == 2
         assert "--trust-metric" in capsys.readouterr().err
         with pytest.raises(UserError, match="trust_metric=True"):
-            api.train(path, {"output": str(tmp_path / "other")})
+            api.train(path, {"output_dir": str(tmp_path / "other")})
         assert not made.executed()
         assert not (tmp_path / "other").exists()
     metric = f"eval.metric={made.metric}:score"
-    assert run(["train", str(recipe), *more, metric]) == 0
+    assert run_command(["train", str(recipe), *more, metric]) == 0
     assert made.executed()
     forget()
-    more[-1] = f"output={tmp_path / 'third'}"
-    assert run(["train", str(recipe), *more, "--trust-metric"]) == 0
+    more[-1] = f"output_dir={tmp_path / 'third'}"
+    assert run_command(["train", str(recipe), *more, "--trust-metric"]) == 0
     assert made.executed()
 
 
@@ -139,7 +140,7 @@ def test_resuming_into_a_copy_that_others_wrote_asks_first(made: Run, tmp_path: 
     forget()
     text = made.recipe.read_text().replace(str(made.metric), str(tmp_path / "gone.py"))
     (tmp_path / "recipe.yaml").write_text(text)
-    assert run(["train", str(tmp_path / "recipe.yaml"), "--resume"]) == 2
+    assert run_command(["train", str(tmp_path / "recipe.yaml"), "--resume"]) == 2
     assert not made.executed()
 
 
@@ -174,19 +175,19 @@ def test_other_commands_execute_no_metric(
         "task": made.task.folder,
         "new": tmp_path,
     }
-    code = run([word.format(**values) for word in COMMANDS[name]])
-    said = capsys.readouterr()
+    code = run_command([word.format(**values) for word in COMMANDS[name]])
+    output = capsys.readouterr()
     assert not made.executed()
-    assert code in (0, 2), said.err
+    assert code in (0, 2), output.err
     if name.startswith("data"):
-        assert code == 0, said.err
+        assert code == 0, output.err
 
 
 def test_plan_names_a_metric_that_is_not_there(
     made: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["eval.metric=none.py:score", f"output={tmp_path / 'new'}", "--gpu", "T4"]
-    assert run(["data", "plan", str(made.recipe), *more]) == 2
+    more = ["eval.metric=none.py:score", f"output_dir={tmp_path / 'new'}", "--gpu", "T4"]
+    assert run_command(["data", "plan", str(made.recipe), *more]) == 2
     assert "none.py: no such file" in capsys.readouterr().err
 
 
@@ -199,18 +200,16 @@ def test_the_list_is_the_users_own(tmp_path: Path) -> None:
     check_metric(f"{file}:x", named=False, trust=False)
     # One that others can write is not believed.
     trust_file().chmod(0o666)
-    with pytest.raises(UserError, match="not trusted"):
+    with pytest.raises(UserError, match="untrusted program"):
         check_metric(f"{file}:x", named=False, trust=False)
     trust_file().chmod(0o600)
     check_metric(f"{file}:x", named=False, trust=False)
     file.write_text("x = 2")
-    with pytest.raises(UserError, match="not trusted"):
+    with pytest.raises(UserError, match="untrusted program"):
         check_metric(f"{file}:x", named=False, trust=False)
 
 
-def test_a_home_that_cannot_be_written_stops_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_only_home_does_not_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", os.devnull)
     (tmp_path / "metric.py").write_text("x = 1")
     check_metric(f"{tmp_path / 'metric.py'}:x", named=True, trust=False)
@@ -239,12 +238,14 @@ def test_a_metric_file_that_cannot_be_there_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("loop.py").symlink_to("loop.py")
-    recipe = recipe_of(
-        {"model": "finesight-tiny", "data": {"train": "a.jsonl"}, "output": "other"}
+    recipe = recipe_from_dict(
+        {"model": "finesight-tiny", "data": {"train": "a.jsonl"}, "output_dir": "other"}
         | {"eval": {"metric": f"{name}:score"}}
     )
     check_recipe_metric(recipe, tmp_path / "recipe.yaml", (), trust=False)
-    place = own.split(own.found(f"{name}:score", tmp_path / "other"))
-    assert place is not None
+    location = custom_metric.parse_metric_path(
+        custom_metric.resolve_metric_path(f"{name}:score", tmp_path / "other")
+    )
+    assert location is not None
     with pytest.raises(UserError, match="no such file"):
-        own.require_file(place[0])
+        custom_metric.require_metric_file(location[0])

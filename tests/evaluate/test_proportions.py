@@ -7,7 +7,12 @@ from fractions import Fraction
 
 import pytest
 
-from finesight.evaluate.proportions import beta_cdf, beta_quantile, clopper_pearson, tango
+from finesight.evaluate.proportions import (
+    beta_cdf,
+    beta_quantile,
+    clopper_pearson_interval,
+    tango_interval,
+)
 
 
 def binomial(successes: int, trials: int, share: float) -> float:
@@ -31,13 +36,13 @@ def binomial(successes: int, trials: int, share: float) -> float:
 def test_the_exact_interval_is_that_of_other_programs(
     successes: int, trials: int, expected: tuple[float, float]
 ) -> None:
-    assert clopper_pearson(successes, trials) == pytest.approx(expected, abs=1e-10)
+    assert clopper_pearson_interval(successes, trials) == pytest.approx(expected, abs=1e-10)
 
 
 @pytest.mark.parametrize("trials", [1, 2, 3, 5, 8, 10, 15, 20, 30, 60])
 def test_the_exact_interval_covers_every_share_in_95_of_100_sets(trials: int) -> None:
     """Exactly, by all outcomes; the bootstrap covered 5 to 87 % of shares near 0 or 1."""
-    ends = [clopper_pearson(successes, trials) for successes in range(trials + 1)]
+    ends = [clopper_pearson_interval(successes, trials) for successes in range(trials + 1)]
     for number in range(1, 1000):
         share = number / 1000
         covered = (
@@ -75,23 +80,23 @@ def test_the_beta_distribution_is_a_sum_of_binomial_terms(a: int, b: int) -> Non
 def test_the_interval_of_pairs_is_that_of_the_literature(
     gained: int, lost: int, trials: int, expected: tuple[float, float]
 ) -> None:
-    assert tango(gained, lost, trials) == pytest.approx(expected, abs=1e-6)
+    assert tango_interval(gained, lost, trials) == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_interval_of_pairs_agrees_with_mcnemars_test() -> None:
     for gained in range(12):
         for lost in range(12 - gained):
-            low, high = tango(gained, lost, 12)
+            low, high = tango_interval(gained, lost, 12)
             clear = gained + lost > 0 and (gained - lost) ** 2 / (gained + lost) > 1.959964**2
             assert (low > 0 or high < 0) == clear, (gained, lost)
-            turned = tango(lost, gained, 12)
+            turned = tango_interval(lost, gained, 12)
             assert (low, high) == pytest.approx((-turned.high, -turned.low), abs=1e-9)
             assert -1 <= low <= (gained - lost) / 12 <= high <= 1
 
 
 def test_pairs_that_all_agree_have_an_interval_with_a_width() -> None:
     z2 = 1.959964**2
-    low, high = tango(0, 0, 30)
+    low, high = tango_interval(0, 0, 30)
     assert (low, high) == pytest.approx((-z2 / (30 + z2), z2 / (30 + z2)), abs=1e-6)
 
 
@@ -104,7 +109,7 @@ def test_the_interval_of_pairs_covers_nearly_95_of_100_sets(
     covered = 0.0
     for gained in range(trials + 1):
         for lost in range(trials - gained + 1):
-            low, high = tango(gained, lost, trials)
+            low, high = tango_interval(gained, lost, trials)
             if low - 1e-9 <= gain - loss <= high + 1e-9:
                 ways = math.comb(trials, gained) * math.comb(trials - gained, lost)
                 same = (1 - gain - loss) ** (trials - gained - lost)

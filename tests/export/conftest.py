@@ -1,5 +1,5 @@
 """The cache of the hubs, for every test here."""
 
-from hubs import cache
+from hub_fixtures import cache
 
 __all__ = ["cache"]

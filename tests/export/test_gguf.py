@@ -15,16 +15,23 @@ import pytest
 import torch
 
 from finesight.errors import UserError
-from finesight.export.files import complete
-from finesight.export.gguf import MODEL, PROGRAM, PROJECTOR, Kind, find_converter, write_gguf
-from finesight.hub import ModelFolder
-from finesight.infer.load import Parts
-from finesight.model.tiny import make_tiny
-from finesight.model.weights import random_model, save_model
+from finesight.export.gguf import (
+    CONVERTER_SCRIPT,
+    GGUF_MODEL_FILE,
+    MMPROJ_FILE,
+    GgufType,
+    find_converter,
+    write_gguf,
+)
+from finesight.export.hf_files import complete_hf_folder
+from finesight.infer.model_loader import ModelSource
+from finesight.model.tiny import create_tiny_model
+from finesight.model.weights_io import init_random_model, save_model
+from finesight.model_folder import ModelFolder
 
 ASSETS = Path(__file__).parents[3] / "shared" / "qwen_assets"
 
-STAND_IN = """
+FAKE_CONVERTER = """
 import argparse, json, os, pathlib, sys
 parser = argparse.ArgumentParser()
 parser.add_argument("model", type=pathlib.Path)
@@ -41,37 +48,41 @@ what it saw."""
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Parts:
-    return Parts(ModelFolder(make_tiny(tmp_path_factory.mktemp("model") / "tiny")), None, None)
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    return ModelSource(
+        ModelFolder(create_tiny_model(tmp_path_factory.mktemp("model") / "tiny")), None, None
+    )
 
 
-def converter(folder: Path, text: str = STAND_IN) -> Path:
-    path = folder / PROGRAM
+def converter(folder: Path, text: str = FAKE_CONVERTER) -> Path:
+    path = folder / CONVERTER_SCRIPT
     path.write_text(text)
     return path
 
 
-def test_model_and_projector_are_made(model: Parts, tmp_path: Path) -> None:
+def test_model_and_mmproj_are_written(model: ModelSource, tmp_path: Path) -> None:
     made = write_gguf(model, tmp_path / "gguf", converter(tmp_path))
     assert {path.name for path in (tmp_path / "gguf").iterdir()} == {
-        MODEL,
-        PROJECTOR,
+        GGUF_MODEL_FILE,
+        MMPROJ_FILE,
         "sha256.json",
     }
-    assert made.model.read_bytes()[:4] == made.projector.read_bytes()[:4] == b"GGUF"
+    assert made.model.read_bytes()[:4] == made.mmproj.read_bytes()[:4] == b"GGUF"
 
 
 @pytest.mark.parametrize(
-    ("kind", "tower"), [("auto", "auto"), ("q8_0", "f16"), ("bf16", "bf16"), ("f32", "f32")]
+    ("kind", "encoder"), [("auto", "auto"), ("q8_0", "f16"), ("bf16", "bf16"), ("f32", "f32")]
 )
-def test_the_tower_keeps_16_bits(model: Parts, tmp_path: Path, kind: Kind, tower: str) -> None:
+def test_vision_encoder_keeps_16_bits(
+    model: ModelSource, tmp_path: Path, kind: GgufType, encoder: str
+) -> None:
     made = write_gguf(model, tmp_path / "gguf", converter(tmp_path), kind)
-    kinds = [json.loads(path.read_bytes()[4:])[0] for path in (made.model, made.projector)]
-    assert kinds == [kind, tower]
+    kinds = [json.loads(path.read_bytes()[4:])[0] for path in (made.model, made.mmproj)]
+    assert kinds == [kind, encoder]
 
 
-def test_the_converter_sees_no_secrets(
-    model: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_converter_gets_no_secrets(
+    model: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HF_TOKEN", "MODELSCOPE_API_TOKEN", "AWS_SECRET_ACCESS_KEY", "PYTHONPATH"):
         monkeypatch.setenv(name, "secret")
@@ -83,59 +94,64 @@ def test_the_converter_sees_no_secrets(
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "output"),
     [
-        ("print('no such model'); raise SystemExit(3)", "ended with 3: no such model"),
+        ("print('no such model'); raise SystemExit(3)", "exit code 3: no such model"),
         ("import package_that_is_not_there", "No module named 'package_that_is_not_there'"),
-        ("print('nothing to do')", "the converter left nothing"),
-        (STAND_IN.replace('b"GGUF"', 'b"PK"'), "gguf begins with b'PK["),
-        (STAND_IN.replace("if args.mmproj", "if not args.mmproj"), "the converter left mmproj-"),
+        ("print('nothing to do')", "the converter wrote no files"),
+        (FAKE_CONVERTER.replace('b"GGUF"', 'b"PK"'), "gguf starts with b'PK["),
+        (
+            FAKE_CONVERTER.replace("if args.mmproj", "if not args.mmproj"),
+            "the converter wrote mmproj-",
+        ),
     ],
 )
-def test_a_converter_that_fails_leaves_nothing(
-    model: Parts, tmp_path: Path, text: str, said: str
+def test_failed_conversion_leaves_no_files(
+    model: ModelSource, tmp_path: Path, text: str, output: str
 ) -> None:
     with pytest.raises(UserError) as caught:
         write_gguf(model, tmp_path / "gguf", converter(tmp_path, text))
-    assert said in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == [PROGRAM]
+    assert output in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == [CONVERTER_SCRIPT]
 
 
-def test_what_cannot_be_converted_is_refused(model: Parts, tmp_path: Path) -> None:
+def test_unsupported_models_are_rejected(model: ModelSource, tmp_path: Path) -> None:
     program = converter(tmp_path)
-    adapted = Parts(model.folder, tmp_path, None)
-    with pytest.raises(UserError, match="with an adapter on it"):
+    adapted = ModelSource(model.folder, tmp_path, None)
+    with pytest.raises(UserError, match=", with an adapter"):
         write_gguf(adapted, tmp_path / "gguf", program)
     with pytest.raises(UserError, match="exists already"):
         write_gguf(model, tmp_path, program)
     (tmp_path / "first").mkdir()
     (tmp_path / "first" / "config.json").write_text('{"model_type": "qwen"}')
-    first = Parts(ModelFolder(tmp_path / "first"), None, None)
+    first = ModelSource(ModelFolder(tmp_path / "first"), None, None)
     with pytest.raises(UserError, match="of the family qwen\n"):
         write_gguf(first, tmp_path / "gguf", program)
     assert not (tmp_path / "gguf").exists()
 
 
-def test_too_little_room(model: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space(
+    model: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match="and 1,000 are free"):
+    with pytest.raises(UserError, match="1,000 are free"):
         write_gguf(model, tmp_path / "gguf", converter(tmp_path))
 
 
-def test_where_the_converter_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_converter_search_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=f"no {PROGRAM} on PATH") as caught:
+    with pytest.raises(UserError, match=f"{CONVERTER_SCRIPT} is not in PATH") as caught:
         find_converter(None)
     assert "git clone https://github.com/ggml-org/llama.cpp" in str(caught.value)
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="does not exist"):
         find_converter(tmp_path / "elsewhere.py")
     program = converter(tmp_path, f"#!{sys.executable}\n")
     program.chmod(0o755)
     assert find_converter(None) == find_converter(program) == program.resolve()
 
 
-def small(name: str, folder: Path) -> Parts:
+def small(name: str, folder: Path) -> ModelSource:
     """A published model of few random weights, its tokenizer whole: llama.cpp knows each by its
     digest."""
     base = ModelFolder(ASSETS / name)
@@ -159,27 +175,31 @@ def small(name: str, folder: Path) -> Parts:
     source = folder / "source"
     source.mkdir()
     for path in (ASSETS / name).iterdir():
-        shutil.copy(base.file(path.name) or path, source / path.name)
+        shutil.copy(base.find_file(path.name) or path, source / path.name)
     (source / "config.json").write_text(json.dumps(config))
     made = ModelFolder(source)
-    model = random_model(config, 0, torch.bfloat16, torch.device("cpu"), made.preprocessor)
+    model = init_random_model(
+        config, 0, torch.bfloat16, torch.device("cpu"), made.preprocessor_config
+    )
     (folder / "model").mkdir()
     save_model(model, made, folder / "model", torch.bfloat16)
-    complete(folder / "model", config["model_type"], (151645,))
-    return Parts(ModelFolder(folder / "model"), None, None)
+    complete_hf_folder(folder / "model", config["model_type"], (151645,))
+    return ModelSource(ModelFolder(folder / "model"), None, None)
 
 
-@pytest.mark.skipif(shutil.which(PROGRAM) is None, reason="llama.cpp's converter is not on PATH")
+@pytest.mark.skipif(
+    shutil.which(CONVERTER_SCRIPT) is None, reason="llama.cpp's converter is not on PATH"
+)
 @pytest.mark.skipif(not ASSETS.is_dir(), reason="published tokenizers are not there")
 @pytest.mark.parametrize("kind", ["auto", "q8_0"])
 @pytest.mark.parametrize(
     "name", ["Qwen2-VL-2B-Instruct", "Qwen2.5-VL-7B-Instruct", "Qwen3-VL-Embedding-8B"]
 )
-def test_the_converter_itself(name: str, kind: Kind, tmp_path: Path) -> None:
+def test_real_converter(name: str, kind: GgufType, tmp_path: Path) -> None:
     pytest.importorskip("sentencepiece", reason="the converter needs it")
     made = write_gguf(small(name, tmp_path), tmp_path / "gguf", find_converter(None), kind)
     content = made.model.read_bytes()
     assert len(content) > 20_000_000, "the vocabulary is not in it"
     # What generation_config.json says is said to llama.cpp.
     assert b"general.sampling.top_k" in content
-    assert b"v.blk.3." in made.projector.read_bytes()
+    assert b"v.blk.3." in made.mmproj.read_bytes()

@@ -15,11 +15,11 @@ import re
 from pathlib import Path
 
 import pytest
-from oracle import config, native, reference
+from hf_reference import make_config, make_native_model, make_reference_model
 from safetensors import safe_open
 
-from finesight.hub import ModelFolder
-from finesight.model.weights import save_model
+from finesight.model.weights_io import save_model
+from finesight.model_folder import ModelFolder
 
 LAYER = (
     r"(self_attn\.(q|k|v)_proj\.(weight|bias)|self_attn\.o_proj\.weight|{mlp}"
@@ -28,7 +28,9 @@ LAYER = (
 DENSE = r"mlp\.(gate|up|down)_proj\.weight"
 EXPERTS = r"mlp\.gate\.weight|mlp\.experts\.(gate_up|down)_proj"
 NORMS = r"|self_attn\.(q|k)_norm\.weight"
-TOWER = r"(patch_embed\.proj\.(weight|bias)|blocks\.\d+\.(norm[12]|attn\.(qkv|proj))\.(weight|bias)"
+VISION_TENSORS = (
+    r"(patch_embed\.proj\.(weight|bias)|blocks\.\d+\.(norm[12]|attn\.(qkv|proj))\.(weight|bias)"
+)
 
 
 def language(prefix: str, mlp: str, norms: str = "") -> str:
@@ -40,17 +42,17 @@ def language(prefix: str, mlp: str, norms: str = "") -> str:
 TABLE = {
     "qwen2_vl": (
         language(r"model\.", DENSE),
-        rf"visual\.{TOWER}|blocks\.\d+\.mlp\.fc[12]\.(weight|bias)"
+        rf"visual\.{VISION_TENSORS}|blocks\.\d+\.mlp\.fc[12]\.(weight|bias)"
         r"|merger\.(ln_q|mlp\.[02])\.(weight|bias))",
     ),
     "qwen2_5_vl": (
         language(r"model\.", DENSE),
-        rf"visual\.{TOWER}|blocks\.\d+\.mlp\.(gate|up|down)_proj\.(weight|bias)"
+        rf"visual\.{VISION_TENSORS}|blocks\.\d+\.mlp\.(gate|up|down)_proj\.(weight|bias)"
         r"|merger\.(ln_q|mlp\.[02])\.(weight|bias))",
     ),
     "qwen3_vl": (
         language(r"model\.language_model\.", DENSE, NORMS),
-        rf"model\.visual\.{TOWER}|blocks\.\d+\.mlp\.linear_fc[12]\.(weight|bias)"
+        rf"model\.visual\.{VISION_TENSORS}|blocks\.\d+\.mlp\.linear_fc[12]\.(weight|bias)"
         r"|pos_embed\.weight"
         r"|(merger|deepstack_merger_list\.\d+)\.(norm|linear_fc[12])\.(weight|bias))",
     ),
@@ -72,11 +74,9 @@ def names(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", TABLE)
-def test_every_tensor_has_a_name_that_the_engines_load(
-    family: str, tied: bool, tmp_path: Path
-) -> None:
-    settings = config(family, tie_word_embeddings=tied)
-    model = native(settings, reference(settings))
+def test_tensor_names_are_loadable_by_engines(family: str, tied: bool, tmp_path: Path) -> None:
+    settings = make_config(family, tie_word_embeddings=tied)
+    model = make_native_model(settings, make_reference_model(settings))
     (tmp_path / "config.json").write_text("{}")
     source = ModelFolder(tmp_path)
     source.__dict__["config"] = settings

@@ -1,4 +1,4 @@
-"""Videos of a merged model in transformers, as docs/en/handing-over.md describes them."""
+"""Videos of a merged model in transformers, as docs/en/export.md describes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from asking import ask, generate_uncached, noise
+from engine_fixtures import generate_uncached, make_sample, write_noise_image
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLForConditionalGeneration,
@@ -19,13 +19,13 @@ from transformers import (
 )
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
-from finesight.encode.encoded import Encoded
-from finesight.encode.render import Renderer
-from finesight.hub import ModelFolder
-from finesight.model.network import VisionLanguageModel
-from finesight.model.tiny import TinyFamily, make_tiny
-from finesight.model.weights import load_model
-from finesight.vision.patches import CHANNELS, whole
+from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.tokenized_sample import EncodedSample
+from finesight.model.tiny import TinyFamily, create_tiny_model
+from finesight.model.vlm import VisionLanguageModel
+from finesight.model.weights_io import load_model
+from finesight.model_folder import ModelFolder
+from finesight.vision.patches import NUM_CHANNELS, repeat_still_frames
 
 STEPS = 6
 MODELS: dict[TinyFamily, Any] = {
@@ -36,19 +36,19 @@ MODELS: dict[TinyFamily, Any] = {
 
 
 @dataclass
-class Both:
+class ModelPair:
     """One model in both programs, and a video of twelve small frames with a question."""
 
     ours: VisionLanguageModel
     theirs: Any
-    prompt: Encoded
+    prompt: EncodedSample
     inputs: dict[str, Any]
 
 
 @pytest.fixture(params=MODELS)
-def both(request: pytest.FixtureRequest, tmp_path: Path) -> Both:
+def model_pair(request: pytest.FixtureRequest, tmp_path: Path) -> ModelPair:
     family: TinyFamily = request.param
-    folder = ModelFolder(make_tiny(tmp_path / "tiny", family, 2))
+    folder = ModelFolder(create_tiny_model(tmp_path / "tiny", family, 2))
     ours = load_model(folder, torch.float32, torch.device("cpu")).eval()
     theirs = MODELS[family].from_pretrained(folder.path, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -56,22 +56,24 @@ def both(request: pytest.FixtureRequest, tmp_path: Path) -> Both:
             for name, parameter in model.named_parameters():
                 if parameter.ndim > 1 and name.startswith(prefix):
                     parameter.mul_(2)  # weights large enough that attention matters
-    renderer = Renderer(folder)
-    frames = tuple(noise(tmp_path / f"{n}.png", 56, 56, n).name for n in range(12))
-    prompt = renderer.prompt(ask("video", tmp_path, frames, "What happens here?"))
-    return Both(ours, theirs, prompt, _inputs(prompt, renderer, theirs, folder))
+    renderer = NativeRenderer(folder)
+    frames = tuple(write_noise_image(tmp_path / f"{n}.png", 56, 56, n).name for n in range(12))
+    prompt = renderer.encode_prompt(make_sample("video", tmp_path, frames, "What happens here?"))
+    return ModelPair(ours, theirs, prompt, _inputs(prompt, renderer, theirs, folder))
 
 
 def _inputs(
-    prompt: Encoded, renderer: Renderer, theirs: Any, folder: ModelFolder
+    prompt: EncodedSample, renderer: NativeRenderer, theirs: Any, folder: ModelFolder
 ) -> dict[str, Any]:
     """Our tokens and patches under the names of transformers, without positions."""
-    given = folder.preprocessor
-    patches = torch.from_numpy(whole(prompt.patches_ND, renderer.geometry.numbers))
+    given = folder.preprocessor_config
+    patches = torch.from_numpy(
+        repeat_still_frames(prompt.patches_ND, renderer.patch_config.patch_dim)
+    )
     mean, std = (torch.tensor(given[key])[:, None] for key in ("image_mean", "image_std"))
-    pixels = (patches.unflatten(1, (CHANNELS, -1)) / 255 - mean) / std
-    ids_1T = torch.from_numpy(prompt.outline.ids_T.astype(np.int64))[None]
-    grids = [span.grid for span in prompt.outline.spans]
+    pixels = (patches.unflatten(1, (NUM_CHANNELS, -1)) / 255 - mean) / std
+    ids_1T = torch.from_numpy(prompt.tokenized.ids_T.astype(np.int64))[None]
+    grids = [span.grid_thw for span in prompt.tokenized.spans]
     inputs = {
         "input_ids": ids_1T,
         "attention_mask": torch.ones_like(ids_1T),
@@ -84,42 +86,40 @@ def _inputs(
     return inputs
 
 
-def _generated(both: Both, **positions: Any) -> list[int]:
+def _generate(both: ModelPair, **positions: Any) -> list[int]:
     made_1T = both.theirs.generate(
         **both.inputs, **positions, max_new_tokens=STEPS, do_sample=False, eos_token_id=[]
     )
-    return made_1T[0, both.prompt.outline.tokens :].tolist()
+    return made_1T[0, both.prompt.tokenized.num_tokens :].tolist()
 
 
 @torch.no_grad()
-def test_position_ids_of_the_training_restore_its_answers(both: Both) -> None:
+def test_training_position_ids_restore_the_answers(model_pair: ModelPair) -> None:
     """transformers 5.23 counts text after a long video from the video's larger side."""
-    wanted = generate_uncached(both.ours, both.prompt, STEPS)
-    positions_3T = torch.from_numpy(both.prompt.outline.positions_3T.astype(np.int64))
+    wanted = generate_uncached(model_pair.ours, model_pair.prompt, STEPS)
+    positions_3T = torch.from_numpy(model_pair.prompt.tokenized.position_ids_3T.astype(np.int64))
     last = wanted.logits[0]
     scale = last.abs().max()
 
     def difference(**positions: Any) -> float:
-        logits_V = both.theirs(**both.inputs, **positions).logits[0, -1]
+        logits_V = model_pair.theirs(**model_pair.inputs, **positions).logits[0, -1]
         return float((logits_V - last).abs().max() / scale)
 
-    if both.theirs.config.model_type == "qwen3_vl":
+    if model_pair.theirs.config.model_type == "qwen3_vl":
         assert difference() <= 1e-5
     else:
-        assert difference() > 1e-2, "docs/en/handing-over.md says that the positions differ"
+        assert difference() > 1e-2, "docs/en/export.md says that the positions differ"
     assert difference(position_ids=positions_3T[:, None]) <= 1e-5
-    assert _generated(both, position_ids=positions_3T[:, None]) == wanted.tokens
+    assert _generate(model_pair, position_ids=positions_3T[:, None]) == wanted.tokens
 
 
 @pytest.mark.parametrize("template", ["published", "without the outer pair"])
-def test_transformers_keeps_the_outer_vision_tokens_of_qwen3_vl(
-    tmp_path: Path, template: str
-) -> None:
+def test_qwen3_vl_outer_vision_tokens(tmp_path: Path, template: str) -> None:
     """One pair more than in training, unless the template leaves it out."""
-    folder = ModelFolder(make_tiny(tmp_path / "tiny", "qwen3_vl"))
-    renderer = Renderer(folder)
-    frames = tuple(noise(tmp_path / f"{n}.png", 64, 64, n).name for n in range(4))
-    outline = renderer.prompt(ask("video", tmp_path, frames, "What?")).outline
+    folder = ModelFolder(create_tiny_model(tmp_path / "tiny", "qwen3_vl"))
+    renderer = NativeRenderer(folder)
+    frames = tuple(write_noise_image(tmp_path / f"{n}.png", 64, 64, n).name for n in range(4))
+    outline = renderer.encode_prompt(make_sample("video", tmp_path, frames, "What?")).tokenized
     content = [{"type": "video"}, {"type": "text", "text": "What?"}]
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder.tokenizer_file))
     chat = folder.chat_template
@@ -131,7 +131,9 @@ def test_transformers_keeps_the_outer_vision_tokens_of_qwen3_vl(
         tokenize=False,
         add_generation_prompt=True,
     )
-    ids = tokenizer(_expanded(text, outline.spans[0].grid), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(_expand_prompt(text, outline.spans[0].grid_thw), add_special_tokens=False)[
+        "input_ids"
+    ]
     start, end = (tokenizer.convert_tokens_to_ids(f"<|vision_{n}|>") for n in ("start", "end"))
     if template == "published":
         ids.remove(start)
@@ -141,7 +143,7 @@ def test_transformers_keeps_the_outer_vision_tokens_of_qwen3_vl(
     assert ids == outline.ids_T.tolist()
 
 
-def _expanded(text: str, grid: tuple[int, int, int]) -> str:
+def _expand_prompt(text: str, grid: tuple[int, int, int]) -> str:
     """The text of a prompt with a video of four frames at 2 fps, by the processor's own code."""
     processor = Qwen3VLProcessor.__new__(Qwen3VLProcessor)
     processor.video_token = "<|video_pad|>"

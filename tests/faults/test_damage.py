@@ -1,4 +1,4 @@
-"""Checkpoints damaged on the disk, a bit or a file at a time."""
+"""Corrupt checkpoints: flipped bits and missing files."""
 
 from __future__ import annotations
 
@@ -7,22 +7,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import Task, final_files, losses
+from tiny_task import TinyTask, read_final_files, read_losses
 
 from finesight.errors import UserError
-from finesight.train.checkpoint import Checkpoints, State
+from finesight.train.checkpoint import CheckpointManager, CheckpointState
+from finesight.train.oom import MemoryBudget
 
 
-def small(folder: Path) -> Checkpoints:
-    """One checkpoint of a few numbers, in every file that a checkpoint has."""
-    checkpoints = Checkpoints(folder, keep=2)
-    state = State(step=3, samples=12, measured=0, best=None, loss_scale={"value": 1.0}, identity={})
-    checkpoints.save(state, {"a": torch.arange(8.0)}, {"first.a": torch.ones(8)})
+def write_small_checkpoint(folder: Path) -> CheckpointManager:
+    """Write a checkpoint of small tensors."""
+    checkpoints = CheckpointManager(folder, max_to_keep=2)
+    state = CheckpointState(
+        step=3,
+        consumed_samples=12,
+        last_eval_step=0,
+        best=None,
+        loss_scale={"scale": 1.0},
+        budget=MemoryBudget(pack_tokens=100, activation_checkpointing=0.0),
+        resume_config={},
+    )
+    checkpoints.save(state, {"a": torch.arange(8.0)}, {"exp_avg.a": torch.ones(8)})
     return checkpoints
 
 
-def flips(folder: Path) -> Iterator[tuple[Path, int]]:
-    """Each bit of each file, flipped while it is yielded."""
+def iter_bit_flips(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Flip each bit of each file while yielding it."""
     for file in sorted(folder.iterdir()):
         good = file.read_bytes()
         for bit in range(8 * len(good)):
@@ -33,19 +42,19 @@ def flips(folder: Path) -> Iterator[tuple[Path, int]]:
         file.write_bytes(good)
 
 
-def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path: Path) -> None:
-    """Breaks: a bit of any file, digests included. Survives: nothing is taken for whole that is
-    not, and what is put back is whole."""
-    checkpoints = small(tmp_path)
+def test_every_bit_flip_in_checkpoint_is_detected(tmp_path: Path) -> None:
+    """Flip each bit of each file, including digests; loading must fail, and succeed after restoring
+    it."""
+    checkpoints = write_small_checkpoint(tmp_path)
     undetected = []
-    for file, bit in flips(tmp_path / "step-3"):
+    for file, bit in iter_bit_flips(tmp_path / "step-3"):
         try:
-            checkpoints.read(3, "")
+            checkpoints.load(3, "")
         except UserError:
             continue
         undetected.append((file.name, bit))
     assert undetected == []
-    state, values, _ = checkpoints.read(3, "")
+    state, values, _ = checkpoints.load(3, "")
     assert (state.step, values["a"].tolist()) == (3, list(range(8)))
 
 
@@ -59,9 +68,9 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def unfinished(task: Task) -> Path:
-    task.recipe["train"]["keep"] = 3
-    return task.unfinished()
+def unfinished(task: TinyTask) -> Path:
+    task.recipe["train"]["keep_checkpoints"] = 3
+    return task.rewind_to_checkpoint()
 
 
 @pytest.mark.parametrize(
@@ -74,31 +83,30 @@ def unfinished(task: Task) -> Path:
         ("optimizer.safetensors", Path.unlink),
     ],
 )
-def test_a_damaged_checkpoint_leads_to_the_one_before(
-    task: Task, name: str, spoil: Callable[[Path], None]
+def test_damaged_checkpoint_falls_back_to_previous(
+    task: TinyTask, name: str, spoil: Callable[[Path], None]
 ) -> None:
-    """Breaks: the newest checkpoint. Survive: the run, from the one before, and its last bits; the
-    damaged one is set aside, and the run says so."""
+    """Corrupt the newest checkpoint; the run resumes from the previous one with the same result."""
     run = unfinished(task)
     spoil(run / "checkpoints" / "step-4" / name)
     task.run(resume=True)
-    assert "the checkpoint of step 4 is damaged: " in task.screen
-    assert name in task.screen
-    assert "going on from that of step 2" in task.screen
+    assert "the checkpoint of step 4 is corrupt: " in task.console_output
+    assert name in task.console_output
+    assert "resuming from step 2" in task.console_output
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
-        *("damaged-step-4", "step-2", "step-4", "step-6"),
+        *("corrupt-step-4", "step-2", "step-4", "step-6"),
     ]
     task.run(name="whole")
-    assert final_files(run) == final_files(task.folder / "whole")
-    assert losses(run) == losses(task.folder / "whole")
+    assert read_final_files(run) == read_final_files(task.folder / "whole")
+    assert read_losses(run) == read_losses(task.folder / "whole")
 
 
-def test_without_a_whole_checkpoint_nothing_is_touched(task: Task) -> None:
-    """Breaks: every checkpoint. Survive: all files as they are; the error says what is wrong."""
+def test_no_files_change_without_valid_checkpoint(task: TinyTask) -> None:
+    """Corrupt every checkpoint; the run fails with an error, and all files remain unchanged."""
     run = unfinished(task)
     for folder in (run / "checkpoints").iterdir():
         flip(folder / "trainable.safetensors")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"step-4[\s\S]*to start from the beginning"):
+    with pytest.raises(UserError, match=r"step-4[\s\S]*to restart the run from step 0"):
         task.run(resume=True)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

@@ -10,16 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
-from small_run import Task, losses, write_recipe
+from tiny_task import TinyTask, read_losses, write_recipe
 
-from finesight.train.run import Run
+from finesight.train.run_dir import RunDir
 
 GUARD = 120.0
 """Seconds after which a test fails instead of hanging."""
 
 
 def start(recipe: Path, *options: str) -> subprocess.Popen[bytes]:
-    """Start the command, its output beside the recipe."""
+    """Start the command, with its output in a file next to the recipe."""
     with recipe.with_suffix(".log").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "finesight", "train", str(recipe), *options],
@@ -31,13 +31,13 @@ def start(recipe: Path, *options: str) -> subprocess.Popen[bytes]:
 def wait_for_steps(recipe: Path, count: int, process: subprocess.Popen[bytes]) -> None:
     """Wait until the run has noted `count` further steps."""
     run, end = recipe.parent / "run", time.monotonic() + GUARD
-    fewest = last = len(losses(run))
+    fewest = last = len(read_losses(run))
     while last < fewest + count:
-        said = recipe.with_suffix(".log").read_text()
-        assert process.poll() is None, said
-        assert time.monotonic() < end, said
+        output = recipe.with_suffix(".log").read_text()
+        assert process.poll() is None, output
+        assert time.monotonic() < end, output
         time.sleep(0.02)
-        last = len(losses(run))
+        last = len(read_losses(run))
         # A resumed run cuts off the steps after its checkpoint.
         fewest = min(fewest, last)
 
@@ -54,25 +54,26 @@ def running(pids: list[int]) -> list[int]:
 
 
 @pytest.fixture
-def recipe(task: Task) -> Path:
+def recipe(task: TinyTask) -> Path:
     """A long run with two data loader workers, a tracker, and a validation after each step."""
     settings = task.recipe | {
-        "output": str(task.folder / "run"),
+        "output_dir": str(task.folder / "run"),
         "track": [{"kind": "tensorboard"}],
     }
-    return write_recipe(task.folder / "recipe.yaml", settings, workers=2, epochs=2000, save_every=1)
+    return write_recipe(
+        task.folder / "recipe.yaml", settings, num_workers=2, epochs=2000, save_every=1
+    )
 
 
 def test_run_is_unlocked_when_its_process_is_killed(recipe: Path) -> None:
-    """Breaks: the training process, by SIGKILL, and only that. Survives: nothing that holds the
-    lock of the run, and no worker."""
+    """Kill only the training process; the lock is released, and no worker remains."""
     process = start(recipe)
     wait_for_steps(recipe, 2, process)
     started = children(process.pid)
     process.kill()
     process.wait()
     try:
-        with Run(recipe.parent / "run").locked():
+        with RunDir(recipe.parent / "run").lock():
             pass
         end = time.monotonic() + GUARD
         while running(started) and time.monotonic() < end:
@@ -91,5 +92,5 @@ def test_supervisor_restarts_a_killed_run_twenty_times(recipe: Path) -> None:
         wait_for_steps(recipe, 2, process)
         process.kill()
         process.wait()
-        with Run(recipe.parent / "run").locked():
+        with RunDir(recipe.parent / "run").lock():
             pass

@@ -3,38 +3,44 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from asking import ask, mixed_questions
+from engine_fixtures import make_mixed_questions, make_sample
 
-from finesight.encode.render import Renderer
-from finesight.hub import ModelFolder
+from finesight.encode.native_renderer import NativeRenderer
 from finesight.infer.generate import generate
-from finesight.infer.predict import predict
-from finesight.model.tiny import make_tiny
-from finesight.model.weights import load_model
+from finesight.infer.prediction import predict
+from finesight.model.tiny import create_tiny_model
+from finesight.model.weights_io import load_model
+from finesight.model_folder import ModelFolder
 
 
-def test_being_told_how_many_have_ended(tmp_path):
-    tiny = ModelFolder(make_tiny(tmp_path / "tiny"))
-    model, renderer = load_model(tiny, torch.float32, torch.device("cpu")).eval(), Renderer(tiny)
-    prompts = [renderer.prompt(question) for question in mixed_questions(tmp_path)]
-    told: list[int] = []
-    answers = generate(model, prompts, max_new_tokens=4, end_ids=(), ended=told.append)
-    assert sum(told) == len(prompts) == len(answers)
+def test_progress_callback_counts_finished_answers(tmp_path):
+    tiny = ModelFolder(create_tiny_model(tmp_path / "tiny"))
+    model, renderer = (
+        load_model(tiny, torch.float32, torch.device("cpu")).eval(),
+        NativeRenderer(tiny),
+    )
+    prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
+    result: list[int] = []
+    answers = generate(model, prompts, max_new_tokens=4, end_ids=(), on_progress=result.append)
+    assert sum(result) == len(prompts) == len(answers)
     assert generate(model, [], max_new_tokens=4, end_ids=()) == []
 
 
-def test_an_answer_ends_where_the_models_positions_do(tmp_path):
+def test_generation_stops_at_max_positions(tmp_path):
     """However long it may be: there is no room made for what is never said."""
-    tiny = ModelFolder(make_tiny(tmp_path / "tiny"))
-    model, renderer = load_model(tiny, torch.float32, torch.device("cpu")).eval(), Renderer(tiny)
-    asked = [ask(name, tmp_path, name) for name in ("Why?", "Why? Why?")]
-    prompts = [renderer.prompt(question) for question in asked]
-    lengths = [prompt.outline.tokens for prompt in prompts]
-    language = replace(model.geometry.language, positions=max(lengths) + 3)
-    model.geometry = replace(model.geometry, language=language)
+    tiny = ModelFolder(create_tiny_model(tmp_path / "tiny"))
+    model, renderer = (
+        load_model(tiny, torch.float32, torch.device("cpu")).eval(),
+        NativeRenderer(tiny),
+    )
+    requested = [make_sample(name, tmp_path, name) for name in ("Why?", "Why? Why?")]
+    prompts = [renderer.encode_prompt(question) for question in requested]
+    lengths = [prompt.tokenized.num_tokens for prompt in prompts]
+    language = replace(model.config.decoder, max_position_embeddings=max(lengths) + 3)
+    model.config = replace(model.config, decoder=language)
     answers = generate(model, prompts, max_new_tokens=10**12, end_ids=())
-    whole = [tokens + len(answer) for tokens, answer in zip(lengths, answers, strict=True)]
-    assert whole == [language.positions] * 2
+    full = [tokens + len(answer) for tokens, answer in zip(lengths, answers, strict=True)]
+    assert full == [language.max_position_embeddings] * 2
     ended = generate(model, prompts, max_new_tokens=10**12, end_ids=renderer.end_ids)
-    found = predict(model, renderer, asked, max_new_tokens=10**12, batch=1)
-    assert [prediction.tokens for prediction in found] == [len(answer) for answer in ended]
+    found = predict(model, renderer, requested, max_new_tokens=10**12, batch_size=1)
+    assert [prediction.num_tokens for prediction in found] == [len(answer) for answer in ended]

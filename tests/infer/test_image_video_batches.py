@@ -8,45 +8,57 @@ from pathlib import Path
 
 import pytest
 import torch
-from asking import Grown, ask, generate_uncached, grow, noise, told_of
+from engine_fixtures import (
+    Generated,
+    generate_cached,
+    generate_uncached,
+    make_sample,
+    run_requests,
+    write_noise_image,
+)
 
-from finesight.data.jsonl import Located
-from finesight.encode.render import Renderer
-from finesight.hub import ModelFolder
+from finesight.data.jsonl import LocatedSample
+from finesight.encode.native_renderer import NativeRenderer
 from finesight.infer.engine import Engine
-from finesight.infer.predict import predict
-from finesight.model.network import VisionLanguageModel
-from finesight.model.tiny import TinyFamily, make_tiny
-from finesight.model.weights import load_model
+from finesight.infer.prediction import predict
+from finesight.model.tiny import TinyFamily, create_tiny_model
+from finesight.model.vlm import VisionLanguageModel
+from finesight.model.weights_io import load_model
+from finesight.model_folder import ModelFolder
 
 STEPS = 4
 VIDEO_FAMILIES: list[TinyFamily] = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
 
-Loaded = tuple[VisionLanguageModel, Renderer]
+Loaded = tuple[VisionLanguageModel, NativeRenderer]
 
 
 def _loaded(folder: Path, family: TinyFamily) -> Loaded:
     """A random model whose weights are large enough that attention matters."""
-    tiny = ModelFolder(make_tiny(folder / "tiny", family, 2))
+    tiny = ModelFolder(create_tiny_model(folder / "tiny", family, 2))
     model = load_model(tiny, torch.float32, torch.device("cpu")).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and name.startswith("model.layers"):
                 parameter.mul_(2)
-    return model, Renderer(tiny)
+    return model, NativeRenderer(tiny)
 
 
 @pytest.fixture(scope="module", params=VIDEO_FAMILIES)
-def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+def loaded_model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Loaded:
     return _loaded(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture
-def questions(tmp_path: Path) -> dict[str, Located]:
+def questions(tmp_path: Path) -> dict[str, LocatedSample]:
     """Text, images, and videos of one, two, three and five frames, alone and in one sample."""
     for seed, (width, height) in enumerate([(84, 56), (112, 84)]):
-        noise(tmp_path / f"image{seed}.png", width, height, seed)
-    frames = [noise(tmp_path / f"frame{seed}.png", 84, 84, 10 + seed).name for seed in range(5)]
+        write_noise_image(tmp_path / f"image{seed}.png", width, height, seed)
+    frames = [
+        write_noise_image(tmp_path / f"frame{seed}.png", 84, 84, 10 + seed).name
+        for seed in range(5)
+    ]
     contents: dict[str, tuple[str | tuple[str, ...], ...]] = {
         "text": ("Why is the sky blue?",),
         "image": ("image0.png", "What is it?"),
@@ -55,85 +67,103 @@ def questions(tmp_path: Path) -> dict[str, Located]:
         "five frames": (tuple(frames), "Count them."),
         "both": ("image1.png", tuple(frames[:3]), "image0.png", "Which one moves?"),
     }
-    return {name: ask(name, tmp_path, *content) for name, content in contents.items()}
+    return {name: make_sample(name, tmp_path, *content) for name, content in contents.items()}
 
 
-def _assert_equal(found: Sequence[Grown], wanted: Sequence[Grown]) -> None:
+def _assert_equal(found: Sequence[Generated], wanted: Sequence[Generated]) -> None:
     for one, other in zip(found, wanted, strict=True):
         assert one.tokens == other.tokens
         for found_V, wanted_V in zip(one.logits, other.logits, strict=True):
             assert (found_V - wanted_V).abs().max() <= 1e-5 * wanted_V.abs().max()
 
 
-def test_every_mix_equals_its_samples_alone(
-    loaded: Loaded, questions: dict[str, Located], tmp_path: Path
+def test_mixed_batch_matches_single_samples(
+    loaded_model: Loaded, questions: dict[str, LocatedSample], tmp_path: Path
 ) -> None:
-    model, renderer = loaded
-    prompts = {name: renderer.prompt(one) for name, one in questions.items()}
+    model, renderer = loaded_model
+    prompts = {name: renderer.encode_prompt(one) for name, one in questions.items()}
     alone = {name: generate_uncached(model, one, STEPS) for name, one in prompts.items()}
     assert len({tuple(grown.tokens) for grown in alone.values()}) == len(alone)
     for size in range(2, len(prompts) + 1):
         for mix in combinations(prompts, size):
-            found = grow(model, [prompts[name] for name in mix], STEPS)
+            found = generate_cached(model, [prompts[name] for name in mix], STEPS)
             _assert_equal(found, [alone[name] for name in mix])
 
 
-def test_engine_and_predict_answer_a_mix_as_alone(
-    loaded: Loaded, questions: dict[str, Located]
+def test_engine_and_predict_match_single_samples(
+    loaded_model: Loaded, questions: dict[str, LocatedSample]
 ) -> None:
-    model, renderer = loaded
-    located = [*questions.values()]
-    prompts = [renderer.prompt(one) for one in located]
+    model, renderer = loaded_model
+    located_sample = [*questions.values()]
+    prompts = [renderer.encode_prompt(one) for one in located_sample]
     alone = [
-        told_of(Engine(model, (), rows=1, tokens=1024), one, tokens=STEPS)[0] for one in prompts
+        run_requests(Engine(model, (), max_num_seqs=1, num_cache_tokens=1024), one, tokens=STEPS)[0]
+        for one in prompts
     ]
-    together = told_of(Engine(model, (), rows=len(prompts), tokens=4096), *prompts, tokens=STEPS)
+    together = run_requests(
+        Engine(model, (), max_num_seqs=len(prompts), num_cache_tokens=4096), *prompts, tokens=STEPS
+    )
     assert [told.ids for told in together] == [told.ids for told in alone]
-    single = [predict(model, renderer, [one], max_new_tokens=STEPS, batch=1)[0] for one in located]
-    assert predict(model, renderer, located, max_new_tokens=STEPS, batch=len(located)) == single
+    single = [
+        predict(model, renderer, [one], max_new_tokens=STEPS, batch_size=1)[0]
+        for one in located_sample
+    ]
+    assert (
+        predict(
+            model, renderer, located_sample, max_new_tokens=STEPS, batch_size=len(located_sample)
+        )
+        == single
+    )
 
 
-def test_images_alone_keep_one_frame_for_each_patch(
-    loaded: Loaded, questions: dict[str, Located], monkeypatch: pytest.MonkeyPatch
+def test_image_only_batch_uploads_one_frame_per_patch(
+    loaded_model: Loaded, questions: dict[str, LocatedSample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only a batch with a video of several frames uploads the temporal repetition."""
-    model, renderer = loaded
+    model, renderer = loaded_model
     widths: list[int] = []
-    see = model.see
+    see = model.encode_images
 
     def record(patches_ND, grids):
         widths.append(patches_ND.shape[1])
         return see(patches_ND, grids)
 
-    monkeypatch.setattr(model, "see", record)
-    prompts = {name: renderer.prompt(one) for name, one in questions.items()}
-    numbers = renderer.geometry.numbers
-    grow(model, [prompts["image"], prompts["one frame"], prompts["text"]], 1)
-    grow(model, [prompts["image"], prompts["two frames"]], 1)
-    assert widths == [numbers // renderer.geometry.temporal, numbers]
+    monkeypatch.setattr(model, "encode_images", record)
+    prompts = {name: renderer.encode_prompt(one) for name, one in questions.items()}
+    values = renderer.patch_config.patch_dim
+    generate_cached(model, [prompts["image"], prompts["one frame"], prompts["text"]], 1)
+    generate_cached(model, [prompts["image"], prompts["two frames"]], 1)
+    assert widths == [values // renderer.patch_config.temporal_patch_size, values]
 
 
-def test_an_image_is_known_beside_a_video(
-    loaded: Loaded, questions: dict[str, Located], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_cached_image_is_reused_with_a_later_video(
+    loaded_model: Loaded,
+    questions: dict[str, LocatedSample],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its features are reused, and so are the tokens up to the video of a later turn."""
-    model, renderer = loaded
+    model, renderer = loaded_model
     frames = tuple(f"frame{number}.png" for number in range(4))
-    first = renderer.prompt(ask("one", tmp_path, "image0.png", "What is it? " * 3))
-    later = renderer.prompt(ask("two", tmp_path, "image0.png", "What is it? " * 3, frames, "Now?"))
-    (alone,) = told_of(Engine(model, (), rows=1, tokens=1024), later, tokens=STEPS)
-    engine = Engine(model, (), rows=1, tokens=1024)
-    told_of(engine, first, tokens=STEPS)
+    first = renderer.encode_prompt(make_sample("one", tmp_path, "image0.png", "What is it? " * 3))
+    later = renderer.encode_prompt(
+        make_sample("two", tmp_path, "image0.png", "What is it? " * 3, frames, "Now?")
+    )
+    (alone,) = run_requests(
+        Engine(model, (), max_num_seqs=1, num_cache_tokens=1024), later, tokens=STEPS
+    )
+    engine = Engine(model, (), max_num_seqs=1, num_cache_tokens=1024)
+    run_requests(engine, first, tokens=STEPS)
     seen: list[int] = []
-    see = model.see
+    see = model.encode_images
 
     def record(patches_ND, grids):
         seen.append(len(grids))
         return see(patches_ND, grids)
 
-    monkeypatch.setattr(model, "see", record)
-    (found,) = told_of(engine, later, tokens=STEPS)
+    monkeypatch.setattr(model, "encode_images", record)
+    (found,) = run_requests(engine, later, tokens=STEPS)
     assert found.ids == alone.ids
-    assert seen == [len(later.outline.spans) - 1]
-    image = first.outline.spans[0]
-    assert found.known > image.stop
+    assert seen == [len(later.tokenized.spans) - 1]
+    image = first.tokenized.spans[0]
+    assert found.num_cached_tokens > image.stop

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from finesight.errors import UserError
-from finesight.infer.request import Options
+from finesight.infer.request import GenerationOptions
 
 
-def test_an_empty_text_to_stop_at_is_refused():
-    with pytest.raises(UserError, match="an empty text to stop at"):
-        Options(stop=("end", ""))
+def test_empty_stop_string_is_rejected():
+    with pytest.raises(UserError, match="empty stop string"):
+        GenerationOptions(stop_strings=("end", ""))

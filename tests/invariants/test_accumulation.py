@@ -9,43 +9,45 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from small_run import make_task, write_recipe
+from tiny_task import make_task, write_recipe
 from torch import Tensor
 
 from finesight.recipe import load_recipe
-from finesight.train.loader import Step
-from finesight.train.prepare import Session, prepare
-from finesight.train.progress import Screen
-from finesight.train.run import Run
-from finesight.train.step import take_step
-from finesight.train.stop import Stop
+from finesight.train.console import TrainingConsole
+from finesight.train.dataloader import StepBatch
+from finesight.train.run_dir import RunDir
+from finesight.train.setup import TrainState, build_train_state
+from finesight.train.signals import StopRequest
+from finesight.train.step import train_step
 
-WHOLE = {"vision": "full", "merger": "full", "language": "full", "embeddings": "full"}
+FULL_FINETUNE = {"vision": "full", "merger": "full", "language": "full", "embeddings": "full"}
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return make_task(tmp_path_factory.mktemp("task"), samples=16)
+    return make_task(tmp_path_factory.mktemp("task"), num_samples=16)
 
 
-def session_of(task: dict[str, Any], folder: Path, tune: dict[str, Any], budget: int) -> Session:
-    recipe = task | {"tune": tune, "output": str(folder / "run")}
-    path = write_recipe(folder / f"{budget}.yaml", recipe, batch=8, pack_tokens=budget)
-    screen = Screen(Console(file=sys.stderr))
-    return prepare(load_recipe(path), Run(folder / "run"), screen, resume=False)
+def make_train_state(
+    task: dict[str, Any], folder: Path, tune: dict[str, Any], budget: int
+) -> TrainState:
+    recipe = task | {"tune": tune, "output_dir": str(folder / "run")}
+    path = write_recipe(folder / f"{budget}.yaml", recipe, batch_size=8, pack_tokens=budget)
+    screen = TrainingConsole(Console(file=sys.stderr))
+    return build_train_state(load_recipe(path), RunDir(folder / "run"), screen, resume=False)
 
 
-def gradients(session: Session, step: Step) -> tuple[float, dict[str, Tensor]]:
+def gradients(session: TrainState, step: StepBatch) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of a step, the latter from AdamW's first moments after it, which are a
     tenth of the gradients."""
-    loss, _ = take_step(session, step, Stop()).wait()
-    moments = session.masters.moments()
+    loss, _ = train_step(session, step, StopRequest()).wait()
+    moments = session.optimizer.optimizer_state()
     return loss, {
-        name: 10 * moment for name, moment in moments.items() if name.startswith("first.")
+        name: 10 * moment for name, moment in moments.items() if name.startswith("exp_avg.")
     }
 
 
-def off(found: Tensor, expected: Tensor) -> float:
+def relative_error(found: Tensor, expected: Tensor) -> float:
     """In the Euclidean norm, of the expected: the largest of many thousand roundings of single
     numbers would be a matter of luck."""
     return float((found - expected).norm() / expected.norm())
@@ -57,16 +59,18 @@ def end_to_end(gradients: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(
-    "tune", [WHOLE, {"language": "lora", "lora": {"rank": 4, "dropout": 0.0}}], ids=["full", "lora"]
+    "tune",
+    [FULL_FINETUNE, {"language": "lora", "lora": {"rank": 4, "dropout": 0.0}}],
+    ids=["full", "lora"],
 )
-def test_packs_of_a_step_add_up_to_one(
+def test_loss_and_gradients_are_independent_of_packing(
     task: dict[str, Any], tmp_path: Path, tune: dict[str, Any], seed: int
 ) -> None:
     task = task | {"train": task["train"] | {"seed": seed, "data_seed": seed}}
     found = {}
     for packs, budget in ((8, 1), (2, 230), (1, 8192)):
-        session = session_of(task, tmp_path, tune, budget)
-        step = session.data.step(0)
+        session = make_train_state(task, tmp_path, tune, budget)
+        step = session.step_dataset.get_step(0)
         assert len(step.packs) == packs
         found[packs] = gradients(session, step)
     loss, expected = found[1]
@@ -74,44 +78,44 @@ def test_packs_of_a_step_add_up_to_one(
     for packs in (2, 8):
         other_loss, other = found[packs]
         assert other_loss == pytest.approx(loss, rel=1e-6)
-        assert off(end_to_end(other), end_to_end(expected)) <= 1e-6, f"{packs} packs"
+        assert relative_error(end_to_end(other), end_to_end(expected)) <= 1e-6, f"{packs} packs"
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_what_is_added_up_is_exact_parameter_by_parameter(
+def test_fp64_gradients_are_independent_of_packing(
     task: dict[str, Any], tmp_path: Path, seed: int
 ) -> None:
     """The model in fp64, whose own roundings would hide it: how much those of fp32 make of a sum
     that nearly cancels depends on the processor. Nothing is clipped: one pack's norm is computed in
     fp64, where a sum's is in fp32."""
-    task = task | {"train": task["train"] | {"seed": seed, "data_seed": seed, "clip": None}}
+    task = task | {
+        "train": task["train"] | {"seed": seed, "data_seed": seed, "max_grad_norm": None}
+    }
     found = {}
     for packs, budget in ((8, 1), (2, 230), (1, 8192)):
-        session = session_of(task, tmp_path, WHOLE, budget)
+        session = make_train_state(task, tmp_path, FULL_FINETUNE, budget)
         session.model.double()
-        step = session.data.step(0)
+        step = session.step_dataset.get_step(0)
         assert len(step.packs) == packs
         found[packs] = gradients(session, step)[1]
     for packs in (2, 8):
         for name, gradient in found[1].items():
             # Gradients are added up in fp32.
-            assert off(found[packs][name], gradient) <= 3e-7, f"{name} in {packs} packs"
+            assert relative_error(found[packs][name], gradient) <= 3e-7, f"{name} in {packs} packs"
 
 
-def test_the_mean_is_over_learned_tokens_and_not_over_packs(
-    task: dict[str, Any], tmp_path: Path
-) -> None:
+def test_loss_is_averaged_over_supervised_tokens(task: dict[str, Any], tmp_path: Path) -> None:
     """Answers of different lengths: a mean of the packs' means would be another number."""
-    session = session_of(task, tmp_path, {"language": "lora", "lora": {"dropout": 0.0}}, 1)
-    step = session.data.step(0)
-    assert len({batch.supervised for batch in step.packs}) > 1
+    session = make_train_state(task, tmp_path, {"language": "lora", "lora": {"dropout": 0.0}}, 1)
+    step = session.step_dataset.get_step(0)
+    assert len({batch.num_supervised_tokens for batch in step.packs}) > 1
     with torch.no_grad():
         each = []
         for batch in step.packs:
-            logits_LV = session.model.logits(session.model(batch))
-            each.append(torch.nn.functional.cross_entropy(logits_LV, batch.target_L))
-    counts = torch.tensor([batch.supervised for batch in step.packs])
+            logits_LV = session.model.compute_logits(session.model(batch))
+            each.append(torch.nn.functional.cross_entropy(logits_LV, batch.labels_L))
+    counts = torch.tensor([batch.num_supervised_tokens for batch in step.packs])
     losses = torch.stack(each)
-    loss, _ = take_step(session, step, Stop()).wait()
+    loss, _ = train_step(session, step, StopRequest()).wait()
     assert loss == pytest.approx(((losses * counts).sum() / counts.sum()).item(), rel=1e-6)
     assert loss != pytest.approx(losses.mean().item(), rel=1e-6)

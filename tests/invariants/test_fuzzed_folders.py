@@ -25,9 +25,9 @@ import pytest
 import torch
 import yaml
 from mutations import ODD_FILES, mutated_bytes, mutated_json, mutated_lines, mutated_value
-from small_run import Task
+from tiny_task import TinyTask
 
-from finesight.cli.app import run
+from finesight.cli.app import run_command
 from finesight.recipe import dump_recipe, load_recipe
 
 CASES = int(os.environ.get("FINESIGHT_FUZZ_CASES", "2000"))
@@ -43,7 +43,7 @@ class Ended:
     code: int | None
     seconds: float
     memory: float
-    said: str
+    output: str
 
     @property
     def well(self) -> bool:
@@ -73,16 +73,16 @@ def forked(command: list[str], folder: Path) -> Ended:
     return Ended(code, time.monotonic() - start, usage.ru_maxrss * 1024, text)
 
 
-def _command(command: list[str], folder: Path, said: int) -> None:
+def _command(command: list[str], folder: Path, output: int) -> None:
     code = 1
     try:
         os.setsid()
         resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
-        os.dup2(said, 1)
-        os.dup2(said, 2)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
         sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
         os.chdir(folder)
-        code = run(command)
+        code = run_command(command)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -95,7 +95,7 @@ TO_MODEL = (
     ["predict", "task/tiny", "task/train0.png", "--prompt", "Which?", "--max-new-tokens", "4"],
     ["data", "show", "recipe.yaml"],
     ["data", "plan", "recipe.yaml", "--gpu", "T4"],
-    ["train", "recipe.yaml", "output=new", "train.steps=1", "train.epochs=null", "eval=null"],
+    ["train", "recipe.yaml", "output_dir=new", "train.steps=1", "train.epochs=null", "eval=null"],
     ["doctor", "task/tiny"],
     ["merge", "run", "merged"],
 )
@@ -112,7 +112,7 @@ TO_RECIPE = (
     ["data", "plan", "fuzzed.yaml", "--gpu", "T4"],
     ["data", "show", "fuzzed.yaml"],
     ["data", "check", "fuzzed.yaml"],
-    ["train", "fuzzed.yaml", "output=new", "train.steps=1", "train.epochs=null", "eval=null"],
+    ["train", "fuzzed.yaml", "output_dir=new", "train.steps=1", "train.epochs=null", "eval=null"],
 )
 WAYS: dict[str, tuple[Callable[[random.Random, bytes], bytes], tuple[list[str], ...]]] = {
     "task/tiny/config.json": (mutated_json, TO_MODEL),
@@ -125,8 +125,8 @@ WAYS: dict[str, tuple[Callable[[random.Random, bytes], bytes], tuple[list[str], 
     "run/manifest.json": (mutated_json, TO_RUN),
     "run/metrics.jsonl": (mutated_lines, TO_RUN),
     "run/result.json": (mutated_json, TO_RUN),
-    "run/moved.json": (mutated_json, TO_RUN),
-    "run/dropped.jsonl": (mutated_lines, TO_RUN),
+    "run/param_audit.json": (mutated_json, TO_RUN),
+    "run/skipped_samples.jsonl": (mutated_lines, TO_RUN),
     "run/predictions/before.jsonl": (mutated_lines, TO_RUN),
     "run/predictions/after.jsonl": (mutated_lines, TO_RUN),
     "run/adapter/sha256.json": (mutated_json, TO_RUN),
@@ -165,7 +165,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = Path.cwd()
     os.chdir(folder)
     try:
-        task = Task(Path("task"))
+        task = TinyTask(Path("task"))
         task.recipe["eval"] = {"metric": "ocr", "max_new_tokens": 2}
         task.run(name="../run")
     finally:
@@ -190,9 +190,9 @@ def prepared(rng: random.Random, original: Path, folder: Path, name: str) -> lis
     mutate, commands = WAYS[name]
     command = rng.choice(commands)
     path = folder / name
-    kept = path.with_suffix(".kept")
-    if kept.exists():
-        kept.rename(path)
+    stored = path.with_suffix(".kept")
+    if stored.exists():
+        stored.rename(path)
     elif name.endswith(("adapter_config.json", "state.json")):
         (path.parent / "sha256.json").unlink()
     shutil.copytree(folder / "run", folder / "run2")
@@ -228,17 +228,17 @@ def test_commands_end_well_on_mutated_files(
         codes[ended.code] += 1
         slowest, largest = max(slowest, ended.seconds), max(largest, ended.memory)
         if not ended.well:
-            last = ended.said.strip().splitlines()[-1:] or [""]
+            last = ended.output.strip().splitlines()[-1:] or [""]
             failures.append(
                 f"{number}: {name} {' '.join(command)}: code {ended.code},"
                 f" {ended.seconds:.1f} s, {ended.memory / 1e9:.2f} GB: {last[0][:200]}"
             )
             if "FINESIGHT_FUZZ_KEEP" in os.environ:
-                kept = Path(os.environ["FINESIGHT_FUZZ_KEEP"])
-                kept.mkdir(parents=True, exist_ok=True)
-                (kept / f"{number}.txt").write_text(f"{failures[-1]}\n{ended.said}")
+                stored = Path(os.environ["FINESIGHT_FUZZ_KEEP"])
+                stored.mkdir(parents=True, exist_ok=True)
+                (stored / f"{number}.txt").write_text(f"{failures[-1]}\n{ended.output}")
                 if (folder / name).is_file():
-                    shutil.copy(folder / name, kept / f"{number}.file")
+                    shutil.copy(folder / name, stored / f"{number}.file")
     print(json.dumps({"codes": dict(codes.most_common()), "slowest": slowest, "GB": largest / 1e9}))
     assert failures == []
     assert codes[2] > CASES // 5

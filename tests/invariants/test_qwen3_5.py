@@ -8,16 +8,16 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-import borrowed
+import hf_models
 import pytest
 import torch
-from small_run import Task
+from tiny_task import TinyTask
 
-from finesight.encode.rendering import renderer_of
+from finesight.encode.renderer import build_renderer
 from finesight.errors import UserError
-from finesight.hub import ModelFolder
-from finesight.infer.load import load_answerer
-from finesight.infer.predict import predict
+from finesight.infer.model_loader import load_inference_model
+from finesight.infer.prediction import predict
+from finesight.model_folder import ModelFolder
 
 pytestmark = pytest.mark.skipif(find_spec("torchvision") is None, reason="no torchvision")
 CARD = pytest.param(
@@ -37,62 +37,66 @@ TUNE = {
 
 @pytest.fixture(scope="module", params=[0, 4], ids=["dense", "experts"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return borrowed.qwen3_5(tmp_path_factory.mktemp("models") / "qwen3_5", request.param)
+    return hf_models.make_qwen3_5(tmp_path_factory.mktemp("models") / "qwen3_5", request.param)
 
 
-def test_answers_are_learned_without_a_thought(folder: Path, tmp_path: Path) -> None:
-    renderer = renderer_of(ModelFolder(folder))
-    outline = renderer.outline(borrowed.sample(tmp_path, ("Which?", "light red")))
-    learned = outline.ids_T[outline.learned_T].tolist()
-    assert renderer.tokenizer.decode(learned, skip_special=False) == "light red<|im_end|>"
-    whole = renderer.tokenizer.decode(outline.ids_T.tolist(), skip_special=False)
-    assert whole == (
+def test_answers_are_supervised_without_reasoning(folder: Path, tmp_path: Path) -> None:
+    renderer = build_renderer(ModelFolder(folder))
+    outline = renderer.tokenize(hf_models.make_sample(tmp_path, ("Which?", "light red")))
+    supervised = outline.ids_T[outline.loss_mask_T].tolist()
+    assert renderer.tokenizer.decode(supervised, skip_special_tokens=False) == "light red<|im_end|>"
+    full = renderer.tokenizer.decode(outline.ids_T.tolist(), skip_special_tokens=False)
+    assert full == (
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Which?<|im_end|>\n"
         "<|im_start|>assistant\n<think>\n\n</think>\n\nlight red<|im_end|>\n"
     )
-    with pytest.raises(UserError, match="keep the last answer of each conversation alone"):
-        renderer.outline(borrowed.sample(tmp_path, ("Which?", "red"), ("Sure?", "yes")))
+    with pytest.raises(UserError, match="use single-turn conversations"):
+        renderer.tokenize(hf_models.make_sample(tmp_path, ("Which?", "red"), ("Sure?", "yes")))
 
 
 @pytest.mark.parametrize("device", ["cpu", CARD])
-def test_it_learns_and_peft_reads_it(folder: Path, tmp_path: Path, device: str) -> None:
+def test_training_reduces_loss_and_peft_loads_adapter(
+    folder: Path, tmp_path: Path, device: str
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
 
-    task = Task(tmp_path / "task")
-    task.recipe |= {"model": str(folder), "picture": None, "tune": TUNE}
+    task = TinyTask(tmp_path / "task")
+    task.recipe |= {"model": str(folder), "image": None, "tune": TUNE}
     task.run(
         "train.epochs=5",
         f"train.device={device}",
         "train.precision=fp32",
         eval={"metric": "qa", "max_new_tokens": 5},
     )
-    measured = [x["held_out_loss"] for x in task.history() if "held_out_loss" in x]
+    measured = [x["validation_loss"] for x in task.read_metrics() if "validation_loss" in x]
     assert measured[-1] < measured[0] - 0.5
 
     run = task.folder / "run"
-    answerer = load_answerer(str(run), "cpu")
-    asked = borrowed.sample(tmp_path, ("Which colour?", ""))
-    (found,) = predict(answerer.model, answerer.renderer, [asked], max_new_tokens=8, batch=1)
-    prompt = answerer.renderer.with_patches(answerer.renderer.prompt_outline(asked))
-    ids = torch.from_numpy(prompt.outline.ids_T).long()[None]
+    answerer = load_inference_model(str(run), "cpu")
+    requested = hf_models.make_sample(tmp_path, ("Which colour?", ""))
+    (found,) = predict(
+        answerer.model, answerer.renderer, [requested], max_new_tokens=8, batch_size=1
+    )
+    prompt = answerer.renderer.load_patches(answerer.renderer.tokenize_prompt(requested))
+    ids = torch.from_numpy(prompt.tokenized.ids_T).long()[None]
     base = AutoModelForImageTextToText.from_pretrained(folder)
     theirs = PeftModel.from_pretrained(base, run / "adapter").eval()
     with torch.no_grad():
-        said = theirs.generate(input_ids=ids, **prompt.inputs, max_new_tokens=8, do_sample=False)[
-            0, len(prompt.outline.ids_T) :
-        ].tolist()
-    assert found.raw == answerer.renderer.tokenizer.decode(said, skip_special=False)
+        output = theirs.generate(
+            input_ids=ids, **prompt.hf_inputs, max_new_tokens=8, do_sample=False
+        )[0, len(prompt.tokenized.ids_T) :].tolist()
+    assert found.raw_text == answerer.renderer.tokenizer.decode(output, skip_special_tokens=False)
 
 
-def test_it_is_written_whole(folder: Path, tmp_path: Path) -> None:
+def test_full_model_is_saved(folder: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText
 
-    task = Task(tmp_path / "task")
-    whole = dict.fromkeys(("vision", "merger", "language", "embeddings"), "full")
-    task.recipe |= {"model": str(folder), "picture": None, "tune": whole}
+    task = TinyTask(tmp_path / "task")
+    full = dict.fromkeys(("vision", "merger", "language", "embeddings"), "full")
+    task.recipe |= {"model": str(folder), "image": None, "tune": full}
     task.run("train.epochs=1", "train.learning_rate=0.001")
-    ours = load_answerer(str(task.folder / "run"), "cpu").model
+    ours = load_inference_model(str(task.folder / "run"), "cpu").model
     theirs = AutoModelForImageTextToText.from_pretrained(task.folder / "run" / "model")
     stored = {f"inner.{name}": value for name, value in theirs.state_dict().items()}
     assert all(torch.equal(value, stored[name]) for name, value in ours.state_dict().items())

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from finesight.model.array_cache import array_cache
 
 
-def test_results_are_kept_up_to_a_number_of_bytes():
+def test_cache_is_bounded_in_bytes():
     computed: list[tuple[int, int]] = []
 
     @array_cache(max_bytes=1000)
@@ -17,14 +17,14 @@ def test_results_are_kept_up_to_a_number_of_bytes():
     for size in (100, 200, 150, 100):
         assert len(pair(size)[0]) == size
     assert computed == [(100, 0), (200, 0), (150, 0)]
-    # 900 bytes are held; another 200 take the place of the longest unused.
+    # 900 bytes are cached; another 200 evict the least recently used result.
     pair(100, value=1)
     assert pair(100, value=1)[0].max() == 1
     assert pair(100)[0].max() == 0
     assert computed[3:] == [(100, 1)]
     pair(200)
     assert computed[4:] == [(200, 0)]
-    # What is larger than all of it is computed each time.
+    # Results larger than the cache are computed each time.
     pair(600)
     pair(600)
     assert computed[5:] == [(600, 0), (600, 0)]

@@ -2,20 +2,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import CPU, distance
+from hf_reference import CPU, max_relative_error
 from torch import Tensor
 
 from finesight.model.attention import (
-    BranchedAttention,
     PackedAttention,
     Segments,
-    attend,
-    has_varlen,
+    SharedPrefixAttention,
+    supports_varlen_attention,
+    varlen_attention,
 )
 
 
-def plain(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, lengths: list[int], causal: bool) -> Tensor:
-    """Attention written out: one segment and one head at a time, in fp64."""
+def reference_attention(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, lengths: list[int], causal: bool
+) -> Tensor:
+    """Compute attention in fp64, one segment and head at a time."""
     shared = q_THD.shape[1] // k_TKD.shape[1]
     o_THD = torch.zeros_like(q_THD)
     start = 0
@@ -39,7 +41,7 @@ def plain(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, lengths: list[int], causa
     [[7], [4, 4, 4], [1, 5, 2], [3, 1, 3, 1, 1, 3], [5, 5, 2, 5, 2, 2, 1]],
     ids=str,
 )
-def test_each_segment_looks_at_itself_alone(
+def test_segments_attend_only_to_themselves(
     lengths: list[int], kv_heads: int, causal: bool
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -50,43 +52,43 @@ def test_each_segment_looks_at_itself_alone(
     )
     for x in (q, k, v):
         x.requires_grad_()
-    found = attend(q, k, v, Segments.of(lengths, CPU), causal=causal)
-    expected = plain(q, k, v, lengths, causal)
-    assert distance(found, expected) < 1e-12
+    found = varlen_attention(q, k, v, Segments.from_lengths(lengths, CPU), causal=causal)
+    expected = reference_attention(q, k, v, lengths, causal)
+    assert max_relative_error(found, expected) < 1e-12
     weights = torch.randn(found.shape, generator=generator, dtype=torch.float64)
     ours = torch.autograd.grad((found * weights).sum(), (q, k, v))
     theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v))
-    assert max(map(distance, ours, theirs)) < 1e-12
+    assert max(map(max_relative_error, ours, theirs)) < 1e-12
 
 
-def test_packed_attention_is_causal_in_every_layer() -> None:
-    segments = Segments.of([3, 4], CPU)
+def test_packed_attention_is_causal() -> None:
+    segments = Segments.from_lengths([3, 4], CPU)
     q, k, v = (torch.randn(7, 2, 4, generator=torch.Generator().manual_seed(n)) for n in range(3))
-    causal = attend(q, k, v, segments, causal=True)
+    causal = varlen_attention(q, k, v, segments, causal=True)
     for layer in (0, 5):
         assert torch.equal(PackedAttention(segments)(layer, q, k, v), causal)
 
 
-def test_bounds_are_the_running_sum() -> None:
-    segments = Segments.of([3, 1, 4], CPU)
-    assert segments.bounds_S1.tolist() == [0, 3, 4, 8]
-    assert segments.bounds_S1.dtype == torch.int32
-    assert segments.longest == 4
+def test_cu_seqlens_are_cumulative_lengths() -> None:
+    segments = Segments.from_lengths([3, 1, 4], CPU)
+    assert segments.cu_seqlens_S1.tolist() == [0, 3, 4, 8]
+    assert segments.cu_seqlens_S1.dtype == torch.int32
+    assert segments.max_seqlen == 4
 
 
-def test_segments_of_one_length_are_computed_together() -> None:
-    inline = Segments.of([2, 2, 5], CPU).runs
-    assert (inline.lengths, inline.order_T) == (((2, 2), (5, 1)), None)
-    mixed = Segments.of([2, 5, 2], CPU).runs
-    assert mixed.lengths == ((2, 2), (5, 1))
+def test_equal_lengths_are_batched() -> None:
+    inline = Segments.from_lengths([2, 2, 5], CPU).length_buckets
+    assert (inline.shapes, inline.order_T) == (((2, 2), (5, 1)), None)
+    mixed = Segments.from_lengths([2, 5, 2], CPU).length_buckets
+    assert mixed.shapes == ((2, 2), (5, 1))
     assert mixed.order_T is not None
-    assert mixed.back_T is not None
+    assert mixed.inverse_T is not None
     assert mixed.order_T.tolist() == [0, 1, 7, 8, 2, 3, 4, 5, 6]
-    assert mixed.order_T[mixed.back_T].tolist() == list(range(9))
+    assert mixed.order_T[mixed.inverse_T].tolist() == list(range(9))
 
 
-def test_the_processor_has_no_variable_length_kernel() -> None:
-    assert not has_varlen(torch.zeros(1, 1, 8, dtype=torch.bfloat16))
+def test_varlen_kernel_is_unavailable_on_cpu() -> None:
+    assert not supports_varlen_attention(torch.zeros(1, 1, 8, dtype=torch.bfloat16))
 
 
 ON_CARD = (
@@ -95,13 +97,13 @@ ON_CARD = (
 )
 
 
-def branched(lengths: list[int], q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-    """Each sequence but the first with a copy of that before it, in fp64: attention written out."""
+def with_prefix_copies(lengths: list[int], q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+    """Compute reference attention of sequences with explicit copies of the prefix."""
     trunk, rows, start = lengths[0], [], 0
     for number, length in enumerate(lengths):
         before = trunk if number else 0
         own = [torch.cat([x[:before], x[start : start + length]]) for x in (q_THD, k_TKD, v_TKD)]
-        rows.append(plain(*own, [before + length], causal=True)[before:])
+        rows.append(reference_attention(*own, [before + length], causal=True)[before:])
         start += length
     return torch.cat(rows)
 
@@ -127,22 +129,22 @@ WITH_EMPTY_ONES = [33, 70, 12, 0, 0]
     ],
     ids=str,
 )
-def test_sequences_that_branch_off_the_first_read_it(
+def test_shared_prefix_attention_matches_reference(
     lengths: list[int], device: str, dtype: torch.dtype
 ) -> None:
-    """Forwards and backwards; what comes back to the first one from all is summed up."""
+    """Forward and backward; gradients of the prefix are summed over all sequences."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, weights = (
         torch.randn(sum(lengths), heads, 32, generator=generator).to(device, dtype)
         for heads in (4, 2, 2, 4)
     )
-    segments = Segments.of(lengths, torch.device(device))
-    attention = BranchedAttention(segments, rows=sum(lengths))
+    segments = Segments.from_lengths(lengths, torch.device(device))
+    attention = SharedPrefixAttention(segments, num_tokens=sum(lengths))
     inputs = [x.requires_grad_() for x in (q, k, v)]
     found = attention(0, q, k, v)
     ours = torch.autograd.grad(found, inputs, weights)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected = branched(lengths, *wide)
+    expected = with_prefix_copies(lengths, *wide)
     theirs = torch.autograd.grad(expected, wide, weights.double())
     most = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}.get(dtype, 1.5e-2)
     for one, other in zip((found, *ours), (expected, *theirs), strict=True):
@@ -150,12 +152,12 @@ def test_sequences_that_branch_off_the_first_read_it(
         assert float(away.norm() / other.detach().norm()) < most
 
 
-def test_where_sequences_lie_with_what_they_go_on_from() -> None:
-    segments = Segments.of([4, 2, 3], CPU)
-    attention = BranchedAttention(segments, rows=9)
+def test_shared_prefix_layout() -> None:
+    segments = Segments.from_lengths([4, 2, 3], CPU)
+    attention = SharedPrefixAttention(segments, num_tokens=9)
     with pytest.raises(AssertionError, match="several sequences"):
-        attention.contexts_T  # noqa: B018
-    assert attention.whole.longest == 7
-    assert attention.whole.lengths == (4, 6, 7)
-    assert attention.whole.bounds_S1.tolist() == [0, 4, 10, 17]
-    assert attention.places.at_M.tolist() == [*range(4), *range(6), *range(4), 6, 7, 8]
+        attention.context_lengths_T  # noqa: B018
+    assert attention.full_segments.max_seqlen == 7
+    assert attention.full_segments.lengths == (4, 6, 7)
+    assert attention.full_segments.cu_seqlens_S1.tolist() == [0, 4, 10, 17]
+    assert attention.indices.source_indices_M.tolist() == [*range(4), *range(6), *range(4), 6, 7, 8]

@@ -1,4 +1,4 @@
-"""On a card: variable-length attention, the segment-wise path, 16-bit numbers, no waiting."""
+"""GPU: variable-length attention, the bucketed path, 16-bit dtypes, no host synchronization."""
 
 from __future__ import annotations
 
@@ -8,15 +8,28 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import config, conversation, distance, native, packed, reference, reference_logits
+from hf_reference import (
+    make_config,
+    make_conversation,
+    make_native_model,
+    make_reference_model,
+    max_relative_error,
+    pack_conversations,
+    reference_logits,
+)
 from torch import Tensor
 
-from finesight.encode.pack import PackedBatch
+from finesight.encode.packing import PackedBatch
 from finesight.model import layers
-from finesight.model.attention import Segments, attend, attend_by_segment, has_varlen
-from finesight.model.layers import GatedMlp, RmsNorm, added_norm
-from finesight.model.linear import GroupedLinear
-from finesight.model.network import VisionLanguageModel
+from finesight.model.attention import (
+    Segments,
+    bucketed_attention,
+    supports_varlen_attention,
+    varlen_attention,
+)
+from finesight.model.fused_linear import FusedLinear
+from finesight.model.layers import GatedMlp, RmsNorm, add_norm
+from finesight.model.vlm import VisionLanguageModel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,21 +38,29 @@ pytestmark = [
 
 CUDA = torch.device("cuda")
 SAMPLES = [
-    conversation(1, 3, ("image", (1, 10, 12)), 4),
-    conversation(2, 19),
-    conversation(3, 1, ("video", (3, 4, 6)), 2, ("image", (1, 2, 4)), 5),
-    conversation(4, 2, ("image", (1, 18, 10)), 1),
+    make_conversation(1, 3, ("image", (1, 10, 12)), 4),
+    make_conversation(2, 19),
+    make_conversation(3, 1, ("video", (3, 4, 6)), 2, ("image", (1, 2, 4)), 5),
+    make_conversation(4, 2, ("image", (1, 18, 10)), 1),
 ]
 LENGTHS = [33, 64, 1, 64, 130, 64]
-HOST = {"ids_T", "positions_3T", "bounds_S1", "patches_ND", "visual_at_M", "predict_L", "target_L"}
+HOST = {
+    "ids_T",
+    "position_ids_3T",
+    "cu_seqlens_S1",
+    "patches_ND",
+    "visual_indices_M",
+    "logit_indices_L",
+    "labels_L",
+}
 HALF = [torch.bfloat16, torch.float16]
 
 
-def wide(family: str) -> dict[str, Any]:
-    """Heads of 16 numbers in the language model and in the tower, which the kernel takes."""
+def wide_config(family: str) -> dict[str, Any]:
+    """Return a config with head dimension 16, which the kernel supports."""
     if family.startswith("qwen3_vl"):
-        return config(family, vision={"hidden_size": 32})
-    return config(
+        return make_config(family, vision={"hidden_size": 32})
+    return make_config(
         family,
         hidden_size=64,
         rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]},
@@ -48,8 +69,10 @@ def wide(family: str) -> dict[str, Any]:
 
 
 def on_card(theirs: Any, dtype: torch.dtype) -> Any:
-    """The reference on the card; only its parameters in `dtype`, its rotary tables stay fp32, and
-    its convolution in fp32 is not cut to TF32."""
+    """Move the reference model to the GPU.
+
+    Only parameters have `dtype`: rotary tables stay fp32, and fp32 convolutions do not use TF32.
+    """
     torch.backends.cudnn.allow_tf32 = False
     for parameter in theirs.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -67,80 +90,82 @@ def heads(kv_heads: int, width: int, dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize(("kv_heads", "width"), [(4, 80), (2, 128), (1, 16)])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("by_segment", [False, True])
-def test_attention_in_16_bits_is_that_of_the_processor_in_32(
+def test_half_precision_attention_matches_fp32_cpu(
     causal: bool, kv_heads: int, width: int, dtype: torch.dtype, by_segment: bool
 ) -> None:
     inputs = [x.requires_grad_() for x in heads(kv_heads, width, dtype)]
-    assert has_varlen(inputs[0])
-    segments = Segments.of(LENGTHS, CUDA)
+    assert supports_varlen_attention(inputs[0])
+    segments = Segments.from_lengths(LENGTHS, CUDA)
     if by_segment:
-        found = attend_by_segment(*inputs, segments.runs, causal)
+        found = bucketed_attention(*inputs, segments.length_buckets, causal)
     else:
-        found = attend(*inputs, segments, causal=causal)
+        found = varlen_attention(*inputs, segments, causal=causal)
     exact = [x.detach().float().cpu().requires_grad_() for x in inputs]
-    expected = attend(*exact, Segments.of(LENGTHS, torch.device("cpu")), causal=causal)
-    assert distance(found.cpu(), expected) < 0.01
+    expected = varlen_attention(
+        *exact, Segments.from_lengths(LENGTHS, torch.device("cpu")), causal=causal
+    )
+    assert max_relative_error(found.cpu(), expected) < 0.01
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     ours = torch.autograd.grad((found * weights.to(found)).sum(), inputs)
     theirs = torch.autograd.grad((expected * weights).sum(), exact)
     for mine, other in zip(ours, theirs, strict=True):
-        assert distance(mine.cpu(), other) < 0.02
+        assert max_relative_error(mine.cpu(), other) < 0.02
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
-def test_bf16_is_as_near_to_fp32_as_the_reference_is(family: str) -> None:
-    exact = on_card(reference(wide(family)), torch.float32)
-    batch = packed(exact, SAMPLES).to(CUDA)
+def test_bf16_error_is_not_larger_than_reference(family: str) -> None:
+    exact = on_card(make_reference_model(wide_config(family)), torch.float32)
+    batch = pack_conversations(exact, SAMPLES).to(CUDA)
     with torch.no_grad():
         expected = torch.cat([reference_logits(exact, sample) for sample in SAMPLES])
-        fine = native(wide(family), exact)
-        assert distance(fine.logits(fine(batch)), expected) <= 1e-5
+        fine = make_native_model(wide_config(family), exact)
+        assert max_relative_error(fine.compute_logits(fine(batch)), expected) <= 1e-5
         rough = on_card(exact, torch.bfloat16)
-        ours = native(wide(family), rough)
-        found = ours.logits(ours(batch))
+        ours = make_native_model(wide_config(family), rough)
+        found = ours.compute_logits(ours(batch))
         theirs = torch.cat([reference_logits(rough, sample) for sample in SAMPLES])
     off = (found - expected).float().square().mean()
     assert off <= 1.5 * (theirs - expected).float().square().mean()
     assert off > 0
 
 
-# With experts, a rounding may choose another one: these outputs are no near ones.
+# With experts, rounding may change the routing: these outputs are not close.
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_cards_without_the_kernel_compute_the_same_model(family: str, dtype: torch.dtype) -> None:
-    # Heads of 12 numbers take the segment-wise path, as all heads do on a T4.
-    exact = on_card(reference(config(family)), torch.float32)
-    batch = packed(exact, SAMPLES).to(CUDA)
+def test_fallback_without_varlen_kernel_matches(family: str, dtype: torch.dtype) -> None:
+    # Heads of 12 elements use the bucketed path, as all heads do on a T4.
+    exact = on_card(make_reference_model(make_config(family)), torch.float32)
+    batch = pack_conversations(exact, SAMPLES).to(CUDA)
     with torch.no_grad():
-        fine = native(config(family), exact)
-        expected = fine.logits(fine(batch))
-        model = native(config(family), on_card(exact, dtype))
-        assert not has_varlen(torch.zeros(1, 1, 12, device=CUDA, dtype=dtype))
-        assert distance(model.logits(model(batch)), expected) < 0.05
+        fine = make_native_model(make_config(family), exact)
+        expected = fine.compute_logits(fine(batch))
+        model = make_native_model(make_config(family), on_card(exact, dtype))
+        assert not supports_varlen_attention(torch.zeros(1, 1, 12, device=CUDA, dtype=dtype))
+        assert max_relative_error(model.compute_logits(model(batch)), expected) < 0.05
 
 
 def step(model: VisionLanguageModel, batch: PackedBatch) -> None:
     model(batch).float().square().mean().backward()
 
 
-def see_alone(model: VisionLanguageModel, batch: PackedBatch) -> None:
+def encode_images(model: VisionLanguageModel, batch: PackedBatch) -> None:
     with torch.inference_mode():
-        model.see(batch.patches_ND, batch.grids)
+        model.encode_images(batch.patches_ND, batch.grid_thw)
 
 
-@pytest.mark.parametrize("work", [step, see_alone])
+@pytest.mark.parametrize("work", [step, encode_images])
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
-def test_nothing_waits_for_the_card(
+def test_forward_and_step_do_not_synchronize(
     family: str, work: Callable[[VisionLanguageModel, PackedBatch], None]
 ) -> None:
-    theirs = reference(wide(family))
-    batch = packed(theirs, SAMPLES)
-    model = native(wide(family), on_card(theirs, torch.bfloat16))
+    theirs = make_reference_model(wide_config(family))
+    batch = pack_conversations(theirs, SAMPLES)
+    model = make_native_model(wide_config(family), on_card(theirs, torch.bfloat16))
     batch = replace(
         batch,
         **{name: tensor.pin_memory() for name, tensor in asdict(batch).items() if name in HOST},
     )
-    work(model, batch.to(CUDA))  # the first call fills the tables that are kept
+    work(model, batch.to(CUDA))  # The first call fills the caches.
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -152,44 +177,46 @@ def test_nothing_waits_for_the_card(
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("width", [8, 16, 40, 72, 80, 104, 128])
 @pytest.mark.parametrize("lengths", [[64, 64, 64], [400, 400], [300, 7, 1, 80, 128]], ids=str)
-def test_attention_of_a_frozen_tower_is_that_of_the_processor_in_32(
+def test_frozen_encoder_attention_matches_fp32_cpu(
     lengths: list[int], width: int, dtype: torch.dtype
 ) -> None:
-    # Side by side, as in a joint product, and in the midst of what must not be read.
+    # Adjacent as in a fused projection, inside of memory that must not be read.
     joint = torch.full((sum(lengths) + 128, 12, width), torch.nan, dtype=dtype, device=CUDA)
     inputs = [*joint[64:-64].chunk(3, dim=1)]
     for own, drawn in zip(inputs, heads(4, width, dtype), strict=True):
         own.copy_(drawn.repeat(3, 1, 1)[: sum(lengths)])
-    segments = Segments.of(lengths, CUDA)
+    segments = Segments.from_lengths(lengths, CUDA)
     with torch.no_grad():
-        found = attend(*inputs, segments, causal=False)
+        found = varlen_attention(*inputs, segments, causal=False)
     exact = [x.float().cpu() for x in inputs]
-    expected = attend(*exact, Segments.of(lengths, torch.device("cpu")), causal=False)
-    assert distance(found.cpu(), expected) < 0.01
+    expected = varlen_attention(
+        *exact, Segments.from_lengths(lengths, torch.device("cpu")), causal=False
+    )
+    assert max_relative_error(found.cpu(), expected) < 0.01
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_a_norm_of_a_sum_is_that_of_the_two_steps(dtype: torch.dtype) -> None:
+def test_fused_residual_norm_matches_two_steps(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(50, 1280, generator=generator).to(CUDA, dtype) for _ in range(2))
     for norm in (torch.nn.LayerNorm(1280, eps=1e-6), RmsNorm(1280, eps=1e-6)):
         norm.weight.data.normal_(generator=generator)
         own = norm.to(CUDA, dtype)
-        reader = GroupedLinear(1280, {"qkv": 16}, bias=False)
+        reader = FusedLinear(1280, {"qkv": 16}, bias=False)
         with torch.no_grad():
-            total, normed = added_norm(x, y, own, reader)
-        kept, expected = added_norm(x, y, own, reader)
-        assert torch.equal(total, kept)
+            total, normed = add_norm(x, y, own, reader)
+        retained, expected = add_norm(x, y, own, reader)
+        assert torch.equal(total, retained)
         torch.testing.assert_close(normed, expected, rtol=2**-7, atol=2**-9)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("learns", [False, True])
-def test_a_gated_mlp_of_an_odd_width_is_as_near_to_fp32_as_layer_by_layer(
-    learns: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("trainable", [False, True])
+def test_odd_width_gated_mlp_error_is_bounded(
+    trainable: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    mlp = GatedMlp(64, 100, bias=True).requires_grad_(learns).to(CUDA)
+    mlp = GatedMlp(64, 100, bias=True).requires_grad_(trainable).to(CUDA)
     for parameter in mlp.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator).to(CUDA) * 0.2
     x = torch.randn(70, 64, generator=generator).to(CUDA)
@@ -207,12 +234,12 @@ def test_a_gated_mlp_of_an_odd_width_is_as_near_to_fp32_as_layer_by_layer(
     with torch.no_grad():
         torch.testing.assert_close(mlp(x.to(dtype)), found[0])
     with monkeypatch.context() as patched:
-        patched.setattr(layers, "ALIGNED", 1)
-        plain = passed()
-    assert len(found) == len(exact) == (6 if learns else 2)
-    for one, other, right in zip(found, plain, exact, strict=True):
-        assert distance(one, right) <= 1.3 * distance(other, right)
-    # Weights that come to lie elsewhere are seen at once.
+        patched.setattr(layers, "ALIGNMENT", 1)
+        baseline = passed()
+    assert len(found) == len(exact) == (6 if trainable else 2)
+    for one, other, right in zip(found, baseline, exact, strict=True):
+        assert max_relative_error(one, right) <= 1.3 * max_relative_error(other, right)
+    # Changed storage of weights is detected at once.
     assert mlp.down_proj.bias is not None
     mlp.down_proj.bias.data *= 2
     mlp.down_proj.weight.data = mlp.down_proj.weight.data * 2

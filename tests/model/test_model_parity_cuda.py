@@ -1,4 +1,4 @@
-"""The benchmark beside the tests, at a tiny size on the processor."""
+"""The parity benchmark at a tiny size on a CPU."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from types import ModuleType
 
 import pytest
 import torch
-from by_path import loaded
+from module_loader import load_module
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    return loaded("benchmarks/model_parity_cuda.py")
+    return load_module("benchmarks/model_parity_cuda.py")
 
 
-def test_a_line_a_model_with_distances_by_case(
+def test_one_line_per_model_with_errors_by_case(
     benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     benchmark.main(["--tiny", "--out", str(tmp_path / "out.jsonl")])
@@ -27,12 +27,12 @@ def test_a_line_a_model_with_distances_by_case(
     for line in lines:
         for case in ("pictures", "video", "text", "all"):
             found = line[case]
-            # bf16 keeps 8 bits, and the native model has no more rounding than the reference.
+            # bf16 has 8 bits, and the native model has no more roundings than the reference.
             assert 0 < found["native-fp32"]["rms"] < 1.2 * found["sdpa-fp32"]["rms"] < 0.02
             assert 0 < found["native-sdpa"]["max"] < 0.02
 
 
-def test_distance_is_relative_to_what_is_expected(benchmark: ModuleType) -> None:
+def test_error_is_relative_to_expected_values(benchmark: ModuleType) -> None:
     expected = torch.tensor([3.0, -4.0])
-    assert benchmark.distance(expected, expected) == {"max": 0.0, "rms": 0.0}
-    assert benchmark.distance(torch.tensor([3.0, -2.0]), expected) == {"max": 0.5, "rms": 0.4}
+    assert benchmark.relative_error(expected, expected) == {"max": 0.0, "rms": 0.0}
+    assert benchmark.relative_error(torch.tensor([3.0, -2.0]), expected) == {"max": 0.5, "rms": 0.4}

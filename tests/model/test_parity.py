@@ -1,4 +1,4 @@
-"""The native models against transformers: logits and gradients on random small models in fp32."""
+"""Native models against transformers: logits and gradients of tiny random models in fp32."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import (
-    as_published,
-    config,
-    conversation,
-    distance,
-    gradients,
-    native,
-    packed,
-    reference,
+from hf_reference import (
+    collect_gradients,
+    make_config,
+    make_conversation,
+    make_native_model,
+    make_reference_model,
+    max_relative_error,
+    pack_conversations,
     reference_logits,
+    to_published_layout,
 )
 
 MODELS: dict[str, dict[str, Any]] = {
-    "qwen2": config("qwen2_vl"),
-    "qwen2 untied, one key head, odd depth": config(
+    "qwen2": make_config("qwen2_vl"),
+    "qwen2 untied, one key head, odd depth": make_config(
         "qwen2_vl", num_key_value_heads=1, num_hidden_layers=3, tie_word_embeddings=False
     ),
-    "qwen2 ungrouped, wider heads": config(
+    "qwen2 ungrouped, wider heads": make_config(
         "qwen2_vl",
         hidden_size=64,
         num_key_value_heads=4,
@@ -32,14 +32,14 @@ MODELS: dict[str, dict[str, Any]] = {
         rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]},
         vision={"embed_dim": 48, "num_heads": 3, "hidden_size": 64, "mlp_ratio": 4, "depth": 3},
     ),
-    "qwen2.5": config("qwen2_5_vl"),
-    "qwen2.5 small windows, no whole frames, untied": config(
+    "qwen2.5": make_config("qwen2_5_vl"),
+    "qwen2.5 small windows, no full frames, untied": make_config(
         "qwen2_5_vl",
         tie_word_embeddings=False,
         num_key_value_heads=4,
         vision={"window_size": 56, "fullatt_block_indexes": []},
     ),
-    "qwen2.5 six heads on three, odd depths, whole frames first and last": config(
+    "qwen2.5 six heads on three, odd depths, full frames first and last": make_config(
         "qwen2_5_vl",
         hidden_size=72,
         num_attention_heads=6,
@@ -54,8 +54,8 @@ MODELS: dict[str, dict[str, Any]] = {
             "out_hidden_size": 72,
         },
     ),
-    "qwen3": config("qwen3_vl"),
-    "qwen3 heads wider than their share, untied, one key head": config(
+    "qwen3": make_config("qwen3_vl"),
+    "qwen3 heads wider than their share, untied, one key head": make_config(
         "qwen3_vl",
         tie_word_embeddings=False,
         head_dim=24,
@@ -64,12 +64,12 @@ MODELS: dict[str, dict[str, Any]] = {
         rope_scaling={"mrope_interleaved": True, "mrope_section": [6, 3, 3]},
         vision={"deepstack_visual_indexes": [0, 2, 3], "depth": 4, "num_position_embeddings": 4},
     ),
-    "qwen3 with experts": config("qwen3_vl_moe"),
-    "qwen3 with one expert, untied": config(
+    "qwen3 with experts": make_config("qwen3_vl_moe"),
+    "qwen3 with one expert, untied": make_config(
         "qwen3_vl_moe", num_experts=1, num_experts_per_tok=1, tie_word_embeddings=False
     ),
-    "qwen3 with all experts": config("qwen3_vl_moe", num_experts=4, num_experts_per_tok=4),
-    "qwen3 narrow heads, one tapped block, a table of one place": config(
+    "qwen3 with all experts": make_config("qwen3_vl_moe", num_experts=4, num_experts_per_tok=4),
+    "qwen3 narrow heads, one tapped block, a table of one position": make_config(
         "qwen3_vl",
         head_dim=8,
         num_key_value_heads=4,
@@ -79,61 +79,66 @@ MODELS: dict[str, dict[str, Any]] = {
     ),
 }
 
-TEXT = conversation(1, 11)
-PICTURE = conversation(2, 5, ("image", (1, 4, 6)), 7)
-PICTURES = conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4)
-FILM = conversation(4, 3, ("video", (3, 6, 4)), 6)
-BOTH = conversation(5, 1, ("video", (2, 12, 8)), 2, ("image", (1, 18, 2)), 1)
+TEXT = make_conversation(1, 11)
+ONE_IMAGE = make_conversation(2, 5, ("image", (1, 4, 6)), 7)
+TWO_IMAGES = make_conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4)
+FILM = make_conversation(4, 3, ("video", (3, 6, 4)), 6)
+BOTH = make_conversation(5, 1, ("video", (2, 12, 8)), 2, ("image", (1, 18, 2)), 1)
 
 
 @pytest.fixture(params=list(MODELS), scope="module")
 def pair(request: pytest.FixtureRequest) -> Any:
-    theirs = reference(MODELS[request.param])
-    return native(MODELS[request.param], theirs), theirs
+    theirs = make_reference_model(MODELS[request.param])
+    return make_native_model(MODELS[request.param], theirs), theirs
 
 
 @pytest.mark.parametrize(
     "samples",
     [
         [TEXT],
-        [TEXT, conversation(6, 4), conversation(7, 23)],
-        [PICTURE],
+        [TEXT, make_conversation(6, 4), make_conversation(7, 23)],
+        [ONE_IMAGE],
         [FILM, TEXT],
-        [PICTURES, TEXT, PICTURE, BOTH, FILM],
+        [TWO_IMAGES, TEXT, ONE_IMAGE, BOTH, FILM],
     ],
     ids=["text", "texts", "picture", "film", "all"],
 )
-def test_logits_of_a_pack_are_those_of_the_reference_sample_by_sample(
-    pair: Any, samples: list[Any]
-) -> None:
+def test_packed_logits_match_reference(pair: Any, samples: list[Any]) -> None:
     ours, theirs = pair
-    batch = packed(theirs, samples)
+    batch = pack_conversations(theirs, samples)
     with torch.no_grad():
         expected = torch.cat([reference_logits(theirs, sample) for sample in samples])
-        assert distance(ours.logits(ours(batch)), expected) <= 1e-5
+        assert max_relative_error(ours.compute_logits(ours(batch)), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_of_every_parameter_are_those_of_the_reference(name: str) -> None:
-    # Relative to the largest gradient of each tensor on its own, which is the stricter reading.
-    theirs = reference(MODELS[name])
-    ours = native(MODELS[name], theirs)
-    samples = [PICTURES, TEXT, BOTH]
+def test_gradients_match_reference(name: str) -> None:
+    # Relative to the largest gradient of each tensor, which is the stricter criterion.
+    theirs = make_reference_model(MODELS[name])
+    ours = make_native_model(MODELS[name], theirs)
+    samples = [TWO_IMAGES, TEXT, BOTH]
     expected = torch.cat([reference_logits(theirs, sample) for sample in samples])
-    found = ours.logits(ours(packed(theirs, samples)))
+    found = ours.compute_logits(ours(pack_conversations(theirs, samples)))
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
     (expected * weights).sum().backward()
     (found * weights).sum().backward()
-    mine = gradients(ours)
-    reference_gradients = as_published(ours, {n: p.grad for n, p in theirs.named_parameters()})
-    off = {n: distance(mine[n], g) for n, g in reference_gradients.items() if g is not None}
+    mine = collect_gradients(ours)
+    reference_gradients = to_published_layout(
+        ours, {n: p.grad for n, p in theirs.named_parameters()}
+    )
+    off = {
+        n: max_relative_error(mine[n], g) for n, g in reference_gradients.items() if g is not None
+    }
     assert len(off) == len(reference_gradients)
     assert max(off.values()) <= 1e-4, sorted(off.items(), key=lambda item: -item[1])[:5]
 
 
-def test_pictures_matter_to_the_logits_that_are_compared(pair: Any) -> None:
+def test_images_affect_the_compared_logits(pair: Any) -> None:
     ours, theirs = pair
-    batch = packed(theirs, [PICTURE])
+    batch = pack_conversations(theirs, [ONE_IMAGE])
     other = replace(batch, patches_ND=255 - batch.patches_ND)
     with torch.no_grad():
-        assert distance(ours.logits(ours(other)), ours.logits(ours(batch))) > 1e-2
+        assert (
+            max_relative_error(ours.compute_logits(ours(other)), ours.compute_logits(ours(batch)))
+            > 1e-2
+        )

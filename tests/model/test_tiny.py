@@ -1,4 +1,4 @@
-"""Small models: files as published ones have, the same each time, read by transformers."""
+"""Tiny models: published file formats, reproducible, readable by transformers."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from finesight.errors import UserError
-from finesight.hub import ModelFolder
-from finesight.model.tiny import SIZES, SPECIAL_TOKENS, TinySize, make_tiny
-from finesight.model.weights import load_model
+from finesight.model.tiny import SPECIAL_TOKENS, TINY_PRESETS, TinyConfig, create_tiny_model
+from finesight.model.weights_io import load_model
+from finesight.model_folder import ModelFolder
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def tiny(request, tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("model") / "tiny", request.param)
+    return create_tiny_model(tmp_path_factory.mktemp("model") / "tiny", request.param)
 
 
-def test_folder_has_the_files_of_a_published_one(tiny):
+def test_folder_has_the_published_files(tiny):
     assert {path.name for path in tiny.iterdir()} >= {
         "config.json",
         "tokenizer.json",
@@ -34,20 +34,20 @@ def test_folder_has_the_files_of_a_published_one(tiny):
     }
 
 
-def test_same_arguments_same_bytes(tiny, tmp_path):
+def test_equal_arguments_give_equal_bytes(tiny, tmp_path):
     family = ModelFolder(tiny).family
-    again = make_tiny(tmp_path / "again", family)
+    again = create_tiny_model(tmp_path / "again", family)
     for path in tiny.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
 
 
-def test_another_seed_gives_other_weights_only(tiny, tmp_path):
-    other = make_tiny(tmp_path / "other", ModelFolder(tiny).family, seed=1)
+def test_seed_changes_only_the_weights(tiny, tmp_path):
+    other = create_tiny_model(tmp_path / "other", ModelFolder(tiny).family, seed=1)
     different = {p.name for p in tiny.iterdir() if p.read_bytes() != (other / p.name).read_bytes()}
     assert different == {"model.safetensors", "sha256.json"}
 
 
-def test_special_tokens_follow_the_text_tokens_in_the_published_order(tiny):
+def test_special_tokens_follow_text_tokens(tiny):
     config = json.loads((tiny / "config.json").read_text())
     tokenizer = Tokenizer.from_file(str(tiny / "tokenizer.json"))
     ids = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
@@ -62,49 +62,49 @@ def test_special_tokens_follow_the_text_tokens_in_the_published_order(tiny):
 @pytest.mark.parametrize(
     "text", ["a red circle", "(12,345),(6,7)", "naïve 图片 \U0001f600", "  two  blanks\n\n"]
 )
-def test_any_text_comes_back(tiny, text):
+def test_text_roundtrip(tiny, text):
     tokenizer = Tokenizer.from_file(str(tiny / "tokenizer.json"))
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-def test_known_words_are_one_token_and_digits_stand_alone(tmp_path):
-    folder = make_tiny(tmp_path / "tiny", size="small")
+def test_known_words_are_one_token_and_digits_are_separate(tmp_path):
+    folder = create_tiny_model(tmp_path / "tiny", preset="small")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert len(tokenizer.encode(" yellow triangle").ids) == 2
     assert len(tokenizer.encode("1000").ids) == 4
 
 
-def test_sizes_are_as_said(tmp_path):
-    numbers = {}
-    for name in SIZES:
-        weights = load_file(make_tiny(tmp_path / name, size=name) / "model.safetensors")
-        numbers[name] = sum(tensor.numel() for tensor in weights.values())
-    assert 100_000 < numbers["test"] < 300_000
-    assert 5e6 < numbers["small"] < 15e6
+def test_parameter_counts(tmp_path):
+    values = {}
+    for name in TINY_PRESETS:
+        weights = load_file(create_tiny_model(tmp_path / name, preset=name) / "model.safetensors")
+        values[name] = sum(tensor.numel() for tensor in weights.values())
+    assert 100_000 < values["test"] < 300_000
+    assert 5e6 < values["small"] < 15e6
 
 
-def test_linear_layers_keep_the_size_of_their_input(tiny):
+def test_linear_layers_preserve_scale(tiny):
     model = load_model(ModelFolder(tiny), torch.float32, torch.device("cpu"))
     weight = model.get_parameter("model.layers.0.self_attn.o_proj.weight")
     x = torch.randn(1000, weight.shape[1])
     assert (x @ weight.T).std().item() == pytest.approx(1.0, rel=0.1)
 
 
-def test_own_geometry(tmp_path):
-    size = TinySize(300, 32, 1, 2, 1, 48, 16, 1, 2)
-    folder = make_tiny(tmp_path / "own", "qwen2_5_vl", size=size)
+def test_custom_tiny_size(tmp_path):
+    size = TinyConfig(300, 32, 1, 2, 1, 48, 16, 1, 2)
+    folder = create_tiny_model(tmp_path / "own", "qwen2_5_vl", preset=size)
     config = json.loads((folder / "config.json").read_text())
     assert config["vocab_size"] == 300 + len(SPECIAL_TOKENS)
     assert sum(config["rope_scaling"]["mrope_section"]) == 32 // 2 // 2
     assert load_model(ModelFolder(folder), torch.float32, torch.device("cpu")) is not None
 
 
-def test_existing_folder_is_left_alone(tiny):
+def test_existing_folder_is_unchanged(tiny):
     with pytest.raises(UserError, match="exists already"):
-        make_tiny(tiny)
+        create_tiny_model(tiny)
 
 
-def test_transformers_loads_model_tokenizer_and_template(tiny):
+def test_transformers_loads_the_folder(tiny):
     transformers = pytest.importorskip("transformers")
     theirs, report = transformers.AutoModelForImageTextToText.from_pretrained(
         tiny, output_loading_info=True
@@ -128,10 +128,10 @@ def test_transformers_loads_model_tokenizer_and_template(tiny):
     assert tokenizer(text)["input_ids"] == ours
 
 
-def test_more_signs_than_tokens(tmp_path):
-    """What has no token of its own is spelled in bytes."""
+def test_more_characters_than_tokens(tmp_path):
+    """Characters without a token are encoded as bytes."""
     signs = "".join(chr(0x4E00 + 7 * number) for number in range(300))
-    folder = make_tiny(tmp_path / "tiny", text=[signs])
+    folder = create_tiny_model(tmp_path / "tiny", corpus=[signs])
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert tokenizer.get_vocab_size() == 384 + len(SPECIAL_TOKENS)
     assert tokenizer.decode(tokenizer.encode(signs).ids) == signs

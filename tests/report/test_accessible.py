@@ -1,48 +1,55 @@
-"""Pages as people with other eyes, hands and ears meet them, judged by axe-core."""
+"""Accessibility tests of the pages with axe-core."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from axe import Axe
-from browser import DESK, PHONE, Browser
-from compared_runs import RECIPE, begun, run_with, signs
-from small_run import make_task, write_recipe
+from axe import AxeChecker
+from browser import DESKTOP_WIDTH, PHONE_WIDTH, Browser
+from comparison_fixtures import RECIPE, make_run, make_sign_answers, start_record
+from tiny_task import make_task, write_recipe
 
-from finesight.cli.app import run
-from finesight.report.compare_page import write_comparison
-from finesight.report.language import Language
+from finesight.cli.app import run_command
+from finesight.report.compare_page import write_compare_page
+from finesight.report.i18n import Language
 from finesight.report.run_page import write_report
 
 
 @pytest.fixture(scope="module")
-def axe() -> Axe:
-    return Axe()
+def axe() -> AxeChecker:
+    return AxeChecker()
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
-    a = run_with(tmp_path / "a", signs(tmp_path, [0.5, 1.0] * 4))
+    a = make_run(tmp_path / "a", make_sign_answers(tmp_path, [0.5, 1.0] * 4))
     recipe = RECIPE | {"eval": {"metric": "ocr", "max_new_tokens": 9}}
-    b = run_with(tmp_path / "b", signs(tmp_path, [1.0, 0.5] * 4), recipe=recipe, start=begun(500))
+    b = make_run(
+        tmp_path / "b",
+        make_sign_answers(tmp_path, [1.0, 0.5] * 4),
+        recipe=recipe,
+        start=start_record(500),
+    )
     (b.folder / "result.json").unlink()
     return [a.folder, b.folder]
 
 
-def test_the_checker_finds_what_is_wrong(browser: Browser, axe: Axe, tmp_path: Path) -> None:
+def test_axe_finds_violations(browser: Browser, axe: AxeChecker, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     style = "<p style='color: #999; background: #fff'>pale words</p>"
     file.write_text(f"<!doctype html><title>x</title><img src='data:,'><button></button>{style}")
     browser.open(file)
-    found = {one.partition(":")[0] for one in axe.grave(browser)}
+    found = {one.partition(":")[0] for one in axe.find_violations(browser)}
     assert {"image-alt", "button-name", "color-contrast", "html-has-lang"} <= found
 
 
-@pytest.mark.parametrize(("width", "dark", "language"), [(PHONE, True, "en"), (DESK, False, "zh")])
-def test_nothing_serious(
+@pytest.mark.parametrize(
+    ("width", "dark", "language"), [(PHONE_WIDTH, True, "en"), (DESKTOP_WIDTH, False, "zh")]
+)
+def test_pages_have_no_severe_violations(
     browser: Browser,
-    axe: Axe,
+    axe: AxeChecker,
     runs: list[Path],
     tmp_path: Path,
     width: int,
@@ -50,14 +57,17 @@ def test_nothing_serious(
     language: Language,
 ) -> None:
     page, check, show = (tmp_path / f"{name}.html" for name in ("page", "check", "show"))
-    write_comparison(runs, page, language)
-    recipe = write_recipe(tmp_path / "recipe.yaml", make_task(tmp_path) | {"output": "run"})
+    write_compare_page(runs, page, language)
+    recipe = write_recipe(tmp_path / "recipe.yaml", make_task(tmp_path) | {"output_dir": "run"})
     chosen = ["--language", language]
-    assert run(["data", "check", str(tmp_path / "train.jsonl"), "--html", str(check), *chosen]) == 0
-    assert run(["data", "show", str(recipe), "--html", str(show), *chosen]) == 0
+    assert (
+        run_command(["data", "check", str(tmp_path / "train.jsonl"), "--html", str(check), *chosen])
+        == 0
+    )
+    assert run_command(["data", "show", str(recipe), "--html", str(show), *chosen]) == 0
     reports = [write_report(folder, language=language) for folder in runs]
     for file in (page, check, show, *reports):
         browser.open(file, width, dark=dark)
         assert browser.messages() == [], file.name
-        assert browser.overflow() == 0, file.name
-        assert axe.grave(browser) == [], file.name
+        assert browser.overflow_width() == 0, file.name
+        assert axe.find_violations(browser) == [], file.name

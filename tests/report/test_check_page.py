@@ -1,4 +1,4 @@
-"""The page of `data check`: what was found, where, and with which boxes."""
+"""Tests of the data check page."""
 
 from __future__ import annotations
 
@@ -6,99 +6,115 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from browser import DESK, PAYLOADS, PHONE, Browser
-from page_text import data_of
-from scenery import paint
+from browser import DESKTOP_WIDTH, PHONE_WIDTH, XSS_PAYLOADS, Browser
+from html_text import read_script_data
+from image_fixtures import write_gray_image
 
-from finesight.check.findings import FAULTS, Checked, Finding, Shown, Source
-from finesight.report.check_page import PICTURES_OF_ONE, check_page
+from finesight.check.check_issues import (
+    ISSUE_TYPES,
+    CheckIssue,
+    CheckResult,
+    IssueImage,
+    SourceStats,
+)
+from finesight.report.check_page import MAX_IMAGES_PER_ISSUE, render_check_page
 
-CODES = ("picture-missing", "box-outside", "contradiction", "box-tiny")
+CODES = ("image-missing", "box-outside", "contradictory-answers", "box-tiny")
 
 
-def checked(findings: list[Finding], **more: int) -> Checked:
+def make_result(findings: list[CheckIssue], **more: int) -> CheckResult:
     counts = Counter(finding.code for finding in findings) + Counter(more)
-    source = Source("labels.jsonl", False, "samples", "each line has `messages`", 60, 50)
-    return Checked((source,), dict(counts), tuple(findings), 40, 30, {"box-outside": 7})
+    source = SourceStats("labels.jsonl", False, "samples", "each line has `messages`", 60, 50)
+    return CheckResult((source,), dict(counts), tuple(findings), 40, 30, {"box-outside": 7})
 
 
-def finding(number: int, code: str, *shown: Shown, text: str = "what is wrong") -> Finding:
-    place = f"labels.jsonl:{number}"
-    return Finding(code, place, text, "mend it", sample=f"s{number}", shown=shown)
+def make_issue(
+    number: int, code: str, *shown: IssueImage, text: str = "what is wrong"
+) -> CheckIssue:
+    location = f"labels.jsonl:{number}"
+    return CheckIssue(code, location, text, "mend it", sample_id=f"s{number}", images=shown)
 
 
 @pytest.fixture
-def mixed(tmp_path: Path) -> Checked:
-    picture = paint(tmp_path / "a.png", 200, 100, shade=90)
+def mixed_result(tmp_path: Path) -> CheckResult:
+    image = write_gray_image(tmp_path / "a.png", 200, 100, gray_level=90)
     gone = tmp_path / "gone.png"
     boxes = ((10.0, 20.0, 60.0, 80.0), (150.0, 50.0, 240.0, 90.0))
-    return checked(
+    return make_result(
         [
-            finding(1, "picture-missing", Shown(gone)),
-            finding(2, "box-outside", Shown(picture, 0, boxes, ("cat", "dog"))),
-            finding(3, "box-reversed", Shown(picture, 0, ((60.0, 80.0, 10.0, 20.0),))),
-            *(finding(number, "contradiction") for number in range(4, 50)),
-            finding(50, "box-tiny", Shown(picture, 0, ((5.0, 5.0, float("nan"), 6.0),))),
+            make_issue(1, "image-missing", IssueImage(gone)),
+            make_issue(2, "box-outside", IssueImage(image, 0, boxes, ("cat", "dog"))),
+            make_issue(3, "box-inverted", IssueImage(image, 0, ((60.0, 80.0, 10.0, 20.0),))),
+            *(make_issue(number, "contradictory-answers") for number in range(4, 50)),
+            make_issue(50, "box-tiny", IssueImage(image, 0, ((5.0, 5.0, float("nan"), 6.0),))),
         ]
     )
 
 
-def test_every_finding_is_told(mixed: Checked) -> None:
-    data = data_of(check_page(mixed))
-    assert [told["where"] for told in data["findings"]] == [f.where for f in mixed.findings]
-    for told, found in zip(data["findings"], mixed.findings, strict=True):
-        assert told["severity"] == found.severity
-        assert told["says"] == FAULTS[found.code][1]
-        assert (told["what"], told["remedy"]) == (found.what, found.remedy)
-    missing, outside, *_, tiny = data["findings"]
-    assert data["pictures"][missing["shown"][0]["picture"]] == "no such picture"
-    labels = [box["label"] for box in outside["shown"][0]["boxes"]]
+def test_every_issue_is_on_the_page(mixed_result: CheckResult) -> None:
+    data = read_script_data(render_check_page(mixed_result))
+    assert [record["location"] for record in data["issues"]] == [
+        f.where for f in mixed_result.issues
+    ]
+    for record, found in zip(data["issues"], mixed_result.issues, strict=True):
+        assert record["severity"] == found.severity
+        assert record["description"] == ISSUE_TYPES[found.code][1]
+        assert (record["message"], record["remedy"]) == (found.what, found.remedy)
+    missing, outside, *_, tiny = data["issues"]
+    assert data["images"][missing["images"][0]["image_index"]] == "no such image"
+    labels = [box["label"] for box in outside["images"][0]["boxes"]]
     assert labels == ["cat", "dog"]
-    assert tiny["shown"][0]["boxes"] == [], "a corner that is no number has no place"
+    assert tiny["images"][0]["boxes"] == [], "boxes with non-finite corners are not drawn"
 
 
-def test_pictures_are_shared_out_among_the_faults(tmp_path: Path) -> None:
-    pictures = [paint(tmp_path / f"{number}.png", shade=number) for number in range(40)]
-    many = [finding(n, "box-outside", Shown(pictures[n])) for n in range(38)]
-    few = [finding(n, "box-tiny", Shown(pictures[n])) for n in (38, 39)]
-    page = check_page(checked([*many, *few]), pictures=10)
-    data = data_of(page)
-    drawn = Counter(told["code"] for told in data["findings"] if told["shown"])
+def test_images_are_distributed_over_issue_kinds(tmp_path: Path) -> None:
+    images = [
+        write_gray_image(tmp_path / f"{number}.png", gray_level=number) for number in range(40)
+    ]
+    many = [make_issue(n, "box-outside", IssueImage(images[n])) for n in range(38)]
+    few = [make_issue(n, "box-tiny", IssueImage(images[n])) for n in (38, 39)]
+    page = render_check_page(make_result([*many, *few]), max_images=10)
+    data = read_script_data(page)
+    drawn = Counter(record["code"] for record in data["issues"] if record["images"])
     assert drawn == {"box-outside": 8, "box-tiny": 2}
-    assert len(data["pictures"]) == 10
-    assert "30 more findings are told without theirs" in page
+    assert len(data["images"]) == 10
+    assert "30 further issues are listed without images" in page
 
 
-def test_a_picture_is_held_once_and_few_of_one_finding(tmp_path: Path) -> None:
-    picture = paint(tmp_path / "a.png")
-    same = finding(1, "same-picture", *[Shown(picture)] * 9)
-    data = data_of(check_page(checked([same, finding(2, "box-tiny", Shown(picture))])))
-    assert len(data["pictures"]) == 1
-    assert len(data["findings"][0]["shown"]) == PICTURES_OF_ONE
-    assert data["findings"][0]["more"] == 9 - PICTURES_OF_ONE
+def test_images_are_embedded_once_per_page(tmp_path: Path) -> None:
+    image = write_gray_image(tmp_path / "a.png")
+    same = make_issue(1, "leaked-image", *[IssueImage(image)] * 9)
+    data = read_script_data(
+        render_check_page(make_result([same, make_issue(2, "box-tiny", IssueImage(image))]))
+    )
+    assert len(data["images"]) == 1
+    assert len(data["issues"][0]["images"]) == MAX_IMAGES_PER_ISSUE
+    assert data["issues"][0]["num_more"] == 9 - MAX_IMAGES_PER_ISSUE
 
 
-def test_nothing_found() -> None:
-    page = check_page(checked([]))
-    assert "No fault was found." in page
-    assert data_of(page) == {"findings": [], "pictures": []}
+def test_page_without_issues() -> None:
+    page = render_check_page(make_result([]))
+    assert "No issues were found." in page
+    assert read_script_data(page) == {"issues": [], "images": []}
 
 
-def test_advance_counts_every_finding(mixed: Checked) -> None:
+def test_progress_counts_every_issue(mixed_result: CheckResult) -> None:
     done: list[int] = []
-    check_page(mixed, advance=done.append)
-    assert sum(done) == len(mixed.findings)
+    render_check_page(mixed_result, on_progress=done.append)
+    assert sum(done) == len(mixed_result.issues)
 
 
-@pytest.mark.parametrize("width", [PHONE, DESK])
-def test_in_a_browser(browser: Browser, tmp_path: Path, mixed: Checked, width: int) -> None:
+@pytest.mark.parametrize("width", [PHONE_WIDTH, DESKTOP_WIDTH])
+def test_page_in_browser(
+    browser: Browser, tmp_path: Path, mixed_result: CheckResult, width: int
+) -> None:
     file = tmp_path / "check.html"
-    file.write_text(check_page(mixed))
+    file.write_text(render_check_page(mixed_result))
     browser.open(file, width)
     assert browser.messages() == []
     assert browser.requests() == [file.as_uri()]
-    assert browser.overflow() == 0
-    assert browser.nameless() == []
+    assert browser.overflow_width() == 0
+    assert browser.unlabeled_elements() == []
     cards = "return document.querySelectorAll('.feed > li').length;"
     assert browser.run(cards) == 30
     browser.run("document.querySelector('.more').click();")
@@ -108,22 +124,22 @@ def test_in_a_browser(browser: Browser, tmp_path: Path, mixed: Checked, width: i
     assert browser.run(cards) == 3
     browser.run("document.querySelector('[data-code=box-tiny]').click();")
     assert browser.run(cards) == 1
-    assert browser.run("return byId('shown').textContent;") == "1 of 50 findings"
-    assert browser.run("return byId('fault').value;") == "box-tiny"
-    assert browser.overflow() == 0
+    assert browser.run("return byId('num-shown').textContent;") == "1 of 50 issues"
+    assert browser.run("return byId('issue-code').value;") == "box-tiny"
+    assert browser.overflow_width() == 0
 
 
-def test_boxes_stand_where_they_are_said_to_be(
-    browser: Browser, tmp_path: Path, mixed: Checked
+def test_boxes_are_drawn_at_their_coordinates(
+    browser: Browser, tmp_path: Path, mixed_result: CheckResult
 ) -> None:
     file = tmp_path / "check.html"
-    file.write_text(check_page(mixed))
+    file.write_text(render_check_page(mixed_result))
     browser.open(file)
-    places = browser.run(
-        """return [...document.querySelectorAll('.picture')].slice(0, 2).map((picture) => {
-          const frame = picture.querySelector('img').getBoundingClientRect();
+    locations = browser.run(
+        """return [...document.querySelectorAll('.image')].slice(0, 2).map((figure) => {
+          const frame = figure.querySelector('img').getBoundingClientRect();
           const scale = 200 / frame.width;
-          return [...picture.querySelectorAll('.box')].map((box) => {
+          return [...figure.querySelectorAll('.box')].map((box) => {
             const at = box.getBoundingClientRect();
             return [at.left - frame.left, at.top - frame.top, at.right - frame.left,
               at.bottom - frame.top].map((value) => value * scale);
@@ -134,14 +150,14 @@ def test_boxes_stand_where_they_are_said_to_be(
         [[10, 20, 60, 80], [150, 50, 240, 90]],
         [[10, 20, 60, 80]],
     ]
-    for found, right in zip(places, expected, strict=True):
+    for found, right in zip(locations, expected, strict=True):
         for corners, wanted in zip(found, right, strict=True):
             assert corners == pytest.approx(wanted, abs=1), "in pixels of the original"
 
 
-def test_by_keyboard(browser: Browser, tmp_path: Path, mixed: Checked) -> None:
+def test_keyboard_navigation(browser: Browser, tmp_path: Path, mixed_result: CheckResult) -> None:
     file = tmp_path / "check.html"
-    file.write_text(check_page(mixed))
+    file.write_text(render_check_page(mixed_result))
     browser.open(file)
     where = "return document.activeElement.querySelector('.mono').textContent;"
     seen = []
@@ -161,29 +177,29 @@ def test_by_keyboard(browser: Browser, tmp_path: Path, mixed: Checked) -> None:
     assert browser.run("return document.querySelectorAll('.feed > li .warning').length;") == 30
 
 
-def test_payloads_stay_text(browser: Browser, tmp_path: Path) -> None:
+def test_html_payloads_are_escaped(browser: Browser, tmp_path: Path) -> None:
     findings = []
-    for number, payload in enumerate(PAYLOADS):
-        picture = paint(tmp_path / f"{payload.replace('/', '|')}.png")
-        shown = (Shown(picture, 0, ((1, 2, 9, 9),), (payload,)), Shown(Path(payload)))
-        made = finding(number, "box-tiny", *shown, text=payload)
+    for number, payload in enumerate(XSS_PAYLOADS):
+        image = write_gray_image(tmp_path / f"{payload.replace('/', '|')}.png")
+        shown = (IssueImage(image, 0, ((1, 2, 9, 9),), (payload,)), IssueImage(Path(payload)))
+        made = make_issue(number, "box-tiny", *shown, text=payload)
         findings.append(
-            Finding(
+            CheckIssue(
                 made.code, payload, payload, payload, payload, payload, shown, (payload,), "clipped"
             )
         )
-    source = Source(PAYLOADS[0], True, PAYLOADS[1], PAYLOADS[2], 1, 1)
-    found = Checked((source,), {"box-tiny": 32}, tuple(findings), 1, 1)
+    source = SourceStats(XSS_PAYLOADS[0], True, XSS_PAYLOADS[1], XSS_PAYLOADS[2], 1, 1)
+    found = CheckResult((source,), {"box-tiny": 32}, tuple(findings), 1, 1)
     file = tmp_path / "check.html"
-    file.write_text(check_page(found))
+    file.write_text(render_check_page(found))
     browser.open(file)
     browser.run("document.querySelector('.more').click();")
     browser.run("document.querySelector('details').open = true;")
     browser.settle()
-    assert browser.ran() == []
+    assert browser.executed_payloads() == []
     assert browser.messages() == []
     assert browser.requests() == [file.as_uri()]
-    told = browser.run(
-        "return [...document.querySelectorAll('.feed .mono')].map((place) => place.textContent);"
+    result = browser.run(
+        "return [...document.querySelectorAll('.feed .mono')].map((e) => e.textContent);"
     )
-    assert told == list(PAYLOADS)
+    assert result == list(XSS_PAYLOADS)

@@ -1,4 +1,4 @@
-"""The report of a run: what it says of whole, old, growing and hostile ones, and in a browser."""
+"""Tests of reports of finished, old, running and hostile runs, also in a browser."""
 
 from __future__ import annotations
 
@@ -12,64 +12,74 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from browser import DESK, PAYLOADS, PHONE, Browser
-from page_text import data_of, text_of
+from browser import DESKTOP_WIDTH, PHONE_WIDTH, XSS_PAYLOADS, Browser
+from html_text import read_script_data, read_visible_text
 from PIL import Image
-from run_folders import START, Line, MadeRun, answer_line, measured_line, step_line
+from run_dir_fixtures import (
+    START_RECORD,
+    FakeRunDir,
+    JsonLine,
+    make_evaluation_line,
+    make_prediction_line,
+    make_step_line,
+)
 
 from finesight.errors import UserError
-from finesight.evaluate.compare import Difference
-from finesight.report.run_page import run_page, write_report
+from finesight.evaluate.metric_difference import MetricDifference
+from finesight.report.run_page import render_run_page, write_report
 
 
-def pictured(folder: Path, count: int) -> list[Line]:
-    """Answers about pictures, in turn worse, better, wrong and right after training."""
+def make_image_answers(folder: Path, count: int) -> list[JsonLine]:
+    """Make predictions for images."""
     lines = []
     for i in range(count):
         path = folder / f"p{i}.png"
         Image.new("RGB", (90, 60), (3 * i % 256, 80, 120)).save(path)
         truth = {"image": 0, "label": "ring", "xyxy": [10, 10, 40, 40]}
-        line = answer_line(f"s{i}", "x^2", r"\frac{a}{b}", 0.0, image=str(path))
+        line = make_prediction_line(f"s{i}", "x^2", r"\frac{a}{b}", 0.0, image=str(path))
         lines.append(line | {"boxes": [truth], "gold_boxes": [truth]})
     return lines
 
 
-def with_figures(lines: Sequence[Line], *figures: float) -> list[Line]:
+def with_figures(lines: Sequence[JsonLine], *figures: float) -> list[JsonLine]:
     return [
         line | {"scores": {"similarity": figures[i % len(figures)]}} for i, line in enumerate(lines)
     ]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> MadeRun:
-    """A finished run with twelve examples."""
-    made = MadeRun(tmp_path / "latex-2b")
-    made.trained()
-    difference = Difference("similarity", 0.2, 0.9, 0.6, 0.8, "better")
-    made.finished(
-        before=measured_line(0, 0.2), after=measured_line(60, 0.9), differences=[asdict(difference)]
+def run(tmp_path: Path) -> FakeRunDir:
+    """Finished run with twelve examples."""
+    made = FakeRunDir(tmp_path / "latex-2b")
+    made.write_metrics()
+    difference = MetricDifference("similarity", 0.2, 0.9, 0.6, 0.8, "better")
+    made.write_finished(
+        before=make_evaluation_line(0, 0.2),
+        after=make_evaluation_line(60, 0.9),
+        metric_differences=[asdict(difference)],
     )
-    lines = pictured(tmp_path, 12)
-    made.answered("before", with_figures(lines, 0.8, 0.1, 0.5, 1.0))
-    made.answered("after", with_figures(lines, 0.3, 0.9, 0.5, 1.0))
-    made.lines("dropped.jsonl", [{"id": "long", "reason": "over 8192 tokens"}])
+    lines = make_image_answers(tmp_path, 12)
+    made.write_predictions("before", with_figures(lines, 0.8, 0.1, 0.5, 1.0))
+    made.write_predictions("after", with_figures(lines, 0.3, 0.9, 0.5, 1.0))
+    made.write_lines("skipped_samples.jsonl", [{"id": "long", "reason": "over 8192 tokens"}])
     return made
 
 
-def test_a_finished_run_says_everything(run: MadeRun) -> None:
-    page = run_page(run.folder)
-    text = text_of(page)
+def test_finished_run(run: FakeRunDir) -> None:
+    page = render_run_page(run.folder)
+    text = read_visible_text(page)
     for words in (
         "latex-2b",
-        "Qwen/Qwen2-VL-2B-Instruct tuned on 950 samples",
+        "Qwen/Qwen2-VL-2B-Instruct fine-tuned on 950 samples",
         "0.2000 → 0.9000 better",
-        "rose by 0.7000, more than chance explains: the 95 % interval of the difference is +0.600",
-        "3 got better 3 got worse 3 stayed wrong 3 stayed right",
-        "need not be edited; higher is better 0.2000 0.150 to 0.250 0.9000 0.850 to 0.950 +0.7000",
+        "increased by 0.7000, more than expected by chance:",
+        "the 95 % interval of the difference is +0.600",
+        "3 improved 3 worsened 3 still incorrect 3 still correct",
+        "edit distance; higher is better 0.2000 0.150 to 0.250 0.9000 0.850 to 0.950 +0.7000",
         "in nats per token; lower is better 1.8000 1.1000 −0.7000 better",
-        "vision frozen 9 900 0 yes: every bit is as it was",
-        "language trained 4 80 4 yes: gradients reached 4",
-        "preparing 12.5 s training steps 30.0 s measuring 8.0 s",
+        "vision frozen 9 900 0 yes: bitwise unchanged",
+        "language trained 4 80 4 yes: 4 tensors with gradients",
+        "setup 12.5 s training steps 30.0 s evaluation 8.0 s",
         "over 8192 tokens long",
         "NVIDIA H200, bf16",
         "ba5e" * 16,
@@ -77,182 +87,199 @@ def test_a_finished_run_says_everything(run: MadeRun) -> None:
         "--prompt &#39;Write the formula.&#39;",
     ):
         assert words in text, words
-    assert [chart["series"][0]["name"] for chart in data_of(page)["charts"]] == [
-        *("training", "similarity", "merger", "norm", "samples a second", "utilisation")
+    assert [chart["series"][0]["name"] for chart in read_script_data(page)["charts"]] == [
+        *("training", "similarity", "merger", "norm", "samples/s", "MFU")
     ]
 
 
-def test_examples_are_data_with_pictures_boxes_and_formulas(run: MadeRun) -> None:
-    data = data_of(run_page(run.folder))
+def test_example_data_with_images_boxes_and_formulas(run: FakeRunDir) -> None:
+    data = read_script_data(render_run_page(run.folder))
     assert [one["kind"] for one in data["examples"]] == [
         kind for kind in ("worse", "better", "wrong", "right") for _ in range(3)
     ]
-    assert data["measurements"] == ["before", "after"]
-    assert len(data["pictures"]) == 12
+    assert data["evaluation_names"] == ["before", "after"]
+    assert len(data["images"]) == 12
     first = data["examples"][0]
     assert (first["id"], first["change"]) == ("s0", -0.5)
     assert first["after"]["boxes"][0]["xyxy"] == [10, 10, 40, 40]
 
 
-def test_too_many_examples_are_counted(run: MadeRun) -> None:
-    page = run_page(run.folder, most=6)
-    assert len(data_of(page)["examples"]) == 6
+def test_omitted_examples_are_counted(run: FakeRunDir) -> None:
+    page = render_run_page(run.folder, max_examples=6)
+    assert len(read_script_data(page)["examples"]) == 6
     assert (
-        "12 held-out samples, told apart by the similarity of each: right is full"
-        " marks, wrong is anything less. The greatest changes come first. Not on this page: 2 that"
-        " got better, 2 that stayed wrong and 2 that stayed right; all of them are in the run's"
-    ) in html.unescape(text_of(page))
-    assert "all 6" in text_of(page)
+        "12 validation samples, classified by similarity: the maximum is correct, any lower score"
+        " is incorrect. The largest changes are first. Not on this page: 2 improved, 2 still"
+        " incorrect and 2 still correct. The run folder contains all of them."
+    ) in html.unescape(read_visible_text(page))
+    assert "all 6" in read_visible_text(page)
 
 
-def test_a_run_without_measurements(tmp_path: Path) -> None:
-    made = MadeRun(tmp_path / "run", metric=None)
-    made.lines("metrics.jsonl", [START, *map(step_line, range(1, 9))])
-    made.finished()
-    text = text_of(run_page(made.folder))
-    assert "Nothing was measured: whether the model got better is not known" in text
-    assert "would tell" in text
+def test_run_without_evaluation(tmp_path: Path) -> None:
+    made = FakeRunDir(tmp_path / "run", metric=None)
+    made.write_lines("metrics.jsonl", [START_RECORD, *map(make_step_line, range(1, 9))])
+    made.write_finished()
+    text = read_visible_text(render_run_page(made.folder))
+    assert "The run has no evaluation, so the change in quality is unknown." in text
+    assert "To evaluate a run" in text
     assert "Examples" not in text
 
 
-def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
-    made = MadeRun(tmp_path / "run")
-    made.lines("metrics.jsonl", [START, measured_line(0, 0.2)])
-    made.answered("before", [answer_line("a", "x", "y", 0.5), answer_line("b", "y", "y", 1.0)])
-    page = run_page(made.folder)
-    assert "not finished: 0 of 60 steps so far" in text_of(page)
-    assert "measured once" in text_of(page)
-    assert [one["after"] for one in data_of(page)["examples"]] == [None, None]
-    assert data_of(page)["measurements"] == ["before"]
+def test_run_before_first_step(tmp_path: Path) -> None:
+    made = FakeRunDir(tmp_path / "run")
+    made.write_lines("metrics.jsonl", [START_RECORD, make_evaluation_line(0, 0.2)])
+    made.write_predictions(
+        "before",
+        [make_prediction_line("a", "x", "y", 0.5), make_prediction_line("b", "y", "y", 1.0)],
+    )
+    page = render_run_page(made.folder)
+    assert "not finished: 0 of 60 steps so far" in read_visible_text(page)
+    assert "evaluated once" in read_visible_text(page)
+    assert [one["after"] for one in read_script_data(page)["examples"]] == [None, None]
+    assert read_script_data(page)["evaluation_names"] == ["before"]
 
 
-def test_a_run_on_its_way_compares_what_there_is(tmp_path: Path) -> None:
-    made = MadeRun(tmp_path / "run")
-    steps = [step_line(step) for step in range(1, 41)]
-    lines = [START, measured_line(0, 0.0), *steps, measured_line(40, 1.0)]
-    made.lines("metrics.jsonl", lines)
+def test_running_run_compares_available_evaluations(tmp_path: Path) -> None:
+    made = FakeRunDir(tmp_path / "run")
+    steps = [make_step_line(step) for step in range(1, 41)]
+    lines = [START_RECORD, make_evaluation_line(0, 0.0), *steps, make_evaluation_line(40, 1.0)]
+    made.write_lines("metrics.jsonl", lines)
     names = [f"s{i}" for i in range(8)]
-    made.answered("before", [answer_line(name, "ab", "yz", 0.0) for name in names])
-    made.answered("step-40", [answer_line(name, "yz", "yz", 1.0) for name in names])
-    page = run_page(made.folder)
-    assert data_of(page)["measurements"] == ["before", "after step 40"]
+    made.write_predictions(
+        "before", [make_prediction_line(name, "ab", "yz", 0.0) for name in names]
+    )
+    made.write_predictions(
+        "step-40", [make_prediction_line(name, "yz", "yz", 1.0) for name in names]
+    )
+    page = render_run_page(made.folder)
+    assert read_script_data(page)["evaluation_names"] == ["before", "after step 40"]
     # By the answers: every one of the eight became right.
-    assert "interval of the difference is +0.351 to +1.000" in text_of(page)
-    assert "Looked at when the run comes to its end" in text_of(page)
+    assert "interval of the difference is +0.351 to +1.000" in read_visible_text(page)
+    assert "Computed at the end of the run" in read_visible_text(page)
 
 
-def test_patience_keeps_the_best_and_the_page_says_so(run: MadeRun) -> None:
-    best = measured_line(40, 0.95)
-    run.finished(before=measured_line(0, 0.2), after=best, stopped_early=True, weights_of=40)
-    page = run_page(run.folder)
-    assert data_of(page)["measurements"] == ["before", "after step 40"]
-    assert "the weights are those of step 40, the best" in text_of(page)
+def test_best_checkpoint_of_early_stopping(run: FakeRunDir) -> None:
+    best = make_evaluation_line(40, 0.95)
+    run.write_finished(
+        before=make_evaluation_line(0, 0.2), after=best, stopped_early=True, weights_step=40
+    )
+    page = render_run_page(run.folder)
+    assert read_script_data(page)["evaluation_names"] == ["before", "after step 40"]
+    assert "the saved weights are from step 40, the best" in read_visible_text(page)
 
 
-def test_what_was_better_on_the_way_is_said(run: MadeRun) -> None:
+def test_best_intermediate_score_is_reported(run: FakeRunDir) -> None:
     lines = [(0, 0.2), (20, 0.95), (40, 0.7), (60, 0.9)]
     losses = {20: 1.5, 40: 0.25}
-    run.lines(
+    run.write_lines(
         "metrics.jsonl",
         [
-            measured_line(s, f, **({"held_out_loss": losses[s]} if s in losses else {}))
+            make_evaluation_line(s, f, **({"validation_loss": losses[s]} if s in losses else {}))
             for s, f in lines
         ],
     )
-    text = text_of(run_page(run.folder))
+    text = read_visible_text(render_run_page(run.folder))
     assert "The similarity was best after step 20: 0.9500." in text
-    assert "The held-out loss was best after step 40: 0.2500." in text
-    after = {"headline": "similarity", "scores": {"similarity": 0.0}}
-    run.finished(before=measured_line(0, 0.2), after=after)
-    assert "similarity was best after step 20: 0.9500." in text_of(run_page(run.folder))
-    run.trained()
-    run.finished()
-    assert "best after" not in text_of(run_page(run.folder))
+    assert "The validation loss was best after step 40: 0.2500." in text
+    after = {"primary_metric": "similarity", "scores": {"similarity": 0.0}}
+    run.write_finished(before=make_evaluation_line(0, 0.2), after=after)
+    assert "similarity was best after step 20: 0.9500." in read_visible_text(
+        render_run_page(run.folder)
+    )
+    run.write_metrics()
+    run.write_finished()
+    assert "best after" not in read_visible_text(render_run_page(run.folder))
 
 
-def test_a_headline_without_a_value_still_has_its_page(tmp_path: Path) -> None:
-    made = MadeRun(tmp_path / "run")
-    made.lines("metrics.jsonl", [START, measured_line(0, 0.2, scores={"stopped": 1.0})])
-    assert "could not be told" in text_of(run_page(made.folder))
+def test_missing_primary_score(tmp_path: Path) -> None:
+    made = FakeRunDir(tmp_path / "run")
+    made.write_lines(
+        "metrics.jsonl", [START_RECORD, make_evaluation_line(0, 0.2, scores={"stopped": 1.0})]
+    )
+    assert "could not be computed" in read_visible_text(render_run_page(made.folder))
 
 
-def test_a_run_of_an_older_version(run: MadeRun) -> None:
-    plain = [
-        {"step": s, "held_out_loss": 2.0 - f, "scores": {"similarity": f}}
+def test_run_of_older_version(run: FakeRunDir) -> None:
+    baseline = [
+        {"step": s, "validation_loss": 2.0 - f, "scores": {"similarity": f}}
         for s, f in ((0, 0.2), (60, 0.9))
     ]
-    before, after = (line | {"headline": "similarity"} for line in plain)
-    run.lines("metrics.jsonl", [before, *map(step_line, range(1, 61)), after])
+    before, after = (line | {"primary_metric": "similarity"} for line in baseline)
+    run.write_lines("metrics.jsonl", [before, *map(make_step_line, range(1, 61)), after])
     run.write("result.json", json.dumps({"steps": 60, "before": before, "after": after}))
     shutil.rmtree(run.folder / "predictions")
-    text = text_of(run_page(run.folder))
+    text = read_visible_text(render_run_page(run.folder))
     assert "0.2000 → 0.9000 better" in text
     assert "device not recorded" in text
     assert "training data not recorded" in text
 
 
-def test_damaged_files_are_named(run: MadeRun) -> None:
-    run.write("moved.json", "{")
-    assert "Not readable, and left out here: moved.json" in text_of(run_page(run.folder))
+def test_damaged_files_are_listed(run: FakeRunDir) -> None:
+    run.write("param_audit.json", "{")
+    assert "Unreadable files, not shown: param_audit.json" in read_visible_text(
+        render_run_page(run.folder)
+    )
 
 
-def test_a_metric_of_the_users_own_is_not_run(tmp_path: Path) -> None:
-    made = MadeRun(tmp_path / "run", metric="x")
+def test_custom_metric_is_not_executed(tmp_path: Path) -> None:
+    made = FakeRunDir(tmp_path / "run", metric="x")
     file = tmp_path / "metric.py"
     file.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef mine(case): return 1.0\n")
     made.write("recipe.yaml", f"eval: {{metric: {json.dumps(f'{file}:mine')}}}\n")
-    made.trained()
+    made.write_metrics()
     for name in ("before", "after"):
-        made.answered(name, [answer_line("a", "x", "y", 0.5, scores={"mine": 0.5})])
-    assert "latex" not in text_of(run_page(made.folder))
+        made.write_predictions(
+            name, [make_prediction_line("a", "x", "y", 0.5, scores={"mine": 0.5})]
+        )
+    assert "latex" not in read_visible_text(render_run_page(made.folder))
     assert not (tmp_path / "ran").exists()
 
 
-def test_without_the_converter_formulas_are_their_source(run: MadeRun) -> None:
+def test_formulas_without_latex2mathml(run: FakeRunDir) -> None:
     program = (
         "import sys; sys.modules['latex2mathml'] = None;"
-        "from finesight.cli.app import run; run(sys.argv[1:])"
+        "from finesight.cli.app import run_command; run_command(sys.argv[1:])"
     )
     command = [sys.executable, "-c", program, "report", str(run.folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     page = (run.folder / "report.html").read_text()
-    assert "Formulas are shown as their source" in text_of(page)
-    assert "pip install 'finesight[latex]'" in html.unescape(text_of(page))
-    assert {one["formula"] for one in data_of(page)["examples"]} == {None}
-    assert "as their source" not in text_of(run_page(run.folder))
+    assert "Formulas are shown as LaTeX source" in read_visible_text(page)
+    assert "pip install 'finesight[latex]'" in html.unescape(read_visible_text(page))
+    assert {one["formula"] for one in read_script_data(page)["examples"]} == {None}
+    assert "as LaTeX source" not in read_visible_text(render_run_page(run.folder))
 
 
-def test_classes_and_fields_have_their_tables(run: MadeRun) -> None:
+def test_confusion_and_field_tables(run: FakeRunDir) -> None:
     row = {"f1": 0.25, "precision": 0.5, "recall": 0.125}
     details = {"confusion": [["cat", "dog", 7], ["cat", "cat", 9]], "fields": {"total": row}}
-    after = measured_line(60, 0.9, details=details)
-    run.finished(before=measured_line(0, 0.2), after=after)
-    text = text_of(run_page(run.folder))
-    assert "right said samples cat dog 7" in text
+    after = make_evaluation_line(60, 0.9, details=details)
+    run.write_finished(before=make_evaluation_line(0, 0.2), after=after)
+    text = read_visible_text(render_run_page(run.folder))
+    assert "reference prediction samples cat dog 7" in text
     assert "total 0.2500 0.5000 0.1250" in text
 
 
-def test_it_is_written_where_told_and_only_over_its_like(run: MadeRun, tmp_path: Path) -> None:
+def test_report_overwrites_only_reports(run: FakeRunDir, tmp_path: Path) -> None:
     assert write_report(run.folder) == run.folder / "report.html"
     assert write_report(run.folder) == run.folder / "report.html"
     (tmp_path / "mine.html").write_text("precious")
-    with pytest.raises(UserError, match="is not a page that finesight made"):
+    with pytest.raises(UserError, match="is not a page of finesight"):
         write_report(run.folder, tmp_path / "mine.html")
     assert (tmp_path / "mine.html").read_text() == "precious"
-    with pytest.raises(UserError, match="is not the folder of a run"):
+    with pytest.raises(UserError, match="is not a run directory"):
         write_report(tmp_path)
 
 
-@pytest.mark.parametrize("width", [PHONE, DESK])
+@pytest.mark.parametrize("width", [PHONE_WIDTH, DESKTOP_WIDTH])
 @pytest.mark.parametrize("dark", [False, True])
-def test_in_a_browser(browser: Browser, run: MadeRun, width: int, dark: bool) -> None:
+def test_page_in_browser(browser: Browser, run: FakeRunDir, width: int, dark: bool) -> None:
     file = write_report(run.folder)
     browser.open(file, width, dark=dark)
     assert browser.messages() == []
     assert browser.requests() == [file.as_uri()]
-    assert browser.overflow() == 0
-    assert browser.nameless() == []
+    assert browser.overflow_width() == 0
+    assert browser.unlabeled_elements() == []
     count = "return document.querySelectorAll('.feed > li').length;"
     assert browser.run(count) == 12
     assert browser.run("return document.querySelectorAll('.feed math mfrac').length;") == 12
@@ -263,7 +290,7 @@ def test_in_a_browser(browser: Browser, run: MadeRun, width: int, dark: bool) ->
     assert browser.run("return byId('found').textContent;") == "3 found"
 
 
-def test_values_are_read_off_a_curve(browser: Browser, run: MadeRun) -> None:
+def test_chart_readout(browser: Browser, run: FakeRunDir) -> None:
     browser.open(write_report(run.folder))
     browser.run("document.querySelector('.chart > svg').focus();")
     browser.press("ArrowRight", "ArrowRight")
@@ -271,12 +298,12 @@ def test_values_are_read_off_a_curve(browser: Browser, run: MadeRun) -> None:
     assert browser.run(readout).startswith("step 1 · training 2.954")
     browser.press("End")
     assert browser.run(readout).startswith("step 60 · training 0.2494 · ")
-    assert "held-out 1.1" in browser.run(readout)
+    assert "validation 1.1" in browser.run(readout)
     browser.press("ArrowLeft")
     assert browser.run(readout).startswith("step 59 · ")
 
 
-def test_by_keyboard(browser: Browser, run: MadeRun) -> None:
+def test_keyboard_navigation(browser: Browser, run: FakeRunDir) -> None:
     browser.open(write_report(run.folder))
     where = "return document.activeElement.querySelector('.id')?.textContent;"
     seen = []
@@ -294,73 +321,79 @@ def test_by_keyboard(browser: Browser, run: MadeRun) -> None:
     assert browser.run(where) == "s11"
 
 
-def test_long_texts_begin_short(browser: Browser, run: MadeRun) -> None:
-    lines = [answer_line("a", "orange " * 400, "short", 0.5, stopped=False)]
-    run.answered("before", lines)
-    run.answered("after", with_figures(lines, 0.4))
-    browser.open(write_report(run.folder), PHONE)
+def test_long_texts_are_collapsed(browser: Browser, run: FakeRunDir) -> None:
+    lines = [make_prediction_line("a", "orange " * 400, "short", 0.5, stopped=False)]
+    run.write_predictions("before", lines)
+    run.write_predictions("after", with_figures(lines, 0.4))
+    browser.open(write_report(run.folder), PHONE_WIDTH)
     height = "return document.querySelector('.before .text').offsetHeight;"
     short = browser.run(height)
     assert short < 120
-    browser.run("document.querySelector('.before .whole').focus();")
+    browser.run("document.querySelector('.before .toggle-text').focus();")
     browser.press("Enter")
     assert browser.run(height) > 5 * short
     assert browser.run("return document.activeElement.textContent;") == "Show less"
     assert browser.run("return document.activeElement.ariaExpanded;") == "true"
 
 
-def test_more_examples_come_next_for_the_keyboard(browser: Browser, run: MadeRun) -> None:
-    lines = [answer_line(f"s{i}", "a", "b", 0.5) for i in range(25)]
-    run.answered("before", lines)
-    run.answered("after", lines)
+def test_keyboard_focus_after_loading_more(browser: Browser, run: FakeRunDir) -> None:
+    lines = [make_prediction_line(f"s{i}", "a", "b", 0.5) for i in range(25)]
+    run.write_predictions("before", lines)
+    run.write_predictions("after", lines)
     browser.open(write_report(run.folder))
     browser.run("document.querySelector('.more').focus();")
     browser.press("Enter")
     assert browser.run("return document.activeElement.querySelector('.id').textContent;") == "s20"
 
 
-def test_differences_from_the_right_answer_are_marked(browser: Browser, run: MadeRun) -> None:
+def test_differences_from_reference_are_marked(browser: Browser, run: FakeRunDir) -> None:
     run.write("recipe.yaml", "eval: {metric: ocr}\n")
-    lines = [answer_line("a", "the quick red fox", "the quick brown fox jumps", 0.5)]
-    run.answered("before", lines)
-    run.answered("after", with_figures(lines, 0.4))
+    lines = [make_prediction_line("a", "the quick red fox", "the quick brown fox jumps", 0.5)]
+    run.write_predictions("before", lines)
+    run.write_predictions("after", with_figures(lines, 0.4))
     browser.open(write_report(run.folder))
     marks = "return [...document.querySelectorAll('.after ins, .after del')].map((e) => e.title);"
-    wanted = ["missing: brown ", "not in the right answer", "missing: jumps"]
+    wanted = ["missing: brown ", "not in the reference answer", "missing: jumps"]
     assert sorted(browser.run(marks)) == sorted(wanted)
 
 
-def test_payloads_stay_text(browser: Browser, tmp_path: Path) -> None:
-    """In questions, answers, formulas, labels, ids, names of files, settings and reasons."""
-    made = MadeRun(tmp_path / "run")
-    made.trained()
-    made.finished(differences=[])
+def test_html_payloads_are_escaped(browser: Browser, tmp_path: Path) -> None:
+    """Payloads are in all texts, IDs, file names, settings and reasons."""
+    made = FakeRunDir(tmp_path / "run")
+    made.write_metrics()
+    made.write_finished(metric_differences=[])
     lines = []
-    for number, payload in enumerate(PAYLOADS):
+    for number, payload in enumerate(XSS_PAYLOADS):
         name = payload.replace("/", "\u2215").replace("\0", "")[:80]
         path = tmp_path / f"{number}{name}.png"
         Image.new("RGB", (20, 20)).save(path)
         box = {"image": 0, "label": payload, "xyxy": [1, 1, 9, 9]}
-        line = answer_line(payload, payload, rf"\text{{{payload}}}", 0.5, image=str(path))
+        line = make_prediction_line(payload, payload, rf"\text{{{payload}}}", 0.5, image=str(path))
         more = {"prompt": payload, "boxes": [box, box], "gold_boxes": [box, box]}
         lines.append(line | more | {"references": [payload]})
-    made.answered("before", lines)
-    made.answered("after", with_figures(lines, 0.1, 0.9))
-    made.write("recipe.yaml", "eval: {metric: latex}\n# " + " ".join(PAYLOADS).replace("\n", ""))
-    made.lines("dropped.jsonl", [{"id": p, "reason": f"{p}: {p}"} for p in PAYLOADS])
+    made.write_predictions("before", lines)
+    made.write_predictions("after", with_figures(lines, 0.1, 0.9))
+    made.write(
+        "recipe.yaml", "eval: {metric: latex}\n# " + " ".join(XSS_PAYLOADS).replace("\n", "")
+    )
+    made.write_lines(
+        "skipped_samples.jsonl", [{"id": p, "reason": f"{p}: {p}"} for p in XSS_PAYLOADS]
+    )
     file = write_report(made.folder)
     browser.open(file)
     browser.run("for (let i = 0; i < 9; i += 1) document.querySelector('.more').click();")
     browser.run("document.querySelectorAll('details').forEach((d) => { d.open = true; });")
     browser.settle()
-    assert browser.ran() == []
+    assert browser.executed_payloads() == []
     assert browser.messages() == []
     assert browser.requests() == [file.as_uri()]
-    assert browser.run("return document.querySelectorAll('.feed > li').length;") == len(PAYLOADS)
+    assert browser.run("return document.querySelectorAll('.feed > li').length;") == len(
+        XSS_PAYLOADS
+    )
     questions = browser.run(
         "return [...document.querySelectorAll('.question')].map((e) => e.textContent);"
     )
-    assert sorted(questions) == sorted(PAYLOADS)
+    assert sorted(questions) == sorted(XSS_PAYLOADS)
     assert (
         browser.run("return document.querySelectorAll('iframe, object, embed, form').length;") == 0
     )

@@ -1,4 +1,4 @@
-"""One model for all tests here, and one server for those that leave it as it is."""
+"""Shared model and server of the server tests."""
 
 from __future__ import annotations
 
@@ -7,44 +7,58 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from api_server_fixtures import (
+    PROMPT,
+    RunningServer,
+    make_data_url,
+    make_image_part,
+    make_messages,
+    run_server,
+)
 from openai import OpenAI
-from serving import QUESTION, Running, asked, data_url, image, running
 
-from finesight.infer.load import Answerer, load_answerer
-from finesight.synth.tasks import Task
-from finesight.synth.writing import write_task
-
-
-@pytest.fixture(scope="session")
-def answerer() -> Answerer:
-    return load_answerer("finesight-tiny", "cpu", "fp32")
+from finesight.infer.model_loader import InferenceModel, load_inference_model
+from finesight.synth.dataset_writer import write_task
+from finesight.synth.tasks import SyntheticTask
 
 
 @pytest.fixture(scope="session")
-def server(answerer: Answerer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running(answerer, tmp_path_factory.mktemp("server")) as there:
+def inference_model() -> InferenceModel:
+    return load_inference_model("finesight-tiny", "cpu", "fp32")
+
+
+@pytest.fixture(scope="session")
+def server(
+    inference_model: InferenceModel, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    with run_server(inference_model, tmp_path_factory.mktemp("server")) as there:
         yield there
 
 
 @pytest.fixture(scope="session")
-def client(server: Running) -> OpenAI:
+def client(server: RunningServer) -> OpenAI:
     return server.client()
 
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Drawn scenes that the model can speak of; the fourth holds one hollow gray hexagon."""
-    file = write_task(tmp_path_factory.mktemp("drawn") / "scene", Task("scene", "built-in"), 4, 7)
-    return sorted((file.parent / "pictures").iterdir())
+    """Synthetic scenes known to the model. The fourth contains one hollow gray hexagon."""
+    file = write_task(
+        tmp_path_factory.mktemp("drawn") / "scene", SyntheticTask("scene", "built-in"), 4, 7
+    )
+    return sorted((file.parent / "images").iterdir())
 
 
 @pytest.fixture(scope="session")
-def plain(server: Running, scenes: list[Path]) -> Callable[..., Any]:
-    """Asks about a scene, unless told otherwise."""
+def ask_about_scene(server: RunningServer, scenes: list[Path]) -> Callable[..., Any]:
+    """Send a question about a scene, by default with the first image."""
 
-    def ask(client: OpenAI, there: Running = server, **given: Any) -> Any:
-        given.setdefault("model", there.service.names[0])
-        given.setdefault("messages", asked(image(data_url(scenes[0].read_bytes())), QUESTION))
+    def ask(client: OpenAI, there: RunningServer = server, **given: Any) -> Any:
+        given.setdefault("model", there.service.model_names[0])
+        given.setdefault(
+            "messages",
+            make_messages(make_image_part(make_data_url(scenes[0].read_bytes())), PROMPT),
+        )
         given.setdefault("max_tokens", 30)
         return client.chat.completions.create(**given)
 

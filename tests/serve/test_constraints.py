@@ -1,4 +1,4 @@
-"""Grammars that are followed in worker processes allow what they allow in this one."""
+"""Tests of grammar constraints in worker processes against in-process constraints."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from api_server_fixtures import LIMITS, get_worker_pool
 from hostile_requests import SCHEMAS
-from serving import LIMITS, workers_of
 
-from finesight.infer.constrain import Grammars
-from finesight.serve import constraints as area
-from finesight.serve.constraints import Constraints, WorkerConstraint
+from finesight.infer.structured_output import GrammarCompiler
+from finesight.serve import worker_constraint as module
+from finesight.serve.worker_constraint import ConstraintFactory, WorkerConstraint
 
 TICKET = {
     "type": "object",
@@ -24,26 +24,26 @@ TICKET = {
 
 
 @pytest.fixture
-def vocabulary(answerer) -> int:
-    return answerer.model.geometry.language.vocabulary
+def vocab_size(inference_model) -> int:
+    return inference_model.model.config.decoder.vocab_size
 
 
 @pytest.fixture
-def made(answerer, vocabulary) -> Constraints:
-    limits = replace(LIMITS, schema_seconds=0.5)
-    pool = workers_of(answerer.renderer, vocabulary)
-    return Constraints(pool, limits, vocabulary, answerer.renderer.end_ids)
+def factory(inference_model, vocab_size) -> ConstraintFactory:
+    limits = replace(LIMITS, max_schema_cpu_s=0.5)
+    pool = get_worker_pool(inference_model.renderer, vocab_size)
+    return ConstraintFactory(pool, limits, vocab_size, inference_model.renderer.end_ids)
 
 
 @pytest.fixture
-def following(made) -> Iterator[WorkerConstraint]:
-    constraint = made.create(("json_schema", (TICKET,)))
-    constraint.begin()
+def constraint_of_ticket(factory) -> Iterator[WorkerConstraint]:
+    constraint = factory.create(("json_schema", (TICKET,)))
+    constraint.start()
     yield constraint
     constraint.close()
 
 
-def tokens(mask: np.ndarray) -> list[int]:
+def allowed_tokens(mask: np.ndarray) -> list[int]:
     return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
 
 
@@ -57,69 +57,71 @@ def tokens(mask: np.ndarray) -> list[int]:
     ],
     ids=lambda spec: spec[0],
 )
-def test_masks_are_those_of_the_grammar(answerer, made, vocabulary, spec):
-    grammars = Grammars(answerer.renderer, vocabulary)
+def test_worker_bitmasks_match_the_grammar(inference_model, factory, vocab_size, spec):
+    grammars = GrammarCompiler(inference_model.renderer, vocab_size)
     name, args = spec
-    here = {
-        "json_schema": grammars.json_schema,
-        "json_object": grammars.json_object,
-        "boxes": grammars.boxes,
-        "calls": grammars.calls,
+    local_constraint = {
+        "json_schema": grammars.compile_json_schema,
+        "json_object": grammars.compile_json_object,
+        "boxes": grammars.compile_boxes,
+        "calls": grammars.compile_tool_calls,
     }[name](*args)
-    there = made.create(spec)
-    there.begin()
+    worker_constraint = factory.create(spec)
+    worker_constraint.start()
     rng = random.Random(0)
     for _ in range(100):
-        mask = here.allow()
-        assert np.array_equal(there.allow(), mask)
-        assert np.array_equal(there.allow(), mask)
-        token = rng.choice(tokens(mask))
-        if token in answerer.renderer.end_ids:
+        mask = local_constraint.compute_bitmask()
+        assert np.array_equal(worker_constraint.compute_bitmask(), mask)
+        assert np.array_equal(worker_constraint.compute_bitmask(), mask)
+        token = rng.choice(allowed_tokens(mask))
+        if token in inference_model.renderer.end_ids:
             break
-        here.take(token)
-        there.take(token)
-    assert not there.failed
-    there.close()
+        local_constraint.accept_token(token)
+        worker_constraint.accept_token(token)
+    assert not worker_constraint.has_failed
+    worker_constraint.close()
 
 
-def test_beyond_its_limits_only_the_end_is_allowed(answerer, made):
-    slow = made.create(("json_schema", (SCHEMAS["stars"],)))
-    slow.begin()
-    end = sorted(answerer.renderer.end_ids)
-    assert tokens(slow.allow()) == end
-    assert slow.failed
-    slow.take(end[0])
-    assert tokens(slow.allow()) == end
+def test_exceeded_limit_allows_only_the_end_token(inference_model, factory):
+    slow_constraint = factory.create(("json_schema", (SCHEMAS["stars"],)))
+    slow_constraint.start()
+    end = sorted(inference_model.renderer.end_ids)
+    assert allowed_tokens(slow_constraint.compute_bitmask()) == end
+    assert slow_constraint.has_failed
+    slow_constraint.accept_token(end[0])
+    assert allowed_tokens(slow_constraint.compute_bitmask()) == end
 
 
-def test_all_tokens_of_an_answer_have_one_budget_of_time(answerer, made, following):
-    made.limits = replace(made.limits, answer_schema_seconds=0.0)
-    assert tokens(following.allow()) == sorted(answerer.renderer.end_ids)
-    assert following.failed
+def test_cpu_time_limit_covers_all_tokens(inference_model, factory, constraint_of_ticket):
+    factory.limits = replace(factory.limits, max_constraint_cpu_s=0.0)
+    assert allowed_tokens(constraint_of_ticket.compute_bitmask()) == sorted(
+        inference_model.renderer.end_ids
+    )
+    assert constraint_of_ticket.has_failed
 
 
 @pytest.mark.parametrize("when", ["before", "while it computes", "between"])
-def test_it_may_be_closed_at_any_time(made, when):
+def test_constraint_can_be_closed_at_any_time(factory, when):
     schema = SCHEMAS["stars"] if when == "while it computes" else TICKET
-    made.limits = replace(made.limits, schema_seconds=60.0)
-    constraint = made.create(("json_schema", (schema,)))
+    factory.limits = replace(factory.limits, max_schema_cpu_s=60.0)
+    constraint = factory.create(("json_schema", (schema,)))
     if when == "before":
         constraint.close()
-    constraint.begin()
+    constraint.start()
     if when == "while it computes":
         threading.Timer(0.3, constraint.close).start()
     if when == "between":
-        constraint.allow()
+        constraint.compute_bitmask()
         constraint.close()
-        constraint.take(0)
-    assert constraint.allow() is made.end_only
-    assert constraint.failed
+        constraint.accept_token(0)
+    assert constraint.compute_bitmask() is factory.eos_only_bitmask
+    assert constraint.has_failed
 
 
-def test_grammars_that_compile_are_remembered(made, monkeypatch):
-    monkeypatch.setattr(area, "REMEMBERED", 2)
+def test_accepted_grammars_are_cached(factory, monkeypatch):
+    monkeypatch.setattr(module, "MAX_ACCEPTED_GRAMMARS", 2)
     specs = [("json_schema", ({"const": number},)) for number in range(3)]
     for spec in specs:
-        assert not made.is_accepted(spec)
-        made.accept(spec)
-    assert [made.is_accepted(spec) for spec in specs] == [False, True, True]
+        assert not factory.is_accepted(spec)
+        factory.mark_accepted(spec)
+    assert [factory.is_accepted(spec) for spec in specs] == [False, True, True]

@@ -1,4 +1,4 @@
-"""The end of the server while it is busy."""
+"""Tests of the shutdown of a busy server."""
 
 from __future__ import annotations
 
@@ -13,18 +13,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hostile_requests import CHAT, Hostile, chat, header_flood, image_part
-from serving import LIMITS, running
+from api_server_fixtures import LIMITS, run_server
+from hostile_requests import (
+    CHAT,
+    HostileRequest,
+    make_chat_body,
+    make_header_flood,
+    make_image_content,
+)
 
-from finesight.serve import run as area
+from finesight.serve import api_server
 
 HERE = Path(__file__).parents[1]
-GUARD_SECONDS = 120
-"""For a server that does not end: nothing is said of how long one that does may take."""
+TEST_TIMEOUT_S = 120
+"""Timeout for a server that does not end."""
 
 
-def children(pid: int) -> set[int]:
-    """All processes below one, and those of its workers."""
+def list_descendants(pid: int) -> set[int]:
+    """Return all descendants of a process."""
     parents = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -41,10 +47,10 @@ def children(pid: int) -> set[int]:
 
 
 @pytest.fixture
-def busy(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A server all of whose workers read headers of images that take minutes."""
+def busy_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Server whose workers all read image headers that take minutes."""
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "patient_server.py"), str(request.param)],
+        [sys.executable, str(HERE / "slow_shutdown_server.py"), str(request.param)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "TMPDIR": str(tmp_path)},
@@ -53,9 +59,11 @@ def busy(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subprocess.
     try:
         assert process.stdout is not None
         port = int(process.stdout.readline())
-        body = chat("finesight-tiny", [image_part(header_flood("GIF", 16 << 20))])
+        body = make_chat_body(
+            "finesight-tiny", [make_image_content(make_header_flood("GIF", 16 << 20))]
+        )
         for _ in range(4):
-            ask = Hostile("slow", CHAT, body)
+            ask = HostileRequest("slow", CHAT, body)
             threading.Thread(target=ask.send, args=(port, 600.0), daemon=True).start()
         requests = next(tmp_path.glob("finesight-serve-*/requests"))
         for _ in range(600):
@@ -73,18 +81,18 @@ def busy(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subprocess.
 
 
 @pytest.mark.parametrize(
-    ("busy", "signals"),
+    ("busy_server", "signals"),
     [(1, [signal.SIGTERM]), (600, [signal.SIGINT] * 2)],
-    indirect=["busy"],
+    indirect=["busy_server"],
     ids=["SIGTERM", "Ctrl-C twice"],
 )
-def test_slow_images_do_not_keep_it_from_ending(busy, signals, tmp_path):
-    workers = children(busy.pid)
+def test_slow_images_do_not_delay_shutdown(busy_server, signals, tmp_path):
+    workers = list_descendants(busy_server.pid)
     assert len(workers) >= 5
     for number in signals:
-        busy.send_signal(number)
+        busy_server.send_signal(number)
         time.sleep(0.5)
-    assert busy.wait(GUARD_SECONDS) == 0
+    assert busy_server.wait(TEST_TIMEOUT_S) == 0
     for _ in range(100):
         left = {pid for pid in workers if Path(f"/proc/{pid}").exists()}
         if not left:
@@ -94,18 +102,18 @@ def test_slow_images_do_not_keep_it_from_ending(busy, signals, tmp_path):
     assert not list(tmp_path.iterdir()), "what clients sent is left"
 
 
-def test_a_process_that_does_not_end_is_ended(answerer, tmp_path, monkeypatch):
-    """Whatever its threads do, within a time that is sure."""
-    monkeypatch.setattr(area, "FORCED_SECONDS", 0.0)
-    monkeypatch.setattr(area, "ENDING_SECONDS", 0.0)
-    with running(answerer, tmp_path) as there:
-        for seconds, numbers in ((0.0, [signal.SIGTERM]), (600.0, [signal.SIGINT] * 2)):
+def test_hung_process_is_aborted(inference_model, tmp_path, monkeypatch):
+    """The time limit applies to any state of the threads."""
+    monkeypatch.setattr(api_server, "FORCED_SECONDS", 0.0)
+    monkeypatch.setattr(api_server, "ENDING_SECONDS", 0.0)
+    with run_server(inference_model, tmp_path) as there:
+        for seconds, signal_numbers in ((0.0, [signal.SIGTERM]), (600.0, [signal.SIGINT] * 2)):
             aborted = threading.Event()
-            limits = replace(LIMITS, closing_seconds=seconds)
-            server = area.Server(there.app, limits, lambda: None, aborted.set)
-            for number in numbers:
+            limits = replace(LIMITS, shutdown_timeout_s=seconds)
+            server = api_server.ApiServer(there.app, limits, lambda: None, aborted.set)
+            for number in signal_numbers:
                 assert not aborted.is_set()
                 server.handle_exit(number, None)
-            assert aborted.wait(GUARD_SECONDS)
+            assert aborted.wait(TEST_TIMEOUT_S)
             assert server.should_exit
-            assert server.force_exit == (len(numbers) == 2)
+            assert server.force_exit == (len(signal_numbers) == 2)

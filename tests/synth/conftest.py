@@ -12,7 +12,7 @@ from finesight.synth import fonts
 def installed_fonts():
     """Skips where the fonts of pre-training are not installed."""
     try:
-        return fonts.faces("seen"), fonts.faces("unseen")
+        return fonts.list_faces("seen"), fonts.list_faces("unseen")
     except UserError as error:
         pytest.skip(f"not all fonts are there: {error.remedy}")
 
@@ -21,7 +21,7 @@ def installed_fonts():
 def chinese_fonts():
     """Skips where there is no font with Chinese."""
     try:
-        return fonts.faces("seen", "chinese"), fonts.faces("unseen", "chinese")
+        return fonts.list_faces("seen", "chinese"), fonts.list_faces("unseen", "chinese")
     except UserError as error:
         pytest.skip(f"no font with Chinese: {error.remedy}")
 

@@ -7,38 +7,38 @@ import random
 import pytest
 
 from finesight.synth import captions, scenes
-from finesight.synth.captions import Facts, caption, caption_facts, caption_scores
-from finesight.synth.shapes import COLOURS, FILLS, SHAPES, Kind
+from finesight.synth.captions import CaptionFacts, parse_caption, score_caption, write_caption
+from finesight.synth.shapes import COLORS, FILLS, SHAPES, ShapeKind
 
-STAR = Kind("solid", "orange", "star")
-RING = Kind("solid", "blue", "ring")
-BOX = Kind("hollow", "red", "square")
+STAR = ShapeKind("solid", "orange", "star")
+RING = ShapeKind("solid", "blue", "ring")
+BOX = ShapeKind("hollow", "red", "square")
 
 
-def test_a_caption_in_english():
-    text = caption([STAR, RING, BOX], [(STAR, "left", RING), (RING, "above", BOX)])
+def test_english_caption():
+    text = write_caption([STAR, RING, BOX], [(STAR, "left", RING), (RING, "above", BOX)])
     assert text == (
         "An orange star is left of a blue ring. The blue ring is above a hollow red square."
     )
-    assert caption([STAR], []) == "An orange star."
+    assert write_caption([STAR], []) == "An orange star."
 
 
-def test_a_caption_in_chinese():
+def test_chinese_caption():
     stated = [(STAR, "inside", RING), (RING, "larger", BOX)]
-    text = caption([STAR, RING, BOX], stated, chinese=True)
+    text = write_caption([STAR, RING, BOX], stated, is_chinese=True)
     assert text == "橙色五角星在蓝色圆环里面。蓝色圆环比空心红色正方形大。"
-    assert caption([STAR], [], chinese=True) == "一个橙色五角星。"
+    assert write_caption([STAR], [], is_chinese=True) == "一个橙色五角星。"
 
 
 @pytest.mark.parametrize("chinese", [False, True])
-def test_captions_of_scenes_are_read_again(chinese):
+def test_scene_captions_roundtrip(chinese):
     for number in range(300):
-        made = scenes.compose(random.Random(number), crowded=False)
-        things, stated = [shape.kind for shape in made.placed], scenes.stated(made)
-        facts = caption_facts(caption(things, stated, chinese=chinese))
-        assert facts.things == frozenset(things)
+        made = scenes.compose_scene(random.Random(number), crowded=False)
+        things, stated = [shape.kind for shape in made.shapes], scenes.list_relations(made)
+        facts = parse_caption(write_caption(things, stated, is_chinese=chinese))
+        assert facts.objects == frozenset(things)
         assert len(facts.relations) == len(stated)
-        assert facts.unread == ()
+        assert facts.unparsed == ()
 
 
 @pytest.mark.parametrize(
@@ -51,9 +51,9 @@ def test_captions_of_scenes_are_read_again(chinese):
         ("A black cross. A blue ring.", "A blue ring. A black cross."),
     ],
 )
-def test_the_same_facts_told_otherwise_are_equal(one, other):
-    assert caption_facts(one) == caption_facts(other)
-    assert caption_facts(one).unread == ()
+def test_equivalent_captions_have_equal_facts(one, other):
+    assert parse_caption(one) == parse_caption(other)
+    assert parse_caption(one).unparsed == ()
 
 
 def test_different_facts_differ():
@@ -67,25 +67,27 @@ def test_different_facts_differ():
         (true.replace("left of", "right of"), "relations"),
         (true.replace("orange star", "striped orange star"), "things"),
     ):
-        scores = caption_scores(wrong, true)
+        scores = score_caption(wrong, true)
         assert scores["exact"] == 0.0, wrong
         assert scores[which] == 0.0, wrong
-    assert set(caption_scores(true, true).values()) == {1.0}
+    assert set(score_caption(true, true).values()) == {1.0}
 
 
 @pytest.mark.parametrize("text", ["A plaid star.", "A blue ring is near a red star.", "blah"])
-def test_what_is_not_of_the_grammar_is_not_read(text):
-    facts = caption_facts(text)
-    assert facts == Facts(frozenset(), frozenset(), (text.rstrip("."),))
-    assert caption_scores(f"A blue ring. {text}", "A blue ring.")["exact"] == 0.0
+def test_text_outside_the_grammar_is_unparsed(text):
+    facts = parse_caption(text)
+    assert facts == CaptionFacts(frozenset(), frozenset(), (text.rstrip("."),))
+    assert score_caption(f"A blue ring. {text}", "A blue ring.")["exact"] == 0.0
 
 
-def test_the_empty_answer_states_nothing():
-    assert caption_facts("") == Facts(frozenset(), frozenset())
-    assert caption_scores("", "A blue ring.")["exact"] == 0.0
+def test_empty_answer_has_no_facts():
+    assert parse_caption("") == CaptionFacts(frozenset(), frozenset())
+    assert score_caption("", "A blue ring.")["exact"] == 0.0
 
 
-def test_different_things_have_different_words():
-    kinds = [Kind(fill, colour, shape) for fill in FILLS for colour in COLOURS for shape in SHAPES]
-    words = {words for kind in kinds for words in (kind.words, captions.chinese_words(kind))}
+def test_different_shapes_have_different_phrases():
+    kinds = [
+        ShapeKind(fill, colour, shape) for fill in FILLS for colour in COLORS for shape in SHAPES
+    ]
+    words = {words for kind in kinds for words in (kind.phrase, captions.describe_in_chinese(kind))}
     assert len(words) == 2 * len(kinds)

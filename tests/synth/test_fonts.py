@@ -12,17 +12,17 @@ import pytest
 from finesight.errors import UserError
 from finesight.synth import fonts
 
-BUILT_IN = fonts.faces("built-in")[0]
+BUILT_IN = fonts.list_faces("built-in")[0]
 
 
-def test_every_family_names_its_licence_and_its_package():
-    for family in fonts.FAMILIES:
-        assert family.licence, f"{family.name} names no licence"
+def test_every_family_has_license_and_package():
+    for family in fonts.FONT_FAMILIES:
+        assert family.license, f"{family.name} names no licence"
         assert family.package, f"{family.name} names no package"
 
 
-def test_no_family_and_no_file_is_on_both_sides():
-    sides = [[f for f in fonts.FAMILIES if f.unseen is unseen] for unseen in (False, True)]
+def test_seen_and_unseen_families_are_disjoint():
+    sides = [[f for f in fonts.FONT_FAMILIES if f.is_unseen is unseen] for unseen in (False, True)]
     for part in (
         lambda family: {family.name},
         lambda family: {name for name, _ in family.files},
@@ -31,68 +31,70 @@ def test_no_family_and_no_file_is_on_both_sides():
         assert not seen & unseen, f"both seen and unseen: {seen & unseen}"
 
 
-def test_the_built_in_face_needs_nothing_and_has_every_printable_sign():
+def test_built_in_font_has_printable_ascii():
     assert BUILT_IN.path is None
-    assert all(fonts.drawable(BUILT_IN, sign) for sign in string.printable if sign.strip())
+    assert all(fonts.can_draw(BUILT_IN, sign) for sign in string.printable if sign.strip())
 
 
-def test_what_a_face_lacks_is_known():
-    assert not fonts.drawable(BUILT_IN, "中")
-    assert not fonts.drawable(BUILT_IN, "a中b")
-    assert fonts.drawable(BUILT_IN, "two words")
+def test_missing_glyphs_are_detected():
+    assert not fonts.can_draw(BUILT_IN, "中")
+    assert not fonts.can_draw(BUILT_IN, "a中b")
+    assert fonts.can_draw(BUILT_IN, "two words")
 
 
 def test_missing_packages_are_named():
-    absent = fonts.Family("No Face", "none", "no-such-package", "no_such", (("a.ttf", ()),))
-    system = fonts.Family("No Type", "none", "fonts-no-such", None, (("no-such.ttc", ()),))
+    absent = fonts.FontFamily("No Face", "none", "no-such-package", "no_such", (("a.ttf", ()),))
+    system = fonts.FontFamily("No Type", "none", "fonts-no-such", None, (("no-such.ttc", ()),))
     with pytest.raises(UserError, match="the fonts No Face, No Type are not installed") as raised:
-        fonts.require([absent, fonts.FAMILIES[0], system])
+        fonts.require_fonts([absent, fonts.FONT_FAMILIES[0], system])
     assert raised.value.remedy == "pip install no-such-package and apt install fonts-no-such"
 
 
-def test_choices_share_no_face(installed_fonts):
+def test_font_splits_share_no_face(installed_fonts):
     seen, unseen = installed_fonts
     assert BUILT_IN in seen
     assert not {face.family for face in seen} & {face.family for face in unseen}
     assert len({face.family for face in unseen}) >= 5
 
 
-def test_families_are_chosen_alike_however_many_faces_they_have(installed_fonts):
+def test_families_are_sampled_uniformly(installed_fonts):
     rng = random.Random(0)
-    chosen = Counter(fonts.any_face(rng, "seen").family for _ in range(3000))
+    chosen = Counter(fonts.sample_face(rng, "seen").family for _ in range(3000))
     families = {face.family for face in installed_fonts[0]}
     assert set(chosen) == families
     assert max(chosen.values()) < 1.5 * min(chosen.values())
 
 
-def test_every_face_has_the_signs_of_the_words(installed_fonts):
+def test_every_font_has_printable_ascii(installed_fonts):
     for face in (face for faces in installed_fonts for face in faces):
         lacking = [
-            sign for sign in string.printable if sign.strip() and not fonts.drawable(face, sign)
+            sign for sign in string.printable if sign.strip() and not fonts.can_draw(face, sign)
         ]
         assert not lacking, f"{face} lacks {lacking}"
 
 
-def test_drawable_agrees_with_the_table_of_the_font(installed_fonts):
+def test_glyph_detection_matches_font_table(installed_fonts):
     reader = pytest.importorskip("fontTools.ttLib", reason="fontTools reads the tables of fonts")
     signs = "aZ09é£€·×αβЖ中文♥→∫ﬁ"
     for face in installed_fonts[0]:
         if face.path is not None:
             known = reader.TTFont(face.path, fontNumber=face.index).getBestCmap()
             for sign in signs:
-                assert fonts.drawable(face, sign) == (ord(sign) in known), f"{face.path}: {sign}"
+                assert fonts.can_draw(face, sign) == (ord(sign) in known), f"{face.path}: {sign}"
 
 
-def test_weights_of_a_variable_font_differ(installed_fonts):
+def test_variable_font_weights_differ(installed_fonts):
     inter = [face for face in installed_fonts[0] if face.family == "Inter"]
     light, bold = (next(face for face in inter if face.weight == weight) for weight in (400, 700))
-    assert fonts.load(bold, 40).getlength("weight") > fonts.load(light, 40).getlength("weight")
+    assert fonts.load_font(bold, 40).getlength("weight") > fonts.load_font(light, 40).getlength(
+        "weight"
+    )
 
 
-def test_chinese_faces_have_chinese(chinese_fonts):
+def test_chinese_fonts_have_chinese_glyphs(chinese_fonts):
     for face in (face for faces in chinese_fonts for face in faces):
-        assert fonts.drawable(face, "中文收据")
-        assert fonts.load(face, 20).getname()[0].endswith("SC")
+        assert fonts.can_draw(face, "中文收据")
+        assert fonts.load_font(face, 20).getname()[0].endswith("SC")
 
 
 STATED = {
@@ -104,28 +106,32 @@ STATED = {
 """What the files of a family under a licence say of themselves, one or the other of it."""
 
 
-def test_font_files_state_the_licence_that_is_named(installed_fonts, chinese_fonts):
+def test_font_files_state_their_license(installed_fonts, chinese_fonts):
     reader = pytest.importorskip("fontTools.ttLib", reason="fontTools reads the tables of fonts")
     for face in (face for faces in (*installed_fonts, *chinese_fonts) for face in faces):
-        (licence,) = [family.licence for family in fonts.FAMILIES if family.name == face.family]
+        (licence,) = [
+            family.license for family in fonts.FONT_FAMILIES if family.name == face.family
+        ]
         (known,) = [stated for name, stated in STATED.items() if licence.startswith(name)]
-        source = face.path or io.BytesIO(fonts.load(face, 12).font_bytes)
+        source = face.path or io.BytesIO(fonts.load_font(face, 12).font_bytes)
         names = reader.TTFont(source, fontNumber=face.index)["name"]
-        said = " ".join(names.getDebugName(number) or "" for number in (0, 13))
-        assert any(words in said for words in known), f"{face.path}: {licence}, but it says {said}"
+        output = " ".join(names.getDebugName(number) or "" for number in (0, 13))
+        assert any(words in output for words in known), (
+            f"{face.path}: {licence}, but it says {output}"
+        )
 
 
 @pytest.mark.parametrize(
-    ("file", "family", "said"),
+    ("file", "family", "output"),
     [
         ("cmr10.ttf", "Computer Modern", "BaKoMa Fonts Collection"),
         ("STIXGeneral.ttf", "STIX", "SIL Open Font License"),
         ("DejaVuSerif.ttf", "DejaVu Sans and Serif", "Bitstream Vera Fonts Copyright"),
     ],
 )
-def test_fonts_of_mathtext_state_the_licence_that_is_named(file, family, said):
+def test_mathtext_fonts_state_their_license(file, family, output):
     reader = pytest.importorskip("fontTools.ttLib", reason="fontTools reads the tables of fonts")
     matplotlib = pytest.importorskip("matplotlib", reason="matplotlib brings the fonts")
     names = reader.TTFont(f"{matplotlib.get_data_path()}/fonts/ttf/{file}")["name"]
-    assert said in " ".join(names.getDebugName(number) or "" for number in (0, 13))
-    assert said.split(" Font")[0] in fonts.MATHTEXT[family]
+    assert output in " ".join(names.getDebugName(number) or "" for number in (0, 13))
+    assert output.split(" Font")[0] in fonts.MATHTEXT_LICENSES[family]

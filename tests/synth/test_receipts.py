@@ -13,12 +13,12 @@ from finesight.synth import receipts
 
 
 @pytest.fixture(scope="module")
-def drawn():
-    return [receipts.receipt(random.Random(number), "built-in") for number in range(250)]
+def receipt_samples():
+    return [receipts.generate_receipt(random.Random(number), "built-in") for number in range(250)]
 
 
 def _of(drawn, kind):
-    found = [each for each in drawn if each.kind == kind]
+    found = [each for each in drawn if each.task_kind == kind]
     assert found, f"no question of the kind {kind}"
     return found
 
@@ -27,61 +27,57 @@ def _number(text):
     return Decimal(text.removeprefix("$"))
 
 
-def test_totals_are_the_sums_of_the_prices():
+def test_total_is_the_sum_of_prices():
     for number in range(100):
-        content = receipts.invented(random.Random(number))
+        content = receipts.sample_receipt(random.Random(number))
         assert _number(content.total) == sum(map(_number, content.prices.values()))
 
 
-def test_what_is_printed_is_what_is_noted():
+def test_printed_words_match_the_data():
     for number in range(60):
         rng = random.Random(number)
-        content = receipts.invented(rng)
-        picture = receipts.printed(content, rng, "built-in")
-        if picture is None:
+        content = receipts.sample_receipt(rng)
+        image = receipts.draw_receipt(content, rng, "built-in")
+        if image is None:
             continue
         texts = [word.text for word in content.words]
         for text in (*content.shop.split(), content.date, content.total):
             assert text in texts
         for name, price in content.prices.items():
             assert texts[texts.index(name) + 1] == price
-        assert content.sum_at.text == content.total
+        assert content.total_word.text == content.total
         for word in content.words:
-            x1, y1, x2, y2 = word.corners
-            assert 0 <= x1 < x2 <= picture.width
-            assert 0 <= y1 < y2 <= picture.height
+            x1, y1, x2, y2 = word.box
+            assert 0 <= x1 < x2 <= image.width
+            assert 0 <= y1 < y2 <= image.height
 
 
 def test_words_do_not_overlap():
     for number in range(60):
         rng = random.Random(number)
-        content = receipts.invented(rng)
-        if receipts.printed(content, rng, "built-in") is None:
+        content = receipts.sample_receipt(rng)
+        if receipts.draw_receipt(content, rng, "built-in") is None:
             continue
         for at, word in enumerate(content.words):
             for other in content.words[:at]:
-                across = min(word.corners[2], other.corners[2]) - max(
-                    word.corners[0], other.corners[0]
-                )
-                down = min(word.corners[3], other.corners[3]) - max(
-                    word.corners[1], other.corners[1]
-                )
+                across = min(word.box[2], other.box[2]) - max(word.box[0], other.box[0])
+                down = min(word.box[3], other.box[3]) - max(word.box[1], other.box[1])
                 assert across <= 0 or down <= 4, f"{word} over {other}"
 
 
-def test_answers_in_json_hold_the_fields(drawn):
-    for each in _of(drawn, "receipt"):
+def test_json_answers_have_the_fields(receipt_samples):
+    for each in _of(receipt_samples, "receipt"):
         assert list(json.loads(each.answer[0])) == ["shop", "date", "total"]
-    for each in _of(drawn, "prices"):
+    for each in _of(receipt_samples, "prices"):
         assert set(json.loads(each.answer[0])) <= set(receipts.ITEMS)
 
 
-def test_the_total_is_found_by_its_box(drawn):
-    for each in _of(drawn, "find_total"):
+def test_total_box_answer(receipt_samples):
+    for each in _of(receipt_samples, "find_total"):
         (box,) = each.answer
         assert isinstance(box, BoxPart)
         assert _number(box.label) > 0
 
 
-def test_receipts_stay_small(drawn):
-    assert max(side for each in drawn for side in each.picture.size) <= 308
+def test_receipt_images_are_small(receipt_samples):
+    assert max(side for each in receipt_samples for side in each.image.size) <= 308

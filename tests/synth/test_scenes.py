@@ -7,40 +7,40 @@ import random
 import pytest
 
 from finesight.synth import scenes
-from finesight.synth.shapes import COLOURS, HOLDING, apart
+from finesight.synth.shapes import COLORS, CONTAINER_SHAPES, are_distinct
 
-SIMPLE = [scenes.compose(random.Random(number), crowded=False) for number in range(300)]
-CROWDS = [scenes.compose(random.Random(number), crowded=True) for number in range(150)]
+SIMPLE = [scenes.compose_scene(random.Random(number), crowded=False) for number in range(300)]
+CROWDS = [scenes.compose_scene(random.Random(number), crowded=True) for number in range(150)]
 
 
-def _asked(draw, kind, number=400):
+def _generate(draw, kind, number=400):
     drawn = [draw(random.Random(seed), "built-in") for seed in range(number)]
-    return [each for each in drawn if each.kind == kind]
+    return [each for each in drawn if each.task_kind == kind]
 
 
 def _text(pieces):
     return "".join(piece if isinstance(piece, str) else "" for piece in pieces)
 
 
-def _centre(corners):
+def _center(corners):
     return (corners[0] + corners[2]) / 2, (corners[1] + corners[3]) / 2
 
 
-def test_boxes_lie_in_the_picture_and_apart():
+def test_boxes_are_inside_the_image_and_disjoint():
     for made in SIMPLE + CROWDS:
-        width, height = made.picture.size
-        for number, shape in enumerate(made.placed):
-            x1, y1, x2, y2 = shape.corners
+        width, height = made.image.size
+        for number, shape in enumerate(made.shapes):
+            x1, y1, x2, y2 = shape.box
             assert 0 <= x1 < x2 <= width
             assert 0 <= y1 < y2 <= height
-            for other in made.placed[:number]:
-                u1, v1, u2, v2 = other.corners
+            for other in made.shapes[:number]:
+                u1, v1, u2, v2 = other.box
                 meet = x1 < u2 and u1 < x2 and y1 < v2 and v1 < y2
-                assert meet == (shape.within == other.kind), f"{shape} and {other}"
+                assert meet == (shape.container == other.kind), f"{shape} and {other}"
 
 
-def test_pictures_stay_small():
-    sides = [side for made in SIMPLE + CROWDS for side in made.picture.size]
+def test_scene_images_are_small():
+    sides = [side for made in SIMPLE + CROWDS for side in made.image.size]
     assert max(sides) <= 308
     assert min(sides) >= 48
 
@@ -48,26 +48,26 @@ def test_pictures_stay_small():
 def test_relations_hold_in_pixels():
     seen = set()
     for made in SIMPLE:
-        where = {shape.kind: shape for shape in made.placed}
-        for first, relation, second in scenes.stated(made):
+        where = {shape.kind: shape for shape in made.shapes}
+        for first, relation, second in scenes.list_relations(made):
             a, b = where[first], where[second]
-            (ax, ay), (bx, by) = _centre(a.corners), _centre(b.corners)
+            (ax, ay), (bx, by) = _center(a.box), _center(b.box)
             holds = {
                 "left": ax < bx,
                 "right": ax > bx,
                 "above": ay < by,
                 "below": ay > by,
                 "larger": _width(a) > 1.5 * _width(b),
-                "inside": _holds(b.corners, a.corners),
+                "inside": _holds(b.box, a.box),
             }
-            assert holds[relation], f"{first.words} {relation} {second.words}"
+            assert holds[relation], f"{first.phrase} {relation} {second.phrase}"
             seen.add(relation)
     assert seen >= {"left", "above", "larger", "inside"}
 
 
 def _width(shape):
     # Ovals and rectangles are flat, diamonds and crescents narrow: the longer side tells.
-    x1, y1, x2, y2 = shape.corners
+    x1, y1, x2, y2 = shape.box
     return max(x2 - x1, y2 - y1)
 
 
@@ -77,48 +77,48 @@ def _holds(outer, inner):
     )
 
 
-def test_what_holds_another_is_large_solid_and_of_another_colour():
-    inner = [(made, shape) for made in SIMPLE for shape in made.placed if shape.within]
+def test_container_shapes_are_large_and_solid():
+    inner = [(made, shape) for made in SIMPLE for shape in made.shapes if shape.container]
     assert len(inner) > 20
     for made, shape in inner:
-        holder = next(each for each in made.placed if each.kind == shape.within)
-        assert holder.large
-        assert holder.kind.shape in HOLDING
+        holder = next(each for each in made.shapes if each.kind == shape.container)
+        assert holder.is_large
+        assert holder.kind.shape in CONTAINER_SHAPES
         assert holder.kind.fill == "solid"
-        assert apart(COLOURS[shape.kind.colour], COLOURS[holder.kind.colour], 100)
+        assert are_distinct(COLORS[shape.kind.color], COLORS[holder.kind.color], 100)
 
 
-def test_things_of_a_described_scene_are_told_apart_by_colour_and_shape():
+def test_described_shapes_have_unique_color_and_shape():
     for made in SIMPLE:
-        told = {(shape.kind.colour, shape.kind.shape) for shape in made.placed}
-        assert len(told) == len(made.placed)
+        result = {(shape.kind.color, shape.kind.shape) for shape in made.shapes}
+        assert len(result) == len(made.shapes)
 
 
 @pytest.mark.parametrize("made", SIMPLE[:100])
-def test_colours_stand_out_in_the_picture(made):
-    for shape in made.placed:
+def test_colors_are_visible(made):
+    for shape in made.shapes:
         if shape.kind.fill == "solid" and shape.kind.shape in ("square", "circle", "hexagon"):
-            holds = any(other.within == shape.kind for other in made.placed)
-            x, y = _centre(shape.corners)
-            pixel = made.picture.getpixel((int(x), int(y)))
-            assert holds or not apart(pixel, COLOURS[shape.kind.colour], 25)
+            holds = any(other.container == shape.kind for other in made.shapes)
+            x, y = _center(shape.box)
+            pixel = made.image.getpixel((int(x), int(y)))
+            assert holds or not are_distinct(pixel, COLORS[shape.kind.color], 25)
 
 
-def test_counts_count():
-    for drawn in _asked(scenes.crowd, "count"):
+def test_counts_are_digits():
+    for drawn in _generate(scenes.generate_crowd, "count"):
         assert drawn.answer[0].isdigit()
-    numbers = {drawn.answer[0] for drawn in _asked(scenes.crowd, "count")}
-    assert {"0", "1", "2", "3"} <= numbers
+    values = {drawn.answer[0] for drawn in _generate(scenes.generate_crowd, "count")}
+    assert {"0", "1", "2", "3"} <= values
 
 
-def test_counts_are_of_what_is_asked():
-    asked = [
-        (made, *scenes.counted(made, False, random.Random(seed)))
+def test_counts_match_the_question():
+    requested = [
+        (made, *scenes.sample_counted_class(made, False, random.Random(seed)))
         for made in CROWDS[:60]
         for seed in range(5)
     ]
-    for made, words, number in asked:
-        named = [f"{shape.kind.colour} {shape.kind.shape}" for shape in made.placed]
+    for made, words, number in requested:
+        named = [f"{shape.kind.color} {shape.kind.shape}" for shape in made.shapes]
         first = words.split()[0]
         if words == "shapes":
             assert number == len(named)
@@ -127,16 +127,16 @@ def test_counts_are_of_what_is_asked():
         else:
             one = words.removesuffix("es") if words[:-2].endswith(("s", "x")) else words[:-1]
             assert number == sum(one in (name, name.split()[1]) for name in named), words
-    assert len({words for _, words, _ in asked}) > 60
+    assert len({words for _, words, _ in requested}) > 60
 
 
-def test_found_shapes_are_all_of_that_kind():
-    for drawn in _asked(scenes.crowd, "find_shapes"):
-        assert 1 <= len(drawn.answer) <= scenes.MOST_LISTED
+def test_found_shapes_have_the_requested_kind():
+    for drawn in _generate(scenes.generate_crowd, "find_shapes"):
+        assert 1 <= len(drawn.answer) <= scenes.MAX_LISTED_SHAPES
         assert {box.label for box in drawn.answer} == {drawn.answer[0].label}
         assert drawn.answer[0].label in _text(drawn.question)
 
 
-def test_yes_and_no_are_both_right():
-    words = {_text(drawn.answer) for drawn in _asked(scenes.scene, "is_it")}
+def test_both_yes_and_no_answers_occur():
+    words = {_text(drawn.answer) for drawn in _generate(scenes.generate_scene, "is_it")}
     assert {"yes", "no"} <= words

@@ -10,26 +10,26 @@ import pytest
 from PIL import Image
 
 from finesight.synth import shapes
-from finesight.synth.sheet import INK
+from finesight.synth.canvas import INK_THRESHOLD
 
 KINDS = [
-    shapes.Kind(fill, "black", shape)
+    shapes.ShapeKind(fill, "black", shape)
     for fill, able in (
         ("solid", shapes.SHAPES),
-        ("striped", shapes.STRIPED),
-        ("hollow", shapes.HOLLOW),
+        ("striped", shapes.STRIPED_SHAPES),
+        ("hollow", shapes.HOLLOW_SHAPES),
     )
     for shape in able
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.words)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.phrase)
 @pytest.mark.parametrize("side", [22, 71])
-def test_a_box_is_the_bounds_of_the_ink(kind, side):
-    cover = np.asarray(shapes.cover_of(kind, side), dtype=int) >= INK
-    picture = Image.new("RGB", (160, 140), (255, 255, 255))
-    x1, y1, x2, y2 = shapes.draw(picture, kind, (80.5, 66), side, random.Random(0))
-    drawn = np.asarray(picture.convert("L"), dtype=int) < 255 - INK + 12
+def test_box_is_the_ink_bounds(kind, side):
+    cover = np.asarray(shapes.render_mask(kind, side), dtype=int) >= INK_THRESHOLD
+    image = Image.new("RGB", (160, 140), (255, 255, 255))
+    x1, y1, x2, y2 = shapes.draw_shape(image, kind, (80.5, 66), side, random.Random(0))
+    drawn = np.asarray(image.convert("L"), dtype=int) < 255 - INK_THRESHOLD + 12
     rows, columns = np.flatnonzero(drawn.any(1)), np.flatnonzero(drawn.any(0))
     assert (x2 - x1, y2 - y1) == (
         np.ptp(np.flatnonzero(cover.any(0))) + 1,
@@ -40,18 +40,18 @@ def test_a_box_is_the_bounds_of_the_ink(kind, side):
     assert np.abs(ink - (x1, y1, x2, y2)).max() <= 1
 
 
-def test_no_two_kinds_look_alike():
-    covers = {kind: np.asarray(shapes.cover_of(kind, 24), dtype=float) / 255 for kind in KINDS}
+def test_all_kinds_look_different():
+    covers = {kind: np.asarray(shapes.render_mask(kind, 24), dtype=float) / 255 for kind in KINDS}
     for first, second in combinations(KINDS, 2):
         difference = np.abs(covers[first] - covers[second]).mean()
-        assert difference > 0.04, f"{first.words} and {second.words} differ by {difference}"
+        assert difference > 0.04, f"{first.phrase} and {second.phrase} differ by {difference}"
 
 
-def test_no_two_colours_are_near():
-    for first, second in combinations(shapes.COLOURS.values(), 2):
-        assert shapes.apart(first, second, 60), f"{first} and {second} are too near"
+def test_all_colors_are_distinct():
+    for first, second in combinations(shapes.COLORS.values(), 2):
+        assert shapes.are_distinct(first, second, 60), f"{first} and {second} are too near"
 
 
-def test_words_leave_a_solid_fill_out():
-    assert shapes.Kind("solid", "red", "star").words == "red star"
-    assert shapes.Kind("hollow", "red", "square").words == "hollow red square"
+def test_solid_fill_is_omitted_from_phrase():
+    assert shapes.ShapeKind("solid", "red", "star").phrase == "red star"
+    assert shapes.ShapeKind("hollow", "red", "square").phrase == "hollow red square"

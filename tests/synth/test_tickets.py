@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finesight.data.importing import import_file
+from finesight.data.import_source import ImportOptions
+from finesight.data.importer import import_dataset
 from finesight.data.jsonl import read_samples
-from finesight.data.opening import Request
 from finesight.errors import UserError
-from finesight.synth import sheet, tickets
-from finesight.synth.questions import CHINESE, ENGLISH
-from finesight.synth.tasks import HELD_OUT, MIXTURE, TASKS
-from finesight.synth.tickets import FIELDS, draw_tickets, invented, printed
+from finesight.synth import canvas, tickets
+from finesight.synth.question_templates import CHINESE_TEMPLATES, ENGLISH_TEMPLATES
+from finesight.synth.tasks import EVAL_TASKS, MAIN_MIXTURE, TASK_GENERATORS
+from finesight.synth.tickets import TICKET_FIELDS, draw_ticket, sample_ticket, write_tickets
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
+def ticket_table(tmp_path_factory):
     """The table of 60 tickets."""
-    return draw_tickets(tmp_path_factory.mktemp("drawn") / "tickets", 60, seed=3)
+    return write_tickets(tmp_path_factory.mktemp("drawn") / "tickets", 60, seed=3)
 
 
 def _rows(table):
@@ -32,37 +32,37 @@ def _rows(table):
         return list(csv.DictReader(lines))
 
 
-def test_each_row_has_a_small_picture_and_every_field(drawn):
-    rows = _rows(drawn)
+def test_each_row_has_an_image_and_all_fields(ticket_table):
+    rows = _rows(ticket_table)
     assert len(rows) == 60
     for row in rows:
-        assert list(row) == ["picture", *FIELDS]
+        assert list(row) == ["image", *TICKET_FIELDS]
         assert all(row.values())
-        with Image.open(drawn.parent / row["picture"]) as picture:
-            assert picture.size in {(224, 112), (224, 140)}
-    assert len({(drawn.parent / row["picture"]).read_bytes() for row in rows}) == 60
+        with Image.open(ticket_table.parent / row["image"]) as image:
+            assert image.size in {(224, 112), (224, 140)}
+    assert len({(ticket_table.parent / row["image"]).read_bytes() for row in rows}) == 60
 
 
-def test_what_is_noted_is_what_is_printed():
+def test_table_matches_the_image():
     """One field changed changes the ink at a place of its own, and nowhere else."""
     for number in range(30):
-        said = invented(random.Random(number))
-        boxes = list(_ink(said, random.Random(number)).values())
+        output = sample_ticket(random.Random(number))
+        boxes = list(_ink(output, random.Random(number)).values())
         for at, box in enumerate(boxes):
             for other in boxes[:at]:
-                assert _overlap(box, other) <= 2, f"ticket {number}: {said}"
+                assert _overlap(box, other) <= 2, f"ticket {number}: {output}"
 
 
-def _ink(said, rng):
+def _ink(message, rng):
     """Left, top, right and bottom of what changes where a field says something else, by name."""
     state, drawn = rng.getstate(), []
-    for changed in (said, *({**said, name: "l"} for name in FIELDS)):
+    for changed in (message, *({**message, name: "l"} for name in TICKET_FIELDS)):
         rng.setstate(state)
-        drawn.append(np.asarray(printed(changed, rng), dtype=int))
+        drawn.append(np.asarray(draw_ticket(changed, rng), dtype=int))
     boxes = {}
-    for name, other in zip(FIELDS, drawn[1:], strict=True):
+    for name, other in zip(TICKET_FIELDS, drawn[1:], strict=True):
         y, x = np.abs(drawn[0] - other).sum(-1).nonzero()
-        assert len(y), f"{name} of {said} is not printed"
+        assert len(y), f"{name} of {message} is not printed"
         boxes[name] = (x.min(), y.min(), x.max(), y.max())
     return boxes
 
@@ -73,40 +73,45 @@ def _overlap(box, other):
     return 0 if across < 0 else min(box[3], other[3]) - max(box[1], other[1])
 
 
-def test_the_widest_place_fits_every_layout_twice():
+def test_widest_city_name_fits_every_layout():
     """The widest of 5,000 at both ends of a journey, in each layout and size, beside any price."""
-    journeys = [invented(random.Random(number)) for number in range(2500)]
-    said = dict(journeys[0])
-    said["from"] = said["to"] = _widest(said[name] for said in journeys for name in ("from", "to"))
-    said["price"] = _widest(said["price"] for said in journeys)
+    journeys = [sample_ticket(random.Random(number)) for number in range(2500)]
+    output = dict(journeys[0])
+    output["from"] = output["to"] = _widest(
+        said[name] for said in journeys for name in ("from", "to")
+    )
+    output["price"] = _widest(said["price"] for said in journeys)
     seen = set()
     for number in range(40):
-        boxes = _ink(said, random.Random(number))
+        boxes = _ink(output, random.Random(number))
         for name in ("to", "price"):
-            assert _overlap(boxes["from"], boxes[name]) <= 0, f"ticket {number}: {said}"
+            assert _overlap(boxes["from"], boxes[name]) <= 0, f"ticket {number}: {output}"
         seen.add((boxes["to"][0], boxes["to"][2]))
-    assert len(seen) == len(tickets._LAYOUTS) * len(tickets._SIZES)
+    assert len(seen) == len(tickets._LAYOUTS) * len(tickets._FONT_SIZES)
 
 
 def _widest(texts):
-    return max(texts, key=lambda text: tickets._length(text, max(tickets._SIZES)))
+    return max(texts, key=lambda text: tickets._text_width(text, max(tickets._FONT_SIZES)))
 
 
-def test_a_place_that_was_too_wide_is_not_drawn():
+def test_too_wide_city_name_is_not_used():
     rng = random.Random("ticket 2 562")
-    assert printed(invented(rng), rng).width == tickets.WIDTH
+    assert draw_ticket(sample_ticket(rng), rng).width == tickets.IMAGE_WIDTH
 
 
-def test_print_stands_out():
-    for band in tickets._BANDS:
-        assert sheet.brightness(tickets._WHITE) - sheet.brightness(band) >= sheet.CONTRAST
-    for paper in tickets._PAPERS:
-        for ink in (tickets._INK, tickets._PALE):
-            assert sheet.brightness(paper) - sheet.brightness(ink) >= sheet.CONTRAST
+def test_text_has_contrast():
+    for band in tickets._BAND_COLORS:
+        assert (
+            canvas.compute_luma(tickets._WHITE_COLOR) - canvas.compute_luma(band)
+            >= canvas.MIN_CONTRAST
+        )
+    for paper in tickets._PAPER_COLORS:
+        for ink in (tickets._INK_COLOR, tickets._LABEL_COLOR):
+            assert canvas.compute_luma(paper) - canvas.compute_luma(ink) >= canvas.MIN_CONTRAST
 
 
-def test_places_are_new_time_after_time():
-    trained = [invented(random.Random(number)) for number in range(1700)]
+def test_city_names_of_eval_tickets_are_new():
+    trained = [sample_ticket(random.Random(number)) for number in range(1700)]
     known = {said[name] for said in trained[:1600] for name in ("from", "to")}
     held_out = [said[name] for said in trained[1600:] for name in ("from", "to")]
     assert sum(name not in known for name in held_out) > len(held_out) / 2
@@ -115,36 +120,48 @@ def test_places_are_new_time_after_time():
     assert Counter(said["price"] for said in trained).most_common(1)[0][1] < 10
 
 
-def test_same_seed_same_bytes_and_another_seed_another_task(drawn, tmp_path):
-    again = draw_tickets(tmp_path / "again", 60, seed=3).parent
-    for path in (path for path in drawn.parent.rglob("*") if path.is_file()):
-        assert path.read_bytes() == (again / path.relative_to(drawn.parent)).read_bytes(), path
-    other = draw_tickets(tmp_path / "other", 60, seed=4)
-    assert [row["from"] for row in _rows(other)] != [row["from"] for row in _rows(drawn)]
+def test_equal_seed_gives_equal_bytes(ticket_table, tmp_path):
+    again = write_tickets(tmp_path / "again", 60, seed=3).parent
+    for path in (path for path in ticket_table.parent.rglob("*") if path.is_file()):
+        assert path.read_bytes() == (again / path.relative_to(ticket_table.parent)).read_bytes(), (
+            path
+        )
+    other = write_tickets(tmp_path / "other", 60, seed=4)
+    assert [row["from"] for row in _rows(other)] != [row["from"] for row in _rows(ticket_table)]
 
 
-def test_more_tickets_begin_with_the_same_ones(drawn, tmp_path):
-    fewer = draw_tickets(tmp_path / "fewer", 5, seed=3)
-    assert _rows(fewer) == _rows(drawn)[:5]
+def test_larger_set_starts_with_the_same_tickets(ticket_table, tmp_path):
+    fewer = write_tickets(tmp_path / "fewer", 5, seed=3)
+    assert _rows(fewer) == _rows(ticket_table)[:5]
 
 
-def test_existing_folder_is_left_alone(drawn):
+def test_existing_folder_is_unchanged(ticket_table):
     with pytest.raises(UserError, match="exists already"):
-        draw_tickets(drawn.parent, 1, seed=0)
+        write_tickets(ticket_table.parent, 1, seed=0)
 
 
-def test_the_table_imports_as_json_answers(drawn, tmp_path):
-    columns = {"image": "picture", "fields": ", ".join(FIELDS)}
-    request = Request(columns=columns, prompt="Read the ticket.", eval_last=10)
-    summary = import_file(drawn, tmp_path / "data", request)
-    assert [part.rows for part in summary.written] == [50, 10]
+def test_table_imports_as_json_answers(ticket_table, tmp_path):
+    columns = {"image": "image", "fields": ", ".join(TICKET_FIELDS)}
+    request = ImportOptions(columns=columns, prompt="Read the ticket.", eval_last=10)
+    summary = import_dataset(ticket_table, tmp_path / "data", request)
+    assert [part.num_rows for part in summary.output_files] == [50, 10]
     assert summary.unused_columns == ()
-    row = _rows(drawn)[0]
+    row = _rows(ticket_table)[0]
     answer = read_samples(tmp_path / "data" / "train.jsonl")[0].messages[-1].content[0].text
-    assert {"picture": row["picture"], **json.loads(answer)} == row
+    assert {"image": row["image"], **json.loads(answer)} == row
 
 
-def test_pre_training_knows_no_tickets():
-    names = {*TASKS, *MIXTURE, *HELD_OUT, *(held_out.kind for held_out in HELD_OUT.values())}
-    asked = [text for side in (ENGLISH, CHINESE) for texts in side.values() for text in texts]
-    assert not [text for text in (*names, *asked) if "ticket" in text.lower()]
+def test_pretraining_has_no_tickets():
+    names = {
+        *TASK_GENERATORS,
+        *MAIN_MIXTURE,
+        *EVAL_TASKS,
+        *(held_out.task_kind for held_out in EVAL_TASKS.values()),
+    }
+    requested = [
+        text
+        for side in (ENGLISH_TEMPLATES, CHINESE_TEMPLATES)
+        for texts in side.values()
+        for text in texts
+    ]
+    assert not [text for text in (*names, *requested) if "ticket" in text.lower()]

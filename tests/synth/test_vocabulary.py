@@ -10,53 +10,55 @@ import pytest
 from finesight.synth import vocabulary
 
 
-def test_words_hold_printable_ascii_without_blanks():
+def test_words_are_printable_ascii_without_spaces():
     rng = random.Random(0)
-    words = [vocabulary.word(rng) for _ in range(5000)]
+    words = [vocabulary.sample_word(rng) for _ in range(5000)]
     assert all(set(word) <= set(string.printable.strip()) for word in words)
     assert max(map(len, words)) <= 20
     assert len(set(words)) > 3000
 
 
 @pytest.mark.parametrize(("word", "readable"), [("so", False), ("WOW", False), ("cow", False)])
-def test_words_that_look_alike_in_capitals_are_known(word, readable):
-    assert vocabulary.readable(word) is readable
+def test_case_ambiguous_words_are_detected(word, readable):
+    assert vocabulary.has_readable_case(word) is readable
 
 
 @pytest.mark.parametrize("word", ["sow7", "cat", "$0.50", "SOON"])
 def test_other_words_are_readable(word):
-    assert vocabulary.readable(word)
+    assert vocabulary.has_readable_case(word)
 
 
-def test_no_word_looks_like_another_in_capitals():
+def test_sampled_words_are_not_case_ambiguous():
     rng = random.Random(1)
-    words = {vocabulary.word(rng) for _ in range(5000)}
-    assert all(map(vocabulary.readable, words))
+    words = {vocabulary.sample_word(rng) for _ in range(5000)}
+    assert all(map(vocabulary.has_readable_case, words))
 
 
-def test_codes_avoid_signs_that_look_alike():
+def test_codes_avoid_ambiguous_characters():
     rng = random.Random(2)
-    signs = set("".join(vocabulary.code(rng) for _ in range(2000)))
+    signs = set("".join(vocabulary.sample_code(rng) for _ in range(2000)))
     assert not signs & set("IlO01oS5"), f"these look like others: {signs & set('IlO01oS5')}"
 
 
-def test_made_up_words_avoid_fragments():
+def test_pseudowords_avoid_blocked_fragments():
     rng = random.Random(4)
-    words = [vocabulary.made_up(rng) for _ in range(20_000)]
-    assert not [word for word in words if any(part in word for part in vocabulary.AVOIDED)]
+    words = [vocabulary.sample_pseudoword(rng) for _ in range(20_000)]
+    assert not [
+        word for word in words if any(part in word for part in vocabulary.BLOCKED_FRAGMENTS)
+    ]
     assert len(set(words)) > 15_000
 
 
-def test_lists_repeat_nothing():
-    for words in (vocabulary.COMMON, vocabulary.SIGNS, vocabulary.CHINESE_PHRASES):
+def test_word_lists_have_no_duplicates():
+    for words in (vocabulary.COMMON_WORDS, vocabulary.SIGN_TEXTS, vocabulary.CHINESE_PHRASES):
         assert len(words) == len(set(words))
-    assert len(vocabulary.CHINESE) == len(set(vocabulary.CHINESE)) > 300
+    assert len(vocabulary.CHINESE_CHARACTERS) == len(set(vocabulary.CHINESE_CHARACTERS)) > 300
 
 
-def test_dates_are_days_of_the_calendar():
+def test_dates_are_valid():
     rng = random.Random(3)
     for _ in range(500):
-        date = vocabulary.date(rng)
+        date = vocabulary.sample_date(rng)
         years = [
             part for part in date.replace("/", "-").replace(".", "-").split("-") if len(part) == 4
         ]

@@ -1,4 +1,4 @@
-"""One real run that is stopped, resumed and finished under all trackers that are installed."""
+"""Shared run that is stopped, resumed and finished with all installed trackers."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import Task
-from tracked_run import METRIC, PLANTED, PROMPT, Tracked
+from tiny_task import TinyTask
+from tracking_fixtures import METRIC, PLANTED_SECRETS, PROMPT, TrackedRun
 
 from finesight import storage
-from finesight.track.kinds import EXTRAS
+from finesight.track.tracker_registry import TRACKER_EXTRAS
 
 
 @pytest.fixture(scope="session")
-def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
-    """The first part ends after step 6, the second begins again after step 4."""
+def tracked_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackedRun]:
+    """Run whose first part ends after step 6. The second part resumes from step 4."""
     folder = tmp_path_factory.mktemp("tracked")
     home = folder / "alice"
     home.mkdir()
@@ -27,26 +27,26 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
         for name in [n for n in os.environ if n.startswith(("WANDB_", "SWANLAB_", "MLFLOW_"))]:
             patch.delenv(name)
         patch.setenv("HOME", str(home))
-        patch.setenv("SOME_SERVICE_API_KEY", PLANTED["variable"])
+        patch.setenv("SOME_SERVICE_API_KEY", PLANTED_SECRETS["variable"])
         patch.setenv("TRACKIO_DIR", trackio)
         patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
         patch.chdir(folder)
-        task = Task(home)
-        track: list[Any] = [k for k in EXTRAS if k != "mlflow" and find_spec(k) is not None]
+        task = TinyTask(home)
+        track: list[Any] = [k for k in TRACKER_EXTRAS if k != "mlflow" and find_spec(k) is not None]
         if find_spec("mlflow") is not None:
-            track.append({"kind": "mlflow", "address": mlflow})
-        task.recipe["data"]["system"] = PROMPT
+            track.append({"kind": "mlflow", "uri": mlflow})
+        task.recipe["data"]["system_prompt"] = PROMPT
         settings = {"eval": METRIC, "track": track}
         task.run(**settings)
-        first = task.screen
+        first = task.console_output
         run = task.folder / "run"
         (run / "result.json").unlink()
         storage.remove_folder(run / "checkpoints" / "step-6")
         task.run(resume=True, **settings)
-        losses = {line["step"]: line["loss"] for line in task.history() if "loss" in line}
-        yield Tracked(run, (first, task.screen), losses, mlflow, trackio)
+        losses = {line["step"]: line["loss"] for line in task.read_metrics() if "loss" in line}
+        yield TrackedRun(run, (first, task.console_output), losses, mlflow, trackio)
 
 
 @pytest.fixture
-def task(tmp_path: Path) -> Task:
-    return Task(tmp_path)
+def task(tmp_path: Path) -> TinyTask:
+    return TinyTask(tmp_path)

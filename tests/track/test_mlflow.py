@@ -1,4 +1,4 @@
-"""MLflow's file store after a real run, read back by MLflow's client."""
+"""Tests of the MLflow file store of a real run."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tracked_run import SCORE, Tracked
+from tracking_fixtures import SCORE_KEY, TrackedRun
 
 pytest.importorskip("mlflow", reason="mlflow is not installed (extra `mlflow`)")
 
 
 @pytest.fixture
-def client(tracked: Tracked, monkeypatch: pytest.MonkeyPatch) -> Any:
+def client(tracked_run: TrackedRun, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     from mlflow.tracking import MlflowClient
 
-    return MlflowClient(tracking_uri=tracked.mlflow)
+    return MlflowClient(tracking_uri=tracked_run.mlflow)
 
 
 @pytest.fixture
@@ -31,22 +31,22 @@ def values(client: Any, run: Any, name: str) -> dict[int, float]:
     return {m.step: m.value for m in client.get_metric_history(run.info.run_id, name)}
 
 
-def test_every_figure_under_one_run(tracked: Tracked, client: Any, run: Any) -> None:
+def test_all_metrics_in_one_run(tracked_run: TrackedRun, client: Any, run: Any) -> None:
     assert run.info.run_name == "run"
     assert run.info.status == "FINISHED"
-    assert values(client, run, "loss") == pytest.approx(tracked.losses)
-    assert sorted(values(client, run, SCORE)) == [0, 2, 4, 6]
+    assert values(client, run, "loss") == pytest.approx(tracked_run.losses)
+    assert sorted(values(client, run, SCORE_KEY)) == [0, 2, 4, 6]
     assert sorted(values(client, run, "learning_rate/language")) == [1, 2, 3, 4, 5, 6]
 
 
-def test_settings_and_nobodys_name(run: Any) -> None:
+def test_settings_without_user_name(run: Any) -> None:
     assert run.data.params["tune.lora.rank"] == "4"
     assert run.data.params["run.precision"] == "fp32"
     assert run.data.tags["mlflow.user"] == "finesight"
     assert run.data.tags["mlflow.source.name"] == "finesight train"
 
 
-def test_pictures_with_captions_and_alerts(client: Any, run: Any) -> None:
+def test_images_with_captions_and_alerts(client: Any, run: Any) -> None:
     name = run.info.run_id
     paths = [file.path for file in client.list_artifacts(name, "images")]
     for step in (0, 2, 4, 6):

@@ -1,4 +1,4 @@
-"""Connections of trackers that write files alone: there are none, not even to report errors."""
+"""Tests that offline trackers open no connections, not even for error reports."""
 
 from __future__ import annotations
 
@@ -13,13 +13,21 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from finesight.config import Tracker
-from finesight.track.kinds import EXTRAS
-from finesight.track.lane import Lane
-from finesight.track.records import Alert, Begin, End, Figures, Picture, Pictures, Row
+from finesight.config import TrackerSettings
+from finesight.track.tracker_client import TrackerClient
+from finesight.track.tracker_records import (
+    AlertRecord,
+    FinishRecord,
+    ImagesRecord,
+    MetricsRecord,
+    StartRecord,
+    StepMetrics,
+    TrackedImage,
+)
+from finesight.track.tracker_registry import TRACKER_EXTRAS
 
 OFFLINE = {"wandb": "offline", "swanlab": "offline", "mlflow": "mlruns"}
-"""Addresses that name no server; other trackers need none."""
+"""URIs of offline modes."""
 
 REFUSING = """
 import ipaddress, os, sys
@@ -42,13 +50,13 @@ def refuse(event, given):
 
 sys.addaudithook(refuse)
 """
-"""A `sitecustomize` that refuses and records all but connections of this machine to itself."""
+"""A `sitecustomize` module that rejects and records non-local connections."""
 
 
 @pytest.fixture
 def proxy() -> Iterator[tuple[int, list[bytes]]]:
-    """A proxy that answers nothing: its port, and the first bytes of each connection to it."""
-    asked: list[bytes] = []
+    """Silent proxy: its port, and the first bytes of each connection."""
+    requested: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def listen() -> None:
@@ -58,29 +66,29 @@ def proxy() -> Iterator[tuple[int, list[bytes]]]:
                 except OSError:
                     return
                 with link:
-                    asked.append(link.recv(200))
+                    requested.append(link.recv(200))
 
         thread = threading.Thread(target=listen, daemon=True)
         thread.start()
-        yield server.getsockname()[1], asked
+        yield server.getsockname()[1], requested
         server.shutdown(socket.SHUT_RDWR)
         thread.join()
 
 
-@pytest.mark.parametrize("kind", EXTRAS)
+@pytest.mark.parametrize("kind", TRACKER_EXTRAS)
 def test_offline_tracker_opens_no_connection(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proxy: tuple[int, list[bytes]]
 ) -> None:
     if find_spec(kind) is None:
-        pytest.skip(f"{kind} is not installed (extra `{EXTRAS[kind]}`)")
-    port, asked = proxy
+        pytest.skip(f"{kind} is not installed (extra `{TRACKER_EXTRAS[kind]}`)")
+    port, requested = proxy
     (tmp_path / "sitecustomize.py").write_text(REFUSING)
     refused = tmp_path / "refused"
     # In tests and on build machines, some packages are quieter than with users.
     quiet = ("WANDB_", "SWANLAB_", "MLFLOW_", "PYTEST_", "DO_NOT_TRACK", "CI", "GITHUB_")
     for name in [n for n in os.environ if n.startswith(quiet)]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), os.environ["PYTHONPATH"])))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("REFUSED", str(refused))
     # For programs that are not written in Python, such as wandb-core.
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
@@ -91,17 +99,19 @@ def test_offline_tracker_opens_no_connection(
     monkeypatch.chdir(tmp_path)
     jpeg = io.BytesIO()
     Image.new("RGB", (8, 8)).save(jpeg, "JPEG")
-    lane = Lane(kind, tmp_path / "log")
-    tracker = Tracker(kind=kind, address=OFFLINE.get(kind))
-    lane.put(Begin(tracker=tracker, name="x", folder=tmp_path / "track", settings={"a": 1}))
-    lane.put(Figures(rows=(Row(step=1, values={"loss": 1.0}),)))
-    lane.put(Pictures(step=1, pictures=(Picture(jpeg=jpeg.getvalue(), caption="c"),)))
-    lane.put(Alert(step=1, level="error", title="t", text="x"))
+    lane = TrackerClient(kind, tmp_path / "log")
+    tracker = TrackerSettings(kind=kind, uri=OFFLINE.get(kind))
+    lane.submit(
+        StartRecord(tracker=tracker, name="x", folder=tmp_path / "track", settings={"a": 1})
+    )
+    lane.submit(MetricsRecord(steps=(StepMetrics(step=1, values={"loss": 1.0}),)))
+    lane.submit(ImagesRecord(step=1, images=(TrackedImage(jpeg=jpeg.getvalue(), caption="c"),)))
+    lane.submit(AlertRecord(step=1, level="error", title="t", text="x"))
     # What failed is what packages report to their makers.
-    lane.put(End(state="failed", reason="why"))
+    lane.submit(FinishRecord(state="failed", reason="why"))
     # Also of its process: some packages report when Python ends.
     lane._thread.join(100)
     assert lane.wait(0), (tmp_path / "log").read_text()
-    assert lane.delivered == lane.taken == 5, (tmp_path / "log").read_text()
+    assert lane.num_delivered == lane.num_submitted == 5, (tmp_path / "log").read_text()
     assert not refused.exists(), refused.read_text()
-    assert asked == []
+    assert requested == []

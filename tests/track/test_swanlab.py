@@ -1,4 +1,4 @@
-"""SwanLab's own log of a real run without a key, read back by SwanLab; and its webhook."""
+"""Tests of the SwanLab log of a real run without a key, and of its webhook."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
-from tracked_run import SCORE, Tracked
+from tracking_fixtures import SCORE_KEY, TrackedRun
 
-from finesight.config import Tracker
-from finesight.track.records import Alert, Begin, End
+from finesight.config import TrackerSettings
+from finesight.track.tracker_records import AlertRecord, FinishRecord, StartRecord
 
 swanlab = pytest.importorskip("swanlab", reason="swanlab is not installed (extra `track`)")
 
@@ -32,9 +32,9 @@ def records(file: Path) -> Iterator[Any]:
 
 
 @pytest.fixture
-def parts(tracked: Tracked) -> list[list[Any]]:
-    """The records of the run, those of the process that began it and those of the one after."""
-    files = sorted(tracked.folder("swanlab").glob("run-*/*.swanlab"))
+def parts(tracked_run: TrackedRun) -> list[list[Any]]:
+    """Return records of the first process and of the resumed one."""
+    files = sorted(tracked_run.folder("swanlab").glob("run-*/*.swanlab"))
     return [list(records(file)) for file in files]
 
 
@@ -43,32 +43,32 @@ def values(part: list[Any], name: str) -> dict[int, float]:
     return {scalar.step: scalar.value.number for scalar in found}
 
 
-def test_every_figure_under_one_experiment(tracked: Tracked, parts: list[list[Any]]) -> None:
+def test_all_metrics_in_one_experiment(tracked_run: TrackedRun, parts: list[list[Any]]) -> None:
     first, second = parts
     assert first[0].start.project == "finesight"
     assert first[0].start.name == "run"
     assert first[0].start.id == second[0].start.id
     assert sorted(values(first, "loss")) == [1, 2, 3, 4, 5, 6]
-    assert values(first, "loss") | values(second, "loss") == pytest.approx(tracked.losses)
+    assert values(first, "loss") | values(second, "loss") == pytest.approx(tracked_run.losses)
     assert sorted(values(second, "loss")) == [5, 6]
-    assert sorted(values(first, SCORE)) == [0, 2, 4, 6]
+    assert sorted(values(first, SCORE_KEY)) == [0, 2, 4, 6]
     assert sorted(values(first, "learning_rate/language")) == [1, 2, 3, 4, 5, 6]
 
 
-def test_pictures_with_captions_and_alerts(tracked: Tracked, parts: list[list[Any]]) -> None:
+def test_images_with_captions_and_alerts(tracked_run: TrackedRun, parts: list[list[Any]]) -> None:
     media = [r.media for r in parts[0] if r.HasField("media")]
     shown = {m.step: m for m in media if m.key == "examples/1"}
     assert sorted(shown) == [0, 2, 4, 6]
     (item,) = shown[6].value.items
     assert "question: Which colour?" in item.caption
     assert "before: " in item.caption
-    pictures = tracked.folder("swanlab").glob(f"run-*/media/image/{item.filename}")
-    assert next(pictures).read_bytes()[:2] == b"\xff\xd8"
+    images = tracked_run.folder("swanlab").glob(f"run-*/media/image/{item.filename}")
+    assert next(images).read_bytes()[:2] == b"\xff\xd8"
     assert any(m.key == "alerts" for m in media)
 
 
-def test_settings_and_nothing_of_the_machine(tracked: Tracked) -> None:
-    for folder in tracked.folder("swanlab").glob("run-*"):
+def test_settings_without_machine_info(tracked_run: TrackedRun) -> None:
+    for folder in tracked_run.folder("swanlab").glob("run-*"):
         settings = yaml.safe_load((folder / "files" / "config.yaml").read_text())
         assert settings["tune"]["value"]["lora"]["rank"] == 4
         assert settings["run"]["value"]["precision"] == "fp32"
@@ -76,16 +76,16 @@ def test_settings_and_nothing_of_the_machine(tracked: Tracked) -> None:
         assert not any(machine[part] for part in ("hardware", "runtime", "git", "swanlab"))
 
 
-def test_where_to_look_is_said(tracked: Tracked) -> None:
-    folder = tracked.folder("swanlab")
-    told = tracked.told("swanlab")
-    assert all(line.startswith("SwanLab: offline (no key): swanlab sync") for line in told)
-    assert [Path(line.split()[-1]) for line in told] == sorted(folder.glob("run-*"))
+def test_dashboard_command_is_printed(tracked_run: TrackedRun) -> None:
+    folder = tracked_run.folder("swanlab")
+    result = tracked_run.console_lines("swanlab")
+    assert all(line.startswith("SwanLab: offline (no key): swanlab sync") for line in result)
+    assert [Path(line.split()[-1]) for line in result] == sorted(folder.glob("run-*"))
 
 
-def test_an_alert_goes_to_the_webhook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a webhook that fails ends nothing."""
-    from finesight.track.swanlab import SwanLab
+def test_alert_is_sent_to_webhook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failing webhook does not stop the tracker."""
+    from finesight.track.swanlab import SwanLabTracker
 
     bodies: list[dict[str, Any]] = []
 
@@ -104,12 +104,14 @@ def test_an_alert_goes_to_the_webhook(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SWANLAB_WEBHOOK", f"http://127.0.0.1:{server.server_port}/hook")
     monkeypatch.setenv("SWANLAB_WEBHOOK_VALUE", "mine")
-    writer = SwanLab()
-    tracker = Tracker(kind="swanlab", address="offline")
-    writer.begin(Begin(tracker=tracker, name="one", folder=tmp_path / "swanlab", settings={}))
+    writer = SwanLabTracker()
+    tracker = TrackerSettings(kind="swanlab", uri="offline")
+    writer.start_run(
+        StartRecord(tracker=tracker, name="one", folder=tmp_path / "swanlab", settings={})
+    )
     for title in ("loss has jumped", "run stopped"):
-        writer.alert(Alert(step=3, level="warning", title=title, text="to 7"))
-    writer.end(End(state="failed", reason="a test"))
+        writer.send_alert(AlertRecord(step=3, level="warning", title=title, text="to 7"))
+    writer.finish_run(FinishRecord(state="failed", reason="a test"))
     server.shutdown()
     server.server_close()
     # The first is SwanLab's own, at the start.

@@ -1,4 +1,4 @@
-"""Trackio's database after a real run, read back by Trackio."""
+"""Tests of the Trackio database of a real run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tracked_run import SCORE, Tracked
+from tracking_fixtures import SCORE_KEY, TrackedRun
 
 pytest.importorskip("trackio", reason="trackio is not installed (extra `trackio`)")
 
@@ -24,34 +24,42 @@ print(json.dumps([runs, Store.get_run_config("finesight", runs[0]),
 
 
 @pytest.fixture(scope="module")
-def found(tracked: Tracked) -> Any:
-    tracked.folder("trackio")
-    place = {"TRACKIO_DIR": str(tracked.trackio), "PATH": "", "HOME": str(tracked.trackio)}
-    out = subprocess.run([sys.executable, "-c", READ], env=place, capture_output=True, check=True)
+def logged_data(tracked_run: TrackedRun) -> Any:
+    tracked_run.folder("trackio")
+    location = {
+        "TRACKIO_DIR": str(tracked_run.trackio),
+        "PATH": "",
+        "HOME": str(tracked_run.trackio),
+    }
+    out = subprocess.run(
+        [sys.executable, "-c", READ], env=location, capture_output=True, check=True
+    )
     return json.loads(out.stdout)
 
 
-def test_every_figure_under_one_run(tracked: Tracked, found: Any) -> None:
-    names, _, logs, _ = found
+def test_all_metrics_in_one_run(tracked_run: TrackedRun, logged_data: Any) -> None:
+    names, _, logs, _ = logged_data
     assert len(names) == 1
     assert names[0].startswith("run-")
     assert {log["step"]: log["loss"] for log in logs if "loss" in log} == pytest.approx(
-        tracked.losses
+        tracked_run.losses
     )
-    assert {log["step"] for log in logs if SCORE in log} == {0, 2, 4, 6}
+    assert {log["step"] for log in logs if SCORE_KEY in log} == {0, 2, 4, 6}
     assert {log["step"] for log in logs if "learning_rate/language" in log} == set(range(1, 7))
 
 
-def test_settings(found: Any) -> None:
-    settings = found[1]
+def test_settings(logged_data: Any) -> None:
+    settings = logged_data[1]
     assert settings["tune"]["lora"]["rank"] == 4
     assert settings["run"]["precision"] == "fp32"
 
 
-def test_pictures_with_captions_and_alerts(tracked: Tracked, found: Any) -> None:
-    pictures = {log["step"]: log["examples/1"] for log in found[2] if "examples/1" in log}
-    assert sorted(pictures) == [0, 2, 4, 6]
-    assert "question: Which colour?" in pictures[6]["caption"]
-    assert "before: " in pictures[6]["caption"]
-    assert (Path(tracked.trackio) / "media" / pictures[6]["file_path"]).is_file()
-    assert ("run finished", "info") in {(alert["title"], alert["level"]) for alert in found[3]}
+def test_images_with_captions_and_alerts(tracked_run: TrackedRun, logged_data: Any) -> None:
+    images = {log["step"]: log["examples/1"] for log in logged_data[2] if "examples/1" in log}
+    assert sorted(images) == [0, 2, 4, 6]
+    assert "question: Which colour?" in images[6]["caption"]
+    assert "before: " in images[6]["caption"]
+    assert (Path(tracked_run.trackio) / "media" / images[6]["file_path"]).is_file()
+    assert ("run finished", "info") in {
+        (alert["title"], alert["level"]) for alert in logged_data[3]
+    }

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from small_run import Task
+from tiny_task import TinyTask
 
 
 @pytest.fixture
-def task(tmp_path: Path) -> Task:
-    return Task(tmp_path)
+def task(tmp_path: Path) -> TinyTask:
+    return TinyTask(tmp_path)
 
 
 @pytest.fixture(autouse=True)
 def assets(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where runs keep features of pictures: empty for each test, also for processes it starts."""
+    """Use an empty vision cache folder for each test and its subprocesses."""
     folder = tmp_path_factory.mktemp("assets")
     monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(folder))
     monkeypatch.setenv("HF_ASSETS_CACHE", str(folder))

@@ -1,4 +1,4 @@
-"""AdamW over masters in two halves: torch's own AdamW over plain fp32 masters, to the last bit."""
+"""AdamW with split master weights: bit-identical to torch.optim.AdamW in fp32."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finesight.config import Train
-from finesight.train.optimizer import Masters
-from finesight.train.wide import rounded_alike
+from finesight.config import TrainSettings
+from finesight.train.master_weights import break_bf16_ties
+from finesight.train.optimizer import MasterWeightOptimizer
 
 MATRIX, BIAS = "model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.bias"
 SHAPES = {MATRIX: (40, 32), BIAS: (64,)}
@@ -17,20 +17,20 @@ RATE, DECAY = 1e-3, 0.1
 
 @pytest.mark.parametrize("micro", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_masters_move_as_plain_fp32_ones(dtype: torch.dtype, micro: int) -> None:
+def test_master_weights_match_fp32_adamw(dtype: torch.dtype, micro: int) -> None:
     """Over many steps of sizes from far below to far above what the model's type can hold."""
     generator = torch.Generator().manual_seed(0)
     named = {
         name: nn.Parameter((torch.randn(shape, generator=generator) ** 3).to(dtype))
         for name, shape in SHAPES.items()
     }
-    plain = {name: nn.Parameter(p.detach().float()) for name, p in named.items()}
-    settings = {"learning_rate": RATE, "weight_decay": DECAY, "clip": None}
-    masters = Masters(named, Train.model_validate(settings))
+    baseline = {name: nn.Parameter(p.detach().float()) for name, p in named.items()}
+    settings = {"learning_rate": RATE, "weight_decay": DECAY, "max_grad_norm": None}
+    masters = MasterWeightOptimizer(named, TrainSettings.model_validate(settings))
     reference = torch.optim.AdamW(
         [
-            {"params": [plain[MATRIX]], "weight_decay": DECAY},
-            {"params": [plain[BIAS]], "weight_decay": 0.0},
+            {"params": [baseline[MATRIX]], "weight_decay": DECAY},
+            {"params": [baseline[BIAS]], "weight_decay": 0.0},
         ],
         foreach=False,
         fused=False,
@@ -40,7 +40,7 @@ def test_masters_move_as_plain_fp32_ones(dtype: torch.dtype, micro: int) -> None
         total = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
         for number in range(micro):
             if number:
-                masters.add_up()
+                masters.accumulate_gradients()
             drawn: dict[str, Tensor] = {
                 name: torch.randn(shape, generator=generator).to(dtype)
                 for name, shape in SHAPES.items()
@@ -49,28 +49,30 @@ def test_masters_move_as_plain_fp32_ones(dtype: torch.dtype, micro: int) -> None
             for name, gradient in drawn.items():
                 total[name] += gradient
         for name, gradient in total.items():
-            plain[name].grad = gradient
+            baseline[name].grad = gradient
         for group in reference.param_groups:
             group["lr"] = RATE * factor
         reference.step()
-        masters.step(factor, masters.norm())
-    for name, expected in plain.items():
-        assert torch.equal(masters.values()[name], expected.detach()), name
+        masters.step(factor, masters.grad_norm())
+    for name, expected in baseline.items():
+        assert torch.equal(masters.master_weights()[name], expected.detach()), name
         state = reference.state[expected]
-        assert torch.equal(masters.moments()[f"first.{name}"], state["exp_avg"])
-        assert torch.equal(masters.moments()[f"second.{name}"], state["exp_avg_sq"])
-        alike = rounded_alike(expected.detach()) if dtype == torch.bfloat16 else expected.detach()
-        assert torch.equal(named[name].detach(), alike.to(dtype))
-        assert torch.equal(masters.published()[name].to(dtype), named[name].detach())
+        assert torch.equal(masters.optimizer_state()[f"exp_avg.{name}"], state["exp_avg"])
+        assert torch.equal(masters.optimizer_state()[f"exp_avg_sq.{name}"], state["exp_avg_sq"])
+        equal = break_bf16_ties(expected.detach()) if dtype == torch.bfloat16 else expected.detach()
+        assert torch.equal(named[name].detach(), equal.to(dtype))
+        assert torch.equal(masters.export_weights()[name].to(dtype), named[name].detach())
 
 
-def test_bytes_for_each_number_are_as_told() -> None:
+def test_memory_per_parameter() -> None:
     named = {MATRIX: nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16))}
-    for optimizer, moments in (("adamw", 8.0), ("adamw8bit", 2 + 8 / 256)):
+    for optimizer, moments in (("adamw", 8.0), ("adamw_8bit", 2 + 8 / 256)):
         given = {"learning_rate": RATE, "optimizer": optimizer}
-        masters = Masters(named, Train.model_validate(given))
-        wide = masters.groups[0].masters
-        assert wide.rest_E is not None
-        assert (wide.narrow_E.nbytes + wide.rest_E.nbytes) / 4096 == 4
-        kept = sum(t.nbytes for name, t in masters.moments().items() if name != "steps")
-        assert kept / 4096 == moments
+        masters = MasterWeightOptimizer(named, TrainSettings.model_validate(given))
+        wide = masters.param_groups[0].master_weights
+        assert wide.residual_E is not None
+        assert (wide.params_E.nbytes + wide.residual_E.nbytes) / 4096 == 4
+        retained = sum(
+            t.nbytes for name, t in masters.optimizer_state().items() if name != "num_steps"
+        )
+        assert retained / 4096 == moments

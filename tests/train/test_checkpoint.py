@@ -1,4 +1,4 @@
-"""Checkpoints: kept, verified, refused with what is wrong and what to do."""
+"""Checkpoints: retention, verification and errors."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ import torch
 from finesight import digests, storage
 from finesight.errors import UserError
 from finesight.train.checkpoint import (
-    MOMENTS,
-    STATE,
-    VALUES,
-    Best,
-    Checkpoints,
-    State,
-    check_identity,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    WEIGHTS_FILE,
+    BestEval,
+    CheckpointManager,
+    CheckpointState,
+    check_resume_config,
 )
+from finesight.train.oom import MemoryBudget
 
 
-def state(step: int, best: Best | None = None) -> State:
-    return State(
+def state(step: int, best: BestEval | None = None) -> CheckpointState:
+    return CheckpointState(
         step=step,
-        samples=4 * step,
-        measured=0,
+        consumed_samples=4 * step,
+        last_eval_step=0,
         best=best,
-        loss_scale={"value": 1.0},
-        identity={"train.batch": 4, "train.betas": [0.9, 0.999]},
+        loss_scale={"scale": 1.0},
+        budget=MemoryBudget(pack_tokens=100, activation_checkpointing=0.0),
+        resume_config={"train.batch_size": 4, "train.betas": [0.9, 0.999]},
     )
 
 
@@ -39,38 +41,38 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
     return {"a": flat_E[:100].view(10, 10), "b": flat_E[128:200]}
 
 
-def save(checkpoints: Checkpoints, step: int, best: Best | None = None) -> None:
-    checkpoints.save(state(step, best), tensors(step), {"steps": torch.tensor(float(step))})
+def save(checkpoints: CheckpointManager, step: int, best: BestEval | None = None) -> None:
+    checkpoints.save(state(step, best), tensors(step), {"num_steps": torch.tensor(float(step))})
 
 
-def test_what_is_saved_comes_back(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
-    assert checkpoints.newest(print) is None
+def test_checkpoint_roundtrip(tmp_path: Path) -> None:
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", max_to_keep=2)
+    assert checkpoints.load_latest(print) is None
     save(checkpoints, 7)
-    found = checkpoints.newest(print)
+    found = checkpoints.load_latest(print)
     assert found is not None
     assert found[0] == state(7)
     assert {name: value.tolist() for name, value in found[1].items()} == {
         name: value.tolist() for name, value in tensors(7).items()
     }
-    assert found[2]["steps"] == 7
+    assert found[2]["num_steps"] == 7
 
 
-def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=2)
+def test_last_and_best_checkpoints_are_retained(tmp_path: Path) -> None:
+    checkpoints = CheckpointManager(tmp_path, max_to_keep=2)
     for step in (2, 4, 10, 100):
-        save(checkpoints, step, Best(step=4, loss=0.5) if step >= 4 else None)
+        save(checkpoints, step, BestEval(step=4, validation_loss=0.5) if step >= 4 else None)
     assert checkpoints.steps() == [4, 10, 100]
-    save(checkpoints, 101, Best(step=100, loss=0.4))
+    save(checkpoints, 101, BestEval(step=100, validation_loss=0.4))
     assert checkpoints.steps() == [100, 101]
 
 
-def test_one_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=2)
+def test_existing_checkpoint_is_unchanged(tmp_path: Path) -> None:
+    checkpoints = CheckpointManager(tmp_path, max_to_keep=2)
     save(checkpoints, 3)
-    before = (tmp_path / "step-3" / STATE).stat().st_mtime_ns
+    before = (tmp_path / "step-3" / STATE_FILE).stat().st_mtime_ns
     save(checkpoints, 3)
-    assert (tmp_path / "step-3" / STATE).stat().st_mtime_ns == before
+    assert (tmp_path / "step-3" / STATE_FILE).stat().st_mtime_ns == before
 
 
 def flip(path: Path) -> None:
@@ -79,108 +81,114 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("name", [VALUES, MOMENTS, STATE, digests.DIGESTS])
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE, digests.DIGESTS_FILE])
 @pytest.mark.parametrize(("spoil", "words"), [(flip, ""), (Path.unlink, "missing")])
-def test_damage_is_named_and_the_last_whole_one_found(
+def test_damaged_checkpoint_falls_back_to_previous(
     tmp_path: Path, name: str, spoil: Callable[[Path], None], words: str
 ) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = CheckpointManager(tmp_path, max_to_keep=2)
     save(checkpoints, 5)
     save(checkpoints, 9)
     spoil(tmp_path / "step-9" / name)
-    said: list[str] = []
-    found = checkpoints.newest(said.append)
+    output: list[str] = []
+    found = checkpoints.load_latest(output.append)
     assert found is not None
     assert found[0].step == 5
-    message, outcome = said
+    message, outcome = output
     assert str(tmp_path / "step-9") in message
     assert words in message
-    assert "from that of step 5" in outcome
-    if spoil is flip and name != digests.DIGESTS:
+    assert "resuming from step 5" in outcome
+    if spoil is flip and name != digests.DIGESTS_FILE:
         assert name in message
-        assert digests.digest(tmp_path / "step-9" / name) in message
-    checkpoints.set_aside(5)
+        assert digests.sha256_file(tmp_path / "step-9" / name) in message
+    checkpoints.quarantine_after(5)
     assert checkpoints.steps() == [5]
-    assert (tmp_path / "damaged-step-9").is_dir()
+    assert (tmp_path / "corrupt-step-9").is_dir()
 
 
-def test_damage_to_the_only_one(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=2)
+def test_single_damaged_checkpoint_raises(tmp_path: Path) -> None:
+    checkpoints = CheckpointManager(tmp_path, max_to_keep=2)
     save(checkpoints, 5)
-    flip(tmp_path / "step-5" / VALUES)
-    with pytest.raises(UserError, match="to start from the beginning"):
-        checkpoints.newest(print)
+    flip(tmp_path / "step-5" / WEIGHTS_FILE)
+    with pytest.raises(UserError, match="to restart the run from step 0"):
+        checkpoints.load_latest(print)
 
 
-def test_leftovers_of_a_crash_are_cleared_and_never_read(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=2)
+def test_leftover_files_of_a_crash_are_removed(tmp_path: Path) -> None:
+    checkpoints = CheckpointManager(tmp_path, max_to_keep=2)
     save(checkpoints, 5)
     (tmp_path / ".step-9.partial").mkdir()
-    (tmp_path / ".step-9.partial" / VALUES).write_bytes(b"half")
-    found = checkpoints.newest(print)
+    (tmp_path / ".step-9.partial" / WEIGHTS_FILE).write_bytes(b"half")
+    found = checkpoints.load_latest(print)
     assert found is not None
     assert found[0].step == 5
     assert [path.name for path in tmp_path.iterdir()] == ["step-5"]
 
 
 def rewrite(folder: Path, change: dict[str, Any]) -> None:
-    """Another state in an otherwise sound checkpoint."""
-    content = json.loads((folder / STATE).read_text()) | change
-    others = {name: (folder / name).read_bytes() for name in (VALUES, MOMENTS)}
+    """Change the state of a valid checkpoint."""
+    content = json.loads((folder / STATE_FILE).read_text()) | change
+    others = {name: (folder / name).read_bytes() for name in (WEIGHTS_FILE, OPTIMIZER_FILE)}
     storage.remove_folder(folder)
     with storage.write_folder(folder) as new:
-        (new / STATE).write_text(json.dumps(content))
+        (new / STATE_FILE).write_text(json.dumps(content))
         for name, data in others.items():
             (new / name).write_bytes(data)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"format": 2}, "has format 2"), ({"extra": 1}, "extra"), ({"step": "x"}, "step")],
+    [({"format_version": 1}, "has format 1"), ({"extra": 1}, "extra"), ({"step": "x"}, "step")],
 )
-def test_state_of_another_release(tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=2)
+def test_state_of_other_version_is_rejected(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    checkpoints = CheckpointManager(tmp_path, max_to_keep=2)
     save(checkpoints, 5)
     rewrite(tmp_path / "step-5", change)
     with pytest.raises(UserError, match=words) as caught:
-        checkpoints.newest(print)
-    assert str(tmp_path / "step-5" / STATE) in str(caught.value)
+        checkpoints.load_latest(print)
+    assert str(tmp_path / "step-5" / STATE_FILE) in str(caught.value)
 
 
-def test_every_difference_in_settings_is_named() -> None:
-    stored = state(1).identity
-    check_identity(stored, {"train.batch": 4, "train.betas": (0.9, 0.999)}, Path("x"))
+def test_changed_settings_are_listed() -> None:
+    stored = state(1).resume_config
+    check_resume_config(stored, {"train.batch_size": 4, "train.betas": (0.9, 0.999)}, Path("x"))
     with pytest.raises(UserError) as caught:
-        check_identity(stored, {"train.batch": 8, "train.betas": (0.9, 0.99)}, Path("x"))
-    assert caught.value.what == "train.batch is 8 now; train.betas is [0.9, 0.99] now"
-    assert caught.value.expected == "train.batch=4; train.betas=[0.9, 0.999]"
+        check_resume_config(stored, {"train.batch_size": 8, "train.betas": (0.9, 0.99)}, Path("x"))
+    assert caught.value.what == "train.batch_size is 8 now; train.betas is [0.9, 0.99] now"
+    assert caught.value.expected == "train.batch_size=4; train.betas=[0.9, 0.999]"
 
 
 @pytest.mark.parametrize(
     ("now", "before", "expected"),
     [
-        (Best(step=2, loss=1.0), None, True),
-        (Best(step=2, loss=1.0), Best(step=1, loss=2.0), True),
-        (Best(step=2, loss=2.0), Best(step=1, loss=2.0), False),
+        (BestEval(step=2, validation_loss=1.0), None, True),
+        (BestEval(step=2, validation_loss=1.0), BestEval(step=1, validation_loss=2.0), True),
+        (BestEval(step=2, validation_loss=2.0), BestEval(step=1, validation_loss=2.0), False),
         (
-            Best(step=2, loss=9, headline="f1", score=0.6),
-            Best(step=1, loss=1, headline="f1", score=0.5),
+            BestEval(step=2, validation_loss=9, primary_metric="f1", primary_score=0.6),
+            BestEval(step=1, validation_loss=1, primary_metric="f1", primary_score=0.5),
             True,
         ),
         (
-            Best(step=2, loss=1, headline="f1", score=0.4),
-            Best(step=1, loss=9, headline="f1", score=0.5),
+            BestEval(step=2, validation_loss=1, primary_metric="f1", primary_score=0.4),
+            BestEval(step=1, validation_loss=9, primary_metric="f1", primary_score=0.5),
             False,
         ),
         (
-            Best(step=2, loss=1, headline="f1", score=0.5),
-            Best(step=1, loss=9, headline="f1", score=0.5),
+            BestEval(step=2, validation_loss=1, primary_metric="f1", primary_score=0.5),
+            BestEval(step=1, validation_loss=9, primary_metric="f1", primary_score=0.5),
             True,
         ),
-        (Best(step=2, loss=9, headline="f1", score=0.0), Best(step=1, loss=1), True),
+        (
+            BestEval(step=2, validation_loss=9, primary_metric="f1", primary_score=0.0),
+            BestEval(step=1, validation_loss=1),
+            True,
+        ),
     ],
 )
-def test_the_headline_decides_and_among_equals_the_loss(
-    now: Best, before: Best | None, expected: bool
+def test_primary_score_then_loss_decides_best(
+    now: BestEval, before: BestEval | None, expected: bool
 ) -> None:
-    assert now.better_than(before) is expected
+    assert now.is_better_than(before) is expected

@@ -9,37 +9,37 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from packing import as_tars
+from container_fixtures import write_tar_shards
 from PIL import Image
-from small_run import Task, final_files
+from tiny_task import TinyTask, read_final_files
 
 from finesight import storage
-from finesight.data.sources import samples_at
+from finesight.data.corpus import open_sample_source
 from finesight.errors import UserError
 from finesight.train.image_record import (
-    BLOCK,
+    EDGE_BYTES,
     ImageStates,
-    image_state,
     load_image_record,
+    read_image_state,
     save_image_record,
 )
 
 
 @pytest.fixture
-def task(tmp_path: Path) -> Task:
-    return Task(tmp_path)
+def task(tmp_path: Path) -> TinyTask:
+    return TinyTask(tmp_path)
 
 
 def replace_image(path: Path) -> None:
-    """Put another image of the same name and dimensions in the place of one."""
+    """Replace an image by another one of the same name and size."""
     with Image.open(path) as image:
         size = image.size
     Image.new("RGB", size, (1, 2, 3)).save(path)
 
 
 @pytest.mark.parametrize("name", ["train4.png", "eval1.png"])
-def test_resume_refuses_a_replaced_image(task: Task, name: str) -> None:
-    run = task.unfinished()
+def test_resume_refuses_a_replaced_image(task: TinyTask, name: str) -> None:
+    run = task.rewind_to_checkpoint()
     replace_image(task.folder / name)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(UserError) as error:
@@ -49,26 +49,26 @@ def test_resume_refuses_a_replaced_image(task: Task, name: str) -> None:
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_message_names_five_of_many_images(task: Task) -> None:
-    task.unfinished()
+def test_message_names_five_of_many_images(task: TinyTask) -> None:
+    task.rewind_to_checkpoint()
     for number in range(7):
         replace_image(task.folder / f"train{number}.png")
     with pytest.raises(UserError, match=r"images of 7 samples[\s\S]*train4\.png and 2 more"):
         task.run(resume=True)
 
 
-def test_deleted_record_accepts_the_images_as_they_are(task: Task) -> None:
-    run = task.unfinished()
+def test_deleted_record_accepts_the_images_as_they_are(task: TinyTask) -> None:
+    run = task.rewind_to_checkpoint()
     replace_image(task.folder / "train4.png")
     (run / "images.safetensors").unlink()
     task.run(resume=True)
-    assert "images are not compared" in task.screen
+    assert "images are not compared" in task.console_output
     assert (run / "images.safetensors").exists()
 
 
-def test_data_set_copied_elsewhere_resumes_to_the_same_bits(task: Task) -> None:
+def test_resume_with_copied_dataset_is_bit_identical(task: TinyTask) -> None:
     task.run(name="whole")
-    run = task.unfinished()
+    run = task.rewind_to_checkpoint()
     copy = task.folder / "copy"
     copy.mkdir()
     for file in task.folder.glob("*.*"):
@@ -76,20 +76,24 @@ def test_data_set_copied_elsewhere_resumes_to_the_same_bits(task: Task) -> None:
         os.utime(copy / file.name, (1, 1))
     data = {split: str(copy / f"{split}.jsonl") for split in ("train", "eval")}
     task.run(resume=True, data=data)
-    assert "data.train: the images of 11 samples have another modification time" in task.screen
-    assert final_files(run) == final_files(task.folder / "whole")
+    assert (
+        "data.train: the images of 11 samples have another modification time" in task.console_output
+    )
+    assert read_final_files(run) == read_final_files(task.folder / "whole")
 
 
-def test_unchanged_images_are_not_mentioned(task: Task) -> None:
-    task.unfinished()
+def test_unchanged_images_are_not_mentioned(task: TinyTask) -> None:
+    task.rewind_to_checkpoint()
     task.run(resume=True)
-    assert "modification time" not in task.screen
-    assert "images are not compared" not in task.screen
+    assert "modification time" not in task.console_output
+    assert "images are not compared" not in task.console_output
 
 
-def test_replaced_image_inside_a_tar_is_refused(task: Task) -> None:
-    task.recipe["data"]["train"] = as_tars(task.folder / "train.jsonl", task.folder / "tars", 4)
-    task.unfinished()
+def test_replaced_image_inside_a_tar_is_refused(task: TinyTask) -> None:
+    task.recipe["data"]["train"] = write_tar_shards(
+        task.folder / "train.jsonl", task.folder / "tars", 4
+    )
+    task.rewind_to_checkpoint()
     tar = task.folder / "tars" / "001.tar"
     image = (task.folder / "train5.png").read_bytes()
     assert image in tar.read_bytes()
@@ -98,8 +102,8 @@ def test_replaced_image_inside_a_tar_is_refused(task: Task) -> None:
         task.run(resume=True)
 
 
-def test_damaged_record_is_refused(task: Task) -> None:
-    record = task.unfinished() / "images.safetensors"
+def test_damaged_record_is_refused(task: TinyTask) -> None:
+    record = task.rewind_to_checkpoint() / "images.safetensors"
     data = bytearray(record.read_bytes())
     data[-3] ^= 1
     record.write_bytes(data)
@@ -110,7 +114,7 @@ def test_damaged_record_is_refused(task: Task) -> None:
         task.run(resume=True)
 
 
-def state_of(folder: Path, data: bytes) -> tuple[int, int]:
+def make_image_state(folder: Path, data: bytes) -> tuple[int, int]:
     """The fingerprints of a sample whose image file holds `data`."""
     (folder / "a.bin").write_bytes(data)
     line = (
@@ -119,35 +123,39 @@ def state_of(folder: Path, data: bytes) -> tuple[int, int]:
         ' {"role": "assistant", "content": "b"}]}\n'
     )
     (folder / "a.jsonl").write_text(line)
-    return image_state(samples_at(folder / "a.jsonl").located(0))
+    return read_image_state(open_sample_source(folder / "a.jsonl").read_sample(0))
 
 
 def test_fingerprint_covers_size_start_and_end(tmp_path: Path) -> None:
-    data = random.Random(0).randbytes(3 * BLOCK)
-    content, time = state_of(tmp_path, data)
+    data = random.Random(0).randbytes(3 * EDGE_BYTES)
+    content, time = make_image_state(tmp_path, data)
     os.utime(tmp_path / "a.bin", ns=(5, 5))
-    assert image_state(samples_at(tmp_path / "a.jsonl").located(0)).content == content
-    assert image_state(samples_at(tmp_path / "a.jsonl").located(0)).time != time
+    assert (
+        read_image_state(open_sample_source(tmp_path / "a.jsonl").read_sample(0)).content == content
+    )
+    assert read_image_state(open_sample_source(tmp_path / "a.jsonl").read_sample(0)).time != time
     others = [data + b"x", data[:-1], b"\0" + data[1:], data[:-1] + b"\0"]
-    others += [data[: BLOCK - 1] + b"\0" + data[BLOCK:]]
-    found = {state_of(tmp_path, other)[0] for other in others}
+    others += [data[: EDGE_BYTES - 1] + b"\0" + data[EDGE_BYTES:]]
+    found = {make_image_state(tmp_path, other)[0] for other in others}
     assert len(found) == len(others)
     assert content not in found
 
 
-@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK])
-def test_small_files_are_covered_whole(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize(
+    "size", [0, 1, EDGE_BYTES - 1, EDGE_BYTES, EDGE_BYTES + 1, 2 * EDGE_BYTES - 1, 2 * EDGE_BYTES]
+)
+def test_fingerprint_covers_all_bytes_of_small_files(tmp_path: Path, size: int) -> None:
     data = random.Random(0).randbytes(size)
-    whole = state_of(tmp_path, data)[0]
-    for place in random.Random(1).sample(range(size), min(size, 20)):
+    full = make_image_state(tmp_path, data)[0]
+    for location in random.Random(1).sample(range(size), min(size, 20)):
         other = bytearray(data)
-        other[place] ^= 1
-        assert state_of(tmp_path, bytes(other))[0] != whole
+        other[location] ^= 1
+        assert make_image_state(tmp_path, bytes(other))[0] != full
 
 
 def test_record_survives_saving(tmp_path: Path) -> None:
-    states = ImageStates.of([1, 4, 9], [(1, -(2**63)), (2**63 - 1, 3), (5, 6)])
-    save_image_record(tmp_path / "r", {"train": states, "eval": ImageStates.none()})
+    states = ImageStates.from_states([1, 4, 9], [(1, -(2**63)), (2**63 - 1, 3), (5, 6)])
+    save_image_record(tmp_path / "r", {"train": states, "eval": ImageStates.empty()})
     loaded = load_image_record(tmp_path / "r")
     assert loaded.keys() == {"train", "eval"}
     assert loaded["train"].digest == states.digest
@@ -155,20 +163,20 @@ def test_record_survives_saving(tmp_path: Path) -> None:
     assert len(loaded["eval"].samples_N) == 0
 
 
-def test_only_samples_of_both_are_compared() -> None:
-    recorded = ImageStates.of([1, 4, 9], [(1, 1), (2, 2), (3, 3)])
-    found = ImageStates.of([0, 4, 9], [(7, 7), (2, 8), (5, 3)])
-    assert found.changed_since(recorded) == [9]
-    assert found.touched_since(recorded) == 1
+def test_only_common_samples_are_compared() -> None:
+    recorded = ImageStates.from_states([1, 4, 9], [(1, 1), (2, 2), (3, 3)])
+    found = ImageStates.from_states([0, 4, 9], [(7, 7), (2, 8), (5, 3)])
+    assert found.find_changed(recorded) == [9]
+    assert found.count_touched(recorded) == 1
 
 
-@pytest.mark.parametrize("unusable", ["drop", "refuse"])
-def test_damaged_image_may_be_repaired(task: Task, unusable: str) -> None:
+@pytest.mark.parametrize("unusable", ["skip", "fail"])
+def test_damaged_image_may_be_repaired(task: TinyTask, unusable: str) -> None:
     image = task.folder / "train4.png"
-    whole = image.read_bytes()
-    image.write_bytes(whole[:60])
-    settings = (f"data.unusable={unusable}", "train.save_every=1")
-    if unusable == "refuse":
+    full = image.read_bytes()
+    image.write_bytes(full[:60])
+    settings = (f"data.on_invalid_sample={unusable}", "train.save_every=1")
+    if unusable == "fail":
         with pytest.raises(UserError, match=r"train4\.png"):
             task.run(*settings)
     else:
@@ -176,6 +184,6 @@ def test_damaged_image_may_be_repaired(task: Task, unusable: str) -> None:
         run = task.folder / "run"
         (run / "result.json").unlink()
         storage.remove_folder(run / "checkpoints" / "step-6")
-    image.write_bytes(whole)
+    image.write_bytes(full)
     task.run(*settings, resume=True)
-    assert "data.train: damaged images of 1 samples have been replaced" in task.screen
+    assert "data.train: corrupt images of 1 samples were replaced" in task.console_output

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finesight.config import Train, Tune
-from finesight.hub import ModelFolder
-from finesight.model.lora import stacked
-from finesight.model.parts import apply_tuning
-from finesight.model.tiny import make_tiny
-from finesight.model.weights import load_model
-from finesight.train.muon import LIKE_ADAMW, Matrix, Muon, orthogonal
-from finesight.train.optimizer import Masters
-from finesight.train.wide import Wide
+from finesight.config import TrainSettings, TuneSettings
+from finesight.model.lora.layer import stacked_row_counts
+from finesight.model.tiny import create_tiny_model
+from finesight.model.trainable import configure_tuning
+from finesight.model.weights_io import load_model
+from finesight.model_folder import ModelFolder
+from finesight.train.master_weights import SplitBf16Master
+from finesight.train.muon import ADAMW_RMS, MatrixSlice, Muon, newton_schulz
+from finesight.train.optimizer import MasterWeightOptimizer
 
 NAMES = {
     "visual.blocks.0.attn.qkv.weight": (12, 4),
@@ -34,23 +34,23 @@ def parameters() -> dict[str, nn.Parameter]:
     }
 
 
-def settings(**changes: object) -> Train:
-    return Train.model_validate({"optimizer": "muon", "learning_rate": 0.01, **changes})
+def settings(**changes: object) -> TrainSettings:
+    return TrainSettings.model_validate({"optimizer": "muon", "learning_rate": 0.01, **changes})
 
 
-def take(masters: Masters, named: dict[str, nn.Parameter], seed: int) -> None:
+def take(masters: MasterWeightOptimizer, named: dict[str, nn.Parameter], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     terms = [
         (p * torch.randn(p.shape, generator=generator).to(p.device)).sum() for p in named.values()
     ]
     torch.stack(terms).sum().backward()
-    masters.step(1.0, masters.norm())
+    masters.step(1.0, masters.grad_norm())
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 20), (4, 30, 6)])
-def test_all_directions_become_about_equally_long(shape: tuple[int, int, int]) -> None:
+def test_update_is_approximately_orthogonal(shape: tuple[int, int, int]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    y = orthogonal(x)
+    y = newton_schulz(x)
     lengths = torch.linalg.svdvals(y)
     assert lengths.min() > 0.6
     assert lengths.max() < 1.3
@@ -59,17 +59,17 @@ def test_all_directions_become_about_equally_long(shape: tuple[int, int, int]) -
     assert (along > 0.8).all(), "the directions are those of the matrix itself"
 
 
-def test_weak_directions_move_as_far_as_strong_ones() -> None:
+def test_weak_directions_get_equal_updates() -> None:
     generator = torch.Generator().manual_seed(6)
     u, v = (torch.linalg.qr(torch.randn(16, 4, generator=generator))[0] for _ in range(2))
-    moved = orthogonal((u * torch.tensor([1.0, 0.3, 0.1, 0.03]) @ v.T)[None])[0]
-    along = (u * (moved @ v)).sum(0)
+    changed = newton_schulz((u * torch.tensor([1.0, 0.3, 0.1, 0.03]) @ v.T)[None])[0]
+    along = (u * (changed @ v)).sum(0)
     assert along.min() > 0.6
     assert along.max() < 1.3
 
 
-def test_a_matrix_without_gradient_stays() -> None:
-    assert not orthogonal(torch.zeros(2, 4, 3)).any()
+def test_zero_gradient_gives_zero_update() -> None:
+    assert not newton_schulz(torch.zeros(2, 4, 3)).any()
 
 
 def reference(master: Tensor, grads: list[Tensor], rate: float, decay: float) -> Tensor:
@@ -78,108 +78,114 @@ def reference(master: Tensor, grads: list[Tensor], rate: float, decay: float) ->
     for grad in grads:
         momentum = 0.95 * momentum + 0.05 * grad
         ahead = 0.05 * grad + 0.95 * momentum
-        moved = orthogonal(ahead[None])[0]
-        master = master * (1 - rate * decay) - rate * LIKE_ADAMW * max(master.shape) ** 0.5 * moved
+        changed = newton_schulz(ahead[None])[0]
+        master = master * (1 - rate * decay) - rate * ADAMW_RMS * max(master.shape) ** 0.5 * changed
     return master
 
 
 @pytest.mark.parametrize("most", [1 << 26, 30, 1])
-def test_steps_are_those_of_each_matrix_alone(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+def test_stacked_steps_match_single_matrices(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """However many of one shape are stacked at a time."""
-    monkeypatch.setattr("finesight.train.muon.MOST", most)
+    monkeypatch.setattr("finesight.train.muon.MAX_STACK_ELEMENTS", most)
     generator = torch.Generator().manual_seed(2)
     shapes = [(4, 6), (4, 6), (9, 2)]
     masters = [torch.randn(shape, generator=generator) for shape in shapes]
     grads = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(3)]
     flat = torch.cat([master.flatten() for master in masters])
-    places = [slice(0, 24), slice(24, 48), slice(48, 66)]
+    locations = [slice(0, 24), slice(24, 48), slice(48, 66)]
     grad_E = torch.zeros_like(flat)
     muon = Muon(
-        Wide(flat), grad_E, [Matrix(p, *shape) for p, shape in zip(places, shapes, strict=True)]
+        SplitBf16Master(flat),
+        grad_E,
+        [MatrixSlice(p, *shape) for p, shape in zip(locations, shapes, strict=True)],
     )
     for of_step in grads:
         grad_E.copy_(torch.cat([grad.flatten() for grad in of_step]))
         muon.step(0.1, 0.5, torch.ones(()))
-    for place, master, number in zip(places, masters, range(3), strict=True):
+    for location, master, number in zip(locations, masters, range(3), strict=True):
         expected = reference(master, [of_step[number] for of_step in grads], 0.1, 0.5)
-        torch.testing.assert_close(flat[place].view(master.shape), expected)
+        torch.testing.assert_close(flat[location].view(master.shape), expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_recorded_steps_are_the_launched_ones() -> None:
+def test_cuda_graph_steps_match_eager_steps() -> None:
     generator = torch.Generator("cuda").manual_seed(4)
     shapes = [(64, 96), (64, 96), (128, 64)]
-    places = [slice(0, 6144), slice(6144, 12288), slice(12288, 20480)]
-    matrices = [Matrix(p, *shape) for p, shape in zip(places, shapes, strict=True)]
+    locations = [slice(0, 6144), slice(6144, 12288), slice(12288, 20480)]
+    matrices = [MatrixSlice(p, *shape) for p, shape in zip(locations, shapes, strict=True)]
     start = torch.randn(20480, device="cuda", generator=generator)
     grads = [torch.randn(20480, device="cuda", generator=generator) for _ in range(5)]
-    moved = []
+    changed = []
     for recorded in (True, False):
         master_E, grad_E = start.clone(), torch.zeros_like(start)
-        muon = Muon(Wide(master_E), grad_E, matrices)
+        muon = Muon(SplitBf16Master(master_E), grad_E, matrices)
         for grad, rate in zip(grads, (0.1, 0.2, 0.3, 0.2, 0.1), strict=True):
             grad_E.copy_(grad)
-            muon._warm &= recorded
+            muon._is_warmed_up &= recorded
             muon.step(rate, 0.5, torch.ones((), device="cuda"))
-        assert (muon._recorded is not None) is recorded
-        moved.append((master_E, muon.momentum_E))
-    for one, other in zip(*moved, strict=True):
+        assert (muon._graph is not None) is recorded
+        changed.append((master_E, muon.momentum_E))
+    for one, other in zip(*changed, strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_void_step_changes_nothing_recorded_or_not(dtype: torch.dtype) -> None:
+def test_skipped_step_changes_no_state(dtype: torch.dtype) -> None:
     generator = torch.Generator("cuda").manual_seed(5)
     grads = torch.randn(4, 6144, device="cuda", generator=generator)
-    moved = []
+    changed = []
     for broken in (True, False):
-        masters = Wide(torch.ones(6144, device="cuda", dtype=dtype))
+        masters = SplitBf16Master(torch.ones(6144, device="cuda", dtype=dtype))
         grad_E = torch.zeros(6144, device="cuda")
-        muon = Muon(masters, grad_E, [Matrix(slice(0, 6144), 64, 96)])
+        muon = Muon(masters, grad_E, [MatrixSlice(slice(0, 6144), 64, 96)])
         for grad in grads:
             if broken:
                 grad_E.fill_(torch.nan)
                 muon.step(0.1, 0.5, torch.full((), torch.nan, device="cuda"))
             grad_E.copy_(grad)
             muon.step(0.1, 0.5, torch.ones((), device="cuda"))
-        moved.append((masters.of(slice(0, 6144)), muon.momentum_E))
-    for one, other in zip(*moved, strict=True):
+        changed.append((masters.read(slice(0, 6144)), muon.momentum_E))
+    for one, other in zip(*changed, strict=True):
         assert torch.equal(one, other)
 
 
-def test_stacked_layers_step_as_if_apart() -> None:
+def test_fused_layers_step_like_separate_layers() -> None:
     together, apart = parameters(), parameters()
     name = "visual.blocks.0.attn.qkv.weight"
     pieces = apart.pop(name).detach().split(4)
     apart |= {
         f"visual.blocks.0.attn.{n}.weight": nn.Parameter(p.clone()) for n, p in enumerate(pieces)
     }
-    one = Masters(together, settings(clip=None), {name: (4, 4, 4)})
-    other = Masters(apart, settings(clip=None))
+    one = MasterWeightOptimizer(together, settings(max_grad_norm=None), {name: (4, 4, 4)})
+    other = MasterWeightOptimizer(apart, settings(max_grad_norm=None))
     grad = torch.randn((12, 4), generator=torch.Generator().manual_seed(3))
     (together[name] * grad).sum().backward()
     for n, piece in enumerate(grad.split(4)):
         (apart[f"visual.blocks.0.attn.{n}.weight"] * piece).sum().backward()
     for masters in (one, other):
-        masters.step(1.0, masters.norm())
+        masters.step(1.0, masters.grad_norm())
     found = torch.cat([apart[f"visual.blocks.0.attn.{n}.weight"].detach() for n in range(3)])
     torch.testing.assert_close(together[name].detach(), found)
 
 
-def test_experts_of_a_stack_step_as_if_apart_and_beside_matrices() -> None:
+def test_stacked_experts_step_like_separate_matrices() -> None:
     matrix, stack = "model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.experts.down_proj"
     generator = torch.Generator().manual_seed(3)
     start, grad = (torch.randn((3, 4, 6), generator=generator) for _ in range(2))
     named = {matrix: parameters()[matrix], stack: nn.Parameter(start.clone())}
-    masters = Masters(named, settings(clip=None, weight_decay=0.5))
+    masters = MasterWeightOptimizer(named, settings(max_grad_norm=None, weight_decay=0.5))
     ((named[stack] * grad).sum() + named[matrix].sum()).backward()
-    masters.step(1.0, masters.norm())
-    assert masters.moments().keys() == {"steps", f"first.{matrix}", f"first.{stack}"}
-    for moved, one, g in zip(named[stack].detach(), start, grad, strict=True):
-        torch.testing.assert_close(moved, reference(one, [g], 0.01, 0.5))
+    masters.step(1.0, masters.grad_norm())
+    assert masters.optimizer_state().keys() == {
+        "num_steps",
+        f"momentum.{matrix}",
+        f"momentum.{stack}",
+    }
+    for changed, one, g in zip(named[stack].detach(), start, grad, strict=True):
+        torch.testing.assert_close(changed, reference(one, [g], 0.01, 0.5))
 
 
 @pytest.mark.parametrize(
@@ -194,42 +200,47 @@ def test_experts_of_a_stack_step_as_if_apart_and_beside_matrices() -> None:
         "inner.model.vision_tower.embeddings.position_embedding.weight",
     ],
 )
-def test_what_is_no_matrix_stays_with_adamw(table: str) -> None:
+def test_non_matrix_parameters_use_adamw(table: str) -> None:
     shape = (4, 3, 2, 2) if "proj" in table else (4, 6)
     named = {table: nn.Parameter(torch.ones(shape))}
-    masters = Masters(named, settings())
+    masters = MasterWeightOptimizer(named, settings())
     take(masters, named, 5)
-    assert f"second.{table}" in masters.moments()
+    assert f"exp_avg_sq.{table}" in masters.optimizer_state()
 
 
-def test_vectors_and_embeddings_stay_with_adamw() -> None:
+def test_vectors_and_embeddings_use_adamw() -> None:
     named = parameters()
-    masters = Masters(named, settings())
+    masters = MasterWeightOptimizer(named, settings())
     take(masters, named, 5)
-    moments = masters.moments()
-    assert {name for name in NAMES if f"second.{name}" in moments} == {
+    moments = masters.optimizer_state()
+    assert {name for name in NAMES if f"exp_avg_sq.{name}" in moments} == {
         "visual.blocks.0.norm1.weight",
         "model.embed_tokens.weight",
     }
-    assert {name for name in NAMES if f"first.{name}" in moments} == set(NAMES)
-    assert masters.reached() == set(NAMES)
+    assert {
+        name for name in NAMES if f"exp_avg.{name}" in moments or f"momentum.{name}" in moments
+    } == set(NAMES)
+    assert masters.params_with_grad() == set(NAMES)
 
 
 @pytest.mark.parametrize("only", [None, "model.layers.0.mlp.down_proj.weight"])
-def test_state_goes_on_where_it_was(only: str | None) -> None:
-    """Also where Muon steps everything, and AdamW nothing."""
+def test_state_resumes_bit_exactly(only: str | None) -> None:
+    """This includes the case without AdamW parameters."""
 
     def chosen() -> dict[str, nn.Parameter]:
         named = parameters()
         return named if only is None else {only: named[only]}
 
     named, again = chosen(), chosen()
-    masters, others = Masters(named, settings()), Masters(again, settings())
+    masters, others = (
+        MasterWeightOptimizer(named, settings()),
+        MasterWeightOptimizer(again, settings()),
+    )
     for seed in range(3):
         take(masters, named, seed)
-    others.load(
-        {name: value.clone() for name, value in masters.values().items()},
-        {name: value.clone() for name, value in masters.moments().items()},
+    others.load_state(
+        {name: value.clone() for name, value in masters.master_weights().items()},
+        {name: value.clone() for name, value in masters.optimizer_state().items()},
     )
     take(masters, named, 9)
     take(others, again, 9)
@@ -239,22 +250,25 @@ def test_state_goes_on_where_it_was(only: str | None) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_recorded_step_reads_the_state_that_is_loaded() -> None:
-    """Its graph holds addresses: a state that were put beside them would never be seen."""
+def test_cuda_graph_uses_loaded_state() -> None:
+    """A CUDA graph stores addresses, so a new state tensor would be ignored."""
     named, again = (
         {name: nn.Parameter(p.detach().cuda()) for name, p in parameters().items()}
         for _ in range(2)
     )
-    masters, others = Masters(named, settings()), Masters(again, settings())
+    masters, others = (
+        MasterWeightOptimizer(named, settings()),
+        MasterWeightOptimizer(again, settings()),
+    )
     for seed in range(3):
         take(masters, named, seed)
         take(others, again, 10 + seed)
-    steps = [group.steps for group in others.groups if isinstance(group.steps, Muon)]
+    steps = [group.optimizer for group in others.param_groups if isinstance(group.optimizer, Muon)]
     assert steps
-    assert all(own._recorded for own in steps)
-    others.load(
-        {name: value.clone() for name, value in masters.values().items()},
-        {name: value.clone() for name, value in masters.moments().items()},
+    assert all(own._graph for own in steps)
+    others.load_state(
+        {name: value.clone() for name, value in masters.master_weights().items()},
+        {name: value.clone() for name, value in masters.optimizer_state().items()},
     )
     take(masters, named, 9)
     take(others, again, 9)
@@ -262,34 +276,36 @@ def test_a_recorded_step_reads_the_state_that_is_loaded() -> None:
         assert torch.equal(parameter, again[name]), name
 
 
-def test_layers_that_a_model_stacks_are_apart(tmp_path: Path) -> None:
+def test_fused_layers_of_model_are_separated(tmp_path: Path) -> None:
     """Those of the weights, and the ranks of their adapters."""
     model = load_model(
-        ModelFolder(make_tiny(tmp_path / "tiny")), torch.float32, torch.device("cpu")
+        ModelFolder(create_tiny_model(tmp_path / "tiny")), torch.float32, torch.device("cpu")
     )
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    rows = stacked(model)
+    rows = stacked_row_counts(model)
     name = "model.layers.0.self_attn.qkv_proj.weight"
     assert rows[name] == (64, 32, 32)
     assert all(sum(of) == shapes[key][0] for key, of in rows.items())
-    masters = Masters({name: model.get_parameter(name)}, settings(), rows)
-    muon = masters.groups[0].steps
+    masters = MasterWeightOptimizer({name: model.get_parameter(name)}, settings(), rows)
+    muon = masters.param_groups[0].optimizer
     assert isinstance(muon, Muon)
-    assert {tuple(view.shape) for views in muon._alike for view in views} == {(64, 64), (32, 64)}
-    apply_tuning(model, Tune.model_validate({"language": "lora", "lora": {"rank": 4}}), seed=0)
-    assert stacked(model)[name.replace("weight", "adapter.a")] == (4, 4, 4)
+    assert {tuple(view.shape) for views in muon._stacks for view in views} == {(64, 64), (32, 64)}
+    configure_tuning(
+        model, TuneSettings.model_validate({"language": "lora", "lora": {"rank": 4}}), seed=0
+    )
+    assert stacked_row_counts(model)[name.replace("weight", "adapter.lora_A")] == (4, 4, 4)
 
 
-def test_a_loss_scale_changes_no_step() -> None:
+def test_loss_scale_does_not_change_steps() -> None:
     one, other = parameters(), parameters()
     for named, scale in ((one, 1.0), (other, 1024.0)):
-        masters = Masters(named, settings())
+        masters = MasterWeightOptimizer(named, settings())
         generator = torch.Generator().manual_seed(8)
         terms = [
             (p * torch.randn(p.shape, generator=generator).to(p.device)).sum()
             for p in named.values()
         ]
         (torch.stack(terms).sum() * scale).backward()
-        masters.step(1.0, masters.norm(), scale)
+        masters.step(1.0, masters.grad_norm(), scale)
     for name, parameter in one.items():
         torch.testing.assert_close(parameter, other[name], msg=name)

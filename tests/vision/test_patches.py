@@ -12,18 +12,18 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from finesight.config import PixelRange
 from finesight.errors import UserError
-from finesight.hub import ModelFolder
+from finesight.model_folder import ModelFolder
+from finesight.vision.image_decoding import load_image
 from finesight.vision.patches import (
-    PatchGeometry,
-    end_to_end,
+    PatchConfig,
+    concat_patches,
     first_frame,
-    from_patches,
-    geometry_of,
-    to_patches,
-    whole,
+    load_patch_config,
+    patchify,
+    repeat_still_frames,
+    unpatchify,
 )
-from finesight.vision.picture import open_picture
-from finesight.vision.resize import resized_size
+from finesight.vision.resize import compute_resized_size
 
 RULE = PixelRange(min_pixels=3136, max_pixels=200704)
 PROCESSOR = Qwen2VLImageProcessorPil(min_pixels=RULE.min_pixels, max_pixels=RULE.max_pixels)
@@ -36,9 +36,9 @@ def expected(image: Image.Image) -> tuple[np.ndarray, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "1", "CMYK", "YCbCr"])
-def test_patches_equal_the_published_processor(mode: str, tmp_path: Path) -> None:
+def test_patches_match_published_processor(mode: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(len(mode))
-    geometry = PatchGeometry()
+    geometry = PatchConfig()
     for number in range(32):
         height, width = (int(side) for side in rng.integers(4, 700 if number % 8 == 0 else 300, 2))
         pixels = rng.integers(0, 256, (height, width, 4), dtype=np.uint8)
@@ -46,83 +46,83 @@ def test_patches_equal_the_published_processor(mode: str, tmp_path: Path) -> Non
         path = tmp_path / f"{number}.{'tif' if mode in ('CMYK', 'YCbCr') else 'png'}"
         # Pillow 12 does not read the plain TIFF that it writes of YCbCr.
         image.save(path, **({"compression": "tiff_lzw"} if mode == "YCbCr" else {}))
-        size = resized_size((height, width), RULE, geometry.factor)
-        one = to_patches([open_picture(path)], size, geometry)
-        ours = whole(one, geometry.numbers)
+        size = compute_resized_size((height, width), RULE, geometry.resize_factor)
+        one = patchify([load_image(path)], size, geometry)
+        ours = repeat_still_frames(one, geometry.patch_dim)
         theirs, grid = expected(Image.open(path))
-        assert geometry.grid(size) == grid
-        assert one.shape == (len(theirs), geometry.numbers // geometry.temporal)
+        assert geometry.compute_grid(size) == grid
+        assert one.shape == (len(theirs), geometry.patch_dim // geometry.temporal_patch_size)
         assert ours.dtype == np.uint8
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_real_pictures_equal_the_published_processor(shared: Path) -> None:
-    geometry = PatchGeometry()
+def test_real_image_patches_match_published_processor(shared: Path) -> None:
+    geometry = PatchConfig()
     for kind in ("captions", "grounding", "latex_ocr"):
         for path in sorted((shared / "data" / kind / "images").iterdir())[:25]:
-            image = open_picture(path)
-            size = resized_size(image.size[::-1], RULE, geometry.factor)
+            image = load_image(path)
+            size = compute_resized_size(image.size[::-1], RULE, geometry.resize_factor)
             theirs, _ = expected(Image.open(path))
-            ours = whole(to_patches([image], size, geometry), geometry.numbers)
+            ours = repeat_still_frames(patchify([image], size, geometry), geometry.patch_dim)
             np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("geometry", [PatchGeometry(), PatchGeometry(4, 2, 3), PatchGeometry(8, 1)])
-def test_frames_come_back_from_their_patches(geometry: PatchGeometry) -> None:
+@pytest.mark.parametrize("geometry", [PatchConfig(), PatchConfig(4, 2, 3), PatchConfig(8, 1)])
+def test_frames_roundtrip_through_patches(geometry: PatchConfig) -> None:
     rng = np.random.default_rng(0)
-    size = 2 * geometry.factor, 5 * geometry.factor
+    size = 2 * geometry.resize_factor, 5 * geometry.resize_factor
     for count in (1, 2, 4):
         frames = [
             Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(count)
         ]
-        grid = geometry.grid(size, count)
-        patches = to_patches(frames, size, geometry)
-        found = from_patches(whole(patches, geometry.numbers), grid, geometry)
-        assert len(found) == grid[0] * geometry.temporal
+        grid = geometry.compute_grid(size, count)
+        patches = patchify(frames, size, geometry)
+        found = unpatchify(repeat_still_frames(patches, geometry.patch_dim), grid, geometry)
+        assert len(found) == grid[0] * geometry.temporal_patch_size
         filled = frames + [frames[-1]] * (len(found) - count)
         for ours, theirs in zip(found, filled, strict=True):
             np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
-def test_one_frame_comes_back_once() -> None:
-    geometry, size = PatchGeometry(), (56, 84)
+def test_single_frame_is_stored_once() -> None:
+    geometry, size = PatchConfig(), (56, 84)
     frame = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    patches = to_patches([Image.fromarray(frame)], size, geometry)
-    (found,) = from_patches(patches, geometry.grid(size), geometry)
+    patches = patchify([Image.fromarray(frame)], size, geometry)
+    (found,) = unpatchify(patches, geometry.compute_grid(size), geometry)
     np.testing.assert_array_equal(np.asarray(found), frame)
 
 
-def test_patches_are_laid_end_to_end_with_one_frame_where_all_have_one() -> None:
+def test_patches_are_concatenated_with_one_frame() -> None:
     still, other = (np.full((number, 12), number, dtype=np.uint8) for number in (1, 2))
     video = np.arange(72, dtype=np.uint8).reshape(3, 24)
     none = np.empty((0, 24), dtype=np.uint8)
-    assert end_to_end([still, none, other]).tolist() == [*still.tolist(), *other.tolist()]
-    mixed = end_to_end([still, video])
+    assert concat_patches([still, none, other]).tolist() == [*still.tolist(), *other.tolist()]
+    mixed = concat_patches([still, video])
     assert mixed.shape == (4, 24)
     assert mixed[0].tolist() == [1] * 24
     assert mixed[1:].tolist() == video.tolist()
-    assert end_to_end([none]).shape == end_to_end([none, none]).shape == (0, 24)
+    assert concat_patches([none]).shape == concat_patches([none, none]).shape == (0, 24)
     out = np.zeros((3, 12), dtype=np.uint8)
-    assert end_to_end([still, other], out) is out
+    assert concat_patches([still, other], out) is out
     assert out.tolist() == [*still.tolist(), *other.tolist()]
-    assert whole(np.arange(6, dtype=np.uint8)[None], 12).tolist() == [
+    assert repeat_still_frames(np.arange(6, dtype=np.uint8)[None], 12).tolist() == [
         [0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5]
     ]
     for frames in (1, 2):
-        repeated = whole(still, 12 * frames)
+        repeated = repeat_still_frames(still, 12 * frames)
         assert first_frame(repeated, patch=2).tolist() == still.tolist()
 
 
-@pytest.mark.parametrize("geometry", [PatchGeometry(4, 2, 2), PatchGeometry(8, 1, 1)])
-def test_order_of_the_numbers(geometry: PatchGeometry) -> None:
-    p, m, depth = geometry.patch, geometry.merge, geometry.temporal
+@pytest.mark.parametrize("geometry", [PatchConfig(4, 2, 2), PatchConfig(8, 1, 1)])
+def test_patch_value_order(geometry: PatchConfig) -> None:
+    p, m, depth = geometry.patch_size, geometry.merge_size, geometry.temporal_patch_size
     size = (p * m * 2, p * m * 3)
     rng = np.random.default_rng(0)
     frames = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for _ in range(3)]
-    patches = to_patches([Image.fromarray(frame) for frame in frames], size, geometry)
-    t, h, w = geometry.grid(size, 3)
-    assert patches.shape == (t * h * w, geometry.numbers)
-    assert geometry.tokens((t, h, w)) == t * 6
+    patches = patchify([Image.fromarray(frame) for frame in frames], size, geometry)
+    t, h, w = geometry.compute_grid(size, 3)
+    assert patches.shape == (t * h * w, geometry.patch_dim)
+    assert geometry.count_tokens((t, h, w)) == t * 6
     filled = [*frames, frames[-1]]
     at = 0
     for time in range(t):
@@ -139,20 +139,20 @@ def test_order_of_the_numbers(geometry: PatchGeometry) -> None:
                         at += 1
 
 
-def test_geometry_is_the_model_s(tmp_path: Path) -> None:
+def test_patch_geometry_of_model(tmp_path: Path) -> None:
     config = {
         "model_type": "qwen2_vl",
         "vision_config": {"patch_size": 14, "spatial_merge_size": 2},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert geometry_of(ModelFolder(tmp_path)) == PatchGeometry(14, 2, 2)
+    assert load_patch_config(ModelFolder(tmp_path)) == PatchConfig(14, 2, 2)
     (tmp_path / "preprocessor_config.json").write_text('{"patch_size": 16}')
     with pytest.raises(UserError, match=r"patch_size 16 in .* patch_size 14 under"):
-        geometry_of(ModelFolder(tmp_path))
+        load_patch_config(ModelFolder(tmp_path))
     config["vision_config"] = {"patch_size": 16, "spatial_merge_size": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"merge_size 2 in .* spatial_merge_size 1 under"):
-        geometry_of(ModelFolder(tmp_path))
+        load_patch_config(ModelFolder(tmp_path))
     # Whether there is a vision_config at all is the model's to say.
     (tmp_path / "config.json").write_text(json.dumps(config | {"vision_config": None}))
-    assert geometry_of(ModelFolder(tmp_path)) == PatchGeometry(16, 2, 2)
+    assert load_patch_config(ModelFolder(tmp_path)) == PatchConfig(16, 2, 2)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finesight.data.headers import DamagedPicture
-from finesight.vision.patches import PatchGeometry, to_patches
-from finesight.vision.video import frame_size, video_patches
+from finesight.data.image_header import CorruptImageError
+from finesight.vision.patches import PatchConfig, patchify
+from finesight.vision.video import get_frame_size, patchify_video
 
 
 def write_frames(folder: Path, count: int, size: tuple[int, int] = (56, 84)) -> list[Path]:
@@ -21,26 +21,26 @@ def write_frames(folder: Path, count: int, size: tuple[int, int] = (56, 84)) -> 
     return files
 
 
-def test_frames_go_in_pairs_and_the_last_fills_up(tmp_path: Path) -> None:
-    files, geometry = write_frames(tmp_path, 3), PatchGeometry()
-    patches = video_patches(files, (56, 84), geometry)
+def test_frames_are_paired_and_padded(tmp_path: Path) -> None:
+    files, geometry = write_frames(tmp_path, 3), PatchConfig()
+    patches = patchify_video(files, (56, 84), geometry)
     assert patches.shape == (2 * 4 * 6, 1176)
     by_frame = patches.reshape(2, 24, 3, 2, 196).transpose(0, 3, 1, 2, 4)
-    stills = [to_patches([Image.open(file)], (56, 84), geometry) for file in (*files, files[-1])]
+    stills = [patchify([Image.open(file)], (56, 84), geometry) for file in (*files, files[-1])]
     for number, still in enumerate(stills):
         one = still.reshape(24, 3, 196)
         np.testing.assert_array_equal(by_frame[number // 2, number % 2], one)
 
 
-def test_one_frame_is_a_picture(tmp_path: Path) -> None:
+def test_single_frame_equals_an_image(tmp_path: Path) -> None:
     (file,) = write_frames(tmp_path, 1)
-    geometry = PatchGeometry()
-    still = to_patches([Image.open(file)], (56, 56), geometry)
-    np.testing.assert_array_equal(video_patches([file], (56, 56), geometry), still)
+    geometry = PatchConfig()
+    still = patchify([Image.open(file)], (56, 56), geometry)
+    np.testing.assert_array_equal(patchify_video([file], (56, 56), geometry), still)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
-def test_patches_equal_the_published_video_processor(tmp_path: Path, count: int) -> None:
+def test_video_patches_match_published_processor(tmp_path: Path, count: int) -> None:
     # torchvision resizes by its own arithmetic, so frames come at their final size.
     pytest.importorskip("torchvision", exc_type=ImportError)
     import torch
@@ -55,20 +55,20 @@ def test_patches_equal_the_published_video_processor(tmp_path: Path, count: int)
         do_normalize=False,
         return_tensors="pt",
     )
-    ours = video_patches(files, (56, 84), PatchGeometry())
+    ours = patchify_video(files, (56, 84), PatchConfig())
     np.testing.assert_array_equal(ours, out["pixel_values_videos"].numpy())
-    assert tuple(out["video_grid_thw"][0].tolist()) == PatchGeometry().grid((56, 84), count)
+    assert tuple(out["video_grid_thw"][0].tolist()) == PatchConfig().compute_grid((56, 84), count)
 
 
-def test_frames_share_a_size(tmp_path: Path) -> None:
+def test_frames_must_have_equal_size(tmp_path: Path) -> None:
     files = write_frames(tmp_path, 3)
-    assert frame_size(files) == (56, 84)
+    assert get_frame_size(files) == (56, 84)
     Image.new("RGB", (84, 57)).save(files[2])
     with pytest.raises(
-        DamagedPicture, match="84 x 57 pixels, but the first frame has 84 x 56"
+        CorruptImageError, match="84 x 57 pixels, but the first frame has 84 x 56"
     ) as raised:
-        frame_size(files)
+        get_frame_size(files)
     assert raised.value.where == str(files[2])
     files[1].unlink()
-    with pytest.raises(DamagedPicture):
-        frame_size(files)
+    with pytest.raises(CorruptImageError):
+        get_frame_size(files)

@@ -1,15 +1,15 @@
-"""One browser for all tests of the page."""
+"""Shared browser of the web tests."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-from browser import Browser, chromium
+from browser import Browser, launch_chromium
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """A headless Chromium; the test is skipped where there is none."""
-    with chromium() as started:
+    """Headless Chromium. Tests are skipped without it."""
+    with launch_chromium() as started:
         yield started

@@ -1,4 +1,4 @@
-"""Make docs/pictures/web.png anew: PYTHONPATH=tests python tests/web/screenshot.py"""
+"""Generate docs/pictures/web.png: PYTHONPATH=tests python tests/web/screenshot.py"""
 
 from __future__ import annotations
 
@@ -6,36 +6,36 @@ import io
 import tempfile
 from pathlib import Path
 
-from browser import chromium
-from page_visit import Visit
+from browser import launch_chromium
+from chat_page_driver import ChatPageDriver
 from PIL import Image
-from served_page import served
-from speaking import shapes, speaking
+from service_fixture import run_service, write_shape_image
+from web_server_fixture import run_web_page
 
 TARGET = Path(__file__).parents[2] / "docs" / "pictures" / "web.png"
-COLOURS = 96
-"""A palette, so that the file stays small."""
+NUM_COLORS = 96
+"""Palette size, to keep the file small."""
 
 
 def main() -> None:
-    """Ask two questions about shapes, and keep what is seen."""
+    """Ask two questions about shapes and save a screenshot."""
     with (
         tempfile.TemporaryDirectory() as made,
-        speaking("finesight-tiny") as service,
-        served(service) as place,
-        chromium() as browser,
+        run_service("finesight-tiny") as service,
+        run_web_page(service) as web_page,
+        launch_chromium() as browser,
     ):
-        visit = Visit(browser, place.address, 900)
-        browser.visit(place.address, 900, 900)
-        visit.until("return !!document.querySelector('.welcome');")
-        picture, question = shapes(Path(made), 10)
-        visit.ask(question, [picture])
+        visit = ChatPageDriver(browser, web_page.address, 900)
+        browser.visit(web_page.address, 900, 900)
+        visit.wait_for_script("return !!document.querySelector('.welcome');")
+        image_path, question = write_shape_image(Path(made), 10)
+        visit.ask(question, [image_path])
         visit.ask("Where is the gray star?")
         # Where a machine has no Chinese letters, the button would show boxes of its own.
         browser.run("document.querySelector('#language').style.visibility = 'hidden';")
         browser.settle()
         seen = Image.open(io.BytesIO(browser.driver.get_screenshot_as_png())).convert("RGB")
-        seen.quantize(COLOURS).save(TARGET, optimize=True)
+        seen.quantize(NUM_COLORS).save(TARGET, optimize=True)
 
 
 if __name__ == "__main__":

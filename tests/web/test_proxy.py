@@ -1,4 +1,4 @@
-"""The page behind a proxy that terminates TLS and passes every header on, in a browser."""
+"""Browser test of the page behind a TLS proxy that forwards all headers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from page_visit import Visit
+from chat_page_driver import ChatPageDriver
 from PIL import Image
-from served_page import Parrot, served
+from web_server_fixture import ScriptedService, run_web_page
 
 PASSWORD = "right-password"
 
 
 def certificate(folder: Path) -> ssl.SSLContext:
-    """Make a certificate that nobody trusts."""
+    """Create a self-signed certificate."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl on the search path")
     key, cert = folder / "key.pem", folder / "cert.pem"
@@ -43,7 +43,7 @@ async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 @contextmanager
 def tls_proxy(context: ssl.SSLContext, port: int) -> Iterator[int]:
-    """Terminate TLS in front of a port of this machine; yields the proxy's own port."""
+    """Run a TLS proxy for a local port; yields the port of the proxy."""
 
     async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         page_reader, page_writer = await asyncio.open_connection("127.0.0.1", port)
@@ -66,15 +66,17 @@ def test_question_with_an_image_is_answered_behind_tls(browser, tmp_path):
     context = certificate(tmp_path)
     browser.driver.execute_cdp_cmd("Security.setIgnoreCertificateErrors", {"ignore": True})
     with (
-        served(Parrot(lambda text: (text, ())), password=PASSWORD, loopback=False) as place,
-        tls_proxy(context, place.port) as port,
+        run_web_page(
+            ScriptedService(lambda text: (text, ())), password=PASSWORD, loopback=False
+        ) as location,
+        tls_proxy(context, location.port) as port,
     ):
         address = f"https://127.0.0.1:{port}/"
-        visit = Visit(browser, address)
+        visit = ChatPageDriver(browser, address)
         browser.run(f"document.querySelector('[name=password]').value = '{PASSWORD}';")
         browser.run("document.querySelector('form').submit();")
-        visit.until("return !!document.querySelector('#title h1 span');")
+        visit.wait_for_script("return !!document.querySelector('#title h1 span');")
         visit.ask("What is it?", [tmp_path / "red.png"])
-        assert visit.texts(".reply .said") == ["What is it?"]
-        assert len(visit.texts(".asked img")) == 1
+        assert visit.read_texts(".reply .message-text") == ["What is it?"]
+        assert len(visit.read_texts(".question img")) == 1
         assert [url for url in browser.requests() if not url.startswith(address)] == []

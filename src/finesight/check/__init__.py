@@ -1,1 +1,1 @@
-"""What is wrong with data, found before it is trained on."""
+"""Dataset checks that run before training."""

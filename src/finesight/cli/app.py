@@ -1,8 +1,8 @@
-"""The command `finesight`: its commands by name, and what their errors become.
+"""Register the commands of `finesight` and map errors to exit codes.
 
-Exit codes: 0 done, 2 the user's input, 1 our fault (with a traceback), 75 stopped after writing a
-checkpoint, 130 stopped otherwise. Commands import what they compute with when they run, so that
-help stays quick.
+Exit codes: 0 success, 1 internal error (with a traceback), 2 invalid user input, 75 stopped after
+writing a checkpoint, 130 interrupted. Commands import heavy packages inside their functions, so
+that `--help` stays fast.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from finesight.cli.evaluate import evaluate
 from finesight.cli.export import export
 from finesight.cli.launch import launch
 from finesight.cli.merge import merge
+from finesight.cli.openmp_spin import configure_openmp_spin
 from finesight.cli.predict import predict
 from finesight.cli.quickstart import quickstart
 from finesight.cli.report import report
 from finesight.cli.serve import serve
-from finesight.cli.spinning import set_spinning
 from finesight.cli.train import train
 from finesight.cli.web import web
-from finesight.errors import Interrupted, UserError
+from finesight.errors import TrainingInterrupted, UserError
 
-BAD_INPUT = 2
-STOPPED_WITH_CHECKPOINT = 75
-STOPPED = 130
+EXIT_USER_ERROR = 2
+EXIT_CHECKPOINTED = 75
+EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="finesight",
@@ -49,21 +49,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
-data = typer.Typer(
+data_app = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="Import data, and look at it.\n\nExample: finesight data show recipe.yaml",
+    help="Import, check and convert datasets.\n\nExample: finesight data show recipe.yaml",
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"finesight {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def finesight(
+def configure_cli(
     version: Annotated[
         bool,
         typer.Option(
@@ -71,59 +71,63 @@ def finesight(
         ),
     ] = False,
 ) -> None:
-    """Teach a Qwen vision-language model your own task, from pictures to a tuned model.
+    """Fine-tune Qwen vision-language models on your own images.
 
     Example: finesight quickstart
     """
 
 
-app.command(short_help="The whole path in minutes, on a CPU.")(quickstart)
-app.command(short_help="Fetch a model or data set from a hub.")(download)
-app.command(short_help="Find what is wrong with a machine, a model or a run.")(doctor)
-app.add_typer(data, name="data", short_help="Import data, and look at it.")
-data.command("import", short_help="Turn pictures with labels into samples.")(import_data)
-data.command(short_help="Find what is wrong with samples.")(check)
-data.command("export", short_help="Write samples in another program's format.")(export_data)
-data.command(short_help="Print every token of a recipe's samples.")(show)
-data.command(short_help="Count what a run will take, and choose settings that fit.")(plan)
-data.command(short_help="Write a file's boxes for another family.")(migrate)
-app.command(short_help="Write a recipe from ms-swift's or LLaMA-Factory's settings.")(convert)
-app.command(short_help="Tune a model as a recipe says.")(train)
-app.command(short_help="Train a recipe by torchrun, Slurm, SkyPilot or Kubeflow.")(launch)
-app.command("eval", short_help="Measure a model or run on held-out samples.")(evaluate)
-app.command(short_help="Make the page of a run again.")(report)
-app.command(short_help="Compare runs on one page.")(compare)
-app.command(short_help="Answer questions about pictures.")(predict)
-app.command(short_help="Talk with a model in the terminal.")(chat)
-app.command(short_help="Talk with a model in a browser.")(web)
-app.command(short_help="Serve a model over HTTP, as OpenAI's clients speak it.")(serve)
-app.command(short_help="Add an adapter into its base model.")(merge)
-app.command(short_help="Upload a model, convert it, or print how to serve it.")(export)
+app.command(short_help="Run the complete workflow on generated data, on a CPU.")(quickstart)
+app.command(short_help="Download a model or dataset from a hub.")(download)
+app.command(short_help="Diagnose a machine, a recipe, a model or a run.")(doctor)
+app.add_typer(data_app, name="data", short_help="Import, check and convert datasets.")
+data_app.command("import", short_help="Import a dataset as samples.")(import_data)
+data_app.command(short_help="Validate samples.")(check)
+data_app.command("export", short_help="Export samples in the format of another program.")(
+    export_data
+)
+data_app.command(short_help="Print the tokenized samples of a recipe.")(show)
+data_app.command(short_help="Estimate memory and time of a run and suggest settings that fit.")(
+    plan
+)
+data_app.command(short_help="Convert the boxes of a file to another model family.")(migrate)
+app.command(short_help="Convert an ms-swift or LLaMA-Factory configuration to a recipe.")(convert)
+app.command(short_help="Fine-tune a model with a recipe.")(train)
+app.command(short_help="Write a training job for torchrun, Slurm, SkyPilot or Kubeflow.")(launch)
+app.command("eval", short_help="Evaluate a model or run on a dataset.")(evaluate)
+app.command(short_help="Write the HTML report of a run.")(report)
+app.command(short_help="Write an HTML comparison of runs.")(compare)
+app.command(short_help="Answer questions about images.")(predict)
+app.command(short_help="Start a chat in the terminal.")(chat)
+app.command(short_help="Start a chat UI in the browser.")(web)
+app.command(short_help="Start an OpenAI-compatible HTTP server.")(serve)
+app.command(short_help="Merge an adapter into its base model.")(merge)
+app.command(short_help="Upload a model, convert it to GGUF, or print serving commands.")(export)
 
 
-def run(arguments: Sequence[str], commands: typer.Typer = app) -> int:
-    """Carry out one command line; gives the exit code. Only our own faults raise."""
-    set_spinning()
+def run_command(arguments: Sequence[str], typer_app: typer.Typer = app) -> int:
+    """Run one command line and return its exit code. Internal errors propagate."""
+    configure_openmp_spin()
     try:
-        commands(args=list(arguments), prog_name="finesight")
+        typer_app(args=list(arguments), prog_name="finesight")
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
-        return BAD_INPUT
-    except Interrupted as interruption:
-        typer.echo(str(interruption), err=True)
-        return STOPPED_WITH_CHECKPOINT
-    except SystemExit as end:
-        # Typer turns Ctrl-C and a reader that has seen enough (| head) into exits with code 1.
-        if isinstance(end.__context__, typer.Abort):
-            return STOPPED
-        if isinstance(end.__context__, BrokenPipeError):
+        return EXIT_USER_ERROR
+    except TrainingInterrupted as interrupt:
+        typer.echo(str(interrupt), err=True)
+        return EXIT_CHECKPOINTED
+    except SystemExit as system_exit:
+        # Typer exits with code 1 on Ctrl-C and on a closed pipe (`| head`).
+        if isinstance(system_exit.__context__, typer.Abort):
+            return EXIT_INTERRUPTED
+        if isinstance(system_exit.__context__, BrokenPipeError):
             return 0
-        return end.code if isinstance(end.code, int) else 0
+        return system_exit.code if isinstance(system_exit.code, int) else 0
     return 0
 
 
 def main() -> None:
-    """The entry point of the installed command."""
+    """Run the command line of this process (console script entry point)."""
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run_command(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""`finesight chat`: a talk about pictures in the terminal."""
+"""`finesight chat`: interactive chat in the terminal."""
 
 from __future__ import annotations
 
@@ -14,202 +14,234 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finesight.cli.options import Device, Precision, RunOrModel, Weights
-from finesight.errors import UserError, printable
+from finesight.cli.options import (
+    DeviceOption,
+    PrecisionOption,
+    RunOrModelArgument,
+    WeightFormatOption,
+)
+from finesight.errors import UserError, escape_unprintable
 
 if TYPE_CHECKING:
-    from finesight.infer.request import Options
-    from finesight.infer.talk import Reply, Talk, Turn
+    from finesight.infer.chat_session import ChatReply, ChatSession, ChatTurn
+    from finesight.infer.request import GenerationOptions
 
-COMMANDS = {
-    "/image": "PATH...  show pictures with the next question",
-    "/box": "[FILE]   save a PNG of the picture, the last answer's boxes drawn",
-    "/undo": "        take the last question and its answer back",
-    "/again": "       answer the last question anew (differs at a temperature above 0)",
-    "/save": "FILE    write the talk as a sample, JSONL that train and predict --data read",
-    "/new": "         begin another talk",
-    "/help": "        say this",
-    "/quit": "        leave (also Ctrl-D); Ctrl-C stops an answer",
+COMMAND_HELP = {
+    "/image": "PATH...  attach images to the next question",
+    "/box": "[FILE]   save the image with the boxes of the last answer, as PNG",
+    "/undo": "        remove the last question and its answer",
+    "/again": "       regenerate the last answer (differs at a temperature above 0)",
+    "/save": "FILE    save the conversation as a sample (JSONL for train and predict --data)",
+    "/new": "         start a new conversation",
+    "/help": "        print this list",
+    "/quit": "        quit (also Ctrl-D); Ctrl-C stops an answer",
 }
 
-Temperature = Annotated[
-    float, typer.Option(min=0.0, help="0 takes the most probable token, more draws.")
+TemperatureOption = Annotated[
+    float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy decoding.")
 ]
 
 
 def chat(
-    run_or_model: RunOrModel,
+    run_or_model: RunOrModelArgument,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest answer in tokens; longer ones are cut there.")
+        int, typer.Option(min=1, help="Maximum length of an answer in tokens.")
     ] = 512,
-    temperature: Temperature = 0.0,
+    temperature: TemperatureOption = 0.0,
     top_p: Annotated[
-        float, typer.Option(help="Draw from the likeliest tokens of this probability in all.")
+        float, typer.Option(help="Nucleus sampling: cumulative probability of candidate tokens.")
     ] = 1.0,
-    seed: Annotated[
-        int | None, typer.Option(help="Draw the same answers to the same talk again.")
-    ] = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    weights: Weights = "auto",
+    seed: Annotated[int | None, typer.Option(help="Random seed of sampling.")] = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    weight_format: WeightFormatOption = "auto",
 ) -> None:
-    """Talk with a model about pictures. /help lists the commands; lines may come from a pipe.
+    """Chat with a model about images. /help lists the commands.
+
+    Standard input may be a pipe; a script stops at the first error.
 
     Example: finesight chat runs/latex
     """
-    from finesight.infer.load import load_choice
-    from finesight.infer.request import Options, Sampling
-    from finesight.infer.service import Service
-    from finesight.infer.talk import Talk
+    from finesight.infer.chat_session import ChatSession
+    from finesight.infer.inference_service import InferenceService
+    from finesight.infer.model_loader import load_multi_adapter_model
+    from finesight.infer.request import GenerationOptions, SamplingParams
 
-    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-    options = Options(max_new_tokens=max_new_tokens, sampling=sampling)
-    service = Service(load_choice(run_or_model, (), device, precision, weights))
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
+    generation_options = GenerationOptions(max_new_tokens=max_new_tokens, sampling_params=sampling)
+    service = InferenceService(
+        load_multi_adapter_model(run_or_model, (), device, precision, weight_format)
+    )
     try:
-        _Terminal(Talk(service), options, typing=sys.stdin.isatty()).listen()
+        ChatTerminal(
+            ChatSession(service), generation_options, is_interactive=sys.stdin.isatty()
+        ).run()
     finally:
-        service.close(finish=False)
+        service.close(wait_for_running=False)
 
 
-class _Terminal:
-    """A talk by lines. What is wrong is told and the talk goes on, but not that of a script."""
+class ChatTerminal:
+    """Line-based chat. Errors end a script but not an interactive session."""
 
-    def __init__(self, talk: Talk, options: Options, typing: bool) -> None:
-        self._talk, self._options, self._typing = talk, options, typing
-        self._shown: list[Path] = []
-        self._tries = 0
+    def __init__(
+        self, session: ChatSession, generation_options: GenerationOptions, is_interactive: bool
+    ) -> None:
+        self._session, self._generation_options, self._is_interactive = (
+            session,
+            generation_options,
+            is_interactive,
+        )
+        self._pending_images: list[Path] = []
+        self._num_regenerations = 0
 
-    def listen(self) -> None:
-        """Until /quit or the end of the lines."""
-        if self._typing:
-            _edit_lines()
-            typer.echo(f"{self._talk.service.names[0]}. Ask, or /help.")
-        while (line := self._line()) is not None:
+    def run(self) -> None:
+        """Process lines until /quit or the end of input."""
+        if self._is_interactive:
+            _enable_line_editing()
+            typer.echo(f"{self._session.service.model_names[0]}. Enter a question or /help.")
+        while (line := self._read_line()) is not None:
             try:
-                if not self._follow(line.strip()):
+                if not self._handle_line(line.strip()):
                     return
             except UserError as error:
-                if not self._typing:
+                if not self._is_interactive:
                     raise
                 typer.echo(f"error: {error}", err=True)
 
-    def _line(self) -> str | None:
+    def _read_line(self) -> str | None:
         while True:
             try:
-                return input("> " if self._typing else "")
+                return input("> " if self._is_interactive else "")
             except EOFError:
                 return None
             except KeyboardInterrupt:
-                if not self._typing:
+                if not self._is_interactive:
                     raise
-                typer.echo("\n(/quit or Ctrl-D leaves)")
+                typer.echo("\n(use /quit or Ctrl-D to quit)")
 
-    def _follow(self, line: str) -> bool:
-        """Do what a line says; False to leave."""
-        name, _, rest = line.partition(" ")
-        rest = rest.strip()
-        does: dict[str, Callable[[], None]] = {
-            "/image": lambda: self._show(rest),
-            "/box": lambda: self._draw(rest),
+    def _handle_line(self, line: str) -> bool:
+        """Process one line. Returns False to quit."""
+        name, _, argument = line.partition(" ")
+        argument = argument.strip()
+        handlers: dict[str, Callable[[], None]] = {
+            "/image": lambda: self._add_images(argument),
+            "/box": lambda: self._save_annotated_image(argument),
             "/undo": self._undo,
-            "/again": self._again,
-            "/save": lambda: self._save(rest),
-            "/new": self._begin_anew,
-            "/help": _help,
+            "/again": self._regenerate,
+            "/save": lambda: self._save_session(argument),
+            "/new": self._start_session,
+            "/help": _print_help,
         }
         if name == "/quit":
             return False
-        if name in does:
-            does[name]()
+        if name in handlers:
+            handlers[name]()
         elif name.startswith("/") and name[1:].isalpha():
             raise UserError(
                 f"unknown command {name}",
                 where="chat",
-                expected=f"one of {', '.join(COMMANDS)}",
-                remedy="say /help; begin a question with another character",
+                expected=f"one of {', '.join(COMMAND_HELP)}",
+                remedy="enter /help; start a question with another character",
             )
         elif line:
-            self._say(self._talk.ask(line, self._shown, [self._options]))
-            self._shown = []
+            self._print_reply(
+                self._session.send(line, self._pending_images, [self._generation_options])
+            )
+            self._pending_images = []
         return True
 
-    def _show(self, rest: str) -> None:
-        from finesight.data.headers import picture_size
+    def _add_images(self, argument: str) -> None:
+        from finesight.data.image_header import read_image_size
 
-        for path in _paths(rest):
-            height, width = picture_size(path)
-            self._shown.append(path)
-            typer.echo(printable(f"{path}: {width} x {height}, shown with the next question"))
+        for path in _parse_paths(argument):
+            height, width = read_image_size(path)
+            self._pending_images.append(path)
+            typer.echo(
+                escape_unprintable(f"{path}: {width} x {height}, attached to the next question")
+            )
 
-    def _say(self, turn: Turn) -> None:
+    def _print_reply(self, turn: ChatTurn) -> None:
         reply = turn.replies[0]
-        with _stopping(reply):
-            for piece in reply:
-                typer.echo(printable(piece), nl=False)
-        cut = {"length": " [cut off: longer than --max-new-tokens]", "cancelled": " [stopped]"}
-        typer.echo(cut.get(reply.finish or "", ""))
+        with _cancel_on_sigint(reply):
+            for delta in reply:
+                typer.echo(escape_unprintable(delta), nl=False)
+        finish_notes = {
+            "length": " [truncated at --max-new-tokens]",
+            "cancelled": " [stopped]",
+        }
+        typer.echo(finish_notes.get(reply.finish_reason or "", ""))
         for box in reply.boxes:
-            corners = ", ".join(f"{number:.1f}" for number in box.xyxy)
-            typer.echo(printable(f"  box {corners}" + (f"  {box.label}" if box.label else "")))
+            corners = ", ".join(f"{coordinate:.1f}" for coordinate in box.xyxy)
+            typer.echo(
+                escape_unprintable(f"  box {corners}" + (f"  {box.label}" if box.label else ""))
+            )
 
-    def _again(self) -> None:
+    def _regenerate(self) -> None:
         from dataclasses import replace
 
-        self._tries += 1
-        sampling = self._options.sampling
-        # The same seed would draw the same answer.
-        seed = None if sampling.seed is None else sampling.seed + self._tries
-        self._say(self._talk.again([replace(self._options, sampling=replace(sampling, seed=seed))]))
+        self._num_regenerations += 1
+        sampling = self._generation_options.sampling_params
+        # The same seed would generate the same answer.
+        seed = None if sampling.seed is None else sampling.seed + self._num_regenerations
+        self._print_reply(
+            self._session.regenerate(
+                [replace(self._generation_options, sampling_params=replace(sampling, seed=seed))]
+            )
+        )
 
     def _undo(self) -> None:
-        turn = self._talk.undo()
-        typer.echo("nothing to take back" if turn is None else printable(f"gone: {turn.text}"))
+        turn = self._session.undo()
+        typer.echo(
+            "nothing to undo" if turn is None else escape_unprintable(f"removed: {turn.text}")
+        )
 
-    def _begin_anew(self) -> None:
-        from finesight.infer.talk import Talk
+    def _start_session(self) -> None:
+        from finesight.infer.chat_session import ChatSession
 
-        self._talk, self._shown = Talk(self._talk.service), []
+        self._session, self._pending_images = ChatSession(self._session.service), []
 
-    def _draw(self, rest: str) -> None:
-        drawn = self._talk.draw(Path(rest).expanduser() if rest else None)
-        told = "" if self._talk.turns[-1].replies[0].boxes else " (the answer has no boxes)"
-        typer.echo(printable(f"drawn: {drawn}{told}"))
+    def _save_annotated_image(self, argument: str) -> None:
+        saved_path = self._session.save_annotated_image(
+            Path(argument).expanduser() if argument else None
+        )
+        note = "" if self._session.turns[-1].replies[0].boxes else " (the answer has no boxes)"
+        typer.echo(escape_unprintable(f"saved: {saved_path}{note}"))
 
-    def _save(self, rest: str) -> None:
-        if not rest:
+    def _save_session(self, argument: str) -> None:
+        if not argument:
             raise UserError(
-                f"no file is named: {rest!r}",
+                f"a file name is missing: {argument!r}",
                 where="/save",
                 expected="/save FILE",
-                remedy="for example /save talk.jsonl",
+                remedy="for example /save chat.jsonl",
             )
-        file = Path(rest).expanduser()
-        self._talk.save(file)
-        typer.echo(printable(f"saved: {file}"))
+        file = Path(argument).expanduser()
+        self._session.save(file)
+        typer.echo(escape_unprintable(f"saved: {file}"))
 
 
-def _help() -> None:
-    for name, what in COMMANDS.items():
-        typer.echo(f"{name:7}{what}")
+def _print_help() -> None:
+    for name, description in COMMAND_HELP.items():
+        typer.echo(f"{name:7}{description}")
 
 
-def _paths(rest: str) -> list[Path]:
-    """One file name as it is, blanks and all, else words as a shell reads them."""
+def _parse_paths(argument: str) -> list[Path]:
+    """Parse paths: one existing file name with its spaces, else shell words."""
     with contextlib.suppress(OSError, ValueError):
-        if Path(rest).expanduser().is_file():
-            return [Path(rest).expanduser()]
+        if Path(argument).expanduser().is_file():
+            return [Path(argument).expanduser()]
     try:
-        words = shlex.split(rest)
+        words = shlex.split(argument)
     except ValueError as error:
         raise UserError(
-            f"{rest!r} cannot be read ({error})",
+            f"{argument!r} cannot be parsed ({error})",
             where="/image",
-            expected="paths, quoted where they hold blanks",
+            expected="paths; paths with spaces in quotes",
             remedy="close the quotes",
         ) from error
     if not words:
         raise UserError(
-            f"no picture is named: {rest!r}",
+            f"a path is missing: {argument!r}",
             where="/image",
             expected="/image PATH...",
             remedy="for example /image cat.jpg",
@@ -217,8 +249,8 @@ def _paths(rest: str) -> list[Path]:
     return [Path(word).expanduser() for word in words]
 
 
-def _edit_lines() -> None:
-    """The arrow keys edit lines and bring earlier ones back, Tab completes file names."""
+def _enable_line_editing() -> None:
+    """Enable line editing, history and completion of file names."""
     with contextlib.suppress(ImportError):
         import readline
 
@@ -227,14 +259,14 @@ def _edit_lines() -> None:
 
 
 @contextmanager
-def _stopping(reply: Reply) -> Iterator[None]:
-    """Within the block, Ctrl-C stops the answer and nothing else."""
+def _cancel_on_sigint(reply: ChatReply) -> Iterator[None]:
+    """Let Ctrl-C cancel only the current answer within the block."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def cancel(signal_number: int, frame: FrameType | None) -> None:
         reply.cancel()
 
-    before = signal.signal(signal.SIGINT, stop)
+    previous_handler = signal.signal(signal.SIGINT, cancel)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous_handler)

@@ -1,4 +1,4 @@
-"""`finesight compare`: several runs on one page."""
+"""`finesight compare`: an HTML comparison of runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from finesight.cli.options import PageLanguage
+from finesight.cli.options import LanguageOption
 
 
 def compare(
@@ -16,32 +16,35 @@ def compare(
         list[Path],
         typer.Argument(
             metavar="RUN...",
-            help="Folders of runs, or files of answers that `finesight eval --out` wrote: 2 to 8.",
+            help="2 to 8 run folders, or prediction files of `finesight eval --out`.",
         ),
     ],
-    out: Annotated[
-        Path, typer.Option(metavar="FILE", dir_okay=False, help="Where to write the page.")
-    ] = Path("comparison.html"),
-    language: PageLanguage = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object.")] = False,
+    out: Annotated[Path, typer.Option(metavar="FILE", dir_okay=False, help="Output page.")] = Path(
+        "comparison.html"
+    ),
+    language: LanguageOption = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON object.")
+    ] = False,
 ) -> None:
-    """Compare runs with the first of them, on the same held-out samples.
+    """Compare runs with the first run, on the same validation samples.
 
-    The page shows what differs in their recipes and data, their figures with 95 % intervals and
-    how sure each difference is, their curves, their cost, and the same samples side by side. Runs
-    may still go on. It opens without a network, and replaces an older page, and nothing else.
+    The page contains the differences of recipes and data, metrics with 95 % intervals and the
+    significance of each difference, loss curves, cost, and samples side by side. Unfinished runs
+    are allowed. The page needs no network. An existing page is replaced; other files are not
+    overwritten.
 
     Example: finesight compare runs/rank8 runs/rank64 --out ranks.html
     """
-    from finesight.report.compare_page import write_comparison
-    from finesight.report.page import refuse_other_files
+    from finesight.report.compare_page import write_compare_page
+    from finesight.report.html import raise_if_not_generated
 
-    refuse_other_files(out)
-    found = write_comparison(runs, out, language)
+    raise_if_not_generated(out)
+    comparison = write_compare_page(runs, out, language)
     if as_json:
-        typer.echo(json.dumps({"page": str(out), **found.as_json()}))
+        typer.echo(json.dumps({"page": str(out), **comparison.as_json()}))
         return
-    typer.echo(found.as_table())
-    for text in found.cautions:
+    typer.echo(comparison.format_table())
+    for text in comparison.warnings:
         typer.echo(f"note: {text}")
     typer.echo(f"page: {out}")

@@ -1,4 +1,4 @@
-"""`finesight convert`: another program's training configuration becomes a recipe."""
+"""`finesight convert`: recipes from configurations of other trainers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finesight.cli.options import AsJson
-from finesight.errors import printable
+from finesight.cli.options import AsJsonOption
+from finesight.errors import escape_unprintable
 
 if TYPE_CHECKING:
-    from finesight.convert.converting import Converted
-    from finesight.convert.rules import Remark
+    from finesight.convert.recipe_converter import ConvertedRecipe
+    from finesight.convert.setting_rules import ConversionNote
 
 
 def convert(
@@ -24,55 +24,55 @@ def convert(
         Path,
         typer.Argument(
             metavar="SOURCE",
-            help="LLaMA-Factory's YAML or JSON; a shell script with `swift sft` or "
-            "`llamafactory-cli train`; ms-swift's YAML, or the args.json of a run of it.",
+            help="LLaMA-Factory YAML or JSON, ms-swift YAML, args.json of an ms-swift run, or a "
+            "shell script with `swift sft` or `llamafactory-cli train`.",
         ),
     ],
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="A file that does not exist yet.")
-    ],
-    as_json: AsJson = False,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="New recipe file.")],
+    as_json: AsJsonOption = False,
 ) -> None:
-    """Write the recipe of a training that was set up for ms-swift or LLaMA-Factory.
+    """Convert an ms-swift or LLaMA-Factory configuration to a recipe.
 
-    Their defaults are written out where they differ, batches are counted over all GPUs, and every
-    setting that has no counterpart is named with its value and what to do. Scripts are read, never
-    run. The data are imported by the commands that are printed.
+    The recipe contains defaults that differ. The batch size counts all GPUs. Settings without a
+    counterpart are listed with their values and a recommendation. Scripts are parsed, not executed.
+    The printed commands import the data.
 
     Example: finesight convert train_lora.yaml recipe.yaml
     """
-    from finesight.convert.converting import convert as converted_file
+    from finesight.convert.recipe_converter import convert_config
 
-    done = converted_file(source, recipe)
+    conversion = convert_config(source, recipe)
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(done), ensure_ascii=False))
+        typer.echo(json.dumps(dataclasses.asdict(conversion), ensure_ascii=False))
     else:
-        typer.echo("\n".join(map(printable, _lines(source, recipe, done))))
+        typer.echo(
+            "\n".join(map(escape_unprintable, _format_conversion(source, recipe, conversion)))
+        )
 
 
-def _lines(source: Path, recipe: Path, done: Converted) -> Iterator[str]:
-    yield f"{recipe}: from {done.program}, {source}"
-    for remark in _of(done, "note"):
-        yield f"  {remark.key} {remark.value}: {remark.text}"
-    differing = [*_of(done, "differs"), *_of(done, "unknown")]
-    if differing:
-        yield "not the same here:"
-        for why, group in groupby(differing, _why):
-            yield f"  {', '.join(f'{remark.key} {remark.value}' for remark in group)}: {why}"
-    needless = list(_of(done, "needless"))
-    if needless:
-        yield "nothing to be done about:"
-        for why, group in groupby(sorted(needless, key=_why), _why):
-            yield f"  {', '.join(remark.key for remark in group)}: {why}"
+def _format_conversion(source: Path, recipe: Path, conversion: ConvertedRecipe) -> Iterator[str]:
+    yield f"{recipe}: from {conversion.program}, {source}"
+    for note in _notes_of_kind(conversion, "note"):
+        yield f"  {note.key} {note.value}: {note.text}"
+    differences = [*_notes_of_kind(conversion, "differs"), *_notes_of_kind(conversion, "unknown")]
+    if differences:
+        yield "different in finesight:"
+        for reason, group in groupby(differences, _get_text):
+            yield f"  {', '.join(f'{note.key} {note.value}' for note in group)}: {reason}"
+    irrelevant = list(_notes_of_kind(conversion, "ignored"))
+    if irrelevant:
+        yield "not needed:"
+        for reason, group in groupby(sorted(irrelevant, key=_get_text), _get_text):
+            yield f"  {', '.join(note.key for note in group)}: {reason}"
     yield "next:"
-    for command in done.imports:
+    for command in conversion.import_commands:
         yield f"  {command}"
     yield f"  finesight train {recipe}"
 
 
-def _of(done: Converted, kind: str) -> Iterable[Remark]:
-    return (remark for remark in done.remarks if remark.kind == kind)
+def _notes_of_kind(conversion: ConvertedRecipe, kind: str) -> Iterable[ConversionNote]:
+    return (note for note in conversion.notes if note.kind == kind)
 
 
-def _why(remark: Remark) -> str:
-    return remark.text
+def _get_text(note: ConversionNote) -> str:
+    return note.text

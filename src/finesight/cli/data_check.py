@@ -1,4 +1,4 @@
-"""`finesight data check`: what is wrong with samples, before they are trained or measured on."""
+"""`finesight data check`: validation of samples before training or evaluation."""
 
 from __future__ import annotations
 
@@ -11,176 +11,192 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finesight.cli.options import (
-    Ask,
-    BoxNumbers,
-    BoxUnits,
-    Columns,
-    Limit,
-    PageLanguage,
-    Prompt,
-    SourceFormat,
-    column_map,
+    BoxFormatOption,
+    BoxTaskOption,
+    BoxUnitsOption,
+    ColumnsOption,
+    LanguageOption,
+    LimitOption,
+    PromptOption,
+    SourceFormatOption,
     echo_json,
+    parse_column_map,
 )
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
-    from finesight.check.findings import Finding
-    from finesight.check.subjects import Model, Packed, Subject
+    from finesight.check.check_inputs import ImportCheckInput, ModelRequirements, SampleCheckInput
+    from finesight.check.check_issues import CheckIssue
 
-SHOWN = 3
-"""Findings of each fault that are printed; the others are counted."""
+MAX_PRINTED_ISSUES = 3
+"""Printed findings per issue; the others are only counted."""
 
-LINE = 10_000
-"""Rows after which a log gets another line."""
+PROGRESS_LOG_ROWS = 10_000
+"""Rows between two progress lines of a log."""
 
-KEPT = 1000
-"""Findings of each fault that a page can show."""
+MAX_PAGE_ISSUES = 1000
+"""Findings per issue that an HTML page contains."""
 
-Against = Annotated[
+AgainstOption = Annotated[
     list[Path] | None,
-    typer.Option(metavar="EVAL", help="Held-out samples, whose pictures must not be in SOURCE."),
+    typer.Option(
+        metavar="EVAL", help="Validation samples; report their images that also occur in SOURCE."
+    ),
 ]
-ModelName = Annotated[
+ModelNameOption = Annotated[
     str | None,
-    typer.Option(help="A model folder or hub name: its special tokens are looked for as well."),
+    typer.Option(help="Model folder or hub name; also report its special tokens in texts."),
 ]
-MaxLength = Annotated[
-    int | None, typer.Option(min=1, help="With --model: report samples of more tokens than this.")
+MaxLengthOption = Annotated[
+    int | None, typer.Option(min=1, help="With --model: report samples with more tokens.")
 ]
-Fix = Annotated[
+FixOption = Annotated[
     Path | None,
     typer.Option(
         metavar="OUT",
-        help="Write the samples into this new folder, mended where that is certain, without those "
-        "that cannot be used; left_out.jsonl and changes.jsonl say what was done.",
+        help="Write fixed samples into this new folder. Unambiguous issues are fixed, invalid "
+        "samples are skipped; skipped_samples.jsonl and changes.jsonl list the changes.",
     ),
 ]
-Page = Annotated[
+HtmlPageOption = Annotated[
     Path | None,
-    typer.Option("--html", metavar="FILE", dir_okay=False, help="Draw the findings into a page."),
+    typer.Option(
+        "--html", metavar="FILE", dir_okay=False, help="Write an HTML page of the findings."
+    ),
 ]
 
 
 def check(
     sources: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="SOURCE...", help="Files or folders as for `data import`; or one recipe."
-        ),
+        typer.Argument(metavar="SOURCE...", help="Sources as for `data import`, or one recipe."),
     ],
-    against: Against = None,
-    format_name: SourceFormat = None,
-    columns: Columns = None,
-    prompt: Prompt = None,
-    ask: Ask = "detection",
-    box_format: BoxNumbers = None,
-    box_units: BoxUnits = None,
-    limit: Limit = None,
-    model: ModelName = None,
-    max_length: MaxLength = None,
-    fix: Fix = None,
-    html: Page = None,
-    language: PageLanguage = None,
+    against: AgainstOption = None,
+    format_name: SourceFormatOption = None,
+    columns: ColumnsOption = None,
+    prompt: PromptOption = None,
+    box_task: BoxTaskOption = "detection",
+    box_format: BoxFormatOption = None,
+    box_units: BoxUnitsOption = None,
+    limit: LimitOption = None,
+    model: ModelNameOption = None,
+    max_length: MaxLengthOption = None,
+    fix: FixOption = None,
+    html: HtmlPageOption = None,
+    language: LanguageOption = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object a finding, then one summary.")
+        bool, typer.Option("--json", help="Print one JSON object per finding, then a summary.")
     ] = False,
 ) -> None:
-    """Find what is wrong with samples: pictures, boxes, texts, turns, and what repeats or leaks.
+    """Validate samples: images, boxes, texts, roles, duplicates and leakage.
 
-    A recipe's train and eval files are checked with its model's tokenizer and max_length. Other
-    sources are read as `data import` reads them, all with the same options. They are never
-    changed.
+    For a recipe, the train and eval files are checked with the tokenizer of the model and
+    max_length. Other sources are read like `data import` with these options. Sources are never
+    modified.
 
-    Ends with 0 when nothing was found or only notes, with 3 for warnings, with 2 for errors.
+    Exit code: 0 without issues or with notes only, 3 with warnings, 2 with errors.
 
     Example: finesight data check latex/train.jsonl --against latex/eval.jsonl --html check.html
     """
-    from finesight.check.subjects import is_recipe, model_of, of_files, of_recipe
-    from finesight.data.opening import Request
+    from finesight.check.check_inputs import (
+        inputs_from_files,
+        inputs_from_recipe,
+        is_recipe,
+        load_model_requirements,
+    )
+    from finesight.data.import_source import ImportOptions
 
-    request = Request(
+    options = ImportOptions(
         format=format_name,
-        columns=column_map(columns or []),
+        columns=parse_column_map(columns or []),
         prompt=prompt,
-        ask=ask,
+        box_task=box_task,
         box_format=box_format,
         box_units=box_units,
         limit=limit,
     )
     recipe = next(filter(is_recipe, sources), None) if format_name is None else None
     if recipe is not None:
-        if len(sources) > 1 or request != Request() or against or model or max_length:
+        if len(sources) > 1 or options != ImportOptions() or against or model or max_length:
             raise UserError(
-                "options or sources beside a recipe, which has its own",
+                "other options or sources are given with a recipe",
                 where=str(recipe),
-                expected="a recipe with no more than --fix, --html and --json",
-                remedy="leave the others out, or check the data files themselves",
+                expected="one recipe with --fix, --html and --json only",
+                remedy="remove the other arguments, or check the data files directly",
             )
-        subjects, judge = of_recipe(recipe)
+        inputs, model_context = inputs_from_recipe(recipe)
     else:
-        subjects, judge = of_files(sources, against or [], request), model_of(model, max_length)
-    raise typer.Exit(_carried_out(subjects, judge, fix, html, language, as_json))
+        inputs, model_context = (
+            inputs_from_files(sources, against or [], options),
+            load_model_requirements(model, max_length),
+        )
+    raise typer.Exit(_run_check(inputs, model_context, fix, html, language, as_json))
 
 
-def _carried_out(
-    subjects: Sequence[Subject | Packed],
-    judge: Model,
+def _run_check(
+    inputs: Sequence[ImportCheckInput | SampleCheckInput],
+    model_context: ModelRequirements,
     fix: Path | None,
     html: Path | None,
-    language: PageLanguage,
+    language: LanguageOption,
     as_json: bool,
 ) -> int:
-    """Check, print, draw and mend; gives the exit code."""
-    from finesight.check.findings import exit_code
-    from finesight.check.run import Check
-    from finesight.check.summary import as_lines, as_record
-    from finesight.report.check_page import check_page
-    from finesight.report.language import preferred, speaking
-    from finesight.report.page import refuse_other_files, write_page
+    """Check the inputs and write the requested outputs. Returns the exit code."""
+    from finesight.check.check_issues import exit_code
+    from finesight.check.check_summary import format_summary, summary_to_dict
+    from finesight.check.data_checker import DataChecker
+    from finesight.report.check_page import render_check_page
+    from finesight.report.html import raise_if_not_generated, write_page
+    from finesight.report.i18n import detect_language, use_language
     from finesight.storage import write_folder
 
     if html:
-        refuse_other_files(html)
+        raise_if_not_generated(html)
 
-    def tell(finding: Finding) -> None:
+    def print_issue(issue: CheckIssue) -> None:
         if as_json:
-            echo_json(finding.as_json())
+            echo_json(issue.as_json())
 
     with write_folder(fix) if fix else tempfile.TemporaryDirectory() as folder:
-        check = Check(subjects, Path(folder), judge, KEPT if html else SHOWN)
-        with _progress(check.rows) as advance:
-            checked, album = check.run(tell, advance)
+        checker = DataChecker(
+            inputs, Path(folder), model_context, MAX_PAGE_ISSUES if html else MAX_PRINTED_ISSUES
+        )
+        with _show_progress(checker.num_rows) as on_progress:
+            result, image_catalog = checker.run(print_issue, on_progress)
         if not as_json:
-            typer.echo("\n".join(as_lines(checked, SHOWN)))
+            typer.echo("\n".join(format_summary(result, MAX_PRINTED_ISSUES)))
         if html:
-            with speaking(language or preferred()):
-                write_page(html, check_page(checked))
-        mended = check.mending.write(Path(folder), fix, album, check.drafts) if fix else None
+            with use_language(language or detect_language()):
+                write_page(html, render_check_page(result))
+        fix_summary = (
+            checker.fixer.write(Path(folder), fix, image_catalog, checker.sources) if fix else None
+        )
     if as_json:
-        echo_json(as_record(checked, mended))
-    elif mended:
-        typer.echo("\n".join(["", *mended.as_lines()]))
-    return exit_code(checked.severity)
+        echo_json(summary_to_dict(result, fix_summary))
+    elif fix_summary:
+        typer.echo("\n".join(["", *fix_summary.as_lines()]))
+    return exit_code(result.severity)
 
 
 @contextmanager
-def _progress(rows: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, a line now and then in a log: what to call with each number of rows that
-    is done."""
+def _show_progress(total_rows: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on a terminal or progress lines in a log. Yields the callback."""
     from rich.console import Console
 
-    from finesight.train.progress import Screen
+    from finesight.train.console import TrainingConsole
 
-    screen = Screen(Console(stderr=True))
+    console = TrainingConsole(Console(stderr=True))
     done = 0
-    with screen.stage("rows", rows) as advance_bar:
+    with console.progress_stage("rows", total_rows) as update_bar:
 
-        def advance(more: int) -> None:
+        def on_progress(num_rows: int) -> None:
             nonlocal done
-            advance_bar(more)
-            if not screen.console.is_terminal and done // LINE < (done + more) // LINE:
-                screen.say(f"{done + more} rows")
-            done += more
+            update_bar(num_rows)
+            if (
+                not console.rich_console.is_terminal
+                and done // PROGRESS_LOG_ROWS < (done + num_rows) // PROGRESS_LOG_ROWS
+            ):
+                console.log(f"{done + num_rows} rows")
+            done += num_rows
 
-        yield advance
+        yield on_progress

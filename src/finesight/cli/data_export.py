@@ -1,4 +1,4 @@
-"""`finesight data export`: samples become the files of another program's format."""
+"""`finesight data export`: samples in the format of another program."""
 
 from __future__ import annotations
 
@@ -8,59 +8,67 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finesight.cli.options import AsJson, echo_json
+from finesight.cli.options import AsJsonOption, echo_json
 
 if TYPE_CHECKING:
-    from finesight.data.exporting import Exported
+    from finesight.data.exporter import ExportSummary
 
 
 def export_data(
     samples: Annotated[
-        Path, typer.Argument(metavar="SAMPLES", help="Samples, as `finesight data import` writes.")
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
-    to: Annotated[
-        str,
-        typer.Option(
-            metavar="FORMAT",
-            help="ms-swift, llama-factory, llava, openai, coco, yolo or another that --format of "
-            "`finesight data import` knows.",
+        Path,
+        typer.Argument(
+            metavar="SAMPLES", help="Samples file, as written by `finesight data import`."
         ),
     ],
-    copy_pictures: Annotated[
-        bool, typer.Option("--copy-pictures", help="Copy the pictures into OUT/pictures.")
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
+    target_format: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="ms-swift, llama-factory, llava, openai, coco, yolo or another --format of "
+            "`finesight data import`.",
+        ),
+    ],
+    copy_images: Annotated[
+        bool, typer.Option("--copy-images", help="Copy the images into OUT/images.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: AsJsonOption = False,
 ) -> None:
-    """Write samples in the format of another program, so that it can train on them as well.
+    """Export samples in the format of another program.
 
-    What the format has no place for is counted, a sample that it cannot hold is refused: nothing
-    is lost without a word. `finesight data import` reads every format back.
+    Features that the format does not support are counted. A sample that the format cannot represent
+    is an error. `finesight data import` reads every format.
 
     Example: finesight data export latex/train.jsonl latex-swift --to ms-swift
     """
-    from finesight.data.exporting import export
-    from finesight.data.jsonl import Located, read_samples
+    from finesight.data.exporter import export_dataset
+    from finesight.data.jsonl import LocatedSample, read_samples
 
-    located = [Located(sample, samples.parent) for sample in read_samples(samples)]
-    done = export(located, out, to, copy_pictures=copy_pictures)
+    located_samples = [LocatedSample(sample, samples.parent) for sample in read_samples(samples)]
+    summary = export_dataset(located_samples, out, target_format, copy_images=copy_images)
     if as_json:
-        echo_json(dataclasses.asdict(done))
+        echo_json(dataclasses.asdict(summary))
     else:
-        typer.echo("\n".join(_lines(out, done)))
+        typer.echo("\n".join(_format_summary(out, summary)))
 
 
-def _lines(out: Path, done: Exported) -> list[str]:
-    files = [str(file) for file in done.files[:SHOWN]]
-    files += [f"and {len(done.files) - SHOWN} more"] if len(done.files) > SHOWN else []
+def _format_summary(out: Path, summary: ExportSummary) -> list[str]:
+    files = [str(file) for file in summary.files[:MAX_PRINTED_FILES]]
+    files += (
+        [f"and {len(summary.files) - MAX_PRINTED_FILES} more"]
+        if len(summary.files) > MAX_PRINTED_FILES
+        else []
+    )
     return [
-        f"{out}: {done.samples} samples in the format {done.format}",
+        f"{out}: {summary.num_samples} samples in the format {summary.format}",
         f"  {', '.join(files)}",
-        f"  {done.pictures} pictures",
-        *(f"  no place for: {count} {what}" for what, count in done.lost.items()),
-        *(f"  note: {note}" for note in done.notes),
+        f"  {summary.num_images} images",
+        *(f"  not supported: {count} {feature}" for feature, count in summary.lost_counts.items()),
+        *(f"  note: {note}" for note in summary.notes),
     ]
 
 
-SHOWN = 3
-"""Files that are named; the others are counted."""
+MAX_PRINTED_FILES = 3
+"""Printed file names; the others are only counted."""

@@ -1,4 +1,4 @@
-"""`finesight data import`: foreign files become samples."""
+"""`finesight data import`: datasets as samples."""
 
 from __future__ import annotations
 
@@ -9,132 +9,139 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from finesight.cli.options import (
-    AsJson,
-    Ask,
-    BoxNumbers,
-    BoxUnits,
-    Columns,
-    Limit,
-    Prompt,
-    RowRange,
-    SourceFormat,
-    column_map,
+    AsJsonOption,
+    BoxFormatOption,
+    BoxTaskOption,
+    BoxUnitsOption,
+    ColumnsOption,
+    LimitOption,
+    PromptOption,
+    RowRangeOption,
+    SourceFormatOption,
     echo_json,
-    row_bounds,
+    parse_column_map,
+    parse_row_range,
 )
-from finesight.errors import printable
+from finesight.errors import escape_unprintable
 
 if TYPE_CHECKING:
-    from finesight.data.importing import Summary
+    from finesight.data.importer import ImportSummary
 
 
-EvalLast = Annotated[
+EvalLastOption = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Hold out the last N rows; other rows that show their pictures are left out."
+        min=1, help="Use the last N rows for validation; skip other rows with the same images."
     ),
 ]
-Split = Annotated[
+TrainFractionOption = Annotated[
     float | None,
-    typer.Option(metavar="SHARE", help="Train on this share of the rows, split by picture."),
+    typer.Option(metavar="FRACTION", help="Fraction of the rows for training, split by image."),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Decides which rows --split holds out.")]
-Copy = Annotated[bool, typer.Option("--copy-pictures", help="Copy the pictures into OUT/pictures.")]
-Unusable = Annotated[
-    Literal["refuse", "drop"],
-    typer.Option(help="Rows that cannot be used: stop, or leave them out and list them in OUT."),
+SplitSeedOption = Annotated[int, typer.Option(min=0, help="Random seed of --train-fraction.")]
+CopyImagesOption = Annotated[
+    bool, typer.Option("--copy-images", help="Copy the images into OUT/images.")
 ]
-SourceName = Annotated[
+OnInvalidRowOption = Annotated[
+    Literal["fail", "skip"],
+    typer.Option(help="Invalid rows: fail, or skip them and list them in OUT."),
+]
+SourceArgument = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
         help="A .json, .jsonl, .csv, .tsv or .parquet file, a WebDataset (.tar), a zip or tar "
-        "archive, or the folder of a data set; hf:OWNER/NAME or modelscope:OWNER/NAME, with "
-        "@REVISION and :SPLIT as needed; https://HOST/FILE.",
+        "archive, a folder, hf:OWNER/NAME or modelscope:OWNER/NAME (optional @REVISION and "
+        ":SPLIT), or https://HOST/FILE.",
     ),
 ]
-AllowHost = Annotated[
+AllowHostOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--allow-host", metavar="HOST", help="Fetch https:// sources and pictures from this host."
+        "--allow-host",
+        metavar="HOST",
+        help="Allow downloads of https:// sources and images from this host. Repeatable.",
     ),
 ]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")]
+OutFolderArgument = Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")]
 
 
 def import_data(
-    source: SourceName,
-    out: Out,
-    format_name: SourceFormat = None,
-    columns: Columns = None,
-    prompt: Prompt = None,
-    ask: Ask = "detection",
-    box_format: BoxNumbers = None,
-    box_units: BoxUnits = None,
-    rows: RowRange = None,
-    limit: Limit = None,
-    eval_last: EvalLast = None,
-    split: Split = None,
-    seed: Seed = 0,
-    unusable: Unusable = "refuse",
-    copy_pictures: Copy = False,
-    allow_host: AllowHost = None,
-    as_json: AsJson = False,
+    source: SourceArgument,
+    out: OutFolderArgument,
+    format_name: SourceFormatOption = None,
+    columns: ColumnsOption = None,
+    prompt: PromptOption = None,
+    box_task: BoxTaskOption = "detection",
+    box_format: BoxFormatOption = None,
+    box_units: BoxUnitsOption = None,
+    row_range: RowRangeOption = None,
+    limit: LimitOption = None,
+    eval_last: EvalLastOption = None,
+    train_fraction: TrainFractionOption = None,
+    seed: SplitSeedOption = 0,
+    on_invalid_row: OnInvalidRowOption = "fail",
+    copy_images: CopyImagesOption = False,
+    allow_host: AllowHostOption = None,
+    as_json: AsJsonOption = False,
 ) -> None:
-    """Turn pictures with labels into samples: OUT/data.jsonl, or train.jsonl and eval.jsonl.
+    """Import a dataset as samples: OUT/data.jsonl, or OUT/train.jsonl and OUT/eval.jsonl.
 
-    Paths of pictures in SOURCE start at its folder or, if there is no such file, where you are.
-    What comes from a hub, the web or an archive has no pictures but those that came with it, and
-    these are copied.
+    Image paths are relative to the folder of SOURCE, or to the working directory if the file does
+    not exist there. Sources from a hub, the web or an archive contain their own images, which are
+    copied.
 
-    A list of answers becomes one training sample each, and one evaluation sample with the others
-    as references. Downloads go on where they stopped, and stay in the cache (HF_HOME). Of a hub's
-    data set only the files that --rows and --limit need are fetched.
+    A list of answers becomes one training sample per answer, and one validation sample with the
+    other answers as references. Downloads resume and use the cache (HF_HOME). For hub datasets,
+    only the files required by --rows and --limit are downloaded.
 
     Example: finesight data import latex.csv latex --map image=image_path --map answer=text
-    --prompt "Read the formula." --split 0.9
+    --prompt "Read the formula." --train-fraction 0.9
     """
-    from finesight.data.importing import import_file
-    from finesight.data.opening import Request
-    from finesight.data.origins import brought
+    from finesight.data.import_source import ImportOptions
+    from finesight.data.importer import import_dataset
+    from finesight.data.source_fetch import fetch_source
 
-    request = Request(
+    options = ImportOptions(
         format=format_name,
-        columns=column_map(columns or []),
+        columns=parse_column_map(columns or []),
         prompt=prompt,
         box_format=box_format,
         box_units=box_units,
-        rows=row_bounds(rows),
+        row_range=parse_row_range(row_range),
         limit=limit,
         eval_last=eval_last,
-        split=split,
+        train_fraction=train_fraction,
         seed=seed,
-        copy_pictures=copy_pictures,
-        ask=ask,
-        unusable=unusable,
+        copy_images=copy_images,
+        box_task=box_task,
+        on_invalid_row=on_invalid_row,
     )
-    with brought(source, out, request, allow_host or ()) as found:
-        summary = import_file(found.path, out, found.request)
-    for note in found.notes:
-        typer.echo(printable(f"{source}: {note}"), err=True)
+    with fetch_source(source, out, options, allow_host or ()) as fetched:
+        summary = import_dataset(fetched.path, out, fetched.options)
+    for note in fetched.notes:
+        typer.echo(escape_unprintable(f"{source}: {note}"), err=True)
     if as_json:
         echo_json(dataclasses.asdict(summary))
     else:
-        typer.echo("\n".join(map(printable, _lines(source, summary))))
+        typer.echo("\n".join(map(escape_unprintable, _format_summary(source, summary))))
 
 
-def _lines(source: str, summary: Summary) -> list[str]:
+def _format_summary(source: str, summary: ImportSummary) -> list[str]:
     lines = [
-        f"{source}: {summary.rows} rows, read as {summary.format} ({summary.known_by})",
-        *(f"  {w.file}: {w.samples} samples from {w.rows} rows" for w in summary.written),
-        *(f"  left out: {count} rows, {reason}" for reason, count in summary.left_out.items()),
-        f"  {summary.pictures} pictures",
+        f"{source}: {summary.num_rows} rows, read as {summary.format} ({summary.detected_by})",
+        *(
+            f"  {file.file}: {file.num_samples} samples from {file.num_rows} rows"
+            for file in summary.output_files
+        ),
+        *(f"  skipped: {count} rows, {reason}" for reason, count in summary.skipped_rows.items()),
+        f"  {summary.num_images} images",
     ]
-    if summary.listed is not None:
-        lines.append(f"  {summary.listed}: each row that cannot be used, and why")
-    if summary.clipped_boxes:
-        lines.append(f"  {summary.clipped_boxes} boxes clipped by at most a pixel")
-    lines += [f"  {count} {what}" for what, count in summary.noted.items()]
+    if summary.skipped_rows_file is not None:
+        lines.append(f"  {summary.skipped_rows_file}: invalid rows with reasons")
+    if summary.num_clipped_boxes:
+        lines.append(f"  {summary.num_clipped_boxes} boxes clipped by at most 1 pixel")
+    lines += [f"  {count} {source_note}" for source_note, count in summary.source_notes.items()]
     if summary.unused_columns:
-        lines.append(f"  columns not used: {', '.join(summary.unused_columns)}")
+        lines.append(f"  unused columns: {', '.join(summary.unused_columns)}")
     return lines

@@ -1,4 +1,4 @@
-"""`finesight data migrate`: box answers from one family's way of writing to another's."""
+"""`finesight data migrate`: box answers in the format of another model family."""
 
 from __future__ import annotations
 
@@ -12,109 +12,110 @@ import typer
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
-    from finesight.encode.migrate import Migrated, Resizing
+    from finesight.encode.box_migration import MigrationResult, ResizeSpec
 
-Family = Literal["qwen_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+BoxFamily = Literal["qwen_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
-PATCHES = 28
-"""What the sides of a picture become multiples of in every published Qwen2.5-VL."""
+DEFAULT_SIZE_FACTOR = 28
+"""Resize factor of every published Qwen2.5-VL: image sides are multiples of it."""
 
-SHOWN = 3
+MAX_PRINTED_RECORDS = 3
 
 
 def migrate(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Conversations of any shape: .json or .jsonl.")
+        Path,
+        typer.Argument(metavar="FILE", help="Conversations in any structure: .json or .jsonl."),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A file that does not exist yet.")],
-    source: Annotated[
-        Family, typer.Option("--from", help="The family that the boxes are written for.")
-    ],
-    target: Annotated[Family, typer.Option("--to", help="The family to write them for.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New file.")],
+    source_family: Annotated[BoxFamily, typer.Option("--from", help="Model family of the boxes.")],
+    target_family: Annotated[BoxFamily, typer.Option("--to", help="Target model family.")],
     model: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="A Qwen2.5-VL model, for its rule of resizing."),
+        typer.Option(metavar="FOLDER", help="Qwen2.5-VL model whose image rule applies."),
     ] = None,
-    picture: Annotated[
+    image: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="A recipe's picture rule in its place: min_pixels and max_pixels, height and "
-            "width, or longest_side.",
+            help="Image rule of the recipe instead: min_pixels and max_pixels, height and width, "
+            "or longest_side.",
         ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="The summary as one JSON object.")
+        bool, typer.Option("--json", help="Print the summary as one JSON object.")
     ] = False,
 ) -> None:
-    """Rewrite the boxes in a file's answers from one family's convention to another's.
+    """Convert the boxes in answers from one model family to another.
 
-    qwen_vl and qwen2_vl write marks in text, qwen2_5_vl and qwen3_vl JSON. qwen2_5_vl counts pixels
-    of the resized picture, which --model or --picture tells; the others count thousandths.
-    Everything but the answers with boxes stays as it is, byte for byte.
+    qwen_vl and qwen2_vl use special tokens in the text, qwen2_5_vl and qwen3_vl use JSON.
+    Coordinates of qwen2_5_vl are pixels of the resized image, which --model or --image defines.
+    Other families use thousandths of the image sides. Text outside of box answers is unchanged.
 
     Example: finesight data migrate old.jsonl new.jsonl --from qwen2_vl --to qwen2_5_vl
     --model Qwen/Qwen2.5-VL-3B-Instruct
     """
-    from finesight.encode.migrate import migrate_file
+    from finesight.encode.box_migration import migrate_box_file
 
-    migrated = migrate_file(file, out, source, target, _resizing(model, picture or []))
+    summary = migrate_box_file(
+        file, out, source_family, target_family, _resolve_resize_rule(model, image or [])
+    )
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(migrated), ensure_ascii=False, default=str))
+        typer.echo(json.dumps(dataclasses.asdict(summary), ensure_ascii=False, default=str))
     else:
-        typer.echo("\n".join(_lines(migrated)))
+        typer.echo("\n".join(_format_summary(summary)))
 
 
-def _resizing(model: str | None, pairs: list[str]) -> Resizing | None:
-    """The rule of --picture, else of --model; None when neither is given."""
+def _resolve_resize_rule(model: str | None, pairs: list[str]) -> ResizeSpec | None:
+    """Build the resize rule of --image or --model. Returns None without both."""
     from pydantic import TypeAdapter, ValidationError
 
-    from finesight.config import PictureRule
-    from finesight.encode.migrate import Resizing
-    from finesight.hub import locate
-    from finesight.vision.resize import native_rule
+    from finesight.config import ImageRule
+    from finesight.encode.box_migration import ResizeSpec
+    from finesight.model_folder import locate_model
+    from finesight.vision.resize import get_default_image_rule
 
     if model is None and not pairs:
         return None
-    settings = {"patch_size": PATCHES, "merge_size": 1}
+    preprocessor_config = {"patch_size": DEFAULT_SIZE_FACTOR, "merge_size": 1}
     if model is not None:
-        folder = locate(model)
+        folder = locate_model(model)
         if folder.family != "qwen2_5_vl":
             raise UserError(
-                f"a model of the family {folder.family}",
+                f"the model family is {folder.family}",
                 where="--model",
-                expected="a Qwen2.5-VL, whose boxes are pixels of the resized picture",
-                remedy="give the model that the boxes belong to",
+                expected="a Qwen2.5-VL model, whose boxes are pixels of the resized image",
+                remedy="give the model that the boxes are written for",
             )
-        settings = folder.preprocessor
-    factor = settings["patch_size"] * settings["merge_size"]
+        preprocessor_config = folder.preprocessor_config
+    size_factor = preprocessor_config["patch_size"] * preprocessor_config["merge_size"]
     if not pairs:
-        return Resizing(native_rule(settings), factor)
+        return ResizeSpec(get_default_image_rule(preprocessor_config), size_factor)
     try:
         values = {key: int(value) for key, _, value in (pair.partition("=") for pair in pairs)}
-        rule: PictureRule = TypeAdapter(PictureRule).validate_python(values)
+        rule: ImageRule = TypeAdapter(ImageRule).validate_python(values)
     except (ValueError, ValidationError) as error:
         raise UserError(
-            f"{' '.join(pairs)} is no rule",
-            where="--picture",
+            f"{' '.join(pairs)} is not an image rule",
+            where="--image",
             expected="min_pixels and max_pixels, height and width, or longest_side",
-            remedy="for example --picture height=112 --picture width=504",
+            remedy="for example --image height=112 --image width=504",
         ) from error
-    return Resizing(rule, factor)
+    return ResizeSpec(rule, size_factor)
 
 
-def _lines(migrated: Migrated) -> list[str]:
+def _format_summary(summary: MigrationResult) -> list[str]:
     lines = [
-        f"{migrated.file}: {migrated.records} records, {migrated.boxes} boxes rewritten in "
-        f"{migrated.answers_with_boxes} answers",
-        f"  {migrated.answers_without} answers without boxes",
+        f"{summary.file}: {summary.num_records} records, {summary.num_boxes} boxes rewritten in "
+        f"{summary.answers_with_boxes} answers",
+        f"  {summary.answers_without_boxes} answers without boxes",
     ]
-    if migrated.left:
-        places = ", ".join(migrated.left[:SHOWN])
-        more = ", ..." if len(migrated.left) > SHOWN else ""
+    if summary.unconverted:
+        record_names = ", ".join(summary.unconverted[:MAX_PRINTED_RECORDS])
+        ellipsis = ", ..." if len(summary.unconverted) > MAX_PRINTED_RECORDS else ""
         lines.append(
-            f"  warning: other texts of {len(migrated.left)} records hold points or speak of how "
-            f"boxes are written ({places}{more}) and stay as they are: see that they agree with "
-            "the answers"
+            f"  warning: other texts of {len(summary.unconverted)} records contain points or "
+            f"describe the box format ({record_names}{ellipsis}). They are unchanged: check that "
+            "they match the answers"
         )
     return lines

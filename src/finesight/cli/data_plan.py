@@ -1,4 +1,4 @@
-"""`finesight data plan`: what a recipe's run will take, and settings that make it fit."""
+"""`finesight data plan`: memory and time of a run, and settings that fit."""
 
 from __future__ import annotations
 
@@ -8,45 +8,48 @@ from typing import Annotated
 
 import typer
 
-DOES_NOT_FIT = 2
+EXIT_DOES_NOT_FIT = 2
 
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as YAML.")],
-    changes: Annotated[
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe in YAML.")],
+    overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings in place of the recipe's."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of recipe settings."),
     ] = None,
     gpu: Annotated[
         str | None,
         typer.Option(
             "--gpu",
             metavar="NAME",
-            help="A card by name: T4, 4090, A100-80GB, H200. Else measured.",
+            help="GPU model: T4, 4090, A100-80GB, H200. Default: measure this machine.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The plan as one JSON object.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the plan as one JSON object.")
+    ] = False,
 ) -> None:
-    """Count what a run will take, and choose settings that fit: memory and time before they are
-    spent.
+    """Estimate memory and time of a run and suggest settings that fit.
 
-    Reads the headers of pictures and the model's configuration and tokenizer, no weights. Without
-    --gpu, this machine is measured for a second. Prints tokens, operations by part, memory by part
-    and time, as the recipe is written and with the largest packs and the fewest recomputed layers
-    that fit; at the end the words that set them. The recipe is not changed.
+    Reads image headers and the configuration and tokenizer of the model, but no weights. Without
+    --gpu, benchmarks this machine for a second. Prints tokens, FLOPs and memory per part, and the
+    time, for the recipe and for the largest packs with the fewest checkpointed layers that fit. The
+    last lines contain the overrides. The recipe is not modified.
 
-    Ends with 0 when the run fits, with 2 when nothing makes it fit.
+    Exit code: 0 if the run fits, 2 if no setting makes it fit.
 
     Example: finesight data plan recipes/latex_ocr_qwen2_vl_2b.yaml --gpu "RTX 4090"
     """
     from rich.console import Console
 
-    from finesight.plan.plan import make_plan
-    from finesight.plan.told import as_lines, as_record
+    from finesight.plan.plan_format import format_plan, plan_to_dict
+    from finesight.plan.run_plan import plan_run
     from finesight.recipe import load_recipe
-    from finesight.train.progress import Screen
+    from finesight.train.console import TrainingConsole
 
-    made = make_plan(load_recipe(recipe, changes or ()), gpu, Screen(Console(stderr=True)))
-    typer.echo(json.dumps(as_record(made)) if as_json else "\n".join(as_lines(made)))
-    if not made.chosen.fits:
-        raise typer.Exit(DOES_NOT_FIT)
+    run_plan = plan_run(
+        load_recipe(recipe, overrides or ()), gpu, TrainingConsole(Console(stderr=True))
+    )
+    typer.echo(json.dumps(plan_to_dict(run_plan)) if as_json else "\n".join(format_plan(run_plan)))
+    if not run_plan.chosen_estimate.fits:
+        raise typer.Exit(EXIT_DOES_NOT_FIT)

@@ -1,4 +1,4 @@
-"""`finesight data show`: what a recipe's samples look like to the model."""
+"""`finesight data show`: tokenized samples of a recipe."""
 
 from __future__ import annotations
 
@@ -8,99 +8,109 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finesight.cli.options import PageLanguage, echo_json
+from finesight.cli.options import LanguageOption, echo_json
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
-    from finesight.data.jsonl import Located
-    from finesight.encode.rendering import Rendering
+    from finesight.data.jsonl import LocatedSample
+    from finesight.encode.renderer import Renderer
 
 
 def show(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as YAML.")],
-    changes: Annotated[
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe in YAML.")],
+    overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings in place of the recipe's."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of recipe settings."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many, from the first.")] = 1,
-    held_out: Annotated[
-        bool, typer.Option("--eval", help="Samples of data.eval in place of data.train.")
+    num_samples: Annotated[int, typer.Option(min=1, help="Number of samples, from the first.")] = 1,
+    use_eval_split: Annotated[
+        bool, typer.Option("--eval", help="Show samples of data.eval instead of data.train.")
     ] = False,
     html: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Write a page with pictures, boxes and tokens, in place of lines."
+            metavar="FILE", help="Write an HTML page with images, boxes and tokens instead."
         ),
     ] = None,
-    language: PageLanguage = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a sample.")] = False,
+    language: LanguageOption = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per sample.")
+    ] = False,
 ) -> None:
-    """Print every token of a recipe's samples: its id, whether it is learned (*), its positions.
+    """Print the tokens of samples with id, loss mask (*) and position ids.
 
-    The placeholders of a picture share one line. Needs the model's configuration and tokenizer,
-    not its weights. The page of --html is one file that opens anywhere: pictures as the model sees
-    them, boxes as its tokens say them. It replaces an older page, and nothing else.
+    The placeholders of an image share one line. The command reads the configuration and tokenizer
+    of the model, but no weights. --html writes a self-contained page with the resized images and
+    the decoded boxes. It replaces an existing page, but no other file.
 
-    Example: finesight data show recipes/latex_ocr_qwen2_vl_2b.yaml --samples 2
+    Example: finesight data show recipes/latex_ocr_qwen2_vl_2b.yaml --num-samples 2
     """
-    from finesight.data.sources import load_sources
-    from finesight.encode.rendering import renderer_of
-    from finesight.hub import locate
+    from finesight.data.corpus import load_corpus
+    from finesight.encode.renderer import build_renderer
+    from finesight.model_folder import locate_model
     from finesight.recipe import load_recipe
-    from finesight.report.language import preferred, say, speaking
-    from finesight.report.page import refuse_other_files
+    from finesight.report.html import raise_if_not_generated
+    from finesight.report.i18n import detect_language, translate, use_language
 
     if html is not None:
-        refuse_other_files(html)
-    settings = load_recipe(recipe, changes or ())
-    files = settings.data.eval if held_out else settings.data.train
+        raise_if_not_generated(html)
+    settings = load_recipe(recipe, overrides or ())
+    files = settings.data.eval if use_eval_split else settings.data.train
     if not files:
         raise UserError(
-            f"data.eval of {recipe.name} names no file",
+            f"data.eval of {recipe.name} is empty",
             where=str(recipe),
-            expected="a file of held-out samples",
-            remedy="set data.eval, or leave --eval out to see data.train",
+            expected="a file of validation samples",
+            remedy="set data.eval, or remove --eval to show data.train",
         )
-    renderer = renderer_of(locate(settings.model), settings.picture, settings.data.system)
-    chosen = load_sources(files).read(samples)
+    renderer = build_renderer(
+        locate_model(settings.model), settings.image, settings.data.system_prompt
+    )
+    selected = load_corpus(files).read_samples(num_samples)
     if html is not None:
         names = ", ".join(str(file.path) for file in files)
-        with speaking(language or preferred()):
-            _draw(html, renderer, chosen, say("The first {} of {}", len(chosen), names))
+        with use_language(language or detect_language()):
+            _write_sample_page(
+                html, renderer, selected, translate("The first {} of {}", len(selected), names)
+            )
     if html is None or as_json:
-        _print(renderer, chosen, as_json)
+        _print_samples(renderer, selected, as_json)
 
 
-def _draw(page: Path, renderer: Rendering, chosen: Sequence[Located], source: str) -> None:
-    """Write the page of these samples, with a bar while it is made."""
+def _write_sample_page(
+    page: Path, renderer: Renderer, selected: Sequence[LocatedSample], source: str
+) -> None:
+    """Write the HTML page of these samples with a progress bar."""
     from rich.console import Console
 
-    from finesight.encode.render import Renderer
-    from finesight.report.page import write_page
-    from finesight.report.sample_page import sample_page
-    from finesight.train.progress import Screen
+    from finesight.encode.native_renderer import NativeRenderer
+    from finesight.report.html import write_page
+    from finesight.report.sample_page import render_sample_page
+    from finesight.train.console import TrainingConsole
 
-    if not isinstance(renderer, Renderer):
+    if not isinstance(renderer, NativeRenderer):
         raise UserError(
-            "a page of samples as transformers reads them",
+            "HTML pages do not support the transformers backend",
             where=f"--html {page}",
             expected="a model of a native family",
-            remedy="leave --html out: tokens and what is learned are printed",
+            remedy="remove --html to print tokens and loss mask",
         )
-    with Screen(Console(stderr=True)).stage("samples", len(chosen)) as advance:
-        content = sample_page(renderer, chosen, source, advance)
+    with TrainingConsole(Console(stderr=True)).progress_stage(
+        "samples", len(selected)
+    ) as on_progress:
+        content = render_sample_page(renderer, selected, source, on_progress)
     write_page(page, content)
     typer.echo(f"page: {page}", err=True)
 
 
-def _print(renderer: Rendering, chosen: Sequence[Located], as_json: bool) -> None:
-    """A table, or one JSON object, for each sample."""
-    from finesight.encode.show import as_lines, as_record
+def _print_samples(renderer: Renderer, selected: Sequence[LocatedSample], as_json: bool) -> None:
+    """Print a table or a JSON object per sample."""
+    from finesight.encode.token_table import format_token_table, token_table_to_dict
 
-    for located in chosen:
-        outline = renderer.outline(located)
+    for located_sample in selected:
+        tokenized = renderer.tokenize(located_sample)
         if as_json:
-            record = as_record(outline, renderer.tokenizer)
+            record = token_table_to_dict(tokenized, renderer.tokenizer)
             echo_json(record)
         else:
-            typer.echo("\n".join(as_lines(outline, renderer.tokenizer)) + "\n")
+            typer.echo("\n".join(format_token_table(tokenized, renderer.tokenizer)) + "\n")

@@ -1,4 +1,4 @@
-"""`finesight doctor`: what is wrong with this machine, a model, a recipe or a run."""
+"""`finesight doctor`: diagnosis of a machine, model, recipe or run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-FOUND = 2
+EXIT_ERROR_FOUND = 2
 
 
 def doctor(
@@ -16,51 +16,54 @@ def doctor(
         str | None,
         typer.Argument(
             metavar="RUN|RECIPE|MODEL",
-            help="A run, a recipe, or the folder of a model or adapter; else this machine.",
+            help="Run folder, recipe, or model or adapter folder. Default: this machine.",
         ),
     ] = None,
     hub: Annotated[
         Literal["huggingface", "modelscope"] | None,
-        typer.Option(help="Ask this hub, too, whether it answers and knows the token."),
+        typer.Option(help="Also check the connection to this hub and the token."),
     ] = None,
-    trial: Annotated[
+    smoke_test: Annotated[
         bool,
-        typer.Option(help="Train and answer with finesight-tiny, on the CPU and on every GPU."),
+        typer.Option(help="Train and generate with finesight-tiny on the CPU and on every GPU."),
     ] = True,
     as_json: Annotated[
-        bool, typer.Option("--json", help="The findings as one JSON object.")
+        bool, typer.Option("--json", help="Print the findings as one JSON object.")
     ] = False,
 ) -> None:
-    """Say what is wrong, why it matters, and the command that mends it.
+    """Report problems with their effect and a command that fixes them.
 
-    Of this machine: memory and disks, packages whose versions clash, torch and the driver,
-    variables of the environment, half a minute of training on every device, and the extras. Of a
-    run: why it ended, a loss that is flat or rises, scores that fell, answers without end, boxes in
-    another frame, by its own records. Of a recipe: what it needs that is not here. Of a model's
-    folder: whether all of it is there and whole.
+    Machine: memory, disks, package conflicts, torch and driver, environment variables, a training
+    test of half a minute on every device, and extras. Run, from its own records: why it ended, flat
+    or rising loss, lower metrics, answers without end, boxes in wrong coordinates. Recipe: missing
+    requirements. Model folder: missing or corrupt files.
 
-    Nothing is changed, and nothing is sent but with --hub, to that hub alone. Ends with 0 when
-    there is no fault, with 2 when there is one.
+    The command changes nothing. It uses the network only with --hub. Exit code: 0 without errors, 2
+    with errors.
 
     Example: finesight doctor runs/latex
     """
-    from finesight.doctor import examine
-    from finesight.doctor.findings import as_lines, as_record, faults
+    from finesight.doctor import diagnostics
+    from finesight.doctor.diagnosis import count_errors, diagnoses_to_dict, format_diagnoses
     from finesight.errors import UserError
 
     if subject is None:
-        if trial:
-            typer.echo("looking at this machine, and training on it for a moment ...", err=True)
-        found = examine.examine_machine(os.environ, hub=hub, try_out=trial)
+        if smoke_test:
+            typer.echo("diagnosing this machine and running a short training ...", err=True)
+        diagnosis = diagnostics.diagnose_machine(os.environ, hub=hub, run_smoke_test=smoke_test)
     elif hub is not None:
         raise UserError(
-            f"--hub {hub} beside {subject}",
+            f"--hub {hub} is given with {subject}",
             where="finesight doctor",
-            expected="a hub is asked when this machine is looked at",
+            expected="--hub without a subject, for a diagnosis of this machine",
             remedy=f"finesight doctor --hub {hub}",
         )
     else:
-        found = examine.examine(subject)
-    typer.echo(json.dumps(as_record(found)) if as_json else "\n".join(as_lines(found)))
-    if faults(found):
-        raise typer.Exit(FOUND)
+        diagnosis = diagnostics.diagnose(subject)
+    typer.echo(
+        json.dumps(diagnoses_to_dict(diagnosis))
+        if as_json
+        else "\n".join(format_diagnoses(diagnosis))
+    )
+    if count_errors(diagnosis):
+        raise typer.Exit(EXIT_ERROR_FOUND)

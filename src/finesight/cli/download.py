@@ -1,4 +1,4 @@
-"""`finesight download`: a model or a data set from a hub."""
+"""`finesight download`: download of a model or dataset from a hub."""
 
 from __future__ import annotations
 
@@ -8,52 +8,62 @@ from typing import Annotated
 
 import typer
 
-from finesight.cli.options import AsJson
-from finesight.remote.address import Address, any_address
+from finesight.cli.options import AsJsonOption
+from finesight.hub.address import HubAddress, parse_address
 
-HubSource = Annotated[
+HubSourceArgument = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
         help="[hf:|modelscope:]OWNER/NAME for a model, hf:datasets/OWNER/NAME or "
-        "modelscope:datasets/OWNER/NAME for a data set; @REVISION after it as needed, and :SPLIT "
-        "after a data set.",
+        "modelscope:datasets/OWNER/NAME for a dataset; optional @REVISION, and :SPLIT for a data "
+        "set.",
     ),
 ]
-To = Annotated[
+ToFolderOption = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="A folder that does not exist yet, in place of the cache."),
+    typer.Option(metavar="FOLDER", help="New folder instead of the cache."),
 ]
 
 
-def download(source: HubSource, to: To = None, as_json: AsJson = False) -> None:
-    """Fetch a model or a data set from a hub, and print its folder.
+def download(
+    source: HubSourceArgument, to: ToFolderOption = None, as_json: AsJsonOption = False
+) -> None:
+    """Download a model or dataset from a hub and print its folder.
 
-    Every file is verified by the size and the digest that the hub lists; ModelScope lists some
-    without. What was cut off goes on where it stopped when the command is given again. Only data
-    are fetched, never code. The addresses of the hubs are HF_ENDPOINT and MODELSCOPE_ENDPOINT, the
-    tokens HF_TOKEN and MODELSCOPE_API_TOKEN. With HF_HUB_OFFLINE=1 nothing is asked, of either hub,
-    and what is in the cache is used.
+    Each file is verified with the size and digest from the hub; some ModelScope files have no
+    digest. Run the command again to resume an interrupted download. Only data files are downloaded,
+    no code. Environment variables: HF_ENDPOINT, MODELSCOPE_ENDPOINT (hub URLs), HF_TOKEN,
+    MODELSCOPE_API_TOKEN (tokens), HF_HUB_OFFLINE=1 (use only the cache, for both hubs).
 
     Example: finesight download modelscope:Qwen/Qwen2-VL-2B-Instruct --to models/qwen
     """
-    address = any_address(source)
-    folder = _fetched(address, to)
-    found = {"source": str(address), "folder": str(folder)}
-    typer.echo(json.dumps(found, ensure_ascii=False) if as_json else folder)
+    address = parse_address(source)
+    folder = _fetch_repository(address, to)
+    result = {"source": str(address), "folder": str(folder)}
+    typer.echo(json.dumps(result, ensure_ascii=False) if as_json else folder)
 
 
-def _fetched(address: Address, to: Path | None) -> Path:
-    from finesight.data.hub_parts import repository_files
-    from finesight.hub import WANTED
-    from finesight.remote.repository import deliver, fetch_model, model_files, open_repository
+def _fetch_repository(address: HubAddress, to: Path | None) -> Path:
+    from finesight.data.hub_files import select_repository_files
+    from finesight.hub.repository import (
+        download_folder,
+        fetch_model,
+        open_repository,
+        select_model_files,
+    )
+    from finesight.model_folder import DOWNLOAD_PATTERNS
 
-    is_model = address.kind == "model"
+    is_model = address.repo_type == "model"
     if is_model and to is None:
-        return fetch_model(address, WANTED)
-    found = open_repository(address)
-    paths = model_files(found, WANTED) if is_model else repository_files(found)
+        return fetch_model(address, DOWNLOAD_PATTERNS)
+    repository = open_repository(address)
+    paths = (
+        select_model_files(repository, DOWNLOAD_PATTERNS)
+        if is_model
+        else select_repository_files(repository)
+    )
     if to is None:
-        return found.fetch(paths)
-    deliver(found, paths, to)
+        return repository.fetch_files(paths)
+    download_folder(repository, paths, to)
     return to

@@ -1,4 +1,4 @@
-"""`finesight eval`: a model or run measured on held-out samples."""
+"""`finesight eval`: evaluation of a model or run."""
 
 from __future__ import annotations
 
@@ -8,71 +8,90 @@ from typing import Annotated
 
 import typer
 
-from finesight.cli.options import Device, Precision, RunOrModel, Weights
+from finesight.cli.options import (
+    DeviceOption,
+    PrecisionOption,
+    RunOrModelArgument,
+    WeightFormatOption,
+)
 
 
 def evaluate(
-    run_or_model: RunOrModel,
+    run_or_model: RunOrModelArgument,
     data: Annotated[
-        Path | None, typer.Option(help="A JSONL file of held-out samples; for a run, its own.")
+        Path | None,
+        typer.Option(help="JSONL file of samples. Default for a run: its validation split."),
     ] = None,
     metric: Annotated[
         str | None,
         typer.Option(
-            help="How answers are scored: captions, latex, ocr, qa, classification, json,"
-            " grounding, detection, or FILE.py:FUNCTION of your own; for a run, as its recipe says."
+            help="Metric: captions, latex, ocr, qa, classification, json, grounding, detection, or"
+            " FILE.py:FUNCTION. Default for a run: the metric of its recipe."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N samples.")] = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Samples that are answered together.")
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Evaluate only the first N samples.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Samples per generation batch.")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer in tokens.")
+        int | None, typer.Option(min=1, help="Maximum length of an answer in tokens.")
     ] = None,
-    out: Annotated[
+    predictions_file: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, help="Write every answer with its scores here, as JSONL."),
+        typer.Option(
+            "--out", dir_okay=False, help="Write each answer with its scores to this JSONL file."
+        ),
     ] = None,
     trust_metric: Annotated[
         bool,
         typer.Option(
-            "--trust-metric", help="Execute the metric.py of a run folder that you did not make."
+            "--trust-metric", help="Execute metric.py of a run folder from another source."
         ),
     ] = False,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    weights: Weights = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="The scores as one JSON object.")] = False,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    weight_format: WeightFormatOption = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the scores as one JSON object.")
+    ] = False,
 ) -> None:
-    """Answer held-out samples and score the answers.
+    """Generate answers to validation samples and compute metrics.
 
     Example: finesight eval runs/latex --out answers.jsonl
     """
     from rich.console import Console
 
-    from finesight.evaluate.evaluate import evaluate as measure
-    from finesight.evaluate.held_out import held_out
+    from finesight.evaluate.custom_metric import parse_metric_path
+    from finesight.evaluate.eval_inputs import load_eval_inputs
+    from finesight.evaluate.generation_eval import evaluate as run_evaluation
     from finesight.evaluate.metric_trust import check_metric
-    from finesight.evaluate.own import split
-    from finesight.infer.load import load_answerer
-    from finesight.train.progress import Screen
+    from finesight.infer.model_loader import load_inference_model
+    from finesight.train.console import TrainingConsole
 
-    samples, settings = held_out(
+    samples, settings = load_eval_inputs(
         run_or_model,
         data=data,
         metric=metric,
         limit=limit,
-        batch=batch,
+        batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
     check_metric(settings.metric, named=metric is not None, trust=trust_metric)
-    if split(settings.metric) is not None:
-        typer.echo(f"scored by the program {settings.metric}", err=True)
-    answerer = load_answerer(run_or_model, device, precision, weights)
+    if parse_metric_path(settings.metric) is not None:
+        typer.echo(f"custom metric: {settings.metric}", err=True)
+    inference_model = load_inference_model(run_or_model, device, precision, weight_format)
     total = min(len(samples), settings.limit or len(samples))
-    with Screen(Console(stderr=True)).stage("answers", total) as advance:
-        result = measure(answerer.model, answerer.renderer, samples, settings, out, advance)
-    for sample, reason in result.unreadable:
-        typer.echo(f"left out: sample {sample}: {reason}", err=True)
+    with TrainingConsole(Console(stderr=True)).progress_stage("answers", total) as on_progress:
+        result = run_evaluation(
+            inference_model.model,
+            inference_model.renderer,
+            samples,
+            settings,
+            predictions_file,
+            on_progress,
+        )
+    for sample, reason in result.corrupt_samples:
+        typer.echo(f"skipped: sample {sample}: {reason}", err=True)
     typer.echo(json.dumps(result.as_json()) if as_json else result.as_table())

@@ -1,4 +1,4 @@
-"""`finesight export`: a model handed over: to a hub, as GGUF, or to the engines that serve it."""
+"""`finesight export`: upload to a hub, GGUF files, and serving commands."""
 
 from __future__ import annotations
 
@@ -11,125 +11,134 @@ import typer
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
-    from finesight.infer.load import Parts
-    from finesight.remote.publishing import Upload
+    from finesight.hub.publisher import FileUpload
+    from finesight.infer.model_loader import ModelSource
 
 
 def export(
     source: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A merged model's folder, or a run with model/.")
+        str, typer.Argument(metavar="MODEL", help="Merged model folder, or a run with model/.")
     ],
     out: Annotated[
         str | None,
         typer.Argument(
-            metavar="OUT", help="hf:OWNER/NAME, modelscope:OWNER/NAME, or a new folder for GGUF."
+            metavar="OUT",
+            help="hf:OWNER/NAME, modelscope:OWNER/NAME, or a new folder for GGUF files.",
         ),
     ] = None,
     public: Annotated[
-        bool, typer.Option("--public", help="On a hub, for everybody to see; else private.")
+        bool, typer.Option("--public", help="Make the hub repository public. Default: private.")
     ] = False,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Upload what is listed; without it, list it only.")
+    confirm: Annotated[
+        bool, typer.Option("--yes", help="Upload the listed files. Default: only list them.")
     ] = False,
     converter: Annotated[
         Path | None,
-        typer.Option(help="convert_hf_to_gguf.py of llama.cpp, if it is not on PATH."),
+        typer.Option(help="Path of convert_hf_to_gguf.py of llama.cpp. Default: from PATH."),
     ] = None,
     python: Annotated[
-        Path | None, typer.Option(help="The Python that has the converter's packages.")
+        Path | None, typer.Option(help="Python interpreter with the packages of the converter.")
     ] = None,
     outtype: Annotated[
         Literal["auto", "f32", "f16", "bf16", "q8_0"],
-        typer.Option(help="Type of the GGUF's weights; auto: as in the model, 16 bits."),
+        typer.Option(help="Data type of the GGUF weights. auto: 16 bits, as in the model."),
     ] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON object.")
+    ] = False,
 ) -> None:
-    """Hand a model over: upload it to a hub, convert it to GGUF, or print how to serve it.
+    """Upload a model to a hub, convert it to GGUF, or print serving commands.
 
-    Without OUT, print the lines by which vLLM and SGLang serve it as it was measured. To a hub go
-    data files alone, listed first; the token comes from HF_TOKEN or MODELSCOPE_API_TOKEN. GGUF is
-    made by llama.cpp's own converter: the model, and beside it tower and projector.
+    Without OUT, print vLLM and SGLang commands with the evaluated settings. Hub uploads contain
+    only data files, listed first; the token is HF_TOKEN or MODELSCOPE_API_TOKEN. The converter of
+    llama.cpp writes two GGUF files: the decoder, and the vision encoder with the merger.
 
     Example: finesight export models/latex hf:me/latex --yes
     """
-    from finesight.infer.load import find_parts
-    from finesight.remote.address import is_on_a_hub
+    from finesight.hub.address import is_hub_address
+    from finesight.infer.model_loader import resolve_model_source
 
-    hub = out is not None and is_on_a_hub(out)
-    _check_options(out, hub, yes=yes, public=public, converting=bool(converter or python))
-    parts = find_parts(source)
+    is_hub = out is not None and is_hub_address(out)
+    _check_options(
+        out, is_hub, confirm=confirm, public=public, converting=bool(converter or python)
+    )
+    model_source = resolve_model_source(source)
     if out is None:
-        _print_lines(parts, source, as_json)
-    elif hub:
-        from finesight.export.publish import uploads
+        _print_serving_commands(model_source, source, as_json)
+    elif is_hub:
+        from finesight.export.upload_list import list_uploads
 
-        _upload(source, out, uploads(parts, source), public, yes, as_json)
+        _upload_to_hub(source, out, list_uploads(model_source, source), public, confirm, as_json)
     else:
         from finesight.export.gguf import find_converter, write_gguf
 
-        made = write_gguf(parts, Path(out), find_converter(converter), outtype, python)
-        sizes = {"model": made.model, "projector": made.projector}
+        gguf_files = write_gguf(model_source, Path(out), find_converter(converter), outtype, python)
+        paths = {"model": gguf_files.model, "mmproj": gguf_files.mmproj}
         if as_json:
-            typer.echo(json.dumps({key: str(path) for key, path in sizes.items()}))
+            typer.echo(json.dumps({key: str(path) for key, path in paths.items()}))
             return
-        for path in sizes.values():
+        for path in paths.values():
             typer.echo(f"{path}  {path.stat().st_size:,} bytes")
-        typer.echo(f"llama-server -m {made.model} --mmproj {made.projector} --special --temp 0")
+        typer.echo(
+            f"llama-server -m {gguf_files.model} --mmproj {gguf_files.mmproj} --special --temp 0"
+        )
 
 
-def _print_lines(parts: Parts, source: str, as_json: bool) -> None:
-    from finesight.export.serving import serving_of
+def _print_serving_commands(model_source: ModelSource, source: str, as_json: bool) -> None:
+    from finesight.export.serving_commands import build_serving_commands
 
-    serving = serving_of(parts, source)
+    commands = build_serving_commands(model_source, source)
     if as_json:
-        typer.echo(json.dumps(serving.as_json()))
+        typer.echo(json.dumps(commands.as_json()))
         return
-    typer.echo(f"vLLM:\n  {serving.vllm}\nSGLang:\n  {serving.sglang}")
-    for note in serving.notes:
+    typer.echo(f"vLLM:\n  {commands.vllm}\nSGLang:\n  {commands.sglang}")
+    for note in commands.notes:
         typer.echo(f"- {note}")
 
 
-def _upload(
-    source: str, out: str, files: list[Upload], public: bool, yes: bool, as_json: bool
+def _upload_to_hub(
+    source: str, out: str, files: list[FileUpload], public: bool, confirm: bool, as_json: bool
 ) -> None:
-    from finesight.remote.address import any_address
-    from finesight.remote.publishing import publish
+    from finesight.hub.address import parse_address
+    from finesight.hub.publisher import publish_model
 
-    address = any_address(out)
+    address = parse_address(out)
     total = sum(file.size for file in files)
-    who = "everybody may see it" if public else "private"
+    visibility = "public" if public else "private"
     if not as_json:
         for file in files:
             typer.echo(f"{file.size:>16,}  {file.name}")
-        typer.echo(f"{total:>16,}  bytes in {len(files)} files to {address}, {who}")
-    page = None
-    if yes:
+        typer.echo(f"{total:>16,}  bytes in {len(files)} files to {address}, {visibility}")
+    page_url = None
+    if confirm:
         name = Path(source).resolve().name
-        page = publish(address, files, public=public, message=f"Upload {name} with finesight")
+        page_url = publish_model(
+            address, files, public=public, message=f"Upload {name} with finesight"
+        )
     if as_json:
-        listed = {file.name: file.size for file in files}
-        told = {"to": str(address), "public": public, "files": listed, "page": page}
-        typer.echo(json.dumps(told))
+        file_sizes = {file.name: file.size for file in files}
+        result = {"to": str(address), "public": public, "files": file_sizes, "page": page_url}
+        typer.echo(json.dumps(result))
     else:
-        typer.echo(page or "nothing was uploaded: start again with --yes")
+        typer.echo(page_url or "nothing was uploaded; add --yes to upload")
 
 
 def _check_options(
-    out: str | None, hub: bool, *, yes: bool, public: bool, converting: bool
+    out: str | None, is_hub: bool, *, confirm: bool, public: bool, converting: bool
 ) -> None:
-    """Refuse options that mean nothing for this OUT."""
-    given = "--yes" if yes else "--public"
-    if (yes or public) and not hub:
+    """Reject options that do not apply to this OUT."""
+    option = "--yes" if confirm else "--public"
+    if (confirm or public) and not is_hub:
         raise UserError(
-            f"{given}, and OUT is {out or 'not given'}",
-            where=given,
+            f"{option} is given, but OUT is {out or 'missing'}",
+            where=option,
             expected="hf:OWNER/NAME or modelscope:OWNER/NAME",
-            remedy=f"leave {given} out, or name a hub",
+            remedy=f"remove {option}, or give a hub address",
         )
-    if converting and (hub or out is None):
+    if converting and (is_hub or out is None):
         raise UserError(
-            f"a converter, and OUT is {out or 'not given'}",
+            f"a converter is given, but OUT is {out or 'missing'}",
             where="--converter",
             expected="a new folder for GGUF files",
-            remedy="leave it out, or name a folder",
+            remedy="remove --converter and --python, or give a folder",
         )

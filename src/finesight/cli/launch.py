@@ -1,4 +1,4 @@
-"""`finesight launch`: a recipe as a job for torchrun, Slurm, SkyPilot or Kubeflow."""
+"""`finesight launch`: training jobs for torchrun, Slurm, SkyPilot or Kubeflow."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import typer
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
-    from finesight.launch.job import Job
+    from finesight.launch.launch_job import LaunchJob
 
-Engine = Literal["torchrun", "slurm", "skypilot", "kubeflow"]
+LaunchEngine = Literal["torchrun", "slurm", "skypilot", "kubeflow"]
 
-_OWN = {
+_ENGINES_BY_OPTION = {
     "partition": ("slurm",),
     "account": ("slurm",),
     "time": ("slurm",),
@@ -24,63 +24,73 @@ _OWN = {
     "store": ("skypilot", "kubeflow"),
     "accelerator": ("skypilot",),
 }
-"""Options that only some engines know."""
+"""Engines that support an option."""
 
 
 def launch(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file of settings.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe in YAML.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...", help="Settings in place of the recipe's: train.batch=64"
-        ),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of settings: train.batch_size=64"),
     ] = None,
-    engine: Annotated[Engine, typer.Option("--on", help="What starts the processes.")] = "torchrun",
-    gpus: Annotated[int, typer.Option(min=1, max=64, help="GPUs of each machine.")] = 8,
+    engine: Annotated[
+        LaunchEngine, typer.Option("--on", help="Launcher or scheduler of the job.")
+    ] = "torchrun",
+    gpus_per_node: Annotated[int, typer.Option(min=1, max=64, help="GPUs per node.")] = 8,
     nodes: Annotated[
         str,
         typer.Option(
             metavar="N|MIN:MAX",
-            help="Machines; MIN:MAX for torchrun and slurm, which go on with as many as there are.",
+            help="Number of nodes. MIN:MAX is elastic (torchrun, slurm): training continues with"
+            " the available nodes.",
         ),
     ] = "1",
     name: Annotated[
-        str | None, typer.Option(help="Of the job and its file; by default, as the output is.")
+        str | None, typer.Option(help="Name of the job and its file. Default: from output_dir.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Where the job is written.")
+        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Job file.")
     ] = None,
     submit: Annotated[
-        bool, typer.Option("--submit", help="Hand it over: by sbatch, sky or kubectl.")
+        bool, typer.Option("--submit", help="Submit the job with sbatch, sky or kubectl.")
     ] = False,
-    partition: Annotated[str | None, typer.Option(help="slurm: where to wait.")] = None,
-    account: Annotated[str | None, typer.Option(help="slurm: who pays.")] = None,
-    time: Annotated[str | None, typer.Option(help="slurm: how long at a time, 1-12:00:00.")] = None,
+    partition: Annotated[str | None, typer.Option(help="slurm: partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="slurm: account.")] = None,
+    time: Annotated[
+        str | None, typer.Option(help="slurm: time limit of a job, 1-12:00:00.")
+    ] = None,
     image: Annotated[
-        str | None, typer.Option(help="skypilot, kubeflow: an image with finesight in it.")
+        str | None, typer.Option(help="skypilot, kubeflow: container image with finesight.")
     ] = None,
     store: Annotated[
         str | None,
         typer.Option(
-            help="Recipe, data and output: a bucket for skypilot, a volume's claim for kubeflow."
+            help="Storage of recipe, data and output: bucket (skypilot) or volume claim (kubeflow)."
         ),
     ] = None,
-    accelerator: Annotated[str | None, typer.Option(help="skypilot: the GPU, H100.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object.")] = False,
+    accelerator: Annotated[
+        str | None, typer.Option(help="skypilot: GPU type, such as H100.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON object.")
+    ] = False,
 ) -> None:
-    """Write a job that trains a recipe on several GPUs or machines, and submit it if asked to.
+    """Write a training job for several GPUs or nodes, and submit it with --submit.
 
-    A job that is stopped, by Slurm with a warning before its time is over, leaves a checkpoint;
-    started again, it goes on from there, with as many processes as there are then: the same samples
-    in every step.
+    A stopped job writes a checkpoint; Slurm signals the job before its time limit. A restarted job
+    resumes with the available world size and uses the same samples in each step.
 
     Example: finesight launch recipe.yaml --on slurm --nodes 1:4 --partition gpu --submit
     """
-    from finesight.launch.job import Job, Machines
-    from finesight.launch.submit import ENDINGS, command, write
-    from finesight.launch.submit import submit as hand_over
+    from finesight.launch.job_submission import (
+        FILE_SUFFIXES,
+        build_submit_command,
+        submit_job,
+        write_job_file,
+    )
+    from finesight.launch.launch_job import LaunchJob, NodeSpec
 
-    given = {
+    engine_options = {
         "partition": partition,
         "account": account,
         "time": time,
@@ -88,41 +98,63 @@ def launch(
         "store": store,
         "accelerator": accelerator,
     }
-    _check_options(engine, given)
-    job = Job.of(recipe, overrides or (), name, Machines.of(nodes, gpus))
-    file = out or Path(f"{job.name}{ENDINGS[engine]}")
-    write(file, _text(engine, job, given))
-    said = hand_over(engine, file) if submit else None
-    by_hand = shlex.join(command(engine, file))
+    _check_options(engine, engine_options)
+    job = LaunchJob.from_recipe(recipe, overrides or (), name, NodeSpec.parse(nodes, gpus_per_node))
+    file = out or Path(f"{job.name}{FILE_SUFFIXES[engine]}")
+    write_job_file(file, _build_job_text(engine, job, engine_options))
+    submit_output = submit_job(engine, file) if submit else None
+    submit_command = shlex.join(build_submit_command(engine, file))
     if as_json:
-        told = {"file": str(file), "command": by_hand, "submitted": submit, "said": said}
-        typer.echo(json.dumps(told))
+        result = {
+            "file": str(file),
+            "command": submit_command,
+            "submitted": submit,
+            "output": submit_output,
+        }
+        typer.echo(json.dumps(result))
     elif submit:
-        typer.echo(f"{file}\n{said}")
+        typer.echo(f"{file}\n{submit_output}")
     else:
-        typer.echo(f"{file}\nstart it: {by_hand}")
+        typer.echo(f"{file}\nstart with: {submit_command}")
 
 
-def _check_options(engine: Engine, given: dict[str, str | None]) -> None:
-    for option, value in given.items():
-        if value is not None and engine not in _OWN[option]:
+def _check_options(engine: LaunchEngine, engine_options: dict[str, str | None]) -> None:
+    for option, value in engine_options.items():
+        if value is not None and engine not in _ENGINES_BY_OPTION[option]:
             raise UserError(
-                f"--{option} beside --on {engine}",
+                f"--{option} is given with --on {engine}",
                 where="command line",
-                expected=f"--on {' or '.join(_OWN[option])}",
-                remedy=f"leave --{option} out, or choose another engine",
+                expected=f"--on {' or '.join(_ENGINES_BY_OPTION[option])}",
+                remedy=f"remove --{option}, or choose another engine",
             )
 
 
-def _text(engine: Engine, job: Job, given: dict[str, str | None]) -> str:
-    from finesight.launch.clouds import Image, kubeflow, skypilot
-    from finesight.launch.scripts import Queue, slurm, torchrun
+def _build_job_text(
+    engine: LaunchEngine, job: LaunchJob, engine_options: dict[str, str | None]
+) -> str:
+    from finesight.launch.cloud_manifests import (
+        ContainerImage,
+        build_kubeflow_job,
+        build_skypilot_task,
+    )
+    from finesight.launch.launch_scripts import (
+        SlurmOptions,
+        build_slurm_script,
+        build_torchrun_script,
+    )
 
     if engine == "torchrun":
-        return torchrun(job)
+        return build_torchrun_script(job)
     if engine == "slurm":
-        return slurm(job, Queue(given["partition"], given["account"], given["time"]))
-    image = Image.of(given["image"], given["store"])
+        return build_slurm_script(
+            job,
+            SlurmOptions(
+                engine_options["partition"], engine_options["account"], engine_options["time"]
+            ),
+        )
+    image = ContainerImage.from_options(engine_options["image"], engine_options["store"])
     return (
-        kubeflow(job, image) if engine == "kubeflow" else skypilot(job, image, given["accelerator"])
+        build_kubeflow_job(job, image)
+        if engine == "kubeflow"
+        else build_skypilot_task(job, image, engine_options["accelerator"])
     )

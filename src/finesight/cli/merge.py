@@ -1,4 +1,4 @@
-"""`finesight merge`: an adapter added into its base model."""
+"""`finesight merge`: merging of an adapter into its base model."""
 
 from __future__ import annotations
 
@@ -8,122 +8,137 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from finesight.cli.options import Device
+from finesight.cli.options import DeviceOption
 from finesight.config import PixelRange
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
-    from finesight.export.merging import Proved
-    from finesight.infer.load import Parts
+    from finesight.export.verified_merge import VerifiedMerge
+    from finesight.infer.model_loader import ModelSource
 
 
 def merge(
     source: Annotated[
         str,
-        typer.Argument(
-            metavar="SOURCE", help="A run, an adapter folder or a model in four bits (GPTQ)."
-        ),
+        typer.Argument(metavar="SOURCE", help="Run, adapter folder, or 4-bit GPTQ model."),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new model folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New model folder.")],
     base: Annotated[
         str | None,
-        typer.Option(help="The base model's folder or hub name, if it is not where it was."),
+        typer.Option(help="Folder or hub name of the base model. Default: as in the adapter."),
     ] = None,
     precision: Annotated[
         Literal["auto", "bf16", "fp16", "fp32"],
-        typer.Option(help="Type of the weights written; auto: as in the base, fp32 of several."),
+        typer.Option(help="Data type of the weights. auto: as in the base, fp32 if mixed."),
     ] = "auto",
-    device: Device = "auto",
-    samples: Annotated[
-        int, typer.Option(min=1, help="Questions with pictures that the result is compared on.")
+    device: DeviceOption = "auto",
+    num_samples: Annotated[
+        int, typer.Option(min=1, help="Number of samples for the verification.")
     ] = 4,
-    shard_gb: Annotated[
-        float, typer.Option(min=0.001, help="Largest file of weights, in 10^9 bytes.")
+    max_shard_gb: Annotated[
+        float, typer.Option(min=0.001, help="Maximum size of a weight file in GB (10^9 bytes).")
     ] = 5.0,
-    as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON object.")
+    ] = False,
 ) -> None:
-    """Merge an adapter into its base: a model folder that transformers, vLLM and llama.cpp load.
+    """Merge an adapter into its base model, for transformers, vLLM and llama.cpp.
 
-    What was published in four bits (GPTQ) is written in full, and the model/ of a run that trained
-    parts whole with its card and other programs' settings. The folder is loaded anew and compared
-    with the trained model, on held-out samples of the run or on drawn pictures: what differs by
-    more than rounding is refused, and the figures are written into its model card.
+    GPTQ weights (4 bits) are dequantized. A run with full fine-tuning is written with a model card
+    and the settings of other programs. The command loads the merged folder and compares it with the
+    trained model, on validation samples of the run or on generated images. A difference above
+    rounding errors is an error. The model card contains the results.
 
     Example: finesight merge runs/latex models/latex
     """
-    from finesight.export.merging import merge as merge_and_prove
-    from finesight.infer.load import find_parts
-    from finesight.model.int4 import published_group
+    from finesight.export.verified_merge import merge_and_verify
+    from finesight.infer.model_loader import resolve_model_source
+    from finesight.model.quant.int4 import gptq_group_size
 
-    parts = find_parts(source, base)
-    # The model/ of a run that trained parts whole has no card, and other programs' settings.
-    whole = parts.manifest is not None and parts.folder.path.resolve() != Path(source).resolve()
-    if parts.adapter is None and not whole and published_group(parts.folder) is None:
+    model_source = resolve_model_source(source, base)
+    # The model/ of a full fine-tuning run lacks the model card and settings of other programs.
+    is_full_finetune = (
+        model_source.manifest is not None
+        and model_source.folder.path.resolve() != Path(source).resolve()
+    )
+    if (
+        model_source.adapter is None
+        and not is_full_finetune
+        and gptq_group_size(model_source.folder) is None
+    ):
         raise UserError(
             f"{source} has no adapter",
             where="finesight merge",
-            expected="a run, a folder with an adapter, or a model in four bits",
-            remedy=f"nothing is left to merge: use {source} as it is",
+            expected="a run, an adapter folder, or a 4-bit GPTQ model",
+            remedy=f"use {source} directly: there is nothing to merge",
         )
-    merged = merge_and_prove(
+    result = merge_and_verify(
         source,
-        parts,
+        model_source,
         out,
         precision=precision,
         device=device,
-        samples=samples,
-        shard_bytes=shard_gb * 1e9,
-        say=lambda line: typer.echo(line, err=True),
+        num_samples=num_samples,
+        max_shard_bytes=max_shard_gb * 1e9,
+        log=lambda line: typer.echo(line, err=True),
     )
     if as_json:
-        typer.echo(json.dumps(_as_json(merged, parts)))
+        typer.echo(json.dumps(_result_to_dict(result, model_source)))
     else:
-        _tell(merged, parts)
+        _print_result(result, model_source)
 
 
-def _as_json(merged: Proved, parts: Parts) -> dict[str, Any]:
+def _result_to_dict(merge_result: VerifiedMerge, model_source: ModelSource) -> dict[str, Any]:
     result = {
-        "folder": str(merged.folder),
-        "layers": merged.layers,
-        "precision": merged.precision,
+        "folder": str(merge_result.folder),
+        "merged_layers": merge_result.merged_layers,
+        "precision": merge_result.precision,
     }
-    more = {
-        "trained_in_nf4": parts.nf4,
-        "trained_in_fp8": parts.fp8,
-        "published_in_int4": merged.thawed,
-        "missing": merged.missing,
-        "left_out": merged.left_out,
+    optional_values = {
+        "nf4_parts": model_source.nf4_parts,
+        "fp8_parts": model_source.fp8_parts,
+        "dequantized_layers": merge_result.dequantized_layers,
+        "missing_files": merge_result.missing_files,
+        "dropped_sampling": merge_result.dropped_sampling,
     }
-    shown = {key: value for key, value in more.items() if value}
-    return result | shown | {"parity": merged.parity.as_json()}
+    non_empty = {key: value for key, value in optional_values.items() if value}
+    return result | non_empty | {"parity": merge_result.parity.as_json()}
 
 
-def _tell(merged: Proved, parts: Parts) -> None:
-    """What was written, and what a user of it has to know."""
-    what = f"{merged.layers} layers merged into" if merged.layers else "written to"
-    typer.echo(f"{what} {merged.folder}, {merged.precision}")
-    for line in merged.parity.as_lines():
+def _print_result(merge_result: VerifiedMerge, model_source: ModelSource) -> None:
+    """Print the merged files, the verification and notes for users of the model."""
+    action = (
+        f"{merge_result.merged_layers} layers merged into"
+        if merge_result.merged_layers
+        else "written to"
+    )
+    typer.echo(f"{action} {merge_result.folder}, {merge_result.precision}")
+    for line in merge_result.parity.format_lines():
         typer.echo(line)
-    if merged.thawed:
+    if merge_result.dequantized_layers:
         typer.echo(
-            f"{merged.thawed} layers were published in four bits and are written in"
-            f" {merged.precision}, about four times as large: what they stand for is the same, not"
-            " what it was before it was quantised"
+            f"{merge_result.dequantized_layers} layers were dequantized from 4 bits to"
+            f" {merge_result.precision}, about four times as large. The values equal the 4-bit"
+            " model, not the model before quantization"
         )
-    if parts.quantised:
+    if model_source.quantization_summary:
         typer.echo(
-            f"the run had the weights of {parts.quantised}, the merged model has"
-            " them as published: measure it on more samples (finesight eval)"
+            f"the run used quantized weights ({model_source.quantization_summary}), the merged"
+            " model uses the published weights: evaluate it on more samples (finesight eval)"
         )
-    if merged.left_out:
+    if merge_result.dropped_sampling:
         typer.echo(
-            f"left out of generation_config.json, answers are greedy: {json.dumps(merged.left_out)}"
+            "removed from generation_config.json, for greedy decoding: "
+            + json.dumps(merge_result.dropped_sampling)
         )
-    if merged.missing:
-        typer.echo(f"other programs miss {'; '.join(merged.missing)}: the base has none")
-    picture = None if parts.manifest is None else parts.manifest.picture
-    # The first Qwen-VL knows one size alone.
-    known = picture is None or "image_size" in parts.folder.preprocessor
-    if not known and not isinstance(picture, PixelRange):
-        rule = ", ".join(f"{key} {n}" for key, n in picture or ())
-        typer.echo(f"other programs cannot be told the size of pictures: give them {rule}")
+    if merge_result.missing_files:
+        typer.echo(
+            f"missing for other programs: {'; '.join(merge_result.missing_files)};"
+            " not in the base model"
+        )
+    image_rule = None if model_source.manifest is None else model_source.manifest.image_rule
+    # Qwen-VL (2023) supports a single image size.
+    has_default_rule = image_rule is None or "image_size" in model_source.folder.preprocessor_config
+    if not has_default_rule and not isinstance(image_rule, PixelRange):
+        rule_text = ", ".join(f"{key} {n}" for key, n in image_rule or ())
+        typer.echo(f"other programs cannot store the image size: resize images to {rule_text}")

@@ -1,4 +1,4 @@
-"""Arguments and options that commands share, each said once."""
+"""Define arguments and options shared by several commands."""
 
 from __future__ import annotations
 
@@ -8,92 +8,96 @@ from typing import Annotated, Literal
 
 import typer
 
-from finesight.errors import UserError, escaped_json
+from finesight.errors import UserError, escape_surrogates
 
-RunOrModel = Annotated[
+RunOrModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="RUN_OR_MODEL",
-        help="A run folder, a model or adapter folder, a hub name, or finesight-tiny.",
+        help="Run folder, model or adapter folder, hub name, or finesight-tiny.",
     ),
 ]
 
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
+DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Compute device.")]
 
-Precision = Annotated[
+PrecisionOption = Annotated[
     Literal["auto", "bf16", "fp16", "fp32"],
-    typer.Option(help="auto: bf16 on recent cards, fp16 on older ones, fp32 on a CPU."),
+    typer.Option(
+        help="Compute precision. auto: bf16 on recent GPUs, fp16 on older ones, fp32 on a CPU."
+    ),
 ]
 
-Weights = Annotated[
+WeightFormatOption = Annotated[
     Literal["auto", "nf4", "fp8", "int8", "int4"],
     typer.Option(
-        help="How the decoder's weights and a head of its own are kept: auto: as stored, or as the "
-        "run trained with them; the others are made while loading. Pictures are seen in 16 bits."
+        help="Weight format of the decoder and a separate output head. auto: as stored, or as in "
+        "training. Other formats are quantized while loading. The vision encoder uses 16 bits."
     ),
 ]
 
-SourceFormat = Annotated[
+SourceFormatOption = Annotated[
     str | None,
     typer.Option(
         "--format",
         metavar="NAME",
-        help="samples, openai, ms-swift, llava, llama-factory, qwen-vl, conversations, query, "
-        "picture-path, table, coco, yolo, voc, labelme or folder; else detected.",
+        help="samples, openai, ms-swift, llava, llama-factory, qwen-vl, conversations, "
+        "query-response, image-path, table, coco, yolo, voc, labelme or folder. Default: detected.",
     ),
 ]
 
-Columns = Annotated[
+ColumnsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--map",
         metavar="ROLE=COLUMN",
-        help="What a table's columns are: image, answer, question, box, label; or fields=A,B,C for "
-        "an answer of these columns as JSON.",
+        help="Role of a table column: image, answer, question, box or label; or fields=A,B,C for "
+        "a JSON answer with these columns. Repeatable.",
     ),
 ]
 
-Prompt = Annotated[
+PromptOption = Annotated[
     str | None,
     typer.Option(
-        help="What to ask, after each row's own question if it has one. For box data sets it may "
-        "hold {label} or {labels}."
+        help="Question, appended to the question of the row if it has one. For box datasets it "
+        "may contain {label} or {labels}."
     ),
 ]
 
-Ask = Annotated[
+BoxTaskOption = Annotated[
     Literal["detection", "grounding"],
-    typer.Option(help="Of box data sets: one question for all boxes, or one for each label."),
+    typer.Option(help="Box datasets: one question for all boxes, or one for each label."),
 ]
 
-BoxNumbers = Annotated[
+BoxFormatOption = Annotated[
     Literal["xyxy", "xywh", "cxcywh"] | None,
-    typer.Option("--box-format", help="What a box's numbers are."),
+    typer.Option("--box-format", help="Order of box coordinates."),
 ]
 
-BoxUnits = Annotated[
+BoxUnitsOption = Annotated[
     Literal["pixel", "1", "1000"] | None,
-    typer.Option(help="Pixels of the original picture, or its sides counted as 1 or 1000."),
+    typer.Option(
+        help="Box units: pixels of the original image, or image sides scaled to 1 or 1000."
+    ),
 ]
 
-RowRange = Annotated[
+RowRangeOption = Annotated[
     str | None,
-    typer.Option("--rows", metavar="A:B", help="Rows from A up to but not B, the first is 0."),
+    typer.Option("--rows", metavar="A:B", help="Use rows A to B - 1, counted from 0."),
 ]
 
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Use only the first N rows.")]
 
-AsJson = Annotated[bool, typer.Option("--json", help="The summary as one JSON object.")]
+AsJsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
 
 
-def column_map(pairs: list[str]) -> dict[str, str]:
-    """image=COLUMN, ... as a mapping. Raises UserError for anything else."""
+def parse_column_map(pairs: list[str]) -> dict[str, str]:
+    """Parse ROLE=COLUMN pairs into a mapping. Raises UserError if a pair is invalid."""
     columns: dict[str, str] = {}
     for pair in pairs:
         role, equals, column = pair.partition("=")
         if not equals or not column or role in columns:
             raise UserError(
-                f"{pair!r} {'comes after another column' if role in columns else 'is no mapping'}",
+                f"{pair!r} {'repeats a role' if role in columns else 'is not a mapping'}",
                 where="--map",
                 expected="ROLE=COLUMN, each role once",
                 remedy="for example --map image=path --map answer=caption",
@@ -102,26 +106,26 @@ def column_map(pairs: list[str]) -> dict[str, str]:
     return columns
 
 
-def row_bounds(rows: str | None) -> tuple[int | None, int | None]:
-    """A:B, A: or :B as the bounds of a slice. Raises UserError for anything else."""
-    found = re.fullmatch(r"(-?\d+)?:(-?\d+)?", ":" if rows is None else rows.strip())
-    if not found:
+def parse_row_range(row_range: str | None) -> tuple[int | None, int | None]:
+    """Parse A:B, A: or :B as slice bounds. Raises UserError for other text."""
+    match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", ":" if row_range is None else row_range.strip())
+    if not match:
         raise UserError(
-            f"{rows!r} is no range of rows",
+            f"{row_range!r} is not a range of rows",
             where="--rows",
-            expected="A:B, from row A up to but not row B, counted from 0",
+            expected="A:B, rows A to B - 1, counted from 0",
             remedy="for example --rows 0:3000",
         )
-    start, stop = (None if number is None else int(number) for number in found.groups())
+    start, stop = (None if bound is None else int(bound) for bound in match.groups())
     return start, stop
 
 
-PageLanguage = Annotated[
+LanguageOption = Annotated[
     Literal["en", "zh"] | None,
-    typer.Option("--language", help="Of the page: English or Chinese; by default the locale's."),
+    typer.Option("--language", help="Language of the page. Default: from the locale."),
 ]
 
 
 def echo_json(data: object) -> None:
-    """Print data as one line of JSON, in UTF-8 also where it names files that are not."""
-    typer.echo(escaped_json(json.dumps(data, ensure_ascii=False, default=str)))
+    """Print data as one line of JSON. Invalid UTF-8 in file names is escaped."""
+    typer.echo(escape_surrogates(json.dumps(data, ensure_ascii=False, default=str)))

@@ -1,4 +1,4 @@
-"""`finesight predict`: answers about pictures."""
+"""`finesight predict`: answers to questions about images."""
 
 from __future__ import annotations
 
@@ -7,87 +7,102 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finesight.cli.options import Device, Precision, RunOrModel, Weights, echo_json
+from finesight.cli.options import (
+    DeviceOption,
+    PrecisionOption,
+    RunOrModelArgument,
+    WeightFormatOption,
+    echo_json,
+)
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
-    from finesight.data.jsonl import Located
+    from finesight.data.jsonl import LocatedSample
 
 
 def predict(
-    run_or_model: RunOrModel,
-    pictures: Annotated[
+    run_or_model: RunOrModelArgument,
+    images: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="PICTURE...", help="Pictures, asked about one by one."),
+        typer.Argument(metavar="IMAGE...", help="Images, one question per image."),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="What to ask about each picture.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Question about each image.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="A JSONL file of samples to answer, in place of pictures.")
+        Path | None, typer.Option(help="JSONL file of samples instead of images.")
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest answer in tokens; longer ones are cut there.")
+        int, typer.Option(min=1, help="Maximum length of an answer in tokens.")
     ] = 512,
-    batch: Annotated[int, typer.Option(min=1, help="Questions that are answered together.")] = 16,
-    draw: Annotated[
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per generation batch.")] = 16,
+    annotated_dir: Annotated[
         Path | None,
         typer.Option(
-            file_okay=False, help="Write a copy of each picture, its boxes drawn, into this folder."
+            "--draw",
+            file_okay=False,
+            help="Write a copy of each image with the predicted boxes into this folder.",
         ),
     ] = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    weights: Weights = "auto",
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    weight_format: WeightFormatOption = "auto",
     as_json: Annotated[
         bool,
-        typer.Option("--json", help="One JSON object a line: image, prompt, answer, raw, boxes."),
+        typer.Option(
+            "--json", help="Print one JSON object per line: image, prompt, answer, raw_text, boxes."
+        ),
     ] = False,
 ) -> None:
-    """Answer questions about pictures, greedily: the same question always has the same answer.
+    """Answer questions about images with greedy decoding. Answers are deterministic.
 
-    Boxes are in pixels of the original pictures.
+    Boxes are in pixels of the original images.
 
     Example: finesight predict runs/latex formula.png --prompt "Write the formula as LaTeX."
     """
     from rich.console import Console
 
-    from finesight.infer.draw import draw as draw_to
-    from finesight.infer.load import load_answerer
-    from finesight.infer.predict import predict as answer
-    from finesight.train.progress import Screen
+    from finesight.infer.box_drawing import save_annotated_images
+    from finesight.infer.model_loader import load_inference_model
+    from finesight.infer.prediction import predict as run_prediction
+    from finesight.train.console import TrainingConsole
 
-    asked = _asked(pictures or [], prompt, data)
-    answerer = load_answerer(run_or_model, device, precision, weights)
-    with Screen(Console(stderr=True)).stage("answers", len(asked)) as advance:
-        predictions = answer(
-            answerer.model,
-            answerer.renderer,
-            asked,
+    samples = _load_samples(images or [], prompt, data)
+    inference_model = load_inference_model(run_or_model, device, precision, weight_format)
+    with TrainingConsole(Console(stderr=True)).progress_stage(
+        "answers", len(samples)
+    ) as on_progress:
+        predictions = run_prediction(
+            inference_model.model,
+            inference_model.renderer,
+            samples,
             max_new_tokens=max_new_tokens,
-            batch=batch,
-            advance=advance,
+            batch_size=batch_size,
+            on_progress=on_progress,
         )
     for prediction in predictions:
         if as_json:
             echo_json(prediction.as_json())
         else:
             typer.echo(prediction.as_text())
-    if draw is not None:
-        for path in draw_to(predictions, draw):
-            typer.echo(f"drawn: {path}", err=True)
+    if annotated_dir is not None:
+        for path in save_annotated_images(predictions, annotated_dir):
+            typer.echo(f"saved: {path}", err=True)
 
 
-def _asked(pictures: list[Path], prompt: str | None, data: Path | None) -> list[Located]:
-    from finesight.data.jsonl import Located, read_samples
-    from finesight.infer.predict import questions
+def _load_samples(images: list[Path], prompt: str | None, data: Path | None) -> list[LocatedSample]:
+    from finesight.data.jsonl import LocatedSample, read_samples
+    from finesight.infer.prediction import build_questions
 
-    if data is not None and prompt is None and not pictures:
-        return [Located(sample, data.parent) for sample in read_samples(data, answered=False)]
+    if data is not None and prompt is None and not images:
+        return [
+            LocatedSample(sample, data.parent)
+            for sample in read_samples(data, require_answer=False)
+        ]
     if prompt is not None and data is None:
-        return questions(pictures, prompt)
+        return build_questions(images, prompt)
     raise UserError(
-        f"{len(pictures)} pictures, "
+        f"{len(images)} images, "
         f"{'no ' if prompt is None else ''}--prompt and {'no ' if data is None else ''}--data",
         where="finesight predict",
-        expected="pictures with --prompt TEXT, or --data FILE.jsonl alone",
+        expected="images with --prompt TEXT, or --data FILE.jsonl alone",
         remedy='for example: finesight predict runs/latex a.png --prompt "What is this?"',
     )

@@ -1,4 +1,4 @@
-"""`finesight quickstart`: the whole path on a small task, in minutes, on a CPU."""
+"""`finesight quickstart`: the complete workflow on generated data."""
 
 from __future__ import annotations
 
@@ -10,23 +10,21 @@ import typer
 
 
 def quickstart(
-    out: Annotated[Path, typer.Option(help="A folder for everything that is made.")] = Path(
-        "quickstart"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for all files.")] = Path("quickstart"),
     as_json: Annotated[
-        bool, typer.Option("--json", help="The result as one JSON object at the end.")
+        bool, typer.Option("--json", help="Print the result as one JSON object at the end.")
     ] = False,
 ) -> None:
-    """Draw train tickets, import and check them, and teach the package's small model to read them.
+    """Generate train tickets, import and check them, and fine-tune finesight-tiny on them.
 
-    Needs no network and no GPU. Stopped half-way, the same command goes on where it was.
+    The command needs no network and no GPU. Run it again to resume after an interruption.
 
     Example: finesight quickstart --out /tmp/first
     """
     from rich.console import Console
 
-    from finesight.quickstart import quickstart as run
+    from finesight.quickstart_demo import run_quickstart
 
-    done = run(out, Console(stderr=as_json))
+    result = run_quickstart(out, Console(stderr=as_json))
     if as_json:
-        typer.echo(json.dumps(done.as_json()))
+        typer.echo(json.dumps(result.as_json()))

@@ -1,4 +1,4 @@
-"""`finesight report`: the page of a run, made again."""
+"""`finesight report`: the HTML report of a run."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from typing import Annotated
 
 import typer
 
-from finesight.cli.options import PageLanguage
+from finesight.cli.options import LanguageOption
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", dir_okay=False, help="Where to write it: RUN/report.html."),
+        typer.Option(metavar="FILE", dir_okay=False, help="Output page. Default: RUN/report.html."),
     ] = None,
-    language: PageLanguage = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object.")] = False,
+    language: LanguageOption = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON object.")
+    ] = False,
 ) -> None:
-    """Make the report of a run again: one page with its figures, curves and answers.
+    """Write the report of a run: one page with metrics, loss curves and answers.
 
-    A run writes it at its end, and a short one about once a minute and whenever it is measured;
-    pictures are read anew.
-    The page opens without a network and shows the run as it is now, finished or not. It replaces
-    an older page, and nothing else.
+    Training writes the report at the end, and a short report about once a minute and after each
+    evaluation. This command reads the images again. The page needs no network and shows the current
+    state of the run. It replaces an existing page, but no other file.
 
     Example: finesight report runs/latex --out latex.html
     """

@@ -1,4 +1,4 @@
-"""`finesight serve`: the model behind HTTP."""
+"""`finesight serve`: OpenAI-compatible HTTP server."""
 
 from __future__ import annotations
 
@@ -7,66 +7,77 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finesight.cli.options import Device, Precision, RunOrModel, Weights
+from finesight.cli.options import (
+    DeviceOption,
+    PrecisionOption,
+    RunOrModelArgument,
+    WeightFormatOption,
+)
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
-    from finesight.infer.service import Service
+    from finesight.infer.inference_service import InferenceService
 
 
 def serve(
-    run_or_model: RunOrModel,
+    run_or_model: RunOrModelArgument,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
             metavar="RUN",
-            help="A further run or adapter of the same base, which requests choose by its folder's "
+            help="Additional run or adapter of the same base model. Requests select it by folder "
             "name. Repeatable.",
         ),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Where to listen; beyond this machine a key is needed.")
+        str, typer.Option(help="Listen address. Other addresses than loopback require an API key.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port; 0 selects a free port.")
+    ] = 8000,
     key_file: Annotated[
         Path | None,
-        typer.Option(help="A file with a key on each line; else FINESIGHT_KEY, if it is set."),
+        typer.Option(help="File with one API key per line. Default: FINESIGHT_KEY, if set."),
     ] = None,
     allow_media_host: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="HOST", help="A host that pictures may be fetched from over https. Repeatable."
+            metavar="HOST", help="Allow image downloads over https from this host. Repeatable."
         ),
     ] = None,
     image_format: Annotated[
         list[str] | None,
         typer.Option(
             metavar="FORMAT",
-            help="A format that images may have besides JPEG, PNG, WEBP and GIF: AVIF, BMP, "
-            "JPEG2000, PPM or TIFF. Repeatable.",
+            help="Additional image format besides JPEG, PNG, WEBP and GIF: AVIF, BMP, JPEG2000, "
+            "PPM or TIFF. Repeatable.",
         ),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Answers that grow together.")] = 64,
-    waiting: Annotated[
-        int, typer.Option(min=0, help="Questions that may wait; the next one is refused.")
+    max_num_seqs: Annotated[
+        int, typer.Option(min=1, help="Maximum number of sequences per batch.")
+    ] = 64,
+    max_waiting: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Maximum number of waiting requests; further requests are rejected."
+        ),
     ] = 256,
-    seconds: Annotated[
-        float, typer.Option(min=1, help="Longest time for one request; then it is given up.")
+    request_timeout_s: Annotated[
+        float, typer.Option(min=1, help="Timeout of a request in seconds.")
     ] = 300.0,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    weights: Weights = "auto",
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    weight_format: WeightFormatOption = "auto",
 ) -> None:
-    """Serve a model over HTTP as OpenAI's clients speak it, until Ctrl-C; see docs/en/serving.md.
+    """Start an OpenAI-compatible HTTP server. Ctrl-C stops it; see docs/en/serving.md.
 
     Example: finesight serve runs/latex
     """
     try:
+        from finesight.serve.api_keys import read_api_keys
+        from finesight.serve.api_server import bind_socket, run_api_server
         from finesight.serve.formats import read_formats
-        from finesight.serve.keys import read_keys
-        from finesight.serve.limits import Limits
-        from finesight.serve.run import listen
-        from finesight.serve.run import serve as serve_until_stopped
+        from finesight.serve.server_limits import ServerLimits
     except ImportError as error:
         raise UserError(
             f"the package {error.name} cannot be imported: {error}",
@@ -74,35 +85,38 @@ def serve(
             expected="fastapi, uvicorn, prometheus-client, python-multipart and llguidance",
             remedy="pip install 'finesight[serve]'",
         ) from error
-    from finesight.infer.load import load_choice
+    from finesight.infer.model_loader import load_multi_adapter_model
 
     formats = read_formats(image_format or ())
-    keys = read_keys(key_file)
-    place = listen(host, port, keys)
-    limits = Limits(rows=rows, waiting=waiting, seconds=seconds)
-    answerer = load_choice(run_or_model, adapter or (), device, precision, weights)
-    shown = f"[{host}]" if ":" in host else host
-    address = f"http://{shown}:{place.getsockname()[1]}/v1"
+    keys = read_api_keys(key_file)
+    listener = bind_socket(host, port, keys)
+    limits = ServerLimits(
+        max_num_seqs=max_num_seqs, max_waiting=max_waiting, request_timeout_s=request_timeout_s
+    )
+    inference_model = load_multi_adapter_model(
+        run_or_model, adapter or (), device, precision, weight_format
+    )
+    url_host = f"[{host}]" if ":" in host else host
+    address = f"http://{url_host}:{listener.getsockname()[1]}/v1"
 
-    serve_until_stopped(
-        answerer,
-        place,
-        keys=keys,
+    run_api_server(
+        inference_model,
+        listener,
+        api_keys=keys,
         limits=limits,
-        hosts=allow_media_host or (),
-        formats=formats,
-        ready=lambda service: _announce(service, address, with_key=bool(keys)),
+        allowed_media_hosts=allow_media_host or (),
+        extra_image_formats=formats,
+        on_ready=lambda service: _print_address(service, address, has_api_key=bool(keys)),
     )
 
 
-def _announce(service: Service, address: str, *, with_key: bool) -> None:
-    """Say where it listens, with a line to try."""
-    bearer = ' -H "Authorization: Bearer $FINESIGHT_KEY"' if with_key else ""
-    question = (
-        f'{{"model": "{service.names[0]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    )
-    typer.echo(f"serving {', '.join(service.names)} at {address}")
+def _print_address(service: InferenceService, address: str, *, has_api_key: bool) -> None:
+    """Print the URL and an example request."""
+    auth_header = ' -H "Authorization: Bearer $FINESIGHT_KEY"' if has_api_key else ""
+    messages = '[{"role": "user", "content": "Hello"}]'
+    request_body = f'{{"model": "{service.model_names[0]}", "messages": {messages}}}'
+    typer.echo(f"serving {', '.join(service.model_names)} at {address}")
     typer.echo(
-        f"  curl {address}/chat/completions{bearer} -H 'Content-Type: application/json'"
-        f" -d '{question}'"
+        f"  curl {address}/chat/completions{auth_header} -H 'Content-Type: application/json'"
+        f" -d '{request_body}'"
     )

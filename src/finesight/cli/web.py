@@ -1,4 +1,4 @@
-"""`finesight web`: a page to talk with a model about pictures."""
+"""`finesight web`: chat UI in the browser."""
 
 from __future__ import annotations
 
@@ -9,56 +9,69 @@ from typing import Annotated
 
 import typer
 
-from finesight.cli.options import Device, Precision, RunOrModel, Weights
+from finesight.cli.options import (
+    DeviceOption,
+    PrecisionOption,
+    RunOrModelArgument,
+    WeightFormatOption,
+)
 from finesight.errors import UserError
 
-LEAST_PASSWORD = 8
+MIN_PASSWORD_LENGTH = 8
 
 
 def web(
-    run_or_model: RunOrModel,
+    run_or_model: RunOrModelArgument,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 is reached from the whole network.")
+        str, typer.Option(help="Listen address; 0.0.0.0 accepts connections from the network.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port; 0 selects a free port.")
+    ] = 7860,
     password_file: Annotated[
         Path | None,
         typer.Option(
             dir_okay=False,
-            help="A file with the password to ask for; beyond this machine one is made up else.",
+            help="File with the password. Default: no password on loopback, else a generated one.",
         ),
     ] = None,
-    anybody: Annotated[
-        bool, typer.Option("--open", help="No password, also for the whole network.")
+    no_password: Annotated[
+        bool, typer.Option("--no-password", help="Disable the password, also for the network.")
     ] = False,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    weights: Weights = "auto",
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    weight_format: WeightFormatOption = "auto",
 ) -> None:
-    """Serve a page to talk with a model: pictures, boxes drawn, tuned beside base. Ctrl-C ends it.
+    """Start a chat UI with images, predicted boxes and comparison with the base model.
+
+    Ctrl-C stops the server.
 
     Example: finesight web runs/latex
     """
-    _need_gradio()
-    password, made_up = _password(host, password_file, anybody)
+    _require_gradio()
+    password, is_generated = _resolve_password(host, password_file, no_password)
 
-    from finesight.infer.load import load_choice
-    from finesight.infer.service import Service
-    from finesight.web.server import listening, serve
+    from finesight.infer.inference_service import InferenceService
+    from finesight.infer.model_loader import load_multi_adapter_model
+    from finesight.web.web_server import bind_socket, run_web_server
 
-    with listening(host, port) as listener:
-        service = Service(load_choice(run_or_model, (), device, precision, weights))
+    with bind_socket(host, port) as listener:
+        service = InferenceService(
+            load_multi_adapter_model(run_or_model, (), device, precision, weight_format)
+        )
         try:
-            typer.echo(f"http://{_name(host)}:{listener.getsockname()[1]}")
-            if made_up:
+            typer.echo(f"http://{_get_reachable_host(host)}:{listener.getsockname()[1]}")
+            if is_generated:
                 typer.echo(f"password: {password}")
-                typer.echo("It goes over the network as it is: the page is plain HTTP.")
-            serve(service, listener, password, _is_loopback(host))
+                typer.echo(
+                    "The page uses HTTP without encryption: the password is sent as plain text."
+                )
+            run_web_server(service, listener, password, _is_loopback(host))
         finally:
-            service.close(finish=False)
+            service.close(wait_for_running=False)
 
 
-def _need_gradio() -> None:
+def _require_gradio() -> None:
     if find_spec("gradio") is None:
         raise UserError(
             "gradio is not installed",
@@ -68,18 +81,18 @@ def _need_gradio() -> None:
         )
 
 
-def _password(host: str, file: Path | None, anybody: bool) -> tuple[str | None, bool]:
-    """The password to ask for, if any, and whether it was made up here."""
-    if file is not None and anybody:
+def _resolve_password(host: str, file: Path | None, no_password: bool) -> tuple[str | None, bool]:
+    """Return the password, if any, and whether it is generated."""
+    if file is not None and no_password:
         raise UserError(
-            f"--open is given together with --password-file {file}",
-            where="--open",
-            expected="one of the two",
-            remedy="leave one of the two out",
+            f"--no-password is given with --password-file {file}",
+            where="--no-password",
+            expected="one of the two options",
+            remedy="remove one of the options",
         )
     if file is not None:
         return _read_password(file), False
-    if anybody or _is_loopback(host):
+    if no_password or _is_loopback(host):
         return None, False
     return secrets.token_urlsafe(12), True
 
@@ -94,12 +107,12 @@ def _read_password(file: Path) -> str:
             expected="a text file with the password",
             remedy="correct --password-file",
         ) from error
-    if len(password) < LEAST_PASSWORD:
+    if len(password) < MIN_PASSWORD_LENGTH:
         raise UserError(
-            f"a password of {len(password)} characters",
+            f"the password has {len(password)} characters",
             where=str(file),
-            expected=f"at least {LEAST_PASSWORD}",
-            remedy="write a longer one, or leave --password-file out to have one made up",
+            expected=f"at least {MIN_PASSWORD_LENGTH}",
+            remedy="choose a longer password, or remove --password-file to generate one",
         )
     return password
 
@@ -113,17 +126,16 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _name(host: str) -> str:
-    """What to type into a browser: the address by which others reach this machine, where it listens
-    at all it has."""
+def _get_reachable_host(host: str) -> str:
+    """Return the host for the printed URL; resolve wildcard addresses."""
     import socket
 
     if host in ("0.0.0.0", "::"):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as chosen:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe_socket:
             try:
-                # Nothing is sent: only the way out is looked up, to an address that is nobody's.
-                chosen.connect(("192.0.2.1", 9))
-                return str(chosen.getsockname()[0])
+                # Selects the outgoing interface for a documentation address; sends no packet.
+                probe_socket.connect(("192.0.2.1", 9))
+                return str(probe_socket.getsockname()[0])
             except OSError:
                 return socket.gethostname()
     return f"[{host}]" if ":" in host else host

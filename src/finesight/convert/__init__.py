@@ -1,7 +1,7 @@
-"""Training configurations of ms-swift and LLaMA-Factory become recipes.
+"""Convert training configurations of ms-swift and LLaMA-Factory to recipes.
 
-What each of their settings becomes is a table (`ms_swift_keys` and `llama_factory_keys`, with
-`trainer_keys` for what both take from transformers): a setting of the recipe, nothing with a
-reason, or a difference that is told. Defaults are those of ms-swift 4.6.0, LLaMA-Factory 0.9.5 and
-transformers 5.
+Tables define each setting: `ms_swift_rules`, `llama_factory_rules`, and `hf_trainer_rules` for
+settings of transformers. A setting maps to recipe settings, is ignored with a reason, or is
+unsupported and reported. Defaults are those of ms-swift 4.6.0, LLaMA-Factory 0.9.5 and transformers
+5.
 """

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's data sets by name, as its dataset_info.json describes them."""
+"""Read data sets of LLaMA-Factory from its dataset_info.json."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 
 from finesight.bounded_files import read_json_object
-from finesight.convert.draft import Draft
-from finesight.convert.given import Given
-from finesight.convert.sources import Source
+from finesight.convert.external_config import ExternalConfig
+from finesight.convert.import_commands import DatasetSource
+from finesight.convert.recipe_draft import RecipeDraft
 from finesight.errors import UserError
 
-INFO = "dataset_info.json"
+DATASET_INFO_FILE = "dataset_info.json"
 
-_USUAL = {
+_STANDARD_COLUMNS = {
     "messages": ("conversations", "messages"),
     "images": ("images",),
     "prompt": ("instruction",),
@@ -22,94 +22,120 @@ _USUAL = {
     "system": ("system",),
     "history": ("history",),
 }
-"""What columns are called in the formats that `finesight data import` knows."""
+"""Column names in the formats of `finesight data import`."""
 
 
-def sources_of(given: Given, draft: Draft, key: str) -> list[Source]:
-    """The data sets that `key` lists. Raises UserError for a name that the description lacks."""
-    names = given.words(key)
-    folder = given.text("dataset_dir") or "data"
+def read_dataset_sources(
+    config: ExternalConfig, draft: RecipeDraft, key: str
+) -> list[DatasetSource]:
+    """Return the data sets listed in a setting. Raises UserError for an unknown name."""
+    names = config.get_list(key)
+    folder = config.get_str("dataset_dir") or "data"
     if not names:
         return []
     if folder == "ONLINE":
-        return [_limited(given, Source(_hub(given, name))) for name in names]
-    info = _info(given, folder)
+        return [_apply_limit(config, DatasetSource(_hub_address(config, name))) for name in names]
+    info = _load_dataset_info(config, folder)
     if info is None:
-        text = f"{folder}/{INFO} is not here: correct the commands below, or run this where it is"
-        draft.note("dataset_dir", folder, text)
-        return [_limited(given, Source(f"{folder}/{name}.json")) for name in names]
+        text = (
+            f"{folder}/{DATASET_INFO_FILE} does not exist: correct the commands below, or run"
+            " this command in its folder"
+        )
+        draft.add_note("dataset_dir", folder, text)
+        return [_apply_limit(config, DatasetSource(f"{folder}/{name}.json")) for name in names]
     path, entries = info
-    return [_limited(given, _source(given, draft, path, name, entries)) for name in names]
+    return [
+        _apply_limit(config, _build_source(config, draft, path, name, entries)) for name in names
+    ]
 
 
-def _limited(given: Given, source: Source) -> Source:
-    most = given.count("max_samples")
-    if most is not None and most < 1:
-        raise given.refused("max_samples", "a whole number above 0")
-    limits = [limit for limit in (source.limit, most) if limit is not None]
-    return Source(source.name, min(limits, default=None), source.title)
+def _apply_limit(config: ExternalConfig, source: DatasetSource) -> DatasetSource:
+    max_samples = config.get_int("max_samples")
+    if max_samples is not None and max_samples < 1:
+        raise config.build_error("max_samples", "an integer above 0")
+    limits = [limit for limit in (source.limit, max_samples) if limit is not None]
+    return DatasetSource(source.name, min(limits, default=None), source.title)
 
 
-def _hub(given: Given, name: str) -> str:
-    return f"{'modelscope' if given.switched('USE_MODELSCOPE_HUB') else 'hf'}:{name}"
+def _hub_address(config: ExternalConfig, name: str) -> str:
+    return f"{'modelscope' if config.is_env_enabled('USE_MODELSCOPE_HUB') else 'hf'}:{name}"
 
 
-def _info(given: Given, folder: str) -> tuple[Path, dict[str, object]] | None:
-    """The description and its folder: as seen from here, else from the configuration's folder or
-    one above it."""
-    beside = Path(given.where).parent
-    places = (Path(folder), *(above / folder for above in (beside, *beside.resolve().parents[:3])))
-    for place in places:
-        path = place / INFO
+def _load_dataset_info(
+    config: ExternalConfig, folder: str
+) -> tuple[Path, dict[str, object]] | None:
+    """Load dataset_info.json and return it with its folder.
+
+    Searches the folder relative to the working directory, then to the configuration and its
+    parents.
+    """
+    config_folder = Path(config.where).parent
+    candidates = (
+        Path(folder),
+        *(parent / folder for parent in (config_folder, *config_folder.resolve().parents[:3])),
+    )
+    for candidate in candidates:
+        path = candidate / DATASET_INFO_FILE
         if os.path.exists(path):
             expected = "descriptions of data sets by name"
-            return place, read_json_object(path, expected=expected, remedy="correct the file")
+            return candidate, read_json_object(path, expected=expected, remedy="correct the file")
     return None
 
 
-def _wrong(where: str, what: str, expected: str) -> UserError:
+def _build_error(where: str, what: str, expected: str) -> UserError:
     return UserError(what, where=where, expected=expected, remedy="correct the file")
 
 
-def _source(
-    given: Given, draft: Draft, folder: Path, name: str, entries: dict[str, object]
-) -> Source:
+def _build_source(
+    config: ExternalConfig, draft: RecipeDraft, folder: Path, name: str, entries: dict[str, object]
+) -> DatasetSource:
     entry = entries.get(name)
     if not isinstance(entry, dict):
-        known = ", ".join(list(entries)[:8])
+        known_names = ", ".join(list(entries)[:8])
         raise UserError(
-            f"{name} is not in it",
-            where=str(folder / INFO),
-            expected=f"one of {known}",
-            remedy=f"add {name}, or correct the name in {given.where}",
+            f"does not contain {name}",
+            where=str(folder / DATASET_INFO_FILE),
+            expected=f"one of {known_names}",
+            remedy=f"add {name}, or correct the name in {config.where}",
         )
     if entry.get("ranking"):
-        raise _wrong(str(folder / INFO), f"{name} is for preference learning", "answers to learn")
-    _tell_columns(draft, name, entry)
+        raise _build_error(
+            str(folder / DATASET_INFO_FILE),
+            f"{name} is for preference learning",
+            "supervised fine-tuning data",
+        )
+    _note_renamed_columns(draft, name, entry)
     limit = entry.get("num_samples")
     if isinstance(limit, int) and limit > 0:
-        text = "the first ones are taken, there they were drawn by chance"
-        draft.differs(f"{name}: num_samples", limit, text)
+        text = "the first ones are used; LLaMA-Factory draws random ones"
+        draft.add_difference(f"{name}: num_samples", limit, text)
     else:
         limit = None
-    online = _online(given, entry)
-    if online is not None:
-        return Source(online, limit, name)
+    hub_address = _get_hub_address(config, entry)
+    if hub_address is not None:
+        return DatasetSource(hub_address, limit, name)
     file = entry.get("file_name")
     if not isinstance(file, str):
-        raise _wrong(str(folder / INFO), f"{name} has no file_name", "a file, or a hub's name")
-    media = given.text("media_dir")
+        raise _build_error(
+            str(folder / DATASET_INFO_FILE),
+            f"{name} has no file_name",
+            "a file, or the name of a data set on a hub",
+        )
+    media = config.get_str("media_dir")
     if media is not None and Path(media) != (folder / file).parent:
-        text = "import where its paths are found: they start at the file's folder, or where you are"
-        draft.note("media_dir", media, text)
-    return Source(str(folder / file), limit, name)
+        text = (
+            "run the import where its paths are valid: relative paths start at the data file"
+            " or the current folder"
+        )
+        draft.add_note("media_dir", media, text)
+    return DatasetSource(str(folder / file), limit, name)
 
 
-def _online(given: Given, entry: dict[str, object]) -> str | None:
-    """A hub's name, as LLaMA-Factory chooses where there are two."""
+def _get_hub_address(config: ExternalConfig, entry: dict[str, object]) -> str | None:
+    """Return the hub address, with LLaMA-Factory's choice between two hubs."""
     hf, modelscope = entry.get("hf_hub_url"), entry.get("ms_hub_url")
-    first = given.switched("USE_MODELSCOPE_HUB")
-    if isinstance(modelscope, str) and (first or not isinstance(hf, str)):
+    prefers_modelscope = config.is_env_enabled("USE_MODELSCOPE_HUB")
+    if isinstance(modelscope, str) and (prefers_modelscope or not isinstance(hf, str)):
         hub = f"modelscope:{modelscope}"
     elif isinstance(hf, str):
         hub = f"hf:{hf}"
@@ -121,15 +147,15 @@ def _online(given: Given, entry: dict[str, object]) -> str | None:
     return f"{hub}:{split}" if isinstance(split, str) and split != "train" else hub
 
 
-def _tell_columns(draft: Draft, name: str, entry: dict[str, object]) -> None:
+def _note_renamed_columns(draft: RecipeDraft, name: str, entry: dict[str, object]) -> None:
     columns = entry.get("columns")
     if not isinstance(columns, dict):
         return
-    odd = [
+    renamed = [
         f"{role}={column}"
         for role, column in columns.items()
-        if column not in _USUAL.get(str(role), ()) and column is not None
+        if column not in _STANDARD_COLUMNS.get(str(role), ()) and column is not None
     ]
-    if odd:
-        text = "columns of other names: rename them, or say them by --map in the command below"
-        draft.note(f"{name}: columns", ", ".join(odd), text)
+    if renamed:
+        text = "nonstandard column names: rename them, or map them with --map in the command below"
+        draft.add_note(f"{name}: columns", ", ".join(renamed), text)

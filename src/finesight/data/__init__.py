@@ -1,1 +1,1 @@
-"""From foreign files to samples, and samples in files."""
+"""Dataset files: importers, exporters and readers of samples."""

@@ -1,4 +1,4 @@
-"""Boxes in any of the usual forms become `[x1, y1, x2, y2]` in pixels of the original picture."""
+"""Convert boxes of common conventions to `[x1, y1, x2, y2]` in original pixels."""
 
 from __future__ import annotations
 
@@ -10,107 +10,120 @@ from typing import Literal
 from finesight.errors import UserError
 
 BoxFormat = Literal["xyxy", "xywh", "cxcywh"]
-"""Two corners; top left corner and size; centre and size."""
+"""Two corners; top left corner and size; center and size."""
 
 BoxUnits = Literal["pixel", "1", "1000"]
-"""Pixels of the original picture, or shares of its width and height, the whole being 1 or 1000."""
+"""Pixels of the original image, or coordinates normalized to 1 or 1000."""
 
 Box = tuple[float, float, float, float]
 
 
-class BadBox(UserError):
-    """Numbers that are no box, or one that does not lie in its picture."""
+class InvalidBoxError(UserError):
+    """Invalid coordinates, or a box outside its image."""
 
 
-DECIMALS = 6
-"""To which corners are rounded that are computed from another form: a millionth of a pixel."""
+BOX_DECIMALS = 6
+"""Number of decimals of converted corners: a millionth of a pixel."""
 
-ROUNDING = 1.0
-"""Pixels that a box may stand out of its picture: as much as rounding its corners explains."""
+MAX_OVERHANG_PX = 1.0
+"""Maximum number of pixels by which a box may exceed its image due to rounded corners."""
 
 
 @dataclass(frozen=True, slots=True)
-class BoxForm:
-    """How the four numbers of a box are meant."""
+class BoxConvention:
+    """Format and units of box coordinates."""
 
     format: BoxFormat = "xyxy"
     units: BoxUnits = "pixel"
 
-    def to_pixels(self, numbers: Sequence[float], size: tuple[int, int]) -> Box:
-        """Two corners in pixels of a picture of `size` (height, width)."""
-        a, b, c, d = (float(number) for number in numbers)
+    def to_pixels(self, coordinates: Sequence[float], image_size: tuple[int, int]) -> Box:
+        """Convert to two corners in pixels of an image of size (height, width)."""
+        a, b, c, d = (float(value) for value in coordinates)
         if self.format == "xywh":
             corners = (a, b, a + c, b + d)
         elif self.format == "cxcywh":
             corners = (a - c / 2, b - d / 2, a + c / 2, b + d / 2)
         else:
             corners = (a, b, c, d)
-        if self == BoxForm():
+        if self == BoxConvention():
             return corners
         x1, y1, x2, y2 = corners
         if self.units != "pixel":
-            across, down = (side / float(self.units) for side in reversed(size))
-            x1, y1, x2, y2 = x1 * across, y1 * down, x2 * across, y2 * down
+            scale_x, scale_y = (side / float(self.units) for side in reversed(image_size))
+            x1, y1, x2, y2 = x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y
         # So that sums and shares in binary give the number that was meant, there and back.
-        return (round(x1, DECIMALS), round(y1, DECIMALS), round(x2, DECIMALS), round(y2, DECIMALS))
-
-
-def four_numbers(value: object) -> list[float]:
-    """A list of four numbers, whole, broken or as text. Raises BadBox for anything else."""
-    try:
-        numbers = [float(item) for item in value] if isinstance(value, list | tuple) else []
-    except (TypeError, ValueError, OverflowError):
-        numbers = []
-    if len(numbers) != 4:
-        raise BadBox(
-            f"the box {str(value)[:80]!r}",
-            expected="a list of four numbers",
-            remedy="correct the row, or leave it out",
+        return (
+            round(x1, BOX_DECIMALS),
+            round(y1, BOX_DECIMALS),
+            round(x2, BOX_DECIMALS),
+            round(y2, BOX_DECIMALS),
         )
-    return numbers
 
 
-def fitted(box: Box, size: tuple[int, int], form: BoxForm) -> Box:
-    """The box, clipped where it stands out of its picture by no more than rounding explains.
+def parse_coordinates(value: object) -> list[float]:
+    """Parse a list of four values given as integers, floats or text. Raises InvalidBoxError."""
+    try:
+        coordinates = [float(item) for item in value] if isinstance(value, list | tuple) else []
+    except (TypeError, ValueError, OverflowError):
+        coordinates = []
+    if len(coordinates) != 4:
+        raise InvalidBoxError(
+            f"the box {str(value)[:80]!r}",
+            expected="a list of four coordinates",
+            remedy="correct the row, or remove it",
+        )
+    return coordinates
 
-    Raises BadBox for one that is reversed, has no area or lies further outside of `size`
-    (height, width); `form` is what the box was read as, for the message.
+
+def clip_to_image(box: Box, image_size: tuple[int, int], convention: BoxConvention) -> Box:
+    """Clip a box that exceeds its image by no more than a rounding error.
+
+    Raises:
+        InvalidBoxError: The box is inverted, has no area, or exceeds the image further. The message
+            names the `convention`.
     """
-    height, width = size
+    height, width = image_size
     x1, y1, x2, y2 = box
-    sound = all(map(math.isfinite, box)) and x1 < x2 and y1 < y2
-    inside = min(x1, y1) >= -ROUNDING and x2 <= width + ROUNDING and y2 <= height + ROUNDING
+    is_valid = all(map(math.isfinite, box)) and x1 < x2 and y1 < y2
+    is_inside = (
+        min(x1, y1) >= -MAX_OVERHANG_PX
+        and x2 <= width + MAX_OVERHANG_PX
+        and y2 <= height + MAX_OVERHANG_PX
+    )
     clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
-    if sound and inside and clipped[0] < clipped[2] and clipped[1] < clipped[3]:
+    if is_valid and is_inside and clipped[0] < clipped[2] and clipped[1] < clipped[3]:
         return clipped
-    numbers = ", ".join(f"{number:g}" for number in box)
-    raise BadBox(
-        f"the box [{numbers}] in pixels (read as {form.format} in units of {form.units}) "
-        + ("lies outside of its picture" if sound else "is reversed or has no area"),
-        expected=f"x1 < x2 up to {width} and y1 < y2 up to {height}, after the EXIF turn",
-        remedy=_guess(form),
+    coordinates = ", ".join(f"{value:g}" for value in box)
+    raise InvalidBoxError(
+        f"the box [{coordinates}] in pixels (read as {convention.format} in units of"
+        f" {convention.units}) "
+        + ("is outside its image" if is_valid else "has inverted corners or no area"),
+        expected=f"x1 < x2 up to {width} and y1 < y2 up to {height}, after EXIF rotation",
+        remedy=_suggest_convention(convention),
     )
 
 
-def _guess(form: BoxForm) -> str:
-    other = "xywh" if form.format == "xyxy" else "xyxy"
+def _suggest_convention(convention: BoxConvention) -> str:
+    other = "xywh" if convention.format == "xyxy" else "xyxy"
     return (
-        f"are the boxes {other}? then give --box-format {other}; are they not in units of "
-        f"{form.units}? then give --box-units pixel, 1 or 1000; else correct the row"
+        f"if the boxes are {other}, give --box-format {other}; if they are not in units of "
+        f"{convention.units}, give --box-units pixel, 1 or 1000; otherwise correct the row"
     )
 
 
 def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes, in [0, 1]. Corners in the wrong order make an empty
-    box: who answered or drew it so is mistaken, and it is not put right here."""
+    """Compute the intersection over union of two boxes, in [0, 1].
+
+    Inverted corners count as an empty box: a wrong prediction is not corrected.
+    """
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0 or area(a) == 0 or area(b) == 0:
+    if width <= 0 or height <= 0 or box_area(a) == 0 or box_area(b) == 0:
         return 0.0
-    common = width * height
-    return common / (area(a) + area(b) - common)
+    intersection = width * height
+    return intersection / (box_area(a) + box_area(b) - intersection)
 
 
-def area(box: Box) -> float:
-    """Square pixels of a box; 0 where its corners are in the wrong order."""
+def box_area(box: Box) -> float:
+    """Return the area of a box in square pixels, 0 for inverted corners."""
     return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])

@@ -1,4 +1,4 @@
-"""JSON in running text, and the boxes that two families write in it under `bbox_2d`."""
+"""Find JSON values in text, and boxes under `bbox_2d` as two model families write them."""
 
 from __future__ import annotations
 
@@ -9,56 +9,58 @@ from typing import Any, NamedTuple
 
 BOX_KEY = "bbox_2d"
 LABEL_KEYS = ("label", "text_content")
-_FENCE = re.compile(r"```(?:json)?\s*([\[{][^`]*[\]}])\s*```")
+_CODE_FENCE = re.compile(r"```(?:json)?\s*([\[{][^`]*[\]}])\s*```")
 
-LEVELS = 200
-"""Levels of a JSON value that is found in a text."""
+MAX_JSON_DEPTH = 200
+"""Maximum nesting of a JSON value in a text."""
 
 _DECODER = json.JSONDecoder()
 
-WASTED = 4
-"""Times the length of a text that JSON is looked for in it in vain: brackets that open and never
-close would take the square of it."""
+MAX_SCAN_RATIO = 4
+"""Limit of failed JSON searches as a multiple of the text length: unclosed brackets would need
+quadratic time."""
 
 
-class Found(NamedTuple):
-    """A JSON value that stands in a text at [start, stop)."""
+class JsonMatch(NamedTuple):
+    """A JSON value in a text at [start, stop)."""
 
     start: int
     stop: int
     value: Any
 
 
-class Item(NamedTuple):
-    """What is written of one box: its numbers, whatever they are, and its label."""
+class JsonBox(NamedTuple):
+    """Unvalidated coordinates and label of a box."""
 
-    numbers: Any
+    coordinates: Any
     label: str | None
 
 
-def json_values(text: str, openings: str = "[{") -> Iterator[Found]:
-    """The JSON values in a text that begin with one of `openings`, from left to right, none within
-    another; what begins so and is no JSON of at most `LEVELS` levels is passed over. Ends early in
-    a text that is made of such."""
+def iter_json_values(text: str, openings: str = "[{") -> Iterator[JsonMatch]:
+    """Yield the outermost JSON values that start with one of `openings`, left to right.
+
+    Invalid JSON and values with more than `MAX_JSON_DEPTH` levels are skipped. The search ends
+    early in a text that consists of such values.
+    """
     opening = re.compile(f"[{re.escape(openings)}]")
-    at, left = 0, WASTED * len(text) + 100_000
-    while left > 0 and (found := opening.search(text, at)):
+    offset, left = 0, MAX_SCAN_RATIO * len(text) + 100_000
+    while left > 0 and (match := opening.search(text, offset)):
         try:
-            value, at = _DECODER.raw_decode(text, found.start())
+            value, offset = _DECODER.raw_decode(text, match.start())
         except json.JSONDecodeError as error:
-            at = found.end()
-            left -= error.pos - at + error.pos // 16 + 10  # it counts the lines before it
+            offset = match.end()
+            left -= error.pos - offset + error.pos // 16 + 10  # it counts the lines before it
         except (ValueError, RecursionError):  # a number of thousands of digits; as many levels
             return
         else:
             if not _is_too_deep(value):
-                yield Found(found.start(), at, value)
+                yield JsonMatch(match.start(), offset, value)
 
 
 def _is_too_deep(value: object) -> bool:
-    """Return whether a value nests over `LEVELS` deep: printing it would exceed Python's limit."""
+    """Return whether a value is too deep to print without a recursion error."""
     level = [value]
-    for _ in range(LEVELS):
+    for _ in range(MAX_JSON_DEPTH):
         level = [
             inner
             for one in level
@@ -71,30 +73,31 @@ def _is_too_deep(value: object) -> bool:
     return True
 
 
-def unfenced(text: str) -> str:
-    """The text without code fences around JSON with boxes."""
+def strip_code_fences(text: str) -> str:
+    """Remove code fences around JSON with boxes."""
     if "```" not in text:
         return text
-    return _FENCE.sub(lambda found: found[1] if f'"{BOX_KEY}"' in found[1] else found[0], text)
+    return _CODE_FENCE.sub(lambda found: found[1] if f'"{BOX_KEY}"' in found[1] else found[0], text)
 
 
-def around_boxes(text: str) -> Iterator[str | list[object]]:
-    """A text and the boxes in it in turn: a JSON value with boxes as the list of its items.
+def split_at_boxes(text: str) -> Iterator[str | list[object]]:
+    """Split a text into texts and boxes alternately.
 
-    Texts may be empty; one that still speaks of `bbox_2d` does so outside of JSON.
+    A JSON value with boxes is the list of its items. Texts may be empty. A text that contains
+    `bbox_2d` has it outside of JSON.
     """
     end = 0
-    for found in json_values(text):
-        if BOX_KEY in text[found.start : found.stop]:
-            yield text[end : found.start]
-            yield found.value if isinstance(found.value, list) else [found.value]
-            end = found.stop
+    for match in iter_json_values(text):
+        if BOX_KEY in text[match.start : match.stop]:
+            yield text[end : match.start]
+            yield match.value if isinstance(match.value, list) else [match.value]
+            end = match.stop
     yield text[end:]
 
 
-def box_item(value: object) -> Item | None:
-    """Numbers and label of an object with `bbox_2d` and at most a label; None for anything else."""
+def parse_json_box(value: object) -> JsonBox | None:
+    """Parse an object with `bbox_2d` and an optional label; return None for anything else."""
     if not isinstance(value, dict) or not {BOX_KEY} <= value.keys() <= {BOX_KEY, *LABEL_KEYS}:
         return None
     labels = [str(value[key]) for key in LABEL_KEYS if value.get(key) is not None]
-    return Item(value[BOX_KEY], labels[0] if labels else None)
+    return JsonBox(value[BOX_KEY], labels[0] if labels else None)

@@ -1,4 +1,4 @@
-"""Samples in files: JSON Lines, one sample a line, UTF-8."""
+"""Sample files: JSON Lines, one sample per line, UTF-8."""
 
 from __future__ import annotations
 
@@ -14,122 +14,136 @@ from pydantic import ValidationError
 
 from finesight import storage
 from finesight.data.limits import check_json
-from finesight.data.lines import MARK, Lines, find_lines, opened, read_lines
-from finesight.data.rules import check_sample
+from finesight.data.line_index import (
+    UTF8_BOM,
+    IndexedLines,
+    index_lines,
+    open_data_file,
+    read_lines,
+)
 from finesight.data.sample import (
     BoxPart,
+    ContentPart,
     ImagePart,
     Message,
-    Part,
     Sample,
     TextPart,
     VideoPart,
-    shortest,
+    format_number,
 )
+from finesight.data.sample_validation import validate_sample
 from finesight.errors import UserError
 
-KEYS = tuple(
+SAMPLE_KEYS = tuple(
     dict.fromkeys(
         name
         for kind in (Sample, Message, TextPart, ImagePart, VideoPart, BoxPart)
         for name in kind.model_fields
     )
 )
-"""Every key that a sample or one of its pieces may have."""
+"""All keys of samples and their parts."""
 
 FOREIGN_KEYS = frozenset(
     ("image", "images", "conversations", "conversation", "query", "response", "objects")
 )
-"""Keys by which a row of another program's format is known."""
+"""Keys that identify rows of other dataset formats."""
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
+class LocatedSample:
     """A sample and the folder that its paths are relative to."""
 
     sample: Sample
     folder: Path
 
-    def path(self, name: str) -> Path:
-        """Where a picture or frame of the sample lies."""
+    def resolve_path(self, name: str) -> Path:
+        """Return the path of an image or frame of the sample."""
         return self.folder / name
 
 
-def read_samples(path: Path, *, answered: bool = True) -> list[Sample]:
-    """The samples of a JSONL file, their paths as written; blank lines are passed over.
+def read_samples(path: Path, *, require_answer: bool = True) -> list[Sample]:
+    """Read the samples of a JSONL file with unchanged paths; blank lines are skipped.
 
-    Without `answered`, the last turn may be the user's, as prediction needs no answer. Raises
-    UserError naming file and line for anything that `check_sample` or the types refuse.
+    Args:
+        path: The file.
+        require_answer: Reject samples whose last turn is a user turn.
+
+    Raises:
+        UserError: A sample is invalid. The error names file and line.
     """
     samples = []
     for line, where in read_lines(path):
-        samples.append(parse(line, where))
-        check_sample(samples[-1], where, answered=answered)
+        samples.append(parse_sample(line, where))
+        validate_sample(samples[-1], where, require_answer=require_answer)
     if not samples:
-        raise no_samples(path)
+        raise build_no_samples_error(path)
     return samples
 
 
 @dataclass(frozen=True, slots=True)
-class LineSamples:
-    """The samples of a JSONL file, one a line."""
+class JsonlSamples:
+    """The samples of a JSONL file, one per line."""
 
-    lines: Lines
+    lines: IndexedLines
 
     @property
     def path(self) -> Path:
-        """Of the file."""
+        """Path of the file."""
         return self.lines.path
 
     @property
     def digest(self) -> str:
-        """Of the file's bytes."""
+        """SHA-256 of the bytes of the file."""
         return self.lines.index.digest
 
     def __len__(self) -> int:
         return len(self.lines)
 
-    def located(self, index: int) -> Located:
-        """A sample by its types alone. Raises UserError."""
-        return Located(parse(self.lines[index], self.where(index)), self.path.parent)
+    def read_sample(self, index: int) -> LocatedSample:
+        """Read a sample and check its types. Raises UserError."""
+        return LocatedSample(
+            parse_sample(self.lines[index], self.location(index)), self.path.parent
+        )
 
-    def where(self, index: int) -> str:
-        """File and line as messages name them."""
-        return self.lines.where(index)
+    def location(self, index: int) -> str:
+        """Return file and line for messages."""
+        return self.lines.location(index)
 
-    def first(self, limit: int | None) -> LineSamples:
-        """So many samples at most, from the start."""
-        return LineSamples(self.lines.first(limit))
-
-
-def line_samples(path: Path) -> LineSamples:
-    """The samples of a JSONL file, none of them looked at. Raises UserError."""
-    return LineSamples(find_lines(path))
+    def take(self, limit: int | None) -> JsonlSamples:
+        """Return the first `limit` samples."""
+        return JsonlSamples(self.lines.take(limit))
 
 
-def no_samples(path: Path | str) -> UserError:
-    """The error for a file of data that has none."""
+def open_jsonl_samples(path: Path) -> JsonlSamples:
+    """Open a JSONL file without reading its samples. Raises UserError."""
+    return JsonlSamples(index_lines(path))
+
+
+def build_no_samples_error(path: Path | str) -> UserError:
+    """Build the error of a data file without samples."""
     return UserError(
-        "holds no samples",
+        "contains no samples",
         where=str(path),
-        expected="one sample a line",
-        remedy="make the file with `finesight data import`",
+        expected="one sample per line",
+        remedy="create the file with `finesight data import`",
     )
 
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
-    """Write samples so that `read_samples` gives them back; the file appears in one piece."""
-    lines = (f"{as_line(as_record(sample))}\n".encode() for sample in samples)
-    storage.write_pieces(path, lines)
+    """Write samples atomically in the format of `read_samples`."""
+    lines = (f"{encode_json_line(sample_to_dict(sample))}\n".encode() for sample in samples)
+    storage.write_chunks(path, lines)
 
 
-as_line = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
-"""Write JSON data as one line of text, which may hold what UTF-8 cannot."""
+encode_json_line = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
+"""Encode JSON data as one line of text, which may contain surrogates that UTF-8 cannot encode."""
 
 
-def as_record(sample: Sample, renamed: Callable[[str], str] | None = None) -> dict[str, Any]:
-    """The sample as JSON data, without the keys that say nothing (no label, no references); its
-    images and frames as `renamed`, where that is given."""
+def sample_to_dict(sample: Sample, renamed: Callable[[str], str] | None = None) -> dict[str, Any]:
+    """Convert a sample to JSON data without empty keys.
+
+    `renamed` maps its image and frame paths.
+    """
     fields = sample_fields(sample.messages, sample.references, sample.meta, renamed or str)
     return {"id": sample.id, **fields}
 
@@ -140,7 +154,7 @@ def sample_fields(
     meta: dict[str, Any],
     renamed: Callable[[str], str],
 ) -> dict[str, Any]:
-    """Build the JSON fields of a sample except its id, as `as_record` does."""
+    """Build the JSON fields of a sample except its ID, like `sample_to_dict`."""
     record: dict[str, Any] = {
         "messages": [
             {
@@ -153,11 +167,11 @@ def sample_fields(
     if references:
         record["references"] = list(references)
     if meta:
-        record["meta"] = json_data(meta)
+        record["meta"] = meta
     return record
 
 
-def _part_record(part: Part, renamed: Callable[[str], str]) -> dict[str, Any]:
+def _part_record(part: ContentPart, renamed: Callable[[str], str]) -> dict[str, Any]:
     # Comparing the tag is faster than isinstance: the metaclass of pydantic models is ABCMeta.
     if part.type == "text":
         return {"type": "text", "text": part.text}
@@ -166,91 +180,105 @@ def _part_record(part: Part, renamed: Callable[[str], str]) -> dict[str, Any]:
     if part.type == "video":
         return {"type": "video", "frames": [renamed(f) for f in part.frames], "fps": part.fps}
     label = {} if part.label is None else {"label": part.label}
-    xyxy = [shortest(number) for number in part.xyxy]
+    xyxy = [format_number(number) for number in part.xyxy]
     return {"type": "box", "image": part.image, **label, "xyxy": xyxy}
 
 
-def json_data(value: Any) -> Any:
-    """Return a value as JSON has it: NaN and infinity are null, other types become their text."""
+def to_json_data(value: Any) -> Any:
+    """Convert a value to JSON data: NaN and infinity become null, other types become text."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): json_data(inner) for key, inner in value.items()}
-    return [json_data(one) for one in value] if isinstance(value, list | tuple) else str(value)
+        return {str(key): to_json_data(inner) for key, inner in value.items()}
+    return [to_json_data(one) for one in value] if isinstance(value, list | tuple) else str(value)
 
 
-def sample_from(record: dict[str, Any], where: str) -> Sample:
-    """A sample from JSON data that is already parsed. Raises UserError at `where`."""
+def sample_from_dict(record: dict[str, Any], where: str) -> Sample:
+    """Build a sample from parsed JSON data. Raises UserError at `where`."""
     try:
         return Sample.model_validate(record)
     except ValidationError as error:
-        raise _explained(error, where) from error
+        raise _to_user_error(error, where) from error
 
 
-def read_bytes(path: Path, most: int | None = None) -> bytes:
-    """The content of a data file without a byte order mark. Raises UserError when unreadable, and
-    for one of over `most` bytes."""
-    with opened(path) as file:
-        content = file.read() if most is None else file.read(most + 1)
-    if most is not None and len(content) > most:
+def read_data_file(path: Path, max_bytes: int | None = None) -> bytes:
+    """Read a data file without its byte order mark.
+
+    Raises:
+        UserError: The file is unreadable or too large.
+    """
+    with open_data_file(path) as file:
+        content = file.read() if max_bytes is None else file.read(max_bytes + 1)
+    if max_bytes is not None and len(content) > max_bytes:
         raise UserError(
-            f"a file of more than {most:,} bytes",
+            f"a file of more than {max_bytes:,} bytes",
             where=str(path),
-            expected="the labels of one image, or the description of a data set",
-            remedy="split the file, or take it out of the folder",
+            expected="the labels of one image, or the description of a dataset",
+            remedy="split the file, or remove it from the folder",
         )
-    return content.removeprefix(MARK)
+    return content.removeprefix(UTF8_BOM)
 
 
-def parse(line: bytes, where: str) -> Sample:
-    """The sample of a line by its types alone. Raises UserError at `where`."""
+def parse_sample(line: bytes, where: str) -> Sample:
+    """Parse a line and check its types. Raises UserError at `where`."""
     check_json(line, where)
     try:
         return Sample.model_validate_json(line)
     except ValidationError as error:
-        raise _explained(error, where) from error
+        raise _to_user_error(error, where) from error
 
 
-def _explained(error: ValidationError, where: str) -> UserError:
-    """What pydantic refuses, said in the terms of a sample.
+def _to_user_error(error: ValidationError, where: str) -> UserError:
+    """Convert a pydantic error to a UserError.
 
-    Of several errors an unknown key is told first: it is often the misspelt name of a missing one.
+    Of several errors, an unknown key is reported first: it is often the misspelled name of a
+    missing one.
     """
     errors = error.errors(include_url=False)
     first = min(errors, key=lambda details: details["type"] != "extra_forbidden")
-    kind, value, place = first["type"], first["input"], first["loc"]
+    error_type, value, error_location = first["type"], first["input"], first["loc"]
     # messages.0.content.1 is followed by the type of part that was tried, which no one wrote.
-    key = ".".join(map(str, (*place[:4], *place[5:])))
-    shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-    remedy = "correct the line, or make the file anew with `finesight data import`"
-    if kind == "json_invalid":
+    key = ".".join(map(str, (*error_location[:4], *error_location[5:])))
+    value_repr = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
+    remedy = "correct the line, or create the file again with `finesight data import`"
+    if error_type == "json_invalid":
         return UserError(
             f"broken JSON: {str(first['ctx']['error']).replace('line 1 ', '')}",
             where=where,
-            expected="one whole JSON object on each line",
+            expected="one complete JSON object per line",
             remedy=remedy,
         )
-    if kind == "extra_forbidden" and len(place) == 1 and place[0] in FOREIGN_KEYS:
+    if (
+        error_type == "extra_forbidden"
+        and len(error_location) == 1
+        and error_location[0] in FOREIGN_KEYS
+    ):
         return UserError(
-            f"the key {key}: a row of another program's format, no sample",
+            f"the key {key}: a row of another dataset format, not a sample",
             where=where,
             expected=f"the keys {', '.join(Sample.model_fields)}",
-            remedy="bring it in with `finesight data import` first",
+            remedy="import it with `finesight data import` first",
         )
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(place[-1]), KEYS, n=1)
+    if error_type == "extra_forbidden":
+        matches = difflib.get_close_matches(str(error_location[-1]), SAMPLE_KEYS, n=1)
         return UserError(
-            f"unknown key {key} with the value {shown}",
+            f"unknown key {key} with the value {value_repr}",
             where=where,
-            expected=f"the keys {', '.join(KEYS)}",
-            remedy=f"did you mean {near[0]}?" if near else "remove it; `meta` holds free notes",
+            expected=f"the keys {', '.join(SAMPLE_KEYS)}",
+            remedy=f"did you mean {matches[0]}?"
+            if matches
+            else "remove it; `meta` accepts arbitrary metadata",
         )
     expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    if kind == "union_tag_invalid":
+    if error_type == "union_tag_invalid":
         expected = f"a part with a type of {first['ctx']['expected_tags']}"
-    if kind == "missing":
-        expected = f"the keys {', '.join(KEYS)}, each where it belongs"
-    what = f"the key {key} is missing" if kind == "missing" else f"{key or 'the line'} is {shown}"
+    if error_type == "missing":
+        expected = f"the keys {', '.join(SAMPLE_KEYS)}, each at its level"
+    what = (
+        f"the key {key} is missing"
+        if error_type == "missing"
+        else f"{key or 'the line'} is {value_repr}"
+    )
     return UserError(what, where=where, expected=expected, remedy=remedy)

@@ -1,10 +1,12 @@
-"""Samples in Parquet files: the columns `id` and `messages`, and where needed `references`, `meta`
-and `images`. Messages are JSON in a text, or a list of structs as JSON has them, where a box tells
-its picture's number as a text, since a column has one type.
+"""Samples in Parquet files with the columns `id`, `messages` and optionally `references`, `meta`,
+`images`.
 
-`images` is a list of structs of `path` and `bytes`, as the hubs' data sets have it: then samples
-name their pictures by these paths or, where there are none, by their numbers from 0 on. Without it
-their paths are relative to the file's folder.
+Messages are JSON text, or a list of structs. In structs, the image index of a box is text, because
+a column has one type.
+
+`images` is a list of structs of `path` and `bytes`, as in hub datasets. Samples refer to their
+images by these paths or, without paths, by 0-based index. Without the column, paths are relative to
+the folder of the file.
 """
 
 from __future__ import annotations
@@ -17,112 +19,127 @@ from typing import Any
 import numpy as np
 
 from finesight.bounded_files import parse_json
-from finesight.data.index_files import Index, indexed
-from finesight.data.inside import in_row
-from finesight.data.jsonl import Located, sample_from
-from finesight.data.lines import State, opened, state_of, unchanged
-from finesight.data.parquet_groups import (
-    PICTURES,
-    first_text,
-    group_sizes,
-    has_pictures,
-    metadata,
-    texts,
-    undamaged,
+from finesight.data.container_paths import parquet_row_path
+from finesight.data.index_cache import SampleIndex, load_or_build_index
+from finesight.data.jsonl import LocatedSample, sample_from_dict
+from finesight.data.line_index import FileState, open_data_file, open_unchanged, read_file_state
+from finesight.data.parquet_row_groups import (
+    IMAGES_COLUMN,
+    has_images,
+    list_row_group_sizes,
+    read_first_row,
+    read_parquet_metadata,
+    read_text_columns,
+    translate_parquet_errors,
 )
-from finesight.data.parquet_values import records
-from finesight.digests import digest
+from finesight.data.parquet_values import iter_records
+from finesight.digests import sha256_file
 from finesight.errors import UserError
 
-WRITTEN_AS_JSON = ("messages", "references", "meta")
-"""Columns that may hold JSON in a text."""
+JSON_COLUMNS = ("messages", "references", "meta")
+"""Columns that may contain JSON text."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParquetSamples:
-    """The first `samples` of a Parquet file in the `state` in which they were counted; by the
-    `index`, its groups end before the rows `beside_B`."""
+    """The first `num_samples` samples of an unmodified Parquet file.
+
+    The extra values of the index contain the end row of each group.
+    """
 
     path: Path
-    index: Index
-    state: State
-    samples: int
-    pictured: bool
+    index: SampleIndex
+    file_state: FileState
+    num_samples: int
+    has_images: bool
 
     @property
     def digest(self) -> str:
-        """Of the file's bytes."""
+        """SHA-256 of the bytes of the file."""
         return self.index.digest
 
     def __len__(self) -> int:
-        return self.samples
+        return self.num_samples
 
-    def located(self, index: int) -> Located:
-        """A sample by its types alone. Raises UserError."""
-        ends_G = self.index.beside_B
+    def read_sample(self, index: int) -> LocatedSample:
+        """Read a sample and check its types. Raises UserError."""
+        ends_G = self.index.extra_B
         group = int(np.searchsorted(ends_G, index, side="right"))
-        before = int(ends_G[group - 1]) if group else 0
-        with unchanged(self.path, self.state), undamaged(self.path):
-            (record,) = records(texts(self.path, group).slice(index - before, 1), self.where(index))
-        sample = sample_from(_record(record, self.where(index)), self.where(index))
-        if not self.pictured:
-            return Located(sample, self.path.parent)
-        return Located(sample.with_files(lambda name: in_row(index + 1, name)), self.path)
+        group_start = int(ends_G[group - 1]) if group else 0
+        with open_unchanged(self.path, self.file_state), translate_parquet_errors(self.path):
+            (record,) = iter_records(
+                read_text_columns(self.path, group).slice(index - group_start, 1),
+                self.location(index),
+            )
+        sample = sample_from_dict(
+            _decode_record(record, self.location(index)), self.location(index)
+        )
+        if not self.has_images:
+            return LocatedSample(sample, self.path.parent)
+        return LocatedSample(
+            sample.map_paths(lambda name: parquet_row_path(index + 1, name)), self.path
+        )
 
-    def where(self, index: int) -> str:
-        """File and row as messages name them."""
+    def location(self, index: int) -> str:
+        """Return file and row for messages."""
         return f"{self.path}, row {index + 1}"
 
-    def first(self, limit: int | None) -> ParquetSamples:
-        """So many samples at most, from the start."""
-        return self if limit is None else replace(self, samples=min(limit, self.samples))
+    def take(self, limit: int | None) -> ParquetSamples:
+        """Return the first `limit` samples."""
+        return self if limit is None else replace(self, num_samples=min(limit, self.num_samples))
 
 
-def parquet_samples(path: Path) -> ParquetSamples:
-    """The samples of a Parquet file. Raises UserError for one that is none."""
+def open_parquet_samples(path: Path) -> ParquetSamples:
+    """Open the samples of a Parquet file. Raises UserError for a file of another format."""
 
-    def found() -> Index:
-        ends = np.array([*accumulate(group_sizes(path))], dtype=np.int64)
-        return Index(np.zeros(1, np.int64), ends, digest(path))
+    def build_index() -> SampleIndex:
+        ends = np.array([*accumulate(list_row_group_sizes(path))], dtype=np.int64)
+        return SampleIndex(np.zeros(1, np.int64), ends, sha256_file(path))
 
-    with opened(path) as file:
-        index, state = indexed(file, path, "parquet", found), state_of(file)
-    rows = int(index.beside_B[-1]) if len(index.beside_B) else 0
-    return ParquetSamples(path, index, state, rows, has_pictures(path))
+    with open_data_file(path) as file:
+        index, file_state = (
+            load_or_build_index(file, path, "parquet", build_index),
+            read_file_state(file),
+        )
+    num_rows = int(index.extra_B[-1]) if len(index.extra_B) else 0
+    return ParquetSamples(path, index, file_state, num_rows, has_images(path))
 
 
-def first_record(path: Path) -> dict[str, Any] | None:
-    """The first row as JSON data, without its pictures; None where there is none, or where its
-    texts hold something else. Raises UserError for a file that is no Parquet."""
-    if not metadata(path).num_rows:
+def read_first_record(path: Path) -> dict[str, Any] | None:
+    """Read the first row as JSON data without images.
+
+    Returns None for an empty file or texts that are not JSON. Raises UserError for a file of
+    another format.
+    """
+    if not read_parquet_metadata(path).num_rows:
         return None
     try:
-        with undamaged(path):
-            found = first_text(path)
-        return _record(found, str(path)) | ({PICTURES: []} if has_pictures(path) else {})
+        with translate_parquet_errors(path):
+            row = read_first_row(path)
+        return _decode_record(row, str(path)) | ({IMAGES_COLUMN: []} if has_images(path) else {})
     except UserError:
         return None
 
 
-def _record(record: dict[str, Any], where: str) -> dict[str, Any]:
-    """The row as JSON data: texts that hold JSON read, keys without a value left out."""
+def _decode_record(record: dict[str, Any], location: str) -> dict[str, Any]:
+    """Decode JSON texts of a row and remove keys without a value."""
     try:
-        read = {
-            name: parse_json(value) if name in WRITTEN_AS_JSON and isinstance(value, str) else value
+        decoded = {
+            name: parse_json(value) if name in JSON_COLUMNS and isinstance(value, str) else value
             for name, value in record.items()
         }
     except ValueError as error:
         raise UserError(
             f"broken JSON: {error}",
-            where=where,
-            expected=f"JSON, or lists and structs, in {', '.join(WRITTEN_AS_JSON)}",
+            where=location,
+            expected=f"JSON, or lists and structs, in {', '.join(JSON_COLUMNS)}",
             remedy="write the file again",
         ) from error
-    said: dict[str, Any] = _without_nothing(read)
-    return said
+    cleaned: dict[str, Any] = _drop_none(decoded)
+    return cleaned
 
 
-def _without_nothing(value: Any) -> Any:
+def _drop_none(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nothing(one) for key, one in value.items() if one is not None}
-    return [_without_nothing(one) for one in value] if isinstance(value, list) else value
+        return {key: _drop_none(item) for key, item in value.items() if item is not None}
+    return [_drop_none(item) for item in value] if isinstance(value, list) else value

@@ -1,8 +1,8 @@
-"""Values out of Parquet files as Python has them, in rows of bounded size.
+"""Convert Parquet values to Python values, in batches of bounded size.
 
-Of dates, times and durations some are no Python values: those before the year 1 or after 9999, of
-a fraction of a microsecond, or in a time zone that nobody knows. These become null, are cut to
-microseconds, or are given in UTC.
+Some dates, times and durations have no Python value: years before 1 or after 9999, fractions of a
+microsecond, unknown time zones. They become null, are truncated to microseconds, or are converted
+to UTC.
 """
 
 from __future__ import annotations
@@ -11,76 +11,79 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finesight.data.limits import check_count
+from finesight.data.limits import check_limit
 from finesight.errors import UserError
 
-LARGEST_ROW = 2**28
-"""Bytes of a row: all of it is in memory at once, twice."""
+MAX_ROW_BYTES = 2**28
+"""Maximum number of bytes of a row, of which two copies are in memory."""
 
-LARGEST_BATCH = 2**29
-"""Bytes that the rows of a batch take, at most, where values repeat."""
+MAX_BATCH_BYTES = 2**29
+"""Maximum number of bytes of the rows of a batch with repeated values."""
 
-MOST_ROWS = 64
-"""Rows that are read at once."""
+MAX_BATCH_ROWS = 64
+"""Maximum number of rows of a batch."""
 
-SURE_ROWS = 100_000
-"""Rows that a file of any size may have. Further ones take a byte or more: fewer say that all rows
-are the same, which encodings of Parquet hold in no bytes at all."""
+MAX_UNCHECKED_ROWS = 100_000
+"""Number of rows that is accepted for any file size. More rows need at least a byte each: a smaller
+file repeats one row, which Parquet can encode in no bytes."""
 
 _UNREPRESENTABLE = (ValueError, OverflowError, LookupError)
-"""What a date out of range, or an unknown time zone, raises when it is turned into Python's."""
+"""Exceptions for dates out of range and unknown time zones."""
 
 
-def check_rows(path: Path, rows: int) -> None:
-    """Refuse a file of more rows than bytes.
+def check_row_count(path: Path, rows: int) -> None:
+    """Reject a file with more rows than bytes.
 
     Raises:
-        UserError: All rows are the same, and reading them would take hours or fill the memory.
+        UserError: All rows are identical, and reading them would take hours or exhaust the memory.
     """
     size = path.stat().st_size
-    if rows > max(SURE_ROWS, size):
+    if rows > max(MAX_UNCHECKED_ROWS, size):
         raise UserError(
-            f"{rows:,} rows in {size:,} bytes: they are all the same",
+            f"{rows:,} rows in {size:,} bytes: all rows are identical",
             where=str(path),
-            expected="rows that differ, at least a byte for each",
-            remedy="check how the file was made; write each row once",
+            expected="different rows, with at least one byte each",
+            remedy="check the creation of the file; write each row once",
         )
 
 
-def batch_rows(group: Any) -> int:
-    """Return how many rows of a row group to read at once.
+def get_batch_size(group: Any) -> int:
+    """Return the number of rows of a row group to read as a batch.
 
-    A dictionary holds a value once for all rows that have it: read, each row has its own. The group
-    is asked for its size alone: asked for a damaged column, pyarrow ends the process.
+    A dictionary stores a repeated value once, but each decoded row has a copy. Only the size of the
+    group is used: pyarrow can crash on the size of a corrupt column.
     """
     size: int = group.total_byte_size
-    return max(1, min(MOST_ROWS, LARGEST_BATCH // max(1, size)))
+    return max(1, min(MAX_BATCH_ROWS, MAX_BATCH_BYTES // max(1, size)))
 
 
-def records(batch: Any, where: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a record batch or table as plain records. Raises TooMany at `where`."""
+def iter_records(batch: Any, where: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a record batch or table as dictionaries.
+
+    Raises LimitExceededError at `where`.
+    """
     names = batch.schema.names
-    step = batch.num_rows if batch.nbytes <= LARGEST_ROW else 1
+    step = batch.num_rows if batch.nbytes <= MAX_ROW_BYTES else 1
     for start in range(0, batch.num_rows, max(1, step)):
         rows = batch.slice(start, step)
         if step == 1:
-            check_count(rows.nbytes, LARGEST_ROW, "bytes", where)
-        columns = [_values(column) for column in rows.columns]
+            check_limit(rows.nbytes, MAX_ROW_BYTES, "bytes", where)
+        columns = [_convert_column(column) for column in rows.columns]
         for row in zip(*columns, strict=True):
             yield dict(zip(names, row, strict=True))
 
 
-def _values(column: Any) -> list[Any]:
-    """The values of a column; one by one where some cannot be represented."""
+def _convert_column(column: Any) -> list[Any]:
+    """Return the values of a column, converted individually if some have no Python value."""
     try:
         values: list[Any] = column.to_pylist()
     except _UNREPRESENTABLE:
-        return [_value(scalar) for scalar in column]
+        return [_convert_value(scalar) for scalar in column]
     return values
 
 
-def _value(scalar: Any) -> Any:
-    """One value, of which a part may be a time that Python cannot represent."""
+def _convert_value(scalar: Any) -> Any:
+    """Convert one value, which may contain a time without a Python value."""
     from pyarrow import types
 
     try:
@@ -89,30 +92,33 @@ def _value(scalar: Any) -> Any:
         if not scalar.is_valid:
             return None
         if types.is_temporal(scalar.type) and not types.is_interval(scalar.type):
-            return _time(scalar)
+            return _convert_time(scalar)
         if types.is_struct(scalar.type):
-            return {name: _value(inner) for name, inner in scalar.items()}
+            return {name: _convert_value(inner) for name, inner in scalar.items()}
         if types.is_nested(scalar.type):  # lists, and maps as lists of pairs
-            return [_value(inner) for inner in scalar.values]
+            return [_convert_value(inner) for inner in scalar.values]
         raise
 
 
-def _time(scalar: Any) -> Any:
-    """A time in microseconds and UTC, as far as it is one; None for one out of range."""
+def _convert_time(scalar: Any) -> Any:
+    """Convert a time to microseconds and UTC; None if it is out of range."""
     import pyarrow
 
     kind = scalar.type
     # Nanoseconds alone are converted: of other units a conversion could overflow.
     is_fine = not pyarrow.types.is_date(kind) and kind.unit == "ns"
-    wanted: list[Any] = []
+    candidate_types: list[Any] = []
     if pyarrow.types.is_timestamp(kind):
         unit = "us" if is_fine else kind.unit
-        wanted = [pyarrow.timestamp(unit, kind.tz), pyarrow.timestamp(unit, kind.tz and "UTC")]
+        candidate_types = [
+            pyarrow.timestamp(unit, kind.tz),
+            pyarrow.timestamp(unit, kind.tz and "UTC"),
+        ]
     elif is_fine and pyarrow.types.is_duration(kind):
-        wanted = [pyarrow.duration("us")]
+        candidate_types = [pyarrow.duration("us")]
     elif is_fine:
-        wanted = [pyarrow.time64("us")]
-    for other in wanted:
+        candidate_types = [pyarrow.time64("us")]
+    for other in candidate_types:
         try:
             return scalar.cast(other, safe=False).as_py()
         except _UNREPRESENTABLE:

@@ -1,7 +1,8 @@
-"""The one form that all data takes: a conversation about pictures, boxes as numbers.
+"""The sample format: a conversation about images, with boxes as coordinates.
 
-A JSONL file holds one sample a line. Paths are relative to the file's folder; boxes are
-`[x1, y1, x2, y2]` in pixels of the original picture, after its EXIF turn, origin top left.
+A JSONL file contains one sample per line. Paths are relative to the folder of the file. Boxes are
+`[x1, y1, x2, y2]` in pixels of the original image after EXIF rotation, with the origin at the top
+left.
 """
 
 from __future__ import annotations
@@ -20,82 +21,82 @@ from pydantic import (
 )
 
 
-class Record(BaseModel):
-    """A frozen piece of a sample; unknown keys are refused."""
+class FrozenModel(BaseModel):
+    """Base of immutable sample parts; unknown keys are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class TextPart(Record):
+class TextPart(FrozenModel):
     type: Literal["text"] = "text"
     text: str
 
 
-class ImagePart(Record):
+class ImagePart(FrozenModel):
     type: Literal["image"] = "image"
     image: str
 
 
-class VideoPart(Record):
-    """A video as the pictures of its frames, `fps` of them a second."""
+class VideoPart(FrozenModel):
+    """A video as images of its frames at `fps` frames per second."""
 
     type: Literal["video"] = "video"
     frames: tuple[str, ...] = Field(min_length=1)
     fps: float = Field(default=2.0, gt=0, allow_inf_nan=False)
 
 
-def shortest(number: float) -> int | float:
-    """The number, without a point where it is whole."""
-    return int(number) if number.is_integer() else number
+def format_number(value: float) -> int | float:
+    """Return the number, as an integer if it has no fraction."""
+    return int(value) if value.is_integer() else value
 
 
-Pixels = Annotated[float, PlainSerializer(shortest, when_used="json")]
-"""A coordinate; whole numbers are written without a point."""
+PixelCoordinate = Annotated[float, PlainSerializer(format_number, when_used="json")]
+"""A coordinate; values without a fraction are written as integers."""
 
 
-class BoxPart(Record):
-    """A box in picture number `image` of the sample (from 0, counting image parts only)."""
+class BoxPart(FrozenModel):
+    """A box in image `image` of the sample (0-based, image parts only)."""
 
     type: Literal["box"] = "box"
     image: int = Field(default=0, ge=0)
     label: str | None = None
-    xyxy: tuple[Pixels, Pixels, Pixels, Pixels]
+    xyxy: tuple[PixelCoordinate, PixelCoordinate, PixelCoordinate, PixelCoordinate]
 
 
-Part = Annotated[TextPart | ImagePart | VideoPart | BoxPart, Discriminator("type")]
+ContentPart = Annotated[TextPart | ImagePart | VideoPart | BoxPart, Discriminator("type")]
 
 
 Role = Literal["system", "user", "assistant"]
-"""Who says a message."""
+"""Role of a message."""
 
 
 def _as_parts(value: object) -> object:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-class Message(Record):
+class Message(FrozenModel):
     role: Role
-    content: Annotated[tuple[Part, ...], BeforeValidator(_as_parts)]
+    content: Annotated[tuple[ContentPart, ...], BeforeValidator(_as_parts)]
 
 
-class Sample(Record):
-    """One conversation. `references` are further right answers to its last turn, for scoring."""
+class Sample(FrozenModel):
+    """A conversation. `references` are additional correct answers to the last turn, for scoring."""
 
     id: str
     messages: tuple[Message, ...] = Field(min_length=1)
     references: tuple[str, ...] = ()
     meta: dict[str, Any] = Field(default_factory=dict)
 
-    def parts(self) -> Iterator[Part]:
-        """The parts of all messages, in order."""
+    def iter_parts(self) -> Iterator[ContentPart]:
+        """Yield the parts of all messages in order."""
         return (part for message in self.messages for part in message.content)
 
-    def with_files(self, renamed: Callable[[str], str]) -> Sample:
-        """The same sample with every path of a picture or frame replaced by `renamed(path)`."""
-        return self.with_parts(lambda part: _renamed(part, renamed))
+    def map_paths(self, rename: Callable[[str], str]) -> Sample:
+        """Return the sample with each image and frame path replaced by `rename(path)`."""
+        return self.with_parts(lambda part: _map_part_paths(part, rename))
 
-    def with_parts(self, changed: Callable[[Part], Part]) -> Sample:
-        """Return the same sample with every part replaced by `changed(part)`."""
+    def with_parts(self, changed: Callable[[ContentPart], ContentPart]) -> Sample:
+        """Return the sample with each part replaced by `changed(part)`."""
         messages = []
         for message in self.messages:
             parts = tuple(map(changed, message.content))
@@ -106,16 +107,16 @@ class Sample(Record):
         )
 
 
-def files_of(part: Part) -> tuple[str, ...]:
-    """The paths of the picture or of the video's frames; none for text and boxes."""
+def list_media_paths(part: ContentPart) -> tuple[str, ...]:
+    """Return the paths of the image or video frames; empty for text and boxes."""
     if isinstance(part, ImagePart):
         return (part.image,)
     return part.frames if isinstance(part, VideoPart) else ()
 
 
-def _renamed(part: Part, renamed: Callable[[str], str]) -> Part:
+def _map_part_paths(part: ContentPart, rename: Callable[[str], str]) -> ContentPart:
     if isinstance(part, ImagePart):
-        return ImagePart(image=renamed(part.image))
+        return ImagePart(image=rename(part.image))
     if isinstance(part, VideoPart):
-        return VideoPart(frames=tuple(renamed(path) for path in part.frames), fps=part.fps)
+        return VideoPart(frames=tuple(rename(path) for path in part.frames), fps=part.fps)
     return part

@@ -1,4 +1,4 @@
-"""Rows to train on and rows to measure on, with no picture on both sides."""
+"""Split rows into training and validation without shared images."""
 
 from __future__ import annotations
 
@@ -9,74 +9,82 @@ import numpy as np
 
 from finesight.errors import UserError
 
-Keys = frozenset[str]
-"""The pictures of a row, as keys that are equal for equal pictures."""
+ImageKeys = frozenset[str]
+"""The images of a row as keys that are equal for equal images."""
 
 
-def hold_out_last(rows: Sequence[Keys], count: int) -> tuple[list[int], list[int]]:
-    """The last `count` rows to measure on and, of the others, those to train on that show none of
-    their pictures: (train, eval) as places in `rows`.
+def split_last_rows(rows: Sequence[ImageKeys], num_eval_rows: int) -> tuple[list[int], list[int]]:
+    """Hold out the last rows, and remove training rows that share an image with them.
 
-    With all rows held out there is nothing to train on. Raises UserError for more than there are,
-    and when every other row shows a picture of theirs.
+    Returns:
+        Row indices (train, validation). The training indices are empty if all rows are held out.
+
+    Raises:
+        UserError: There are fewer rows, or every other row shares an image with the held-out rows.
     """
-    first = len(rows) - count
-    if first < 0:
+    num_other_rows = len(rows) - num_eval_rows
+    if num_other_rows < 0:
         raise UserError(
-            f"{count} rows of {len(rows)}",
+            f"{num_eval_rows} rows of {len(rows)}",
             where="the last rows, held out",
             expected=f"at most {len(rows)}",
             remedy="hold out fewer rows",
         )
-    held_out = frozenset[str]().union(*rows[first:])
-    train = [place for place in range(first) if not rows[place] & held_out]
-    if first and not train:
+    eval_images = frozenset[str]().union(*rows[num_other_rows:])
+    train = [row_index for row_index in range(num_other_rows) if not rows[row_index] & eval_images]
+    if num_other_rows and not train:
         raise UserError(
-            f"each of the other {first} rows shows a picture of the last {count}",
+            f"each of the other {num_other_rows} rows shares an image with the last"
+            f" {num_eval_rows}",
             where="the last rows, held out",
-            expected="rows with pictures of their own to train on",
-            remedy="hold out another number of rows, or a share of them",
+            expected="training rows with other images",
+            remedy="hold out another number of rows, or a fraction",
         )
-    return train, list(range(first, len(rows)))
+    return train, list(range(num_other_rows, len(rows)))
 
 
-def split_by_picture(rows: Sequence[Keys], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """About `share` of the rows to train on, the rest to measure on: (train, eval) in file order.
+def split_by_image(
+    rows: Sequence[ImageKeys], train_fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Split about `train_fraction` of the rows for training, the rest for validation, in file
+    order.
 
-    Rows that share a picture stay together; the groups are drawn in an order given by `seed`.
+    Rows that share an image stay together. The groups are shuffled with `seed`.
     """
-    groups = _groups(rows)
-    wanted = max(1, round((1 - share) * len(rows)))
-    held_out: list[int] = []
-    draws = np.random.Philox(np.random.SeedSequence(seed)).random_raw(len(groups))
-    for number in np.argsort(draws, kind="stable"):
-        if len(held_out) + len(groups[number]) <= wanted:
-            held_out += groups[number]
-    if not held_out or len(held_out) == len(rows):
+    groups = _group_rows(rows)
+    num_eval_rows = max(1, round((1 - train_fraction) * len(rows)))
+    eval_rows: list[int] = []
+    random_values = np.random.Philox(np.random.SeedSequence(seed)).random_raw(len(groups))
+    for group_index in np.argsort(random_values, kind="stable"):
+        if len(eval_rows) + len(groups[group_index]) <= num_eval_rows:
+            eval_rows += groups[group_index]
+    if not eval_rows or len(eval_rows) == len(rows):
         raise UserError(
-            f"{len(rows)} rows in {len(groups)} groups that share no picture",
-            where=f"split {share:g}",
-            expected=f"enough groups to train on and {wanted} rows to measure on",
-            remedy="import more rows, or choose another share",
+            f"{len(rows)} rows in {len(groups)} groups without shared images",
+            where=f"split {train_fraction:g}",
+            expected=f"enough groups for training and {num_eval_rows} validation rows",
+            remedy="import more rows, or choose another fraction",
         )
-    chosen = set(held_out)
-    return [place for place in range(len(rows)) if place not in chosen], sorted(held_out)
+    eval_row_set = set(eval_rows)
+    return [row_index for row_index in range(len(rows)) if row_index not in eval_row_set], sorted(
+        eval_rows
+    )
 
 
-def _groups(rows: Sequence[Keys]) -> list[list[int]]:
-    """Rows joined, also over several steps, by a picture that they share (union-find)."""
+def _group_rows(rows: Sequence[ImageKeys]) -> list[list[int]]:
+    """Group rows that share images, also transitively (union-find)."""
     parent = list(range(len(rows)))
 
-    def root(place: int) -> int:
-        while parent[place] != place:
-            parent[place] = place = parent[parent[place]]
-        return place
+    def find_root(row_index: int) -> int:
+        while parent[row_index] != row_index:
+            parent[row_index] = row_index = parent[parent[row_index]]
+        return row_index
 
-    shown: dict[str, int] = {}
-    for place, keys in enumerate(rows):
+    first_row_by_key: dict[str, int] = {}
+    for row_index, keys in enumerate(rows):
         for key in keys:
-            parent[root(place)] = root(shown.setdefault(key, place))
+            parent[find_root(row_index)] = find_root(first_row_by_key.setdefault(key, row_index))
     groups: defaultdict[int, list[int]] = defaultdict(list)
-    for place in range(len(rows)):
-        groups[root(place)].append(place)
+    for row_index in range(len(rows)):
+        groups[find_root(row_index)].append(row_index)
     return list(groups.values())

@@ -1,4 +1,4 @@
-"""A temporary file for what is made of the rows of a source before it is known where it goes."""
+"""A temporary file for encoded rows until their output file is known."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from finesight.errors import UserError
-from finesight.storage import explained
+from finesight.storage import translate_os_errors
 
 FREE_BYTES = 2**30
-MOST_RATIO = 1000
-"""Bytes out for one byte of a source, beyond `FREE_BYTES`: boxes of a thousand classes give 100."""
+MAX_EXPANSION_RATIO = 1000
+"""Maximum ratio of output to source bytes beyond `FREE_BYTES`: boxes of a thousand classes reach
+100."""
 
 
-class Piece(NamedTuple):
-    """Where a piece lies in a spool, in bytes."""
+class SpoolSpan(NamedTuple):
+    """Byte range of a span in a spool."""
 
     start: int
     size: int
 
 
 class Spool:
-    """Pieces in a temporary file in `folder`, of which memory holds the places alone."""
+    """Pieces in a temporary file in `folder`; memory holds only their offsets."""
 
     def __init__(self, folder: Path, source_bytes: int) -> None:
         self._folder = folder
@@ -30,39 +31,39 @@ class Spool:
         self.end = 0
 
     def __enter__(self) -> Self:
-        with explained(self._folder):
+        with translate_os_errors(self._folder):
             self._file = tempfile.TemporaryFile(dir=self._folder, buffering=2**20)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
-    def add(self, content: bytes) -> Piece:
-        """Append a piece.
+    def add(self, content: bytes) -> SpoolSpan:
+        """Append a span.
 
         Raises:
-            UserError: The disk is full, or much more comes out of the source than went in.
+            UserError: The disk is full, or the output is much larger than the source.
         """
-        piece = Piece(self.end, len(content))
+        span = SpoolSpan(self.end, len(content))
         self.end += len(content)
-        if self.end > max(FREE_BYTES, MOST_RATIO * self._source_bytes):
+        if self.end > max(FREE_BYTES, MAX_EXPANSION_RATIO * self._source_bytes):
             raise UserError(
                 f"over {self.end - 1:,} bytes of samples out of {self._source_bytes:,} bytes",
                 where="the source",
-                expected=f"no more than {MOST_RATIO} times its size",
-                remedy="check that it is what it should be; shorten what repeats in each row,"
+                expected=f"no more than {MAX_EXPANSION_RATIO} times its size",
+                remedy="check the source; shorten what repeats in each row,"
                 " or import parts of it with --rows",
             )
         try:
             self._file.write(content)
         except OSError:
-            with explained(self._folder):
+            with translate_os_errors(self._folder):
                 raise
-        return piece
+        return span
 
-    def read(self, piece: Piece) -> bytes:
-        """Return a piece; call `add` no more after this."""
-        self._file.seek(piece.start)
-        content: bytes = self._file.read(piece.size)
-        assert len(content) == piece.size, f"{len(content)} bytes of {piece}"
+    def read(self, span: SpoolSpan) -> bytes:
+        """Return a span; `add` must not be called after the first read."""
+        self._file.seek(span.start)
+        content: bytes = self._file.read(span.size)
+        assert len(content) == span.size, f"{len(content)} bytes of {span}"
         return content

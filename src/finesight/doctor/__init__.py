@@ -1,1 +1,1 @@
-"""What is wrong with a machine, a model, a recipe or a run, and the command that mends it."""
+"""Diagnose a machine, model, recipe or run, and suggest a command for each problem."""

@@ -1,1 +1,1 @@
-"""From a sample to tokens and back: one renderer, one file a family."""
+"""Conversion of samples to tokens and patches, and of generated tokens to text."""

@@ -1,4 +1,4 @@
-"""The families that can be encoded, each in its own file, and what a family must say."""
+"""Registry of model families, and the interface that each family implements."""
 
 from __future__ import annotations
 
@@ -9,74 +9,89 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.encode import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen_vl
-from finesight.encode.dialect import Box, Marks, Piece, PlacedBox, Shot
-from finesight.encode.encoded import Size
+from finesight.encode.family_base import (
+    ImageBox,
+    PredictedBox,
+    PromptPiece,
+    VideoSegment,
+    VisualMarkers,
+)
+from finesight.encode.tokenized_sample import ImageSize
 from finesight.errors import UserError
-from finesight.hub import ModelFolder
+from finesight.model_folder import ModelFolder
 
 
-class Family(Protocol):
-    """What differs between families on the way from a sample to tokens and back."""
+class ModelFamily(Protocol):
+    """Family-specific parts of prompt rendering and answer parsing."""
 
     @property
     def name(self) -> str:
-        """The `model_type` of the family's configuration."""
+        """`model_type` of the model config."""
 
     @property
     def system_prompt(self) -> str | None:
         """The system prompt of the published chat template; None for no system turn."""
 
     @property
-    def thinks(self) -> bool:
-        """Whether an answer begins with a thought (`encode.thought`)."""
+    def has_reasoning(self) -> bool:
+        """True if completions start with reasoning (see `encode.reasoning`)."""
 
     @property
-    def flat(self) -> bool:
-        """Whether positions count tokens, those of pictures included, and know no rows, columns and
-        times."""
+    def uses_1d_positions(self) -> bool:
+        """True for 1D position ids instead of M-RoPE."""
 
     @property
-    def apart(self) -> bool:
-        """Whether a turn's role, the newline after it and its content are each tokenised apart."""
+    def splits_role_tokens(self) -> bool:
+        """True if role, newline and content of a turn are tokenized separately."""
 
     @property
-    def id_keys(self) -> Mapping[str, str]:
-        """Tokens whose ids config.json says again, and under which key, its sections before it."""
+    def token_id_keys(self) -> Mapping[str, str]:
+        """Dotted config.json keys that repeat the id of a token, by token."""
 
-    def marks(self, kind: Literal["image", "video"], number: int) -> Marks:
-        """What stands around the `number`-th picture or video of a conversation, from 1."""
+    def visual_markers(self, kind: Literal["image", "video"], visual_number: int) -> VisualMarkers:
+        """Return the markup around the image or video with this 1-based number."""
 
-    def write_boxes(self, boxes: Sequence[PlacedBox]) -> list[Piece]:
-        """A run of adjacent boxes, at least one, in the family's dialect."""
+    def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
+        """Format adjacent boxes (at least one) in the format of the family."""
 
-    def read_boxes(self, text: str, original: Size, resized: Size) -> list[Box]:
-        """The boxes of an answer, special tokens included, in pixels of the original picture."""
+    def read_boxes(
+        self, text: str, original_size: ImageSize, resized_size: ImageSize
+    ) -> list[PredictedBox]:
+        """Parse the boxes of an answer with special tokens, in pixels of the original image."""
 
-    def shots(self, frames: int, fps: float, depth: int) -> list[Shot]:
-        """How the frames of a video, taken `fps` a second, stand among the tokens; `depth` of them
-        become one group of patches."""
+    def split_video(
+        self, num_frames: int, fps: float, temporal_patch_size: int
+    ) -> list[VideoSegment]:
+        """Split a video with `fps` frames per second into segments of the prompt.
 
-    def time_steps(self, groups: int, seconds: float) -> NDArray[np.int64]:
-        """Temporal positions, from 0, of groups of frames that lie `seconds` apart."""
+        Each patch covers `temporal_patch_size` frames.
+        """
+
+    def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:
+        """Return temporal position ids, from 0, of frame groups `seconds_per_grid` apart."""
 
 
-FAMILIES: Mapping[str, Callable[[ModelFolder], Family]] = {
+FAMILIES: Mapping[str, Callable[[ModelFolder], ModelFamily]] = {
     "qwen2_vl": qwen2_vl.from_folder,
     "qwen2_5_vl": qwen2_5_vl.from_folder,
     "qwen3_vl": qwen3_vl.from_folder,
     "qwen3_vl_moe": qwen3_vl.from_folder,
     "qwen": qwen_vl.from_folder,
 }
-"""By `model_type` of config.json: a new family is a file and a row here."""
+"""Constructors by `model_type` of config.json. Add new families here."""
 
 
-def family_of(folder: ModelFolder) -> Family:
-    """The family that a folder's config.json names. Raises UserError for any but FAMILIES."""
+def load_family(folder: ModelFolder) -> ModelFamily:
+    """Create the family of a model folder.
+
+    Raises:
+        UserError: The family is not supported.
+    """
     if folder.family not in FAMILIES:
         raise UserError(
-            f"a model of the family {folder.family}",
+            f"unsupported model family {folder.family}",
             where=str(folder.path / "config.json"),
             expected=f"one of {', '.join(FAMILIES)}",
-            remedy="choose a model of these families",
+            remedy="choose a model of one of these families",
         )
     return FAMILIES[folder.family](folder)

@@ -1,4 +1,4 @@
-"""Qwen2-VL: boxes between special tokens, in thousandths of the picture; time in whole steps."""
+"""Qwen2-VL: boxes between special tokens in thousandths; temporal positions are frame groups."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.encode.dialect import (
-    THOUSANDTHS,
-    Box,
-    Piece,
-    PlacedBox,
-    SinceQwen2VL,
-    Special,
-    in_whole_numbers,
-    scaled,
+from finesight.encode.family_base import (
+    FRAME_1000,
+    ImageBox,
+    PredictedBox,
+    PromptPiece,
+    Qwen2VLBase,
+    SpecialToken,
+    round_to_frame,
+    scale_box,
 )
-from finesight.encode.encoded import Size
-from finesight.hub import ModelFolder
+from finesight.encode.tokenized_sample import ImageSize
+from finesight.model_folder import ModelFolder
 
 _NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
 _POINT = rf"\({_NUMBER},{_NUMBER}\)"
@@ -33,50 +33,50 @@ _BOX = re.compile(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Qwen2VL(SinceQwen2VL):
-    """Qwen2-VL (Wang et al. 2024, arXiv 2409.12191): dialect of boxes and rule of time."""
+class Qwen2VL(Qwen2VLBase):
+    """Box format and temporal positions of Qwen2-VL (Wang et al. 2024, arXiv 2409.12191)."""
 
     name: str = "qwen2_vl"
 
-    def write_boxes(self, boxes: Sequence[PlacedBox]) -> list[Piece]:
-        """Each box as its label between the reference tokens, when it has one, and its corners,
-        rounded to thousandths of the picture, between the box tokens (section 2.2.1)."""
-        pieces: list[Piece] = []
+    def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
+        """Format boxes with special tokens, in thousandths of the image (section 2.2.1)."""
+        pieces: list[PromptPiece] = []
         for box in boxes:
             if box.label is not None:
-                pieces += [Special("<|object_ref_start|>"), box.label]
-                pieces += [Special("<|object_ref_end|>")]
-            corners = scaled(box.xyxy, box.original, THOUSANDTHS)
-            x1, y1, x2, y2 = in_whole_numbers(corners, THOUSANDTHS)
-            pieces += [Special("<|box_start|>"), f"({x1},{y1}),({x2},{y2})"]
-            pieces += [Special("<|box_end|>")]
+                pieces += [SpecialToken("<|object_ref_start|>"), box.label]
+                pieces += [SpecialToken("<|object_ref_end|>")]
+            corners = scale_box(box.xyxy, box.original_size, FRAME_1000)
+            x1, y1, x2, y2 = round_to_frame(corners, FRAME_1000)
+            pieces += [SpecialToken("<|box_start|>"), f"({x1},{y1}),({x2},{y2})"]
+            pieces += [SpecialToken("<|box_end|>")]
         return pieces
 
-    def read_boxes(self, text: str, original: Size, resized: Size) -> list[Box]:
-        """Every box of an answer, in pixels of the original picture.
+    def read_boxes(
+        self, text: str, original_size: ImageSize, resized_size: ImageSize
+    ) -> list[PredictedBox]:
+        """Parse boxes and scale them to the original image.
 
-        Lenient: the tokens may be missing, spaces and fractions are taken. A box that directly
-        follows another without a label of its own shares that one's: the family names several
-        objects of a kind once.
+        Missing special tokens, spaces and fractions are accepted. A box without a label directly
+        after another box has the label of that box, because the family writes a shared label once.
         """
-        boxes: list[Box] = []
+        boxes: list[PredictedBox] = []
         label, end = None, 0
         for match in _BOX.finditer(text):
-            adjacent = boxes and not text[end : match.start()].strip()
-            label = match["label"] if match["label"] is not None else label if adjacent else None
+            is_adjacent = boxes and not text[end : match.start()].strip()
+            label = match["label"] if match["label"] is not None else label if is_adjacent else None
             end = match.end()
             x1, y1, x2, y2 = (float(number) for number in match.groups()[1:])
-            corners = scaled((x1, y1, x2, y2), THOUSANDTHS, original)
-            # A model that repeats a digit for ever writes numbers beyond what floats hold.
+            corners = scale_box((x1, y1, x2, y2), FRAME_1000, original_size)
+            # Degenerate completions may contain coordinates that overflow a float.
             if all(map(math.isfinite, corners)):
-                boxes.append(Box(label, corners))
+                boxes.append(PredictedBox(label, corners))
         return boxes
 
-    def time_steps(self, groups: int, seconds: float) -> NDArray[np.int64]:
-        """The temporal position of each group of frames: its number, whatever time it spans."""
-        return np.arange(groups, dtype=np.int64)
+    def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:
+        """Return the index of each frame group, independent of time."""
+        return np.arange(grid_t, dtype=np.int64)
 
 
 def from_folder(folder: ModelFolder) -> Qwen2VL:
-    """The same for every model."""
+    """Create the family; it has no model-specific settings."""
     return Qwen2VL()

@@ -1,4 +1,4 @@
-"""Qwen3-VL: boxes as JSON in thousandths of the picture, times of a video as text, thoughts."""
+"""Qwen3-VL: JSON boxes in thousandths of the image, text timestamps of videos, reasoning."""
 
 from __future__ import annotations
 
@@ -8,47 +8,66 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.encode import json_dialect
-from finesight.encode.dialect import THOUSANDTHS, Box, Piece, PlacedBox, Shot, SinceQwen2VL
-from finesight.encode.encoded import Size
-from finesight.hub import ModelFolder
+from finesight.encode import json_box_format
+from finesight.encode.family_base import (
+    FRAME_1000,
+    ImageBox,
+    PredictedBox,
+    PromptPiece,
+    Qwen2VLBase,
+    VideoSegment,
+)
+from finesight.encode.tokenized_sample import ImageSize
+from finesight.model_folder import ModelFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Qwen3VL(SinceQwen2VL):
-    """Qwen3-VL (Bai et al. 2025, Qwen3-VL Technical Report), dense or with experts: dialect of
-    boxes and rule of time.
+class Qwen3VL(Qwen2VLBase):
+    """Box format and video timestamps of Qwen3-VL, dense or MoE (Bai et al. 2025, Qwen3-VL
+    Technical Report).
 
-    `thinks` tells the Thinking edition, whose answers begin with a thought, from Instruct.
+    `has_reasoning` is True for the Thinking edition.
     """
 
     name: str = "qwen3_vl"
     system_prompt: str | None = None
 
-    def write_boxes(self, boxes: Sequence[PlacedBox]) -> list[Piece]:
-        """JSON in whole thousandths of the picture."""
-        return json_dialect.write(boxes, lambda box: THOUSANDTHS)
+    def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
+        """Format boxes as JSON in integer thousandths of the image."""
+        return json_box_format.write_json_boxes(boxes, lambda box: FRAME_1000)
 
-    def read_boxes(self, text: str, original: Size, resized: Size) -> list[Box]:
-        """Every box of an answer, in pixels of the original picture."""
-        return json_dialect.read(text, THOUSANDTHS, original)
+    def read_boxes(
+        self, text: str, original_size: ImageSize, resized_size: ImageSize
+    ) -> list[PredictedBox]:
+        """Parse JSON boxes and scale them to the original image."""
+        return json_box_format.read_json_boxes(text, FRAME_1000, original_size)
 
-    def shots(self, frames: int, fps: float, depth: int) -> list[Shot]:
-        """One for each group of `depth` frames, the time of its middle in front; the last frame
-        stands for those that a group lacks."""
-        shots = []
-        for first in range(0, frames, depth):
-            last = min(first + depth, frames) - 1
-            # The sum and its order as published, so that halves round alike.
-            middle = (first / fps + last / fps) / 2
-            shots.append(Shot(f"<{middle:.1f} seconds>", slice(first, last + 1), depth / fps))
-        return shots
+    def split_video(
+        self, num_frames: int, fps: float, temporal_patch_size: int
+    ) -> list[VideoSegment]:
+        """Return one segment per frame group, with the timestamp of its middle.
 
-    def time_steps(self, groups: int, seconds: float) -> NDArray[np.int64]:
-        """Every group is a picture of its own, at the position where it stands."""
-        return np.zeros(groups, dtype=np.int64)
+        An incomplete last group is padded with the last frame.
+        """
+        segments = []
+        for first_frame in range(0, num_frames, temporal_patch_size):
+            last_frame = min(first_frame + temporal_patch_size, num_frames) - 1
+            # Same order of operations as published, for identical rounding of halves.
+            middle = (first_frame / fps + last_frame / fps) / 2
+            segments.append(
+                VideoSegment(
+                    f"<{middle:.1f} seconds>",
+                    slice(first_frame, last_frame + 1),
+                    temporal_patch_size / fps,
+                )
+            )
+        return segments
+
+    def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:
+        """Return zeros: each frame group is a separate image."""
+        return np.zeros(grid_t, dtype=np.int64)
 
 
 def from_folder(folder: ModelFolder) -> Qwen3VL:
-    """The edition is told by the chat template, which opens a thought or does not."""
-    return Qwen3VL(thinks="<think>" in folder.chat_template, name=folder.family)
+    """Create the family; the chat template of the Thinking edition contains `<think>`."""
+    return Qwen3VL(has_reasoning="<think>" in folder.chat_template, name=folder.family)

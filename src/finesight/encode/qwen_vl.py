@@ -1,4 +1,4 @@
-"""The first Qwen-VL: numbered pictures, boxes between its own tokens in thousandths below 1000."""
+"""Qwen-VL: numbered images, boxes between special tokens in thousandths below 1000."""
 
 from __future__ import annotations
 
@@ -9,94 +9,103 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.encode.dialect import (
-    BELOW_1000,
-    THOUSANDTHS,
-    Box,
-    Marks,
-    Piece,
-    PlacedBox,
-    Shot,
-    Special,
-    in_whole_numbers,
-    scaled,
+from finesight.encode.family_base import (
+    FRAME_1000,
+    QWEN_VL_MAX_COORDINATE,
+    ImageBox,
+    PredictedBox,
+    PromptPiece,
+    SpecialToken,
+    VideoSegment,
+    VisualMarkers,
+    round_to_frame,
+    scale_box,
 )
-from finesight.encode.encoded import Size
 from finesight.encode.qwen2_vl import Qwen2VL
+from finesight.encode.tokenized_sample import ImageSize
 from finesight.errors import UserError
-from finesight.hub import ModelFolder
+from finesight.model_folder import ModelFolder
 
-TOKENS = {
+BOX_TOKENS = {
     "<|object_ref_start|>": "<ref>",
     "<|object_ref_end|>": "</ref>",
     "<|box_start|>": "<box>",
     "<|box_end|>": "</box>",
 }
-"""The marks of Qwen2-VL's boxes, and those of this family."""
+"""Box tokens of Qwen2-VL and the corresponding tokens of Qwen-VL."""
 
 
 @dataclass(frozen=True, slots=True)
 class QwenVL:
-    """Qwen-VL (Bai et al. 2023, arXiv 2308.12966): what stands around pictures, and its boxes.
+    """Image markup and box format of Qwen-VL (Bai et al. 2023, arXiv 2308.12966).
 
-    A prompt is published as text, with a picture's path between `<img>` and `</img>`; the path's
-    bytes stand in 256 places that the picture's features then take. Here the places hold
-    `<imgpad>`, whatever the picture's name.
+    The published prompt contains the image path between `<img>` and `</img>`, padded to 256 tokens
+    that image features replace. Here these tokens are `<imgpad>`, independent of the path.
     """
 
     name: str = "qwen"
     system_prompt: str | None = "You are a helpful assistant."
-    thinks: bool = False
-    flat: bool = True
-    apart: bool = True
-    id_keys: Mapping[str, str] = field(default_factory=lambda: {"<img>": "visual.image_start_id"})
+    has_reasoning: bool = False
+    uses_1d_positions: bool = True
+    splits_role_tokens: bool = True
+    token_id_keys: Mapping[str, str] = field(
+        default_factory=lambda: {"<img>": "visual.image_start_id"}
+    )
 
-    def marks(self, kind: Literal["image", "video"], number: int) -> Marks:
-        """`Picture 1: <img>`, the places, `</img>` and a newline; the number counts the pictures of
-        the conversation."""
-        before = (f"Picture {number}: ", Special("<img>"))
-        return Marks(before, "<imgpad>", (Special("</img>"), "\n"))
+    def visual_markers(self, kind: Literal["image", "video"], visual_number: int) -> VisualMarkers:
+        """Return `Picture 1: <img>`, the placeholder, `</img>` and a newline.
 
-    def write_boxes(self, boxes: Sequence[PlacedBox]) -> list[Piece]:
-        """Each box as its label between the reference tokens, when it has one, and its corners,
-        rounded to thousandths of the picture and below 1000, between the box tokens."""
-        pieces: list[Piece] = []
+        The number counts the images of the conversation.
+        """
+        prefix = (f"Picture {visual_number}: ", SpecialToken("<img>"))
+        return VisualMarkers(prefix, "<imgpad>", (SpecialToken("</img>"), "\n"))
+
+    def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
+        """Format boxes with special tokens, in thousandths of the image below 1000."""
+        pieces: list[PromptPiece] = []
         for box in boxes:
             if box.label is not None:
-                pieces += [Special("<ref>"), box.label, Special("</ref>")]
-            corners = in_whole_numbers(scaled(box.xyxy, box.original, THOUSANDTHS), THOUSANDTHS)
-            x1, y1, x2, y2 = (min(corner, BELOW_1000) for corner in corners)
-            pieces += [Special("<box>"), f"({x1},{y1}),({x2},{y2})", Special("</box>")]
+                pieces += [SpecialToken("<ref>"), box.label, SpecialToken("</ref>")]
+            corners = round_to_frame(scale_box(box.xyxy, box.original_size, FRAME_1000), FRAME_1000)
+            x1, y1, x2, y2 = (min(corner, QWEN_VL_MAX_COORDINATE) for corner in corners)
+            pieces += [SpecialToken("<box>"), f"({x1},{y1}),({x2},{y2})", SpecialToken("</box>")]
         return pieces
 
-    def read_boxes(self, text: str, original: Size, resized: Size) -> list[Box]:
-        """Every box of an answer, in pixels of the original picture; as lenient as Qwen2-VL's."""
-        for theirs, ours in TOKENS.items():
-            text = text.replace(ours, theirs)
-        return Qwen2VL().read_boxes(text, original, resized)
+    def read_boxes(
+        self, text: str, original_size: ImageSize, resized_size: ImageSize
+    ) -> list[PredictedBox]:
+        """Parse boxes as leniently as Qwen2-VL, in pixels of the original image."""
+        for qwen2_token, qwen_token in BOX_TOKENS.items():
+            text = text.replace(qwen_token, qwen2_token)
+        return Qwen2VL().read_boxes(text, original_size, resized_size)
 
-    def shots(self, frames: int, fps: float, depth: int) -> list[Shot]:
-        """The family knows no videos: raises UserError."""
+    def split_video(
+        self, num_frames: int, fps: float, temporal_patch_size: int
+    ) -> list[VideoSegment]:
+        """Raise UserError: the family has no video input."""
         raise UserError(
-            f"a video of {frames} frames",
+            f"a video of {num_frames} frames",
             where="sample",
-            expected="pictures: the first Qwen-VL was never taught videos",
-            remedy="give the frames as pictures, or choose a later family",
+            expected="images; Qwen-VL does not support videos",
+            remedy="use the frames as images, or choose a later family",
         )
 
-    def time_steps(self, groups: int, seconds: float) -> NDArray[np.int64]:
-        """One for a picture; positions do not read it."""
-        return np.zeros(groups, dtype=np.int64)
+    def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:
+        """Return zeros; 1D positions do not use them."""
+        return np.zeros(grid_t, dtype=np.int64)
 
 
 def from_folder(folder: ModelFolder) -> QwenVL:
-    """The same for every model. Raises UserError for the language model without pictures, which
-    names the same family."""
+    """Create the family.
+
+    Raises:
+        UserError: The model is a text-only Qwen, which has the same `model_type`.
+    """
     if not isinstance(folder.config.get("visual"), dict):
         raise UserError(
-            f"visual is {folder.config.get('visual')!r:.40}: a Qwen that reads text alone",
+            f"visual is {folder.config.get('visual')!r:.40}: a text-only Qwen model",
             where=str(folder.path / "config.json"),
-            expected="a Qwen-VL, with its vision tower under visual",
+            expected="a Qwen-VL config with the vision encoder under visual",
             remedy="choose Qwen/Qwen-VL-Chat or Qwen/Qwen-VL",
         )
     return QwenVL()

@@ -1,4 +1,4 @@
-"""Text to token ids: what users write never becomes a special token."""
+"""Tokenizer wrapper that never parses special tokens in user text."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from finesight.errors import UserError
 CACHE_BYTES = 16 << 20
 """Memory limit of the token cache of a tokenizer: prompts recur in sample after sample."""
 
-LARGEST_SHARE = 16
+MAX_TEXT_SHARE = 16
 """A text that takes more than one such part of the cache is not cached."""
 
 _ID_BYTES = 28
-"""Of a Python number."""
+"""Size of a Python int."""
 
 
 class TokenCache:
@@ -51,13 +51,13 @@ class TokenCache:
                 self._ids.move_to_end(text)
                 return found
         ids = self._tokenize(text)
-        cost = _cost(text, ids)
-        if cost <= self._max_bytes // LARGEST_SHARE:
+        cost = _estimate_bytes(text, ids)
+        if cost <= self._max_bytes // MAX_TEXT_SHARE:
             with self._lock:
                 self.bytes += 0 if text in self._ids else cost
                 self._ids[text] = ids
                 while self.bytes > self._max_bytes:
-                    self.bytes -= _cost(*self._ids.popitem(last=False))
+                    self.bytes -= _estimate_bytes(*self._ids.popitem(last=False))
         return ids
 
     def clear(self) -> None:
@@ -67,162 +67,173 @@ class TokenCache:
             self.bytes = 0
 
 
-def _cost(text: str, ids: tuple[int, ...]) -> int:
+def _estimate_bytes(text: str, ids: tuple[int, ...]) -> int:
     return sys.getsizeof(text) + sys.getsizeof(ids) + _ID_BYTES * len(ids)
 
 
-def _byte_letters() -> dict[str, int]:
-    """The letters in which byte-level vocabularies spell bytes (Radford et al. 2019, GPT-2): a
-    byte that prints stands for itself, the others follow from U+0100 on."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    letters = {chr(byte): byte for byte in shown}
-    return letters | {chr(0x100 + place): byte for place, byte in enumerate(hidden)}
+def _build_byte_decoder() -> dict[str, int]:
+    """Return the byte-level BPE alphabet: byte by character (Radford et al. 2019, GPT-2)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    unprintable = [byte for byte in range(256) if byte not in printable]
+    byte_by_char = {chr(byte): byte for byte in printable}
+    return byte_by_char | {chr(0x100 + offset): byte for offset, byte in enumerate(unprintable)}
 
 
-_BYTES = _byte_letters()
+_BYTE_DECODER = _build_byte_decoder()
 
 
 class TextTokenizer(Protocol):
-    """Text to ids and back: what a family's tokenizer can do, whatever file it reads."""
+    """Interface of tokenizers, independent of the file format."""
 
     @property
     def path(self) -> Path:
-        """That file."""
+        """Tokenizer file."""
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """The ids of a text that holds no special token, whatever it spells."""
+        """Tokenize text; special tokens in it are treated as text."""
 
     def clear_cache(self) -> None:
         """Clear the token cache."""
 
-    def id_of(self, token: str) -> int:
-        """The id of a special token by its name. Raises UserError when there is none."""
+    def token_to_id(self, token: str) -> int:
+        """Return the id of a special token.
 
-    def specials(self) -> tuple[str, ...]:
-        """The names of all special tokens, in the order of their ids."""
+        Raises:
+            UserError: The token does not exist.
+        """
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
-        """The text of ids; a character that is cut in the middle becomes U+FFFD."""
+    def list_special_tokens(self) -> tuple[str, ...]:
+        """Return all special tokens in the order of their ids."""
 
-    def name_of(self, token_id: int) -> str:
-        """The vocabulary's own spelling of one id, or an empty text for an id beyond it."""
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Decode ids; an incomplete character becomes U+FFFD."""
 
-    def bytes_of(self, token_id: int) -> bytes:
-        """What a token stands for: a special one for its name, one beyond for nothing."""
+    def id_to_token(self, token_id: int) -> str:
+        """Return the vocabulary entry of an id, or an empty string for an unknown id."""
+
+    def id_to_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of a token; empty for an unknown id."""
 
 
 class Tokenizer:
-    """A `tokenizer.json` that reads the special tokens in a text as the characters they are.
+    """Tokenizer of a `tokenizer.json` that never parses special tokens in text.
 
-    `<|im_end|>` or `<|image_pad|>` typed in a caption would otherwise end a turn or claim a
-    picture that is not there. Special ids come from `id_of` alone. Words that the tokenizer adds
-    to its vocabulary without calling them special, such as `<tool_call>`, stay words.
+    Otherwise `<|im_end|>` or `<|image_pad|>` in a caption would end a turn or claim a missing
+    image. Special token ids come only from `token_to_id`. Added tokens that are not special, such
+    as `<tool_call>`, remain single tokens.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _explained(path, Exception):  # the library raises plain Exception
+        with _translate_library_errors(path, Exception):  # the library raises Exception
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        # A file may ask for both; either would change every text without a word.
+        # tokenizer.json may enable truncation and padding, which would silently change texts.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self._added = frozenset(self._tokenizer.get_added_tokens_decoder())
-        self._ids = TokenCache(self._tokenize)
+        self._added_token_ids = frozenset(self._tokenizer.get_added_tokens_decoder())
+        self._cached_tokenize = TokenCache(self._tokenize)
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
-        # Pickled, the library's object forgets how to treat special tokens; worker processes
-        # that are started afresh read the file again.
+        # Pickling loses encode_special_tokens; spawned worker processes load the file again.
         return Tokenizer, (self.path,)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """The ids of a text that holds no special token, whatever it spells."""
-        return self._ids(text) if text else ()
+        """Tokenize text; special tokens in it are treated as text."""
+        return self._cached_tokenize(text) if text else ()
 
     def clear_cache(self) -> None:
         """Clear the token cache."""
-        self._ids.clear()
+        self._cached_tokenize.clear()
 
-    def id_of(self, token: str) -> int:
-        """The id of a token by its name. Raises UserError when the tokenizer has none."""
-        found = self._tokenizer.token_to_id(token)
-        if found is None:
+    def token_to_id(self, token: str) -> int:
+        """Return the id of a token.
+
+        Raises:
+            UserError: The token does not exist.
+        """
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None:
             raise UserError(
                 f"no token {token}",
                 where=str(self.path),
-                expected="the tokenizer of a Qwen2-VL or a later family",
+                expected="the tokenizer of Qwen2-VL or a later family",
                 remedy="download the model's tokenizer.json again",
             )
-        return int(found)
+        return int(token_id)
 
-    def specials(self) -> tuple[str, ...]:
-        """The names of all special tokens, in the order of their ids."""
-        added = self._tokenizer.get_added_tokens_decoder()
-        return tuple(str(added[i].content) for i in sorted(added) if added[i].special)
+    def list_special_tokens(self) -> tuple[str, ...]:
+        """Return all special tokens in the order of their ids."""
+        added_tokens = self._tokenizer.get_added_tokens_decoder()
+        return tuple(
+            str(added_tokens[i].content) for i in sorted(added_tokens) if added_tokens[i].special
+        )
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
-        """The text of ids; a character that is cut in the middle becomes U+FFFD."""
-        with _explained(self.path):
-            return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special))
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Decode ids; an incomplete character becomes U+FFFD."""
+        with _translate_library_errors(self.path):
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
-    def name_of(self, token_id: int) -> str:
-        """The vocabulary's own spelling of one id, or an empty text for an id beyond it."""
+    def id_to_token(self, token_id: int) -> str:
+        """Return the vocabulary entry of an id, or an empty string for an unknown id."""
         return self._tokenizer.id_to_token(token_id) or ""
 
-    def bytes_of(self, token_id: int) -> bytes:
-        """What a token stands for: a special one for its name, one beyond for nothing."""
-        name = self.name_of(token_id)
-        if token_id in self._added or not set(name) <= set(_BYTES):
+    def id_to_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of a token; empty for an unknown id."""
+        name = self.id_to_token(token_id)
+        if token_id in self._added_token_ids or not set(name) <= set(_BYTE_DECODER):
             return name.encode()
-        return bytes(_BYTES[letter] for letter in name)
+        return bytes(_BYTE_DECODER[char] for char in name)
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
-        with _explained(self.path):
+        with _translate_library_errors(self.path):
             return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 LARGEST_ID = 2**31
-"""Ids are 32-bit numbers."""
+"""Limit of 32-bit ids."""
 
-NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
-"""Normalizers of native families: Unicode forms, which neither cut a text nor make it grow."""
+ALLOWED_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
+"""Normalizers of native families: Unicode forms, which do not truncate or extend texts."""
 
 _EXPECTED = "the tokenizer.json of the tokenizers library"
 _REMEDY = "download the model's tokenizer.json again"
 
 
-def check_file(path: Path, *, native: bool, vocabulary: int) -> None:
-    """Refuse a `tokenizer.json` that would crash the process, change texts or leave the embedding.
+def check_tokenizer_file(path: Path, *, is_native_family: bool, vocabulary: int) -> None:
+    """Reject a `tokenizer.json` that would crash the process, change texts or exceed the embedding.
 
     Args:
         path: The file.
-        native: The family has a byte-level vocabulary, so that only NORMALIZERS are allowed.
-        vocabulary: Rows of the model's embedding; ids of tokens are below.
+        is_native_family: Whether the family has a byte-level vocabulary, so that only
+            ALLOWED_NORMALIZERS are accepted.
+        vocabulary: Number of rows of the embedding; token ids must be below.
 
     Raises:
         UserError: The file is not JSON, its normalizer is damaged or not allowed, or an id is too
             large.
     """
     content = read_json_object(path, expected=_EXPECTED, remedy=_REMEDY)
-    for token, number in _tokens(content):
+    for token, number in _iter_largest_ids(content):
         if not 0 <= number < vocabulary:
             raise UserError(
                 f"the token {token!r:.80} has the id {number}",
                 where=str(path),
                 expected=f"ids below {vocabulary}, the vocab_size of config.json",
-                remedy="take both files from the same model",
+                remedy="use both files of the same model",
             )
-    for normalizer in _normalizers(content.get("normalizer")):
-        kind = normalizer.get("type")
-        if native and kind not in NORMALIZERS:
+    for normalizer in _iter_normalizers(content.get("normalizer")):
+        normalizer_type = normalizer.get("type")
+        if is_native_family and normalizer_type not in ALLOWED_NORMALIZERS:
             raise UserError(
-                f"the normalizer is {kind!r:.80}",
+                f"the normalizer is {normalizer_type!r:.80}",
                 where=str(path),
-                expected=f"none, or one of {', '.join(NORMALIZERS)}",
+                expected=f"none, or one of {', '.join(ALLOWED_NORMALIZERS)}",
                 remedy=_REMEDY,
             )
-        if kind == "Precompiled" and not _is_sound(normalizer.get("precompiled_charsmap")):
+        if normalizer_type == "Precompiled" and not _is_valid_charsmap(
+            normalizer.get("precompiled_charsmap")
+        ):
             raise UserError(
                 "precompiled_charsmap of the normalizer is damaged",
                 where=str(path),
@@ -231,8 +242,8 @@ def check_file(path: Path, *, native: bool, vocabulary: int) -> None:
             )
 
 
-def _tokens(content: dict[str, Any]) -> Iterator[tuple[object, int]]:
-    """Yield the token of the largest id in the vocabulary and the added tokens, with their ids."""
+def _iter_largest_ids(content: dict[str, Any]) -> Iterator[tuple[object, int]]:
+    """Yield the vocabulary token with the largest id, and all added tokens."""
     model, added = content.get("model"), content.get("added_tokens")
     words = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(words, dict) and words:
@@ -243,7 +254,7 @@ def _tokens(content: dict[str, Any]) -> Iterator[tuple[object, int]]:
             yield token.get("content"), token["id"]
 
 
-def _normalizers(tree: object) -> Iterator[dict[str, object]]:
+def _iter_normalizers(tree: object) -> Iterator[dict[str, object]]:
     """Yield the normalizers of a file, those of sequences one by one."""
     if not isinstance(tree, dict):
         return
@@ -252,11 +263,11 @@ def _normalizers(tree: object) -> Iterator[dict[str, object]]:
         yield tree
         return
     for part in parts:
-        yield from _normalizers(part)
+        yield from _iter_normalizers(part)
 
 
-def _is_sound(charsmap: object) -> bool:
-    """Return True if the trie is as long as it says: the library allocates that length."""
+def _is_valid_charsmap(charsmap: object) -> bool:
+    """Return True if the trie has its declared length, which the library allocates."""
     try:
         content = base64.b64decode(str(charsmap), validate=True)
     except ValueError:
@@ -266,18 +277,20 @@ def _is_sound(charsmap: object) -> bool:
 
 
 @contextmanager
-def _explained(path: Path, kind: type[Exception] | tuple[()] = ()) -> Iterator[None]:
-    """Turn errors of a `kind`, and panics of the library, into a UserError about its file."""
+def _translate_library_errors(
+    path: Path, error_types: type[Exception] | tuple[()] = ()
+) -> Iterator[None]:
+    """Convert errors of the given types and panics of the Rust library to UserError."""
     try:
         yield
     except BaseException as error:
-        if not (isinstance(error, kind) or is_panic(error)):
+        if not (isinstance(error, error_types) or is_rust_panic(error)):
             raise
         raise UserError(
             f"not a tokenizer ({error})", where=str(path), expected=_EXPECTED, remedy=_REMEDY
         ) from error
 
 
-def is_panic(error: BaseException) -> bool:
+def is_rust_panic(error: BaseException) -> bool:
     """Return True for a panic of a Rust library, whose exception cannot be imported."""
     return type(error).__name__ == "PanicException"

@@ -1,1 +1,1 @@
-"""Answers scored task by task, with intervals, before against after."""
+"""Evaluation metrics with confidence intervals, and comparison of two evaluations."""

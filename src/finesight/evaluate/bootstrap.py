@@ -1,11 +1,14 @@
-"""Confidence intervals of scores: which samples happen to be in the set (95 %).
+"""95 % confidence intervals of metric scores under sampling of the evaluation set.
 
-A proportion has the exact interval, a difference of two paired proportions Tango's score interval.
-Everything else is a function of sums over the samples and has a Bayesian bootstrap interval (Rubin
-1981) with half a pseudo-observation. The pseudo-observation is a typical sample that is all wrong
-for the lower bound, and all right for the upper bound. Without it, an interval has no width where
-all samples score the same, and covers too rarely near the ends of the scale. With a whole one, a
-mean of bounded values has the bound of Gaffke (2005), which for proportions is the exact one.
+- Proportions: exact interval (Clopper-Pearson).
+- Differences of two paired proportions: Tango's score interval.
+- All other scores: Bayesian bootstrap (Rubin 1981) over sums of the samples, with half a
+  pseudo-observation.
+
+The pseudo-observation is a typical sample that is completely wrong for the lower bound and
+completely right for the upper bound. Without it, an interval has zero width if all samples score
+the same, and its coverage is too low near the ends of the scale. With a pseudo-observation of
+weight 1, a mean of bounded values has the bound of Gaffke (2005), which is exact for proportions.
 `benchmarks/interval_coverage.py` measures the coverage.
 """
 
@@ -20,144 +23,162 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.evaluate.proportions import LEVEL, Interval, clopper_pearson, tango
+from finesight.evaluate.proportions import (
+    CONFIDENCE_LEVEL,
+    ConfidenceInterval,
+    clopper_pearson_interval,
+    tango_interval,
+)
 
-Array = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 
-Weights = Array
+ResampleWeights = FloatArray
 """Weight of each of N samples in each of R resamples: shape (R, N)."""
 
-Sums = Callable[[Weights], Array]
-"""K weighted sums over the samples, for each resample: shape (R, K)."""
+WeightedSumsFn = Callable[[ResampleWeights], FloatArray]
+"""Computes K weighted sums over the samples for each resample: shape (R, K)."""
 
-Ends = tuple[float, float]
+ScoreBounds = tuple[float, float]
 
-BOUNDED: Ends = (0.0, 1.0)
-NON_NEGATIVE: Ends = (0.0, math.inf)
-UNBOUNDED: Ends = (-math.inf, math.inf)
+BOUNDED: ScoreBounds = (0.0, 1.0)
+NON_NEGATIVE: ScoreBounds = (0.0, math.inf)
+UNBOUNDED: ScoreBounds = (-math.inf, math.inf)
 
-RESAMPLES = 2000
+NUM_RESAMPLES = 2000
 SEED = 0
-CHUNK = 4_000_000
-"""Weights held in memory at a time."""
+MAX_CHUNK_ELEMENTS = 4_000_000
+"""Maximum number of weights in memory."""
 
-PSEUDO = 0.5
+PSEUDO_WEIGHT = 0.5
 """Weight of the pseudo-observation; samples have weight 1 on average."""
 
-FEWEST = 6
-"""Samples below which a difference has no interval: five agree by chance once in 16 sets."""
+MIN_SAMPLES = 6
+"""Minimum number of samples for the interval of a difference; five agree by chance in 1 of 16 sets.
+"""
 
-FEWEST_UNBOUNDED = 20
-"""Samples below which a score without known bounds has no interval."""
+MIN_SAMPLES_UNBOUNDED = 20
+"""Minimum number of samples for the interval of a score without known bounds."""
 
-FEWEST_OF_CLASS = 5
-"""Samples of each class or field below which a mean over them has no interval."""
+MIN_SAMPLES_PER_CLASS = 5
+"""Minimum number of samples of each class or field for the interval of a macro mean."""
 
-# As literals: reports look them up in the table of translations.
-FEW = "no interval: fewer than 6 samples"
-FEW_UNBOUNDED = "no interval: fewer than 20 samples"
-RARE = "no interval: a class or field is in fewer than 5 samples"
-EMPTY = "no interval: no sample counts towards it"
-CONSTANT = "no interval: all samples score the same, on a scale without bounds"
-UNCHANGED = "no interval: no sample changed, on a scale without bounds"
+# String literals: reports translate them by lookup.
+REASON_FEW_SAMPLES = "no interval: fewer than 6 samples"
+REASON_FEW_SAMPLES_UNBOUNDED = "no interval: fewer than 20 samples"
+REASON_RARE_CLASS = "no interval: a class or field is in fewer than 5 samples"
+REASON_NO_SAMPLES = "no interval: no sample counts towards it"
+REASON_CONSTANT_SCORE = "no interval: all samples score the same, on a scale without bounds"
+REASON_NO_CHANGE = "no interval: no sample changed, on a scale without bounds"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Estimator:
-    """A score of a set of N samples, as a function of K sums over them.
+class ScoreEstimator:
+    """A score of a set of N samples, computed from K sums.
 
     Attributes:
-        sums: The sums for each resample.
-        value: The score from the sums, (R, K) -> (R,).
-        rates: What each sample contributes to the score, on the scale of the score: shape (N,).
-            For a mean these are the values themselves.
-        worst: Sums of a typical sample of rate 0: shape (K,).
-        slope: Difference of these sums per unit of rate: shape (K,).
-        ends: Rates of the pseudo-observations for the lower and the upper bound.
-        bounded: Whether `ends` are bounds of the score, and not taken from the samples.
-        biased: Whether the score of a set is biased, so that the interval has to be corrected.
-        proportion: Successes and trials of each sample where the score is a proportion: (2, N).
-        reported: The score of the set where it is another estimate than `value` of its sums.
-        undefined: Why neither the score nor a difference has an interval.
-        note: A warning to show beside the score.
+        weighted_sums: Computes the sums of each resample.
+        score_from_sums: Computes the score from the sums, (R, K) -> (R,).
+        sample_rates: Contribution of each sample on the scale of the score, shape (N,); for a mean
+            the values themselves.
+        pseudo_sums: Sums of a typical sample of rate 0, shape (K,).
+        pseudo_slope: Change of these sums per unit of rate, shape (K,).
+        pseudo_rates: Rates of the pseudo-observations for the lower and the upper bound.
+        is_bounded: Whether `pseudo_rates` are bounds of the score instead of estimates.
+        is_biased: Whether the score of a set is biased, so that the interval must be corrected.
+        successes_and_trials: Successes and trials of each sample if the score is a proportion, (2,
+            N).
+        reported_score: Score of the set if it is not `score_from_sums` of its sums.
+        undefined_reason: Reason why neither the score nor a difference has an interval.
+        note: Warning to display with the score.
     """
 
-    sums: Sums
-    value: Callable[[Array], Array]
-    rates: Array
-    worst: Array
-    slope: Array
-    ends: Ends = BOUNDED
-    bounded: bool = True
-    biased: bool = False
-    proportion: Array | None = None
-    reported: float | None = None
-    undefined: str = ""
+    weighted_sums: WeightedSumsFn
+    score_from_sums: Callable[[FloatArray], FloatArray]
+    sample_rates: FloatArray
+    pseudo_sums: FloatArray
+    pseudo_slope: FloatArray
+    pseudo_rates: ScoreBounds = BOUNDED
+    is_bounded: bool = True
+    is_biased: bool = False
+    successes_and_trials: FloatArray | None = None
+    reported_score: float | None = None
+    undefined_reason: str = ""
     note: str = ""
 
     @property
     def score(self) -> float:
-        """The score of the set."""
-        return self.plug_in if self.reported is None else self.reported
+        """Score of the set."""
+        return self.plug_in_score if self.reported_score is None else self.reported_score
 
     @property
-    def plug_in(self) -> float:
-        """The score's function of the sums over the set."""
-        return float(self.value(self.sums(np.ones((1, len(self.rates)))))[0])
+    def plug_in_score(self) -> float:
+        """Score computed from the sums of the set."""
+        return float(
+            self.score_from_sums(self.weighted_sums(np.ones((1, len(self.sample_rates)))))[0]
+        )
 
     @property
-    def samples(self) -> int:
-        """Number of samples that count towards the score."""
-        return len(self.rates) if self.proportion is None else int(self.proportion[1].sum())
+    def num_samples(self) -> int:
+        """Number of samples that the score is based on."""
+        return (
+            len(self.sample_rates)
+            if self.successes_and_trials is None
+            else int(self.successes_and_trials[1].sum())
+        )
 
-    def typical(self, rate: float) -> Array:
-        """Return the sums of a typical sample of that rate: shape (K,)."""
-        return self.worst + rate * self.slope
+    def get_pseudo_sums(self, rate: float) -> FloatArray:
+        """Return the sums of a typical sample of this rate: shape (K,)."""
+        return self.pseudo_sums + rate * self.pseudo_slope
 
-    def missing(self) -> str:
-        """Return why the score has no interval, or an empty string."""
-        if self.undefined or self.bounded or self.proportion is not None:
-            return self.undefined
-        if len(self.rates) < FEWEST_UNBOUNDED:
-            return FEW_UNBOUNDED
-        return CONSTANT if self.ends[0] == self.ends[1] else ""
+    def get_missing_reason(self) -> str:
+        """Return the reason why the score has no interval, or an empty string."""
+        if self.undefined_reason or self.is_bounded or self.successes_and_trials is not None:
+            return self.undefined_reason
+        if len(self.sample_rates) < MIN_SAMPLES_UNBOUNDED:
+            return REASON_FEW_SAMPLES_UNBOUNDED
+        return REASON_CONSTANT_SCORE if self.pseudo_rates[0] == self.pseudo_rates[1] else ""
 
 
-def ratio(above: Array, below: Array, bounds: Ends = BOUNDED) -> Estimator:
-    """Return the estimator of a sum over the samples divided by another one; 0 where both are 0.
+def estimate_ratio(
+    numerator: FloatArray, denominator: FloatArray, bounds: ScoreBounds = BOUNDED
+) -> ScoreEstimator:
+    """Return the estimator of a ratio of sums over the samples.
 
-    The size of the typical sample is the root mean square of `below`, so that a few large samples
-    count. Without an upper bound, the pseudo-observation has rate 1 (an error in every character)
-    or the errors of the worst sample, whichever is more.
+    The ratio is 0 if both sums are 0. The size of the typical sample is the root mean square of
+    `denominator`, so that a few large samples count. Without an upper bound, the
+    pseudo-observation has rate 1 (an error in every character) or that of the worst sample,
+    whichever is larger.
 
     Args:
-        above: Numerator of each sample, shape (N,).
-        below: Denominator of each sample, shape (N,), not negative.
-        bounds: Of the score.
+        numerator: Numerator of each sample, shape (N,).
+        denominator: Denominator of each sample, shape (N,), not negative.
+        bounds: Bounds of the score.
     """
-    columns = np.stack([above, below], axis=1)
-    total = float(below.sum())
-    size = math.sqrt(float((below**2).mean()))
-    score = float(above.sum()) / total if total else 0.0
-    rates = score + (above - score * below) / size if size else np.zeros_like(above)
+    columns = np.stack([numerator, denominator], axis=1)
+    total = float(denominator.sum())
+    size = math.sqrt(float((denominator**2).mean()))
+    score = float(numerator.sum()) / total if total else 0.0
+    rates = score + (numerator - score * denominator) / size if size else np.zeros_like(numerator)
     top = bounds[1] if math.isfinite(bounds[1]) else max(1.0, float(rates.max()))
-    return Estimator(
-        sums=lambda weights: weights @ columns,
-        value=lambda sums: divided(sums[:, 0], sums[:, 1]),
-        rates=rates,
-        worst=np.array([0.0, size]),
-        slope=np.array([size, 0.0]),
-        ends=(0.0, top),
-        proportion=np.stack([above, below]) if _is_proportion(above, below) else None,
-        undefined="" if size else EMPTY,
+    return ScoreEstimator(
+        weighted_sums=lambda weights: weights @ columns,
+        score_from_sums=lambda sums: safe_divide(sums[:, 0], sums[:, 1]),
+        sample_rates=rates,
+        pseudo_sums=np.array([0.0, size]),
+        pseudo_slope=np.array([size, 0.0]),
+        pseudo_rates=(0.0, top),
+        successes_and_trials=np.stack([numerator, denominator])
+        if _is_proportion(numerator, denominator)
+        else None,
+        undefined_reason="" if size else REASON_NO_SAMPLES,
     )
 
 
-def mean(values: Array, bounds: Ends = BOUNDED) -> Estimator:
-    """Return the estimator of the mean of a value of each sample, shape (N,).
+def estimate_mean(values: FloatArray, bounds: ScoreBounds = BOUNDED) -> ScoreEstimator:
+    """Return the estimator of the mean of a value per sample, shape (N,).
 
-    Where the score has no bound, the pseudo-observation lies beyond the samples by half their
-    range. Zeros and ones alone are a proportion, save where values are known to be counts.
+    Without bounds, the pseudo-observation exceeds the samples by half their range. Values 0 and 1
+    are a proportion, unless `bounds` declares them counts.
     """
     ones = np.ones_like(values)
     columns = np.stack([values, ones], axis=1)
@@ -165,229 +186,270 @@ def mean(values: Array, bounds: Ends = BOUNDED) -> Estimator:
     beyond = (most - least) / 2
     bounded = all(map(math.isfinite, bounds))
     shares = bounds != NON_NEGATIVE and _is_proportion(values, ones)
-    return Estimator(
-        sums=lambda weights: weights @ columns,
-        value=lambda sums: divided(sums[:, 0], sums[:, 1]),
-        rates=values,
-        worst=np.array([0.0, 1.0]),
-        slope=np.array([1.0, 0.0]),
-        ends=bounds if bounded else (max(bounds[0], least - beyond), most + beyond),
-        bounded=bounded,
-        proportion=np.stack([values, ones]) if shares else None,
+    return ScoreEstimator(
+        weighted_sums=lambda weights: weights @ columns,
+        score_from_sums=lambda sums: safe_divide(sums[:, 0], sums[:, 1]),
+        sample_rates=values,
+        pseudo_sums=np.array([0.0, 1.0]),
+        pseudo_slope=np.array([1.0, 0.0]),
+        pseudo_rates=bounds if bounded else (max(bounds[0], least - beyond), most + beyond),
+        is_bounded=bounded,
+        successes_and_trials=np.stack([values, ones]) if shares else None,
     )
 
 
 class SampleGroup(NamedTuple):
-    """Samples that contribute to a class or field, shape (M,), and V values of each, (M, V)."""
+    """Indices (M,) and values (M, V) of the samples of a class or field."""
 
-    samples: NDArray[np.int64]
-    values: Array
+    sample_indices: NDArray[np.int64]
+    values: FloatArray
 
 
-def typical_classes(counts: Sequence[int], samples: int) -> tuple[Array, str]:
-    """Return how much of each class or field a typical sample has, for a mean over the classes.
+def typical_classes(counts: Sequence[int], num_samples: int) -> tuple[FloatArray, str]:
+    """Return the share of each class in a typical sample, for a macro mean.
 
-    That is the class's share of the samples. Where one sample of the rarest class moves the mean
-    by more than such a sample does, it is the rarest class alone.
+    This is the share of the class or field in the samples. If one sample of the rarest class
+    affects the mean more than such a sample, it is the rarest class only.
 
     Args:
-        counts: Samples that have each class, shape (C,).
-        samples: All samples.
+        counts: Number of samples of each class, shape (C,).
+        num_samples: Number of all samples.
 
     Returns:
-        The parts, shape (C,), and why the mean has no interval, or an empty string.
+        The shares, shape (C,), and the reason why the mean has no interval, or an empty string.
     """
     rarest = int(np.argmin(counts))
-    parts = np.array(counts, np.float64) / samples
-    if counts[rarest] * len(counts) < samples:
+    parts = np.array(counts, np.float64) / num_samples
+    if counts[rarest] * len(counts) < num_samples:
         parts = np.zeros(len(counts))
         parts[rarest] = 1.0
-    return parts, RARE if counts[rarest] < FEWEST_OF_CLASS else ""
+    return parts, REASON_RARE_CLASS if counts[rarest] < MIN_SAMPLES_PER_CLASS else ""
 
 
-def grouped_sums(groups: Sequence[SampleGroup], samples: int) -> Sums:
-    """Return V sums for each group, one group after the other: (R, N) -> (R, groups * V)."""
-    # A product with a dense matrix is faster than gathering most of the weights.
+def build_grouped_sums(groups: Sequence[SampleGroup], num_samples: int) -> WeightedSumsFn:
+    """Return a function of V sums per group, concatenated: (R, N) -> (R, groups * V)."""
+    # For large groups a dense matrix product is faster than indexing the weights.
     dense = {
-        place: _dense(group, samples)
-        for place, group in enumerate(groups)
-        if 2 * len(group.samples) > samples
+        index: _to_dense(group, num_samples)
+        for index, group in enumerate(groups)
+        if 2 * len(group.sample_indices) > num_samples
     }
 
-    def sums(weights: Weights) -> Array:
+    def sums(weights: ResampleWeights) -> FloatArray:
         found = [
-            weights @ dense[place] if place in dense else weights.T[one.samples].T @ one.values
-            for place, one in enumerate(groups)
+            weights @ dense[index]
+            if index in dense
+            else weights.T[group.sample_indices].T @ group.values
+            for index, group in enumerate(groups)
         ]
         return np.concatenate(found, axis=1) if found else np.zeros((len(weights), 0))
 
     return sums
 
 
-def _dense(group: SampleGroup, samples: int) -> Array:
-    values = np.zeros((samples, group.values.shape[1]))
-    values[group.samples] = group.values
+def _to_dense(group: SampleGroup, num_samples: int) -> FloatArray:
+    values = np.zeros((num_samples, group.values.shape[1]))
+    values[group.sample_indices] = group.values
     return values
 
 
-def _is_proportion(above: Array, below: Array) -> bool:
-    """Whether each sample is one trial or none, and a success or not."""
-    return bool(np.isin(below, (0, 1)).all() and ((above == 0) | (above == below)).all())
+def _is_proportion(numerator: FloatArray, denominator: FloatArray) -> bool:
+    """Return whether each sample is at most one trial with a binary outcome."""
+    return bool(
+        np.isin(denominator, (0, 1)).all() and ((numerator == 0) | (numerator == denominator)).all()
+    )
 
 
-def draws(samples: int) -> Iterator[tuple[Weights, Array]]:
-    """Yield the resamples of a set of that many samples in chunks, the same ones in every call.
+def iter_resample_weights(num_samples: int) -> Iterator[tuple[ResampleWeights, FloatArray]]:
+    """Yield the resamples of a set in chunks; every call yields the same resamples.
 
     Yields:
-        Weights of the samples (R, N), exponentially distributed with mean 1, and the weight of the
+        Sample weights (R, N), exponentially distributed with mean 1, and the weight of the
         pseudo-observation (R,).
     """
-    generator = np.random.default_rng(SEED)
-    rows = max(1, CHUNK // samples)
-    for start in range(0, RESAMPLES, rows):
-        count = min(rows, RESAMPLES - start)
-        extra = generator.standard_gamma(PSEUDO, count)
-        # The weights of a sample lie together, since sums gather them by sample.
-        yield generator.standard_exponential((samples, count)).T, extra
+    rng = np.random.default_rng(SEED)
+    chunk_rows = max(1, MAX_CHUNK_ELEMENTS // num_samples)
+    for start in range(0, NUM_RESAMPLES, chunk_rows):
+        count = min(chunk_rows, NUM_RESAMPLES - start)
+        pseudo_weights = rng.standard_gamma(PSEUDO_WEIGHT, count)
+        # Weights of a sample are contiguous, because sums index them by sample.
+        yield rng.standard_exponential((num_samples, count)).T, pseudo_weights
 
 
-def intervals(estimators: Mapping[str, Estimator]) -> dict[str, Interval | None]:
-    """Return the 95 % intervals of scores of the same samples, None where there is none."""
-    found: dict[str, Interval | None] = dict.fromkeys(estimators)
-    statistics: dict[str, Statistic] = {}
+def compute_intervals(
+    estimators: Mapping[str, ScoreEstimator],
+) -> dict[str, ConfidenceInterval | None]:
+    """Return the 95 % intervals of scores of the same samples, None if undefined."""
+    result: dict[str, ConfidenceInterval | None] = dict.fromkeys(estimators)
+    statistics: dict[str, BoundStatistic] = {}
     for name, one in estimators.items():
-        if one.missing():
+        if one.get_missing_reason():
             continue
-        if one.proportion is not None:
-            successes, trials = one.proportion.sum(axis=1)
-            found[name] = clopper_pearson(float(successes), float(trials))
+        if one.successes_and_trials is not None:
+            successes, trials = one.successes_and_trials.sum(axis=1)
+            result[name] = clopper_pearson_interval(float(successes), float(trials))
         else:
-            statistics[name] = partial(_ends, one)
-    for name, values in _resampled(statistics, _samples(estimators)).items():
+            statistics[name] = partial(_score_bounds, one)
+    for name, values in _compute_quantile_intervals(statistics, _count_samples(estimators)).items():
         one = estimators[name]
-        found[name] = _interval(values, one.plug_in, one.score, one.ends)
-    return found
+        result[name] = _interval(values, one.plug_in_score, one.score, one.pseudo_rates)
+    return result
 
 
-def differences(
-    before: Mapping[str, Estimator], after: Mapping[str, Estimator]
-) -> dict[str, Interval | None]:
-    """Return the 95 % intervals of the differences (after - before) of scores of the same samples
-    in the same order, None where there is none."""
+def compute_difference_intervals(
+    before: Mapping[str, ScoreEstimator], after: Mapping[str, ScoreEstimator]
+) -> dict[str, ConfidenceInterval | None]:
+    """Return the 95 % intervals of differences (after - before), None if undefined.
+
+    The samples must be the same and in the same order.
+    """
     shared = [name for name in before if name in after]
-    found: dict[str, Interval | None] = dict.fromkeys(shared)
-    statistics: dict[str, Statistic] = {}
+    result: dict[str, ConfidenceInterval | None] = dict.fromkeys(shared)
+    statistics: dict[str, BoundStatistic] = {}
     for name in shared:
-        was, now = before[name], after[name]
-        if no_difference(was, now):
+        before_estimator, after_estimator = before[name], after[name]
+        if get_missing_difference_reason(before_estimator, after_estimator):
             continue
-        pairs = _pairs(was, now)
+        pairs = _count_discordant_pairs(before_estimator, after_estimator)
         if pairs is not None:
-            found[name] = tango(*pairs)
+            result[name] = tango_interval(*pairs)
         else:
-            statistics[name] = partial(_changes, was, now)
-    for name, values in _resampled(statistics, _samples(before)).items():
-        was, now = before[name], after[name]
-        plug_in = now.plug_in - was.plug_in
-        found[name] = _interval(values, plug_in, now.score - was.score, UNBOUNDED)
-    return found
+            statistics[name] = partial(_change_bounds, before_estimator, after_estimator)
+    for name, values in _compute_quantile_intervals(statistics, _count_samples(before)).items():
+        before_estimator, after_estimator = before[name], after[name]
+        plug_in = after_estimator.plug_in_score - before_estimator.plug_in_score
+        result[name] = _interval(
+            values, plug_in, after_estimator.score - before_estimator.score, UNBOUNDED
+        )
+    return result
 
 
-def no_difference(was: Estimator, now: Estimator) -> str:
-    """Return why a difference has no interval, or an empty string."""
-    undefined = was.undefined or now.undefined
-    if undefined or _pairs(was, now) is not None:
+def get_missing_difference_reason(before: ScoreEstimator, after: ScoreEstimator) -> str:
+    """Return the reason why a difference has no interval, or an empty string."""
+    undefined = before.undefined_reason or after.undefined_reason
+    if undefined or _count_discordant_pairs(before, after) is not None:
         return undefined
-    if len(was.rates) < FEWEST:
-        return FEW
-    changed = bool((was.rates != now.rates).any())
-    return "" if changed or (was.bounded and now.bounded) else UNCHANGED
+    if len(before.sample_rates) < MIN_SAMPLES:
+        return REASON_FEW_SAMPLES
+    changed = bool((before.sample_rates != after.sample_rates).any())
+    return "" if changed or (before.is_bounded and after.is_bounded) else REASON_NO_CHANGE
 
 
-def _pairs(was: Estimator, now: Estimator) -> tuple[float, float, float] | None:
-    """Samples gained and lost, and all trials, of two proportions of the same trials."""
-    if was.proportion is None or now.proportion is None:
+def _count_discordant_pairs(
+    before: ScoreEstimator, after: ScoreEstimator
+) -> tuple[float, float, float] | None:
+    """Return gained and lost samples and all trials of two proportions of the same trials."""
+    if before.successes_and_trials is None or after.successes_and_trials is None:
         return None
-    (old, trials), (new, others) = was.proportion, now.proportion
+    (old, trials), (new, others) = before.successes_and_trials, after.successes_and_trials
     if (trials != others).any():
         return None
     return float((new > old).sum()), float((old > new).sum()), float(trials.sum())
 
 
-class _Resamples:
-    """A chunk of resamples, and the sums over them that were asked for."""
+class _ResampleChunk:
+    """A chunk of resamples with cached sums."""
 
-    def __init__(self, weights: Weights, extra: Array) -> None:
-        self._weights, self._extra = weights, extra
-        self._sums: dict[Sums, Array] = {}
+    def __init__(self, weights: ResampleWeights, pseudo_weights: FloatArray) -> None:
+        self._weights, self._pseudo_weights = weights, pseudo_weights
+        self._sums: dict[WeightedSumsFn, FloatArray] = {}
 
-    def values(self, one: Estimator, rate: float | None = None) -> Array:
-        """The score of each resample, with a pseudo-observation of that rate: shape (R,)."""
-        if one.sums not in self._sums:
-            self._sums[one.sums] = one.sums(self._weights)
-        sums = self._sums[one.sums]
-        return one.value(sums if rate is None else sums + self._extra[:, None] * one.typical(rate))
-
-
-Values = tuple[Array, Array, Array | None]
-"""Of each resample: the values from which the lower and the upper bound are taken, and those
-without a pseudo-observation where they tell a bias."""
-
-Statistic = Callable[[_Resamples], Values]
+    def compute_scores(self, estimator: ScoreEstimator, rate: float | None = None) -> FloatArray:
+        """Return the score of each resample with a pseudo-observation of this rate: shape (R,)."""
+        if estimator.weighted_sums not in self._sums:
+            self._sums[estimator.weighted_sums] = estimator.weighted_sums(self._weights)
+        sums = self._sums[estimator.weighted_sums]
+        return estimator.score_from_sums(
+            sums
+            if rate is None
+            else sums + self._pseudo_weights[:, None] * estimator.get_pseudo_sums(rate)
+        )
 
 
-def _ends(one: Estimator, resamples: _Resamples) -> Values:
-    low, high = one.ends
-    plain = resamples.values(one) if one.biased else None
-    return resamples.values(one, low), resamples.values(one, high), plain
+Values = tuple[FloatArray, FloatArray, FloatArray | None]
+"""Values for the lower and the upper bound of each resample, and values without pseudo-observation
+for bias correction."""
+
+BoundStatistic = Callable[[_ResampleChunk], Values]
 
 
-def _changes(was: Estimator, now: Estimator, resamples: _Resamples) -> Values:
-    """The pseudo-observation changes by as much as any sample did, against the bound. Where none
-    changed, it changes by the whole scale."""
-    least, most = min(was.ends[0], now.ends[0]), max(was.ends[1], now.ends[1])
-    change = min(float(np.abs(now.rates - was.rates).max()), most - least) or most - least
-    low = min(max((was.score + now.score - change) / 2, least), most - change)
+def _score_bounds(estimator: ScoreEstimator, resamples: _ResampleChunk) -> Values:
+    low, high = estimator.pseudo_rates
+    unshifted = resamples.compute_scores(estimator) if estimator.is_biased else None
+    return (
+        resamples.compute_scores(estimator, low),
+        resamples.compute_scores(estimator, high),
+        unshifted,
+    )
+
+
+def _change_bounds(
+    before: ScoreEstimator, after: ScoreEstimator, resamples: _ResampleChunk
+) -> Values:
+    """Return bounds with a pseudo-observation that changes as much as any sample.
+
+    If no sample changed, it changes by the full scale.
+    """
+    least, most = (
+        min(before.pseudo_rates[0], after.pseudo_rates[0]),
+        max(before.pseudo_rates[1], after.pseudo_rates[1]),
+    )
+    change = (
+        min(float(np.abs(after.sample_rates - before.sample_rates).max()), most - least)
+        or most - least
+    )
+    low = min(max((before.score + after.score - change) / 2, least), most - change)
     high = low + change
-    fallen = resamples.values(now, low) - resamples.values(was, high)
-    risen = resamples.values(now, high) - resamples.values(was, low)
-    plain = resamples.values(now) - resamples.values(was) if was.biased or now.biased else None
-    return fallen, risen, plain
+    lower_values = resamples.compute_scores(after, low) - resamples.compute_scores(before, high)
+    upper_values = resamples.compute_scores(after, high) - resamples.compute_scores(before, low)
+    unshifted = (
+        resamples.compute_scores(after) - resamples.compute_scores(before)
+        if before.is_biased or after.is_biased
+        else None
+    )
+    return lower_values, upper_values, unshifted
 
 
-def _resampled(statistics: Mapping[str, Statistic], samples: int) -> dict[str, list[Array]]:
-    """Return the values of all resamples, by the name of the statistic."""
+def _compute_quantile_intervals(
+    statistics: Mapping[str, BoundStatistic], samples: int
+) -> dict[str, list[FloatArray]]:
+    """Return the values of all resamples by statistic."""
     if not statistics:
         return {}
-    pieces: dict[str, list[Values]] = {name: [] for name in statistics}
-    for weights, extra in draws(samples):
-        resamples = _Resamples(weights, extra)
+    chunks: dict[str, list[Values]] = {name: [] for name in statistics}
+    for weights, extra in iter_resample_weights(samples):
+        resamples = _ResampleChunk(weights, extra)
         for name, statistic in statistics.items():
-            pieces[name].append(statistic(resamples))
+            chunks[name].append(statistic(resamples))
     return {
         name: [
-            np.concatenate(parts) for parts in zip(*several, strict=True) if parts[0] is not None
+            np.concatenate(parts)
+            for parts in zip(*value_pairs, strict=True)
+            if parts[0] is not None
         ]
-        for name, several in pieces.items()
+        for name, value_pairs in chunks.items()
     }
 
 
-def _interval(values: Sequence[Array], plug_in: float, score: float, ends: Ends) -> Interval:
-    """Return the quantiles, less twice the bias, within the ends and around the score.
+def _interval(
+    values: Sequence[FloatArray], plug_in: float, score: float, ends: ScoreBounds
+) -> ConfidenceInterval:
+    """Return the bias-corrected quantiles, clipped to the ends and extended to the score.
 
-    The resamples are as far above the set as the set is above the population, on average.
+    The correction is 2 x bias: on average, resamples exceed the set by as much as the set exceeds
+    the population.
     """
-    lows, highs, *plain = values
-    shift = 2 * (float(plain[0].mean()) - plug_in) if plain else 0.0
-    tail = (1 - LEVEL) / 2
+    lows, highs, *unshifted = values
+    shift = 2 * (float(unshifted[0].mean()) - plug_in) if unshifted else 0.0
+    tail = (1 - CONFIDENCE_LEVEL) / 2
     low, high = float(np.quantile(lows, tail)) - shift, float(np.quantile(highs, 1 - tail)) - shift
-    return Interval(min(max(low, ends[0]), score), max(min(high, ends[1]), score))
+    return ConfidenceInterval(min(max(low, ends[0]), score), max(min(high, ends[1]), score))
 
 
-def _samples(estimators: Mapping[str, Estimator]) -> int:
-    return max((len(one.rates) for one in estimators.values()), default=0)
+def _count_samples(estimators: Mapping[str, ScoreEstimator]) -> int:
+    return max((len(one.sample_rates) for one in estimators.values()), default=0)
 
 
-def divided(above: Array, below: Array) -> Array:
-    """Return the quotients, 0 where the divisor is 0."""
-    return np.divide(above, below, out=np.zeros_like(above), where=below != 0)
+def safe_divide(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
+    """Return the quotients, or 0 if the denominator is 0."""
+    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator != 0)

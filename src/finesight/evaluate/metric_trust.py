@@ -1,9 +1,9 @@
-"""Trust in metric files: a run folder of somebody else does not get its `metric.py` executed.
+"""Trust in metric files: `metric.py` of an untrusted run folder is not executed.
 
-A metric of one's own is a program. Two commands execute it, `train` and `eval`. What the user
-names, by a recipe or an option, is executed and its SHA-256 recorded in a file of the user. What a
-run folder brings is executed only when its SHA-256 is recorded there: the run was made by this
-user, or the file was trusted by `--trust-metric`.
+A custom metric is a program, which the commands `train` and `eval` execute. A file that the user
+names in a recipe or an option is executed, and its SHA-256 is recorded in a file of the user. A
+file in a run folder is executed only if its SHA-256 is recorded: the user created the run, or
+trusted the file with `--trust-metric`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from finesight.bounded_files import read_bytes, read_text
-from finesight.config import Metric, Recipe
+from finesight.config import MetricSpec, Recipe
 from finesight.errors import UserError
-from finesight.evaluate import own
-from finesight.manifest import MANIFEST
-from finesight.run_folder import RECIPE
+from finesight.evaluate import custom_metric
+from finesight.manifest import MANIFEST_FILE
+from finesight.run_files import RECIPE_FILE
 from finesight.storage import append_line, make_folder
 
 OPTION = "--trust-metric"
@@ -35,41 +35,41 @@ def trust_file() -> Path:
 def trust_metric(file: Path) -> None:
     """Record the SHA-256 of a metric file.
 
-    Where the home folder cannot be written, nothing is recorded: the caller executes the file all
-    the same, and later commands ask again.
+    If the home folder is not writable, the digest is not recorded: the caller still executes the
+    file, and later commands ask again.
     """
     sha256, trusted = _sha256(file), trust_file()
-    if sha256 in _recorded(trusted):
+    if sha256 in _read_trusted_digests(trusted):
         return
     with suppress(UserError, OSError):
         make_folder(trusted.parent)
-        # As JSON: a line end in the path would begin another entry.
+        # JSON escapes line breaks in the path, which would start another entry.
         append_line(trusted, f"{sha256}  {json.dumps(str(file.resolve()))}")
 
 
-def check_metric(metric: Metric, *, named: bool, trust: bool) -> None:
-    """Decide whether a metric may be executed; one that may is recorded.
+def check_metric(metric: MetricSpec, *, named: bool, trust: bool) -> None:
+    """Check whether a metric may be executed, and record its digest.
 
     Args:
-        metric: The name of a task, or `FILE.py:FUNCTION`.
-        named: The user named the file, by an option or by a recipe that is in no run folder.
-        trust: The user gave `--trust-metric`.
+        metric: Task name, or `FILE.py:FUNCTION`.
+        named: Whether the user named the file in an option or in a recipe outside of run folders.
+        trust: Whether the user passed `--trust-metric`.
 
     Raises:
-        UserError: The file comes from a run folder, and its content was never trusted.
+        UserError: The file is in a run folder and its content is not trusted.
     """
-    place = own.split(metric)
-    if place is None or not os.path.isfile(place[0]):
-        return  # a task, or an error that names the missing file later
-    file = place[0]
+    metric_location = custom_metric.parse_metric_path(metric)
+    if metric_location is None or not os.path.isfile(metric_location[0]):
+        return  # a task name, or a missing file that is reported later
+    file = metric_location[0]
     if trust or named:
         trust_metric(file)
-    elif _sha256(file) not in _recorded(trust_file()):
+    elif _sha256(file) not in _read_trusted_digests(trust_file()):
         raise UserError(
-            "is a program that a run folder brings, and you have not trusted it",
+            "an untrusted program in a run folder",
             where=str(file),
-            expected=f"a metric file that you have run before, or {OPTION}",
-            remedy=f"read the file, then add {OPTION} to execute it (from Python"
+            expected=f"a metric file that you have executed before, or {OPTION}",
+            remedy=f"review the file, then add {OPTION} to execute it (in Python"
             " trust_metric=True), or choose another metric",
         )
 
@@ -77,38 +77,40 @@ def check_metric(metric: Metric, *, named: bool, trust: bool) -> None:
 def check_recipe_metric(
     recipe: Recipe, path: Path | None, overrides: Iterable[str], *, trust: bool
 ) -> None:
-    """Decide whether a training run may execute the metric of its recipe, as `check_metric` does.
+    """Check whether a training run may execute the metric of its recipe; see `check_metric`.
 
     Args:
-        recipe: The settings.
-        path: The file that they were read from; None for settings made by a program.
-        overrides: Overrides of the recipe, `eval.metric=...` among them names the metric.
-        trust: The user gave `--trust-metric`.
+        recipe: Recipe of the run.
+        path: Recipe file; None for settings created in Python.
+        overrides: Recipe overrides; `eval.metric=...` counts as named by the user.
+        trust: Whether the user passed `--trust-metric`.
     """
     if recipe.eval is None:
         return
-    metric = own.found(recipe.eval.metric, recipe.output)
-    typed = any(one.partition("=")[0].strip() in ("eval", "eval.metric") for one in overrides)
-    place = own.split(metric)
-    files = [file for file in (path, place and place[0]) if file is not None]
-    brought = any(os.path.isfile(file) and in_run_folder(file) for file in files)
-    named = metric == recipe.eval.metric and (typed or not brought)
+    metric = custom_metric.resolve_metric_path(recipe.eval.metric, recipe.output_dir)
+    is_overridden = any(
+        one.partition("=")[0].strip() in ("eval", "eval.metric") for one in overrides
+    )
+    metric_location = custom_metric.parse_metric_path(metric)
+    files = [file for file in (path, metric_location and metric_location[0]) if file is not None]
+    is_from_run = any(os.path.isfile(file) and in_run_folder(file) for file in files)
+    named = metric == recipe.eval.metric and (is_overridden or not is_from_run)
     check_metric(metric, named=named, trust=trust)
 
 
 def in_run_folder(file: Path) -> bool:
-    """Return True for a file in the folder of a run, directly or by a link."""
+    """Return True for a file in a run folder, directly or through a link."""
     folders = (file.parent, file.resolve().parent)
-    return any((f / MANIFEST).is_file() and (f / RECIPE).is_file() for f in folders)
+    return any((f / MANIFEST_FILE).is_file() and (f / RECIPE_FILE).is_file() for f in folders)
 
 
 def _sha256(file: Path) -> str:
-    content = read_bytes(file, expected="a Python file with the function of your metric")
+    content = read_bytes(file, expected="a Python file with the metric function")
     return hashlib.sha256(content).hexdigest()
 
 
-def _recorded(trusted: Path) -> set[str]:
-    """Read the digests in the user's list; none of a list that others could have written."""
+def _read_trusted_digests(trusted: Path) -> set[str]:
+    """Read the recorded digests; empty if other users can write the list."""
     try:
         status = trusted.stat()
         if status.st_uid != os.getuid() or status.st_mode & 0o022:

@@ -1,4 +1,4 @@
-"""Confidence intervals of proportions in closed form: one proportion, and two paired ones."""
+"""Closed-form confidence intervals of one proportion and of two paired proportions."""
 
 from __future__ import annotations
 
@@ -7,60 +7,60 @@ from collections.abc import Callable
 from statistics import NormalDist
 from typing import NamedTuple
 
-LEVEL = 0.95
+CONFIDENCE_LEVEL = 0.95
 
-_HALVINGS = 60
-"""Steps of a bisection of [0, 1]; more change nothing in double precision."""
+_NUM_BISECTIONS = 60
+"""Bisection steps for [0, 1]; more have no effect in double precision."""
 
 _TINY = 1e-300
 
 
-class Interval(NamedTuple):
-    """A 95 % confidence interval: in 95 of 100 sets of samples it contains the population value."""
+class ConfidenceInterval(NamedTuple):
+    """A 95 % confidence interval."""
 
     low: float
     high: float
 
 
-def clopper_pearson(successes: float, trials: float) -> Interval:
+def clopper_pearson_interval(successes: float, trials: float) -> ConfidenceInterval:
     """Return the exact interval of a proportion (Clopper and Pearson 1934).
 
     Its coverage is at least 95 % for every proportion and number of trials.
     """
-    tail = (1 - LEVEL) / 2
+    tail = (1 - CONFIDENCE_LEVEL) / 2
     failures = trials - successes
     low = beta_quantile(tail, successes, failures + 1) if successes else 0.0
     high = beta_quantile(1 - tail, successes + 1, failures) if failures else 1.0
-    return Interval(low, high)
+    return ConfidenceInterval(low, high)
 
 
-def tango(gained: float, lost: float, trials: float) -> Interval:
+def tango_interval(num_gained: float, num_lost: float, num_trials: float) -> ConfidenceInterval:
     """Return the score interval of the difference of two paired proportions (Tango 1998).
 
     Args:
-        gained: Pairs that failed before and succeed after.
-        lost: Pairs that succeeded before and fail after.
-        trials: All pairs.
+        num_gained: Pairs that fail before and succeed after.
+        num_lost: Pairs that succeed before and fail after.
+        num_trials: All pairs.
     """
-    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    change = (gained - lost) / trials
+    z = NormalDist().inv_cdf((1 + CONFIDENCE_LEVEL) / 2)
+    change = (num_gained - num_lost) / num_trials
 
-    def excess(difference: float) -> float:
-        """The score statistic, which falls as the assumed difference grows."""
-        b = (2 * trials - gained + lost) * difference - gained - lost
-        c = -lost * difference * (1 - difference)
-        discordant = (math.sqrt(max(0.0, b * b - 8 * trials * c)) - b) / (4 * trials)
-        variance = trials * (2 * discordant + difference * (1 - difference))
-        return (gained - lost - trials * difference) / math.sqrt(max(_TINY, variance))
+    def score_statistic(difference: float) -> float:
+        """Return the score statistic, which decreases with the assumed difference."""
+        b = (2 * num_trials - num_gained + num_lost) * difference - num_gained - num_lost
+        c = -num_lost * difference * (1 - difference)
+        discordant = (math.sqrt(max(0.0, b * b - 8 * num_trials * c)) - b) / (4 * num_trials)
+        variance = num_trials * (2 * discordant + difference * (1 - difference))
+        return (num_gained - num_lost - num_trials * difference) / math.sqrt(max(_TINY, variance))
 
-    low = _root(lambda difference: excess(difference) - z, -1.0, change)
-    high = _root(lambda difference: excess(difference) + z, change, 1.0)
-    return Interval(low, high)
+    low = _bisect_root(lambda difference: score_statistic(difference) - z, -1.0, change)
+    high = _bisect_root(lambda difference: score_statistic(difference) + z, change, 1.0)
+    return ConfidenceInterval(low, high)
 
 
 def beta_quantile(probability: float, a: float, b: float) -> float:
     """Return the quantile of the beta distribution with parameters `a` and `b`, both above 0."""
-    return _root(lambda x: probability - beta_cdf(x, a, b), 0.0, 1.0)
+    return _bisect_root(lambda x: probability - beta_cdf(x, a, b), 0.0, 1.0)
 
 
 def beta_cdf(x: float, a: float, b: float) -> float:
@@ -81,7 +81,7 @@ def _continued_fraction(x: float, a: float, b: float) -> float:
     """Return the continued fraction of I_x(a, b), which converges fast for x below the mean."""
     c, d = 1.0, 1 / ((1 - (a + b) * x / (a + 1)) or _TINY)
     value = d
-    # It takes O(sqrt(max(a, b))) terms.
+    # O(sqrt(max(a, b))) terms are required.
     for m in range(1, 100 + 10 * math.isqrt(int(max(a, b)))):
         even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
         odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
@@ -94,11 +94,11 @@ def _continued_fraction(x: float, a: float, b: float) -> float:
     return value
 
 
-def _root(falling: Callable[[float], float], low: float, high: float) -> float:
-    """Return where a falling function changes its sign between `low` and `high`, by bisection."""
-    for _ in range(_HALVINGS):
+def _bisect_root(decreasing_fn: Callable[[float], float], low: float, high: float) -> float:
+    """Return the root of a decreasing function between `low` and `high` by bisection."""
+    for _ in range(_NUM_BISECTIONS):
         middle = (low + high) / 2
-        if falling(middle) > 0:
+        if decreasing_fn(middle) > 0:
             low = middle
         else:
             high = middle

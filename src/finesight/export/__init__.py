@@ -1,1 +1,1 @@
-"""Handing a tuned model over: merged with proof, published, converted, and served elsewhere."""
+"""Export tuned models: merge, publish, convert to GGUF, and build serving commands."""

@@ -1,8 +1,8 @@
-"""GGUF files by llama.cpp's own converter: the language model in one, tower and projector in one.
+"""Convert models to GGUF with the converter of llama.cpp: decoder and vision encoder in two files.
 
-The converter (convert_hf_to_gguf.py of llama.cpp, with the packages that its requirements name) is
-the user's own: it runs as a process of its own, which sees nothing of this one's environment but
-where programs lie, and is asked to reach no hub.
+The user installs the converter (convert_hf_to_gguf.py of llama.cpp, with the packages in its
+requirements). It runs in a child process with only the path variables of this environment, in
+offline mode.
 """
 
 from __future__ import annotations
@@ -16,97 +16,126 @@ from pathlib import Path
 from typing import Literal
 
 from finesight.errors import UserError
-from finesight.export.space import check_space
-from finesight.infer.load import Parts
-from finesight.model.weights import stored_precision
-from finesight.storage import refuse_existing, write_folder
+from finesight.export.free_space import check_free_space
+from finesight.infer.model_loader import ModelSource
+from finesight.model.weights_io import stored_precision
+from finesight.storage import raise_if_exists, write_folder
 
-Kind = Literal["auto", "f32", "f16", "bf16", "q8_0"]
+GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 
-PROGRAM = "convert_hf_to_gguf.py"
-MODEL, PROJECTOR = "model.gguf", "mmproj.gguf"
+CONVERTER_SCRIPT = "convert_hf_to_gguf.py"
+GGUF_MODEL_FILE, MMPROJ_FILE = "model.gguf", "mmproj.gguf"
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-"""What the converter makes both files of; it does not know the first Qwen-VL's tower."""
+SUPPORTED_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+"""Families that the converter supports completely; it lacks the vision encoder of the first
+Qwen-VL.
+"""
 
-_KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TEMP", "SYSTEMROOT", "LD_LIBRARY_PATH")
-_LAST_LINES = 5
+_PASSED_VARIABLES = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TMPDIR",
+    "TEMP",
+    "SYSTEMROOT",
+    "LD_LIBRARY_PATH",
+)
+_NUM_ERROR_LINES = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Gguf:
-    """The two files that llama.cpp takes as --model and --mmproj."""
+class GgufFiles:
+    """Files for the options --model and --mmproj of llama.cpp."""
 
     model: Path
-    projector: Path
+    mmproj: Path
 
 
-def find_converter(given: Path | None) -> Path:
-    """The converter: `given`, or the one on PATH. Raises UserError without one."""
-    found = given if given is not None else shutil.which(PROGRAM)
-    if found is None or not Path(found).is_file():
+def find_converter(path: Path | None) -> Path:
+    """Return the converter at `path` or in PATH. Raises UserError if it does not exist."""
+    converter = path if path is not None else shutil.which(CONVERTER_SCRIPT)
+    if converter is None or not Path(converter).is_file():
         raise UserError(
-            f"no file {found}" if found else f"no {PROGRAM} on PATH",
+            f"{converter} does not exist" if converter else f"{CONVERTER_SCRIPT} is not in PATH",
             where="--converter",
-            expected=f"{PROGRAM} of llama.cpp, which makes GGUF files",
+            expected=f"{CONVERTER_SCRIPT} of llama.cpp, which creates GGUF files",
             remedy="git clone https://github.com/ggml-org/llama.cpp, install its"
-            " requirements/requirements-convert_hf_to_gguf.txt in an environment of its own, and"
-            f" give --converter llama.cpp/{PROGRAM} (with --python, that environment's)",
+            " requirements/requirements-convert_hf_to_gguf.txt in a separate environment,"
+            f" and set --converter llama.cpp/{CONVERTER_SCRIPT} (and --python to the"
+            " Python of that environment)",
         )
-    return Path(found).resolve()
+    return Path(converter).resolve()
 
 
 def write_gguf(
-    parts: Parts, out: Path, converter: Path, kind: Kind = "auto", python: Path | None = None
-) -> Gguf:
-    """Write both files of what `find_parts` found into the new folder `out`.
+    model_source: ModelSource,
+    out: Path,
+    converter: Path,
+    outtype: GgufType = "auto",
+    python: Path | None = None,
+) -> GgufFiles:
+    """Write both GGUF files into a new folder.
 
-    The language model is written in `kind`; the tower and the projector in 16 bits at least, as
-    pictures lose more by fewer. Raises UserError for an adapter, an existing `out`, a family that
-    the converter does not know, too little room, and a converter that fails: nothing is then left.
+    Args:
+        model_source: Model from `resolve_model_source`.
+        out: New folder.
+        converter: Converter of llama.cpp.
+        outtype: Type of the decoder weights. Vision encoder and merger have at least 16 bits, since
+            fewer bits reduce the image quality.
+        python: Python interpreter with the packages of the converter.
+
+    Raises UserError for an adapter, an existing `out`, an unsupported family, too little disk
+    space, and a failing converter. No files remain then.
     """
-    folder = parts.folder
-    if parts.adapter is not None or parts.quantised or folder.family not in FAMILIES:
+    folder = model_source.folder
+    if (
+        model_source.adapter is not None
+        or model_source.quantization_summary
+        or folder.family not in SUPPORTED_FAMILIES
+    ):
         raise UserError(
             f"{folder.path.name} is of the family {folder.family}"
-            + (", with an adapter on it" if parts.adapter is not None else ""),
+            + (", with an adapter" if model_source.adapter is not None else ""),
             where="finesight export",
-            expected=f"a whole model of the families {', '.join(FAMILIES)}",
-            remedy="merge an adapter before: finesight merge RUN OUT",
+            expected=f"a merged model of the families {', '.join(SUPPORTED_FAMILIES)}",
+            remedy="merge the adapter first: finesight merge RUN OUT",
         )
-    refuse_existing(out)
-    weights = folder.weight_files()
-    factor = 2 if kind == "f32" and stored_precision(folder) != "fp32" else 1
-    check_space(out, factor * sum(file.stat().st_size for file in weights))
-    tower: Kind = "f16" if kind == "q8_0" else kind
-    program = [str(python or sys.executable), str(converter), str(folder.path.resolve())]
+    raise_if_exists(out)
+    weight_files = folder.weight_files()
+    size_factor = 2 if outtype == "f32" and stored_precision(folder) != "fp32" else 1
+    check_free_space(out, size_factor * sum(file.stat().st_size for file in weight_files))
+    mmproj_outtype: GgufType = "f16" if outtype == "q8_0" else outtype
+    command = [str(python or sys.executable), str(converter), str(folder.path.resolve())]
     with write_folder(out) as partial:
-        _run([*program, "--outfile", str(partial / MODEL), "--outtype", kind], converter)
-        options = ["--outfile", str(partial / PROJECTOR), "--outtype", tower, "--mmproj"]
-        _run([*program, *options], converter)
-        # The converter puts a prefix before the name that it was given.
-        prefixed = partial / f"mmproj-{PROJECTOR}"
+        _run_converter(
+            [*command, "--outfile", str(partial / GGUF_MODEL_FILE), "--outtype", outtype], converter
+        )
+        options = ["--outfile", str(partial / MMPROJ_FILE), "--outtype", mmproj_outtype, "--mmproj"]
+        _run_converter([*command, *options], converter)
+        # The converter adds a prefix to the file name.
+        prefixed = partial / f"mmproj-{MMPROJ_FILE}"
         if prefixed.is_file():
-            prefixed.rename(partial / PROJECTOR)
-        made = sorted(path.name for path in partial.iterdir())
-        if made != sorted((MODEL, PROJECTOR)):
+            prefixed.rename(partial / MMPROJ_FILE)
+        written_names = sorted(path.name for path in partial.iterdir())
+        if written_names != sorted((GGUF_MODEL_FILE, MMPROJ_FILE)):
             raise UserError(
-                f"the converter left {', '.join(made) or 'nothing'}",
+                f"the converter wrote {', '.join(written_names) or 'no files'}",
                 where=str(converter),
-                expected=f"{MODEL} and {PROJECTOR}",
-                remedy="take another version of llama.cpp",
+                expected=f"{GGUF_MODEL_FILE} and {MMPROJ_FILE}",
+                remedy="use another version of llama.cpp",
             )
-        for name in made:
-            _check(partial / name, converter)
-    return Gguf(out / MODEL, out / PROJECTOR)
+        for name in written_names:
+            _check_magic(partial / name, converter)
+    return GgufFiles(out / GGUF_MODEL_FILE, out / MMPROJ_FILE)
 
 
-def _run(command: list[str], converter: Path) -> None:
-    own = {key: value for key, value in os.environ.items() if key in _KEPT}
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    done = subprocess.run(
+def _run_converter(command: list[str], converter: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key in _PASSED_VARIABLES}
+    offline_variables = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    completed = subprocess.run(
         command,
-        env=own | offline,
+        env=environment | offline_variables,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -114,24 +143,24 @@ def _run(command: list[str], converter: Path) -> None:
         errors="replace",
         check=False,
     )
-    if done.returncode != 0:
-        last = " / ".join(done.stdout.strip().splitlines()[-_LAST_LINES:])
+    if completed.returncode != 0:
+        last_lines = " / ".join(completed.stdout.strip().splitlines()[-_NUM_ERROR_LINES:])
         raise UserError(
-            f"the converter ended with {done.returncode}: {last[-600:]}",
+            f"the converter failed with exit code {completed.returncode}: {last_lines[-600:]}",
             where=str(converter),
-            expected="a converter of llama.cpp that knows the family, and its packages",
-            remedy="install its requirements, give the environment that has them with --python, or"
-            " take a newer llama.cpp",
+            expected="a converter of llama.cpp that supports the family, and its packages",
+            remedy="install its requirements, set --python to the environment with them, or use"
+            " a newer llama.cpp",
         )
 
 
-def _check(path: Path, converter: Path) -> None:
+def _check_magic(path: Path, converter: Path) -> None:
     with path.open("rb") as file:
-        start = file.read(4)
-    if start != b"GGUF":
+        magic = file.read(4)
+    if magic != b"GGUF":
         raise UserError(
-            f"{path.name} begins with {start!r}",
+            f"{path.name} starts with {magic!r}",
             where=str(converter),
             expected="a GGUF file",
-            remedy="take another version of llama.cpp",
+            remedy="use another version of llama.cpp",
         )

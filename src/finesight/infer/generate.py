@@ -1,50 +1,61 @@
-"""All answers to some prompts at once, greedily: for measuring, and from Python."""
+"""Greedy batch generation for evaluation and the Python API."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from finesight.encode.encoded import Encoded
-from finesight.infer.engine import Engine, room_together
-from finesight.infer.request import Request
-from finesight.model.network import VisionLanguageModel
+from finesight.encode.tokenized_sample import EncodedSample
+from finesight.infer.engine import Engine, compute_required_tokens
+from finesight.infer.request import GenerationRequest
+from finesight.model.vlm import VisionLanguageModel
 
 
 def generate(
     model: VisionLanguageModel,
-    prompts: Sequence[Encoded],
+    prompts: Sequence[EncodedSample],
     *,
     max_new_tokens: int,
     end_ids: Sequence[int],
-    ended: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """The most probable next token, again and again: the token ids of each answer.
+    """Generate greedy completions of all prompts.
 
-    An answer ends with one of `end_ids`, which is part of it, after `max_new_tokens` (at least 1),
-    or where the model's positions end. The answers do not depend on which are made together (but
-    for rounding). `ended` is told after each step how many answers ended with it, often 0: what it
-    raises stops the generation.
-    Raises UserError for a prompt beyond the model's positions and for numbers that overflow.
+    A completion ends with one of `end_ids` (included), after `max_new_tokens` tokens, or at the
+    last position of the model. Except for rounding, completions do not depend on the batch.
+
+    Args:
+        max_new_tokens: Maximum length of a completion, at least 1.
+        end_ids: Token ids that end a completion.
+        on_progress: Called after each step with the number of completions that ended in it; an
+            exception stops generation.
+
+    Returns:
+        Token ids of each completion.
+
+    Raises:
+        UserError: A prompt exceeds the model's positions, or logits overflow.
     """
     assert max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, less than 1"
     if not prompts:
         return []
-    lengths = [prompt.outline.tokens for prompt in prompts]
-    tokens = room_together(model, lengths, max_new_tokens, len(prompts))
-    engine = Engine(model, end_ids, rows=len(prompts), tokens=tokens)
-    tickets = {}
-    for number, prompt in enumerate(prompts):
-        longest = min(max_new_tokens, engine.room_for(prompt))
-        tickets[engine.add(Request(prompt=prompt, max_new_tokens=longest))] = number
-    answers: list[list[int]] = [[] for _ in prompts]
-    while engine.busy:
-        done = 0
+    prompt_lengths = [prompt.tokenized.num_tokens for prompt in prompts]
+    num_cache_tokens = compute_required_tokens(model, prompt_lengths, max_new_tokens, len(prompts))
+    engine = Engine(model, end_ids, max_num_seqs=len(prompts), num_cache_tokens=num_cache_tokens)
+    index_by_request = {}
+    for index, prompt in enumerate(prompts):
+        max_tokens = min(max_new_tokens, engine.get_max_new_tokens(prompt))
+        index_by_request[
+            engine.add_request(GenerationRequest(prompt=prompt, max_new_tokens=max_tokens))
+        ] = index
+    completions: list[list[int]] = [[] for _ in prompts]
+    while engine.has_work:
+        num_finished = 0
         for event in engine.step():
             if event.error is not None:
                 raise event.error
             if event.token is not None:
-                answers[tickets[event.ticket]].append(event.token.id)
-            done += event.finish is not None
-        if ended is not None:
-            ended(done)
-    return answers
+                completions[index_by_request[event.request_id]].append(event.token.id)
+            num_finished += event.finish_reason is not None
+        if on_progress is not None:
+            on_progress(num_finished)
+    return completions

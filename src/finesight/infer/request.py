@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what comes back token by token."""
+"""Request and event types of the inference engine."""
 
 from __future__ import annotations
 
@@ -9,44 +9,46 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.encode.encoded import Encoded
+from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
 
-Finish = Literal["stop", "length", "cancelled"]
-"""Why an answer ended: by its end token or a stop text, at its longest, or because nobody waits."""
+FinishReason = Literal["stop", "length", "cancelled"]
+"""Reason for the end of a completion: end token or stop string, length limit, or cancellation."""
 
 
-class Constraint(Protocol):
-    """What tokens may come next, for one answer: a grammar that is followed as it grows."""
+class DecodingConstraint(Protocol):
+    """Restricts the next token of one sequence, for example by a grammar."""
 
-    def begin(self) -> None:
-        """Start to compute the mask of the first token, without waiting for it."""
+    def start(self) -> None:
+        """Start to compute the first bitmask asynchronously."""
         return
 
-    def ready(self, seconds: float) -> bool:
-        """Wait up to `seconds` for the mask of the next token; return whether `allow` has it."""
+    def wait_bitmask(self, timeout_s: float) -> bool:
+        """Wait up to `timeout_s` seconds for the next bitmask; return whether it is available."""
         return True
 
-    def allow(self) -> NDArray[np.int32]:
-        """One bit for each token of the vocabulary, in order from the lowest bit of the first
-        number: set where the token may come next. Of as many numbers as hold the vocabulary."""
+    def compute_bitmask(self) -> NDArray[np.int32]:
+        """Return the bitmask of valid next tokens: one bit per token, least significant first."""
         ...
 
-    def take(self, token: int) -> None:
-        """That token has come."""
+    def accept_token(self, token: int) -> None:
+        """Advance the constraint by a sampled token."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen: the most probable one at temperature 0, else drawn.
+class SamplingParams:
+    """Sampling parameters of a request.
 
-    Logits are divided by `temperature`; then only the `top_k` most probable tokens are kept (0: all
-    of them), then the fewest whose probabilities come to `top_p` (Holtzman et al. 2020). Equal
-    seeds draw equal answers, whatever is answered beside them. `repetition_penalty` divides the
-    positive logits of tokens that the prompt or the answer holds, and multiplies the negative ones
-    (Keskar et al. 2019, CTRL): 1 is none, and right for boxes and formulas, whose digits and
-    commands repeat.
+    Attributes:
+        temperature: 0 selects the most probable token.
+        top_p: Nucleus sampling: smallest set of tokens with this probability (Holtzman et al.
+            2020).
+        top_k: Number of most probable tokens to sample from; 0 for all.
+        seed: Random seed; equal seeds give equal completions in any batch.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens in the prompt
+            and the completion (Keskar et al. 2019, CTRL). Use 1 for boxes and formulas, whose
+            tokens repeat.
     """
 
     temperature: float = 0.0
@@ -58,105 +60,112 @@ class Sampling:
     def __post_init__(self) -> None:
         self._check("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "0 to 100")
         self._check("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0, up to 1")
-        self._check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 for all tokens, or how many")
+        self._check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 for all tokens, or a count")
         penalty = self.repetition_penalty
         self._check("repetition_penalty", penalty, 0.0 < penalty <= 100.0, "above 0, up to 100")
         seed = self.seed
         self._check("seed", seed, seed is None or -(2**63) <= seed < 2**64, "up to 64 bits")
 
-    def _check(self, name: str, value: object, fits: bool, expected: str) -> None:
-        if not fits:
+    def _check(self, name: str, value: object, is_valid: bool, expected: str) -> None:
+        if not is_valid:
             raise UserError(
                 f"{name} is {value!r}",
                 where="sampling",
                 expected=expected,
-                remedy="correct it, or leave it out",
+                remedy="correct the value, or omit it",
             )
 
     @property
-    def greedy(self) -> bool:
-        """Whether the most probable token is taken."""
+    def is_greedy(self) -> bool:
+        """True if the most probable token is selected."""
         return self.temperature == 0.0
 
 
-GREEDY = Sampling()
+GREEDY_SAMPLING = SamplingParams()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How one question is to be answered.
+class GenerationOptions:
+    """Options of one request.
 
-    `model` is one of the service's names, None its first. `stop` ends the answer before any of
-    these texts. `logprobs` asks for each token's log probability and those of as many others.
-    `constraint` is for this one answer alone. `max_new_tokens` None: as many as there is room for.
+    Attributes:
+        max_new_tokens: Maximum completion length; None for the available KV cache.
+        stop_strings: Strings that end the completion, excluded from it.
+        logprobs: Number of alternative tokens with log probabilities.
+        constraint: Decoding constraint for this request only.
+        model: Name of an adapter or model; None for the default.
     """
 
     max_new_tokens: int | None = 512
-    sampling: Sampling = GREEDY
-    stop: Sequence[str] = ()
+    sampling_params: SamplingParams = GREEDY_SAMPLING
+    stop_strings: Sequence[str] = ()
     logprobs: int | None = None
-    constraint: Constraint | None = None
+    constraint: DecodingConstraint | None = None
     model: str | None = None
 
     def __post_init__(self) -> None:
-        if "" in self.stop:
+        if "" in self.stop_strings:
             raise UserError(
-                "an empty text to stop at",
+                "empty stop string",
                 where="stop",
-                expected="texts of at least a character",
-                remedy="leave it out",
+                expected="strings of at least one character",
+                remedy="remove it",
             )
 
 
 @dataclass(frozen=True, slots=True)
-class Token:
-    """One token of an answer: its log probability before temperature, and the most probable ones
-    in its place with theirs, where they were asked for."""
+class GeneratedToken:
+    """A token with its log probability before temperature and the most probable alternatives."""
 
     id: int
     logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens of a question, those of them that were known from earlier ones, and of its answer."""
+class TokenUsage:
+    """Token counts of a request; `cached_tokens` are prompt tokens from the prefix cache."""
 
-    prompt: int
-    known: int
-    answer: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
-    """What an answer has grown by: text that will not change any more, and the tokens since the
-    last delta. Text lags behind tokens where a character is incomplete or a stop text may begin."""
+class CompletionDelta:
+    """New final text of a completion and the tokens since the last delta.
+
+    Text may lag behind the tokens at incomplete characters and possible stop strings.
+    """
 
     text: str
-    tokens: tuple[Token, ...]
+    tokens: tuple[GeneratedToken, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """A question to the engine: `adapter` is the number of one that the model carries, None for the
-    model without any; `pictures` are digests of what the prompt shows."""
+class GenerationRequest:
+    """Request to the engine.
 
-    prompt: Encoded
+    Attributes:
+        adapter_index: Index of a loaded adapter; None for the base model.
+        image_hashes: Pixel hash of each visual span; computed if None.
+    """
+
+    prompt: EncodedSample
     max_new_tokens: int
-    sampling: Sampling = GREEDY
+    sampling_params: SamplingParams = GREEDY_SAMPLING
     logprobs: int | None = None
-    constraint: Constraint | None = None
-    adapter: int | None = None
-    pictures: tuple[bytes, ...] | None = None
+    constraint: DecodingConstraint | None = None
+    adapter_index: int | None = None
+    image_hashes: tuple[bytes, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
-    """What became of a request: a token, its end, or both; `error` in place of both. `known` tokens
-    of its prompt had been read before it came."""
+class EngineEvent:
+    """New token or end of a request; `error` if the request failed."""
 
-    ticket: int
-    token: Token | None = None
-    finish: Finish | None = None
+    request_id: int
+    token: GeneratedToken | None = None
+    finish_reason: FinishReason | None = None
     error: Exception | None = None
-    known: int = 0
+    num_cached_tokens: int = 0

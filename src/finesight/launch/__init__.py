@@ -1,1 +1,1 @@
-"""A recipe handed to what starts processes: torchrun, Slurm, SkyPilot, Kubeflow."""
+"""Launch training jobs with torchrun, Slurm, SkyPilot or Kubeflow."""

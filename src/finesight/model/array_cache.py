@@ -29,24 +29,24 @@ def array_cache(
 
     def decorate(function: Callable[Given, Arrays]) -> Callable[Given, Arrays]:
         results: OrderedDict[Hashable, Arrays] = OrderedDict()
-        lock, held = threading.Lock(), 0
+        lock, cached_bytes = threading.Lock(), 0
 
         @functools.wraps(function)
         def cached(*args: Given.args, **kwargs: Given.kwargs) -> Arrays:
-            nonlocal held
+            nonlocal cached_bytes
             key = (args, tuple(kwargs.items()))
             with lock:
                 if key in results:
                     results.move_to_end(key)
                     return results[key]
-            made = function(*args, **kwargs)
+            result = function(*args, **kwargs)
             with lock:
                 if key not in results:
-                    results[key] = made
-                    held += _bytes(made)
-                while held > max_bytes:
-                    held -= _bytes(results.popitem(last=False)[1])
-            return made
+                    results[key] = result
+                    cached_bytes += _bytes(result)
+                while cached_bytes > max_bytes:
+                    cached_bytes -= _bytes(results.popitem(last=False)[1])
+            return result
 
         return cached
 
@@ -54,4 +54,6 @@ def array_cache(
 
 
 def _bytes(arrays: NDArray[Any] | tuple[NDArray[Any], ...]) -> int:
-    return arrays.nbytes if isinstance(arrays, np.ndarray) else sum(one.nbytes for one in arrays)
+    return (
+        arrays.nbytes if isinstance(arrays, np.ndarray) else sum(array.nbytes for array in arrays)
+    )

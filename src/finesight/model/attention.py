@@ -1,6 +1,6 @@
-"""Attention over sequences that lie end to end.
+"""Attention over packed sequences.
 
-Shapes: T tokens of the pack, K keys, H heads, D numbers of a head, S sequences, N sequences of
+Shapes: T tokens of the packed batch, K keys, H heads, D head dimension, S sequences, N sequences of
 one length, L that length.
 """
 
@@ -17,247 +17,310 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finesight.model.frozen import KERNELS, has_tensor_cores
-from finesight.model.runs import Runs, alike, branched, padded, upload
-from finesight.model.short_attention import LONGEST, attend_short
+from finesight.model.cpu_attention import MAX_CPU_SEQLEN, cpu_attention
+from finesight.model.length_buckets import (
+    LengthBuckets,
+    bucket_by_length,
+    bucket_shared_prefix,
+    bucket_with_padding,
+    copy_to_device,
+)
+from finesight.model.quant.base import HAS_TRITON, has_tensor_cores
 
-if KERNELS:
-    from finesight.model.kernels import attention as attention_kernels
-    from finesight.model.kernels import look as look_kernels
+if HAS_TRITON:
+    from finesight.model.kernels import varlen_attention as varlen_kernels
+    from finesight.model.kernels import vision_attention as vision_kernels
 
-SHORT = 256
-"""Tokens of a segment up to which `attention_kernels` are the quickest on an H200."""
+MAX_TRITON_SEQLEN = 256
+"""Longest segment in tokens for which `varlen_kernels` are the fastest on an H200."""
 
-_TORCH = tuple(int(piece) for piece in torch.__version__.split(".")[:2])
+_TORCH_VERSION = tuple(int(piece) for piece in torch.__version__.split(".")[:2])
 
 
-class Attention(Protocol):
-    """How the decoder's layers look at tokens: at a pack, or at a cache while generating."""
+class AttentionBackend(Protocol):
+    """Attention of the decoder layers over a packed batch or a KV cache."""
 
     @property
-    def contexts_T(self) -> Tensor:
-        """How many tokens the sequence of each new token was when its first ones were read: its
-        prompt's while generating. Whole numbers on the tensors' device."""
+    def context_lengths_T(self) -> Tensor:
+        """Context length of each new token's sequence (integers on the tensors' device).
+
+        During generation this is the length of the prompt.
+        """
         ...
 
-    def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        """Queries, keys and values of the new tokens, with fewer heads K than H where grouped,
-        to what each query takes from the values: [T, H, D]."""
+    def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        """Compute attention of the new tokens in one layer.
+
+        Args:
+            layer_index: Index of the decoder layer.
+            q_THD: Queries of the new tokens.
+            k_TKD: Keys of the new tokens; K < H with grouped-query attention.
+            v_TKD: Values of the new tokens.
+
+        Returns:
+            Attention output of each query, [T, H, D].
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Where sequences begin and end: `bounds_S1` is the running sum of `lengths` from 0 (int32,
-    on the tensors' device), `longest` the largest of them."""
+    """Boundaries of packed sequences.
+
+    `cu_seqlens_S1` holds the cumulative `lengths` starting at 0 (int32, on the tensors' device),
+    and `max_seqlen` is the longest of them.
+    """
 
     lengths: tuple[int, ...]
-    bounds_S1: Tensor
-    longest: int
+    cu_seqlens_S1: Tensor
+    max_seqlen: int
 
     @classmethod
-    def of(cls, lengths: Iterable[int], device: torch.device) -> Segments:
-        """Segments of these lengths, their bounds copied to `device`."""
+    def from_lengths(cls, lengths: Iterable[int], device: torch.device) -> Segments:
+        """Build segments from their lengths and copy `cu_seqlens` to `device`."""
         lengths = tuple(lengths)
-        bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        return cls(lengths, upload(bounds, device), max(lengths))
+        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        return cls(lengths, copy_to_device(cu_seqlens, device), max(lengths))
 
     @cached_property
-    def contexts_T(self) -> Tensor:
-        """The length of each token's segment."""
-        lengths_S = self.bounds_S1.diff()
+    def context_lengths_T(self) -> Tensor:
+        """Segment length of each token."""
+        lengths_S = self.cu_seqlens_S1.diff()
         return lengths_S.repeat_interleave(lengths_S, output_size=sum(self.lengths))
 
     @cached_property
-    def runs(self) -> Runs:
+    def length_buckets(self) -> LengthBuckets:
         """Segments grouped by length."""
-        return alike(self.lengths, self.bounds_S1.device)
+        return bucket_by_length(self.lengths, self.cu_seqlens_S1.device)
 
     @cached_property
-    def padded(self) -> Runs:
-        """Segments of like length grouped, and padded."""
-        return padded(self.lengths, self.bounds_S1.device)
+    def padded_buckets(self) -> LengthBuckets:
+        """Segments of similar length, grouped and padded."""
+        return bucket_with_padding(self.lengths, self.cu_seqlens_S1.device)
 
 
 @dataclass(frozen=True)
 class PackedAttention:
-    """Causal attention within each sequence of a pack: training, and scoring without a cache.
+    """Causal attention within each packed sequence, for training and for scoring without a cache.
 
-    `seed_1` (int32, on the device) is what the drop-outs of `fused_layer` are a function of.
+    `dropout_seed_1` (int32, on the device) seeds the LoRA dropout of `fused_decoder`.
     """
 
     segments: Segments
-    seed_1: Tensor | None = None
+    dropout_seed_1: Tensor | None = None
 
     @property
-    def contexts_T(self) -> Tensor:
-        """`Attention`: every sequence is read whole."""
-        return self.segments.contexts_T
+    def context_lengths_T(self) -> Tensor:
+        """Sequence length of each token; implements `AttentionBackend`."""
+        return self.segments.context_lengths_T
 
-    def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        """`Attention`, the same for every layer."""
-        return attend(q_THD, k_TKD, v_TKD, self.segments, causal=True)
-
-
-class Places(NamedTuple):
-    """Where rows of a pack stand whose sequences branch off the first one, of P rows, once each has
-    them before its own: M rows. `at_M` is the row of each place, `own_T` the place of each row, and
-    `trunk_SP` has the places of the first one's."""
-
-    at_M: Tensor
-    own_T: Tensor
-    trunk_SP: Tensor
+    def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        """Compute packed attention; implements `AttentionBackend`."""
+        return varlen_attention(q_THD, k_TKD, v_TKD, self.segments, causal=True)
 
 
-class _Branched(torch.autograd.Function):
-    """Rows [T, ...] in their places [M, ...]."""
+class SharedPrefixIndices(NamedTuple):
+    """Indices that expand packed rows so that each sequence contains the shared prefix.
+
+    P packed rows become M expanded rows.
+
+    `source_indices_M` is the packed row of each expanded position, `position_indices_T` the
+    expanded position of each packed row. `prefix_indices_SP` are the expanded positions of the
+    prefix, for each sequence.
+    """
+
+    source_indices_M: Tensor
+    position_indices_T: Tensor
+    prefix_indices_SP: Tensor
+
+
+class _ExpandSharedPrefix(torch.autograd.Function):
+    """Copy rows [T, ...] to their expanded positions [M, ...]."""
 
     @staticmethod
-    def forward(ctx: Any, x_TX: Tensor, places: Places) -> Tensor:
-        ctx.places = places
-        return x_TX.index_select(0, places.at_M)
+    def forward(ctx: Any, x_TX: Tensor, indices: SharedPrefixIndices) -> Tensor:
+        ctx.indices = indices
+        return x_TX.index_select(0, indices.source_indices_M)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_MX: Tensor) -> tuple[Tensor, None]:
-        _, own_T, trunk_SP = ctx.places
-        dx_TX, shape = dy_MX.index_select(0, own_T), (*trunk_SP.shape, *dy_MX.shape[1:])
-        # What comes back from every sequence is summed up wide and rounded once.
-        theirs_SPX = dy_MX.index_select(0, trunk_SP.flatten()).view(shape)
-        wide = torch.promote_types(dy_MX.dtype, torch.float32)
-        dx_TX[: shape[1]] = theirs_SPX.sum(0, dtype=wide)
+        _, position_indices_T, prefix_indices_SP = ctx.indices
+        dx_TX, shape = (
+            dy_MX.index_select(0, position_indices_T),
+            (*prefix_indices_SP.shape, *dy_MX.shape[1:]),
+        )
+        # Prefix gradients of all sequences are summed in fp32 and rounded once.
+        prefix_grads_SPX = dy_MX.index_select(0, prefix_indices_SP.flatten()).view(shape)
+        wide_dtype = torch.promote_types(dy_MX.dtype, torch.float32)
+        dx_TX[: shape[1]] = prefix_grads_SPX.sum(0, dtype=wide_dtype)
         return dx_TX, None
 
 
 @dataclass(frozen=True, kw_only=True)
-class BranchedAttention(PackedAttention):
-    """The same of sequences that go on from the first one, which each of the others reads before
-    its own tokens, and which is computed once; of so many `rows` in all."""
+class SharedPrefixAttention(PackedAttention):
+    """Causal attention of sequences that share a prefix, which is computed once.
 
-    rows: int
+    The first segment is the prefix; every other segment attends to the prefix and to its own
+    tokens. `num_tokens` is the total number of packed tokens.
+    """
+
+    num_tokens: int
 
     @property
-    def contexts_T(self) -> Tensor:
-        """The first sequence's tokens have as many contexts as others go on from there."""
-        raise AssertionError("tokens of several sequences have no length of a sequence")
+    def context_lengths_T(self) -> Tensor:
+        """Not available: prefix tokens belong to several sequences."""
+        raise AssertionError("prefix tokens belong to several sequences and have no context length")
 
-    def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        """`Attention`, the same for every layer."""
-        own, whole = self.segments, self.whole
-        if _takes_short(q_THD, whole):
-            bounds = attention_kernels.Bounds(own.bounds_S1, whole.longest, self.trunk)
-            return _short(q_THD, k_TKD, v_TKD, bounds)
-        if _is_short(q_THD, whole):
-            return attend_short(q_THD, k_TKD, v_TKD, self.runs, causal=True)
-        k_MKD, v_MKD = self._branched(k_TKD), self._branched(v_TKD)
-        if has_varlen(q_THD):
-            return _attend_varlen(q_THD, k_MKD, v_MKD, own, whole, causal=True)
-        o_MHD = attend(self._branched(q_THD), k_MKD, v_MKD, whole, causal=True)
-        return o_MHD.index_select(0, self.places.own_T)
+    def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        """Compute attention with the shared prefix; implements `AttentionBackend`."""
+        segments, full_segments = self.segments, self.full_segments
+        if _use_triton_attention(q_THD, full_segments):
+            cu_seqlens = varlen_kernels.CuSeqlens(
+                segments.cu_seqlens_S1, full_segments.max_seqlen, self.prefix_length
+            )
+            return _triton_attention(q_THD, k_TKD, v_TKD, cu_seqlens)
+        if _use_cpu_attention(q_THD, full_segments):
+            return cpu_attention(q_THD, k_TKD, v_TKD, self.length_buckets, causal=True)
+        k_MKD, v_MKD = self._expand(k_TKD), self._expand(v_TKD)
+        if supports_varlen_attention(q_THD):
+            return _flash_attention(q_THD, k_MKD, v_MKD, segments, full_segments, causal=True)
+        o_MHD = varlen_attention(self._expand(q_THD), k_MKD, v_MKD, full_segments, causal=True)
+        return o_MHD.index_select(0, self.indices.position_indices_T)
 
-    def _branched(self, x_TX: Tensor) -> Tensor:
-        y_MX: Tensor = _Branched.apply(x_TX, self.places)  # type: ignore[no-untyped-call]
+    def _expand(self, x_TX: Tensor) -> Tensor:
+        expand = _ExpandSharedPrefix.apply
+        y_MX: Tensor = expand(x_TX, self.indices)  # type: ignore[no-untyped-call]
         return y_MX
 
     @property
-    def trunk(self) -> int:
-        """Tokens of the first sequence."""
+    def prefix_length(self) -> int:
+        """Number of tokens in the shared prefix."""
         return self.segments.lengths[0]
 
     @cached_property
-    def whole(self) -> Segments:
-        """Each sequence with what it reads before its own tokens."""
+    def full_segments(self) -> Segments:
+        """Segments of the expanded batch, in which each sequence contains the prefix."""
         first, *others = self.segments.lengths
-        lengths, bounds_S1 = (first, *(first + n for n in others)), self.segments.bounds_S1
-        before_S1 = torch.arange(-1, len(others) + 1, device=bounds_S1.device).clamp_(min=0)
-        whole_S1 = (bounds_S1 + before_S1 * first).to(bounds_S1.dtype)
-        return Segments(lengths, whole_S1, max(lengths))
+        lengths, cu_seqlens_S1 = (first, *(first + n for n in others)), self.segments.cu_seqlens_S1
+        num_prefixes_S1 = torch.arange(-1, len(others) + 1, device=cu_seqlens_S1.device).clamp_(
+            min=0
+        )
+        full_cu_seqlens_S1 = (cu_seqlens_S1 + num_prefixes_S1 * first).to(cu_seqlens_S1.dtype)
+        return Segments(lengths, full_cu_seqlens_S1, max(lengths))
 
     @cached_property
-    def runs(self) -> Runs:
-        """Each sequence but the first with what it reads before its own tokens, in batches."""
-        return branched(self.segments.lengths)
+    def length_buckets(self) -> LengthBuckets:
+        """Sequences including their prefix, grouped by length."""
+        return bucket_shared_prefix(self.segments.lengths)
 
     @cached_property
-    def places(self) -> Places:
-        """Made on the device: of a recording's sequences the lengths are known there alone."""
-        (own_S1, whole_S1), trunk = (self.segments.bounds_S1, self.whole.bounds_S1), self.trunk
-        row_T = torch.arange(self.rows, device=own_S1.device, dtype=own_S1.dtype)
-        own_T = row_T + trunk * torch.searchsorted(own_S1[1:], row_T, right=True)
-        trunk_SP = whole_S1[:-1, None] + row_T[:trunk]
-        places = self.rows + trunk * (len(own_S1) - 2)
-        place_M = torch.arange(places, device=own_S1.device, dtype=own_S1.dtype)
-        sequence_M = torch.searchsorted(whole_S1[1:], place_M, right=True)
-        inside_M = place_M - whole_S1[sequence_M]
-        after_M = own_S1[sequence_M] + inside_M - trunk * (sequence_M > 0)
-        at_M = torch.where(inside_M < trunk, inside_M, after_M)
-        return Places(at_M, own_T, trunk_SP)
+    def indices(self) -> SharedPrefixIndices:
+        """Expansion indices, computed on the device.
+
+        Inside a CUDA graph the sequence lengths are known on the device only.
+        """
+        (cu_seqlens_S1, full_cu_seqlens_S1), prefix_length = (
+            (self.segments.cu_seqlens_S1, self.full_segments.cu_seqlens_S1),
+            self.prefix_length,
+        )
+        token_T = torch.arange(
+            self.num_tokens, device=cu_seqlens_S1.device, dtype=cu_seqlens_S1.dtype
+        )
+        position_indices_T = token_T + prefix_length * torch.searchsorted(
+            cu_seqlens_S1[1:], token_T, right=True
+        )
+        prefix_indices_SP = full_cu_seqlens_S1[:-1, None] + token_T[:prefix_length]
+        num_positions = self.num_tokens + prefix_length * (len(cu_seqlens_S1) - 2)
+        position_M = torch.arange(
+            num_positions, device=cu_seqlens_S1.device, dtype=cu_seqlens_S1.dtype
+        )
+        sequence_M = torch.searchsorted(full_cu_seqlens_S1[1:], position_M, right=True)
+        offset_M = position_M - full_cu_seqlens_S1[sequence_M]
+        suffix_source_M = cu_seqlens_S1[sequence_M] + offset_M - prefix_length * (sequence_M > 0)
+        source_indices_M = torch.where(offset_M < prefix_length, offset_M, suffix_source_M)
+        return SharedPrefixIndices(source_indices_M, position_indices_T, prefix_indices_SP)
 
 
-def attend(
+def varlen_attention(
     q_THD: Tensor,
     k_TKD: Tensor,
     v_TKD: Tensor,
     segments: Segments,
     *,
     causal: bool,
-    keys: Segments | None = None,
+    key_segments: Segments | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v within each segment, in one kernel where the card has it.
+    """Compute softmax(q k^T / sqrt(D)) v within each segment.
 
-    `keys` are the segments of the keys where these are more: the queries are then the last ones of
-    their segments.
+    Uses one variable-length kernel where the device supports it.
+
+    Args:
+        q_THD: Queries.
+        k_TKD: Keys.
+        v_TKD: Values.
+        segments: Segments of the queries.
+        causal: Mask later keys.
+        key_segments: Segments of the keys if they are longer; the queries are then the last tokens
+            of their segments.
     """
-    if keys is not None and has_varlen(q_THD):
-        return _attend_varlen(q_THD, k_TKD, v_TKD, segments, keys, causal)
-    if keys is not None:
-        assert causal, "the last ones of what nobody is before"
-        return _attend_last(q_THD, k_TKD, v_TKD, segments, keys)
-    if _is_short(q_THD, segments):
-        runs = segments.padded if causal else segments.runs
-        return attend_short(q_THD, k_TKD, v_TKD, runs, causal=causal)
-    if not has_varlen(q_THD):
-        return attend_by_segment(q_THD, k_TKD, v_TKD, segments.runs, causal)
-    if causal and _takes_short(q_THD, segments):
-        return _short(q_THD, k_TKD, v_TKD, _bounds(segments))
-    if KERNELS and not (causal or torch.is_grad_enabled()):
-        return look_kernels.look(q_THD, k_TKD, v_TKD, _bounds(segments))
-    return _attend_varlen(q_THD, k_TKD, v_TKD, segments, segments, causal)
+    if key_segments is not None and supports_varlen_attention(q_THD):
+        return _flash_attention(q_THD, k_TKD, v_TKD, segments, key_segments, causal)
+    if key_segments is not None:
+        assert causal, "key_segments require causal attention"
+        return _suffix_attention(q_THD, k_TKD, v_TKD, segments, key_segments)
+    if _use_cpu_attention(q_THD, segments):
+        buckets = segments.padded_buckets if causal else segments.length_buckets
+        return cpu_attention(q_THD, k_TKD, v_TKD, buckets, causal=causal)
+    if not supports_varlen_attention(q_THD):
+        return bucketed_attention(q_THD, k_TKD, v_TKD, segments.length_buckets, causal)
+    if causal and _use_triton_attention(q_THD, segments):
+        return _triton_attention(q_THD, k_TKD, v_TKD, _kernel_cu_seqlens(segments))
+    if HAS_TRITON and not (causal or torch.is_grad_enabled()):
+        return vision_kernels.vision_attention(q_THD, k_TKD, v_TKD, _kernel_cu_seqlens(segments))
+    return _flash_attention(q_THD, k_TKD, v_TKD, segments, segments, causal)
 
 
-def _is_short(q_THD: Tensor, segments: Segments) -> bool:
-    """Whether plain products are quicker than torch's fused kernel. Where there is no way back and
-    a processor has tiles for bf16, they are not: on a Xeon half as quick, for a tower."""
+def _use_cpu_attention(q_THD: Tensor, segments: Segments) -> bool:
+    """Return True if explicit matmuls are faster than torch's fused kernel.
+
+    Without a backward pass, on CPUs with AMX, the fused kernel is faster: by a factor of 2 on a
+    Xeon, for a vision encoder.
+    """
     if q_THD.device.type != "cpu" or q_THD.dtype != torch.bfloat16:
         return False
-    return segments.longest <= LONGEST and (torch.is_grad_enabled() or not has_tiles())
+    return segments.max_seqlen <= MAX_CPU_SEQLEN and (torch.is_grad_enabled() or not has_amx_bf16())
 
 
 @lru_cache
-def has_tiles() -> bool:
-    """Whether this processor multiplies bf16 in tiles (AMX)."""
+def has_amx_bf16() -> bool:
+    """Return True if the CPU has bf16 tile instructions (AMX)."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
-def _takes_short(q_THD: Tensor, segments: Segments) -> bool:
-    """Whether `attention_kernels` take these."""
-    return KERNELS and segments.longest <= SHORT and has_varlen(q_THD)
+def _use_triton_attention(q_THD: Tensor, segments: Segments) -> bool:
+    """Return True if the Triton kernels of `varlen_attention` support these inputs."""
+    return (
+        HAS_TRITON and segments.max_seqlen <= MAX_TRITON_SEQLEN and supports_varlen_attention(q_THD)
+    )
 
 
-def _bounds(segments: Segments) -> attention_kernels.Bounds:
-    return attention_kernels.Bounds(segments.bounds_S1, segments.longest)
+def _kernel_cu_seqlens(segments: Segments) -> varlen_kernels.CuSeqlens:
+    return varlen_kernels.CuSeqlens(segments.cu_seqlens_S1, segments.max_seqlen)
 
 
-class _Short(torch.autograd.Function):
-    """Causal attention in segments for which the kernels of long ones are too coarse."""
+class _TritonAttention(torch.autograd.Function):
+    """Causal attention for short segments, with Triton kernels in both passes."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, bounds: attention_kernels.Bounds
+        ctx: Any, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: varlen_kernels.CuSeqlens
     ) -> Tensor:
-        o_THD, lse_HT = attention_kernels.forth(q_THD, k_TKD, v_TKD, bounds, causal=True)
+        o_THD, lse_HT = varlen_kernels.attention_forward(
+            q_THD, k_TKD, v_TKD, cu_seqlens, causal=True
+        )
         ctx.save_for_backward(q_THD, k_TKD, v_TKD, o_THD, lse_HT)
-        ctx.bounds = bounds
+        ctx.cu_seqlens = cu_seqlens
         return o_THD
 
     @staticmethod
@@ -265,78 +328,93 @@ class _Short(torch.autograd.Function):
     def backward(ctx: Any, do_THD: Tensor) -> tuple[Tensor | None, ...]:
         q_THD, k_TKD, v_TKD, o_THD, lse_HT = ctx.saved_tensors
         inputs = q_THD, k_TKD, v_TKD, o_THD, do_THD, lse_HT
-        return *attention_kernels.back(*inputs, ctx.bounds, causal=True), None
+        return *varlen_kernels.attention_backward(*inputs, ctx.cu_seqlens, causal=True), None
 
 
-def _short(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, bounds: attention_kernels.Bounds) -> Tensor:
-    o_THD: Tensor = _Short.apply(q_THD, k_TKD, v_TKD, bounds)  # type: ignore[no-untyped-call]
+def _triton_attention(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: varlen_kernels.CuSeqlens
+) -> Tensor:
+    attend = _TritonAttention.apply
+    o_THD: Tensor = attend(q_THD, k_TKD, v_TKD, cu_seqlens)  # type: ignore[no-untyped-call]
     return o_THD
 
 
-def _attend_varlen(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, queries: Segments, keys: Segments, causal: bool
+def _flash_attention(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    query_segments: Segments,
+    key_segments: Segments,
+    causal: bool,
 ) -> Tensor:
-    # It brings torch's compiler along, which takes as long to import as torch: not where no GPU is.
+    # Imported lazily: this loads torch's compiler, which takes as long as importing torch.
     from torch.nn.attention.varlen import varlen_attn
 
-    # The window is counted from the ends of the segments, where queries are fewer than keys.
+    # The window is aligned to the segment ends if there are fewer queries than keys.
     window = (-1, 0) if causal else (-1, -1)
-    bounds = queries.bounds_S1, keys.bounds_S1, queries.longest, keys.longest
-    inputs = (q_THD, k_TKD, v_TKD, *bounds)
-    if _TORCH >= (2, 12):
-        o_THD = varlen_attn(*inputs, window_size=window, enable_gqa=True)
+    cu_seqlens = (
+        query_segments.cu_seqlens_S1,
+        key_segments.cu_seqlens_S1,
+        query_segments.max_seqlen,
+        key_segments.max_seqlen,
+    )
+    arguments = (q_THD, k_TKD, v_TKD, *cu_seqlens)
+    if _TORCH_VERSION >= (2, 12):
+        o_THD = varlen_attn(*arguments, window_size=window, enable_gqa=True)
     else:
-        # The kernel reads grouped heads as they are; only later releases want that said.
-        o_THD = varlen_attn(*inputs, window_size=window)
+        # The kernel supports grouped heads; only later releases require the flag.
+        o_THD = varlen_attn(*arguments, window_size=window)
     assert isinstance(o_THD, Tensor), f"varlen_attn returned {type(o_THD)}"
     return o_THD
 
 
-def _attend_last(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, queries: Segments, keys: Segments
+def _suffix_attention(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, query_segments: Segments, key_segments: Segments
 ) -> Tensor:
-    """The last queries of each segment, without a variable-length kernel."""
-    grouped = q_THD.shape[1] > k_TKD.shape[1]
-    pieces = []
+    """Attention of the last queries of each segment, without a variable-length kernel."""
+    enable_gqa = q_THD.shape[1] > k_TKD.shape[1]
+    outputs = []
     for q_LHD, k_LKD, v_LKD in zip(
-        torch.split(q_THD, [*queries.lengths]),
-        torch.split(k_TKD, [*keys.lengths]),
-        torch.split(v_TKD, [*keys.lengths]),
+        torch.split(q_THD, [*query_segments.lengths]),
+        torch.split(k_TKD, [*key_segments.lengths]),
+        torch.split(v_TKD, [*key_segments.lengths]),
         strict=True,
     ):
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_LHD, k_LKD, v_LKD))
-        whole = torch.ones(len(q_LHD), len(k_LKD), dtype=torch.bool, device=q.device)
-        mask = whole.tril(len(k_LKD) - len(q_LHD))
-        o_1HLD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-        pieces.append(o_1HLD.squeeze(0).transpose(0, 1))
-    return torch.cat(pieces)
+        all_true = torch.ones(len(q_LHD), len(k_LKD), dtype=torch.bool, device=q.device)
+        mask = all_true.tril(len(k_LKD) - len(q_LHD))
+        o_1HLD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
+        outputs.append(o_1HLD.squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
 
 
-def has_varlen(q_THD: Tensor) -> bool:
-    """Whether variable-length flash attention takes these queries: 16-bit numbers, heads of a
-    multiple of 8, and a card of compute capability 8.0 or newer."""
+def supports_varlen_attention(q_THD: Tensor) -> bool:
+    """Return True if variable-length flash attention supports these queries.
+
+    It requires a 16-bit dtype, a head dimension divisible by 8 and compute capability 8.0 or newer.
+    """
     return q_THD.shape[-1] % 8 == 0 and has_tensor_cores(q_THD.dtype, q_THD.device)
 
 
-def attend_by_segment(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, runs: Runs, causal: bool
+def bucketed_attention(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, buckets: LengthBuckets, causal: bool
 ) -> Tensor:
-    """The same without a variable-length kernel: segments of one length in one call."""
-    # The fused kernels for CPU and older cards want as many key heads as query heads.
+    """Compute attention without a variable-length kernel, one call for each segment length."""
+    # The fused kernels for CPU and older GPUs require as many key heads as query heads.
     repeats = q_THD.shape[1] // k_TKD.shape[1]
     if repeats > 1:
         k_TKD = k_TKD.repeat_interleave(repeats, dim=1)
         v_TKD = v_TKD.repeat_interleave(repeats, dim=1)
     packed = [q_THD, k_TKD, v_TKD]
-    if runs.order_T is not None:
-        packed = [x_THD.index_select(0, runs.order_T) for x_THD in packed]
-    sizes = [length * count for length, count in runs.lengths]
-    pieces = []
-    for (length, count), *run in zip(
-        runs.lengths, *(torch.split(x, sizes) for x in packed), strict=True
+    if buckets.order_T is not None:
+        packed = [x_THD.index_select(0, buckets.order_T) for x_THD in packed]
+    sizes = [length * count for length, count in buckets.shapes]
+    outputs = []
+    for (length, count), *bucket in zip(
+        buckets.shapes, *(torch.split(x, sizes) for x in packed), strict=True
     ):
-        q, k, v = (torch.unflatten(x, 0, (count, length)).transpose(1, 2) for x in run)
+        q, k, v = (torch.unflatten(x, 0, (count, length)).transpose(1, 2) for x in bucket)
         o_NHLD = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        pieces.append(o_NHLD.transpose(1, 2).flatten(0, 1))
-    o_THD = torch.cat(pieces)
-    return o_THD if runs.back_T is None else o_THD.index_select(0, runs.back_T)
+        outputs.append(o_NHLD.transpose(1, 2).flatten(0, 1))
+    o_THD = torch.cat(outputs)
+    return o_THD if buckets.inverse_T is None else o_THD.index_select(0, buckets.inverse_T)

@@ -1,7 +1,9 @@
-"""Rotary positions (Su et al. 2021): a head's numbers turn in pairs, by angles that grow with the
-token's position. The families pair number i of a head with number i + D/2.
+"""Rotary position embeddings (Su et al. 2021).
 
-Shapes: T tokens, N patches, H heads, D numbers of a head, F = D/2 frequencies.
+Element i of a head is paired with element i + D/2 and rotated by an angle proportional to the
+position.
+
+Shapes: T tokens, N patches, H heads, D head dimension, F = D/2 frequencies.
 """
 
 from __future__ import annotations
@@ -12,64 +14,75 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from finesight.model.fused import turn
-from finesight.model.geometry import LanguageGeometry, VisionGeometry
+from finesight.model.config import DecoderConfig, VisionConfig
+from finesight.model.fused_ops import apply_rotary
 
 
 @dataclass(frozen=True)
-class Rotation:
-    """Cosines and signed sines for each token, the same for all heads: x cos + swap(x) sin,
-    where swap exchanges the halves of a head and sin carries the minus of its first half."""
+class RotaryCosSin:
+    """Cosines and signed sines of each token, shared by all heads.
+
+    The rotation is x cos + swap(x) sin, where swap exchanges the halves of a head and sin is
+    negative in the first half.
+    """
 
     cos_T1D: Tensor
     sin_T1D: Tensor
 
     @classmethod
-    def by(cls, angles_TF: Tensor, dtype: torch.dtype) -> Rotation:
-        """From angles in radians (fp32), rounded once to `dtype`."""
+    def from_angles(cls, angles_TF: Tensor, dtype: torch.dtype) -> RotaryCosSin:
+        """Build from fp32 angles in radians, rounded once to `dtype`."""
         cos_TF, sin_TF = angles_TF.cos(), angles_TF.sin()
         cos_TD = torch.cat([cos_TF, cos_TF], -1)
         sin_TD = torch.cat([-sin_TF, sin_TF], -1)
         return cls(cos_TD.unsqueeze(1).to(dtype), sin_TD.unsqueeze(1).to(dtype))
 
 
-def rotate(x_THD: Tensor, rotation: Rotation) -> Tensor:
-    """Turn each head by its token's angles, in the wider of both types; the type of `x` back."""
-    return turn(x_THD, rotation.cos_T1D, rotation.sin_T1D)
+def apply_rotary_pos_emb(x_THD: Tensor, rotary: RotaryCosSin) -> Tensor:
+    """Rotate each head by its token's angles, in the wider of both dtypes.
+
+    The result has the dtype of `x`.
+    """
+    return apply_rotary(x_THD, rotary.cos_T1D, rotary.sin_T1D)
 
 
 @torch.no_grad()
-def language_rotation(
-    positions_3T: Tensor, geometry: LanguageGeometry, dtype: torch.dtype
-) -> Rotation:
-    """M-RoPE (Wang et al. 2024, Qwen2-VL, section 2.1): each frequency reads one of the rows time,
-    height and width. Rounded to `dtype`, as the models were trained."""
-    device = positions_3T.device
-    rows_F = _rows(geometry.rows, device)
-    positions_TF = positions_3T.index_select(0, rows_F).T.float()
-    return Rotation.by(
-        positions_TF * head_frequencies(geometry.head_width, geometry.theta, device), dtype
+def compute_mrope(
+    position_ids_3T: Tensor, config: DecoderConfig, dtype: torch.dtype
+) -> RotaryCosSin:
+    """Compute M-RoPE (Wang et al. 2024, Qwen2-VL, section 2.1).
+
+    Each frequency uses one of the position axes time, height and width. Rounded to `dtype`, as in
+    training of the base models.
+    """
+    device = position_ids_3T.device
+    axes_F = _axis_tensor(config.mrope_axes, device)
+    position_ids_TF = position_ids_3T.index_select(0, axes_F).T.float()
+    return RotaryCosSin.from_angles(
+        position_ids_TF * inverse_frequencies(config.head_dim, config.rope_theta, device), dtype
     )
 
 
 @torch.no_grad()
-def vision_rotation(positions_N2: Tensor, geometry: VisionGeometry) -> Rotation:
-    """Half of the frequencies read a patch's row and half its column; kept in fp32."""
-    numbers_F = head_frequencies(geometry.head_width // 2, geometry.theta, positions_N2.device)
-    angles_N2F = positions_N2.unsqueeze(-1).float() * numbers_F
-    return Rotation.by(angles_N2F.flatten(1), torch.float32)
+def compute_vision_rope(position_ids_N2: Tensor, config: VisionConfig) -> RotaryCosSin:
+    """Compute 2-D rotary embeddings of patches in fp32: half of the frequencies per axis."""
+    inv_freq_F = inverse_frequencies(
+        config.head_dim // 2, config.rope_theta, position_ids_N2.device
+    )
+    angles_N2F = position_ids_N2.unsqueeze(-1).float() * inv_freq_F
+    return RotaryCosSin.from_angles(angles_N2F.flatten(1), torch.float32)
 
 
 @lru_cache
-def head_frequencies(width: int, theta: float, device: torch.device) -> Tensor:
-    """theta^(-2 i / width) for each pair i of a head, [width / 2] in fp32."""
-    # A cached tensor made while generating must still serve a later backward pass.
+def inverse_frequencies(head_dim: int, rope_theta: float, device: torch.device) -> Tensor:
+    """Return theta^(-2 i / head_dim) for each pair i of a head, in fp32."""
+    # A tensor cached during generation must remain valid for a later backward pass.
     with torch.inference_mode(False):
-        exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
-        return (1.0 / theta**exponents).to(device)
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        return (1.0 / rope_theta**exponents).to(device)
 
 
 @lru_cache
-def _rows(rows: tuple[int, ...], device: torch.device) -> Tensor:
+def _axis_tensor(axes: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(rows, device=device)
+        return torch.tensor(axes, device=device)

@@ -1,7 +1,7 @@
-"""A small model of a family, made on the spot: real files, random weights, its own tokenizer.
+"""Tiny models with random weights and their own tokenizer.
 
-It is what pretraining starts from and what the tests compute with. The folder has the hub's
-layout, so everything that reads a published model reads this one too.
+Pretraining starts from them and the tests use them. The folder has the hub's layout and loads like
+a published model.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.processors import ByteLevel
 from torch import Tensor, nn
 
-from finesight.encode.rank_tokenizer import SPLIT
-from finesight.hub import ModelFolder
+from finesight.encode.tiktoken_tokenizer import PRETOKENIZE_PATTERN
 from finesight.model import tiny_qwen_vl
-from finesight.model.linear import GroupedLinear
-from finesight.model.qwen_vl import CrossAttention, Resampler
-from finesight.model.tiny_sizes import SIZES, SizeName, TinySize
-from finesight.model.weights import random_model, save_model
+from finesight.model.families.qwen_vl import ResamplerAttention, VisionResampler
+from finesight.model.fused_linear import FusedLinear
+from finesight.model.tiny_config import TINY_PRESETS, TinyConfig, TinyPreset
+from finesight.model.weights_io import init_random_model, save_model
+from finesight.model_folder import ModelFolder
 from finesight.storage import write_folder
 
 TinyFamily = Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"]
-_NEWEST = ("qwen3_vl", "qwen3_vl_moe")
+_QWEN3_FAMILIES = ("qwen3_vl", "qwen3_vl_moe")
 
 
-_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+_BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -49,15 +49,15 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-"""In the order of the published tokenizers: their ids follow one another."""
+"""In the order of the published tokenizers, with consecutive ids."""
 
-_DEFAULT_SYSTEM = """\
+_DEFAULT_SYSTEM_TEMPLATE = """\
 {%- if messages[0]['role'] != 'system' -%}
 {{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
 {%- endif -%}
 """
 
-_TURNS = """\
+_CHAT_TEMPLATE = """\
 {%- for turn in messages -%}
 {{ '<|im_start|>' + turn['role'] + '\\n' }}
 {%- set parts = turn['content'] -%}
@@ -82,35 +82,45 @@ _TURNS = """\
 """
 
 
-def make_tiny(
+def create_tiny_model(
     target: Path,
     family: TinyFamily = "qwen2_vl",
     seed: int = 0,
-    size: SizeName | TinySize = "test",
-    text: Iterable[str] | None = None,
+    preset: TinyPreset | TinyConfig = "test",
+    corpus: Iterable[str] | None = None,
 ) -> Path:
-    """Write a complete model folder with random fp32 weights at `target`, the same for the same
-    arguments. The tokenizer learns from `text`, or from a built-in one. Raises UserError when
-    `target` exists."""
-    geometry = SIZES[size] if isinstance(size, str) else size
+    """Create a model folder with random fp32 weights.
+
+    The same arguments give the same files. The tokenizer is trained on `corpus`, or on a built-in
+    one. Raises UserError if `target` exists.
+    """
+    config = TINY_PRESETS[preset] if isinstance(preset, str) else preset
     with write_folder(target) as folder:
-        tokenizer = _tokenizer(geometry.vocabulary, training_text() if text is None else text)
+        tokenizer = _build_tokenizer(
+            config.vocab_size, tokenizer_corpus() if corpus is None else corpus
+        )
         if family == "qwen":
-            tiny_qwen_vl.write_files(folder, geometry, tokenizer)
+            tiny_qwen_vl.write_qwen_vl_files(folder, config, tokenizer)
         else:
-            _write_files(folder, family, geometry, tokenizer)
-        made = ModelFolder(folder)
+            _write_model_files(folder, family, config, tokenizer)
+        model_folder = ModelFolder(folder)
         cpu = torch.device("cpu")
-        model = random_model(made.config, seed, torch.float32, cpu, made.preprocessor)
-        spread(model)
-        save_model(model, made, folder, torch.float32)
+        model = init_random_model(
+            model_folder.config, seed, torch.float32, cpu, model_folder.preprocessor_config
+        )
+        rescale_weights(model)
+        save_model(model, model_folder, folder, torch.float32)
     return target
 
 
-def _write_files(folder: Path, family: TinyFamily, size: TinySize, tokenizer: Tokenizer) -> None:
+def _write_model_files(
+    folder: Path, family: TinyFamily, tiny_config: TinyConfig, tokenizer: Tokenizer
+) -> None:
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    _write_json(folder / "config.json", _config(family, size, tokenizer))
-    template = _TURNS if family in _NEWEST else _DEFAULT_SYSTEM + _TURNS
+    _write_json(folder / "config.json", _hf_config(family, tiny_config, tokenizer))
+    template = (
+        _CHAT_TEMPLATE if family in _QWEN3_FAMILIES else _DEFAULT_SYSTEM_TEMPLATE + _CHAT_TEMPLATE
+    )
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, template))
     _write_json(folder / "preprocessor_config.json", _preprocessor_config(family))
     _write_json(folder / "chat_template.json", {"chat_template": template})
@@ -118,23 +128,23 @@ def _write_files(folder: Path, family: TinyFamily, size: TinySize, tokenizer: To
 
 
 @torch.no_grad()
-def spread(model: nn.Module) -> None:
-    """Widen the weights of the linear layers to a deviation of 1 / sqrt(inputs).
+def rescale_weights(model: nn.Module) -> None:
+    """Rescale linear weights to a standard deviation of 1 / sqrt(in_features).
 
-    The families' 0.02 is made for wide layers: narrow ones hand almost nothing of a picture on,
-    and learn many times slower.
+    The published models' 0.02 suits wide layers: narrow layers would pass on almost no image
+    information and train many times slower.
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear | GroupedLinear):
+        if isinstance(module, nn.Linear | FusedLinear):
             assert isinstance(module.weight, nn.Parameter), "weights in NF4 are not widened"
-            _widen(module.weight)
-        elif isinstance(module, CrossAttention):
-            _widen(module.in_proj_weight)
-        elif isinstance(module, Resampler):
-            _widen(module.proj)
+            _rescale(module.weight)
+        elif isinstance(module, ResamplerAttention):
+            _rescale(module.in_proj_weight)
+        elif isinstance(module, VisionResampler):
+            _rescale(module.proj)
 
 
-def _widen(weight: Tensor) -> None:
+def _rescale(weight: Tensor) -> None:
     weight.mul_(1 / (0.02 * weight.shape[1] ** 0.5))
 
 
@@ -142,29 +152,32 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _tokenizer(vocabulary: int, text: Iterable[str]) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016), cut like the families'.
+def _build_tokenizer(vocab_size: int, corpus: Iterable[str]) -> Tokenizer:
+    """Train a byte-level BPE tokenizer (Sennrich et al. 2016).
 
-    Signs beyond ASCII are tokens, then the words that the text says most often; every other word
-    is spelled. A small model learns to read letter by letter: syllables that happen to merge would
-    only hide the letters.
+    Non-ASCII characters and the most frequent words become tokens; all other words are spelled. A
+    small model reads text letter by letter, and partial merges would hide the letters.
     """
-    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
-    texts = list(text)
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_PATTERN), behavior="isolated")
+    texts = list(corpus)
     merges: dict[tuple[str, str], None] = {}
-    for sign in sorted({sign for one in texts for sign in one if not sign.isascii()}):
-        spelled = _bytes(sign)
+    for character in sorted({sign for line in texts for sign in line if not sign.isascii()}):
+        spelled = _to_byte_level(character)
         merges |= {(spelled[:end], spelled[end]): None for end in range(1, len(spelled))}
-    said = Counter(word for one in texts for word, _ in split.pre_tokenize_str(one))
-    often = [_bytes(word) for word, _ in said.most_common() if len(word) > 1 and word.isascii()]
+    word_counts = Counter(word for one in texts for word, _ in split.pre_tokenize_str(one))
+    frequent_words = [
+        _to_byte_level(word)
+        for word, _ in word_counts.most_common()
+        if len(word) > 1 and word.isascii()
+    ]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = list(dict.fromkeys([*alphabet, *map("".join, merges), *often]))[:vocabulary]
+    tokens = list(dict.fromkeys([*alphabet, *map("".join, merges), *frequent_words]))[:vocab_size]
     ids = {token: number for number, token in enumerate(tokens)}
-    # In their order, so that what a merge is made of is there as well.
-    known = [pair for pair in merges if "".join(pair) in ids]
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=known, ignore_merges=True))
+    # In order, so that the parts of each merge exist.
+    valid_merges = [pair for pair in merges if "".join(pair) in ids]
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=valid_merges, ignore_merges=True))
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, _BYTES])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, _BYTE_LEVEL])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = ByteLevel(trim_offsets=False)
     tokenizer.add_special_tokens(
@@ -173,16 +186,16 @@ def _tokenizer(vocabulary: int, text: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
-def _bytes(text: str) -> str:
-    """The text in the alphabet of byte-level BPE, a letter for each byte."""
-    return "".join(piece for piece, _ in _BYTES.pre_tokenize_str(text))
+def _to_byte_level(text: str) -> str:
+    """Encode text in the byte-level BPE alphabet, one letter per byte."""
+    return "".join(piece for piece, _ in _BYTE_LEVEL.pre_tokenize_str(text))
 
 
-def training_text() -> list[str]:
-    """The sentences that the tiny tokenizer learns from: roles, pictures, shapes and formulas."""
+def tokenizer_corpus() -> list[str]:
+    """Return the built-in tokenizer corpus: roles, images, shapes and formulas."""
     colours = ("red", "green", "blue", "yellow", "orange", "purple", "black", "white", "grey")
     shapes = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "picture")
-    places = ("top", "bottom", "left", "right", "middle", "above", "below", "beside")
+    positions = ("top", "bottom", "left", "right", "middle", "above", "below", "beside")
     chat = [
         "system\nYou are a helpful assistant.\nuser\nassistant\n",
         "What is in this picture? Describe the picture. Read the formula. Name every shape.",
@@ -191,15 +204,15 @@ def training_text() -> list[str]:
         r"\frac { x } { y } = \sqrt { a } + \alpha _ { i } ^ { 2 } \left( \sum \right)",
     ]
     scenes = [
-        f" a {colour} {shape} at the {place}, and a {shape} on {colour} in the {place}"
-        for colour, shape, place in product(colours, shapes, places)
+        f" a {colour} {shape} at the {position}, and a {shape} on {colour} in the {position}"
+        for colour, shape, position in product(colours, shapes, positions)
     ]
-    # The chat's words must win merges against the many scenes.
+    # Repeated so that the chat's words win merges against the many scenes.
     return chat * 200 + scenes
 
 
-def _config(family: TinyFamily, size: TinySize, tokenizer: Tokenizer) -> dict[str, Any]:
-    """`config.json` in the hub's style: flat, but for Qwen3-VL, whose language model has a part."""
+def _hf_config(family: TinyFamily, tiny_config: TinyConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Build config.json in the hub's format: flat, except for Qwen3-VL's text_config."""
     shared = {
         "architectures": [_ARCHITECTURES[family]],
         "model_type": family,
@@ -208,25 +221,25 @@ def _config(family: TinyFamily, size: TinySize, tokenizer: Tokenizer) -> dict[st
         "image_token_id": tokenizer.token_to_id("<|image_pad|>"),
         "video_token_id": tokenizer.token_to_id("<|video_pad|>"),
         "tie_word_embeddings": True,
-        "vision_config": _vision_config(family, size),
+        "vision_config": _vision_config(family, tiny_config),
     }
-    language = _language_config(size, tokenizer)
-    half = size.width // size.heads // 2
-    if family in _NEWEST:
+    language = _language_config(tiny_config, tokenizer)
+    half = tiny_config.hidden_size // tiny_config.num_heads // 2
+    if family in _QWEN3_FAMILIES:
         rows = half // 3
         rope = {"rope_type": "default", "mrope_interleaved": True}
         sections = {"mrope_section": [half - 2 * rows, rows, rows]}
         head = {"attention_bias": False, "head_dim": 2 * half, "rope_scaling": rope | sections}
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
-        # No stack of them is square: an exchange of inputs and outputs would not be seen.
-        experts |= {"moe_intermediate_size": size.inner // 4 + 8}
+        # No stacked expert weight is square, so that swapped axes would be detected.
+        experts |= {"moe_intermediate_size": tiny_config.intermediate_size // 4 + 8}
         text = language | head | (experts if family == "qwen3_vl_moe" else {})
         return shared | {"dtype": "float32", "text_config": text}
     temporal = half // 4
     rows = (half - temporal) // 2
     flat = {
         "vision_token_id": tokenizer.token_to_id("<|vision_pad|>"),
-        "max_window_layers": size.layers,
+        "max_window_layers": tiny_config.num_layers,
         "rope_scaling": {
             "type": "mrope",
             "mrope_section": [temporal, rows, half - temporal - rows],
@@ -238,21 +251,21 @@ def _config(family: TinyFamily, size: TinySize, tokenizer: Tokenizer) -> dict[st
     return shared | language | flat
 
 
-def _language_config(size: TinySize, tokenizer: Tokenizer) -> dict[str, Any]:
+def _language_config(tiny_config: TinyConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "bos_token_id": tokenizer.token_to_id("<|endoftext|>"),
         "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
         "attention_dropout": 0.0,
         "hidden_act": "silu",
-        "hidden_size": size.width,
+        "hidden_size": tiny_config.hidden_size,
         "initializer_range": 0.02,
-        "intermediate_size": size.inner,
+        "intermediate_size": tiny_config.intermediate_size,
         "max_position_embeddings": 32768,
-        "num_attention_heads": size.heads,
-        "num_hidden_layers": size.layers,
-        "num_key_value_heads": size.kv_heads,
+        "num_attention_heads": tiny_config.num_heads,
+        "num_hidden_layers": tiny_config.num_layers,
+        "num_key_value_heads": tiny_config.num_kv_heads,
         "rms_norm_eps": 1e-6,
-        "rope_theta": size.theta,
+        "rope_theta": tiny_config.rope_theta,
         "use_cache": True,
         "vocab_size": tokenizer.get_vocab_size(),
     }
@@ -266,48 +279,48 @@ _ARCHITECTURES = {
 }
 
 
-def _vision_config(family: TinyFamily, size: TinySize) -> dict[str, Any]:
+def _vision_config(family: TinyFamily, tiny_config: TinyConfig) -> dict[str, Any]:
     common: dict[str, Any] = {
-        "depth": size.vision_layers,
-        "num_heads": size.vision_heads,
+        "depth": tiny_config.num_vision_layers,
+        "num_heads": tiny_config.num_vision_heads,
         "patch_size": 14,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
     }
-    if family in _NEWEST:
+    if family in _QWEN3_FAMILIES:
         return common | {
             "in_channels": 3,
             "patch_size": 16,
             "hidden_act": "gelu_pytorch_tanh",
-            "hidden_size": size.vision_width,
-            "intermediate_size": 4 * size.vision_width,
-            "out_hidden_size": size.width,
+            "hidden_size": tiny_config.vision_hidden_size,
+            "intermediate_size": 4 * tiny_config.vision_hidden_size,
+            "out_hidden_size": tiny_config.hidden_size,
             "num_position_embeddings": 49,
             "deepstack_visual_indexes": [0],
         }
     common |= {"in_chans": 3, "spatial_patch_size": 14}
     if family == "qwen2_vl":
         return common | {
-            "embed_dim": size.vision_width,
-            "hidden_size": size.width,
+            "embed_dim": tiny_config.vision_hidden_size,
+            "hidden_size": tiny_config.hidden_size,
             "mlp_ratio": 4,
         }
     return common | {
         "hidden_act": "silu",
-        "hidden_size": size.vision_width,
-        "intermediate_size": 2 * size.vision_width,
-        "out_hidden_size": size.width,
+        "hidden_size": tiny_config.vision_hidden_size,
+        "intermediate_size": 2 * tiny_config.vision_hidden_size,
+        "out_hidden_size": tiny_config.hidden_size,
         "window_size": 56,
-        "fullatt_block_indexes": [size.vision_layers - 1],
+        "fullatt_block_indexes": [tiny_config.num_vision_layers - 1],
         "tokens_per_second": 2,
     }
 
 
 def _preprocessor_config(family: TinyFamily) -> dict[str, Any]:
-    """The published values of each family, but a smaller limit on pixels."""
+    """Published preprocessor values of each family with a smaller pixel limit."""
     processor = _ARCHITECTURES[family].replace("ForConditionalGeneration", "Processor")
     shared = {"merge_size": 2, "temporal_patch_size": 2, "processor_class": processor}
-    if family in _NEWEST:
+    if family in _QWEN3_FAMILIES:
         return shared | {
             "size": {"shortest_edge": 64 * 64, "longest_edge": 512 * 512},
             "patch_size": 16,

@@ -1,4 +1,4 @@
-"""The files of a small first Qwen-VL beside its weights: see `model.tiny`."""
+"""Config and tokenizer files of a tiny first-generation Qwen-VL, see `model.tiny`."""
 
 from __future__ import annotations
 
@@ -9,50 +9,55 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from finesight.encode.rank_tokenizer import SPECIAL_TOKENS
-from finesight.model.qwen_vl import HEAD_WIDTH
-from finesight.model.tiny_sizes import TinySize
+from finesight.encode.tiktoken_tokenizer import SPECIAL_TOKENS
+from finesight.model.families.qwen_vl import RESAMPLER_HEAD_DIM
+from finesight.model.tiny_config import TinyConfig
 
-SIDE, QUERIES = 112, 16
-"""Pixels of a picture each way, and its features: each stands for 2 x 2 patches, as published."""
+IMAGE_SIZE, NUM_QUERIES = 112, 16
+"""Image side in pixels and number of features; each covers 2 x 2 patches as in the published model.
+"""
 
 
-def write_files(folder: Path, size: TinySize, tokenizer: Tokenizer) -> None:
-    """Configuration and tokenizer; the family brings neither a chat template nor settings of
-    pictures. The tokenizer's words become those of the family's own file."""
-    (folder / "qwen.tiktoken").write_text(_ranks(tokenizer), encoding="ascii")
-    words = tokenizer.get_vocab_size(with_added_tokens=False)
-    config = _language_config(size, words)
-    config["visual"] = _vision_config(size, words, config["hidden_size"])
+def write_qwen_vl_files(folder: Path, tiny_config: TinyConfig, tokenizer: Tokenizer) -> None:
+    """Write config and tokenizer files.
+
+    The family has neither a chat template nor a preprocessor config. The vocabulary is written in
+    the family's own tokenizer format.
+    """
+    (folder / "qwen.tiktoken").write_text(_tiktoken_ranks(tokenizer), encoding="ascii")
+    vocab_size = tokenizer.get_vocab_size(with_added_tokens=False)
+    hf_config = _language_config(tiny_config, vocab_size)
+    hf_config["visual"] = _vision_config(tiny_config, vocab_size, hf_config["hidden_size"])
     files: dict[str, dict[str, Any]] = {
-        "config.json": config,
+        "config.json": hf_config,
         "tokenizer_config.json": {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer"},
-        "generation_config.json": {"chat_format": "chatml", "eos_token_id": words},
+        "generation_config.json": {"chat_format": "chatml", "eos_token_id": vocab_size},
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _language_config(size: TinySize, words: int) -> dict[str, Any]:
-    """The width is raised to what the resampler's heads need, and the decoder has heads of 64
-    numbers where their number does not divide it."""
-    width = -(-size.width // HEAD_WIDTH) * HEAD_WIDTH
-    heads = size.heads if width % size.heads == 0 else width // 64
+def _language_config(tiny_config: TinyConfig, vocab_size: int) -> dict[str, Any]:
+    """Build the language config, adjusted to the resampler's head dimension."""
+    hidden_size = -(-tiny_config.hidden_size // RESAMPLER_HEAD_DIM) * RESAMPLER_HEAD_DIM
+    num_heads = (
+        tiny_config.num_heads if hidden_size % tiny_config.num_heads == 0 else hidden_size // 64
+    )
     return {
         "architectures": ["QWenLMHeadModel"],
         "model_type": "qwen",
         "attn_dropout_prob": 0.0,
         "emb_dropout_prob": 0.0,
-        "hidden_size": width,
+        "hidden_size": hidden_size,
         "initializer_range": 0.02,
-        "intermediate_size": 2 * size.inner,
-        "kv_channels": width // heads,
+        "intermediate_size": 2 * tiny_config.intermediate_size,
+        "kv_channels": hidden_size // num_heads,
         "layer_norm_epsilon": 1e-6,
         "max_position_embeddings": 8192,
         "no_bias": True,
-        "num_attention_heads": heads,
-        "num_hidden_layers": size.layers,
-        "rotary_emb_base": size.theta,
+        "num_attention_heads": num_heads,
+        "num_hidden_layers": tiny_config.num_layers,
+        "rotary_emb_base": tiny_config.rope_theta,
         "rotary_pct": 1.0,
         "scale_attn_weights": True,
         "seq_length": 2048,
@@ -61,38 +66,42 @@ def _language_config(size: TinySize, words: int) -> dict[str, Any]:
         "use_cache": True,
         "use_dynamic_ntk": True,
         "use_logn_attn": True,
-        "vocab_size": words + len(SPECIAL_TOKENS),
+        "vocab_size": vocab_size + len(SPECIAL_TOKENS),
     }
 
 
-def _vision_config(size: TinySize, words: int, out_width: int) -> dict[str, Any]:
+def _vision_config(
+    tiny_config: TinyConfig, vocab_size: int, out_hidden_size: int
+) -> dict[str, Any]:
     return {
-        "heads": size.vision_heads,
-        "image_size": SIDE,
-        "image_start_id": words + SPECIAL_TOKENS.index("<img>"),
-        "layers": size.vision_layers,
+        "heads": tiny_config.num_vision_heads,
+        "image_size": IMAGE_SIZE,
+        "image_start_id": vocab_size + SPECIAL_TOKENS.index("<img>"),
+        "layers": tiny_config.num_vision_layers,
         "mlp_ratio": 4.0,
-        "n_queries": QUERIES,
-        "output_dim": out_width,
+        "n_queries": NUM_QUERIES,
+        "output_dim": out_hidden_size,
         "patch_size": 14,
-        "width": size.vision_width,
+        "width": tiny_config.vision_hidden_size,
     }
 
 
-def _ranks(tokenizer: Tokenizer) -> str:
-    """A `qwen.tiktoken` with the words of a byte-level tokenizer, in the order of their ids."""
-    bytes_of = {letter: byte for byte, letter in enumerate(_letters())}
-    words = tokenizer.get_vocab(with_added_tokens=False)
+def _tiktoken_ranks(tokenizer: Tokenizer) -> str:
+    """Convert a byte-level tokenizer to `qwen.tiktoken`, in the order of token ids."""
+    bytes_of = {letter: byte for byte, letter in enumerate(_byte_alphabet())}
+    vocab = tokenizer.get_vocab(with_added_tokens=False)
     lines = []
-    for rank, word in enumerate(sorted(words, key=words.__getitem__)):
+    for rank, word in enumerate(sorted(vocab, key=vocab.__getitem__)):
         spelled = bytes(bytes_of[letter] for letter in word)
         lines.append(f"{base64.b64encode(spelled).decode()} {rank}\n")
     return "".join(lines)
 
 
-def _letters() -> list[str]:
-    """The letter of each byte in the alphabet of byte-level BPE (Radford et al. 2019): its own
-    where that can be seen, else the next one from U+0100 on."""
-    seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
+def _byte_alphabet() -> list[str]:
+    """Return the byte-level BPE letter of each byte (Radford et al. 2019).
+
+    Printable bytes map to themselves, the others to characters from U+0100 on.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
-    return [chr(byte if byte in seen else next(others)) for byte in range(256)]
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

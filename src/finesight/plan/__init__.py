@@ -1,1 +1,1 @@
-"""What a run will take, said before it starts: tokens, arithmetic, memory and time."""
+"""Estimate the tokens, FLOPs, memory and time of a run before it starts."""

@@ -1,1 +1,1 @@
-"""Pages to look at: samples as the model sees them, findings, runs."""
+"""HTML reports of runs, comparisons, data checks and samples."""

@@ -1,4 +1,4 @@
-"""The page of `data check --html`: every fault with its pictures, the boxes concerned drawn."""
+"""Page of `data check --html`: every issue with images and affected boxes."""
 
 from __future__ import annotations
 
@@ -9,137 +9,160 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from finesight.check.findings import EXIT_CODES, FAULTS, Checked, Finding, Shown
-from finesight.data.headers import DamagedPicture
-from finesight.report.language import say
-from finesight.report.page import render
-from finesight.report.picture import Picture, picture
-from finesight.vision.picture import open_picture
+from finesight.check.check_issues import (
+    EXIT_CODES,
+    ISSUE_TYPES,
+    CheckIssue,
+    CheckResult,
+    IssueImage,
+)
+from finesight.data.image_header import CorruptImageError
+from finesight.report.html import render_page
+from finesight.report.i18n import translate
+from finesight.report.inline_image import InlineImage, build_inline_image
+from finesight.vision.image_decoding import load_image
 
-PICTURES = 300
-"""Pictures that a page holds; the other findings are told without theirs."""
+MAX_IMAGES = 300
+"""Maximum number of images. Further issues are listed without images."""
 
-PICTURES_OF_ONE = 4
-"""Pictures shown of one finding."""
+MAX_IMAGES_PER_ISSUE = 4
+"""Maximum number of images per issue."""
 
-SIDE = 360
-"""The longest side of a picture on the page, in pixels."""
+MAX_IMAGE_SIDE = 360
+"""Maximum side of an image on the page in pixels."""
 
 
-def check_page(
-    checked: Checked, pictures: int = PICTURES, advance: Callable[[int], None] = lambda done: None
+def render_check_page(
+    check_result: CheckResult,
+    max_images: int = MAX_IMAGES,
+    on_progress: Callable[[int], None] = lambda num_done: None,
 ) -> str:
-    """What a check found as a page of its own, with at most `pictures` pictures.
+    """Render the result of a data check as a page.
 
-    They are shared out among the faults in turn, so that a rare one is seen beside a frequent
-    one; the page says how many it left out. `advance` is told each finding that was drawn.
+    Images are distributed over issue types, so that rare types have images as well.
+
+    Args:
+        check_result: Result of the check.
+        max_images: Maximum number of images.
+        on_progress: Called with 1 after each issue.
     """
-    chosen = _in_turn(checked.findings, pictures)
-    album = _Album()
+    selected = _select_illustrated_issues(check_result.issues, max_images)
+    page_images = _PageImages()
     records = []
-    for number, finding in enumerate(checked.findings):
-        with_pictures = finding.shown[:PICTURES_OF_ONE] if number in chosen else ()
-        records.append(_record(finding, [_shown(shown, album) for shown in with_pictures]))
-        advance(1)
-    without = sum(bool(finding.shown) for finding in checked.findings) - len(chosen)
-    return render(
+    for issue_index, issue in enumerate(check_result.issues):
+        selected_images = issue.images[:MAX_IMAGES_PER_ISSUE] if issue_index in selected else ()
+        records.append(
+            _build_issue_record(
+                issue,
+                [_build_image_record(issue_image, page_images) for issue_image in selected_images],
+            )
+        )
+        on_progress(1)
+    num_without_images = sum(bool(issue.images) for issue in check_result.issues) - len(selected)
+    return render_page(
         "check",
-        {"findings": records, "pictures": album.pictures},
-        title=say("Data check"),
-        checked=checked,
-        faults=_faults(checked),
-        severities={severity: _total(checked, severity) for severity in EXIT_CODES},
-        pictures=sum(not isinstance(found, str) for found in album.pictures),
-        without=without,
+        {"issues": records, "images": page_images.images},
+        title=translate("Data check"),
+        check_result=check_result,
+        issue_types=_summarize_issue_types(check_result),
+        severities={
+            severity: _count_by_severity(check_result, severity) for severity in EXIT_CODES
+        },
+        num_images=sum(not isinstance(image, str) for image in page_images.images),
+        num_without_images=num_without_images,
     )
 
 
-def _in_turn(findings: Sequence[Finding], pictures: int) -> set[int]:
-    """Numbers of the findings that show pictures: one of each fault after another."""
-    by_fault: dict[str, list[int]] = defaultdict(list)
-    for number, finding in enumerate(findings):
-        if finding.shown:
-            by_fault[finding.code].append(number)
-    chosen: set[int] = set()
-    left = pictures
-    for number in chain.from_iterable(zip_longest(*by_fault.values())):
-        if number is None:
+def _select_illustrated_issues(issues: Sequence[CheckIssue], max_images: int) -> set[int]:
+    """Return indices of issues with images, alternating between issue types."""
+    by_code: dict[str, list[int]] = defaultdict(list)
+    for issue_index, issue in enumerate(issues):
+        if issue.images:
+            by_code[issue.code].append(issue_index)
+    selected: set[int] = set()
+    remaining = max_images
+    for issue_index in chain.from_iterable(zip_longest(*by_code.values())):
+        if issue_index is None:
             continue
-        left -= len(findings[number].shown[:PICTURES_OF_ONE])
-        if left < 0:
+        remaining -= len(issues[issue_index].images[:MAX_IMAGES_PER_ISSUE])
+        if remaining < 0:
             break
-        chosen.add(number)
-    return chosen
+        selected.add(issue_index)
+    return selected
 
 
-def _faults(checked: Checked) -> list[dict[str, Any]]:
-    """The faults that were found, the gravest first, with how many the page tells."""
-    told = Counter(finding.code for finding in checked.findings)
+def _summarize_issue_types(check_result: CheckResult) -> list[dict[str, Any]]:
+    """Return issue types in order of severity, with their counts."""
+    listed_counts = Counter(issue.code for issue in check_result.issues)
     return [
         {
             "code": code,
             "severity": severity,
-            "says": says,
+            "description": description,
             "count": count,
-            "told": told[code],
-            "samples": checked.affected.get(code, 0),
+            "num_listed": listed_counts[code],
+            "num_samples": check_result.affected_samples.get(code, 0),
         }
-        for code, (severity, says) in FAULTS.items()
-        if (count := checked.counts.get(code, 0))
+        for code, (severity, description) in ISSUE_TYPES.items()
+        if (count := check_result.issue_counts.get(code, 0))
     ]
 
 
-def _total(checked: Checked, severity: str) -> int:
-    return sum(count for code, count in checked.counts.items() if FAULTS[code][0] == severity)
+def _count_by_severity(check_result: CheckResult, severity: str) -> int:
+    return sum(
+        count
+        for code, count in check_result.issue_counts.items()
+        if ISSUE_TYPES[code][0] == severity
+    )
 
 
-def _record(finding: Finding, pictures: list[dict[str, Any]]) -> dict[str, Any]:
+def _build_issue_record(issue: CheckIssue, image_records: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "code": finding.code,
-        "severity": finding.severity,
-        "says": say(FAULTS[finding.code][1]),
-        "where": finding.where,
-        "sample": finding.sample,
-        "what": finding.what,
-        "remedy": finding.remedy,
-        "evidence": list(finding.evidence),
-        "fix": finding.fix,
-        "shown": pictures,
-        "more": max(0, len(finding.shown) - len(pictures)),
+        "code": issue.code,
+        "severity": issue.severity,
+        "description": translate(ISSUE_TYPES[issue.code][1]),
+        "location": issue.where,
+        "sample_id": issue.sample_id,
+        "message": issue.what,
+        "remedy": issue.remedy,
+        "evidence": list(issue.evidence),
+        "fix": issue.fix,
+        "images": image_records,
+        "num_more": max(0, len(issue.images) - len(image_records)),
     }
 
 
-def _shown(shown: Shown, album: _Album) -> dict[str, Any]:
-    """A picture's name, its number among the page's pictures, and its boxes that can be drawn."""
-    labels = (*shown.labels, *[""] * len(shown.boxes))
+def _build_image_record(issue_image: IssueImage, page_images: _PageImages) -> dict[str, Any]:
+    """Return name, image index and finite boxes of an image."""
+    labels = (*issue_image.labels, *[""] * len(issue_image.boxes))
     return {
-        "name": str(shown.path),
-        "picture": album.number(shown.path),
+        "name": str(issue_image.path),
+        "image_index": page_images.get_index(issue_image.path),
         "boxes": [
             {"xyxy": list(box), "label": label}
-            for box, label in zip(shown.boxes, labels, strict=False)
+            for box, label in zip(issue_image.boxes, labels, strict=False)
             if all(map(math.isfinite, box))
         ],
     }
 
 
-class _Album:
-    """The pictures of a page, each held once; in place of one that cannot be drawn, why."""
+class _PageImages:
+    """Images of a page, each included once. Unreadable images have an error message."""
 
     def __init__(self) -> None:
-        self.pictures: list[Picture | str] = []
-        self._numbers: dict[Path, int] = {}
+        self.images: list[InlineImage | str] = []
+        self._index_by_path: dict[Path, int] = {}
 
-    def number(self, path: Path) -> int:
-        """The number of the picture at `path`, which is added when it is new."""
-        if path not in self._numbers:
-            self._numbers[path] = len(self.pictures)
-            self.pictures.append(_thumbnail(path))
-        return self._numbers[path]
+    def get_index(self, path: Path) -> int:
+        """Return the index of an image, which is added if it is new."""
+        if path not in self._index_by_path:
+            self._index_by_path[path] = len(self.images)
+            self.images.append(_make_thumbnail(path))
+        return self._index_by_path[path]
 
 
-def _thumbnail(path: Path) -> Picture | str:
+def _make_thumbnail(path: Path) -> InlineImage | str:
     try:
-        return picture(open_picture(path), SIDE)
-    except DamagedPicture as problem:
-        return problem.what
+        return build_inline_image(load_image(path), MAX_IMAGE_SIDE)
+    except CorruptImageError as error:
+        return error.what

@@ -1,4 +1,4 @@
-"""Several runs on one page: what differs, how they score, and the same samples side by side."""
+"""Comparison of several runs on one page."""
 
 from __future__ import annotations
 
@@ -7,73 +7,83 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finesight.evaluate.compare import aligned
-from finesight.report import facts
-from finesight.report.contrast import Cell, Row, contrast
-from finesight.report.curves import Drawing, Series, draw, finite, smooth
-from finesight.report.entries import Entry, cautions, read_entries
-from finesight.report.figures import (
-    LOSS,
-    MEANINGS,
-    WORDS,
-    between,
-    named,
-    plain,
-    remarks,
-    signed,
-    signed_between,
+from finesight.evaluate.metric_difference import align_columns
+from finesight.report import summary
+from finesight.report.charts import Chart, ChartSeries, build_chart, filter_finite, smooth_points
+from finesight.report.compared_runs import ComparedRun, list_warnings, read_compared_runs
+from finesight.report.config_diff import compare_costs, diff_configs, get_size_histogram
+from finesight.report.histograms import (
+    HistogramCounts,
+    build_histogram,
+    count_half_octaves,
+    parse_counts,
 )
-from finesight.report.formulas import Formulas
-from finesight.report.histograms import Counts, half_octaves, histogram, read_counts
-from finesight.report.language import Language, preferred, say, speaking
-from finesight.report.page import render, write_page
-from finesight.report.record import Line
-from finesight.report.side_by_side import MOST, Samples, as_data, samples_of
-from finesight.report.unlike import costs, counts_of, unlike
+from finesight.report.html import render_page, write_page
+from finesight.report.i18n import Language, detect_language, translate, use_language
+from finesight.report.mathml import FormulaConverter
+from finesight.report.metric_comparison import MetricCell, MetricComparisonRow, compare_metrics
+from finesight.report.metrics import (
+    METRIC_DESCRIPTIONS,
+    VALIDATION_LOSS,
+    VERDICT_TEXTS,
+    format_change,
+    format_change_interval,
+    format_interval,
+    format_metric_name,
+    format_notes,
+    format_value,
+)
+from finesight.report.run_reader import JsonObject
+from finesight.report.sample_comparison import (
+    MAX_SAMPLES,
+    ComparedSamples,
+    build_sample_data,
+    compare_samples,
+)
 
-PAGE = "comparison.html"
+DEFAULT_PAGE_NAME = "comparison.html"
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Runs, the first of which the others are compared with."""
+class RunComparison:
+    """Compared runs. The first one is the baseline."""
 
-    entries: list[Entry]
-    rows: list[Row]
-    cautions: list[str]
+    runs: list[ComparedRun]
+    metric_rows: list[MetricComparisonRow]
+    warnings: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """For machines."""
+        """Return the comparison as JSON data."""
         return {
             "runs": [
                 {
-                    "path": str(entry.path),
-                    "metric": entry.metric,
-                    "step": entry.measured.get("step"),
-                    "standing": entry.standing.kind if entry.standing else None,
-                    "figures": {
-                        row.name: _as_json(row.cells[number])
-                        for row in self.rows
-                        if row.cells[number].value is not None
+                    "path": str(run.path),
+                    "metric": run.metric,
+                    "step": run.evaluation.get("step"),
+                    "status": run.status.kind if run.status else None,
+                    "metrics": {
+                        row.name: _cell_to_dict(row.cells[run_index])
+                        for row in self.metric_rows
+                        if row.cells[run_index].value is not None
                     },
                 }
-                for number, entry in enumerate(self.entries)
+                for run_index, run in enumerate(self.runs)
             ],
-            "cautions": self.cautions,
+            "warnings": self.warnings,
         }
 
-    def as_table(self) -> str:
-        """The headline and the loss of each run, and how sure the differences are."""
-        lines = [("run", "figure", "value", "difference", "95 % interval", "")]
-        shown = [row for row in self.rows if row.headline or row.name == LOSS]
-        for row in shown:
-            for entry, cell in zip(self.entries, row.cells, strict=True):
-                lines.append((entry.label, row.name, *_told(cell)))
-        return "\n".join([aligned(lines, 2), *remarks(notes_of(shown))])
+    def format_table(self) -> str:
+        """Format primary metric and loss of each run, with intervals of differences."""
+        lines = [("run", "metric", "value", "difference", "95 % interval", "")]
+        rows = [row for row in self.metric_rows if row.is_primary or row.name == VALIDATION_LOSS]
+        for row in rows:
+            for run, cell in zip(self.runs, row.cells, strict=True):
+                lines.append((run.label, row.name, *_format_cell(cell)))
+        return "\n".join([align_columns(lines, 2), *format_notes(iter_notes(rows))])
 
 
-def notes_of(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    """Yield the notes of scores and of their differences, with the names of the scores."""
+def iter_notes(rows: Sequence[MetricComparisonRow]) -> Iterator[tuple[str, str]]:
+    """Yield notes of scores and of their differences, with the names of the scores."""
     for row in rows:
         for cell in row.cells:
             yield row.name, cell.note
@@ -81,160 +91,196 @@ def notes_of(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
                 yield row.name, cell.difference.note
 
 
-def compared(paths: Sequence[Path]) -> Comparison:
-    """The runs and files of answers at the paths. Raises UserError as `read_entries` does."""
-    entries = read_entries(paths)
-    first, *others = entries
-    said = [text for other in others for text in cautions(first, other)]
-    return Comparison(entries, contrast(entries), list(dict.fromkeys(said)))
+def compare_runs(paths: Sequence[Path]) -> RunComparison:
+    """Compare runs and prediction files. Raises UserError as `read_compared_runs` does."""
+    runs = read_compared_runs(paths)
+    reference_run, *other_runs = runs
+    warnings = [
+        text for other_run in other_runs for text in list_warnings(reference_run, other_run)
+    ]
+    return RunComparison(runs, compare_metrics(runs), list(dict.fromkeys(warnings)))
 
 
-def write_comparison(
+def write_compare_page(
     paths: Sequence[Path], out: Path, language: Language | None = None
-) -> Comparison:
-    """Write the page of a comparison to `out`, in `language`, by default that of the user's locale.
-    Raises UserError for what cannot be compared, and for no place to write."""
-    with speaking(language or preferred()):
-        found = compared(paths)
-        write_page(out, compare_page(found))
-    return found
+) -> RunComparison:
+    """Write the comparison page.
+
+    Args:
+        paths: Run directories and prediction files.
+        out: Output file.
+        language: Language of the page, by default that of the locale.
+
+    Raises:
+        UserError: An input is invalid, or the file cannot be written.
+    """
+    with use_language(language or detect_language()):
+        comparison = compare_runs(paths)
+        write_page(out, render_compare_page(comparison))
+    return comparison
 
 
-def compare_page(comparison: Comparison, most: int = MOST) -> str:
-    """The page as HTML, in the language in force."""
-    entries = comparison.entries
-    samples = samples_of(entries, most)
-    latex = any(entry.metric == "latex" for entry in entries)
-    examples = as_data(samples, _folders(entries), Formulas() if latex else None)
-    charts = [chart for chart in _charts(entries) if chart is not None]
-    spread = [chart for chart in _histograms(entries) if chart is not None]
-    labels = [entry.label for entry in entries]
-    return render(
+def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLES) -> str:
+    """Render the comparison page in the current language."""
+    runs = comparison.runs
+    samples = compare_samples(runs, max_samples)
+    has_latex = any(run.metric == "latex" for run in runs)
+    sample_data = build_sample_data(
+        samples, _list_image_folders(runs), FormulaConverter() if has_latex else None
+    )
+    charts = [chart for chart in _build_charts(runs) if chart is not None]
+    histograms = [chart for chart in _build_histograms(runs) if chart is not None]
+    labels = [run.label for run in runs]
+    return render_page(
         "compare",
         data={
-            **examples,
-            "charts": [chart.data for chart in (*charts, *spread)],
+            **sample_data,
+            "charts": [chart.data for chart in (*charts, *histograms)],
             "runs": labels,
-            "figure": named(samples.figure),
+            "metric": format_metric_name(samples.metric),
         },
         assets=["results"],
-        title=say("Comparison of {} runs", len(entries)),
-        entries=entries,
+        title=translate("Comparison of {} runs", len(runs)),
+        runs=runs,
         labels=labels,
-        models=[facts.model_name(entry.record) if entry.record else "" for entry in entries],
-        rows=comparison.rows,
-        cautions=comparison.cautions,
-        unlike=unlike(entries),
-        costs=costs(entries),
+        model_names=[
+            summary.get_model_name(run.run_record) if run.run_record else "" for run in runs
+        ],
+        metric_rows=comparison.metric_rows,
+        warnings=comparison.warnings,
+        config_diff=diff_configs(runs),
+        costs=compare_costs(runs),
         charts=charts,
-        histograms=spread,
+        histograms=histograms,
         samples=samples,
-        note=_note(samples),
-        named_figure=named(samples.figure) or say("score"),
-        notes=remarks(notes_of(comparison.rows)),
-        meaning={row.name: say(MEANINGS.get(row.name, "")) for row in comparison.rows},
-        verdicts={kind: say(text) for kind, text in WORDS.items()},
-        figure=plain,
-        named=named,
-        between=between,
-        signed=signed,
-        signed_between=signed_between,
+        note=_describe_selection(samples),
+        metric_name=format_metric_name(samples.metric) or translate("score"),
+        notes=format_notes(iter_notes(comparison.metric_rows)),
+        metric_descriptions={
+            row.name: translate(METRIC_DESCRIPTIONS.get(row.name, ""))
+            for row in comparison.metric_rows
+        },
+        verdict_texts={kind: translate(text) for kind, text in VERDICT_TEXTS.items()},
+        format_value=format_value,
+        format_metric_name=format_metric_name,
+        format_interval=format_interval,
+        format_change=format_change,
+        format_change_interval=format_change_interval,
     )
 
 
-def _note(samples: Samples) -> str:
-    text = (
-        "{:,} held-out samples, by the {} of each answer: those on which the runs differ most come"
-        " first."
-    )
-    said = say(text, samples.total, named(samples.figure))
-    left = samples.total - len(samples.shown)
-    return said + (say(" {:,} more are not on this page.", left) if left else "")
+def _describe_selection(samples: ComparedSamples) -> str:
+    text = "{:,} validation samples, sorted by the difference in {} between the runs."
+    note = translate(text, samples.total, format_metric_name(samples.metric))
+    num_hidden = samples.total - len(samples.displayed)
+    return note + (translate(" {:,} more are not on this page.", num_hidden) if num_hidden else "")
 
 
-def _charts(entries: Sequence[Entry]) -> list[Drawing | None]:
-    """Losses and headline of all runs, each over its own steps."""
-    training, held_out, scores = [], [], []
-    for entry in entries:
-        if entry.record is None:
+def _build_charts(runs: Sequence[ComparedRun]) -> list[Chart | None]:
+    """Return charts of losses and primary metric of all runs."""
+    training, validation, scores = [], [], []
+    for run in runs:
+        if run.run_record is None:
             continue
-        steps, measured = entry.record.steps, entry.record.measured
-        losses = finite((line.get("step"), line.get("loss")) for line in steps)
-        training.append(Series(entry.label, smooth(losses) or losses))
-        found = finite((line.get("step"), line.get(LOSS)) for line in measured)
-        held_out.append(Series(entry.label, found, "marks"))
-        score = finite((line.get("step"), _headline(entry, line)) for line in measured)
-        scores.append(Series(entry.label, score, "marks"))
-    headlines = [str(one.measured.get("headline")) for one in entries if one.record]
+        steps, evaluations = run.run_record.steps, run.run_record.evaluations
+        losses = filter_finite((line.get("step"), line.get("loss")) for line in steps)
+        training.append(ChartSeries(run.label, smooth_points(losses) or losses))
+        points = filter_finite(
+            (line.get("step"), line.get(VALIDATION_LOSS)) for line in evaluations
+        )
+        validation.append(ChartSeries(run.label, points, "marks"))
+        score = filter_finite(
+            (line.get("step"), _get_primary_score(run, line)) for line in evaluations
+        )
+        scores.append(ChartSeries(run.label, score, "marks"))
+    primary_metrics = [str(run.evaluation.get("primary_metric")) for run in runs if run.run_record]
     charts = [
-        draw(say("Loss"), training, say("training, smoothed")),
-        draw(say("Held-out loss"), held_out, say("nats per learned token")),
+        build_chart(translate("Loss"), training, translate("training, smoothed")),
+        build_chart(
+            translate("Validation loss"), validation, translate("nats per supervised token")
+        ),
     ]
-    if len(set(headlines)) == 1:
-        charts.append(draw(named(headlines[0]), scores, say("held-out")))
+    if len(set(primary_metrics)) == 1:
+        charts.append(
+            build_chart(format_metric_name(primary_metrics[0]), scores, translate("validation"))
+        )
     return charts
 
 
-def _headline(entry: Entry, line: Line) -> object:
+def _get_primary_score(run: ComparedRun, line: JsonObject) -> object:
     scores = line.get("scores")
-    return scores.get(entry.measured.get("headline")) if isinstance(scores, dict) else None
+    return scores.get(run.evaluation.get("primary_metric")) if isinstance(scores, dict) else None
 
 
-def _histograms(entries: Sequence[Entry]) -> list[Drawing | None]:
-    """Tokens of samples and of answers, sizes of pictures."""
-    runs = [entry for entry in entries if entry.record is not None]
+def _build_histograms(runs: Sequence[ComparedRun]) -> list[Chart | None]:
+    """Return histograms of sample tokens, image patches and answer tokens."""
+    recorded_runs = [run for run in runs if run.run_record is not None]
 
-    def noted(name: str) -> list[tuple[str, Counts]]:
+    def read_size_histograms(name: str) -> list[tuple[str, HistogramCounts]]:
         return [
-            (entry.label, read_counts(counts_of(entry.record, name)))
-            for entry in runs
-            if entry.record is not None
+            (run.label, parse_counts(get_size_histogram(run.run_record, name)))
+            for run in recorded_runs
+            if run.run_record is not None
         ]
 
-    said = [(entry.label, half_octaves(_tokens(entry))) for entry in entries]
+    completion_histograms = [
+        (run.label, count_half_octaves(_list_completion_lengths(run))) for run in runs
+    ]
     return [
-        histogram(say("Tokens of a sample"), say("share of training samples"), noted("tokens")),
-        histogram(
-            say("Size of a picture"),
-            say("in patches, as the model sees it; share of training pictures"),
-            noted("patches"),
+        build_histogram(
+            translate("Tokens per sample"),
+            translate("share of training samples"),
+            read_size_histograms("tokens"),
         ),
-        histogram(say("Tokens of an answer"), say("share of held-out samples"), said),
+        build_histogram(
+            translate("Patches per image"),
+            translate("share of training images"),
+            read_size_histograms("patches"),
+        ),
+        build_histogram(
+            translate("Tokens per answer"),
+            translate("share of validation samples"),
+            completion_histograms,
+        ),
     ]
 
 
-def _tokens(entry: Entry) -> list[int]:
-    found = (one.record.get("tokens") for one in entry.answers.values())
-    return [count for count in found if isinstance(count, int)]
+def _list_completion_lengths(run: ComparedRun) -> list[int]:
+    counts = (prediction.record.get("num_tokens") for prediction in run.predictions.values())
+    return [count for count in counts if isinstance(count, int)]
 
 
-def _folders(entries: Sequence[Entry]) -> list[Path]:
-    """Where paths of pictures may start: here, where the runs were started, and beside answers."""
-    started = [
-        line.get("folder") for entry in entries if entry.record for line in entry.record.starts
+def _list_image_folders(runs: Sequence[ComparedRun]) -> list[Path]:
+    """Return base folders of image paths: current folder, start folders, and folders of files."""
+    start_folders = [
+        line.get("working_dir") for run in runs if run.run_record for line in run.run_record.starts
     ]
-    beside = [entry.path.parent for entry in entries if entry.record is None]
-    return [Path(), *(Path(folder) for folder in started if isinstance(folder, str)), *beside]
+    file_folders = [run.path.parent for run in runs if run.run_record is None]
+    return [
+        Path(),
+        *(Path(folder) for folder in start_folders if isinstance(folder, str)),
+        *file_folders,
+    ]
 
 
-def _as_json(cell: Cell) -> dict[str, Any]:
-    found: dict[str, Any] = {"value": cell.value, "interval": cell.ends}
+def _cell_to_dict(cell: MetricCell) -> dict[str, Any]:
+    values: dict[str, Any] = {"value": cell.value, "interval": cell.interval}
     note = cell.note or (cell.difference.note if cell.difference else "")
     if note:
-        found["note"] = note
+        values["note"] = note
     if cell.difference is not None:
-        found |= {
+        values |= {
             "difference": cell.change,
-            "difference_interval": cell.change_ends,
+            "difference_interval": cell.change_interval,
             "verdict": cell.difference.verdict,
         }
-    return found
+    return values
 
 
-def _told(cell: Cell) -> tuple[str, str, str, str]:
+def _format_cell(cell: MetricCell) -> tuple[str, str, str, str]:
     value = "-" if cell.value is None else f"{cell.value:.4f}"
     if cell.difference is None or cell.change is None:
         return value, "", "", ""
-    one = cell.difference
-    ends = "" if one.low is None else f"{one.low:+.4f} to {one.high:+.4f}"
-    return value, f"{cell.change:+.4f}", ends, one.verdict
+    difference = cell.difference
+    interval = "" if difference.low is None else f"{difference.low:+.4f} to {difference.high:+.4f}"
+    return value, f"{cell.change:+.4f}", interval, difference.verdict

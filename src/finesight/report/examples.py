@@ -1,4 +1,4 @@
-"""Held-out samples with their answers before and after: which got better, and which got worse."""
+"""Validation samples with their answers before and after training."""
 
 from __future__ import annotations
 
@@ -8,110 +8,120 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finesight.report.record import Line, is_finite, read_lines
+from finesight.report.run_reader import JsonObject, is_finite, read_json_lines
 
-Kind = Literal["better", "worse", "wrong", "right"]
-KINDS: tuple[Kind, ...] = ("worse", "better", "wrong", "right")
-"""What became of a sample: its figure fell, rose, stayed below full marks, stayed at them. In the
-order in which examples are kept when there are too many."""
+ExampleKind = Literal["better", "worse", "wrong", "right"]
+EXAMPLE_KINDS: tuple[ExampleKind, ...] = ("worse", "better", "wrong", "right")
+"""Kinds by score: decreased, increased, still below the maximum, still at the maximum. Examples are
+selected in this order."""
 
-BY_SAMPLE = {
+PER_SAMPLE_METRICS = {
     "accuracy_at_0.5": "hit",
     "accuracy_at_0.75": "hit_at_0.75",
     "f1_at_0.5": "f1",
     "mean_iou": "iou",
     "parse_rate": "parsed",
 }
-"""Figures of a set whose figure for each sample has another name."""
+"""Metrics of a data set whose per-sample score has another name."""
 
-STANDS_FOR = ("similarity", "exact", "hit", "iou", "f1", "anls", "cider_d", "rouge_l")
-"""Figures of a sample by which to judge where the headline has none of its own."""
+FALLBACK_METRICS = ("similarity", "exact", "hit", "iou", "f1", "anls", "cider_d", "rouge_l")
+"""Per-sample scores used if the primary metric has none."""
 
-FULL_MARKS = {"cider_d": 10.0}
-"""The highest that a sample's figure can be, where that is not 1."""
+MAX_SCORES = {"cider_d": 10.0}
+"""Maximum per-sample score, if it is not 1."""
 
-LEAST = 1e-6
-"""A smaller change of a figure is rounding."""
+MIN_SCORE_CHANGE = 1e-6
+"""Smaller changes of a score are rounding errors."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A sample and its lines in the files of answers; `before` or `after` may be missing.
+    """Sample with its predictions; `before` or `after` may be missing.
 
-    `figure` is the name of the score that was compared, and `change` how much it rose, where both
-    lines have it.
+    Attributes:
+        change: Increase of the compared score, 0 if unknown.
     """
 
-    before: Line | None
-    after: Line | None
-    kind: Kind
+    before: JsonObject | None
+    after: JsonObject | None
+    kind: ExampleKind
     change: float
 
     @property
-    def any(self) -> Line:
-        """The later line: what was asked is the same in both."""
+    def latest(self) -> JsonObject:
+        """Newest prediction. The question is equal in both."""
         line = self.before if self.after is None else self.after
-        assert line is not None, "an example without an answer"
+        assert line is not None, "example without a prediction"
         return line
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Examples that are shown, those that changed most first; `counts` is over all of them."""
+class ExampleSet:
+    """Displayed examples, largest change first. `counts` includes hidden examples."""
 
-    shown: list[Example]
-    counts: dict[Kind, int]
-    figure: str
-    paired: bool
+    displayed: list[Example]
+    counts: dict[ExampleKind, int]
+    metric: str
+    is_paired: bool
 
     @property
     def total(self) -> int:
-        """How many there are."""
+        """Number of all examples."""
         return sum(self.counts.values())
 
-    def left_out(self) -> dict[Kind, int]:
-        """How many are not shown, by kind."""
-        shown = Counter(example.kind for example in self.shown)
-        return {kind: n - shown[kind] for kind, n in self.counts.items() if n > shown[kind]}
+    def count_hidden(self) -> dict[ExampleKind, int]:
+        """Return the number of hidden examples by kind."""
+        displayed_counts = Counter(example.kind for example in self.displayed)
+        return {
+            kind: count - displayed_counts[kind]
+            for kind, count in self.counts.items()
+            if count > displayed_counts[kind]
+        }
 
 
 def read_examples(
-    before: Path | None, after: Path | None, headline: str | None, most: int
-) -> Examples:
-    """The samples of two files of answers, of which either may be missing, side by side."""
-    both = list(pairs(before, after))
-    figure = figure_of(headline, [line for pair in both for line in pair if line is not None])
-    examples = [_judged(old, new, figure) for old, new in both]
+    before: Path | None, after: Path | None, primary_metric: str | None, max_examples: int
+) -> ExampleSet:
+    """Read the examples of two prediction files, either of which may be missing."""
+    line_pairs = list(pair_predictions(before, after))
+    metric = select_sample_metric(
+        primary_metric, [line for pair in line_pairs for line in pair if line is not None]
+    )
+    examples = [
+        _classify_example(before_line, after_line, metric) for before_line, after_line in line_pairs
+    ]
     counts = Counter(example.kind for example in examples)
-    return Examples(
-        shown=_chosen(examples, most),
-        counts={kind: counts[kind] for kind in KINDS},
-        figure=figure,
-        paired=before is not None and after is not None,
+    return ExampleSet(
+        displayed=_select_examples(examples, max_examples),
+        counts={kind: counts[kind] for kind in EXAMPLE_KINDS},
+        metric=metric,
+        is_paired=before is not None and after is not None,
     )
 
 
-def pairs(before: Path | None, after: Path | None) -> Iterator[tuple[Line | None, Line | None]]:
-    """Lines of the same sample. The same id may come again, from another file of samples."""
-    waiting: defaultdict[str, list[Line]] = defaultdict(list)
-    for line in read_lines(before) if before else ():
-        waiting[str(line.get("id"))].append(line)
-    for line in read_lines(after) if after else ():
-        same = waiting.get(str(line.get("id")))
-        yield (same.pop(0) if same else None), line
-    for rest in waiting.values():
-        yield from ((line, None) for line in rest)
+def pair_predictions(
+    before: Path | None, after: Path | None
+) -> Iterator[tuple[JsonObject | None, JsonObject | None]]:
+    """Yield pairs of predictions of the same sample. Duplicate IDs are paired in order."""
+    unmatched: defaultdict[str, list[JsonObject]] = defaultdict(list)
+    for line in read_json_lines(before) if before else ():
+        unmatched[str(line.get("id"))].append(line)
+    for line in read_json_lines(after) if after else ():
+        candidates = unmatched.get(str(line.get("id")))
+        yield (candidates.pop(0) if candidates else None), line
+    for remaining in unmatched.values():
+        yield from ((line, None) for line in remaining)
 
 
-def figure_of(headline: str | None, lines: Sequence[Line]) -> str:
-    """The score of each sample that says best what the headline says of all."""
-    known = {name for line in lines for name in scores_of(line)}
-    wanted = [BY_SAMPLE.get(headline, headline)] if headline else []
-    return next((name for name in (*wanted, *STANDS_FOR) if name in known), "")
+def select_sample_metric(primary_metric: str | None, lines: Sequence[JsonObject]) -> str:
+    """Return the per-sample score that represents the primary metric best."""
+    available = {name for line in lines for name in read_scores(line)}
+    candidates = [PER_SAMPLE_METRICS.get(primary_metric, primary_metric)] if primary_metric else []
+    return next((name for name in (*candidates, *FALLBACK_METRICS) if name in available), "")
 
 
-def scores_of(line: Line) -> dict[str, float]:
-    """The finite figures of an answer."""
+def read_scores(line: JsonObject) -> dict[str, float]:
+    """Return the finite scores of a prediction."""
     scores = line.get("scores")
     return {
         str(name): float(value)
@@ -120,33 +130,45 @@ def scores_of(line: Line) -> dict[str, float]:
     }
 
 
-def _judged(before: Line | None, after: Line | None, figure: str) -> Example:
-    old, new = (scores_of(line).get(figure) if line else None for line in (before, after))
-    change = new - old if old is not None and new is not None else 0.0
-    full = FULL_MARKS.get(figure, 1.0)
-    last = new if new is not None else old
-    kind: Kind = "right" if last is not None and last >= full - LEAST else "wrong"
-    if abs(change) > LEAST:
+def _classify_example(before: JsonObject | None, after: JsonObject | None, metric: str) -> Example:
+    before_score, after_score = (
+        read_scores(line).get(metric) if line else None for line in (before, after)
+    )
+    change = (
+        after_score - before_score if before_score is not None and after_score is not None else 0.0
+    )
+    max_score = MAX_SCORES.get(metric, 1.0)
+    last_score = after_score if after_score is not None else before_score
+    kind: ExampleKind = (
+        "right"
+        if last_score is not None and last_score >= max_score - MIN_SCORE_CHANGE
+        else "wrong"
+    )
+    if abs(change) > MIN_SCORE_CHANGE:
         kind = "better" if change > 0 else "worse"
     return Example(before, after, kind, change)
 
 
-def _chosen(examples: Iterable[Example], most: int) -> list[Example]:
-    """At most `most`: a quarter of the room for each kind, what is left over for the others, the
-    greatest changes first."""
-    waiting: dict[Kind, list[Example]] = {kind: [] for kind in KINDS}
+def _select_examples(examples: Iterable[Example], max_examples: int) -> list[Example]:
+    """Select at most `max_examples`, largest changes first.
+
+    Each kind gets a quarter, and unused quotas go to the other kinds.
+    """
+    by_kind: dict[ExampleKind, list[Example]] = {kind: [] for kind in EXAMPLE_KINDS}
     for example in examples:
-        waiting[example.kind].append(example)
-    for group in waiting.values():
+        by_kind[example.kind].append(example)
+    for group in by_kind.values():
         group.sort(key=lambda example: -abs(example.change))
-    room = {kind: min(len(group), most // len(KINDS)) for kind, group in waiting.items()}
-    for kind, group in waiting.items():
-        room[kind] += min(len(group) - room[kind], most - sum(room.values()))
-    return [example for kind, group in waiting.items() for example in group[: room[kind]]]
+    quotas = {
+        kind: min(len(group), max_examples // len(EXAMPLE_KINDS)) for kind, group in by_kind.items()
+    }
+    for kind, group in by_kind.items():
+        quotas[kind] += min(len(group) - quotas[kind], max_examples - sum(quotas.values()))
+    return [example for kind, group in by_kind.items() for example in group[: quotas[kind]]]
 
 
-def pictures_of(line: Line) -> list[str]:
-    """Paths of the pictures of a question."""
-    image = line.get("image")
-    paths: list[Any] = image if isinstance(image, list) else [image]
+def read_image_paths(line: JsonObject) -> list[str]:
+    """Return the image paths of a sample."""
+    value = line.get("image")
+    paths: list[Any] = value if isinstance(value, list) else [value]
     return [path for path in paths if isinstance(path, str)]

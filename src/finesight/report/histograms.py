@@ -1,4 +1,4 @@
-"""How many tokens samples have and how large pictures are: counted by a run, drawn by a page."""
+"""Histograms of tokens and image sizes."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
-from finesight.report.curves import (
-    BOTTOM,
+from finesight.report.charts import (
     HEIGHT,
-    LEFT,
-    RIGHT,
-    TOP,
+    MARGIN_BOTTOM,
+    MARGIN_LEFT,
+    MARGIN_RIGHT,
+    MARGIN_TOP,
     WIDTH,
+    AxisTick,
+    Chart,
     ChartData,
-    Drawing,
-    Line,
+    ChartLine,
     SeriesData,
-    Tick,
-    exact,
-    round_ticks,
+    compute_ticks,
+    format_exact,
 )
-from finesight.report.language import say
+from finesight.report.i18n import translate
 
-Counts = Mapping[str, int]
-"""How many values lie in each half octave, by its number: k holds 2^(k/2) and more, up to below
-2^((k+1)/2). Text, as JSON has it."""
-
-
-def half_octaves(values: Iterable[int]) -> dict[str, int]:
-    """Positive values, counted."""
-    found = Counter(math.floor(2 * math.log2(value) + 1e-9) for value in values if value > 0)
-    return {str(number): found[number] for number in sorted(found)}
+HistogramCounts = Mapping[str, int]
+"""Counts by half octave: key k covers values from 2^(k/2) to below 2^((k+1)/2). Keys are strings,
+as in JSON."""
 
 
-def read_counts(content: object) -> Counts:
-    """Counts as a run has noted them; what is none is left out."""
-    lines = content if isinstance(content, dict) else {}
+def count_half_octaves(values: Iterable[int]) -> dict[str, int]:
+    """Count positive values by half octave."""
+    counts = Counter(math.floor(2 * math.log2(value) + 1e-9) for value in values if value > 0)
+    return {str(bin_index): counts[bin_index] for bin_index in sorted(counts)}
+
+
+def parse_counts(content: object) -> HistogramCounts:
+    """Return valid counts of a recorded histogram."""
+    items = content if isinstance(content, dict) else {}
     return {
         name: count
-        for name, count in lines.items()
+        for name, count in items.items()
         if isinstance(name, str)
         and name.isdecimal()
         and int(name) < 120
@@ -49,67 +49,102 @@ def read_counts(content: object) -> Counts:
     }
 
 
-def histogram(title: str, note: str, runs: Sequence[tuple[str, Counts]]) -> Drawing | None:
-    """The share of values in each half octave, a stepped line for each run that has some."""
-    known = [(name, counts) for name, counts in runs if counts]
-    if not known:
+def build_histogram(
+    title: str, caption: str, counts_by_run: Sequence[tuple[str, HistogramCounts]]
+) -> Chart | None:
+    """Build a histogram chart in percent, with one step line per run that has values."""
+    nonempty = [(name, counts) for name, counts in counts_by_run if counts]
+    if not nonempty:
         return None
-    low = min(int(number) for _, counts in known for number in counts)
-    high = max(int(number) for _, counts in known for number in counts)
-    shares = [
-        (name, [100 * counts.get(str(k), 0) / sum(counts.values()) for k in range(low, high + 1)])
-        for name, counts in known
+    low = min(int(bin_index) for _, counts in nonempty for bin_index in counts)
+    high = max(int(bin_index) for _, counts in nonempty for bin_index in counts)
+    percentages = [
+        (
+            name,
+            [
+                100 * counts.get(str(bin_index), 0) / sum(counts.values())
+                for bin_index in range(low, high + 1)
+            ],
+        )
+        for name, counts in nonempty
     ]
-    up = round_ticks(0.0, max(max(values) for _, values in shares), 4, beyond=True)
-    edges = [math.ceil(2 ** (k / 2) - 1e-9) for k in range(low, high + 2)]
-    every = max(1, math.ceil(len(edges) / 7))
-    scale = _Scale(len(edges) - 1, up[-1])
-    return Drawing(
+    y_tick_values = compute_ticks(
+        0.0, max(max(values) for _, values in percentages), 4, include_ends=True
+    )
+    edges = [math.ceil(2 ** (bin_index / 2) - 1e-9) for bin_index in range(low, high + 2)]
+    label_interval = max(1, math.ceil(len(edges) / 7))
+    scale = _HistogramScale(len(edges) - 1, y_tick_values[-1])
+    return Chart(
         title=title,
-        note=note,
-        summary=_summary(title, shares, edges),
-        lines=tuple(Line(name, "line", scale.steps(values), (), ()) for name, values in shares),
-        across=tuple(
-            Tick(scale.x(k), f"{edge:,}") for k, edge in enumerate(edges) if k % every == 0
+        caption=caption,
+        summary=_summarize_histogram(title, percentages, edges),
+        lines=tuple(
+            ChartLine(name, "line", scale.build_path(values), (), ())
+            for name, values in percentages
         ),
-        up=tuple(Tick(scale.y(value), f"{value:g} %") for value in up),
+        x_ticks=tuple(
+            AxisTick(scale.to_x(bin_index), f"{edge:,}")
+            for bin_index, edge in enumerate(edges)
+            if bin_index % label_interval == 0
+        ),
+        y_ticks=tuple(AxisTick(scale.to_y(value), f"{value:g} %") for value in y_tick_values),
         data=ChartData(
             x=[-0.5, len(edges) - 1.5],
-            y=[0.0, up[-1]],
+            y=[0.0, y_tick_values[-1]],
             series=[
                 SeriesData(
                     name=name,
-                    points=[(k, value, f"{exact(value)} %") for k, value in enumerate(values)],
+                    points=[
+                        (bin_index, value, f"{format_exact(value)} %")
+                        for bin_index, value in enumerate(values)
+                    ],
                 )
-                for name, values in shares
+                for name, values in percentages
             ],
             labels=[
-                say("{:,} to {:,}", below, above - 1) if above - 1 > below else f"{below:,}"
-                for below, above in pairwise(edges)
+                translate("{:,} to {:,}", lower, upper - 1) if upper - 1 > lower else f"{lower:,}"
+                for lower, upper in pairwise(edges)
             ],
         ),
     )
 
 
-class _Scale:
-    def __init__(self, bins: int, most: float) -> None:
-        self._bins, self._most = bins, most
+class _HistogramScale:
+    def __init__(self, num_bins: int, max_percentage: float) -> None:
+        self._num_bins, self._max_percentage = num_bins, max_percentage
 
-    def x(self, edge: int) -> float:
-        return round(LEFT + edge / self._bins * (WIDTH - LEFT - RIGHT), 1)
+    def to_x(self, edge: int) -> float:
+        return round(MARGIN_LEFT + edge / self._num_bins * (WIDTH - MARGIN_LEFT - MARGIN_RIGHT), 1)
 
-    def y(self, share: float) -> float:
-        return round(HEIGHT - BOTTOM - share / self._most * (HEIGHT - TOP - BOTTOM), 1)
+    def to_y(self, percentage: float) -> float:
+        return round(
+            HEIGHT
+            - MARGIN_BOTTOM
+            - percentage / self._max_percentage * (HEIGHT - MARGIN_TOP - MARGIN_BOTTOM),
+            1,
+        )
 
-    def steps(self, shares: Sequence[float]) -> str:
-        pieces = [f"M{self.x(0):g} {self.y(0):g}"]
-        pieces += [f"V{self.y(value):g}H{self.x(k + 1):g}" for k, value in enumerate(shares)]
-        return "".join([*pieces, f"V{self.y(0):g}"])
+    def build_path(self, percentages: Sequence[float]) -> str:
+        segments = [f"M{self.to_x(0):g} {self.to_y(0):g}"]
+        segments += [
+            f"V{self.to_y(value):g}H{self.to_x(bin_index + 1):g}"
+            for bin_index, value in enumerate(percentages)
+        ]
+        return "".join([*segments, f"V{self.to_y(0):g}"])
 
 
-def _summary(title: str, shares: Sequence[tuple[str, Sequence[float]]], edges: list[int]) -> str:
-    said = []
-    for name, values in shares:
-        k = max(range(len(values)), key=values.__getitem__)
-        said.append(say("{} mostly {:,} to {:,}", name, edges[k], max(edges[k], edges[k + 1] - 1)))
-    return say("{}: {}", title, say("; ").join(said))
+def _summarize_histogram(
+    title: str, percentages: Sequence[tuple[str, Sequence[float]]], edges: list[int]
+) -> str:
+    descriptions = []
+    for name, values in percentages:
+        bin_index = max(range(len(values)), key=values.__getitem__)
+        descriptions.append(
+            translate(
+                "{} mostly {:,} to {:,}",
+                name,
+                edges[bin_index],
+                max(edges[bin_index], edges[bin_index + 1] - 1),
+            )
+        )
+    return translate("{}: {}", title, translate("; ").join(descriptions))

@@ -1,90 +1,102 @@
-"""Which curves the report of a run shows."""
+"""Charts of the run report."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from finesight.report.curves import Drawing, Series, draw, finite, smooth
-from finesight.report.figures import interval_of, named
-from finesight.report.language import say
-from finesight.report.record import Line, Record
+from finesight.report.charts import Chart, ChartSeries, build_chart, filter_finite, smooth_points
+from finesight.report.i18n import translate
+from finesight.report.metrics import format_metric_name, read_interval
+from finesight.report.run_reader import JsonObject, RunRecord
 
 
-def charts(record: Record) -> list[Drawing]:
-    """Loss, the headline, learning rates, gradient norm, speed and utilisation, those that the
-    run has figures of."""
-    steps = record.steps
-    drawings = [
-        draw(
-            say("Loss"),
-            [*_both(say("training"), _of(steps, "loss")), _held_out(record)],
-            say("nats per learned token"),
+def build_run_charts(run_record: RunRecord) -> list[Chart]:
+    """Return charts of loss, primary metric, learning rate, gradient norm, throughput and MFU."""
+    steps = run_record.steps
+    charts = [
+        build_chart(
+            translate("Loss"),
+            [
+                *_build_smoothed_series(translate("training"), _read_points(steps, "loss")),
+                _build_validation_series(run_record),
+            ],
+            translate("nats per supervised token"),
         ),
-        *_headline(record),
-        draw(say("Learning rate"), _rates(steps)),
-        draw(
-            say("Gradient norm"),
-            _both(say("norm"), _of(steps, "grad_norm")),
-            say("before clipping"),
+        *_build_primary_metric_chart(run_record),
+        build_chart(translate("Learning rate"), _build_lr_series(steps)),
+        build_chart(
+            translate("Gradient norm"),
+            _build_smoothed_series(translate("norm"), _read_points(steps, "grad_norm")),
+            translate("before clipping"),
         ),
-        draw(
-            say("Speed"),
-            _both(say("samples a second"), _of(steps, "samples_per_s")),
-            say("samples a second"),
+        build_chart(
+            translate("Throughput"),
+            _build_smoothed_series(translate("samples/s"), _read_points(steps, "samples_per_s")),
+            translate("samples/s"),
         ),
-        draw(
-            say("Utilisation"),
-            _both(say("utilisation"), [(x, 100 * y) for x, y in _of(steps, "utilisation")]),
-            say("% of the device's measured peak"),
+        build_chart(
+            translate("MFU"),
+            _build_smoothed_series(
+                translate("MFU"),
+                [(x, 100 * y) for x, y in _read_points(steps, "mfu")],
+            ),
+            translate("% of the measured peak FLOPS"),
         ),
     ]
-    return [drawing for drawing in drawings if drawing is not None]
+    return [chart for chart in charts if chart is not None]
 
 
-def _of(lines: Sequence[Line], name: str) -> list[tuple[float, float]]:
-    return finite((line.get("step"), line.get(name)) for line in lines)
+def _read_points(lines: Sequence[JsonObject], name: str) -> list[tuple[float, float]]:
+    return filter_finite((line.get("step"), line.get(name)) for line in lines)
 
 
-def _both(name: str, points: Sequence[tuple[float, float]]) -> list[Series]:
-    """The values as they were, and a smooth line through them where there are many."""
-    calm = smooth(points)
-    if not calm:
-        return [Series(name, points)]
-    return [Series(name, points, "faint"), Series(say("smoothed"), calm)]
+def _build_smoothed_series(name: str, points: Sequence[tuple[float, float]]) -> list[ChartSeries]:
+    """Return the values and, for many points, a smoothed line."""
+    smoothed = smooth_points(points)
+    if not smoothed:
+        return [ChartSeries(name, points)]
+    return [ChartSeries(name, points, "faint"), ChartSeries(translate("smoothed"), smoothed)]
 
 
-def _held_out(record: Record) -> Series:
-    return Series(say("held-out"), _of(record.measured, "held_out_loss"), "marks")
+def _build_validation_series(run_record: RunRecord) -> ChartSeries:
+    return ChartSeries(
+        translate("validation"), _read_points(run_record.evaluations, "validation_loss"), "marks"
+    )
 
 
-def _headline(record: Record) -> list[Drawing | None]:
-    names = [line["headline"] for line in record.measured if line.get("headline")]
+def _build_primary_metric_chart(run_record: RunRecord) -> list[Chart | None]:
+    names = [
+        line["primary_metric"] for line in run_record.evaluations if line.get("primary_metric")
+    ]
     if not names:
         return []
     name = str(names[-1])
-    points, whiskers = [], []
-    for line in record.measured:
+    points, error_bars = [], []
+    for line in run_record.evaluations:
         scores: Any = line.get("scores")
-        points += finite([(line.get("step"), scores.get(name) if scores else None)])
-        found = interval_of(line, name)
-        if found is not None:
-            whiskers.append((float(line["step"]), *found))
-    note = say("held-out, bars: 95 % intervals" if whiskers else "held-out")
-    said = named(name)
-    return [draw(said, [Series(said, points, "marks", whiskers)], note)]
+        points += filter_finite([(line.get("step"), scores.get(name) if scores else None)])
+        interval = read_interval(line, name)
+        if interval is not None:
+            error_bars.append((float(line["step"]), *interval))
+    note = translate("validation, bars: 95 % intervals" if error_bars else "validation")
+    title = format_metric_name(name)
+    return [build_chart(title, [ChartSeries(title, points, "marks", error_bars)], note)]
 
 
-def _rates(steps: Sequence[Line]) -> list[Series]:
-    """A line for each part; one for all where they are the same throughout."""
+def _build_lr_series(steps: Sequence[JsonObject]) -> list[ChartSeries]:
+    """Return one line per part, or one line for parts with equal learning rates."""
     rates = [(line.get("step"), line["lr"]) for line in steps if isinstance(line.get("lr"), dict)]
-    parts = dict.fromkeys(part for _, by_part in rates for part in by_part)
-    lines = {part: finite((step, by.get(part)) for step, by in rates) for part in parts}
+    parts = dict.fromkeys(part for _, lr_by_part in rates for part in lr_by_part)
+    lines = {
+        part: filter_finite((step, lr_by_part.get(part)) for step, lr_by_part in rates)
+        for part in parts
+    }
     groups: list[tuple[list[str], list[tuple[float, float]]]] = []
     for part, points in lines.items():
-        same = next((names for names, other in groups if other == points), None)
-        if same is None:
+        matching = next((names for names, other in groups if other == points), None)
+        if matching is None:
             groups.append(([part], points))
         else:
-            same.append(part)
-    return [Series(", ".join(names), points) for names, points in groups]
+            matching.append(part)
+    return [ChartSeries(", ".join(names), points) for names, points in groups]

@@ -1,4 +1,4 @@
-"""The report of a run: one page that says what was done, whether it helped, and how to use it."""
+"""Report of a run as a single HTML page."""
 
 from __future__ import annotations
 
@@ -12,345 +12,396 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from finesight import run_folder as names
-from finesight.evaluate.compare import Difference
-from finesight.evaluate.score import LOWER_IS_BETTER
-from finesight.report import facts
-from finesight.report.differences import differences
-from finesight.report.examples import KINDS, Examples, Kind, read_examples
-from finesight.report.figures import (
-    LOSS,
-    Row,
-    between,
-    figures_of,
-    named,
-    plain,
-    remarks,
-    rows,
-    sentence,
-    signed,
-    signed_between,
+from finesight import run_files
+from finesight.evaluate.metric_difference import MetricDifference
+from finesight.evaluate.task_metrics import LOWER_IS_BETTER
+from finesight.report import summary
+from finesight.report.example_data import ExampleDataBuilder, JsonData, ThumbnailCache
+from finesight.report.examples import EXAMPLE_KINDS, ExampleKind, ExampleSet, read_examples
+from finesight.report.html import render_page, write_page
+from finesight.report.i18n import Language, detect_language, translate, use_language
+from finesight.report.interim_differences import estimate_differences
+from finesight.report.mathml import FormulaConverter
+from finesight.report.metrics import (
+    VALIDATION_LOSS,
+    MetricRow,
+    build_metric_rows,
+    describe_change,
+    format_change,
+    format_change_interval,
+    format_interval,
+    format_metric_name,
+    format_notes,
+    format_value,
+    read_metrics,
 )
-from finesight.report.formulas import Formulas
-from finesight.report.gallery import Data, Gallery, Thumbnails
-from finesight.report.language import Language, preferred, say, speaking
-from finesight.report.page import render, write_page
-from finesight.report.record import Line, Record, read_record
-from finesight.report.run_charts import charts
-from finesight.report.standing import standing
+from finesight.report.run_charts import build_run_charts
+from finesight.report.run_reader import JsonObject, RunRecord, read_run
+from finesight.report.run_status import get_run_status
 
-MOST_EXAMPLES = 2000
-"""Examples in the report of a finished run: with thumbnails some 20 MB, which browsers open in
-one or two seconds."""
+MAX_EXAMPLES = 2000
+"""Maximum number of examples in the report of a finished run. With thumbnails, they take about 20
+MB."""
 
-MOST_ON_THE_WAY = 200
-"""Examples in a report that is written while the run goes on."""
+MAX_LIVE_EXAMPLES = 200
+"""Maximum number of examples in the report during training."""
 
-MOST_DETAILS = 20
-"""Rows of a table of classes or fields."""
+MAX_DETAIL_ROWS = 20
+"""Maximum number of rows in tables of classes or fields."""
 
-KIND_WORDS: dict[Kind, str] = {
-    "better": "got better",
-    "worse": "got worse",
-    "wrong": "stayed wrong",
-    "right": "stayed right",
+KIND_LABELS: dict[ExampleKind, str] = {
+    "better": "improved",
+    "worse": "worsened",
+    "wrong": "still incorrect",
+    "right": "still correct",
 }
-ONCE_WORDS: dict[Kind, str] = {"wrong": "wrong", "right": "right"}
+UNPAIRED_KIND_LABELS: dict[ExampleKind, str] = {"wrong": "incorrect", "right": "correct"}
 
 
 @dataclass
-class Live:
-    """The pages of a run that goes on: a new one comes every `again` seconds, examples are drawn
-    anew only where there are other answers, and their pictures once."""
+class LiveReportState:
+    """Cache of the live report, which is rendered every `interval_s` seconds.
 
-    again: float
-    _key: Hashable = None
-    _thumbnails: Thumbnails = field(default_factory=dict)
-    _drawn: tuple[Examples, Data] = field(default_factory=lambda: (Examples([], {}, "", False), {}))
+    Examples are rendered again only after new predictions, and each thumbnail once.
+    """
 
-    def drawn(self, record: Record, most: int) -> tuple[Examples, Data]:
-        """The examples of a run's answers, and what the page shows of them."""
-        about = [(str(path), path.stat().st_mtime_ns) for path in record.answers]
-        key = most, _headline(record), tuple(about)
-        if key != self._key:
-            self._drawn = _drawn(record, most, self._thumbnails)
-            self._key = key
-        return self._drawn
+    interval_s: float
+    _cache_key: Hashable = None
+    _thumbnails: ThumbnailCache = field(default_factory=dict)
+    _cached_examples: tuple[ExampleSet, JsonData] = field(
+        default_factory=lambda: (ExampleSet([], {}, "", False), {})
+    )
+
+    def get_examples(self, run_record: RunRecord, max_examples: int) -> tuple[ExampleSet, JsonData]:
+        """Return the examples of a run and their page data."""
+        file_versions = [
+            (str(path), path.stat().st_mtime_ns) for path in run_record.predictions_files
+        ]
+        cache_key = max_examples, _get_primary_metric(run_record), tuple(file_versions)
+        if cache_key != self._cache_key:
+            self._cached_examples = _build_examples(run_record, max_examples, self._thumbnails)
+            self._cache_key = cache_key
+        return self._cached_examples
 
 
 def write_report(
-    run: Path,
+    run_dir: Path,
     out: Path | None = None,
-    most: int = MOST_EXAMPLES,
+    max_examples: int = MAX_EXAMPLES,
     language: Language | None = None,
-    live: Live | None = None,
+    live_state: LiveReportState | None = None,
 ) -> Path:
-    """Write the report of the run in folder `run` to `out`, by default `report.html` within it, in
-    `language`, by default that of the user's locale.
+    """Write the report of a run.
 
-    At most `most` examples are shown. `live` comes from the process that trains. Raises UserError
-    when there is no run, or no place to write.
+    Args:
+        run_dir: Run directory.
+        out: Output file, by default `report.html` in the run directory.
+        max_examples: Maximum number of examples.
+        language: Language of the page, by default that of the locale.
+        live_state: Cache of the training process.
+
+    Raises:
+        UserError: `run_dir` is not a run, or the file cannot be written.
     """
-    target = out or run / names.REPORT
-    with speaking(language or preferred()):
-        write_page(target, run_page(run, most, live))
+    target = out or run_dir / run_files.REPORT_FILE
+    with use_language(language or detect_language()):
+        write_page(target, render_run_page(run_dir, max_examples, live_state))
     return target
 
 
-def run_page(run: Path, most: int = MOST_EXAMPLES, live: Live | None = None) -> str:
-    """The report as HTML, from what is in the run's folder so far, in the language in force."""
-    record = read_record(run)
-    examples, gallery = live.drawn(record, most) if live else _drawn(record, most)
-    now, stands = datetime.now(UTC), standing(record, going=live is not None)
-    drawings = charts(record)
-    compared = _compared(record)
-    measurements = _called(record, compared)
-    return render(
+def render_run_page(
+    run_dir: Path, max_examples: int = MAX_EXAMPLES, live_state: LiveReportState | None = None
+) -> str:
+    """Render the report of a run, finished or not, in the current language."""
+    run_record = read_run(run_dir)
+    examples, example_data = (
+        live_state.get_examples(run_record, max_examples)
+        if live_state
+        else _build_examples(run_record, max_examples)
+    )
+    now, run_status = (
+        datetime.now(UTC),
+        get_run_status(run_record, is_training=live_state is not None),
+    )
+    charts = build_run_charts(run_record)
+    evaluations = _select_evaluations(run_record)
+    evaluation_names = _name_evaluations(run_record, evaluations)
+    return render_page(
         "run",
         data={
-            **gallery,
-            "charts": [drawing.data for drawing in drawings],
-            "figure": named(examples.figure),
-            "measurements": measurements,
-            "live": {"written": now.timestamp(), "again": live.again if live else 0.0}
-            if stands.kind == "going"
+            **example_data,
+            "charts": [chart.data for chart in charts],
+            "metric": format_metric_name(examples.metric),
+            "evaluation_names": evaluation_names,
+            "live": {
+                "written_at": now.timestamp(),
+                "interval_s": live_state.interval_s if live_state else 0.0,
+            }
+            if run_status.kind == "running"
             else None,
         },
         assets=["results"],
-        standing=stands,
-        written=f"{now:%Y-%m-%d %H:%M:%S} UTC",
-        live=live,
-        title=record.folder.resolve().name,
-        record=record,
-        measurements=measurements,
-        charts=drawings,
-        boxed=any(one["boxes"] for one in gallery["examples"]),
-        formulas_missing=_metric(record) == "latex" and not Formulas().installed,
-        again=facts.command("report", str(record.folder)),
-        **_result(record, compared),
-        **_seen(record, examples),
-        **_told(record, _first_question(gallery["examples"])),
+        run_status=run_status,
+        written_at=f"{now:%Y-%m-%d %H:%M:%S} UTC",
+        live_state=live_state,
+        title=run_record.folder.resolve().name,
+        run_record=run_record,
+        evaluation_names=evaluation_names,
+        charts=charts,
+        has_boxes=any(example["boxes"] for example in example_data["examples"]),
+        formulas_unavailable=_get_metric(run_record) == "latex"
+        and not FormulaConverter().is_available,
+        report_command=summary.format_command("report", str(run_record.folder)),
+        **_build_result_context(run_record, evaluations),
+        **_build_examples_context(run_record, examples),
+        **_build_summary_context(run_record, _get_first_question(example_data["examples"])),
     )
 
 
-def _result(record: Record, compared: Sequence[Line]) -> dict[str, Any]:
-    """Values for the section of the same name."""
-    table = rows(compared, _differences(record, compared))
-    row = next((row for row in table if row.headline), table[-1] if table else None)
-    known = any(row.before_ends or row.after_ends or row.change_ends for row in table)
+def _build_result_context(
+    run_record: RunRecord, evaluations: Sequence[JsonObject]
+) -> dict[str, Any]:
+    """Return template values of the result section."""
+    metric_rows = build_metric_rows(evaluations, _read_differences(run_record, evaluations))
+    row = next(
+        (row for row in metric_rows if row.is_primary), metric_rows[-1] if metric_rows else None
+    )
+    has_intervals = any(
+        row.before_interval or row.after_interval or row.change_interval for row in metric_rows
+    )
     return {
-        "table": table,
-        "row": row,
-        "sentence": sentence(row) if row else "",
-        "best": [_best(record, name, compared[-1]) for name in _chief(row)],
-        "intervals": known,
-        "notes": remarks((row.name, note) for row in table for note in row.notes),
-        **_details(compared[-1] if compared else {}),
-        "figure": plain,
-        "named": named,
-        "between": between,
-        "signed": signed,
-        "signed_between": signed_between,
+        "metric_rows": metric_rows,
+        "primary_row": row,
+        "change_text": describe_change(row) if row else "",
+        "best_notes": [
+            _describe_best(run_record, name, evaluations[-1]) for name in _get_primary_names(row)
+        ],
+        "has_intervals": has_intervals,
+        "notes": format_notes((row.name, note) for row in metric_rows for note in row.notes),
+        **_build_details(evaluations[-1] if evaluations else {}),
+        "format_value": format_value,
+        "format_metric_name": format_metric_name,
+        "format_interval": format_interval,
+        "format_change": format_change,
+        "format_change_interval": format_change_interval,
     }
 
 
-def _chief(row: Row | None) -> list[str]:
-    """The figures to judge a run by."""
-    return list(dict.fromkeys([row.name, LOSS])) if row else []
+def _get_primary_names(row: MetricRow | None) -> list[str]:
+    """Return the metrics by which a run is assessed."""
+    return list(dict.fromkeys([row.name, VALIDATION_LOSS])) if row else []
 
 
-def _best(record: Record, name: str, shown: Line) -> str:
-    """When a figure was better than at the end, if it was: training that went on for too long."""
-    up = -1 if name in LOWER_IS_BETTER else 1
+def _describe_best(run_record: RunRecord, name: str, final_evaluation: JsonObject) -> str:
+    """Describe an intermediate evaluation that was better than the last one, if any."""
+    sign = -1 if name in LOWER_IS_BETTER else 1
     values = {
-        step: up * value
-        for line in (*record.measured, shown)
+        step: sign * value
+        for line in (*run_record.evaluations, final_evaluation)
         if (step := int(line.get("step") or 0))
-        and (value := figures_of(line).get(name)) is not None
+        and (value := read_metrics(line).get(name)) is not None
     }
-    now = figures_of(shown).get(name)
-    best = max(values, key=values.__getitem__, default=0)
-    if now is None or not best or values[best] <= up * now:
+    final_value = read_metrics(final_evaluation).get(name)
+    best_step = max(values, key=values.__getitem__, default=0)
+    if final_value is None or not best_step or values[best_step] <= sign * final_value:
         return ""
     text = "The {} was best after step {:,}: {}."
-    return say(text, named(name), best, plain(up * values[best]))
+    return translate(
+        text, format_metric_name(name), best_step, format_value(sign * values[best_step])
+    )
 
 
-def _details(measured: Line) -> dict[str, Any]:
-    """What a task says beyond figures: classes that are taken for others most often, and fields,
-    the worst first."""
+def _build_details(evaluation: JsonObject) -> dict[str, Any]:
+    """Return the most frequent confusions of classes, and fields in ascending order of F1."""
     try:
-        known = _Details.model_validate(measured.get("details") or {})
+        sections = _Details.model_validate(evaluation.get("details") or {})
     except ValidationError:
-        known = _Details()
-    taken = [row for row in known.confusion if row[0] != row[1]]
-    fields = sorted(known.fields.items(), key=lambda pair: pair[1].f1)
-    return {"taken": taken[:MOST_DETAILS], "fields": fields[:MOST_DETAILS]}
+        sections = _Details()
+    confusions = [row for row in sections.confusion if row[0] != row[1]]
+    fields = sorted(sections.fields.items(), key=lambda pair: pair[1].f1)
+    return {"confusions": confusions[:MAX_DETAIL_ROWS], "fields": fields[:MAX_DETAIL_ROWS]}
 
 
-class _FieldFigures(BaseModel):
+class _FieldScores(BaseModel):
     f1: float
     precision: float
     recall: float
 
 
 class _Details(BaseModel):
-    """Details of a measurement that the page shows."""
+    """Details of an evaluation that the page shows."""
 
     confusion: list[tuple[str, str, int]] = []
-    fields: dict[str, _FieldFigures] = {}
+    fields: dict[str, _FieldScores] = {}
 
 
-_DIFFERENCES: TypeAdapter[list[Difference]] = TypeAdapter(list[Difference])
+_DIFFERENCES: TypeAdapter[list[MetricDifference]] = TypeAdapter(list[MetricDifference])
 
 
-def _seen(record: Record, examples: Examples) -> dict[str, Any]:
-    """Values for the examples."""
-    words = KIND_WORDS if examples.paired else ONCE_WORDS
-    shown = Counter(example.kind for example in examples.shown)
+def _build_examples_context(run_record: RunRecord, examples: ExampleSet) -> dict[str, Any]:
+    """Return template values of the examples."""
+    kind_labels = KIND_LABELS if examples.is_paired else UNPAIRED_KIND_LABELS
+    displayed_counts = Counter(example.kind for example in examples.displayed)
     return {
         "examples": examples,
-        "kinds": [(kind, say(label)) for kind, label in words.items()],
-        "shown_counts": {kind: shown[kind] for kind in KINDS},
-        "examples_note": _examples_note(examples, words),
+        "kind_labels": [(kind, translate(label)) for kind, label in kind_labels.items()],
+        "displayed_counts": {kind: displayed_counts[kind] for kind in EXAMPLE_KINDS},
+        "examples_note": _describe_examples(examples, kind_labels),
     }
 
 
-def _examples_note(examples: Examples, words: dict[Kind, str]) -> str:
-    """How examples are told apart, and which are not shown."""
-    text = "{:,} held-out samples."
-    if examples.figure and examples.paired:
+def _describe_examples(examples: ExampleSet, kind_labels: dict[ExampleKind, str]) -> str:
+    """Describe the classification of examples and the hidden ones."""
+    text = "{:,} validation samples."
+    if examples.metric and examples.is_paired:
         text = (
-            "{:,} held-out samples, told apart by the {} of each: right is full marks, wrong is"
-            " anything less. The greatest changes come first."
+            "{:,} validation samples, classified by {}: the maximum is correct, any lower score is"
+            " incorrect. The largest changes are first."
         )
-    elif examples.figure:
-        text = "{:,} held-out samples, right where the {} is at full marks."
-    note = say(text, examples.total, named(examples.figure))
-    left = [
-        say("{:,} that {}", count, say(words[kind])) for kind, count in examples.left_out().items()
+    elif examples.metric:
+        text = "{:,} validation samples, classified by {}: the maximum is correct."
+    note = translate(text, examples.total, format_metric_name(examples.metric))
+    hidden_texts = [
+        translate("{:,} {}", count, translate(kind_labels[kind]))
+        for kind, count in examples.count_hidden().items()
     ]
-    text = " Not on this page: {}; all of them are in the run's folder."
-    return note + (say(text, facts.listed(left)) if left else "")
+    text = " Not on this page: {}. The run folder contains all of them."
+    return note + (translate(text, summary.join_words(hidden_texts)) if hidden_texts else "")
 
 
-def _told(record: Record, question: str) -> dict[str, Any]:
-    """Values for the lead and for the last sections."""
+def _build_summary_context(run_record: RunRecord, question: str) -> dict[str, Any]:
+    """Return template values of the summary and of the last sections."""
     return {
-        "summary": facts.what_was_done(record),
-        "parts": [_Part.read(row) for row in record.moved or ()],
-        "phases": facts.phases(record),
-        "cost": facts.cost(record),
-        "remarks": facts.remarks(record),
-        "left": facts.left_out(record),
-        "commands": facts.commands(record, question),
-        "versions": facts.versions(record),
-        "checksums": facts.checksums(record),
+        "summary": summary.summarize_run(run_record),
+        "param_rows": [_ParamChangeRow.from_json(row) for row in run_record.param_changes or ()],
+        "phases": summary.compute_phases(run_record),
+        "cost_items": summary.summarize_cost(run_record),
+        "remarks": summary.list_remarks(run_record),
+        "skipped_groups": summary.list_skipped_samples(run_record),
+        "commands": summary.list_commands(run_record, question),
+        "versions": summary.list_versions(run_record),
+        "checksums": summary.list_checksums(run_record),
     }
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A line of `moved.json` as it is shown."""
+class _ParamChangeRow:
+    """Formatted line of `param_audit.json`."""
 
     name: str
-    trained: bool
-    tensors: str
-    numbers: str
-    changed: str
-    relative: str
-    holds: bool
-    check: str
+    is_trained: bool
+    num_tensors: str
+    num_params: str
+    num_changed: str
+    relative_change: str
+    is_expected: bool
+    check_text: str
 
     @classmethod
-    def read(cls, line: Line) -> _Part:
-        trained, changed = bool(line.get("trained")), int(line.get("changed") or 0)
-        reached, relative = int(line.get("reached") or 0), line.get("relative")
-        holds = bool(changed and reached) if trained else not changed
-        check = {
-            (True, True): say("yes: gradients reached {:,}", reached),
-            (True, False): say("no: it should have moved"),
-            (False, True): say("yes: every bit is as it was"),
-            (False, False): say("no: it should have stayed"),
+    def from_json(cls, line: JsonObject) -> _ParamChangeRow:
+        is_trained, num_changed = bool(line.get("is_trained")), int(line.get("num_changed") or 0)
+        num_with_grad, relative_change = (
+            int(line.get("num_with_grad") or 0),
+            line.get("relative_change"),
+        )
+        is_expected = bool(num_changed and num_with_grad) if is_trained else not num_changed
+        check_texts = {
+            (True, True): translate("yes: {:,} tensors with gradients", num_with_grad),
+            (True, False): translate("no: trainable but not updated"),
+            (False, True): translate("yes: bitwise unchanged"),
+            (False, False): translate("no: frozen but changed"),
         }
         return cls(
             name=str(line.get("part")),
-            trained=trained,
-            tensors=f"{int(line.get('tensors') or 0):,}",
-            numbers=f"{int(line.get('numbers') or 0):,}",
-            changed=f"{changed:,}",
-            relative=f"{100 * relative:.3g} %" if trained and relative is not None else "",
-            holds=holds,
-            check=check[trained, holds],
+            is_trained=is_trained,
+            num_tensors=f"{int(line.get('num_tensors') or 0):,}",
+            num_params=f"{int(line.get('num_params') or 0):,}",
+            num_changed=f"{num_changed:,}",
+            relative_change=f"{100 * relative_change:.3g} %"
+            if is_trained and relative_change is not None
+            else "",
+            is_expected=is_expected,
+            check_text=check_texts[is_trained, is_expected],
         )
 
 
-def _first_question(examples: list[Any]) -> str:
+def _get_first_question(examples: list[Any]) -> str:
     return examples[0]["question"] if examples else ""
 
 
-def _metric(record: Record) -> str | None:
-    settings = record.recipe.get("eval")
+def _get_metric(run_record: RunRecord) -> str | None:
+    settings = run_record.recipe.get("eval")
     return settings.get("metric") if isinstance(settings, dict) else None
 
 
-def _examples(record: Record, most: int) -> Examples:
-    """The first answers beside the last; of a run that was only measured once, these alone."""
-    files = record.answers
+def _read_run_examples(run_record: RunRecord, max_examples: int) -> ExampleSet:
+    """Return examples of the first and last predictions, or of a single evaluation."""
+    files = run_record.predictions_files
     first = files[0] if files and files[0].stem == "before" else None
     last = files[-1] if files and files[-1] != first else None
-    return read_examples(first, last, _headline(record), most)
+    return read_examples(first, last, _get_primary_metric(run_record), max_examples)
 
 
-def _drawn(record: Record, most: int, known: Thumbnails | None = None) -> tuple[Examples, Data]:
-    examples = _examples(record, most)
-    formulas = Formulas() if _metric(record) == "latex" else None
-    return examples, Gallery(_folders(record), formulas, known).data(examples.shown)
+def _build_examples(
+    run_record: RunRecord, max_examples: int, thumbnails: ThumbnailCache | None = None
+) -> tuple[ExampleSet, JsonData]:
+    examples = _read_run_examples(run_record, max_examples)
+    formula_converter = FormulaConverter() if _get_metric(run_record) == "latex" else None
+    return examples, ExampleDataBuilder(
+        _list_image_folders(run_record), formula_converter, thumbnails
+    ).build(examples.displayed)
 
 
-def _headline(record: Record) -> str | None:
-    named = [line["headline"] for line in record.measured if line.get("headline")]
-    return str(named[-1]) if named else None
+def _get_primary_metric(run_record: RunRecord) -> str | None:
+    primary_metrics = [
+        line["primary_metric"] for line in run_record.evaluations if line.get("primary_metric")
+    ]
+    return str(primary_metrics[-1]) if primary_metrics else None
 
 
-def _compared(record: Record) -> list[Line]:
-    """The measurement before the first step and that of the weights that are kept, or the newest;
-    fewer when fewer were made."""
-    if record.result is not None:
-        before, after = record.result.get("before"), record.result.get("after")
+def _select_evaluations(run_record: RunRecord) -> list[JsonObject]:
+    """Return the evaluation before training, and that of the final weights or the newest."""
+    if run_record.result is not None:
+        before, after = run_record.result.get("before"), run_record.result.get("after")
         if isinstance(before, dict) and isinstance(after, dict):
             return [before, after]
     return (
-        [record.measured[0], record.measured[-1]] if len(record.measured) > 1 else record.measured
+        [run_record.evaluations[0], run_record.evaluations[-1]]
+        if len(run_record.evaluations) > 1
+        else run_record.evaluations
     )
 
 
-def _called(record: Record, compared: Sequence[Line]) -> list[str]:
-    """What the measurements are called."""
-    found = []
-    for line in compared:
+def _name_evaluations(run_record: RunRecord, evaluations: Sequence[JsonObject]) -> list[str]:
+    """Return display names of evaluations."""
+    names = []
+    for line in evaluations:
         step = line.get("step") or 0
-        at_end = record.result is not None and step == facts.done(record)
-        later = say("after step {:,}", step) if step else say("before")
-        found.append(say("after") if at_end else later)
-    return found
+        is_final = run_record.result is not None and step == summary.get_last_step(run_record)
+        step_name = translate("after step {:,}", step) if step else translate("before")
+        names.append(translate("after") if is_final else step_name)
+    return names
 
 
-def _differences(record: Record, compared: Sequence[Line]) -> dict[str, Difference]:
-    """How the answers of the last measurement differ from those of the first, by figure: as the
-    run says or, before its end, as far as its answers' scores say it."""
-    told = (record.result or {}).get("differences")
+def _read_differences(
+    run_record: RunRecord, evaluations: Sequence[JsonObject]
+) -> dict[str, MetricDifference]:
+    """Return differences between the first and last evaluation by metric.
+
+    A finished run has recorded them. Otherwise they are estimated from the scores of predictions.
+    """
+    recorded = (run_record.result or {}).get("metric_differences")
     with suppress(ValidationError):
-        if found := _DIFFERENCES.validate_python(told or []):
-            return {one.name: one for one in found}
-    files = record.answers
-    if len(files) < 2 or len(compared) < 2:
+        if differences := _DIFFERENCES.validate_python(recorded or []):
+            return {difference.name: difference for difference in differences}
+    files = run_record.predictions_files
+    if len(files) < 2 or len(evaluations) < 2:
         return {}
-    then, since = (figures_of(line) for line in compared)
-    return differences(files[0], files[-1], then, since)
+    before_metrics, after_metrics = (read_metrics(line) for line in evaluations)
+    return estimate_differences(files[0], files[-1], before_metrics, after_metrics)
 
 
-def _folders(record: Record) -> list[Path]:
-    """Where paths of pictures may start: here, and where the run was started."""
-    started: Any = [line.get("folder") for line in record.starts]
-    return [Path(), *(Path(folder) for folder in started if isinstance(folder, str))]
+def _list_image_folders(run_record: RunRecord) -> list[Path]:
+    """Return base folders of image paths: current folder and start folders of the run."""
+    start_folders: Any = [line.get("working_dir") for line in run_record.starts]
+    return [Path(), *(Path(folder) for folder in start_folders if isinstance(folder, str))]

@@ -1,132 +1,168 @@
-"""The page of `data show --html`: samples as the model sees them, every token in its place."""
+"""Page of `data show --html`: samples as model input, with every token."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from finesight.data.jsonl import Located
+from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import BoxPart
-from finesight.encode.dialect import Box, scaled
-from finesight.encode.encoded import Encoded, Outline, Span
-from finesight.encode.render import TURN_START, Renderer
-from finesight.encode.show import Row, rows
-from finesight.report.language import say
-from finesight.report.page import render
-from finesight.report.picture import picture
-from finesight.vision.patches import from_patches
+from finesight.encode.family_base import PredictedBox, scale_box
+from finesight.encode.native_renderer import IM_START, NativeRenderer
+from finesight.encode.token_table import TokenRow, iter_token_rows
+from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
+from finesight.report.html import render_page
+from finesight.report.i18n import translate
+from finesight.report.inline_image import build_inline_image
+from finesight.vision.patches import unpatchify
 
-SIDE = 1024
-"""The longest side of a picture on the page; larger ones are shrunk after they were resized."""
+MAX_IMAGE_SIDE = 1024
+"""Maximum side of an image on the page. Larger images are shrunk after preprocessing."""
 
 
-def sample_page(
-    renderer: Renderer,
-    samples: Sequence[Located],
+def render_sample_page(
+    renderer: NativeRenderer,
+    samples: Sequence[LocatedSample],
     source: str,
-    advance: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> str:
-    """Samples as a page of its own; `source` says where they come from.
+    """Render samples as a page.
 
-    Everything on it is read back from what the model is given: pictures from their patches, boxes
-    from the tokens' text by the family's dialect. `advance` is told each sample that was drawn.
+    Everything is decoded from the model input: images from patches, and boxes from the text of the
+    tokens in the format of the model family.
+
+    Args:
+        renderer: Renderer of the model.
+        samples: Samples of the page.
+        source: Description of their origin.
+        on_progress: Called with 1 after each sample.
     """
     records = []
-    for located in samples:
-        records.append(_record(renderer, located))
-        advance(1)
-    counts = ("tokens", "learned", "patches")
-    return render(
+    for located_sample in samples:
+        records.append(_build_sample_record(renderer, located_sample))
+        on_progress(1)
+    count_labels = {
+        "num_tokens": translate("total tokens"),
+        "num_supervised_tokens": translate("total supervised tokens"),
+        "num_patches": translate("total patches"),
+    }
+    return render_page(
         "sample",
         records,
-        title=say("What the model sees"),
+        title=translate("Model input"),
         source=source,
         family=renderer.family.name,
-        rule=", ".join(f"{key} {value}" for key, value in renderer.rule.model_dump().items()),
-        samples=len(records),
-        totals={key: sum(record[key] for record in records) for key in counts},
+        image_rule=", ".join(
+            f"{key} {value}" for key, value in renderer.image_rule.model_dump().items()
+        ),
+        num_samples=len(records),
+        totals={
+            label: sum(record[key] for record in records) for key, label in count_labels.items()
+        },
     )
 
 
-def _record(renderer: Renderer, located: Located) -> dict[str, Any]:
-    encoded = renderer.encode(located)
-    outline = encoded.outline
-    turns = list(_turns(renderer, outline))
-    written = [part for part in located.sample.parts() if isinstance(part, BoxPart)]
-    images = [span for span in outline.spans if span.kind == "image"]
-    read = _read_boxes(renderer, [turn["raw"] for turn in turns], images, written)
+def _build_sample_record(renderer: NativeRenderer, located_sample: LocatedSample) -> dict[str, Any]:
+    encoded = renderer.encode(located_sample)
+    tokenized = encoded.tokenized
+    turns = list(_iter_turns(renderer, tokenized))
+    sample_boxes = [
+        part for part in located_sample.sample.iter_parts() if isinstance(part, BoxPart)
+    ]
+    images = [span for span in tokenized.spans if span.kind == "image"]
+    parsed_boxes = _parse_boxes(renderer, [turn["raw"] for turn in turns], images, sample_boxes)
     return {
-        "id": outline.id,
-        "tokens": outline.tokens,
-        "learned": outline.supervised,
-        "patches": outline.patches,
-        "pictures": list(_pictures(renderer, encoded)),
-        "written": len(written),
+        "id": tokenized.id,
+        "num_tokens": tokenized.num_tokens,
+        "num_supervised_tokens": tokenized.num_supervised_tokens,
+        "num_patches": tokenized.num_patches,
+        "images": list(_iter_visuals(renderer, encoded)),
+        "num_sample_boxes": len(sample_boxes),
         "boxes": [
-            {"xyxy": box.xyxy, "label": box.label, "picture": outline.spans.index(span)}
-            | {"original": scaled(box.xyxy, span.resized, span.original)}
-            for span, box in read
+            {"xyxy": box.xyxy, "label": box.label, "image_index": tokenized.spans.index(span)}
+            | {"original_box": scale_box(box.xyxy, span.resized_size, span.original_size)}
+            for span, box in parsed_boxes
         ],
         "turns": [{"role": turn["role"], "rows": turn["rows"]} for turn in turns],
     }
 
 
-def _turns(renderer: Renderer, outline: Outline) -> Iterator[dict[str, Any]]:
-    """The rows of each turn, its role, and its text with special tokens, without placeholders."""
-    start = renderer.tokenizer.id_of(TURN_START)
-    turn: list[Row] = []
-    for row in (*rows(outline, renderer.tokenizer), None):
-        if turn and (row is None or row.id == start):
+def _iter_turns(renderer: NativeRenderer, tokenized: TokenizedSample) -> Iterator[dict[str, Any]]:
+    """Yield rows, role and raw text of each turn, without image placeholders."""
+    start_id = renderer.tokenizer.token_to_id(IM_START)
+    turn: list[TokenRow] = []
+    for row in (*iter_token_rows(tokenized, renderer.tokenizer), None):
+        if turn and (row is None or row.id == start_id):
             ids = [token.id for token in turn if token.span is None]
-            raw = renderer.tokenizer.decode(ids, skip_special=False)
-            role = raw.removeprefix(TURN_START).partition("\n")[0]
-            packed = [_packed(renderer, outline, token) for token in turn]
-            yield {"role": role, "raw": raw, "rows": packed}
+            raw_text = renderer.tokenizer.decode(ids, skip_special_tokens=False)
+            role = raw_text.removeprefix(IM_START).partition("\n")[0]
+            token_records = [_build_token_record(renderer, tokenized, token) for token in turn]
+            yield {"role": role, "raw": raw_text, "rows": token_records}
             turn = []
         if row is not None:
             turn.append(row)
 
 
-def _packed(renderer: Renderer, outline: Outline, row: Row) -> dict[str, Any]:
+def _build_token_record(
+    renderer: NativeRenderer, tokenized: TokenizedSample, row: TokenRow
+) -> dict[str, Any]:
     decode = renderer.tokenizer.decode
-    kind = "text" if decode([row.id], skip_special=True) else "special"
-    if kind == "text" and "\ufffd" in decode([row.id], skip_special=False):
+    kind = "text" if decode([row.id], skip_special_tokens=True) else "special"
+    if kind == "text" and "\ufffd" in decode([row.id], skip_special_tokens=False):
         kind = "bytes"
-    packed = {"at": row.start, "id": row.id, "text": row.text, "kind": kind, "place": row.first}
-    if row.learned:
-        packed["learned"] = True
+    token_record = {
+        "start": row.start,
+        "id": row.id,
+        "text": row.text,
+        "kind": kind,
+        "first_position": row.first_position,
+    }
+    if row.is_supervised:
+        token_record["is_supervised"] = True
     if row.span is not None:
-        number = outline.spans.index(row.span)
-        packed |= {"kind": "picture", "picture": number, "to": row.stop - 1, "last": row.last}
-    return packed
+        visual_index = tokenized.spans.index(row.span)
+        token_record |= {
+            "kind": "image",
+            "image_index": visual_index,
+            "end": row.stop - 1,
+            "last_position": row.last_position,
+        }
+    return token_record
 
 
-def _pictures(renderer: Renderer, encoded: Encoded) -> Iterator[dict[str, Any]]:
-    """Every picture of a sample, put together again from the patches that the model gets."""
-    at = 0
-    for span in encoded.outline.spans:
-        t, h, w = span.grid
-        stop = at + t * h * w
-        frames = from_patches(encoded.patches_ND[at:stop], span.grid, renderer.geometry)
-        at = stop
+def _iter_visuals(renderer: NativeRenderer, encoded: EncodedSample) -> Iterator[dict[str, Any]]:
+    """Yield every image of a sample, reconstructed from its patches."""
+    patch_offset = 0
+    for span in encoded.tokenized.spans:
+        t, h, w = span.grid_thw
+        stop = patch_offset + t * h * w
+        frames = unpatchify(
+            encoded.patches_ND[patch_offset:stop], span.grid_thw, renderer.patch_config
+        )
+        patch_offset = stop
         yield {
             "kind": span.kind,
             "name": span.files[0].name,
-            "frames": [picture(frame, SIDE) for frame in frames[: len(span.files)]],
-            "original": span.original,
-            "resized": span.resized,
-            "grid": span.grid,
-            "tokens": span.stop - span.start,
+            "frames": [
+                build_inline_image(frame, MAX_IMAGE_SIDE) for frame in frames[: len(span.files)]
+            ],
+            "original_size": span.original_size,
+            "resized_size": span.resized_size,
+            "grid_thw": span.grid_thw,
+            "num_tokens": span.stop - span.start,
         }
 
 
-def _read_boxes(
-    renderer: Renderer, texts: Sequence[str], images: Sequence[Span], written: Sequence[BoxPart]
-) -> list[tuple[Span, Box]]:
-    """The boxes that the turns' text says, in pixels of the resized picture that each is about.
+def _parse_boxes(
+    renderer: NativeRenderer,
+    texts: Sequence[str],
+    images: Sequence[VisualSpan],
+    sample_boxes: Sequence[BoxPart],
+) -> list[tuple[VisualSpan, PredictedBox]]:
+    """Parse boxes from the text of the turns, in pixels of the resized images.
 
-    The text does not say which picture it means: that is the sample's word, where the text says
-    as many boxes as the sample, and the first picture otherwise.
+    The text does not identify images. Boxes are assigned to the images of the sample boxes if their
+    number is equal, and to the first image otherwise.
     """
     if not images:
         return []
@@ -134,10 +170,15 @@ def _read_boxes(
         [
             box
             for text in texts
-            for box in renderer.family.read_boxes(text, image.resized, image.resized)
+            for box in renderer.family.read_boxes(text, image.resized_size, image.resized_size)
         ]
         for image in images
     ]
-    found = len(by_image[0])
-    numbers = [part.image for part in written] if len(written) == found else [0] * found
-    return [(images[number], by_image[number][at]) for at, number in enumerate(numbers)]
+    num_boxes = len(by_image[0])
+    image_indices = (
+        [part.image for part in sample_boxes] if len(sample_boxes) == num_boxes else [0] * num_boxes
+    )
+    return [
+        (images[image_index], by_image[image_index][box_index])
+        for box_index, image_index in enumerate(image_indices)
+    ]

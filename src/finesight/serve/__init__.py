@@ -1,1 +1,1 @@
-"""The model behind HTTP, as OpenAI's clients speak it."""
+"""OpenAI-compatible HTTP server."""

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finesight.data.headers import FORMATS
+from finesight.data.image_header import IMAGE_FORMATS as DECODABLE_FORMATS
 from finesight.errors import UserError
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-"""Formats that are always accepted. Decoders of the others are slow or rarely fuzzed."""
+DEFAULT_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+"""Formats that are always accepted. Decoders of other formats are slow or rarely fuzzed."""
 
 
 def read_formats(more: Sequence[str]) -> tuple[str, ...]:
-    """Read the names of further formats. Raises UserError for one that is not known."""
+    """Return the default image formats and additional ones by name.
+
+    Raises:
+        UserError: A name is unknown.
+    """
     names = tuple(name.upper().replace(" ", "") for name in more)
-    others = [name for name in FORMATS if name not in IMAGE_FORMATS]
+    others = [name for name in DECODABLE_FORMATS if name not in DEFAULT_IMAGE_FORMATS]
     for name in names:
-        if name not in FORMATS:
+        if name not in DECODABLE_FORMATS:
             raise UserError(
-                f"no image format {name!r:.40}",
+                f"unknown image format {name!r:.40}",
                 where="--image-format",
                 expected=" or ".join(sorted(others)),
-                remedy="correct the name, or leave it out",
+                remedy="Correct the name or omit it.",
             )
-    return tuple(dict.fromkeys((*IMAGE_FORMATS, *names)))
+    return tuple(dict.fromkeys((*DEFAULT_IMAGE_FORMATS, *names)))

@@ -1,7 +1,7 @@
-"""Jobs of the server's worker processes: parsing, tokenization, image decoding, grammars.
+"""Jobs of the server worker processes: parsing, tokenization, image decoding, grammars.
 
-The first argument of each job is the `WorkerState` of its process. `serve.preparation` and
-`serve.constraints` run the jobs through a `finesight.worker_pool.WorkerPool`.
+The first argument of each job is the `WorkerState` of its process. `serve.request_preprocessor` and
+`serve.worker_constraint` run the jobs in a `finesight.worker_pool.WorkerPool`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,29 @@ from typing import Any, ParamSpec
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.headers import picture_size
-from finesight.data.jsonl import Located
+from finesight.data.image_header import read_image_size
+from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import Sample
-from finesight.encode.encoded import Outline
-from finesight.encode.render import Renderer
+from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.tokenized_sample import TokenizedSample
 from finesight.errors import UserError
-from finesight.infer.constrain import Grammars, Matched
-from finesight.serve.conversation import conversation, image_name, images_of
-from finesight.serve.errors import Refused
-from finesight.serve.limits import Limits
-from finesight.serve.schema import LONGEST_URL, FilePart, Question, check_limits, parsed
-from finesight.worker_process import Output
+from finesight.infer.structured_output import GrammarCompiler, GrammarConstraint
+from finesight.serve.api_errors import ApiError
+from finesight.serve.chat_schema import (
+    MAX_URL_CHARS,
+    ChatCompletionRequest,
+    FileContent,
+    check_limits,
+    validate_body,
+)
+from finesight.serve.message_conversion import build_sample, get_image_name, iter_images
+from finesight.serve.server_limits import ServerLimits
+from finesight.worker_process import JobOutput
 
-Given = ParamSpec("Given")
+ArgsP = ParamSpec("ArgsP")
 
-Spec = tuple[str, tuple[Any, ...]]
-"""Name of a method of `Grammars`, and its arguments."""
+GrammarSpec = tuple[str, tuple[Any, ...]]
+"""Name of a grammar compiler of `compile_grammar`, and its arguments."""
 
 
 @dataclass(slots=True)
@@ -41,156 +47,171 @@ class WorkerState:
 
     Attributes:
         renderer: Renderer of the model.
-        grammars: Grammar compiler of the model.
-        outline: Tokens of the current request.
-        matched: Grammar of the current answer.
+        grammar_compiler: Grammar compiler of the model.
+        tokenized: Tokens of the current request.
+        constraint: Grammar constraint of the current answer.
     """
 
-    renderer: Renderer
-    grammars: Grammars
-    outline: Outline | None = None
-    matched: Matched | None = None
+    renderer: NativeRenderer
+    grammar_compiler: GrammarCompiler
+    tokenized: TokenizedSample | None = None
+    constraint: GrammarConstraint | None = None
 
 
-def load_state(renderer: Renderer, vocabulary: int) -> WorkerState:
+def load_worker_state(renderer: NativeRenderer, vocab_size: int) -> WorkerState:
     """Load the state of the template process."""
-    grammars = Grammars(renderer, vocabulary)
-    grammars.load_tokenizer()
-    return WorkerState(renderer, grammars)
+    grammar_compiler = GrammarCompiler(renderer, vocab_size)
+    grammar_compiler.load_tokenizer()
+    return WorkerState(renderer, grammar_compiler)
 
 
-def _refusing(
-    job: Callable[Given, Output],
-) -> Callable[Given, Output]:
-    """Return a Refused exception of a job as its result."""
+def _return_api_errors(
+    job: Callable[ArgsP, JobOutput],
+) -> Callable[ArgsP, JobOutput]:
+    """Return an ApiError of a job as its result."""
 
     @functools.wraps(job)
-    def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> Output:
+    def wrapped(*args: ArgsP.args, **kwargs: ArgsP.kwargs) -> JobOutput:
         try:
             return job(*args, **kwargs)
-        except Refused as error:
-            refusal = [error.status, error.message, error.param, error.code]
-            return Output({"refused": refusal})
+        except ApiError as error:
+            fields = [error.status, error.message, error.param, error.code]
+            return JobOutput({"api_error": fields})
 
     return wrapped
 
 
-@_refusing
-def read_body(
-    state: WorkerState, body: NDArray[np.uint8], folder: Path, limits: Limits, characters: int
-) -> Output:
+@_return_api_errors
+def parse_request(
+    state: WorkerState, body: NDArray[np.uint8], folder: Path, limits: ServerLimits, max_chars: int
+) -> JobOutput:
     """Parse the body of a chat completion, and write the images of its data URLs.
 
     Returns:
-        The value has the `question` without its messages, and `images` as arguments of
-        `preparation.ImageRequest`. The array is the conversation as JSON.
+        The value has the `parameters` of the request without its messages, and `images` as
+        arguments of
+            `request_preprocessor.ImageRequest`. The array is the conversation as JSON.
     """
-    question = parsed(Question, body.tobytes())
-    check_limits(question, limits, characters)
+    chat_request = validate_body(ChatCompletionRequest, body.tobytes())
+    check_limits(chat_request, limits, max_chars)
     images: list[tuple[int, str, str | None, str | None]] = []
-    for number, (param, part) in enumerate(images_of(question), 1):
-        if isinstance(part, FilePart):
-            images.append((number, param, None, part.file.file_id))
+    for image_number, (param, part) in enumerate(iter_images(chat_request), 1):
+        if isinstance(part, FileContent):
+            images.append((image_number, param, None, part.file.file_id))
             continue
         url = part.image_url.url
-        inline = url[:5].lower() == "data:"
-        if not inline and len(url) > LONGEST_URL:
-            raise Refused(400, f"a URL of {len(url)} characters: at most {LONGEST_URL}", param)
-        images.append((number, param, None if inline else url, None))
-        if inline:
+        is_inline = url[:5].lower() == "data:"
+        if not is_inline and len(url) > MAX_URL_CHARS:
+            raise ApiError(
+                400, f"the URL has {len(url)} characters; expected at most {MAX_URL_CHARS}", param
+            )
+        images.append((image_number, param, None if is_inline else url, None))
+        if is_inline:
             try:
-                _write_image(url, folder / image_name(number), limits.picture_bytes)
-            except Refused as error:
+                _write_data_url(url, folder / get_image_name(image_number), limits.max_image_bytes)
+            except ApiError as error:
                 error.param = param
                 raise
-    sample = conversation(question, state.renderer.system).model_dump_json().encode()
-    return Output(
-        {"question": question.parameters, "images": images}, [np.frombuffer(sample, np.uint8)]
+    sample = build_sample(chat_request, state.renderer.system_prompt).model_dump_json().encode()
+    return JobOutput(
+        {"parameters": chat_request.parameters, "images": images}, [np.frombuffer(sample, np.uint8)]
     )
 
 
-def _write_image(url: str, path: Path, most: int) -> None:
-    """Write the bytes of a data URL in base64 (RFC 2397). Raises Refused for what is none."""
+def _write_data_url(url: str, path: Path, max_bytes: int) -> None:
+    """Decode a base64 data URL (RFC 2397) into a file. Raises ApiError for an invalid one."""
     comma = url.find(",", 0, 200)
     if comma < 0 or not url[:comma].lower().endswith(";base64"):
-        raise Refused(400, f"a data URL that begins {url[:20]!r}: expected data:image/...;base64,")
-    if (len(url) - comma) * 3 // 4 > most + 3:
-        raise Refused(413, f"a picture of {(len(url) - comma) * 3 // 4} bytes: at most {most}")
+        raise ApiError(400, f"invalid data URL {url[:20]!r}; expected data:image/...;base64,")
+    if (len(url) - comma) * 3 // 4 > max_bytes + 3:
+        raise ApiError(
+            413, f"the image has {(len(url) - comma) * 3 // 4} bytes; expected at most {max_bytes}"
+        )
     try:
         data = binascii.a2b_base64(url[comma + 1 :].encode("ascii"))
     except (binascii.Error, UnicodeEncodeError) as error:
-        raise Refused(400, f"a data URL that is no base64: {type(error).__name__}") from error
+        raise ApiError(400, f"data URL is not base64: {type(error).__name__}") from error
     with open(path, "xb") as file:
         file.write(data)
 
 
 def inspect_image(
     state: WorkerState, path: Path, max_pixels: int, formats: Sequence[str]
-) -> Output:
+) -> JobOutput:
     """Read the header of an image. Returns height and width."""
-    return Output(picture_size(path, max_pixels, formats))
+    return JobOutput(read_image_size(path, max_pixels, formats))
 
 
-def encode_outline(
-    state: WorkerState, sample: NDArray[np.uint8], folder: Path, max_tokens: int
-) -> Output:
-    """Tokenize a conversation of `read_body`, whose images are in `folder`.
+def tokenize_sample(
+    state: WorkerState, sample: NDArray[np.uint8], folder: Path, max_model_len: int
+) -> JobOutput:
+    """Tokenize a conversation of `parse_request`, whose images are in `folder`.
 
     Returns:
-        The value has the `spans` of the images and the `width` of a patch. The arrays are the ids
-        and the position ids.
+        The value has the `spans` of the images and the `patch_dim`. The arrays are the token IDs
+        and
+            the position IDs.
 
     Raises:
-        UserError: The prompt has `max_tokens` tokens or more. No image was decoded.
+        UserError: The prompt has `max_model_len` tokens or more. No image was decoded.
     """
-    located = Located(Sample.model_validate_json(sample.tobytes()), folder)
+    located_sample = LocatedSample(Sample.model_validate_json(sample.tobytes()), folder)
     try:
-        outline = state.renderer.prompt_outline(located)
+        tokenized = state.renderer.tokenize_prompt(located_sample)
     finally:
-        # Keep no texts of clients.
+        # Remove texts of clients from the tokenizer cache.
         state.renderer.tokenizer.clear_cache()
-    if outline.tokens >= max_tokens:
+    if tokenized.num_tokens >= max_model_len:
         raise UserError(
-            f"the prompt has {outline.tokens} tokens",
+            f"the prompt has {tokenized.num_tokens} tokens",
             where="messages",
-            expected=f"fewer than {max_tokens}",
-            remedy="ask with less text, or with fewer or smaller images",
+            expected=f"fewer than {max_model_len}",
+            remedy="Send less text, or fewer or smaller images.",
         )
-    state.outline = outline
+    state.tokenized = tokenized
     spans = [
-        [span.start, span.stop, span.grid, span.files[0].name, span.original, span.resized]
-        for span in outline.spans
+        [
+            span.start,
+            span.stop,
+            span.grid_thw,
+            span.files[0].name,
+            span.original_size,
+            span.resized_size,
+        ]
+        for span in tokenized.spans
     ]
-    width = state.renderer.geometry.numbers
-    return Output({"spans": spans, "width": width}, [outline.ids_T, outline.positions_3T])
+    patch_dim = state.renderer.patch_config.patch_dim
+    return JobOutput(
+        {"spans": spans, "patch_dim": patch_dim}, [tokenized.ids_T, tokenized.position_ids_3T]
+    )
 
 
-def image_patches(state: WorkerState, number: int) -> Output:
-    """Decode an image of the current request, counted from 0, into patches."""
-    assert state.outline is not None, f"image {number} of no outline"
-    return Output(None, [state.renderer.span_patches(state.outline.spans[number])])
+def load_image_patches(state: WorkerState, image_index: int) -> JobOutput:
+    """Decode an image of the current request, by its index, into patches."""
+    assert state.tokenized is not None, f"image {image_index} has no tokenized sample"
+    return JobOutput(None, [state.renderer.span_patches(state.tokenized.spans[image_index])])
 
 
-def compile_grammar(state: WorkerState, spec: Spec, with_mask: bool) -> Output:
-    """Compile the grammar of an answer. Returns the mask of the first token."""
+def compile_grammar(state: WorkerState, spec: GrammarSpec, with_bitmask: bool) -> JobOutput:
+    """Compile the grammar of an answer. Returns the bitmask of the first token."""
     name, args = spec
-    kinds: Mapping[str, Callable[..., Matched]] = {
-        "json_object": state.grammars.json_object,
-        "json_schema": state.grammars.json_schema,
-        "boxes": state.grammars.boxes,
-        "calls": state.grammars.calls,
+    compilers: Mapping[str, Callable[..., GrammarConstraint]] = {
+        "json_object": state.grammar_compiler.compile_json_object,
+        "json_schema": state.grammar_compiler.compile_json_schema,
+        "boxes": state.grammar_compiler.compile_boxes,
+        "calls": state.grammar_compiler.compile_tool_calls,
     }
-    state.matched = kinds[name](*args)
-    return _mask(state.matched) if with_mask else Output()
+    state.constraint = compilers[name](*args)
+    return _compute_bitmask(state.constraint) if with_bitmask else JobOutput()
 
 
-def next_mask(state: WorkerState, token: int) -> Output:
-    """Accept a token of the answer. Returns the mask of the next token."""
-    assert state.matched is not None, f"token {token} of no answer"
-    state.matched.take(token)
-    return _mask(state.matched)
+def compute_next_bitmask(state: WorkerState, token_id: int) -> JobOutput:
+    """Accept a token of the answer. Returns the bitmask of the next token."""
+    assert state.constraint is not None, f"token {token_id} has no constraint"
+    state.constraint.accept_token(token_id)
+    return _compute_bitmask(state.constraint)
 
 
-def _mask(matched: Matched) -> Output:
-    mask = matched.allow()
-    return Output({"failed": matched.failed}, [mask])
+def _compute_bitmask(constraint: GrammarConstraint) -> JobOutput:
+    bitmask = constraint.compute_bitmask()
+    return JobOutput({"failed": constraint.has_failed}, [bitmask])

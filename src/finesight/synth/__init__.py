@@ -1,1 +1,1 @@
-"""Generated tasks: pictures of words, formulas, receipts and shapes, with questions and answers."""
+"""Synthetic tasks: images of words, formulas, receipts and shapes, with questions and answers."""

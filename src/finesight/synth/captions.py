@@ -1,4 +1,4 @@
-"""Captions of scenes in a fixed grammar, in English and Chinese, and what such a caption states.
+"""Captions of scenes in a fixed grammar, in English and Chinese, and their parser.
 
 caption  = thing "." | sentence+
 sentence = thing "is" relation thing "."
@@ -14,14 +14,18 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Literal
 
-from finesight.synth.shapes import COLOURS, FILLS, SHAPES, Kind
+from finesight.synth.shapes import COLORS, FILLS, SHAPES, ShapeKind
 
 Relation = Literal["left", "right", "above", "below", "inside", "larger", "smaller"]
-Stated = tuple[Kind, Relation, Kind]
+RelationTriple = tuple[ShapeKind, Relation, ShapeKind]
 
-_TURNED: dict[Relation, Relation] = {"right": "left", "below": "above", "smaller": "larger"}
+_INVERSE_RELATIONS: dict[Relation, Relation] = {
+    "right": "left",
+    "below": "above",
+    "smaller": "larger",
+}
 
-ENGLISH: dict[Relation, str] = {
+ENGLISH_RELATIONS: dict[Relation, str] = {
     "left": "left of",
     "right": "right of",
     "above": "above",
@@ -31,7 +35,7 @@ ENGLISH: dict[Relation, str] = {
     "smaller": "smaller than",
 }
 
-CHINESE: dict[Relation, str] = {
+CHINESE_RELATIONS: dict[Relation, str] = {
     "left": "左边",
     "right": "右边",
     "above": "上面",
@@ -41,9 +45,9 @@ CHINESE: dict[Relation, str] = {
     "smaller": "小",
 }
 
-_CHINESE_COLOURS = dict(
+_CHINESE_COLORS = dict(
     zip(
-        COLOURS,
+        COLORS,
         [
             "红色",
             "绿色",
@@ -86,138 +90,156 @@ _CHINESE_FILLS = dict(zip(FILLS, ("", "条纹", "空心"), strict=True))
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a caption states: things, and relations with `left`, `above`, `inside` and `larger`
-    only. `unread` are sentences that are not of the grammar."""
+class CaptionFacts:
+    """Facts of a caption: objects, and relations normalized to `left`, `above`, `inside` and
+    `larger`.
 
-    things: frozenset[Kind]
-    relations: frozenset[Stated]
-    unread: tuple[str, ...] = ()
+    `unparsed` are sentences outside the grammar.
+    """
+
+    objects: frozenset[ShapeKind]
+    relations: frozenset[RelationTriple]
+    unparsed: tuple[str, ...] = ()
 
 
-def caption(things: Sequence[Kind], stated: Sequence[Stated], *, chinese: bool = False) -> str:
-    """The sentences that say `stated` in this order, or, when nothing is, the one thing."""
-    if chinese:
-        return "".join(_in_chinese(fact) for fact in stated) or f"一个{chinese_words(things[0])}。"
-    if not stated:
-        return f"{_article(things[0]).capitalize()} {things[0].words}."
-    known: set[Kind] = set()
+def write_caption(
+    objects: Sequence[ShapeKind], relations: Sequence[RelationTriple], *, is_chinese: bool = False
+) -> str:
+    """Write sentences for the relations in order or, without relations, the single object."""
+    if is_chinese:
+        return (
+            "".join(_write_chinese_fact(fact) for fact in relations)
+            or f"一个{describe_in_chinese(objects[0])}。"
+        )
+    if not relations:
+        return f"{_get_article(objects[0]).capitalize()} {objects[0].phrase}."
+    mentioned: set[ShapeKind] = set()
     sentences = []
-    for first, relation, second in stated:
-        subject, target = _named(first, known), _named(second, known | {first})
-        known |= {first, second}
-        sentences.append(f"{subject.capitalize()} is {ENGLISH[relation]} {target}.")
+    for first, relation, second in relations:
+        subject, target = (
+            _name_with_article(first, mentioned),
+            _name_with_article(second, mentioned | {first}),
+        )
+        mentioned |= {first, second}
+        sentences.append(f"{subject.capitalize()} is {ENGLISH_RELATIONS[relation]} {target}.")
     return " ".join(sentences)
 
 
-def caption_facts(text: str) -> Facts:
-    """What a caption in either language states; two captions of the same facts, in whatever order
-    and from whichever side they are told, give equal Facts."""
-    things: set[Kind] = set()
-    relations: set[Stated] = set()
-    unread = []
-    for sentence in filter(None, (piece.strip() for piece in re.split(r"[.。\n]", text))):
-        found = _thing(sentence)
-        if found:
-            things.add(found)
+def parse_caption(text: str) -> CaptionFacts:
+    """Parse a caption in either language; equivalent captions give equal facts."""
+    objects: set[ShapeKind] = set()
+    relations: set[RelationTriple] = set()
+    unparsed = []
+    for sentence in filter(None, (part.strip() for part in re.split(r"[.。\n]", text))):
+        kind = _parse_kind(sentence)
+        if kind:
+            objects.add(kind)
             continue
-        fact = _english(sentence) or _chinese(sentence)
+        fact = _parse_english(sentence) or _parse_chinese(sentence)
         if fact:
-            relations.add(_seen_from(fact))
-            things |= {fact[0], fact[2]}
+            relations.add(_normalize_relation(fact))
+            objects |= {fact[0], fact[2]}
         else:
-            unread.append(sentence)
-    return Facts(frozenset(things), frozenset(relations), tuple(unread))
+            unparsed.append(sentence)
+    return CaptionFacts(frozenset(objects), frozenset(relations), tuple(unparsed))
 
 
-def caption_scores(answer: str, truth: str) -> dict[str, float]:
-    """Whether an answer states the facts of the truth, all of them and no others: `exact`, and
-    apart from each other `colours`, `shapes`, `things` (fill, colour and shape) and `relations`."""
-    said, true = caption_facts(answer), caption_facts(truth)
-    of_colour, of_shape = (
-        [sorted(part(thing) for thing in facts.things) for facts in (said, true)]
-        for part in (attrgetter("colour"), attrgetter("shape"))
+def score_caption(answer: str, reference: str) -> dict[str, float]:
+    """Score the facts of a predicted caption against the reference.
+
+    Returns:
+        `exact`, and separate scores for `colours`, `shapes`, `things` (fill, color and shape) and
+            `relations`.
+    """
+    predicted, expected = parse_caption(answer), parse_caption(reference)
+    colors, shapes = (
+        [sorted(get_attribute(kind) for kind in facts.objects) for facts in (predicted, expected)]
+        for get_attribute in (attrgetter("color"), attrgetter("shape"))
     )
-    right = {
-        "exact": said == true,
-        "colours": of_colour[0] == of_colour[1],
-        "shapes": of_shape[0] == of_shape[1],
-        "things": said.things == true.things,
-        "relations": said.relations == true.relations,
+    matches = {
+        "exact": predicted == expected,
+        "colours": colors[0] == colors[1],
+        "shapes": shapes[0] == shapes[1],
+        "things": predicted.objects == expected.objects,
+        "relations": predicted.relations == expected.relations,
     }
-    return {name: float(value) for name, value in right.items()}
+    return {name: float(value) for name, value in matches.items()}
 
 
-def chinese_words(kind: Kind) -> str:
-    fill, colour = _CHINESE_FILLS[kind.fill], _CHINESE_COLOURS[kind.colour]
-    return f"{fill}{colour}{_CHINESE_SHAPES[kind.shape]}"
+def describe_in_chinese(kind: ShapeKind) -> str:
+    fill, color = _CHINESE_FILLS[kind.fill], _CHINESE_COLORS[kind.color]
+    return f"{fill}{color}{_CHINESE_SHAPES[kind.shape]}"
 
 
-def spoken(kind: Kind, chinese: bool) -> str:
-    """The thing in the language of the question."""
-    return chinese_words(kind) if chinese else kind.words
+def describe_kind(kind: ShapeKind, is_chinese: bool) -> str:
+    """Describe an object in the language of the question."""
+    return describe_in_chinese(kind) if is_chinese else kind.phrase
 
 
-def shape_word(shape: str, chinese: bool) -> str:
-    return _CHINESE_SHAPES[shape] if chinese else shape
+def get_shape_name(shape: str, is_chinese: bool) -> str:
+    return _CHINESE_SHAPES[shape] if is_chinese else shape
 
 
-def colour_word(colour: str, chinese: bool) -> str:
-    return _CHINESE_COLOURS[colour] if chinese else colour
+def get_color_name(color: str, is_chinese: bool) -> str:
+    return _CHINESE_COLORS[color] if is_chinese else color
 
 
-def _article(kind: Kind) -> str:
-    return "an" if kind.words[0] in "aeiou" else "a"
+def _get_article(kind: ShapeKind) -> str:
+    return "an" if kind.phrase[0] in "aeiou" else "a"
 
 
-def _named(kind: Kind, known: set[Kind]) -> str:
-    return f"{'the' if kind in known else _article(kind)} {kind.words}"
+def _name_with_article(kind: ShapeKind, mentioned: set[ShapeKind]) -> str:
+    return f"{'the' if kind in mentioned else _get_article(kind)} {kind.phrase}"
 
 
-def _in_chinese(fact: Stated) -> str:
-    first, second = chinese_words(fact[0]), chinese_words(fact[2])
+def _write_chinese_fact(fact: RelationTriple) -> str:
+    first, second = describe_in_chinese(fact[0]), describe_in_chinese(fact[2])
     if fact[1] in ("larger", "smaller"):
-        return f"{first}比{second}{CHINESE[fact[1]]}。"
-    return f"{first}在{second}{CHINESE[fact[1]]}。"
+        return f"{first}比{second}{CHINESE_RELATIONS[fact[1]]}。"
+    return f"{first}在{second}{CHINESE_RELATIONS[fact[1]]}。"
 
 
-_KINDS = {
+_KIND_BY_PHRASE = {
     words: kind
     for kind in (
-        Kind(fill, colour, shape) for fill in FILLS for colour in COLOURS for shape in SHAPES
+        ShapeKind(fill, colour, shape) for fill in FILLS for colour in COLORS for shape in SHAPES
     )
-    for words in (kind.words, chinese_words(kind))
+    for words in (kind.phrase, describe_in_chinese(kind))
 }
-_ENGLISH = re.compile(rf"(.+?) is ({'|'.join(ENGLISH.values())}) (.+)")
-_PLACED = re.compile(rf"(.+?)在(.+?)的?({'|'.join(list(CHINESE.values())[:5])})")
-_COMPARED = re.compile(rf"(.+?)比(.+?)({'|'.join(list(CHINESE.values())[5:])})")
-_OF_WORD: dict[str, Relation] = {
-    word: relation for words in (ENGLISH, CHINESE) for relation, word in words.items()
+_ENGLISH_SENTENCE = re.compile(rf"(.+?) is ({'|'.join(ENGLISH_RELATIONS.values())}) (.+)")
+_CHINESE_POSITION = re.compile(
+    rf"(.+?)在(.+?)的?({'|'.join(list(CHINESE_RELATIONS.values())[:5])})"
+)
+_CHINESE_COMPARISON = re.compile(rf"(.+?)比(.+?)({'|'.join(list(CHINESE_RELATIONS.values())[5:])})")
+_RELATION_BY_WORD: dict[str, Relation] = {
+    word: relation
+    for words in (ENGLISH_RELATIONS, CHINESE_RELATIONS)
+    for relation, word in words.items()
 }
 
 
-def _thing(text: str) -> Kind | None:
-    return _KINDS.get(re.sub(r"^(?:(?:an?|the)\s+|一个)", "", text.strip().lower()))
+def _parse_kind(text: str) -> ShapeKind | None:
+    return _KIND_BY_PHRASE.get(re.sub(r"^(?:(?:an?|the)\s+|一个)", "", text.strip().lower()))
 
 
-def _english(sentence: str) -> Stated | None:
-    match = _ENGLISH.fullmatch(sentence)
-    return _fact(match[1], match[2], match[3]) if match else None
+def _parse_english(sentence: str) -> RelationTriple | None:
+    match = _ENGLISH_SENTENCE.fullmatch(sentence)
+    return _parse_relation(match[1], match[2], match[3]) if match else None
 
 
-def _chinese(sentence: str) -> Stated | None:
-    match = _PLACED.fullmatch(sentence) or _COMPARED.fullmatch(sentence)
-    return _fact(match[1], match[3], match[2]) if match else None
+def _parse_chinese(sentence: str) -> RelationTriple | None:
+    match = _CHINESE_POSITION.fullmatch(sentence) or _CHINESE_COMPARISON.fullmatch(sentence)
+    return _parse_relation(match[1], match[3], match[2]) if match else None
 
 
-def _fact(first: str, relation: str, second: str) -> Stated | None:
-    subject, target = _thing(first), _thing(second)
-    return (subject, _OF_WORD[relation], target) if subject and target else None
+def _parse_relation(first: str, relation: str, second: str) -> RelationTriple | None:
+    subject, target = _parse_kind(first), _parse_kind(second)
+    return (subject, _RELATION_BY_WORD[relation], target) if subject and target else None
 
 
-def _seen_from(fact: Stated) -> Stated:
-    """The same relation from the side that Facts tell it from."""
+def _normalize_relation(fact: RelationTriple) -> RelationTriple:
+    """Normalize the direction of a relation."""
     first, relation, second = fact
-    if relation in _TURNED:
-        return second, _TURNED[relation], first
+    if relation in _INVERSE_RELATIONS:
+        return second, _INVERSE_RELATIONS[relation], first
     return fact

@@ -1,7 +1,8 @@
-"""Fonts to draw with, found where Python packages put them: faces seen in training, others never.
+"""Fonts for synthetic images, found in installed Python packages, with separate training and
+evaluation faces.
 
-No font file belongs to finesight. Drawing with a font and learning from the pictures is what all
-the licences named here allow; none of them reaches to what is made with the font.
+finesight contains no font files. All listed licenses allow drawing with a font and training on the
+images; none of them applies to the output.
 """
 
 from __future__ import annotations
@@ -18,28 +19,28 @@ from PIL import ImageFont
 
 from finesight.errors import UserError
 
-Choice = Literal["built-in", "seen", "unseen"]
-"""Pillow's own face alone; the faces to train on; the faces kept for measuring only."""
+FontSplit = Literal["built-in", "seen", "unseen"]
+"""The built-in face of Pillow; the faces for training; the faces for evaluation only."""
 
 Script = Literal["latin", "chinese"]
 
-NOT_A_CHARACTER = "\uffff"
-"""Has no glyph in any font: it is drawn as the font draws what it lacks."""
+MISSING_GLYPH = "\uffff"
+"""A character without a glyph in any font: it is drawn as the missing-glyph symbol."""
 
-SYSTEM_FOLDERS = ("/usr/share/fonts", "~/.local/share/fonts", "~/.fonts", "/Library/Fonts")
-"""Where fonts lie that no Python package brings."""
+SYSTEM_FONT_DIRS = ("/usr/share/fonts", "~/.local/share/fonts", "~/.fonts", "/Library/Fonts")
+"""Folders of fonts that no Python package provides."""
 
-_OFL = "SIL Open Font License 1.1"
-_APACHE = "Apache License 2.0"
-_UPRIGHT = (400, 700)
-_SLANTED = (400,)
+_OFL_LICENSE = "SIL Open Font License 1.1"
+_APACHE_LICENSE = "Apache License 2.0"
+_UPRIGHT_WEIGHTS = (400, 700)
+_ITALIC_WEIGHTS = (400,)
 
 
 @dataclass(frozen=True, slots=True)
-class Face:
-    """One face: a file, the face's number in it and, in a variable font, its weight.
+class FontFace:
+    """A font face: a file, the index of the face in it and, for a variable font, its weight.
 
-    Without a path it is the face that Pillow carries.
+    Without a path, it is the built-in face of Pillow.
     """
 
     family: str
@@ -49,159 +50,185 @@ class Face:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
-    """Faces of one design, the package that brings them and the licence they are under.
+class FontFamily:
+    """Faces of one design with their package and license.
 
-    `files` are paths within the module's folder, or names of files in SYSTEM_FOLDERS, each with
-    the weights to take from it, none from a font that is not variable.
+    `files` are paths within the folder of the module, or file names in SYSTEM_FONT_DIRS, each with
+    the weights to use (none for fonts that are not variable).
     """
 
     name: str
-    licence: str
+    license: str
     package: str
     module: str | None
     files: tuple[tuple[str, tuple[int, ...]], ...]
-    unseen: bool = False
+    is_unseen: bool = False
     script: Script = "latin"
 
 
-def _variable(name: str, package: str, *, unseen: bool = False, axes: str = "[wght]") -> Family:
-    """A family of a `fontpkg-...` package: an upright and a slanted variable font."""
+def _variable_family(
+    name: str, package: str, *, is_unseen: bool = False, axes: str = "[wght]"
+) -> FontFamily:
+    """Build a family of a `fontpkg-...` package: an upright and an italic variable font."""
     stem = f"files/{name.replace(' ', '')}"
-    files = ((f"{stem}{axes}.ttf", _UPRIGHT), (f"{stem}-Italic{axes}.ttf", _SLANTED))
+    files = ((f"{stem}{axes}.ttf", _UPRIGHT_WEIGHTS), (f"{stem}-Italic{axes}.ttf", _ITALIC_WEIGHTS))
     module = package.replace("-", "_")
-    return Family(name, _OFL, package, module, files, unseen)
+    return FontFamily(name, _OFL_LICENSE, package, module, files, is_unseen)
 
 
-def _upright(name: str, licence: str, package: str, *, unseen: bool = False) -> Family:
-    """A family of a `fontpkg-...` package: one variable font."""
-    files = ((f"files/{name.replace(' ', '')}[wght].ttf", _UPRIGHT),)
-    return Family(name, licence, package, package.replace("-", "_"), files, unseen)
+def _upright_family(
+    name: str, license_name: str, package: str, *, is_unseen: bool = False
+) -> FontFamily:
+    """Build a family of a `fontpkg-...` package: one variable font."""
+    files = ((f"files/{name.replace(' ', '')}[wght].ttf", _UPRIGHT_WEIGHTS),)
+    return FontFamily(name, license_name, package, package.replace("-", "_"), files, is_unseen)
 
 
-def _static(
-    name: str, package: str, stem: str, styles: Iterable[str], *, unseen: bool = False
-) -> Family:
+def _static_family(
+    name: str, package: str, stem: str, styles: Iterable[str], *, is_unseen: bool = False
+) -> FontFamily:
     files = tuple((f"files/{stem}-{style}.ttf", ()) for style in styles)
-    return Family(name, _OFL, package, package.replace("-", "_"), files, unseen)
+    return FontFamily(name, _OFL_LICENSE, package, package.replace("-", "_"), files, is_unseen)
 
 
-def _matplotlib(name: str, licence: str, files: Iterable[str]) -> Family:
+def _matplotlib_family(name: str, license_name: str, files: Iterable[str]) -> FontFamily:
     paths = tuple((f"mpl-data/fonts/ttf/{file}.ttf", ()) for file in files)
-    return Family(name, licence, "matplotlib", "matplotlib", paths)
+    return FontFamily(name, license_name, "matplotlib", "matplotlib", paths)
 
 
-def _noto(name: str, stem: str, *, unseen: bool = False) -> Family:
+def _noto_family(name: str, stem: str, *, is_unseen: bool = False) -> FontFamily:
     files = tuple((f"{stem}-{style}.ttc", ()) for style in ("Regular", "Bold"))
-    return Family(name, _OFL, "fonts-noto-cjk", None, files, unseen, "chinese")
+    return FontFamily(name, _OFL_LICENSE, "fonts-noto-cjk", None, files, is_unseen, "chinese")
 
 
-_DEJAVU = "Bitstream Vera licence, for some signs that of Arev, changes in the public domain"
-_STIX = "SIL Open Font License 1.1, as STIX Font License of 2010"
-_BAKOMA = "BaKoMa Fonts Licence"
+_DEJAVU_LICENSE = (
+    "Bitstream Vera licence, for some signs that of Arev, changes in the public domain"
+)
+_STIX_LICENSE = "SIL Open Font License 1.1, as STIX Font License of 2010"
+_BAKOMA_LICENSE = "BaKoMa Fonts Licence"
 
-FAMILIES = (
-    Family("Aileron", "CC0 1.0", "pillow", "PIL", ()),
-    _matplotlib("DejaVu Sans", _DEJAVU, ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique")),
-    _matplotlib("DejaVu Serif", _DEJAVU, ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic")),
-    _matplotlib("DejaVu Sans Mono", _DEJAVU, ("DejaVuSansMono", "DejaVuSansMono-Bold")),
-    _matplotlib("STIX", _STIX, ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic")),
-    Family(
+FONT_FAMILIES = (
+    FontFamily("Aileron", "CC0 1.0", "pillow", "PIL", ()),
+    _matplotlib_family(
+        "DejaVu Sans", _DEJAVU_LICENSE, ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique")
+    ),
+    _matplotlib_family(
+        "DejaVu Serif", _DEJAVU_LICENSE, ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic")
+    ),
+    _matplotlib_family(
+        "DejaVu Sans Mono", _DEJAVU_LICENSE, ("DejaVuSansMono", "DejaVuSansMono-Bold")
+    ),
+    _matplotlib_family(
+        "STIX", _STIX_LICENSE, ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic")
+    ),
+    FontFamily(
         "Open Sans",
-        _APACHE,
+        _APACHE_LICENSE,
         "ttf-opensans",
         "ttf_opensans",
         tuple((f"ttf/OpenSans-{s}.ttf", ()) for s in ("Light", "Regular", "Bold", "Italic")),
     ),
-    _variable("Inter", "fontpkg-inter", axes="[opsz,wght]"),
-    _variable("Lora", "fontpkg-lora"),
-    _variable("Bitter", "fontpkg-bitter"),
-    _variable("JetBrains Mono", "fontpkg-jetbrains-mono"),
-    _variable("Archivo Narrow", "fontpkg-archivo-narrow"),
-    _upright("Oswald", _OFL, "fontpkg-oswald"),
-    _static("Crimson Text", "fontpkg-crimson-text", "CrimsonText", ("Regular", "Bold", "Italic")),
-    _noto("Noto Sans CJK SC", "NotoSansCJK"),
-    _variable("Work Sans", "fontpkg-work-sans", unseen=True),
-    _upright("Roboto Slab", _APACHE, "fontpkg-roboto-slab", unseen=True),
-    _variable("Nunito Sans", "fontpkg-nunito-sans", unseen=True, axes="[YTLC,opsz,wdth,wght]"),
-    _static(
+    _variable_family("Inter", "fontpkg-inter", axes="[opsz,wght]"),
+    _variable_family("Lora", "fontpkg-lora"),
+    _variable_family("Bitter", "fontpkg-bitter"),
+    _variable_family("JetBrains Mono", "fontpkg-jetbrains-mono"),
+    _variable_family("Archivo Narrow", "fontpkg-archivo-narrow"),
+    _upright_family("Oswald", _OFL_LICENSE, "fontpkg-oswald"),
+    _static_family(
+        "Crimson Text", "fontpkg-crimson-text", "CrimsonText", ("Regular", "Bold", "Italic")
+    ),
+    _noto_family("Noto Sans CJK SC", "NotoSansCJK"),
+    _variable_family("Work Sans", "fontpkg-work-sans", is_unseen=True),
+    _upright_family("Roboto Slab", _APACHE_LICENSE, "fontpkg-roboto-slab", is_unseen=True),
+    _variable_family(
+        "Nunito Sans", "fontpkg-nunito-sans", is_unseen=True, axes="[YTLC,opsz,wdth,wght]"
+    ),
+    _static_family(
         "PT Serif",
         "fontpkg-pt-serif",
         "PT_Serif-Web",
         ("Regular", "Bold", "Italic"),
-        unseen=True,
+        is_unseen=True,
     ),
-    _static(
+    _static_family(
         "IBM Plex Mono",
         "fontpkg-ibm-plex-mono",
         "IBMPlexMono",
         ("Regular", "Bold", "Italic"),
-        unseen=True,
+        is_unseen=True,
     ),
-    _noto("Noto Serif CJK SC", "NotoSerifCJK", unseen=True),
+    _noto_family("Noto Serif CJK SC", "NotoSerifCJK", is_unseen=True),
 )
-"""Every family that is drawn with. A family is seen or unseen as a whole, in all its styles."""
+"""All font families. A family with all its styles is either in the training or in the evaluation
+split."""
 
-MATHTEXT = {
-    "Computer Modern": _BAKOMA,
-    "STIX": _STIX,
-    "DejaVu Sans and Serif": _DEJAVU,
+MATHTEXT_LICENSES = {
+    "Computer Modern": _BAKOMA_LICENSE,
+    "STIX": _STIX_LICENSE,
+    "DejaVu Sans and Serif": _DEJAVU_LICENSE,
 }
-"""What matplotlib's mathtext draws formulas with, and the licence of each, as matplotlib's own
-LICENSE states it. The families' licences are those that font files and packages state."""
+"""Fonts of matplotlib's mathtext and their licenses, as stated by the LICENSE of matplotlib. The
+licenses of the families are those stated by font files and packages."""
 
 
 @lru_cache
-def faces(choice: Choice, script: Script = "latin") -> tuple[Face, ...]:
-    """The faces of a choice, always the same and in the same order.
+def list_faces(font_split: FontSplit, script: Script = "latin") -> tuple[FontFace, ...]:
+    """List the faces of a split in a fixed order.
 
-    Raises UserError naming the packages to install when any is missing: with other fonts the same
-    seed would draw other pictures.
+    Raises:
+        UserError: A font package is missing. The error names the packages to install: with other
+            fonts, the same seed would give other images.
     """
-    if choice == "built-in" and script == "latin":
-        return (Face("Aileron"),)
-    wanted = [
+    if font_split == "built-in" and script == "latin":
+        return (FontFace("Aileron"),)
+    families = [
         family
-        for family in FAMILIES
-        if family.unseen == (choice == "unseen") and family.script == script
+        for family in FONT_FAMILIES
+        if family.is_unseen == (font_split == "unseen") and family.script == script
     ]
-    require(wanted)
-    return tuple(face for family in wanted for face in _faces(family))
+    require_fonts(families)
+    return tuple(face for family in families for face in _list_family_faces(family))
 
 
-def any_face(rng: random.Random, choice: Choice, script: Script = "latin") -> Face:
-    """A family, and then one of its faces: a family of many is not drawn with more often."""
-    return rng.choice(rng.choice(_by_family(choice, script)))
+def sample_face(rng: random.Random, font_split: FontSplit, script: Script = "latin") -> FontFace:
+    """Sample a family and then one of its faces.
+
+    Large families are not preferred.
+    """
+    return rng.choice(rng.choice(_group_by_family(font_split, script)))
 
 
 @lru_cache
-def _by_family(choice: Choice, script: Script) -> list[list[Face]]:
-    of_name: dict[str, list[Face]] = {}
-    for face in faces(choice, script):
-        of_name.setdefault(face.family, []).append(face)
-    return list(of_name.values())
+def _group_by_family(font_split: FontSplit, script: Script) -> list[list[FontFace]]:
+    faces_by_family: dict[str, list[FontFace]] = {}
+    for face in list_faces(font_split, script):
+        faces_by_family.setdefault(face.family, []).append(face)
+    return list(faces_by_family.values())
 
 
-def require(families: Iterable[Family]) -> None:
-    """Raise UserError naming the packages to install when any of the families is missing."""
-    missing = [family for family in families if len(_paths(family)) < len(family.files)]
+def require_fonts(families: Iterable[FontFamily]) -> None:
+    """Raise UserError with the packages to install if any family is missing."""
+    missing = [family for family in families if len(_find_font_files(family)) < len(family.files)]
     if not missing:
         return
-    python = sorted({family.package for family in missing if family.module})
-    system = sorted({family.package for family in missing if not family.module})
-    steps = [f"pip install {' '.join(python)}"] if python else []
-    steps += [f"apt install {' '.join(system)}"] if system else []
+    python_packages = sorted({family.package for family in missing if family.module})
+    system_packages = sorted({family.package for family in missing if not family.module})
+    commands = [f"pip install {' '.join(python_packages)}"] if python_packages else []
+    commands += [f"apt install {' '.join(system_packages)}"] if system_packages else []
     raise UserError(
         f"the fonts {', '.join(family.name for family in missing)} are not installed",
         where="generated tasks",
-        expected="every font that the pictures are drawn with",
-        remedy=" and ".join(steps),
+        expected="all fonts of the synthetic images",
+        remedy=" and ".join(commands),
     )
 
 
 @lru_cache(maxsize=1024)
-def load(face: Face, size: int) -> ImageFont.FreeTypeFont:
-    """The face at `size` pixels an em, laid out by Pillow alone so that it is the same anywhere."""
+def load_font(face: FontFace, size: int) -> ImageFont.FreeTypeFont:
+    """Load the face at `size` pixels per em with the layout engine of Pillow.
+
+    The output does not depend on other libraries.
+    """
     layout = ImageFont.Layout.BASIC
     if face.path is None:
         font = ImageFont.load_default(size)
@@ -209,35 +236,37 @@ def load(face: Face, size: int) -> ImageFont.FreeTypeFont:
         return font.font_variant(layout_engine=layout)
     font = ImageFont.truetype(str(face.path), size, face.index, layout_engine=layout)
     if face.weight is not None:
-        font.set_variation_by_axes(_axes(font, face.weight))
+        font.set_variation_by_axes(_get_axis_values(font, face.weight))
     return font
 
 
-def drawable(face: Face, text: str) -> bool:
-    """Whether the face has a glyph for every character of `text`, spaces apart."""
-    return all(_has(face, character) for character in text if character != " ")
+def can_draw(face: FontFace, text: str) -> bool:
+    """Return whether the face has a glyph for every character of `text` except spaces."""
+    return all(_has_glyph(face, character) for character in text if character != " ")
 
 
 @lru_cache(maxsize=200_000)
-def _has(face: Face, character: str) -> bool:
+def _has_glyph(face: FontFace, character: str) -> bool:
     # What a font lacks is drawn like a character that none has. The reverse may err only on the
-    # safe side: a glyph that looks like that sign is not drawn either.
-    font = load(face, 24)
-    glyph, lacking = (font.getmask(text) for text in (character, NOT_A_CHARACTER))
-    return glyph.size != lacking.size or bytes(glyph) != bytes(lacking)
+    # conservative: glyphs identical to the missing-glyph symbol are excluded as well.
+    font = load_font(face, 24)
+    glyph, missing_glyph = (font.getmask(text) for text in (character, MISSING_GLYPH))
+    return glyph.size != missing_glyph.size or bytes(glyph) != bytes(missing_glyph)
 
 
-def _axes(font: ImageFont.FreeTypeFont, weight: int) -> list[float]:
-    """Every axis at its default but the weight."""
+def _get_axis_values(font: ImageFont.FreeTypeFont, weight: int) -> list[float]:
+    """Return the default value of every axis except the weight."""
     return [
         float(weight) if axis["name"] == b"Weight" else float(axis["default"] or 0)
         for axis in font.get_variation_axes()
     ]
 
 
-def _paths(family: Family) -> list[tuple[Path, tuple[int, ...]]]:
+def _find_font_files(family: FontFamily) -> list[tuple[Path, tuple[int, ...]]]:
     if family.module is None:
-        return [(path, weights) for name, weights in family.files if (path := _in_system(name))]
+        return [
+            (path, weights) for name, weights in family.files if (path := _find_system_font(name))
+        ]
     spec = importlib.util.find_spec(family.module)
     folders = (spec.submodule_search_locations or []) if spec else []
     return [
@@ -249,28 +278,28 @@ def _paths(family: Family) -> list[tuple[Path, tuple[int, ...]]]:
 
 
 @lru_cache
-def _in_system(name: str) -> Path | None:
-    found = (
+def _find_system_font(name: str) -> Path | None:
+    candidates = (
         path
-        for folder in SYSTEM_FOLDERS
+        for folder in SYSTEM_FONT_DIRS
         if Path(folder).expanduser().is_dir()
         for path in sorted(Path(folder).expanduser().rglob(name))
     )
-    return next(found, None)
+    return next(candidates, None)
 
 
-def _faces(family: Family) -> list[Face]:
+def _list_family_faces(family: FontFamily) -> list[FontFace]:
     if not family.files:
-        return [Face(family.name)]
-    found = []
-    for path, weights in _paths(family):
-        index = _number_in(path, family.name) if path.suffix == ".ttc" else 0
-        found += [Face(family.name, path, index, weight) for weight in weights or (None,)]
-    return found
+        return [FontFace(family.name)]
+    faces = []
+    for path, weights in _find_font_files(family):
+        index = _find_face_index(path, family.name) if path.suffix == ".ttc" else 0
+        faces += [FontFace(family.name, path, index, weight) for weight in weights or (None,)]
+    return faces
 
 
-def _number_in(path: Path, family: str) -> int:
-    """The number of the face of that name in a collection."""
+def _find_face_index(path: Path, family: str) -> int:
+    """Return the index of a named face in a collection."""
     for index in range(64):
         if ImageFont.truetype(str(path), 12, index).getname()[0] == family:
             return index

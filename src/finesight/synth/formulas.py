@@ -1,4 +1,4 @@
-"""Formulas of the grammar as matplotlib's mathtext draws them, in its five families of fonts."""
+"""Render formulas of the grammar with matplotlib's mathtext in its five font families."""
 
 from __future__ import annotations
 
@@ -11,98 +11,110 @@ import numpy as np
 from PIL import Image
 
 from finesight.errors import UserError
-from finesight.synth import grammar
-from finesight.synth.drawn import Drawn
-from finesight.synth.fonts import Choice
-from finesight.synth.questions import ask
-from finesight.synth.sheet import Sheet, paper, photographed, sides
+from finesight.synth import formula_grammar
+from finesight.synth.canvas import Canvas, apply_camera_noise, make_canvas, round_up_size
+from finesight.synth.fonts import FontSplit
+from finesight.synth.question_templates import fill_template
+from finesight.synth.synthetic_sample import SyntheticSample
 
 if TYPE_CHECKING:
     from matplotlib.font_manager import FontProperties
     from matplotlib.mathtext import MathTextParser, RasterParse
 
-FAMILIES = ("cm", "cm", "cm", "stix", "stix", "dejavuserif", "dejavusans", "stixsans")
-"""Mathtext's families, the ones that print uses more often: Computer Modern (BaKoMa Fonts Licence),
-STIX (STIX Font License), DejaVu (Bitstream Vera licence). All may be drawn with freely."""
+MATH_FONT_FAMILIES = ("cm", "cm", "cm", "stix", "stix", "dejavuserif", "dejavusans", "stixsans")
+"""Font families of mathtext, common ones more often: Computer Modern (BaKoMa Fonts Licence), STIX
+(STIX Font License), DejaVu (Bitstream Vera licence). All allow unrestricted drawing."""
 
-SIZES = (15, 16, 16, 17, 18, 18, 19, 20, 22, 25, 28)
-"""Pixels an em."""
+FONT_SIZES = (15, 16, 16, 17, 18, 18, 19, 20, 22, 25, 28)
+"""Font sizes in pixels per em."""
 
-WIDEST = 336
-"""Pixels of a picture's width."""
+MAX_WIDTH = 336
+"""Maximum image width in pixels."""
 
-TALLEST = 140
+MAX_HEIGHT = 140
 
-_LEAST = 12
-"""Pixels an em below which scripts of scripts are a blot."""
+_MIN_FONT_SIZE = 12
+"""Minimum font size in pixels per em at which nested scripts are legible."""
 _MARGIN = 3
 
 
-def formula(rng: random.Random, fonts: Choice) -> Drawn:
-    """A formula in dark ink, to be written as LaTeX tokens. `fonts` means nothing here: mathtext
-    brings its own. Raises UserError when matplotlib is missing."""
-    label = grammar.formula(rng)
-    cover = fitted(label, rng.choice(FAMILIES), rng.choice(SIZES))
-    if cover is None:
-        return formula(rng, fonts)
-    wide, high = cover.size
-    spare = (WIDEST - wide - 2 * _MARGIN, TALLEST - high - 2 * _MARGIN)
+def generate_formula(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
+    """Generate a formula in dark ink with its LaTeX tokens as the answer.
+
+    `fonts` is ignored: mathtext has its own fonts. Raises UserError if matplotlib is missing.
+    """
+    latex = formula_grammar.sample_formula(rng)
+    mask = render_to_fit(latex, rng.choice(MATH_FONT_FAMILIES), rng.choice(FONT_SIZES))
+    if mask is None:
+        return generate_formula(rng, fonts)
+    width, height = mask.size
+    free_size = (MAX_WIDTH - width - 2 * _MARGIN, MAX_HEIGHT - height - 2 * _MARGIN)
     right, below = (
-        rng.randint(0, min(room, most)) for room, most in zip(spare, (70, 24), strict=True)
+        rng.randint(0, min(free, max_margin))
+        for free, max_margin in zip(free_size, (70, 24), strict=True)
     )
     left, above = (
-        rng.randint(0, min(24, spare[0] - right)),
-        rng.randint(0, min(16, spare[1] - below)),
+        rng.randint(0, min(24, free_size[0] - right)),
+        rng.randint(0, min(16, free_size[1] - below)),
     )
-    size = sides(wide + left + right + 2 * _MARGIN, high + above + below + 2 * _MARGIN, rng)
-    sheet = _page(size, rng)
+    size = round_up_size(
+        width + left + right + 2 * _MARGIN, height + above + below + 2 * _MARGIN, rng
+    )
+    canvas = _make_canvas(size, rng)
     ink = (0, 0, 0) if rng.random() < 0.7 else tuple(rng.randrange(90) for _ in range(3))
-    sheet.picture.paste(ink, (left + _MARGIN, above + _MARGIN), cover)
-    picture = sheet.picture
+    canvas.image.paste(ink, (left + _MARGIN, above + _MARGIN), mask)
+    image = canvas.image
     if rng.random() < 0.5:
-        picture = photographed(picture, rng, wear=0.5)
-    return Drawn(picture, ask("formula", rng), (label,), "formula")
+        image = apply_camera_noise(image, rng, strength=0.5)
+    return SyntheticSample(image, fill_template("formula", rng), (latex,), "formula")
 
 
-def fitted(label: str, family: str, size: int) -> Image.Image | None:
-    """The formula at that size, or smaller when it would be too wide for a picture; None when it
-    would have to be too small to be read."""
-    cover = drawing(label, family, size)
-    room = (WIDEST - 2 * _MARGIN, TALLEST - 2 * _MARGIN)
-    share = min(1.0, room[0] / cover.width, room[1] / cover.height)
-    if share == 1.0:
-        return cover
-    smaller = int(size * share)
-    if smaller < _LEAST:
+def render_to_fit(latex: str, family: str, size: int) -> Image.Image | None:
+    """Render the formula at a size at which it fits.
+
+    Returns None if it would be illegible.
+    """
+    mask = render_formula(latex, family, size)
+    max_size = (MAX_WIDTH - 2 * _MARGIN, MAX_HEIGHT - 2 * _MARGIN)
+    scale = min(1.0, max_size[0] / mask.width, max_size[1] / mask.height)
+    if scale == 1.0:
+        return mask
+    reduced_size = int(size * scale)
+    if reduced_size < _MIN_FONT_SIZE:
         return None
-    cover = drawing(label, family, smaller)
-    return cover if cover.width <= room[0] and cover.height <= room[1] else None
+    mask = render_formula(latex, family, reduced_size)
+    return mask if mask.width <= max_size[0] and mask.height <= max_size[1] else None
 
 
-def drawing(label: str, family: str, size: int) -> Image.Image:
-    """The cover of the formula's ink (mode L), cut to it, `size` pixels an em."""
-    source = f"${mathtext(label)}$"
+def render_formula(latex: str, family: str, size: int) -> Image.Image:
+    """Render the cropped coverage mask (mode L) of a formula at `size` pixels per em."""
+    source = f"${to_mathtext(latex)}$"
     # At 72 dots an inch a point is a pixel.
-    parsed = _parser().parse(source, dpi=72, prop=_properties(family, size), antialiased=True)
-    cover = Image.fromarray(np.asarray(parsed.image, dtype=np.uint8))
-    bounds = cover.getbbox()
-    assert bounds, f"the formula {label!r} has no ink"
-    return cover.crop(bounds)
+    parsed = _get_parser().parse(
+        source, dpi=72, prop=_get_font_properties(family, size), antialiased=True
+    )
+    mask = Image.fromarray(np.asarray(parsed.image, dtype=np.uint8))
+    bounds = mask.getbbox()
+    assert bounds, f"the formula {latex!r} has no ink"
+    return mask.crop(bounds)
 
 
-def mathtext(label: str) -> str:
-    """The label as mathtext is to read it: fractions that stand in no other as large as the rest,
-    and no blanks but after names, for a blank behind `^` or `_` would end the script there."""
-    depth, pieces = 0, list[str]()
-    for token in label.split():
+def to_mathtext(latex: str) -> str:
+    """Convert a label for mathtext.
+
+    Outer fractions keep the full text size. Spaces are removed except after command names, because
+    a space after `^` or `_` would end the script.
+    """
+    depth, tokens = 0, list[str]()
+    for token in latex.split():
         depth += (token == "{") - (token == "}")
-        name = r"\dfrac" if token == r"\frac" and depth == 0 else token
-        pieces.append(f"{name} " if name[-1].isalpha() and name[0] == "\\" else name)
-    return "".join(pieces)
+        command = r"\dfrac" if token == r"\frac" and depth == 0 else token
+        tokens.append(f"{command} " if command[-1].isalpha() and command[0] == "\\" else command)
+    return "".join(tokens)
 
 
 @lru_cache(maxsize=1)
-def _parser() -> MathTextParser[RasterParse]:
+def _get_parser() -> MathTextParser[RasterParse]:
     try:
         from matplotlib.mathtext import MathTextParser
     except ImportError as error:
@@ -118,14 +130,14 @@ def _parser() -> MathTextParser[RasterParse]:
 
 
 @lru_cache
-def _properties(family: str, size: int) -> FontProperties:
+def _get_font_properties(family: str, size: int) -> FontProperties:
     from matplotlib.font_manager import FontProperties
 
     return FontProperties(math_fontfamily=family, size=size)
 
 
-def _page(size: tuple[int, int], rng: random.Random) -> Sheet:
-    """White, or any pale paper."""
+def _make_canvas(size: tuple[int, int], rng: random.Random) -> Canvas:
+    """Create white or pale paper."""
     if rng.random() < 0.6:
-        return Sheet(Image.new("RGB", size, (255, 255, 255)), (255, 255, 255))
-    return paper(size, rng, pale=1.0)
+        return Canvas(Image.new("RGB", size, (255, 255, 255)), (255, 255, 255))
+    return make_canvas(size, rng, pale_fraction=1.0)

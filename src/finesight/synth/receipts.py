@@ -1,4 +1,4 @@
-"""Receipts: a shop, a date, items with prices and their total, each word with its box."""
+"""Synthetic receipts: a shop, a date, items with prices and their total, with a box per word."""
 
 from __future__ import annotations
 
@@ -11,10 +11,22 @@ from functools import partial
 from PIL import Image, ImageDraw, ImageFont
 
 from finesight.synth import vocabulary
-from finesight.synth.drawn import Drawn, Said, Turn, boxed
-from finesight.synth.fonts import Choice, any_face, load
-from finesight.synth.questions import ask
-from finesight.synth.sheet import Colour, Sheet, Word, paper, photographed, sides
+from finesight.synth.canvas import (
+    Canvas,
+    Color,
+    RenderedWord,
+    apply_camera_noise,
+    make_canvas,
+    round_up_size,
+)
+from finesight.synth.fonts import FontSplit, load_font, sample_face
+from finesight.synth.question_templates import fill_template
+from finesight.synth.synthetic_sample import (
+    ContentPart,
+    QuestionAnswer,
+    SyntheticSample,
+    make_box_part,
+)
 
 ITEMS = (
     *("Milk", "Bread", "Butter", "Cheese", "Eggs", "Coffee", "Tea", "Sugar", "Rice", "Pasta"),
@@ -23,184 +35,211 @@ ITEMS = (
     *("Chocolate", "Soap", "Paper", "Candles", "Pepper", "Salt", "Flour", "Cereal", "Olives"),
     *("Sandwich", "Muffin", "Bagel", "Pizza", "Burger", "Fries", "Wrap", "Pencil", "Notebook"),
 )
-SHOPS = ("Market", "Cafe", "Bakery", "Store", "Foods", "Deli", "Shop", "Mart", "Kitchen", "Books")
-TOTALS = ("TOTAL", "Total", "Total:", "TOTAL:", "Amount due", "To pay", "Sum")
-ENDINGS = ("Thank you!", "Please come again", "THANK YOU", "Have a nice day", "Goodbye")
+SHOP_TYPES = (
+    "Market",
+    "Cafe",
+    "Bakery",
+    "Store",
+    "Foods",
+    "Deli",
+    "Shop",
+    "Mart",
+    "Kitchen",
+    "Books",
+)
+TOTAL_LABELS = ("TOTAL", "Total", "Total:", "TOTAL:", "Amount due", "To pay", "Sum")
+CLOSING_LINES = ("Thank you!", "Please come again", "THANK YOU", "Have a nice day", "Goodbye")
 
-_SIZES = (12, 12, 13, 14, 15, 16)
-_WIDTHS = (140, 224)
-_TALLEST = 308
-_INKS: tuple[Colour, ...] = ((0, 0, 0), (25, 25, 35), (50, 40, 60), (40, 40, 110))
+_FONT_SIZES = (12, 12, 13, 14, 15, 16)
+_WIDTH_RANGE = (140, 224)
+_MAX_HEIGHT = 308
+_INK_COLORS: tuple[Color, ...] = ((0, 0, 0), (25, 25, 35), (50, 40, 60), (40, 40, 110))
 
 
 @dataclass
 class Receipt:
-    """What a receipt says, and where."""
+    """Content of a receipt with word positions."""
 
     shop: str
     date: str
     prices: dict[str, str]
     total: str
-    words: list[Word] = field(default_factory=list)
-    sum_at: Word | None = None
+    words: list[RenderedWord] = field(default_factory=list)
+    total_word: RenderedWord | None = None
 
 
-class _Roll:
-    """Paper that is written from the top: words on the left, an amount at the right edge."""
+class _ReceiptWriter:
+    """Write a receipt from top to bottom: text on the left, an amount at the right edge."""
 
-    def __init__(self, sheet: Sheet, font: ImageFont.FreeTypeFont, ink: Colour, pitch: float):
-        self.sheet, self.font, self.ink, self.pitch = sheet, font, ink, pitch
+    def __init__(
+        self, canvas: Canvas, font: ImageFont.FreeTypeFont, ink: Color, line_height: float
+    ):
+        self.canvas, self.font, self.ink, self.line_height = canvas, font, ink, line_height
         self.margin = 6.0
-        self.base = self.margin + font.getmetrics()[0]
-        self.words: list[Word] = []
-        self.complete = True
+        self.baseline = self.margin + font.getmetrics()[0]
+        self.words: list[RenderedWord] = []
+        self.is_complete = True
 
-    def line(self, text: str, amount: str = "", *, middle: bool = False) -> Word | None:
-        """Write a line; gives the word of the amount. What does not fit makes the roll
-        incomplete."""
-        width = self.sheet.picture.width
-        x = (width - self.font.getlength(text)) / 2 if middle else self.margin
-        last = width - self.margin - self.font.getlength(amount)
+    def write_line(
+        self, text: str, amount: str = "", *, centered: bool = False
+    ) -> RenderedWord | None:
+        """Write a line and return the word of its amount. A line that does not fit marks the
+        receipt incomplete.
+        """
+        width = self.canvas.image.width
+        x = (width - self.font.getlength(text)) / 2 if centered else self.margin
+        amount_x = width - self.margin - self.font.getlength(amount)
         for word in text.split():
-            self._put(word, x)
+            self._write_word(word, x)
             x += self.font.getlength(f"{word} ")
-        written = self._put(amount, last) if amount else None
-        if amount and x > last:
-            self.complete = False
-        self.base += self.pitch
-        return written
+        amount_word = self._write_word(amount, amount_x) if amount else None
+        if amount and x > amount_x:
+            self.is_complete = False
+        self.baseline += self.line_height
+        return amount_word
 
-    def rule(self) -> None:
-        """A row of dashes, which is not text."""
+    def write_rule(self) -> None:
+        """Write a row of dashes, which is not text."""
         dash = self.font.getlength("-")
-        count = int((self.sheet.picture.width - 2 * self.margin) / dash)
-        self.sheet.write("-" * count, self.font, self.margin, self.base, self.ink)
-        self.base += self.pitch
+        count = int((self.canvas.image.width - 2 * self.margin) / dash)
+        self.canvas.draw_text("-" * count, self.font, self.margin, self.baseline, self.ink)
+        self.baseline += self.line_height
 
-    def _put(self, text: str, x: float) -> Word | None:
-        word = self.sheet.write(text, self.font, x, self.base, self.ink)
+    def _write_word(self, text: str, x: float) -> RenderedWord | None:
+        word = self.canvas.draw_text(text, self.font, x, self.baseline, self.ink)
         if word:
             self.words.append(word)
         else:
-            self.complete = False
+            self.is_complete = False
         return word
 
 
-def receipt(rng: random.Random, fonts: Choice) -> Drawn:
-    """A receipt, asked about as a whole or about one of its words."""
-    content = invented(rng)
-    picture = printed(content, rng, fonts)
-    if picture is None:
-        return receipt(rng, fonts)
-    return Drawn.about(photographed(picture, rng, wear=0.6), partial(_asking, content), rng)
+def generate_receipt(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
+    """Generate a receipt with a question about all its fields or one word."""
+    receipt_data = sample_receipt(rng)
+    image = draw_receipt(receipt_data, rng, fonts)
+    if image is None:
+        return generate_receipt(rng, fonts)
+    return SyntheticSample.from_sampler(
+        apply_camera_noise(image, rng, strength=0.6), partial(_sample_question, receipt_data), rng
+    )
 
 
-def invented(rng: random.Random) -> Receipt:
-    """A shop, a date and one to five items with what they cost, in cents all added up."""
-    shop = f"{vocabulary.made_up(rng).capitalize()} {rng.choice(SHOPS)}"
+def sample_receipt(rng: random.Random) -> Receipt:
+    """Sample a shop, a date and one to five items with prices.
+
+    The total is their sum in cents.
+    """
+    shop = f"{vocabulary.sample_pseudoword(rng).capitalize()} {rng.choice(SHOP_TYPES)}"
     names = rng.sample(ITEMS, rng.randint(1, 5))
-    cents = [vocabulary.amount(rng) for _ in names]
+    cents = [vocabulary.sample_cents(rng) for _ in names]
     sign = rng.choice(("", "", "$"))
-    prices = {name: _amount(cost, sign) for name, cost in zip(names, cents, strict=True)}
-    return Receipt(shop, vocabulary.date(rng), prices, _amount(sum(cents), sign))
+    prices = {name: _format_amount(cost, sign) for name, cost in zip(names, cents, strict=True)}
+    return Receipt(shop, vocabulary.sample_date(rng), prices, _format_amount(sum(cents), sign))
 
 
-def _amount(cents: int, sign: str) -> str:
+def _format_amount(cents: int, sign: str) -> str:
     return f"{sign}{cents / 100:.2f}"
 
 
-def printed(content: Receipt, rng: random.Random, fonts: Choice) -> Image.Image | None:
-    """The picture, its words noted in `content`; None when the paper was too narrow."""
-    font = load(any_face(rng, fonts), rng.choice(_SIZES))
-    pitch = font.size * rng.uniform(1.15, 1.5)
-    lines = len(content.prices) + rng.randint(5, 7)
-    size = sides(rng.randint(*_WIDTHS), round(lines * pitch + 16), rng)
-    if size[1] > _TALLEST:
+def draw_receipt(receipt_data: Receipt, rng: random.Random, fonts: FontSplit) -> Image.Image | None:
+    """Draw the receipt and record its words; None if the paper is too narrow."""
+    font = load_font(sample_face(rng, fonts), rng.choice(_FONT_SIZES))
+    line_height = font.size * rng.uniform(1.15, 1.5)
+    num_lines = len(receipt_data.prices) + rng.randint(5, 7)
+    size = round_up_size(rng.randint(*_WIDTH_RANGE), round(num_lines * line_height + 16), rng)
+    if size[1] > _MAX_HEIGHT:
         return None
-    sheet = _slip(size, rng)
-    roll = _Roll(sheet, font, rng.choice(_INKS), pitch)
-    middle = rng.random() < 0.6
-    roll.line(content.shop.upper() if rng.random() < 0.3 else content.shop, middle=middle)
-    content.shop = " ".join(word.text for word in roll.words)
-    roll.line(content.date, middle=middle)
+    canvas = _make_paper(size, rng)
+    writer = _ReceiptWriter(canvas, font, rng.choice(_INK_COLORS), line_height)
+    centered = rng.random() < 0.6
+    writer.write_line(
+        receipt_data.shop.upper() if rng.random() < 0.3 else receipt_data.shop, centered=centered
+    )
+    receipt_data.shop = " ".join(word.text for word in writer.words)
+    writer.write_line(receipt_data.date, centered=centered)
     if rng.random() < 0.6:
-        roll.rule()
-    for name, cost in content.prices.items():
-        roll.line(name, cost)
+        writer.write_rule()
+    for name, cost in receipt_data.prices.items():
+        writer.write_line(name, cost)
     if rng.random() < 0.6:
-        roll.rule()
-    content.sum_at = roll.line(rng.choice(TOTALS), content.total)
+        writer.write_rule()
+    receipt_data.total_word = writer.write_line(rng.choice(TOTAL_LABELS), receipt_data.total)
     if rng.random() < 0.4:
-        roll.line(rng.choice(ENDINGS), middle=True)
-    content.words = roll.words
-    return sheet.picture if roll.complete else None
+        writer.write_line(rng.choice(CLOSING_LINES), centered=True)
+    receipt_data.words = writer.words
+    return canvas.image if writer.is_complete else None
 
 
-def _slip(size: tuple[int, int], rng: random.Random) -> Sheet:
-    """A slip of pale paper, often on a table of another colour."""
-    sheet = paper(size, rng, pale=0.3)
+def _make_paper(size: tuple[int, int], rng: random.Random) -> Canvas:
+    """Create a sheet of pale paper, often on a background of another color."""
+    canvas = make_canvas(size, rng, pale_fraction=0.3)
     if rng.random() < 0.5:
         shade = rng.randint(235, 255)
         edge = rng.randint(0, 4)
         box = (edge, edge, size[0] - edge - 1, size[1] - edge - 1)
-        ImageDraw.Draw(sheet.picture).rectangle(box, (shade, shade, shade - rng.randint(0, 20)))
+        ImageDraw.Draw(canvas.image).rectangle(box, (shade, shade, shade - rng.randint(0, 20)))
     else:
-        sheet = paper(size, rng, pale=1.0)
-    sheet.angle = rng.uniform(-2, 2) if rng.random() < 0.4 else 0.0
-    return sheet
+        canvas = make_canvas(size, rng, pale_fraction=1.0)
+    canvas.angle = rng.uniform(-2, 2) if rng.random() < 0.4 else 0.0
+    return canvas
 
 
-Asked = tuple[tuple[Said, ...], tuple[Said, ...]]
+QuestionAndAnswer = tuple[tuple[ContentPart, ...], tuple[ContentPart, ...]]
 
 
-def _total(content: Receipt, rng: random.Random) -> Asked:
-    return ask("total", rng), (content.total,)
+def _ask_total(receipt_data: Receipt, rng: random.Random) -> QuestionAndAnswer:
+    return fill_template("total", rng), (receipt_data.total,)
 
 
-def _date(content: Receipt, rng: random.Random) -> Asked:
-    return ask("date", rng), (content.date,)
+def _ask_date(receipt_data: Receipt, rng: random.Random) -> QuestionAndAnswer:
+    return fill_template("date", rng), (receipt_data.date,)
 
 
-def _price_of(content: Receipt, rng: random.Random) -> Asked:
-    name = rng.choice(list(content.prices))
-    return ask("price_of", rng, text=name), (content.prices[name],)
+def _ask_price(receipt_data: Receipt, rng: random.Random) -> QuestionAndAnswer:
+    name = rng.choice(list(receipt_data.prices))
+    return fill_template("price_of", rng, text=name), (receipt_data.prices[name],)
 
 
-def _find_total(content: Receipt, rng: random.Random) -> Asked:
-    assert content.sum_at, "a receipt without its total is never printed"
-    return ask("find_total", rng), (boxed(content.total, content.sum_at.corners),)
+def _ask_total_box(receipt_data: Receipt, rng: random.Random) -> QuestionAndAnswer:
+    assert receipt_data.total_word, "a receipt without its total is never printed"
+    return fill_template("find_total", rng), (
+        make_box_part(receipt_data.total, receipt_data.total_word.box),
+    )
 
 
-def _items(content: Receipt, rng: random.Random) -> Asked:
-    return ask("items", rng), (str(len(content.prices)),)
+def _ask_num_items(receipt_data: Receipt, rng: random.Random) -> QuestionAndAnswer:
+    return fill_template("items", rng), (str(len(receipt_data.prices)),)
 
 
-def _fields(content: Receipt, rng: random.Random) -> Asked:
-    fields = {"shop": content.shop, "date": content.date, "total": content.total}
-    return ask("receipt", rng), (json.dumps(fields),)
+def _ask_fields(receipt_data: Receipt, rng: random.Random) -> QuestionAndAnswer:
+    fields = {"shop": receipt_data.shop, "date": receipt_data.date, "total": receipt_data.total}
+    return fill_template("receipt", rng), (json.dumps(fields),)
 
 
-def _prices(content: Receipt, rng: random.Random) -> Asked:
-    return ask("prices", rng), (json.dumps(content.prices),)
+def _ask_prices(receipt_data: Receipt, rng: random.Random) -> QuestionAndAnswer:
+    return fill_template("prices", rng), (json.dumps(receipt_data.prices),)
 
 
-def _read_at(content: Receipt, rng: random.Random) -> Asked:
-    word = rng.choice(content.words)
-    return ask("read_at", rng, box=boxed(None, word.corners)), (word.text,)
+def _ask_text_at_box(receipt_data: Receipt, rng: random.Random) -> QuestionAndAnswer:
+    word = rng.choice(receipt_data.words)
+    return fill_template("read_at", rng, box=make_box_part(None, word.box)), (word.text,)
 
 
-def _asking(content: Receipt, rng: random.Random) -> Turn:
-    asked = rng.choices(list(_ANSWERS), [weight for _, weight in _ANSWERS.values()])[0]
-    return Turn(*_ANSWERS[asked][0](content, rng), asked)
+def _sample_question(receipt_data: Receipt, rng: random.Random) -> QuestionAnswer:
+    task_kind = rng.choices(
+        list(_QUESTION_MAKERS), [weight for _, weight in _QUESTION_MAKERS.values()]
+    )[0]
+    return QuestionAnswer(*_QUESTION_MAKERS[task_kind][0](receipt_data, rng), task_kind)
 
 
-_ANSWERS: dict[str, tuple[Callable[[Receipt, random.Random], Asked], float]] = {
-    "total": (_total, 2),
-    "date": (_date, 1),
-    "price_of": (_price_of, 2),
-    "find_total": (_find_total, 1.5),
-    "items": (_items, 0.7),
-    "receipt": (_fields, 2),
-    "prices": (_prices, 2),
-    "read_at": (_read_at, 2),
+_QUESTION_MAKERS: dict[str, tuple[Callable[[Receipt, random.Random], QuestionAndAnswer], float]] = {
+    "total": (_ask_total, 2),
+    "date": (_ask_date, 1),
+    "price_of": (_ask_price, 2),
+    "find_total": (_ask_total_box, 1.5),
+    "items": (_ask_num_items, 0.7),
+    "receipt": (_ask_fields, 2),
+    "prices": (_ask_prices, 2),
+    "read_at": (_ask_text_at_box, 2),
 }

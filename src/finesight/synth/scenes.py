@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes: described, counted, located and compared."""
+"""Scenes of colored shapes with questions: description, counting, localization and comparison."""
 
 from __future__ import annotations
 
@@ -12,309 +12,396 @@ from itertools import pairwise
 from PIL import Image
 
 from finesight.synth import captions
-from finesight.synth.captions import Relation, Stated, spoken
-from finesight.synth.drawn import Corners, Drawn, Said, Turn, boxed
-from finesight.synth.fonts import Choice
-from finesight.synth.questions import ask, in_chinese
+from finesight.synth.canvas import Canvas, apply_camera_noise, make_canvas, round_up_size
+from finesight.synth.captions import Relation, RelationTriple, describe_kind
+from finesight.synth.fonts import FontSplit
+from finesight.synth.question_templates import fill_template, sample_is_chinese
 from finesight.synth.shapes import (
-    COLOURS,
+    COLORS,
+    CONTAINER_SHAPES,
     FILLS,
-    HOLDING,
-    HOLLOW,
+    HOLLOW_SHAPES,
     SHAPES,
-    STRIPED,
-    Kind,
-    apart,
-    draw,
+    STRIPED_SHAPES,
+    ShapeKind,
+    are_distinct,
+    draw_shape,
 )
-from finesight.synth.sheet import Sheet, paper, photographed, sides
+from finesight.synth.synthetic_sample import (
+    ContentPart,
+    PixelBox,
+    QuestionAnswer,
+    SyntheticSample,
+    make_box_part,
+)
 
-MOST_DESCRIBED = 4
-"""Shapes, besides one inside of another, of a scene that is described."""
+MAX_DESCRIBED_SHAPES = 4
+"""Maximum number of shapes in a described scene, without a nested one."""
 
-MOST_LISTED = 5
+MAX_LISTED_SHAPES = 5
 
-LARGE, SMALL = (0.82, 0.92), (0.42, 0.5)
-"""Sides of shapes as shares of their cell: nothing in between, so that larger is plain to see."""
+LARGE_SIZE_RANGE, SMALL_SIZE_RANGE = (0.82, 0.92), (0.42, 0.5)
+"""Side lengths of shapes as fractions of their cell. The gap makes size comparisons unambiguous."""
 
-_NUMBERS = (1, 3, 3, 2)
-"""How often a scene that is described has one to MOST_DESCRIBED shapes."""
+_COUNT_WEIGHTS = (1, 3, 3, 2)
+"""Weights of one to MAX_DESCRIBED_SHAPES shapes in a described scene."""
 
-_CONTRAST = 110.0
+_MIN_COLOR_DISTANCE = 110.0
 
-_LEAST = 20
-"""Pixels of the smallest shape's side: below, a hexagon looks like a circle."""
+_MIN_SHAPE_SIZE = 20
+"""Minimum side length of a shape in pixels; smaller hexagons resemble circles."""
 
-_CELLS = (48, 88)
-_LARGEST = 288
+_CELL_SIZE_RANGE = (48, 88)
+_MAX_IMAGE_SIZE = 288
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A shape in its cell (column, row); `within` is the shape that it is inside of."""
+class PlacedShape:
+    """A shape in its cell (column, row); `container` is the shape around it."""
 
-    kind: Kind
+    kind: ShapeKind
     cell: tuple[int, int]
-    large: bool
-    corners: Corners
-    within: Kind | None = None
+    is_large: bool
+    box: PixelBox
+    container: ShapeKind | None = None
 
 
 @dataclass(frozen=True)
-class Scene:
-    picture: Image.Image
-    placed: tuple[Placed, ...]
+class ShapeScene:
+    image: Image.Image
+    shapes: tuple[PlacedShape, ...]
 
     @property
-    def standing(self) -> list[Placed]:
-        """The shapes that are inside of no other, row by row from the left."""
-        return [shape for shape in self.placed if shape.within is None]
+    def outer_shapes(self) -> list[PlacedShape]:
+        """The shapes without a container, in row-major order."""
+        return [shape for shape in self.shapes if shape.container is None]
 
 
-def scene(rng: random.Random, fonts: Choice) -> Drawn:
-    """A few shapes, all different, asked about one by one, two by two or all together."""
-    made = compose(rng, crowded=False)
-    kinds = {"describe": 5.0, "all_shapes": 1.5, "find_shapes": 1.5, "shape_at": 1.5}
-    if len(made.standing) > 1:
-        kinds |= {"is_it": 1.5, "how_related": 1.5}
-        kinds["larger"] = 1.2 if len({shape.large for shape in made.standing}) > 1 else 0.0
-    return _about(made, kinds, rng)
+def generate_scene(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
+    """Generate a few distinct shapes with a question about one, two or all of them."""
+    shape_scene = compose_scene(rng, crowded=False)
+    kind_weights = {"describe": 5.0, "all_shapes": 1.5, "find_shapes": 1.5, "shape_at": 1.5}
+    if len(shape_scene.outer_shapes) > 1:
+        kind_weights |= {"is_it": 1.5, "how_related": 1.5}
+        kind_weights["larger"] = (
+            1.2 if len({shape.is_large for shape in shape_scene.outer_shapes}) > 1 else 0.0
+        )
+    return _build_sample(shape_scene, kind_weights, rng)
 
 
-def crowd(rng: random.Random, fonts: Choice) -> Drawn:
-    """Many shapes of few kinds, to be counted and found."""
-    made = compose(rng, crowded=True)
-    least = min(Counter(shape.kind for shape in made.placed).values())
-    kinds = {"count": 4.0, "shape_at": 1.0, "find_shapes": 2.0 if least <= MOST_LISTED else 0.0}
-    kinds["all_shapes"] = 1.0 if len(made.placed) <= MOST_LISTED else 0.0
-    return _about(made, kinds, rng)
+def generate_crowd(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
+    """Generate many shapes of few kinds, to be counted and located."""
+    shape_scene = compose_scene(rng, crowded=True)
+    min_count = min(Counter(shape.kind for shape in shape_scene.shapes).values())
+    kind_weights = {
+        "count": 4.0,
+        "shape_at": 1.0,
+        "find_shapes": 2.0 if min_count <= MAX_LISTED_SHAPES else 0.0,
+    }
+    kind_weights["all_shapes"] = 1.0 if len(shape_scene.shapes) <= MAX_LISTED_SHAPES else 0.0
+    return _build_sample(shape_scene, kind_weights, rng)
 
 
-def stated(made: Scene) -> list[Stated]:
-    """What a caption of the scene says: how each shape stands to the next, row by row, what is
-    inside of what, and which of two neighbours is larger."""
-    standing = made.standing
-    pairs = list(pairwise(standing))
-    inside: list[Stated] = [
-        (shape.kind, "inside", shape.within) for shape in made.placed if shape.within is not None
+def list_relations(shape_scene: ShapeScene) -> list[RelationTriple]:
+    """List the relations in a caption of the scene.
+
+    These are the positions of neighboring shapes in row-major order, nested shapes, and the larger
+    of two neighbors.
+    """
+    shapes = shape_scene.outer_shapes
+    pairs = list(pairwise(shapes))
+    inside: list[RelationTriple] = [
+        (shape.kind, "inside", shape.container)
+        for shape in shape_scene.shapes
+        if shape.container is not None
     ]
-    sizes: list[Stated] = []
+    sizes: list[RelationTriple] = []
     for first, second in pairs:
-        if first.large != second.large:
-            bigger, other = (first, second) if first.large else (second, first)
-            sizes.append((bigger.kind, "larger", other.kind))
-    return [(a.kind, relation(a, b), b.kind) for a, b in pairs] + inside + sizes
+        if first.is_large != second.is_large:
+            larger_shape, other = (first, second) if first.is_large else (second, first)
+            sizes.append((larger_shape.kind, "larger", other.kind))
+    return [(a.kind, get_relation(a, b), b.kind) for a, b in pairs] + inside + sizes
 
 
-def relation(first: Placed, second: Placed) -> Relation:
-    """Where the first stands: beside the other where they are further apart that way, or else
-    above or below it."""
-    across, down = (first.cell[axis] - second.cell[axis] for axis in (0, 1))
-    if abs(across) > abs(down):
-        return "left" if across < 0 else "right"
-    return "above" if down < 0 else "below"
+def get_relation(first: PlacedShape, second: PlacedShape) -> Relation:
+    """Return the relation of two shapes: horizontal if they are further apart horizontally, else
+    vertical.
+    """
+    dx, dy = (first.cell[axis] - second.cell[axis] for axis in (0, 1))
+    if abs(dx) > abs(dy):
+        return "left" if dx < 0 else "right"
+    return "above" if dy < 0 else "below"
 
 
-def _about(made: Scene, kinds: dict[str, float], rng: random.Random) -> Drawn:
-    return Drawn.about(photographed(made.picture, rng), partial(_asking, made, kinds), rng)
+def _build_sample(
+    shape_scene: ShapeScene, kind_weights: dict[str, float], rng: random.Random
+) -> SyntheticSample:
+    return SyntheticSample.from_sampler(
+        apply_camera_noise(shape_scene.image, rng),
+        partial(_sample_question, shape_scene, kind_weights),
+        rng,
+    )
 
 
-def compose(rng: random.Random, *, crowded: bool) -> Scene:
-    """Shapes in cells of a grid, row by row: up to MOST_DESCRIBED, all different and perhaps one
-    inside of another, or a crowd of few kinds."""
-    sheet, cell, (columns, rows) = _ground(rng, 3 if crowded else 2)
+def compose_scene(rng: random.Random, *, crowded: bool) -> ShapeScene:
+    """Compose shapes in grid cells in row-major order.
+
+    The scene has up to MAX_DESCRIBED_SHAPES distinct shapes and an optional nested one, or a crowd
+    of few kinds.
+    """
+    canvas, cell, (columns, rows) = _make_grid(rng, 3 if crowded else 2)
     cells = [(x, y) for y in range(rows) for x in range(columns)]
-    number = rng.randint(1, len(cells)) if crowded else rng.choices((1, 2, 3, 4), _NUMBERS)[0]
-    chosen = rng.sample(cells, min(number, len(cells)))
-    chosen.sort(key=lambda at: (at[1], at[0]))
-    kinds = _kinds(sheet, len(chosen), rng, crowded=crowded)
+    num_shapes = (
+        rng.randint(1, len(cells)) if crowded else rng.choices((1, 2, 3, 4), _COUNT_WEIGHTS)[0]
+    )
+    chosen_cells = rng.sample(cells, min(num_shapes, len(cells)))
+    chosen_cells.sort(key=lambda cell_xy: (cell_xy[1], cell_xy[0]))
+    kinds = _sample_kinds(canvas, len(chosen_cells), rng, crowded=crowded)
     placed = []
-    for kind, at in zip(kinds, chosen, strict=True):
-        large = rng.random() < 0.5
-        side = round(cell * rng.uniform(*(LARGE if large else SMALL)))
-        spare = (cell - side) / 2
-        centre = tuple((axis + 0.5) * cell + rng.uniform(-spare, spare) / 2 for axis in at)
-        corners = draw(sheet.picture, kind, (centre[0], centre[1]), side, rng)
-        placed.append(Placed(kind, at, large, corners))
+    for kind, cell_xy in zip(kinds, chosen_cells, strict=True):
+        is_large = rng.random() < 0.5
+        side = round(cell * rng.uniform(*(LARGE_SIZE_RANGE if is_large else SMALL_SIZE_RANGE)))
+        margin = (cell - side) / 2
+        center = tuple((axis + 0.5) * cell + rng.uniform(-margin, margin) / 2 for axis in cell_xy)
+        box = draw_shape(canvas.image, kind, (center[0], center[1]), side, rng)
+        placed.append(PlacedShape(kind, cell_xy, is_large, box))
     if not crowded and rng.random() < 0.3:
-        placed += _inner(sheet, placed, rng)
-    return Scene(sheet.picture, tuple(placed))
+        placed += _add_inner_shape(canvas, placed, rng)
+    return ShapeScene(canvas.image, tuple(placed))
 
 
-def _ground(rng: random.Random, least: int) -> tuple[Sheet, int, tuple[int, int]]:
-    """Paper, the pixels of a cell, and how many cells there are across and down."""
-    cell = rng.randint(*_CELLS)
-    most = min(4, _LARGEST // cell)
-    columns = rng.randint(min(least, most), most)
-    rows = rng.randint(1 if least == 2 else 2, min(3, _LARGEST // cell))
-    size = sides(cell * columns, cell * rows, rng)
-    return paper(size, rng, pale=0.75), cell, (columns, rows)
+def _make_grid(rng: random.Random, min_columns: int) -> tuple[Canvas, int, tuple[int, int]]:
+    """Return the canvas, the cell size in pixels, and the column and row counts."""
+    cell = rng.randint(*_CELL_SIZE_RANGE)
+    max_columns = min(4, _MAX_IMAGE_SIZE // cell)
+    columns = rng.randint(min(min_columns, max_columns), max_columns)
+    rows = rng.randint(1 if min_columns == 2 else 2, min(3, _MAX_IMAGE_SIZE // cell))
+    size = round_up_size(cell * columns, cell * rows, rng)
+    return make_canvas(size, rng, pale_fraction=0.75), cell, (columns, rows)
 
 
-def _kinds(sheet: Sheet, number: int, rng: random.Random, *, crowded: bool) -> list[Kind]:
-    """Kinds that can be seen on the paper, no two of one colour and shape: a few, repeated, for a
-    crowd, else each once."""
-    colours = [name for name, colour in COLOURS.items() if apart(colour, sheet.paper, _CONTRAST)]
-    number_of_kinds = rng.randint(1, min(4, number)) if crowded else number
-    chosen: dict[tuple[str, str], Kind] = {}
-    while len(chosen) < number_of_kinds:
-        kind = _kind(rng, rng.choice(colours))
-        chosen.setdefault((kind.colour, kind.shape), kind)
-    few = list(chosen.values())
-    return [rng.choice(few) for _ in range(number)] if crowded else few
+def _sample_kinds(
+    canvas: Canvas, num_shapes: int, rng: random.Random, *, crowded: bool
+) -> list[ShapeKind]:
+    """Sample visible shape kinds, no two of the same color and shape.
+
+    A crowd repeats a few kinds; other scenes have each kind once.
+    """
+    colors = [
+        name
+        for name, rgb in COLORS.items()
+        if are_distinct(rgb, canvas.background, _MIN_COLOR_DISTANCE)
+    ]
+    num_kinds = rng.randint(1, min(4, num_shapes)) if crowded else num_shapes
+    chosen: dict[tuple[str, str], ShapeKind] = {}
+    while len(chosen) < num_kinds:
+        kind = _sample_kind(rng, rng.choice(colors))
+        chosen.setdefault((kind.color, kind.shape), kind)
+    kinds = list(chosen.values())
+    return [rng.choice(kinds) for _ in range(num_shapes)] if crowded else kinds
 
 
-def _kind(rng: random.Random, colour: str) -> Kind:
+def _sample_kind(rng: random.Random, color: str) -> ShapeKind:
     shape = rng.choice(SHAPES)
-    weights = (8.0, 1.5 * (shape in STRIPED), 1.5 * (shape in HOLLOW))
+    weights = (8.0, 1.5 * (shape in STRIPED_SHAPES), 1.5 * (shape in HOLLOW_SHAPES))
     fill = rng.choices(FILLS, weights)[0]
-    return Kind(fill, colour, shape)
+    return ShapeKind(fill, color, shape)
 
 
-def _inner(sheet: Sheet, placed: Sequence[Placed], rng: random.Random) -> list[Placed]:
-    """A small shape inside of a large solid one, if there is any to hold it."""
-    holders = [
+def _add_inner_shape(
+    canvas: Canvas, placed: Sequence[PlacedShape], rng: random.Random
+) -> list[PlacedShape]:
+    """Add a small shape inside a large solid one, if there is any."""
+    containers = [
         shape
         for shape in placed
-        if shape.large
-        and shape.kind.shape in HOLDING
+        if shape.is_large
+        and shape.kind.shape in CONTAINER_SHAPES
         and shape.kind.fill == "solid"
-        and _room(shape) >= _LEAST
+        and _max_inner_size(shape) >= _MIN_SHAPE_SIZE
     ]
-    if not holders:
+    if not containers:
         return []
-    holder = rng.choice(holders)
-    ground = COLOURS[holder.kind.colour]
-    taken = {(shape.kind.colour, shape.kind.shape) for shape in placed}
-    able = [
-        Kind("solid", name, shape)
-        for name, colour in COLOURS.items()
+    container = rng.choice(containers)
+    background = COLORS[container.kind.color]
+    taken = {(shape.kind.color, shape.kind.shape) for shape in placed}
+    candidates = [
+        ShapeKind("solid", name, shape)
+        for name, rgb in COLORS.items()
         for shape in SHAPES
-        if apart(colour, ground, _CONTRAST + 40) and (name, shape) not in taken
+        if are_distinct(rgb, background, _MIN_COLOR_DISTANCE + 40) and (name, shape) not in taken
     ]
-    kind = rng.choice(able)
-    side = round(rng.uniform(max(_LEAST, 0.87 * _room(holder)), _room(holder)))
-    x1, y1, x2, y2 = holder.corners
-    corners = draw(sheet.picture, kind, ((x1 + x2) / 2, (y1 + y2) / 2), side, rng)
-    return [Placed(kind, holder.cell, False, corners, within=holder.kind)]
+    kind = rng.choice(candidates)
+    side = round(
+        rng.uniform(
+            max(_MIN_SHAPE_SIZE, 0.87 * _max_inner_size(container)), _max_inner_size(container)
+        )
+    )
+    x1, y1, x2, y2 = container.box
+    box = draw_shape(canvas.image, kind, ((x1 + x2) / 2, (y1 + y2) / 2), side, rng)
+    return [PlacedShape(kind, container.cell, False, box, container=container.kind)]
 
 
-def _room(holder: Placed) -> float:
-    """Side of the largest shape that leaves enough of its holder to be seen, all around."""
-    x1, y1, x2, y2 = holder.corners
+def _max_inner_size(container: PlacedShape) -> float:
+    """Return the maximum side length of an inner shape that leaves a visible margin."""
+    x1, y1, x2, y2 = container.box
     return 0.46 * min(x2 - x1, y2 - y1)
 
 
-Asked = tuple[tuple[Said, ...], tuple[Said, ...]]
+QuestionAndAnswer = tuple[tuple[ContentPart, ...], tuple[ContentPart, ...]]
 
 
-def _describe(made: Scene, chinese: bool, rng: random.Random) -> Asked:
-    things = [shape.kind for shape in made.placed]
-    text = captions.caption(things, stated(made), chinese=chinese)
-    return ask("describe", rng, chinese=chinese), (text,)
+def _ask_description(
+    shape_scene: ShapeScene, is_chinese: bool, rng: random.Random
+) -> QuestionAndAnswer:
+    kinds = [shape.kind for shape in shape_scene.shapes]
+    text = captions.write_caption(kinds, list_relations(shape_scene), is_chinese=is_chinese)
+    return fill_template("describe", rng, is_chinese=is_chinese), (text,)
 
 
-def _count(made: Scene, chinese: bool, rng: random.Random) -> Asked:
-    things, number = counted(made, chinese, rng)
-    return ask("count", rng, chinese=chinese, things=things), (str(number),)
+def _ask_count(shape_scene: ShapeScene, is_chinese: bool, rng: random.Random) -> QuestionAndAnswer:
+    class_name, count = sample_counted_class(shape_scene, is_chinese, rng)
+    return fill_template("count", rng, is_chinese=is_chinese, things=class_name), (str(count),)
 
 
-def counted(made: Scene, chinese: bool, rng: random.Random) -> tuple[str, int]:
-    """A class of shapes in the plural and how many there are, sometimes none."""
-    some = rng.choice(made.placed).kind
+def sample_counted_class(
+    shape_scene: ShapeScene, is_chinese: bool, rng: random.Random
+) -> tuple[str, int]:
+    """Sample a class of shapes in the plural and its count, which may be 0."""
+    kind = rng.choice(shape_scene.shapes).kind
     share = rng.random()
     if share < 0.15:
-        return ("图形" if chinese else "shapes"), len(made.placed)
+        return ("图形" if is_chinese else "shapes"), len(shape_scene.shapes)
     if share < 0.4:
-        shape = some.shape if rng.random() < 0.85 else rng.choice(SHAPES)
-        number = sum(each.kind.shape == shape for each in made.placed)
-        return _plural(captions.shape_word(shape, chinese), chinese), number
-    colour = some.colour if rng.random() < 0.85 else rng.choice(tuple(COLOURS))
-    word = captions.colour_word(colour, chinese)
+        shape = kind.shape if rng.random() < 0.85 else rng.choice(SHAPES)
+        count = sum(placed_shape.kind.shape == shape for placed_shape in shape_scene.shapes)
+        return _pluralize(captions.get_shape_name(shape, is_chinese), is_chinese), count
+    color = kind.color if rng.random() < 0.85 else rng.choice(tuple(COLORS))
+    word = captions.get_color_name(color, is_chinese)
     if share < 0.65:
-        number = sum(each.kind.colour == colour for each in made.placed)
-        return (f"{word}图形" if chinese else f"{word} shapes"), number
-    shape = captions.shape_word(some.shape, chinese)
-    both = (colour, some.shape)
-    number = sum((each.kind.colour, each.kind.shape) == both for each in made.placed)
-    return _plural(f"{word}{shape}" if chinese else f"{word} {shape}", chinese), number
+        count = sum(placed_shape.kind.color == color for placed_shape in shape_scene.shapes)
+        return (f"{word}图形" if is_chinese else f"{word} shapes"), count
+    shape = captions.get_shape_name(kind.shape, is_chinese)
+    target = (color, kind.shape)
+    count = sum(
+        (placed_shape.kind.color, placed_shape.kind.shape) == target
+        for placed_shape in shape_scene.shapes
+    )
+    return _pluralize(f"{word}{shape}" if is_chinese else f"{word} {shape}", is_chinese), count
 
 
-def _plural(words: str, chinese: bool) -> str:
-    if chinese:
+def _pluralize(words: str, is_chinese: bool) -> str:
+    if is_chinese:
         return words
     return f"{words}es" if words.endswith(("s", "x")) else f"{words}s"
 
 
-def _find_shapes(made: Scene, chinese: bool, rng: random.Random) -> Asked:
-    counts = Counter(shape.kind for shape in made.placed)
-    kind = rng.choice([kind for kind, count in counts.items() if count <= MOST_LISTED])
-    thing = spoken(kind, chinese)
-    found = (boxed(thing, shape.corners) for shape in made.placed if shape.kind == kind)
-    return ask("find_shapes", rng, chinese=chinese, thing=thing), tuple(found)
+def _ask_shape_boxes(
+    shape_scene: ShapeScene, is_chinese: bool, rng: random.Random
+) -> QuestionAndAnswer:
+    counts = Counter(shape.kind for shape in shape_scene.shapes)
+    kind = rng.choice([kind for kind, count in counts.items() if count <= MAX_LISTED_SHAPES])
+    phrase = describe_kind(kind, is_chinese)
+    boxes = (make_box_part(phrase, shape.box) for shape in shape_scene.shapes if shape.kind == kind)
+    return fill_template("find_shapes", rng, is_chinese=is_chinese, thing=phrase), tuple(boxes)
 
 
-def _all_shapes(made: Scene, chinese: bool, rng: random.Random) -> Asked:
-    found = (boxed(spoken(shape.kind, chinese), shape.corners) for shape in made.placed)
-    return ask("all_shapes", rng, chinese=chinese), tuple(found)
+def _ask_all_boxes(
+    shape_scene: ShapeScene, is_chinese: bool, rng: random.Random
+) -> QuestionAndAnswer:
+    boxes = (
+        make_box_part(describe_kind(shape.kind, is_chinese), shape.box)
+        for shape in shape_scene.shapes
+    )
+    return fill_template("all_shapes", rng, is_chinese=is_chinese), tuple(boxes)
 
 
-def _shape_at(made: Scene, chinese: bool, rng: random.Random) -> Asked:
-    held = {shape.within for shape in made.placed}
-    shape = rng.choice([shape for shape in made.placed if shape.kind not in held] or made.placed)
-    box = boxed(None, shape.corners)
-    return ask("shape_at", rng, chinese=chinese, box=box), (spoken(shape.kind, chinese),)
+def _ask_shape_at_box(
+    shape_scene: ShapeScene, is_chinese: bool, rng: random.Random
+) -> QuestionAndAnswer:
+    containers = {shape.container for shape in shape_scene.shapes}
+    shape = rng.choice(
+        [shape for shape in shape_scene.shapes if shape.kind not in containers]
+        or shape_scene.shapes
+    )
+    box = make_box_part(None, shape.box)
+    return fill_template("shape_at", rng, is_chinese=is_chinese, box=box), (
+        describe_kind(shape.kind, is_chinese),
+    )
 
 
-def _is_it(made: Scene, chinese: bool, rng: random.Random) -> Asked:
-    first, second = _pair(made, rng)
-    true = relation(first, second)
+def _ask_is_related(
+    shape_scene: ShapeScene, is_chinese: bool, rng: random.Random
+) -> QuestionAndAnswer:
+    first, second = _sample_pair(shape_scene, rng)
+    actual = get_relation(first, second)
     opposite: dict[Relation, Relation] = {
         "left": "right",
         "right": "left",
         "above": "below",
         "below": "above",
     }
-    yes = rng.random() < 0.5
-    words = (captions.CHINESE if chinese else captions.ENGLISH)[true if yes else opposite[true]]
-    pair = {"first": spoken(first.kind, chinese), "second": spoken(second.kind, chinese)}
-    said = ("是" if yes else "否") if chinese else ("yes" if yes else "no")
-    return ask("is_it", rng, chinese=chinese, relation=words, **pair), (said,)
+    is_true = rng.random() < 0.5
+    relation_words = (captions.CHINESE_RELATIONS if is_chinese else captions.ENGLISH_RELATIONS)[
+        actual if is_true else opposite[actual]
+    ]
+    pair = {
+        "first": describe_kind(first.kind, is_chinese),
+        "second": describe_kind(second.kind, is_chinese),
+    }
+    answer = ("是" if is_true else "否") if is_chinese else ("yes" if is_true else "no")
+    return fill_template("is_it", rng, is_chinese=is_chinese, relation=relation_words, **pair), (
+        answer,
+    )
 
 
-def _how_related(made: Scene, chinese: bool, rng: random.Random) -> Asked:
-    first, second = _pair(made, rng)
-    words = (captions.CHINESE if chinese else captions.ENGLISH)[relation(first, second)]
-    pair = {"first": spoken(first.kind, chinese), "second": spoken(second.kind, chinese)}
-    return ask("how_related", rng, chinese=chinese, **pair), (words,)
+def _ask_relation(
+    shape_scene: ShapeScene, is_chinese: bool, rng: random.Random
+) -> QuestionAndAnswer:
+    first, second = _sample_pair(shape_scene, rng)
+    relation_words = (captions.CHINESE_RELATIONS if is_chinese else captions.ENGLISH_RELATIONS)[
+        get_relation(first, second)
+    ]
+    pair = {
+        "first": describe_kind(first.kind, is_chinese),
+        "second": describe_kind(second.kind, is_chinese),
+    }
+    return fill_template("how_related", rng, is_chinese=is_chinese, **pair), (relation_words,)
 
 
-def _larger(made: Scene, chinese: bool, rng: random.Random) -> Asked:
-    bigger = rng.choice([shape for shape in made.standing if shape.large])
-    other = rng.choice([shape for shape in made.standing if not shape.large])
-    first, second = rng.sample((bigger, other), 2)
-    pair = {"first": spoken(first.kind, chinese), "second": spoken(second.kind, chinese)}
-    return ask("larger", rng, chinese=chinese, **pair), (spoken(bigger.kind, chinese),)
+def _ask_larger(shape_scene: ShapeScene, is_chinese: bool, rng: random.Random) -> QuestionAndAnswer:
+    larger_shape = rng.choice([shape for shape in shape_scene.outer_shapes if shape.is_large])
+    smaller_shape = rng.choice([shape for shape in shape_scene.outer_shapes if not shape.is_large])
+    first, second = rng.sample((larger_shape, smaller_shape), 2)
+    pair = {
+        "first": describe_kind(first.kind, is_chinese),
+        "second": describe_kind(second.kind, is_chinese),
+    }
+    return fill_template("larger", rng, is_chinese=is_chinese, **pair), (
+        describe_kind(larger_shape.kind, is_chinese),
+    )
 
 
-def _pair(made: Scene, rng: random.Random) -> tuple[Placed, Placed]:
-    first, second = rng.sample(made.standing, 2)
+def _sample_pair(shape_scene: ShapeScene, rng: random.Random) -> tuple[PlacedShape, PlacedShape]:
+    first, second = rng.sample(shape_scene.outer_shapes, 2)
     return first, second
 
 
-def _asking(made: Scene, kinds: Mapping[str, float], rng: random.Random) -> Turn:
-    """One of the kinds of questions, by their shares, in one of the two languages."""
-    kind = rng.choices(list(kinds), list(kinds.values()))[0]
-    return Turn(*_ANSWERS[kind](made, in_chinese(rng), rng), kind)
+def _sample_question(
+    shape_scene: ShapeScene, kind_weights: Mapping[str, float], rng: random.Random
+) -> QuestionAnswer:
+    """Sample a question by weight, in one of the two languages."""
+    kind = rng.choices(list(kind_weights), list(kind_weights.values()))[0]
+    return QuestionAnswer(*_QUESTION_MAKERS[kind](shape_scene, sample_is_chinese(rng), rng), kind)
 
 
-_ANSWERS: dict[str, Callable[[Scene, bool, random.Random], Asked]] = {
-    "describe": _describe,
-    "count": _count,
-    "find_shapes": _find_shapes,
-    "all_shapes": _all_shapes,
-    "shape_at": _shape_at,
-    "is_it": _is_it,
-    "how_related": _how_related,
-    "larger": _larger,
+_QUESTION_MAKERS: dict[str, Callable[[ShapeScene, bool, random.Random], QuestionAndAnswer]] = {
+    "describe": _ask_description,
+    "count": _ask_count,
+    "find_shapes": _ask_shape_boxes,
+    "all_shapes": _ask_all_boxes,
+    "shape_at": _ask_shape_at_box,
+    "is_it": _ask_is_related,
+    "how_related": _ask_relation,
+    "larger": _ask_larger,
 }

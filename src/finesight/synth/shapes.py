@@ -1,4 +1,4 @@
-"""Coloured shapes in several fills, each with the bounds of its ink."""
+"""Colored shapes with several fills and their ink bounds."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from functools import lru_cache
 
 from PIL import Image, ImageChops, ImageDraw
 
-from finesight.synth.drawn import Corners
-from finesight.synth.sheet import INK, Colour
+from finesight.synth.canvas import INK_THRESHOLD, Color
+from finesight.synth.synthetic_sample import PixelBox
 
-COLOURS: dict[str, Colour] = {
+COLORS: dict[str, Color] = {
     "red": (214, 39, 40),
     "green": (40, 150, 50),
     "blue": (31, 80, 200),
@@ -34,139 +34,164 @@ SHAPES = (
 )
 
 FILLS = ("solid", "striped", "hollow")
-"""A solid fill is never said."""
+"""Fills of shapes; captions omit the solid fill."""
 
-HOLLOW = ("square", "rectangle", "triangle", "diamond", "hexagon")
-"""What can be hollow; a hollow circle is a ring."""
+HOLLOW_SHAPES = ("square", "rectangle", "triangle", "diamond", "hexagon")
+"""Shapes that can be hollow; a hollow circle is a ring."""
 
-STRIPED = tuple(shape for shape in SHAPES if shape not in ("ring", "crescent"))
-"""What can be striped: it has room enough."""
+STRIPED_SHAPES = tuple(shape for shape in SHAPES if shape not in ("ring", "crescent"))
+"""Shapes with enough area for stripes."""
 
-HOLDING = ("circle", "square", "diamond", "hexagon")
-"""What another shape can be inside of."""
+CONTAINER_SHAPES = ("circle", "square", "diamond", "hexagon")
+"""Shapes that can contain another shape."""
 
-_FINER = 4
-_CANVAS = 96
-_LOW = 0.58
-"""The shorter side of an oval or a rectangle, as a share of the longer."""
+_SUPERSAMPLING = 4
+_CANVAS_SIZE = 96
+_FLAT_ASPECT = 0.58
+"""Ratio of the shorter to the longer side of an oval or a rectangle."""
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True, order=True)
-class Kind:
-    """What can be said of one shape on its own."""
+class ShapeKind:
+    """Properties of a shape: fill, color and shape name."""
 
     fill: str
-    colour: str
+    color: str
     shape: str
 
     @property
-    def words(self) -> str:
+    def phrase(self) -> str:
         fill = "" if self.fill == "solid" else f"{self.fill} "
-        return f"{fill}{self.colour} {self.shape}"
+        return f"{fill}{self.color} {self.shape}"
 
 
-def draw(picture: Image.Image, kind: Kind, centre: Point, side: int, rng: random.Random) -> Corners:
-    """Put a shape `side` pixels wide on the picture; gives the bounds of its ink."""
-    cover = cover_of(kind, side)
-    bounds = cover.point(_IS_INK).getbbox()
-    assert bounds, f"a {kind.words} of {side} pixels has no ink"
-    x, y = round(centre[0] - cover.width / 2), round(centre[1] - cover.height / 2)
-    picture.paste(_shade(COLOURS[kind.colour], rng), (x, y), cover)
+def draw_shape(
+    image: Image.Image, kind: ShapeKind, center: Point, size: int, rng: random.Random
+) -> PixelBox:
+    """Draw a shape `size` pixels wide on the image and return its ink bounds."""
+    mask = render_mask(kind, size)
+    bounds = mask.point(_INK_LOOKUP).getbbox()
+    assert bounds, f"a {kind.phrase} of {size} pixels has no ink"
+    x, y = round(center[0] - mask.width / 2), round(center[1] - mask.height / 2)
+    image.paste(_jitter_color(COLORS[kind.color], rng), (x, y), mask)
     return bounds[0] + x, bounds[1] + y, bounds[2] + x, bounds[3] + y
 
 
-def cover_of(kind: Kind, side: int) -> Image.Image:
-    """The cover (mode L, `side` by `side`) of the shape's ink."""
-    whole = _whole(kind.shape)
+def render_mask(kind: ShapeKind, size: int) -> Image.Image:
+    """Render the coverage mask (mode L, `size` by `size`) of a shape."""
+    mask = _full_mask(kind.shape)
     if kind.fill == "striped":
-        whole = ImageChops.multiply(whole, _stripes())
-        whole = ImageChops.lighter(whole, _rim(kind.shape, 0.88))
+        mask = ImageChops.multiply(mask, _stripe_mask())
+        mask = ImageChops.lighter(mask, _outline_mask(kind.shape, 0.88))
     elif kind.fill == "hollow":
-        whole = _rim(kind.shape, 0.68)
-    return whole.resize((side, side), Image.Resampling.BOX)
+        mask = _outline_mask(kind.shape, 0.68)
+    return mask.resize((size, size), Image.Resampling.BOX)
 
 
-_IS_INK = [255 if cover >= INK else 0 for cover in range(256)]
+_INK_LOOKUP = [255 if cover >= INK_THRESHOLD else 0 for cover in range(256)]
 
 
-def apart(first: Colour, second: Colour, least: float) -> bool:
-    """Whether two colours differ by that much at least (Euclidean, of 441)."""
-    return math.dist(first, second) >= least
+def are_distinct(first: Color, second: Color, min_distance: float) -> bool:
+    """Return whether two colors differ by at least `min_distance` (Euclidean, of 441)."""
+    return math.dist(first, second) >= min_distance
 
 
-def _shade(colour: Colour, rng: random.Random) -> Colour:
-    red, green, blue = (min(255, max(0, part + rng.randint(-12, 12))) for part in colour)
+def _jitter_color(color: Color, rng: random.Random) -> Color:
+    red, green, blue = (min(255, max(0, channel + rng.randint(-12, 12))) for channel in color)
     return red, green, blue
 
 
 @lru_cache
-def _whole(shape: str) -> Image.Image:
-    return _drawn(shape, 1.0)
+def _full_mask(shape: str) -> Image.Image:
+    return _draw_mask(shape, 1.0)
 
 
 @lru_cache
-def _rim(shape: str, inner: float) -> Image.Image:
-    """The shape without its middle."""
-    return ImageChops.subtract(_whole(shape), _drawn(shape, inner))
+def _outline_mask(shape: str, inner: float) -> Image.Image:
+    """Render the mask of a hollow shape."""
+    return ImageChops.subtract(_full_mask(shape), _draw_mask(shape, inner))
 
 
-def _drawn(shape: str, scale: float) -> Image.Image:
-    side = _CANVAS * _FINER
-    cover = Image.new("L", (side, side))
-    draw = ImageDraw.Draw(cover)
-    low, high = side * (1 - scale) / 2, side * (1 + scale) / 2 - 1
-    flat = (high - low) * (1 - _LOW) / 2
+def _draw_mask(shape: str, scale: float) -> Image.Image:
+    size = _CANVAS_SIZE * _SUPERSAMPLING
+    mask = Image.new("L", (size, size))
+    drawer = ImageDraw.Draw(mask)
+    low, high = size * (1 - scale) / 2, size * (1 + scale) / 2 - 1
+    inset = (high - low) * (1 - _FLAT_ASPECT) / 2
     if shape in ("circle", "ring", "crescent"):
-        draw.ellipse((low, low, high, high), 255)
+        drawer.ellipse((low, low, high, high), 255)
     elif shape == "oval":
-        draw.ellipse((low, low + flat, high, high - flat), 255)
+        drawer.ellipse((low, low + inset, high, high - inset), 255)
     else:
-        points = _middled(_outline(shape), scale)
-        draw.polygon([(x * side, y * side) for x, y in points], 255)
+        points = _scale_about_centroid(_get_polygon(shape), scale)
+        drawer.polygon([(x * size, y * size) for x, y in points], 255)
     if shape == "ring":
         edge = (high - low) * 0.22
-        draw.ellipse((low + edge, low + edge, high - edge, high - edge), 0)
+        drawer.ellipse((low + edge, low + edge, high - edge, high - edge), 0)
     elif shape == "crescent":
-        bite = (high - low) * 0.3
-        draw.ellipse((low + bite, low - bite / 4, high + bite, high + bite / 4 - bite / 2), 0)
-    return cover
+        offset = (high - low) * 0.3
+        drawer.ellipse(
+            (low + offset, low - offset / 4, high + offset, high + offset / 4 - offset / 2), 0
+        )
+    return mask
 
 
 @lru_cache
-def _stripes() -> Image.Image:
-    """Slanted bars."""
-    side = _CANVAS * _FINER
-    cover = Image.new("L", (side, side))
-    draw = ImageDraw.Draw(cover)
-    pitch = side // 5
-    for at in range(-side, side, pitch):
-        draw.line(((at, side), (at + side, 0)), 255, pitch // 3)
-    return cover
+def _stripe_mask() -> Image.Image:
+    """Render the mask of diagonal stripes."""
+    size = _CANVAS_SIZE * _SUPERSAMPLING
+    mask = Image.new("L", (size, size))
+    drawer = ImageDraw.Draw(mask)
+    pitch = size // 5
+    for x in range(-size, size, pitch):
+        drawer.line(((x, size), (x + size, 0)), 255, pitch // 3)
+    return mask
 
 
-def _outline(shape: str) -> Sequence[Point]:
-    """Corners of a shape in a box from (0, 0) to (1, 1)."""
+def _get_polygon(shape: str) -> Sequence[Point]:
+    """Return the corners of a shape in the unit square."""
     if shape == "star":
-        return [_on_circle(corner / 10, 0.5 if corner % 2 == 0 else 0.21) for corner in range(10)]
+        return [
+            _circle_point(corner / 10, 0.5 if corner % 2 == 0 else 0.21) for corner in range(10)
+        ]
     if shape == "hexagon":
-        return [_on_circle(corner / 6, 0.5) for corner in range(6)]
+        return [_circle_point(corner / 6, 0.5) for corner in range(6)]
     if shape == "heart":
-        return [_on_heart(step / 60 * 2 * math.pi) for step in range(60)]
-    return _OUTLINES[shape]
+        return [_heart_point(step / 60 * 2 * math.pi) for step in range(60)]
+    return _POLYGONS[shape]
 
 
-_EDGE = (1 - _LOW) / 2
-_NEAR, _FAR = 0.35, 0.65
-_OUTLINES: dict[str, Sequence[Point]] = {
+_RECTANGLE_INSET = (1 - _FLAT_ASPECT) / 2
+_CROSS_START, _CROSS_END = 0.35, 0.65
+_POLYGONS: dict[str, Sequence[Point]] = {
     "square": ((0.04, 0.04), (0.96, 0.04), (0.96, 0.96), (0.04, 0.96)),
-    "rectangle": ((0, _EDGE), (1, _EDGE), (1, 1 - _EDGE), (0, 1 - _EDGE)),
+    "rectangle": (
+        (0, _RECTANGLE_INSET),
+        (1, _RECTANGLE_INSET),
+        (1, 1 - _RECTANGLE_INSET),
+        (0, 1 - _RECTANGLE_INSET),
+    ),
     "triangle": ((0.5, 0.06), (1, 0.94), (0, 0.94)),
     "diamond": ((0.5, 0), (0.9, 0.5), (0.5, 1), (0.1, 0.5)),
     "cross": (
-        *((_NEAR, 0), (_FAR, 0), (_FAR, _NEAR), (1, _NEAR), (1, _FAR), (_FAR, _FAR)),
-        *((_FAR, 1), (_NEAR, 1), (_NEAR, _FAR), (0, _FAR), (0, _NEAR), (_NEAR, _NEAR)),
+        *(
+            (_CROSS_START, 0),
+            (_CROSS_END, 0),
+            (_CROSS_END, _CROSS_START),
+            (1, _CROSS_START),
+            (1, _CROSS_END),
+            (_CROSS_END, _CROSS_END),
+        ),
+        *(
+            (_CROSS_END, 1),
+            (_CROSS_START, 1),
+            (_CROSS_START, _CROSS_END),
+            (0, _CROSS_END),
+            (0, _CROSS_START),
+            (_CROSS_START, _CROSS_START),
+        ),
     ),
     "arrow": (
         *((0, 0.36), (0.55, 0.36), (0.55, 0.12), (1, 0.5)),
@@ -175,20 +200,23 @@ _OUTLINES: dict[str, Sequence[Point]] = {
 }
 
 
-def _on_circle(turn: float, reach: float) -> Point:
-    """The point at a share of a whole turn from the top."""
-    angle = 2 * math.pi * (turn - 0.25)
-    return 0.5 + reach * math.cos(angle), 0.5 + reach * math.sin(angle)
+def _circle_point(fraction: float, radius: float) -> Point:
+    """Return the point at a fraction of the circle, clockwise from the top."""
+    angle = 2 * math.pi * (fraction - 0.25)
+    return 0.5 + radius * math.cos(angle), 0.5 + radius * math.sin(angle)
 
 
-def _on_heart(angle: float) -> Point:
-    across = 16 * math.sin(angle) ** 3
-    up = 13 * math.cos(angle) - 5 * math.cos(2 * angle) - 2 * math.cos(3 * angle)
-    return 0.5 + across / 34, 0.48 - (up - math.cos(4 * angle)) / 34
+def _heart_point(angle: float) -> Point:
+    dx = 16 * math.sin(angle) ** 3
+    dy = 13 * math.cos(angle) - 5 * math.cos(2 * angle) - 2 * math.cos(3 * angle)
+    return 0.5 + dx / 34, 0.48 - (dy - math.cos(4 * angle)) / 34
 
 
-def _middled(points: Sequence[Point], scale: float) -> list[Point]:
-    """Scaled about the mean of the corners, which for a triangle lies below the middle."""
+def _scale_about_centroid(points: Sequence[Point], scale: float) -> list[Point]:
+    """Scale points about the mean of the corners.
+
+    For a triangle, it is below the center.
+    """
     x = sum(point[0] for point in points) / len(points)
     y = sum(point[1] for point in points) / len(points)
     return [(x + (px - x) * scale, y + (py - y) * scale) for px, py in points]

@@ -1,4 +1,4 @@
-"""Larger pictures full of things that mean nothing, with a few plates that bear words."""
+"""Larger images full of distractors with a few text plates."""
 
 from __future__ import annotations
 
@@ -8,118 +8,125 @@ from functools import partial
 from PIL import Image, ImageDraw, ImageFilter
 
 from finesight.synth import vocabulary
-from finesight.synth.drawn import Corners, Drawn, Turn
-from finesight.synth.fonts import Choice, any_face, drawable, load
-from finesight.synth.sheet import (
-    SQUARE,
-    Colour,
-    Sheet,
-    Word,
-    any_colour,
-    ink_on,
-    paper,
-    photographed,
+from finesight.synth.canvas import (
+    TOKEN_SIZE,
+    Canvas,
+    Color,
+    RenderedWord,
+    apply_camera_noise,
+    make_canvas,
+    sample_color,
+    sample_ink,
 )
-from finesight.synth.texts import answered, occurring_once
+from finesight.synth.fonts import FontSplit, can_draw, load_font, sample_face
+from finesight.synth.synthetic_sample import PixelBox, QuestionAnswer, SyntheticSample
+from finesight.synth.text_images import find_unique_words, make_question
 
-ACROSS, DOWN = (9, 20), (7, 13)
-"""Squares of a picture's sides."""
+COLUMN_RANGE, ROW_RANGE = (9, 20), (7, 13)
+"""Image width and height in tokens."""
 
-MOST_PLATES = 5
+MAX_PLATES = 5
 
-_SIZES = (11, 12, 13, 14, 16, 18, 20, 24, 30)
-_COARSER = 2
-"""Clutter is drawn so many times smaller and then enlarged, for soft edges."""
+_FONT_SIZES = (11, 12, 13, 14, 16, 18, 20, 24, 30)
+_CLUTTER_SCALE = 2
+"""Clutter is drawn at this reduced scale and enlarged, for soft edges."""
 
 
-def street(rng: random.Random, fonts: Choice) -> Drawn:
-    """Words on plates among clutter, one of them to be found or read."""
-    size = SQUARE * rng.randint(*ACROSS), SQUARE * rng.randint(*DOWN)
-    picture = cluttered(size, rng)
-    taken: list[Corners] = []
-    words: list[Word] = []
-    for _ in range(rng.randint(1, MOST_PLATES)):
-        plate, written = _plate(rng, fonts)
-        wide, high = plate.size
-        if not written or wide >= size[0] or high >= size[1]:
+def generate_street(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
+    """Generate text plates among clutter with a question to locate or read one of them."""
+    size = TOKEN_SIZE * rng.randint(*COLUMN_RANGE), TOKEN_SIZE * rng.randint(*ROW_RANGE)
+    image = draw_clutter(size, rng)
+    occupied: list[PixelBox] = []
+    words: list[RenderedWord] = []
+    for _ in range(rng.randint(1, MAX_PLATES)):
+        plate, plate_words = _draw_plate(rng, fonts)
+        width, height = plate.size
+        if not plate_words or width >= size[0] or height >= size[1]:
             continue
-        x, y = rng.randrange(size[0] - wide), rng.randrange(size[1] - high)
-        if any(_meet((x, y, x + wide, y + high), other) for other in taken):
+        x, y = rng.randrange(size[0] - width), rng.randrange(size[1] - height)
+        if any(_overlaps((x, y, x + width, y + height), other) for other in occupied):
             continue
-        picture.paste(plate, (x, y))
-        taken.append((x, y, x + wide, y + high))
-        words += [_moved(word, x, y) for word in written]
-    if not occurring_once([words]):
-        return street(rng, fonts)
-    return Drawn.about(photographed(picture, rng), partial(_asking, words), rng)
-
-
-def _asking(words: list[Word], rng: random.Random) -> Turn:
-    kind = rng.choices(("find", "read_at"), (3, 2))[0]
-    return Turn(*answered(kind, [words], rng), kind)
-
-
-def cluttered(size: tuple[int, int], rng: random.Random) -> Image.Image:
-    """Walls, windows, poles and round things in any colours, somewhat out of focus."""
-    wide, high = size[0] // _COARSER, size[1] // _COARSER
-    colours = [_muted(rng) for _ in range(rng.randint(2, 4))]
-    picture = Image.new("RGB", (1, len(colours)))
-    picture.putdata(colours)
-    picture = picture.resize((wide, high), Image.Resampling.BILINEAR)
-    draw = ImageDraw.Draw(picture)
-    for _ in range(rng.randint(6, 40)):
-        x, y = rng.randrange(-20, wide), rng.randrange(-20, high)
-        box = (x, y, x + rng.randint(2, wide // 3), y + rng.randint(2, high // 2))
-        share, colour = rng.random(), _muted(rng)
-        if share < 0.5:
-            draw.rectangle(box, colour)
-        elif share < 0.7:
-            draw.ellipse(box, colour)
-        elif share < 0.85:
-            draw.line(box, colour, rng.randint(1, 5))
-        else:
-            draw.rectangle(box, outline=colour, width=rng.randint(1, 3))
-    picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2)))
-    return picture.resize(size, Image.Resampling.BILINEAR)
-
-
-def _plate(rng: random.Random, fonts: Choice) -> tuple[Image.Image, list[Word]]:
-    """One to three lines of a word each on a plain ground; no words where one did not fit."""
-    texts = rng.choice(vocabulary.SIGNS).split("|") if rng.random() < 0.3 else None
-    texts = texts or [vocabulary.word(rng) for _ in range(rng.randint(1, 3))]
-    face = any_face(rng, fonts)
-    font = load(face, rng.choice(_SIZES))
-    pitch = font.size * rng.uniform(1.05, 1.4)
-    edge = rng.randint(4, 14)
-    size = (
-        round(max(map(font.getlength, texts))) + 2 * edge,
-        round(pitch * len(texts)) + 2 * edge,
+        image.paste(plate, (x, y))
+        occupied.append((x, y, x + width, y + height))
+        words += [_translate_word(word, x, y) for word in plate_words]
+    if not find_unique_words([words]):
+        return generate_street(rng, fonts)
+    return SyntheticSample.from_sampler(
+        apply_camera_noise(image, rng), partial(_sample_question, words), rng
     )
-    sheet = paper(size, rng, pale=0.5)
+
+
+def _sample_question(words: list[RenderedWord], rng: random.Random) -> QuestionAnswer:
+    kind = rng.choices(("find", "read_at"), (3, 2))[0]
+    return QuestionAnswer(*make_question(kind, [words], rng), kind)
+
+
+def draw_clutter(size: tuple[int, int], rng: random.Random) -> Image.Image:
+    """Draw out-of-focus walls, windows, poles and round objects."""
+    width, height = size[0] // _CLUTTER_SCALE, size[1] // _CLUTTER_SCALE
+    colors = [_sample_muted_color(rng) for _ in range(rng.randint(2, 4))]
+    image = Image.new("RGB", (1, len(colors)))
+    image.putdata(colors)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    draw = ImageDraw.Draw(image)
+    for _ in range(rng.randint(6, 40)):
+        x, y = rng.randrange(-20, width), rng.randrange(-20, height)
+        box = (x, y, x + rng.randint(2, width // 3), y + rng.randint(2, height // 2))
+        share, color = rng.random(), _sample_muted_color(rng)
+        if share < 0.5:
+            draw.rectangle(box, color)
+        elif share < 0.7:
+            draw.ellipse(box, color)
+        elif share < 0.85:
+            draw.line(box, color, rng.randint(1, 5))
+        else:
+            draw.rectangle(box, outline=color, width=rng.randint(1, 3))
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2)))
+    return image.resize(size, Image.Resampling.BILINEAR)
+
+
+def _draw_plate(rng: random.Random, fonts: FontSplit) -> tuple[Image.Image, list[RenderedWord]]:
+    """Draw one to three lines with one word each.
+
+    The words are empty if one did not fit.
+    """
+    texts = rng.choice(vocabulary.SIGN_TEXTS).split("|") if rng.random() < 0.3 else None
+    texts = texts or [vocabulary.sample_word(rng) for _ in range(rng.randint(1, 3))]
+    face = sample_face(rng, fonts)
+    font = load_font(face, rng.choice(_FONT_SIZES))
+    line_height = font.size * rng.uniform(1.05, 1.4)
+    padding = rng.randint(4, 14)
+    size = (
+        round(max(map(font.getlength, texts))) + 2 * padding,
+        round(line_height * len(texts)) + 2 * padding,
+    )
+    canvas = make_canvas(size, rng, pale_fraction=0.5)
     if rng.random() < 0.5:
-        sheet = Sheet(Image.new("RGB", size, sheet.paper), sheet.paper)
-    sheet.angle = rng.uniform(-6, 6) if rng.random() < 0.5 else 0.0
-    ink, words = ink_on(sheet.paper, rng), []
+        canvas = Canvas(Image.new("RGB", size, canvas.background), canvas.background)
+    canvas.angle = rng.uniform(-6, 6) if rng.random() < 0.5 else 0.0
+    ink, words = sample_ink(canvas.background, rng), []
     for line, text in enumerate(texts):
         left = (size[0] - font.getlength(text)) / 2
-        base = edge + pitch * (line + 0.75)
-        written = sheet.write(text, font, left, base, ink) if drawable(face, text) else None
+        baseline = padding + line_height * (line + 0.75)
+        written = (
+            canvas.draw_text(text, font, left, baseline, ink) if can_draw(face, text) else None
+        )
         if not written:
-            return sheet.picture, []
+            return canvas.image, []
         words.append(written)
-    return sheet.picture, words
+    return canvas.image, words
 
 
-def _muted(rng: random.Random) -> Colour:
-    """A colour as things outdoors have it: mostly near to gray."""
+def _sample_muted_color(rng: random.Random) -> Color:
+    """Sample a color typical of outdoor objects, mostly close to gray."""
     if rng.random() < 0.15:
-        return any_colour(rng)
+        return sample_color(rng)
     gray = rng.randrange(15, 240)
     red, green, blue = (min(255, max(0, gray + rng.randint(-35, 35))) for _ in range(3))
     return red, green, blue
 
 
-def _meet(first: Corners, second: Corners) -> bool:
+def _overlaps(first: PixelBox, second: PixelBox) -> bool:
     return (
         first[0] < second[2]
         and second[0] < first[2]
@@ -128,6 +135,6 @@ def _meet(first: Corners, second: Corners) -> bool:
     )
 
 
-def _moved(word: Word, x: int, y: int) -> Word:
-    x1, y1, x2, y2 = word.corners
-    return Word(word.text, (x1 + x, y1 + y, x2 + x, y2 + y))
+def _translate_word(word: RenderedWord, x: int, y: int) -> RenderedWord:
+    x1, y1, x2, y2 = word.box
+    return RenderedWord(word.text, (x1 + x, y1 + y, x2 + x, y2 + y))

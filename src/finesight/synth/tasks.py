@@ -1,4 +1,4 @@
-"""Generated tasks: endless, and each sample a function of task, seed and number alone."""
+"""Synthetic tasks of unlimited size: each sample is a function of task, seed and index."""
 
 from __future__ import annotations
 
@@ -9,47 +9,47 @@ from itertools import count
 from typing import get_args
 
 from finesight.errors import UserError
-from finesight.synth import formulas, receipts, scenes, streets, texts
-from finesight.synth.drawn import Drawn
-from finesight.synth.fonts import Choice
+from finesight.synth import formulas, receipts, scenes, streets, text_images
+from finesight.synth.fonts import FontSplit
+from finesight.synth.synthetic_sample import SyntheticSample
 
-TASKS: dict[str, Callable[[random.Random, Choice], Drawn]] = {
-    "letters": texts.letters,
-    "pieces": texts.pieces,
-    "word": texts.word,
-    "words": texts.words,
-    "lines": texts.lines,
-    "sign": texts.sign,
-    "street": streets.street,
-    "chinese": texts.chinese,
-    "receipt": receipts.receipt,
-    "formula": formulas.formula,
-    "scene": scenes.scene,
-    "crowd": scenes.crowd,
+TASK_GENERATORS: dict[str, Callable[[random.Random, FontSplit], SyntheticSample]] = {
+    "letters": text_images.generate_letters,
+    "pieces": text_images.generate_fragments,
+    "word": text_images.generate_word,
+    "words": text_images.generate_words,
+    "lines": text_images.generate_lines,
+    "sign": text_images.generate_sign,
+    "street": streets.generate_street,
+    "chinese": text_images.generate_chinese,
+    "receipt": receipts.generate_receipt,
+    "formula": formulas.generate_formula,
+    "scene": scenes.generate_scene,
+    "crowd": scenes.generate_crowd,
 }
-"""What draws each task. All but `formula` need Pillow alone; `chinese` needs a font with Chinese,
-and every task that writes needs the fonts of its choice."""
+"""Generators by task. All except `formula` need only Pillow; `chinese` needs a Chinese font, and
+every text task needs the fonts of its split."""
 
 
-PATIENCE = 500
-"""Samples that may go by before a kind of question counts as never asked."""
+MAX_REJECTED_SAMPLES = 500
+"""Number of consecutive samples without a question type after which it counts as unavailable."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """A task by its name and the fonts that it writes in. Raises UserError for unknown names."""
+class SyntheticTask:
+    """A task by name and the font split of its texts. Raises UserError for unknown names."""
 
     name: str
-    fonts: Choice = "seen"
+    font_split: FontSplit = "seen"
 
     def __post_init__(self) -> None:
-        for what, name, known in (
-            ("task", self.name, tuple(TASKS)),
-            ("choice of fonts", self.fonts, get_args(Choice)),
+        for field_name, name, known in (
+            ("task", self.name, tuple(TASK_GENERATORS)),
+            ("choice of fonts", self.font_split, get_args(FontSplit)),
         ):
             if name not in known:
                 raise UserError(
-                    f"no {what} {name!r}",
+                    f"no {field_name} {name!r}",
                     where="generated tasks",
                     expected=f"one of {', '.join(known)}",
                     remedy="correct the name",
@@ -57,18 +57,18 @@ class Task:
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """A task, and which of its kinds of questions are measured."""
+class EvalTask:
+    """A task and the question type to evaluate."""
 
-    task: Task
-    kind: str
+    task: SyntheticTask
+    task_kind: str
 
 
-FIRST: dict[str, float] = {"letters": 0.4, "pieces": 0.3, "word": 0.15, "scene": 0.15}
-"""Shares of the tasks at the beginning of pre-training. From letters a model soon learns that
-there is something to read; from whole words alone it takes many times longer."""
+WARMUP_MIXTURE: dict[str, float] = {"letters": 0.4, "pieces": 0.3, "word": 0.15, "scene": 0.15}
+"""Task weights at the start of pretraining. Training on single letters first is many times faster
+than starting with complete words."""
 
-MIXTURE: dict[str, float] = {
+MAIN_MIXTURE: dict[str, float] = {
     "letters": 0.02,
     "pieces": 0.04,
     "word": 0.14,
@@ -82,62 +82,71 @@ MIXTURE: dict[str, float] = {
     "scene": 0.10,
     "crowd": 0.02,
 }
-"""Shares of the tasks in the rest of pre-training."""
+"""Task weights in the rest of pretraining."""
 
-MOST_TURNS = 8
-"""Questions about a picture of a mixture, at most: it is dearer to draw than they are to ask."""
+MAX_TURNS = 8
+"""Maximum number of questions per image of a mixture: images are more expensive than questions."""
 
-HELD_OUT: dict[str, HeldOut] = {
-    "words": HeldOut(Task("word"), "word"),
-    "words in unseen fonts": HeldOut(Task("word", "unseen"), "word"),
-    "word boxes": HeldOut(Task("words"), "find"),
-    "word boxes in unseen fonts": HeldOut(Task("words", "unseen"), "find"),
-    "word boxes among clutter": HeldOut(Task("street"), "find"),
-    "formulas": HeldOut(Task("formula"), "formula"),
-    "captions": HeldOut(Task("scene"), "describe"),
-    "shape boxes": HeldOut(Task("scene"), "find_shapes"),
-    "counts": HeldOut(Task("crowd"), "count"),
-    "receipts": HeldOut(Task("receipt"), "receipt"),
-    "chinese": HeldOut(Task("chinese"), "read"),
+EVAL_TASKS: dict[str, EvalTask] = {
+    "words": EvalTask(SyntheticTask("word"), "word"),
+    "words in unseen fonts": EvalTask(SyntheticTask("word", "unseen"), "word"),
+    "word boxes": EvalTask(SyntheticTask("words"), "find"),
+    "word boxes in unseen fonts": EvalTask(SyntheticTask("words", "unseen"), "find"),
+    "word boxes among clutter": EvalTask(SyntheticTask("street"), "find"),
+    "formulas": EvalTask(SyntheticTask("formula"), "formula"),
+    "captions": EvalTask(SyntheticTask("scene"), "describe"),
+    "shape boxes": EvalTask(SyntheticTask("scene"), "find_shapes"),
+    "counts": EvalTask(SyntheticTask("crowd"), "count"),
+    "receipts": EvalTask(SyntheticTask("receipt"), "receipt"),
+    "chinese": EvalTask(SyntheticTask("chinese"), "read"),
 }
-"""What is measured on a fresh seed, by what it is called in reports."""
+"""Evaluation tasks on an unused seed, by report name."""
 
 
-def sample(task: Task, seed: int, index: int) -> Drawn:
-    """Sample number `index` of the task: the same whenever and wherever it is drawn with the same
-    fonts and releases of Pillow and matplotlib."""
-    # A text as seed is hashed whole: neighbouring numbers have nothing in common.
+def generate_sample(task: SyntheticTask, seed: int, index: int) -> SyntheticSample:
+    """Generate sample number `index` of the task.
+
+    It is reproducible for the same fonts and the same versions of Pillow and matplotlib.
+    """
+    # A text seed is hashed: adjacent indices give independent samples.
     rng = random.Random(f"{task.name} {seed} {index}")
-    return TASKS[task.name](rng, task.fonts)
+    return TASK_GENERATORS[task.name](rng, task.font_split)
 
 
-def mixed(mixture: Mapping[str, float], seed: int, index: int, fonts: Choice = "seen") -> Drawn:
-    """Sample number `index` of a mixture of tasks by their shares, with one to MOST_TURNS
-    questions about it."""
+def generate_mixture_sample(
+    mixture: Mapping[str, float], seed: int, index: int, font_split: FontSplit = "seen"
+) -> SyntheticSample:
+    """Generate sample number `index` of a weighted task mixture, with one
+    to MAX_TURNS questions."""
     rng = random.Random(f"mixture {seed} {index}")
     name = rng.choices(list(mixture), list(mixture.values()))[0]
-    return sample(Task(name, fonts), seed, index).with_more(rng.randrange(MOST_TURNS), rng)
+    return generate_sample(SyntheticTask(name, font_split), seed, index).add_questions(
+        rng.randrange(MAX_TURNS), rng
+    )
 
 
-def of_kind(task: Task, seed: int, kind: str | None) -> Iterator[tuple[int, Drawn]]:
-    """The samples of the task that ask this kind of question (any for None), with their numbers.
+def iter_samples_of_kind(
+    task: SyntheticTask, seed: int, task_kind: str | None
+) -> Iterator[tuple[int, SyntheticSample]]:
+    """Yield the indexed samples of a task with this question type (any for None).
 
-    Raises UserError when PATIENCE samples in a row ask others.
+    Raises:
+        UserError: MAX_REJECTED_SAMPLES consecutive samples have other question types.
     """
-    others: set[str] = set()
-    passed_over = 0
+    other_kinds: set[str] = set()
+    num_rejected = 0
     for index in count():
-        drawn = sample(task, seed, index)
-        if kind in (None, drawn.kind):
-            passed_over = 0
-            yield index, drawn
+        sample = generate_sample(task, seed, index)
+        if task_kind in (None, sample.task_kind):
+            num_rejected = 0
+            yield index, sample
             continue
-        others.add(drawn.kind)
-        passed_over += 1
-        if passed_over == PATIENCE:
+        other_kinds.add(sample.task_kind)
+        num_rejected += 1
+        if num_rejected == MAX_REJECTED_SAMPLES:
             raise UserError(
-                f"no question of the kind {kind!r} in {PATIENCE} samples",
+                f"no question of the kind {task_kind!r} in {MAX_REJECTED_SAMPLES} samples",
                 where=f"generated tasks: {task.name}",
-                expected=f"one of {', '.join(sorted(others))}",
+                expected=f"one of {', '.join(sorted(other_kinds))}",
                 remedy="correct the kind, or choose the task that asks it",
             )

@@ -1,7 +1,7 @@
-"""Train tickets: a kind of document that pre-training never shows, with a table of what they say.
+"""Synthetic train tickets, a document type that pretraining does not contain, with a label table.
 
-Pillow alone draws them, in its built-in face. Three layouts, labels and colours of several rail
-companies, and places that are made up anew, so that a held-out ticket cannot be known by heart.
+The tickets are drawn with the built-in face of Pillow, in three layouts with labels and colors of
+several rail companies. City names are generated, so that validation tickets cannot be memorized.
 """
 
 from __future__ import annotations
@@ -18,192 +18,248 @@ from PIL import Image, ImageDraw, ImageFont
 
 from finesight.storage import write_folder
 from finesight.synth import vocabulary
-from finesight.synth.fonts import faces, load
-from finesight.synth.sheet import Colour, Sheet
+from finesight.synth.canvas import Canvas, Color
+from finesight.synth.fonts import list_faces, load_font
 
-TABLE = "tickets.csv"
-"""The label file: a row for each picture."""
+TABLE_FILE = "tickets.csv"
+"""Label file with one row per image."""
 
-FIELDS = ("from", "to", "date", "seat", "price")
-"""What a ticket says, column by column of the table, after the path of its `picture`."""
+TICKET_FIELDS = ("from", "to", "date", "seat", "price")
+"""Fields of a ticket, the columns of the table after `image`."""
 
-WIDTH = 224
-"""Pixels across; the height goes by the layout."""
+IMAGE_WIDTH = 224
+"""Width in pixels; the height depends on the layout."""
 
-Fields = dict[str, str]
-"""What stands on a ticket, by FIELDS."""
+TicketFields = dict[str, str]
+"""Values of a ticket by TICKET_FIELDS."""
 
 _COMPANIES = (
     *("Northline", "Coast Rail", "Valley Express", "Blue Arrow", "Green Line", "City Link"),
     *("Great Western", "Sunrise Trains", "Lake Railway", "Metro Rail", "Eastern", "Swift Rail"),
 )
-_LABELS: tuple[tuple[str, ...], ...] = (
+_LABEL_SETS: tuple[tuple[str, ...], ...] = (
     ("FROM", "TO", "DATE", "SEAT", "PRICE"),
     ("From", "To", "Date", "Seat", "Fare"),
     ("Departs", "Arrives", "Day", "Place", "Paid"),
 )
-"""How companies name the FIELDS, in their order."""
+"""Printed labels of TICKET_FIELDS by company, in their order."""
 
-_BANDS: tuple[Colour, ...] = ((20, 70, 150), (170, 30, 40), (15, 105, 75), (60, 50, 90))
-_PAPERS: tuple[Colour, ...] = ((255, 255, 255), (250, 240, 215), (225, 240, 250), (252, 228, 200))
-_INK: Colour = (20, 20, 25)
-_PALE: Colour = (95, 95, 105)
-_WHITE: Colour = (255, 255, 255)
+_BAND_COLORS: tuple[Color, ...] = ((20, 70, 150), (170, 30, 40), (15, 105, 75), (60, 50, 90))
+_PAPER_COLORS: tuple[Color, ...] = (
+    (255, 255, 255),
+    (250, 240, 215),
+    (225, 240, 250),
+    (252, 228, 200),
+)
+_INK_COLOR: Color = (20, 20, 25)
+_LABEL_COLOR: Color = (95, 95, 105)
+_WHITE_COLOR: Color = (255, 255, 255)
 
-_STEMS = (
+_CITY_STEMS = (
     *("Ash", "Elm", "Oak", "Red", "Stone", "River", "Wood", "Hill", "Clear", "Long", "North"),
     *("West", "High", "Mill", "Bridge", "Fair", "Green", "Marsh", "Lang", "Brook", "King"),
 )
-_ENDINGS = ("ton", "ford", "ham", "port", "dale", "mouth", "wick", "field", "by", "burgh", "well")
-_LONGEST = 10
-"""Letters of a place."""
+_CITY_SUFFIXES = (
+    "ton",
+    "ford",
+    "ham",
+    "port",
+    "dale",
+    "mouth",
+    "wick",
+    "field",
+    "by",
+    "burgh",
+    "well",
+)
+_MAX_CITY_LETTERS = 10
+"""Maximum number of letters of a city name."""
 
-_WIDEST = WIDTH // 2 - 12
-"""Pixels of a place at the larger of _SIZES: two stand side by side."""
+_MAX_CITY_WIDTH = IMAGE_WIDTH // 2 - 12
+"""Maximum width in pixels of a city name at the larger of _FONT_SIZES, so that two fit next to each
+other."""
 
-_BAND = 26
+_BAND_HEIGHT = 26
 _MARGIN = 8
-_SMALL, _SIZES = 14, (16, 17)
-"""Pixels an em of labels, and of what they name."""
+_LABEL_SIZE, _FONT_SIZES = 14, (16, 17)
+"""Font sizes of labels and values in pixels per em."""
 
 _FIRST_DAY = datetime.date(2024, 1, 1)
-_DAYS = 1500
+_NUM_DAYS = 1500
 
 
 @dataclass(frozen=True)
-class _Look:
-    """A company: its name, labels and colours, and the size of what labels name."""
+class _TicketStyle:
+    """Style of a company: name, labels, colors and font size of the values."""
 
     company: str
     labels: dict[str, str]
-    band: Colour
-    paper: Colour
-    size: int
+    band_color: Color
+    background: Color
+    font_size: int
 
 
-def draw_tickets(target: Path, count: int, seed: int) -> Path:
-    """Write `count` pictures and their table into the new folder `target`; gives the table's path.
+def write_tickets(target: Path, num_tickets: int, seed: int) -> Path:
+    """Write images of tickets and their table to the new folder `target`.
 
-    A row has `picture` (a path relative to the table) and FIELDS. The same seed draws the same,
-    and more tickets begin with the same ones. Raises UserError when `target` exists.
+    A row has `image` (a path relative to the table) and TICKET_FIELDS. Output is deterministic in
+    the seed, and a larger set starts with the same tickets.
+
+    Returns:
+        The path of the table.
+
+    Raises:
+        UserError: `target` exists.
     """
     with write_folder(target) as folder:
-        (folder / "pictures").mkdir()
+        (folder / "images").mkdir()
         text = io.StringIO()
-        table = csv.DictWriter(text, ("picture", *FIELDS), lineterminator="\n")
-        table.writeheader()
-        for number in range(count):
-            # A text as seed is hashed whole: neighbouring numbers have nothing in common.
-            rng = random.Random(f"ticket {seed} {number}")
-            said, name = invented(rng), f"pictures/{number:04}.png"
-            printed(said, rng).save(folder / name)
-            table.writerow({"picture": name, **said})
-        (folder / TABLE).write_text(text.getvalue(), encoding="utf-8")
-    return target / TABLE
+        writer = csv.DictWriter(text, ("image", *TICKET_FIELDS), lineterminator="\n")
+        writer.writeheader()
+        for index in range(num_tickets):
+            # A text seed is hashed: adjacent indices give independent samples.
+            rng = random.Random(f"ticket {seed} {index}")
+            fields, name = sample_ticket(rng), f"images/{index:04}.png"
+            draw_ticket(fields, rng).save(folder / name)
+            writer.writerow({"image": name, **fields})
+        (folder / TABLE_FILE).write_text(text.getvalue(), encoding="utf-8")
+    return target / TABLE_FILE
 
 
-def invented(rng: random.Random) -> Fields:
-    """A journey between two places, a day, a seat and what it cost."""
-    start = _place(rng)
+def sample_ticket(rng: random.Random) -> TicketFields:
+    """Sample a journey between two cities, a date, a seat and a price."""
+    start = _sample_city(rng)
     end = start
     while end == start:
-        end = _place(rng)
-    day = _FIRST_DAY + datetime.timedelta(days=rng.randrange(_DAYS))
+        end = _sample_city(rng)
+    day = _FIRST_DAY + datetime.timedelta(days=rng.randrange(_NUM_DAYS))
     seat = f"{rng.randint(1, 89)}{rng.choice('ABCD')}"
     price = f"${rng.randint(150, 9999) / 100:.2f}"
     values = (start, end, f"{day.day} {day:%b} {day.year}", seat, price)
-    return dict(zip(FIELDS, values, strict=True))
+    return dict(zip(TICKET_FIELDS, values, strict=True))
 
 
-def _place(rng: random.Random) -> str:
+def _sample_city(rng: random.Random) -> str:
     while True:
-        stem = rng.choice(_STEMS) if rng.random() < 0.25 else vocabulary.made_up(rng)
-        name = f"{stem}{rng.choice(_ENDINGS)}".capitalize()
-        rude = any(fragment in name.lower() for fragment in vocabulary.AVOIDED)
-        if len(name) <= _LONGEST and not rude and _length(name, max(_SIZES)) <= _WIDEST:
+        stem = rng.choice(_CITY_STEMS) if rng.random() < 0.25 else vocabulary.sample_pseudoword(rng)
+        name = f"{stem}{rng.choice(_CITY_SUFFIXES)}".capitalize()
+        is_blocked = any(fragment in name.lower() for fragment in vocabulary.BLOCKED_FRAGMENTS)
+        if (
+            len(name) <= _MAX_CITY_LETTERS
+            and not is_blocked
+            and _text_width(name, max(_FONT_SIZES)) <= _MAX_CITY_WIDTH
+        ):
             return name
 
 
-def printed(said: Fields, rng: random.Random) -> Image.Image:
-    """The ticket as an RGB picture, WIDTH pixels wide, in one of three layouts."""
-    labels = dict(zip(FIELDS, rng.choice(_LABELS), strict=True))
-    company, size = rng.choice(_COMPANIES), rng.choice(_SIZES)
-    look = _Look(company, labels, rng.choice(_BANDS), rng.choice(_PAPERS), size)
+def draw_ticket(fields: TicketFields, rng: random.Random) -> Image.Image:
+    """Draw the ticket as an RGB image, IMAGE_WIDTH pixels wide, in one of three layouts."""
+    labels = dict(zip(TICKET_FIELDS, rng.choice(_LABEL_SETS), strict=True))
+    company, size = rng.choice(_COMPANIES), rng.choice(_FONT_SIZES)
+    style = _TicketStyle(company, labels, rng.choice(_BAND_COLORS), rng.choice(_PAPER_COLORS), size)
     layout, height = rng.choice(_LAYOUTS)
-    sheet = _blank(height, look, rng)
-    layout(sheet, said, look, rng)
-    return sheet.picture
+    canvas = _draw_background(height, style, rng)
+    layout(canvas, fields, style, rng)
+    return canvas.image
 
 
-def _blank(height: int, look: _Look, rng: random.Random) -> Sheet:
-    """Paper with the company's band on top, a number in it, and holes or a stripe at the foot."""
-    picture = Image.new("RGB", (WIDTH, height), look.paper)
-    draw, sheet = ImageDraw.Draw(picture), Sheet(picture, look.paper)
-    draw.rectangle((0, 0, WIDTH, _BAND - 1), look.band)
-    _write(sheet, look.company, _SMALL, _MARGIN, 18, _WHITE)
+def _draw_background(height: int, style: _TicketStyle, rng: random.Random) -> Canvas:
+    """Draw paper with a numbered company band, and holes or a stripe at the bottom."""
+    image = Image.new("RGB", (IMAGE_WIDTH, height), style.background)
+    draw, canvas = ImageDraw.Draw(image), Canvas(image, style.background)
+    draw.rectangle((0, 0, IMAGE_WIDTH, _BAND_HEIGHT - 1), style.band_color)
+    _draw_text(canvas, style.company, _LABEL_SIZE, _MARGIN, 18, _WHITE_COLOR)
     number = f"No {rng.randrange(1000, 10_000)}"
-    _write(sheet, number, _SMALL, WIDTH - _MARGIN - _length(number, _SMALL), 18, _WHITE)
+    _draw_text(
+        canvas,
+        number,
+        _LABEL_SIZE,
+        IMAGE_WIDTH - _MARGIN - _text_width(number, _LABEL_SIZE),
+        18,
+        _WHITE_COLOR,
+    )
     if rng.random() < 0.5:
-        draw.rectangle((0, height - 4, WIDTH, height), look.band)
+        draw.rectangle((0, height - 4, IMAGE_WIDTH, height), style.band_color)
     else:
-        for x in range(4, WIDTH, 12):
-            draw.ellipse((x, height - 5, x + 5, height), look.band)
-    return sheet
+        for x in range(4, IMAGE_WIDTH, 12):
+            draw.ellipse((x, height - 5, x + 5, height), style.band_color)
+    return canvas
 
 
-def _two_rows(sheet: Sheet, said: Fields, look: _Look, rng: random.Random) -> None:
-    """Places side by side, the rest below them, each under its label."""
+def _draw_two_rows(
+    canvas: Canvas, fields: TicketFields, style: _TicketStyle, rng: random.Random
+) -> None:
+    """Draw the cities side by side and the other fields below, with labels."""
     first = rng.random() < 0.5
     rest = (("seat", 114), ("price", 160)) if first else (("price", 114), ("seat", 176))
-    _under_labels(sheet, said, look, (("from", _MARGIN), ("to", WIDTH // 2 + 4)), _BAND)
-    _under_labels(sheet, said, look, (("date", _MARGIN), *rest), _BAND + 42)
+    _draw_labeled_fields(
+        canvas, fields, style, (("from", _MARGIN), ("to", IMAGE_WIDTH // 2 + 4)), _BAND_HEIGHT
+    )
+    _draw_labeled_fields(canvas, fields, style, (("date", _MARGIN), *rest), _BAND_HEIGHT + 42)
 
 
-def _list(sheet: Sheet, said: Fields, look: _Look, rng: random.Random) -> None:
-    """A line for each field, labels on the left, the order of the last three in doubt."""
-    last = rng.sample(FIELDS[2:], 3)
-    for line, name in enumerate((*FIELDS[:2], *last)):
-        base = _BAND + 18 + 20 * line
-        _write(sheet, look.labels[name], _SMALL, _MARGIN, base, _PALE)
-        _write(sheet, said[name], look.size, 84, base, _INK)
-
-
-def _route(sheet: Sheet, said: Fields, look: _Look, rng: random.Random) -> None:
-    """The places large, one below the other beside a line with two stops; no label names them."""
-    draw = ImageDraw.Draw(sheet.picture)
-    draw.line((15, _BAND + 14, 15, _BAND + 38), look.band, 2)
-    for y, name in ((_BAND + 14, "from"), (_BAND + 38, "to")):
-        draw.ellipse((11, y - 4, 19, y + 4), look.band)
-        _write(sheet, said[name], look.size + 2, 30, y + 6, _INK)
-    _write(sheet, said["price"], look.size, 158, _BAND + 20, _INK)
-    _under_labels(sheet, said, look, (("date", _MARGIN), ("seat", 138)), _BAND + 42)
-
-
-_LAYOUTS: tuple[tuple[Callable[[Sheet, Fields, _Look, random.Random], None], int], ...] = (
-    (_two_rows, 112),
-    (_list, 140),
-    (_route, 112),
-)
-"""Each layout and the height that it needs."""
-
-
-def _under_labels(
-    sheet: Sheet, said: Fields, look: _Look, places: Sequence[tuple[str, int]], top: int
+def _draw_list(
+    canvas: Canvas, fields: TicketFields, style: _TicketStyle, rng: random.Random
 ) -> None:
-    """Fields at their places across, each under its label."""
-    for name, x in places:
-        _write(sheet, look.labels[name], _SMALL, x, top + 16, _PALE)
-        _write(sheet, said[name], look.size, x, top + 35, _INK)
+    """Draw one line per field with labels on the left.
+
+    The order of the last three is random.
+    """
+    shuffled = rng.sample(TICKET_FIELDS[2:], 3)
+    for line, name in enumerate((*TICKET_FIELDS[:2], *shuffled)):
+        base = _BAND_HEIGHT + 18 + 20 * line
+        _draw_text(canvas, style.labels[name], _LABEL_SIZE, _MARGIN, base, _LABEL_COLOR)
+        _draw_text(canvas, fields[name], style.font_size, 84, base, _INK_COLOR)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return load(faces("built-in")[0], size)
+def _draw_route(
+    canvas: Canvas, fields: TicketFields, style: _TicketStyle, rng: random.Random
+) -> None:
+    """Draw large city names next to a line with two stops, without labels."""
+    draw = ImageDraw.Draw(canvas.image)
+    draw.line((15, _BAND_HEIGHT + 14, 15, _BAND_HEIGHT + 38), style.band_color, 2)
+    for y, name in ((_BAND_HEIGHT + 14, "from"), (_BAND_HEIGHT + 38, "to")):
+        draw.ellipse((11, y - 4, 19, y + 4), style.band_color)
+        _draw_text(canvas, fields[name], style.font_size + 2, 30, y + 6, _INK_COLOR)
+    _draw_text(canvas, fields["price"], style.font_size, 158, _BAND_HEIGHT + 20, _INK_COLOR)
+    _draw_labeled_fields(
+        canvas, fields, style, (("date", _MARGIN), ("seat", 138)), _BAND_HEIGHT + 42
+    )
 
 
-def _length(text: str, size: int) -> float:
-    return _font(size).getlength(text)
+_LAYOUTS: tuple[
+    tuple[Callable[[Canvas, TicketFields, _TicketStyle, random.Random], None], int], ...
+] = (
+    (_draw_two_rows, 112),
+    (_draw_list, 140),
+    (_draw_route, 112),
+)
+"""Layouts and their heights in pixels."""
 
 
-def _write(sheet: Sheet, text: str, size: int, x: float, base: float, ink: Colour) -> None:
-    written = sheet.write(text, _font(size), x, base, ink)
-    assert written, f"{text!r} does not fit at {x}, {base}"
+def _draw_labeled_fields(
+    canvas: Canvas,
+    fields: TicketFields,
+    style: _TicketStyle,
+    columns: Sequence[tuple[str, int]],
+    top: int,
+) -> None:
+    """Draw fields at their columns, each under its label."""
+    for name, x in columns:
+        _draw_text(canvas, style.labels[name], _LABEL_SIZE, x, top + 16, _LABEL_COLOR)
+        _draw_text(canvas, fields[name], style.font_size, x, top + 35, _INK_COLOR)
+
+
+def _load_font(size: int) -> ImageFont.FreeTypeFont:
+    return load_font(list_faces("built-in")[0], size)
+
+
+def _text_width(text: str, size: int) -> float:
+    return _load_font(size).getlength(text)
+
+
+def _draw_text(
+    canvas: Canvas, text: str, size: int, x: float, baseline: float, color: Color
+) -> None:
+    rendered = canvas.draw_text(text, _load_font(size), x, baseline, color)
+    assert rendered, f"{text!r} does not fit at {x}, {baseline}"

@@ -1,4 +1,4 @@
-"""Words to draw: common English and Chinese, made-up words, numbers, prices, dates and codes."""
+"""Vocabulary of synthetic texts: words, pseudowords, amounts, prices, dates and codes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import random
 from collections.abc import Callable
 
 
-def _listed(text: str) -> tuple[str, ...]:
+def _split_words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-COMMON = _listed(
+COMMON_WORDS = _split_words(
     """
     the and you that was for are with his they this have from one had word but not what all were
     when your can said there use each which she how their will other about out many then them these
@@ -52,7 +52,7 @@ COMMON = _listed(
     """
 )
 
-SIGNS = _listed(
+SIGN_TEXTS = _split_words(
     """
     OPEN CLOSED EXIT ENTRANCE STOP SLOW YIELD SALE PUSH PULL DANGER CAUTION WARNING PARKING TAXI
     HOTEL CAFE BAKERY MARKET PHARMACY POLICE BANK LIBRARY MUSEUM TICKETS INFORMATION TOILETS LIFT
@@ -61,9 +61,9 @@ SIGNS = _listed(
     DO|NOT|ENTER PRIVATE|PROPERTY SPEED|LIMIT BEWARE|OF|DOG NEXT|STATION GATE|A GATE|B
     """
 )
-"""What stands on signs; the words of one are held apart by bars."""
+"""Texts of signs; the words of one are joined by bars."""
 
-CHINESE = (
+CHINESE_CHARACTERS = (
     "的一是不了人我在有他这中大来上个国到说们为子和你地出道也时年得就那要下以生会自着去之过家学对"
     "可她里后小么心多天而能好都然没日于起还发成事只作当想看文无开手十用主行方又如前所本见经头面公"
     "同三已老从动两长知民样现分将外但身些与高意进把法此实回二理美点月明其种声全工己话儿者向情部正"
@@ -75,9 +75,9 @@ CHINESE = (
     "转量空甚众技轻程告江语英基派满式李息写呢识极令黄德收脸钱党倒未持取设始版双历越史商千片容研像"
     "找友孩站广改议形委早房音火际则首单据导影失拿网香似斯专石若兵弟谁校读志飞观争究包组造落视济喜"
 )
-"""Characters of everyday Chinese, the more frequent first."""
+"""Common Chinese characters, the most frequent first."""
 
-CHINESE_PHRASES = _listed(
+CHINESE_PHRASES = _split_words(
     "出口 入口 营业中 休息 请勿吸烟 小心地滑 停车场 洗手间 欢迎光临 谢谢惠顾 合计 总计 现金 找零 "
     "单价 数量 收据 日期 时间 电话 地址 超市 书店 饭店 医院 学校 银行 车站 公园 图书馆 火车站 地铁 "
     "机场 茶 咖啡 牛奶 面包 米饭 面条 苹果 香蕉 水 红茶 绿茶 果汁 鸡蛋 白菜 豆腐 北京 上海 广州 "
@@ -85,110 +85,118 @@ CHINESE_PHRASES = _listed(
     "朋友 家人 老师 学生 安全第一 禁止停车 注意安全"
 )
 
-_ONSETS = _listed(
+_ONSETS = _split_words(
     "b c d f g h j k l m n p r s t v w z bl br ch cl cr dr fl fr gl gr pl pr qu sc sh sk sl sm sn "
     "sp st str sw th tr tw wh"
 )
-_NUCLEI = _listed("a e i o u a e i o u ai au ea ee ei ie oa oo ou y")
-_CODAS = _listed(
+_NUCLEI = _split_words("a e i o u a e i o u ai au ea ee ei ie oa oo ou y")
+_CODAS = _split_words(
     "b d g k l m n p r s t x ck ct ft ld lk ll lp lt mp nd ng nk nt rd rk rm rn rt ss st"
 )
 
-AVOIDED = _listed("ass coc cok cum cun dic dik fag fuc fuk hor kok nig pis rap sex shi slu tit")
-"""Fragments that no made-up word has."""
+BLOCKED_FRAGMENTS = _split_words(
+    "ass coc cok cum cun dic dik fag fuc fuk hor kok nig pis rap sex shi slu tit"
+)
+"""Fragments excluded from pseudowords."""
 
 _CODE_LETTERS = "ABCDEFGHJKLMNPQRTUVWXYZ"
 _CODE_DIGITS = "2346789"
-_ONE_SHAPE = frozenset("cosuvwxz")
-"""Letters whose capitals differ from them in size only."""
+_CASE_AMBIGUOUS_LETTERS = frozenset("cosuvwxz")
+"""Letters whose upper and lower case differ only in size."""
 
-_MONTHS = _listed("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec")
+_MONTHS = _split_words("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec")
 _FIRST_DAY = datetime.date(1990, 1, 1)
-_DAYS = 18_000
-_ALIKE = frozenset("lI1|oO0-.,:/")
-"""What looks like another sign, or like dirt, when it stands alone."""
+_NUM_DAYS = 18_000
+_AMBIGUOUS_CHARACTERS = frozenset("lI1|oO0-.,:/")
+"""Characters that look like another character, or like noise, in isolation."""
 
 
-def word(rng: random.Random) -> str:
-    """A word, a number or a code, readable without knowing more than its picture."""
+def sample_word(rng: random.Random) -> str:
+    """Sample a word, a number or a code that is readable without context."""
     share = rng.random()
     if share < 0.34:
-        text = _cased(rng.choice(COMMON), rng)
+        text = _randomize_case(rng.choice(COMMON_WORDS), rng)
     elif share < 0.72:
-        text = _cased(made_up(rng), rng)
+        text = _randomize_case(sample_pseudoword(rng), rng)
     elif share < 0.80:
-        text = code(rng)
+        text = sample_code(rng)
     else:
-        text = rng.choice(NUMBERS)(rng)
-    return text if readable(text) else word(rng)
+        text = rng.choice(NUMBER_SAMPLERS)(rng)
+    return text if has_readable_case(text) else sample_word(rng)
 
 
-def few(rng: random.Random) -> str:
-    """One to four signs out of the middle of a word, none that looks like another when alone."""
-    text = word(rng)
-    start, number = rng.randrange(len(text)), rng.randint(1, 4)
-    piece = text[start : start + number]
-    return piece if readable(piece) and not _ALIKE.intersection(piece) else few(rng)
+def sample_fragment(rng: random.Random) -> str:
+    """Sample one to four characters from the middle of a word, without ambiguous ones."""
+    text = sample_word(rng)
+    start, length = rng.randrange(len(text)), rng.randint(1, 4)
+    fragment = text[start : start + length]
+    return (
+        fragment
+        if has_readable_case(fragment) and not _AMBIGUOUS_CHARACTERS.intersection(fragment)
+        else sample_fragment(rng)
+    )
 
 
-def readable(text: str) -> bool:
-    """Whether capitals and small letters can be told apart when nothing stands beside the word."""
-    return not text.isalpha() or not _ONE_SHAPE.issuperset(text.lower())
+def has_readable_case(text: str) -> bool:
+    """Return whether upper and lower case are distinguishable without context."""
+    return not text.isalpha() or not _CASE_AMBIGUOUS_LETTERS.issuperset(text.lower())
 
 
-def made_up(rng: random.Random) -> str:
-    """One to three syllables in small letters, without fragments that read as rude words."""
+def sample_pseudoword(rng: random.Random) -> str:
+    """Sample one to three lower-case syllables without blocked fragments."""
     while True:
         syllables = rng.choice((1, 2, 2, 2, 3, 3))
         text = "".join(rng.choice(_ONSETS) + rng.choice(_NUCLEI) for _ in range(syllables))
         text += rng.choice(_CODAS) if rng.random() < 0.6 else ""
-        if not any(fragment in text for fragment in AVOIDED):
+        if not any(fragment in text for fragment in BLOCKED_FRAGMENTS):
             return text
 
 
-def code(rng: random.Random) -> str:
-    """Capitals and digits, without the ones that many fonts draw alike."""
+def sample_code(rng: random.Random) -> str:
+    """Sample capitals and digits without characters that many fonts draw identically."""
     parts = [
-        "".join(rng.choice(signs) for _ in range(rng.randint(1, 4)))
-        for signs in rng.sample((_CODE_LETTERS, _CODE_DIGITS), 2)
+        "".join(rng.choice(alphabet) for _ in range(rng.randint(1, 4)))
+        for alphabet in rng.sample((_CODE_LETTERS, _CODE_DIGITS), 2)
     ]
     return rng.choice(("", "", "-", "/")).join(parts)
 
 
-def integer(rng: random.Random) -> str:
+def sample_integer(rng: random.Random) -> str:
     return str(rng.randrange(10 ** rng.randint(1, 6)))
 
 
-def decimal(rng: random.Random) -> str:
-    """With one or two places: with three a small point would pass for the comma of thousands."""
+def sample_decimal(rng: random.Random) -> str:
+    """Sample a number with one or two decimals: with three, the point resembles a thousands
+    separator.
+    """
     return f"{rng.uniform(0, 10 ** rng.randint(1, 3)):.{rng.randint(1, 2)}f}"
 
 
-def thousands(rng: random.Random) -> str:
+def sample_thousands(rng: random.Random) -> str:
     return f"{rng.randrange(1_000, 10_000_000):,}"
 
 
-def percentage(rng: random.Random) -> str:
+def sample_percentage(rng: random.Random) -> str:
     return f"{rng.randint(1, 100)}%"
 
 
-def price(rng: random.Random) -> str:
-    """An amount with two decimals and a dollar sign before it."""
-    return f"${amount(rng) / 100:.2f}"
+def sample_price(rng: random.Random) -> str:
+    """Sample an amount with two decimals after a dollar sign."""
+    return f"${sample_cents(rng) / 100:.2f}"
 
 
-def amount(rng: random.Random) -> int:
-    """Cents of something that one buys."""
+def sample_cents(rng: random.Random) -> int:
+    """Sample a price in cents."""
     return rng.randint(25, 10 ** rng.choice((3, 3, 4)))
 
 
-def clock(rng: random.Random) -> str:
+def sample_time(rng: random.Random) -> str:
     return f"{rng.randrange(24):02}:{rng.randrange(60):02}"
 
 
-def date(rng: random.Random) -> str:
-    """A day between 1990 and 2039 in one of four notations."""
-    day = _FIRST_DAY + datetime.timedelta(days=rng.randrange(_DAYS))
+def sample_date(rng: random.Random) -> str:
+    """Sample a date between 1990 and 2039 in one of four notations."""
+    day = _FIRST_DAY + datetime.timedelta(days=rng.randrange(_NUM_DAYS))
     return rng.choice(
         (
             f"{day:%Y-%m-%d}",
@@ -199,31 +207,31 @@ def date(rng: random.Random) -> str:
     )
 
 
-def phone(rng: random.Random) -> str:
+def sample_phone_number(rng: random.Random) -> str:
     return "-".join(f"{rng.randrange(10**digits):0{digits}}" for digits in (3, 4))
 
 
-NUMBERS: tuple[Callable[[random.Random], str], ...] = (
-    integer,
-    integer,
-    decimal,
-    thousands,
-    percentage,
-    price,
-    clock,
-    date,
-    phone,
+NUMBER_SAMPLERS: tuple[Callable[[random.Random], str], ...] = (
+    sample_integer,
+    sample_integer,
+    sample_decimal,
+    sample_thousands,
+    sample_percentage,
+    sample_price,
+    sample_time,
+    sample_date,
+    sample_phone_number,
 )
 
 
-def chinese(rng: random.Random) -> str:
-    """A phrase, or one to five characters that mean nothing together."""
+def sample_chinese(rng: random.Random) -> str:
+    """Sample a phrase, or one to five random characters."""
     if rng.random() < 0.4:
         return rng.choice(CHINESE_PHRASES)
-    return "".join(rng.choice(CHINESE) for _ in range(rng.randint(1, 5)))
+    return "".join(rng.choice(CHINESE_CHARACTERS) for _ in range(rng.randint(1, 5)))
 
 
-def _cased(text: str, rng: random.Random) -> str:
+def _randomize_case(text: str, rng: random.Random) -> str:
     share = rng.random()
     if share < 0.55:
         return text

@@ -1,4 +1,4 @@
-"""MLflow: the server or store of its address, else of MLFLOW_TRACKING_URI, else MLflow's own."""
+"""MLflow tracker: uses `track.uri`, `MLFLOW_TRACKING_URI`, or the MLflow default."""
 
 from __future__ import annotations
 
@@ -9,70 +9,92 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from finesight.track.records import EXAMPLES, Alert, Begin, Begun, End, Figures, Pictures, State
-from finesight.track.writer import Writer, flat
+from finesight.track.tracker import Tracker, flatten_settings
+from finesight.track.tracker_records import (
+    EXAMPLES_KEY,
+    AlertRecord,
+    FinishRecord,
+    ImagesRecord,
+    MetricsRecord,
+    RunStarted,
+    RunState,
+    StartRecord,
+)
 
-LONGEST = 6000
-"""Characters of a parameter that servers take."""
+MAX_PARAM_CHARS = 6000
+"""Maximum length of a parameter on MLflow servers."""
 
-PARAMETERS, METRICS = 100, 1000
-"""How many of them servers take in one request."""
+MAX_PARAMS_PER_REQUEST, MAX_METRICS_PER_REQUEST = 100, 1000
+"""Request limits of MLflow servers."""
 
-STATES: dict[State, str] = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+MLFLOW_STATUSES: dict[RunState, str] = {
+    "finished": "FINISHED",
+    "failed": "FAILED",
+    "interrupted": "KILLED",
+}
 
 
-class MLflow(Writer):
-    """A run of the experiment that is called as the project; alerts are tags."""
+class MLflowTracker(Tracker):
+    """MLflow run in the experiment of the project. Alerts are tags."""
 
-    def begin(self, begin: Begin) -> Begun:
-        address, project = begin.tracker.address, begin.tracker.project
-        self._client = client = MlflowClient(tracking_uri=address or mlflow.get_tracking_uri())
-        if begin.id is not None and _exists(client, begin.id):
-            self._id = begin.id
-            client.update_run(self._id, status="RUNNING")
+    def start_run(self, record: StartRecord) -> RunStarted:
+        uri, project = record.tracker.uri, record.tracker.project
+        self._client = client = MlflowClient(tracking_uri=uri or mlflow.get_tracking_uri())
+        if record.id is not None and _run_exists(client, record.id):
+            self._run_id = record.id
+            client.update_run(self._run_id, status="RUNNING")
         else:
-            known = client.get_experiment_by_name(project)
-            experiment = known.experiment_id if known else client.create_experiment(project)
-            # Otherwise it notes the user's name, and the command with its path.
+            existing = client.get_experiment_by_name(project)
+            experiment = existing.experiment_id if existing else client.create_experiment(project)
+            # Override the default tags, which contain the user name and command path.
             tags = {"mlflow.user": "finesight", "mlflow.source.name": "finesight train"}
-            self._id = client.create_run(experiment, run_name=begin.name, tags=tags).info.run_id
-            parameters = [Param(name, value[:LONGEST]) for name, value in flat(begin.settings)]
-            for first in range(0, len(parameters), PARAMETERS):
-                client.log_batch(self._id, params=parameters[first : first + PARAMETERS])
-        where = f"run {self._id} of experiment {project}"
-        return Begun(id=self._id, told=f"MLflow: {where}")
+            self._run_id = client.create_run(
+                experiment, run_name=record.name, tags=tags
+            ).info.run_id
+            parameters = [
+                Param(name, value[:MAX_PARAM_CHARS])
+                for name, value in flatten_settings(record.settings)
+            ]
+            for offset in range(0, len(parameters), MAX_PARAMS_PER_REQUEST):
+                client.log_batch(
+                    self._run_id, params=parameters[offset : offset + MAX_PARAMS_PER_REQUEST]
+                )
+        run_text = f"run {self._run_id} of experiment {project}"
+        return RunStarted(id=self._run_id, message=f"MLflow: {run_text}")
 
-    def figures(self, figures: Figures) -> None:
-        now = int(time.time() * 1000)
+    def log_metrics(self, record: MetricsRecord) -> None:
+        timestamp_ms = int(time.time() * 1000)
         metrics = [
-            Metric(name, value, now, row.step)
-            for row in figures.rows
-            for name, value in row.values.items()
+            Metric(name, value, timestamp_ms, step_metrics.step)
+            for step_metrics in record.steps
+            for name, value in step_metrics.values.items()
         ]
-        for first in range(0, len(metrics), METRICS):
-            self._client.log_batch(self._id, metrics=metrics[first : first + METRICS])
+        for offset in range(0, len(metrics), MAX_METRICS_PER_REQUEST):
+            self._client.log_batch(
+                self._run_id, metrics=metrics[offset : offset + MAX_METRICS_PER_REQUEST]
+            )
 
-    def pictures(self, pictures: Pictures) -> None:
+    def log_images(self, record: ImagesRecord) -> None:
         captions = []
-        for key, picture in pictures.named():
-            self._client.log_image(self._id, picture.image(), key=key, step=pictures.step)
-            captions.append(f"{key}\n{picture.caption}\n")
-        # Its pictures have no captions.
-        name = f"{EXAMPLES}/captions-step-{pictures.step}.txt"
-        self._client.log_text(self._id, "\n".join(captions), name)
+        for key, image in record.iter_named():
+            self._client.log_image(self._run_id, image.decode(), key=key, step=record.step)
+            captions.append(f"{key}\n{image.caption}\n")
+        # MLflow images have no captions.
+        name = f"{EXAMPLES_KEY}/captions-step-{record.step}.txt"
+        self._client.log_text(self._run_id, "\n".join(captions), name)
 
-    def alert(self, alert: Alert) -> None:
-        tag = RunTag(f"alert/{alert.step}/{alert.title}", alert.text)
-        self._client.log_batch(self._id, tags=[tag])
+    def send_alert(self, record: AlertRecord) -> None:
+        tag = RunTag(f"alert/{record.step}/{record.title}", record.text)
+        self._client.log_batch(self._run_id, tags=[tag])
 
-    def end(self, end: End) -> None:
-        self._client.set_terminated(self._id, STATES[end.state])
+    def finish_run(self, record: FinishRecord) -> None:
+        self._client.set_terminated(self._run_id, MLFLOW_STATUSES[record.state])
 
 
-def _exists(client: MlflowClient, name: str) -> bool:
-    """Whether the run is still there: somebody may have tidied up."""
+def _run_exists(client: MlflowClient, run_id: str) -> bool:
+    """Return whether the run exists and is not deleted."""
     try:
-        return bool(client.get_run(name).info.lifecycle_stage == "active")
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return False

@@ -1,4 +1,4 @@
-"""SwanLab: its cloud or a server of one's own with a key, else files to be synced."""
+"""SwanLab tracker: cloud or self-hosted with a key, or local files."""
 
 from __future__ import annotations
 
@@ -8,22 +8,37 @@ from typing import Any
 import requests
 import swanlab
 
-from finesight.config import WORDS
-from finesight.track.records import Alert, Begin, Begun, End, Figures, Pictures, State
-from finesight.track.writer import Writer
+from finesight.config import TRACKER_MODES
+from finesight.track.tracker import Tracker
+from finesight.track.tracker_records import (
+    AlertRecord,
+    FinishRecord,
+    ImagesRecord,
+    MetricsRecord,
+    RunStarted,
+    RunState,
+    StartRecord,
+)
 
-STATES: dict[State, str] = {"finished": "success", "failed": "crashed", "interrupted": "aborted"}
+SWANLAB_STATES: dict[RunState, str] = {
+    "finished": "success",
+    "failed": "crashed",
+    "interrupted": "aborted",
+}
 
 
-class SwanLab(Writer):
-    """An experiment. Machine, user, command, terminal, code and packages are not recorded. Alerts
-    are texts, and go to the webhook of SWANLAB_WEBHOOK, if it is set, as SwanLab's own do."""
+class SwanLabTracker(Tracker):
+    """SwanLab experiment without information about machine, user, command, terminal, code and
+    packages.
 
-    def begin(self, begin: Begin) -> Begun:
-        tracker = begin.tracker
-        begin.folder.mkdir(parents=True, exist_ok=True)
-        hosted = tracker.address not in (None, *WORDS["swanlab"])
-        given = {"api_host": tracker.address} if hosted else {}
+    Alerts are texts. They are also sent to the webhook of `SWANLAB_WEBHOOK`, like those of SwanLab.
+    """
+
+    def start_run(self, record: StartRecord) -> RunStarted:
+        tracker = record.tracker
+        record.folder.mkdir(parents=True, exist_ok=True)
+        is_self_hosted = tracker.uri not in (None, *TRACKER_MODES["swanlab"])
+        extra_settings = {"api_host": tracker.uri} if is_self_hosted else {}
         self._settings = settings = swanlab.Settings(
             interactive=False,
             probe=swanlab.Settings.Probe(
@@ -35,52 +50,57 @@ class SwanLab(Writer):
                 monitor=False,
             ),
             terminal=swanlab.Settings.Terminal(proxy_type="none"),
-            **given,
+            **extra_settings,
         )
-        run: dict[str, Any] = {
+        init_options: dict[str, Any] = {
             "project": tracker.project,
-            "name": begin.name,
-            "id": begin.id,
-            "resume": "never" if begin.id is None else "allow",
-            "config": begin.settings,
-            # What it tells others of its folder is then no path of this machine.
+            "name": record.name,
+            "id": record.id,
+            "resume": "never" if record.id is None else "allow",
+            "config": record.settings,
+            # A relative path, since SwanLab uploads it.
             "log_dir": ".",
             "settings": settings,
             "public": False,
         }
-        os.chdir(begin.folder)
-        # Without an address SWANLAB_MODE counts.
-        word = settings.mode if tracker.address is None else tracker.address
-        mode = word if word in ("local", "offline", "disabled") else "online"
-        why = ""
+        os.chdir(record.folder)
+        # Without a URI, SWANLAB_MODE applies.
+        requested_mode = settings.mode if tracker.uri is None else tracker.uri
+        mode = requested_mode if requested_mode in ("local", "offline", "disabled") else "online"
+        reason = ""
         if mode == "online" and not settings.api_key:
-            mode, why = "offline", " (no key)"
+            mode, reason = "offline", " (no key)"
         if mode == "online":
             try:
-                self._run: Any = swanlab.init(mode="online", **run)
-                return Begun(id=self._run.id, told=f"SwanLab: {self._run.url}")
-            except Exception as error:  # its own, its HTTP client's and the system's have no base
-                mode, why = "offline", f" ({type(error).__name__}: {error})"
-        self._run = swanlab.init(mode=mode, **run)
-        files = begin.folder / self._run.dir.name
-        ways = {"offline": f"swanlab sync {files}", "local": f"swanlab watch {begin.folder}"}
-        return Begun(id=self._run.id, told=f"SwanLab: {mode}{why}: {ways.get(mode, 'nowhere')}")
-
-    def figures(self, figures: Figures) -> None:
-        for row in figures.rows:
-            self._run.log(dict(row.values), step=row.step)
-
-    def pictures(self, pictures: Pictures) -> None:
-        drawn = {
-            name: swanlab.Image(picture.image(), caption=picture.caption, file_type="jpg")
-            for name, picture in pictures.named()
+                self._run: Any = swanlab.init(mode="online", **init_options)
+                return RunStarted(id=self._run.id, message=f"SwanLab: {self._run.url}")
+            except Exception as error:  # SwanLab, HTTP and OS errors
+                mode, reason = "offline", f" ({type(error).__name__}: {error})"
+        self._run = swanlab.init(mode=mode, **init_options)
+        run_files = record.folder / self._run.dir.name
+        commands = {
+            "offline": f"swanlab sync {run_files}",
+            "local": f"swanlab watch {record.folder}",
         }
-        self._run.log(drawn, step=pictures.step)
+        return RunStarted(
+            id=self._run.id, message=f"SwanLab: {mode}{reason}: {commands.get(mode, 'disabled')}"
+        )
 
-    def alert(self, alert: Alert) -> None:
-        self._run.log({"alerts": swanlab.Text(f"{alert.title}: {alert.text}")}, step=alert.step)
-        hook = self._settings.integration.webhook
-        if not hook.url:
+    def log_metrics(self, record: MetricsRecord) -> None:
+        for step_metrics in record.steps:
+            self._run.log(dict(step_metrics.values), step=step_metrics.step)
+
+    def log_images(self, record: ImagesRecord) -> None:
+        images = {
+            name: swanlab.Image(image.decode(), caption=image.caption, file_type="jpg")
+            for name, image in record.iter_named()
+        }
+        self._run.log(images, step=record.step)
+
+    def send_alert(self, record: AlertRecord) -> None:
+        self._run.log({"alerts": swanlab.Text(f"{record.title}: {record.text}")}, step=record.step)
+        webhook = self._settings.integration.webhook
+        if not webhook.url:
             return
         experiment = {
             "version": swanlab.__version__,
@@ -88,14 +108,16 @@ class SwanLab(Writer):
             "run_dir": self._run.dir.name,
             "exp_url": self._run.url if self._run.mode == "online" else None,
         }
-        told = alert.model_dump(include={"step", "level", "title", "text"})
-        body = {"value": hook.value, "swanlab": experiment, "alert": told}
+        alert_fields = record.model_dump(include={"step", "level", "title", "text"})
+        body = {"value": webhook.value, "swanlab": experiment, "alert": alert_fields}
         try:
-            requests.post(hook.url, json=body, timeout=hook.timeout).raise_for_status()
+            requests.post(webhook.url, json=body, timeout=webhook.timeout).raise_for_status()
         except requests.RequestException as error:
-            # The experiment is not worse for it; its address is a secret.
-            print(f"the webhook did not take an alert ({type(error).__name__})", flush=True)
+            # Not fatal. The webhook URL is a secret.
+            print(f"webhook alert failed ({type(error).__name__})", flush=True)
 
-    def end(self, end: End) -> None:
-        failed = end.state == "failed"
-        self._run.finish(state=STATES[end.state], error=end.reason if failed else None)
+    def finish_run(self, record: FinishRecord) -> None:
+        has_failed = record.state == "failed"
+        self._run.finish(
+            state=SWANLAB_STATES[record.state], error=record.reason if has_failed else None
+        )

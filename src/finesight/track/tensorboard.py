@@ -1,4 +1,4 @@
-"""TensorBoard's event files, by its own writer: what torch wraps, without torch."""
+"""TensorBoard tracker with the writer of the tensorboard package, without torch."""
 
 from __future__ import annotations
 
@@ -12,50 +12,61 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.text.plugin_data_pb2 import TextPluginData
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from finesight.track.records import Alert, Begin, Begun, End, Figures, Pictures
-from finesight.track.writer import Writer, flat
+from finesight.track.tracker import Tracker, flatten_settings
+from finesight.track.tracker_records import (
+    AlertRecord,
+    FinishRecord,
+    ImagesRecord,
+    MetricsRecord,
+    RunStarted,
+    StartRecord,
+)
 
-FLUSHED = 10
-"""Seconds until figures can be seen."""
+FLUSH_INTERVAL_S = 10
+"""Seconds between flushes of event files."""
 
 
-class TensorBoard(Writer):
-    """Files in the tracker's folder; alerts are texts."""
+class TensorBoardTracker(Tracker):
+    """Event files in the folder of the tracker. Alerts are texts."""
 
-    def begin(self, begin: Begin) -> Begun:
-        self._files: Any = EventFileWriter(str(begin.folder), flush_secs=FLUSHED)
-        if begin.step:
-            # Steps after the last checkpoint are done again: their first figures are passed over.
-            again = SessionLog(status=SessionLog.START)
-            self._write(begin.step + 1, session_log=again)
-        rows = "".join(f"| {name} | {value} |\n" for name, value in flat(begin.settings))
-        self._text(begin.step, "settings", f"| setting | value |\n|---|---|\n{rows}")
-        return Begun(id=None, told=f"TensorBoard: tensorboard --logdir {begin.folder}")
+    def start_run(self, record: StartRecord) -> RunStarted:
+        self._event_writer: Any = EventFileWriter(str(record.folder), flush_secs=FLUSH_INTERVAL_S)
+        if record.step:
+            # Steps after the last checkpoint are repeated: TensorBoard discards their old values.
+            session_log = SessionLog(status=SessionLog.START)
+            self._write_event(record.step + 1, session_log=session_log)
+        rows = "".join(
+            f"| {name} | {value} |\n" for name, value in flatten_settings(record.settings)
+        )
+        self._write_text(record.step, "settings", f"| setting | value |\n|---|---|\n{rows}")
+        return RunStarted(id=None, message=f"TensorBoard: tensorboard --logdir {record.folder}")
 
-    def figures(self, figures: Figures) -> None:
-        for row in figures.rows:
-            values = [Summary.Value(tag=n, simple_value=v) for n, v in row.values.items()]
-            self._write(row.step, summary=Summary(value=values))
+    def log_metrics(self, record: MetricsRecord) -> None:
+        for step_metrics in record.steps:
+            values = [Summary.Value(tag=n, simple_value=v) for n, v in step_metrics.values.items()]
+            self._write_event(step_metrics.step, summary=Summary(value=values))
 
-    def pictures(self, pictures: Pictures) -> None:
-        for name, picture in pictures.named():
-            width, height = picture.image().size
+    def log_images(self, record: ImagesRecord) -> None:
+        for name, tracked_image in record.iter_named():
+            width, height = tracked_image.decode().size
             image = Summary.Image(
-                encoded_image_string=picture.jpeg, width=width, height=height, colorspace=3
+                encoded_image_string=tracked_image.jpeg, width=width, height=height, colorspace=3
             )
             value = Summary.Value(tag=name, image=image)
-            self._write(pictures.step, summary=Summary(value=[value]))
-            self._text(pictures.step, name, _as_markdown(picture.caption))
-        self._files.flush()
+            self._write_event(record.step, summary=Summary(value=[value]))
+            self._write_text(record.step, name, _to_code_block(tracked_image.caption))
+        self._event_writer.flush()
 
-    def alert(self, alert: Alert) -> None:
-        self._text(alert.step, "alerts", f"**{alert.title}** ({alert.level})\n\n{alert.text}")
-        self._files.flush()
+    def send_alert(self, record: AlertRecord) -> None:
+        self._write_text(
+            record.step, "alerts", f"**{record.title}** ({record.level})\n\n{record.text}"
+        )
+        self._event_writer.flush()
 
-    def end(self, end: End) -> None:
-        self._files.close()
+    def finish_run(self, record: FinishRecord) -> None:
+        self._event_writer.close()
 
-    def _text(self, step: int, name: str, text: str) -> None:
+    def _write_text(self, step: int, name: str, text: str) -> None:
         content = TextPluginData(version=0).SerializeToString()
         plugin = SummaryMetadata.PluginData(plugin_name="text", content=content)
         tensor = TensorProto(
@@ -68,12 +79,12 @@ class TensorBoard(Writer):
             metadata=SummaryMetadata(plugin_data=plugin),
             tensor=tensor,
         )
-        self._write(step, summary=Summary(value=[value]))
+        self._write_event(step, summary=Summary(value=[value]))
 
-    def _write(self, step: int, **what: object) -> None:
-        self._files.add_event(Event(wall_time=time.time(), step=step, **what))
+    def _write_event(self, step: int, **fields: object) -> None:
+        self._event_writer.add_event(Event(wall_time=time.time(), step=step, **fields))
 
 
-def _as_markdown(caption: str) -> str:
-    """A code block: what a model says is not to be laid out."""
+def _to_code_block(caption: str) -> str:
+    """Format a caption as a code block, to prevent Markdown rendering."""
     return "".join(f"    {line}\n" for line in caption.splitlines())

@@ -1,4 +1,4 @@
-"""Trackio: its folder on this machine, a Space of its address, or a server of one's own."""
+"""Trackio tracker: local folder, Space, or self-hosted server."""
 
 from __future__ import annotations
 
@@ -7,52 +7,60 @@ from typing import Any
 
 import trackio
 
-from finesight.track.records import Alert, Begin, Begun, End, Figures, Level, Pictures
-from finesight.track.writer import Writer
+from finesight.track.tracker import Tracker
+from finesight.track.tracker_records import (
+    AlertLevel,
+    AlertRecord,
+    FinishRecord,
+    ImagesRecord,
+    MetricsRecord,
+    RunStarted,
+    StartRecord,
+)
 
-LEVELS: dict[Level, Any] = {
+ALERT_LEVELS: dict[AlertLevel, Any] = {
     "info": trackio.AlertLevel.INFO,
     "warning": trackio.AlertLevel.WARN,
     "error": trackio.AlertLevel.ERROR,
 }
 
 
-class Trackio(Writer):
-    """A run, which Trackio goes on with by its name. A Space that has to be made is private."""
+class TrackioTracker(Tracker):
+    """Trackio run, resumed by its name. A new Space is private."""
 
-    def begin(self, begin: Begin) -> Begun:
-        address, project = begin.tracker.address, begin.tracker.project
-        served = address is not None and address.startswith(("http://", "https://"))
+    def start_run(self, record: StartRecord) -> RunStarted:
+        uri, project = record.tracker.uri, record.tracker.project
+        is_self_hosted = uri is not None and uri.startswith(("http://", "https://"))
         self._run: Any = trackio.init(
             project=project,
-            # Runs of other folders may be called the same.
-            name=begin.id or f"{begin.name}-{secrets.token_hex(2)}",
-            config=begin.settings,
-            resume="never" if begin.id is None else "allow",
-            space_id=None if served else address,
-            server_url=address if served else None,
+            # Runs in other folders may have the same name.
+            name=record.id or f"{record.name}-{secrets.token_hex(2)}",
+            config=record.settings,
+            resume="never" if record.id is None else "allow",
+            space_id=None if is_self_hosted else uri,
+            server_url=uri if is_self_hosted else None,
             private=True,
             embed=False,
             auto_log_gpu=False,
             auto_log_cpu=False,
         )
-        where = address or f"trackio show --project {project}"
-        return Begun(id=self._run.name, told=f"Trackio: {where}")
+        dashboard = uri or f"trackio show --project {project}"
+        return RunStarted(id=self._run.name, message=f"Trackio: {dashboard}")
 
-    def figures(self, figures: Figures) -> None:
-        for row in figures.rows:
-            self._run.log(dict(row.values), step=row.step)
+    def log_metrics(self, record: MetricsRecord) -> None:
+        for step_metrics in record.steps:
+            self._run.log(dict(step_metrics.values), step=step_metrics.step)
 
-    def pictures(self, pictures: Pictures) -> None:
-        drawn = {
-            name: trackio.Image(picture.image(), caption=picture.caption)
-            for name, picture in pictures.named()
+    def log_images(self, record: ImagesRecord) -> None:
+        images = {
+            name: trackio.Image(image.decode(), caption=image.caption)
+            for name, image in record.iter_named()
         }
-        self._run.log(drawn, step=pictures.step)
+        self._run.log(images, step=record.step)
 
-    def alert(self, alert: Alert) -> None:
-        level = LEVELS[alert.level]
-        self._run.alert(title=alert.title, text=alert.text, level=level, step=alert.step)
+    def send_alert(self, record: AlertRecord) -> None:
+        level = ALERT_LEVELS[record.level]
+        self._run.alert(title=record.title, text=record.text, level=level, step=record.step)
 
-    def end(self, end: End) -> None:
+    def finish_run(self, record: FinishRecord) -> None:
         self._run.finish()

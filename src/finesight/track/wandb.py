@@ -1,4 +1,4 @@
-"""Weights & Biases: its cloud or a server of one's own with a key, else files to be synced."""
+"""Weights & Biases tracker: cloud or self-hosted with a key, or offline files."""
 
 from __future__ import annotations
 
@@ -9,28 +9,39 @@ from typing import Any
 import wandb
 from wandb.errors import Error
 
-from finesight.track.records import Alert, Begin, Begun, End, Figures, Level, Pictures
-from finesight.track.writer import Writer
+from finesight.track.tracker import Tracker
+from finesight.track.tracker_records import (
+    AlertLevel,
+    AlertRecord,
+    FinishRecord,
+    ImagesRecord,
+    MetricsRecord,
+    RunStarted,
+    StartRecord,
+)
 
-CONNECTED = 30
-"""Seconds to find the server in; then files are written."""
+INIT_TIMEOUT_S = 30
+"""Time limit to reach the server. After it, the run is logged offline."""
 
-LEVELS: dict[Level, Any] = {
+ALERT_LEVELS: dict[AlertLevel, Any] = {
     "info": wandb.AlertLevel.INFO,
     "warning": wandb.AlertLevel.WARN,
     "error": wandb.AlertLevel.ERROR,
 }
 
 
-class WeightsAndBiases(Writer):
-    """A run whose axis is the step. Machine, user, command, code and packages are not recorded."""
+class WandbTracker(Tracker):
+    """W&B run with the step as x axis.
 
-    def begin(self, begin: Begin) -> Begun:
-        address, folder = begin.tracker.address, begin.folder
+    Machine, user, command, code and packages are not recorded.
+    """
+
+    def start_run(self, record: StartRecord) -> RunStarted:
+        uri, folder = record.tracker.uri, record.folder
         folder.mkdir(parents=True, exist_ok=True)
-        given = {"base_url": address} if address not in (None, "cloud", "offline") else {}
+        extra_settings = {"base_url": uri} if uri not in (None, "cloud", "offline") else {}
         settings = wandb.Settings(
-            init_timeout=CONNECTED,
+            init_timeout=INIT_TIMEOUT_S,
             console="off",
             silent=True,
             disable_git=True,
@@ -40,55 +51,55 @@ class WeightsAndBiases(Writer):
             x_disable_machine_info=True,
             x_disable_stats=True,
             x_save_requirements=False,
-            **given,
+            **extra_settings,
         )
-        run: dict[str, Any] = {
-            "project": begin.tracker.project,
-            "name": begin.name,
-            "id": begin.id or secrets.token_hex(4),
+        init_options: dict[str, Any] = {
+            "project": record.tracker.project,
+            "name": record.name,
+            "id": record.id or secrets.token_hex(4),
             "resume": "allow",
-            "config": begin.settings,
+            "config": record.settings,
             "dir": str(folder),
             "settings": settings,
         }
-        # Without an address WANDB_MODE counts.
-        mode = address if address in (None, "offline") else "online"
-        why = ""
+        # Without a URI, WANDB_MODE applies.
+        mode = uri if uri in (None, "offline") else "online"
+        reason = ""
         try:
-            self._run: Any = wandb.init(mode=mode, **run)
+            self._run: Any = wandb.init(mode=mode, **init_options)
         except Error as error:
             if mode == "offline":
                 raise
-            why = f" ({type(error).__name__}: {error})"
-            # It holds the run's id, under which it would still try to connect.
+            reason = f" ({type(error).__name__}: {error})"
+            # Otherwise wandb would continue to connect for this run ID.
             wandb.teardown()
-            self._run = wandb.init(mode="offline", **run)
-        # Not its own step, which refuses those that a resumed run does again.
+            self._run = wandb.init(mode="offline", **init_options)
+        # The built-in step rejects steps that a resumed run repeats.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        files = Path(self._run.dir).parent
-        told = (
-            f"offline{why}: wandb sync {files}"
+        run_files = Path(self._run.dir).parent
+        message = (
+            f"offline{reason}: wandb sync {run_files}"
             if self._run.offline
             else self._run.url or "disabled"
         )
-        return Begun(id=self._run.id, told=f"W&B: {told}")
+        return RunStarted(id=self._run.id, message=f"W&B: {message}")
 
-    def figures(self, figures: Figures) -> None:
-        for row in figures.rows:
-            self._run.log({"step": row.step, **row.values})
+    def log_metrics(self, record: MetricsRecord) -> None:
+        for step_metrics in record.steps:
+            self._run.log({"step": step_metrics.step, **step_metrics.values})
 
-    def pictures(self, pictures: Pictures) -> None:
-        # Not as one list: those of other sizes would be squeezed.
-        drawn = {
-            name: wandb.Image(picture.image(), caption=picture.caption, file_type="jpg")
-            for name, picture in pictures.named()
+    def log_images(self, record: ImagesRecord) -> None:
+        # Separate keys, since a list would be resized to one size.
+        images = {
+            name: wandb.Image(image.decode(), caption=image.caption, file_type="jpg")
+            for name, image in record.iter_named()
         }
-        self._run.log({"step": pictures.step, **drawn})
+        self._run.log({"step": record.step, **images})
 
-    def alert(self, alert: Alert) -> None:
-        text = f"{alert.text} (step {alert.step})"
-        self._run.alert(title=alert.title, text=text, level=LEVELS[alert.level])
+    def send_alert(self, record: AlertRecord) -> None:
+        text = f"{record.text} (step {record.step})"
+        self._run.alert(title=record.title, text=text, level=ALERT_LEVELS[record.level])
 
-    def end(self, end: End) -> None:
-        self._run.finish(exit_code=0 if end.state == "finished" else 1)
+    def finish_run(self, record: FinishRecord) -> None:
+        self._run.finish(exit_code=0 if record.state == "finished" else 1)

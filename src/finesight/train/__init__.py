@@ -1,1 +1,1 @@
-"""The loop and what it needs: data in order, optimiser, checkpoints, the run's folder."""
+"""Training: trainer, data loading, optimizer, checkpoints and run directory."""

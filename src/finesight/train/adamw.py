@@ -1,12 +1,18 @@
-"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) for a group of parameters: one kernel where
-Triton is, stretch by stretch else.
+"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) for a parameter group.
 
-Bytes for each number that learns in bf16: 2 that the model computes with, 2 beside them for the
-fp32 master, 2 of gradient from the backward pass to the step, and moments of 8, or of 2.03 in eight
-bits: 14 or 8.03. Where several micro-batches make a step, the sum of their gradients takes 4
-instead of 2. A step reads and writes 26 bytes a number, or 14, and 2 for the gradient's norm.
+A fused Triton kernel runs the step on a GPU; without Triton, it runs in chunks.
 
-Shapes: E numbers of a group of parameters end to end, M of a stretch of them.
+Bytes per trainable bf16 parameter:
+- 2 for the parameter.
+- 2 for the residual of the fp32 master weight.
+- 2 for the gradient, from the backward pass to the step; 4 with several micro-batches.
+- 8 for the optimizer state, or 2.03 in 8 bits.
+
+The total is 14 bytes, or 8.03. A step reads and writes 26 bytes per parameter, or 14, plus 2 for
+the
+gradient norm.
+
+Shapes: E flat elements of a parameter group, M elements of a slice.
 """
 
 from __future__ import annotations
@@ -14,88 +20,110 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from finesight.model.frozen import KERNELS
-from finesight.train.gradients import Gradients
-from finesight.train.moments import EPSILON, EightBits, Moment, Pace
-from finesight.train.wide import Wide
+from finesight.model.quant.base import HAS_TRITON
+from finesight.train.grad_accumulation import GradientAccumulator
+from finesight.train.master_weights import SplitBf16Master
+from finesight.train.optim_states import ADAM_EPS, AdamWHyperparams, OptimState, OptimState8bit
 
-if KERNELS:
-    from finesight.train import step_kernels
+if HAS_TRITON:
+    from finesight.train import optimizer_kernels
 
-MOST = 1 << 20
-"""Numbers that are stepped at once without a kernel: meanwhile each takes some 20 bytes."""
+MAX_CHUNK_ELEMENTS = 1 << 20
+"""Elements per chunk without the kernel; each takes about 20 bytes of temporary memory."""
 
 
 class AdamW:
-    """Steps for one group. Its two moments are all that it remembers, and how many steps were
-    `taken`: a number on the device, which alone knows whether one is void."""
+    """AdamW steps for one parameter group.
+
+    The step count is a device scalar, because only the device knows whether a step is skipped.
+    """
 
     def __init__(
         self,
-        numbers: Wide,
-        gradients: Gradients,
+        master_weights: SplitBf16Master,
+        gradients: GradientAccumulator,
         betas: tuple[float, float],
-        eight_bits: bool = False,
+        use_8bit: bool = False,
     ) -> None:
-        self._numbers, self._gradients, self._betas = numbers, gradients, betas
-        length, device = len(numbers), numbers.narrow_E.device
-        self.first: Moment
-        self.second: Moment
-        if eight_bits:
-            self.first = EightBits(length, device, signed=True)
-            self.second = EightBits(length, device, signed=False)
+        self._master_weights, self._gradients, self._betas = master_weights, gradients, betas
+        num_elements, device = len(master_weights), master_weights.params_E.device
+        self.exp_avg: OptimState
+        self.exp_avg_sq: OptimState
+        if use_8bit:
+            self.exp_avg = OptimState8bit(num_elements, device, signed=True)
+            self.exp_avg_sq = OptimState8bit(num_elements, device, signed=False)
         else:
-            self.first, self.second = Moment(length, device), Moment(length, device)
-        self._taken = torch.zeros((), dtype=torch.float64, device=device)
-        self._next = self._taken.clone()
+            self.exp_avg, self.exp_avg_sq = (
+                OptimState(num_elements, device),
+                OptimState(num_elements, device),
+            )
+        self._num_steps = torch.zeros((), dtype=torch.float64, device=device)
+        self._next_num_steps = self._num_steps.clone()
 
     @property
-    def taken(self) -> int:
+    def num_steps(self) -> int:
         """Steps that were not void. Waits for the device."""
-        return int(self._taken)
+        return int(self._num_steps)
 
-    @taken.setter
-    def taken(self, number: int) -> None:
-        self._taken.fill_(number)
+    @num_steps.setter
+    def num_steps(self, number: int) -> None:
+        """Number of applied steps; reading it synchronizes with the device."""
+        self._num_steps.fill_(number)
 
     @torch.no_grad()
-    def step(self, shrink: Tensor, rate: float, decay: float) -> None:
-        """Move the numbers by a step at this rate, of gradients times `shrink`, a scalar on the
-        device, and shrink them by `rate` times `decay`. Where `shrink` is NaN, the step is void: it
-        changes nothing and does not count. Waits for nothing where there is a kernel."""
-        pace = Pace(rate, decay, self._betas)
-        tiles, moments = self._gradients.tiles, (self.first, self.second)
-        of_each = self._gradients.of_each()
+    def step(self, grad_factor: Tensor, lr: float, weight_decay: float) -> None:
+        """Apply a step with gradients multiplied by `grad_factor`, a device scalar.
+
+        If the factor is NaN, the step is skipped and not counted. With the kernel, the host does
+        not
+        synchronize with the device.
+        """
+        hparams = AdamWHyperparams(lr, weight_decay, self._betas)
+        tiles, states = self._gradients.tiles, (self.exp_avg, self.exp_avg_sq)
+        gradients = self._gradients.per_parameter()
         if tiles is not None:
-            count = self._taken, self._next
-            step_kernels.adamw(tiles, of_each, self._numbers, moments, shrink, count, pace)
-            self._next, self._taken = count
+            step_counts = self._num_steps, self._next_num_steps
+            optimizer_kernels.adamw_step(
+                tiles, gradients, self._master_weights, states, grad_factor, step_counts, hparams
+            )
+            self._next_num_steps, self._num_steps = step_counts
             return
-        if not shrink.isfinite():
+        if not grad_factor.isfinite():
             return
-        self.taken += 1
-        taken = self.taken
-        for start in range(0, len(self._numbers), MOST):
-            self._step(slice(start, min(start + MOST, len(self._numbers))), shrink, pace, taken)
+        self.num_steps += 1
+        num_steps = self.num_steps
+        for start in range(0, len(self._master_weights), MAX_CHUNK_ELEMENTS):
+            self._step_chunk(
+                slice(start, min(start + MAX_CHUNK_ELEMENTS, len(self._master_weights))),
+                grad_factor,
+                hparams,
+                num_steps,
+            )
 
-    def _step(self, place: slice, shrink: Tensor, pace: Pace, taken: int) -> None:
-        beta_1, beta_2 = pace.betas
-        grad_M = self._gradients.stretch(place).mul_(shrink)
-        first_M = self.first.of(place).lerp_(grad_M, 1 - beta_1)
-        second_M = self.second.of(place).mul_(beta_2)
-        second_M.addcmul_(grad_M, grad_M, value=1 - beta_2)
-        self.first.keep(first_M, place)
-        self.second.keep(second_M, place)
-        # Moved by the moments as they were before they were rounded.
-        root_M = second_M.sqrt().div_(pace.root(taken)).add_(EPSILON)
-        master_M = self._numbers.of(place).mul_(pace.kept)
-        self._numbers.keep(master_M.addcdiv_(first_M, root_M, value=-pace.length(taken)), place)
+    def _step_chunk(
+        self, flat_slice: slice, grad_factor: Tensor, hparams: AdamWHyperparams, num_steps: int
+    ) -> None:
+        beta_1, beta_2 = hparams.betas
+        grad_M = self._gradients.read_slice(flat_slice).mul_(grad_factor)
+        exp_avg_M = self.exp_avg.read(flat_slice).lerp_(grad_M, 1 - beta_1)
+        exp_avg_sq_M = self.exp_avg_sq.read(flat_slice).mul_(beta_2)
+        exp_avg_sq_M.addcmul_(grad_M, grad_M, value=1 - beta_2)
+        self.exp_avg.write(exp_avg_M, flat_slice)
+        self.exp_avg_sq.write(exp_avg_sq_M, flat_slice)
+        # The update uses the moments before rounding.
+        denom_M = exp_avg_sq_M.sqrt().div_(hparams.bias_correction2_sqrt(num_steps)).add_(ADAM_EPS)
+        master_M = self._master_weights.read(flat_slice).mul_(hparams.decay_factor)
+        self._master_weights.write(
+            master_M.addcdiv_(exp_avg_M, denom_M, value=-hparams.step_size(num_steps)), flat_slice
+        )
 
-    def stored(self, place: slice, shape: torch.Size) -> dict[str, Tensor]:
-        """What a checkpoint keeps of a parameter; views. The last is zero as long as every gradient
-        was: squares never cancel each other."""
+    def state_tensors(self, flat_slice: slice, shape: torch.Size) -> dict[str, Tensor]:
+        """Return views of a parameter's state for a checkpoint.
+
+        The last tensor is zero until a non-zero gradient arrives, because squares cannot cancel.
+        """
         return {
-            f"{name}{kind}": tensor
-            for name, moment in (("first", self.first), ("second", self.second))
-            for kind, tensor in moment.stored(place, shape).items()
+            f"{name}{suffix}": tensor
+            for name, state in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq))
+            for suffix, tensor in state.state_tensors(flat_slice, shape).items()
         }

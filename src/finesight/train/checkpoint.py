@@ -1,4 +1,4 @@
-"""Where a run stands, on disk: `checkpoints/step-N`, each whole or not there at all."""
+"""Checkpoints of a run: folders `checkpoints/step-N`, written atomically."""
 
 from __future__ import annotations
 
@@ -18,84 +18,111 @@ from torch import Tensor
 from finesight.bounded_files import read_bytes
 from finesight.digests import verify_folder
 from finesight.errors import UserError
-from finesight.storage import explained, remove_folder, set_aside, sweep, write_folder
-from finesight.train.budget import Budget
-from finesight.train.ranks import ALONE, Ranks
+from finesight.storage import (
+    move_folder,
+    remove_folder,
+    remove_partial_files,
+    translate_os_errors,
+    write_folder,
+)
+from finesight.train.oom import MemoryBudget
+from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
 
-VALUES, MOMENTS, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
+WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE = (
+    "trainable.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+)
 
-FORMAT = 1
-
-
-class Best(BaseModel):
-    """The best measurement so far: by the task's headline and its score, where the recipe asks for
-    a metric; otherwise, and where scores are equal, by the held-out loss."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    step: int
-    loss: float
-    headline: str | None = None
-    score: float | None = None
-
-    def better_than(self, other: Best | None) -> bool:
-        """Whether this one takes the other's place; so it does if that went by another headline."""
-        if other is None or other.headline != self.headline:
-            return True
-        mine, theirs = self.score or 0.0, other.score or 0.0
-        return mine > theirs or (mine == theirs and self.loss < other.loss)
+FORMAT_VERSION = 2
 
 
-class State(BaseModel):
-    """`state.json`: everything beside tensors that a run needs to go on.
+class BestEval(BaseModel):
+    """Best evaluation of a run so far.
 
-    `step` steps are finished, and `samples` is the position in the order of the data, counted in
-    samples since the start. `measured` is the step of the last measurement. `budget` is that of the
-    next step, None in runs of versions that kept to the recipe's. `void` counts steps that moved
-    nothing, as their figures were no finite numbers, and `void_in_a_row` the last of them.
-    `identity` holds the settings and fingerprints that a run which goes on must share, by name.
+    Evaluations are compared by the primary metric, and by the validation loss without a metric or
+    for
+    equal scores.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: int = FORMAT
     step: int
-    samples: int
-    measured: int
-    best: Best | None
+    validation_loss: float
+    primary_metric: str | None = None
+    primary_score: float | None = None
+
+    def is_better_than(self, other: BestEval | None) -> bool:
+        """Check if this evaluation replaces the other one.
+
+        It always replaces one with another primary metric.
+        """
+        if other is None or other.primary_metric != self.primary_metric:
+            return True
+        own_score, other_score = self.primary_score or 0.0, other.primary_score or 0.0
+        return own_score > other_score or (
+            own_score == other_score and self.validation_loss < other.validation_loss
+        )
+
+
+class CheckpointState(BaseModel):
+    """Content of `state.json`: the state of a run apart from tensors.
+
+    Attributes:
+        step: Number of finished steps.
+        consumed_samples: Position in the data order, in samples since the start.
+        last_eval_step: Step of the last evaluation, or -1.
+        best: Best evaluation so far.
+        loss_scale: State of the fp16 loss scaler.
+        budget: Memory budget of the next step.
+        nonfinite_steps: Number of skipped steps with non-finite values.
+        consecutive_nonfinite_steps: Number of such steps at the end.
+        resume_config: Settings and fingerprints that must be the same on resume, by name.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: int = FORMAT_VERSION
+    step: int
+    consumed_samples: int
+    last_eval_step: int
+    best: BestEval | None
     loss_scale: dict[str, float]
-    budget: Budget | None = None
-    void: int = 0
-    void_in_a_row: int = 0
-    identity: dict[str, Any]
+    budget: MemoryBudget
+    nonfinite_steps: int = 0
+    consecutive_nonfinite_steps: int = 0
+    resume_config: dict[str, Any]
 
 
 @dataclass(slots=True)
-class Progress:
-    """How far a run is: `step` steps finished, `void` of them void, last measured after step
-    `measured` (-1: never), and the budget of the next step."""
+class TrainProgress:
+    """Progress of a run; see `CheckpointState` for the fields."""
 
-    budget: Budget
+    budget: MemoryBudget
     step: int = 0
-    measured: int = -1
-    best: Best | None = None
-    void: int = 0
-    void_in_a_row: int = 0
+    last_eval_step: int = -1
+    best: BestEval | None = None
+    nonfinite_steps: int = 0
+    consecutive_nonfinite_steps: int = 0
 
 
-class TensorFile(Mapping[str, Tensor]):
-    """A safetensors file, each tensor read when asked for. Raises UserError when damaged."""
+class SafetensorsFile(Mapping[str, Tensor]):
+    """Lazy mapping of the tensors of a safetensors file.
+
+    Raises:
+        UserError: The file is corrupt.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
-            self._file = _opened(path)
+            self._file = _open_safetensors(path)
             self._names: list[str] = list(self._file.keys())
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"not readable as safetensors: {error}",
                 where=str(path),
                 expected="a file as `finesight train` wrote it",
-                remedy=f"delete {path.parent} to resume from the checkpoint before it",
+                remedy=f"delete {path.parent} to resume from the previous checkpoint",
             ) from error
 
     def __getitem__(self, name: str) -> Tensor:
@@ -109,10 +136,10 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self._names)
 
 
-class RowFiles(Mapping[str, Tensor]):
-    """Files with some rows of every tensor each, in order; what has no rows is the same in all."""
+class ShardedSafetensors(Mapping[str, Tensor]):
+    """Tensors sharded by rows over several files; scalars are equal in all files."""
 
-    def __init__(self, files: Sequence[TensorFile]) -> None:
+    def __init__(self, files: Sequence[SafetensorsFile]) -> None:
         self._files = files
         self._names = [*dict.fromkeys(name for file in files for name in file)]
 
@@ -127,182 +154,220 @@ class RowFiles(Mapping[str, Tensor]):
         return len(self._names)
 
 
-Tensors = TensorFile | RowFiles
+TensorSource = SafetensorsFile | ShardedSafetensors
 
 
-def _opened(path: Path) -> Any:
+def _open_safetensors(path: Path) -> Any:
     # Its methods are untyped.
     return safe_open(path, framework="pt")
 
 
-class DamagedCheckpoint(UserError):
-    """A file of a checkpoint is missing or has changed since it was written."""
+class CorruptCheckpointError(UserError):
+    """A checkpoint file is missing or was changed after it was written."""
 
 
-class Checkpoints:
-    """The checkpoints of a run: the last `keep` of them and the best one stay."""
+class CheckpointManager:
+    """Directory of checkpoints that retains the newest ones and the best one."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, checkpoint_dir: Path, max_to_keep: int) -> None:
+        self.checkpoint_dir, self.max_to_keep = checkpoint_dir, max_to_keep
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, in order."""
-        names = [path.name for path in self.folder.glob("step-*")]
-        numbers = [name.removeprefix("step-") for name in names]
-        return sorted(int(number) for number in numbers if number.isdecimal())
+        """Return the steps with a checkpoint, in order."""
+        names = [path.name for path in self.checkpoint_dir.glob("step-*")]
+        suffixes = [name.removeprefix("step-") for name in names]
+        return sorted(int(step) for step in suffixes if step.isdecimal())
 
-    def path(self, step: int) -> Path:
-        """Its folder."""
-        return self.folder / f"step-{step}"
+    def step_dir(self, step: int) -> Path:
+        """Return the folder of a checkpoint."""
+        return self.checkpoint_dir / f"step-{step}"
 
     def save(
         self,
-        state: State,
-        values: Mapping[str, Tensor],
-        moments: Mapping[str, Tensor],
-        ranks: Ranks = ALONE,
+        state: CheckpointState,
+        weights: Mapping[str, Tensor],
+        optimizer_state: Mapping[str, Tensor],
+        process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        """Write a checkpoint, then delete those that are not to be kept. One that is there already
-        stays as it is: it was made from the same steps. Where `ranks` are several, each of them
-        has to call it, with its own rows of every tensor."""
+        """Write a checkpoint, then delete those that are no longer retained.
+
+        An existing checkpoint of the same step is unchanged. In a sharded run, all ranks must call
+        this
+        method with their shards.
+        """
         with ExitStack() as stack:
             folder = None
             try:
-                if ranks.first and state.step not in self.steps():
-                    folder = stack.enter_context(write_folder(self.path(state.step)))
+                if process_group.is_main and state.step not in self.steps():
+                    folder = stack.enter_context(write_folder(self.step_dir(state.step)))
             finally:
-                # The others have to know, whatever went wrong.
-                told = ranks.everybodys(folder.name if folder else "")[0].decode()
-            if told:
-                with ranks.confirmed():
-                    _write(self.folder / told, values, moments, ranks)
+                # The other ranks need an answer even after an error.
+                folder_name = process_group.all_gather_str(folder.name if folder else "")[
+                    0
+                ].decode()
+            if folder_name:
+                with process_group.sync_errors():
+                    _write_tensors(
+                        self.checkpoint_dir / folder_name, weights, optimizer_state, process_group
+                    )
             if folder is not None:
-                if not ranks.alone:
-                    # A disk of many machines may show what others wrote only later.
-                    for name in (VALUES, MOMENTS):
-                        _tensors(folder, name)
-                (folder / STATE).write_text(state.model_dump_json(indent=1) + "\n")
-        if ranks.first:
-            self._tidy(state)
+                if not process_group.is_single_process:
+                    # A shared disk may show the files of other ranks with a delay.
+                    for name in (WEIGHTS_FILE, OPTIMIZER_FILE):
+                        _open_tensors(folder, name)
+                (folder / STATE_FILE).write_text(state.model_dump_json(indent=1) + "\n")
+        if process_group.is_main:
+            self._prune(state)
 
-    def _tidy(self, state: State) -> None:
-        wanted = {*self.steps()[-self.keep :], state.best.step if state.best else state.step}
+    def _prune(self, state: CheckpointState) -> None:
+        retained_steps = {
+            *self.steps()[-self.max_to_keep :],
+            state.best.step if state.best else state.step,
+        }
         for step in self.steps():
-            if step not in wanted:
-                remove_folder(self.path(step))
+            if step not in retained_steps:
+                remove_folder(self.step_dir(step))
 
-    def newest(self, say: Callable[[str], None]) -> tuple[State, Tensors, Tensors] | None:
-        """The last checkpoint that is whole, every byte verified: state, values and moments. None
-        without one. Damaged ones after it are told to `say`; see `set_aside`.
+    def load_latest(
+        self, log: Callable[[str], None]
+    ) -> tuple[CheckpointState, TensorSource, TensorSource] | None:
+        """Load the newest valid checkpoint and verify all digests.
 
-        Raises UserError where all are damaged, naming what is wrong with the last one.
+        Corrupt checkpoints are logged; see `quarantine_after`.
+
+        Returns:
+            State, weights and optimizer state; None without checkpoints.
+
+        Raises:
+            UserError: All checkpoints are corrupt.
         """
-        sweep(self.folder)
-        last: UserError | None = None
+        remove_partial_files(self.checkpoint_dir)
+        latest_error: UserError | None = None
         for step in reversed(self.steps()):
-            remedy = f"delete {self.folder} to start from the beginning"
+            remedy = f"delete {self.checkpoint_dir} to restart the run from step 0"
             try:
-                found = self.read(step, remedy)
-            except DamagedCheckpoint as error:
-                last = last or error
-                say(f"the checkpoint of step {step} is damaged: {error.where}: {error.what}")
+                checkpoint = self.load(step, remedy)
+            except CorruptCheckpointError as error:
+                latest_error = latest_error or error
+                log(f"the checkpoint of step {step} is corrupt: {error.where}: {error.what}")
             else:
-                if last is not None:
-                    say(f"going on from that of step {step}, the last one that is whole")
-                return found
-        if last is not None:
-            raise last
+                if latest_error is not None:
+                    log(f"resuming from step {step}, the newest valid checkpoint")
+                return checkpoint
+        if latest_error is not None:
+            raise latest_error
         return None
 
-    def set_aside(self, step: int) -> None:
-        """Take the checkpoints after this step for damaged ones: they make room for those that
-        will be written again, under names that nothing reads."""
+    def quarantine_after(self, step: int) -> None:
+        """Rename the checkpoints after this step as damaged, since they will be written again."""
         for later in self.steps():
             if later > step:
-                set_aside(self.path(later), self.folder / f"damaged-step-{later}")
+                move_folder(self.step_dir(later), self.checkpoint_dir / f"corrupt-step-{later}")
 
-    def read(self, step: int, remedy: str) -> tuple[State, Tensors, Tensors]:
-        """The checkpoint of a step, every byte verified. Raises UserError with the remedy, a
-        DamagedCheckpoint where it is not as it was written."""
-        folder = self.path(step)
+    def load(self, step: int, remedy: str) -> tuple[CheckpointState, TensorSource, TensorSource]:
+        """Load the checkpoint of a step and verify all digests.
+
+        Raises:
+            CorruptCheckpointError: A file is missing or has changed.
+            UserError: The checkpoint has another format.
+        """
+        folder = self.step_dir(step)
         try:
             verify_folder(folder)
         except UserError as error:
-            raise DamagedCheckpoint(
+            raise CorruptCheckpointError(
                 error.what, where=error.where, expected=error.expected, remedy=remedy
             ) from error
-        return self.opened(step, remedy)
+        return self.load_unverified(step, remedy)
 
-    def opened(self, step: int, remedy: str) -> tuple[State, Tensors, Tensors]:
-        """The checkpoint of a step that somebody has verified."""
-        folder = self.path(step)
-        state = _read_state(folder / STATE, remedy)
-        return state, _tensors(folder, VALUES), _tensors(folder, MOMENTS)
+    def load_unverified(
+        self, step: int, remedy: str
+    ) -> tuple[CheckpointState, TensorSource, TensorSource]:
+        """Load a checkpoint that another rank has verified."""
+        folder = self.step_dir(step)
+        state = _read_state(folder / STATE_FILE, remedy)
+        return state, _open_tensors(folder, WEIGHTS_FILE), _open_tensors(folder, OPTIMIZER_FILE)
 
 
-def _write(
-    folder: Path, values: Mapping[str, Tensor], moments: Mapping[str, Tensor], ranks: Ranks
+def _write_tensors(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    optimizer_state: Mapping[str, Tensor],
+    process_group: ProcessGroup,
 ) -> None:
-    for tensors, name in ((values, VALUES), (moments, MOMENTS)):
-        file = folder / (name if ranks.alone else _part(name, ranks.number, ranks.count))
-        # One by one: a GPU has no room for the wide copies of all.
-        with explained(file):
+    for tensors, name in ((weights, WEIGHTS_FILE), (optimizer_state, OPTIMIZER_FILE)):
+        file = folder / (
+            name
+            if process_group.is_single_process
+            else _shard_name(name, process_group.rank, process_group.world_size)
+        )
+        # One at a time: GPU memory may not suffice for fp32 copies of all tensors.
+        with translate_os_errors(file):
             save_file({key: t.cpu() for key, t in tensors.items()}, file)
 
 
-def _part(name: str, number: int, count: int) -> str:
-    stem, _, ending = name.rpartition(".")
-    return f"{stem}-{number + 1:05}-of-{count:05}.{ending}"
+def _shard_name(name: str, rank: int, world_size: int) -> str:
+    stem, _, extension = name.rpartition(".")
+    return f"{stem}-{rank + 1:05}-of-{world_size:05}.{extension}"
 
 
-def _tensors(folder: Path, name: str) -> Tensors:
-    whole = folder / name
-    if whole.is_file():
-        return TensorFile(whole)
-    stem, _, ending = name.rpartition(".")
-    found = sorted(folder.glob(f"{stem}-*-of-*.{ending}"))
-    expected = [_part(name, number, len(found)) for number in range(len(found))]
-    if not found or [part.name for part in found] != expected:
-        raise DamagedCheckpoint(
-            f"holds {', '.join(part.name for part in found) or 'no part'} of {name}",
+def _open_tensors(folder: Path, name: str) -> TensorSource:
+    unsharded = folder / name
+    if unsharded.is_file():
+        return SafetensorsFile(unsharded)
+    stem, _, extension = name.rpartition(".")
+    shards = sorted(folder.glob(f"{stem}-*-of-*.{extension}"))
+    expected = [_shard_name(name, rank, len(shards)) for rank in range(len(shards))]
+    if not shards or [shard.name for shard in shards] != expected:
+        raise CorruptCheckpointError(
+            f"contains {', '.join(shard.name for shard in shards) or 'no shard'} of {name}",
             where=str(folder),
-            expected=f"{name}, or all parts of it",
+            expected=f"{name}, or all of its shards",
             remedy=f"delete {folder}, and start again with --resume",
         )
-    return RowFiles([TensorFile(part) for part in found])
+    return ShardedSafetensors([SafetensorsFile(shard) for shard in shards])
 
 
-def _read_state(path: Path, remedy: str) -> State:
+class _StateVersion(BaseModel):
+    """The format version of a state file, whatever else it contains."""
+
+    format_version: int = 1
+
+
+def _read_state(path: Path, remedy: str) -> CheckpointState:
+    content = read_bytes(path, expected=f"a state of format {FORMAT_VERSION}", remedy=remedy)
     try:
-        state = State.model_validate_json(
-            read_bytes(path, expected=f"a state of format {FORMAT}", remedy=remedy)
-        )
+        version = _StateVersion.model_validate_json(content).format_version
+        if version == FORMAT_VERSION:
+            return CheckpointState.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise UserError(
             f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}",
             where=str(path),
-            expected=f"a state of format {FORMAT}",
+            expected=f"a state of format {FORMAT_VERSION}",
             remedy=f"continue with the finesight that wrote it, or {remedy}",
         ) from error
-    if state.format != FORMAT:
-        raise UserError(
-            f"the checkpoint has format {state.format}",
-            where=str(path),
-            expected=f"format {FORMAT}",
-            remedy=f"continue with the finesight that wrote it, or {remedy}",
-        )
-    return state
+    raise UserError(
+        f"the checkpoint has format {version}",
+        where=str(path),
+        expected=f"format {FORMAT_VERSION}",
+        remedy=f"continue with the finesight that wrote it, or {remedy}",
+    )
 
 
-def check_identity(stored: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
-    """Raises UserError naming every setting or fingerprint in which the two differ."""
-    now = json.loads(json.dumps(now))
-    different = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
+def check_resume_config(stored: Mapping[str, Any], current: Mapping[str, Any], where: Path) -> None:
+    """Compare the configuration of a checkpoint with the current one.
+
+    Raises:
+        UserError: Settings or fingerprints differ; the error lists them.
+    """
+    current = json.loads(json.dumps(current))
+    different = [name for name in {**stored, **current} if stored.get(name) != current.get(name)]
     if different:
         raise UserError(
-            "; ".join(f"{name} is {now.get(name)!r} now" for name in different),
+            "; ".join(f"{name} is {current.get(name)!r} now" for name in different),
             where=str(where),
             expected="; ".join(f"{name}={stored.get(name)!r}" for name in different),
-            remedy="resume with the recipe and data the run began with, or give another output",
+            remedy="resume with the original recipe and data, or set another output_dir",
         )

@@ -1,8 +1,8 @@
-"""The arithmetic of a step, counted from shapes, and how fast the device can do it.
+"""FLOP counts of training steps from shapes, and the peak throughput of the device.
 
-Counted are the products a training step needs: forwards for everything, backwards to the inputs
-where something before or beside them learns, backwards to the weights that learn. What is computed
-a second time to save memory is not work done, and does not count.
+The counts contain the matrix products of a training step: forward for all weights, backward to the
+inputs where an earlier or parallel weight is trainable, and backward to trainable weights.
+Activation checkpointing is not counted, since recomputation is not useful work.
 """
 
 from __future__ import annotations
@@ -16,207 +16,238 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
-from finesight.encode.encoded import Grid
-from finesight.encode.pack import contexts
-from finesight.model.frozen import FrozenWeight
-from finesight.model.network import VisionLanguageModel
-from finesight.model.parts import PARTS, TABLES, Part, part_of
-from finesight.model.qwen2_5_vl import WindowedTower
+from finesight.encode.packing import compute_context_lengths
+from finesight.encode.tokenized_sample import GridTHW
+from finesight.model.families.qwen2_5_vl import WindowVisionEncoder
+from finesight.model.quant.base import QuantizedWeight
+from finesight.model.trainable import EMBEDDING_SUFFIXES, MODEL_PARTS, ModelPart, get_part
+from finesight.model.vlm import VisionLanguageModel
 
-LAYERS = ("model.layers.", "visual.blocks.")
-"""How the names of parameters begin whose layers can be recomputed."""
+LAYER_PREFIXES = ("model.layers.", "visual.blocks.")
+"""Parameter name prefixes of layers with activation checkpointing."""
 
 
-class Sizes(Protocol):
-    """What the arithmetic of a pack hangs on: tokens of each sequence, how many of them the
-    beginning of all has, grids of its pictures, and how many tokens are predicted."""
+class PackShape(Protocol):
+    """Shape of a packed batch that determines its FLOPs."""
 
     @property
     def lengths(self) -> Sequence[int]: ...
 
     @property
-    def beginning(self) -> int: ...
+    def prefix_length(self) -> int: ...
 
     @property
-    def grids(self) -> Sequence[Grid]: ...
+    def grid_thw(self) -> Sequence[GridTHW]: ...
 
     @property
-    def supervised(self) -> int: ...
+    def num_supervised_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Operations:
-    """Of a pack, by what they are for: the weights of each part (the head is the embeddings'), and
-    attention of tokens and of patches, which has none."""
+class FlopBreakdown:
+    """FLOPs of a packed batch: matrix products by model part, and attention.
 
-    weights: Mapping[Part, int]
-    tokens: int
-    patches: int
+    The language model head belongs to the embeddings.
+    """
+
+    matmul_by_part: Mapping[ModelPart, int]
+    decoder_attention: int
+    vision_attention: int
 
     @property
-    def in_all(self) -> int:
-        """All of them."""
-        return sum(self.weights.values()) + self.tokens + self.patches
+    def total(self) -> int:
+        """Total FLOPs."""
+        return sum(self.matmul_by_part.values()) + self.decoder_attention + self.vision_attention
 
 
-class Arithmetic:
-    """Counts floating-point operations of training steps of one model."""
+class FlopCounter:
+    """Count FLOPs of training steps of one model."""
 
     def __init__(self, model: VisionLanguageModel) -> None:
-        self._geometry = model.geometry
-        self._windows = _windows_of(model)
-        self._per_row = dict.fromkeys(PARTS, 0)
-        # The head and the last MLP see only the tokens that predict learned ones.
-        self._per_label = dict.fromkeys(PARTS, 0)
-        last_mlp = f"model.layers.{model.geometry.language.depth - 1}.mlp."
-        # Forwards through the layers that may be recomputed.
-        self._layers = dict.fromkeys(PARTS, 0)
-        learning: set[Part] = set()
-        reached = False
-        # In the order in which a sample passes the matrices: from the first that learns on, a
-        # gradient has to come back to the input of each.
-        for _, own in groupby(_weights(model), lambda weight: _layer_of(weight.name)):
-            learns = False
-            for weight in own:
-                part = part_of(weight.name)
-                learns = learns or (weight.learns and not weight.name.endswith(TABLES))
-                if weight.learns:
-                    learning.add(part)
-                # The embedding is looked up, not multiplied; the head comes below.
-                if weight.multiplies and part != "embeddings":
-                    back = reached or ".adapter.b." in weight.name
-                    operations = _passes(weight.learns, back) * weight.numbers
-                    if weight.name.startswith(LAYERS):
-                        self._layers[part] += weight.numbers
+        self._config = model.config
+        self._window_config = _read_window_config(model)
+        self._params_per_row = dict.fromkeys(MODEL_PARTS, 0)
+        # The head and the last MLP process only the tokens that predict supervised ones.
+        self._params_per_label = dict.fromkeys(MODEL_PARTS, 0)
+        last_mlp = f"model.layers.{model.config.decoder.num_layers - 1}.mlp."
+        # Forward passes of layers with activation checkpointing.
+        self._layer_params = dict.fromkeys(MODEL_PARTS, 0)
+        trainable_parts: set[ModelPart] = set()
+        needs_input_grad = False
+        # In forward order: all layers after the first trainable one need input gradients.
+        for _, layer_weights in groupby(
+            _iter_weights(model), lambda weight: _layer_name(weight.name)
+        ):
+            has_trainable = False
+            for weight in layer_weights:
+                part = get_part(weight.name)
+                has_trainable = has_trainable or (
+                    weight.is_trainable and not weight.name.endswith(EMBEDDING_SUFFIXES)
+                )
+                if weight.is_trainable:
+                    trainable_parts.add(part)
+                # The embedding is a lookup; the head is counted below.
+                if weight.is_matmul and part != "embeddings":
+                    has_input_grad = needs_input_grad or ".adapter.lora_B." in weight.name
+                    flops = _count_passes(weight.is_trainable, has_input_grad) * weight.num_params
+                    if weight.name.startswith(LAYER_PREFIXES):
+                        self._layer_params[part] += weight.num_params
                     if weight.name.startswith(last_mlp):
-                        self._per_label[part] += operations
+                        self._params_per_label[part] += flops
                     else:
-                        at_patches = int(operations * _share_at_patches(weight.name))
-                        self._per_row["vision"] += at_patches
-                        self._per_row[part] += operations - at_patches
-            reached = reached or learns
-        language = model.geometry.language
+                        patch_flops = int(flops * _patch_fraction(weight.name))
+                        self._params_per_row["vision"] += patch_flops
+                        self._params_per_row[part] += flops - patch_flops
+            needs_input_grad = needs_input_grad or has_trainable
+        decoder_config = model.config.decoder
         head = model.model.embed_tokens if model.lm_head is None else model.lm_head
-        trained = any(parameter.requires_grad for parameter in head.parameters())
-        numbers = language.vocabulary * language.width
-        self._per_label["embeddings"] += _passes(trained, back=True) * numbers
-        self._seeing = 3 if "vision" in learning else 1
-        self._speaking = 3 if learning else 1
+        is_head_trainable = any(parameter.requires_grad for parameter in head.parameters())
+        num_params = decoder_config.vocab_size * decoder_config.hidden_size
+        self._params_per_label["embeddings"] += (
+            _count_passes(is_head_trainable, has_input_grad=True) * num_params
+        )
+        self._vision_passes = 3 if "vision" in trainable_parts else 1
+        self._decoder_passes = 3 if trainable_parts else 1
 
-    def of(self, batch: Sizes) -> float:
-        """Operations of one forward and backward pass over a pack."""
-        return float(self.by_part(batch).in_all)
+    def count(self, batch: PackShape) -> float:
+        """Count the FLOPs of a forward and backward pass."""
+        return float(self.count_by_part(batch).total)
 
-    def by_part(self, batch: Sizes) -> Operations:
-        """The same by what they are for."""
-        patches = sum(t * h * w for t, h, w in batch.grids)
-        rows: dict[Part, int] = {
-            "vision": patches,
-            "merger": patches // self._geometry.vision.merge**2,
+    def count_by_part(self, batch: PackShape) -> FlopBreakdown:
+        """Count the FLOPs of a forward and backward pass by purpose."""
+        num_patches = sum(t * h * w for t, h, w in batch.grid_thw)
+        num_rows: dict[ModelPart, int] = {
+            "vision": num_patches,
+            "merger": num_patches // self._config.vision.merge_size**2,
             "language": sum(batch.lengths),
             "embeddings": 0,
         }
-        of_part = {
-            part: 2 * (rows[part] * self._per_row[part] + batch.supervised * self._per_label[part])
-            for part in PARTS
+        matmul_by_part = {
+            part: 2
+            * (
+                num_rows[part] * self._params_per_row[part]
+                + batch.num_supervised_tokens * self._params_per_label[part]
+            )
+            for part in MODEL_PARTS
         }
-        return Operations(of_part, *self._attention(batch.lengths, batch.grids, batch.beginning))
+        return FlopBreakdown(
+            matmul_by_part,
+            *self._count_attention(batch.lengths, batch.grid_thw, batch.prefix_length),
+        )
 
-    def again(self, batch: Sizes, share: float) -> float:
-        """Operations of making the activations of this share of the layers a second time, of those
-        that a gradient comes back through."""
-        found = self.by_part(batch)
-        patches = sum(t * h * w for t, h, w in batch.grids)
-        language = 2 * sum(batch.lengths) * self._layers["language"] + found.tokens / 3
-        vision = 2 * patches * self._layers["vision"] + found.patches / 3
-        return share * (language * (self._speaking == 3) + vision * (self._seeing == 3))
+    def count_recompute(self, batch: PackShape, fraction: float) -> float:
+        """Count the FLOPs of activation checkpointing for a fraction of the layers."""
+        flops = self.count_by_part(batch)
+        num_patches = sum(t * h * w for t, h, w in batch.grid_thw)
+        language_flops = (
+            2 * sum(batch.lengths) * self._layer_params["language"] + flops.decoder_attention / 3
+        )
+        vision_flops = 2 * num_patches * self._layer_params["vision"] + flops.vision_attention / 3
+        return fraction * (
+            language_flops * (self._decoder_passes == 3) + vision_flops * (self._vision_passes == 3)
+        )
 
-    def products(self, batch: Sizes) -> int:
-        """Those of the products with weights."""
-        return sum(self.by_part(batch).weights.values())
+    def count_matmul(self, batch: PackShape) -> int:
+        """Count the FLOPs of matrix products with weights."""
+        return sum(self.count_by_part(batch).matmul_by_part.values())
 
-    def attention(self, lengths: Sequence[int], grids: Sequence[Grid]) -> int:
-        """Scores and values: 4 x queries x keys x width, half of it where causal, and twice as
-        much again on the way back."""
-        return sum(self._attention(lengths, grids))
+    def count_attention(self, lengths: Sequence[int], grid_thw: Sequence[GridTHW]) -> int:
+        """Count the FLOPs of attention.
 
-    def _attention(
-        self, lengths: Sequence[int], grids: Sequence[Grid], beginning: int = 0
+        The forward pass takes 4 x queries x keys x width, half of it for causal attention, and the
+        backward
+        pass two times as much.
+        """
+        return sum(self._count_attention(lengths, grid_thw))
+
+    def _count_attention(
+        self, lengths: Sequence[int], grid_thw: Sequence[GridTHW], prefix_length: int = 0
     ) -> tuple[int, int]:
-        """Of tokens, and of patches."""
-        language, vision = self._geometry.language, self._geometry.vision
-        inside, window = self._windows
-        width = language.heads * language.head_width
-        # The queries of the beginning are those of the first sequence alone.
-        squares = sum(length**2 for length in contexts(lengths, beginning))
-        squares -= beginning**2 * (len(lengths) - 1)
-        causal = squares * 2 * width * language.depth
-        whole = sum(t * (h * w) ** 2 for t, h, w in grids) * (vision.depth - inside)
-        windowed = sum(t * h * w * min(window, h * w) for t, h, w in grids) * inside
-        return causal * self._speaking, 4 * vision.width * (whole + windowed) * self._seeing
+        """Count decoder attention and vision attention."""
+        decoder_config, vision_config = self._config.decoder, self._config.vision
+        num_windowed, window = self._window_config
+        width = decoder_config.num_heads * decoder_config.head_dim
+        # Only the first sequence has queries in the shared prefix.
+        squared_lengths = sum(
+            length**2 for length in compute_context_lengths(lengths, prefix_length)
+        )
+        squared_lengths -= prefix_length**2 * (len(lengths) - 1)
+        causal = squared_lengths * 2 * width * decoder_config.num_layers
+        full_attention = sum(t * (h * w) ** 2 for t, h, w in grid_thw) * (
+            vision_config.num_layers - num_windowed
+        )
+        window_attention = (
+            sum(t * h * w * min(window, h * w) for t, h, w in grid_thw) * num_windowed
+        )
+        return causal * self._decoder_passes, 4 * vision_config.hidden_size * (
+            full_attention + window_attention
+        ) * self._vision_passes
 
 
-class Uncounted:
-    """In its place where transformers computes: what happens there is not known shape by shape."""
+class NullFlopCounter:
+    """FLOP counter for the transformers backend, whose shapes are unknown."""
 
-    def of(self, batch: Sizes) -> float:
-        """Nothing."""
+    def count(self, batch: PackShape) -> float:
+        """Return 0."""
         return 0.0
 
 
-def _share_at_patches(name: str) -> float:
-    """The share of a parameter outside of the tower's blocks that every patch meets, not only every
-    feature: the resampler's keys and values are made of patches."""
+def _patch_fraction(name: str) -> float:
+    """Return the share of a merger parameter that is applied to patches instead of features.
+
+    The keys and values of the resampler are computed from patches.
+    """
     if name.startswith("visual.merger.attn_pool.kv_proj."):
         return 1.0
     return 2 / 3 if name == "visual.merger.attn_pool.attn.in_proj_weight" else 0.0
 
 
-def _layer_of(name: str) -> str:
-    """The layer that a parameter belongs to, together with its adapter."""
+def _layer_name(name: str) -> str:
+    """Return the layer of a parameter, including its adapter."""
     return name.partition(".adapter.")[0] if ".adapter." in name else name.rpartition(".")[0]
 
 
-class _Weight(NamedTuple):
-    """`numbers` are those that a row meets: of its own experts, where experts are stacked."""
+class _WeightInfo(NamedTuple):
+    """Weight of the model; `num_params` counts only the active experts."""
 
     name: str
-    numbers: int
-    multiplies: bool
-    learns: bool
+    num_params: int
+    is_matmul: bool
+    is_trainable: bool
 
 
-def _weights(model: VisionLanguageModel) -> Iterator[_Weight]:
-    """Every parameter, and every weight in few bits under its parameter's name, in the model's
-    order."""
-    experts = model.geometry.language.experts
+def _iter_weights(model: VisionLanguageModel) -> Iterator[_WeightInfo]:
+    """Iterate over parameters and quantized weights in model order."""
+    experts = model.config.decoder.moe
     for path, module in model.named_modules():
-        if isinstance(module, FrozenWeight):
-            yield _Weight(path, module.numbers, multiplies=True, learns=False)
+        if isinstance(module, QuantizedWeight):
+            yield _WeightInfo(path, module.num_elements, is_matmul=True, is_trainable=False)
         for name, parameter in module.named_parameters(prefix=path, recurse=False):
-            numbers = parameter.numel()
+            num_params = parameter.numel()
             if parameter.dim() == 3 and experts is not None:
-                numbers = numbers // experts.number * experts.chosen
-            table = isinstance(module, nn.Embedding) or name.endswith(TABLES)
-            yield _Weight(name, numbers, parameter.dim() > 1 and not table, parameter.requires_grad)
+                num_params = num_params // experts.num_experts * experts.num_experts_per_tok
+            is_embedding = isinstance(module, nn.Embedding) or name.endswith(EMBEDDING_SUFFIXES)
+            yield _WeightInfo(
+                name, num_params, parameter.dim() > 1 and not is_embedding, parameter.requires_grad
+            )
 
 
-def _passes(learns: bool, back: bool) -> int:
-    """Forwards; to the input, if a gradient is wanted there; to the weight, if it learns."""
-    return 1 + int(back) + int(learns)
+def _count_passes(is_trainable: bool, has_input_grad: bool) -> int:
+    """Count the matrix products of forward, input gradient and weight gradient."""
+    return 1 + int(has_input_grad) + int(is_trainable)
 
 
-def _windows_of(model: VisionLanguageModel) -> tuple[int, int]:
-    """Blocks of the tower that attend within windows, and the patches of a window."""
-    tower = model.visual
-    if not isinstance(tower, WindowedTower):
+def _read_window_config(model: VisionLanguageModel) -> tuple[int, int]:
+    """Return the number of window attention blocks, and the patches of a window."""
+    vision_encoder = model.visual
+    if not isinstance(vision_encoder, WindowVisionEncoder):
         return 0, 0
-    inside = tower.geometry.depth - len(tower.whole_frame)
-    return inside, (tower.window * tower.geometry.merge) ** 2
+    num_windowed = vision_encoder.config.num_layers - len(vision_encoder.full_attention_blocks)
+    return num_windowed, (vision_encoder.window_size * vision_encoder.config.merge_size) ** 2
 
 
-def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product on this device: the limit in practice."""
+def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the FLOP/s of a large matrix product, the practical limit of the device."""
     side, rounds = (8192, 8) if device.type == "cuda" else (768, 3)
     a = torch.randn(side, side, device=device, dtype=dtype)
     best = float("inf")

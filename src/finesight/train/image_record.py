@@ -1,8 +1,9 @@
-"""Fingerprints of the images that a run learns from, compared when the run is resumed.
+"""Fingerprints of the training images, compared when a run is resumed.
 
-A fingerprint covers the size of each image file and its first and last `BLOCK` bytes, which cost
-little beside the header that is read anyway. Modification times are recorded too, but decide
-nothing: copying a data set changes them.
+A fingerprint covers the size of each image file and its first and last `EDGE_BYTES` bytes, which
+cost
+little in addition to the header. Modification times are recorded, but do not count as changes,
+because copying a data set changes them.
 """
 
 from __future__ import annotations
@@ -20,71 +21,82 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from finesight.data.headers import DamagedPicture
-from finesight.data.inside import container, content
-from finesight.data.jsonl import Located
-from finesight.data.sample import files_of
-from finesight.data.sources import Corpus
+from finesight.data.container_paths import resolve_content, split_container_path
+from finesight.data.corpus import Corpus
+from finesight.data.image_header import CorruptImageError
+from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import list_media_paths
 from finesight.errors import UserError
 from finesight.storage import write_file
 
-BLOCK = 8 * 1024
-"""Bytes at the start and at the end of an image file that are read."""
+EDGE_BYTES = 8 * 1024
+"""Bytes that are read at the start and at the end of an image file."""
 
-NAMED = 5
-"""Changed images that a message names."""
+MAX_LISTED_IMAGES = 5
+"""Maximum number of changed images in a message."""
 
-_TENSORS = ("samples", "contents", "times")
-_CHECKSUM = "sha256"
+_COLUMN_NAMES = ("samples", "contents", "times")
+_CHECKSUM_KEY = "sha256"
 
 
 class ImageState(NamedTuple):
-    """Fingerprints of all images of a sample: of what the files hold, and of when they were
-    modified."""
+    """Fingerprints of all images of a sample: file contents, and modification times."""
 
     content: int
     time: int
 
 
-def image_state(located: Located) -> ImageState:
-    """Read the fingerprints of a sample's images. Raises DamagedPicture for an unreadable one."""
+def read_image_state(sample: LocatedSample) -> ImageState:
+    """Read the fingerprints of a sample's images.
+
+    Raises:
+        CorruptImageError: An image cannot be read.
+    """
     contents, times = (hashlib.blake2b(digest_size=8) for _ in range(2))
     # The fingerprint of the data covers the images in rows of a Parquet file.
-    folder = located.folder
+    folder = sample.folder
     covered = folder.suffix.lower() == ".parquet" and folder.is_file()
-    for path in () if covered else image_paths(located):
+    for path in () if covered else list_sample_images(sample):
         try:
-            size, ends, time = _ends(path)
+            size, ends, time = _read_edges(path)
         except OSError as error:
-            raise DamagedPicture(
+            raise CorruptImageError(
                 f"cannot be read: {error.strerror or error}",
                 where=str(path),
-                expected="an image that stays where it is",
-                remedy="put the image back, or correct its permissions",
+                expected="a readable image during the complete run",
+                remedy="restore the image, or correct its permissions",
             ) from error
         contents.update(size.to_bytes(8) + ends)
         times.update(time.to_bytes(8, signed=True))
     return ImageState(*(int.from_bytes(h.digest(), signed=True) for h in (contents, times)))
 
 
-def image_paths(located: Located) -> list[Path]:
+def list_sample_images(sample: LocatedSample) -> list[Path]:
     """List the images and video frames of a sample in order."""
-    return [located.path(name) for part in located.sample.parts() for name in files_of(part)]
+    return [
+        sample.resolve_path(name)
+        for part in sample.sample.iter_parts()
+        for name in list_media_paths(part)
+    ]
 
 
-def _ends(path: Path) -> tuple[int, bytes, int]:
-    """Read the size, the first and last bytes, and the modification time of an image file."""
-    inside = content(path)
+def _read_edges(path: Path) -> tuple[int, bytes, int]:
+    """Read size, first and last bytes, and modification time of an image file."""
+    inside = resolve_content(path)
     if not isinstance(inside, Path):
-        found = inside.getvalue()
-        archive = Path(container(str(path))[0])
-        return len(found), found[:BLOCK] + found[BLOCK:][-BLOCK:], archive.stat().st_mtime_ns
+        content = inside.getvalue()
+        archive = Path(split_container_path(str(path))[0])
+        return (
+            len(content),
+            content[:EDGE_BYTES] + content[EDGE_BYTES:][-EDGE_BYTES:],
+            archive.stat().st_mtime_ns,
+        )
     file = os.open(inside, os.O_RDONLY)
     try:
         state = os.fstat(file)
-        ends = os.pread(file, BLOCK, 0)
-        if state.st_size > BLOCK:
-            ends += os.pread(file, BLOCK, max(BLOCK, state.st_size - BLOCK))
+        ends = os.pread(file, EDGE_BYTES, 0)
+        if state.st_size > EDGE_BYTES:
+            ends += os.pread(file, EDGE_BYTES, max(EDGE_BYTES, state.st_size - EDGE_BYTES))
     finally:
         os.close(file)
     return state.st_size, ends, state.st_mtime_ns
@@ -92,43 +104,43 @@ def _ends(path: Path) -> tuple[int, bytes, int]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageStates:
-    """Fingerprints of the images of some samples of a corpus, in the order of their indices."""
+    """Image fingerprints of some samples of a corpus, in the order of their indices."""
 
     samples_N: NDArray[np.int64]
     contents_N: NDArray[np.int64]
     times_N: NDArray[np.int64]
 
     @classmethod
-    def of(cls, samples: Sequence[int], states: Iterable[ImageState]) -> ImageStates:
-        """Collect the fingerprints of the samples with these indices."""
+    def from_states(cls, samples: Sequence[int], states: Iterable[ImageState]) -> ImageStates:
+        """Combine the fingerprints of the samples with these indices."""
         contents, times = zip(*states, strict=True) if samples else ((), ())
         return cls(*(np.array(column, dtype=np.int64) for column in (samples, contents, times)))
 
     @classmethod
-    def none(cls) -> ImageStates:
-        """Return the fingerprints of no samples."""
-        return cls.of((), ())
+    def empty(cls) -> ImageStates:
+        """Return fingerprints of no samples."""
+        return cls.from_states((), ())
 
     @property
     def digest(self) -> str:
-        """A SHA-256 over the contents of all images, without modification times."""
-        whole = hashlib.sha256(self.samples_N.tobytes())
-        whole.update(self.contents_N.tobytes())
-        return whole.hexdigest()
+        """SHA-256 over the contents of all images, without modification times."""
+        digest = hashlib.sha256(self.samples_N.tobytes())
+        digest.update(self.contents_N.tobytes())
+        return digest.hexdigest()
 
-    def changed_since(self, recorded: ImageStates) -> list[int]:
-        """List the samples of both whose images have another content now."""
-        at, recorded_at = self._common(recorded)
+    def find_changed(self, recorded: ImageStates) -> list[int]:
+        """List the samples whose image contents differ from the recorded ones."""
+        at, recorded_at = self._match_samples(recorded)
         other_N = self.contents_N[at] != recorded.contents_N[recorded_at]
         samples: list[int] = self.samples_N[at][other_N].tolist()
         return samples
 
-    def touched_since(self, recorded: ImageStates) -> int:
-        """Count the samples of both whose images have other modification times now."""
-        at, recorded_at = self._common(recorded)
+    def count_touched(self, recorded: ImageStates) -> int:
+        """Count the samples whose image modification times differ from the recorded ones."""
+        at, recorded_at = self._match_samples(recorded)
         return int(np.count_nonzero(self.times_N[at] != recorded.times_N[recorded_at]))
 
-    def _common(self, other: ImageStates) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    def _match_samples(self, other: ImageStates) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         _, own, others = np.intersect1d(
             self.samples_N, other.samples_N, assume_unique=True, return_indices=True
         )
@@ -140,36 +152,40 @@ def save_image_record(path: Path, record: Mapping[str, ImageStates]) -> None:
     tensors = {
         f"{split}.{name}": column
         for split, states in record.items()
-        for name, column in zip(_TENSORS, _columns(states), strict=True)
+        for name, column in zip(_COLUMN_NAMES, _columns(states), strict=True)
     }
-    write_file(path, save(tensors, {_CHECKSUM: _checksum(tensors)}))
+    write_file(path, save(tensors, {_CHECKSUM_KEY: _checksum(tensors)}))
 
 
 def load_image_record(path: Path) -> dict[str, ImageStates]:
-    """Read what `save_image_record` wrote. Raises UserError for a damaged file."""
+    """Read the result of `save_image_record`.
+
+    Raises:
+        UserError: The file is corrupt.
+    """
     try:
-        with _opened(path) as file:
+        with _open_safetensors(path) as file:
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            checksum = (file.metadata() or {}).get(_CHECKSUM)
+            checksum = (file.metadata() or {}).get(_CHECKSUM_KEY)
         splits = sorted({name.rpartition(".")[0] for name in tensors})
         record = {
-            split: ImageStates(*(tensors[f"{split}.{name}"] for name in _TENSORS))
+            split: ImageStates(*(tensors[f"{split}.{name}"] for name in _COLUMN_NAMES))
             for split in splits
         }
-        problem = "" if checksum == _checksum(tensors) else "the checksum does not match"
+        error_text = "" if checksum == _checksum(tensors) else "the checksum does not match"
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        problem = str(error)
-    if problem:
+        error_text = str(error)
+    if error_text:
         raise UserError(
-            f"the fingerprints of the images cannot be read: {problem}",
+            f"the fingerprints of the images cannot be read: {error_text}",
             where=str(path),
-            expected="the file that the run wrote when it began",
+            expected="the file as the run wrote it",
             remedy=f"delete {path} to resume without comparing images",
         )
     return record
 
 
-def _opened(path: Path) -> Any:
+def _open_safetensors(path: Path) -> Any:
     # Its methods are untyped.
     return safe_open(path, framework="numpy")
 
@@ -179,63 +195,71 @@ def _columns(states: ImageStates) -> tuple[NDArray[np.int64], ...]:
 
 
 def _checksum(tensors: Mapping[str, NDArray[np.int64]]) -> str:
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(tensors):
-        whole.update(f"{name} {len(tensors[name])}\n".encode() + tensors[name].tobytes())
-    return whole.hexdigest()
+        digest.update(f"{name} {len(tensors[name])}\n".encode() + tensors[name].tobytes())
+    return digest.hexdigest()
 
 
-def reported_damage(lines: Iterable[Mapping[str, Any]]) -> str:
-    """Collect what the lines of `metrics.jsonl` say of damaged images: they may be repaired."""
-    said = []
+def collect_reported_errors(lines: Iterable[Mapping[str, Any]]) -> str:
+    """Collect the image errors that `metrics.jsonl` contains: these images may be repaired."""
+    messages = []
     for line in lines:
-        said += [*map(json.dumps, line.get("dropped", ())), line.get("why", "")]
-    return "\n".join(said)
+        messages += [*map(json.dumps, line.get("skipped_samples", ())), line.get("reason", "")]
+    return "\n".join(messages)
 
 
 def check_images(
     split: str,
     corpus: Corpus,
-    found: ImageStates,
+    current: ImageStates,
     recorded: ImageStates,
     path: Path,
-    damage: str,
-    say: Callable[[str], None],
+    reported_errors: str,
+    log: Callable[[str], None],
 ) -> None:
-    """Compare the images of a split with those that the run began with, recorded in `path`.
+    """Compare the images of a split with those at the start of the run.
 
-    Raises UserError naming images of another size or content, unless the run has reported their
-    damage. Other modification times alone come from copying the data set, and are told by `say`.
+    Changed modification times alone are logged.
+
+    Raises:
+        UserError: Images changed whose corruption the run has not reported.
     """
     changed: list[int] = []
     repaired: list[int] = []
-    for sample in found.changed_since(recorded):
-        (repaired if _is_damaged(corpus[sample], damage) else changed).append(sample)
+    for sample in current.find_changed(recorded):
+        (repaired if _was_reported(corpus[sample], reported_errors) else changed).append(sample)
     if repaired:
-        say(f"data.{split}: damaged images of {len(repaired)} samples have been replaced")
+        log(f"data.{split}: corrupt images of {len(repaired)} samples were replaced")
     if changed:
-        named = ", ".join(_named(corpus[sample]) for sample in changed[:NAMED])
-        more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
+        named = ", ".join(
+            _describe_images(corpus[sample]) for sample in changed[:MAX_LISTED_IMAGES]
+        )
+        more = (
+            f" and {len(changed) - MAX_LISTED_IMAGES} more"
+            if len(changed) > MAX_LISTED_IMAGES
+            else ""
+        )
         raise UserError(
-            f"data.{split}: the images of {len(changed)} samples have changed since the run began:"
-            f" {named}{more}",
+            f"data.{split}: the images of {len(changed)} samples have changed since the start of"
+            f" the run: {named}{more}",
             where=str(path),
-            expected="the images that the run began with",
-            remedy=f"restore them, or delete {path} to resume with the images as they are now",
+            expected="the images of the start of the run",
+            remedy=f"restore them, or delete {path} to resume with the current images",
         )
-    if touched := found.touched_since(recorded):
-        say(
+    if touched := current.count_touched(recorded):
+        log(
             f"data.{split}: the images of {touched} samples have another modification time than"
-            f" when the run began; their sizes and their first and last {BLOCK // 1024} KiB are the"
-            " same, so they count as unchanged"
+            f" at the start of the run; their sizes and their first and last"
+            f" {EDGE_BYTES // 1024} KiB are equal, so they count as unchanged"
         )
 
 
-def _is_damaged(located: Located, damage: str) -> bool:
-    names = [json.dumps(located.sample.id), *map(str, image_paths(located))]
-    return any(name in damage for name in names)
+def _was_reported(sample: LocatedSample, reported_errors: str) -> bool:
+    names = [json.dumps(sample.sample.id), *map(str, list_sample_images(sample))]
+    return any(name in reported_errors for name in names)
 
 
-def _named(located: Located) -> str:
-    first, *others = image_paths(located)
+def _describe_images(sample: LocatedSample) -> str:
+    first, *others = list_sample_images(sample)
     return f"{first} (or one of {len(others)} others of its sample)" if others else str(first)

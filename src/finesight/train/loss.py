@@ -1,7 +1,7 @@
-"""Cross entropy at the learned tokens, without ever holding all logits.
+"""Fused linear and cross entropy at supervised tokens, computed in chunks of logits.
 
-Shapes: L learned tokens, D width of the model, V words of the vocabulary, C rows of a chunk, T of
-them with a target.
+Shapes: L supervised tokens, D model width, V vocabulary size, C rows of a chunk, T rows with a
+label.
 """
 
 from __future__ import annotations
@@ -12,108 +12,117 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from finesight.model.frozen import KERNELS
-from finesight.model.fused import has_kernels
+from finesight.model.fused_ops import has_kernels
+from finesight.model.quant.base import HAS_TRITON
 
-if KERNELS:
+if HAS_TRITON:
     from finesight.train import loss_kernels
 
-LOGITS_BYTES = 1 << 28
-"""Most bytes of fp32 logits that exist at a time."""
+MAX_LOGITS_BYTES = 1 << 28
+"""Maximum size of the fp32 logits of a chunk."""
 
 
-def label_loss(
-    h_LD: Tensor, head_VD: Tensor, target_L: Tensor, scale: Tensor, rows: int | None = None
+def fused_linear_cross_entropy(
+    h_LD: Tensor, head_VD: Tensor, labels_L: Tensor, scale: Tensor, chunk_size: int | None = None
 ) -> Tensor:
-    """`scale` times the sum over L of the cross entropy of softmax(h head^T); a scalar in fp32.
+    """Compute `scale` times the summed cross entropy of softmax(h head^T).
 
-    The gradients are made on the way forward, chunk by chunk, so the product with the head is
-    computed once. The softmax is in fp32; `scale` (a scalar on the device, in fp32) multiplies
-    its gradient before that is rounded to the type of `h_LD`, which keeps small probabilities
-    alive in fp16. `rows` sets the size of a chunk (by default so many that their logits fill
-    `LOGITS_BYTES`). Rows of `h_LD` beyond the targets are filling, without loss or gradient.
-    Nothing waits for the device.
+    The gradients are computed chunk by chunk in the forward pass, so the matrix product with the
+    head
+    runs once. The softmax is in fp32. `scale` multiplies the gradient before it is rounded to the
+    dtype of
+    `h_LD`, which preserves small probabilities in fp16. The host does not synchronize with the
+    device.
+
+    Args:
+        h_LD: Hidden states; rows after the last label are padding without loss and gradient.
+        head_VD: Weight of the language model head.
+        labels_L: Label tokens.
+        scale: fp32 scalar on the device.
+        chunk_size: Rows per chunk; by default, `MAX_LOGITS_BYTES` of logits.
+
+    Returns:
+        The loss, a fp32 scalar.
     """
-    target_L = target_L.long()
-    rows = rows or max(1, LOGITS_BYTES // (4 * len(head_VD)))
+    labels_L = labels_L.long()
+    chunk_size = chunk_size or max(1, MAX_LOGITS_BYTES // (4 * len(head_VD)))
     if not torch.is_grad_enabled():
         total = scale.new_zeros(())
-        for at in range(0, len(h_LD), rows):
-            chunk = h_LD[at : at + rows], head_VD, target_L[at : at + rows]
-            total += _chunk(*chunk, scale, learned=False)[0]
+        for start in range(0, len(h_LD), chunk_size):
+            chunk = h_LD[start : start + chunk_size], head_VD, labels_L[start : start + chunk_size]
+            total += _chunk_loss(*chunk, scale, needs_grad=False)[0]
         return total * scale
-    apply: Callable[..., Tensor] = _LabelLoss.apply
-    return apply(h_LD, head_VD, target_L, scale, rows)
+    apply: Callable[..., Tensor] = _FusedLinearCrossEntropy.apply
+    return apply(h_LD, head_VD, labels_L, scale, chunk_size)
 
 
-def _chunk(
-    h_CD: Tensor, head_VD: Tensor, target_T: Tensor, scale: Tensor, learned: bool
+def _chunk_loss(
+    h_CD: Tensor, head_VD: Tensor, labels_T: Tensor, scale: Tensor, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the cross entropy, and where `learned` its gradient by the logits times `scale`, [C,
-    V], zero for filling."""
+    """Return the summed cross entropy, and its scaled gradient by the logits [C, V]."""
     logits_CV = h_CD @ head_VD.T
     if has_kernels(logits_CV):
-        losses_C = loss_kernels.cross_entropy(logits_CV, target_T, scale, learned=learned)
+        losses_C = loss_kernels.cross_entropy(logits_CV, labels_T, scale, needs_grad=needs_grad)
         return losses_C.sum(), logits_CV
-    wide_CV = logits_CV.float()
-    wide_TV = wide_CV[: len(target_T)]
-    at_target_T1 = wide_TV.gather(1, target_T[:, None])
-    highest_T1 = wide_TV.amax(1, keepdim=True)
-    sums_T1 = wide_TV.sub_(highest_T1).exp_().sum(1, keepdim=True)
-    loss = (sums_T1.log() + highest_T1 - at_target_T1).sum()
-    if not learned:
+    fp32_CV = logits_CV.float()
+    fp32_TV = fp32_CV[: len(labels_T)]
+    target_logit_T1 = fp32_TV.gather(1, labels_T[:, None])
+    max_logit_T1 = fp32_TV.amax(1, keepdim=True)
+    sum_exp_T1 = fp32_TV.sub_(max_logit_T1).exp_().sum(1, keepdim=True)
+    loss = (sum_exp_T1.log() + max_logit_T1 - target_logit_T1).sum()
+    if not needs_grad:
         return loss, logits_CV
     # d loss / d logits = softmax - one hot.
-    wide_CV[len(target_T) :] = 0
-    wide_TV.mul_(scale / sums_T1)
-    wide_TV.scatter_add_(1, target_T[:, None], -scale.expand(len(target_T), 1))
-    return loss, wide_CV.to(h_CD.dtype)
+    fp32_CV[len(labels_T) :] = 0
+    fp32_TV.mul_(scale / sum_exp_T1)
+    fp32_TV.scatter_add_(1, labels_T[:, None], -scale.expand(len(labels_T), 1))
+    return loss, fp32_CV.to(h_CD.dtype)
 
 
-class _LabelLoss(torch.autograd.Function):
+class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
         h_LD: Tensor,
         head_VD: Tensor,
-        target_L: Tensor,
+        labels_L: Tensor,
         scale: Tensor,
-        rows: int,
+        chunk_size: int,
     ) -> Tensor:
         needs_h, needs_head = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
-        # One chunk's logits are kept until then: the head's gradient is made once, on the way back.
-        at_once = needs_head and 0 < len(h_LD) <= rows
+        # The logits of a single chunk are saved; the backward pass computes the head's gradient.
+        is_single_chunk = needs_head and 0 < len(h_LD) <= chunk_size
         total = scale.new_zeros(())
         grad_LD = torch.empty_like(h_LD) if needs_h else None
-        grad_VD, kept_LV = None, None
-        if needs_head and not at_once:
+        grad_VD, saved_grad_LV = None, None
+        if needs_head and not is_single_chunk:
             grad_VD = torch.zeros_like(head_VD, dtype=torch.float32)
-        for at in range(0, len(h_LD), rows):
-            h_CD, target_T = h_LD[at : at + rows], target_L[at : at + rows]
-            loss, grad_CV = _chunk(h_CD, head_VD, target_T, scale, needs_h or needs_head)
+        for start in range(0, len(h_LD), chunk_size):
+            h_CD, labels_T = h_LD[start : start + chunk_size], labels_L[start : start + chunk_size]
+            loss, grad_CV = _chunk_loss(h_CD, head_VD, labels_T, scale, needs_h or needs_head)
             total += loss
             if grad_LD is not None:
-                torch.mm(grad_CV, head_VD, out=grad_LD[at : at + rows])
+                torch.mm(grad_CV, head_VD, out=grad_LD[start : start + chunk_size])
             if grad_VD is not None:
                 grad_VD += grad_CV.T @ h_CD
-            if at_once:
-                kept_LV = grad_CV
-            # Or it would be there until the next one is.
+            if is_single_chunk:
+                saved_grad_LV = grad_CV
+            # Free it before the next chunk.
             del grad_CV
-        narrow_VD = None if grad_VD is None else grad_VD.to(head_VD.dtype)
-        kept = grad_LD, narrow_VD, kept_LV, h_LD if at_once else None
-        ctx.save_for_backward(*kept)  # type: ignore[arg-type]
+        grad_head_VD = None if grad_VD is None else grad_VD.to(head_VD.dtype)
+        saved_tensors = grad_LD, grad_head_VD, saved_grad_LV, h_LD if is_single_chunk else None
+        ctx.save_for_backward(*saved_tensors)  # type: ignore[arg-type]
         return total * scale
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: FunctionCtx, outer: Tensor
+        ctx: FunctionCtx, grad_output: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        grad_LD, grad_VD, kept_LV, h_LD = ctx.saved_tensors  # type: ignore[attr-defined]
-        by = outer.to(torch.float32)
-        if kept_LV is not None:
-            grad_VD = kept_LV.mul_(by).T @ h_LD
+        grad_LD, grad_VD, saved_grad_LV, h_LD = ctx.saved_tensors  # type: ignore[attr-defined]
+        factor = grad_output.to(torch.float32)
+        if saved_grad_LV is not None:
+            grad_VD = saved_grad_LV.mul_(factor).T @ h_LD
         elif grad_VD is not None:
-            grad_VD.mul_(by)
-        return None if grad_LD is None else grad_LD.mul_(by), grad_VD, None, None, None
+            grad_VD.mul_(factor)
+        return None if grad_LD is None else grad_LD.mul_(factor), grad_VD, None, None, None

@@ -1,6 +1,6 @@
-"""A Triton kernel of cross entropy, which puts the gradients where the logits were.
+"""Triton kernel of cross entropy that replaces logits by their gradient.
 
-Shapes: C rows of a chunk, V words of the vocabulary. Imported only where Triton is.
+Shapes: C rows of a chunk, V vocabulary size. Requires Triton.
 """
 
 from __future__ import annotations
@@ -10,61 +10,70 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.kernels.programs import Ptr
+from finesight.model.kernels.primitives import Ptr
 
-_BLOCK, _WARPS = 4096, 8
-"""Words that a program takes at once, and its warps."""
+_BLOCK_SIZE, _NUM_WARPS = 4096, 8
+"""Vocabulary entries per block, and warps per program."""
 
 
-@triton.jit(do_not_specialize=["labelled"])
-def _cross(logits: Ptr, target: Ptr, scale: Ptr, losses: Ptr, labelled: int, width: int,
-           is_learned: tl.constexpr, block: tl.constexpr) -> None:  # fmt: skip
+@triton.jit(do_not_specialize=["num_labels"])
+def _cross_entropy_kernel(
+    logits: Ptr, labels: Ptr, scale: Ptr, losses: Ptr, num_labels: int, vocab_size: int,
+    needs_grad: tl.constexpr, block_size: tl.constexpr,
+) -> None:  # fmt: skip
     row = tl.program_id(0)
-    at = logits + row.to(tl.int64) * width
-    v = tl.arange(0, block)
-    wanted = tl.load(target + row, mask=row < labelled, other=-1)
-    if wanted < 0:
-        # Filling has neither loss nor gradient.
+    row_logits = logits + row.to(tl.int64) * vocab_size
+    v = tl.arange(0, block_size)
+    label = tl.load(labels + row, mask=row < num_labels, other=-1)
+    if label < 0:
+        # Padding has neither loss nor gradient.
         tl.store(losses + row, 0.0)
-        if is_learned:
-            nothing = tl.zeros((block,), logits.dtype.element_ty)
-            for start in range(0, width, block):
-                tl.store(at + start + v, nothing, mask=start + v < width)
+        if needs_grad:
+            zeros = tl.zeros((block_size,), logits.dtype.element_ty)
+            for start in range(0, vocab_size, block_size):
+                tl.store(row_logits + start + v, zeros, mask=start + v < vocab_size)
         return
-    most_V = tl.full((block,), -float("inf"), tl.float32)
-    sum_V = tl.zeros((block,), tl.float32)
-    for start in range(0, width, block):
-        x_V = tl.load(at + start + v, mask=start + v < width, other=-float("inf")).to(tl.float32)
-        higher_V = tl.maximum(most_V, x_V)
-        # Where nothing has come yet, both are minus infinity.
-        fade_V = tl.where(most_V == higher_V, 1.0, tl.exp(most_V - higher_V))
-        own_V = tl.where(x_V == -float("inf"), 0.0, tl.exp(x_V - higher_V))
-        sum_V = sum_V * fade_V + own_V
-        most_V = higher_V
-    most = tl.max(most_V, 0)
-    # Not what is no number: that has to show in the loss.
-    total = tl.sum(tl.where(sum_V == 0.0, 0.0, sum_V * tl.exp(most_V - most)), 0)
-    at_target = tl.load(at + wanted).to(tl.float32)
-    tl.store(losses + row, tl.log(total) + most - at_target)
-    if is_learned:
-        # Every thread has read the target's logit before any of them is overwritten.
+    max_V = tl.full((block_size,), -float("inf"), tl.float32)
+    sum_V = tl.zeros((block_size,), tl.float32)
+    for start in range(0, vocab_size, block_size):
+        x_V = tl.load(row_logits + start + v, mask=start + v < vocab_size, other=-float("inf")).to(
+            tl.float32
+        )
+        new_max_V = tl.maximum(max_V, x_V)
+        # Both are minus infinity before the first finite value.
+        rescale_V = tl.where(max_V == new_max_V, 1.0, tl.exp(max_V - new_max_V))
+        exp_V = tl.where(x_V == -float("inf"), 0.0, tl.exp(x_V - new_max_V))
+        sum_V = sum_V * rescale_V + exp_V
+        max_V = new_max_V
+    max_logit = tl.max(max_V, 0)
+    # NaN must propagate to the loss.
+    sum_exp = tl.sum(tl.where(sum_V == 0.0, 0.0, sum_V * tl.exp(max_V - max_logit)), 0)
+    label_logit = tl.load(row_logits + label).to(tl.float32)
+    tl.store(losses + row, tl.log(sum_exp) + max_logit - label_logit)
+    if needs_grad:
+        # All threads must read the label's logit before it is overwritten.
         tl.debug_barrier()
-        times = tl.load(scale)
-        for start in range(0, width, block):
-            inside = start + v < width
-            x_V = tl.load(at + start + v, mask=inside, other=-float("inf")).to(tl.float32)
-            d_V = tl.exp(x_V - most) * (times / total)
-            d_V = tl.where(start + v == wanted, d_V - times, d_V)
-            tl.store(at + start + v, d_V, mask=inside)
+        grad_scale = tl.load(scale)
+        for start in range(0, vocab_size, block_size):
+            mask = start + v < vocab_size
+            x_V = tl.load(row_logits + start + v, mask=mask, other=-float("inf")).to(tl.float32)
+            grad_V = tl.exp(x_V - max_logit) * (grad_scale / sum_exp)
+            grad_V = tl.where(start + v == label, grad_V - grad_scale, grad_V)
+            tl.store(row_logits + start + v, grad_V, mask=mask)
 
 
-def cross_entropy(logits_CV: Tensor, target_T: Tensor, scale: Tensor, *, learned: bool) -> Tensor:
-    """Cross entropy of each row, [C] in fp32, zero for rows beyond the targets and for targets
-    below zero. Where `learned`, `scale` times its gradient replaces the logits, rounded once."""
-    rows, width = logits_CV.shape
-    losses_C = torch.empty(rows, dtype=torch.float32, device=logits_CV.device)
-    _cross[(rows,)](
-        logits_CV, target_T, scale, losses_C, len(target_T), width,
-        is_learned=learned, block=_BLOCK, num_warps=_WARPS,
+def cross_entropy(
+    logits_CV: Tensor, labels_T: Tensor, scale: Tensor, *, needs_grad: bool
+) -> Tensor:
+    """Compute the cross entropy of each row [C] in fp32.
+
+    Padding rows and rows with negative labels have zero loss. With `needs_grad`, the gradient times
+    `scale` replaces the logits.
+    """
+    num_rows, vocab_size = logits_CV.shape
+    losses_C = torch.empty(num_rows, dtype=torch.float32, device=logits_CV.device)
+    _cross_entropy_kernel[(num_rows,)](
+        logits_CV, labels_T, scale, losses_C, len(labels_T), vocab_size,
+        needs_grad=needs_grad, block_size=_BLOCK_SIZE, num_warps=_NUM_WARPS,
     )  # fmt: skip
     return losses_C

@@ -1,10 +1,9 @@
-"""Muon: momentum with all directions of a matrix made equally long (Jordan et al. 2024).
+"""Muon optimizer: momentum with orthogonalized updates of matrices (Jordan et al. 2024).
 
-A matrix that learns from nothing has gradients of few strong directions; what is rare, such as how
-one letter differs from another, drowns in them. Made orthogonal, a step takes every direction at
-the same pace.
+Gradients of an untrained matrix have few dominant directions, which hide rare ones, for example the
+difference between two letters. An orthogonalized update has the same length in all directions.
 
-Shapes: E numbers of a group of parameters end to end, N matrices of R rows and C columns.
+Shapes: E flat elements of a parameter group, N matrices of R rows and C columns.
 """
 
 from __future__ import annotations
@@ -15,118 +14,139 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from finesight.model.frozen import has_tensor_cores
-from finesight.train.wide import Wide
+from finesight.model.quant.base import has_tensor_cores
+from finesight.train.master_weights import SplitBf16Master
 
 MOMENTUM = 0.95
-ROUNDS = 5
+NUM_NS_STEPS = 5
 _A, _B, _C = 3.4445, -4.7750, 2.0315
-"""Coefficients of the odd polynomial whose iteration draws singular values to about one."""
+"""Coefficients of the odd polynomial that maps singular values to about one."""
 
-LIKE_ADAMW = 0.2
-"""Root mean square of AdamW's usual steps, so that both learn well at like rates (Liu et al. 2025,
-Muon is Scalable for LLM Training, section 2.2)."""
+ADAMW_RMS = 0.2
+"""Root mean square of usual AdamW updates.
 
-
-MOST = 1 << 26
-"""Numbers of matrices that are made orthogonal at once: a bound on memory."""
-
-WIDE = 1 << 24
-"""Numbers whose masters are moved at once."""
-
-RECORDED = 1 << 24
-"""A group of no more numbers is stepped by a recorded CUDA graph: it takes longer to launch its
-kernels than to run them. The graph keeps the memory of one passage."""
+Both optimizers then work with similar learning rates (Liu et al. 2025, Muon is Scalable for LLM
+Training, section 2.2).
+"""
 
 
-class Matrix(NamedTuple):
-    """Where a matrix lies in its group, and its shape."""
+MAX_STACK_ELEMENTS = 1 << 26
+"""Elements of the matrices that are orthogonalized together; bounds memory."""
 
-    place: slice
-    rows: int
-    columns: int
+MAX_CHUNK_ELEMENTS = 1 << 24
+"""Master weight elements that are updated together."""
+
+MAX_GRAPH_ELEMENTS = 1 << 24
+"""Largest group whose update is captured as a CUDA graph.
+
+Small groups are launch-bound on the CPU. The graph holds the temporary memory of one update.
+"""
+
+
+class MatrixSlice(NamedTuple):
+    """Flat slice of a matrix in its group, and its shape."""
+
+    flat_slice: slice
+    num_rows: int
+    num_columns: int
 
 
 class Muon:
-    """Steps for the matrices of one group; `momentum_E` is all that has to be remembered.
+    """Muon steps for the matrices of one parameter group, with the state `momentum_E`.
 
-    A step is as long where the gradient is small or zero for a while: the momentum's direction
-    counts, not its length.
+    The length of an update does not depend on the gradient norm, only on the direction of the
+    momentum.
     """
 
-    def __init__(self, masters: Wide, grad_E: Tensor, matrices: Iterable[Matrix]) -> None:
+    def __init__(
+        self, master_weights: SplitBf16Master, grad_E: Tensor, matrices: Iterable[MatrixSlice]
+    ) -> None:
         self.momentum_E = torch.zeros_like(grad_E)
-        self._masters, self._grad_E = masters, grad_E
-        by_shape: dict[tuple[int, int], list[slice]] = {}
-        for place, rows, columns in matrices:
-            by_shape.setdefault((rows, columns), []).append(place)
-        # Views made once: there are a hundred matrices, and steps of a small model are short.
-        self._alike = [
-            [grad_E[place].view(shape) for place in some]
-            for shape, places in by_shape.items()
-            for some in _together(places, shape)
+        self._master_weights, self._grad_E = master_weights, grad_E
+        slices_by_shape: dict[tuple[int, int], list[slice]] = {}
+        for flat_slice, rows, columns in matrices:
+            slices_by_shape.setdefault((rows, columns), []).append(flat_slice)
+        # Create the views once: a hundred matrices are slow to view in every step.
+        self._stacks = [
+            [grad_E[flat_slice].view(shape) for flat_slice in stack]
+            for shape, flat_slices in slices_by_shape.items()
+            for stack in _stack_slices(flat_slices, shape)
         ]
-        # Where a recorded graph finds it.
-        self._new = torch.zeros((), device=grad_E.device)
-        self._warm = False
-        self._recorded: torch.cuda.CUDAGraph | None = None
+        # A static buffer for the CUDA graph.
+        self._lerp_weight = torch.zeros((), device=grad_E.device)
+        self._is_warmed_up = False
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
-    def step(self, rate: float, decay: float, shrink: Tensor) -> None:
-        """Move the masters by Nesterov's momentum of the gradients times `shrink`, a scalar on the
-        device, made orthogonal, and shrink them by `rate` times `decay`. Where `shrink` is NaN, the
-        step is void and changes nothing. The gradients are used up. Waits for nothing, except once,
-        to record a small group."""
-        void = shrink.isnan()
-        self._grad_E.mul_(shrink).masked_fill_(void, 0.0)
-        self._new.fill_(1 - MOMENTUM).masked_fill_(void, 0.0)
-        self._turn()
-        kept = torch.where(void, 1.0, 1 - rate * decay)
-        length = torch.where(void, 0.0, -rate)
-        for start in range(0, len(self._masters), WIDE):
-            place = slice(start, start + WIDE)
-            master_N = self._masters.of(place).mul_(kept)
-            self._masters.keep(master_N.addcmul_(self._grad_E[place], length), place)
+    def step(self, lr: float, weight_decay: float, grad_factor: Tensor) -> None:
+        """Apply a step with gradients multiplied by `grad_factor`, a device scalar.
 
-    def _turn(self) -> None:
-        """`_directions`, recorded the second time, when all that it needs has been set up."""
-        if not self._grad_E.is_cuda or self._grad_E.numel() > RECORDED or not self._warm:
-            self._warm = True
-            self._directions()
+        The update is the orthogonalized Nesterov momentum. If the factor is NaN, the step is
+        skipped. The
+        gradient buffer is overwritten. The host synchronizes only to capture the CUDA graph of a
+        small group.
+        """
+        is_nonfinite = grad_factor.isnan()
+        self._grad_E.mul_(grad_factor).masked_fill_(is_nonfinite, 0.0)
+        self._lerp_weight.fill_(1 - MOMENTUM).masked_fill_(is_nonfinite, 0.0)
+        self._orthogonalize()
+        decay_factor = torch.where(is_nonfinite, 1.0, 1 - lr * weight_decay)
+        step_size = torch.where(is_nonfinite, 0.0, -lr)
+        for start in range(0, len(self._master_weights), MAX_CHUNK_ELEMENTS):
+            flat_slice = slice(start, start + MAX_CHUNK_ELEMENTS)
+            master_N = self._master_weights.read(flat_slice).mul_(decay_factor)
+            self._master_weights.write(
+                master_N.addcmul_(self._grad_E[flat_slice], step_size), flat_slice
+            )
+
+    def _orthogonalize(self) -> None:
+        """Compute the updates, captured as a CUDA graph in the second call."""
+        if (
+            not self._grad_E.is_cuda
+            or self._grad_E.numel() > MAX_GRAPH_ELEMENTS
+            or not self._is_warmed_up
+        ):
+            self._is_warmed_up = True
+            self._compute_updates()
             return
-        if self._recorded is None:
+        if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            # Another thread pins memory meanwhile.
+            # Another thread may pin memory during the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._directions()
-            self._recorded = graph
-        self._recorded.replay()
+                self._compute_updates()
+            self._graph = graph
+        self._graph.replay()
 
-    def _directions(self) -> None:
-        """Gradients to the steps of a rate of one, in their place."""
-        self.momentum_E.lerp_(self._grad_E, self._new)
+    def _compute_updates(self) -> None:
+        """Replace the gradients by updates for a learning rate of one."""
+        self.momentum_E.lerp_(self._grad_E, self._lerp_weight)
         self._grad_E.lerp_(self.momentum_E, MOMENTUM)
-        for ahead in self._alike:
-            moved_NRC = orthogonal(torch.stack(ahead))
-            moved_NRC.mul_(LIKE_ADAMW * max(moved_NRC.shape[1:]) ** 0.5)
-            torch._foreach_copy_(ahead, moved_NRC.unbind())
+        for stack in self._stacks:
+            update_NRC = newton_schulz(torch.stack(stack))
+            update_NRC.mul_(ADAMW_RMS * max(update_NRC.shape[1:]) ** 0.5)
+            torch._foreach_copy_(stack, update_NRC.unbind())
 
 
-def _together(places: list[slice], shape: tuple[int, int]) -> list[list[slice]]:
-    """Matrices of one shape in stacks of at most `MOST` numbers."""
-    number = max(1, MOST // (shape[0] * shape[1]))
-    return [places[start : start + number] for start in range(0, len(places), number)]
+def _stack_slices(flat_slices: list[slice], shape: tuple[int, int]) -> list[list[slice]]:
+    """Split matrices of one shape into stacks of at most `MAX_STACK_ELEMENTS` elements."""
+    stack_size = max(1, MAX_STACK_ELEMENTS // (shape[0] * shape[1]))
+    return [
+        flat_slices[start : start + stack_size] for start in range(0, len(flat_slices), stack_size)
+    ]
 
 
-def orthogonal(x_NRC: Tensor) -> Tensor:
-    """About U V^T of each U S V^T by Newton and Schulz's iteration: singular values above a
-    hundredth of the matrix's norm come to between 0.6 and 1.3. Fp32, computed in bf16 on cards that
-    have it; zeros stay zeros."""
-    wide = x_NRC.shape[1] <= x_NRC.shape[2]
-    y = x_NRC if wide else x_NRC.mT
+def newton_schulz(x_NRC: Tensor) -> Tensor:
+    """Approximate U V^T of each matrix U S V^T by Newton-Schulz iteration.
+
+    Singular values above a hundredth of the matrix norm map to between 0.6 and 1.3. Zeros stay
+    zeros.
+    The computation uses bf16 on GPUs that support it and returns fp32.
+    """
+    is_wide = x_NRC.shape[1] <= x_NRC.shape[2]
+    y = x_NRC if is_wide else x_NRC.mT
     y = y / (torch.linalg.matrix_norm(y, keepdim=True) + 1e-12)
     y = y.bfloat16() if has_tensor_cores(torch.bfloat16, y.device) else y
-    for _ in range(ROUNDS):
+    for _ in range(NUM_NS_STEPS):
         gram = y @ y.mT
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), y, beta=_A)
-    return (y if wide else y.mT).float()
+    return (y if is_wide else y.mT).float()

@@ -1,6 +1,6 @@
-"""AdamW or Muon over fp32 masters: gradients of all micro-batches are summed, and stepped, in fp32.
+"""Optimizer over fp32 master weights, with gradients accumulated and applied in fp32.
 
-Shapes: E numbers of a group of parameters, laid end to end.
+Shapes: E flat elements of a parameter group.
 """
 
 from __future__ import annotations
@@ -11,297 +11,356 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from finesight.config import Train
+from finesight.config import TrainSettings
 from finesight.errors import UserError
-from finesight.model.parts import PARTS, TABLES, Part, part_of
+from finesight.model.trainable import EMBEDDING_SUFFIXES, MODEL_PARTS, ModelPart, get_part
 from finesight.train.adamw import AdamW
-from finesight.train.gradients import Gradients, Piece
-from finesight.train.moments import BLOCK
+from finesight.train.grad_accumulation import GradientAccumulator, ParamSlice
+from finesight.train.master_weights import SplitBf16Master, break_bf16_ties
 from finesight.train.muon import Muon
-from finesight.train.wide import Wide, rounded_alike
+from finesight.train.optim_states import BLOCK_SIZE
 
-_ALIGNED = 64
-"""Numbers between possible starts of a parameter, so that each stays aligned to 128 bytes."""
+_ALIGNMENT = 64
+"""Alignment of parameters in elements, which gives 128 bytes in bf16."""
 
 
-class Group:
-    """Parameters of one part that share learning rate and weight decay.
+class ParamGroup:
+    """Parameters of one model part with the same learning rate and weight decay.
 
-    `masters` holds their fp32 values end to end and among them what the model computes with, of
-    which the parameters are views. Parameters begin at multiples of `aligned` numbers. `steps` is
-    how the group is stepped.
+    `master_weights` stores their fp32 values in a flat buffer; the parameters are views of its bf16
+    part. Parameters start at multiples of `alignment` elements.
     """
 
-    steps: Muon | AdamW
+    optimizer: Muon | AdamW
 
     def __init__(
         self,
-        part: Part,
-        decay: float,
-        rate: float,
-        named: Mapping[str, nn.Parameter],
-        aligned: int = _ALIGNED,
+        part: ModelPart,
+        weight_decay: float,
+        lr: float,
+        named_params: Mapping[str, nn.Parameter],
+        alignment: int = _ALIGNMENT,
     ) -> None:
-        self.part, self.decay, self.rate = part, decay, rate
-        self.pieces: list[Piece] = []
+        self.part, self.weight_decay, self.lr = part, weight_decay, lr
+        self.param_slices: list[ParamSlice] = []
         end = 0
-        for name, parameter in named.items():
-            self.pieces.append(Piece(name, parameter, slice(end, end + parameter.numel())))
-            end += -(-parameter.numel() // aligned) * aligned
-        first = self.pieces[0].parameter
-        kinds = {(p.dtype, p.device) for p in named.values()}
-        assert len(kinds) == 1, f"parameters of {part} differ in type or device: {kinds}"
-        narrow_E = torch.zeros(end, dtype=first.dtype, device=first.device)
-        for piece in self.pieces:
-            piece.of(narrow_E).copy_(piece.parameter.detach())
-            piece.parameter.data = piece.of(narrow_E)
-        self.masters = Wide(narrow_E)
-        self.gradients = Gradients(self.pieces, end)
+        for name, parameter in named_params.items():
+            self.param_slices.append(
+                ParamSlice(name, parameter, slice(end, end + parameter.numel()))
+            )
+            end += -(-parameter.numel() // alignment) * alignment
+        first = self.param_slices[0].parameter
+        dtypes_and_devices = {(p.dtype, p.device) for p in named_params.values()}
+        assert len(dtypes_and_devices) == 1, (
+            f"parameters of {part} differ in type or device: {dtypes_and_devices}"
+        )
+        params_E = torch.zeros(end, dtype=first.dtype, device=first.device)
+        for param_slice in self.param_slices:
+            param_slice.view(params_E).copy_(param_slice.parameter.detach())
+            param_slice.parameter.data = param_slice.view(params_E)
+        self.master_weights = SplitBf16Master(params_E)
+        self.gradients = GradientAccumulator(self.param_slices, end)
 
     @property
-    def multiplies(self) -> bool:
-        """Whether its parameters are matrices, or stacks of them, that multiply."""
-        return all(_multiplies(piece.name, piece.parameter) for piece in self.pieces)
+    def is_matmul(self) -> bool:
+        """Return True if all parameters are matrices, or stacks of matrices, of matrix products."""
+        return all(
+            _is_matmul_weight(param_slice.name, param_slice.parameter)
+            for param_slice in self.param_slices
+        )
 
-    def use(self, train: Train, stacked: Mapping[str, Sequence[int]]) -> None:
-        """Let the recipe's optimiser step the group, or AdamW, where it is none of matrices."""
-        if train.optimizer == "muon" and self.multiplies:
+    def create_optimizer(
+        self, train: TrainSettings, stacked_rows: Mapping[str, Sequence[int]]
+    ) -> None:
+        """Create the recipe's optimizer for the group; groups of other parameters use AdamW."""
+        if train.optimizer == "muon" and self.is_matmul:
             matrices = (
                 matrix
-                for piece in self.pieces
-                for matrix in piece.matrices(stacked.get(piece.name, piece.rows))
+                for param_slice in self.param_slices
+                for matrix in param_slice.split_matrices(
+                    stacked_rows.get(param_slice.name, param_slice.matrix_rows)
+                )
             )
-            self.gradients.sum_always()
-            self.steps = Muon(self.masters, self.gradients.whole(), matrices)
+            self.gradients.use_flat_buffer()
+            self.optimizer = Muon(self.master_weights, self.gradients.flat_gradient(), matrices)
         else:
-            eight_bits = train.optimizer == "adamw8bit" and self.multiplies
-            self.steps = AdamW(self.masters, self.gradients, train.betas, eight_bits)
+            use_8bit = train.optimizer == "adamw_8bit" and self.is_matmul
+            self.optimizer = AdamW(self.master_weights, self.gradients, train.betas, use_8bit)
 
-    def step(self, shrink: Tensor, factor: float) -> None:
-        """One step of gradients times `shrink` at `factor` times the rate, void where that is NaN;
-        the gradients are used up."""
-        rate = self.rate * factor
-        if isinstance(self.steps, Muon):
-            self.gradients.whole()
-            self.steps.step(rate, self.decay, shrink)
+    def step(self, grad_factor: Tensor, lr_factor: float) -> None:
+        """Apply a step with scaled gradients, and clear them.
+
+        The step is skipped if the factor is NaN.
+        """
+        lr = self.lr * lr_factor
+        if isinstance(self.optimizer, Muon):
+            self.gradients.flat_gradient()
+            self.optimizer.step(lr, self.weight_decay, grad_factor)
         else:
-            self.steps.step(shrink, rate, self.decay)
-        self.gradients.used_up()
+            self.optimizer.step(grad_factor, lr, self.weight_decay)
+        self.gradients.zero_grad()
 
-    def stored(self, piece: Piece) -> dict[str, Tensor]:
-        """What the optimiser remembers of a parameter, views; the last is zero as long as every
-        gradient was."""
-        if isinstance(self.steps, Muon):
-            return {"first": piece.of(self.steps.momentum_E)}
-        return self.steps.stored(piece.place, piece.parameter.shape)
+    def state_tensors(self, param_slice: ParamSlice) -> dict[str, Tensor]:
+        """Return views of a parameter's optimizer state.
+
+        The last tensor is zero as long as all gradients were zero.
+        """
+        if isinstance(self.optimizer, Muon):
+            return {"momentum": param_slice.view(self.optimizer.momentum_E)}
+        return self.optimizer.state_tensors(param_slice.flat_slice, param_slice.parameter.shape)
 
 
-class Values(Mapping[str, Tensor]):
-    """fp32 values by native name, each made when asked for, where the masters are in two halves;
-    views where they are not. `alike` ones become, rounded to nearest even, what the model computes
-    with."""
+class MasterWeightMap(Mapping[str, Tensor]):
+    """Lazy mapping of fp32 weights by native name.
 
-    def __init__(self, groups: Sequence[Group], alike: bool) -> None:
-        self._found = {piece.name: (group, piece) for group in groups for piece in group.pieces}
-        self._alike = alike
+    With `break_ties`, values round to the bf16 parameters under round-half-to-even.
+    """
+
+    def __init__(self, groups: Sequence[ParamGroup], break_ties: bool) -> None:
+        self._param_slices = {
+            param_slice.name: (group, param_slice)
+            for group in groups
+            for param_slice in group.param_slices
+        }
+        self._break_ties = break_ties
 
     def __getitem__(self, name: str) -> Tensor:
-        group, piece = self._found[name]
-        wide_E = group.masters.of(piece.place)
-        if self._alike and group.masters.narrow_E.dtype == torch.bfloat16:
-            wide_E = rounded_alike(wide_E)
-        return wide_E.view(piece.parameter.shape)
+        group, param_slice = self._param_slices[name]
+        weight_E = group.master_weights.read(param_slice.flat_slice)
+        if self._break_ties and group.master_weights.params_E.dtype == torch.bfloat16:
+            weight_E = break_bf16_ties(weight_E)
+        return weight_E.view(param_slice.parameter.shape)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
+        return iter(self._param_slices)
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._param_slices)
 
 
-class Masters:
-    """The parameters that learn, their gradients and their optimiser's moments, all in fp32.
+class MasterWeightOptimizer:
+    """Optimizer over the trainable parameters, with fp32 master weights, gradients and state.
 
-    From here on the model's parameters are views into one tensor a group. Between two micro-batches
-    of a step, `add_up` has to be called.
+    The model parameters become views of one tensor per group. Call `accumulate_gradients` between
+    two
+    micro-batches of a step.
     """
 
     def __init__(
         self,
-        trainable: Mapping[str, nn.Parameter],
-        train: Train,
-        stacked: Mapping[str, Sequence[int]] | None = None,
+        trainable_params: Mapping[str, nn.Parameter],
+        train: TrainSettings,
+        stacked_rows: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        """`stacked` says of parameters that hold several matrices how many rows each one has."""
-        self.groups = list(_groups(trainable, train))
-        for group in self.groups:
-            group.use(train, stacked or {})
-        self.clip = train.clip
-        self.numbers = sum(parameter.numel() for parameter in trainable.values())
+        """Create the parameter groups.
 
-    def add_up(self) -> None:
-        """Make room for another micro-batch's gradients: those that have come are summed in
-        fp32."""
-        for group in self.groups:
-            group.gradients.add_up()
+        Args:
+            trainable_params: Parameters by native name.
+            train: Training settings.
+            stacked_rows: Row counts of the matrices in stacked parameters, by name.
+        """
+        self.param_groups = list(_build_param_groups(trainable_params, train))
+        for group in self.param_groups:
+            group.create_optimizer(train, stacked_rows or {})
+        self.max_grad_norm = train.max_grad_norm
+        self.num_params = sum(parameter.numel() for parameter in trainable_params.values())
 
-    def sum_always(self) -> None:
-        """Keep every gradient in sums of fp32, from the first micro-batch on; see `join`."""
-        for group in self.groups:
-            group.gradients.sum_always()
+    def accumulate_gradients(self) -> None:
+        """Add the gradients to fp32 sums before the next micro-batch."""
+        for group in self.param_groups:
+            group.gradients.accumulate()
 
-    def join(self, add: Callable[[Tensor], object]) -> None:
-        """Let `add` put the sum of all processes' gradients in the place of this one's: the same
-        tensors in the same order in each of them."""
-        for group in self.groups:
-            group.gradients.join(add)
+    def use_flat_gradients(self) -> None:
+        """Accumulate all gradients in flat fp32 buffers, for `all_reduce_gradients`."""
+        for group in self.param_groups:
+            group.gradients.use_flat_buffer()
 
-    def norm(self) -> Tensor:
-        """Euclidean norm of all gradients, a scalar on the device."""
-        device = self.groups[0].gradients.device
-        squares = [group.gradients.squares().to(device) for group in self.groups]
+    def all_reduce_gradients(self, reduce_fn: Callable[[Tensor], object]) -> None:
+        """Apply a reduction over all ranks to the gradient buffers."""
+        for group in self.param_groups:
+            group.gradients.all_reduce(reduce_fn)
+
+    def grad_norm(self) -> Tensor:
+        """Return the Euclidean norm of all gradients, a scalar on the device."""
+        device = self.param_groups[0].gradients.device
+        squares = [group.gradients.squared_norm().to(device) for group in self.param_groups]
         return torch.stack(squares).sum().sqrt().float()
 
-    def step(self, factor: float, norm: Tensor, grad_scale: float = 1.0) -> None:
-        """One step at `factor` times the groups' learning rates; then the gradients are gone.
+    def step(self, lr_factor: float, grad_norm: Tensor, loss_scale: float = 1.0) -> None:
+        """Apply one step and clear the gradients, without synchronization with the device.
 
-        `norm` is what `norm()` returned; the gradients are still multiplied by `grad_scale`
-        (fp16), and are clipped to the recipe's norm once they are not. Where the norm is no finite
-        number, the step is void: it changes nothing but uses the gradients up. Waits for nothing.
+        A step with a non-finite norm is skipped.
+
+        Args:
+            lr_factor: Factor of the learning rates of all groups.
+            grad_norm: Result of `grad_norm`.
+            loss_scale: Loss scale in fp16, removed from the gradients before clipping.
         """
-        shrink = torch.full_like(norm, 1 / grad_scale).masked_fill_(~norm.isfinite(), math.nan)
-        if self.clip is not None:
-            # The small number keeps a norm of zero from dividing.
-            shrink = shrink * (self.clip / (norm / grad_scale + 1e-6)).clamp(max=1.0)
-        for group in self.groups:
-            group.step(shrink.to(group.gradients.device), factor)
+        grad_factor = torch.full_like(grad_norm, 1 / loss_scale).masked_fill_(
+            ~grad_norm.isfinite(), math.nan
+        )
+        if self.max_grad_norm is not None:
+            # The epsilon avoids division by zero.
+            grad_factor = grad_factor * (
+                self.max_grad_norm / (grad_norm / loss_scale + 1e-6)
+            ).clamp(max=1.0)
+        for group in self.param_groups:
+            group.step(grad_factor.to(group.gradients.device), lr_factor)
 
-    def forget_gradients(self) -> None:
-        """Drop what the micro-batches since the last step have brought, and what a backward pass
-        that broke off has left behind."""
-        for group in self.groups:
-            group.gradients.forget()
+    def zero_grad(self) -> None:
+        """Discard all gradients since the last step, also after an incomplete backward pass."""
+        for group in self.param_groups:
+            group.gradients.release()
 
-    def rates(self, factor: float) -> dict[str, float]:
-        """Learning rate of each part that learns, at `factor` of the schedule."""
-        return {group.part: group.rate * factor for group in self.groups}
+    def learning_rates(self, lr_factor: float) -> dict[str, float]:
+        """Return the learning rate of each trainable part for a factor of the schedule."""
+        return {group.part: group.lr * lr_factor for group in self.param_groups}
 
-    def values(self) -> Values:
-        """The fp32 value of every parameter that learns, by native name."""
-        return Values(self.groups, alike=False)
+    def master_weights(self) -> MasterWeightMap:
+        """Return the fp32 weights by native name."""
+        return MasterWeightMap(self.param_groups, break_ties=False)
 
-    def published(self) -> Values:
-        """As `values`, for a file whose readers round to nearest even: where a master lies in the
-        middle between two numbers of bf16, its last bit leads to the one that was computed with."""
-        return Values(self.groups, alike=True)
+    def export_weights(self) -> MasterWeightMap:
+        """Return fp32 weights that round to the bf16 parameters under round-half-to-even.
 
-    def moments(self) -> dict[str, Tensor]:
-        """The optimiser's state as tensors: `first.NAME`, under AdamW `second.NAME` too, in eight
-        bits with `first_scale.NAME` and `second_scale.NAME`; and `steps`, a count of AdamW's."""
-        taken = [group.steps.taken for group in self.groups if isinstance(group.steps, AdamW)]
-        return {"steps": torch.tensor(float(taken[0] if taken else 0))} | {
-            f"{order}.{piece.name}": moment
-            for group in self.groups
-            for piece in group.pieces
-            for order, moment in group.stored(piece).items()
+        Ties between two bf16 values differ from `master_weights` in their last bit.
+        """
+        return MasterWeightMap(self.param_groups, break_ties=True)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Return the optimizer state as tensors.
+
+        Keys:
+        - `num_steps`: step count of AdamW.
+        - `exp_avg.NAME`, `exp_avg_sq.NAME`: AdamW moments.
+        - `exp_avg_scale.NAME`, `exp_avg_sq_scale.NAME`: scales of 8-bit moments.
+        - `momentum.NAME`: Muon momentum.
+        """
+        step_counts = [
+            group.optimizer.num_steps
+            for group in self.param_groups
+            if isinstance(group.optimizer, AdamW)
+        ]
+        return {"num_steps": torch.tensor(float(step_counts[0] if step_counts else 0))} | {
+            f"{state_name}.{param_slice.name}": tensor
+            for group in self.param_groups
+            for param_slice in group.param_slices
+            for state_name, tensor in group.state_tensors(param_slice).items()
         }
 
-    def reached(self) -> set[str]:
-        """Names of the parameters that a gradient other than zero has ever come to."""
-        seen: dict[str, Tensor] = {}
-        for group in self.groups:
-            for piece in group.pieces:
-                *_, last = group.stored(piece).values()
-                seen[piece.name] = last.any()
-        flags = torch.stack(list(seen.values())).tolist()
-        return {name for name, flag in zip(seen, flags, strict=True) if flag}
+    def params_with_grad(self) -> set[str]:
+        """Return the names of parameters that have received a non-zero gradient."""
+        nonzero_flags: dict[str, Tensor] = {}
+        for group in self.param_groups:
+            for param_slice in group.param_slices:
+                *_, last = group.state_tensors(param_slice).values()
+                nonzero_flags[param_slice.name] = last.any()
+        flags = torch.stack(list(nonzero_flags.values())).tolist()
+        return {name for name, flag in zip(nonzero_flags, flags, strict=True) if flag}
 
     @torch.no_grad()
-    def load(self, values: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Continue from what `values` and `moments` returned; the names must be the same."""
-        differing = sorted(set(self.values()) ^ set(values))
+    def load_state(
+        self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]
+    ) -> None:
+        """Restore the results of `master_weights` and `optimizer_state`."""
+        differing = sorted(set(self.master_weights()) ^ set(weights))
         assert not differing, f"{len(differing)} parameters differ, the first is {differing[0]}"
-        for group in self.groups:
-            if isinstance(group.steps, AdamW):
-                group.steps.taken = int(moments["steps"])
-            for piece in group.pieces:
-                group.masters.load(values[piece.name].flatten(), piece.place)
-                for order, moment in group.stored(piece).items():
-                    moment.copy_(moments[f"{order}.{piece.name}"])
+        for group in self.param_groups:
+            if isinstance(group.optimizer, AdamW):
+                group.optimizer.num_steps = int(optimizer_state["num_steps"])
+            for param_slice in group.param_slices:
+                group.master_weights.load(
+                    weights[param_slice.name].flatten(), param_slice.flat_slice
+                )
+                for state_name, tensor in group.state_tensors(param_slice).items():
+                    tensor.copy_(optimizer_state[f"{state_name}.{param_slice.name}"])
 
 
-def _groups(trainable: Mapping[str, nn.Parameter], train: Train) -> Iterator[Group]:
-    """By part, and within it matrices that multiply, tables, and vectors, which do not decay."""
-    aligned = BLOCK if train.optimizer == "adamw8bit" else _ALIGNED
-    rates = train.learning_rate
-    by_part: dict[Part, float | None] = {
-        "vision": rates.vision,
-        "merger": rates.merger,
-        "language": rates.language,
-        "embeddings": rates.embeddings,
+def _build_param_groups(
+    trainable_params: Mapping[str, nn.Parameter], train: TrainSettings
+) -> Iterator[ParamGroup]:
+    """Group parameters by part, and into matrices, embeddings, and vectors without weight decay."""
+    alignment = BLOCK_SIZE if train.optimizer == "adamw_8bit" else _ALIGNMENT
+    learning_rates = train.learning_rate
+    lr_by_part: dict[ModelPart, float | None] = {
+        "vision": learning_rates.vision,
+        "merger": learning_rates.merger,
+        "language": learning_rates.language,
+        "embeddings": learning_rates.embeddings,
     }
-    for part in PARTS:
-        rate = by_part[part] if by_part[part] is not None else rates.default
-        assert rate is not None, f"no learning rate for {part}"
-        own = {name: p for name, p in trainable.items() if part_of(name) == part}
-        matrices = {name: p for name, p in own.items() if _multiplies(name, p)}
-        vectors = {name: p for name, p in own.items() if p.dim() <= 1}
-        tables = {name: p for name, p in own.items() if name not in matrices | vectors}
-        decays = train.weight_decay, train.weight_decay, 0.0
-        for named, decay in zip((matrices, tables, vectors), decays, strict=True):
-            if named:
-                yield Group(part, decay, rate, named, aligned)
+    for part in MODEL_PARTS:
+        lr = lr_by_part[part] if lr_by_part[part] is not None else learning_rates.default
+        assert lr is not None, f"no learning rate for {part}"
+        part_params = {name: p for name, p in trainable_params.items() if get_part(name) == part}
+        matrices = {name: p for name, p in part_params.items() if _is_matmul_weight(name, p)}
+        vectors = {name: p for name, p in part_params.items() if p.dim() <= 1}
+        embeddings = {name: p for name, p in part_params.items() if name not in matrices | vectors}
+        weight_decays = train.weight_decay, train.weight_decay, 0.0
+        for named_params, weight_decay in zip(
+            (matrices, embeddings, vectors), weight_decays, strict=True
+        ):
+            if named_params:
+                yield ParamGroup(part, weight_decay, lr, named_params, alignment)
 
 
-def _multiplies(name: str, parameter: nn.Parameter) -> bool:
-    """So do matrices and stacks of them, but not what is added, nor the table of embeddings, of
-    which a step moves few rows."""
-    added = part_of(name) == "embeddings" or name.endswith(TABLES)
-    return parameter.dim() in (2, 3) and not added
+def _is_matmul_weight(name: str, parameter: nn.Parameter) -> bool:
+    """Check for matrices and stacks of matrices, excluding added tensors and embedding tables."""
+    is_lookup = get_part(name) == "embeddings" or name.endswith(EMBEDDING_SUFFIXES)
+    return parameter.dim() in (2, 3) and not is_lookup
 
 
-class LossScale:
-    """Keeps fp16 gradients within range: halved when they overflow, doubled after a long calm.
+class LossScaler:
+    """Dynamic loss scale for fp16: halved on overflow, doubled after `GROWTH_INTERVAL` steps.
 
-    The loss is multiplied by `value` before the backward pass. Other precisions stay at 1.
+    Other precisions use a scale of 1.
     """
 
-    START, LOWEST, CALM = 2.0**15, 1.0, 1000
+    INIT_SCALE, MIN_SCALE, GROWTH_INTERVAL = 2.0**15, 1.0, 1000
 
-    def __init__(self, active: bool) -> None:
-        self.active = active
-        self.value = self.START if active else 1.0
-        self.calm = 0
-        self.skipped = 0
+    def __init__(self, is_enabled: bool) -> None:
+        self.is_enabled = is_enabled
+        self.scale = self.INIT_SCALE if is_enabled else 1.0
+        self.growth_tracker = 0
+        self.num_skipped = 0
 
-    def accept(self, norm: float) -> bool:
-        """Whether scaling is not to blame for a step with this gradient norm; adapts the scale, so
-        that a step with the same samples may be possible."""
-        if math.isfinite(norm):
-            self.calm += 1
-            if self.active and self.calm >= self.CALM:
-                self.value, self.calm = self.value * 2, 0
+    def update(self, grad_norm: float) -> bool:
+        """Update the scale after a step with this gradient norm.
+
+        Returns:
+            False if the step overflowed because of the scale and must be skipped.
+        """
+        if math.isfinite(grad_norm):
+            self.growth_tracker += 1
+            if self.is_enabled and self.growth_tracker >= self.GROWTH_INTERVAL:
+                self.scale, self.growth_tracker = self.scale * 2, 0
             return True
-        if not self.active or self.value <= self.LOWEST:
+        if not self.is_enabled or self.scale <= self.MIN_SCALE:
             return True
-        self.value, self.calm, self.skipped = self.value / 2, 0, self.skipped + 1
+        self.scale, self.growth_tracker, self.num_skipped = self.scale / 2, 0, self.num_skipped + 1
         return False
 
-    def state(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
-        return {"value": self.value, "calm": self.calm, "skipped": self.skipped}
+    def state_dict(self) -> dict[str, float]:
+        """Return the state for a checkpoint."""
+        return {
+            "scale": self.scale,
+            "growth_tracker": self.growth_tracker,
+            "num_skipped": self.num_skipped,
+        }
 
-    def load(self, state: Mapping[str, float]) -> None:
-        """Continue from what `state` returned."""
-        self.value, self.calm = float(state["value"]), int(state["calm"])
-        self.skipped = int(state["skipped"])
+    def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
+        """Restore the result of `state_dict`."""
+        self.scale, self.growth_tracker = (
+            float(state_dict["scale"]),
+            int(state_dict["growth_tracker"]),
+        )
+        self.num_skipped = int(state_dict["num_skipped"])
 
 
-def not_finite(value: float, what: str, step: int) -> UserError:
-    """The error that ends a run in which a loss or gradient is no number any more."""
+def build_nonfinite_error(value: float, quantity: str, step: int) -> UserError:
+    """Build the error for a non-finite loss or gradient."""
     return UserError(
-        f"the {what} of step {step} is {value}",
+        f"the {quantity} of step {step} is {value}",
         where="training",
-        expected="a finite number; nothing after the last checkpoint was kept",
+        expected="a finite value; steps after the last checkpoint are lost",
         remedy="lower train.learning_rate, lengthen train.warmup, or use train.precision=bf16",
     )

@@ -1,4 +1,4 @@
-"""One optimiser step: every pack forwards and backwards, then the masters move."""
+"""Training step: forward and backward pass of every pack, then the optimizer step."""
 
 from __future__ import annotations
 
@@ -11,210 +11,269 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from finesight.encode.pack import PackedBatch, nothing
-from finesight.errors import Interrupted
-from finesight.model.sequence_parallel import wanted
-from finesight.train.budget import Budget, FullMemory, too_much
-from finesight.train.loader import Step, read_steps
-from finesight.train.prepare import Session
-from finesight.train.ranks import Ranks, StepTorn, Together
-from finesight.train.seen import Seen
-from finesight.train.stop import Stop
+from finesight.encode.packing import PackedBatch, dummy_batch
+from finesight.errors import TrainingInterrupted
+from finesight.model.context_parallel import select_shard_features
+from finesight.train.dataloader import StepBatch, read_steps
+from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, build_pack_oom_error
+from finesight.train.parallel.distributed import GlobalStepStats, ProcessGroup, RankDesyncError
+from finesight.train.setup import TrainState
+from finesight.train.signals import StopRequest
+from finesight.train.vision_store import VisionCache
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """A step that the device may still be working on.
+class StepOutput:
+    """Result of a training step that the device may still compute.
 
-    `coming_2` holds mean loss per learned token and gradient norm, on their way to the CPU until
-    `event` has happened: where one of them is no finite number, the device has left everything as
-    it was. `moved` is False for a step whose gradients overflowed in fp16, and for one without a
-    usable sample. `budget` is that of its packs.
+    Attributes:
+        step_batch: Batch of this rank.
+        global_stats: Statistics over all ranks.
+        budget: Memory budget of its packs.
+        lr_factor: Factor of the learning rate schedule.
+        flops: Operations of this rank.
+        is_applied: False if gradients overflowed in fp16, or no sample was valid.
+        loss_and_norm_2: Mean loss per supervised token and gradient norm, valid on the CPU after
+            `event`. If one of them is not finite, the device has skipped the update.
+        event: CUDA event of the copy to the CPU; None on a CPU.
     """
 
-    step: Step
-    together: Together
-    budget: Budget
-    factor: float
-    operations: float
-    moved: bool
-    coming_2: Tensor
+    step_batch: StepBatch
+    global_stats: GlobalStepStats
+    budget: MemoryBudget
+    lr_factor: float
+    flops: float
+    is_applied: bool
+    loss_and_norm_2: Tensor
     event: torch.cuda.Event | None
 
     def wait(self) -> tuple[float, float]:
-        """Loss and gradient norm, once the device has them."""
+        """Return loss and gradient norm after the device has computed them."""
         if self.event is not None:
             self.event.synchronize()
-        loss, norm = self.coming_2.tolist()
+        loss, norm = self.loss_and_norm_2.tolist()
         return loss, norm
 
 
-def seed_of(seed: int, step: int, micro: int) -> int:
-    """Seed of the random numbers of a micro-batch: with it dropout needs no state on disk."""
-    digest = hashlib.sha256(f"{seed}/{step}/{micro}".encode()).digest()
+def micro_batch_seed(seed: int, step: int, micro_index: int) -> int:
+    """Derive the random seed of a micro-batch.
+
+    Dropout needs no state in a checkpoint because of it.
+    """
+    digest = hashlib.sha256(f"{seed}/{step}/{micro_index}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def coming_steps(session: Session, seen: Seen | None) -> Generator[Step, None, None]:
-    """This process's shares of the steps that are left, in packs of the budget in force, without
-    the pictures that are known. To be closed."""
-    machine, progress = session.machine, session.progress
-    data = session.data if seen is None else session.data.without_pictures(seen.known)
-    data = data.within(progress.budget.pack_tokens)
-    return read_steps(data, progress.step, machine.workers, machine.device.type == "cuda")
+def iter_train_steps(
+    state: TrainState, vision_cache: VisionCache | None
+) -> Generator[StepBatch, None, None]:
+    """Iterate over the remaining steps of this rank, packed within the current memory budget.
 
-
-def take_step(
-    session: Session,
-    step: Step,
-    stop: Stop,
-    seen: Seen | None = None,
-    together: Together | None = None,
-) -> Taken:
-    """Run a step, or this process's share of it. Its loss is the mean over the learned tokens of
-    all packs `together`, so that it does not matter how the samples were packed, and where: those
-    of all processes, or else this one's. `seen` gives the features of its pictures, where they are
-    known.
-
-    Raises Interrupted, with nothing moved, when the run was asked to stop on the way, and
-    FullMemory, with nothing moved either, when a pack was too much for the GPU's. A step whose loss
-    or gradients are no finite numbers moves nothing, in any process: the device sees to that.
+    Cached images are not loaded. Close the generator to end its workers.
     """
-    masters, scale = session.masters, session.scale
-    by = scale.value
-    ranks = session.machine.ranks
-    together = together or Together.of(step)
-    total = _of_all_packs(session, step, together, stop, seen)
-    ranks.add(total)
-    norm = session.parallel.joined(masters)
-    taken = Taken(
-        step=step,
-        together=together,
-        budget=session.progress.budget,
-        factor=session.schedule.factor(step.number),
-        operations=sum(_operations(session, batch) for batch in step.packs),
-        moved=together.supervised > 0,
-        coming_2=(torch.stack([total, norm]) / by).to("cpu", non_blocking=True),
-        event=recorded(total.device),
+    hardware, progress = state.hardware, state.progress
+    data = (
+        state.step_dataset
+        if vision_cache is None
+        else state.step_dataset.with_vision_cache(vision_cache.reader)
     )
-    if not taken.moved:
-        return taken
-    if scale.active:
-        # What the next step's loss is multiplied by depends on the norm.
-        loss, found = taken.wait()
-        if math.isfinite(loss) and not scale.accept(found):
-            session.forget_gradients()
-            return replace(taken, moved=False)
-    masters.step(taken.factor, norm.masked_fill(~total.isfinite(), math.nan), by)
-    session.parallel.moved()
-    return taken
+    data = data.with_pack_tokens(progress.budget.pack_tokens)
+    return read_steps(data, progress.step, hardware.num_workers, hardware.device.type == "cuda")
 
 
-def _of_all_packs(
-    session: Session, step: Step, together: Together, stop: Stop, seen: Seen | None
+def train_step(
+    state: TrainState,
+    step_batch: StepBatch,
+    stop: StopRequest,
+    vision_cache: VisionCache | None = None,
+    global_stats: GlobalStepStats | None = None,
+) -> StepOutput:
+    """Run a training step, or the share of this rank.
+
+    The loss is the mean over the supervised tokens of all packs on all ranks, so it does not depend
+    on
+    the packing. A step with a non-finite loss or gradient is skipped on every rank by the device.
+
+    Args:
+        state: State of the run; its optimizer is updated.
+        step_batch: Packs of this rank.
+        stop: Stop request, checked between packs.
+        vision_cache: Cached vision features, if any.
+        global_stats: Statistics over all ranks; those of this rank by default.
+
+    Raises:
+        TrainingInterrupted: A stop was requested; no parameter is updated.
+        GpuOutOfMemoryError: A pack exceeds the GPU memory; no parameter is updated.
+    """
+    optimizer, loss_scaler = state.optimizer, state.loss_scaler
+    loss_scale = loss_scaler.scale
+    process_group = state.hardware.process_group
+    global_stats = global_stats or GlobalStepStats.from_step(step_batch)
+    total = _accumulate_all_packs(state, step_batch, global_stats, stop, vision_cache)
+    process_group.all_reduce(total)
+    grad_norm = state.parallel.reduce_gradients(optimizer)
+    step_output = StepOutput(
+        step_batch=step_batch,
+        global_stats=global_stats,
+        budget=state.progress.budget,
+        lr_factor=state.lr_schedule.lr_factor(step_batch.step_index),
+        flops=sum(_count_flops(state, batch) for batch in step_batch.packs),
+        is_applied=global_stats.num_supervised_tokens > 0,
+        loss_and_norm_2=(torch.stack([total, grad_norm]) / loss_scale).to("cpu", non_blocking=True),
+        event=record_event(total.device),
+    )
+    if not step_output.is_applied:
+        return step_output
+    if loss_scaler.is_enabled:
+        # The loss scale of the next step depends on the norm.
+        loss, grad_norm_value = step_output.wait()
+        if math.isfinite(loss) and not loss_scaler.update(grad_norm_value):
+            state.zero_grad()
+            return replace(step_output, is_applied=False)
+    optimizer.step(
+        step_output.lr_factor, grad_norm.masked_fill(~total.isfinite(), math.nan), loss_scale
+    )
+    state.parallel.sync_params()
+    return step_output
+
+
+def _accumulate_all_packs(
+    state: TrainState,
+    step_batch: StepBatch,
+    global_stats: GlobalStepStats,
+    stop: StopRequest,
+    vision_cache: VisionCache | None,
 ) -> Tensor:
-    """`_accumulate` of the packs that all processes come to, then of this one's own."""
-    ranks, sharded = session.machine.ranks, session.parallel.sharded
-    packs = [*enumerate(_micro_batches(session, step, together))]
-    both = len(packs) if sharded else step.shares
-    total = torch.zeros((), device=session.machine.device)
+    """Accumulate gradients of split packs on all ranks, then of the local packs."""
+    process_group, is_sharded = state.hardware.process_group, state.parallel.is_sharded
+    packs = [*enumerate(_pad_micro_batches(state, step_batch, global_stats))]
+    num_synced = len(packs) if is_sharded else step_batch.num_split_packs
+    total = torch.zeros((), device=state.hardware.device)
     try:
-        if both:
-            with _untorn(ranks):
-                total += _accumulate(session, step, together, packs[:both], stop, seen)
-        if not sharded:
-            # Before anybody waits for what a process that failed will never give.
-            with ranks.confirmed():
-                total += _accumulate(session, step, together, packs[both:], stop, seen)
+        if num_synced:
+            with _raise_desync(process_group):
+                total += _accumulate_gradients(
+                    state, step_batch, global_stats, packs[:num_synced], stop, vision_cache
+                )
+        if not is_sharded:
+            # Agree on success before the all-reduce, so that a failed rank cannot block the others.
+            with process_group.sync_errors():
+                total += _accumulate_gradients(
+                    state, step_batch, global_stats, packs[num_synced:], stop, vision_cache
+                )
     except Exception:
-        session.forget_gradients()
+        state.zero_grad()
         raise
     return total
 
 
-def _operations(session: Session, batch: PackedBatch) -> float:
-    """Those of this process, about as many as of any that shares the sample."""
-    share = batch.share
-    if share is None:
-        return session.arithmetic.of(batch)
-    return session.arithmetic.of(share.whole) / share.count
+def _count_flops(state: TrainState, batch: PackedBatch) -> float:
+    """Count the operations of this rank; shards of a split sample count equally."""
+    context_shard = batch.context_shard
+    if context_shard is None:
+        return state.flop_counter.count(batch)
+    return state.flop_counter.count(context_shard.sample_shape) / context_shard.world_size
 
 
 @contextmanager
-def _untorn(ranks: Ranks) -> Iterator[None]:
-    """The packs of a step whose layers are put together by all processes."""
+def _raise_desync(process_group: ProcessGroup) -> Iterator[None]:
+    """Convert errors in a collective part of the step."""
     try:
         yield
     except Exception as error:
-        full = isinstance(error, FullMemory)
-        raise StepTorn(
-            f"process {ranks.number} of {ranks.count} broke off in the middle of a step: {error}",
+        is_oom = isinstance(error, GpuOutOfMemoryError)
+        raise RankDesyncError(
+            f"rank {process_group.rank} of {process_group.world_size} failed in the middle of a"
+            f" step: {error}",
             where="training",
-            expected="every process with its share of every layer",
-            remedy="set a lower train.pack_tokens or train.recompute=true, and start again with"
-            " --resume"
-            if full
+            expected="all ranks in every layer",
+            remedy="lower train.pack_tokens or set train.activation_checkpointing=true, then start"
+            " again with --resume"
+            if is_oom
             else "start again with --resume",
         ) from error
 
 
-def _accumulate(
-    session: Session,
-    step: Step,
-    together: Together,
+def _accumulate_gradients(
+    state: TrainState,
+    step_batch: StepBatch,
+    global_stats: GlobalStepStats,
     packs: Sequence[tuple[int, PackedBatch]],
-    stop: Stop,
-    seen: Seen | None,
+    stop: StopRequest,
+    vision_cache: VisionCache | None,
 ) -> Tensor:
-    """Gradients of these packs, with their places in the step, into the masters; returns the mean
-    loss times the loss scale."""
-    device = session.machine.device
+    """Accumulate gradients of indexed packs, and return the mean loss times the loss scale."""
+    device = state.hardware.device
     total = torch.zeros((), device=device)
-    share = torch.full((), session.scale.value / max(1, together.supervised), device=device)
-    ranks = session.machine.ranks
-    for micro, packed in packs:
-        # In the middle of a step the others would wait for this process.
-        if stop.asked and ranks.alone:
-            raise Interrupted(f"in step {step.number + 1}, which will be done again")
-        number = micro * ranks.count + ranks.number
-        torch.manual_seed(seed_of(session.recipe.train.seed, step.number, number))
-        known = None if seen is None else step.known[micro]
-        weight = share if packed.sample_ids else torch.zeros_like(share)
+    loss_weight = torch.full(
+        (), state.loss_scaler.scale / max(1, global_stats.num_supervised_tokens), device=device
+    )
+    process_group = state.hardware.process_group
+    for micro_index, packed_batch in packs:
+        # In a distributed run, the other ranks would wait for this one.
+        if stop.is_requested and process_group.is_single_process:
+            raise TrainingInterrupted(
+                f"in step {step_batch.step_index + 1}, which is repeated on resume"
+            )
+        global_index = micro_index * process_group.world_size + process_group.rank
+        torch.manual_seed(
+            micro_batch_seed(state.recipe.train.seed, step_batch.step_index, global_index)
+        )
+        cache_inputs = None if vision_cache is None else step_batch.cache_inputs[micro_index]
+        pack_weight = loss_weight if packed_batch.sample_ids else torch.zeros_like(loss_weight)
         try:
-            if micro:
-                session.masters.add_up()
-            total += _learn(session, packed, weight, seen, known)
+            if micro_index:
+                state.optimizer.accumulate_gradients()
+            total += _forward_backward(state, packed_batch, pack_weight, vision_cache, cache_inputs)
         except torch.OutOfMemoryError as error:
-            # Another try has as much room as this one, and that of recordings, too.
-            freed = session.passes.forget()
-            processes = 1 if session.most_alone is None else ranks.count
-            budget = session.progress.budget
-            raise too_much(
-                error, packed, budget, learning=True, processes=processes, freed=freed
+            # A retry has the memory of the CUDA graphs in addition.
+            has_freed_memory = state.graph_runner.release_graphs()
+            world_size = 1 if state.max_unsplit_tokens is None else process_group.world_size
+            budget = state.progress.budget
+            raise build_pack_oom_error(
+                error,
+                packed_batch,
+                budget,
+                is_training=True,
+                world_size=world_size,
+                has_freed_memory=has_freed_memory,
             ) from None
     return total
 
 
-def _micro_batches(session: Session, step: Step, together: Together) -> Sequence[PackedBatch]:
-    """The packs of a step. Where layers are put together for each, as many as any process has."""
-    if not session.parallel.sharded:
-        return step.packs
-    return *step.packs, *[nothing()] * (together.packs - len(step.packs))
+def _pad_micro_batches(
+    state: TrainState, step_batch: StepBatch, global_stats: GlobalStepStats
+) -> Sequence[PackedBatch]:
+    """Return the packs of a step; sharded models need the same number on all ranks."""
+    if not state.parallel.is_sharded:
+        return step_batch.packs
+    return *step_batch.packs, *[dummy_batch()] * (global_stats.max_packs - len(step_batch.packs))
 
 
-def _learn(
-    session: Session, packed: PackedBatch, share: Tensor, seen: Seen | None, known: Tensor | None
+def _forward_backward(
+    state: TrainState,
+    packed_batch: PackedBatch,
+    loss_weight: Tensor,
+    vision_cache: VisionCache | None,
+    cache_inputs: Tensor | None,
 ) -> Tensor:
-    """A pack forwards and backwards. Its own function: what it holds on the device ends with it."""
-    batch = session.placed(packed)
-    if known is not None and packed.share is not None:
-        known = wanted(known, packed.share)
-    features_MKD = None if seen is None or known is None else seen.of(known)
-    return session.passes.learn(batch, features_MKD, share)
+    """Run forward and backward pass of a pack.
+
+    A separate function releases its device tensors on return.
+    """
+    batch = state.to_device(packed_batch)
+    if cache_inputs is not None and packed_batch.context_shard is not None:
+        cache_inputs = select_shard_features(cache_inputs, packed_batch.context_shard)
+    features_MKD = (
+        None
+        if vision_cache is None or cache_inputs is None
+        else vision_cache.load_features(cache_inputs)
+    )
+    return state.graph_runner.forward_backward(batch, features_MKD, loss_weight)
 
 
-def recorded(device: torch.device) -> torch.cuda.Event | None:
-    """An event that happens when a GPU has done all it was given so far; None on a CPU."""
+def record_event(device: torch.device) -> torch.cuda.Event | None:
+    """Record a CUDA event after all queued work; return None on a CPU."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

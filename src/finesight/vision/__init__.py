@@ -1,1 +1,1 @@
-"""Pictures opened safely, resized, and cut into patches."""
+"""Image decoding, resizing and patch extraction."""

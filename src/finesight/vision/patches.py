@@ -1,4 +1,4 @@
-"""Pictures cut into the patches that a vision tower reads, kept as bytes."""
+"""Conversion of images to the patches of a vision encoder, as bytes."""
 
 from __future__ import annotations
 
@@ -10,151 +10,163 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from finesight.errors import UserError
-from finesight.hub import ModelFolder
-from finesight.vision.resize import Size
+from finesight.model_folder import ModelFolder
+from finesight.vision.resize import ImageSize
 
-Grid = tuple[int, int, int]
-"""Patches along time, height and width."""
+GridTHW = tuple[int, int, int]
+"""Number of patches along time, height and width."""
 
-CHANNELS = 3
+NUM_CHANNELS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class PatchGeometry:
-    """`patch` pixels a side, `temporal` frames deep; `merge` x `merge` patches become one token."""
+class PatchConfig:
+    """Patch size in pixels and frames; `merge_size` x `merge_size` patches become one token."""
 
-    patch: int = 14
-    merge: int = 2
-    temporal: int = 2
-
-    @property
-    def factor(self) -> int:
-        """What both sides of a resized picture are multiples of."""
-        return self.patch * self.merge
+    patch_size: int = 14
+    merge_size: int = 2
+    temporal_patch_size: int = 2
 
     @property
-    def numbers(self) -> int:
-        """D, the numbers of one patch."""
-        return CHANNELS * self.temporal * self.patch**2
+    def resize_factor(self) -> int:
+        """Factor that both sides of a resized image are multiples of."""
+        return self.patch_size * self.merge_size
 
-    def grid(self, size: Size, frames: int = 1) -> Grid:
-        """Patches along time, height and width; an odd frame is filled up with its repetition."""
+    @property
+    def patch_dim(self) -> int:
+        """Number of values per patch (D)."""
+        return NUM_CHANNELS * self.temporal_patch_size * self.patch_size**2
+
+    def compute_grid(self, size: ImageSize, num_frames: int = 1) -> GridTHW:
+        """Return the patch grid; an incomplete frame group is padded by repetition."""
         height, width = size
-        return -(-frames // self.temporal), height // self.patch, width // self.patch
+        return (
+            -(-num_frames // self.temporal_patch_size),
+            height // self.patch_size,
+            width // self.patch_size,
+        )
 
-    def tokens(self, grid: Grid) -> int:
-        """Placeholder tokens of a picture or video with that grid."""
-        t, h, w = grid
-        return t * h * w // self.merge**2
+    def count_tokens(self, grid_thw: GridTHW) -> int:
+        """Return the number of placeholder tokens of a grid."""
+        t, h, w = grid_thw
+        return t * h * w // self.merge_size**2
 
 
-def geometry_of(folder: ModelFolder) -> PatchGeometry:
-    """The patch sizes of a model. Raises UserError when its two files contradict each other."""
-    preprocessor = folder.preprocessor
-    found = folder.config.get("vision_config")
-    # A file without it, or with something else there, is refused when the model is built.
-    vision = found if isinstance(found, dict) else {}
-    names = {
+def load_patch_config(folder: ModelFolder) -> PatchConfig:
+    """Load the patch sizes of a model.
+
+    Raises:
+        UserError: config.json and preprocessor_config.json disagree.
+    """
+    preprocessor = folder.preprocessor_config
+    raw_config = folder.config.get("vision_config")
+    # A missing or invalid vision_config is rejected when the model is built.
+    vision_config = raw_config if isinstance(raw_config, dict) else {}
+    config_keys = {
         "patch_size": "patch_size",
         "merge_size": "spatial_merge_size",
         "temporal_patch_size": "temporal_patch_size",
     }
-    for ours, theirs in names.items():
-        if vision.get(theirs, preprocessor[ours]) != preprocessor[ours]:
+    for preprocessor_key, config_key in config_keys.items():
+        if (
+            vision_config.get(config_key, preprocessor[preprocessor_key])
+            != preprocessor[preprocessor_key]
+        ):
             raise UserError(
-                f"{ours} {preprocessor[ours]} in preprocessor_config.json, but {theirs}"
-                f" {vision[theirs]} under vision_config in config.json",
+                f"{preprocessor_key} {preprocessor[preprocessor_key]} in"
+                f" preprocessor_config.json, but {config_key} {vision_config[config_key]} under"
+                " vision_config in config.json",
                 where=str(folder.path),
-                expected="the same number in both files",
-                remedy="take both files from the same model",
+                expected="the same value in both files",
+                remedy="use both files of the same model",
             )
-    return PatchGeometry(
-        patch=preprocessor["patch_size"],
-        merge=preprocessor["merge_size"],
-        temporal=preprocessor["temporal_patch_size"],
+    return PatchConfig(
+        patch_size=preprocessor["patch_size"],
+        merge_size=preprocessor["merge_size"],
+        temporal_patch_size=preprocessor["temporal_patch_size"],
     )
 
 
-def to_patches(
-    frames: Sequence[Image.Image], size: Size, geometry: PatchGeometry
+def patchify(
+    frames: Sequence[Image.Image], size: ImageSize, config: PatchConfig
 ) -> NDArray[np.uint8]:
-    """Resize RGB frames to `size` and cut them: uint8 [N, D] in the published processor's order.
+    """Resize RGB frames and split them into patches, uint8 [N, D].
 
-    Patches follow time, then the rows and columns of merge blocks, then the rows and columns
-    within a block. The numbers of a patch follow channel, frame, row, column. Frames short of a
-    multiple of the temporal depth are filled up by repeating the last; the patches of one still
-    picture hold its frame once, and `whole` repeats it. The resize is one bicubic step of Pillow,
-    straight from the original.
+    Patch order (as in the reference processor): time, rows and columns of merge blocks, rows and
+    columns within a block. Value order within a patch: channel, frame, row, column. Incomplete
+    frame groups repeat the last frame. Patches of a single image store one frame;
+    `repeat_still_frames` repeats it. Resizing is one bicubic step of Pillow from the original
+    size.
     """
-    t, h, w = geometry.grid(size, len(frames))
-    p, m = geometry.patch, geometry.merge
-    depth = 1 if len(frames) == 1 else geometry.temporal
-    shape = (t, h // m, w // m, m, m, CHANNELS, depth, p, p)
+    t, h, w = config.compute_grid(size, len(frames))
+    p, m = config.patch_size, config.merge_size
+    temporal_size = 1 if len(frames) == 1 else config.temporal_patch_size
+    shape = (t, h // m, w // m, m, m, NUM_CHANNELS, temporal_size, p, p)
     patches = np.empty(shape, dtype=np.uint8)
-    for place in range(t * depth):
-        if place < len(frames):
-            planes_CHW = _planes(frames[place], size)
-            blocks = planes_CHW.reshape(CHANNELS, h // m, m, p, w // m, m, p)
+    for frame_index in range(t * temporal_size):
+        if frame_index < len(frames):
+            planes_CHW = _to_channel_planes(frames[frame_index], size)
+            blocks = planes_CHW.reshape(NUM_CHANNELS, h // m, m, p, w // m, m, p)
             ordered = blocks.transpose(1, 4, 2, 5, 0, 3, 6)
-        patches[place // depth, :, :, :, :, :, place % depth] = ordered
-    return patches.reshape(t * h * w, CHANNELS * depth * p * p)
+        patches[frame_index // temporal_size, :, :, :, :, :, frame_index % temporal_size] = ordered
+    return patches.reshape(t * h * w, NUM_CHANNELS * temporal_size * p * p)
 
 
-def whole(patches_ND: NDArray[np.uint8], numbers: int) -> NDArray[np.uint8]:
-    """The patches with so many numbers each, their one frame repeated where they hold one."""
-    number, width = patches_ND.shape
-    if width == numbers:
+def repeat_still_frames(patches_ND: NDArray[np.uint8], patch_dim: int) -> NDArray[np.uint8]:
+    """Repeat single-frame patches to `patch_dim` values."""
+    num_patches, current_dim = patches_ND.shape
+    if current_dim == patch_dim:
         return patches_ND
-    frames_NCFP = patches_ND.reshape(number, CHANNELS, 1, width // CHANNELS)
-    return np.repeat(frames_NCFP, numbers // width, axis=2).reshape(number, numbers)
+    frames_NCFP = patches_ND.reshape(num_patches, NUM_CHANNELS, 1, current_dim // NUM_CHANNELS)
+    return np.repeat(frames_NCFP, patch_dim // current_dim, axis=2).reshape(num_patches, patch_dim)
 
 
 def first_frame(patches_ND: NDArray[np.uint8], patch: int) -> NDArray[np.uint8]:
-    """Keep one frame of patches of `patch` pixels a side: the inverse of `whole` for a still."""
+    """Return the first frame of each patch; inverse of `repeat_still_frames`."""
     number, width = patches_ND.shape
-    numbers = CHANNELS * patch**2
-    if width == numbers:
+    values_per_frame = NUM_CHANNELS * patch**2
+    if width == values_per_frame:
         return patches_ND
-    frames_NCFP = patches_ND.reshape(number, CHANNELS, width // numbers, patch**2)
-    return frames_NCFP[:, :, 0].reshape(number, numbers)
+    frames_NCFP = patches_ND.reshape(number, NUM_CHANNELS, width // values_per_frame, patch**2)
+    return frames_NCFP[:, :, 0].reshape(number, values_per_frame)
 
 
-def common_shape(patches: Sequence[NDArray[np.uint8]]) -> tuple[int, int]:
-    """[N, D] of these patches end to end: with one frame each where all of them hold one."""
-    widths = (part.shape[1] for part in patches if len(part))
-    return sum(map(len, patches)), max(widths, default=patches[0].shape[1])
+def concat_shape(patches: Sequence[NDArray[np.uint8]]) -> tuple[int, int]:
+    """Return the shape [N, D] of concatenated patches: single-frame if all are."""
+    patch_dims = (array.shape[1] for array in patches if len(array))
+    return sum(map(len, patches)), max(patch_dims, default=patches[0].shape[1])
 
 
-def end_to_end(
+def concat_patches(
     patches: Sequence[NDArray[np.uint8]], out: NDArray[np.uint8] | None = None
 ) -> NDArray[np.uint8]:
-    """The patches of one picture or sample after those of another, of their common shape; written
-    to `out` where it is given."""
+    """Concatenate patches with a common patch dimension.
+
+    Args:
+        out: Output array of shape `concat_shape(patches)`.
+    """
     if len(patches) == 1 and out is None:
         return patches[0]
-    _, numbers = common_shape(patches)
-    return np.concatenate([whole(part, numbers) for part in patches], out=out)
+    _, patch_dim = concat_shape(patches)
+    return np.concatenate([repeat_still_frames(array, patch_dim) for array in patches], out=out)
 
 
-def from_patches(
-    patches_ND: NDArray[np.uint8], grid: Grid, geometry: PatchGeometry
+def unpatchify(
+    patches_ND: NDArray[np.uint8], grid_thw: GridTHW, config: PatchConfig
 ) -> list[Image.Image]:
-    """The frames that `to_patches` cut up, resized as the model sees them; its inverse.
-
-    They include the repetitions of the last frame that filled up the temporal depth.
-    """
-    t, h, w = grid
-    p, m = geometry.patch, geometry.merge
-    depth = patches_ND.shape[1] // (CHANNELS * p * p)
-    blocks = patches_ND.reshape(t, h // m, w // m, m, m, CHANNELS, depth, p, p)
+    """Reconstruct the resized frames of `patchify`, including repeated frames."""
+    t, h, w = grid_thw
+    p, m = config.patch_size, config.merge_size
+    temporal_size = patches_ND.shape[1] // (NUM_CHANNELS * p * p)
+    blocks = patches_ND.reshape(t, h // m, w // m, m, m, NUM_CHANNELS, temporal_size, p, p)
     ordered = blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5)
-    frames_FHWC = ordered.reshape(t * depth, h * p, w * p, CHANNELS)
+    frames_FHWC = ordered.reshape(t * temporal_size, h * p, w * p, NUM_CHANNELS)
     return [Image.fromarray(frame_HWC) for frame_HWC in frames_FHWC]
 
 
-def _planes(frame: Image.Image, size: Size) -> NDArray[np.uint8]:
-    """One resized frame as contiguous planes [C, H, W]; rows of a patch are then whole runs."""
-    assert frame.mode == "RGB", f"a frame of mode {frame.mode}, not RGB"
+def _to_channel_planes(frame: Image.Image, size: ImageSize) -> NDArray[np.uint8]:
+    """Resize a frame to contiguous planes [C, H, W], so that patch rows are contiguous."""
+    assert frame.mode == "RGB", f"frame has mode {frame.mode}, not RGB"
     height, width = size
     if frame.size != (width, height):
         frame = frame.resize((width, height), Image.Resampling.BICUBIC)

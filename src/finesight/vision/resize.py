@@ -1,4 +1,4 @@
-"""The size a picture gets before it is cut into patches: the families' rule or the recipe's."""
+"""Image resizing rules of model families and recipes."""
 
 from __future__ import annotations
 
@@ -6,85 +6,96 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from finesight.config import ExactSize, LongestSide, PictureRule, PixelRange
-from finesight.data.headers import DamagedPicture
+from finesight.config import ExactSize, ImageRule, LongestSide, PixelRange
+from finesight.data.image_header import CorruptImageError
 from finesight.errors import UserError
 
-Size = tuple[int, int]
+ImageSize = tuple[int, int]
 """Height and width in pixels."""
 
-LARGEST_ASPECT = 200
-"""A side may be this many times the other; beyond it the families refuse a picture."""
+MAX_ASPECT_RATIO = 200
+"""Maximum aspect ratio; the reference processors reject other images."""
 
 
-def native_rule(preprocessor: Mapping[str, Any]) -> PixelRange:
-    """The rule of the model's own preprocessor, in force when a recipe names none."""
+def get_default_image_rule(preprocessor: Mapping[str, Any]) -> PixelRange:
+    """Return the rule of the model's preprocessor."""
     return PixelRange(min_pixels=preprocessor["min_pixels"], max_pixels=preprocessor["max_pixels"])
 
 
-def rule_in_force(preprocessor: Mapping[str, Any], wanted: PictureRule | None) -> PictureRule:
-    """The recipe's rule, or the model's own. Raises UserError where the model reads pictures of one
-    size only and another rule is wanted."""
-    side = preprocessor.get("image_size")
-    if side is None:
-        return wanted or native_rule(preprocessor)
-    only = ExactSize(height=side, width=side)
-    if wanted not in (None, only):
-        raise UserError(
-            f"pictures by the rule {wanted}",
-            where="picture",
-            expected=f"{side} x {side} pixels, the one size that this model reads",
-            remedy="leave `picture` out of the recipe",
-        )
-    return only
+def resolve_image_rule(preprocessor: Mapping[str, Any], requested: ImageRule | None) -> ImageRule:
+    """Return the rule of the recipe, or the default of the model.
 
-
-def resized_size(original: Size, rule: PictureRule, factor: int, where: str = "") -> Size:
-    """Height and width after resizing, both multiples of `factor` (patch size x merge size).
-
-    PixelRange keeps the shape as nearly as the factor allows and the area within the range, as
-    the families' published preprocessor does. ExactSize takes the nearest multiple of each side.
-    LongestSide scales the longer side to its pixels, enlarging too, and then takes the nearest
-    multiple of each side. Halves round to even. Raises DamagedPicture, naming `where`, for a
-    picture of more than 200 times one side in the other under a rule that keeps the shape.
+    Raises:
+        UserError: The model supports one fixed image size and the recipe requests another.
     """
-    height, width = original
-    assert height > 0, f"a picture of height {height}"
-    assert width > 0, f"a picture of width {width}"
+    fixed_side = preprocessor.get("image_size")
+    if fixed_side is None:
+        return requested or get_default_image_rule(preprocessor)
+    fixed_rule = ExactSize(height=fixed_side, width=fixed_side)
+    if requested not in (None, fixed_rule):
+        raise UserError(
+            f"image rule {requested}",
+            where="image",
+            expected=f"{fixed_side} x {fixed_side} pixels, the fixed image size of this model",
+            remedy="remove `image` from the recipe",
+        )
+    return fixed_rule
+
+
+def compute_resized_size(
+    original_size: ImageSize, rule: ImageRule, factor: int, where: str = ""
+) -> ImageSize:
+    """Compute height and width after resizing, multiples of `factor` (patch size x merge size).
+
+    PixelRange preserves the aspect ratio as closely as the factor allows and limits the area, as
+    in the reference preprocessor. ExactSize rounds each side to the nearest multiple. LongestSide
+    scales the longer side to its value, also upwards, then rounds each side. Halves round to even.
+
+    Args:
+        where: Location in error messages.
+
+    Raises:
+        CorruptImageError: The aspect ratio exceeds 200 under a rule that preserves it.
+    """
+    height, width = original_size
+    assert height > 0, f"image height is {height}"
+    assert width > 0, f"image width is {width}"
     if isinstance(rule, ExactSize):
-        return _nearest(rule.height, factor), _nearest(rule.width, factor)
-    if max(original) / min(original) > LARGEST_ASPECT:
-        raise DamagedPicture(
+        return _round_to_factor(rule.height, factor), _round_to_factor(rule.width, factor)
+    if max(original_size) / min(original_size) > MAX_ASPECT_RATIO:
+        raise CorruptImageError(
             f"{width} x {height} pixels",
             where=where,
-            expected=f"one side at most {LARGEST_ASPECT} times the other",
-            remedy="crop the picture or take it out of the data",
+            expected=f"one side at most {MAX_ASPECT_RATIO} times the other",
+            remedy="crop the image or remove it from the data",
         )
     if isinstance(rule, LongestSide):
-        scale = rule.longest_side / max(original)
-        return _nearest(height * scale, factor), _nearest(width * scale, factor)
-    return _within(original, rule, factor)
+        scale = rule.longest_side / max(original_size)
+        return _round_to_factor(height * scale, factor), _round_to_factor(width * scale, factor)
+    return _smart_resize(original_size, rule, factor)
 
 
-def _nearest(side: float, factor: int) -> int:
+def _round_to_factor(side: float, factor: int) -> int:
     return max(factor, round(side / factor) * factor)
 
 
-def _within(original: Size, rule: PixelRange, factor: int) -> Size:
-    """Scale by the root of the area's excess, sides rounded down to fit a maximum, up to reach a
-    minimum. Sides are rounded before the area is compared, as in the published preprocessor."""
-    height, width = original
+def _smart_resize(original_size: ImageSize, rule: PixelRange, factor: int) -> ImageSize:
+    """Scale the area into the pixel range: round down to the maximum, up to the minimum.
+
+    As in the reference preprocessor, sides are rounded before the area is compared.
+    """
+    height, width = original_size
     rounded = round(height / factor) * factor, round(width / factor) * factor
     if math.prod(rounded) > rule.max_pixels:
-        shrink = math.sqrt((height * width) / rule.max_pixels)
+        downscale = math.sqrt((height * width) / rule.max_pixels)
         return (
-            max(factor, math.floor(height / shrink / factor) * factor),
-            max(factor, math.floor(width / shrink / factor) * factor),
+            max(factor, math.floor(height / downscale / factor) * factor),
+            max(factor, math.floor(width / downscale / factor) * factor),
         )
     if math.prod(rounded) < rule.min_pixels:
-        grow = math.sqrt(rule.min_pixels / (height * width))
+        upscale = math.sqrt(rule.min_pixels / (height * width))
         return (
-            math.ceil(height * grow / factor) * factor,
-            math.ceil(width * grow / factor) * factor,
+            math.ceil(height * upscale / factor) * factor,
+            math.ceil(width * upscale / factor) * factor,
         )
     return rounded

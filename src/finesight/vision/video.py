@@ -1,4 +1,4 @@
-"""Videos as the pictures of their frames."""
+"""Videos as sequences of frame images."""
 
 from __future__ import annotations
 
@@ -8,35 +8,38 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.headers import DamagedPicture, picture_size
-from finesight.vision.patches import PatchGeometry, to_patches
-from finesight.vision.picture import open_picture
-from finesight.vision.resize import Size
+from finesight.data.image_header import CorruptImageError, read_image_size
+from finesight.vision.image_decoding import load_image
+from finesight.vision.patches import PatchConfig, patchify
+from finesight.vision.resize import ImageSize
 
 
-def frame_size(files: Sequence[Path]) -> Size:
-    """Height and width that all frames share, from their headers.
+def get_frame_size(files: Sequence[Path]) -> ImageSize:
+    """Return the common height and width of all frames, from their headers.
 
-    Raises DamagedPicture for a frame that cannot be used or differs in size from the first.
+    Raises:
+        CorruptImageError: A frame cannot be used, or the frame sizes differ.
     """
-    assert files, "a video without frames"
-    first = picture_size(files[0])
+    assert files, "the video has no frames"
+    first_size = read_image_size(files[0])
     for file in files[1:]:
-        size = picture_size(file)
-        if size != first:
-            raise DamagedPicture(
-                f"{size[1]} x {size[0]} pixels, but the first frame has {first[1]} x {first[0]}",
+        size = read_image_size(file)
+        if size != first_size:
+            raise CorruptImageError(
+                f"{size[1]} x {size[0]} pixels, but the first frame has"
+                f" {first_size[1]} x {first_size[0]}",
                 where=str(file),
-                expected="frames of one size in a video",
-                remedy="extract the frames again, all at one size",
+                expected="frames of equal size",
+                remedy="extract the frames again at one size",
             )
-    return first
+    return first_size
 
 
-def video_patches(files: Sequence[Path], size: Size, geometry: PatchGeometry) -> NDArray[np.uint8]:
-    """The frames resized to `size` and cut into patches, uint8 [N, D], in pairs along time.
+def patchify_video(
+    files: Sequence[Path], size: ImageSize, config: PatchConfig
+) -> NDArray[np.uint8]:
+    """Resize frames and split them into patches, uint8 [N, D], in groups along time.
 
-    The recipe's picture rule, or the family's, applies to each frame as to a picture; the last
-    frame is repeated where their number is odd, as the published video processor does.
+    The last frame is repeated if the number of frames is odd, as in the reference video processor.
     """
-    return to_patches([open_picture(file) for file in files], size, geometry)
+    return patchify([load_image(file) for file in files], size, config)

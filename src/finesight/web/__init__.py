@@ -1,1 +1,1 @@
-"""The page to talk to a model in a browser."""
+"""Chat UI for the browser."""

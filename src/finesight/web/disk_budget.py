@@ -1,4 +1,4 @@
-"""Limit the disk space that all visitors of the page take together."""
+"""Limit on the disk space of all users of the page."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ import threading
 import time
 from pathlib import Path
 
-from finesight.web.limits import FOLDER_BYTES, UPLOAD_SECONDS
+from finesight.web.web_limits import MAX_STORED_BYTES, UPLOAD_TTL_S
 
 
-class DiskFull(Exception):
-    """The files of all visitors would take more than `FOLDER_BYTES`."""
+class DiskFullError(Exception):
+    """The stored files would exceed `MAX_STORED_BYTES`."""
 
 
 class DiskBudget:
-    """Reserve disk space before it is written, so that concurrent writers keep the limit.
+    """Reserves disk space before a write, so that concurrent writers respect the limit.
 
-    Counts the files of uploads and conversations, and what is reserved and not written yet.
-    Uploads that nobody has asked about for `UPLOAD_SECONDS` are removed.
+    The budget counts files of uploads and chats, and reserved space. Expired uploads are deleted.
     """
 
     def __init__(self, uploads: Path, conversations: Path) -> None:
@@ -27,51 +26,51 @@ class DiskBudget:
         self._reserved = 0
         self._lock = threading.Lock()
 
-    def reserve(self, size: int) -> Reservation:
-        """Reserve `size` bytes. Raises DiskFull."""
+    def reserve(self, num_bytes: int) -> DiskReservation:
+        """Reserve disk space. Raises DiskFullError if it exceeds the limit."""
         with self._lock:
-            if self._written() + self._reserved + size > FOLDER_BYTES:
-                raise DiskFull
-            self._reserved += size
-        return Reservation(self, size)
+            if self._count_stored_bytes() + self._reserved + num_bytes > MAX_STORED_BYTES:
+                raise DiskFullError
+            self._reserved += num_bytes
+        return DiskReservation(self, num_bytes)
 
-    def _free(self, size: int) -> None:
+    def _free(self, num_bytes: int) -> None:
         with self._lock:
-            self._reserved -= size
+            self._reserved -= num_bytes
 
-    def _written(self) -> int:
-        """Count the bytes of all files, after old uploads are removed."""
-        oldest, total = time.time() - UPLOAD_SECONDS, 0
+    def _count_stored_bytes(self) -> int:
+        """Delete expired uploads and count the bytes of all files."""
+        min_mtime, total = time.time() - UPLOAD_TTL_S, 0
         for root in (self._uploads, self._conversations):
             for folder, _, names in os.walk(root):
                 for file in (Path(folder, name) for name in names):
-                    # A visitor who leaves takes files along meanwhile.
+                    # Files of a closed session may disappear in the meantime.
                     with contextlib.suppress(FileNotFoundError):
                         state = file.stat()
-                        if root == self._uploads and state.st_mtime < oldest:
+                        if root == self._uploads and state.st_mtime < min_mtime:
                             file.unlink()
                         else:
                             total += state.st_size
         return total
 
 
-class Reservation:
-    """Disk space that is about to be written. Release it when the files are there."""
+class DiskReservation:
+    """Reserved disk space. Release it after the files are written."""
 
-    def __init__(self, budget: DiskBudget, size: int) -> None:
-        self._budget, self._left = budget, size
+    def __init__(self, budget: DiskBudget, num_bytes: int) -> None:
+        self._budget, self._remaining = budget, num_bytes
 
-    def write(self, size: int) -> None:
-        """Count bytes that are on the disk from now on, as part of a file."""
-        size = min(size, self._left)
-        self._left -= size
-        self._budget._free(size)
+    def write(self, num_bytes: int) -> None:
+        """Convert reserved bytes to written bytes."""
+        num_bytes = min(num_bytes, self._remaining)
+        self._remaining -= num_bytes
+        self._budget._free(num_bytes)
 
     def release(self) -> None:
-        """Give up what is left."""
-        self.write(self._left)
+        """Release the remaining bytes."""
+        self.write(self._remaining)
 
-    def __enter__(self) -> Reservation:
+    def __enter__(self) -> DiskReservation:
         return self
 
     def __exit__(self, *raised: object) -> None:

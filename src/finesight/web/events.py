@@ -1,4 +1,4 @@
-"""Check the events that a browser sends, before Gradio queues them."""
+"""Validation of browser events before Gradio queues them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, computed_field
 
-from finesight.web.limits import LONGEST_ANSWER, MOST_TEMPERATURE
+from finesight.web.web_limits import MAX_NEW_TOKENS, MAX_TEMPERATURE
 
-SESSION = r"[A-Za-z0-9_-]{1,64}"
-"""Names of sessions and events."""
+ID_PATTERN = r"[A-Za-z0-9_-]{1,64}"
+"""Pattern of session and event IDs."""
 
 
 class Upload(BaseModel):
-    """A file of a message. Gradio knows it by its path."""
+    """Uploaded file of a message, identified by its path."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -22,12 +22,12 @@ class Upload(BaseModel):
 
     @computed_field
     def meta(self) -> dict[str, str]:
-        """The mark by which Gradio knows a file."""
+        """Marker by which Gradio identifies a file."""
         return {"_type": "gradio.FileData"}
 
 
 class Question(BaseModel):
-    """The value of the composer: a text and uploaded images."""
+    """Value of the composer: a text and uploaded images."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,58 +35,63 @@ class Question(BaseModel):
     files: list[Upload] = []
 
 
-MaxTokens = Annotated[FiniteFloat, Field(ge=1, le=LONGEST_ANSWER)]
-Temperature = Annotated[FiniteFloat, Field(ge=0, le=MOST_TEMPERATURE)]
+MaxTokens = Annotated[FiniteFloat, Field(ge=1, le=MAX_NEW_TOKENS)]
+Temperature = Annotated[FiniteFloat, Field(ge=0, le=MAX_TEMPERATURE)]
 
 Inputs = TypeAdapter[Any]
-"""The type of the data of an event."""
+"""Type of the input data of an event."""
 
-NOTHING: Inputs = TypeAdapter(tuple[()])
-ASKED: Inputs = TypeAdapter(tuple[Question, bool, MaxTokens, Temperature])
-ASKED_AGAIN: Inputs = TypeAdapter(tuple[bool, MaxTokens, Temperature])
+EMPTY_INPUT: Inputs = TypeAdapter(tuple[()])
+QUESTION_INPUT: Inputs = TypeAdapter(tuple[Question, bool, MaxTokens, Temperature])
+REGENERATE_INPUT: Inputs = TypeAdapter(tuple[bool, MaxTokens, Temperature])
 
 
 class Event(BaseModel):
-    """An event of the page. Other keys are dropped, since the page uses none of them."""
+    """Event of the page. Other keys are dropped, since the page does not use them."""
 
     model_config = ConfigDict(frozen=True)
 
     fn_index: int
-    session_hash: str = Field(pattern=rf"^{SESSION}$")
+    session_hash: str = Field(pattern=rf"^{ID_PATTERN}$")
     trigger_id: Annotated[int, Field(ge=0, le=2**31)] | None = None
     data: list[Any]
 
 
 class Cancel(BaseModel):
-    """The end of an event that is running."""
+    """Cancellation of a running event."""
 
     model_config = ConfigDict(frozen=True)
 
     fn_index: int
-    session_hash: str = Field(pattern=rf"^{SESSION}$")
-    event_id: str = Field(pattern=rf"^{SESSION}$")
+    session_hash: str = Field(pattern=rf"^{ID_PATTERN}$")
+    event_id: str = Field(pattern=rf"^{ID_PATTERN}$")
 
 
 class Reset(BaseModel):
-    """The end of the iterator of an event."""
+    """Reset of the iterator of an event."""
 
     model_config = ConfigDict(frozen=True)
 
-    event_id: str = Field(pattern=rf"^{SESSION}$")
+    event_id: str = Field(pattern=rf"^{ID_PATTERN}$")
 
 
 class UnknownEvent(ValueError):
-    """An event that the page does not have."""
+    """The page does not have this event."""
 
 
 def parse_event(body: bytes, inputs: Mapping[int, Inputs]) -> tuple[Event, list[Upload]]:
-    """Validate an event and list the files that it names.
+    """Validate an event and list its uploaded files.
 
-    `inputs` are the types of the data of each event, by its number. Raises ValueError.
+    Args:
+        body: JSON of the event.
+        inputs: Types of the input data by event number.
+
+    Raises:
+        ValueError: The event is invalid or unknown.
     """
     event = Event.model_validate_json(body)
     if event.fn_index not in inputs:
-        raise UnknownEvent(f"no event {event.fn_index}")
+        raise UnknownEvent(f"unknown event {event.fn_index}")
     adapter = inputs[event.fn_index]
     checked = adapter.validate_python(event.data)
     uploads = [file for item in checked if isinstance(item, Question) for file in item.files]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from scenery import paint
+from image_fixtures import write_gray_image
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with a.png of 40 x 20 pixels and b.png of 1000 x 500."""
-    paint(tmp_path / "a.png", 40, 20)
-    paint(tmp_path / "b.png", 1000, 500)
+    write_gray_image(tmp_path / "a.png", 40, 20)
+    write_gray_image(tmp_path / "b.png", 1000, 500)
     return tmp_path

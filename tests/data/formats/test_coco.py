@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from box_scenes import answers, imported, questions, there_and_back, white_at, white_in
+from box_fixtures import (
+    check_export_roundtrip,
+    find_box,
+    import_samples,
+    list_answers,
+    list_questions,
+    write_box_image,
+)
 from PIL import Image
 
 from finesight.data.formats.coco import CAPTION_PROMPT
-from finesight.data.opening import Request, draft
+from finesight.data.import_source import ImportOptions, open_unvalidated
 from finesight.errors import UserError
 
 WHITE = (12, 3, 31, 17)
@@ -58,11 +65,13 @@ def instances() -> dict[str, Any]:
     }
 
 
-def write(root: Path, document: dict[str, Any], place: str = "annotations/instances.json") -> Path:
+def write(
+    root: Path, document: dict[str, Any], location: str = "annotations/instances.json"
+) -> Path:
     """The document as a file, and its pictures in `images` beside its folder."""
     for image in document["images"]:
-        white_at(root / "images" / image["file_name"], WHITE)
-    file = root / place
+        write_box_image(root / "images" / image["file_name"], WHITE)
+    file = root / location
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(document), encoding="utf-8")
     return file
@@ -70,45 +79,47 @@ def write(root: Path, document: dict[str, Any], place: str = "annotations/instan
 
 def test_detection(tmp_path: Path) -> None:
     file = write(tmp_path / "coco", instances())
-    samples, summary = imported(file, tmp_path / "out")
-    assert answers(samples) == [
+    samples, summary = import_samples(file, tmp_path / "out")
+    assert list_answers(samples) == [
         [("dog", (12, 3, 31, 17)), ("person", (0.5, 0.25, 10.6, 9.95))],
         [("dog", (2, 1, 7, 6)), ("dog", (20, 1, 25, 6))],
         ["none"],
     ]
-    asked = "Locate every object of these classes in the picture: dog, person, toothbrush."
-    assert questions(samples) == [asked] * 3
+    requested = "Locate every object of these classes in the picture: dog, person, toothbrush."
+    assert list_questions(samples) == [requested] * 3
     assert samples[0].id == "000000397133"
     assert samples[0].meta["image_id"] == 397133
     assert samples[0].meta["license"] == 4
     assert summary.format == "coco"
-    assert "annotations with bbox: COCO instances of 3 classes" in summary.known_by
-    assert summary.noted == {"crowd regions, left out": 1, "segmentation, not read": 4}
+    assert "annotations with bbox: COCO instances of 3 classes" in summary.detected_by
+    assert summary.source_notes == {"crowd regions (skipped)": 1, "segmentation (ignored)": 4}
 
 
 def test_grounding(tmp_path: Path) -> None:
     file = write(tmp_path / "coco", instances())
-    wishes = {"ask": "grounding", "prompt": "Where is the {label}?"}
-    samples, summary = imported(file, tmp_path / "out", **wishes)
-    assert questions(samples) == [
+    wishes = {"box_task": "grounding", "prompt": "Where is the {label}?"}
+    samples, summary = import_samples(file, tmp_path / "out", **wishes)
+    assert list_questions(samples) == [
         *("Where is the dog?", "Where is the person?"),
         "Where is the dog?",
     ]
-    assert answers(samples)[2] == [("dog", (2, 1, 7, 6)), ("dog", (20, 1, 25, 6))]
+    assert list_answers(samples)[2] == [("dog", (2, 1, 7, 6)), ("dog", (20, 1, 25, 6))]
     assert [sample.id for sample in samples][:2] == ["000000397133-dog", "000000397133-person"]
-    assert sum(summary.left_out.values()) == 1
+    assert sum(summary.skipped_rows.values()) == 1
 
 
-def test_known_pixels(tmp_path: Path) -> None:
-    samples, _ = imported(write(tmp_path / "coco", instances()), tmp_path / "out")
-    box = answers(samples)[0][0]
-    assert box == ("dog", white_in(tmp_path / "coco" / "images" / "000000397133.png"))
+def test_box_matches_known_pixels(tmp_path: Path) -> None:
+    samples, _ = import_samples(write(tmp_path / "coco", instances()), tmp_path / "out")
+    box = list_answers(samples)[0][0]
+    assert box == ("dog", find_box(tmp_path / "coco" / "images" / "000000397133.png"))
 
 
 @pytest.mark.parametrize("ask", ["detection", "grounding"])
-def test_there_and_back(tmp_path: Path, ask: str) -> None:
-    done = there_and_back(write(tmp_path / "coco", instances()), tmp_path, ask=ask)
-    assert done.lost == {"questions, which an import asks anew by --prompt and --ask": 3}
+def test_roundtrip(tmp_path: Path, ask: str) -> None:
+    done = check_export_roundtrip(write(tmp_path / "coco", instances()), tmp_path, box_task=ask)
+    assert done.lost_counts == {
+        "questions, which an import regenerates from --prompt and --box-task": 3
+    }
 
 
 def captions() -> dict[str, Any]:
@@ -122,41 +133,41 @@ def captions() -> dict[str, Any]:
     return document
 
 
-def test_captions_of_a_picture_are_answers_to_one_question(tmp_path: Path) -> None:
+def test_captions_of_an_image_answer_one_question(tmp_path: Path) -> None:
     file = write(tmp_path / "coco", captions())
-    samples, summary = imported(file, tmp_path / "out")
-    assert answers(samples) == [
+    samples, summary = import_samples(file, tmp_path / "out")
+    assert list_answers(samples) == [
         ["A man in a kitchen."],
         ["Someone cooks."],
         ["A kitchen with a table."],
     ]
-    assert questions(samples) == [CAPTION_PROMPT] * 3
-    assert "COCO captions" in summary.known_by
-    assert summary.left_out == {"pictures without a caption": 1}
+    assert list_questions(samples) == [CAPTION_PROMPT] * 3
+    assert "COCO captions" in summary.detected_by
+    assert summary.skipped_rows == {"images without a caption": 1}
 
 
-def test_captions_there_and_back(tmp_path: Path) -> None:
-    there_and_back(write(tmp_path / "coco", captions()), tmp_path)
+def test_caption_roundtrip(tmp_path: Path) -> None:
+    check_export_roundtrip(write(tmp_path / "coco", captions()), tmp_path)
 
 
-def test_captions_have_nothing_to_ground(tmp_path: Path) -> None:
+def test_grounding_of_captions_is_rejected(tmp_path: Path) -> None:
     file = write(tmp_path / "coco", captions())
     with pytest.raises(UserError, match="grounding of captions"):
-        imported(file, tmp_path / "out", ask="grounding")
+        import_samples(file, tmp_path / "out", box_task="grounding")
     with pytest.raises(UserError, match="grounding of captions"):
-        list(draft(file, Request(ask="grounding"), tmp_path))
+        list(open_unvalidated(file, ImportOptions(box_task="grounding"), tmp_path))
 
 
-def test_a_caption_without_words_is_refused(tmp_path: Path) -> None:
+def test_blank_caption_is_rejected(tmp_path: Path) -> None:
     document = captions()
     document["annotations"][0]["caption"] = " "
     with pytest.raises(UserError, match="annotation 1 has the caption ' '"):
-        imported(write(tmp_path / "coco", document), tmp_path / "out")
+        import_samples(write(tmp_path / "coco", document), tmp_path / "out")
 
 
-def test_what_is_written_is_read_alike_by_the_reference(tmp_path: Path) -> None:
+def test_export_is_readable_by_pycocotools(tmp_path: Path) -> None:
     api = pytest.importorskip("pycocotools.coco", reason="pycocotools is not installed")
-    there_and_back(write(tmp_path / "coco", instances()), tmp_path)
+    check_export_roundtrip(write(tmp_path / "coco", instances()), tmp_path)
     document = api.COCO(str(tmp_path / "exported" / "annotations.json"))
     assert sorted(document.getImgIds()) == [37777, 252219, 397133]
     names = {one["id"]: one["name"] for one in document.loadCats(document.getCatIds())}
@@ -165,78 +176,80 @@ def test_what_is_written_is_read_alike_by_the_reference(tmp_path: Path) -> None:
     assert boxes == [("dog", [12, 3, 19, 14], 266), ("person", [0.5, 0.25, 10.1, 9.7], 97.97)]
 
 
-def test_some_rows(tmp_path: Path) -> None:
+def test_rows_and_limit_options(tmp_path: Path) -> None:
     file = write(tmp_path / "coco", instances())
-    samples, summary = imported(file, tmp_path / "out", rows=(1, None), limit=1)
+    samples, summary = import_samples(file, tmp_path / "out", row_range=(1, None), limit=1)
     assert [sample.id for sample in samples] == ["000000037777"]
-    assert summary.left_out == {"not selected by --rows and --limit": 2}
+    assert summary.skipped_rows == {"not selected by --rows and --limit": 2}
 
 
-def test_a_picture_that_is_not_there_can_be_drafted(tmp_path: Path) -> None:
+def test_missing_image_gives_unvalidated_row(tmp_path: Path) -> None:
     file = write(tmp_path / "coco", instances())
     (tmp_path / "coco" / "images" / "000000037777.png").unlink()
-    with pytest.raises(UserError, match="no such picture"):
-        imported(file, tmp_path / "out")
-    drafts = list(draft(file, Request(), tmp_path))
+    with pytest.raises(UserError, match="no such image"):
+        import_samples(file, tmp_path / "out")
+    drafts = list(open_unvalidated(file, ImportOptions(), tmp_path))
     assert [len(one.samples) for one in drafts] == [1, 1, 1]
     assert [len(one.boxes) for one in drafts] == [2, 2, 0]
 
 
-def test_the_document_names_the_folder_of_several(tmp_path: Path) -> None:
+def test_document_names_the_image_folder(tmp_path: Path) -> None:
     root = tmp_path / "coco"
     file = write(root, instances(), "annotations/instances_val2017.json")
     (root / "images").rename(root / "val2017")
-    for picture in (root / "val2017").iterdir():
-        white_at(root / "train2017" / picture.name, (0, 0, 1, 1))
-    _, summary = imported(file, tmp_path / "out")
-    assert summary.known_by.endswith(f"pictures in {root / 'val2017'}")
+    for image in (root / "val2017").iterdir():
+        write_box_image(root / "train2017" / image.name, (0, 0, 1, 1))
+    _, summary = import_samples(file, tmp_path / "out")
+    assert summary.detected_by.endswith(f"images in {root / 'val2017'}")
     file.rename(file.with_name("instances.json"))
-    with pytest.raises(UserError, match="lie in 2 folders") as caught:
-        imported(file.with_name("instances.json"), tmp_path / "other")
+    with pytest.raises(UserError, match="are in 2 folders") as caught:
+        import_samples(file.with_name("instances.json"), tmp_path / "other")
     assert str(root / "train2017") in caught.value.expected
 
 
-def test_says_where_pictures_were_looked_for(tmp_path: Path) -> None:
+def test_error_lists_searched_image_folders(tmp_path: Path) -> None:
     file = write(tmp_path / "coco", instances())
     (tmp_path / "coco" / "images").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="none of 3 pictures is found") as caught:
-        imported(file, tmp_path / "out")
+    with pytest.raises(UserError, match="none of 3 images is found") as caught:
+        import_samples(file, tmp_path / "out")
     assert str(tmp_path / "coco" / "annotations" / "images") in caught.value.expected
 
 
-def test_boxes_in_the_frame_before_the_turn_are_refused(tmp_path: Path) -> None:
+def test_boxes_before_exif_rotation_are_rejected(tmp_path: Path) -> None:
     file = write(tmp_path / "coco", instances())
-    picture = tmp_path / "coco" / "images" / "000000397133.png"
+    input_image = tmp_path / "coco" / "images" / "000000397133.png"
     exif = Image.Exif()
     exif[0x0112] = 6
-    with Image.open(picture) as image:
-        image.save(picture, exif=exif)
-    with pytest.raises(UserError, match="labelled before the turn") as caught:
-        imported(file, tmp_path / "out")
-    assert "40 x 20 pixels, the picture has 20 x 40" in caught.value.what
+    with Image.open(input_image) as image:
+        image.save(input_image, exif=exif)
+    with pytest.raises(UserError, match="annotated before rotation") as caught:
+        import_samples(file, tmp_path / "out")
+    assert "40 x 20 pixels, the image has 20 x 40" in caught.value.what
     assert "EXIF orientation" in caught.value.remedy
 
 
-def test_boxes_of_a_resized_copy_are_refused(tmp_path: Path) -> None:
+def test_boxes_of_resized_copy_are_rejected(tmp_path: Path) -> None:
     document = instances()
     document["images"][1] |= {"width": 80, "height": 40}
-    with pytest.raises(UserError, match="80 x 40 pixels, the picture has 40 x 20"):
-        imported(write(tmp_path / "coco", document), tmp_path / "out")
+    with pytest.raises(UserError, match="80 x 40 pixels, the image has 40 x 20"):
+        import_samples(write(tmp_path / "coco", document), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
     [
         ({"category_id": 2}, "annotation 3 is of category 2"),
-        ({"bbox": [20, 1, 25, 5]}, "lies outside of its picture"),
+        ({"bbox": [20, 1, 25, 5]}, "is outside its image"),
         ({"bbox": [20, 1, 5]}, "the box"),
     ],
 )
-def test_bad_annotations(tmp_path: Path, change: dict[str, Any], what: str) -> None:
+def test_invalid_annotations_are_rejected(
+    tmp_path: Path, change: dict[str, Any], what: str
+) -> None:
     document = instances()
     document["annotations"][2].update(change)
     with pytest.raises(UserError, match=what) as caught:
-        imported(write(tmp_path / "coco", document), tmp_path / "out")
+        import_samples(write(tmp_path / "coco", document), tmp_path / "out")
     assert "image 37777 (000000037777.png)" in caught.value.what
     assert not (tmp_path / "out").exists()
 
@@ -244,53 +257,55 @@ def test_bad_annotations(tmp_path: Path, change: dict[str, Any], what: str) -> N
 @pytest.mark.parametrize(
     ("wishes", "what"),
     [
-        ({"prompt": "Where is {name}?"}, "stands for nothing"),
-        ({"prompt": "Where is {labels}?", "ask": "grounding"}, "stands for nothing"),
-        ({"prompt": "Where is it?", "ask": "grounding"}, "the same of every label"),
+        ({"prompt": "Where is {name}?"}, "is an unknown placeholder"),
+        ({"prompt": "Where is {labels}?", "box_task": "grounding"}, "is an unknown placeholder"),
+        ({"prompt": "Where is it?", "box_task": "grounding"}, "the same question for every label"),
         ({"prompt": 'As {"bbox": }'}, "the template"),
         ({"prompt": "a } b"}, "the template"),
-        ({"prompt": "{labels!r}"}, "stands for nothing"),
+        ({"prompt": "{labels!r}"}, "is an unknown placeholder"),
     ],
 )
-def test_bad_templates(tmp_path: Path, wishes: dict[str, Any], what: str) -> None:
+def test_invalid_prompt_templates_are_rejected(
+    tmp_path: Path, wishes: dict[str, Any], what: str
+) -> None:
     with pytest.raises(UserError, match=what) as caught:
-        imported(write(tmp_path / "coco", instances()), tmp_path / "out", **wishes)
+        import_samples(write(tmp_path / "coco", instances()), tmp_path / "out", **wishes)
     assert caught.value.where == "--prompt"
     assert "braces" in caught.value.remedy
 
 
-def test_doubled_braces_stand_for_themselves(tmp_path: Path) -> None:
+def test_doubled_braces_are_literal(tmp_path: Path) -> None:
     file = write(tmp_path / "coco", instances())
-    samples, _ = imported(file, tmp_path / "out", prompt='Find. {{"box": []}}')
-    assert questions(samples)[0] == 'Find. {"box": []}'
+    samples, _ = import_samples(file, tmp_path / "out", prompt='Find. {{"box": []}}')
+    assert list_questions(samples)[0] == 'Find. {"box": []}'
     assert "classes" not in samples[0].meta
 
 
-def test_images_that_annotations_cannot_name(tmp_path: Path) -> None:
+def test_unlisted_and_duplicate_image_ids(tmp_path: Path) -> None:
     document = instances()
     document["annotations"].append(instance(9, 5, 1, [1, 1, 2, 2]))
     file = write(tmp_path / "coco", document)
-    _, summary = imported(file, tmp_path / "out")
-    assert summary.known_by.endswith("; annotations of 1 images that it does not list")
+    _, summary = import_samples(file, tmp_path / "out")
+    assert summary.detected_by.endswith("; annotations of 1 images that it does not list")
     document["images"][2]["id"] = 37777
     with pytest.raises(UserError, match="2 images have the id 37777"):
-        imported(write(tmp_path / "coco", document), tmp_path / "other")
+        import_samples(write(tmp_path / "coco", document), tmp_path / "other")
 
 
-def test_without_boxes_and_captions(tmp_path: Path) -> None:
+def test_annotations_without_boxes_or_captions(tmp_path: Path) -> None:
     document = instances() | {"annotations": []}
     with pytest.raises(UserError, match="none with bbox or caption"):
-        imported(write(tmp_path / "coco", document), tmp_path / "out")
+        import_samples(write(tmp_path / "coco", document), tmp_path / "out")
 
 
-def test_file_names_of_windows_and_a_category_without_a_name(tmp_path: Path) -> None:
-    white_at(tmp_path / "set" / "inner" / "a.png", (12, 3, 32, 17))
+def test_windows_paths_and_unnamed_category(tmp_path: Path) -> None:
+    write_box_image(tmp_path / "set" / "inner" / "a.png", (12, 3, 32, 17))
     document = {
         "images": [{"id": 1, "file_name": "inner\\a.png"}],
         "annotations": [{"image_id": 1, "category_id": 1, "bbox": [12, 3, 20, 14]}],
         "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": " "}],
     }
     (tmp_path / "set" / "set.json").write_text(json.dumps(document), encoding="utf-8")
-    samples, _ = imported(tmp_path / "set" / "set.json", tmp_path / "out")
-    assert answers(samples) == [[("dog", (12, 3, 32, 17))]]
-    assert questions(samples) == ["Locate every object of these classes in the picture: dog."]
+    samples, _ = import_samples(tmp_path / "set" / "set.json", tmp_path / "out")
+    assert list_answers(samples) == [[("dog", (12, 3, 32, 17))]]
+    assert list_questions(samples) == ["Locate every object of these classes in the picture: dog."]

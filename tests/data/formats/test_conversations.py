@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from foreign import read, talk
+from format_fixtures import list_turns, parse_record
 
-from finesight.data.formats import recognised
+from finesight.data.formats import detect_format
 from finesight.data.formats.conversations import FORMAT
 from finesight.errors import UserError
 
@@ -19,18 +19,18 @@ def record(*turns: tuple[str, str], **more: Any) -> dict[str, Any]:
     return {"conversations": [{"from": who, "value": text} for who, text in turns], **more}
 
 
-def test_the_prompt_of_the_file_is_kept(folder: Path) -> None:
+def test_prompt_of_file_is_preserved(folder: Path) -> None:
     rows = record(("user", f"COCO Yes: {A}"), ("assistant", "A dog."))
-    case = read(FORMAT, {"id": "identity_1", **rows}, folder)
+    case = parse_record(FORMAT, {"id": "identity_1", **rows}, folder)
     assert case.id == "identity_1"
-    assert talk(case) == [
+    assert list_turns(case) == [
         ("user", ["COCO Yes: ", folder / "a.png"]),
         ("assistant", ["A dog."]),
     ]
-    assert recognised([rows], "here")[0] is FORMAT
+    assert detect_format([rows], "here")[0] is FORMAT
 
 
-def test_many_turns_and_pictures_anywhere(folder: Path) -> None:
+def test_many_turns_with_interleaved_images(folder: Path) -> None:
     absolute = folder / "b.png"
     rows = record(
         (
@@ -44,9 +44,9 @@ def test_many_turns_and_pictures_anywhere(folder: Path) -> None:
         licence="CC0",
         year=float("nan"),
     )
-    case = read(FORMAT, rows, folder)
+    case = parse_record(FORMAT, rows, folder)
     assert case.id == "rows-3"
-    assert talk(case) == [
+    assert list_turns(case) == [
         ("system", ["Be brief."]),
         ("user", [folder / "a.png", "or ", absolute, "?"]),
         ("assistant", ["The second."]),
@@ -56,46 +56,49 @@ def test_many_turns_and_pictures_anywhere(folder: Path) -> None:
     assert case.meta == {"licence": "CC0", "year": None}
 
 
-def test_pictures_named_beside_the_turns(folder: Path) -> None:
+def test_images_listed_separately(folder: Path) -> None:
     rows = record(("human", "<image>\nthen <image>"), ("gpt", "Two."), images=["a.png", "b.png"])
-    assert talk(read(FORMAT, rows, folder))[0] == (
+    assert list_turns(parse_record(FORMAT, rows, folder))[0] == (
         "user",
         [folder / "a.png", "\nthen ", folder / "b.png"],
     )
 
 
-def test_no_picture_is_a_conversation_too(folder: Path) -> None:
+def test_conversation_without_image(folder: Path) -> None:
     rows = record(("user", "Hello"), ("assistant", "Hi"))
-    assert talk(read(FORMAT, rows, folder)) == [("user", ["Hello"]), ("assistant", ["Hi"])]
-    assert recognised([rows], "here")[0] is FORMAT
+    assert list_turns(parse_record(FORMAT, rows, folder)) == [
+        ("user", ["Hello"]),
+        ("assistant", ["Hi"]),
+    ]
+    assert detect_format([rows], "here")[0] is FORMAT
 
 
-def test_a_prompt_is_added_to_the_first_question_only(folder: Path) -> None:
+def test_prompt_is_added_to_first_question_only(folder: Path) -> None:
     rows = record(("user", A), ("assistant", "x"), ("user", "y"), ("assistant", "z"))
-    turns = talk(read(FORMAT, rows, folder, prompt="What?"))
+    turns = list_turns(parse_record(FORMAT, rows, folder, prompt="What?"))
     assert turns[0] == ("user", [folder / "a.png", "What?"])
     assert turns[2] == ("user", ["y"])
-    with pytest.raises(UserError, match="without words"):
-        read(FORMAT, rows, folder)
+    with pytest.raises(UserError, match="without text"):
+        parse_record(FORMAT, rows, folder)
 
 
-def test_boxes_as_json_in_an_answer_become_boxes(folder: Path) -> None:
+def test_json_boxes_in_answer(folder: Path) -> None:
     rows = record(
         ("human", "<image>\nLocate it, report bbox_2d as JSON."),
         ("gpt", 'There: {"bbox_2d": [10, 5, 20, 10], "label": "a dog"}'),
         image="a.png",
     )
-    assert talk(read(FORMAT, rows, folder)) == [
+    assert list_turns(parse_record(FORMAT, rows, folder)) == [
         ("user", [folder / "a.png", "\nLocate it, report bbox_2d as JSON."]),
         ("assistant", ["There: ", (0, "a dog", (10.0, 5.0, 20.0, 10.0))]),
     ]
-    declared = read(FORMAT, rows, folder, box_format="xywh")
-    assert talk(declared)[1][1][1] == (0, "a dog", (10.0, 5.0, 30.0, 15.0))
+    declared = parse_record(FORMAT, rows, folder, box_format="xywh")
+    assert list_turns(declared)[1][1][1] == (0, "a dog", (10.0, 5.0, 30.0, 15.0))
 
 
-def test_one_turn_without_text_is_no_reason_to_doubt_the_format() -> None:
+def test_empty_turn_does_not_prevent_detection() -> None:
     empty = {"conversations": [{"from": "user", "value": "q"}, {"from": "gpt", "value": None}]}
-    assert recognised([record(("user", "q"), ("gpt", "a")), empty], "here")[0] is FORMAT
+    assert detect_format([record(("user", "q"), ("gpt", "a")), empty], "here")[0] is FORMAT
 
 
 @pytest.mark.parametrize(
@@ -103,31 +106,31 @@ def test_one_turn_without_text_is_no_reason_to_doubt_the_format() -> None:
     [
         (
             record(("user", A.replace("a.png", "c.png") + "?"), ("gpt", "a")),
-            "no such picture",
+            "no such image",
         ),
-        (record(("user", "q <image>"), ("gpt", "a")), "a mark without a picture"),
+        (record(("user", "q <image>"), ("gpt", "a")), "a placeholder without an image"),
         (record(("user", "q"), ("gpt", "a"), image="a.png"), "no `<image>` in the text"),
-        (record(("user", "q <img>a.png</img>"), ("gpt", "a")), "the mark '<img>'"),
-        (record(("user", "q <|image_pad|>"), ("gpt", "a")), "the mark"),
-        (record(("user", "q <|vision_start|>a.png"), ("gpt", "a")), "the mark"),
+        (record(("user", "q <img>a.png</img>"), ("gpt", "a")), "the placeholder '<img>'"),
+        (record(("user", "q <|image_pad|>"), ("gpt", "a")), "the placeholder"),
+        (record(("user", "q <|vision_start|>a.png"), ("gpt", "a")), "the placeholder"),
         (record(("user", "q")), "without an answer"),
         (record(("boss", "q"), ("gpt", "a")), "the turn"),
         ({"conversations": [{"from": ["user"], "value": "q"}]}, "the turn"),
-        (record(("user", " b.png"), ("gpt", "a")), "nothing but a path, 'b.png'"),
-        (record(("user", f"{A}{A}?"), ("gpt", '{"bbox_2d": [1, 2, 3, 4]}')), "2 pictures"),
+        (record(("user", " b.png"), ("gpt", "a")), "contains only a path, 'b.png'"),
+        (record(("user", f"{A}{A}?"), ("gpt", '{"bbox_2d": [1, 2, 3, 4]}')), "2 images"),
         (record(("user", "q"), ("gpt", "a"), videos=["a.mp4"]), "the key 'videos'"),
         ({"conversations": []}, "conversations is"),
         ({"conversations": [{"from": "user", "value": 5}]}, "the turn"),
     ],
 )
-def test_refused(folder: Path, rows: dict[str, Any], what: str) -> None:
+def test_invalid_rows_are_rejected(folder: Path, rows: dict[str, Any], what: str) -> None:
     with pytest.raises(UserError, match=what) as caught:
-        read(FORMAT, rows, folder)
+        parse_record(FORMAT, rows, folder)
     assert caught.value.expected
     assert caught.value.remedy
 
 
-def test_an_address_on_the_web_is_no_path(folder: Path) -> None:
+def test_web_address_is_not_a_path(folder: Path) -> None:
     mark = "<|vision_start|>https://example.org/a.png<|vision_end|>"
-    with pytest.raises(UserError, match="an address on the web"):
-        read(FORMAT, record(("user", f"q {mark}"), ("gpt", "a")), folder)
+    with pytest.raises(UserError, match="a web URL"):
+        parse_record(FORMAT, record(("user", f"q {mark}"), ("gpt", "a")), folder)

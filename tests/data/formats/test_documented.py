@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from image_fixtures import write_gray_image
 from PIL import Image
-from scenery import paint
 
-from finesight.data.exporting import export
-from finesight.data.importing import import_file
-from finesight.data.jsonl import Located, read_samples
-from finesight.data.opening import Request
+from finesight.data.exporter import export_dataset
+from finesight.data.import_source import ImportOptions
+from finesight.data.importer import import_dataset
+from finesight.data.jsonl import LocatedSample, read_samples
 from finesight.data.sample import Sample
 
 
 def messages(*texts: str, system: str = "") -> list[dict[str, Any]]:
-    said = [{"role": ("user", "assistant")[n % 2], "content": t} for n, t in enumerate(texts)]
-    return ([{"role": "system", "content": system}] if system else []) + said
+    output = [{"role": ("user", "assistant")[n % 2], "content": t} for n, t in enumerate(texts)]
+    return ([{"role": "system", "content": system}] if system else []) + output
 
 
 def turns(*texts: str) -> list[dict[str, str]]:
@@ -123,7 +123,7 @@ CONVERSATIONS = [
         ],
     }
 ]
-PICTURE_PATH = [
+IMAGE_PATH = [
     {
         "id": "identity_1",
         "conversations": [
@@ -133,7 +133,7 @@ PICTURE_PATH = [
     }
 ]
 TABLE = [{"image": "a.png", "question": "Which?", "answer": "This.", "box": None, "label": None}]
-PLAIN = {"prompt": "Which formula is it?"}
+NO_IMAGE = {"prompt": "Which formula is it?"}
 COLUMNS = {"columns": {"image": "image", "question": "question", "answer": "answer"}}
 
 EXAMPLES: list[tuple[str, list[dict[str, Any]], dict[str, Any]]] = [
@@ -141,52 +141,52 @@ EXAMPLES: list[tuple[str, list[dict[str, Any]], dict[str, Any]]] = [
     ("llama-factory", LLAMA_FACTORY, {}),
     ("llama-factory", ALPACA, {}),
     ("llava", LLAVA, {}),
-    ("query", QUERY, {}),
+    ("query-response", QUERY, {}),
     ("qwen-vl", QWEN_VL, {}),
     ("conversations", CONVERSATIONS, {}),
-    ("picture-path", PICTURE_PATH, PLAIN),
+    ("image-path", IMAGE_PATH, NO_IMAGE),
     ("table", TABLE, COLUMNS),
 ]
 
 
-def shown(samples: list[Sample], folder: Path) -> list[Sample]:
+def with_image_bytes(samples: list[Sample], folder: Path) -> list[Sample]:
     """The samples with the pixels of their pictures in place of the names."""
     return [
-        one.with_files(lambda name: Image.open(folder / name).tobytes().hex()) for one in samples
+        one.map_paths(lambda name: Image.open(folder / name).tobytes().hex()) for one in samples
     ]
 
 
-def there_and_back(source: Path, name: str, wishes: dict[str, Any]) -> list[Sample]:
+def check_roundtrip(source: Path, name: str, wishes: dict[str, Any]) -> list[Sample]:
     folder = source.parent
-    assert import_file(source, folder / "one", Request(**wishes)).format == name
+    assert import_dataset(source, folder / "one", ImportOptions(**wishes)).format == name
     first = read_samples(folder / "one" / "data.jsonl")
-    located = [Located(one, folder / "one") for one in first]
-    done = export(located, folder / "two", name, copy_pictures=True)
-    assert done.lost == {}
+    located_sample = [LocatedSample(one, folder / "one") for one in first]
+    done = export_dataset(located_sample, folder / "two", name, copy_images=True)
+    assert done.lost_counts == {}
     (written,) = (path for path in (folder / "two").iterdir() if path.stem == "data")
-    assert import_file(written, folder / "three", Request(**wishes)).format == name
+    assert import_dataset(written, folder / "three", ImportOptions(**wishes)).format == name
     second = read_samples(folder / "three" / "data.jsonl")
-    assert shown(second, folder / "three") == shown(first, folder / "one")
+    assert with_image_bytes(second, folder / "three") == with_image_bytes(first, folder / "one")
     return first
 
 
 @pytest.mark.parametrize(("name", "rows", "wishes"), EXAMPLES)
-def test_there_and_back(
+def test_roundtrip(
     folder: Path, name: str, rows: list[dict[str, Any]], wishes: dict[str, Any]
 ) -> None:
     (folder / "rows.json").write_text(json.dumps(rows))
-    samples = there_and_back(folder / "rows.json", name, wishes)
+    samples = check_roundtrip(folder / "rows.json", name, wishes)
     assert len(samples) == len(rows)
     known = [row["id"] for row in rows if "id" in row]
     assert known in ([], [one.id for one in samples])
 
 
-def test_openai_there_and_back(folder: Path) -> None:
-    paint(folder / "c.png", 30, 10, shade=200)
+def test_openai_roundtrip(folder: Path) -> None:
+    write_gray_image(folder / "c.png", 30, 10, gray_level=200)
     data = base64.b64encode((folder / "c.png").read_bytes()).decode()
     url = {"url": f"data:image/png;base64,{data}", "detail": "low"}
-    said = messages("What is this cheese?", "Danbo", system="You identify uncommon cheeses.")
-    said.insert(2, {"role": "user", "content": [{"type": "image_url", "image_url": url}]})
-    (folder / "rows.jsonl").write_text(json.dumps({"messages": said}) + "\n")
-    (sample,) = there_and_back(folder / "rows.jsonl", "openai", {})
+    output = messages("What is this cheese?", "Danbo", system="You identify uncommon cheeses.")
+    output.insert(2, {"role": "user", "content": [{"type": "image_url", "image_url": url}]})
+    (folder / "rows.jsonl").write_text(json.dumps({"messages": output}) + "\n")
+    (sample,) = check_roundtrip(folder / "rows.jsonl", "openai", {})
     assert [message.role for message in sample.messages] == ["system", "user", "assistant"]

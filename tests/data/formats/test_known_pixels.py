@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from box_scenes import white_at, white_in
+from box_fixtures import find_box, write_box_image
 
-from finesight.data.exporting import export
-from finesight.data.importing import import_file
-from finesight.data.jsonl import Located, read_samples
-from finesight.data.opening import Request
+from finesight.data.exporter import export_dataset
+from finesight.data.import_source import ImportOptions
+from finesight.data.importer import import_dataset
+from finesight.data.jsonl import LocatedSample, read_samples
 from finesight.data.sample import BoxPart, ImagePart, Sample
 
 WHITE = (10, 4, 30, 16)
@@ -30,12 +30,12 @@ def messages(answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": answer}]
 
 
-def found(numbers: list[float]) -> str:
-    return json.dumps({"bbox_2d": numbers, "label": "white"})
+def read_box(values: list[float]) -> str:
+    return json.dumps({"bbox_2d": values, "label": "white"})
 
 
-def swift(numbers: list[float], **more: Any) -> dict[str, Any]:
-    objects = {"ref": ["white"], "bbox": [numbers], **more}
+def swift(values: list[float], **more: Any) -> dict[str, Any]:
+    objects = {"ref": ["white"], "bbox": [values], **more}
     return {
         "messages": messages("<ref-object><bbox>"),
         "images": ["a.png"],
@@ -45,39 +45,39 @@ def swift(numbers: list[float], **more: Any) -> dict[str, Any]:
 
 CORNER_AND_SIZE = [10, 4, 20, 12]
 PARTS = [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "?"}]
-ASKED = {"role": "user", "content": PARTS}
+USER_MESSAGE = {"role": "user", "content": PARTS}
 TABLE = {"image": "image", "box": "box", "label": "label"}
 
 ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("ms-swift", swift([*WHITE]), {}),
     ("ms-swift", swift(SHARES, bbox_type="norm1"), {}),
     ("ms-swift", swift(THOUSANDTHS), {"box_units": "1000"}),
-    ("llama-factory", {"conversations": turns(found([*WHITE])), "images": ["a.png"]}, {}),
-    ("llava", {"conversations": turns(found([*WHITE])), "image": "a.png"}, {}),
+    ("llama-factory", {"conversations": turns(read_box([*WHITE])), "images": ["a.png"]}, {}),
+    ("llava", {"conversations": turns(read_box([*WHITE])), "image": "a.png"}, {}),
     (
         "llava",
-        {"conversations": turns(found(SHARES)), "image": "a.png"},
+        {"conversations": turns(read_box(SHARES)), "image": "a.png"},
         {"box_units": "1"},
     ),
     (
         "openai",
-        {"messages": [ASKED, {"role": "assistant", "content": found([*WHITE])}]},
+        {"messages": [USER_MESSAGE, {"role": "assistant", "content": read_box([*WHITE])}]},
         {},
     ),
-    ("query", {"query": "?", "response": found([*WHITE]), "images": ["a.png"]}, {}),
+    ("query-response", {"query": "?", "response": read_box([*WHITE]), "images": ["a.png"]}, {}),
     (
-        "query",
-        {"query": "?", "response": found(CORNER_AND_SIZE), "images": ["a.png"]},
+        "query-response",
+        {"query": "?", "response": read_box(CORNER_AND_SIZE), "images": ["a.png"]},
         {"box_format": "xywh"},
     ),
     (
         "conversations",
-        {"conversations": turns(found([*WHITE]), "<|vision_start|>a.png<|vision_end|>?")},
+        {"conversations": turns(read_box([*WHITE]), "<|vision_start|>a.png<|vision_end|>?")},
         {},
     ),
     (
-        "picture-path",
-        {"conversations": turns(found([*WHITE]), "a.png")},
+        "image-path",
+        {"conversations": turns(read_box([*WHITE]), "a.png")},
         {"prompt": "?"},
     ),
     (
@@ -119,28 +119,28 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-def on_white(samples: list[Sample], folder: Path) -> bool:
+def matches_white_pixels(samples: list[Sample], folder: Path) -> bool:
     (sample,) = samples
-    (picture,) = (part for part in sample.parts() if isinstance(part, ImagePart))
-    (box,) = (part for part in sample.parts() if isinstance(part, BoxPart))
-    return box.label == "white" and box.xyxy == white_in(folder / picture.image)
+    (image,) = (part for part in sample.iter_parts() if isinstance(part, ImagePart))
+    (box,) = (part for part in sample.iter_parts() if isinstance(part, BoxPart))
+    return box.label == "white" and box.xyxy == find_box(folder / image.image)
 
 
 @pytest.mark.parametrize(("name", "row", "wishes"), ROWS)
-def test_the_box_is_on_the_white_pixels(
+def test_box_matches_white_pixels(
     tmp_path: Path, name: str, row: dict[str, Any], wishes: dict[str, Any]
 ) -> None:
-    white_at(tmp_path / "a.png", WHITE)
+    write_box_image(tmp_path / "a.png", WHITE)
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    summary = import_file(tmp_path / "rows.jsonl", tmp_path / "out", Request(**wishes))
+    summary = import_dataset(tmp_path / "rows.jsonl", tmp_path / "out", ImportOptions(**wishes))
     assert summary.format == name
     samples = read_samples(tmp_path / "out" / "data.jsonl")
-    assert on_white(samples, tmp_path / "out")
-    located = [Located(sample, tmp_path / "out") for sample in samples]
-    export(located, tmp_path / "again", name, copy_pictures=True)
+    assert matches_white_pixels(samples, tmp_path / "out")
+    located_sample = [LocatedSample(sample, tmp_path / "out") for sample in samples]
+    export_dataset(located_sample, tmp_path / "again", name, copy_images=True)
     (source,) = (path for path in (tmp_path / "again").iterdir() if path.stem == "data")
     form = {key: wishes[key] for key in ("columns", "prompt") if key in wishes}
     if name == "table":
         form = {"columns": {**TABLE, "question": "question"}}
-    import_file(source, tmp_path / "back", Request(**form))
-    assert on_white(read_samples(tmp_path / "back" / "data.jsonl"), tmp_path / "back")
+    import_dataset(source, tmp_path / "back", ImportOptions(**form))
+    assert matches_white_pixels(read_samples(tmp_path / "back" / "data.jsonl"), tmp_path / "back")

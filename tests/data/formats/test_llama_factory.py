@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from foreign import read, talk
+from format_fixtures import list_turns, parse_record
 
-from finesight.data.formats import recognised
+from finesight.data.formats import detect_format
 from finesight.data.formats.llama_factory import FORMAT
 from finesight.errors import UserError
 
@@ -24,12 +24,12 @@ def alpaca(instruction: object, output: object, **more: Any) -> dict[str, Any]:
 
 def test_sharegpt(folder: Path) -> None:
     rows = sharegpt("<image>human instruction", "model response", system="Be brief.", tools="")
-    assert talk(read(FORMAT, rows, folder)) == [
+    assert list_turns(parse_record(FORMAT, rows, folder)) == [
         ("system", ["Be brief."]),
         ("user", [folder / "a.png", "human instruction"]),
         ("assistant", ["model response"]),
     ]
-    form, reason = recognised([rows], "here")
+    form, reason = detect_format([rows], "here")
     assert form is FORMAT
     assert "a list of images in 1 of the first 1 (sharegpt)" in reason
 
@@ -44,8 +44,8 @@ def test_alpaca(folder: Path) -> None:
         history=[["<image>What is it?", "A house."]],
         licence="CC0",
     )
-    case = read(FORMAT, rows, folder)
-    assert talk(case) == [
+    case = parse_record(FORMAT, rows, folder)
+    assert list_turns(case) == [
         ("system", ["Be brief."]),
         ("user", [folder / "a.png", "What is it?"]),
         ("assistant", ["A house."]),
@@ -53,18 +53,18 @@ def test_alpaca(folder: Path) -> None:
         ("assistant", ["Smaller."]),
     ]
     assert case.meta == {"licence": "CC0"}
-    assert "alpaca" in recognised([rows], "here")[1]
+    assert "alpaca" in detect_format([rows], "here")[1]
 
 
-def test_no_input(folder: Path) -> None:
+def test_empty_alpaca_input(folder: Path) -> None:
     for more in ({}, {"input": ""}, {"input": None}):
         rows = alpaca("<image>What?", "x", images=["a.png"], **more)
-        assert talk(read(FORMAT, rows, folder))[0][1] == [folder / "a.png", "What?"]
+        assert list_turns(parse_record(FORMAT, rows, folder))[0][1] == [folder / "a.png", "What?"]
 
 
-def test_its_messages_are_those_of_ms_swift(folder: Path) -> None:
+def test_openai_style_rows_are_ms_swift(folder: Path) -> None:
     messages = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "x"}]
-    form, reason = recognised([{"messages": messages, "images": ["a.png"]}], "here")
+    form, reason = detect_format([{"messages": messages, "images": ["a.png"]}], "here")
     assert form.name == "ms-swift"
     assert "LLaMA-Factory's messages with images are the same" in reason
 
@@ -81,8 +81,8 @@ def test_its_messages_are_those_of_ms_swift(folder: Path) -> None:
         ({"conversations": [{"from": "function_call", "value": "x"}]}, "the turn"),
     ],
 )
-def test_refused(folder: Path, rows: dict[str, Any], what: str) -> None:
+def test_invalid_rows_are_rejected(folder: Path, rows: dict[str, Any], what: str) -> None:
     with pytest.raises(UserError, match=what) as caught:
-        read(FORMAT, rows, folder)
+        parse_record(FORMAT, rows, folder)
     assert caught.value.expected
     assert caught.value.remedy

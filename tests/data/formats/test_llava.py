@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from foreign import read, talk
+from format_fixtures import list_turns, parse_record
 
-from finesight.data.formats import recognised
+from finesight.data.formats import detect_format
 from finesight.data.formats.llava import FORMAT
 from finesight.errors import UserError
 
@@ -18,48 +18,55 @@ def record(question: str, answer: str, **more: Any) -> dict[str, Any]:
     return {"id": "997bb945", "image": "a.png", "conversations": turns, **more}
 
 
-def test_the_line_break_after_a_picture_is_not_text(folder: Path) -> None:
+def test_line_break_after_image_is_removed(folder: Path) -> None:
     rows = record("<image>\nWrite a prompt to generate this image.", "a beautiful painting")
-    case = read(FORMAT, rows, folder)
+    case = parse_record(FORMAT, rows, folder)
     assert case.id == "997bb945"
-    assert talk(case) == [
+    assert list_turns(case) == [
         ("user", [folder / "a.png", "Write a prompt to generate this image."]),
         ("assistant", ["a beautiful painting"]),
     ]
-    form, reason = recognised([rows, record("No picture?", "None.", image=None)], "here")
+    form, reason = detect_format([rows, record("No picture?", "None.", image=None)], "here")
     assert form is FORMAT
     assert "image in 1 of the first 2" in reason
 
 
-def test_a_picture_after_the_question(folder: Path) -> None:
+def test_image_after_question(folder: Path) -> None:
     rows = record("What is this?\n<image>", "x")
-    assert talk(read(FORMAT, rows, folder))[0][1] == ["What is this?\n", folder / "a.png"]
+    assert list_turns(parse_record(FORMAT, rows, folder))[0][1] == [
+        "What is this?\n",
+        folder / "a.png",
+    ]
 
 
-def test_boxes_in_the_answer(folder: Path) -> None:
+def test_boxes_in_answer(folder: Path) -> None:
     rows = record("<image>\nWhere?", 'There: {"bbox_2d": [1, 2, 30, 14]}.')
-    assert talk(read(FORMAT, rows, folder))[1][1] == ["There: ", (0, None, (1, 2, 30, 14)), "."]
+    assert list_turns(parse_record(FORMAT, rows, folder))[1][1] == [
+        "There: ",
+        (0, None, (1, 2, 30, 14)),
+        ".",
+    ]
 
 
 @pytest.mark.parametrize(
     ("rows", "what"),
     [
-        (record("<image><image>?", "x"), "a mark without a picture"),
-        (record("What?", "x"), "1 pictures are named, 1 of them have no `<image>`"),
+        (record("<image><image>?", "x"), "a placeholder without an image"),
+        (record("What?", "x"), "1 images are listed, 1 of them have no `<image>`"),
         (record("<image>?", "x", video="a.mp4"), "'video'"),
         ({"conversations": None, "image": "a.png"}, "conversations is"),
         ({"conversations": [{"from": "observation", "value": "x"}]}, "the turn"),
     ],
 )
-def test_refused(folder: Path, rows: dict[str, Any], what: str) -> None:
+def test_invalid_rows_are_rejected(folder: Path, rows: dict[str, Any], what: str) -> None:
     with pytest.raises(UserError, match=what) as caught:
-        read(FORMAT, rows, folder)
+        parse_record(FORMAT, rows, folder)
     assert caught.value.expected
     assert caught.value.remedy
 
 
-def test_a_list_of_pictures(folder: Path) -> None:
+def test_list_of_images(folder: Path) -> None:
     rows = record("<image>\n<image>\nWhich is larger?", "The second.", image=["a.png", "b.png"])
-    assert recognised([rows], "here")[0] is FORMAT
+    assert detect_format([rows], "here")[0] is FORMAT
     shown = [folder / "a.png", folder / "b.png", "Which is larger?"]
-    assert talk(read(FORMAT, rows, folder))[0][1] == shown
+    assert list_turns(parse_record(FORMAT, rows, folder))[0][1] == shown

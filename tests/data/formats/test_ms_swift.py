@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from foreign import read, talk
+from format_fixtures import list_turns, parse_record
 
-from finesight.data.formats import recognised
+from finesight.data.formats import detect_format
 from finesight.data.formats.ms_swift import FORMAT
 from finesight.errors import UserError
 
@@ -33,21 +33,21 @@ DESCRIBE = record(
 )
 
 
-def test_boxes_are_corners_in_pixels_of_the_original(folder: Path) -> None:
-    assert talk(read(FORMAT, FIND, folder)) == [
+def test_boxes_are_xyxy_pixels(folder: Path) -> None:
+    assert list_turns(parse_record(FORMAT, FIND, folder)) == [
         ("user", [folder / "b.png", "Find the sheep in the image"]),
         (
             "assistant",
             [(0, None, (90.9, 160.8, 135, 212.8)), (0, None, (360.9, 480.8, 495, 499.8))],
         ),
     ]
-    form, reason = recognised([FIND], "here")
+    form, reason = detect_format([FIND], "here")
     assert form is FORMAT
     assert "objects in 1 of the first 1" in reason
 
 
-def test_a_reference_before_a_box_is_its_label(folder: Path) -> None:
-    assert talk(read(FORMAT, DESCRIBE, folder))[1][1] == [
+def test_reference_before_box_is_its_label(folder: Path) -> None:
+    assert list_turns(parse_record(FORMAT, DESCRIBE, folder))[1][1] == [
         (0, "a dog", (331.5, 61.4, 853.5, 494.8)),
         " and ",
         (0, "a woman", (676.5, 85.8, 999.5, 427.4)),
@@ -55,38 +55,38 @@ def test_a_reference_before_a_box_is_its_label(folder: Path) -> None:
     ]
 
 
-def test_shares_of_the_sides(folder: Path) -> None:
+def test_normalized_boxes(folder: Path) -> None:
     objects = {"bbox": [[0.25, 0.5, 0.75, 1.0]], "bbox_type": "norm1"}
     rows = record("<image>Where?", "<bbox>", objects=objects)
-    assert talk(read(FORMAT, rows, folder))[1][1] == [(0, None, (250, 250, 750, 500))]
+    assert list_turns(parse_record(FORMAT, rows, folder))[1][1] == [(0, None, (250, 250, 750, 500))]
 
 
-def test_the_picture_of_a_box(folder: Path) -> None:
+def test_image_id_of_box(folder: Path) -> None:
     objects = {"bbox": [[900, 400, 1000, 500], [0, 0, 40, 20]], "image_id": [1, 0]}
     rows = record("<image><image>?", "<bbox>, <bbox>", images=["a.png", "b.png"], objects=objects)
-    assert talk(read(FORMAT, rows, folder))[1][1] == [
+    assert list_turns(parse_record(FORMAT, rows, folder))[1][1] == [
         (1, None, (900, 400, 1000, 500)),
         ", ",
         (0, None, (0, 0, 40, 20)),
     ]
 
 
-def test_a_declared_form_comes_first(folder: Path) -> None:
+def test_declared_box_format_has_priority(folder: Path) -> None:
     objects = {"bbox": [[100, 100, 50, 20]]}
     rows = record("<image>Where?", "<bbox>", objects=objects)
-    answer = talk(read(FORMAT, rows, folder, box_format="xywh"))[1][1]
+    answer = list_turns(parse_record(FORMAT, rows, folder, box_format="xywh"))[1][1]
     assert answer == [(0, None, (100, 100, 150, 120))]
-    with pytest.raises(UserError, match="reversed") as caught:
-        read(FORMAT, rows, folder)
+    with pytest.raises(UserError, match="inverted") as caught:
+        parse_record(FORMAT, rows, folder)
     assert "--box-format xywh" in caught.value.remedy
 
 
-def test_the_text_of_the_model_may_be_written_out(folder: Path) -> None:
+def test_model_markup_is_accepted(folder: Path) -> None:
     rows = record(
         "<image>Find the <|object_ref_start|>sheep<|object_ref_end|> in the image",
         "<|box_start|>(101,201),(150,266)<|box_end|><|box_start|>(401,601),(550,666)<|box_end|>",
     )
-    question, answer = talk(read(FORMAT, rows, folder))
+    question, answer = list_turns(parse_record(FORMAT, rows, folder))
     assert question[1] == [folder / "b.png", "Find the sheep in the image"]
     assert answer[1] == [
         (0, None, pytest.approx((101, 100.5, 150, 133))),
@@ -125,8 +125,8 @@ def test_the_text_of_the_model_may_be_written_out(folder: Path) -> None:
         },
     ],
 )
-def test_its_ways_to_say_the_same(folder: Path, rows: dict[str, Any]) -> None:
-    assert talk(read(FORMAT, rows, folder)) == [
+def test_equivalent_row_layouts(folder: Path, rows: dict[str, Any]) -> None:
+    assert list_turns(parse_record(FORMAT, rows, folder)) == [
         ("system", ["Be brief."]),
         ("user", [folder / "a.png", "Which?"]),
         ("assistant", ["One."]),
@@ -138,14 +138,14 @@ def test_its_ways_to_say_the_same(folder: Path, rows: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("rows", "what"),
     [
-        (record("<image><image>?", "x"), "2 `<image>` in the texts for 1 pictures"),
+        (record("<image><image>?", "x"), "2 `<image>` in the texts for 1 images"),
         (record("<image>?", "<bbox>"), "a `<bbox>` without a box"),
         (record("<image>?", "<ref-object>"), "a `<ref-object>` for the reference None"),
         (record("<image>?", "x", objects={"bbox": [[1, 2, 3, 4]]}), "1 boxes under objects.bbox"),
         (record("<image>?", "<bbox>", objects={"bbox": [[615, 226]]}), "the box"),
         (
             record("<image>?", "<bbox>", objects={"bbox": [[1, 2, 3, 4]], "image_id": [1]}),
-            "number 1",
+            "image 1",
         ),
         (record("<image>?", "<bbox>", objects={"bbox": [], "image_id": [-1]}), "image_id"),
         (record("<image>?", "<bbox>", objects={"bbox": [], "bbox_type": "norm1000"}), "norm1000"),
@@ -160,15 +160,17 @@ def test_its_ways_to_say_the_same(folder: Path, rows: dict[str, Any]) -> None:
         ({"query": "x", "response": "y", "history": [["z"]]}, "history with"),
     ],
 )
-def test_refused(folder: Path, rows: dict[str, Any], what: str) -> None:
+def test_invalid_rows_are_rejected(folder: Path, rows: dict[str, Any], what: str) -> None:
     with pytest.raises(UserError, match=what) as caught:
-        read(FORMAT, rows, folder)
+        parse_record(FORMAT, rows, folder)
     assert caught.value.expected
     assert caught.value.remedy
 
 
-def test_what_it_is_not(folder: Path) -> None:
-    plain = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]}
-    assert recognised([plain], "here")[0].name == "samples"
-    assert recognised([{**plain, "images": ["a.png"]}], "here")[0] is FORMAT
-    assert recognised([{"query": "?", "response": "x"}], "here")[0].name == "query"
+def test_rows_of_other_formats_are_not_detected(folder: Path) -> None:
+    baseline = {
+        "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]
+    }
+    assert detect_format([baseline], "here")[0].name == "samples"
+    assert detect_format([{**baseline, "images": ["a.png"]}], "here")[0] is FORMAT
+    assert detect_format([{"query": "?", "response": "x"}], "here")[0].name == "query-response"

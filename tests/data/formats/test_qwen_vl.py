@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from foreign import read, talk
+from format_fixtures import list_turns, parse_record
 
-from finesight.data.formats import recognised
+from finesight.data.formats import detect_format
 from finesight.data.formats.qwen_vl import FORMAT
 from finesight.errors import UserError
 
@@ -19,7 +19,7 @@ def record(*texts: str) -> dict[str, Any]:
     return {"conversations": turns}
 
 
-PLAIN = record("Hello", "I am Qwen-VL.")
+NO_IMAGE = record("Hello", "I am Qwen-VL.")
 BOXED = record(
     "Picture 1: <img>b.png</img>\nWhat breed is the dog?",
     "A labrador.",
@@ -31,29 +31,29 @@ SEVERAL = record(
 )
 
 
-def test_boxes_become_pixels_of_the_original(folder: Path) -> None:
-    turns = talk(read(FORMAT, BOXED, folder))
+def test_boxes_become_original_pixels(folder: Path) -> None:
+    turns = list_turns(parse_record(FORMAT, BOXED, folder))
     assert turns[0] == ("user", [folder / "b.png", "What breed is the dog?"])
-    ((picture, label, corners),) = turns[3][1]
-    assert (picture, label) == (0, "the shirt")
+    ((image, label, corners),) = turns[3][1]
+    assert (image, label) == (0, "the shirt")
     assert corners == pytest.approx((588.0, 249.5, 725.0, 394.5))
 
 
-def test_several_pictures(folder: Path) -> None:
-    assert talk(read(FORMAT, SEVERAL, folder))[0] == (
+def test_several_images(folder: Path) -> None:
+    assert list_turns(parse_record(FORMAT, SEVERAL, folder))[0] == (
         "user",
         [folder / "a.png", folder / "b.png", "Which is which?"],
     )
 
 
-def test_a_box_belongs_to_the_last_picture_before_it(folder: Path) -> None:
+def test_box_belongs_to_preceding_image(folder: Path) -> None:
     rows = record(
         "Picture 1: <img>a.png</img>\nDog?",
         "<box>(0,0),(500,500)</box>",
         "Picture 2: <img>b.png</img>\nNot <ref>the cat</ref> at <box>(1,2),(3,4)</box>?",
         "See <ref>dogs</ref><box>(0,0),(500,500)</box><box>(10, 20), (30, 40)</box>!",
     )
-    turns = talk(read(FORMAT, rows, folder))
+    turns = list_turns(parse_record(FORMAT, rows, folder))
     assert turns[1] == ("assistant", [(0, None, (0.0, 0.0, 20.0, 10.0))])
     assert turns[2][1] == [
         folder / "b.png",
@@ -69,14 +69,14 @@ def test_a_box_belongs_to_the_last_picture_before_it(folder: Path) -> None:
     ]
 
 
-def test_declared_units_beat_the_grid(folder: Path) -> None:
+def test_declared_units_override_the_grid(folder: Path) -> None:
     rows = record("<img>a.png</img>Dog?", "<box>(1,2),(3,4)</box>")
-    case = read(FORMAT, rows, folder, box_format="xywh", box_units="pixel")
-    assert talk(case)[1] == ("assistant", [(0, None, (1.0, 2.0, 4.0, 6.0))])
+    case = parse_record(FORMAT, rows, folder, box_format="xywh", box_units="pixel")
+    assert list_turns(case)[1] == ("assistant", [(0, None, (1.0, 2.0, 4.0, 6.0))])
 
 
-def test_recognised_when_only_a_later_row_has_marks() -> None:
-    form, reason = recognised([PLAIN, BOXED, SEVERAL], "here")
+def test_detected_by_markup_of_later_row() -> None:
+    form, reason = detect_format([NO_IMAGE, BOXED, SEVERAL], "here")
     assert form is FORMAT
     assert "Picture 1: <img>b.png</img>" in reason
 
@@ -84,23 +84,26 @@ def test_recognised_when_only_a_later_row_has_marks() -> None:
 @pytest.mark.parametrize(
     ("rows", "what"),
     [
-        (record("Dog?", "<box>(1,2),(3,4)</box>"), "before any picture"),
-        (record("<img>a.png</img>Dog?", "<box>(9,2),(3,4)</box>"), "reversed"),
-        (record("<img>a.png</img>Dog?", "<box>(9,2)</box>"), "the mark '<box>"),
-        (record("<img>a.png</img>Dog?", "<quad>(1,2),(3,4),(5,6)</quad>"), "the mark '<quad>"),
+        (record("Dog?", "<box>(1,2),(3,4)</box>"), "precedes the first image"),
+        (record("<img>a.png</img>Dog?", "<box>(9,2),(3,4)</box>"), "inverted"),
+        (record("<img>a.png</img>Dog?", "<box>(9,2)</box>"), "the placeholder '<box>"),
+        (
+            record("<img>a.png</img>Dog?", "<quad>(1,2),(3,4),(5,6)</quad>"),
+            "the placeholder '<quad>",
+        ),
         ({"image": "a.png", **record("<ref>Dog</ref>?", "Yes")}, "the key 'image' with a.png"),
-        (record("<img>c.png</img>Dog?", "Yes"), "no such picture"),
+        (record("<img>c.png</img>Dog?", "Yes"), "no such image"),
     ],
 )
-def test_refused(folder: Path, rows: dict[str, Any], what: str) -> None:
+def test_invalid_rows_are_rejected(folder: Path, rows: dict[str, Any], what: str) -> None:
     with pytest.raises(UserError, match=what):
-        read(FORMAT, rows, folder)
+        parse_record(FORMAT, rows, folder)
 
 
-def test_a_label_with_an_angle_bracket(folder: Path) -> None:
+def test_label_with_angle_bracket(folder: Path) -> None:
     rows = record("<img>b.png</img>Frame <ref>a<b</ref>", "<ref>a<b</ref><box>(1,2),(3,4)</box>")
-    case = read(FORMAT, rows, folder, box_units="pixel")
-    assert talk(case) == [
+    case = parse_record(FORMAT, rows, folder, box_units="pixel")
+    assert list_turns(case) == [
         ("user", [folder / "b.png", "Frame a<b"]),
         ("assistant", [(0, "a<b", (1.0, 2.0, 3.0, 4.0))]),
     ]

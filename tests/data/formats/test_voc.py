@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from box_scenes import answers, imported, there_and_back, white_at, white_in
+from box_fixtures import (
+    check_export_roundtrip,
+    find_box,
+    import_samples,
+    list_answers,
+    write_box_image,
+)
 
 from finesight.errors import UserError
 
@@ -40,8 +46,8 @@ EMPTY = "<annotation><folder>VOC2012</folder><filename>b.png</filename></annotat
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     root = tmp_path / "VOC2012"
-    white_at(root / "JPEGImages" / "2007_000027.png", WHITE)
-    white_at(root / "JPEGImages" / "b.png", WHITE)
+    write_box_image(root / "JPEGImages" / "2007_000027.png", WHITE)
+    write_box_image(root / "JPEGImages" / "b.png", WHITE)
     annotate(root, ANNOTATION)
     (root / "Annotations" / "b.xml").write_text(EMPTY, encoding="utf-8")
     return root
@@ -53,54 +59,54 @@ def annotate(root: Path, text: str) -> None:
 
 
 def test_detection(root: Path, tmp_path: Path) -> None:
-    samples, summary = imported(root, tmp_path / "out")
-    assert answers(samples) == [
+    samples, summary = import_samples(root, tmp_path / "out")
+    assert list_answers(samples) == [
         [("dog", (0, 0.5, 40, 20)), ("person", (12, 3, 31, 17))],
         ["none"],
     ]
     assert samples[0].meta["boxes"] == [{}, {"difficult": 1, "truncated": 0}]
     assert samples[0].id == "2007_000027"
-    assert summary.known_by == "XML files with <annotation>: Pascal VOC, 2 classes"
-    assert summary.noted == {"parts of objects, not read": 1}
+    assert summary.detected_by == "XML files with <annotation>: Pascal VOC, 2 classes"
+    assert summary.source_notes == {"parts of objects (ignored)": 1}
 
 
-def test_known_pixels(root: Path, tmp_path: Path) -> None:
-    samples, _ = imported(root, tmp_path / "out")
-    white = white_in(root / "JPEGImages" / "2007_000027.png")
-    assert answers(samples)[0][1] == ("person", white)
+def test_box_matches_known_pixels(root: Path, tmp_path: Path) -> None:
+    samples, _ = import_samples(root, tmp_path / "out")
+    white = find_box(root / "JPEGImages" / "2007_000027.png")
+    assert list_answers(samples)[0][1] == ("person", white)
 
 
 @pytest.mark.parametrize("ask", ["detection", "grounding"])
-def test_there_and_back(root: Path, tmp_path: Path, ask: str) -> None:
-    there_and_back(root, tmp_path, ask=ask)
+def test_roundtrip(root: Path, tmp_path: Path, ask: str) -> None:
+    check_export_roundtrip(root, tmp_path, box_task=ask)
     written = (tmp_path / "exported" / "Annotations" / "2007_000027.xml").read_text("utf-8")
     assert "<xmin>13</xmin>" in written
     assert "<xmax>31</xmax>" in written
     assert "<difficult>1</difficult>" in written
 
 
-def test_counted_from_0(root: Path, tmp_path: Path) -> None:
+def test_zero_based_coordinates(root: Path, tmp_path: Path) -> None:
     annotate(root, ANNOTATION.replace("<xmin>1<", "<xmin>0<"))
-    samples, summary = imported(root, tmp_path / "kit")
-    assert answers(samples)[0][0] == ("dog", (0, 0.5, 40, 20))
-    assert summary.clipped_boxes == 1
-    samples, _ = imported(root, tmp_path / "declared", box_format="xyxy")
-    assert answers(samples)[0][1] == ("person", (13, 4, 31, 17))
+    samples, summary = import_samples(root, tmp_path / "kit")
+    assert list_answers(samples)[0][0] == ("dog", (0, 0.5, 40, 20))
+    assert summary.num_clipped_boxes == 1
+    samples, _ = import_samples(root, tmp_path / "declared", box_format="xyxy")
+    assert list_answers(samples)[0][1] == ("person", (13, 4, 31, 17))
 
 
-@pytest.mark.parametrize("place", ["Annotations", "images", "VOC2012", "."])
-def test_places_of_pictures(root: Path, tmp_path: Path, place: str) -> None:
-    (root / place).mkdir(exist_ok=True)
-    for picture in (root / "JPEGImages").iterdir():
-        target = root / place if place != "." else root / "Annotations"
-        picture.rename(target / picture.name)
-    assert len(imported(root, tmp_path / "out")[0]) == 2
+@pytest.mark.parametrize("location", ["Annotations", "images", "VOC2012", "."])
+def test_image_folders(root: Path, tmp_path: Path, location: str) -> None:
+    (root / location).mkdir(exist_ok=True)
+    for image in (root / "JPEGImages").iterdir():
+        target = root / location if location != "." else root / "Annotations"
+        image.rename(target / image.name)
+    assert len(import_samples(root, tmp_path / "out")[0]) == 2
 
 
-def test_says_where_a_picture_was_looked_for(root: Path, tmp_path: Path) -> None:
+def test_error_lists_searched_image_folder(root: Path, tmp_path: Path) -> None:
     (root / "JPEGImages" / "2007_000027.png").unlink()
-    with pytest.raises(UserError, match=r"no picture '2007_000027.png'") as caught:
-        imported(root, tmp_path / "out")
+    with pytest.raises(UserError, match=r"no image '2007_000027.png'") as caught:
+        import_samples(root, tmp_path / "out")
     assert str(root / "JPEGImages") in caught.value.expected
 
 
@@ -121,33 +127,33 @@ OUTSIDE = '<!DOCTYPE x SYSTEM "file:///etc/passwd"><annotation><filename>b</file
         ("<?xml version='1.0' encoding='klingon'?><annotation/>", "broken XML"),
         ("<html/>", "an XML file of <html>"),
         (ANNOTATION.replace("<xmax>31</xmax>", ""), "the box"),
-        (ANNOTATION.replace("<xmin>13<", "<xmin>32<"), "reversed"),
+        (ANNOTATION.replace("<xmin>13<", "<xmin>32<"), "inverted"),
         (ANNOTATION.replace("<name>dog</name>", ""), "an object without a name"),
-        (ANNOTATION.replace("<width>40<", "<width>80<"), "80 x 20 pixels, the picture has 40 x 20"),
+        (ANNOTATION.replace("<width>40<", "<width>80<"), "80 x 20 pixels, the image has 40 x 20"),
     ],
 )
-def test_bad_files(root: Path, tmp_path: Path, text: str, what: str) -> None:
+def test_invalid_xml_is_rejected(root: Path, tmp_path: Path, text: str, what: str) -> None:
     annotate(root, text)
     with pytest.raises(UserError, match=what) as caught:
-        imported(root, tmp_path / "out")
+        import_samples(root, tmp_path / "out")
     assert "2007_000027.xml" in caught.value.what
     assert caught.value.remedy
 
 
-def test_unknown_size_and_objects_without_a_box(root: Path, tmp_path: Path) -> None:
+def test_unknown_size_and_object_without_box(root: Path, tmp_path: Path) -> None:
     text = ANNOTATION.replace("<width>40<", "<width>0<").replace(
         "</annotation>", "<object><name>cat</name></object></annotation>"
     )
     annotate(root, text)
-    samples, summary = imported(root, tmp_path / "out")
-    assert len(answers(samples)[0]) == 2
-    assert summary.noted["objects without a bndbox, left out"] == 1
+    samples, summary = import_samples(root, tmp_path / "out")
+    assert len(list_answers(samples)[0]) == 2
+    assert summary.source_notes["objects without a bndbox (skipped)"] == 1
 
 
-def test_a_set_that_cannot_be_parsed_is_told_why(root: Path, tmp_path: Path) -> None:
+def test_unparseable_dataset_error_has_reason(root: Path, tmp_path: Path) -> None:
     for file in (root / "Annotations").iterdir():
         text = file.read_text(encoding="utf-8")
         file.write_text(f"<!DOCTYPE annotation>{text}", encoding="utf-8")
     with pytest.raises(UserError, match="a DOCTYPE, 'annotation'") as caught:
-        imported(root, tmp_path / "out")
-    assert "take the DOCTYPE out" in caught.value.remedy
+        import_samples(root, tmp_path / "out")
+    assert "remove the DOCTYPE" in caught.value.remedy

@@ -6,14 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from box_scenes import answers, imported, questions, there_and_back, white_at, white_in
+from box_fixtures import (
+    check_export_roundtrip,
+    find_box,
+    import_samples,
+    list_answers,
+    list_questions,
+    write_box_image,
+)
 
 from finesight.data.formats import yolo
-from finesight.data.formats.format import Writing
-from finesight.data.headers import picture_size
-from finesight.data.importing import import_file
-from finesight.data.jsonl import Located
-from finesight.data.opening import Request
+from finesight.data.formats.dataset_format import ExportContext
+from finesight.data.image_header import read_image_size
+from finesight.data.import_source import ImportOptions
+from finesight.data.importer import import_dataset
+from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import ImagePart
 from finesight.errors import UserError
 
@@ -39,100 +46,100 @@ def root(tmp_path: Path) -> Path:
     root = tmp_path / "coco8"
     labels = {"train/a": LINE + "0 0.1 0.1 0.2 0.2\n", "train/b": "", "val/c": "2 0.5 0.5 1 1"}
     for name, text in labels.items():
-        white_at(root / "images" / f"{name}.png", WHITE)
+        write_box_image(root / "images" / f"{name}.png", WHITE)
         file = root / "labels" / f"{name}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
-    white_at(root / "images" / "train" / "unlabelled.png", WHITE)
+    write_box_image(root / "images" / "train" / "unlabelled.png", WHITE)
     (root / "data.yaml").write_text(DESCRIPTION, encoding="utf-8")
     return root
 
 
 def test_detection(root: Path, tmp_path: Path) -> None:
-    samples, summary = imported(root, tmp_path / "out")
-    assert answers(samples) == [
+    samples, summary = import_samples(root, tmp_path / "out")
+    assert list_answers(samples) == [
         [("dog", (12, 3, 32, 17)), ("person", (0, 0, 8, 4))],
         ["none"],
         [("red car", (0, 0, 40, 20))],
     ]
-    asked = "Locate every object of these classes in the picture: person, dog, red car."
-    assert questions(samples) == [asked] * 3
+    requested = "Locate every object of these classes in the picture: person, dog, red car."
+    assert list_questions(samples) == [requested] * 3
     assert [sample.meta["split"] for sample in samples] == ["train", "train", "val"]
-    assert summary.known_by == "names in data.yaml: 3 classes, pictures: train 3, val 1"
-    assert summary.left_out == {"pictures without a label file": 1}
+    assert summary.detected_by == "names in data.yaml: 3 classes, images: train 3, val 1"
+    assert summary.skipped_rows == {"images without a label file": 1}
 
 
-def test_known_pixels(root: Path, tmp_path: Path) -> None:
-    samples, _ = imported(root, tmp_path / "out")
-    white = white_in(root / "images" / "train" / "a.png")
-    assert answers(samples)[0][0] == ("dog", white)
+def test_box_matches_known_pixels(root: Path, tmp_path: Path) -> None:
+    samples, _ = import_samples(root, tmp_path / "out")
+    white = find_box(root / "images" / "train" / "a.png")
+    assert list_answers(samples)[0][0] == ("dog", white)
 
 
 def test_grounding(root: Path, tmp_path: Path) -> None:
-    samples, summary = imported(root, tmp_path / "out", ask="grounding")
-    assert questions(samples) == [
+    samples, summary = import_samples(root, tmp_path / "out", box_task="grounding")
+    assert list_questions(samples) == [
         "Locate every dog in the picture.",
         "Locate every person in the picture.",
         "Locate every red car in the picture.",
     ]
     assert [sample.id for sample in samples] == ["a-dog", "a-person", "c-red car"]
-    assert summary.written[0].rows == 2
+    assert summary.output_files[0].num_rows == 2
 
 
 @pytest.mark.parametrize("ask", ["detection", "grounding"])
-def test_there_and_back(root: Path, tmp_path: Path, ask: str) -> None:
-    there_and_back(root, tmp_path, ask=ask)
+def test_roundtrip(root: Path, tmp_path: Path, ask: str) -> None:
+    check_export_roundtrip(root, tmp_path, box_task=ask)
     exported = tmp_path / "exported"
-    assert (exported / "val.txt").read_text(encoding="utf-8") == "./pictures/c.png\n"
-    assert (exported / "pictures" / "c.txt").read_text(encoding="utf-8").endswith(" 0.5 0.5 1 1\n")
+    assert (exported / "val.txt").read_text(encoding="utf-8") == "./images/c.png\n"
+    assert (exported / "images" / "c.txt").read_text(encoding="utf-8").endswith(" 0.5 0.5 1 1\n")
 
 
-def test_a_split_is_held_out_as_the_last_rows(root: Path, tmp_path: Path) -> None:
-    white_at(root / "images" / "val" / "c.png", (0, 0, 3, 3))
-    import_file(root, tmp_path / "out", Request(eval_last=1))
+def test_val_split_becomes_last_rows(root: Path, tmp_path: Path) -> None:
+    write_box_image(root / "images" / "val" / "c.png", (0, 0, 3, 3))
+    import_dataset(root, tmp_path / "out", ImportOptions(eval_last=1))
     assert '"val"' in (tmp_path / "out" / "eval.jsonl").read_text(encoding="utf-8")
     assert '"val"' not in (tmp_path / "out" / "train.jsonl").read_text(encoding="utf-8")
 
 
-def test_all_in_one_folder_with_a_list_of_names(tmp_path: Path) -> None:
+def test_flat_folder_with_classes_txt(tmp_path: Path) -> None:
     root = tmp_path / "set"
-    white_at(root / "a.png", WHITE)
+    write_box_image(root / "a.png", WHITE)
     (root / "a.txt").write_text(LINE, encoding="utf-8")
     (root / "classes.txt").write_text("person\ndog\n", encoding="utf-8")
-    samples, summary = imported(root, tmp_path / "out")
-    assert answers(samples) == [[("dog", WHITE)]]
-    assert summary.known_by.startswith("label files with numbers, classes.txt")
+    samples, summary = import_samples(root, tmp_path / "out")
+    assert list_answers(samples) == [[("dog", WHITE)]]
+    assert summary.detected_by.startswith("label files with class IDs, classes.txt")
     (root / "a.txt").write_text(f"{LINE}{LINE}dog here\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"a\.txt:3: .dog here."):
-        imported(root, tmp_path / "broken")
+        import_samples(root, tmp_path / "broken")
     (root / "classes.txt").unlink()
-    with pytest.raises(UserError, match=r"class numbers, such as .1 0\.55 "):
-        imported(root, tmp_path / "other")
+    with pytest.raises(UserError, match=r"class IDs, such as .1 0\.55 "):
+        import_samples(root, tmp_path / "other")
 
 
-def test_paths_with_a_step_too_many(root: Path, tmp_path: Path) -> None:
+def test_roboflow_relative_paths(root: Path, tmp_path: Path) -> None:
     """As Roboflow writes them: ../train/images beside a folder train."""
     (root / "images").rename(root / "train")
     (root / "train" / "train").rename(root / "train" / "images")
     (root / "labels" / "train").rename(root / "train" / "labels")
     text = "train: ../train/images\nnc: 3\nnames: ['person', 'dog', 'red car']\n"
     (root / "data.yaml").write_text(text, encoding="utf-8")
-    samples, _ = imported(root / "data.yaml", tmp_path / "out")
-    assert answers(samples)[0][0] == ("dog", WHITE)
+    samples, _ = import_samples(root / "data.yaml", tmp_path / "out")
+    assert list_answers(samples)[0][0] == ("dog", WHITE)
 
 
-def test_outlines_and_keypoints(root: Path, tmp_path: Path) -> None:
+def test_polygons_and_keypoints(root: Path, tmp_path: Path) -> None:
     labels = root / "labels" / "train" / "a.txt"
     labels.write_text("0 0.3 0.15 0.8 0.5 0.4 0.85\n", encoding="utf-8")
-    samples, summary = imported(root, tmp_path / "outline")
-    assert answers(samples)[0] == [("person", WHITE)]
-    assert summary.noted == {"outlines, read as the boxes around them": 1}
+    samples, summary = import_samples(root, tmp_path / "outline")
+    assert list_answers(samples)[0] == [("person", WHITE)]
+    assert summary.source_notes == {"polygons (converted to bounding boxes)": 1}
     labels.write_text("0 0.55 0.5 0.5 0.7 0.3 0.2 2 0.1 0.1 1\n", encoding="utf-8")
     description = DESCRIPTION + "kpt_shape: [2, 3]\n"
     (root / "data.yaml").write_text(description, encoding="utf-8")
-    samples, summary = imported(root, tmp_path / "pose")
-    assert answers(samples)[0] == [("person", WHITE)]
-    assert summary.noted == {"keypoints, not read": 1}
+    samples, summary = import_samples(root, tmp_path / "pose")
+    assert list_answers(samples)[0] == [("person", WHITE)]
+    assert summary.source_notes == {"keypoints (ignored)": 1}
 
 
 @pytest.mark.parametrize(
@@ -143,22 +150,22 @@ def test_outlines_and_keypoints(root: Path, tmp_path: Path) -> None:
         ("1 0.5 0.5 0.1 0.1 0.93", "a.txt:2"),
         ("dog 0.5 0.5 0.1 0.1", "a.txt:2"),
         ("1 x 0.5 0.1 0.1", "a.txt:2"),
-        ("1 22 10 20 14", "outside of its picture"),
-        ("1 nan 0.5 0.1 0.1", "reversed or has no area"),
+        ("1 22 10 20 14", "outside its image"),
+        ("1 nan 0.5 0.1 0.1", "has inverted corners or no area"),
     ],
 )
-def test_bad_lines(root: Path, tmp_path: Path, line: str, what: str) -> None:
+def test_invalid_lines(root: Path, tmp_path: Path, line: str, what: str) -> None:
     (root / "labels" / "train" / "a.txt").write_text(LINE + line, encoding="utf-8")
     with pytest.raises(UserError, match=what) as caught:
-        imported(root, tmp_path / "out")
+        import_samples(root, tmp_path / "out")
     assert caught.value.remedy
 
 
 def test_declared_pixels(root: Path, tmp_path: Path) -> None:
     for name, text in (("train/a", "1 22 10 20 14"), ("val/c", "2 10 10 20 20")):
         (root / "labels" / f"{name}.txt").write_text(text, encoding="utf-8")
-    samples, _ = imported(root, tmp_path / "out", box_units="pixel")
-    assert answers(samples)[0] == [("dog", WHITE)]
+    samples, _ = import_samples(root, tmp_path / "out", box_units="pixel")
+    assert list_answers(samples)[0] == [("dog", WHITE)]
 
 
 @pytest.mark.parametrize(
@@ -169,32 +176,32 @@ def test_declared_pixels(root: Path, tmp_path: Path) -> None:
         ({"names:\n  0: person\n  1: dog\n  2: red car\n": "names: []\n"}, r"names is \[\]"),
     ],
 )
-def test_bad_descriptions(root: Path, tmp_path: Path, change: dict[str, str], what: str) -> None:
+def test_invalid_data_yaml(root: Path, tmp_path: Path, change: dict[str, str], what: str) -> None:
     text = DESCRIPTION
     for old, new in change.items():
         assert old in text
         text = text.replace(old, new)
     (root / "data.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=what) as caught:
-        imported(root, tmp_path / "out")
+        import_samples(root, tmp_path / "out")
     assert "data.yaml" in caught.value.where
 
 
-def test_export_needs_the_pictures_inside(root: Path, tmp_path: Path) -> None:
-    samples, _ = imported(root, tmp_path / "out")
-    located = [Located(samples[0], tmp_path / "out")]
+def test_export_needs_images_inside_folder(root: Path, tmp_path: Path) -> None:
+    samples, _ = import_samples(root, tmp_path / "out")
+    located_sample = [LocatedSample(samples[0], tmp_path / "out")]
     part = samples[0].messages[0].content[0]
     assert isinstance(part, ImagePart)
-    path = located[0].path(part.image)
-    writing = Writing({path: "../coco8/images/train/a.png"}, picture_size)
-    with pytest.raises(UserError, match="outside of the output folder") as caught:
-        list(yolo.write(located, writing))
-    assert "--copy-pictures" in caught.value.remedy
+    path = located_sample[0].resolve_path(part.image)
+    writing = ExportContext({path: "../coco8/images/train/a.png"}, read_image_size)
+    with pytest.raises(UserError, match="outside the output folder") as caught:
+        list(yolo.write_files(located_sample, writing))
+    assert "--copy-images" in caught.value.remedy
 
 
-def test_other_yaml_is_not_taken_for_a_data_set(tmp_path: Path) -> None:
-    white_at(tmp_path / "set" / "a.png", WHITE)
+def test_unrelated_yaml_is_ignored(tmp_path: Path) -> None:
+    write_box_image(tmp_path / "set" / "a.png", WHITE)
     (tmp_path / "set" / "a.txt").write_text("A dog.", encoding="utf-8")
     (tmp_path / "set" / "recipe.yaml").write_text("train: {epochs: 2}", encoding="utf-8")
-    said: dict[str, Any] = {"prompt": "What?"}
-    assert imported(tmp_path / "set", tmp_path / "out", **said)[1].format == "folder"
+    output: dict[str, Any] = {"prompt": "What?"}
+    assert import_samples(tmp_path / "set", tmp_path / "out", **output)[1].format == "folder"

@@ -1,1 +1,1 @@
-"""Box conventions that only a whole source shows: how boxes may be meant, and by what it shows."""
+"""Detection of box conventions from the statistics of a full source."""

@@ -1,8 +1,8 @@
-"""Foreign formats, one file each; the first that recognises a source reads it.
+"""Importers and exporters of dataset formats, one module each; the first match reads a source.
 
-To add one: a file with its `FORMAT` (how it looks, how it is detected, how a row is read and how
-samples are written), a line in FORMATS below, a row written by hand from its documentation in
-tests/data/formats/test_documented.py, and its name in the help of `--format` in cli/options.py.
+To add a format: a module with its `FORMAT` (description, detection, parser and writer), an entry in
+FORMATS below, a row copied from its documentation in tests/data/formats/test_documented.py, and its
+name in the help of `--format` in cli/options.py.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from collections.abc import Sequence
 from finesight.data.formats import (
     coco,
     conversations,
-    folder,
+    image_folder,
+    image_path,
     labelme,
     llama_factory,
     llava,
     ms_swift,
+    native_samples,
     openai,
-    picture_path,
-    query,
+    query_response,
     qwen_vl,
-    samples,
     table,
     voc,
     yolo,
 )
-from finesight.data.formats.format import PICTURE_KEYS, Format
-from finesight.data.rows import Record
+from finesight.data.formats.dataset_format import IMAGE_KEYS, DatasetFormat
+from finesight.data.row_reader import Record
 from finesight.errors import UserError
 
 FORMATS = (
@@ -36,61 +36,72 @@ FORMATS = (
     yolo.FORMAT,
     voc.FORMAT,
     labelme.FORMAT,
-    folder.FORMAT,
-    samples.FORMAT,
+    image_folder.FORMAT,
+    native_samples.FORMAT,
     openai.FORMAT,
     ms_swift.FORMAT,
     qwen_vl.FORMAT,
-    picture_path.FORMAT,
-    query.FORMAT,
+    image_path.FORMAT,
+    query_response.FORMAT,
     llava.FORMAT,
     llama_factory.FORMAT,
     conversations.FORMAT,
     table.FORMAT,
 )
-"""The particular before the general: any turns are `conversations`, anything is a `table`."""
+"""Specific formats come before general ones: any turns match `conversations`, any record is a
+`table`."""
 
 
-def format_named(name: str, option: str = "--format") -> Format:
-    """The format that the user chose. Raises UserError with the nearest name and all others."""
-    for form in FORMATS:
-        if form.name == name:
-            return form
-    names = [form.name for form in FORMATS]
-    near = difflib.get_close_matches(name, names, n=1)
+def get_format(name: str, option: str = "--format") -> DatasetFormat:
+    """Return the format with this name.
+
+    Raises:
+        UserError: The name is unknown. The error lists the closest and all other names.
+    """
+    for data_format in FORMATS:
+        if data_format.name == name:
+            return data_format
+    names = [data_format.name for data_format in FORMATS]
+    matches = difflib.get_close_matches(name, names, n=1)
     raise UserError(
         f"unknown format {name!r}",
         where=option,
         expected=f"one of {', '.join(names)}",
-        remedy=f"did you mean {near[0]}?" if near else f"name one of these with {option}",
+        remedy=f"did you mean {matches[0]}?" if matches else f"name one of these with {option}",
     )
 
 
-def recognised(records: Sequence[Record], where: str) -> tuple[Format, str]:
-    """The format of the first records and what it was known by.
+def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat, str]:
+    """Detect the format of the first records.
 
-    Raises UserError with the nearest format when none of them is sure.
+    Returns:
+        The format and the reason for the match.
+
+    Raises:
+        UserError: No format matches. The error names the closest format.
     """
-    for form in FORMATS:
-        reason = form.detect(records)
-        if reason is not None:
-            return form, reason
-    seen = _keys_of(records[0])
+    for data_format in FORMATS:
+        detected_by = data_format.detect(records)
+        if detected_by is not None:
+            return data_format, detected_by
+    record_keys = _collect_keys(records[0])
     # Of equally near ones the most general.
-    nearest = max(reversed(FORMATS), key=lambda form: len(form.keys & seen))
-    advice = f"--format {nearest.name}, for rows such as {nearest.looks}"
-    if nearest is table.FORMAT:
-        advice = f"name its columns, perhaps with {table.suggestion(records[0])}"
+    closest = max(
+        reversed(FORMATS), key=lambda data_format: len(data_format.typical_keys & record_keys)
+    )
+    suggestion = f"--format {closest.name}, for rows such as {closest.description}"
+    if closest is table.FORMAT:
+        suggestion = f"name its columns, perhaps with {table.suggest_mapping(records[0])}"
     raise UserError(
-        f"the format cannot be told from rows with the keys {', '.join(map(str, records[0]))}",
+        f"the format cannot be detected from rows with the keys {', '.join(map(str, records[0]))}",
         where=where,
-        expected=f"one of {', '.join(form.name for form in FORMATS)}",
-        remedy=f"the nearest is {nearest.name}: {advice}",
+        expected=f"one of {', '.join(data_format.name for data_format in FORMATS)}",
+        remedy=f"the closest is {closest.name}: {suggestion}",
     )
 
 
-def _keys_of(record: Record) -> set[str]:
-    """A record's keys and those of its first turn; where a picture is tells nothing."""
+def _collect_keys(record: Record) -> set[str]:
+    """Return the keys of a record and its first turn without image keys."""
     turns = record.get("conversations", record.get("messages"))
     first = turns[0] if isinstance(turns, list) and turns else {}
-    return {*record, *(first if isinstance(first, dict) else {})}.difference(PICTURE_KEYS)
+    return {*record, *(first if isinstance(first, dict) else {})}.difference(IMAGE_KEYS)

@@ -4,11 +4,11 @@
  "annotations": [{"id": 7, "image_id": 1, "category_id": 2, "bbox": [x, y, width, height]}],
  "categories": [{"id": 2, "name": "dog"}]}
 
-Boxes are the top left corner and size in pixels, counted from 0. Captions of one picture are
-answers to one question. Crowd regions and annotations without a box are left out and counted;
-segmentation, area and keypoints are not read. The pictures lie, all of them, in the folder of the
-document or its parent, or in `images` or another folder of one of these: the first place that
-holds them all, else the one that holds most. Of several folders the document's name decides.
+Boxes are the top left corner and size in pixels, 0-based. Captions of one image are answers to one
+question. Crowd regions and annotations without a box are skipped and counted. Segmentation, area
+and keypoints are ignored. All images are in the folder of the document or its parent, or in
+`images` or another subfolder of these: the first candidate that contains all images, else the one
+that contains most. Of several folders, the name of the document decides.
 """
 
 from __future__ import annotations
@@ -19,303 +19,346 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finesight.bounded_files import parse_json
-from finesight.data.boxes import BoxForm
-from finesight.data.case import Case
-from finesight.data.formats.box_sets import Marked, Pictured, Size, questions
-from finesight.data.formats.by_picture import (
-    TRIMMED,
-    Gathered,
-    boxes_by_picture,
-    classes_of,
-    shortest,
-    speaks_of_boxes,
-    texts_by_picture,
+from finesight.data.boxes import BoxConvention
+from finesight.data.formats.dataset_format import (
+    DatasetFormat,
+    ExportContext,
+    ImportContext,
+    InvalidOptionError,
+    RowImages,
+    make_text_part,
+    never_detect,
 )
-from finesight.data.formats.format import BadOption, Format, Reading, Scene, Writing, never, plain
-from finesight.data.formats.inventory import is_json_object
-from finesight.data.jsonl import Located, read_bytes
-from finesight.data.limits import MAX_ANSWERS, MAX_BOXES, check_count
-from finesight.data.rows import Record, Row, Rows, rows_of
-from finesight.data.sample import Message, Part
+from finesight.data.formats.detection_dataset import (
+    ImageAnnotation,
+    ImageSize,
+    ObjectAnnotation,
+    build_detection_examples,
+)
+from finesight.data.formats.folder_listing import is_json_object
+from finesight.data.formats.image_records import (
+    LOST_WHITESPACE,
+    ImageRecord,
+    collect_classes,
+    group_boxes_by_image,
+    group_texts_by_image,
+    has_boxes,
+    round_coordinate,
+)
+from finesight.data.import_example import ImportExample
+from finesight.data.jsonl import LocatedSample, read_data_file
+from finesight.data.limits import MAX_ANSWERS, MAX_BOXES, check_limit
+from finesight.data.row_reader import Record, RowReader, SourceRow, rows_from_items
+from finesight.data.sample import ContentPart, Message
 from finesight.errors import UserError
-from finesight.file_names import existing
+from finesight.file_name_encoding import find_existing
 
 CAPTION_PROMPT = "Describe the picture."
-"""What is asked of a picture with captions unless --prompt says other."""
+"""Default prompt of images with captions; --prompt overrides it."""
 
-CORNER_AND_SIZE = BoxForm(format="xywh")
-UNCAPTIONED = "pictures without a caption"
-LOOKED_FOR = 500
-"""About so many pictures are looked for to find their folder."""
+COCO_BOX_CONVENTION = BoxConvention(format="xywh")
+REASON_NO_CAPTION = "images without a caption"
+NUM_PROBED_IMAGES = 500
+"""Approximate number of images to probe for the image folder."""
 
-NOT_READ = ("segmentation", "keypoints")
+UNSUPPORTED_ANNOTATION_KEYS = ("segmentation", "keypoints")
 
 
-def open_document(source: Path) -> tuple[Rows, str] | None:
-    """A row for each image of a .json file that holds images and annotations.
+def open_document(source: Path) -> tuple[RowReader, str] | None:
+    """Open a .json file with images and annotations, one row per image.
 
-    Raises UserError when none of its pictures is found.
+    Raises:
+        UserError: None of its images is found.
     """
-    document = _document(source)
+    document = _read_document(source)
     if document is None:
         return None
     images, annotations = document["images"], document["annotations"]
-    boxed = any("bbox" in one for one in annotations)
-    if not images or not (boxed or any("caption" in one for one in annotations)):
+    has_boxes = any("bbox" in item for item in annotations)
+    if not images or not (has_boxes or any("caption" in item for item in annotations)):
         raise UserError(
             f"{len(images)} images, {len(annotations)} annotations, none with bbox or caption",
             where=str(source),
             expected="annotations with `bbox` (instances) or `caption`",
-            remedy="give the document of the instances or of the captions",
+            remedy="use the document of the instances or of the captions",
         )
     ids = Counter(str(image.get("id")) for image in images)
-    _refuse_twins(ids, source)
-    folder = _folder_of_pictures(source, images)
+    _reject_duplicate_ids(ids, source)
+    folder = _find_image_folder(source, images)
     names = {
-        str(one.get("id")): one["name"]
-        for one in document["categories"]
-        if isinstance(one.get("name"), str) and one["name"].strip()
+        str(item.get("id")): item["name"]
+        for item in document["categories"]
+        if isinstance(item.get("name"), str) and item["name"].strip()
     }
     by_image: defaultdict[str, list[Record]] = defaultdict(list)
     for annotation in annotations:
         by_image[str(annotation.get("image_id"))].append(annotation)
 
-    def row(number: int, image: Record) -> Row:
-        name = _file_name(image)
+    def make_row(row_number: int, image: Record) -> SourceRow:
+        name = _get_file_name(image)
         record = {
             "id": Path(name).stem,
             "image": image,
-            "path": str(existing(folder, name) or folder / name),
+            "path": str(find_existing(folder, name) or folder / name),
             "annotations": by_image.get(str(image.get("id")), []),
-            "names": names if boxed else None,
+            "names": names if has_boxes else None,
         }
-        return Row(number, f"image {image.get('id')} ({name})", record, source.stem)
+        return SourceRow(row_number, f"image {image.get('id')} ({name})", record, source.stem)
 
-    kind = f"instances of {len(names)} classes" if boxed else "captions"
-    key = "bbox" if boxed else "caption"
-    reason = f"images, annotations with {key}: COCO {kind}, pictures in {folder}"
-    stray = sum(image_id not in ids for image_id in by_image)
-    reason += f"; annotations of {stray} images that it does not list" if stray else ""
-    return rows_of(images, row), reason
+    task = f"instances of {len(names)} classes" if has_boxes else "captions"
+    label_key = "bbox" if has_boxes else "caption"
+    reason = f"images, annotations with {label_key}: COCO {task}, images in {folder}"
+    num_unlisted = sum(image_id not in ids for image_id in by_image)
+    reason += (
+        f"; annotations of {num_unlisted} images that it does not list" if num_unlisted else ""
+    )
+    return rows_from_items(images, make_row), reason
 
 
-def read(row: Row, reading: Reading) -> list[Case]:
-    """See the head of this file for what is read."""
+def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
+    """Parse a row; see the module docstring."""
     image, annotations = row.record["image"], row.record["annotations"]
     meta = {"image_id": image.get("id"), "license": image.get("license")}
     meta = {key: value for key, value in meta.items() if value is not None}
     if row.record["names"] is None:
-        return _captions(row, annotations, meta, reading)
+        return _parse_captions(row, annotations, meta, context)
     names: dict[str, str] = row.record["names"]
-    noted: Counter[str] = Counter()
-    marked = [one for one in annotations if _is_object(one, noted)]
-    check_count(len(marked), MAX_BOXES, "boxes")
-    objects = [_marked(one, names) for one in marked]
-    pictured = Pictured(
-        row.record["path"], objects, list(names.values()), _size(image), meta, noted
+    source_notes: Counter[str] = Counter()
+    marked = [
+        annotation for annotation in annotations if _is_box_annotation(annotation, source_notes)
+    ]
+    check_limit(len(marked), MAX_BOXES, "boxes")
+    objects = [_parse_object(one, names) for one in marked]
+    image_annotation = ImageAnnotation(
+        row.record["path"], objects, list(names.values()), _read_size(image), meta, source_notes
     )
-    return questions(row, pictured, reading, CORNER_AND_SIZE)
+    return build_detection_examples(row, image_annotation, context, COCO_BOX_CONVENTION)
 
 
-def write(samples: Sequence[Located], writing: Writing) -> Iterator[tuple[str, bytes]]:
-    """One document, of instances when any answer holds a box, else of captions."""
-    boxed = speaks_of_boxes(samples)
-    gathered = boxes_by_picture if boxed else texts_by_picture
-    pictures = gathered(samples, writing, {"image_id", "license"})
-    classes = classes_of(pictures)
-    ids = _image_ids(pictures)
+def write_files(
+    samples: Sequence[LocatedSample], context: ExportContext
+) -> Iterator[tuple[str, bytes]]:
+    """Write one document, of type instances if any answer contains a box, else captions."""
+    is_detection = has_boxes(samples)
+    group_by_image = group_boxes_by_image if is_detection else group_texts_by_image
+    records = group_by_image(samples, context, {"image_id", "license"})
+    classes = collect_classes(records)
+    ids = _assign_image_ids(records)
     annotations: list[Record] = []
-    for image_id, one in zip(ids, pictures, strict=True):
-        said = _boxes(one, classes) if boxed else [{"caption": text} for text in one.texts]
-        writing.lost[TRIMMED] += sum(text != text.strip() for text in one.texts)
-        start = len(annotations) + 1
+    for image_id, record in zip(ids, records, strict=True):
+        record_annotations = (
+            _iter_annotations(record, classes)
+            if is_detection
+            else [{"caption": text} for text in record.answers]
+        )
+        context.lost_counts[LOST_WHITESPACE] += sum(text != text.strip() for text in record.answers)
+        first_id = len(annotations) + 1
         annotations += [
-            {"id": number, "image_id": image_id, **record}
-            for number, record in enumerate(said, start=start)
+            {"id": number, "image_id": image_id, **annotation}
+            for number, annotation in enumerate(record_annotations, start=first_id)
         ]
     document = {
-        "images": [_image(i, one, writing) for i, one in zip(ids, pictures, strict=True)],
+        "images": [
+            _build_image(i, record, context) for i, record in zip(ids, records, strict=True)
+        ],
         "annotations": annotations,
         "categories": [{"id": n, "name": name} for n, name in enumerate(classes, start=1)],
     }
-    if not boxed:
+    if not is_detection:
         del document["categories"]
     yield "annotations.json", (json.dumps(document, ensure_ascii=False, indent=1) + "\n").encode()
 
 
-def _document(source: Path) -> dict[str, list[Record]] | None:
-    """The file's three lists if it is a COCO document; None for any other file."""
-    content = read_bytes(source) if is_json_object(source) else b""
+def _read_document(source: Path) -> dict[str, list[Record]] | None:
+    """Return the three lists of a COCO document, None for any other file."""
+    content = read_data_file(source) if is_json_object(source) else b""
     if b'"annotations"' not in content:
         return None
     try:
         document = parse_json(content)
     except ValueError:
-        return None  # lines of JSON, or broken: said by whoever reads rows
+        return None  # JSON Lines or invalid: the row reader reports it
     lists = {key: document.get(key) or [] for key in ("images", "annotations", "categories")}
-    if not all(isinstance(one, list) for one in lists.values()):
+    if not all(isinstance(items, list) for items in lists.values()):
         return None
-    return lists if all(isinstance(r, dict) for one in lists.values() for r in one) else None
+    return lists if all(isinstance(r, dict) for items in lists.values() for r in items) else None
 
 
-def _refuse_twins(ids: Counter[str], source: Path) -> None:
-    twin, uses = ids.most_common(1)[0]
-    if uses > 1:
+def _reject_duplicate_ids(ids: Counter[str], source: Path) -> None:
+    duplicate, count = ids.most_common(1)[0]
+    if count > 1:
         raise UserError(
-            f"{uses} images have the id {twin}",
+            f"{count} images have the id {duplicate}",
             where=str(source),
-            expected="an id of its own for each image, by which annotations name it",
-            remedy="number the images anew, and their annotations with them",
+            expected="a unique ID per image",
+            remedy="assign new IDs to the images and their annotations",
         )
 
 
-def _folder_of_pictures(source: Path, images: Sequence[Record]) -> Path:
-    """Where the pictures are: the first kind of place that holds all of those that are looked for,
-    else the place that holds most of them."""
-    step = max(1, len(images) // LOOKED_FOR)
-    names = [_file_name(image) for image in images[::step]]
-    looked: list[Path] = []
-    most, best = 0, list[Path]()
-    for places in _places(source.parent.resolve() / source.name):
-        looked += places
-        found = {place: sum(existing(place, n) is not None for n in names) for place in places}
-        if max(found.values(), default=0) > most:
-            most = max(found.values())
-            best = [place for place in places if found[place] == most]
-        if most == len(names):
+def _find_image_folder(source: Path, images: Sequence[Record]) -> Path:
+    """Find the image folder: the first candidate group that contains all probed images, else most
+    of them.
+    """
+    step = max(1, len(images) // NUM_PROBED_IMAGES)
+    names = [_get_file_name(image) for image in images[::step]]
+    tried_folders: list[Path] = []
+    max_found, best_folders = 0, list[Path]()
+    for candidates in _iter_candidate_folders(source.parent.resolve() / source.name):
+        tried_folders += candidates
+        num_found = {
+            folder: sum(find_existing(folder, n) is not None for n in names)
+            for folder in candidates
+        }
+        if max(num_found.values(), default=0) > max_found:
+            max_found = max(num_found.values())
+            best_folders = [folder for folder in candidates if num_found[folder] == max_found]
+        if max_found == len(names):
             break
-    if not most:
+    if not max_found:
         raise UserError(
-            f"none of {len(names)} pictures is found, such as {names[0]!r}",
+            f"none of {len(names)} images is found, such as {names[0]!r}",
             where=str(source),
-            expected=f"pictures in one of {', '.join(map(str, looked))}",
-            remedy="put the pictures beside the document, in a folder `images`",
+            expected=f"images in one of {', '.join(map(str, tried_folders))}",
+            remedy="move the images to a folder `images` next to the document",
         )
-    own = [place for place in best if place.name in source.stem]
-    if len(best) > 1 and len(own) != 1:
+    name_matches = [folder for folder in best_folders if folder.name in source.stem]
+    if len(best_folders) > 1 and len(name_matches) != 1:
         raise UserError(
-            f"pictures of these names, such as {names[0]!r}, lie in {len(best)} folders",
+            f"images of these names, such as {names[0]!r}, are in {len(best_folders)} folders",
             where=str(source),
-            expected=f"one of {', '.join(map(str, best))}",
-            remedy="put the folder into file_name, or the document into the folder",
+            expected=f"one of {', '.join(map(str, best_folders))}",
+            remedy="add the folder to file_name, or move the document into the folder",
         )
-    return (own if len(best) > 1 else best)[0]
+    return (name_matches if len(best_folders) > 1 else best_folders)[0]
 
 
-def _file_name(image: Record) -> str:
-    """With slashes, also where tools on Windows wrote backslashes: a stem is told by these."""
+def _get_file_name(image: Record) -> str:
+    """Return the file name with slashes, also for backslashes written by tools on Windows."""
     return str(image.get("file_name")).replace("\\", "/")
 
 
-def _places(source: Path) -> Iterator[list[Path]]:
-    """Places of one kind after the other: near ones first."""
-    homes = (source.parent, source.parent.parent)
-    yield from ([home] for home in homes)
-    yield from ([home / "images"] for home in homes)
-    for home in homes:
-        yield [*_folders_in(home), *_folders_in(home / "images")]
+def _iter_candidate_folders(source: Path) -> Iterator[list[Path]]:
+    """Yield groups of candidate folders, the closest first."""
+    base_folders = (source.parent, source.parent.parent)
+    yield from ([base_folder] for base_folder in base_folders)
+    yield from ([base_folder / "images"] for base_folder in base_folders)
+    for base_folder in base_folders:
+        yield [*_list_subfolders(base_folder), *_list_subfolders(base_folder / "images")]
 
 
-def _folders_in(home: Path) -> list[Path]:
+def _list_subfolders(folder: Path) -> list[Path]:
     try:
-        return sorted(path for path in home.iterdir() if path.is_dir() and path.name != "images")
-    except OSError:  # no such folder, or none that may be looked into
+        return sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "images")
+    except OSError:  # missing or unreadable folder
         return []
 
 
-def _is_object(annotation: Record, noted: Counter[str]) -> bool:
-    """Whether it is a single object with a box; what is not read is counted."""
+def _is_box_annotation(annotation: Record, source_notes: Counter[str]) -> bool:
+    """Return whether the annotation is a single object with a box; count others."""
     if annotation.get("iscrowd"):
-        noted["crowd regions, left out"] += 1
+        source_notes["crowd regions (skipped)"] += 1
         return False
     if "bbox" not in annotation:
-        noted["annotations without a box, left out"] += 1
+        source_notes["annotations without a box (skipped)"] += 1
         return False
-    noted.update(f"{key}, not read" for key in NOT_READ if annotation.get(key))
+    source_notes.update(
+        f"{key} (ignored)" for key in UNSUPPORTED_ANNOTATION_KEYS if annotation.get(key)
+    )
     return True
 
 
-def _marked(annotation: Record, names: dict[str, str]) -> Marked:
+def _parse_object(annotation: Record, names: dict[str, str]) -> ObjectAnnotation:
     category = str(annotation.get("category_id"))
     if category not in names:
         raise UserError(
             f"annotation {annotation.get('id')} is of category {category}",
             expected=f"one of the {len(names)} categories of the document",
-            remedy="add the category, or leave the annotation out",
+            remedy="add the category, or remove the annotation",
         )
-    return Marked(names[category], annotation["bbox"])
+    return ObjectAnnotation(names[category], annotation["bbox"])
 
 
-def _size(image: Record) -> Size | None:
+def _read_size(image: Record) -> ImageSize | None:
     height, width = image.get("height"), image.get("width")
     return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
 
-def _captions(
-    row: Row, annotations: Sequence[Record], meta: Record, reading: Reading
-) -> list[Case]:
-    if reading.ask != "detection":
-        raise BadOption(
-            f"{reading.ask} of captions",
-            where="--ask",
+def _parse_captions(
+    row: SourceRow, annotations: Sequence[Record], meta: Record, context: ImportContext
+) -> list[ImportExample]:
+    if context.box_task != "detection":
+        raise InvalidOptionError(
+            f"{context.box_task} of captions",
+            where="--box-task",
             expected="a document of instances, with boxes",
-            remedy="leave --ask out, or give the document of the instances",
+            remedy="remove --box-task, or use the document of the instances",
         )
-    texts = [_caption(one) for one in annotations if "caption" in one]
-    check_count(len(texts), MAX_ANSWERS, "captions")
+    texts = [_read_caption(annotation) for annotation in annotations if "caption" in annotation]
+    check_limit(len(texts), MAX_ANSWERS, "captions")
     if not texts:
-        reading.left_out[UNCAPTIONED] += 1
+        context.skipped_rows[REASON_NO_CAPTION] += 1
         return []
-    prompt = CAPTION_PROMPT if reading.prompt is None else reading.prompt
-    asked: list[Part] = [Scene(reading).picture(row.record["path"])]
-    asked += [plain(prompt)] if prompt else []
-    user = Message(role="user", content=tuple(asked))
-    return [Case(row.id, (user,), tuple((plain(text),) for text in texts), meta=meta)]
+    prompt = CAPTION_PROMPT if context.prompt is None else context.prompt
+    question: list[ContentPart] = [RowImages(context).add_image(row.record["path"])]
+    question += [make_text_part(prompt)] if prompt else []
+    user = Message(role="user", content=tuple(question))
+    return [
+        ImportExample(row.id, (user,), tuple((make_text_part(text),) for text in texts), meta=meta)
+    ]
 
 
-def _caption(annotation: Record) -> str:
+def _read_caption(annotation: Record) -> str:
     text = annotation["caption"]
     if not isinstance(text, str) or not text.strip():
         raise UserError(
             f"annotation {annotation.get('id')} has the caption {str(text)[:60]!r}",
             expected="a text",
-            remedy="write one, or take the annotation out",
+            remedy="add one, or remove the annotation",
         )
     return text.strip()
 
 
-def _image_ids(pictures: Sequence[Gathered]) -> list[int]:
-    """The ids that an import noted, if all pictures have one of their own; else numbers."""
-    noted = [one.meta.get("image_id") for one in pictures]
-    ids = [value for value in noted if isinstance(value, int)]
-    return ids if len(set(ids)) == len(noted) else list(range(1, len(noted) + 1))
+def _assign_image_ids(records: Sequence[ImageRecord]) -> list[int]:
+    """Return the imported IDs if all images have unique ones, else sequential IDs."""
+    declared_ids = [record.meta.get("image_id") for record in records]
+    ids = [value for value in declared_ids if isinstance(value, int)]
+    return ids if len(set(ids)) == len(declared_ids) else list(range(1, len(declared_ids) + 1))
 
 
-def _image(image_id: int, one: Gathered, writing: Writing) -> Record:
-    height, width = writing.size(one.path)
-    record = {"id": image_id, "file_name": writing.name(one.path), "width": width, "height": height}
-    return record if "license" not in one.meta else {**record, "license": one.meta["license"]}
+def _build_image(image_id: int, image_record: ImageRecord, context: ExportContext) -> Record:
+    height, width = context.image_size(image_record.image_path)
+    entry = {
+        "id": image_id,
+        "file_name": context.image_name(image_record.image_path),
+        "width": width,
+        "height": height,
+    }
+    return (
+        entry
+        if "license" not in image_record.meta
+        else {**entry, "license": image_record.meta["license"]}
+    )
 
 
-def _boxes(one: Gathered, classes: Sequence[str]) -> Iterator[Record]:
-    for box in one.boxes:
+def _iter_annotations(record: ImageRecord, classes: Sequence[str]) -> Iterator[Record]:
+    for box in record.boxes:
         x1, y1, x2, y2 = box.xyxy
-        width, height = shortest(x2 - x1), shortest(y2 - y1)
+        width, height = round_coordinate(x2 - x1), round_coordinate(y2 - y1)
         yield {
             "category_id": classes.index(box.label) + 1,
-            "bbox": [shortest(x1), shortest(y1), width, height],
-            "area": shortest(width * height),
+            "bbox": [round_coordinate(x1), round_coordinate(y1), width, height],
+            "area": round_coordinate(width * height),
             "iscrowd": 0,
         }
 
 
-FORMAT = Format(
+FORMAT = DatasetFormat(
     name="coco",
-    looks='a .json file of {"images": [...], "annotations": [...], "categories": [...]}',
-    keys=frozenset({"annotations", "categories"}),
-    detect=never,
-    read=read,
-    takes=frozenset({"prompt", "boxes", "ask"}),
-    open=open_document,
-    write=write,
+    description='a .json file of {"images": [...], "annotations": [...], "categories": [...]}',
+    typical_keys=frozenset({"annotations", "categories"}),
+    detect=never_detect,
+    parse_row=parse_row,
+    supported_options=frozenset({"prompt", "boxes", "box_task"}),
+    open_dataset=open_document,
+    write_files=write_files,
 )

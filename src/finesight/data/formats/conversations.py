@@ -1,11 +1,11 @@
-"""Turns with a picture's path between `<|vision_start|>` and `<|vision_end|>` in the text.
+"""Turns with an image path between `<|vision_start|>` and `<|vision_end|>` in the text.
 
 {"conversations": [{"from": "user", "value": "COCO Yes: <|vision_start|>a.jpg<|vision_end|>"},
                    {"from": "assistant", "value": "A dog on a lawn."}]}
 
-Any number of turns, several pictures anywhere in the text. Where a record names its pictures under
-`image` or `images`, each `<image>` in the text is the next of them. See `boxed_text` for what is
-read of boxes in the answers.
+Any number of turns with several images at any position in the text. If a record lists its images
+under `image` or `images`, each `<image>` in the text is the next of them. See `answer_boxes` for
+boxes in the answers.
 """
 
 from __future__ import annotations
@@ -13,125 +13,144 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from finesight.data.case import Case
-from finesight.data.formats import texts
-from finesight.data.formats.boxed_text import answer_parts
-from finesight.data.formats.format import (
-    PICTURE_KEYS,
-    Format,
-    MarksDiffer,
-    Reading,
-    Scene,
-    Writing,
-    pieces,
-    worded,
+from finesight.data.formats import text_export
+from finesight.data.formats.answer_boxes import parse_answer
+from finesight.data.formats.dataset_format import (
+    IMAGE_KEYS,
+    DatasetFormat,
+    ExportContext,
+    ImportContext,
+    PlaceholderCountError,
+    RowImages,
+    split_at_pattern,
+    strip_object_refs,
 )
-from finesight.data.formats.picture_path import is_path
-from finesight.data.formats.turns import Turn, images_of, read_turns, said_in, turns_of
-from finesight.data.jsonl import Located
-from finesight.data.rows import Record, Row
-from finesight.data.sample import ImagePart, Part, Role
+from finesight.data.formats.image_path import is_image_path
+from finesight.data.formats.turns import (
+    Turn,
+    build_turns_example,
+    list_checked_images,
+    list_turn_texts,
+    parse_turns,
+)
+from finesight.data.import_example import ImportExample
+from finesight.data.jsonl import LocatedSample
+from finesight.data.row_reader import Record, SourceRow
+from finesight.data.sample import ContentPart, ImagePart, Role
 from finesight.errors import UserError
 
-MARK = re.compile(
+IMAGE_PLACEHOLDER = re.compile(
     r"<\|vision_start\|>(?P<path>(?:(?!<\|vision_).)*)<\|vision_end\|>|<image>", re.DOTALL
 )
 
 
-KEYS = ("conversations", "system", *PICTURE_KEYS)
+KEYS = ("conversations", "system", *IMAGE_KEYS)
 """Keys of a record that are read."""
 
 
 def detect(records: Sequence[Record]) -> str | None:
-    """Turns whatever they hold: formats with marks of their own are asked first."""
-    said = [said_in(record) for record in records]
-    if not all(said):
+    """Match any turns: formats with their own placeholders are tested first."""
+    turns_per_record = [list_turn_texts(record) for record in records]
+    if not all(turns_per_record):
         return None
-    marks = sum(len(MARK.findall(text)) for turns in said for _, text in turns)
-    return f"turns with text under `value`, {marks} pictures marked in the first {len(records)}"
+    num_placeholders = sum(
+        len(IMAGE_PLACEHOLDER.findall(text)) for turns in turns_per_record for _, text in turns
+    )
+    return (
+        f"turns with text under `value`, {num_placeholders} image placeholders in the first"
+        f" {len(records)}"
+    )
 
 
-def read(row: Row, reading: Reading) -> Case:
-    """See the head of this file for what is read."""
-    return read_conversation(row, reading, turns_of(row.record))
+def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
+    """Parse a row; see the module docstring."""
+    return read_conversation(row, context, parse_turns(row.record))
 
 
-def read_conversation(row: Row, reading: Reading, turns: Sequence[Turn]) -> Case:
-    """Build the case of a row from the role and text of each turn."""
-    scene = Scene(reading)
-    named = images_of(row.record)
+def read_conversation(
+    row: SourceRow, reading: ImportContext, turns: Sequence[Turn]
+) -> ImportExample:
+    """Build the example of a row from the role and text of each turn."""
+    scene = RowImages(reading)
+    named = list_checked_images(row.record)
     unplaced = iter(named)
 
-    def parts_of(role: Role, text: str) -> Iterator[Part]:
-        if role == "user" and is_path(text):
+    def parts_of(role: Role, text: str) -> Iterator[ContentPart]:
+        if role == "user" and is_image_path(text):
             raise UserError(
-                f"the user says nothing but a path, {text.strip()[:60]!r}",
-                expected="a question, with the path in a mark if it is a picture",
-                remedy="choose --format picture-path if all rows are so, or correct the row",
+                f"the user turn contains only a path, {text.strip()[:60]!r}",
+                expected="a question, with the path in a placeholder if it is an image",
+                remedy="choose --format image-path if this applies to all rows, or correct the row",
             )
-        for piece in pieces(text, MARK):
+        for piece in split_at_pattern(text, IMAGE_PLACEHOLDER):
             if not isinstance(piece, str):
-                yield scene.picture(piece["path"] or _next(unplaced, text))
+                yield scene.add_image(piece["path"] or _next_image(unplaced, text))
             elif role == "assistant":
-                yield from answer_parts(piece, scene)
+                yield from parse_answer(piece, scene)
             else:
-                yield worded(piece)
+                yield strip_object_refs(piece)
 
-    case = read_turns(row, reading, turns, parts_of, *KEYS)
+    case = build_turns_example(row, reading, turns, parts_of, *KEYS)
     left = len(list(unplaced))
     if left:
-        raise MarksDiffer(
-            f"{len(named)} pictures are named, {left} of them have no `<image>` in the text",
-            expected="an `<image>` for each picture",
+        raise PlaceholderCountError(
+            f"{len(named)} images are listed, {left} of them have no `<image>` in the text",
+            expected="one `<image>` per image",
             remedy="correct the row",
         )
     return case
 
 
-def _next(unplaced: Iterator[object], text: str) -> object:
-    for value in unplaced:
+def _next_image(remaining_images: Iterator[object], text: str) -> object:
+    for value in remaining_images:
         return value
-    raise MarksDiffer(
-        f"a mark without a picture in the text {text[:60]!r}",
-        expected="a path inside of the mark, or a picture under `image` or `images`",
-        remedy="name the picture, or take the mark out of the text",
+    raise PlaceholderCountError(
+        f"a placeholder without an image in the text {text[:60]!r}",
+        expected="a path inside the placeholder, or an image under `image` or `images`",
+        remedy="add the image, or remove the placeholder from the text",
     )
 
 
-def write(samples: Sequence[Located], writing: Writing) -> texts.Files:
-    """Each picture as its path in a mark, and boxes as JSON in pixels of the original picture."""
+def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
+    """Write images as paths in placeholders, and boxes as JSON in original pixels."""
 
-    def record_of(located: Located) -> Record:
-        def mark(part: ImagePart) -> str:
-            return f"<|vision_start|>{writing.name(located.path(part.image))}<|vision_end|>"
+    def make_record(located_sample: LocatedSample) -> Record:
+        def make_placeholder(part: ImagePart) -> str:
+            name = context.image_name(located_sample.resolve_path(part.image))
+            return f"<|vision_start|>{name}<|vision_end|>"
 
-        said = spoken(located, mark)
-        turns = [{"from": role, "value": text} for role, text in said]
-        return texts.record(located, writing, {"conversations": turns})
+        turns_text = render_turns(located_sample, make_placeholder)
+        turns = [{"from": role, "value": text} for role, text in turns_text]
+        return text_export.build_record(located_sample, context, {"conversations": turns})
 
-    yield from texts.rows(samples, record_of)
-    texts.note_boxes(samples, writing)
+    yield from text_export.write_rows(samples, make_record)
+    text_export.add_box_note(samples, context)
 
 
-def spoken(located: Located, mark: Callable[[ImagePart], str]) -> list[Turn]:
-    """The turns of a sample. Raises UserError for a question that would be read as a path."""
-    said = texts.turns(located, mark)
-    paths = [text for role, text in said if role == "user" and is_path(text)]
+def render_turns(
+    located_sample: LocatedSample, make_placeholder: Callable[[ImagePart], str]
+) -> list[Turn]:
+    """Render the turns of a sample. Raises UserError for a question that would be read
+    as a path."""
+    turns = text_export.render_turns(located_sample, make_placeholder)
+    paths = [text for role, text in turns if role == "user" and is_image_path(text)]
     if paths:
         raise UserError(
-            f"a question that is the name of a picture, {paths[0]!r}",
-            expected="text that is not taken for a picture",
-            remedy="export to ms-swift or samples, or leave the sample out",
+            f"a question that is an image file name, {paths[0]!r}",
+            expected="text that is not an image file name",
+            remedy="export to ms-swift or samples, or remove the sample",
         )
-    return said
+    return turns
 
 
-FORMAT = Format(
+FORMAT = DatasetFormat(
     name="conversations",
-    looks='"conversations": [{"from": "user", "value": "...<|vision_start|>path<|vision_end|>"}]',
-    keys=frozenset({"conversations", "from", "value"}),
+    description=(
+        '"conversations": [{"from": "user", "value": "...<|vision_start|>path<|vision_end|>"}]'
+    ),
+    typical_keys=frozenset({"conversations", "from", "value"}),
     detect=detect,
-    read=read,
-    takes=frozenset({"prompt", "boxes"}),
-    write=write,
+    parse_row=parse_row,
+    supported_options=frozenset({"prompt", "boxes"}),
+    write_files=write_files,
 )

@@ -1,12 +1,12 @@
-"""LabelMe: a folder of JSON files, one for a picture, with `shapes`.
+"""LabelMe: a folder of JSON files, one per image, with `shapes`.
 
 {"imagePath": "a.jpg", "imageHeight": 480, "imageWidth": 640, "imageData": null, "shapes":
  [{"label": "dog", "shape_type": "rectangle", "points": [[10.5, 20.0], [110.0, 220.5]]}]}
 
-A rectangle is any two opposite corners (some tools write all four), a polygon becomes the box
-around it, counted; points, lines, circles and masks are left out and counted. Pixels are counted
-from 0, after the EXIF turn. The path starts at the JSON file; a picture that is not there is
-saved from `imageData`. Pictures without a JSON file are not labelled and not read.
+A rectangle is any two opposite corners (some tools write all four). A polygon is converted to its
+bounding box and counted. Points, lines, circles and masks are skipped and counted. Pixels are
+0-based, after EXIF rotation. The path is relative to the JSON file; a missing image is saved from
+`imageData`. Images without a JSON file are unlabeled and ignored.
 """
 
 from __future__ import annotations
@@ -20,62 +20,79 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finesight.bounded_files import parse_json
-from finesight.data.boxes import BadBox, BoxForm
-from finesight.data.case import Case
-from finesight.data.formats.box_sets import Marked, Pictured, Size, questions
-from finesight.data.formats.by_picture import Gathered, boxes_by_picture, distinct
-from finesight.data.formats.format import Format, Reading, Writing, never
-from finesight.data.formats.inventory import (
-    START,
-    inventory,
-    is_json_object,
-    open_described,
+from finesight.data.boxes import BoxConvention, InvalidBoxError
+from finesight.data.formats.dataset_format import (
+    DatasetFormat,
+    ExportContext,
+    ImportContext,
+    never_detect,
 )
-from finesight.data.jsonl import Located, read_bytes
-from finesight.data.limits import MAX_BOXES, check_count, check_json
-from finesight.data.lines import LARGEST_LINE, opened
-from finesight.data.rows import Record, Row, Rows
+from finesight.data.formats.detection_dataset import (
+    ImageAnnotation,
+    ImageSize,
+    ObjectAnnotation,
+    build_detection_examples,
+)
+from finesight.data.formats.folder_listing import (
+    SNIFF_BYTES,
+    is_json_object,
+    list_folder,
+    open_annotation_files,
+)
+from finesight.data.formats.image_records import ImageRecord, group_boxes_by_image, make_unique_stem
+from finesight.data.import_example import ImportExample
+from finesight.data.jsonl import LocatedSample, read_data_file
+from finesight.data.limits import MAX_BOXES, check_json, check_limit
+from finesight.data.line_index import MAX_LINE_BYTES, open_data_file
+from finesight.data.row_reader import Record, RowReader, SourceRow
 from finesight.errors import UserError
-from finesight.file_names import existing
+from finesight.file_name_encoding import find_existing
 
-VERSION = "5.5.0"
-"""The version of LabelMe whose files these are written like."""
+LABELME_VERSION = "5.5.0"
+"""Version of LabelMe written to exported files."""
 
-OUTLINED = "polygons, read as the boxes around them"
+NOTE_POLYGON_AS_BOX = "polygons (converted to bounding boxes)"
 
 
-def open_folder(source: Path) -> tuple[Rows, str] | None:
-    """A row for each JSON file of a folder, or of one JSON file."""
+def open_folder(source: Path) -> tuple[RowReader, str] | None:
+    """Open the JSON files of a folder, or one JSON file, as one row each."""
     files = [source] if is_json_object(source) else []
     if source.is_dir():
-        files = inventory(source).ending(".json")
-    kind = "JSON files with shapes and imagePath: LabelMe"
-    return open_described(files, source.stem, kind, _is_labelme, _classes_in)
+        files = list_folder(source).files_with_suffix(".json")
+    description = "JSON files with shapes and imagePath: LabelMe"
+    return open_annotation_files(files, source.stem, description, _is_labelme, _read_classes)
 
 
-def read(row: Row, reading: Reading) -> list[Case]:
-    """See the head of this file for what is read."""
+def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
+    """Parse a row; see the module docstring."""
     file = Path(row.record["file"])
-    record = _record(file)
-    noted: Counter[str] = Counter()
-    check_count(len(record["shapes"]), MAX_BOXES, "shapes")
-    objects = [mark for shape in record["shapes"] for mark in _marked(shape, noted)]
-    picture = _picture(file, record)
-    pictured = Pictured(picture, objects, row.record["classes"], _size(record), noted=noted)
-    return questions(row, pictured, reading, BoxForm())
+    record = _read_record(file)
+    source_notes: Counter[str] = Counter()
+    check_limit(len(record["shapes"]), MAX_BOXES, "shapes")
+    objects = [obj for shape in record["shapes"] for obj in _parse_shape(shape, source_notes)]
+    image = _find_image(file, record)
+    annotation = ImageAnnotation(
+        image, objects, row.record["classes"], _read_size(record), source_notes=source_notes
+    )
+    return build_detection_examples(row, annotation, context, BoxConvention())
 
 
-def write(samples: Sequence[Located], writing: Writing) -> Iterator[tuple[str, bytes]]:
-    """A JSON file for each picture, its boxes as rectangles."""
-    taken: set[str] = set()
-    for one in boxes_by_picture(samples, writing, set()):
-        content = json.dumps(_as_record(one, writing), ensure_ascii=False, indent=2)
-        yield f"{distinct(one.path.stem, taken)}.json", f"{content}\n".encode()
+def write_files(
+    samples: Sequence[LocatedSample], context: ExportContext
+) -> Iterator[tuple[str, bytes]]:
+    """Write a JSON file per image with its boxes as rectangles."""
+    used_stems: set[str] = set()
+    for record in group_boxes_by_image(samples, context, set()):
+        content = json.dumps(_build_record(record, context), ensure_ascii=False, indent=2)
+        yield (
+            f"{make_unique_stem(record.image_path.stem, used_stems)}.json",
+            f"{content}\n".encode(),
+        )
 
 
-def _record(file: Path) -> Record:
-    """The content of a file. Raises UserError when it is not LabelMe's."""
-    content = read_bytes(file, LARGEST_LINE)
+def _read_record(file: Path) -> Record:
+    """Read a file. Raises UserError for a file of another format."""
+    content = read_data_file(file, MAX_LINE_BYTES)
     check_json(content, str(file))
     try:
         record = parse_json(content)
@@ -83,121 +100,124 @@ def _record(file: Path) -> Record:
         raise UserError(
             f"broken JSON: {error}",
             expected="a file as LabelMe saves it",
-            remedy="save it again, or take it out of the folder",
+            remedy="save it again, or remove it from the folder",
         ) from error
     shapes = record.get("shapes") if isinstance(record, dict) else None
     if not isinstance(shapes, list) or not all(isinstance(shape, dict) for shape in shapes):
         raise UserError(
             f"no list of shapes in {str(record)[:60]}",
             expected='{"shapes": [...], "imagePath": ...} as LabelMe saves it',
-            remedy="take the file out of the folder",
+            remedy="remove the file from the folder",
         )
     return dict(record)
 
 
 def _is_labelme(file: Path) -> bool:
     try:
-        return "imagePath" in _record(file)
-    except UserError:  # told, with its file, when it is its turn
-        with opened(file) as content:
-            return b'"shapes"' in content.read(START)
+        return "imagePath" in _read_record(file)
+    except UserError:  # reported when the row is parsed
+        with open_data_file(file) as content:
+            return b'"shapes"' in content.read(SNIFF_BYTES)
 
 
-def _classes_in(file: Path) -> set[str]:
-    """The labels of a file's boxes; a file that cannot be read is refused when it is its turn."""
+def _read_classes(file: Path) -> set[str]:
+    """Return the labels of a file's boxes. Unreadable files are reported when the row is parsed."""
     try:
-        shapes = _record(file)["shapes"]
+        shapes = _read_record(file)["shapes"]
     except UserError:
         return set()
-    boxed = [shape for shape in shapes if _kind(shape) in ("rectangle", "polygon")]
-    return {shape["label"] for shape in boxed if isinstance(shape.get("label"), str)}
+    box_shapes = [shape for shape in shapes if _get_shape_type(shape) in ("rectangle", "polygon")]
+    return {shape["label"] for shape in box_shapes if isinstance(shape.get("label"), str)}
 
 
-def _kind(shape: Record) -> str:
+def _get_shape_type(shape: Record) -> str:
     # The first versions knew polygons only, and named no type.
     return str(shape.get("shape_type") or "polygon")
 
 
-def _marked(shape: Record, noted: Counter[str]) -> Iterator[Marked]:
-    kind, points = _kind(shape), shape.get("points")
-    if kind not in ("rectangle", "polygon"):
-        noted[f"shapes of type {kind}, left out"] += 1
+def _parse_shape(shape: Record, source_notes: Counter[str]) -> Iterator[ObjectAnnotation]:
+    shape_type, points = _get_shape_type(shape), shape.get("points")
+    if shape_type not in ("rectangle", "polygon"):
+        source_notes[f"shapes of type {shape_type} (skipped)"] += 1
         return
     try:
         corners = [(float(x), float(y)) for x, y in points or ()]
     except (TypeError, ValueError, OverflowError):
         corners = []
     if len(corners) < 2 or not isinstance(shape.get("label"), str) or not shape["label"].strip():
-        raise BadBox(
-            f"the {kind} {str(shape)[:80]}",
+        raise InvalidBoxError(
+            f"the {shape_type} {str(shape)[:80]}",
             expected="a label and two or more points [x, y]",
-            remedy="correct the shape, or take it out",
+            remedy="correct the shape, or remove it",
         )
-    noted.update([OUTLINED] if kind == "polygon" else [])
-    across, down = zip(*corners, strict=True)
-    yield Marked(shape["label"], [min(across), min(down), max(across), max(down)])
+    source_notes.update([NOTE_POLYGON_AS_BOX] if shape_type == "polygon" else [])
+    xs, ys = zip(*corners, strict=True)
+    yield ObjectAnnotation(shape["label"], [min(xs), min(ys), max(xs), max(ys)])
 
 
-def _picture(file: Path, record: Record) -> str | bytes:
-    """Its path, also one as Windows writes it, or its bytes where no file is there."""
+def _find_image(file: Path, record: Record) -> str | bytes:
+    """Return the image path, or the embedded bytes if the file is missing.
+
+    Paths may have Windows separators.
+    """
     name = str(record.get("imagePath") or "")
-    named = file.parent / name
-    found = existing(file.parent, name)
+    path = file.parent / name
+    found = find_existing(file.parent, name)
     if found is not None and os.path.isfile(found):
         return str(found)
     data = record.get("imageData")
     if not isinstance(data, str) or not data:
-        return str(named)  # refused with its path by whoever takes the picture
+        return str(path)  # the image resolver reports the path
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
         raise UserError(
-            f"imageData is no base64: {error}",
-            expected="a picture's bytes in base64, or null",
-            remedy=f"put the picture to {named}",
+            f"imageData is not base64: {error}",
+            expected="image bytes in base64, or null",
+            remedy=f"move the image to {path}",
         ) from error
 
 
-def _size(record: Record) -> Size | None:
+def _read_size(record: Record) -> ImageSize | None:
     height, width = record.get("imageHeight"), record.get("imageWidth")
     return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
 
-def _as_record(one: Gathered, writing: Writing) -> Record:
-    height, width = writing.size(one.path)
+def _build_record(image_record: ImageRecord, context: ExportContext) -> Record:
+    height, width = context.image_size(image_record.image_path)
     shapes: list[Record] = [
         {
             "label": box.label,
-            "points": [_corner(box.xyxy[:2]), _corner(box.xyxy[2:])],
+            "points": [_format_point(box.xyxy[:2]), _format_point(box.xyxy[2:])],
             "group_id": None,
             "description": "",
             "shape_type": "rectangle",
             "flags": {},
         }
-        for box in one.boxes
+        for box in image_record.boxes
     ]
     return {
-        "version": VERSION,
+        "version": LABELME_VERSION,
         "flags": {},
         "shapes": shapes,
-        "imagePath": writing.name(one.path),
+        "imagePath": context.image_name(image_record.image_path),
         "imageData": None,
         "imageHeight": height,
         "imageWidth": width,
     }
 
 
-def _corner(point: Sequence[float]) -> list[float]:
-    return [float(number) for number in point]
+def _format_point(point: Sequence[float]) -> list[float]:
+    return [float(value) for value in point]
 
 
-FORMAT = Format(
+FORMAT = DatasetFormat(
     name="labelme",
-    looks='a folder of JSON files, {"imagePath": "a.jpg", "shapes": [...]}',
-    keys=frozenset({"imagePath", "shapes"}),
-    detect=never,
-    read=read,
-    takes=frozenset({"prompt", "boxes", "ask"}),
-    open=open_folder,
-    write=write,
+    description='a folder of JSON files, {"imagePath": "a.jpg", "shapes": [...]}',
+    typical_keys=frozenset({"imagePath", "shapes"}),
+    detect=never_detect,
+    parse_row=parse_row,
+    supported_options=frozenset({"prompt", "boxes", "box_task"}),
+    open_dataset=open_folder,
+    write_files=write_files,
 )

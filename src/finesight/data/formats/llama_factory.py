@@ -1,14 +1,14 @@
-"""The two formats of LLaMA-Factory: sharegpt, turns with pictures beside them, and alpaca.
+"""The two formats of LLaMA-Factory: sharegpt (turns with a list of images) and alpaca.
 
 {"conversations": [{"from": "human", "value": "<image>What is this?"},
                    {"from": "gpt", "value": "A dog."}], "images": ["a.jpg"]}
 {"instruction": "<image>What is this?", "input": "", "output": "A dog.", "images": ["a.jpg"]}
 
-As the README of its folder `data` has them, with the usual names of columns and speakers; its
-messages of role and content are read as `ms-swift`. A picture stands where its `<image>` does. In
-alpaca the question is the instruction and, on a line of its own, the input; `system` and `history`
-are the system prompt and earlier rounds. It has no boxes of its own: see `boxed_text` for those in
-the text of an answer.
+As documented in the README of its `data` folder, with the default names of columns and speakers.
+Its messages of role and content are read as `ms-swift`. An image is inserted at its `<image>`. In
+alpaca, the question is the instruction followed by the input on a new line; `system` and `history`
+are the system prompt and earlier rounds. The format has no boxes: see `answer_boxes` for boxes in
+answer texts.
 """
 
 from __future__ import annotations
@@ -17,82 +17,97 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
-from finesight.data.case import Case
-from finesight.data.formats import conversations, texts
-from finesight.data.formats.format import Format, Reading, Writing, holds
-from finesight.data.formats.turns import Turn, history_of, said_in
-from finesight.data.jsonl import Located
-from finesight.data.rows import Record, Row
+from finesight.data.formats import conversations, text_export
+from finesight.data.formats.dataset_format import (
+    DatasetFormat,
+    ExportContext,
+    ImportContext,
+    has_value,
+)
+from finesight.data.formats.turns import Turn, list_turn_texts, parse_history
+from finesight.data.import_example import ImportExample
+from finesight.data.jsonl import LocatedSample
+from finesight.data.row_reader import Record, SourceRow
 from finesight.errors import UserError
 
-SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
-DESCRIPTION = {
+SHAREGPT_ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
+DATASET_INFO = {
     "finesight": {
-        "file_name": texts.FILE,
+        "file_name": text_export.JSONL_FILE,
         "formatting": "sharegpt",
         "columns": {"messages": "conversations", "images": "images"},
     }
 }
 BOX_NOTE = (
-    ". LLaMA-Factory trains on these numbers as they are, also where it scales pictures down to"
-    " image_max_pixels (768 x 768 unless set): set that above your largest picture"
+    ". LLaMA-Factory trains on these coordinates unchanged, even if it resizes images to"
+    " image_max_pixels (768 x 768 unless set): set that above your largest image"
 )
-ALPACA = ("instruction", "input", "output", "history")
+ALPACA_KEYS = ("instruction", "input", "output", "history")
 
 
 def detect(records: Sequence[Record]) -> str | None:
-    """An instruction with an output in all records, or turns with a list of images in some."""
+    """Match an instruction with an output (all records), or turns with images (some records)."""
     if all({"instruction", "output"} <= record.keys() for record in records):
         return f"keys instruction and output in all of the first {len(records)} (alpaca)"
-    if not all(said_in(record) for record in records):
+    if not all(list_turn_texts(record) for record in records):
         return None
-    shown = sum(isinstance(record.get("images"), list) for record in records)
-    if not shown:
+    num_with_images = sum(isinstance(record.get("images"), list) for record in records)
+    if not num_with_images:
         return None
-    return f"turns, and a list of images in {shown} of the first {len(records)} (sharegpt)"
+    return (
+        f"turns, and a list of images in {num_with_images} of the first {len(records)} (sharegpt)"
+    )
 
 
-def read(row: Row, reading: Reading) -> Case:
-    """See the head of this file for what is read."""
+def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
+    """Parse a row; see the module docstring."""
     if "conversations" in row.record:
-        return conversations.read(row, reading)
-    rest = {key: value for key, value in row.record.items() if key not in ALPACA}
-    turns = [{"from": role, "value": text} for role, text in _alpaca(row.record)]
-    return conversations.read(replace(row, record={**rest, "conversations": turns}), reading)
+        return conversations.parse_row(row, context)
+    other_values = {key: value for key, value in row.record.items() if key not in ALPACA_KEYS}
+    turns = [{"from": role, "value": text} for role, text in _parse_alpaca(row.record)]
+    return conversations.parse_row(
+        replace(row, record={**other_values, "conversations": turns}), context
+    )
 
 
-def _alpaca(record: Record) -> list[Turn]:
-    asked, more, said = (record.get(key) for key in ALPACA[:3])
-    if not isinstance(asked, str) or not isinstance(said, str) or not isinstance(more, str | None):
+def _parse_alpaca(record: Record) -> list[Turn]:
+    instruction, input_text, output = (record.get(key) for key in ALPACA_KEYS[:3])
+    if (
+        not isinstance(instruction, str)
+        or not isinstance(output, str)
+        or not isinstance(input_text, str | None)
+    ):
         raise UserError(
-            ", ".join(f"{key} {str(record.get(key))[:30]!r}" for key in ALPACA[:3]),
+            ", ".join(f"{key} {str(record.get(key))[:30]!r}" for key in ALPACA_KEYS[:3]),
             expected="three texts, input being optional",
             remedy="correct the row",
         )
-    question = f"{asked}\n{more}" if holds(more) else asked
-    return [*history_of(record), ("user", question), ("assistant", said)]
+    question = f"{instruction}\n{input_text}" if has_value(input_text) else instruction
+    return [*parse_history(record), ("user", question), ("assistant", output)]
 
 
-def write(samples: Sequence[Located], writing: Writing) -> texts.Files:
-    """Turns in the sharegpt format, and a dataset_info.json that describes them as `finesight`."""
+def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
+    """Write sharegpt turns, and a dataset_info.json that registers them as `finesight`."""
 
-    def record_of(located: Located) -> Record:
-        shown = texts.Shown(located, writing)
-        said = conversations.spoken(located, shown)
-        turns = [{"from": SPEAKERS[role], "value": text} for role, text in said]
-        return texts.record(located, writing, {"conversations": turns, "images": shown.names})
+    def make_record(located_sample: LocatedSample) -> Record:
+        placeholder = text_export.ImagePlaceholder(located_sample, context)
+        text_turns = conversations.render_turns(located_sample, placeholder)
+        turns = [{"from": SHAREGPT_ROLES[role], "value": text} for role, text in text_turns]
+        return text_export.build_record(
+            located_sample, context, {"conversations": turns, "images": placeholder.image_names}
+        )
 
-    yield from texts.rows(samples, record_of)
-    yield "dataset_info.json", f"{json.dumps(DESCRIPTION, indent=2)}\n".encode()
-    texts.note_boxes(samples, writing, BOX_NOTE)
+    yield from text_export.write_rows(samples, make_record)
+    yield "dataset_info.json", f"{json.dumps(DATASET_INFO, indent=2)}\n".encode()
+    text_export.add_box_note(samples, context, BOX_NOTE)
 
 
-FORMAT = Format(
+FORMAT = DatasetFormat(
     name="llama-factory",
-    looks='"conversations": [{"from": "human", "value": "<image>..."}], "images": ["path"]',
-    keys=frozenset({"conversations", "from", "value", "images", "instruction", "output"}),
+    description='"conversations": [{"from": "human", "value": "<image>..."}], "images": ["path"]',
+    typical_keys=frozenset({"conversations", "from", "value", "images", "instruction", "output"}),
     detect=detect,
-    read=read,
-    takes=frozenset({"prompt", "boxes"}),
-    write=write,
+    parse_row=parse_row,
+    supported_options=frozenset({"prompt", "boxes"}),
+    write_files=write_files,
 )

@@ -1,78 +1,90 @@
-"""The format of LLaVA, which ShareGPT's turns with a picture have become.
+r"""The format of LLaVA: ShareGPT turns with an image.
 
 [{"id": "1", "image": "a.jpg",
-  "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
+  "conversations": [{"from": "human", "value": "<image>\nWhat is this?"},
                     {"from": "gpt", "value": "A dog on a lawn."}]}]
 
-As "Finetune LLaVA on Custom Datasets" in its documentation has it. The line break after `<image>`
-is dropped, as each family writes its own. Of a list of pictures each has its `<image>`. See
-`boxed_text` for what is read of boxes in answers.
+As documented in "Finetune LLaVA on Custom Datasets". The line break after `<image>` is removed,
+because each family adds its own. In a list of images, each has its `<image>`. See `answer_boxes`
+for boxes in answers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from finesight.data.case import Case
-from finesight.data.formats import conversations, texts
-from finesight.data.formats.format import Format, Reading, Writing
-from finesight.data.formats.turns import said_in, turns_of
-from finesight.data.jsonl import Located
-from finesight.data.rows import Record, Row
+from finesight.data.formats import conversations, text_export
+from finesight.data.formats.dataset_format import DatasetFormat, ExportContext, ImportContext
+from finesight.data.formats.turns import list_turn_texts, parse_turns
+from finesight.data.import_example import ImportExample
+from finesight.data.jsonl import LocatedSample
+from finesight.data.row_reader import Record, SourceRow
 from finesight.errors import UserError
 
-FILE = "data.json"
+LLAVA_FILE = "data.json"
 
 
 def detect(records: Sequence[Record]) -> str | None:
-    """Turns with `<image>` and a picture under `image`; records without one have turns alone."""
-    shown = 0
+    """Match turns with `<image>` and an image under `image`.
+
+    Records without an image have only turns.
+    """
+    num_with_images = 0
     for record in records:
-        said, image = said_in(record), record.get("image")
-        if not said or not isinstance(image, str | list | None):
+        turns, image = list_turn_texts(record), record.get("image")
+        if not turns or not isinstance(image, str | list | None):
             return None
-        shown += image is not None and any("<image>" in text for _, text in said)
+        num_with_images += image is not None and any("<image>" in text for _, text in turns)
     return (
-        f"turns with `<image>`, and image in {shown} of the first {len(records)}" if shown else None
+        f"turns with `<image>`, and image in {num_with_images} of the first {len(records)}"
+        if num_with_images
+        else None
     )
 
 
-def read(row: Row, reading: Reading) -> Case:
-    """See the head of this file for what is read."""
-    turns = [(role, text.replace("<image>\n", "<image>")) for role, text in turns_of(row.record)]
-    return conversations.read_conversation(row, reading, turns)
+def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
+    """Parse a row; see the module docstring."""
+    turns = [(role, text.replace("<image>\n", "<image>")) for role, text in parse_turns(row.record)]
+    return conversations.read_conversation(row, context, turns)
 
 
-def write(samples: Sequence[Located], writing: Writing) -> Iterator[tuple[str, bytes]]:
-    """One JSON list, as LLaVA reads it. Raises UserError for two pictures or a system prompt."""
+def write_files(
+    samples: Sequence[LocatedSample], context: ExportContext
+) -> Iterator[tuple[str, bytes]]:
+    """Write one JSON list. Raises UserError for two images or a system prompt."""
 
-    def record_of(located: Located) -> Record:
-        shown = texts.Shown(located, writing, "<image>\n")
-        said = conversations.spoken(located, shown)
-        if len(shown.names) > 1 or said[0][0] == "system":
+    def make_record(located_sample: LocatedSample) -> Record:
+        placeholder = text_export.ImagePlaceholder(located_sample, context, "<image>\n")
+        text_turns = conversations.render_turns(located_sample, placeholder)
+        if len(placeholder.image_names) > 1 or text_turns[0][0] == "system":
             raise UserError(
-                f"{len(shown.names)} pictures, and turns of {', '.join(role for role, _ in said)}",
-                expected="at most one picture, and turns of user and assistant alone",
-                remedy="export to llama-factory or ms-swift, or leave the sample out",
+                f"{len(placeholder.image_names)} images, and turns of"
+                f" {', '.join(role for role, _ in text_turns)}",
+                expected="at most one image, and only user and assistant turns",
+                remedy="export to llama-factory or ms-swift, or remove the sample",
             )
         speakers = {"user": "human", "assistant": "gpt"}
-        turns = [{"from": speakers[role], "value": text} for role, text in said]
-        image = {"image": shown.names[0]} if shown.names else {}
-        return texts.record(located, writing, {**image, "conversations": turns})
+        turns = [{"from": speakers[role], "value": text} for role, text in text_turns]
+        image = {"image": placeholder.image_names[0]} if placeholder.image_names else {}
+        return text_export.build_record(located_sample, context, {**image, "conversations": turns})
 
-    for place, located in enumerate(samples):
-        line = ("," if place else "[") + "\n" + texts.as_json(record_of, located)
-        yield FILE, line.encode()
-    yield FILE, b"\n]\n"
-    texts.note_boxes(samples, writing)
+    for sample_index, located_sample in enumerate(samples):
+        line = (
+            ("," if sample_index else "[")
+            + "\n"
+            + text_export.format_record(make_record, located_sample)
+        )
+        yield LLAVA_FILE, line.encode()
+    yield LLAVA_FILE, b"\n]\n"
+    text_export.add_box_note(samples, context)
 
 
-FORMAT = Format(
+FORMAT = DatasetFormat(
     name="llava",
-    looks='"image": "path", "conversations": [{"from": "human", "value": "<image>\\n..."}]',
-    keys=frozenset({"image", "conversations", "from", "value"}),
+    description='"image": "path", "conversations": [{"from": "human", "value": "<image>\\n..."}]',
+    typical_keys=frozenset({"image", "conversations", "from", "value"}),
     detect=detect,
-    read=read,
-    takes=frozenset({"prompt", "boxes"}),
-    write=write,
+    parse_row=parse_row,
+    supported_options=frozenset({"prompt", "boxes"}),
+    write_files=write_files,
 )

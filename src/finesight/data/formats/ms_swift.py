@@ -1,17 +1,17 @@
-"""The data set format of ms-swift, its boxes as numbers under `objects`.
+"""The dataset format of ms-swift, with boxes under `objects`.
 
 {"messages": [{"role": "user", "content": "<image>Find the <ref-object>"},
               {"role": "assistant", "content": "<bbox><bbox>"}], "images": ["a.jpg"],
  "objects": {"ref": ["sheep"], "bbox": [[90.9, 160.8, 135, 212.8], [360.9, 480.8, 495, 532.8]]}}
 
-As "Custom Dataset" in its documentation has it. Each `<image>` stands for the next of `images`
-(where none is marked, they come before the first question), each `<ref-object>` for the next of
-`ref` and each `<bbox>` for the next of `bbox`: two corners, with `bbox_type` "real" (which it is
-unless given) in pixels of the picture whose number, from 0, stands in `image_id`, with "norm1" as
-shares of its sides. A reference right before boxes is their label, elsewhere it is text; those
-without a mark are passed over, as there. Messages are also read from `conversation`, pairs of human
-and assistant, and from `query`, `response` and `history`. LLaMA-Factory's messages with images are
-the same. Answers may hold boxes in their text as well, see `boxed_text`.
+As documented in "Custom Dataset". Each `<image>` is the next of `images` (without placeholders, the
+images precede the first question), each `<ref-object>` the next of `ref` and each `<bbox>` the next
+of `bbox`. A box is two corners. With `bbox_type` "real", the default, they are in pixels of the
+image with the 0-based index `image_id`; with "norm1" they are normalized. A reference directly
+before boxes is their label, elsewhere it is text. References without a placeholder are ignored, as
+in ms-swift. Messages are also read from `conversation`, pairs of human and assistant, and from
+`query`, `response` and `history`. Messages of LLaMA-Factory with images are identical. Answers may
+also contain boxes as text, see `answer_boxes`.
 """
 
 from __future__ import annotations
@@ -21,59 +21,64 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finesight.data.boxes import BoxForm
-from finesight.data.case import Case
-from finesight.data.formats import texts
-from finesight.data.formats.boxed_text import answer_parts, answer_text
-from finesight.data.formats.format import (
-    PICTURE_KEYS,
-    Format,
-    Reading,
-    Scene,
-    Writing,
-    holds,
-    listed,
-    pieces,
-    plain,
-    refuse_unread,
-    worded,
+from finesight.data.boxes import BoxConvention
+from finesight.data.formats import text_export
+from finesight.data.formats.answer_boxes import format_answer, parse_answer
+from finesight.data.formats.dataset_format import (
+    IMAGE_KEYS,
+    DatasetFormat,
+    ExportContext,
+    ImportContext,
+    RowImages,
+    as_list,
+    has_value,
+    make_text_part,
+    reject_unsupported_keys,
+    split_at_pattern,
+    strip_object_refs,
 )
-from finesight.data.formats.query import placed
+from finesight.data.formats.query_response import add_image_placeholders
 from finesight.data.formats.turns import (
     Turn,
-    history_of,
-    images_of,
-    pictures_named,
-    read_turns,
-    turns_of,
+    build_turns_example,
+    list_checked_images,
+    list_images,
+    parse_history,
+    parse_turns,
 )
-from finesight.data.jsonl import Located
-from finesight.data.rows import Record, Row
-from finesight.data.sample import BoxPart, Message, Part, Role, TextPart, shortest
+from finesight.data.import_example import ImportExample
+from finesight.data.jsonl import LocatedSample
+from finesight.data.row_reader import Record, SourceRow
+from finesight.data.sample import BoxPart, ContentPart, Message, Role, TextPart, format_number
 from finesight.errors import UserError
 
-MARK = re.compile(r"<image>|(?P<ref><ref-object>)?(?P<boxes>(?:<bbox>)+)|<ref-object>")
-FORMS = {"real": BoxForm(), "norm1": BoxForm(units="1")}
-KEYS = ("messages", "conversation", "query", "response", "history", "system", "objects")
+PLACEHOLDER = re.compile(r"<image>|(?P<ref><ref-object>)?(?P<boxes>(?:<bbox>)+)|<ref-object>")
+CONVENTIONS = {"real": BoxConvention(), "norm1": BoxConvention(units="1")}
+MESSAGE_KEYS = ("messages", "conversation", "query", "response", "history", "system", "objects")
 
 
 def detect(records: Sequence[Record]) -> str | None:
-    """Messages of plain text in all records, or pairs, or boxes beside a query."""
+    """Match text messages in all records, or pairs, or boxes together with a query."""
     if all(isinstance(record.get("conversation"), list) for record in records):
         return f"pairs of turns under `conversation` in all of the first {len(records)}"
-    boxed = sum(holds(record.get("objects")) for record in records)
+    num_with_boxes = sum(has_value(record.get("objects")) for record in records)
     if all({"query", "response"} <= record.keys() for record in records):
-        return f"a query with objects in {boxed} of the first {len(records)}" if boxed else None
-    if not all(_plain_messages(record) for record in records):
+        return (
+            f"a query with objects in {num_with_boxes} of the first {len(records)}"
+            if num_with_boxes
+            else None
+        )
+    if not all(_has_text_messages(record) for record in records):
         return None
-    shown = sum(bool(pictures_named(record)) for record in records)
+    num_with_images = sum(bool(list_images(record)) for record in records)
     return (
-        f"messages of text, images in {shown} and objects in {boxed} of the first {len(records)};"
+        f"messages of text, images in {num_with_images} and objects in {num_with_boxes} of the"
+        f" first {len(records)};"
         " LLaMA-Factory's messages with images are the same"
     )
 
 
-def _plain_messages(record: Record) -> bool:
+def _has_text_messages(record: Record) -> bool:
     messages = record.get("messages")
     return (
         isinstance(messages, list)
@@ -82,39 +87,43 @@ def _plain_messages(record: Record) -> bool:
     )
 
 
-def read(row: Row, reading: Reading) -> Case:
-    """See the head of this file for what is read."""
-    refuse_unread(row.record, ("label",))
-    scene, objects = Scene(reading), _Objects.of(row.record.get("objects"))
-    named = images_of(row.record)
-    pictures = iter(named)
+def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
+    """Parse a row; see the module docstring."""
+    reject_unsupported_keys(row.record, ("label",))
+    images, objects = RowImages(context), _ObjectQueue.from_value(row.record.get("objects"))
+    listed_images = list_checked_images(row.record)
+    remaining_images = iter(listed_images)
 
-    def parts_of(role: Role, text: str) -> Iterator[Part]:
-        for piece in pieces(text, MARK):
+    def parse_text(role: Role, text: str) -> Iterator[ContentPart]:
+        for piece in split_at_pattern(text, PLACEHOLDER):
             if isinstance(piece, str):
-                yield from answer_parts(piece, scene) if role == "assistant" else [worded(piece)]
+                yield from (
+                    parse_answer(piece, images)
+                    if role == "assistant"
+                    else [strip_object_refs(piece)]
+                )
             elif piece[0] == "<image>":
-                yield scene.picture(next(pictures))
+                yield images.add_image(next(remaining_images))
             elif piece["boxes"] is None:
-                yield plain(objects.next_ref())
+                yield make_text_part(objects.next_ref())
             else:
                 label = objects.next_ref() if piece["ref"] else None
                 for _ in range(piece["boxes"].count("<bbox>")):
-                    yield objects.next_box(scene, label)
+                    yield objects.next_box(images, label)
 
-    turns = placed(_turns(row.record), len(named))
-    case = read_turns(row, reading, turns, parts_of, *KEYS, *PICTURE_KEYS)
-    objects.finish()
+    turns = add_image_placeholders(_parse_turns(row.record), len(listed_images))
+    case = build_turns_example(row, context, turns, parse_text, *MESSAGE_KEYS, *IMAGE_KEYS)
+    objects.check_consumed()
     return case
 
 
-def _turns(record: Record) -> list[Turn]:
+def _parse_turns(record: Record) -> list[Turn]:
     system = record.get("system")
     start: list[Turn] = [("system", str(system))] if system else []
     if "messages" in record:
-        return turns_of(record, "messages")
+        return parse_turns(record, "messages")
     if "conversation" in record:
-        return start + _pairs(record["conversation"])
+        return start + _parse_pairs(record["conversation"])
     query, response = record.get("query"), record.get("response")
     if not isinstance(query, str) or not isinstance(response, str):
         raise UserError(
@@ -122,54 +131,62 @@ def _turns(record: Record) -> list[Turn]:
             expected="messages, conversation, or query and response",
             remedy="correct the row, or choose another --format",
         )
-    return [*start, *history_of(record), ("user", query), ("assistant", response)]
+    return [*start, *parse_history(record), ("user", query), ("assistant", response)]
 
 
-def _pairs(value: object) -> list[Turn]:
+def _parse_pairs(value: object) -> list[Turn]:
     turns: list[Turn] = []
-    for pair in listed(value):
-        said = [pair.get(key) for key in ("human", "assistant")] if isinstance(pair, dict) else []
-        if [type(text) for text in said] != [str, str]:
+    for pair in as_list(value):
+        texts = [pair.get(key) for key in ("human", "assistant")] if isinstance(pair, dict) else []
+        if [type(text) for text in texts] != [str, str]:
             raise UserError(
                 f"the turn {str(pair)[:80]}",
                 expected='{"human": text, "assistant": text}',
                 remedy="correct the row",
             )
-        turns += [("user", str(said[0])), ("assistant", str(said[1]))]
+        turns += [("user", str(texts[0])), ("assistant", str(texts[1]))]
     return turns
 
 
 @dataclass(slots=True)
-class _Objects:
-    """What `<ref-object>` and `<bbox>` stand for, in the order in which they come up."""
+class _ObjectQueue:
+    """Values of `<ref-object>` and `<bbox>` in order of appearance."""
 
     refs: Iterator[object]
     boxes: Iterator[tuple[object, int]]
-    form: BoxForm
+    convention: BoxConvention
 
     @classmethod
-    def of(cls, value: object) -> _Objects:
-        """From the `objects` of a row. Raises UserError unless they are as documented."""
+    def from_value(cls, value: object) -> _ObjectQueue:
+        """Build the queue from the `objects` of a row. Raises UserError for an undocumented
+        structure.
+        """
         objects: dict[str, Any] = value if isinstance(value, dict) else {}
-        kind = objects.get("bbox_type") or "real"
+        bbox_type = objects.get("bbox_type") or "real"
         unknown = objects.keys() - {"ref", "bbox", "bbox_type", "image_id", "width", "height"}
-        is_known = isinstance(kind, str) and kind in FORMS
-        if unknown or not is_known or (holds(value) and not objects):
+        is_known = isinstance(bbox_type, str) and bbox_type in CONVENTIONS
+        if unknown or not is_known or (has_value(value) and not objects):
             raise UserError(
                 f"objects {str(value)[:80]}",
-                expected="{ref: texts, bbox: boxes, bbox_type: real or norm1, image_id: numbers}",
+                expected="{ref: texts, bbox: boxes, bbox_type: real or norm1, image_id: indices}",
                 remedy="correct the row",
             )
-        boxes, numbers = listed(objects.get("bbox")), listed(objects.get("image_id"))
-        numbers += [0] * (len(boxes) - len(numbers))
-        places = [number for number in numbers if isinstance(number, int) and number >= 0]
-        if not len(places) == len(numbers) == len(boxes):
+        boxes, image_ids = as_list(objects.get("bbox")), as_list(objects.get("image_id"))
+        image_ids += [0] * (len(boxes) - len(image_ids))
+        valid_ids = [
+            image_id for image_id in image_ids if isinstance(image_id, int) and image_id >= 0
+        ]
+        if not len(valid_ids) == len(image_ids) == len(boxes):
             raise UserError(
                 f"image_id {str(objects.get('image_id'))[:60]} for {len(boxes)} boxes",
-                expected="the number of a picture for each box, the first being 0",
+                expected="a 0-based image index for each box",
                 remedy="correct the row",
             )
-        return cls(iter(listed(objects.get("ref"))), zip(boxes, places, strict=True), FORMS[kind])
+        return cls(
+            iter(as_list(objects.get("ref"))),
+            zip(boxes, valid_ids, strict=True),
+            CONVENTIONS[bbox_type],
+        )
 
     def next_ref(self) -> str:
         ref = next(self.refs, None)
@@ -181,52 +198,55 @@ class _Objects:
             remedy="correct the row",
         )
 
-    def next_box(self, scene: Scene, label: str | None) -> BoxPart:
+    def next_box(self, images: RowImages, label: str | None) -> BoxPart:
         box = next(self.boxes, None)
         if box is not None:
-            return scene.box(box[0], label, self.form, image=box[1])
+            return images.create_box(box[0], label, self.convention, image_index=box[1])
         raise UserError(
             "a `<bbox>` without a box",
             expected="a box under objects.bbox for each `<bbox>`",
             remedy="correct the row",
         )
 
-    def finish(self) -> None:
-        """Refuse boxes that no text speaks of; references without a mark are passed over."""
-        left = len(list(self.boxes))
-        if left:
+    def check_consumed(self) -> None:
+        """Reject boxes without a placeholder; references without a placeholder are ignored."""
+        num_left = len(list(self.boxes))
+        if num_left:
             raise UserError(
-                f"{left} boxes under objects.bbox have no `<bbox>` in the text",
+                f"{num_left} boxes under objects.bbox have no `<bbox>` in the text",
                 expected="a `<bbox>` for each box",
                 remedy="correct the row",
             )
 
 
-def write(samples: Sequence[Located], writing: Writing) -> texts.Files:
-    """Messages with `<image>`, and every box as numbers under `objects`, "real" pixels."""
+def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
+    """Write messages with `<image>`, and boxes under `objects` in "real" pixels."""
 
-    def record_of(located: Located) -> Record:
-        shown, objects = texts.Shown(located, writing), _Written([], [], [])
+    def make_record(located_sample: LocatedSample) -> Record:
+        placeholder, objects = (
+            text_export.ImagePlaceholder(located_sample, context),
+            _ObjectColumns([], [], []),
+        )
         messages = [
-            {"role": message.role, "content": "".join(_texts(message, shown, objects))}
-            for message in located.sample.messages
+            {"role": message.role, "content": "".join(_iter_texts(message, placeholder, objects))}
+            for message in located_sample.sample.messages
         ]
         row: Record = {"messages": messages}
-        if shown.names:
-            row["images"] = shown.names
+        if placeholder.image_names:
+            row["images"] = placeholder.image_names
         if objects.bbox:
             row["objects"] = asdict(objects)
-        return texts.record(located, writing, row)
+        return text_export.build_record(located_sample, context, row)
 
-    yield from texts.rows(samples, record_of)
-    writing.notes.append(
+    yield from text_export.write_rows(samples, make_record)
+    context.notes.append(
         "ms-swift starts relative paths at the current folder: run it in the output folder, or set"
         " ROOT_IMAGE_DIR to it"
     )
 
 
 @dataclass(slots=True)
-class _Written:
+class _ObjectColumns:
     """The `objects` of a row to write."""
 
     ref: list[str]
@@ -234,35 +254,39 @@ class _Written:
     image_id: list[int]
 
 
-def _texts(message: Message, shown: texts.Shown, objects: _Written) -> Iterator[str]:
-    labelled = False
+def _iter_texts(
+    message: Message, placeholder: text_export.ImagePlaceholder, objects: _ObjectColumns
+) -> Iterator[str]:
+    has_label = False
     for part in message.content:
         if not isinstance(part, BoxPart):
-            labelled = False
+            has_label = False
             is_text = message.role == "assistant" and isinstance(part, TextPart)
-            yield answer_text((part,), 1) if is_text else texts.asked(part, shown)
+            yield (
+                format_answer((part,), 1) if is_text else text_export.render_part(part, placeholder)
+            )
             continue
-        if labelled and part.label is None:
+        if has_label and part.label is None:
             raise UserError(
                 "a box without a label right after one that has a label",
                 expected="text between the two, or a label for both",
-                remedy="export to samples, or leave the sample out",
+                remedy="export to samples, or remove the sample",
             )
         if part.label is not None:
-            labelled = True
-            objects.ref.append(plain(part.label).text)
+            has_label = True
+            objects.ref.append(make_text_part(part.label).text)
             yield "<ref-object>"
-        objects.bbox.append([shortest(number) for number in part.xyxy])
+        objects.bbox.append([format_number(value) for value in part.xyxy])
         objects.image_id.append(part.image)
         yield "<bbox>"
 
 
-FORMAT = Format(
+FORMAT = DatasetFormat(
     name="ms-swift",
-    looks='"messages": [{"role": "user", "content": "<image>..."}], "images": ["path"]',
-    keys=frozenset({"messages", "images", "objects", "role", "content"}),
+    description='"messages": [{"role": "user", "content": "<image>..."}], "images": ["path"]',
+    typical_keys=frozenset({"messages", "images", "objects", "role", "content"}),
     detect=detect,
-    read=read,
-    takes=frozenset({"prompt", "boxes"}),
-    write=write,
+    parse_row=parse_row,
+    supported_options=frozenset({"prompt", "boxes"}),
+    write_files=write_files,
 )

@@ -1,177 +1,207 @@
-"""Messages whose content is text or a list of texts and pictures, as chat services take them.
+"""OpenAI chat messages whose content is text or a list of texts and images.
 
 {"messages": [{"role": "user", "content": [{"type": "text", "text": "What cheese is this?"},
                 {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}]},
               {"role": "assistant", "content": "Danbo"}]}
 
-The training files of OpenAI's guide "Vision fine-tuning". A picture is a data URL or, for servers
-of one's own, a path; `detail` says how finely the service looks and is not kept. Neighbouring
-messages of one role, which the guide shows, are one turn. A picture may also be a part of type
-`image` with its path under `image`, `url` or `path`, or the next one of the record's `images`, as
-TRL has it. See `boxed_text` for what is read of boxes in the answers.
+The training files of the OpenAI guide "Vision fine-tuning". An image is a data URL or a path;
+`detail`, the resolution of the service, is ignored. Adjacent messages of one role, as in the guide,
+are merged into one turn. An image may also be a part of type `image` with its path under `image`,
+`url` or `path`, or the next of the `images` of the record, as in TRL. See `answer_boxes` for boxes
+in the answers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from finesight.data.case import Case, case_of
-from finesight.data.formats import texts
-from finesight.data.formats.boxed_text import answer_parts
-from finesight.data.formats.format import (
-    PICTURE_KEYS,
-    Format,
-    MarksDiffer,
-    Reading,
-    Scene,
-    Writing,
-    holds,
-    merged,
-    refuse_unread,
-    worded,
+from finesight.data.formats import text_export
+from finesight.data.formats.answer_boxes import parse_answer
+from finesight.data.formats.dataset_format import (
+    IMAGE_KEYS,
+    DatasetFormat,
+    ExportContext,
+    ImportContext,
+    PlaceholderCountError,
+    RowImages,
+    has_value,
+    merge_text_parts,
+    reject_unsupported_keys,
+    strip_object_refs,
 )
-from finesight.data.formats.turns import images_of, notes_of, refuse_more, role_of
-from finesight.data.jsonl import Located
-from finesight.data.limits import MAX_MESSAGES, check_count
-from finesight.data.pictures import data_url
-from finesight.data.rows import Record, Row
-from finesight.data.sample import ImagePart, Part, Role, TextPart
+from finesight.data.formats.turns import (
+    collect_meta,
+    get_role,
+    list_checked_images,
+    reject_unsupported_turn_keys,
+)
+from finesight.data.image_resolver import encode_data_url
+from finesight.data.import_example import ImportExample, build_example
+from finesight.data.jsonl import LocatedSample
+from finesight.data.limits import MAX_MESSAGES, check_limit
+from finesight.data.row_reader import Record, SourceRow
+from finesight.data.sample import ContentPart, ImagePart, Role, TextPart
 from finesight.errors import UserError
 
 
 def detect(records: Sequence[Record]) -> str | None:
-    """Messages in all records, with a part that is a picture in at least one."""
-    parts = 0
+    """Match messages in all records with an image part in at least one."""
+    num_image_parts = 0
     for record in records:
         messages = record.get("messages")
         if not isinstance(messages, list) or not messages:
             return None
         for message in messages:
             content = message.get("content") if isinstance(message, dict) else None
-            parts += sum(map(_is_picture, content)) if isinstance(content, list) else 0
-    if not parts:
+            num_image_parts += sum(map(_is_image, content)) if isinstance(content, list) else 0
+    if not num_image_parts:
         return None
-    return f"messages with {parts} parts of type image_url or image in the first {len(records)}"
+    return (
+        f"messages with {num_image_parts} parts of type image_url or image in the first"
+        f" {len(records)}"
+    )
 
 
-def read(row: Row, reading: Reading) -> Case:
-    """See the head of this file for what is read."""
-    refuse_unread(row.record)
-    messages, scene = row.record.get("messages"), Scene(reading)
+def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
+    """Parse a row; see the module docstring."""
+    reject_unsupported_keys(row.record)
+    messages, images = row.record.get("messages"), RowImages(context)
     if not isinstance(messages, list) or not messages:
         raise UserError(
             f"messages is {str(messages)[:60]!r}",
             expected="a list of messages",
             remedy="correct the row",
         )
-    check_count(len(messages), MAX_MESSAGES, "messages")
+    check_limit(len(messages), MAX_MESSAGES, "messages")
     system = row.record.get("system")
-    messages = [{"role": "system", "content": system}, *messages] if holds(system) else messages
-    unplaced = iter(images_of(row.record))
-    turns: list[tuple[Role, list[Part]]] = []
+    messages = [{"role": "system", "content": system}, *messages] if has_value(system) else messages
+    remaining_images = iter(list_checked_images(row.record))
+    turns: list[tuple[Role, list[ContentPart]]] = []
     for message in messages:
-        role, content = _said(message)
-        parts = [part for item in content for part in _parts(item, role, scene, unplaced)]
+        role, content = _parse_message(message)
+        parts = [
+            part for item in content for part in _parse_part(item, role, images, remaining_images)
+        ]
         if turns and turns[-1][0] == role:
             _join(turns[-1][1], parts)
         else:
             turns.append((role, parts))
-    left = len(list(unplaced))
-    if left:
-        raise MarksDiffer(
-            f"{left} of the pictures under `images` stand in no message",
-            expected='a part {"type": "image"} for each picture',
+    num_remaining = len(list(remaining_images))
+    if num_remaining:
+        raise PlaceholderCountError(
+            f"{num_remaining} of the images under `images` are in no message",
+            expected='a part {"type": "image"} per image',
             remedy="correct the row",
         )
-    first = next((place for place, (role, _) in enumerate(turns) if role == "user"), None)
-    made = [
-        (role, reading.asked(parts) if place == first else parts)
-        for place, (role, parts) in enumerate((role, merged(parts)) for role, parts in turns)
+    first_user = next(
+        (turn_index for turn_index, (role, _) in enumerate(turns) if role == "user"), None
+    )
+    parsed_messages = [
+        (role, context.add_prompt(parts) if turn_index == first_user else parts)
+        for turn_index, (role, parts) in enumerate(
+            (role, merge_text_parts(parts)) for role, parts in turns
+        )
     ]
-    return case_of(row.id, made, notes_of(row.record, "messages", "system", *PICTURE_KEYS))
+    return build_example(
+        row.id, parsed_messages, collect_meta(row.record, "messages", "system", *IMAGE_KEYS)
+    )
 
 
-def _said(message: object) -> tuple[Role, list[object]]:
-    """Who says what: the role and the parts of the content."""
-    role = role_of({**message, **_as_system(message)}) if isinstance(message, dict) else None
+def _parse_message(message: object) -> tuple[Role, list[object]]:
+    """Return the role and the content parts of a message."""
+    role = (
+        get_role({**message, **_developer_as_system(message)})
+        if isinstance(message, dict)
+        else None
+    )
     if role is None or not isinstance(message, dict):
         raise UserError(
             f"the message {str(message)[:80]}",
             expected='{"role": "system", "user" or "assistant", "content": text or a list}',
             remedy="correct the row",
         )
-    refuse_more(message)
+    reject_unsupported_turn_keys(message)
     content = message.get("content")
     return role, content if isinstance(content, list) else [{"type": "text", "text": content}]
 
 
-def _as_system(message: Record) -> Record:
+def _developer_as_system(message: Record) -> Record:
     return {"role": "system"} if message.get("role") == "developer" else {}
 
 
-def _parts(item: object, role: Role, scene: Scene, unplaced: Iterator[object]) -> Iterator[Part]:
+def _parse_part(
+    item: object, role: Role, images: RowImages, remaining_images: Iterator[object]
+) -> Iterator[ContentPart]:
     if isinstance(item, dict) and item.get("type") == "text" and isinstance(item.get("text"), str):
         text = item["text"]
-        yield from answer_parts(text, scene) if role == "assistant" else [worded(text)]
+        yield from parse_answer(text, images) if role == "assistant" else [strip_object_refs(text)]
         return
-    if isinstance(item, dict) and _is_picture(item):
-        value = next((item[key] for key in _PICTURE if holds(item.get(key))), None)
+    if isinstance(item, dict) and _is_image(item):
+        value = next((item[key] for key in _IMAGE_KEYS if has_value(item.get(key))), None)
         value = value.get("url") if isinstance(value, dict) and "url" in value else value
-        yield scene.picture(next(unplaced, None) if value is None else value)
+        yield images.add_image(next(remaining_images, None) if value is None else value)
         return
     raise UserError(
         f"the part {str(item)[:80]}",
         expected='{"type": "text", "text": ...} or {"type": "image_url", "image_url": {...}}',
-        remedy="correct the row, or leave it out",
+        remedy="correct the row, or remove it",
     )
 
 
-_PICTURE = ("image_url", "image", "url", "path")
+_IMAGE_KEYS = ("image_url", "image", "url", "path")
 
 
-def _is_picture(item: object) -> bool:
+def _is_image(item: object) -> bool:
     return isinstance(item, dict) and item.get("type") in ("image_url", "image")
 
 
-def _join(before: list[Part], after: list[Part]) -> None:
-    """Add a message to one of the same role before it; text after text starts a new line."""
+def _join(before: list[ContentPart], after: list[ContentPart]) -> None:
+    """Append a message to the previous one of the same role.
+
+    Adjacent texts are joined by a line break.
+    """
     if before and after and isinstance(before[-1], TextPart) and isinstance(after[0], TextPart):
         before.append(TextPart(text="\n"))
     before += after
 
 
-def write(samples: Sequence[Located], writing: Writing) -> texts.Files:
-    """Pictures as data URLs, the one form that needs no server; boxes in answers as JSON."""
+def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
+    """Write images as data URLs, which need no server, and boxes in answers as JSON."""
 
-    def record_of(located: Located) -> Record:
-        said = texts.turns(located, lambda part: "")
+    def make_record(located_sample: LocatedSample) -> Record:
+        text_turns = text_export.render_turns(located_sample, lambda part: "")
         messages = [
             {
                 "role": role,
-                "content": [_item(part, located) for part in message.content]
+                "content": [_build_part(part, located_sample) for part in message.content]
                 if any(isinstance(part, ImagePart) for part in message.content)
                 else text,
             }
-            for (role, text), message in zip(said, located.sample.messages, strict=True)
+            for (role, text), message in zip(
+                text_turns, located_sample.sample.messages, strict=True
+            )
         ]
-        return texts.record(located, writing, {"messages": messages})
+        return text_export.build_record(located_sample, context, {"messages": messages})
 
-    yield from texts.rows(samples, record_of)
-    texts.note_boxes(samples, writing)
+    yield from text_export.write_rows(samples, make_record)
+    text_export.add_box_note(samples, context)
 
 
-def _item(part: Part, located: Located) -> Record:
+def _build_part(part: ContentPart, located_sample: LocatedSample) -> Record:
     if isinstance(part, ImagePart):
-        return {"type": "image_url", "image_url": {"url": data_url(located.path(part.image))}}
-    return {"type": "text", "text": texts.asked(part, lambda picture: "")}
+        return {
+            "type": "image_url",
+            "image_url": {"url": encode_data_url(located_sample.resolve_path(part.image))},
+        }
+    return {"type": "text", "text": text_export.render_part(part, lambda image: "")}
 
 
-FORMAT = Format(
+FORMAT = DatasetFormat(
     name="openai",
-    looks='"messages": [{"role": "user", "content": [{"type": "image_url", ...}, ...]}]',
-    keys=frozenset({"messages", "role", "content"}),
+    description='"messages": [{"role": "user", "content": [{"type": "image_url", ...}, ...]}]',
+    typical_keys=frozenset({"messages", "role", "content"}),
     detect=detect,
-    read=read,
-    takes=frozenset({"prompt", "boxes"}),
-    write=write,
+    parse_row=parse_row,
+    supported_options=frozenset({"prompt", "boxes"}),
+    write_files=write_files,
 )

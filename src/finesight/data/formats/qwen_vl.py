@@ -1,10 +1,10 @@
-"""The format of the first Qwen-VL: pictures in `<img>`, boxes in `<box>` on a grid of 1000.
+r"""The format of the first Qwen-VL: images in `<img>`, boxes in `<box>` on a grid of 1000.
 
-{"conversations": [{"from": "user", "value": "Picture 1: <img>a.jpg</img>\\nWhere is the dog?"},
+{"conversations": [{"from": "user", "value": "Picture 1: <img>a.jpg</img>\nWhere is the dog?"},
                    {"from": "assistant", "value": "<ref>a dog</ref><box>(88,99),(500,700)</box>"}]}
 
-Any number of turns and pictures. `Picture 1:` and the line break after a picture are dropped, as
-each family writes its own. A box belongs to the picture that came up last before it, in any turn.
+Any number of turns and images. `Picture 1:` and the line break after an image are removed, because
+each family adds its own. A box belongs to the last image before it, in any turn.
 """
 
 from __future__ import annotations
@@ -13,148 +13,154 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from finesight.data.boxes import BoxForm
-from finesight.data.case import Case
-from finesight.data.formats import texts
-from finesight.data.formats.format import (
-    PICTURE_KEYS,
-    Format,
-    Reading,
-    Scene,
-    Writing,
-    pieces,
-    plain,
-    refuse_unread,
+from finesight.data.boxes import BoxConvention
+from finesight.data.formats import text_export
+from finesight.data.formats.dataset_format import (
+    IMAGE_KEYS,
+    DatasetFormat,
+    ExportContext,
+    ImportContext,
+    RowImages,
+    make_text_part,
+    reject_unsupported_keys,
+    split_at_pattern,
 )
-from finesight.data.formats.turns import read_turns, said_in, turns_of
-from finesight.data.jsonl import Located
-from finesight.data.rows import Record, Row
-from finesight.data.sample import BoxPart, ImagePart, Message, Part, Role
+from finesight.data.formats.turns import build_turns_example, list_turn_texts, parse_turns
+from finesight.data.import_example import ImportExample
+from finesight.data.jsonl import LocatedSample
+from finesight.data.row_reader import Record, SourceRow
+from finesight.data.sample import BoxPart, ContentPart, ImagePart, Message, Role
 from finesight.errors import UserError
 
 _POINT = r"\(\s*[\d.]+\s*,\s*[\d.]+\s*\)"
-_WORDS = r"(?s:(?:(?!</?ref>).)*)"
+_REF_TEXT = r"(?s:(?:(?!</?ref>).)*)"
 _BOX = rf"<box>\s*{_POINT}\s*,\s*{_POINT}\s*</box>"
-MARK = re.compile(
+PLACEHOLDER = re.compile(
     r"(?:Picture \d+:\s*)?<img>(?P<path>[^<]*)</img>\n?"
-    rf"|(?:<ref>(?P<label>{_WORDS})</ref>)?(?P<boxes>(?:{_BOX})+)"
-    rf"|<ref>(?P<words>{_WORDS})</ref>"
+    rf"|(?:<ref>(?P<label>{_REF_TEXT})</ref>)?(?P<boxes>(?:{_BOX})+)"
+    rf"|<ref>(?P<words>{_REF_TEXT})</ref>"
 )
-GRID = BoxForm(format="xyxy", units="1000")
+QWEN_VL_BOX_CONVENTION = BoxConvention(format="xyxy", units="1000")
 
 
 def detect(records: Sequence[Record]) -> str | None:
-    """A picture, box or reference in Qwen-VL's marks, in any turn."""
-    texts = (text for record in records for _, text in said_in(record))
-    first = next((match[0] for text in texts for match in MARK.finditer(text)), None)
-    return f"a turn holds {first.strip()[:60]!r}" if first else None
+    """Match an image, box or reference tag of Qwen-VL in any turn."""
+    texts = (text for record in records for _, text in list_turn_texts(record))
+    first = next((match[0] for text in texts for match in PLACEHOLDER.finditer(text)), None)
+    return f"a turn contains {first.strip()[:60]!r}" if first else None
 
 
-def read(row: Row, reading: Reading) -> Case:
-    """See the head of this file for what is read."""
-    scene = Scene(reading)
+def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
+    """Parse a row; see the module docstring."""
+    images = RowImages(context)
 
-    def parts_of(role: Role, text: str) -> Iterator[Part]:
-        for piece in pieces(text, MARK):
+    def parse_text(role: Role, text: str) -> Iterator[ContentPart]:
+        for piece in split_at_pattern(text, PLACEHOLDER):
             if isinstance(piece, str):
-                yield plain(piece)
+                yield make_text_part(piece)
             elif piece["path"] is not None:
-                yield scene.picture(piece["path"])
+                yield images.add_image(piece["path"])
             elif piece["boxes"] is None:
-                yield plain(piece["words"])
+                yield make_text_part(piece["words"])
             else:
                 for box in re.findall(_BOX, piece["boxes"]):
-                    yield scene.box(re.findall(r"[\d.]+", box), piece["label"], GRID)
+                    yield images.create_box(
+                        re.findall(r"[\d.]+", box), piece["label"], QWEN_VL_BOX_CONVENTION
+                    )
 
-    turns = turns_of(row.record)
-    case = read_turns(row, reading, turns, parts_of, "conversations", "system")
-    if not scene.pictures:
-        refuse_unread(row.record, PICTURE_KEYS)
+    turns = parse_turns(row.record)
+    case = build_turns_example(row, context, turns, parse_text, "conversations", "system")
+    if not images.paths:
+        reject_unsupported_keys(row.record, IMAGE_KEYS)
     return case
 
 
-def write(samples: Sequence[Located], writing: Writing) -> texts.Files:
-    """Turns in the marks of the first Qwen-VL, boxes on its grid of whole numbers up to 999."""
+def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
+    """Write turns in the syntax of the first Qwen-VL.
 
-    def record_of(located: Located) -> Record:
-        written = _Written(located, writing)
+    Boxes are on its integer grid up to 999.
+    """
+
+    def make_record(located_sample: LocatedSample) -> Record:
+        renderer = _PartRenderer(located_sample, context)
         turns = [
             {
                 "from": message.role,
                 "value": "".join(
-                    written.text(message, place) for place in range(len(message.content))
+                    renderer.render_part(message, part_index)
+                    for part_index in range(len(message.content))
                 ),
             }
-            for message in located.sample.messages
+            for message in located_sample.sample.messages
         ]
-        return texts.record(located, writing, {"conversations": turns})
+        return text_export.build_record(located_sample, context, {"conversations": turns})
 
-    yield from texts.rows(samples, record_of)
+    yield from text_export.write_rows(samples, make_record)
 
 
-class _Written:
-    """What stands for the parts of one sample, which has shown `shown` pictures so far."""
+class _PartRenderer:
+    """Render the parts of one sample and count its images."""
 
-    def __init__(self, located: Located, writing: Writing) -> None:
-        self._located, self._writing = located, writing
-        self._shown: list[Path] = []
+    def __init__(self, located_sample: LocatedSample, context: ExportContext) -> None:
+        self._located, self._context = located_sample, context
+        self._image_paths: list[Path] = []
 
-    def text(self, message: Message, place: int) -> str:
-        """The part at `place` of a message as text."""
-        part = message.content[place]
+    def render_part(self, message: Message, part_index: int) -> str:
+        """Render one part of a message as text."""
+        part = message.content[part_index]
         if not isinstance(part, BoxPart):
-            text = texts.asked(part, self._picture)
-            return text if isinstance(part, ImagePart) else _markless(text)
-        before = message.content[place - 1] if place else None
-        label = before.label if isinstance(before, BoxPart) else None
-        if part.image != len(self._shown) - 1 or (label is not None and part.label is None):
+            text = text_export.render_part(part, self._render_image)
+            return text if isinstance(part, ImagePart) else _check_no_markup(text)
+        previous = message.content[part_index - 1] if part_index else None
+        label = previous.label if isinstance(previous, BoxPart) else None
+        if part.image != len(self._image_paths) - 1 or (label is not None and part.label is None):
             raise UserError(
-                f"a box in picture number {part.image} after {len(self._shown)} pictures, or one"
+                f"a box in image {part.image} after {len(self._image_paths)} images, or one"
                 " without a label after one with",
-                expected="boxes in the picture before them, and labels for all in a row",
-                remedy="export to ms-swift or samples, or leave the sample out",
+                expected="boxes in the preceding image, and labels for all consecutive boxes",
+                remedy="export to ms-swift or samples, or remove the sample",
             )
-        name = None if part.label is None else _markless(plain(part.label).text)
-        return ("" if name is None else f"<ref>{name}</ref>") + self._box(part)
+        name = None if part.label is None else _check_no_markup(make_text_part(part.label).text)
+        return ("" if name is None else f"<ref>{name}</ref>") + self._render_box(part)
 
-    def _picture(self, part: ImagePart) -> str:
-        self._shown.append(self._located.path(part.image))
-        name = _markless(self._writing.name(self._shown[-1]))
-        return f"Picture {len(self._shown)}: <img>{name}</img>\n"
+    def _render_image(self, part: ImagePart) -> str:
+        self._image_paths.append(self._located.resolve_path(part.image))
+        name = _check_no_markup(self._context.image_name(self._image_paths[-1]))
+        return f"Picture {len(self._image_paths)}: <img>{name}</img>\n"
 
-    def _box(self, part: BoxPart) -> str:
-        size = self._writing.size(self._shown[-1])
+    def _render_box(self, part: BoxPart) -> str:
+        size = self._context.image_size(self._image_paths[-1])
         sides = (size[1], size[0], size[1], size[0])
-        exact = [number * 1000 / side for number, side in zip(part.xyxy, sides, strict=True)]
-        x1, y1, x2, y2 = (min(round(number), 999) for number in exact)
+        grid_box = [value * 1000 / side for value, side in zip(part.xyxy, sides, strict=True)]
+        x1, y1, x2, y2 = (min(round(value), 999) for value in grid_box)
         if x1 >= x2 or y1 >= y2:
             raise UserError(
-                f"the box {list(part.xyxy)} is narrower than the grid's lines are apart",
-                expected="boxes of more than a thousandth of the picture",
-                remedy="export to ms-swift or samples, or leave the sample out",
+                f"the box {list(part.xyxy)} is smaller than a grid cell",
+                expected="boxes larger than a thousandth of the image",
+                remedy="export to ms-swift or samples, or remove the sample",
             )
-        moved = any(abs(a - b) > 1e-3 for a, b in zip(exact, (x1, y1, x2, y2), strict=True))
-        self._writing.lost["boxes with exact corners (moved to a grid of 1000)"] += moved
+        is_rounded = any(abs(a - b) > 1e-3 for a, b in zip(grid_box, (x1, y1, x2, y2), strict=True))
+        self._context.lost_counts["exact box corners (rounded to a grid of 1000)"] += is_rounded
         return f"<box>({x1},{y1}),({x2},{y2})</box>"
 
 
-def _markless(text: str) -> str:
-    """The text. Raises UserError where it, or a part of it, would be read as a mark."""
+def _check_no_markup(text: str) -> str:
+    """Return the text. Raises UserError if it contains markup of the format."""
     if re.search(r"</?(?:img|ref|box)>", text):
         raise UserError(
-            f"the mark in {text[:60]!r}",
+            f"markup in {text[:60]!r}",
             expected="texts, labels and names without <img>, <ref> and <box>",
-            remedy="export to ms-swift or samples, or leave the sample out",
+            remedy="export to ms-swift or samples, or remove the sample",
         )
     return text
 
 
-FORMAT = Format(
+FORMAT = DatasetFormat(
     name="qwen-vl",
-    looks='"conversations": [{"from": "user", "value": "Picture 1: <img>path</img>\\n..."}]',
-    keys=frozenset({"conversations", "from", "value"}),
+    description='"conversations": [{"from": "user", "value": "Picture 1: <img>path</img>\\n..."}]',
+    typical_keys=frozenset({"conversations", "from", "value"}),
     detect=detect,
-    read=read,
-    takes=frozenset({"prompt", "boxes"}),
-    write=write,
+    parse_row=parse_row,
+    supported_options=frozenset({"prompt", "boxes"}),
+    write_files=write_files,
 )

@@ -1,9 +1,9 @@
-"""Any table, its columns named by the user: --map image=COLUMN --map answer=COLUMN and so on.
+"""Any table with columns mapped by the user: --map image=COLUMN --map answer=COLUMN.
 
-The user's turn is the picture (or several, from a list), then the question, then the prompt on a
-line of its own. A list of answers becomes a training sample each. Columns mapped to `fields` become
-one answer, a JSON object. Boxes without an answer are the answer; with both, the answer's text
-comes first and the boxes on the next line. See `boxed_text` for boxes within the text of an answer.
+The user turn is the image (or several, from a list), then the question, then the prompt on a new
+line. A list of answers yields one training sample each. Columns mapped to `fields` become one
+answer, a JSON object. Boxes without an answer are the answer; with both, the answer text is
+followed by the boxes on a new line. See `answer_boxes` for boxes within the answer text.
 """
 
 from __future__ import annotations
@@ -14,39 +14,39 @@ import re
 import shlex
 from collections.abc import Collection, Iterator, Sequence
 
-from finesight.data.boxes import BoxForm
-from finesight.data.case import Case
-from finesight.data.formats import texts
-from finesight.data.formats.boxed_text import answer_parts, answer_text
-from finesight.data.formats.format import (
-    BadOption,
-    Format,
-    Reading,
-    Scene,
-    StrayMark,
-    Writing,
-    listed,
-    plain,
+from finesight.data.boxes import BoxConvention
+from finesight.data.formats import text_export
+from finesight.data.formats.answer_boxes import format_answer, parse_answer
+from finesight.data.formats.dataset_format import (
+    DatasetFormat,
+    ExportContext,
+    ImportContext,
+    InvalidOptionError,
+    RowImages,
+    UnexpectedPlaceholderError,
+    as_list,
+    make_text_part,
 )
-from finesight.data.jsonl import Located
-from finesight.data.limits import MAX_ANSWERS, check_count
-from finesight.data.rows import Record, Row
-from finesight.data.rules import EmptyAnswer
-from finesight.data.sample import BoxPart, Message, Part, TextPart, shortest
+from finesight.data.import_example import ImportExample
+from finesight.data.jsonl import LocatedSample
+from finesight.data.limits import MAX_ANSWERS, check_limit
+from finesight.data.row_reader import Record, SourceRow
+from finesight.data.sample import BoxPart, ContentPart, Message, TextPart, format_number
+from finesight.data.sample_validation import EmptyAnswerError
 from finesight.errors import UserError
 
-_WRITTEN = ("image", "answer", "question", "box", "label")
-COLUMNS = (*_WRITTEN, "fields")
-"""The roles of `--map ROLE=COLUMN`. A box may be in four columns, fields in any number of them:
---map ROLE=COLUMN,COLUMN."""
+_COLUMN_ROLES = ("image", "answer", "question", "box", "label")
+MAPPABLE_COLUMNS = (*_COLUMN_ROLES, "fields")
+"""Roles of `--map ROLE=COLUMN`. A box may use four columns, fields any number: --map
+ROLE=COLUMN,COLUMN."""
 
-_GAP = re.compile(r"(?<=[\d.\])])[\s;]+(?=[\d.+\-\[(])")
-"""White space or a semicolon that parts two numbers or two boxes."""
+_SEPARATOR = re.compile(r"(?<=[\d.\])])[\s;]+(?=[\d.+\-\[(])")
+"""White space or a semicolon that separates two coordinates or two boxes."""
 
-LONGEST = 2**20
-"""Characters of a cell with boxes: more than as many boxes have as a sample may have."""
+MAX_CELL_CHARS = 2**20
+"""Maximum number of characters of a cell with boxes."""
 
-_USUAL_NAMES = {
+_COMMON_NAMES = {
     "image": ("image", "img", "picture", "path", "file"),
     "answer": ("answer", "caption", "text", "txt", "latex", "formula", "response", "sentence"),
     "question": ("question", "query", "instruction"),
@@ -55,67 +55,72 @@ _USUAL_NAMES = {
 
 
 def detect(records: Sequence[Record]) -> str | None:
-    """Never: a table is chosen by --map or --format."""
+    """Never match: --map or --format selects a table."""
     return None
 
 
-def suggestion(record: Record) -> str:
-    """The --map options that the names of a record's columns suggest."""
+def suggest_mapping(record: Record) -> str:
+    """Suggest --map options from the column names of a record."""
     options = []
-    for role, names in _USUAL_NAMES.items():
-        fits = (key for name in names for key in record if name in key.lower())
-        column = next(fits, None)
+    for role, names in _COMMON_NAMES.items():
+        matches = (key for name in names for key in record if name in key.lower())
+        column = next(matches, None)
         if column or role in ("image", "answer"):
             pair = f"{role}={column or 'COLUMN'}"
             options.append(f"--map {shlex.quote(pair)}")
     return " ".join(options)
 
 
-def read(row: Row, reading: Reading) -> Case:
-    """See the head of this file for what is read."""
-    scene = Scene(reading)
-    parts: list[Part] = list(_pictures(row, reading, scene))
-    question = _cell(row, reading, "question")
+def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
+    """Parse a row; see the module docstring."""
+    images = RowImages(context)
+    parts: list[ContentPart] = list(_iter_images(row, context, images))
+    question = _read_cell(row, context, "question")
     if question is not None:
-        parts.append(plain(_words(question, "question")))
-    user = Message(role="user", content=reading.asked(parts))
-    boxes = tuple(_boxes(row, reading, scene))
-    end = "\n" if boxes else ""
-    said = listed(_cell(row, reading, "answer"))
-    check_count(len(said), MAX_ANSWERS, "answers")
-    texts = [_words(answer, "answer") for answer in said]
-    answers = [(*answer_parts(f"{text}{end}", scene), *boxes) for text in texts]
-    answers += [(TextPart(text=f"{form}{end}"), *boxes) for form in _form(row, reading)]
+        parts.append(make_text_part(_get_text(question, "question")))
+    user = Message(role="user", content=context.add_prompt(parts))
+    boxes = tuple(_iter_boxes(row, context, images))
+    line_end = "\n" if boxes else ""
+    answers_text = as_list(_read_cell(row, context, "answer"))
+    check_limit(len(answers_text), MAX_ANSWERS, "answers")
+    texts = [_get_text(answer, "answer") for answer in answers_text]
+    answers = [(*parse_answer(f"{text}{line_end}", images), *boxes) for text in texts]
+    answers += [
+        (TextPart(text=f"{json_answer}{line_end}"), *boxes)
+        for json_answer in _build_json_answers(row, context)
+    ]
     if boxes and not answers:
         answers = [boxes]
     if not answers:
-        raise EmptyAnswer(
-            f"no answer in {', '.join(reading.columns.values())}",
+        raise EmptyAnswerError(
+            f"no answer in {', '.join(context.columns.values())}",
             expected="an answer or a box in every row",
-            remedy="fill it in, or leave the row out; where the answer is in another column, name "
+            remedy="add it, or remove the row; if the answer is in another column, name "
             "that one: --map answer=COLUMN, --map fields=COLUMN,COLUMN or --map box=COLUMN",
         )
-    return Case(row.id, (user,), tuple(answers))
+    return ImportExample(row.id, (user,), tuple(answers))
 
 
-def _pictures(row: Row, reading: Reading, scene: Scene) -> Iterator[Part]:
-    """An empty list says that there is no picture; an empty cell leaves it open, and is refused."""
-    if "image" in reading.columns:
-        values = _cell(row, reading, "image")
-        yield from map(scene.picture, values if isinstance(values, list) else [values])
+def _iter_images(
+    row: SourceRow, context: ImportContext, images: RowImages
+) -> Iterator[ContentPart]:
+    """Yield the images of a row. An empty list is valid; an empty cell is rejected."""
+    if "image" in context.columns:
+        values = _read_cell(row, context, "image")
+        yield from map(images.add_image, values if isinstance(values, list) else [values])
 
 
-def _cell(row: Row, reading: Reading, role: str) -> object:
-    """The value of the column mapped to `role`; None when none is mapped.
+def _read_cell(row: SourceRow, context: ImportContext, role: str) -> object:
+    """Return the value of the column mapped to `role`, None without a mapping.
 
-    Several columns separated by commas give a list, which suits a box's four numbers.
+    Several comma-separated columns yield a list, such as the four coordinates of a box.
     """
-    column = reading.columns.get(role)
+    column = context.columns.get(role)
     if column is None:
         return None
     if column in row.record:
         return row.record[column]
-    names = several(column, row.record)
+    names = split_column_names(column, row.record)
     if len(names) > 1 and all(name in row.record for name in names):
         return [row.record[name] for name in names]
     raise UserError(
@@ -125,89 +130,93 @@ def _cell(row: Row, reading: Reading, role: str) -> object:
     )
 
 
-def several(column: str, record: Collection[str]) -> list[str]:
-    """The columns that a role is mapped to, where its value is not one column's name as a whole."""
+def split_column_names(column: str, record: Collection[str]) -> list[str]:
+    """Return the columns mapped to a role, unless the value is a single existing column."""
     return [name if name in record else name.strip() for name in column.split(",")]
 
 
-def _words(value: object, role: str) -> str:
+def _get_text(value: object, role: str) -> str:
     text = "" if value is None or value != value else str(value)  # only NaN is not itself
     if not text.strip() or isinstance(value, dict | list | bytes):
-        kind = EmptyAnswer if role == "answer" else UserError
-        raise kind(
+        error_type = EmptyAnswerError if role == "answer" else UserError
+        raise error_type(
             f"the {role} is {str(value)[:60]!r}",
             expected="text or a number",
-            remedy="fill it in, or leave the row out",
+            remedy="add it, or remove the row",
         )
     return text
 
 
-def _form(row: Row, reading: Reading) -> list[str]:
-    """The cells of `fields` as one JSON object by the names of their columns, empty ones left out;
-    nothing where all are empty or no columns are mapped."""
-    column = reading.columns.get("fields")
+def _build_json_answers(row: SourceRow, context: ImportContext) -> list[str]:
+    """Build one JSON object from the `fields` cells by column name, without empty cells.
+
+    The list is empty if all cells are empty or no columns are mapped.
+    """
+    column = context.columns.get("fields")
     if column is None:
         return []
-    if "answer" in reading.columns:
-        raise BadOption(
-            f"fields={column} beside answer={reading.columns['answer']}",
+    if "answer" in context.columns:
+        raise InvalidOptionError(
+            f"fields={column} together with answer={context.columns['answer']}",
             where="--map",
-            expected="an answer in one column, or made of several",
-            remedy="leave one of the two out",
+            expected="an answer in one column, or in several",
+            remedy="remove one of the two",
         )
-    cell = _cell(row, reading, "fields")
-    alone = column in row.record
+    cell = _read_cell(row, context, "fields")
+    is_single_column = column in row.record
     cells = (
-        [(column, cell)] if alone else zip(several(column, row.record), listed(cell), strict=True)
+        [(column, cell)]
+        if is_single_column
+        else zip(split_column_names(column, row.record), as_list(cell), strict=True)
     )
-    said: dict[str, str] = {}
+    members_by_name: dict[str, str] = {}
     for name, value in cells:
-        if name in said:
-            raise BadOption(
-                f"the column {name!r} twice in fields={column}",
+        if name in members_by_name:
+            raise InvalidOptionError(
+                f"the duplicate column {name!r} in fields={column}",
                 where="--map",
                 expected="each column once",
-                remedy="leave one of the two out",
+                remedy="remove one of the two",
             )
-        said[name] = "" if _empty(value) else _member(name, value)
-    members = ", ".join(filter(None, said.values()))
+        members_by_name[name] = "" if _is_empty(value) else _format_member(name, value)
+    members = ", ".join(filter(None, members_by_name.values()))
     return [f"{{{members}}}"] if members else []
 
 
-def _empty(value: object) -> bool:
-    blank = isinstance(value, str) and not value.strip()
-    return blank or value is None or value != value  # only NaN is not itself
+def _is_empty(value: object) -> bool:
+    is_blank = isinstance(value, str) and not value.strip()
+    return is_blank or value is None or value != value  # only NaN is not itself
 
 
-def _member(name: str, value: object) -> str:
-    """Name and value as they stand in a JSON object. Raises UserError that names the column."""
+def _format_member(name: str, value: object) -> str:
+    """Format a name and value as a JSON member. Raises UserError that names the column."""
     try:
-        written = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_as_text)
-        return plain(f"{json.dumps(name, ensure_ascii=False)}: {written}").text
-    except StrayMark as error:
-        raise StrayMark(
+        written = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_json_default)
+        return make_text_part(f"{json.dumps(name, ensure_ascii=False)}: {written}").text
+    except UnexpectedPlaceholderError as error:
+        raise UnexpectedPlaceholderError(
             f"in the column {name!r}: {error.what}", expected=error.expected, remedy=error.remedy
         ) from error
     except ValueError as error:
         raise UserError(
             f"the column {name!r} with {str(value)[:60]} cannot be written as JSON ({error})",
             expected="a text, a number, or a list or object of them",
-            remedy="correct the row, or leave it out",
+            remedy="correct the row, or remove it",
         ) from error
 
 
-def _as_text(value: object) -> str:
-    """A value of a type that JSON lacks, such as a date out of a Parquet table."""
+def _json_default(value: object) -> str:
+    """Convert a value of a type that JSON lacks, such as a date."""
     if isinstance(value, bytes):
-        raise ValueError(f"{len(value)} bytes that are no text")
+        raise ValueError(f"{len(value)} bytes that are not text")
     return str(value)
 
 
-def _boxes(row: Row, reading: Reading, scene: Scene) -> Iterator[BoxPart]:
-    boxes = _box_list(_cell(row, reading, "box"))
-    labels = listed(_cell(row, reading, "label")) or [None] * len(boxes)
+def _iter_boxes(row: SourceRow, context: ImportContext, images: RowImages) -> Iterator[BoxPart]:
+    boxes = _parse_boxes(_read_cell(row, context, "box"))
+    labels = as_list(_read_cell(row, context, "label")) or [None] * len(boxes)
     if boxes:
-        scene.need_one_picture()
+        images.require_single_image()
     if len(labels) != len(boxes):
         raise UserError(
             f"{len(labels)} labels for {len(boxes)} boxes",
@@ -215,91 +224,112 @@ def _boxes(row: Row, reading: Reading, scene: Scene) -> Iterator[BoxPart]:
             remedy="correct the row",
         )
     for box, label in zip(boxes, labels, strict=True):
-        yield scene.box(box, None if label is None else _words(label, "label"), BoxForm())
+        yield images.create_box(
+            box, None if label is None else _get_text(label, "label"), BoxConvention()
+        )
 
 
-def _box_list(value: object) -> list[object]:
-    """One box or a list of them; in a cell of text as "1, 2, 3, 4", with or without brackets and
-    commas, as Python and numpy print them."""
+def _parse_boxes(value: object) -> list[object]:
+    """Parse one box or a list of boxes.
+
+    A text cell may be "1, 2, 3, 4" with or without brackets and commas, as printed by Python and
+    numpy.
+    """
     if isinstance(value, str) and value.strip():
-        check_count(len(value), LONGEST, "characters of boxes")
+        check_limit(len(value), MAX_CELL_CHARS, "characters of boxes")
         try:
-            parsed = ast.literal_eval(_GAP.sub(",", value.strip()))
+            parsed = ast.literal_eval(_SEPARATOR.sub(",", value.strip()))
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             parsed = None
         if not isinstance(parsed, list | tuple):
-            return [value]  # refused with its text by whoever reads the four numbers
+            return [value]  # reported when the coordinates are parsed
         value = parsed
-    items = listed(value or None)
+    items = as_list(value or None)
     return items if not items or isinstance(items[0], list | tuple) else [items]
 
 
-def write(samples: Sequence[Located], writing: Writing) -> texts.Files:
-    """A row of image, question, answer, box and label, and how to map them.
+def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
+    """Write rows of image, question, answer, box and label, and their mapping.
 
-    Raises UserError for a sample of several rounds or with a system prompt, one whose question is
-    not pictures and then text, and where some samples have a question and others none.
+    Raises:
+        UserError: A sample has several rounds or a system prompt, its question is not images
+            followed by text, or only some samples have a question.
     """
     columns: dict[str, bool] = {}
 
-    def record_of(located: Located) -> Record:
-        row = _row(located, writing)
+    def make_record(located_sample: LocatedSample) -> Record:
+        row = _build_row(located_sample, context)
         if columns.setdefault("question", "question" in row) != ("question" in row):
-            raise _unfit("a question in some samples and none in others")
+            raise _build_unsupported_error("a mix of samples with and without questions")
         columns.update(dict.fromkeys(row, True))
-        return texts.record(located, writing, {role: row.get(role) for role in _WRITTEN})
+        return text_export.build_record(
+            located_sample, context, {role: row.get(role) for role in _COLUMN_ROLES}
+        )
 
-    yield from texts.rows(samples, record_of)
-    options = [f"--map {role}={role}" for role in _WRITTEN if columns.get(role)]
-    unasked = [] if columns["question"] else ['--prompt ""']
-    writing.notes.append(f"to read the table: {' '.join(options + unasked)}")
+    yield from text_export.write_rows(samples, make_record)
+    options = [f"--map {role}={role}" for role in _COLUMN_ROLES if columns.get(role)]
+    prompt_options = [] if columns["question"] else ['--prompt ""']
+    context.notes.append(f"to read the table: {' '.join(options + prompt_options)}")
 
 
-def _row(located: Located, writing: Writing) -> Record:
-    messages = located.sample.messages
+def _build_row(located_sample: LocatedSample, context: ExportContext) -> Record:
+    messages = located_sample.sample.messages
     if [message.role for message in messages] != ["user", "assistant"]:
-        raise _unfit(f"turns of {', '.join(message.role for message in messages)}")
-    shown = texts.Shown(located, writing)
-    marks = "".join(texts.asked(part, shown) for part in messages[0].content)
-    question = marks.removeprefix("<image>" * len(shown.names))
+        raise _build_unsupported_error(
+            f"turns of {', '.join(message.role for message in messages)}"
+        )
+    placeholder = text_export.ImagePlaceholder(located_sample, context)
+    question_text = "".join(
+        text_export.render_part(part, placeholder) for part in messages[0].content
+    )
+    question = question_text.removeprefix("<image>" * len(placeholder.image_names))
     if "<image>" in question:
-        raise _unfit("a picture after text")
-    row: Record = {"image": shown.names[0] if len(shown.names) == 1 else shown.names}
+        raise _build_unsupported_error("an image after text")
+    row: Record = {
+        "image": placeholder.image_names[0]
+        if len(placeholder.image_names) == 1
+        else placeholder.image_names
+    }
     if question:
         row["question"] = question
     content = messages[1].content
-    first = next((n for n, part in enumerate(content) if isinstance(part, BoxPart)), len(content))
-    before, boxes = content[:first], [part for part in content[first:] if isinstance(part, BoxPart)]
-    text = answer_text(before, len(shown.names))
-    if len(boxes) < len(content) - first or (text and boxes and not text.endswith("\n")):
-        text, boxes = answer_text(content, len(shown.names)), []
+    first_box = next(
+        (n for n, part in enumerate(content) if isinstance(part, BoxPart)), len(content)
+    )
+    leading_parts, boxes = (
+        content[:first_box],
+        [part for part in content[first_box:] if isinstance(part, BoxPart)],
+    )
+    text = format_answer(leading_parts, len(placeholder.image_names))
+    if len(boxes) < len(content) - first_box or (text and boxes and not text.endswith("\n")):
+        text, boxes = format_answer(content, len(placeholder.image_names)), []
     if any(box.label is not None and not box.label.strip() for box in boxes):
-        raise _unfit("a box with a blank label")
-    if boxes and len(shown.names) != 1:
-        raise _unfit(f"boxes among {len(shown.names)} pictures")
+        raise _build_unsupported_error("a box with a blank label")
+    if boxes and len(placeholder.image_names) != 1:
+        raise _build_unsupported_error(f"boxes among {len(placeholder.image_names)} images")
     if text:
         row["answer"] = text.removesuffix("\n") if boxes else text
     if boxes:
-        row["box"] = [[shortest(number) for number in box.xyxy] for box in boxes]
+        row["box"] = [[format_number(value) for value in box.xyxy] for box in boxes]
     if any(box.label is not None for box in boxes):
         row["label"] = [box.label for box in boxes]
     return row
 
 
-def _unfit(what: str) -> UserError:
+def _build_unsupported_error(what: str) -> UserError:
     return UserError(
         what,
-        expected="pictures, then one question or none anywhere, then an answer",
-        remedy="export to ms-swift or samples, or leave the sample out",
+        expected="images, then an optional question in all samples, then an answer",
+        remedy="export to ms-swift or samples, or remove the sample",
     )
 
 
-FORMAT = Format(
+FORMAT = DatasetFormat(
     name="table",
-    looks="any columns, named by --map image=COLUMN --map answer=COLUMN",
-    keys=frozenset(),
+    description="any columns, named by --map image=COLUMN --map answer=COLUMN",
+    typical_keys=frozenset(),
     detect=detect,
-    read=read,
-    takes=frozenset({"map", "prompt", "boxes"}),
-    write=write,
+    parse_row=parse_row,
+    supported_options=frozenset({"map", "prompt", "boxes"}),
+    write_files=write_files,
 )

@@ -1,23 +1,23 @@
-"""The lists of turns that several formats share: who says what, in order."""
+"""Parse turn lists that several formats share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from finesight.data.case import Case, case_of
-from finesight.data.formats.format import (
-    PICTURE_KEYS,
-    UNREAD_KEYS,
-    Reading,
-    holds,
-    listed,
-    merged,
-    refuse_unread,
+from finesight.data.formats.dataset_format import (
+    IMAGE_KEYS,
+    UNSUPPORTED_KEYS,
+    ImportContext,
+    as_list,
+    has_value,
+    merge_text_parts,
+    reject_unsupported_keys,
 )
-from finesight.data.jsonl import json_data
-from finesight.data.limits import MAX_MESSAGES, MAX_PARTS, check_count
-from finesight.data.rows import Record, Row
-from finesight.data.sample import Part, Role
+from finesight.data.import_example import ImportExample, build_example
+from finesight.data.jsonl import to_json_data
+from finesight.data.limits import MAX_MESSAGES, MAX_PARTS, check_limit
+from finesight.data.row_reader import Record, SourceRow
+from finesight.data.sample import ContentPart, Role
 from finesight.errors import UserError
 
 Turn = tuple[Role, str]
@@ -29,44 +29,53 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-SPEAKER_KEYS = ("from", "role")
-MORE_KEYS = ("loss", "loss_scale", "weight", "tool_calls", "function_call", "audio", "refusal")
-"""What a turn may say beyond its text: tools, other media, and how much of it is learned."""
+ROLE_KEYS = ("from", "role")
+UNSUPPORTED_TURN_KEYS = (
+    "loss",
+    "loss_scale",
+    "weight",
+    "tool_calls",
+    "function_call",
+    "audio",
+    "refusal",
+)
+"""Turn keys with content other than text: tools, other media, and loss weights."""
 
-_UNNOTED = frozenset({"id", *UNREAD_KEYS})
-_UNREAD = frozenset(UNREAD_KEYS)
-_MORE = frozenset(MORE_KEYS)
+_UNNOTED = frozenset({"id", *UNSUPPORTED_KEYS})
+_UNREAD = frozenset(UNSUPPORTED_KEYS)
+_MORE = frozenset(UNSUPPORTED_TURN_KEYS)
 
 
-def read_turns(
-    row: Row,
-    reading: Reading,
+def build_turns_example(
+    row: SourceRow,
+    context: ImportContext,
     turns: Sequence[Turn],
-    parts_of: Callable[[Role, str], Iterator[Part]],
-    *read: str,
-) -> Case:
-    """The case that turns make, each one's text read by `parts_of`.
+    parse_text: Callable[[Role, str], Iterator[ContentPart]],
+    *handled_keys: str,
+) -> ImportExample:
+    """Build the example of turns; `parse_text` parses each text.
 
-    `read` names the keys of the row that are read; others are kept as notes, and those whose
-    meaning would be lost are refused.
+    The keys that are neither read nor unsupported become metadata.
     """
     if not _UNREAD.isdisjoint(row.record):
-        refuse_unread(row.record, _UNREAD.difference(read))
-    check_count(len(turns), MAX_MESSAGES, "messages")
-    messages: list[tuple[Role, tuple[Part, ...]]] = []
-    asked = False
+        reject_unsupported_keys(row.record, _UNREAD.difference(handled_keys))
+    check_limit(len(turns), MAX_MESSAGES, "messages")
+    messages: list[tuple[Role, tuple[ContentPart, ...]]] = []
+    has_prompt = False
     for role, text in turns:
-        parts = merged(parts_of(role, text))
-        if role == "user" and not asked:
-            parts, asked = reading.asked(parts), True
+        parts = merge_text_parts(parse_text(role, text))
+        if role == "user" and not has_prompt:
+            parts, has_prompt = context.add_prompt(parts), True
         messages.append((role, parts))
-    return case_of(row.id, messages, notes_of(row.record, *read))
+    return build_example(row.id, messages, collect_meta(row.record, *handled_keys))
 
 
-def turns_of(record: Record, key: str = "conversations") -> list[Turn]:
-    """Who says what under `key`, the record's own system prompt first.
+def parse_turns(record: Record, key: str = "conversations") -> list[Turn]:
+    """Parse the turns under `key`, with the system prompt of the record first.
 
-    Raises UserError for other shapes, and UnreadKey for turns that say more than their text.
+    Raises:
+        UserError: The structure is invalid.
+        UnsupportedKeyError: A turn has content other than text.
     """
     turns = record.get(key)
     if not isinstance(turns, list) or not turns:
@@ -76,68 +85,73 @@ def turns_of(record: Record, key: str = "conversations") -> list[Turn]:
             remedy="correct the row",
         )
     system = record.get("system")
-    start: list[Turn] = [("system", str(system))] if system else []
-    return start + [_turn(turn) for turn in turns]
+    system_turns: list[Turn] = [("system", str(system))] if system else []
+    return system_turns + [_parse_turn(turn) for turn in turns]
 
 
-def _turn(turn: object) -> Turn:
+def _parse_turn(turn: object) -> Turn:
     if isinstance(turn, dict):
-        role, text = role_of(turn), turn["value"] if "value" in turn else turn.get("content")
+        role, text = get_role(turn), turn["value"] if "value" in turn else turn.get("content")
         if role is not None and isinstance(text, str):
-            refuse_more(turn)
+            reject_unsupported_turn_keys(turn)
             return role, text
     raise UserError(
         f"the turn {str(turn)[:80]}",
-        expected=f"{{from: ..., value: text}} said by one of {', '.join(ROLES)}",
+        expected=f"{{from: ..., value: text}} from one of {', '.join(ROLES)}",
         remedy="correct the row",
     )
 
 
-def refuse_more(turn: Record) -> None:
-    """Raise UnreadKey where a turn calls tools, or is not to be learned in full."""
+def reject_unsupported_turn_keys(turn: Record) -> None:
+    """Raise UnsupportedKeyError if a turn calls tools or has a loss weight."""
     if not _MORE.isdisjoint(turn):
-        refuse_unread({key: turn[key] for key in _MORE & turn.keys() if turn[key] != 1}, MORE_KEYS)
+        reject_unsupported_keys(
+            {key: turn[key] for key in _MORE & turn.keys() if turn[key] != 1}, UNSUPPORTED_TURN_KEYS
+        )
 
 
-def role_of(turn: Record) -> Role | None:
-    """Who speaks in a turn, if it is one of ours."""
+def get_role(turn: Record) -> Role | None:
+    """Return the role of a turn, None if it is unknown."""
     speaker = turn["from"] if "from" in turn else turn.get("role")
     return ROLES.get(speaker) if isinstance(speaker, str) else None
 
 
-def said_in(record: Record) -> list[tuple[Role | None, str]]:
-    """Who says what in a record's turns, to tell formats apart by.
+def list_turn_texts(record: Record) -> list[tuple[Role | None, str]]:
+    """List role and text of the turns of a record for format detection.
 
-    Turns without text are passed over here; they are refused, with their row, when it is read.
+    Turns without text are skipped here and rejected when the row is parsed.
     """
     turns = record.get("conversations")
     return [
-        (role_of(turn), turn["value"])
+        (get_role(turn), turn["value"])
         for turn in (turns if isinstance(turns, list) else [])
         if isinstance(turn, dict) and isinstance(turn.get("value"), str)
     ]
 
 
-def pictures_named(record: Record) -> list[object]:
-    """The pictures that a record names beside its texts, in order."""
+def list_images(record: Record) -> list[object]:
+    """Return the images that a record lists separately from its texts, in order."""
     named: list[object] = []
-    for key in PICTURE_KEYS:
-        if key in record and holds(record[key]):
-            named += listed(record[key])
+    for key in IMAGE_KEYS:
+        if key in record and has_value(record[key]):
+            named += as_list(record[key])
     return named
 
 
-def images_of(record: Record) -> list[object]:
-    """The images that a record names beside its texts, in order. Raises TooMany."""
-    named = pictures_named(record)
-    check_count(len(named), MAX_PARTS, "images")
+def list_checked_images(record: Record) -> list[object]:
+    """Return the images that a record lists separately from its texts.
+
+    Raises LimitExceededError.
+    """
+    named = list_images(record)
+    check_limit(len(named), MAX_PARTS, "images")
     return named
 
 
-def history_of(record: Record) -> list[Turn]:
-    """The earlier rounds under `history`, pairs of what the user and the assistant said."""
+def parse_history(record: Record) -> list[Turn]:
+    """Return the earlier rounds under `history`, pairs of user and assistant texts."""
     turns: list[Turn] = []
-    for pair in listed(record.get("history")):
+    for pair in as_list(record.get("history")):
         if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
             raise UserError(
                 f"history with {str(pair)[:60]!r}",
@@ -148,14 +162,14 @@ def history_of(record: Record) -> list[Turn]:
     return turns
 
 
-def notes_of(record: Record, *read: str) -> Record:
-    """What a record holds beyond its id and the keys that were read, as JSON data.
+def collect_meta(record: Record, *handled_keys: str) -> Record:
+    """Return the unparsed content of a record as JSON data.
 
-    Keys that are refused where they hold anything are here only where they hold nothing. NaN, which
-    JSON does not know and tables have for what is missing, becomes null.
+    The ID and the parsed keys are excluded. Unsupported keys are included only if they are empty.
+    NaN, which tables use for missing values, becomes null.
     """
     notes = record.keys() - _UNNOTED
-    notes.difference_update(read)
+    notes.difference_update(handled_keys)
     if not notes:
         return {}
-    return {str(key): json_data(value) for key, value in record.items() if key in notes}
+    return {str(key): to_json_data(value) for key, value in record.items() if key in notes}

@@ -1,4 +1,4 @@
-"""Pascal VOC: a folder of XML files, one for a picture, with a `bndbox` for each object.
+"""Pascal VOC: a folder of XML files, one per image, with a `bndbox` per object.
 
 <annotation><folder>VOC2012</folder><filename>a.jpg</filename>
  <size><width>500</width><height>375</height></size>
@@ -6,10 +6,10 @@
   <bndbox><xmin>48</xmin><ymin>240</ymin><xmax>195</xmax><ymax>371</ymax></bndbox></object>
 </annotation>
 
-The development kit counts pixels from 1 and the last one belongs to the box, so a box starts at
-xmin - 1 and ends at xmax. Tools that count from 0 are read rightly with --box-format xyxy.
-`difficult`, `truncated` and `occluded` are kept in meta. The picture lies beside the XML file or
-in `JPEGImages`, `images` or its `folder` beside the XML file's folder. No entities, no DOCTYPE.
+The development kit counts pixels from 1, inclusive, so a box starts at xmin - 1 and ends at xmax.
+Use --box-format xyxy for tools that count from 0. `difficult`, `truncated` and `occluded` are
+stored in meta. The image is next to the XML file or in `JPEGImages`, `images` or its `folder` next
+to the folder of the XML file. Entities and DOCTYPE are rejected.
 """
 
 from __future__ import annotations
@@ -20,85 +20,107 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from finesight.data.boxes import DECIMALS, BoxForm, four_numbers
-from finesight.data.case import Case
-from finesight.data.formats.box_sets import Marked, Pictured, Size, questions
-from finesight.data.formats.by_picture import Gathered, boxes_by_picture, distinct, shortest
-from finesight.data.formats.format import Format, Reading, Writing, never
-from finesight.data.formats.inventory import inventory, open_described
-from finesight.data.headers import DamagedPicture
-from finesight.data.jsonl import Located, read_bytes
-from finesight.data.limits import LARGEST_LABELS
-from finesight.data.numbers import whole_number
-from finesight.data.rows import Row, Rows
+from finesight.data.boxes import BOX_DECIMALS, BoxConvention, parse_coordinates
+from finesight.data.formats.dataset_format import (
+    DatasetFormat,
+    ExportContext,
+    ImportContext,
+    never_detect,
+)
+from finesight.data.formats.detection_dataset import (
+    ImageAnnotation,
+    ImageSize,
+    ObjectAnnotation,
+    build_detection_examples,
+)
+from finesight.data.formats.folder_listing import list_folder, open_annotation_files
+from finesight.data.formats.image_records import (
+    ImageRecord,
+    group_boxes_by_image,
+    make_unique_stem,
+    round_coordinate,
+)
+from finesight.data.image_header import CorruptImageError
+from finesight.data.import_example import ImportExample
+from finesight.data.integer_parsing import parse_integer
+from finesight.data.jsonl import LocatedSample, read_data_file
+from finesight.data.limits import MAX_LABEL_FILE_BYTES
+from finesight.data.row_reader import RowReader, SourceRow
 from finesight.errors import UserError
-from finesight.file_names import existing
+from finesight.file_name_encoding import find_existing
 
-CORNERS = ("xmin", "ymin", "xmax", "ymax")
-FLAGS = ("difficult", "truncated", "occluded")
-FOLDERS = ("JPEGImages", "images")
-UNBOXED = "objects without a bndbox, left out"
-PARTS = "parts of objects, not read"
+BNDBOX_TAGS = ("xmin", "ymin", "xmax", "ymax")
+OBJECT_FLAGS = ("difficult", "truncated", "occluded")
+IMAGE_FOLDERS = ("JPEGImages", "images")
+NOTE_NO_BNDBOX = "objects without a bndbox (skipped)"
+NOTE_PARTS = "parts of objects (ignored)"
 
 
-class _Guarded(ElementTree.TreeBuilder):
-    """A tree builder that ends at a DOCTYPE, the only place where entities can be declared."""
+class _SafeTreeBuilder(ElementTree.TreeBuilder):
+    """A tree builder that rejects DOCTYPE, the only context where entities can be declared."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        """Called at its start. Raises UserError."""
+        """Reject a DOCTYPE with a UserError."""
         raise UserError(
             f"a DOCTYPE, {name[:60]!r}",
-            expected="plain XML, as the development kit and labelling tools write it",
-            remedy="take the DOCTYPE out",
+            expected="XML without DOCTYPE, as written by the development kit and labeling tools",
+            remedy="remove the DOCTYPE",
         )
 
 
-def open_folder(source: Path) -> tuple[Rows, str] | None:
-    """A row for each XML file of a folder, or of one XML file."""
+def open_folder(source: Path) -> tuple[RowReader, str] | None:
+    """Open the XML files of a folder, or one XML file, as one row each."""
     files = [source] if source.suffix.lower() == ".xml" and source.is_file() else []
     if source.is_dir():
-        files = inventory(source).ending(".xml")
-    kind = "XML files with <annotation>: Pascal VOC"
-    return open_described(files, source.stem, kind, _is_annotation, _classes_in)
+        files = list_folder(source).files_with_suffix(".xml")
+    description = "XML files with <annotation>: Pascal VOC"
+    return open_annotation_files(files, source.stem, description, _is_annotation, _read_classes)
 
 
-def read(row: Row, reading: Reading) -> list[Case]:
-    """See the head of this file for what is read."""
+def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
+    """Parse a row; see the module docstring."""
     file = Path(row.record["file"])
-    root = _parsed(file)
+    root = _parse_xml(file)
     if root.tag != "annotation":
         raise UserError(
             f"an XML file of <{root.tag}>",
             expected="<annotation>",
-            remedy="take the file out of the folder",
+            remedy="remove the file from the folder",
         )
-    usual = reading.form(BoxForm()) == BoxForm() and reading.box_format is None
-    noted: Counter[str] = Counter()
+    is_one_based = (
+        context.resolve_convention(BoxConvention()) == BoxConvention()
+        and context.box_format is None
+    )
+    source_notes: Counter[str] = Counter()
     objects = []
-    for one in root.iterfind("object"):
-        noted[PARTS] += len(one.findall("part"))
-        if one.find("bndbox") is None:
-            noted[UNBOXED] += 1
+    for element in root.iterfind("object"):
+        source_notes[NOTE_PARTS] += len(element.findall("part"))
+        if element.find("bndbox") is None:
+            source_notes[NOTE_NO_BNDBOX] += 1
         else:
-            objects.append(_marked(one, counts_from_1=usual))
-    picture = _picture(file, root, required=not reading.lenient)
-    pictured = Pictured(str(picture), objects, row.record["classes"], _size(root), noted=noted)
-    return questions(row, pictured, reading, BoxForm())
+            objects.append(_parse_object(element, one_based=is_one_based))
+    image = _find_image(file, root, required=not context.lenient)
+    annotation = ImageAnnotation(
+        str(image), objects, row.record["classes"], _read_size(root), source_notes=source_notes
+    )
+    return build_detection_examples(row, annotation, context, BoxConvention())
 
 
-def write(samples: Sequence[Located], writing: Writing) -> Iterator[tuple[str, bytes]]:
-    """Annotations/*.xml, one for each picture."""
-    taken: set[str] = set()
-    for one in boxes_by_picture(samples, writing, {"boxes"}):
-        stem = distinct(one.path.stem, taken)
-        root = _element(one, writing)
+def write_files(
+    samples: Sequence[LocatedSample], context: ExportContext
+) -> Iterator[tuple[str, bytes]]:
+    """Write Annotations/*.xml, one file per image."""
+    used_stems: set[str] = set()
+    for record in group_boxes_by_image(samples, context, {"boxes"}):
+        stem = make_unique_stem(record.image_path.stem, used_stems)
+        root = _build_element(record, context)
         ElementTree.indent(root)
         yield f"Annotations/{stem}.xml", ElementTree.tostring(root, "utf-8") + b"\n"
 
 
-def _parsed(file: Path) -> ElementTree.Element:
-    content = read_bytes(file, LARGEST_LABELS)
-    parser = ElementTree.XMLParser(target=_Guarded())
+def _parse_xml(file: Path) -> ElementTree.Element:
+    content = read_data_file(file, MAX_LABEL_FILE_BYTES)
+    parser = ElementTree.XMLParser(target=_SafeTreeBuilder())
     try:
         parser.feed(content)
         root = parser.close()
@@ -106,7 +128,7 @@ def _parsed(file: Path) -> ElementTree.Element:
         raise UserError(
             f"broken XML: {error}",
             expected="an annotation of Pascal VOC",
-            remedy="export the file again, or take it out of the folder",
+            remedy="export the file again, or remove it from the folder",
         ) from error
     assert isinstance(root, ElementTree.Element), f"XML became {type(root)}"
     return root
@@ -114,98 +136,99 @@ def _parsed(file: Path) -> ElementTree.Element:
 
 def _is_annotation(file: Path) -> bool:
     try:
-        return _parsed(file).tag == "annotation"
-    except UserError:  # told, with its file, when it is its turn
-        return b"<annotation" in read_bytes(file, LARGEST_LABELS)
+        return _parse_xml(file).tag == "annotation"
+    except UserError:  # reported when the row is parsed
+        return b"<annotation" in read_data_file(file, MAX_LABEL_FILE_BYTES)
 
 
-def _classes_in(file: Path) -> set[str]:
-    """The names of a file's objects; a file that cannot be read is refused when it is its turn."""
+def _read_classes(file: Path) -> set[str]:
+    """Return the object names of a file. Unreadable files are reported when the row is parsed."""
     try:
-        root = _parsed(file)
+        root = _parse_xml(file)
     except UserError:
         return set()
-    names = (one.findtext("name", "").strip() for one in root.iterfind("object"))
+    names = (element.findtext("name", "").strip() for element in root.iterfind("object"))
     return {name for name in names if name}
 
 
-def _marked(one: ElementTree.Element, *, counts_from_1: bool) -> Marked:
-    label = one.findtext("name", "").strip()
+def _parse_object(element: ElementTree.Element, *, one_based: bool) -> ObjectAnnotation:
+    label = element.findtext("name", "").strip()
     if not label:
         raise UserError(
-            "an object without a name", expected="<name>", remedy="name it, or take it out"
+            "an object without a name", expected="<name>", remedy="add a name, or remove it"
         )
-    texts = [one.findtext(f"bndbox/{corner}", "").strip() for corner in CORNERS]
-    numbers = four_numbers(texts)
-    if counts_from_1:
-        x1, y1, x2, y2 = numbers
-        numbers = [round(x1 - 1, DECIMALS), round(y1 - 1, DECIMALS), x2, y2]
-    flags = {flag: one.findtext(flag, "").strip() for flag in FLAGS}
-    notes = {flag: int(value) for flag, value in flags.items() if value in ("0", "1")}
-    return Marked(label, numbers, notes)
+    texts = [element.findtext(f"bndbox/{corner}", "").strip() for corner in BNDBOX_TAGS]
+    coordinates = parse_coordinates(texts)
+    if one_based:
+        x1, y1, x2, y2 = coordinates
+        coordinates = [round(x1 - 1, BOX_DECIMALS), round(y1 - 1, BOX_DECIMALS), x2, y2]
+    flags = {flag: element.findtext(flag, "").strip() for flag in OBJECT_FLAGS}
+    attributes = {flag: int(value) for flag, value in flags.items() if value in ("0", "1")}
+    return ObjectAnnotation(label, coordinates, attributes)
 
 
-def _picture(file: Path, root: ElementTree.Element, *, required: bool) -> Path:
-    """The first place where a picture is; where it is in none, the first of all.
+def _find_image(file: Path, root: ElementTree.Element, *, required: bool) -> Path:
+    """Return the first candidate path that exists, else the first candidate.
 
-    Raises DamagedPicture, naming all places, for a missing one that is `required`.
+    Raises:
+        CorruptImageError: The image is missing and `required`. The error lists all candidates.
     """
     name = root.findtext("filename", "").strip().replace("\\", "/") or file.with_suffix(".jpg").name
     folder = root.findtext("folder", "").strip()
-    homes = [file.parent, *(file.parent.parent / inner for inner in (*FOLDERS, folder))]
-    places = (existing(home, name) for home in homes)
-    found = next((place for place in places if place and os.path.isfile(place)), None)
-    if found is not None or not required:
-        return found or homes[0] / name
-    raise DamagedPicture(
-        f"no picture {name!r}",
-        expected=f"it in one of {', '.join(dict.fromkeys(map(str, homes)))}",
-        remedy="put it there, or correct <filename>",
+    folders = [file.parent, *(file.parent.parent / inner for inner in (*IMAGE_FOLDERS, folder))]
+    candidates = (find_existing(candidate, name) for candidate in folders)
+    match = next((path for path in candidates if path and os.path.isfile(path)), None)
+    if match is not None or not required:
+        return match or folders[0] / name
+    raise CorruptImageError(
+        f"no image {name!r}",
+        expected=f"the image in one of {', '.join(dict.fromkeys(map(str, folders)))}",
+        remedy="move it there, or correct <filename>",
     )
 
 
-def _size(root: ElementTree.Element) -> Size | None:
+def _read_size(root: ElementTree.Element) -> ImageSize | None:
     height, width = (
-        whole_number(root.findtext(f"size/{side}", "").strip()) for side in ("height", "width")
+        parse_integer(root.findtext(f"size/{side}", "").strip()) for side in ("height", "width")
     )
     # Some tools write 0 for what they do not know.
     return (height, width) if height and width else None
 
 
-def _element(one: Gathered, writing: Writing) -> ElementTree.Element:
+def _build_element(record: ImageRecord, context: ExportContext) -> ElementTree.Element:
     root = ElementTree.Element("annotation")
-    name = Path(writing.name(one.path))
-    _add(root, "folder", name.parent.as_posix())
-    _add(root, "filename", name.name)
-    height, width = writing.size(one.path)
+    name = Path(context.image_name(record.image_path))
+    _add_child(root, "folder", name.parent.as_posix())
+    _add_child(root, "filename", name.name)
+    height, width = context.image_size(record.image_path)
     size = ElementTree.SubElement(root, "size")
-    _add(size, "width", width)
-    _add(size, "height", height)
-    _add(size, "depth", 3)
-    for box in one.boxes:
+    _add_child(size, "width", width)
+    _add_child(size, "height", height)
+    _add_child(size, "depth", 3)
+    for box in record.boxes:
         element = ElementTree.SubElement(root, "object")
-        _add(element, "name", box.label)
-        for flag in FLAGS:
-            if flag in box.notes:
-                _add(element, flag, box.notes[flag])
+        _add_child(element, "name", box.label)
+        for flag in OBJECT_FLAGS:
+            if flag in box.attributes:
+                _add_child(element, flag, box.attributes[flag])
         bounds = ElementTree.SubElement(element, "bndbox")
         x1, y1, x2, y2 = box.xyxy
-        for corner, value in zip(CORNERS, (x1 + 1, y1 + 1, x2, y2), strict=True):
-            _add(bounds, corner, shortest(value))
+        for corner, value in zip(BNDBOX_TAGS, (x1 + 1, y1 + 1, x2, y2), strict=True):
+            _add_child(bounds, corner, round_coordinate(value))
     return root
 
 
-def _add(parent: ElementTree.Element, tag: str, value: object) -> None:
+def _add_child(parent: ElementTree.Element, tag: str, value: object) -> None:
     ElementTree.SubElement(parent, tag).text = str(value)
 
 
-FORMAT = Format(
+FORMAT = DatasetFormat(
     name="voc",
-    looks="a folder of XML files, <annotation><filename>..., <object><name>..., <bndbox>",
-    keys=frozenset(),
-    detect=never,
-    read=read,
-    takes=frozenset({"prompt", "boxes", "ask"}),
-    open=open_folder,
-    write=write,
+    description="a folder of XML files, <annotation><filename>..., <object><name>..., <bndbox>",
+    typical_keys=frozenset(),
+    detect=never_detect,
+    parse_row=parse_row,
+    supported_options=frozenset({"prompt", "boxes", "box_task"}),
+    open_dataset=open_folder,
+    write_files=write_files,
 )

@@ -1,13 +1,13 @@
-"""A YOLO data set: pictures with a text file each, a line `class cx cy width height` for a box.
+"""YOLO datasets: images with a text file each, one line `class cx cy width height` per box.
 
 dataset/data.yaml (names, train, val), images/train/a.jpg, labels/train/a.txt, or all in one folder
-with classes.txt. Numbers are shares of the picture's width and height, the class is its place in
-the names. A picture's labels lie beside it or where `images` in its path is `labels`.
+with classes.txt. Coordinates are normalized to the image size; the class is its index in the names.
+Labels are next to the image, or in the path with `images` replaced by `labels`.
 
-An empty label file says that nothing is there; a picture without one is left out and counted.
-Lines with corners of an outline become the box around it, counted; with `kpt_shape` in data.yaml
-the numbers after the box are keypoints, not read. Splits come in the order train, test, val, so
-that --eval-last holds the last out, and stand in each sample's meta.
+An empty label file is an image without objects; an image without a label file is skipped and
+counted. Lines with polygon corners become the bounding box and are counted. With `kpt_shape` in
+data.yaml, the values after the box are keypoints and ignored. Splits are ordered train, test, val,
+so that --eval-last holds out the last one, and are stored in the meta of each sample.
 """
 
 from __future__ import annotations
@@ -23,328 +23,366 @@ from pathlib import Path
 
 import yaml
 
-from finesight.data.boxes import BadBox, BoxForm
-from finesight.data.case import Case
-from finesight.data.formats.box_sets import Marked, Pictured, questions
-from finesight.data.formats.by_picture import (
-    Gathered,
-    boxes_by_picture,
-    classes_of,
-    inside,
-    text_beside,
+from finesight.bounded_yaml import load_yaml
+from finesight.data.boxes import BoxConvention, InvalidBoxError
+from finesight.data.formats.dataset_format import (
+    DatasetFormat,
+    ExportContext,
+    ImportContext,
+    as_list,
+    never_detect,
 )
-from finesight.data.formats.format import Format, Reading, Writing, listed, never
-from finesight.data.formats.inventory import START, inventory
-from finesight.data.jsonl import Located, read_bytes
-from finesight.data.limits import LARGEST_DESCRIPTION, LARGEST_LABELS, MAX_BOXES, check_count
-from finesight.data.lines import opened
-from finesight.data.numbers import whole_number
-from finesight.data.rows import Record, Row, Rows, rows_of
+from finesight.data.formats.detection_dataset import (
+    ImageAnnotation,
+    ObjectAnnotation,
+    build_detection_examples,
+)
+from finesight.data.formats.folder_listing import SNIFF_BYTES, list_folder
+from finesight.data.formats.image_records import (
+    ImageRecord,
+    assign_text_file,
+    collect_classes,
+    group_boxes_by_image,
+    require_inside_output,
+)
+from finesight.data.import_example import ImportExample
+from finesight.data.integer_parsing import parse_integer
+from finesight.data.jsonl import LocatedSample, read_data_file
+from finesight.data.limits import (
+    MAX_BOXES,
+    MAX_DESCRIPTION_BYTES,
+    MAX_LABEL_FILE_BYTES,
+    check_limit,
+)
+from finesight.data.line_index import open_data_file
+from finesight.data.row_reader import Record, RowReader, SourceRow, rows_from_items
 from finesight.errors import UserError
-from finesight.file_names import existing
-from finesight.yaml_text import parsed
+from finesight.file_name_encoding import find_existing
 
-CENTRE_AND_SIZE = BoxForm(format="cxcywh", units="1")
+YOLO_BOX_CONVENTION = BoxConvention(format="cxcywh", units="1")
 SPLITS = ("train", "test", "val")
-LISTS_OF_NAMES = ("classes.txt", "obj.names", "labels/classes.txt", "_darknet.labels")
-UNLABELLED = "pictures without a label file"
-OUTLINED = "outlines, read as the boxes around them"
-KEYPOINTS = "keypoints, not read"
-LOOKED_AT = 20
+CLASS_NAME_FILES = ("classes.txt", "obj.names", "labels/classes.txt", "_darknet.labels")
+REASON_NO_LABEL_FILE = "images without a label file"
+NOTE_POLYGON_AS_BOX = "polygons (converted to bounding boxes)"
+NOTE_KEYPOINTS = "keypoints (ignored)"
+NUM_DETECTION_FILES = 20
 
 _UPWARDS = re.compile(r"^(?:\.\./)+")
-_LINE = re.compile(r"\d+(?:\s+[-+.\deE]+){4,}\s*")
+_LABEL_LINE = re.compile(r"\d+(?:\s+[-+.\deE]+){4,}\s*")
 
 
 @dataclass(frozen=True, slots=True)
-class _Set:
-    """What a YOLO data set is made of: its class names and its pictures with their splits."""
+class _YoloDataset:
+    """Content of a YOLO dataset: its class names, and its images with their splits."""
 
-    names: dict[int, str]
-    pictures: tuple[tuple[str, Path], ...]
+    class_names: dict[int, str]
+    images: tuple[tuple[str, Path], ...]
     has_keypoints: bool
-    known_by: str
+    detected_by: str
 
 
-def open_folder(source: Path) -> tuple[Rows, str] | None:
-    """A row for each picture of a folder with data.yaml, or with class names and label files.
+def open_folder(source: Path) -> tuple[RowReader, str] | None:
+    """Open a folder with data.yaml, or with class names and label files.
 
-    Raises UserError where the yaml file names no classes or no pictures that exist, and where label
-    files come without names.
+    Returns one row per image.
+
+    Raises:
+        UserError: The YAML file lists no classes or no existing images, or label files have no
+            class names.
     """
-    found = _by_yaml(source) or _by_names(source)
-    if found is None:
+    dataset = _open_from_yaml(source) or _open_from_class_names(source)
+    if dataset is None:
         return None
-    names = list(found.names.values())
+    names = list(dataset.class_names.values())
 
-    def row(number: int, one: tuple[str, Path]) -> Row:
-        split, picture = one
-        label = _label_file(picture)
+    def make_row(row_number: int, split_image: tuple[str, Path]) -> SourceRow:
+        split, image = split_image
+        label = _find_label_file(image)
         record = {
-            "id": picture.stem,
-            "image": str(picture),
+            "id": image.stem,
+            "image": str(image),
             "labels": str(label),
-            "names": found.names,
+            "names": dataset.class_names,
             "classes": names,
-            "keypoints": found.has_keypoints,
+            "keypoints": dataset.has_keypoints,
             "meta": {"split": split} if split else {},
         }
-        return Row(number, str(label), record, source.stem)
+        return SourceRow(row_number, str(label), record, source.stem)
 
-    counts = Counter(split for split, _ in found.pictures if split)
+    counts = Counter(split for split, _ in dataset.images if split)
     parts = ", ".join(f"{split} {count}" for split, count in counts.items())
-    reason = f"{found.known_by}: {len(names)} classes{', pictures: ' if parts else ''}{parts}"
-    return rows_of(found.pictures, row), reason
+    reason = f"{dataset.detected_by}: {len(names)} classes{', images: ' if parts else ''}{parts}"
+    return rows_from_items(dataset.images, make_row), reason
 
 
-def read(row: Row, reading: Reading) -> list[Case]:
-    """See the head of this file for what is read."""
+def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
+    """Parse a row; see the module docstring."""
     record = row.record
-    labels = Path(record["labels"])
-    if not os.path.isfile(labels):
-        reading.left_out[UNLABELLED] += 1
+    label_file = Path(record["labels"])
+    if not os.path.isfile(label_file):
+        context.skipped_rows[REASON_NO_LABEL_FILE] += 1
         return []
-    noted: Counter[str] = Counter()
-    text = read_bytes(labels, LARGEST_LABELS).decode("utf-8", "replace")
+    source_notes: Counter[str] = Counter()
+    text = read_data_file(label_file, MAX_LABEL_FILE_BYTES).decode("utf-8", "replace")
     lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    check_count(len(lines), MAX_BOXES, "boxes")
-    objects = [_marked(line, number, record, noted) for number, line in lines]
-    pictured = Pictured(
-        record["image"], objects, record["classes"], meta=record["meta"], noted=noted
+    check_limit(len(lines), MAX_BOXES, "boxes")
+    objects = [
+        _parse_label_line(line, line_number, record, source_notes) for line_number, line in lines
+    ]
+    annotation = ImageAnnotation(
+        record["image"], objects, record["classes"], meta=record["meta"], source_notes=source_notes
     )
-    return questions(row, pictured, reading, CENTRE_AND_SIZE)
+    return build_detection_examples(row, annotation, context, YOLO_BOX_CONVENTION)
 
 
-def write(samples: Sequence[Located], writing: Writing) -> Iterator[tuple[str, bytes]]:
-    """data.yaml, a list of pictures for each split, and a label file beside each picture.
+def write_files(
+    samples: Sequence[LocatedSample], context: ExportContext
+) -> Iterator[tuple[str, bytes]]:
+    """Write data.yaml, an image list per split, and a label file next to each image.
 
-    Without a split in its meta a picture is of `train`. Raises UserError for pictures outside of
-    the output folder: a label file is found by its picture's path alone.
+    Images without a split in their meta belong to `train`.
+
+    Raises:
+        UserError: An image is outside the output folder: label files are found by the image path.
     """
-    pictures = boxes_by_picture(samples, writing, {"split"})
-    classes = classes_of(pictures)
-    lists: defaultdict[str, list[str]] = defaultdict(list)
-    taken: set[str] = set()
-    for one in pictures:
-        name = inside(one.path, writing, "YOLO")
-        split = one.meta.get("split")
-        lists[split if split in SPLITS else "train"].append(f"./{name}\n")
-        yield text_beside(name, taken), _lines(one, classes, writing).encode()
-    for split, lines in lists.items():
+    records = group_boxes_by_image(samples, context, {"split"})
+    classes = collect_classes(records)
+    images_by_split: defaultdict[str, list[str]] = defaultdict(list)
+    used_names: set[str] = set()
+    for record in records:
+        name = require_inside_output(record.image_path, context, "YOLO")
+        split = record.meta.get("split")
+        images_by_split[split if split in SPLITS else "train"].append(f"./{name}\n")
+        yield assign_text_file(name, used_names), _format_labels(record, classes, context).encode()
+    for split, lines in images_by_split.items():
         yield f"{split}.txt", "".join(lines).encode()
-    if "val" not in lists:
-        writing.notes.append(
-            "no picture is of the split `val`, which Ultralytics asks for: name a list in data.yaml"
+    if "val" not in images_by_split:
+        context.notes.append(
+            "no image is in the split `val`, which Ultralytics requires: add a list to data.yaml"
         )
     description = {
-        **{split: f"{split}.txt" for split in SPLITS if split in lists},
+        **{split: f"{split}.txt" for split in SPLITS if split in images_by_split},
         "names": dict(enumerate(classes)),
     }
     yield "data.yaml", yaml.safe_dump(description, sort_keys=False, allow_unicode=True).encode()
 
 
-def _by_yaml(source: Path) -> _Set | None:
+def _open_from_yaml(source: Path) -> _YoloDataset | None:
     files = [source] if source.suffix.lower() in (".yaml", ".yml") and source.is_file() else []
     if source.is_dir():
         files = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
     for file in files:
-        description = _description(file)
+        description = _read_yaml(file)
         if "names" in description:
-            names = _names(description["names"], file)
-            pictures = tuple(_split_pictures(description, file))
-            if not pictures:
+            names = _parse_class_names(description["names"], file)
+            images = tuple(_iter_split_images(description, file))
+            if not images:
                 raise UserError(
-                    "no pictures are found",
+                    "no images are found",
                     where=str(file),
-                    expected="pictures in the folders or lists of train, val and test",
-                    remedy="correct these, from the folder of the file on",
+                    expected="images in the folders or lists of train, val and test",
+                    remedy="correct these paths, relative to the folder of the file",
                 )
-            return _Set(names, pictures, "kpt_shape" in description, f"names in {file.name}")
+            return _YoloDataset(names, images, "kpt_shape" in description, f"names in {file.name}")
     return None
 
 
-def _description(file: Path) -> Record:
+def _read_yaml(file: Path) -> Record:
     try:
-        content = parsed(read_bytes(file, LARGEST_DESCRIPTION))
+        content = load_yaml(read_data_file(file, MAX_DESCRIPTION_BYTES))
     except yaml.YAMLError:
         return {}  # some other program's file
     return content if isinstance(content, dict) else {}
 
 
-def _names(value: object, file: Path) -> dict[int, str]:
-    """A list of names, or names by their numbers."""
-    pairs = list(value.items()) if isinstance(value, dict) else list(enumerate(listed(value)))
-    known = (isinstance(number, int) and isinstance(name, str | int) for number, name in pairs)
-    if not pairs or not all(known):
+def _parse_class_names(value: object, file: Path) -> dict[int, str]:
+    """Parse a list of names, or a mapping from class IDs to names."""
+    pairs = list(value.items()) if isinstance(value, dict) else list(enumerate(as_list(value)))
+    are_valid = (
+        isinstance(class_id, int) and isinstance(name, str | int) for class_id, name in pairs
+    )
+    if not pairs or not all(are_valid):
         raise UserError(
             f"names is {reprlib.repr(value)[:60]}",  # aliases can make its text endless
             where=str(file),
-            expected="a list of class names, or names by their numbers",
-            remedy="name the classes",
+            expected="a list of class names, or names by class ID",
+            remedy="add the class names",
         )
-    return {number: str(name) for number, name in pairs}
+    return {class_id: str(name) for class_id, name in pairs}
 
 
-def _split_pictures(description: Record, file: Path) -> Iterator[tuple[str, Path]]:
-    """The pictures of each split, each picture once: of folders, and of lists of paths."""
+def _iter_split_images(description: Record, file: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the images of each split, each image once, from folders and path lists."""
     if not any(description.get(split) for split in SPLITS):
-        yield from (("", picture) for picture in inventory(file.parent).pictures())
+        yield from (("", image) for image in list_folder(file.parent).image_files())
         return
-    seen: set[Path] = set()
+    visited: set[Path] = set()
     for split in SPLITS:
-        for entry in listed(description.get(split)):
-            place = _place(str(entry), str(description.get("path") or ""), file, split)
-            new = [picture for picture in _pictures_at(place) if picture not in seen]
-            seen.update(new)
-            yield from ((split, picture) for picture in new)
+        for entry in as_list(description.get(split)):
+            path = _resolve_entry(str(entry), str(description.get("path") or ""), file, split)
+            new_images = [image for image in _list_images(path) if image not in visited]
+            visited.update(new_images)
+            yield from ((split, image) for image in new_images)
 
 
-def _place(entry: str, root: str, file: Path, split: str) -> Path:
-    """Where an entry of data.yaml is: from `path` or the file on; tools also write a `../` more
-    than there is, and a `path` from a folder of their own on."""
-    home = file.parent
-    inner = _UPWARDS.sub("", entry)
-    names = [os.path.join(root, entry), entry, os.path.join(Path(root).name, entry), inner]
+def _resolve_entry(entry: str, root: str, file: Path, split: str) -> Path:
+    """Resolve an entry of data.yaml relative to `path` or to the file.
+
+    Some tools write an additional `../`, or a `path` relative to another folder.
+    """
+    base_folder = file.parent
+    stripped = _UPWARDS.sub("", entry)
+    names = [os.path.join(root, entry), entry, os.path.join(Path(root).name, entry), stripped]
     for name in names:
-        found = existing(home, name)
+        found = find_existing(base_folder, name)
         if found is not None:
             return found
     raise UserError(
         f"{split}: {entry} is not found",
         where=str(file),
-        expected=f"one of {', '.join(dict.fromkeys(str(home / name) for name in names))}",
-        remedy=f"correct `{split}` or `path`, from the folder of {file.name} on",
+        expected=f"one of {', '.join(dict.fromkeys(str(base_folder / name) for name in names))}",
+        remedy=f"correct `{split}` or `path`, relative to the folder of {file.name}",
     )
 
 
-def _pictures_at(place: Path) -> list[Path]:
-    if os.path.isdir(place):
-        return inventory(place).pictures()
-    lines = [line.strip() for line in os.fsdecode(read_bytes(place)).split("\n")]
-    listed_pictures = [
-        existing(place.parent, line) or place.parent / line for line in lines if line
+def _list_images(path: Path) -> list[Path]:
+    if os.path.isdir(path):
+        return list_folder(path).image_files()
+    lines = [line.strip() for line in os.fsdecode(read_data_file(path)).split("\n")]
+    listed_images = [
+        find_existing(path.parent, line) or path.parent / line for line in lines if line
     ]
-    unnamed = next((picture for picture in listed_pictures if not picture.name), None)
+    unnamed = next((image for image in listed_images if not image.name), None)
     if unnamed is not None:
         raise UserError(
             f"{unnamed} is listed as an image",
-            where=str(place),
-            expected="one path of an image on each line",
+            where=str(path),
+            expected="one image path per line",
             remedy="correct the list",
         )
-    return listed_pictures
+    return listed_images
 
 
-def _by_names(source: Path) -> _Set | None:
-    """A folder without data.yaml: names in a list, label files with numbers in their lines."""
+def _open_from_class_names(source: Path) -> _YoloDataset | None:
+    """Open a folder without data.yaml: class names in a list, and label files with class IDs."""
     if not source.is_dir():
         return None
-    pictures = inventory(source).pictures()
-    labelled = (path for path in pictures if os.path.isfile(_label_file(path)))
-    looked = [_label_file(path) for path in itertools.islice(labelled, LOOKED_AT)]
-    lines = [line for file in looked for line in _first_lines(file)]
-    said = [line for line in lines if line.strip()]
+    images = list_folder(source).image_files()
+    labelled_images = (path for path in images if os.path.isfile(_find_label_file(path)))
+    label_files = [
+        _find_label_file(path) for path in itertools.islice(labelled_images, NUM_DETECTION_FILES)
+    ]
+    lines = [line for file in label_files for line in _first_lines(file)]
+    label_lines = [line for line in lines if line.strip()]
     # Single broken lines do not make a text of it: they are refused when it is their turn.
-    if not said or 2 * sum(_LINE.fullmatch(line) is not None for line in said) <= len(said):
+    if not label_lines or 2 * sum(
+        _LABEL_LINE.fullmatch(line) is not None for line in label_lines
+    ) <= len(label_lines):
         return None
-    for name in LISTS_OF_NAMES:
+    for name in CLASS_NAME_FILES:
         if (source / name).is_file():
-            texts = _list_of_names(source / name)
-            names = dict(enumerate(text.strip() for text in texts if text.strip()))
-            known_by = f"label files with numbers, {name}"
-            return _Set(names, tuple(("", path) for path in pictures), False, known_by)
+            name_lines = _list_of_names(source / name)
+            names = dict(enumerate(text.strip() for text in name_lines if text.strip()))
+            known_by = f"label files with class IDs, {name}"
+            return _YoloDataset(names, tuple(("", path) for path in images), False, known_by)
     raise UserError(
-        f"label files with class numbers, such as {said[0]!r} in {looked[0].name}, but no names",
+        f"label files with class IDs, such as {label_lines[0]!r} in {label_files[0].name}, but"
+        " no names",
         where=str(source),
-        expected=f"data.yaml with `names`, or one of {', '.join(LISTS_OF_NAMES)}",
-        remedy="write the names of the classes into classes.txt, one a line, the first being 0",
+        expected=f"data.yaml with `names`, or one of {', '.join(CLASS_NAME_FILES)}",
+        remedy="write the names of the classes into classes.txt, one a line (0-based)",
     )
 
 
 def _first_lines(file: Path) -> list[str]:
-    """The whole lines at the start of a file."""
-    with opened(file) as content:
-        start = content.read(START)
+    """Return the complete lines at the start of a file."""
+    with open_data_file(file) as content:
+        start = content.read(SNIFF_BYTES)
     lines = start.decode("utf-8", "replace").splitlines()
-    return lines[:-1] if len(start) == START and len(lines) > 1 else lines
+    return lines[:-1] if len(start) == SNIFF_BYTES and len(lines) > 1 else lines
 
 
 def _list_of_names(file: Path) -> list[str]:
     try:
-        return read_bytes(file, LARGEST_LABELS).decode().split("\n")
+        return read_data_file(file, MAX_LABEL_FILE_BYTES).decode().split("\n")
     except UnicodeDecodeError as error:
         raise UserError(
             f"byte {error.start} is not UTF-8 text",
             where=str(file),
-            expected="the names of the classes in UTF-8",
+            expected="the class names in UTF-8",
             remedy="save the file as UTF-8",
         ) from error
 
 
-def _label_file(picture: Path) -> Path:
-    """Where `images` is `labels`, as Ultralytics has it, if a file is there; else beside it."""
-    parts = list(picture.parts)
+def _find_label_file(image: Path) -> Path:
+    """Return the label file of an image.
+
+    It is the path with `images` replaced by `labels` if it exists, else the file next to the image.
+    """
+    parts = list(image.parts)
     if "images" in parts[:-1]:
-        last = len(parts) - 2 - parts[-2::-1].index("images")
-        parts[last] = "labels"
+        images_index = len(parts) - 2 - parts[-2::-1].index("images")
+        parts[images_index] = "labels"
         mirrored = Path(*parts).with_suffix(".txt")
         if os.path.isfile(mirrored):
             return mirrored
-    return picture.with_suffix(".txt")
+    return image.with_suffix(".txt")
 
 
-def _marked(line: str, number: int, record: Record, noted: Counter[str]) -> Marked:
+def _parse_label_line(
+    line: str, line_number: int, record: Record, source_notes: Counter[str]
+) -> ObjectAnnotation:
     name = Path(record["labels"]).name
-    pieces = line.split()
+    fields = line.split()
     try:
-        shares = [float(piece) for piece in pieces[1:]]
+        values = [float(field) for field in fields[1:]]
     except ValueError:
-        shares = []
-    outlined = len(shares) > 4 and len(shares) % 2 == 0
-    is_known = len(shares) == 4 or outlined or (len(shares) > 4 and record["keypoints"])
-    if not is_known or not pieces[0].isdecimal():
-        raise BadBox(
-            f"{name}:{number}: {line.strip()[:80]!r}",
-            expected="a class number, then centre and size, or the corners of an outline",
-            remedy="correct the line; a sixth number, a confidence, has no place in labels",
+        values = []
+    is_polygon = len(values) > 4 and len(values) % 2 == 0
+    is_known = len(values) == 4 or is_polygon or (len(values) > 4 and record["keypoints"])
+    if not is_known or not fields[0].isdecimal():
+        raise InvalidBoxError(
+            f"{name}:{line_number}: {line.strip()[:80]!r}",
+            expected="a class ID, then center and size, or polygon corners",
+            remedy="correct the line; labels have no sixth value (confidence)",
         )
-    kind = whole_number(pieces[0])
-    if kind not in record["names"]:
+    class_id = parse_integer(fields[0])
+    if class_id not in record["names"]:
         raise UserError(
-            f"{name}:{number}: class {pieces[0][:40]}",
-            expected=f"one of the {len(record['names'])} names, the first being 0",
+            f"{name}:{line_number}: class {fields[0][:40]}",
+            expected=f"one of the {len(record['names'])} names (0-based)",
             remedy="add the name, or correct the line",
         )
-    label = record["names"][kind]
-    if record["keypoints"] and len(shares) > 4:
-        noted[KEYPOINTS] += 1
-        return Marked(label, shares[:4])
-    if len(shares) == 4:
-        return Marked(label, shares)
-    noted[OUTLINED] += 1
-    x1, y1 = min(shares[::2]), min(shares[1::2])
-    x2, y2 = max(shares[::2]), max(shares[1::2])
-    return Marked(label, [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1])
+    label = record["names"][class_id]
+    if record["keypoints"] and len(values) > 4:
+        source_notes[NOTE_KEYPOINTS] += 1
+        return ObjectAnnotation(label, values[:4])
+    if len(values) == 4:
+        return ObjectAnnotation(label, values)
+    source_notes[NOTE_POLYGON_AS_BOX] += 1
+    x1, y1 = min(values[::2]), min(values[1::2])
+    x2, y2 = max(values[::2]), max(values[1::2])
+    return ObjectAnnotation(label, [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1])
 
 
-def _lines(one: Gathered, classes: Sequence[str], writing: Writing) -> str:
-    height, width = writing.size(one.path)
+def _format_labels(record: ImageRecord, classes: Sequence[str], context: ExportContext) -> str:
+    height, width = context.image_size(record.image_path)
     lines = []
-    for box in one.boxes:
+    for box in record.boxes:
         x1, y1, x2, y2 = box.xyxy
         centre = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height)
-        shares = (*centre, (x2 - x1) / width, (y2 - y1) / height)
-        lines.append(f"{classes.index(box.label)} {' '.join(f'{s:.12g}' for s in shares)}\n")
+        values = (*centre, (x2 - x1) / width, (y2 - y1) / height)
+        lines.append(f"{classes.index(box.label)} {' '.join(f'{s:.12g}' for s in values)}\n")
     return "".join(lines)
 
 
-FORMAT = Format(
+FORMAT = DatasetFormat(
     name="yolo",
-    looks="a folder with data.yaml or classes.txt, pictures, and a .txt file of boxes for each",
-    keys=frozenset(),
-    detect=never,
-    read=read,
-    takes=frozenset({"prompt", "boxes", "ask"}),
-    open=open_folder,
-    write=write,
+    description="a folder with data.yaml or classes.txt, images, and a .txt label file per image",
+    typical_keys=frozenset(),
+    detect=never_detect,
+    parse_row=parse_row,
+    supported_options=frozenset({"prompt", "boxes", "box_task"}),
+    open_dataset=open_folder,
+    write_files=write_files,
 )

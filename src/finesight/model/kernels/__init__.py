@@ -1,2 +1,1 @@
-"""Triton kernels of the layers. Each file is imported only where Triton is: it comes with torch's
-builds for CUDA."""
+"""Triton kernels of the layers; imported only if Triton is installed (torch's CUDA builds)."""

@@ -1,80 +1,89 @@
 
-/* ---- data check: findings, narrowed down by severity and by fault ---------------------------- */
+/* ---- data check: issues, filtered by severity and code --------------------------------------- */
 
-function drawFinding(finding) {
-  const words = make("div", {},
-    make("h3", {}, make("span", {class: `badge ${finding.severity}`}, say(finding.severity)),
-      make("span", {}, finding.says)),
-    make("p", {class: "mono"}, finding.where),
-    make("p", {}, finding.what));
-  if (finding.evidence.length) {
-    words.append(make("ul", {class: "evidence small"},
-      ...finding.evidence.map((line) => make("li", {}, line))));
+function drawIssue(issue) {
+  const description = createElement("div", {},
+    createElement("h3", {},
+      createElement("span", {class: `badge ${issue.severity}`}, translate(issue.severity)),
+      createElement("span", {}, issue.description)),
+    createElement("p", {class: "mono"}, issue.location),
+    createElement("p", {}, issue.message));
+  if (issue.evidence.length) {
+    description.append(createElement("ul", {class: "evidence small"},
+      ...issue.evidence.map((line) => createElement("li", {}, line))));
   }
-  words.append(make("p", {}, make("strong", {}, say("Remedy: ")), finding.remedy));
-  const sample = finding.sample ? `${say("sample {}", finding.sample)} · ` : "";
-  const mended = finding.fix ? ` · ${say("mended by --fix: {}", finding.fix)}` : "";
-  words.append(make("p", {class: "soft small"}, `${sample}${finding.code}${mended}`));
-  const pictures = finding.shown.map((shown) => drawShown(shown, finding));
-  if (!pictures.length) return make("article", {class: "finding"}, words);
-  if (finding.more) pictures.push(make("p", {class: "soft small"}, say("and {} more", finding.more)));
-  return make("article", {class: "finding pictured"}, make("div", {}, ...pictures), words);
+  description.append(
+    createElement("p", {}, createElement("strong", {}, translate("Remedy: ")), issue.remedy));
+  const sample = issue.sample_id ? `${translate("sample {}", issue.sample_id)} · ` : "";
+  const fix = issue.fix ? ` · ${translate("fixed by --fix: {}", issue.fix)}` : "";
+  description.append(createElement("p", {class: "soft small"}, `${sample}${issue.code}${fix}`));
+  const images = issue.images.map((image) => drawIssueImage(image, issue));
+  if (!images.length) return createElement("article", {class: "issue"}, description);
+  if (issue.num_more) {
+    images.push(createElement("p", {class: "soft small"}, translate("and {} more", issue.num_more)));
+  }
+  return createElement("article", {class: "issue with-images"},
+    createElement("div", {}, ...images), description);
 }
 
-function drawShown({name, picture, boxes}, finding) {
-  const found = DATA.pictures[picture];
-  const drawn = typeof found === "string"
-    ? make("p", {class: "nothing"}, found)
-    : drawPicture(found, boxes, say("{}, {} boxes drawn: {}", name, boxes.length, finding.says));
-  return make("div", {}, drawn, make("p", {class: "name"}, name));
+function drawIssueImage({name, image_index: index, boxes}, issue) {
+  const image = DATA.images[index];
+  const figure = typeof image === "string"
+    ? createElement("p", {class: "no-image"}, image)
+    : drawImage(image, boxes,
+      translate("{}, {} boxes drawn: {}", name, boxes.length, issue.description));
+  return createElement("div", {}, figure, createElement("p", {class: "name"}, name));
 }
 
-function startFindings() {
-  const all = DATA.findings;
-  const chosen = {severity: "", code: ""};
-  const severities = ["", ...new Set(all.map((finding) => finding.severity))];
+function startIssues() {
+  const {issues} = DATA;
+  const filter = {severity: "", code: ""};
+  const severities = ["", ...new Set(issues.map((issue) => issue.severity))];
   const buttons = severities.map((severity) =>
-    make("button", {type: "button", "data-severity": severity}, say(severity ? `${severity}s` : "all")));
-  const select = byId("fault");
-  let move = () => {};
+    createElement("button", {type: "button", "data-severity": severity},
+      translate(severity ? `${severity}s` : "all")));
+  const select = byId("issue-code");
+  let moveFocus = () => {};
 
   const update = () => {
     for (const button of buttons) {
-      button.setAttribute("aria-pressed", button.dataset.severity === chosen.severity);
+      button.setAttribute("aria-pressed", button.dataset.severity === filter.severity);
     }
-    const graded = all.filter(({severity}) => !chosen.severity || severity === chosen.severity);
-    const codes = new Map();
-    for (const {code} of graded) codes.set(code, (codes.get(code) || 0) + 1);
-    if (!codes.has(chosen.code)) chosen.code = "";
-    select.replaceChildren(make("option", {value: ""}, say("every fault")),
-      ...[...codes].map(([code, count]) => make("option", {value: code}, `${code} (${count})`)));
-    select.value = chosen.code;
-    const fitting = graded.filter(({code}) => !chosen.code || code === chosen.code);
-    byId("shown").textContent = say("{} of {} findings", fitting.length, all.length);
-    move = feed(byId("list"), fitting, drawFinding);
+    const bySeverity = issues.filter(({severity}) =>
+      !filter.severity || severity === filter.severity);
+    const counts = new Map();
+    for (const {code} of bySeverity) counts.set(code, (counts.get(code) || 0) + 1);
+    if (!counts.has(filter.code)) filter.code = "";
+    select.replaceChildren(createElement("option", {value: ""}, translate("all codes")),
+      ...[...counts].map(([code, count]) =>
+        createElement("option", {value: code}, `${code} (${count})`)));
+    select.value = filter.code;
+    const matches = bySeverity.filter(({code}) => !filter.code || code === filter.code);
+    byId("num-shown").textContent = translate("{} of {} issues", matches.length, issues.length);
+    moveFocus = createFeed(byId("list"), matches, drawIssue);
   };
 
   for (const button of buttons) {
     button.addEventListener("click", () => {
-      chosen.severity = button.dataset.severity;
+      filter.severity = button.dataset.severity;
       update();
     });
   }
   select.addEventListener("change", () => {
-    chosen.code = select.value;
+    filter.code = select.value;
     update();
   });
   for (const button of document.querySelectorAll("[data-code]")) {
     button.addEventListener("click", () => {
-      chosen.severity = "";
-      chosen.code = button.dataset.code;
+      filter.severity = "";
+      filter.code = button.dataset.code;
       update();
       select.focus();
     });
   }
   byId("severities").append(...buttons);
-  onMove((step) => move(step));
+  onNavigate((step) => moveFocus(step));
   update();
 }
 
-if (DATA.findings.length) startFindings();
+if (DATA.issues.length) startIssues();

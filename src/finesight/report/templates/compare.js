@@ -3,112 +3,117 @@
 
 const RUNS = DATA.runs.map((label) => ({letter: label.slice(0, 1), name: label.slice(2)}));
 
-function badge(number) {
-  return make("b", {class: `run r${number}`, title: RUNS[number].name}, RUNS[number].letter);
+function runBadge(index) {
+  return createElement("b", {class: `run r${index}`, title: RUNS[index].name}, RUNS[index].letter);
 }
 
 function drawSample(sample) {
-  const pictures = sample.pictures.map((number) => DATA.pictures[number]);
-  const card = make("article", {class: pictures.length ? "example seen" : "example"},
-    make("header", {},
-      make("span", {class: "marks small"}, ...sample.marks.map((mark, number) =>
-        make("span", {}, badge(number), ` ${mark === null ? "\u2013" : mark}`))),
-      make("span", {class: "soft small mono id"}, sample.id)));
-  if (pictures.length) {
-    card.append(make("div", {}, ...pictures.map((picture, number) =>
-      drawnWithBoxes(picture, number, sample))));
+  const images = sample.images.map((index) => DATA.images[index]);
+  const card = createElement("article", {class: images.length ? "example with-images" : "example"},
+    createElement("header", {},
+      createElement("span", {class: "scores small"}, ...sample.scores.map((score, run) =>
+        createElement("span", {}, runBadge(run), ` ${score === null ? "\u2013" : score}`))),
+      createElement("span", {class: "soft small mono id"}, sample.id)));
+  if (images.length) {
+    card.append(createElement("div", {}, ...images.map((image, index) =>
+      drawImageWithBoxes(image, index, sample))));
   }
-  card.append(make("div", {},
-    ...clamped(make("h3", {class: "question"}, sample.question || say("(no question)"))),
-    make("div", {class: "answers"}, ...answersTo(sample))));
+  card.append(createElement("div", {},
+    ...truncateText(createElement("h3", {class: "question"},
+      sample.question || translate("(no question)"))),
+    createElement("div", {class: "answers"}, ...drawPredictions(sample))));
   return card;
 }
 
-function drawnWithBoxes(picture, number, sample) {
-  if (picture.problem) {
-    const told = make("p", {class: "small"}, `${picture.path}: ${picture.problem}`);
-    return make("div", {class: "missing"}, ...clamped(told));
+function drawImageWithBoxes(image, index, sample) {
+  if (image.error) {
+    const message = createElement("p", {class: "small"}, `${image.path}: ${image.error}`);
+    return createElement("div", {class: "missing"}, ...truncateText(message));
   }
-  const several = sample.pictures.length > 1;
-  const here = ({image}) => !several || image === number;
-  const boxes = sample.boxes.filter(here).map(({xyxy}) => ({xyxy, kind: "truth", label: ""}));
-  /* Runs that agree on a box share one, with all their letters. */
-  const drawn = new Map();
-  sample.answers.forEach((answer, run) => (answer?.boxes || []).filter(here).forEach(({xyxy}) => {
-    const at = xyxy.map(Math.round).join(" ");
-    if (!drawn.has(at)) drawn.set(at, {xyxy, kind: `r${run}`, label: ""});
-    const box = drawn.get(at);
-    if (!box.label.includes(RUNS[run].letter)) box.label += RUNS[run].letter;
-  }));
-  boxes.push(...drawn.values());
-  const figure = drawPicture(picture, boxes, picture.path.split("/").pop());
-  figure.title = picture.path;
+  const hasSeveralImages = sample.images.length > 1;
+  const isOnImage = (box) => !hasSeveralImages || box.image === index;
+  const boxes = sample.boxes.filter(isOnImage).map(({xyxy}) => ({xyxy, kind: "truth", label: ""}));
+  /* Equal boxes of several runs are drawn once, with the letters of these runs. */
+  const byCorners = new Map();
+  sample.predictions.forEach((prediction, run) => {
+    for (const {xyxy} of (prediction?.boxes || []).filter(isOnImage)) {
+      const corners = xyxy.map(Math.round).join(" ");
+      if (!byCorners.has(corners)) byCorners.set(corners, {xyxy, kind: `r${run}`, label: ""});
+      const box = byCorners.get(corners);
+      if (!box.label.includes(RUNS[run].letter)) box.label += RUNS[run].letter;
+    }
+  });
+  boxes.push(...byCorners.values());
+  const figure = drawImage(image, boxes, image.path.split("/").pop());
+  figure.title = image.path;
   figure.addEventListener("click", () => figure.closest(".example").classList.toggle("wide"));
   return figure;
 }
 
-function answersTo(sample) {
-  const {right} = sample;
+function drawPredictions(sample) {
+  const {references} = sample;
   const rows = [];
-  if (right.length || sample.boxes.length) {
-    const title = say(right.length > 1 ? "right answers" : "right answer");
-    rows.push(answerRow("truth", title, right.join("\n"), sample.formula, sample.boxes));
+  if (references.length || sample.boxes.length) {
+    const title = translate(references.length > 1 ? "reference answers" : "reference answer");
+    rows.push(answerRow("truth", title, references.join("\n"), sample.formula, sample.boxes));
   }
-  sample.answers.forEach((answer, run) => {
-    const name = make("span", {}, badge(run), ` ${RUNS[run].name}`);
-    if (!answer) {
-      rows.push(answerRow("", name, "", null, [], say("did not answer this sample")));
+  sample.predictions.forEach((prediction, run) => {
+    const name = createElement("span", {}, runBadge(run), ` ${RUNS[run].name}`);
+    if (!prediction) {
+      rows.push(answerRow("", name, "", null, [], translate("no answer to this sample")));
       return;
     }
-    const mark = sample.marks[run];
-    const scores = mark === null ? [] : [`${DATA.figure} ${mark}`];
-    if (!answer.stopped) scores.push(say("cut off after {} tokens", answer.tokens));
-    rows.push(answerRow("", name, answer.text, answer.formula, answer.boxes,
-      scores.join(" · "), right.length === 1 ? right[0] : null));
+    const score = sample.scores[run];
+    const notes = score === null ? [] : [`${DATA.metric} ${score}`];
+    if (!prediction.is_complete) {
+      notes.push(translate("truncated after {} tokens", prediction.num_tokens));
+    }
+    rows.push(answerRow("", name, prediction.text, prediction.formula, prediction.boxes,
+      notes.join(" · "), references.length === 1 ? references[0] : null));
   });
   return rows;
 }
 
-function textsOf(sample) {
-  sample.texts ||= [sample.id, sample.question, ...sample.right,
-    ...sample.answers.map((answer) => answer?.text || ""),
-    ...sample.pictures.map((number) => DATA.pictures[number].path),
-    ...[sample, ...sample.answers].flatMap(
-      (one) => (one?.boxes || []).map(({label}) => label)),
+function searchText(sample) {
+  sample.searchText ||= [sample.id, sample.question, ...sample.references,
+    ...sample.predictions.map((prediction) => prediction?.text || ""),
+    ...sample.images.map((index) => DATA.images[index].path),
+    ...[sample, ...sample.predictions].flatMap(
+      (item) => (item?.boxes || []).map(({label}) => label)),
   ].join("\n").toLowerCase();
-  return sample.texts;
+  return sample.searchText;
 }
 
-/* Whether a sample is one of those that were asked for: `better 2`, `worse 2`, or a kind. */
-function isOf(sample, wanted) {
-  if (!wanted) return true;
-  const [what, run] = wanted.split(" ");
-  if (run === undefined) return sample.kind === what;
-  const [first, other] = [sample.marks[0], sample.marks[Number(run)]];
-  if (first === null || other === null) return false;
-  return what === "better" ? other > first : other < first;
+/* Apply a filter: `better 2` or `worse 2` for a run index, or a kind of sample. */
+function matchesFilter(sample, filter) {
+  if (!filter) return true;
+  const [kind, run] = filter.split(" ");
+  if (run === undefined) return sample.kind === kind;
+  const [reference, other] = [sample.scores[0], sample.scores[Number(run)]];
+  if (reference === null || other === null) return false;
+  return kind === "better" ? other > reference : other < reference;
 }
 
-function isWithin(mark, least, most) {
-  if (least === "" && most === "") return true;
-  if (mark === null) return false;
-  return (least === "" || mark >= Number(least)) && (most === "" || mark <= Number(most));
+function isInRange(score, min, max) {
+  if (min === "" && max === "") return true;
+  if (score === null) return false;
+  return (min === "" || score >= Number(min)) && (max === "" || score <= Number(max));
 }
 
 function startSamples() {
-  const fields = ["kind", "whose", "least", "most", "search"].map(byId);
-  const [kind, whose, least, most, search] = fields;
-  let step = () => {};
+  const fields = ["kind", "run", "min_score", "max_score", "search"].map(byId);
+  const [kind, run, minScore, maxScore, search] = fields;
+  let moveFocus = () => {};
   const refresh = () => {
-    const wanted = search.value.trim().toLowerCase();
-    const found = DATA.examples.filter((sample) => isOf(sample, kind.value)
-      && isWithin(sample.marks[Number(whose.value)], least.value, most.value)
-      && (!wanted || textsOf(sample).includes(wanted)));
-    byId("found").textContent = say("{} found", found.length);
-    step = feed(byId("feed"), found, drawSample, 20);
+    const query = search.value.trim().toLowerCase();
+    const matches = DATA.examples.filter((sample) => matchesFilter(sample, kind.value)
+      && isInRange(sample.scores[Number(run.value)], minScore.value, maxScore.value)
+      && (!query || searchText(sample).includes(query)));
+    byId("found").textContent = translate("{} found", matches.length);
+    moveFocus = createFeed(byId("feed"), matches, drawSample, 20);
   };
   for (const field of fields) field.addEventListener("input", refresh);
-  onMove((by) => step(by));
+  onNavigate((step) => moveFocus(step));
   refresh();
 }
 

@@ -1,99 +1,100 @@
 
 /* ---- examples --------------------------------------------------------------------------------- */
 
-const KIND_WORDS = DATA.measurements.length > 1
-  ? {better: say("got better"), worse: say("got worse"), wrong: say("stayed wrong"),
-    right: say("stayed right")}
-  : {better: "", worse: "", wrong: say("wrong"), right: say("right")};
-const CHIPS = {better: "better", worse: "worse", wrong: "unsure", right: "trained"};
+const KIND_LABELS = DATA.evaluation_names.length > 1
+  ? {better: translate("improved"), worse: translate("worsened"),
+    wrong: translate("still incorrect"), right: translate("still correct")}
+  : {better: "", worse: "", wrong: translate("incorrect"), right: translate("correct")};
+const CHIP_CLASSES = {better: "better", worse: "worse", wrong: "unsure", right: "trained"};
 
 function drawExample(example) {
-  const pictures = example.pictures.map((number) => DATA.pictures[number]);
+  const images = example.images.map((index) => DATA.images[index]);
   const change = example.change
-    ? ` ${example.change > 0 ? "+" : "\u2212"}${Math.abs(example.change)} ${DATA.figure}` : "";
-  const card = make("article", {class: pictures.length ? "example seen" : "example"},
-    make("header", {},
-      make("span", {class: `chip ${CHIPS[example.kind]}`}, KIND_WORDS[example.kind]),
-      make("span", {class: "soft small"}, change),
-      make("span", {class: "soft small mono id"}, example.id)));
-  if (pictures.length) {
-    card.append(make("div", {},
-      ...pictures.map((picture, number) => drawnPicture(picture, number, example))));
+    ? ` ${example.change > 0 ? "+" : "\u2212"}${Math.abs(example.change)} ${DATA.metric}` : "";
+  const card = createElement("article", {class: images.length ? "example with-images" : "example"},
+    createElement("header", {},
+      createElement("span", {class: `chip ${CHIP_CLASSES[example.kind]}`}, KIND_LABELS[example.kind]),
+      createElement("span", {class: "soft small"}, change),
+      createElement("span", {class: "soft small mono id"}, example.id)));
+  if (images.length) {
+    card.append(createElement("div", {},
+      ...images.map((image, index) => drawExampleImage(image, index, example))));
   }
-  card.append(make("div", {},
-    ...clamped(make("h3", {class: "question"}, example.question || say("(no question)"))),
-    make("div", {class: "answers"}, ...answersOf(example))));
+  card.append(createElement("div", {},
+    ...truncateText(createElement("h3", {class: "question"},
+      example.question || translate("(no question)"))),
+    createElement("div", {class: "answers"}, ...drawAnswers(example))));
   return card;
 }
 
-function drawnPicture(picture, number, example) {
-  const name = picture.path.split("/").pop();
-  if (picture.problem) {
-    const told = make("p", {class: "small"}, `${picture.path}: ${picture.problem}`);
-    return make("div", {class: "missing"}, ...clamped(told));
+function drawExampleImage(image, index, example) {
+  const name = image.path.split("/").pop();
+  if (image.error) {
+    const message = createElement("p", {class: "small"}, `${image.path}: ${image.error}`);
+    return createElement("div", {class: "missing"}, ...truncateText(message));
   }
   const boxes = [];
-  const several = example.pictures.length > 1;
-  /* With one box asked for and one answered, a label would only hide the picture. */
-  const named = [example, example.before, example.after].some((one) => one?.boxes.length > 1);
-  for (const [kind, found] of [["before", example.before?.boxes], ["after", example.after?.boxes],
-                               ["truth", example.boxes]]) {
-    for (const box of found || []) {
-      if (!several || box.image === number) {
-        boxes.push({...box, kind, label: named && kind !== "truth" ? box.label : ""});
+  const hasSeveralImages = example.images.length > 1;
+  /* Labels cover the image, so boxes have labels only if an answer contains several. */
+  const hasLabels = [example, example.before, example.after].some((item) => item?.boxes.length > 1);
+  for (const [kind, kindBoxes] of [["before", example.before?.boxes], ["after", example.after?.boxes],
+                                   ["truth", example.boxes]]) {
+    for (const box of kindBoxes || []) {
+      if (!hasSeveralImages || box.image === index) {
+        boxes.push({...box, kind, label: hasLabels && kind !== "truth" ? box.label : ""});
       }
     }
   }
-  const figure = drawPicture(picture, boxes, name);
-  figure.title = picture.path;
+  const figure = drawImage(image, boxes, name);
+  figure.title = image.path;
   figure.addEventListener("click", () => figure.closest(".example").classList.toggle("wide"));
   return figure;
 }
 
-function answersOf(example) {
-  const [first, last] = DATA.measurements;
-  const right = example.right;
+function drawAnswers(example) {
+  const [firstName, lastName] = DATA.evaluation_names;
+  const {references} = example;
   const rows = [];
-  if (right.length || example.boxes.length) {
-    const title = say(right.length > 1 ? "right answers" : "right answer");
-    rows.push(answerRow("truth", title, right.join("\n"), example.formula, example.boxes));
+  if (references.length || example.boxes.length) {
+    const title = translate(references.length > 1 ? "reference answers" : "reference answer");
+    rows.push(answerRow("truth", title, references.join("\n"), example.formula, example.boxes));
   }
-  for (const [kind, answer, name] of [["before", example.before, first],
-                                      ["after", example.after, last || first]]) {
+  for (const [kind, answer, name] of [["before", example.before, firstName],
+                                      ["after", example.after, lastName || firstName]]) {
     if (!answer) continue;
     const scores = Object.entries(answer.scores).map(([key, value]) => `${key} ${value}`);
-    if (!answer.stopped) scores.push(say("cut off after {} tokens", answer.tokens));
+    if (!answer.is_complete) scores.push(translate("truncated after {} tokens", answer.num_tokens));
     rows.push(answerRow(kind, name, answer.text, answer.formula, answer.boxes,
-      scores.join(" · "), right.length === 1 ? right[0] : null));
+      scores.join(" · "), references.length === 1 ? references[0] : null));
   }
   return rows;
 }
 
-/* What a search looks at, in lower case, made when it is first needed. */
-function wordsOf(example) {
-  example.words ||= [example.id, example.question, ...example.right,
+/* Lower-case text for the search, computed on first use. */
+function searchText(example) {
+  example.searchText ||= [example.id, example.question, ...example.references,
     example.before?.text, example.after?.text,
-    ...example.pictures.map((number) => DATA.pictures[number].path),
+    ...example.images.map((index) => DATA.images[index].path),
     ...[example, example.before, example.after].flatMap(
-      (one) => (one?.boxes || []).map(({label}) => label)),
+      (item) => (item?.boxes || []).map(({label}) => label)),
   ].join("\n").toLowerCase();
-  return example.words;
+  return example.searchText;
 }
 
 function startExamples() {
   const buttons = [...document.querySelectorAll(".chips button")];
   const search = byId("search");
   let kind = "";
-  let step = () => {};
+  let moveFocus = () => {};
   const refresh = () => {
-    const wanted = search.value.trim().toLowerCase();
-    const found = DATA.examples.filter((example) =>
-      (!kind || example.kind === kind) && (!wanted || wordsOf(example).includes(wanted)));
+    const query = search.value.trim().toLowerCase();
+    const matches = DATA.examples.filter((example) =>
+      (!kind || example.kind === kind) && (!query || searchText(example).includes(query)));
     for (const button of buttons) {
       button.setAttribute("aria-pressed", String(button.dataset.kind === kind));
     }
-    byId("found").textContent = kind || wanted ? say("{} found", found.length) : "";
-    step = feed(byId("feed"), found, drawExample, 20);
+    byId("found").textContent = kind || query ? translate("{} found", matches.length) : "";
+    moveFocus = createFeed(byId("feed"), matches, drawExample, 20);
   };
   for (const button of buttons) {
     button.addEventListener("click", () => {
@@ -105,7 +106,7 @@ function startExamples() {
   search.addEventListener("keydown", (event) => {
     if (event.key === "Escape") search.blur();
   });
-  onMove((by) => step(by));
+  onNavigate((step) => moveFocus(step));
   byId("feed").addEventListener("keydown", (event) => {
     const card = event.target.matches("li") && event.target.querySelector(".example");
     if (card && event.key === "Enter") card.classList.toggle("wide");
@@ -121,12 +122,12 @@ function startExamples() {
 
 if (byId("feed")) startExamples();
 
-/* A page that nobody writes anew looks like one of a run that goes on. */
-function startStanding() {
-  const old = Date.now() / 1000 - DATA.live.written;
-  if (old < Math.max(300, 5 * DATA.live.again)) return;
-  byId("stale").textContent = say("This page is {} minutes old: the run may have ended since.",
-    Math.round(old / 60).toLocaleString("en"));
+/* Warn about an outdated page of a run that was in progress: the run may have ended. */
+function showStaleNotice() {
+  const age = Date.now() / 1000 - DATA.live.written_at;
+  if (age < Math.max(300, 5 * DATA.live.interval_s)) return;
+  byId("stale").textContent = translate("This page is {} minutes old. The run may have ended.",
+    Math.round(age / 60).toLocaleString("en"));
   byId("stale").hidden = false;
 }
-if (DATA.live) startStanding();
+if (DATA.live) showStaleNotice();

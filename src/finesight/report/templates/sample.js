@@ -1,176 +1,196 @@
 
-/* ---- data show: one sample at a time, its pictures beside its tokens ------------------------- */
+/* ---- data show: one sample at a time, its images next to its tokens -------------------------- */
 
 const INVISIBLE = /([ \n\t]|[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Zs}])/u;
-const SIGNS = {" ": "·", "\n": "↵", "\t": "⇥"};
+const INVISIBLE_SYMBOLS = {" ": "·", "\n": "↵", "\t": "⇥"};
 
-/* Text in which every invisible character shows; a line break still breaks the line. */
-function visible(text) {
-  return text.split(INVISIBLE).filter(Boolean).flatMap((piece) => {
-    if (!INVISIBLE.test(piece)) return piece;
-    const code = piece.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
-    const sign = make("span", {class: "white"}, SIGNS[piece] || `U+${code}`);
-    return piece === "\n" ? [sign, "\n"] : sign;
+/* Text with a symbol for every invisible character; line breaks stay line breaks. */
+function showInvisible(text) {
+  return text.split(INVISIBLE).filter(Boolean).flatMap((segment) => {
+    if (!INVISIBLE.test(segment)) return segment;
+    const code = segment.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+    const symbol = createElement("span", {class: "white"},
+      INVISIBLE_SYMBOLS[segment] || `U+${code}`);
+    return segment === "\n" ? [symbol, "\n"] : symbol;
   });
 }
 
-/* A number of things; their words have a place for it. */
-function count(number, one, many) {
-  return say(number === 1 ? one : many, number.toLocaleString("en"));
+/* A count with its noun; both texts contain a placeholder for it. */
+function formatCount(count, singular, plural) {
+  return translate(count === 1 ? singular : plural, count.toLocaleString("en"));
 }
 
-function bySides([height, width]) {
+function formatSize([height, width]) {
   return `${width} × ${height}`;
 }
 
-function figure(name, value) {
-  return make("div", {}, make("dt", {}, name), make("dd", {}, value));
+function drawStat(name, value) {
+  return createElement("div", {}, createElement("dt", {}, name), createElement("dd", {}, value));
 }
 
-/* ---- pictures and their boxes ---- */
+/* ---- images and their boxes ---- */
 
-function drawPictures(sample) {
-  return sample.pictures.map((picture, number) => {
-    const numbered = sample.boxes.map((box, at) => ({...box, at}));
-    const boxes = numbered.filter((box) => box.picture === number).map(({xyxy, label, at}) =>
-      ({xyxy, label: label === null ? `${at + 1}` : `${at + 1} ${label}`}));
-    const alt = say("{} as the model sees it, {}", picture.name,
-      count(boxes.length, "{} box", "{} boxes"));
-    const frames = picture.frames.map((frame, at) =>
-      drawPicture(frame, at ? [] : boxes, at ? say("frame {} of {}", at + 1, picture.name) : alt));
-    const told = say("{} resized to {} pixels, {} patches, {}", bySides(picture.original),
-      bySides(picture.resized), picture.grid.join(" × "),
-      count(picture.tokens, "{} token", "{} tokens"));
-    const kind = picture.kind === "video"
-      ? say(", video of {}", count(frames.length, "{} frame", "{} frames")) : "";
-    return make("div", {},
-      frames.length > 1 ? make("div", {class: "frames", tabindex: 0}, ...frames) : frames[0],
-      make("p", {class: "described"}, make("strong", {}, say("Picture {}", number + 1)),
-        say(" {}{}: {}", picture.name, kind, told)));
+function drawImages(sample) {
+  return sample.images.map((image, imageIndex) => {
+    const numbered = sample.boxes.map((box, boxIndex) => ({...box, boxIndex}));
+    const boxes = numbered.filter((box) => box.image_index === imageIndex)
+      .map(({xyxy, label, boxIndex}) =>
+        ({xyxy, label: label === null ? `${boxIndex + 1}` : `${boxIndex + 1} ${label}`}));
+    const alt = translate("{} as model input, {}", image.name,
+      formatCount(boxes.length, "{} box", "{} boxes"));
+    const frames = image.frames.map((frame, index) => drawImage(frame, index ? [] : boxes,
+      index ? translate("frame {} of {}", index + 1, image.name) : alt));
+    const sizes = translate("{} resized to {} pixels, {} patches, {}",
+      formatSize(image.original_size), formatSize(image.resized_size), image.grid_thw.join(" × "),
+      formatCount(image.num_tokens, "{} token", "{} tokens"));
+    const kind = image.kind === "video"
+      ? translate(", video of {}", formatCount(frames.length, "{} frame", "{} frames")) : "";
+    return createElement("div", {},
+      frames.length > 1
+        ? createElement("div", {class: "frames", tabindex: 0}, ...frames) : frames[0],
+      createElement("p", {class: "described"},
+        createElement("strong", {}, translate("Image {}", imageIndex + 1)),
+        translate(" {}{}: {}", image.name, kind, sizes)));
   });
 }
 
 function drawBoxes(sample) {
-  if (!sample.boxes.length && !sample.written) return [];
-  const head = [say("no."), say("label"), say("picture as seen"), say("in the original")].map((name) =>
-    make("th", {scope: "col"}, name));
-  const corners = (xyxy) => xyxy.map(Math.round).join(", ");
-  const lines = sample.boxes.map((box, at) => make("tr", {},
-    make("td", {}, `${at + 1}`), make("td", {}, box.label === null ? "–" : box.label),
-    make("td", {class: "mono"}, corners(box.xyxy)),
-    make("td", {class: "mono"}, corners(box.original))));
-  const same = sample.boxes.length === sample.written;
-  const told = say("{} read back from the tokens, {} in the sample",
-    count(sample.boxes.length, "{} box", "{} boxes"), sample.written);
+  if (!sample.boxes.length && !sample.num_sample_boxes) return [];
+  const headers = [translate("no."), translate("label"), translate("in the model input"),
+    translate("in the original image")].map((name) => createElement("th", {scope: "col"}, name));
+  const formatCorners = (xyxy) => xyxy.map(Math.round).join(", ");
+  const rows = sample.boxes.map((box, index) => createElement("tr", {},
+    createElement("td", {}, `${index + 1}`),
+    createElement("td", {}, box.label === null ? "–" : box.label),
+    createElement("td", {class: "mono"}, formatCorners(box.xyxy)),
+    createElement("td", {class: "mono"}, formatCorners(box.original_box))));
+  const isEqual = sample.boxes.length === sample.num_sample_boxes;
+  const counts = translate("{} parsed from the tokens, {} in the sample",
+    formatCount(sample.boxes.length, "{} box", "{} boxes"), sample.num_sample_boxes);
   return [
-    make("p", {class: same ? "small soft" : "small warn"}, told),
-    make("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": say("Boxes")},
-      make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...lines))),
+    createElement("p", {class: isEqual ? "small soft" : "small warn"}, counts),
+    createElement("div",
+      {class: "scroll", tabindex: 0, role: "region", "aria-label": translate("Boxes")},
+      createElement("table", {},
+        createElement("thead", {}, createElement("tr", {}, ...headers)),
+        createElement("tbody", {}, ...rows))),
   ];
 }
 
 /* ---- tokens ---- */
 
 function drawToken(row, sample) {
-  const names = `token ${row.kind === "text" ? "" : row.kind} ${row.learned ? "learned" : ""}`;
-  if (row.kind !== "picture") {
-    return make("span", {class: names, tabindex: -1}, ...visible(row.text));
+  const classes =
+    `token ${row.kind === "text" ? "" : row.kind} ${row.is_supervised ? "supervised" : ""}`;
+  if (row.kind !== "image") {
+    return createElement("span", {class: classes, tabindex: -1}, ...showInvisible(row.text));
   }
-  const {grid, name} = sample.pictures[row.picture];
-  const told = say("Picture {}: {} {}, grid {}, {}", row.picture + 1,
-    count(row.to - row.at + 1, "{} token", "{} tokens"), row.text, grid.join(" × "), name);
-  return make("span", {class: `${names} picture-block`, tabindex: -1}, told);
+  const {grid_thw: grid, name} = sample.images[row.image_index];
+  const text = translate("Image {}: {} {}, grid {}, {}", row.image_index + 1,
+    formatCount(row.end - row.start + 1, "{} token", "{} tokens"), row.text, grid.join(" × "), name);
+  return createElement("span", {class: `${classes} image-block`, tabindex: -1}, text);
 }
 
-function describe(row, sample) {
-  const strong = (text) => make("b", {}, text);
-  const learned = say(row.learned ? "learned" : "not learned");
-  const place = (values) => say("time {}, height {}, width {}", ...values);
-  if (row.kind === "picture") {
-    const {original, resized} = sample.pictures[row.picture];
-    return [strong(say("Tokens {} to {}", row.at, row.to)), ` · id ${row.id} ${row.text} · ${learned}`,
-      make("br"), say("{} up to {} · {} as {} pixels", place(row.place), place(row.last),
-        bySides(original), bySides(resized))];
+function describeToken(row, sample) {
+  const strong = (text) => createElement("b", {}, text);
+  const supervision = translate(row.is_supervised ? "supervised" : "not supervised");
+  const formatPosition = (ids) => translate("time {}, height {}, width {}", ...ids);
+  if (row.kind === "image") {
+    const image = sample.images[row.image_index];
+    return [strong(translate("Tokens {} to {}", row.start, row.end)),
+      ` · id ${row.id} ${row.text} · ${supervision}`,
+      createElement("br"),
+      translate("{} to {} · {} resized to {} pixels", formatPosition(row.first_position),
+        formatPosition(row.last_position), formatSize(image.original_size),
+        formatSize(image.resized_size))];
   }
-  const kind = {special: ` · ${say("special token")}`,
-    bytes: ` · ${say("part of a character")}`}[row.kind] || "";
-  return [strong(say("Token {}", row.at)), ` · id ${row.id} · `, strong(JSON.stringify(row.text)),
-    `${kind} · ${learned}`, make("br"), place(row.place)];
+  const kind = {special: ` · ${translate("special token")}`,
+    bytes: ` · ${translate("part of a character")}`}[row.kind] || "";
+  return [strong(translate("Token {}", row.start)), ` · id ${row.id} · `,
+    strong(JSON.stringify(row.text)), `${kind} · ${supervision}`, createElement("br"),
+    formatPosition(row.first_position)];
 }
 
 function drawTokens(sample) {
-  const detail = make("output", {class: "detail", "aria-live": "polite"});
-  const all = [];
-  const of = new Map();
+  const detail = createElement("output", {class: "detail", "aria-live": "polite"});
+  const tokens = [];
+  const rowOfToken = new Map();
   const turns = sample.turns.map((turn) => {
-    const text = make("div", {class: "text"});
+    const text = createElement("div", {class: "text"});
     for (const row of turn.rows) {
       const token = drawToken(row, sample);
-      of.set(token, row);
-      all.push(token);
-      if (/^\s/.test(row.text)) text.append(make("wbr"));
+      rowOfToken.set(token, row);
+      tokens.push(token);
+      if (/^\s/.test(row.text)) text.append(createElement("wbr"));
       text.append(token);
     }
-    const learned = turn.rows.filter((row) => row.learned).length;
-    return make("section", {class: `turn ${turn.role === "assistant" ? "assistant" : ""}`},
-      make("h4", {}, learned ? say("{} · {} learned", turn.role, learned) : turn.role), text);
+    const numSupervised = turn.rows.filter((row) => row.is_supervised).length;
+    const title = numSupervised
+      ? translate("{} · {} supervised", turn.role, numSupervised) : turn.role;
+    return createElement("section", {class: `turn ${turn.role === "assistant" ? "assistant" : ""}`},
+      createElement("h4", {}, title), text);
   });
-  const box = make("div", {role: "group", "aria-label": say("Tokens")}, ...turns);
-  const show = (token) => detail.replaceChildren(...describe(of.get(token), sample));
-  let current = all[0];
-  const enter = (token) => {
+  const group = createElement("div", {role: "group", "aria-label": translate("Tokens")}, ...turns);
+  const show = (token) => detail.replaceChildren(...describeToken(rowOfToken.get(token), sample));
+  let current = tokens[0];
+  const select = (token) => {
     current.tabIndex = -1;
     current = token;
     current.tabIndex = 0;
     show(token);
   };
   current.tabIndex = 0;
-  box.addEventListener("focusin", (event) => enter(event.target.closest(".token")));
-  box.addEventListener("pointerover", (event) => {
+  group.addEventListener("focusin", (event) => select(event.target.closest(".token")));
+  group.addEventListener("pointerover", (event) => {
     const token = event.target.closest(".token");
     if (token) show(token);
   });
-  box.addEventListener("pointerleave", () => show(current));
-  box.addEventListener("keydown", (event) => {
-    const at = all.indexOf(current);
-    const to = {ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: all.length - 1}[event.key];
-    if (to === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
+  group.addEventListener("pointerleave", () => show(current));
+  group.addEventListener("keydown", (event) => {
+    const index = tokens.indexOf(current);
+    const target = {ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0,
+      End: tokens.length - 1}[event.key];
+    if (target === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
-    if (all[to]) all[to].focus();
+    if (tokens[target]) tokens[target].focus();
   });
   show(current);
-  return make("div", {class: "card"}, make("h3", {}, say("Tokens")), box, detail);
+  return createElement("div", {class: "card"},
+    createElement("h3", {}, translate("Tokens")), group, detail);
 }
 
-/* ---- the page ---- */
+/* ---- page ---- */
 
 function drawSample(sample) {
-  const read = sample.tokens - sample.learned;
-  const sides = make("div", {class: "sides"});
-  const pictures = [...drawPictures(sample), ...drawBoxes(sample)];
-  if (pictures.length) {
-    sides.append(make("div", {class: "card"}, make("h3", {}, say("Pictures")), ...pictures));
+  const numInputOnly = sample.num_tokens - sample.num_supervised_tokens;
+  const columns = createElement("div", {class: "sides"});
+  const images = [...drawImages(sample), ...drawBoxes(sample)];
+  if (images.length) {
+    columns.append(createElement("div", {class: "card"},
+      createElement("h3", {}, translate("Images")), ...images));
   }
-  sides.append(drawTokens(sample));
+  columns.append(drawTokens(sample));
+  const format = (count) => count.toLocaleString("en");
   return [
-    make("h2", {}, say("Sample {}", sample.id)),
-    make("dl", {class: "figures"}, figure(say("tokens"), sample.tokens.toLocaleString("en")),
-      figure(say("learned"), sample.learned.toLocaleString("en")),
-      figure(say("only read"), read.toLocaleString("en")),
-      figure(say("patches"), sample.patches.toLocaleString("en"))),
-    sides,
+    createElement("h2", {}, translate("Sample {}", sample.id)),
+    createElement("dl", {class: "stats"},
+      drawStat(translate("tokens"), format(sample.num_tokens)),
+      drawStat(translate("supervised"), format(sample.num_supervised_tokens)),
+      drawStat(translate("input only"), format(numInputOnly)),
+      drawStat(translate("patches"), format(sample.num_patches))),
+    columns,
   ];
 }
 
 function startSamples() {
-  const choice = make("select", {"aria-label": say("Sample")},
-    ...DATA.map(({id}, at) => make("option", {value: at}, id)));
-  const {nav, go} = browse(DATA.length, (at) => {
-    choice.value = at;
-    byId("sample").replaceChildren(...drawSample(DATA[at]));
+  const select = createElement("select", {"aria-label": translate("Sample")},
+    ...DATA.map(({id}, index) => createElement("option", {value: index}, id)));
+  const {nav, go} = createPager(DATA.length, (index) => {
+    select.value = index;
+    byId("sample").replaceChildren(...drawSample(DATA[index]));
   });
-  choice.addEventListener("change", () => go(Number(choice.value)));
-  const label = make("label", {}, choice);
+  select.addEventListener("change", () => go(Number(select.value)));
+  const label = createElement("label", {}, select);
   if (DATA.length > 1) byId("bar").append(nav, label);
 }
 

@@ -1,24 +1,24 @@
 () => {
-  const all = { childList: true, subtree: true, characterData: true };
+  const observed = { childList: true, subtree: true, characterData: true };
   const page = document.documentElement;
 
-  // The talk stays at its end while it grows, unless somebody has scrolled up to read.
-  let follows = true;
+  // Keep the end of the chat visible during generation, unless the user has scrolled up.
+  let isAtEnd = true;
   addEventListener("scroll", () => {
-    follows = innerHeight + scrollY > page.scrollHeight - 160;
+    isAtEnd = innerHeight + scrollY > page.scrollHeight - 160;
   }, { passive: true });
-  const follow = () => { if (follows) scrollTo(0, page.scrollHeight); };
-  new MutationObserver(follow).observe(document.querySelector("#talk"), all);
-  addEventListener("load", follow, true);
+  const scrollToEnd = () => { if (isAtEnd) scrollTo(0, page.scrollHeight); };
+  new MutationObserver(scrollToEnd).observe(document.querySelector("#chat"), observed);
+  addEventListener("load", scrollToEnd, true);
 
-  // What Gradio leaves out: the language of the page, and a name for the field of the question.
-  const name = () => {
-    const shown = document.querySelector("#language")?.textContent.trim();
-    const language = shown === "English" ? "zh" : "en";
+  // Gradio sets neither the language of the page nor a label of the text field.
+  const updateLabels = () => {
+    const buttonText = document.querySelector("#language")?.textContent.trim();
+    const language = buttonText === "English" ? "zh" : "en";
     if (page.lang !== language) page.lang = language;
     const field = document.querySelector("#composer textarea");
     if (field && field.ariaLabel !== field.placeholder) field.ariaLabel = field.placeholder;
   };
-  new MutationObserver(name).observe(document.body, { ...all, attributeFilter: ["placeholder"] });
-  name();
+  new MutationObserver(updateLabels).observe(document.body, { ...observed, attributeFilter: ["placeholder"] });
+  updateLabels();
 }

@@ -1,0 +1,117 @@
+"""Measure the phases of a complete run, from the command to the saved adapter.
+
+    python benchmarks/full_recipe.py CONFIG --work DIR --out FILE [--data TABLE] [--batch 16]
+        [--rounds 3] [--side 280] [KEY=VALUE]...
+
+CONFIG is a folder of configuration and tokenizer files. Missing weights are initialized randomly.
+The command trains two epochs of 496 generated scenes, or of TABLE. Console lines mark the start of
+each phase, and metrics.jsonl contains the step times. The remaining time between steps belongs to
+checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from competitors.job import CompetitorJob
+from peer_data import ensure_weights, measure_sample_costs, write_caption_dataset
+from peer_metrics import RECIPE_EPOCHS, lora_settings, recipe_overrides, report_header
+from subprocess_timer import run_timed
+
+LIMIT_S = 540.0
+
+
+def measure_stages(run_dir: Path, overrides: list[str], recipe_path: Path) -> dict[str, float]:
+    """Run the command once and return the seconds of each phase and in total."""
+    recipe_path.write_text("{}\n", encoding="utf-8")
+    cache_dir = run_dir.with_name("features")
+    for folder in (run_dir, cache_dir):
+        shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-m", "finesight", "train", str(recipe_path), *overrides]
+    # Clear the vision cache of earlier runs.
+    command_log = run_timed(command, {"HF_ASSETS_CACHE": str(cache_dir)}, LIMIT_S)
+    if command_log.exit_code:
+        raise SystemExit(f"exit {command_log.exit_code}\n{command_log.last_lines()}")
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step_s"] for line in lines if "loss" in line]
+    image_encoding_s = sum(line.get("vision_cache_s", 0.0) for line in lines)
+    read, loaded = (
+        command_log.first_line_time("data.train:"),
+        command_log.first_line_time("training "),
+    )
+    # `setup_s` starts after the imports and ends before the plan is printed.
+    imported = loaded - lines[0]["setup_s"]
+    adapter = run_dir / "adapter" / "adapter_model.safetensors"
+    saved = adapter.stat().st_mtime - command_log.started_at
+    trained = command_log.first_line_time("part ")
+    between = trained - loaded - image_encoding_s - sum(steps)
+    return {
+        "imports": imported,
+        "device and headers": read - imported,
+        "weights": loaded - read,
+        "vision cache": image_encoding_s,
+        "first step": steps[0],
+        "other steps": sum(steps[1:]),
+        "checkpoints": between,
+        "saving the adapter": saved - trained,
+        "report and the end": command_log.seconds - saved,
+        "start to first step": loaded + image_encoding_s + steps[0],
+        "command to saved adapter": saved,
+        "command to its end": command_log.seconds,
+    }
+
+
+def format_table(rounds: list[dict[str, float]]) -> list[str]:
+    """Format the median, minimum and maximum of the rounds as Markdown."""
+    table = ["| | seconds | from, to |", "|---|---|---|"]
+    for name in rounds[0]:
+        values = [one[name] for one in rounds]
+        middle = statistics.median(values)
+        table.append(f"| {name} | {middle:.2f} | {min(values):.2f}, {max(values):.2f} |")
+    return table
+
+
+def main() -> None:
+    """Run the benchmark, write and print the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--side", type=int, default=280)
+    options = parser.parse_intermixed_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    data = options.data or write_caption_dataset(options.work / "data")
+    model = ensure_weights(options.config, options.work / "model")
+    counted = measure_sample_costs(model, data, options.side, lora_settings())
+    job = CompetitorJob(
+        model=str(model),
+        dataset="",
+        output_dir=str(options.work / "run"),
+        batch_size=options.batch,
+        num_steps=-(-RECIPE_EPOCHS * counted.num_samples // options.batch),
+        time_limit_s=LIMIT_S,
+        max_pack_tokens=0,
+        num_workers=0,
+    )
+    words = recipe_overrides(job, data, options.side) + options.overrides
+    report: dict[str, Any] = report_header("full_recipe.py", options.config)
+    report |= {"samples": counted.num_samples, "steps": job.num_steps, "rounds": []}
+    for _ in range(options.rounds):
+        found = measure_stages(Path(job.output_dir), words, options.work / "recipe.yaml")
+        report["rounds"].append({name: round(value, 3) for name, value in found.items()})
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(format_table(report["rounds"])))
+
+
+if __name__ == "__main__":
+    main()

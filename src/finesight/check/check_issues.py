@@ -1,0 +1,219 @@
+"""Issue types of `data check`, their severities, and the result of a check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from finesight.data.boxes import Box
+
+Severity = Literal["error", "warning", "note"]
+"""error: The sample is unusable or invalidates the evaluation. warning: Most likely a mistake.
+note: Worth a review.
+"""
+
+FixAction = Literal["skipped", "clipped", "reordered", "placeholders removed"]
+"""Actions of `--fix`: skip the sample, clip the box, sort the corners of the box, or remove image
+placeholders from the text.
+"""
+
+EXIT_CODES: dict[Severity, int] = {"error": 2, "warning": 3, "note": 0}
+"""Exit codes of `data check` by the highest severity, most severe first. The exit code is 0 without
+issues."""
+
+ISSUE_TYPES: dict[str, tuple[Severity, str]] = {
+    "boxes-xywh": ("error", "boxes are xywh (corner and size) but are parsed differently"),
+    "boxes-cxcywh": ("error", "boxes are cxcywh (center and size) but are parsed differently"),
+    "boxes-xyxy": ("error", "boxes are xyxy (two corners) but are parsed differently"),
+    "boxes-pixels": ("error", "boxes are in pixels but are parsed differently"),
+    "boxes-thousandths": (
+        "error",
+        "boxes are in thousandths of the image but are parsed differently",
+    ),
+    "boxes-normalized": ("error", "boxes are normalized to 0-1 but are parsed differently"),
+    "boxes-resized": ("error", "boxes are in pixels of a resized image"),
+    "boxes-before-exif-rotation": ("error", "boxes are in coordinates before EXIF rotation"),
+    "boxes-mixed": ("error", "one source mixes two box conventions"),
+    "invalid-row": ("error", "the row is invalid"),
+    "image-missing": ("error", "the image file is missing"),
+    "image-truncated": ("error", "the image file is truncated"),
+    "image-corrupt": ("error", "the file is corrupt or not an image"),
+    "image-too-large": ("error", "the image exceeds the pixel limit or the aspect ratio limit"),
+    "video-frame-sizes-differ": ("error", "the frames of a video differ in size"),
+    "placeholder-count-mismatch": (
+        "error",
+        "the text and the sample differ in the number of images",
+    ),
+    "placeholder-in-text": ("error", "the text contains an image or box placeholder"),
+    "special-token-in-text": ("error", "the text contains a special token"),
+    "invalid-role-order": ("error", "the role order of the turns is invalid"),
+    "image-in-answer": ("error", "an image is in a turn that is not a user turn"),
+    "empty-answer": ("error", "the answer is empty"),
+    "empty-question": ("error", "a turn before the answer is empty"),
+    "box-outside": ("error", "a box is outside its image"),
+    "box-inverted": ("error", "the corners of a box are inverted"),
+    "box-empty": ("error", "a box has no area"),
+    "box-without-image": ("error", "a box refers to an image that the sample does not have"),
+    "too-long": ("error", "the sample exceeds the maximum length"),
+    "leaked-image": ("error", "a validation image is in the training data"),
+    "leaked-image-reencoded": (
+        "error",
+        "a re-encoded copy of a validation image is in the training data",
+    ),
+    "box-in-text": ("warning", "the text contains a box"),
+    "contradictory-answers": (
+        "warning",
+        "the same question about the same image has different answers",
+    ),
+    "box-at-edge": ("note", "a box exceeds its image by a rounding error"),
+    "box-tiny": ("note", "a box is smaller than 2 pixels"),
+    "box-covers-image": ("note", "a box covers the full image"),
+    "duplicate-sample": ("note", "the sample is a duplicate"),
+    "dominant-answer": ("note", "most answers are identical"),
+}
+"""Severity and description by issue code."""
+
+
+@dataclass(frozen=True, slots=True)
+class IssueImage:
+    """An image of an issue.
+
+    Attributes:
+        path: Path of the image.
+        image_index: Index of the image in the sample (0-based, image parts only).
+        boxes: Affected boxes as [x1, y1, x2, y2] in original pixels after EXIF rotation. They may
+            be invalid: inverted, outside the image, or not finite.
+        labels: Labels of the boxes.
+    """
+
+    path: Path
+    image_index: int = 0
+    boxes: tuple[Box, ...] = ()
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CheckIssue:
+    """An issue at a location.
+
+    Attributes:
+        code: A key of ISSUE_TYPES.
+        where: file:line, the file and row, or the file for an issue of the full source.
+        source: The file.
+        sample_id: Sample ID; empty for an issue of the full source.
+        evidence: Additional lines that explain the issue.
+        fix: Action of `--fix`; None if the issue is not fixed automatically.
+    """
+
+    code: str
+    where: str
+    what: str
+    remedy: str
+    source: str = ""
+    sample_id: str = ""
+    images: tuple[IssueImage, ...] = ()
+    evidence: tuple[str, ...] = ()
+    fix: FixAction | None = None
+
+    @property
+    def severity(self) -> Severity:
+        return ISSUE_TYPES[self.code][0]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the issue as JSON data. NaN and infinity become text."""
+        record = {"severity": self.severity, **asdict(self)}
+        record["images"] = [
+            {
+                "path": str(issue_image.path),
+                "image_index": issue_image.image_index,
+                "boxes": [[_json_number(value) for value in box] for box in issue_image.boxes],
+                "labels": list(issue_image.labels),
+            }
+            for issue_image in self.images
+        ]
+        return record
+
+
+@dataclass(frozen=True, slots=True)
+class SampleLocation:
+    """Location of a sample in a source.
+
+    `row_index` counts the rows of the source, `sample_index` the samples of a row, both from 0.
+    """
+
+    source: str
+    where: str
+    sample_id: str
+    row_index: int
+    sample_index: int
+
+    def create_issue(
+        self,
+        code: str,
+        what: str,
+        remedy: str,
+        images: tuple[IssueImage, ...] = (),
+        fix: FixAction | None = None,
+        evidence: tuple[str, ...] = (),
+    ) -> CheckIssue:
+        """Create an issue of the sample."""
+        return CheckIssue(
+            code, self.where, what, remedy, self.source, self.sample_id, images, evidence, fix
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SourceStats:
+    """Statistics of a checked file. `num_unreadable_rows` counts rows that yield no sample."""
+
+    path: str
+    is_validation: bool
+    format: str
+    detected_by: str
+    num_rows: int
+    num_samples: int
+    num_unreadable_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """Result of a check: issue counts by code, and the first issues of each code in full."""
+
+    sources: tuple[SourceStats, ...]
+    issue_counts: dict[str, int]
+    issues: tuple[CheckIssue, ...]
+    num_images: int
+    num_unique_images: int
+    affected_samples: dict[str, int] = field(default_factory=dict)
+    """Number of affected samples by issue code; 0 for an issue of the full source."""
+
+    @property
+    def severity(self) -> Severity | None:
+        """The highest severity of all issues, None without issues."""
+        return max_severity([ISSUE_TYPES[code][0] for code in self.issue_counts])
+
+    @property
+    def num_samples(self) -> int:
+        return sum(source.num_samples for source in self.sources)
+
+
+def format_location(source: str, row_location: str) -> str:
+    """Format a row location as file:line, or as file and row name."""
+    kind, _, row_number = row_location.partition(" ")
+    return f"{source}:{row_number}" if kind == "line" else f"{source}, {row_location}"
+
+
+def exit_code(severity: Severity | None) -> int:
+    """Return the exit code of `data check` for the highest severity."""
+    return 0 if severity is None else EXIT_CODES[severity]
+
+
+def max_severity(severities: Sequence[Severity]) -> Severity | None:
+    """Return the highest severity, None for an empty sequence."""
+    return min(severities, key=list(EXIT_CODES).index, default=None)
+
+
+def _json_number(value: float) -> float | str:
+    return value if abs(value) < float("inf") else str(value)

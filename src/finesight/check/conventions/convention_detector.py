@@ -1,0 +1,452 @@
+"""Detect the box convention of a source from all its boxes and images.
+
+Two kinds of evidence are compared for each alternative hypothesis.
+
+Bounds. Boxes are impossible under a hypothesis if their corners are inverted, outside the image, or
+below one pixel. Bounds favor an alternative if at least 5 % of the samples (and 10) have an
+impossible box under the declared convention, while the alternative leaves at most 5 %, and at most
+a quarter of those.
+
+Images. The contrast across the sides of each box is measured on a downscaled image (see
+`edge_contrast`), and for comparison on three other images of the source. Boxes around image content
+score above 0; boxes of a wrong hypothesis score 0 on average, independent of the layout. The sum
+over the source, one vote per image, has a bound that holds for any number and size of votes (see
+`image_evidence.hoeffding_bound`).
+
+A hypothesis is accepted if all conditions hold:
+
+1. Its boxes match their images with a false-positive probability below 1e-6 over all tested
+  hypotheses.
+2. Bounds favor it, or its boxes fit better than those of the declared convention (probability below
+  3e-4), and on all sides, so that boxes drawn too large or too small are not mistaken for a resized
+  image.
+3. Half of the boxes overlap by less than 0.85 with the declared boxes.
+4. Its boxes fit better than boxes stretched or shrunk by a tenth (named conventions), or best of
+  about 1,500 candidate frames (resized images). Frames within 5 % of a named convention are that
+  convention.
+
+The declared convention is tested first. If its boxes match their images and are possible, no other
+hypothesis is tested. Without images, or with inconclusive images, bounds are sufficient if a fifth
+of the samples is impossible. Otherwise no issue is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finesight.check.conventions.box_hypothesis import (
+    Bools,
+    BoxClaim,
+    BoxClaimTable,
+    BoxFrame,
+    BoxHypothesis,
+    find_invalid_boxes,
+    find_inverted_boxes,
+    hypothesis_from_convention,
+    pairwise_iou,
+    to_corners,
+)
+from finesight.check.conventions.convention_issue import (
+    ConventionIssue,
+    HypothesisComparison,
+    build_convention_issue,
+    build_mixed_issue,
+)
+from finesight.check.conventions.frame_search import find_frame
+from finesight.check.conventions.image_evidence import (
+    MAX_SCORE,
+    ImageEvidence,
+    ImageOpener,
+    min_z_score,
+    open_edge_contrast,
+)
+from finesight.data.boxes import BoxConvention, BoxFormat, BoxUnits
+
+MIN_SAMPLES = 20
+"""Minimum number of samples for a verdict."""
+
+MAX_INVALID_FRACTION = 0.05
+"""Maximum fraction of samples with impossible boxes that is attributed to annotation errors."""
+
+MIN_INVALID_FRACTION = 0.2
+"""Minimum fraction of impossible samples for a verdict without image evidence."""
+
+STRETCH_FACTOR = 0.1
+"""A hypothesis must fit better than the same boxes stretched or shrunk by this fraction."""
+
+MAX_SAME_IOU = 0.85
+"""Boxes with a higher overlap do not distinguish two hypotheses."""
+
+MAX_FRAME_DIFF = 0.05
+"""Frames with a smaller relative difference are treated as equal."""
+
+MIN_SIDE_SHIFT = 0.01
+"""Minimum shift of a side to count, as a fraction of the image."""
+
+MIN_Z = 4.0
+"""Minimum z score for the comparison of two hypotheses; exp(-8) is 3e-4."""
+
+BOX_UNITS: tuple[BoxUnits, ...] = ("pixel", "1000", "1")
+
+BOX_FORMATS: tuple[BoxFormat, ...] = ("xyxy", "xywh", "cxcywh")
+
+Floats = NDArray[np.float64]
+
+
+def find_convention_issues(
+    claims: Sequence[BoxClaim], open_image: ImageOpener | None = open_edge_contrast
+) -> list[ConventionIssue]:
+    """Detect boxes of a source whose convention differs from the declared one.
+
+    `open_image` opens images. Without it, only bounds are used. At most 300 images are opened.
+    """
+    issues: list[ConventionIssue] = []
+    usable = [claim for claim in claims if np.isfinite(claim.coordinates).all()]
+    for convention in dict.fromkeys(claim.convention for claim in usable):
+        issues += _detect_convention(
+            [claim for claim in usable if claim.convention == convention], open_image
+        )
+    return issues
+
+
+def _detect_convention(
+    claims: Sequence[BoxClaim], open_image: ImageOpener | None
+) -> list[ConventionIssue]:
+    """Test images with EXIF rotation first and separately; other images carry no information about
+    it.
+    """
+    rotated = [claim for claim in claims if claim.orientation != 1]
+    if _has_enough_samples(rotated):
+        detector = ConventionDetector(BoxClaimTable(rotated), open_image)
+        stored_hypothesis = BoxHypothesis(detector.declared.box_format, BoxFrame("stored"))
+        if detector.claims.convention.units == "pixel":
+            issue = detector.detect([stored_hypothesis], search_frames=False)
+            if issue is not None:
+                upright = [claim for claim in claims if claim.orientation == 1]
+                return [issue, *_detect_convention(upright, open_image)]
+    if not _has_enough_samples(claims):
+        return []
+    detector = ConventionDetector(BoxClaimTable(claims), open_image)
+    issue = detector.detect(
+        list(_iter_alternatives(detector.claims.convention)),
+        search_frames=detector.claims.convention.units == "pixel",
+    )
+    return [] if issue is None else [issue]
+
+
+def _has_enough_samples(claims: Sequence[BoxClaim]) -> bool:
+    return len({(claim.location, claim.sample_id) for claim in claims}) >= MIN_SAMPLES
+
+
+def _iter_alternatives(convention: BoxConvention) -> Iterator[BoxHypothesis]:
+    """Yield all other named hypotheses, the most likely mistakes first."""
+    box_formats = (
+        convention.format,
+        *(box_format for box_format in BOX_FORMATS if box_format != convention.format),
+    )
+    units = (convention.units, *(unit for unit in BOX_UNITS if unit != convention.units))
+    for unit in units:
+        for box_format in box_formats:
+            alternative = BoxConvention(box_format, unit)
+            if alternative != convention:
+                yield hypothesis_from_convention(alternative)
+
+
+class ConventionDetector:
+    """Test the declared convention of one source against alternative hypotheses."""
+
+    def __init__(self, claims: BoxClaimTable, open_image: ImageOpener | None) -> None:
+        self.claims = claims
+        self.declared = hypothesis_from_convention(claims.convention)
+        evidence = ImageEvidence(claims, open_image) if open_image is not None else None
+        self._evidence = evidence if evidence is not None and evidence.is_sufficient else None
+        self._scores: dict[BoxHypothesis, Floats] = {}
+
+    def detect(
+        self, alternatives: Sequence[BoxHypothesis], *, search_frames: bool
+    ) -> ConventionIssue | None:
+        """Return the accepted alternative, including resized frames if `search_frames` is set."""
+        if self._count_invalid(self.declared) <= self._max_invalid_samples and self._is_supported(
+            self.declared
+        ):
+            return None
+        feasible = [
+            alternative
+            for alternative in alternatives
+            if self._count_invalid(alternative) <= self._max_invalid_samples
+        ]
+        self._ensure_scores([self.declared, *feasible])
+        for alternative in sorted(feasible, key=lambda alternative: -self._mean_score(alternative)):
+            if self._is_supported(alternative, len(alternatives)) and self._is_preferred(
+                alternative
+            ):
+                if not search_frames or not self._exceeds_thousandths(alternative):
+                    return self._build_issue(alternative, len(alternatives))
+                break
+        if search_frames and self._evidence is not None:
+            issue = self._detect_resized_frames(feasible)
+            if issue is not None:
+                return issue
+        for alternative in feasible:
+            if self._is_certain_by_bounds(alternative) and self._is_preferred(alternative):
+                return self._build_issue(alternative, len(alternatives))
+        return self._find_mixed_issue(alternatives)
+
+    def _detect_resized_frames(self, feasible: Sequence[BoxHypothesis]) -> ConventionIssue | None:
+        """Return the best-fitting frame, or the named convention that it corresponds to."""
+        assert self._evidence is not None, "a search without images"
+        searches = [
+            find_frame(self.claims, self._evidence, box_format)
+            for box_format in self._list_feasible_formats()
+        ]
+        best = max(searches, key=lambda result: self._mean_score(result.hypothesis), default=None)
+        if best is None or self._z_score(best.hypothesis) < min_z_score(best.num_tries):
+            return None
+        for hypothesis in (self.declared, *feasible):
+            if hypothesis.box_format == best.hypothesis.box_format and self._is_same_frame(
+                hypothesis, best.hypothesis
+            ):
+                is_better = hypothesis != self.declared and self._is_preferred(hypothesis)
+                return self._build_issue(hypothesis, best.num_tries) if is_better else None
+        return (
+            self._build_issue(best.hypothesis, best.num_tries)
+            if self._is_preferred(best.hypothesis)
+            else None
+        )
+
+    def _is_same_frame(self, hypothesis: BoxHypothesis, candidate: BoxHypothesis) -> bool:
+        """Return whether a frame equals a known hypothesis within the annotation accuracy.
+
+        No coordinate exceeds 1000 in thousandths. If some do, the frame is a resized image of about
+        that size.
+        """
+        if self._exceeds_thousandths(hypothesis):
+            return False
+        width, height = self.claims.width, self.claims.height
+        pairs = zip(
+            hypothesis.frame.compute_size(width, height),
+            candidate.frame.compute_size(width, height),
+            strict=True,
+        )
+        return all(
+            abs(float(np.median(np.log(one / other)))) < MAX_FRAME_DIFF for one, other in pairs
+        )
+
+    def _list_feasible_formats(self) -> list[BoxFormat]:
+        """Return the box formats that are possible in some frame.
+
+        If the declared format is possible, it is the only one.
+        """
+
+        def count_inverted(box_format: BoxFormat) -> int:
+            inverted = find_inverted_boxes(to_corners(box_format, self.claims.coordinates))
+            return self.claims.count_samples(inverted)
+
+        if count_inverted(self.declared.box_format) <= self._max_invalid_samples:
+            return [self.declared.box_format]
+        return [
+            box_format
+            for box_format in BOX_FORMATS
+            if count_inverted(box_format) <= self._max_invalid_samples
+        ]
+
+    # Bounds
+
+    @property
+    def _max_invalid_samples(self) -> float:
+        """Return the maximum number of impossible samples attributed to annotation errors."""
+        return MAX_INVALID_FRACTION * self.claims.num_samples
+
+    def _find_invalid(self, hypothesis: BoxHypothesis) -> Bools:
+        return find_invalid_boxes(hypothesis.normalize_boxes(self.claims), self.claims)
+
+    def _count_invalid(self, hypothesis: BoxHypothesis) -> int:
+        return self.claims.count_samples(self._find_invalid(hypothesis))
+
+    def _is_favored_by_bounds(self, alternative: BoxHypothesis) -> bool:
+        """Return whether boxes are impossible as declared but possible under the alternative."""
+        num_declared, num_alternative = (
+            self._count_invalid(self.declared),
+            self._count_invalid(alternative),
+        )
+        return (
+            num_declared >= max(10.0, self._max_invalid_samples)
+            and 4 * num_alternative <= num_declared
+        )
+
+    def _exceeds_thousandths(self, hypothesis: BoxHypothesis) -> bool:
+        """Return whether more than a few boxes exceed 1000 in thousandths."""
+        frame = hypothesis.frame
+        if frame.base != "fixed" or frame.frame_width != 1000:
+            return False
+        above: Bools = np.any(
+            to_corners(hypothesis.box_format, self.claims.coordinates) > 1001, axis=1
+        )
+        return self.claims.count_samples(above) > 0.005 * self.claims.num_samples
+
+    def _is_certain_by_bounds(self, alternative: BoxHypothesis) -> bool:
+        """Return whether bounds are sufficient without image evidence.
+
+        Many boxes must be impossible. In thousandths, some must be close to the far end of the
+        shorter image side; boxes in a resized image of the same aspect ratio are not.
+        """
+        if (
+            not self._is_favored_by_bounds(alternative)
+            or self._count_invalid(self.declared) < MIN_INVALID_FRACTION * self.claims.num_samples
+        ):
+            return False
+        if alternative.frame.base != "fixed" or alternative.frame.frame_width == 1:
+            return True
+        normalized = alternative.normalize_boxes(self.claims)
+        wide = self.claims.width >= self.claims.height
+        return bool(max(np.where(wide, normalized[:, 3], normalized[:, 2])) > 0.9)
+
+    # Images
+
+    def _get_side_scores(self, hypothesis: BoxHypothesis) -> Floats:
+        """Return scores [n, 2] of the tested boxes: left and upper sides, right and lower sides."""
+        self._ensure_scores([hypothesis])
+        return self._scores[hypothesis]
+
+    def _ensure_scores(self, hypotheses: Sequence[BoxHypothesis]) -> None:
+        """Compute the missing scores of several hypotheses in one batch."""
+        new = [hypothesis for hypothesis in hypotheses if hypothesis not in self._scores]
+        if self._evidence is not None and new:
+            rows = self._evidence.claim_rows
+            boxes = np.stack(
+                [hypothesis.normalize_boxes(self.claims)[rows] for hypothesis in new], axis=1
+            )
+            scores = self._evidence.score_boxes(boxes)
+            self._scores.update((hypothesis, scores[:, n]) for n, hypothesis in enumerate(new))
+
+    def _get_scores(self, hypothesis: BoxHypothesis) -> Floats:
+        summed: Floats = self._get_side_scores(hypothesis).sum(axis=1)
+        return summed
+
+    def _z_score(self, hypothesis: BoxHypothesis) -> float:
+        return (
+            0.0 if self._evidence is None else self._evidence.z_score(self._get_scores(hypothesis))
+        )
+
+    def _mean_score(self, hypothesis: BoxHypothesis) -> float:
+        """Return the mean score; 0 without images, which preserves the order."""
+        if self._evidence is None:
+            return 0.0
+        scores = self._get_scores(hypothesis)
+        is_valid = np.isfinite(scores)
+        return (
+            float(np.clip(scores[is_valid], -MAX_SCORE, MAX_SCORE).mean())
+            if is_valid.any()
+            else -MAX_SCORE
+        )
+
+    def _compare(self, hypothesis: BoxHypothesis, other: BoxHypothesis) -> float:
+        """Return the z score by which one hypothesis fits the images better than the other."""
+        if self._evidence is None:
+            return 0.0
+        return self._evidence.z_score(self._get_scores(hypothesis) - self._get_scores(other))
+
+    def _is_better(self, hypothesis: BoxHypothesis, other: BoxHypothesis) -> bool:
+        return self._compare(hypothesis, other) >= MIN_Z
+
+    def _is_refuted(self, alternative: BoxHypothesis) -> bool:
+        return self._is_better(self.declared, alternative)
+
+    def _is_supported(self, hypothesis: BoxHypothesis, num_tries: int = 1) -> bool:
+        """Return whether boxes match their images, and better than stretched or shrunk boxes."""
+        if self._evidence is None or self._z_score(hypothesis) < min_z_score(num_tries):
+            return False
+        normalized = hypothesis.normalize_boxes(self.claims)[self._evidence.claim_rows]
+        less, more = 1 - STRETCH_FACTOR, 1 + STRETCH_FACTOR
+        factors = np.array([(less, 1), (1, less), (more, 1), (1, more)])
+        stretched = self._evidence.score_boxes(normalized[:, None] * np.tile(factors, 2))
+        differences = self._get_scores(hypothesis)[:, None] - stretched.sum(axis=2)
+        return all(
+            self._evidence.z_score(differences[:, factor_index]) >= MIN_Z / 2
+            for factor_index in range(len(factors))
+            if np.isfinite(differences[:, factor_index]).sum() >= MIN_SAMPLES
+        )
+
+    def _is_preferred(self, alternative: BoxHypothesis) -> bool:
+        """Return whether the alternative is better by bounds or images, and clearly different."""
+        ious = pairwise_iou(
+            self.declared.normalize_boxes(self.claims), alternative.normalize_boxes(self.claims)
+        )
+        if float(np.median(ious)) >= MAX_SAME_IOU:
+            return False
+        if self._is_favored_by_bounds(alternative):
+            return not self._is_refuted(alternative)
+        return self._is_better(alternative, self.declared) and self._improves_all_sides(alternative)
+
+    def _improves_all_sides(self, alternative: BoxHypothesis) -> bool:
+        """Return whether all shifted sides improve.
+
+        A frame that only compensates for boxes drawn too large or too small improves two sides and
+        worsens the other two.
+        """
+        assert self._evidence is not None, "a comparison without images"
+        gains = self._get_side_scores(alternative) - self._get_side_scores(self.declared)
+        rows = self._evidence.claim_rows
+        shifts = np.abs(
+            alternative.normalize_boxes(self.claims) - self.declared.normalize_boxes(self.claims)
+        )[rows]
+        is_shifted = shifts.reshape(-1, 2, 2).max(axis=2) > MIN_SIDE_SHIFT
+        return all(
+            self._evidence.z_score(gain, rows) >= MIN_Z / 2
+            for gain, rows in zip(gains.T, is_shifted.T, strict=True)
+            if np.isfinite(gain[rows]).sum() >= MIN_SAMPLES
+        )
+
+    # Words
+
+    def _build_issue(self, alternative: BoxHypothesis, num_tries: int) -> ConventionIssue:
+        return build_convention_issue(self._compare_hypotheses(alternative, num_tries))
+
+    def _compare_hypotheses(
+        self, alternative: BoxHypothesis, num_tries: int
+    ) -> HypothesisComparison:
+        declared_invalid, alternative_invalid = (
+            self._find_invalid(self.declared),
+            self._find_invalid(alternative),
+        )
+        comparison = HypothesisComparison(
+            self.claims,
+            self.declared,
+            alternative,
+            declared_invalid,
+            alternative_invalid,
+            num_tries,
+        )
+        if self._evidence is None:
+            return comparison
+        return comparison.with_evidence(
+            self._evidence, self._get_scores(self.declared), self._get_scores(alternative)
+        )
+
+    def _find_mixed_issue(self, alternatives: Sequence[BoxHypothesis]) -> ConventionIssue | None:
+        """Detect a source in which some boxes follow one convention and the rest another."""
+        min_samples = max(MIN_SAMPLES, 2 * MAX_INVALID_FRACTION * self.claims.num_samples)
+        declared_invalid = self._find_invalid(self.declared)
+        if self._evidence is None or self.claims.count_samples(declared_invalid) < min_samples:
+            return None
+        for alternative in alternatives:
+            alternative_invalid = self._find_invalid(alternative)
+            num_both_invalid = self.claims.count_samples(declared_invalid & alternative_invalid)
+            if (
+                self.claims.count_samples(alternative_invalid) < min_samples
+                or num_both_invalid > MAX_INVALID_FRACTION * self.claims.num_samples
+            ):
+                continue
+            rows = self._evidence.claim_rows
+            alternative_z = self._evidence.z_score(
+                self._get_scores(alternative), declared_invalid[rows]
+            )
+            declared_z = self._evidence.z_score(
+                self._get_scores(self.declared), alternative_invalid[rows]
+            )
+            if alternative_z >= min_z_score(len(alternatives)) and declared_z >= MIN_Z:
+                return build_mixed_issue(self._compare_hypotheses(alternative, len(alternatives)))
+        return None

@@ -1,0 +1,314 @@
+"""Run a data check: one pass over the samples with image checks prefetched in worker processes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from finesight.check.check_inputs import ImportCheckInput, ModelRequirements, SampleCheckInput
+from finesight.check.check_issues import (
+    ISSUE_TYPES,
+    CheckIssue,
+    CheckResult,
+    SampleLocation,
+    SourceStats,
+    format_location,
+)
+from finesight.check.consistency import ConsistencyChecker
+from finesight.check.conventions.box_hypothesis import BoxClaim
+from finesight.check.conventions.convention_detector import find_convention_issues
+from finesight.check.dataset_fixer import DatasetFixer
+from finesight.check.image_catalog import ImageCatalog
+from finesight.check.leakage import LeakageDetector
+from finesight.check.parallel_executor import open_executor
+from finesight.check.row_issues import issue_from_error
+from finesight.check.sample_issues import find_sample_issues, iter_media_paths
+from finesight.data.import_source import UnvalidatedRow, UnvalidatedSource, open_unvalidated
+from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import Sample
+from finesight.data.unvalidated_samples import open_unvalidated_samples
+from finesight.errors import UserError
+
+ROWS_PER_GROUP = 32
+"""Number of rows whose images are checked as a batch."""
+
+MAX_BOX_CLAIMS = 40_000
+"""Approximate number of boxes per source for the detection of the box convention, evenly sampled.
+"""
+
+
+def _no_callback(event: object) -> None:
+    """Ignore an event."""
+
+
+class DataChecker:
+    """Check related sources; validation sources are read first.
+
+    Images embedded in tables are saved below `output_folder`, an existing folder. The result
+    contains the first `max_issues` issues of each code in full and counts all others.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[ImportCheckInput | SampleCheckInput],
+        output_folder: Path,
+        model: ModelRequirements | None = None,
+        max_issues: int = 1000,
+    ) -> None:
+        """Open all sources. Raises UserError like `open_unvalidated`."""
+        self._requirements = model or ModelRequirements()
+        self._max_issues = max_issues
+        self._on_issue: Callable[[CheckIssue], None] = _no_callback
+        self._on_progress: Callable[[int], None] = _no_callback
+        ordered_inputs = sorted(inputs, key=lambda check_input: not check_input.is_validation)
+        self._inputs = [
+            (s, _open_source(s, output_folder / f"source-{n}"))
+            for n, s in enumerate(ordered_inputs)
+        ]
+        self.fixer = DatasetFixer()
+        self._counts: Counter[str] = Counter()
+        self._affected_samples: Counter[str] = Counter()
+        self._last_location: dict[str, SampleLocation] = {}
+        self._issues: list[CheckIssue] = []
+
+    @property
+    def sources(self) -> list[UnvalidatedSource]:
+        """The sources in reading order."""
+        return [source for _, source in self._inputs]
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows of all sources."""
+        return sum(map(len, self.sources))
+
+    def run(
+        self,
+        on_issue: Callable[[CheckIssue], None] = _no_callback,
+        on_progress: Callable[[int], None] = _no_callback,
+        *,
+        single_process: bool = False,
+    ) -> tuple[CheckResult, ImageCatalog]:
+        """Check all sources.
+
+        Args:
+            on_issue: Called with each issue as it is found.
+            on_progress: Called with the number of processed rows.
+            single_process: Check images in this process instead of worker processes.
+
+        Returns:
+            The result, with the most severe issues first, and the image catalog.
+        """
+        self._on_issue, self._on_progress = on_issue, on_progress
+        with open_executor(0 if single_process else self.num_rows) as executor:
+            catalog = ImageCatalog(executor)
+            leakage = LeakageDetector(catalog)
+            consistency_by_split = {
+                is_validation: ConsistencyChecker(catalog) for is_validation in (True, False)
+            }
+            source_stats = []
+            for check_input, source in self._inputs:
+                source_stats.append(
+                    self._check_source(
+                        check_input,
+                        source,
+                        catalog,
+                        leakage,
+                        consistency_by_split[check_input.is_validation],
+                    )
+                )
+            for is_validation, consistency in consistency_by_split.items():
+                names = [str(s.path) for s, _ in self._inputs if s.is_validation is is_validation]
+                for issue_location, issue in consistency.find_global_issues(", ".join(names)):
+                    self._add_issue(issue, issue_location)
+            for location, issue in leakage.find_near_duplicates():
+                self._add_issue(issue, location)
+        code_order = list(ISSUE_TYPES)
+        sorted_issues = sorted(self._issues, key=lambda issue: code_order.index(issue.code))
+        issue_counts = {code: self._counts[code] for code in code_order if code in self._counts}
+        result = CheckResult(
+            sources=tuple(source_stats),
+            issue_counts=issue_counts,
+            issues=tuple(sorted_issues),
+            num_images=len(catalog),
+            num_unique_images=len(catalog.image_infos),
+            affected_samples={code: self._affected_samples[code] for code in issue_counts},
+        )
+        return result, catalog
+
+    def _check_source(
+        self,
+        check_input: ImportCheckInput | SampleCheckInput,
+        source: UnvalidatedSource,
+        catalog: ImageCatalog,
+        leakage: LeakageDetector,
+        consistency: ConsistencyChecker,
+    ) -> SourceStats:
+        claims = BoxClaimCollector()
+        num_samples = num_unreadable = 0
+        for group in catalog.process_groups(_group_rows(source), _iter_image_paths):
+            for row_index, row in group:
+                name = str(check_input.path)
+                location_text = format_location(name, row.location)
+                if row.error is not None:
+                    num_unreadable += 1
+                    location = SampleLocation(name, location_text, "", row_index, -1)
+                    self._add_issue(issue_from_error(row.error, location), location)
+                for sample_index, sample in enumerate(row.samples):
+                    location = SampleLocation(
+                        name, location_text, sample.id, row_index, sample_index
+                    )
+                    self._check_sample(sample, location, catalog, consistency)
+                    if check_input.is_validation:
+                        leakage.add_validation_sample(sample, location)
+                    else:
+                        for issue in leakage.add_train_sample(sample, location):
+                            self._add_issue(issue, location)
+                num_samples += len(row.samples)
+                claims.add_row(row, location_text, catalog)
+            self._on_progress(len(group))
+        for convention_issue in find_convention_issues(claims.claims):
+            takes_options = "boxes" in source.source.data_format.supported_options
+            self._add_issue(
+                convention_issue.to_check_issue(str(check_input.path), takes_options=takes_options)
+            )
+        return SourceStats(
+            path=str(check_input.path),
+            is_validation=check_input.is_validation,
+            format=source.source.data_format.name,
+            detected_by=source.source.detected_by,
+            num_rows=len(source),
+            num_samples=num_samples,
+            num_unreadable_rows=num_unreadable,
+        )
+
+    def _check_sample(
+        self,
+        sample: Sample,
+        location: SampleLocation,
+        catalog: ImageCatalog,
+        consistency: ConsistencyChecker,
+    ) -> None:
+        is_valid = True
+        for issue in find_sample_issues(
+            sample, location, catalog, self._requirements.special_tokens
+        ):
+            is_valid = is_valid and issue.severity != "error"
+            self._add_issue(issue, location)
+        if is_valid:
+            for issue in (
+                *consistency.add_sample(sample, location),
+                *self._check_length(sample, location),
+            ):
+                self._add_issue(issue, location)
+
+    def _check_length(self, sample: Sample, location: SampleLocation) -> Iterator[CheckIssue]:
+        """Yield an issue if the sample exceeds the maximum length or cannot be rendered."""
+        renderer, max_length = self._requirements.renderer, self._requirements.max_length
+        if renderer is None or max_length is None:
+            return
+        try:
+            num_tokens = renderer.tokenize(LocatedSample(sample, Path())).num_tokens
+        except UserError as error:
+            yield issue_from_error(error, location)
+            return
+        if num_tokens > max_length:
+            yield location.create_issue(
+                "too-long",
+                f"{num_tokens} tokens, maximum {max_length}",
+                "increase max_length, reduce the image size, or remove the sample",
+            )
+
+    def _add_issue(self, issue: CheckIssue, location: SampleLocation | None = None) -> None:
+        self._counts[issue.code] += 1
+        if self._counts[issue.code] <= self._max_issues:
+            self._issues.append(issue)
+        self._on_issue(issue)
+        if location is None:
+            self.fixer.add_source_issue(issue)
+            return
+        self.fixer.add_issue(location, issue)
+        # All issues of one code in one sample are consecutive.
+        if self._last_location.get(issue.code) != location:
+            self._affected_samples[issue.code] += 1
+            self._last_location[issue.code] = location
+
+
+def check_sources(
+    inputs: Sequence[ImportCheckInput | SampleCheckInput],
+    model: ModelRequirements | None = None,
+    max_issues: int = 1000,
+) -> CheckResult:
+    """Check related sources in a single process and return the result.
+
+    It can be called from a script or notebook without a main guard, because no process is started.
+    Images embedded in tables are saved in a temporary folder. Raises UserError like
+    `open_unvalidated`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return DataChecker(inputs, Path(folder), model, max_issues).run(single_process=True)[0]
+
+
+class BoxClaimCollector:
+    """Collect the boxes of a source, sampled evenly if there are more than `max_claims`."""
+
+    def __init__(self, max_claims: int = MAX_BOX_CLAIMS) -> None:
+        self._max_claims = max_claims
+        self.claims: list[BoxClaim] = []
+        self._step = 1
+        self._num_rows = 0
+
+    def add_row(self, row: UnvalidatedRow, location: str, catalog: ImageCatalog) -> None:
+        """Add the boxes of a sampled row that refer to valid images."""
+        self._num_rows += 1
+        if not row.boxes or self._num_rows % self._step:
+            return
+        sample_id = row.samples[0].id if row.samples else ""
+        for box in row.boxes:
+            image_info = catalog[str(box.image_path)]
+            if image_info.issue_code is None:
+                self.claims.append(
+                    BoxClaim(
+                        location,
+                        sample_id,
+                        box.image_path,
+                        image_info.size,
+                        image_info.exif_orientation,
+                        box.coordinates,
+                        box.convention,
+                    )
+                )
+        if len(self.claims) > self._max_claims:
+            self._step *= 2
+            sampled_locations = set(
+                list(dict.fromkeys(claim.location for claim in self.claims))[1::2]
+            )
+            self.claims = [claim for claim in self.claims if claim.location in sampled_locations]
+
+
+def _open_source(
+    check_input: ImportCheckInput | SampleCheckInput, output_folder: Path
+) -> UnvalidatedSource:
+    output_folder.mkdir()
+    if isinstance(check_input, SampleCheckInput):
+        return open_unvalidated_samples(check_input.path, check_input.options, output_folder)
+    return open_unvalidated(check_input.path, check_input.options, output_folder)
+
+
+def _group_rows(source: UnvalidatedSource) -> Iterator[list[tuple[int, UnvalidatedRow]]]:
+    group: list[tuple[int, UnvalidatedRow]] = []
+    for row_index, row in enumerate(source):
+        group.append((row_index, row))
+        if len(group) == ROWS_PER_GROUP:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _iter_image_paths(group: list[tuple[int, UnvalidatedRow]]) -> Iterator[str]:
+    for _, row in group:
+        for sample in row.samples:
+            yield from iter_media_paths(sample)
+        yield from (str(box.image_path) for box in row.boxes)

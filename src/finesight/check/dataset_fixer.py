@@ -1,0 +1,224 @@
+"""`--fix`: write a new folder with valid and fixed samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+from finesight.check.box_issues import clip_box, sort_corners
+from finesight.check.check_issues import CheckIssue, FixAction, SampleLocation, format_location
+from finesight.check.image_catalog import ImageCatalog
+from finesight.check.sample_issues import iter_media_paths
+from finesight.check.text_issues import remove_placeholders
+from finesight.data.image_resolver import ImageNames
+from finesight.data.import_source import UnvalidatedSource
+from finesight.data.jsonl import sample_to_dict, write_samples
+from finesight.data.sample import BoxPart, ContentPart, ImagePart, Sample
+from finesight.data.sharded_samples import GLOB_CHARACTERS, is_glob
+from finesight.errors import UserError, escape_surrogates
+from finesight.storage import write_file
+
+LOG_FILES = SKIPPED_SAMPLES_FILE, CHANGES_FILE = "skipped_samples.jsonl", "changes.jsonl"
+
+_SampleKey = tuple[str, int, int]
+"""Source, row index and sample index."""
+
+
+@dataclass(frozen=True, slots=True)
+class FixResult:
+    """Result of `--fix`: output files with sample counts, and counts of changed and skipped
+    samples.
+    """
+
+    output_files: tuple[tuple[Path, int], ...]
+    num_changed: int
+    num_skipped: int
+
+    def as_lines(self) -> list[str]:
+        """Format the result as text lines."""
+        files = [f"{path}: {samples} samples" for path, samples in self.output_files]
+        folder = self.output_files[0][0].parent
+        summary = f"{self.num_changed} samples changed, {self.num_skipped} skipped"
+        return [*files, f"{summary}: {folder / CHANGES_FILE}, {folder / SKIPPED_SAMPLES_FILE}"]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the result as JSON data."""
+        files = [{"file": str(path), "num_samples": samples} for path, samples in self.output_files]
+        return {"files": files, "num_changed": self.num_changed, "num_skipped": self.num_skipped}
+
+
+class DatasetFixer:
+    """Decide for each sample whether to keep, fix or skip it, and write the result.
+
+    Samples with an error that has no unambiguous fix are skipped. Warnings and notes cause no
+    changes, except that duplicates are skipped.
+    """
+
+    def __init__(self) -> None:
+        self._skipped: dict[_SampleKey, dict[str, str]] = {}
+        self._fixes: dict[_SampleKey, set[FixAction]] = {}
+        self._changes: list[dict[str, Any]] = []
+        self._convention_issues: list[CheckIssue] = []
+
+    def add_issue(self, location: SampleLocation, issue: CheckIssue) -> None:
+        """Add an issue of a sample."""
+        key = (location.source, location.row_index, location.sample_index)
+        if issue.fix == "skipped" or (issue.severity == "error" and issue.fix is None):
+            entry = {"location": issue.where, "sample_id": issue.sample_id}
+            self._skipped.setdefault(key, {**entry, "code": issue.code, "what": issue.what})
+        elif issue.fix is not None:
+            self._fixes.setdefault(key, set()).add(issue.fix)
+
+    def add_source_issue(self, issue: CheckIssue) -> None:
+        """Add an issue of a full source."""
+        if issue.severity == "error":
+            self._convention_issues.append(issue)
+
+    def write(
+        self, staging: Path, out: Path, catalog: ImageCatalog, sources: Sequence[UnvalidatedSource]
+    ) -> FixResult:
+        """Read the sources again and write the fixed samples.
+
+        Args:
+            staging: Folder to write to.
+            out: Final path of the folder.
+
+        Raises:
+            UserError: The boxes of a source have another convention than declared, or no sample of
+                a source is valid.
+        """
+        for issue in self._convention_issues:
+            raise UserError(
+                f"{issue.what}; no files were written",
+                where=issue.where,
+                expected="a correct box convention before individual boxes are fixed",
+                remedy=issue.remedy,
+            )
+        files = []
+        used_images: set[Path] = set()
+        image_names = ImageNames(staging, out, copy=False)
+        for source, name in zip(sources, _assign_file_names(sources), strict=True):
+            samples = []
+            for sample in self._iter_fixed_samples(source, catalog):
+                paths = list(iter_media_paths(sample))
+                used_images.update(
+                    map(Path, paths), (staging / image_names.name(path) for path in paths)
+                )
+                samples.append(sample.map_paths(image_names.name))
+                image_names.copy(paths)
+            if not samples:
+                raise UserError(
+                    f"none of {len(source)} rows is valid; no files were written",
+                    where=str(source.source.path),
+                    expected="at least one sample without errors that is not a duplicate",
+                    remedy="fix the reported issues in the source, or remove the source",
+                )
+            write_samples(staging / name, samples)
+            files.append((out / name, len(samples)))
+        _remove_unused_images(staging, used_images)
+        skipped = list(self._skipped.values())
+        write_file(staging / SKIPPED_SAMPLES_FILE, _encode_jsonl(skipped))
+        write_file(staging / CHANGES_FILE, _encode_jsonl(self._changes))
+        return FixResult(tuple(files), len(self._changes), len(skipped))
+
+    def _iter_fixed_samples(
+        self, source: UnvalidatedSource, catalog: ImageCatalog
+    ) -> Iterator[Sample]:
+        """Yield the samples to keep, with fixes applied."""
+        source_name = str(source.source.path)
+        for row_index, row in enumerate(source):
+            for sample_index, sample in enumerate(row.samples):
+                key = (source_name, row_index, sample_index)
+                if key in self._skipped:
+                    continue
+                fixes = self._fixes.get(key, set())
+                fixed_sample = _fix_sample(sample, fixes, catalog)
+                if fixed_sample != sample:
+                    self._changes.append(
+                        _describe_change(
+                            format_location(source_name, row.location), sample, fixed_sample, fixes
+                        )
+                    )
+                yield fixed_sample
+
+
+def _fix_sample(sample: Sample, fixes: set[FixAction], catalog: ImageCatalog) -> Sample:
+    if "placeholders removed" in fixes:
+        sample = remove_placeholders(sample)
+    if not fixes & {"clipped", "reordered"}:
+        return sample
+    image_paths = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
+
+    def fix_part(part: ContentPart) -> ContentPart:
+        if not isinstance(part, BoxPart):
+            return part
+        size = catalog[image_paths[part.image]].size
+        x1, y1, x2, y2 = part.xyxy
+        box = sort_corners(part.xyxy, size) if x2 < x1 or y2 < y1 else clip_box(part.xyxy, size)
+        return part if box is None else part.model_copy(update={"xyxy": box})
+
+    messages = tuple(
+        message.model_copy(update={"content": tuple(map(fix_part, message.content))})
+        for message in sample.messages
+    )
+    return sample.model_copy(update={"messages": messages})
+
+
+def _describe_change(
+    where: str, before: Sample, after: Sample, fixes: set[FixAction]
+) -> dict[str, Any]:
+    """Describe the changes message by message."""
+    pairs = zip(sample_to_dict(before)["messages"], sample_to_dict(after)["messages"], strict=True)
+    return {
+        "location": where,
+        "sample_id": before.id,
+        "fixes": sorted(fixes),
+        "messages": [
+            {
+                "message": message_index,
+                "before": before_message["content"],
+                "after": after_message["content"],
+            }
+            for message_index, (before_message, after_message) in enumerate(pairs)
+            if before_message != after_message
+        ],
+    }
+
+
+def _assign_file_names(sources: Sequence[UnvalidatedSource]) -> list[str]:
+    """Return a unique output file name per source, its own name where available."""
+    names: list[str] = []
+    for source in sources:
+        stem = _source_stem(source.source.path)
+        candidates = chain([f"{stem}.jsonl"], (f"{stem}-{n}.jsonl" for n in count(2)))
+        names.append(next(name for name in candidates if name not in (*names, *LOG_FILES)))
+    return names
+
+
+def _source_stem(source: Path) -> str:
+    """Return the file stem of the source.
+
+    For a pattern, it is the literal part of the stem, else the folder name.
+    """
+    if not is_glob(source):
+        return source.resolve().stem
+    cleaned = "".join(char for char in source.stem if char not in GLOB_CHARACTERS).strip("-_.")
+    return cleaned or source.absolute().parent.name or "samples"
+
+
+def _remove_unused_images(staging: Path, used_images: set[Path]) -> None:
+    """Delete saved table images of skipped samples."""
+    for path in sorted(staging.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        elif path.is_file() and path.suffix != ".jsonl" and path not in used_images:
+            path.unlink()
+
+
+def _encode_jsonl(records: Sequence[dict[str, Any]]) -> bytes:
+    lines = (f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
+    return "".join(map(escape_surrogates, lines)).encode()

@@ -1,0 +1,30 @@
+"""Issues of rows that cannot be parsed, by error type."""
+
+from __future__ import annotations
+
+from finesight.check.check_issues import CheckIssue, SampleLocation
+from finesight.data.formats.dataset_format import PlaceholderCountError, UnexpectedPlaceholderError
+from finesight.data.image_header import CorruptImageError
+from finesight.data.sample_validation import EmptyAnswerError, InvalidTurnsError
+from finesight.errors import UserError
+
+_CODE_BY_ERROR: tuple[tuple[type[UserError], str], ...] = (
+    (EmptyAnswerError, "empty-answer"),
+    (InvalidTurnsError, "invalid-role-order"),
+    (PlaceholderCountError, "placeholder-count-mismatch"),
+    (UnexpectedPlaceholderError, "placeholder-in-text"),
+    (CorruptImageError, "image-missing"),
+)
+"""Issue codes by error type; the first match applies. Other errors are invalid rows. A lenient read
+rejects only images without a file."""
+
+
+def issue_from_error(error: UserError, location: SampleLocation) -> CheckIssue:
+    """Convert the error of a row to an issue."""
+    code = next(
+        (code for error_type, code in _CODE_BY_ERROR if isinstance(error, error_type)),
+        "invalid-row",
+    )
+    what = f"{error.where}: {error.what}" if error.where else error.what
+    remedy = "; ".join(filter(None, [error.expected, error.remedy]))
+    return location.create_issue(code, what, remedy)

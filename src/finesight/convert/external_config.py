@@ -1,0 +1,158 @@
+"""Settings of another program, with conversion to Python types."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from finesight.convert.setting_rules import ConversionNote
+from finesight.convert.shell_parser import has_variable
+from finesight.errors import UserError
+
+SourceProgram = Literal["ms-swift", "LLaMA-Factory"]
+
+_TRUE_WORDS = {"true", "yes", "on", "1", "t", "y"}
+_FALSE_WORDS = {"false", "no", "off", "0", "f", "n"}
+
+
+@dataclass(frozen=True)
+class ExternalConfig:
+    """Configuration of another program.
+
+    Attributes:
+        program: Program of the configuration.
+        where: File of the configuration.
+        values: Settings as written.
+        defaults: Default settings of the program.
+        environment: Environment variables of the training.
+        is_recorded: Whether a run recorded it, including defaults.
+        extra_notes: Notes about other content of the file.
+    """
+
+    program: SourceProgram
+    where: str
+    values: Mapping[str, object]
+    defaults: Mapping[str, object]
+    environment: Mapping[str, str]
+    is_recorded: bool = False
+    extra_notes: tuple[ConversionNote, ...] = ()
+
+    @property
+    def is_script(self) -> bool:
+        """True if the configuration is a shell script, whose values may contain variables."""
+        return not self.where.endswith((".yaml", ".yml", ".json"))
+
+    def has(self, key: str) -> bool:
+        """Return whether a setting has a value."""
+        return not is_empty(self.values.get(key))
+
+    def get_value(self, key: str) -> object:
+        """Return a setting as written, or the default of the program."""
+        return self.values[key] if self.has(key) else self.defaults.get(key)
+
+    def get_str(self, key: str) -> str | None:
+        """Return a setting as text; None without a value."""
+        value = self.get_value(key)
+        return None if is_empty(value) else format_value(value)
+
+    def get_bool(self, key: str) -> bool:
+        """Return a setting as bool; False without a value. Raises UserError if invalid."""
+        value = self.get_value(key)
+        if is_empty(value):
+            return False
+        text = str(value).strip().lower()
+        if text in _TRUE_WORDS | _FALSE_WORDS:
+            return text in _TRUE_WORDS
+        raise self.build_error(key, "true or false")
+
+    def get_float(self, key: str) -> float | None:
+        """Return a setting as a finite number; None without a value. Raises UserError if it is
+        invalid.
+        """
+        value = self.get_value(key)
+        if is_empty(value):
+            return None
+        try:
+            number = math.nan if isinstance(value, bool) else float(str(value).replace("_", ""))
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise self.build_error(key, "a number")
+        return number
+
+    def get_int(self, key: str) -> int | None:
+        """Return a setting as an integer; None without a value. Raises UserError if invalid."""
+        number = self.get_float(key)
+        if number is not None and not number.is_integer():
+            raise self.build_error(key, "an integer")
+        return None if number is None else int(number)
+
+    def get_list(self, key: str) -> tuple[str, ...]:
+        """Return a setting as a list, separated by commas in LLaMA-Factory and by spaces in
+        ms-swift.
+        """
+        value = self.get_value(key)
+        if is_empty(value):
+            return ()
+        if isinstance(value, list | tuple):
+            return tuple(format_value(item) for item in value)
+        is_comma_separated = self.program == "LLaMA-Factory"
+        parts = str(value).split(",") if is_comma_separated else [str(value)]
+        return tuple(part.strip() for part in parts if part.strip())
+
+    def get_env_int(self, name: str) -> int | None:
+        """Return an environment variable as an integer. Raises UserError if it is invalid."""
+        text = self.environment.get(name, "").strip()
+        if not text:
+            return None
+        if not text.isdecimal() or len(text) > 18:
+            raise UserError(
+                f"the variable {name} is {text!r}",
+                where=self.where,
+                expected="an integer",
+                remedy=f"set {name} to its value",
+            )
+        return int(text)
+
+    def is_env_enabled(self, variable: str) -> bool:
+        """Return whether an environment variable is enabled."""
+        return self.environment.get(variable, "0").lower() in ("1", "true")
+
+    def is_any_set(self, *keys: str) -> bool:
+        """Return whether one of the settings has a value."""
+        return any(self.has(key) for key in keys)
+
+    def default_comment(self, *keys: str) -> str:
+        """Return a comment for a default value; empty if a setting is set."""
+        return "" if self.is_any_set(*keys) else f"{self.program}'s default"
+
+    def build_error(self, key: str, expected: str) -> UserError:
+        """Build the error for an invalid value."""
+        value = self.get_value(key)
+        is_unresolved = self.is_script and has_variable(value)
+        return UserError(
+            f"{key} is {format_value(value)!r}",
+            where=self.where,
+            expected=expected,
+            remedy=f"replace {key} with its value in a copy of the script"
+            if is_unresolved
+            else f"correct {key}",
+        )
+
+
+def is_empty(value: object) -> bool:
+    """Return whether a value means None in one of the configuration formats."""
+    return value is None or value in ([], {}, "") or str(value).strip() in ("null", "None")
+
+
+def format_value(value: object) -> str:
+    """Format a value on one line, truncated if long."""
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_VALUE_LENGTH else f"{line[: MAX_VALUE_LENGTH - 3]}..."
+
+
+MAX_VALUE_LENGTH = 4096
+"""Maximum characters of a formatted value."""

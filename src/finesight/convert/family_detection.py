@@ -1,0 +1,143 @@
+"""Detect the family of a model from its folder, name, or configuration hints."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from finesight.bounded_files import read_json
+from finesight.errors import UserError
+
+_DECODER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class FamilySettings:
+    """Properties of a model family that determine recipe settings.
+
+    Attributes:
+        name: Name of the family.
+        token_size: Side of an image token in pixels; 0 for a fixed image size.
+        min_pixels: Default minimum of image pixels.
+        max_length: Maximum number of tokens.
+        language_layers: Names of linear layers of the decoder.
+        vision_layers: Names of linear layers of the vision encoder.
+        merger_layers: Names of linear layers of the merger.
+    """
+
+    name: str
+    token_size: int
+    min_pixels: int
+    max_length: int
+    language_layers: tuple[str, ...]
+    vision_layers: tuple[str, ...]
+    merger_layers: tuple[str, ...]
+
+
+_QWEN2 = FamilySettings(
+    "qwen2_vl", 28, 3136, 32_768, _DECODER_LAYERS, ("qkv", "proj", "fc1", "fc2"), ("mlp.0", "mlp.2")
+)
+_QWEN2_5 = FamilySettings(
+    "qwen2_5_vl",
+    28,
+    3136,
+    128_000,
+    _DECODER_LAYERS,
+    ("qkv", "proj", "gate_proj", "up_proj", "down_proj"),
+    ("mlp.0", "mlp.2"),
+)
+_QWEN3 = FamilySettings(
+    "qwen3_vl",
+    32,
+    65_536,
+    262_144,
+    _DECODER_LAYERS,
+    ("qkv", "proj", "linear_fc1", "linear_fc2"),
+    ("linear_fc1", "linear_fc2"),
+)
+_QWEN3_MOE = FamilySettings(
+    "qwen3_vl_moe",
+    32,
+    65_536,
+    262_144,
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("qkv", "proj", "linear_fc1", "linear_fc2"),
+    ("linear_fc1", "linear_fc2"),
+)
+_QWEN = FamilySettings(
+    "qwen",
+    0,
+    0,
+    8192,
+    ("c_attn", "c_proj", "w1", "w2"),
+    ("in_proj", "out_proj", "c_fc", "c_proj"),
+    ("kv_proj", "out_proj"),
+)
+
+_FAMILY_BY_TYPE = {
+    family.name: family for family in (_QWEN, _QWEN2, _QWEN2_5, _QWEN3, _QWEN3_MOE)
+} | {
+    "qwen_vl": _QWEN,
+    "qvq": _QWEN2,
+    "qwen3_vl_nothink": _QWEN3,
+    "qwen3_moe_vl": _QWEN3_MOE,
+}
+"""Families by `model_type` in config.json, and by model and template names of both programs."""
+
+_FAMILY_PATTERNS = (
+    (r"qwen3-?vl.*-a\d+b", _QWEN3_MOE),
+    (r"qwen3-?vl", _QWEN3),
+    (r"qwen2[.-]5-?vl", _QWEN2_5),
+    (r"qwen2-?vl|qvq-", _QWEN2),
+    (r"qwen-?vl", _QWEN),
+)
+
+
+def detect_family(model: str, hints: tuple[str | None, ...], where: str) -> FamilySettings:
+    """Detect the family of a model name or folder.
+
+    Args:
+        model: Name or folder.
+        hints: Model types and templates in the configuration.
+        where: File of the configuration.
+
+    Raises UserError for an unknown family.
+    """
+    if not model:
+        raise _build_error("the configuration has no model", where)
+    model_type = _read_model_type(Path(model).expanduser())
+    if model_type is not None:
+        if model_type in _FAMILY_BY_TYPE:
+            return _FAMILY_BY_TYPE[model_type]
+        raise _build_error(f"{model} has the model type {model_type}", where)
+    name = re.sub(r"[_ ]", "-", model.rstrip("/").rpartition("/")[2].lower())
+    for pattern, family in _FAMILY_PATTERNS:
+        if re.search(pattern, name):
+            return family
+    for hint in hints:
+        # qwen without vl means a text model in both programs.
+        if hint in _FAMILY_BY_TYPE and hint != "qwen":
+            return _FAMILY_BY_TYPE[hint]
+    raise _build_error(f"cannot determine whether {model!r} is a Qwen vision-language model", where)
+
+
+def _read_model_type(folder: Path) -> str | None:
+    """Return the model type in config.json of a folder; None if there is none."""
+    try:
+        content = read_json(folder / "config.json")
+    except UserError:
+        return None
+    model_type = content.get("model_type") if isinstance(content, dict) else None
+    if model_type == "qwen" and "visual" not in content:
+        return "qwen without a vision encoder"
+    return model_type if isinstance(model_type, str) else None
+
+
+def _build_error(what: str, where: str) -> UserError:
+    return UserError(
+        what,
+        where=where,
+        expected="a model of Qwen-VL, Qwen2-VL, Qwen2.5-VL or Qwen3-VL",
+        remedy="use the name on its hub, or run this command where the model folder exists",
+    )

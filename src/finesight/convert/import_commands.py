@@ -1,0 +1,102 @@
+"""Set the data files of a recipe, and build the commands that import them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finesight.convert.recipe_draft import RecipeDraft
+
+SAMPLES_FOLDER = "samples"
+"""Folder of all imported data sets."""
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """Data set for `finesight data import`.
+
+    `limit` is the number of rows, None for all. `title` is the name of the data set, if it has one.
+    """
+
+    name: str
+    limit: int | None = None
+    title: str | None = None
+
+    def folder_name(self) -> str:
+        """Return the folder name of the imported samples."""
+        name = self.name
+        if name.startswith(("hf:", "modelscope:")):
+            name = name.split(":")[1]
+        path = Path(name)
+        stem = path.stem if path.stem not in _GENERIC_NAMES else path.parent.name or path.stem
+        return re.sub(r"[^\w.-]+", "-", self.title or stem).strip("-.") or "data"
+
+
+_GENERIC_NAMES = ("data", "train", "dataset")
+"""Generic file names; the folder name is used instead."""
+
+
+@dataclass(frozen=True)
+class ValidationSource:
+    """Validation data: separate data sets, or import options that split each data set."""
+
+    sources: tuple[DatasetSource, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+@dataclass
+class _FolderNames:
+    used: set[str] = field(default_factory=set)
+
+    def allocate(self, stem: str) -> str:
+        name, suffix = stem, 2
+        while name in self.used:
+            name, suffix = f"{stem}-{suffix}", suffix + 1
+        self.used.add(name)
+        return f"{SAMPLES_FOLDER}/{name}"
+
+
+def set_data_files(
+    draft: RecipeDraft, sources: list[DatasetSource], validation: ValidationSource
+) -> None:
+    """Set the data files in the recipe, and record the import commands."""
+    folder_names = _FolderNames()
+    train_folders = [
+        _add_import(draft, folder_names, source, validation.options) for source in sources
+    ]
+    file_stem = "train" if validation.options else "data"
+    train = [f"{folder}/{file_stem}.jsonl" for folder in train_folders]
+    draft.set(
+        "data.train", _unwrap_single(train), "from the commands printed by `finesight convert`"
+    )
+    if validation.options:
+        draft.set("data.eval", _unwrap_single([f"{folder}/eval.jsonl" for folder in train_folders]))
+    elif validation.sources:
+        eval_folders = [
+            _add_import(draft, folder_names, source, ()) for source in validation.sources
+        ]
+        draft.set("data.eval", _unwrap_single([f"{folder}/data.jsonl" for folder in eval_folders]))
+
+
+def _add_import(
+    draft: RecipeDraft, folder_names: _FolderNames, source: DatasetSource, options: tuple[str, ...]
+) -> str:
+    out_folder = folder_names.allocate(source.folder_name())
+    limit_options = () if source.limit is None else ("--limit", str(source.limit))
+    draft.import_commands.append(
+        shlex.join(
+            ["finesight", "data", "import", source.name, out_folder, *limit_options, *options]
+        )
+    )
+    return out_folder
+
+
+def _unwrap_single(items: list[str]) -> str | list[object]:
+    return items[0] if len(items) == 1 else list[object](items)
+
+
+def split_options(fraction: float) -> tuple[str, ...]:
+    """Return the import options that hold out a fraction of the images."""
+    return ("--train-fraction", f"{round(1 - fraction, 6):g}")

@@ -1,0 +1,145 @@
+"""The data files of a recipe as one sequence of samples: JSONL, Parquet, tar, or glob patterns."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from multiprocessing import get_context
+from pathlib import Path
+
+from finesight.child_processes import exit_with_parent
+from finesight.config import DataFileSettings, TrainFileSettings
+from finesight.data.jsonl import LocatedSample, build_no_samples_error, open_jsonl_samples
+from finesight.data.parquet_samples import open_parquet_samples
+from finesight.data.sample_validation import validate_sample
+from finesight.data.sharded_samples import (
+    SampleSource,
+    ShardedSamples,
+    check_packed_url,
+    expand_files,
+)
+from finesight.data.tar_samples import open_tar_samples
+from finesight.hub.object_storage import fetch_objects
+
+MIN_PARALLEL_FILES = 8
+"""Minimum number of files for parallel indexing in worker processes."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The concatenated samples of all files, with limits applied.
+
+    Samples remain on disk and are read on access: a corpus of millions of samples needs little
+    memory. `fingerprint` is a SHA-256 over the bytes of the files, limits and weights. Two corpora
+    with the same fingerprint contain the same samples in the same order, independent of their
+    location.
+    """
+
+    sources: tuple[SampleSource, ...]
+    weights: tuple[float, ...]
+    fingerprint: str
+    require_answer: bool = True
+
+    @property
+    def source_sizes(self) -> tuple[int, ...]:
+        """Number of samples per file, in order."""
+        return tuple(len(source) for source in self.sources)
+
+    def read_samples(self, limit: int | None = None) -> list[LocatedSample]:
+        """Read and validate all samples, or the first `limit`."""
+        return [self.read_validated(index) for index in range(len(self))[:limit]]
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self.sources else 0
+
+    def __getitem__(self, index: int) -> LocatedSample:
+        """Read a sample that was validated before; only its types are checked."""
+        source, local_index = self._locate(index)
+        return source.read_sample(local_index)
+
+    def read_validated(self, index: int) -> LocatedSample:
+        """Read and validate a sample. Raises UserError with file and line."""
+        source, local_index = self._locate(index)
+        located_sample = source.read_sample(local_index)
+        validate_sample(
+            located_sample.sample, source.location(local_index), require_answer=self.require_answer
+        )
+        return located_sample
+
+    def location(self, index: int) -> str:
+        """Return file and line of a sample."""
+        source, local_index = self._locate(index)
+        return source.location(local_index)
+
+    def _locate(self, index: int) -> tuple[SampleSource, int]:
+        assert 0 <= index < len(self), f"sample {index} of {len(self)}"
+        source_index = bisect_right(self._ends, index)
+        return self.sources[source_index], index - (
+            self._ends[source_index] - len(self.sources[source_index])
+        )
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(self.source_sizes))
+
+
+def load_corpus(files: Sequence[DataFileSettings], *, require_answer: bool = True) -> Corpus:
+    """Open the files of `data.train` or `data.eval` without reading their samples.
+
+    Raises:
+        UserError: A file is missing, unreadable or empty.
+    """
+    sha256 = hashlib.sha256()
+    sources: list[SampleSource] = []
+    for file in files:
+        sources.append(open_sample_source(file.path))
+        sha256.update(f"{sources[-1].digest} {file.limit} {_file_weight(file)!r}\n".encode())
+    limited = (source.take(file.limit) for source, file in zip(sources, files, strict=True))
+    weights = tuple(map(_file_weight, files))
+    return Corpus(tuple(limited), weights, sha256.hexdigest(), require_answer)
+
+
+def open_sample_source(path_or_url: Path | str) -> SampleSource:
+    """Open a local file, the files of a glob pattern, or an object storage URL.
+
+    Raises:
+        UserError: No file matches.
+    """
+    files = (
+        expand_files(path_or_url)
+        if isinstance(path_or_url, Path)
+        else fetch_objects(check_packed_url(path_or_url))
+    )
+    sources = _open_files(files)
+    source = sources[0] if len(files) == 1 else ShardedSamples(tuple(sources))
+    if not len(source):
+        raise build_no_samples_error(path_or_url)
+    return source
+
+
+def _open_files(files: list[Path]) -> list[SampleSource]:
+    """Open each file; many files are indexed in worker processes."""
+    num_cpus = os.cpu_count() or 1
+    if len(files) < MIN_PARALLEL_FILES or num_cpus == 1 or sys.platform != "linux":
+        return [_open_file(file) for file in files]
+    processes, context = min(num_cpus, len(files)), get_context("fork")
+    with ProcessPoolExecutor(processes, context, initializer=exit_with_parent) as pool:
+        return list(pool.map(_open_file, files))
+
+
+def _open_file(path: Path) -> SampleSource:
+    openers: dict[str, Callable[[Path], SampleSource]]
+    openers = {".tar": open_tar_samples, ".parquet": open_parquet_samples}
+    return openers.get(path.suffix.lower(), open_jsonl_samples)(path)
+
+
+def _file_weight(file: DataFileSettings) -> float:
+    # What is measured on is measured once.
+    return file.weight if isinstance(file, TrainFileSettings) else 1.0

@@ -1,0 +1,157 @@
+"""Export samples to a dataset format in a new folder, atomically."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from finesight.data.formats import get_format
+from finesight.data.formats.dataset_format import DatasetFormat, ExportContext
+from finesight.data.image_header import (
+    CorruptImageError,
+    open_image_header,
+    read_exif_orientation,
+    read_image_size,
+)
+from finesight.data.image_resolver import name_images
+from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import BoxPart, ImagePart, Sample, list_media_paths
+from finesight.storage import translate_os_errors, write_folder
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSummary:
+    """Summary of an export. `lost_counts` counts content that the format cannot represent."""
+
+    format: str
+    num_samples: int
+    files: tuple[Path, ...]
+    num_images: int
+    lost_counts: dict[str, int]
+    notes: tuple[str, ...]
+
+
+def export_dataset(
+    samples: Sequence[LocatedSample], out: Path, format_name: str, *, copy_images: bool
+) -> ExportSummary:
+    """Export `samples` to `out` in a format that `finesight data import` can read.
+
+    Images are referenced by their path relative to `out`, or copied to `out`/images.
+
+    Raises:
+        UserError: `out` exists, the format is unknown, an image is missing, or the format cannot
+            represent a sample. `out` is not created.
+    """
+    data_format = get_format(format_name, "--to")
+    assert data_format.write_files is not None, f"no exporter for {format_name}"
+    with write_folder(out) as staging:
+        resolved_paths = _resolve_image_paths(samples)
+        image_names = name_images(
+            dict.fromkeys(resolved_paths.values()), staging, out, copy=copy_images
+        )
+        sizes: dict[Path, tuple[int, int]] = {}
+
+        def read_size(path: Path) -> tuple[int, int]:
+            if path not in sizes:
+                sizes[path] = read_image_size(path)
+            return sizes[path]
+
+        writing = ExportContext(
+            {path: image_names[resolved] for path, resolved in resolved_paths.items()}, read_size
+        )
+        files = _write_files(data_format.write_files(samples, writing), staging)
+        notes = (*_note_exif_orientations(samples, data_format), *writing.notes)
+    return ExportSummary(
+        format=data_format.name,
+        num_samples=len(samples),
+        files=tuple(out / file for file in files),
+        num_images=len(image_names),
+        lost_counts={what: count for what, count in sorted(writing.lost_counts.items()) if count},
+        notes=notes,
+    )
+
+
+def _resolve_image_paths(samples: Sequence[LocatedSample]) -> dict[Path, Path]:
+    """Resolve the path of each image and frame."""
+    resolved_paths: dict[Path, Path] = {}
+    for located_sample in samples:
+        for name in (
+            name for part in located_sample.sample.iter_parts() for name in list_media_paths(part)
+        ):
+            path = located_sample.resolve_path(name)
+            if path in resolved_paths:
+                continue
+            if not path.is_file():
+                raise CorruptImageError(
+                    "no such image",
+                    where=f"the sample {located_sample.sample.id!r}, {path}",
+                    expected="an existing file",
+                    remedy="`finesight data check` lists all of them",
+                )
+            # The folder resolved, as `..` steps out of where a link leads to.
+            resolved_paths[path] = path.parent.resolve() / path.name
+    return resolved_paths
+
+
+def _write_files(chunks: Iterator[tuple[str, bytes]], staging: Path) -> list[str]:
+    """Write the chunks and return the file names in order. Consecutive chunks of a file share a
+    handle.
+    """
+    current_name, stream = "", None
+    names: dict[str, None] = {}
+    with translate_os_errors(staging):
+        try:
+            for name, content in chunks:
+                assert ".." not in Path(name).parts, f"{name} is outside the output folder"
+                if name != current_name or stream is None:
+                    stream = _open_next(stream, staging / name)
+                    current_name = name
+                stream.write(content)
+                names[name] = None
+        finally:
+            if stream is not None:
+                stream.close()
+    return list(names)
+
+
+def _open_next(stream: BinaryIO | None, path: Path) -> BinaryIO:
+    if stream is not None:
+        stream.close()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("ab")
+
+
+def _note_exif_orientations(
+    samples: Sequence[LocatedSample], data_format: DatasetFormat
+) -> Iterator[str]:
+    """Yield a note if boxes refer to images that other programs show without EXIF rotation."""
+    if data_format.name == "samples":
+        return
+    image_paths = {
+        path for located_sample in samples for path in _iter_boxed_images(located_sample)
+    }
+    num_rotated = sum(map(_is_exif_rotated, image_paths))
+    if num_rotated:
+        yield (
+            f"{num_rotated} images with boxes have an EXIF orientation. Boxes are written in"
+            " coordinates"
+            " after rotation; programs that ignore it (ms-swift, LLaMA-Factory) misplace them:"
+            " rotate the stored images first"
+        )
+
+
+def _is_exif_rotated(path: Path) -> bool:
+    read_image_size(path)  # rejects an image with invalid EXIF data
+    with open_image_header(path) as image:
+        return read_exif_orientation(image) != 1
+
+
+def _iter_boxed_images(located_sample: LocatedSample) -> Iterator[Path]:
+    """Yield the images of a sample that have boxes."""
+    sample: Sample = located_sample.sample
+    image_paths = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
+    for part in sample.iter_parts():
+        if isinstance(part, BoxPart):
+            yield located_sample.resolve_path(image_paths[part.image])

@@ -1,0 +1,327 @@
+"""Interface of dataset formats, and the context of an import or export."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from finesight.data.boxes import (
+    Box,
+    BoxConvention,
+    BoxFormat,
+    BoxUnits,
+    InvalidBoxError,
+    clip_to_image,
+    parse_coordinates,
+)
+from finesight.data.image_resolver import ImageResolver
+from finesight.data.import_example import ImportExample
+from finesight.data.jsonl import LocatedSample
+from finesight.data.limits import MAX_BOXES, check_limit
+from finesight.data.row_reader import Record, RowReader, SourceRow
+from finesight.data.sample import BoxPart, ContentPart, ImagePart, TextPart
+from finesight.errors import UserError
+
+BoxTask = Literal["detection", "grounding"]
+"""Task of a box dataset: one question about all boxes of an image, or one per label."""
+
+IMAGE_KEYS = ("image", "images")
+UNSUPPORTED_KEYS = (
+    *("video", "videos", "audio", "audios"),
+    *("tools", "objects", "history", "kto_tag"),
+    *("chosen", "rejected", "rejected_response", "rejected_messages"),
+)
+"""Conversation keys of other programs whose content the import cannot represent: media, tools,
+boxes, history, and rejected answers."""
+
+_PLACEHOLDERS = re.compile(
+    r"<\|(?:vision|image|video|box|object_ref)_\w+\|>|<img>|<(?:box|quad)>\s*\("
+    r"|<image>|<bbox>|<ref-object>"
+)
+
+
+class UnexpectedPlaceholderError(UserError):
+    """The text contains an image or box placeholder of another format."""
+
+
+class InvalidOptionError(UserError):
+    """An option does not apply to the source. The error is raised once, not per row."""
+
+
+class PlaceholderCountError(UserError):
+    """Image placeholders and images in a row differ in number."""
+
+
+class UnsupportedKeyError(UserError):
+    """A key has a value that the import cannot represent."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawBox:
+    """Coordinates of a box as in the source, and their declared convention."""
+
+    coordinates: Box
+    image_path: Path
+    convention: BoxConvention
+    label: str | None = None
+
+
+_OBJECT_REF = re.compile(
+    r"<\|object_ref_start\|>((?:(?!<\|object_ref_).)*)<\|object_ref_end\|>", re.DOTALL
+)
+
+
+@dataclass(slots=True)
+class ImportContext:
+    """State of one import: its images and import options.
+
+    Attributes:
+        raw_boxes: All boxes as found in the source.
+        num_clipped: Number of boxes that exceeded their image by a rounding error.
+        is_lenient: Accept every box unchanged.
+        source_notes: Counts of source content that samples do not represent, by description.
+        skipped_rows: Counts of rows without training content, by reason.
+    """
+
+    images: ImageResolver
+    columns: Mapping[str, str] = field(default_factory=dict)
+    prompt: str | None = None
+    box_format: BoxFormat | None = None
+    box_units: BoxUnits | None = None
+    box_task: BoxTask = "detection"
+    lenient: bool = False
+    raw_boxes: list[RawBox] = field(default_factory=list)
+    num_clipped: int = 0
+    source_notes: Counter[str] = field(default_factory=Counter)
+    skipped_rows: Counter[str] = field(default_factory=Counter)
+
+    def resolve_convention(self, default: BoxConvention) -> BoxConvention:
+        """Return the box convention: the options of the user, else the default of the format."""
+        if self.box_format is None and self.box_units is None:
+            return default
+        return replace(
+            default,
+            format=self.box_format or default.format,
+            units=self.box_units or default.units,
+        )
+
+    def read_box(
+        self, value: object, image_path: Path, default: BoxConvention, label: str | None = None
+    ) -> Box:
+        """Convert four coordinates to two corners in pixels inside the image; see `fit_box`."""
+        convention = self.resolve_convention(default)
+        a, b, c, d = parse_coordinates(value)
+        self.raw_boxes.append(RawBox((a, b, c, d), image_path, convention, label))
+        if self.lenient and convention.units == "pixel":
+            return convention.to_pixels((a, b, c, d), (0, 0))
+        image_size = self.images.image_size(image_path)
+        pixel_box = convention.to_pixels((a, b, c, d), image_size)
+        if self.lenient:
+            return pixel_box
+        clipped_box = clip_to_image(pixel_box, image_size, convention)
+        self.num_clipped += clipped_box != pixel_box
+        return clipped_box
+
+    def add_prompt(self, parts: Sequence[ContentPart]) -> tuple[ContentPart, ...]:
+        """Add `--prompt` to the first user turn, on a new line after text.
+
+        Raises:
+            UserError: The turn contains no text.
+        """
+        if self.prompt is None and not any(p.type == "text" and p.text.strip() for p in parts):
+            raise UserError(
+                f"a question without text (images: {len(parts)})",
+                expected="a question about the image",
+                remedy='give --prompt "..." (or --prompt "" for the image without text)',
+            )
+        if not self.prompt:
+            return tuple(parts)
+        if parts and isinstance(parts[-1], TextPart):
+            return (*parts[:-1], TextPart(text=f"{parts[-1].text}\n{self.prompt}"))
+        return (*parts, TextPart(text=self.prompt))
+
+
+class RowImages:
+    """The images of one row in order of appearance, and the boxes in them."""
+
+    def __init__(self, context: ImportContext) -> None:
+        self._context = context
+        self._boxes = 0
+        self.paths: list[Path] = []
+
+    def add_image(self, value: object) -> ImagePart:
+        """Add the image of a value (see `ImageResolver.resolve`) as the current image."""
+        self.paths.append(self._context.images.resolve(value))
+        return ImagePart(image=str(self.paths[-1]))
+
+    def create_box(
+        self,
+        value: object,
+        label: str | None,
+        default: BoxConvention,
+        image_index: int | None = None,
+    ) -> BoxPart:
+        """Create a box in the current image, or in `image_index`, from four coordinates."""
+        if not self.paths:
+            raise UserError(
+                f"the box {value} precedes the first image",
+                expected="an image before the box",
+                remedy="move the image first, or remove the row",
+            )
+        self._boxes += 1
+        check_limit(self._boxes, MAX_BOXES, "boxes")
+        resolved_index = len(self.paths) - 1 if image_index is None else image_index
+        if resolved_index >= len(self.paths):
+            raise InvalidBoxError(
+                f"a box in image {resolved_index} (0-based)",
+                expected=f"an index below {len(self.paths)}, the images before it",
+                remedy="correct the row",
+            )
+        xyxy = self._context.read_box(value, self.paths[resolved_index], default, label)
+        return BoxPart(image=resolved_index, label=label, xyxy=xyxy)
+
+    def require_single_image(self) -> None:
+        """Raise UserError unless the row has exactly one image for its boxes."""
+        if len(self.paths) != 1:
+            raise UserError(
+                f"boxes in a row with {len(self.paths)} images",
+                expected="one image, so that the image of each box is unambiguous",
+                remedy="write the rows as samples, where each box has an image index",
+            )
+
+
+@dataclass(slots=True)
+class ExportContext:
+    """State of one export: image names and sizes, and counts of lost content.
+
+    Attributes:
+        lost_counts: Counts of sample content that the format cannot represent, by description.
+        notes: Notes for the user about reading the files.
+    """
+
+    image_names: Mapping[Path, str]
+    read_size: Callable[[Path], tuple[int, int]]
+    lost_counts: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def image_name(self, path: Path) -> str:
+        """Return the path of an image relative to the output folder."""
+        return self.image_names[path]
+
+    def image_size(self, path: Path) -> tuple[int, int]:
+        """Return height and width of an image after EXIF rotation. Raises CorruptImageError."""
+        return self.read_size(path)
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetFormat:
+    """A dataset format with its detection, parser and writer.
+
+    Attributes:
+        detect: Returns the reason why the first records match, or None.
+        keys: Keys for the comparison with records of an unknown format.
+        supported_options: Applicable options ("map", "prompt", "boxes", "box_task").
+        parse_row: Returns one example, or several (one question per label).
+        open: Opens sources other than row files (a folder, a JSON document). Returns the rows and
+            the reason for the match, or None.
+        write: Yields relative file names with content; a repeated name appends. Raises UserError
+            for a sample that the format cannot represent.
+    """
+
+    name: str
+    description: str
+    typical_keys: frozenset[str]
+    detect: Callable[[Sequence[Record]], str | None]
+    parse_row: Callable[[SourceRow, ImportContext], ImportExample | list[ImportExample]]
+    supported_options: frozenset[str] = frozenset()
+    open_dataset: Callable[[Path], tuple[RowReader, str] | None] | None = None
+    write_files: (
+        Callable[[Sequence[LocatedSample], ExportContext], Iterator[tuple[str, bytes]]] | None
+    ) = None
+
+    def parse_examples(self, row: SourceRow, context: ImportContext) -> list[ImportExample]:
+        """Return the examples of a row; see `parse_row`."""
+        result = self.parse_row(row, context)
+        return [result] if isinstance(result, ImportExample) else result
+
+
+def never_detect(records: Sequence[Record]) -> str | None:
+    """Return None: the format is selected explicitly or detected when its source is opened."""
+    return None
+
+
+def split_at_pattern(text: str, pattern: re.Pattern[str]) -> Iterator[str | re.Match[str]]:
+    """Yield the non-empty texts between matches, and the matches, in order."""
+    end = 0
+    for match in pattern.finditer(text):
+        if match.start() > end:
+            yield text[end : match.start()]
+        yield match
+        end = match.end()
+    if end < len(text):
+        yield text[end:]
+
+
+def make_text_part(text: str) -> TextPart:
+    """Create a text part. Raises UnexpectedPlaceholderError for a placeholder of another format."""
+    match = _PLACEHOLDERS.search(text) if "<" in text else None
+    if match:
+        raise UnexpectedPlaceholderError(
+            f"the placeholder {match[0]!r} in the text {text[:60]!r}",
+            expected="text without placeholders: images and boxes are separate parts",
+            remedy="choose a --format that supports this placeholder, or remove it from the text",
+        )
+    return TextPart(text=text)
+
+
+def strip_object_refs(text: str) -> TextPart:
+    """Create a text part and replace object references of Qwen2-VL by their text."""
+    return make_text_part(_OBJECT_REF.sub(r"\1", text) if "<" in text else text)
+
+
+def merge_text_parts(parts: Iterable[ContentPart]) -> tuple[ContentPart, ...]:
+    """Merge adjacent text parts."""
+    merged_parts: list[ContentPart] = []
+    run: list[TextPart] = []
+    for part in parts:
+        if part.type == "text":
+            run.append(part)
+            continue
+        if run:
+            merged_parts.append(_joined(run))
+            run = []
+        merged_parts.append(part)
+    if run:
+        merged_parts.append(_joined(run))
+    return tuple(merged_parts)
+
+
+def _joined(run: Sequence[TextPart]) -> TextPart:
+    return run[0] if len(run) == 1 else TextPart(text="".join(part.text for part in run))
+
+
+def reject_unsupported_keys(record: Record, keys: Iterable[str] = UNSUPPORTED_KEYS) -> None:
+    """Raise UnsupportedKeyError if one of `keys` has a value."""
+    present_keys = sorted(key for key in keys if key in record and has_value(record[key]))
+    if present_keys:
+        raise UnsupportedKeyError(
+            f"the key {present_keys[0]!r} with {str(record[present_keys[0]])[:60]}",
+            expected="a conversation of text, images and boxes",
+            remedy="write these rows as samples, or remove the key",
+        )
+
+
+def has_value(value: object) -> bool:
+    """Return whether a value has content; False has."""
+    return value is not None and value != "" and value != [] and value != {}
+
+
+def as_list(value: object) -> list[object]:
+    """Wrap a value other than a list in a list; None becomes an empty list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,160 @@
+"""List the files of a dataset folder by type."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finesight.data.row_reader import RowReader, SourceRow, rows_from_items
+from finesight.digests import DIGESTS_FILE
+from finesight.regular_file import reject_special_file
+
+IMAGE_SUFFIXES = frozenset(
+    {
+        *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"),
+        *(".tif", ".tiff", ".ppm", ".jp2", ".avif"),
+    }
+)
+"""Suffixes of image files."""
+
+ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+"""Suffixes of files with rows or a complete dataset."""
+
+NUM_DETECTION_FILES = 5
+"""Number of annotation files that are read for format detection."""
+
+SNIFF_BYTES = 4096
+"""Number of bytes that are read from the start of a file for detection."""
+
+
+@dataclass(frozen=True, slots=True)
+class FolderListing:
+    """The files below a folder sorted by path, without hidden files and finesight checksums."""
+
+    root: Path
+    files: tuple[Path, ...]
+
+    def image_files(self) -> list[Path]:
+        """The files with an image suffix."""
+        return [path for path in self.files if path.suffix.lower() in IMAGE_SUFFIXES]
+
+    def files_with_suffix(self, suffix: str) -> list[Path]:
+        """Return the files with a suffix, given in lower case with its dot."""
+        return [path for path in self.files if path.suffix.lower() == suffix]
+
+    def count_suffixes(self) -> Counter[str]:
+        """Count the files by suffix."""
+        return Counter(path.suffix.lower() or "no suffix" for path in self.files)
+
+    def suggest_source(self) -> str:
+        """Return a remedy for a folder that no format opens: the closest format and what is
+        missing.
+        """
+        for suffix in ROW_SUFFIXES:
+            if self.files_with_suffix(suffix):
+                return f"give the file itself, such as {self.files_with_suffix(suffix)[0]}"
+        if self.files_with_suffix(".xml"):
+            first = self.files_with_suffix(".xml")[0]
+            return f"the closest is voc: its XML files contain <annotation>, in contrast to {first}"
+        if self.image_files() and self.files_with_suffix(".txt"):
+            names = self.image_files()[0].name, self.files_with_suffix(".txt")[0].name
+            return (
+                "the closest is folder: texts have the names of their images, a.jpg and a.txt; "
+                f"found {names[0]} and {names[1]}"
+            )
+        if self.image_files():
+            return "the closest is folder: a .txt file with the answer next to each image"
+        return "give the folder with the images and labels, or the file with the rows"
+
+    def __str__(self) -> str:
+        kinds = [f"{count} {suffix}" for suffix, count in self.count_suffixes().most_common(6)]
+        return ", ".join(kinds) or "no file"
+
+
+def list_folder(root: Path) -> FolderListing:
+    """List all files below `root`, following links to folders, each folder once.
+
+    Raises:
+        SpecialFileError: A file is a named pipe, a socket or a device.
+    """
+    return FolderListing(root, tuple(sorted(_iter_files(root))))
+
+
+def open_annotation_files(
+    files: Sequence[Path],
+    stem: str,
+    description: str,
+    is_annotation: Callable[[Path], bool],
+    read_classes: Callable[[Path], set[str]],
+) -> tuple[RowReader, str] | None:
+    """Open annotation files as one row per image.
+
+    Returns:
+        The rows with the classes of all files and the reason for the match, or None if none of the
+            first files is an annotation of the format.
+    """
+    if not any(map(is_annotation, files[:NUM_DETECTION_FILES])):
+        return None
+    classes = sorted({name for file in files for name in read_classes(file)})
+
+    def make_row(row_number: int, file: Path) -> SourceRow:
+        record = {"id": file.stem, "file": str(file), "classes": classes}
+        return SourceRow(row_number, str(file), record, stem)
+
+    return rows_from_items(files, make_row), f"{description}, {len(classes)} classes"
+
+
+def is_json_object(path: Path) -> bool:
+    """Return whether a .json file starts with an object; only its start is read."""
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            head = file.read(SNIFF_BYTES)
+    except OSError:  # the row reader reports it
+        return False
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+
+
+def _iter_files(root: Path) -> Iterator[Path]:
+    """Yield all files below a folder, breadth first, each folder once.
+
+    Raises:
+        SpecialFileError: A file is a named pipe, a socket or a device.
+    """
+    visited: set[str] = set()
+    waiting = deque([str(root)])
+    while waiting:
+        folder = waiting.popleft()
+        real_path = os.path.realpath(folder)
+        if real_path in visited:
+            continue
+        visited.add(real_path)
+        for entry in _list_entries(folder):
+            if _is(entry.is_dir):
+                waiting.append(entry.path)
+                continue
+            if not _is(entry.is_file):
+                reject_special_file(Path(entry.path))  # a link to nowhere stays
+            if entry.name != DIGESTS_FILE:
+                yield Path(entry.path)
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    try:
+        return kind()
+    except OSError:  # a link into an unreadable folder
+        return False
+
+
+def _list_entries(folder: str) -> list[os.DirEntry[str]]:
+    """Return the visible entries of a folder by name; empty for an unreadable folder."""
+    try:
+        with os.scandir(folder) as entries:
+            shown = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError:
+        return []
+    return sorted(shown, key=lambda entry: entry.name)

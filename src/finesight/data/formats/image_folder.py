@@ -1,0 +1,110 @@
+"""A folder of images, each with a text file that contains the answer.
+
+folder/a.jpg, folder/a.txt. --prompt sets the question. Trailing line breaks of a text are removed.
+Images without a text file are skipped and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from finesight.data.formats.dataset_format import (
+    DatasetFormat,
+    ExportContext,
+    ImportContext,
+    RowImages,
+    make_text_part,
+    never_detect,
+)
+from finesight.data.formats.folder_listing import list_folder
+from finesight.data.formats.image_records import (
+    LOST_WHITESPACE,
+    assign_text_file,
+    group_texts_by_image,
+    require_inside_output,
+)
+from finesight.data.import_example import ImportExample
+from finesight.data.jsonl import LocatedSample, read_data_file
+from finesight.data.limits import MAX_LABEL_FILE_BYTES
+from finesight.data.row_reader import RowReader, SourceRow, rows_from_items
+from finesight.data.sample import Message
+from finesight.errors import UserError
+
+REASON_NO_TEXT_FILE = "images without a text file of the same name"
+
+
+def open_folder(source: Path) -> tuple[RowReader, str] | None:
+    """Open a folder with at least one text file as one row per image."""
+    if not source.is_dir():
+        return None
+    listing = list_folder(source)
+    images = listing.image_files()
+    texts = {text.with_suffix(""): text for text in listing.files_with_suffix(".txt")}
+    num_with_text = sum(image.with_suffix("") in texts for image in images)
+    if not num_with_text:
+        return None
+
+    def make_row(row_number: int, image: Path) -> SourceRow:
+        text = texts.get(image.with_suffix(""))
+        record = {"id": image.stem, "image": str(image), "text": str(text) if text else None}
+        return SourceRow(row_number, str(image), record, source.stem)
+
+    return rows_from_items(
+        images, make_row
+    ), f"{num_with_text} images with a text file of the same name"
+
+
+def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
+    """Parse a row; see the module docstring."""
+    if row.record["text"] is None:
+        context.skipped_rows[REASON_NO_TEXT_FILE] += 1
+        return []
+    file = Path(row.record["text"])
+    try:
+        text = (
+            read_data_file(file, MAX_LABEL_FILE_BYTES).decode().replace("\r\n", "\n").rstrip("\n")
+        )
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file.name}: byte {error.start} is not UTF-8 text",
+            expected="a text in UTF-8",
+            remedy="save the file as UTF-8",
+        ) from error
+    image = RowImages(context).add_image(row.record["image"])
+    user = Message(role="user", content=context.add_prompt([image]))
+    return [ImportExample(row.id, (user,), ((make_text_part(text),),))]
+
+
+def write_files(
+    samples: Sequence[LocatedSample], context: ExportContext
+) -> Iterator[tuple[str, bytes]]:
+    """Write a text file with one answer next to each image.
+
+    The images must be in the output folder.
+    """
+    used_names: set[str] = set()
+    for record in group_texts_by_image(samples, context, set()):
+        name = require_inside_output(record.image_path, context, "a folder of texts")
+        text = assign_text_file(name, used_names)
+        if len(record.answers) != 1:
+            raise UserError(
+                f"{len(record.answers)} texts for {text}",
+                where=str(record.image_path),
+                expected="one answer per image",
+                remedy="export as coco, which supports several captions per image",
+            )
+        context.lost_counts[LOST_WHITESPACE] += record.answers[0] != record.answers[0].rstrip("\n")
+        yield text, f"{record.answers[0]}\n".encode()
+
+
+FORMAT = DatasetFormat(
+    name="folder",
+    description="a folder of images, each with a .txt file of the same name",
+    typical_keys=frozenset(),
+    detect=never_detect,
+    parse_row=parse_row,
+    supported_options=frozenset({"prompt"}),
+    open_dataset=open_folder,
+    write_files=write_files,
+)

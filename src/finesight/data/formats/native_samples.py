@@ -1,0 +1,102 @@
+"""The native sample format, with images and boxes validated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from finesight.data.boxes import BoxConvention
+from finesight.data.formats import text_export
+from finesight.data.formats.dataset_format import DatasetFormat, ExportContext, ImportContext
+from finesight.data.import_example import ImportExample
+from finesight.data.jsonl import LocatedSample, sample_from_dict, sample_to_dict
+from finesight.data.row_reader import Record, SourceRow
+from finesight.data.sample import BoxPart, ContentPart, ImagePart, Sample
+from finesight.data.sample_validation import check_limits, validate_roles, validate_sample
+
+
+def detect(records: Sequence[Record]) -> str | None:
+    """Match messages with role and content in every record and no part of another format.
+
+    Text-only messages are ambiguous: any key that samples do not have excludes a match.
+    """
+    for record in records:
+        messages = record.get("messages")
+        if not isinstance(messages, list) or not messages:
+            return None
+        if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+            return None
+        contents = [message["content"] for message in messages]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        if any(isinstance(part, dict) and _is_foreign(part) for part in parts):
+            return None
+        if not parts and not record.keys() <= Sample.model_fields.keys():
+            return None
+    return f"messages with role and content in all of the first {len(records)}"
+
+
+def _is_foreign(part: Record) -> bool:
+    return part.get("type") == "image_url" or (part.get("type") == "image" and "image" not in part)
+
+
+def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
+    """Parse a sample with absolute paths and validated boxes.
+
+    A lenient import keeps invalid content. A box without its image has no raw coordinates.
+    """
+    sample = sample_from_dict({**row.record, "id": row.id}, "")
+    if context.lenient:
+        check_limits(sample.messages, sample.references, "")
+        validate_roles(sample.messages, "")  # an example requires this order
+    else:
+        validate_sample(sample, "")
+    return example_from_sample(
+        sample.map_paths(lambda name: str(context.images.resolve(name))), context
+    )
+
+
+def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample:
+    """Build an example from a sample with absolute paths and read its boxes."""
+    if any(part.type == "box" for part in sample.iter_parts()):
+        sample = _with_fitted_boxes(sample, context)
+    *turns, answer = sample.messages
+    return ImportExample(sample.id, tuple(turns), (answer.content,), sample.references, sample.meta)
+
+
+def _with_fitted_boxes(sample: Sample, reading: ImportContext) -> Sample:
+    images = [Path(part.image) for part in sample.iter_parts() if isinstance(part, ImagePart)]
+
+    def fitted(part: ContentPart) -> ContentPart:
+        if not isinstance(part, BoxPart) or part.image >= len(images):
+            return part
+        xyxy = reading.read_box(part.xyxy, images[part.image], BoxConvention(), part.label)
+        return part.model_copy(update={"xyxy": xyxy})
+
+    return sample.with_parts(fitted)
+
+
+def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
+    """Write the samples with the image names of the output."""
+    for located_sample in samples:
+        sample = located_sample.sample.map_paths(_make_renamer(located_sample, context))
+        yield (
+            text_export.JSONL_FILE,
+            f"{json.dumps(sample_to_dict(sample), ensure_ascii=False)}\n".encode(),
+        )
+
+
+def _make_renamer(located_sample: LocatedSample, context: ExportContext) -> Callable[[str], str]:
+    return lambda name: context.image_name(located_sample.resolve_path(name))
+
+
+FORMAT = DatasetFormat(
+    name="samples",
+    description=(
+        '"messages": [{"role": "user", "content": [{"type": "image", "image": "path"}, ...]}]'
+    ),
+    typical_keys=frozenset({"messages"}),
+    detect=detect,
+    parse_row=parse_row,
+    write_files=write_files,
+)

@@ -1,0 +1,169 @@
+"""Read the size of an image from its header without decoding pixels."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
+
+from finesight.data.container_paths import resolve_content
+from finesight.errors import UserError
+
+MAX_IMAGE_PIXELS = 64_000_000
+"""Maximum number of pixels (8000 x 8000): a 12 KB file can decode to gigabytes."""
+
+MAX_IMAGE_BYTES = 1 << 30
+"""Maximum file size: MAX_IMAGE_PIXELS uncompressed pixels of four 32-bit values."""
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Accepted image formats. Other formats of Pillow can start programs (EPS) or contain no pixels.
+JPEG includes MPO, the container format of phone cameras."""
+
+EXIF_ORIENTATION_TAG = 0x0112
+TRANSPOSED_ORIENTATIONS = frozenset({5, 6, 7, 8})
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
+"""TIFF tags of the tile size. A tile is decoded completely even if little of it is inside the
+image."""
+
+# The limit above is enforced for every image; the limit of Pillow only warns above 89 Mpx.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class CorruptImageError(UserError):
+    """An unusable image: missing, not an image, truncated, or above the pixel limit."""
+
+
+class MissingImageError(CorruptImageError):
+    """An image without a file."""
+
+
+class TruncatedImageError(CorruptImageError):
+    """An image whose file ends before its pixel data."""
+
+
+class ImageTooLargeError(CorruptImageError):
+    """An image above the pixel limit."""
+
+
+def open_image_header(
+    path: Path, max_pixels: int = MAX_IMAGE_PIXELS, formats: Sequence[str] = IMAGE_FORMATS
+) -> Image.Image:
+    """Open an image without decoding it. Its size is as stored, before EXIF rotation.
+
+    Raises:
+        CorruptImageError: The file is missing, has none of the formats, or exceeds `max_pixels`.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe is to wait for ever
+        raise CorruptImageError(
+            "a folder" if os.path.isdir(path) else "a pipe or a device, not a file",
+            where=str(path),
+            expected="a picture's file",
+            remedy="correct the path",
+        )
+    try:
+        source = resolve_content(path)
+        if isinstance(source, Path):
+            _check_file_size(source)
+        image = Image.open(source, formats=tuple(formats))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MissingImageError(
+            "no such image",
+            where=str(path),
+            expected="an existing file",
+            remedy="correct the path; relative paths in data files start at their folder",
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise _build_too_large_error(path, "more than 178 million", max_pixels) from error
+    except UnidentifiedImageError as error:
+        is_empty = (
+            path.stat().st_size if isinstance(source, Path) else len(source.getbuffer())
+        ) == 0
+        raise CorruptImageError(
+            "an empty file" if is_empty else "not an image",
+            where=str(path),
+            expected=f"one of {', '.join(formats)}",
+            remedy="download or export the image again, or remove it",
+        ) from error
+    except CorruptImageError:
+        raise
+    except Exception as error:  # a broken header can raise nearly anything inside Pillow
+        raise CorruptImageError(
+            f"cannot be opened ({error})",
+            where=str(path),
+            expected="a readable image",
+            remedy="download or export the image again, or remove it",
+        ) from error
+    width, height = image.size
+    if width * height > max_pixels:
+        image.close()
+        raise _build_too_large_error(path, f"{width} x {height} = {width * height}", max_pixels)
+    if isinstance(image, TiffImageFile) and _count_tile_pixels(image) > max_pixels:
+        image.close()
+        raise _build_too_large_error(path, f"tiles of {_count_tile_pixels(image)}", max_pixels)
+    return image
+
+
+def _check_file_size(path: Path) -> None:
+    num_bytes = path.stat().st_size
+    if num_bytes > MAX_IMAGE_BYTES:
+        raise ImageTooLargeError(
+            f"a file of {num_bytes} bytes",
+            where=str(path),
+            expected=f"at most {MAX_IMAGE_BYTES} bytes",
+            remedy="compress or downscale the image",
+        )
+
+
+def _count_tile_pixels(image: TiffImageFile) -> int:
+    """Return the number of pixels of a tile; 0 for an image without tiles."""
+    sides = (image.tag_v2.get(_TILE_WIDTH, 0), image.tag_v2.get(_TILE_LENGTH, 0))
+    width, length = (side if isinstance(side, int) else 0 for side in sides)
+    return width * length
+
+
+def read_exif_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation (1 to 8, 1 is none) to apply to an image.
+
+    The image is opened but not decoded. For PNG, the method of Pillow decodes the full image to
+    find EXIF data after the pixels; the method of the base class reads only the header, which this
+    package uses everywhere. A TIFF needs no rotation: Pillow applies it when decoding.
+    """
+    if image.format == "TIFF":
+        return 1
+    value = Image.Image.getexif(image).get(EXIF_ORIENTATION_TAG, 1)
+    return value if value in range(1, 9) else 1
+
+
+def read_image_size(
+    path: Path, max_pixels: int = MAX_IMAGE_PIXELS, formats: Sequence[str] = IMAGE_FORMATS
+) -> tuple[int, int]:
+    """Read height and width in pixels after EXIF rotation from the header.
+
+    Raises:
+        CorruptImageError: The file is missing, has none of the formats, or exceeds `max_pixels`.
+    """
+    with open_image_header(path, max_pixels, formats) as image:
+        width, height = image.size
+        try:
+            is_transposed = read_exif_orientation(image) in TRANSPOSED_ORIENTATIONS
+        except Exception as error:  # EXIF that is not EXIF: struct, Syntax, Type and other errors
+            raise CorruptImageError(
+                f"its EXIF data cannot be read ({error})",
+                where=str(path),
+                expected="valid EXIF data, or none",
+                remedy="save the image again without metadata",
+            ) from error
+    return (width, height) if is_transposed else (height, width)
+
+
+def _build_too_large_error(path: Path, pixels: str, max_pixels: int) -> ImageTooLargeError:
+    return ImageTooLargeError(
+        f"{pixels} pixels",
+        where=str(path),
+        expected=f"at most {max_pixels} pixels",
+        remedy="downscale the image",
+    )

@@ -1,0 +1,315 @@
+"""Resolve the images of dataset rows: find, validate, and save embedded ones."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finesight.data.container_paths import is_container_path, resolve_content
+from finesight.data.image_header import CorruptImageError, read_image_size
+from finesight.digests import sha256_file
+from finesight.errors import UserError
+from finesight.file_name_encoding import is_utf8, iter_spellings, to_readable_name
+from finesight.storage import translate_os_errors
+
+if TYPE_CHECKING:
+    # Not needed but for imports from the web, and slow to import.
+    from finesight.hub.web_files import RemoteImages as WebPictures
+
+IMAGES_FOLDER = "images"
+"""Subfolder of the output for images that an import saves or copies."""
+
+_SUFFIXES = {
+    b"\xff\xd8": ".jpg",
+    b"\x89PNG": ".png",
+    b"RIFF": ".webp",
+    b"GIF8": ".gif",
+    b"BM": ".bmp",
+    b"II": ".tif",
+    b"MM": ".tif",
+}
+
+
+class ImageResolver:
+    """Resolve images given as paths, or as bytes to be saved in the output folder.
+
+    A relative path starts at `folder` or, if no image is there, at the current folder. A path with
+    backslashes, as written by Windows, is also tested with slashes. Without validation, missing and
+    invalid images are accepted under their expected path. With literal paths, only `folder` is
+    searched, as in training. Web URLs are downloaded through `web_images`, and rejected without it.
+    With `allowed_root`, the source is untrusted: paths outside that folder count as missing, and it
+    replaces the current folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        output_folder: Path,
+        *,
+        validate: bool = True,
+        exact_paths: bool = False,
+        web_images: WebPictures | None = None,
+        allowed_root: Path | None = None,
+    ) -> None:
+        self._folder, self._images_folder = folder, output_folder / IMAGES_FOLDER
+        self._validate, self._exact_paths, self._web_images = validate, exact_paths, web_images
+        self._allowed_root = allowed_root.resolve() if allowed_root else None
+        self.saved_names: set[str] = set()
+        self._sizes: dict[Path, tuple[int, int]] = {}
+        self._saved_paths: dict[str, Path] = {}
+        self._found: dict[str, Path] = {}
+        self._resolved: dict[str, str] = {}
+
+    def resolve(self, value: object) -> Path:
+        """Resolve the image of a cell.
+
+        Args:
+            value: A path, bytes, a base64 data URL (RFC 2397), or {bytes, path} as in the datasets
+                library.
+
+        Raises:
+            CorruptImageError: The image is missing or invalid.
+            UserError: The value has another type.
+        """
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes):
+            return self._save_image(value)
+        if isinstance(value, str) and value in self._found:
+            return self._found[value]
+        if isinstance(value, str) and value.lstrip()[:5].lower() == "data:":
+            return self._save_image(_decode_data_url(value.strip()))
+        if self._web_images is not None and isinstance(value, str) and "://" in value:
+            return self._fetch_image(self._web_images, value.strip())
+        if isinstance(value, str) and value.strip():
+            found = self._found[value] = self._resolve_path(value.strip())
+            return found
+        raise UserError(
+            f"an image given as {type(value).__name__} {str(value)[:60]!r}",
+            expected="a path, or an image column in Parquet",
+            remedy="correct the row, or name another column",
+        )
+
+    def image_size(self, path: Path) -> tuple[int, int]:
+        """Return height and width of a resolved image; see `read_image_size`."""
+        if path not in self._sizes:
+            self._sizes[path] = read_image_size(path)
+        return self._sizes[path]
+
+    def _resolve_path(self, name: str) -> Path:
+        if "://" in name and not name.startswith("file://"):
+            raise CorruptImageError(
+                f"{name[:200]} is a web URL, not a file",
+                expected="a path",
+                remedy="allow their host with --allow-host HOST, or download the images and put"
+                " their paths into the data",
+            )
+        # Scripts write paths that start at the folder they were run in, not at their file's.
+        folders = (self._folder, self._allowed_root or Path.cwd())
+        if self._exact_paths:
+            candidates = [os.path.join(self._folder, name)]
+        else:
+            names = iter_spellings(name.removeprefix("file://"))
+            candidates = [os.path.join(folder, one) for one in names for folder in folders]
+        # os.path accepts invalid names: too long or with a null byte.
+        candidate = next(filter(self._is_available, candidates), None)
+        if candidate is None and not self._validate:
+            return Path(candidates[0]).absolute()
+        if candidate is None and self._allowed_root:
+            raise CorruptImageError(
+                "no such image in the source",
+                where=name[:200],
+                expected="a path to a file of the source: other files on this machine"
+                " is not taken for a source that is not your own",
+                remedy="unpack or download the source, inspect it, and import its folder",
+            )
+        if candidate is None:
+            raise CorruptImageError(
+                "no such image",
+                where=name[:200],
+                expected=f"an existing file; a relative path starts at {self._folder.resolve()},"
+                f" the folder of the data file, or at {Path.cwd()}, the current one",
+                remedy="correct the path, or change to the base folder of the paths",
+            )
+        path = Path(self._settled(candidate))
+        if self._validate:
+            self.image_size(path)
+        return path
+
+    def _is_available(self, path: str) -> bool:
+        if not os.path.exists(path):
+            return False
+        return self._allowed_root is None or Path(self._settled(path)).is_relative_to(
+            self._allowed_root
+        )
+
+    def _settled(self, path_text: str) -> str:
+        # Resolve the folder first: `..` is relative to the target of a link.
+        path = Path(path_text)
+        folder = str(path.parent)
+        if folder not in self._resolved:
+            self._resolved[folder] = os.path.realpath(folder)
+        return os.path.join(self._resolved[folder], path.name)
+
+    def _fetch_image(self, web_images: WebPictures, url: str) -> Path:
+        if url.startswith("file://"):
+            return self._resolve_path(url)
+        try:
+            return self._save_image(web_images.fetch(url).read_bytes())
+        except CorruptImageError:
+            raise
+        except UserError as error:
+            # A failed download is an error of its row, like a missing file.
+            raise CorruptImageError(
+                error.what, where=error.where, expected=error.expected, remedy=error.remedy
+            ) from error
+
+    def _save_image(self, data: bytes) -> Path:
+        key = hashlib.sha256(data).hexdigest()
+        if key not in self._saved_paths:
+            suffix = next((s for magic, s in _SUFFIXES.items() if data.startswith(magic)), "")
+            counter = itertools.count(len(self._saved_paths) + 1)
+            names = (f"{number:06d}{suffix}" for number in counter)
+            path = self._images_folder / next(
+                name for name in names if name not in self.saved_names
+            )
+            self.saved_names.add(path.name)
+            self._images_folder.mkdir(exist_ok=True)
+            path.write_bytes(data)
+            try:
+                if self._validate:
+                    self.image_size(path)
+            except CorruptImageError as error:
+                # Where it was saved is gone by the time that anyone reads this.
+                raise CorruptImageError(
+                    f"the image of {len(data)} bytes: {error.what}",
+                    expected=error.expected,
+                    remedy=error.remedy,
+                ) from error
+            self._saved_paths[key] = path
+        return self._saved_paths[key]
+
+
+def _resolve_parent(path: Path) -> Path:
+    # Resolve the folder first: `..` is relative to the target of a link.
+    return path.parent.resolve() / path.name
+
+
+def encode_data_url(path: Path) -> str:
+    """Encode an image file as a data URL (RFC 2397). Raises UserError for an unsupported format."""
+    data = path.read_bytes()
+    suffix = next((s for magic, s in _SUFFIXES.items() if data.startswith(magic)), None)
+    if suffix is None:
+        raise UserError(
+            "an image format that data URLs do not support",
+            where=str(path),
+            expected=f"one of {', '.join(dict.fromkeys(_SUFFIXES.values()))}",
+            remedy="save the image as PNG or JPEG",
+        )
+    image_type = {".jpg": "jpeg", ".tif": "tiff"}.get(suffix, suffix[1:])
+    return f"data:image/{image_type};base64,{base64.b64encode(data).decode()}"
+
+
+def _decode_data_url(url: str) -> bytes:
+    header, comma, data = url.partition(",")
+    try:
+        if comma and header.lower().endswith(";base64"):
+            return base64.b64decode(data, validate=True)
+    except ValueError:
+        pass
+    raise CorruptImageError(
+        f"the data URL {url[:60]!r} of {len(url)} characters",
+        expected="data:image/png;base64, and the image bytes in base64",
+        remedy="correct the URL, or save the image and use its path",
+    )
+
+
+class ImageNames:
+    """Image names in files of `out`: paths relative to `out`, which is still `staging`.
+
+    Images outside `staging` keep their location. They are copied to `staging`/images with `copy`,
+    if they are inside a tar or Parquet file, whose layout may change, and if their path is not
+    UTF-8. Copies keep their names where possible; `taken` names are reserved.
+    """
+
+    def __init__(
+        self, staging: Path, out: Path, taken: set[str] | None = None, *, copy: bool
+    ) -> None:
+        self._staging, self._home, self._copy = staging, out.resolve(), copy
+        self._taken = set[str]() if taken is None else taken
+        self._names: dict[str, str] = {}
+        self._copies: dict[str, Path] = {}
+        self._counters: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(2))
+
+    def name(self, image: str) -> str:
+        """Return the name of an image by its absolute path."""
+        if image not in self._names:
+            self._names[image] = self._new_name(Path(image))
+        return self._names[image]
+
+    def copy(self, images: Iterable[str]) -> None:
+        """Copy those of the named images that require a copy, each once."""
+        for image in images:
+            target = self._copies.pop(image, None)
+            if target is not None:
+                with translate_os_errors(target):
+                    target.parent.mkdir(exist_ok=True)
+                    found = resolve_content(Path(image))
+                    if isinstance(found, Path):
+                        shutil.copyfile(found, target)
+                    else:
+                        target.write_bytes(found.getbuffer())
+
+    def _new_name(self, path: Path) -> str:
+        if path.is_relative_to(self._staging):
+            return path.relative_to(self._staging).as_posix()
+        name = Path(os.path.relpath(path, self._home)).as_posix()
+        if not self._copy and is_utf8(name) and not is_container_path(path):
+            return name
+        target = self._staging / IMAGES_FOLDER / self._make_unique_name(to_readable_name(path.name))
+        self._copies[str(path)] = target
+        return target.relative_to(self._staging).as_posix()
+
+    def _make_unique_name(self, name: str) -> str:
+        stem, suffix = os.path.splitext(name)
+        free = name
+        while free in self._taken:
+            free = f"{stem}-{next(self._counters[name])}{suffix}"
+        self._taken.add(free)
+        return free
+
+
+def name_images(paths: Iterable[Path], staging: Path, out: Path, *, copy: bool) -> dict[Path, str]:
+    """Return the output name of each image, and copy images as required.
+
+    See `ImageNames`.
+    """
+    names = ImageNames(staging, out, copy=copy)
+    found = {path: names.name(str(path)) for path in paths}
+    names.copy(map(str, found))
+    return found
+
+
+def hash_images(paths: Iterable[Path]) -> dict[Path, str]:
+    """Return a key per image that is equal for files of equal content.
+
+    Only files of equal size are read. Re-encoded copies (resized, another JPEG quality) have
+    different keys.
+    """
+    by_length: defaultdict[int, set[Path]] = defaultdict(set)
+    resolved = {path: path.resolve() for path in set(paths)}
+    for file in resolved.values():
+        by_length[file.stat().st_size].add(file)
+    keys = {
+        file: sha256_file(file) if len(files) > 1 else str(file)
+        for files in by_length.values()
+        for file in files
+    }
+    return {path: keys[file] for path, file in resolved.items()}

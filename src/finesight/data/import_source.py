@@ -1,0 +1,297 @@
+"""An opened dataset source: its rows, its format, and unvalidated samples."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from finesight.data.boxes import BoxFormat, BoxUnits
+from finesight.data.formats import FORMATS, detect_format, get_format
+from finesight.data.formats import native_samples as samples_format
+from finesight.data.formats import table as table_format
+from finesight.data.formats.dataset_format import (
+    BoxTask,
+    DatasetFormat,
+    ImportContext,
+    InvalidOptionError,
+    RawBox,
+)
+from finesight.data.formats.folder_listing import list_folder
+from finesight.data.image_resolver import ImageResolver
+from finesight.data.row_reader import Record, RowReader, SourceRow, concat_rows, open_row_file
+from finesight.data.sample import Sample
+from finesight.data.webdataset import is_tar_file, open_webdataset
+from finesight.errors import UserError
+
+if TYPE_CHECKING:
+    # Not needed but for imports from the web, and slow to import.
+    from finesight.hub.web_files import RemoteImages as WebPictures
+
+NUM_DETECTION_ROWS = 100
+"""Number of records used for format detection."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImportOptions:
+    """Options of an import: how to parse the source, which rows to select, and how to split them.
+
+    Attributes:
+        row_range: Slice bounds of the rows of the source, 0-based; `limit` keeps the first of them.
+        eval_last: Number of rows at the end that are held out.
+        train_fraction: Fraction of the rows for training.
+        box_task: Task of box datasets.
+        on_invalid_row: Fail at invalid rows, or skip them.
+        row_files: Files of a folder that contain its rows; None to detect them.
+        web_images: Downloader of image URLs.
+        allowed_root: Folder of an untrusted source: images outside of it are rejected.
+    """
+
+    format: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    prompt: str | None = None
+    box_format: BoxFormat | None = None
+    box_units: BoxUnits | None = None
+    row_range: tuple[int | None, int | None] = (None, None)
+    limit: int | None = None
+    eval_last: int | None = None
+    train_fraction: float | None = None
+    seed: int = 0
+    copy_images: bool = False
+    box_task: BoxTask = "detection"
+    on_invalid_row: Literal["fail", "skip"] = "fail"
+    row_files: tuple[Path, ...] = ()
+    web_images: WebPictures | None = None
+    allowed_root: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImportSource:
+    """A source as rows: its format, the reason for the detection, and the selected rows.
+
+    `columns` are the keys of the first selected row.
+    """
+
+    path: Path
+    rows: RowReader
+    data_format: DatasetFormat
+    detected_by: str
+    columns: tuple[str, ...]
+    row_bounds: tuple[int, int]
+
+    def iter_rows(self) -> Iterator[SourceRow]:
+        """Yield the rows selected by --rows and --limit."""
+        return self.rows.iter_range(*self.row_bounds)
+
+    def create_context(
+        self, options: ImportOptions, output_folder: Path, *, lenient: bool = False
+    ) -> ImportContext:
+        """Create the import context; embedded images are saved below `output_folder`."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return ImportContext(
+            ImageResolver(
+                folder,
+                output_folder,
+                validate=not lenient,
+                exact_paths=lenient and self.data_format is samples_format.FORMAT,
+                web_images=options.web_images,
+                allowed_root=options.allowed_root,
+            ),
+            columns=options.columns,
+            prompt=options.prompt,
+            box_format=options.box_format,
+            box_units=options.box_units,
+            box_task=options.box_task,
+            lenient=lenient,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class UnvalidatedRow:
+    """A row parsed without validation, with its samples or its error.
+
+    Paths in the samples are absolute. Boxes are corners in pixels, neither clipped nor rejected;
+    `boxes` are the boxes of the row as stored in the source.
+    """
+
+    location: str
+    number: int
+    samples: tuple[Sample, ...] = ()
+    boxes: tuple[RawBox, ...] = ()
+    error: UserError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UnvalidatedSource:
+    """A source parsed leniently, one row at a time; each iteration reads it again."""
+
+    source: ImportSource
+    options: ImportOptions
+    output_folder: Path
+
+    def __len__(self) -> int:
+        start, stop = self.source.row_bounds
+        return stop - start
+
+    def __iter__(self) -> Iterator[UnvalidatedRow]:
+        shared_context = self.source.create_context(self.options, self.output_folder, lenient=True)
+        for row in self.source.iter_rows():
+            context = replace(shared_context, raw_boxes=[])
+            try:
+                examples = self.source.data_format.parse_examples(row, context)
+            except InvalidOptionError:
+                raise
+            except UserError as error:
+                yield UnvalidatedRow(row.location, row.number, (), tuple(context.raw_boxes), error)
+                continue
+            samples = tuple(sample for example in examples for sample in example.to_train_samples())
+            yield UnvalidatedRow(row.location, row.number, samples, tuple(context.raw_boxes))
+
+
+def open_unvalidated(
+    source: Path, options: ImportOptions, output_folder: Path
+) -> UnvalidatedSource:
+    """Open a source like an import, but keep invalid content for checks.
+
+    Missing and corrupt images keep their expected paths. See `UnvalidatedRow` for boxes and invalid
+    rows. Embedded images are saved below the existing `output_folder`. Raises UserError like
+    `open_source`.
+    """
+    return UnvalidatedSource(open_source(source, options), options, output_folder)
+
+
+def open_source(source: Path, options: ImportOptions) -> ImportSource:
+    """Open the rows of a source and detect its format.
+
+    Raises:
+        UserError: The source is unreadable, its format is ambiguous, an option does not apply, or
+            no rows are selected.
+    """
+    _check_options(options)
+    rows, data_format, detected_by = _open_rows(source, options)
+    start, stop, _ = slice(*options.row_range).indices(rows.num_rows)
+    stop = stop if options.limit is None else min(stop, start + options.limit)
+    if start >= stop:
+        raise UserError(
+            f"no rows are selected of {rows.num_rows}",
+            where=str(source),
+            expected=f"--rows A:B with A below B and below {rows.num_rows}",
+            remedy="select other rows",
+        )
+    first_records = tuple(
+        row.record for row in rows.iter_range(start, min(stop, start + NUM_DETECTION_ROWS))
+    )
+    if data_format is None:
+        data_format, detected_by = _detect_format(first_records, source, options)
+    check_format_options(data_format, detected_by, options)
+    columns = tuple(map(str, first_records[0])) if first_records else ()
+    return ImportSource(source, rows, data_format, detected_by, columns, (start, stop))
+
+
+def _check_options(options: ImportOptions) -> None:
+    """Reject options that are invalid for any source."""
+    unknown = sorted(options.columns.keys() - set(table_format.MAPPABLE_COLUMNS))
+    if unknown:
+        matches = difflib.get_close_matches(unknown[0], table_format.MAPPABLE_COLUMNS, n=1)
+        raise UserError(
+            f"unknown role {unknown[0]!r}",
+            where="columns",
+            expected=f"one of {', '.join(table_format.MAPPABLE_COLUMNS)}",
+            remedy=f"did you mean {matches[0]}?" if matches else "remove the column",
+        )
+    if options.train_fraction is not None and options.eval_last is not None:
+        raise UserError(
+            f"a split of {options.train_fraction:g} and the last {options.eval_last} held-out rows",
+            where="split",
+            expected="one split option",
+            remedy="remove one of the two",
+        )
+    if options.train_fraction is not None and not 0 < options.train_fraction < 1:
+        raise UserError(
+            f"a split of {options.train_fraction:g}",
+            where="split",
+            expected="the fraction of training rows, between 0 and 1 (exclusive)",
+            remedy="for example 0.9",
+        )
+
+
+def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, DatasetFormat | None, str]:
+    """Open rows with a format that opens its own sources, else as a row file."""
+    requested = get_format(options.format) if options.format is not None else None
+    as_table = options.columns and (source.is_file() or options.row_files)
+    candidates = [requested] if requested else [] if as_table else FORMATS
+    for data_format in candidates:
+        result = data_format.open_dataset(source) if data_format.open_dataset is not None else None
+        if result is not None:
+            rows, detected_by = result
+            return rows, data_format, "--format" if requested else detected_by
+    if requested is not None and requested.open_dataset is not None:
+        raise UserError(
+            f"no {requested.name} dataset is found there",
+            where=str(source),
+            expected=requested.description,
+            remedy="check the path, or remove --format to detect the format",
+        )
+    if os.path.isdir(source) and not options.row_files:
+        folder_formats = [
+            data_format for data_format in FORMATS if data_format.open_dataset is not None
+        ]
+        listing = list_folder(source)
+        raise UserError(
+            f"a folder without a known dataset format; it contains {listing}",
+            where=str(source),
+            expected="; ".join(
+                f"{data_format.name}: {data_format.description}" for data_format in folder_formats
+            ),
+            remedy=listing.suggest_source(),
+        )
+    return _open_row_files(options.row_files or (source,)), None, ""
+
+
+def _open_row_files(files: Sequence[Path]) -> RowReader:
+    """Open the rows of one file, or of several files concatenated."""
+    rows = [open_webdataset(file) if is_tar_file(file) else open_row_file(file) for file in files]
+    return rows[0] if len(rows) == 1 else concat_rows(files, rows)
+
+
+def _detect_format(
+    first_records: Sequence[Record], source: Path, options: ImportOptions
+) -> tuple[DatasetFormat, str]:
+    """Detect the format of a row file; a table without mapped columns is rejected."""
+    if options.format is not None:
+        data_format, detected_by = get_format(options.format), "--format"
+    elif options.columns:
+        data_format, detected_by = table_format.FORMAT, "--map"
+    else:
+        data_format, detected_by = detect_format(first_records, str(source))
+    if data_format is table_format.FORMAT and not options.columns:
+        raise UserError(
+            f"a table of {', '.join(map(str, first_records[0]))} without column mapping",
+            where="--format table",
+            expected="--map image=COLUMN, --map answer=COLUMN or --map box=COLUMN and so on",
+            remedy=f"perhaps {table_format.suggest_mapping(first_records[0])}",
+        )
+    return data_format, detected_by
+
+
+def check_format_options(
+    data_format: DatasetFormat, detected_by: str, options: ImportOptions
+) -> None:
+    """Reject options that do not apply to the format."""
+    used_options = {
+        "map": ("--map", bool(options.columns)),
+        "prompt": ("--prompt", options.prompt is not None),
+        "boxes": ("--box-format or --box-units", bool(options.box_format or options.box_units)),
+        "box_task": ("--box-task", options.box_task != "detection"),
+    }
+    for name, (option, is_given) in used_options.items():
+        if is_given and name not in data_format.supported_options:
+            raise UserError(
+                f"the format {data_format.name} (detected by {detected_by}) does not support it",
+                where=option,
+                expected=f"rows such as {data_format.description}",
+                remedy=f"remove {option}, or choose another --format",
+            )

@@ -1,0 +1,503 @@
+"""Import dataset rows as samples in a new folder, atomically."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from finesight.data.boxes import InvalidBoxError
+from finesight.data.formats import detect_format
+from finesight.data.formats import table as table_format
+from finesight.data.formats.dataset_format import (
+    DatasetFormat,
+    ImportContext,
+    InvalidOptionError,
+    UnexpectedPlaceholderError,
+    UnsupportedKeyError,
+)
+from finesight.data.formats.folder_listing import list_folder
+from finesight.data.image_header import CorruptImageError
+from finesight.data.image_resolver import IMAGES_FOLDER, ImageNames, hash_images
+from finesight.data.import_example import ImportExample, format_answer_id
+from finesight.data.import_source import ImportOptions, ImportSource, open_source
+from finesight.data.jsonl import encode_json_line, sample_fields, to_json_data
+from finesight.data.limits import LimitExceededError, check_limit
+from finesight.data.line_index import MAX_LINE_BYTES
+from finesight.data.row_reader import SourceRow
+from finesight.data.sample import Message
+from finesight.data.sample_validation import InvalidTurnsError, check_messages
+from finesight.data.split import split_by_image, split_last_rows
+from finesight.data.spool import Spool, SpoolSpan
+from finesight.errors import UserError, escape_surrogates
+from finesight.storage import write_chunks, write_folder
+
+MAX_DESCRIBED_ROWS = 5
+"""Number of invalid rows described in an error; the others are counted."""
+
+MAX_INVALID_BOX_FRACTION = 0.1
+"""Maximum fraction of rows with invalid boxes that counts as individual errors. Above it, the box
+convention is probably wrong, and boxes that pass are wrong as well."""
+
+MAX_ROW_BYTES = 2**28
+"""Maximum number of bytes of all samples of one row."""
+
+LINE_OVERHEAD_BYTES, MAX_ESCAPED_BYTES = 100, 6
+"""Bytes of a line in addition to ID and content, and maximum bytes per character of an ID: a sample
+must fit into a readable line."""
+
+SKIPPED_ROWS_FILE = "skipped_rows.jsonl"
+"""File with the rows skipped by --on-invalid-row skip."""
+
+REASON_NOT_SELECTED = "not selected by --rows and --limit"
+REASON_IMAGE_IN_EVAL = "shares an image with the validation rows"
+REASON_BY_ERROR: dict[type[UserError], str] = {
+    CorruptImageError: "an image is missing or corrupt",
+    InvalidBoxError: "a box is invalid or outside its image",
+    LimitExceededError: "too many boxes, messages or answers",
+    InvalidTurnsError: "turns have an invalid order or are empty",
+    UnexpectedPlaceholderError: "unsupported placeholders in the text",
+    UnsupportedKeyError: "a key with unsupported content",
+}
+REASON_OTHER = "does not match its format"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A file of samples and the number of its source rows."""
+
+    file: Path
+    num_rows: int
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImportSummary:
+    """Summary of an import: each row of the source is in `output_files` or, by reason, in
+    `skipped_rows`.
+
+    `skipped_rows_file` lists the invalid rows.
+    """
+
+    format: str
+    detected_by: str
+    num_rows: int
+    output_files: tuple[OutputFile, ...]
+    skipped_rows: dict[str, int]
+    num_images: int
+    num_clipped_boxes: int
+    source_notes: dict[str, int]
+    unused_columns: tuple[str, ...]
+    skipped_rows_file: Path | None = None
+
+
+class _EncodedExample(NamedTuple):
+    """An example encoded as JSON samples without IDs; see `_SpooledExample`."""
+
+    id: str
+    training: tuple[bytes, ...]
+    evaluation: bytes
+    images: tuple[str, ...]
+
+
+class _SpooledExample(NamedTuple):
+    """An example whose encoded samples without IDs are in the `Spool`.
+
+    It has one piece per training sample and one for the evaluation sample.
+    """
+
+    id: str
+    training: tuple[SpoolSpan, ...]
+    evaluation: SpoolSpan
+    images: tuple[str, ...]
+
+    def lines(self, spool: Spool, *, is_eval: bool) -> Iterator[bytes]:
+        """Yield the lines of its samples."""
+        if is_eval or len(self.training) == 1:
+            yield _format_line(self.id, spool.read(self.evaluation))
+            return
+        for number, piece in enumerate(self.training, start=1):
+            yield _format_line(format_answer_id(self.id, number), spool.read(piece))
+
+
+RowExamples = list[_SpooledExample]
+"""Examples of one row."""
+
+
+@dataclass(slots=True)
+class _InvalidRows:
+    """The invalid rows: the first one, and counts by reason.
+
+    `lines` are the lines of skipped_rows.jsonl in the spool.
+    """
+
+    first: SourceRow | None = None
+    described: list[tuple[str, UserError]] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+    boxes: int = 0
+    lines: list[SpoolSpan] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return self.reasons.total()
+
+    def add(self, row: SourceRow, error: UserError) -> None:
+        """Record an invalid row. Its error loses the traceback, which references the full row."""
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+        self.first = self.first or row
+        if len(self.described) < MAX_DESCRIBED_ROWS:
+            self.described.append((row.location, error))
+        self.reasons[get_skip_reason(error)] += 1
+        self.boxes += isinstance(error, InvalidBoxError)
+
+
+@dataclass(frozen=True, slots=True)
+class _OutputSplit:
+    """An output file with training rows (one sample per answer) or validation rows."""
+
+    name: str
+    rows: list[RowExamples]
+    is_eval: bool = False
+
+    def __len__(self) -> int:
+        """Return the number of samples of the rows."""
+        examples = (example for examples in self.rows for example in examples)
+        return sum(1 if self.is_eval else len(example.training) for example in examples)
+
+    def images(self) -> dict[str, None]:
+        """Return each image and frame once, in order."""
+        return dict.fromkeys(image for examples in self.rows for image in _images(examples))
+
+
+def import_dataset(path: Path, out: Path, options: ImportOptions) -> ImportSummary:
+    """Import `path` to `out`/data.jsonl, or to train.jsonl and eval.jsonl with held-out rows.
+
+    Paths in these files are relative to `out`. Images are referenced at their location, unless they
+    are copied or embedded in a table: then they are saved in `out`/images.
+
+    Raises:
+        UserError: `out` exists, an option does not apply, or a row is invalid. `out` is not
+            created. With on_invalid_row="skip", invalid rows are listed in `out`/skipped_rows.jsonl
+            instead.
+    """
+    source = open_source(path, options)
+    with write_folder(out) as staging, Spool(staging, _source_bytes(source, options)) as spool:
+        context = source.create_context(options, staging)
+        image_names = ImageNames(staging, out, context.images.saved_names, copy=options.copy_images)
+        with _paused_gc():
+            rows, refused = _parse_rows(source, context, options, spool, image_names)
+        splits = _split_rows(_make_ids_unique(rows), options)
+        num_used = dict.fromkeys(image for part in splits for image in part.images())
+        image_names.copy(num_used)
+        output_files = [_write_split(split, spool, staging, out) for split in splits]
+        if refused.lines:
+            write_chunks(staging / SKIPPED_ROWS_FILE, map(spool.read, refused.lines))
+        _remove_unused_images(staging, {image_names.name(image) for image in num_used})
+    in_files = sum(part.num_rows for part in output_files)
+    num_not_selected = source.rows.num_rows - len(rows) - len(refused)
+    reason_counts = Counter(
+        {
+            REASON_NOT_SELECTED: num_not_selected,
+            REASON_IMAGE_IN_EVAL: sum(map(bool, rows)) - in_files,
+        }
+    )
+    reason_counts.update(context.skipped_rows)
+    reason_counts.update(refused.reasons)
+    return ImportSummary(
+        format=source.data_format.name,
+        detected_by=source.detected_by,
+        num_rows=source.rows.num_rows,
+        output_files=tuple(output_files),
+        skipped_rows={reason: count for reason, count in reason_counts.items() if count},
+        num_images=len(num_used),
+        num_clipped_boxes=context.num_clipped,
+        source_notes=dict(+context.source_notes),
+        unused_columns=_list_unused_columns(source, options),
+        skipped_rows_file=out / SKIPPED_ROWS_FILE if refused else None,
+    )
+
+
+@contextmanager
+def _paused_gc() -> Iterator[None]:
+    """Pause the cyclic garbage collector.
+
+    Rows have no reference cycles, but their number makes each collection slow: 10 % of the time.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _source_bytes(opened: ImportSource, request: ImportOptions) -> int:
+    """Return the number of bytes of the source files."""
+    files = request.row_files
+    if not files:
+        files = list_folder(opened.path).files if opened.path.is_dir() else (opened.path,)
+    return sum(os.path.getsize(file) for file in files if os.path.exists(file))
+
+
+def get_skip_reason(error: UserError) -> str:
+    """Return a short reason why a row is skipped."""
+    reasons = (
+        reason for error_type, reason in REASON_BY_ERROR.items() if isinstance(error, error_type)
+    )
+    return next(reasons, REASON_OTHER)
+
+
+def _parse_rows(
+    source: ImportSource,
+    context: ImportContext,
+    options: ImportOptions,
+    spool: Spool,
+    names: ImageNames,
+) -> tuple[list[RowExamples], _InvalidRows]:
+    """Parse all rows: write valid ones to the spool and collect the invalid ones.
+
+    Raises:
+        UserError: Rows are invalid and may not be skipped, no row is valid, or so many boxes are
+            invalid that the box convention is probably wrong.
+    """
+    rows: list[RowExamples] = []
+    skipped = _InvalidRows()
+    for row in source.iter_rows():
+        num_clipped = context.num_clipped
+        context.raw_boxes.clear()
+        try:
+            encoded = _encode_examples(source.data_format.parse_examples(row, context), names)
+        except InvalidOptionError:
+            raise
+        except UserError as error:
+            context.num_clipped = num_clipped
+            skipped.add(row, error)
+            if options.on_invalid_row == "skip":
+                skipped.lines.append(spool.add(_format_skipped_row(row, error)))
+        else:
+            rows.append([_spool_example(example, spool) for example in encoded])
+    is_systematic = skipped.boxes > max(1, MAX_INVALID_BOX_FRACTION * (len(rows) + len(skipped)))
+    if skipped.first and (options.on_invalid_row == "fail" or is_systematic or not any(rows)):
+        alternative = _suggest_format(skipped.first, context, source.data_format)
+        raise _build_import_error(
+            skipped, rows, source.path, alternative, is_systematic=is_systematic
+        )
+    if not any(rows):
+        reasons = [f"{count} {reason}" for reason, count in context.skipped_rows.items()]
+        raise UserError(
+            f"none of {len(rows)} rows has training content: {'; '.join(reasons)}",
+            where=str(source.path),
+            expected=source.data_format.description,
+            remedy="check the source, or choose another --format",
+        )
+    return rows, skipped
+
+
+def _encode_examples(examples: list[ImportExample], names: ImageNames) -> list[_EncodedExample]:
+    """Validate the samples of a row and encode them as JSON. Raises UserError."""
+    encoded = []
+    size = 0
+    for example in examples:
+        images: dict[str, None] = {}
+
+        def name(image: str, images: dict[str, None] = images) -> str:
+            images[image] = None
+            return names.name(image)
+
+        training = []
+        for answer in example.answers:
+            messages = (*example.prompt_messages, Message(role="assistant", content=answer))
+            check_messages(messages, example.references, "")
+            training.append(
+                _encode_sample(example.id, messages, example.references, example.meta, name)
+            )
+            size += len(training[-1])
+            if size > MAX_ROW_BYTES:
+                raise LimitExceededError(
+                    f"over {MAX_ROW_BYTES:,} bytes of samples: {len(examples):,} questions, and"
+                    f" {len(example.answers):,} answers to a question of {len(training[0]):,}"
+                    " bytes",
+                    expected=f"at most {MAX_ROW_BYTES:,} bytes out of one row",
+                    remedy="split the row, or remove it",
+                )
+        evaluation = training[0]
+        if len(example.answers) > 1:
+            one = example.to_eval_sample()
+            evaluation = _encode_sample(one.id, one.messages, one.references, one.meta, name)
+        encoded.append(_EncodedExample(example.id, tuple(training), evaluation, tuple(images)))
+    return encoded
+
+
+def _spool_example(example: _EncodedExample, spool: Spool) -> _SpooledExample:
+    training = tuple(map(spool.add, example.training))
+    evaluation = training[0] if len(training) == 1 else spool.add(example.evaluation)
+    return _SpooledExample(example.id, training, evaluation, example.images)
+
+
+def _encode_sample(
+    id_: str,
+    messages: Sequence[Message],
+    references: Sequence[str],
+    meta: dict[str, Any],
+    name: Callable[[str], str],
+) -> bytes:
+    """Encode a sample as JSON, from the key after the ID.
+
+    Raises:
+        UserError: The text is not valid UTF-8, or the sample exceeds the maximum line length.
+    """
+    try:
+        fields = sample_fields(messages, references, to_json_data(meta), name)
+        encoded = encode_json_line(fields)[1:].encode()
+        id_.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"text with a lone surrogate, {error.object[error.start]!r}",
+            expected="text that can be encoded as UTF-8",
+            remedy="correct the row: it was probably truncated within a character",
+        ) from error
+    check_limit(
+        len(encoded) + MAX_ESCAPED_BYTES * len(id_), MAX_LINE_BYTES - LINE_OVERHEAD_BYTES, "bytes"
+    )
+    return encoded
+
+
+def _format_line(name: str, encoded: bytes) -> bytes:
+    return b'{"id": %s, %s\n' % (encode_json_line(name).encode(), encoded)
+
+
+def _suggest_format(
+    row: SourceRow, context: ImportContext, data_format: DatasetFormat
+) -> str | None:
+    """Return the --format option of another format that parses the row, None without one."""
+    try:
+        candidate, detected_by = detect_format([row.record], "")
+        candidate.parse_examples(row, context)
+    except UserError:
+        return None
+    return (
+        None
+        if candidate is data_format
+        else f"--format {candidate.name}: {row.location} has {detected_by}"
+    )
+
+
+def _format_skipped_row(row: SourceRow, error: UserError) -> bytes:
+    """Return the line of skipped_rows.jsonl for a row."""
+    line = {"location": row.location, "reason": get_skip_reason(error), "error": str(error)}
+    return f"{escape_surrogates(encode_json_line(line))}\n".encode()
+
+
+def _build_import_error(
+    skipped: _InvalidRows,
+    valid: list[RowExamples],
+    path: Path,
+    alternative: str | None,
+    *,
+    is_systematic: bool,
+) -> UserError:
+    lines = [
+        f"{len(skipped)} of {len(skipped) + len(valid)} rows are invalid; no files were written"
+    ]
+    for location, error in skipped.described:
+        where = error.where.lstrip(", ")
+        lines.append(f"  {location}: {where}{': ' if where else ''}{error.what}")
+    if len(skipped) > MAX_DESCRIBED_ROWS:
+        lines.append(f"  and {len(skipped) - MAX_DESCRIBED_ROWS} more")
+    if is_systematic:
+        lines.append(
+            f"  over {MAX_INVALID_BOX_FRACTION:.0%} of the rows have invalid boxes: the box"
+            " convention is probably wrong"
+        )
+    first = skipped.described[0][1]
+    remedy = first.remedy
+    if alternative is not None:
+        remedy = f"give {alternative}"
+    elif any(valid) and not is_systematic:
+        remedy += "; --on-invalid-row skip skips and lists such rows"
+    return UserError("\n".join(lines), where=str(path), expected=first.expected, remedy=remedy)
+
+
+def _make_ids_unique(rows: list[RowExamples]) -> list[RowExamples]:
+    """Append the row number to duplicate example IDs."""
+    id_counts = Counter(example.id for examples in rows for example in examples)
+    if len(id_counts) == sum(map(len, rows)):
+        return rows
+    row_counter = itertools.count(1)
+    return [
+        [
+            example
+            if id_counts[example.id] == 1
+            else example._replace(id=f"{example.id}-row{row_number}")
+            for example, row_number in zip(examples, row_counter, strict=False)
+        ]
+        for examples in rows
+    ]
+
+
+def _split_rows(rows: list[RowExamples], options: ImportOptions) -> list[_OutputSplit]:
+    """Split the rows into output files: one file without held-out rows, else train.jsonl and
+    eval.jsonl.
+    """
+    if options.eval_last is None and options.train_fraction is None:
+        return [_OutputSplit("data.jsonl", rows)]
+    images_per_row = [[Path(i) for i in dict.fromkeys(_images(examples))] for examples in rows]
+    keys = hash_images(path for paths in images_per_row for path in paths)
+    image_keys = [frozenset(keys[path] for path in paths) for paths in images_per_row]
+    if options.train_fraction is not None:
+        train, validation = split_by_image(image_keys, options.train_fraction, options.seed)
+    else:
+        assert options.eval_last is not None, "neither split nor eval_last"
+        train, validation = split_last_rows(image_keys, options.eval_last)
+    splits = [
+        _OutputSplit("train.jsonl", [rows[row_index] for row_index in train]),
+        _OutputSplit("eval.jsonl", [rows[row_index] for row_index in validation], is_eval=True),
+    ]
+    splits = splits if train else splits[1:]
+    for part in splits:
+        if not len(part):
+            raise UserError(
+                f"{part.name} would contain no samples: its {len(part.rows)} rows have no"
+                " training content",
+                where="held-out rows",
+                expected="rows with answers in both files",
+                remedy="hold out other rows, or another fraction",
+            )
+    return splits
+
+
+def _images(examples: RowExamples) -> Iterator[str]:
+    return (image for example in examples for image in example.images)
+
+
+def _write_split(split: _OutputSplit, spool: Spool, staging: Path, out: Path) -> OutputFile:
+    examples = (example for examples in split.rows for example in examples)
+    lines = (line for example in examples for line in example.lines(spool, is_eval=split.is_eval))
+    write_chunks(staging / split.name, lines)
+    return OutputFile(out / split.name, sum(map(bool, split.rows)), len(split))
+
+
+def _remove_unused_images(staging: Path, used: set[str]) -> None:
+    """Delete saved table images of skipped rows."""
+    for saved in (staging / IMAGES_FOLDER).glob("*"):
+        if saved.relative_to(staging).as_posix() not in used:
+            saved.unlink()
+
+
+def _list_unused_columns(source: ImportSource, options: ImportOptions) -> tuple[str, ...]:
+    """Return the table columns without a role."""
+    if source.data_format is not table_format.FORMAT:
+        return ()
+    known, mapped_columns = source.columns, options.columns.values()
+    used = {
+        name
+        for column in mapped_columns
+        for name in (column, *table_format.split_column_names(column, known))
+    }
+    return tuple(name for name in known if name not in used and name != "id")

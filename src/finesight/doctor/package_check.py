@@ -1,0 +1,298 @@
+"""Check installed packages: version conflicts, missing and duplicate packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+
+from packaging.markers import default_environment
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+from finesight.doctor.diagnosis import Diagnosis, format_command, make_error, make_ok, make_warning
+
+PACKAGE_NAME = "finesight"
+
+SITE_FOLDERS = ("site-packages", "dist-packages")
+"""Folders managed by an installer; other folders may have user files that start with ~."""
+
+DEV_EXTRAS = ("dev",)
+"""Extras for development only."""
+
+PIP_COMMAND = (sys.executable, "-m", "pip")
+"""pip of the Python interpreter that runs this process."""
+
+
+@dataclass(frozen=True, slots=True)
+class InstalledPackage:
+    """One distribution from its metadata."""
+
+    name: str
+    version: str
+    folder: Path
+    requires: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class InstalledPackages:
+    """Installed packages of this Python interpreter.
+
+    Attributes:
+        by_name: Distributions by canonical name; the imported one is first.
+        leftovers: Files of interrupted installations.
+        has_pip: Whether pip is installed.
+        is_managed: Whether the system manages this Python interpreter (PEP 668).
+    """
+
+    by_name: Mapping[str, tuple[InstalledPackage, ...]]
+    leftovers: tuple[Path, ...]
+    has_pip: bool
+    is_managed: bool = False
+
+    def get_version(self, name: str) -> str | None:
+        """Return the version of the imported distribution; None if it is not installed."""
+        installed = self.by_name.get(canonicalize_name(name))
+        return installed[0].version if installed else None
+
+    def install_command(self, *requirements: str) -> str:
+        """Return the command that installs requirements for this Python interpreter."""
+        return format_command(*PIP_COMMAND, "install", *requirements)
+
+
+def list_packages(path: Sequence[str] | None = None) -> InstalledPackages:
+    """List the distributions in `path`, by default sys.path. Imports no package."""
+    search_path = list(sys.path if path is None else path)
+    packages_by_name: dict[str, list[InstalledPackage]] = {}
+    seen: set[tuple[str, str, Path]] = set()
+    for distribution in distributions(path=search_path):
+        name = distribution.metadata["Name"]
+        folder = Path(str(distribution.locate_file("")))
+        if not name or (name, distribution.version, folder) in seen:
+            continue
+        seen.add((name, distribution.version, folder))
+        extras = tuple(distribution.metadata.get_all("Provides-Extra") or ())
+        installed = InstalledPackage(
+            name, distribution.version, folder, tuple(distribution.requires or ()), extras
+        )
+        packages_by_name.setdefault(canonicalize_name(name), []).append(installed)
+    folders = [
+        folder for folder in dict.fromkeys(map(Path, search_path)) if folder.name in SITE_FOLDERS
+    ]
+    leftovers = [leftover for folder in folders for leftover in sorted(folder.glob("~*"))]
+    has_pip = importlib.util.find_spec("pip") is not None
+    frozen_by_name = {name: tuple(packages) for name, packages in packages_by_name.items()}
+    return InstalledPackages(frozen_by_name, tuple(leftovers), has_pip, _is_externally_managed())
+
+
+def _is_externally_managed() -> bool:
+    marker = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
+    return sys.prefix == sys.base_prefix and marker.is_file()
+
+
+def check_packages(packages: InstalledPackages) -> list[Diagnosis]:
+    """Check the packages and suggest fixes."""
+    diagnoses = [
+        *_check_python(packages),
+        *_check_unmet(packages),
+        *_check_duplicates(packages),
+        *_check_leftovers(packages),
+    ]
+    if not any(item.severity == "error" for item in diagnoses):
+        count = len({item.name for item in _resolve_dependencies(packages)})
+        diagnoses.insert(0, make_ok("versions", f"{count} required packages, no conflicts"))
+    return diagnoses
+
+
+def _check_python(packages: InstalledPackages) -> Iterator[Diagnosis]:
+    if PACKAGE_NAME not in packages.by_name:
+        yield make_warning(
+            "not-installed",
+            "finesight runs from source and is not installed",
+            why="its requirements are unknown, so versions cannot be checked",
+            remedy=packages.install_command("-e", "."),
+        )
+    if packages.is_managed:
+        yield make_warning(
+            "python-managed",
+            f"{sys.executable} is managed by the operating system",
+            why="pip refuses to install packages there; create a virtual environment",
+            remedy="python3 -m venv ~/finesight && . ~/finesight/bin/activate",
+        )
+    if not packages.has_pip:
+        yield make_warning(
+            "no-pip",
+            "pip is not installed for this Python interpreter",
+            why="the commands below require pip",
+            remedy=format_command(sys.executable, "-m", "ensurepip"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Dependency:
+    """A requirement, its origin, and whether only an extra needs it."""
+
+    required_by: str
+    requirement: Requirement
+    is_optional: bool
+
+    @property
+    def name(self) -> str:
+        """Canonical name of the required package."""
+        return canonicalize_name(self.requirement.name)
+
+
+def _resolve_dependencies(packages: InstalledPackages) -> list[_Dependency]:
+    """Resolve direct and transitive requirements of finesight, each once.
+
+    Extras whose packages are installed are included, since finesight uses them.
+    """
+    own_packages = packages.by_name.get(PACKAGE_NAME, ())[:1]
+    # Tuples of requiring package, requirement, requested extras, and whether only an extra needs
+    # it.
+    queue: list[tuple[str, str, tuple[str, ...], bool]] = []
+    for package in own_packages:
+        queue += [(PACKAGE_NAME, text, (), False) for text in package.requires]
+        extras = tuple(name for name in package.extras if name not in DEV_EXTRAS)
+        queue += [(PACKAGE_NAME, text, extras, True) for text in package.requires]
+    resolved: dict[tuple[str, str], _Dependency] = {}
+    while queue:
+        required_by, text, extras, is_optional = queue.pop(0)
+        requirement = _parse_requirement(text)
+        if (
+            (required_by, text) in resolved
+            or requirement is None
+            or not _is_applicable(requirement, extras)
+        ):
+            continue
+        dependency = _Dependency(required_by, requirement, is_optional)
+        installed = packages.by_name.get(dependency.name, ())
+        if dependency.name == PACKAGE_NAME or (
+            is_optional and required_by == PACKAGE_NAME and not installed
+        ):
+            continue
+        resolved[required_by, text] = dependency
+        requested_extras = tuple(requirement.extras)
+        queue += [
+            (dependency.name, nested_text, requested_extras, is_optional)
+            for package in installed[:1]
+            for nested_text in package.requires
+        ]
+    return list(resolved.values())
+
+
+def _parse_requirement(text: str) -> Requirement | None:
+    try:
+        return Requirement(text)
+    except InvalidRequirement:
+        return None
+
+
+def _is_applicable(requirement: Requirement, extras: Iterable[str]) -> bool:
+    """Return whether a requirement applies to this machine, with or without these extras."""
+    if requirement.marker is None:
+        return True
+    marker_environment = {key: str(value) for key, value in default_environment().items()}
+    return any(
+        requirement.marker.evaluate(marker_environment | {"extra": extra})
+        for extra in ("", *extras)
+    )
+
+
+def _group_by_name(packages: InstalledPackages) -> dict[str, list[_Dependency]]:
+    by_name: dict[str, list[_Dependency]] = {}
+    for dependency in _resolve_dependencies(packages):
+        by_name.setdefault(dependency.name, []).append(dependency)
+    return by_name
+
+
+def _combine_bounds(name: str, dependencies: Sequence[_Dependency]) -> str:
+    """Combine all version bounds of a package, so that fixing one conflict causes no other."""
+    bounds = sorted(
+        {str(spec) for dependency in dependencies for spec in dependency.requirement.specifier}
+    )
+    return f"{name}{','.join(bounds)}"
+
+
+def _check_unmet(packages: InstalledPackages) -> Iterator[Diagnosis]:
+    """Report unmet requirements, one diagnosis per package.
+
+    Duplicate packages are reported separately, since their effective version is unknown.
+    """
+    for name, dependencies in sorted(_group_by_name(packages).items()):
+        version = packages.get_version(name)
+        unmet = [
+            dependency
+            for dependency in dependencies
+            if version is None or not _is_satisfied(version, dependency.requirement)
+        ]
+        if unmet and len(_list_duplicates(packages, name)) < 2:
+            remedy = packages.install_command(_combine_bounds(name, dependencies))
+            yield _diagnose_unmet(name, version, unmet, remedy)
+
+
+def _is_satisfied(version: str, requirement: Requirement) -> bool:
+    try:
+        return requirement.specifier.contains(Version(version), prereleases=True)
+    except InvalidVersion:  # handled by the maintainer of the package
+        return True
+
+
+def _diagnose_unmet(
+    name: str, version: str | None, unmet: Sequence[_Dependency], remedy: str
+) -> Diagnosis:
+    why = "; ".join(
+        f"{dependency.required_by} requires {name}{dependency.requirement.specifier}"
+        for dependency in unmet
+    )
+    make_diagnosis = (
+        make_warning if all(dependency.is_optional for dependency in unmet) else make_error
+    )
+    if version is None:
+        return make_diagnosis("package-missing", f"{name} is not installed", why=why, remedy=remedy)
+    return make_diagnosis(
+        "version-conflict", f"{name} {version} is installed", why=why, remedy=remedy
+    )
+
+
+def _list_duplicates(packages: InstalledPackages, name: str) -> list[InstalledPackage]:
+    """Return distributions in the same folder as the imported one."""
+    packages_of_name = packages.by_name.get(name, ())
+    return [package for package in packages_of_name if package.folder == packages_of_name[0].folder]
+
+
+def _check_duplicates(packages: InstalledPackages) -> Iterator[Diagnosis]:
+    dependencies_by_name = _group_by_name(packages)
+    for name in sorted(packages.by_name):
+        duplicates = _list_duplicates(packages, name)
+        if len(duplicates) < 2:
+            continue
+        versions = " and ".join(sorted(package.version for package in duplicates))
+        uninstall = format_command(*PIP_COMMAND, "uninstall", "--yes", name)
+        reinstall = packages.install_command(
+            _combine_bounds(name, dependencies_by_name.get(name, ()))
+        )
+        make_diagnosis = make_error if name in dependencies_by_name else make_warning
+        yield make_diagnosis(
+            "duplicate-package",
+            f"{name} is installed twice in {duplicates[0].folder}: {versions}",
+            why="an installation was interrupted: files of both versions may be mixed",
+            remedy=" && ".join([*[uninstall] * len(duplicates), reinstall]),
+        )
+
+
+def _check_leftovers(packages: InstalledPackages) -> Iterator[Diagnosis]:
+    if packages.leftovers:
+        names = ", ".join(path.name for path in packages.leftovers[:5])
+        yield make_warning(
+            "leftovers",
+            f"interrupted installations left {names} in {packages.leftovers[0].parent}",
+            why="pip prints warnings about them, and they use disk space",
+            remedy=format_command("rm", "-r", *map(str, packages.leftovers)),
+        )

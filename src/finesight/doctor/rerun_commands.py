@@ -1,0 +1,100 @@
+"""Build commands that resume a run or repeat it with other settings."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from finesight.config import DataSettings, Recipe, TrainFileSettings
+from finesight.doctor.diagnosis import format_command
+from finesight.report.run_reader import RunRecord
+from finesight.report.summary import get_last_start
+from finesight.run_files import RECIPE_FILE
+
+MAX_SAFE_LEARNING_RATE = 1e-3
+"""Learning rate that is safe for small adapters."""
+
+
+def resume_command(run_record: RunRecord, *overrides: str) -> str:
+    """Return the command that resumes from the newest checkpoint."""
+    return format_command(
+        "finesight", "train", str(run_record.folder / RECIPE_FILE), *overrides, "--resume"
+    )
+
+
+def rerun_command(run_record: RunRecord, *overrides: str) -> str:
+    """Return the command that repeats the run in a new folder with overrides."""
+    recipe_path = str(run_record.folder / RECIPE_FILE)
+    return format_command(
+        "finesight",
+        "train",
+        recipe_path,
+        *overrides,
+        f"output_dir={next_free_folder(run_record.folder)}",
+    )
+
+
+def next_free_folder(folder: Path) -> Path:
+    """Return an unused folder name with a number."""
+    suffix = 2
+    while (candidate := folder.with_name(f"{folder.name}-{suffix}")).exists():
+        suffix += 1
+    return candidate
+
+
+def load_run_recipe(run_record: RunRecord) -> Recipe:
+    """Load the recipe of a run; default settings if it cannot be read."""
+    try:
+        return Recipe.model_validate(run_record.recipe)
+    except ValidationError:
+        unknown = DataSettings(train=(TrainFileSettings(path=Path("unknown")),))
+        return Recipe(model="unknown", data=unknown, output_dir=run_record.folder)
+
+
+def get_learning_rates(run_record: RunRecord) -> dict[str, float]:
+    """Return the learning rates in the recipe, `default` first."""
+    rates_by_part = load_run_recipe(run_record).train.learning_rate.model_dump()
+    return {part: rate for part, rate in rates_by_part.items() if rate is not None}
+
+
+def scale_learning_rates(run_record: RunRecord, factor: float) -> list[str]:
+    """Return overrides that scale every learning rate."""
+    scaled = {
+        part: f"{round_to_digit(rate * factor):g}"
+        for part, rate in get_learning_rates(run_record).items()
+    }
+    return [f"train.learning_rate.{part}={rate}" for part, rate in scaled.items()]
+
+
+def lower_learning_rates(run_record: RunRecord) -> list[str]:
+    """Return overrides with a tenth of each learning rate, at most `MAX_SAFE_LEARNING_RATE`."""
+    return scale_learning_rates(
+        run_record, min(0.1, MAX_SAFE_LEARNING_RATE / max(get_learning_rates(run_record).values()))
+    )
+
+
+def round_to_digit(rate: float) -> float:
+    """Round to one significant digit."""
+    power = math.floor(math.log10(rate))
+    return float(round(rate / 10.0**power) * 10.0**power)
+
+
+def scale_duration(run_record: RunRecord, factor: float) -> list[str]:
+    """Return overrides that scale the duration of a run."""
+    train = load_run_recipe(run_record).train
+    if train.steps is not None:
+        return [f"train.steps={max(1, math.ceil(train.steps * factor))}"]
+    return [f"train.epochs={round_up_hundredth((train.epochs or 1) * factor):g}"]
+
+
+def round_up_hundredth(value: float) -> float:
+    """Round up to a hundredth."""
+    return math.ceil(100 * value - 1e-9) / 100
+
+
+def get_num_workers(run_record: RunRecord) -> int | None:
+    """Return the number of data loading workers at the last start."""
+    value = get_last_start(run_record).get("num_workers")
+    return value if isinstance(value, int) else None

@@ -1,0 +1,357 @@
+"""Migration of conversation files from one box format to another.
+
+Input is any JSON: an array of records, JSONL, or one record. Answers are assistant turns
+(`from`/`role`), the values of `response`, `output` and similar keys, and `history`. All other text
+is unchanged, byte for byte.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from finesight.config import ImageRule
+from finesight.data.formats.turns import ROLE_KEYS, ROLES
+from finesight.data.image_resolver import ImageResolver
+from finesight.data.jsonl import read_data_file
+from finesight.encode.box_conversion import BOX_FORMATS, PIXEL_BOX_FORMAT, convert_boxes, has_boxes
+from finesight.encode.family_base import FRAME_1000
+from finesight.encode.tokenized_sample import ImageSize
+from finesight.errors import UserError
+from finesight.storage import write_file
+from finesight.vision.resize import compute_resized_size
+
+MessageRole = Literal["system", "user", "assistant"]
+
+ROLE_BY_KEY: dict[str, MessageRole] = {
+    **dict.fromkeys(("query", "instruction", "input", "human", "user", "prompt"), "user"),
+    **dict.fromkeys(("response", "rejected_response", "output", "assistant"), "assistant"),
+    **dict.fromkeys(("chosen", "rejected", "answer"), "assistant"),
+    "system": "system",
+}
+"""Keys of a record or round that determine the role of their value."""
+
+IMAGE_KEYS = ("image", "images", "image_url")
+POINT_KEY = "point_2d"
+"""Key of points in Qwen2.5-VL data, in the same pixels as boxes; points are not converted."""
+
+NON_PATH_KEYS = ("type", "detail")
+MAX_LISTED_ERRORS = 5
+"""Maximum number of invalid records in an error message."""
+
+_IMAGE_TAG = re.compile(
+    r"<img>([^<]*)</img>|<\|vision_start\|>((?:(?!<\|vision_).)*)<\|vision_end\|>", re.DOTALL
+)
+_LINE = re.compile(r"[^\n]*\n|[^\n]+")
+_STRING_LITERAL = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_BOX_FORMAT_REQUEST = re.compile(
+    r"bbox|<box>|<\|box_start\|>|\bjson\b|coordinate|\bx_?min\b|\bx1\b|\b1000\b|坐标",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ResizeSpec:
+    """Resize rule of Qwen2.5-VL images, and the factor that sides are multiples of."""
+
+    image_rule: ImageRule
+    factor: int
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationResult:
+    """Result of a migration.
+
+    Attributes:
+        unconverted: Locations of questions that mention a box format, of answers with points, and
+            of other texts with boxes. They are unchanged and may contradict the converted answers.
+    """
+
+    file: Path
+    num_records: int
+    num_boxes: int
+    answers_with_boxes: int
+    answers_without_boxes: int
+    unconverted: tuple[str, ...]
+
+
+class _JsonObject(list[tuple[str, Any]]):
+    """A JSON object as a list of its pairs, including duplicate keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class _TextNode:
+    """A text of a record with its role and the index of its string literal."""
+
+    literal_index: int
+    text: str
+    role: MessageRole | None
+    is_image: bool
+
+
+@dataclass(slots=True)
+class _MigrationState:
+    """Counters and errors of a migration."""
+
+    convert: Callable[[str, list[object]], tuple[str, int]]
+    num_boxes: int = 0
+    num_with_boxes: int = 0
+    num_without_boxes: int = 0
+    unconverted: dict[str, None] = field(default_factory=dict)
+    errors: list[tuple[str, UserError]] = field(default_factory=list)
+
+
+def migrate_box_file(
+    file: Path,
+    out: Path,
+    source_format: str,
+    target_format: str,
+    resize_spec: ResizeSpec | None = None,
+) -> MigrationResult:
+    """Convert the boxes of a file and write the result to `out`.
+
+    Args:
+        resize_spec: Required if and only if one format is qwen2_5_vl, whose boxes are pixels of
+            the resized image of the record.
+
+    Raises:
+        UserError: `out` exists, or a box is invalid; no file is written.
+    """
+    _check_arguments(out, source_format, target_format, resize_spec)
+    images = ImageResolver(file.parent, out.parent)
+
+    def convert(text: str, image_names: list[object]) -> tuple[str, int]:
+        def get_frames() -> tuple[ImageSize, ImageSize]:
+            resized_size = (
+                _get_resized_size(image_names, images, resize_spec) if resize_spec else FRAME_1000
+            )
+            source_frame, target_frame = (
+                resized_size if name == PIXEL_BOX_FORMAT else FRAME_1000
+                for name in (source_format, target_format)
+            )
+            return source_frame, target_frame
+
+        return convert_boxes(text, source_format, target_format, get_frames)
+
+    state = _MigrationState(convert)
+    chunks = list(_split_json(_read_text(file), file))
+    converted = "".join(_convert_chunk(text, records, state) for text, records in chunks)
+    if state.errors:
+        raise _build_migration_error(state.errors, file)
+    write_file(out, converted.encode())
+    return MigrationResult(
+        file=out,
+        num_records=sum(len(records) for _, records in chunks),
+        num_boxes=state.num_boxes,
+        answers_with_boxes=state.num_with_boxes,
+        answers_without_boxes=state.num_without_boxes,
+        unconverted=tuple(state.unconverted),
+    )
+
+
+def _check_arguments(
+    out: Path, source_format: str, target_format: str, resize_spec: ResizeSpec | None
+) -> None:
+    for option, name in (("--from", source_format), ("--to", target_format)):
+        if name not in BOX_FORMATS:
+            raise UserError(
+                f"unknown family {name!r}",
+                where=option,
+                expected=f"one of {', '.join(BOX_FORMATS)}",
+                remedy="choose one of these",
+            )
+    if source_format == target_format:
+        raise UserError(
+            f"both families are {source_format}",
+            where="--to",
+            expected="another family",
+            remedy="set it to the family of the model to fine-tune",
+        )
+    if (PIXEL_BOX_FORMAT in (source_format, target_format)) != (resize_spec is not None):
+        is_missing = resize_spec is None
+        raise UserError(
+            f"{'not given' if is_missing else 'given'} for {source_format} to {target_format}",
+            where="--model or --image",
+            expected=f"the resize rule: {PIXEL_BOX_FORMAT} boxes are pixels of resized images"
+            if is_missing
+            else f"no resize rule, because only {PIXEL_BOX_FORMAT} boxes are pixels",
+            remedy="set --model to the model folder, or --image to the rule of the recipe"
+            if is_missing
+            else "remove the option",
+        )
+    if out.exists():
+        raise UserError(
+            "the file exists",
+            where=str(out),
+            expected="a new file name",
+            remedy="choose another name, or delete the file",
+        )
+
+
+def _get_resized_size(
+    image_names: list[object], images: ImageResolver, resize_spec: ResizeSpec
+) -> ImageSize:
+    """Return the resized size of the only image of a record."""
+    if len(image_names) != 1:
+        raise UserError(
+            f"a box in a record of {len(image_names)} images",
+            expected="exactly one image, whose size defines the box coordinates",
+            remedy="remove the record, or use `finesight data import`",
+        )
+    path = images.resolve(image_names[0])
+    return compute_resized_size(
+        images.image_size(path), resize_spec.image_rule, resize_spec.factor, str(path)
+    )
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return read_data_file(file).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"byte {error.start} is not UTF-8 text",
+            where=str(file),
+            expected="a UTF-8 file",
+            remedy="save the file as UTF-8",
+        ) from error
+
+
+def _split_json(text: str, file: Path) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
+    """Yield JSON chunks of the file with the locations and data of their records."""
+    try:
+        document = json.loads(text, object_pairs_hook=_JsonObject)
+    except (ValueError, RecursionError):
+        document = None
+    if isinstance(document, _JsonObject):
+        yield text, [("the record", document)]
+        return
+    if isinstance(document, list):
+        yield text, [(f"row {number}", record) for number, record in enumerate(document, start=1)]
+        return
+    for line_number, line in enumerate(_LINE.findall(text), start=1):
+        if not line.strip():
+            yield line, []
+            continue
+        try:
+            record = json.loads(line, object_pairs_hook=_JsonObject)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"invalid JSON: {error}",
+                where=f"{file}:{line_number}",
+                expected="a JSON array of records, or one record per line",
+                remedy="correct this line",
+            ) from error
+        yield line, [(f"line {line_number}", record)]
+
+
+def _convert_chunk(text: str, records: list[tuple[str, Any]], state: _MigrationState) -> str:
+    """Return a JSON chunk with converted answers."""
+    literal_indices = itertools.count()
+    changes: dict[int, str] = {}
+    for location, record in records:
+        nodes = list(_iter_texts(record, literal_indices))
+        image_names = _collect_image_names(nodes)
+        for node in nodes:
+            if node.is_image:
+                continue
+            if node.role != "assistant":
+                if (
+                    _BOX_FORMAT_REQUEST.search(node.text)
+                    if node.role == "user"
+                    else has_boxes(node.text)
+                ):
+                    state.unconverted[location] = None
+                continue
+            try:
+                converted, num_boxes = state.convert(node.text, image_names)
+            except UserError as error:
+                state.errors.append((location, error))
+                continue
+            state.num_boxes += num_boxes
+            state.num_with_boxes += num_boxes > 0
+            state.num_without_boxes += num_boxes == 0
+            if POINT_KEY in node.text:
+                state.unconverted[location] = None
+            if converted != node.text:
+                changes[node.literal_index] = converted
+    return _replace_literals(text, changes) if changes else text
+
+
+def _replace_literals(text: str, changes: dict[int, str]) -> str:
+    """Replace string literals by index, with the escaping of the original."""
+    literals = itertools.count()
+
+    def replace_literal(match: re.Match[str]) -> str:
+        index = next(literals)
+        if index not in changes:
+            return match[0]
+        return json.dumps(changes[index], ensure_ascii="\\u" in match[0])
+
+    return _STRING_LITERAL.sub(replace_literal, text)
+
+
+def _iter_texts(
+    value: Any,
+    literal_indices: Iterator[int],
+    role: MessageRole | None = None,
+    is_image: bool = False,
+) -> Iterator[_TextNode]:
+    """Yield all strings below `value` in file order; object keys count as literals."""
+    if isinstance(value, str):
+        yield _TextNode(next(literal_indices), value, role, is_image)
+    elif isinstance(value, _JsonObject):
+        values_by_key = dict(value)
+        role_value = next((values_by_key[key] for key in ROLE_KEYS if key in values_by_key), None)
+        role = ROLES.get(role_value) if isinstance(role_value, str) else role
+        for key, child in value:
+            next(literal_indices)
+            if key == "history":
+                yield from _iter_history(child, literal_indices)
+                continue
+            is_child_image = (is_image or key in IMAGE_KEYS) and key not in NON_PATH_KEYS
+            child_role = None if key in (*ROLE_KEYS, "type") else ROLE_BY_KEY.get(key, role)
+            yield from _iter_texts(child, literal_indices, child_role, is_child_image)
+    elif isinstance(value, list):
+        for child in value:
+            yield from _iter_texts(child, literal_indices, role, is_image)
+
+
+def _iter_history(value: Any, literal_indices: Iterator[int]) -> Iterator[_TextNode]:
+    """Yield the texts of earlier rounds: [question, answer] pairs or objects."""
+    rounds = value if isinstance(value, list) else [value]
+    for pair in rounds:
+        if isinstance(pair, _JsonObject) or not isinstance(pair, list):
+            yield from _iter_texts(pair, literal_indices)
+            continue
+        for position, text in enumerate(pair):
+            yield from _iter_texts(text, literal_indices, "assistant" if position % 2 else "user")
+
+
+def _collect_image_names(texts: list[_TextNode]) -> list[object]:
+    """Return the unique images of a record, from keys and from tags in texts."""
+    image_names: dict[str, None] = {}
+    for node in texts:
+        if node.is_image:
+            image_names[node.text] = None
+        elif node.role == "user":
+            image_names |= {
+                (first or second): None for first, second in _IMAGE_TAG.findall(node.text)
+            }
+    return list(image_names)
+
+
+def _build_migration_error(errors: list[tuple[str, UserError]], file: Path) -> UserError:
+    lines = [f"{len(errors)} answers cannot be converted; no file was written"]
+    for location, error in errors[:MAX_LISTED_ERRORS]:
+        lines.append(f"  {location}: {f'{error.where}: ' if error.where else ''}{error.what}")
+    if len(errors) > MAX_LISTED_ERRORS:
+        lines.append(f"  and {len(errors) - MAX_LISTED_ERRORS} more")
+    first_error = errors[0][1]
+    return UserError(
+        "\n".join(lines), where=str(file), expected=first_error.expected, remedy=first_error.remedy
+    )

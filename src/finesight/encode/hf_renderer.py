@@ -1,0 +1,427 @@
+"""Renderer of families without native code, based on the model's processor and chat template.
+
+The processor parses special tokens in texts, so texts that contain one are rejected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from finesight.config import ImageRule, PixelRange
+from finesight.data.image_header import MAX_IMAGE_PIXELS
+from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import ContentPart, ImagePart, Message, TextPart
+from finesight.encode.family_base import PredictedBox
+from finesight.encode.hf_config import FROM_PRETRAINED_OPTIONS, import_transformers, load_hf_config
+from finesight.encode.native_renderer import DecodedCompletion
+from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
+from finesight.encode.tokenizer import LARGEST_ID, Tokenizer, check_tokenizer_file, is_rust_panic
+from finesight.errors import UserError
+from finesight.model_folder import ModelFolder
+from finesight.vision.image_decoding import load_image
+from finesight.vision.resize import compute_resized_size
+
+NO_RESIZE_RULE = PixelRange(min_pixels=1, max_pixels=MAX_IMAGE_PIXELS)
+"""Image rule that leaves resizing to the model's processor."""
+
+
+@dataclass(frozen=True, slots=True)
+class HfTokenizedSample(TokenizedSample):
+    """A tokenized sample with its messages, from which images are processed again."""
+
+    messages: tuple[Message, ...]
+    folder: Path
+    add_generation_prompt: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _ProcessorOutput:
+    """Token ids [T] and all other model inputs by name."""
+
+    ids_T: NDArray[np.int32]
+    hf_inputs: dict[str, Tensor]
+
+
+class HfRenderer:
+    """Converts samples to inputs of a transformers model.
+
+    The chat template renders the turns, with `enable_thinking=False` if it supports that.
+    Supervised tokens are those of each assistant turn after its generation prompt, up to and
+    including the first end token. The tokens of the generation prompt must be a prefix of all
+    tokens; templates that rewrite earlier turns are rejected.
+
+    Images are resized by the recipe's rule and then by the processor. Boxes and videos are not
+    supported, because their format depends on the family.
+    """
+
+    has_reasoning = False
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        image_rule: ImageRule | None = None,
+        system_prompt: str | None = None,
+    ) -> None:
+        """Load the processor.
+
+        Args:
+            image_rule: Image rule of the recipe; None for the processor's own.
+            system_prompt: System prompt of the recipe; None for the template's default.
+        """
+        self._init_args = (folder, image_rule, system_prompt)
+        self._lock = Lock()
+        self.family = folder.family
+        self.image_rule: ImageRule = image_rule or NO_RESIZE_RULE
+        self.system_prompt = system_prompt
+        load_hf_config(folder)
+        check_tokenizer_file(folder.tokenizer_file, is_native_family=False, vocabulary=LARGEST_ID)
+        self.tokenizer = Tokenizer(folder.tokenizer_file)
+        self._processor = _load_processor(folder)
+        # The processor warns about variables that the template does not use.
+        supports_thinking = "enable_thinking" in str(self._processor.chat_template)
+        self._template_kwargs = {"enable_thinking": False} if supports_thinking else {}
+        self._special_tokens = self.tokenizer.list_special_tokens()
+        self._special_ids = [self.tokenizer.token_to_id(token) for token in self._special_tokens]
+        self.end_ids = _read_end_ids(folder, self._processor.tokenizer)
+
+    def __reduce__(self) -> tuple[type[HfRenderer], tuple[Any, ...]]:
+        # Spawned processes load the processor again.
+        return HfRenderer, self._init_args
+
+    def tokenize(self, located_sample: LocatedSample) -> TokenizedSample:
+        """Tokenize a sample; images are processed to determine their number of tokens.
+
+        Raises:
+            CorruptImageError: An image cannot be used.
+            UserError: The sample has boxes, videos or special tokens in its text, or the chat
+                template does not allow locating answers.
+        """
+        return self.encode(located_sample).tokenized
+
+    def encode(self, located_sample: LocatedSample) -> EncodedSample:
+        """Encode a sample with its image inputs."""
+        return self._encode_messages(
+            located_sample.sample.id,
+            self._get_messages(located_sample),
+            located_sample.folder,
+            False,
+        )
+
+    def encode_without_patches(self, located_sample: LocatedSample) -> EncodedSample:
+        """Raise AssertionError: transformers computes image features in every step."""
+        raise AssertionError(f"image features of {located_sample.sample.id} cannot be cached")
+
+    def tokenize_prompt(self, located_sample: LocatedSample) -> TokenizedSample:
+        """Tokenize all turns before the last assistant turn, with the generation prompt."""
+        messages = self._get_messages(located_sample)
+        prompt_messages = messages[:-1] if messages[-1].role == "assistant" else messages
+        return self._encode_messages(
+            located_sample.sample.id, prompt_messages, located_sample.folder, True
+        ).tokenized
+
+    def load_patches(self, tokenized: TokenizedSample) -> EncodedSample:
+        """Process the images of a sample that this renderer tokenized."""
+        assert isinstance(tokenized, HfTokenizedSample), (
+            f"sample {tokenized.id} was tokenized by another renderer"
+        )
+        output = self._run_processor(
+            tokenized.messages, tokenized.folder, tokenized.add_generation_prompt, tokenized.id
+        )
+        return EncodedSample(tokenized, _EMPTY_PATCHES, output.hf_inputs)
+
+    def decode_completion(self, ids: Sequence[int]) -> DecodedCompletion:
+        """Decode a completion up to its end token; `raw_text` has all tokens."""
+        stop_positions = (position for position, token in enumerate(ids) if token in self.end_ids)
+        text = self.tokenizer.decode(
+            ids[: next(stop_positions, len(ids))], skip_special_tokens=True
+        )
+        return DecodedCompletion(text, self.tokenizer.decode(ids, skip_special_tokens=False), None)
+
+    def parse_boxes(
+        self, raw_text: str, spans: Sequence[VisualSpan], image_index: int = 0
+    ) -> list[PredictedBox]:
+        """Return no boxes: the box format of the family is unknown."""
+        return []
+
+    def _get_messages(self, located_sample: LocatedSample) -> tuple[Message, ...]:
+        messages = located_sample.sample.messages
+        for part in located_sample.sample.iter_parts():
+            if not isinstance(part, TextPart | ImagePart):
+                raise UserError(
+                    f"{part.type} content for a model of the family {self.family}",
+                    where=f"sample {located_sample.sample.id:.80}",
+                    expected="text and images: the transformers backend supports only these",
+                    remedy="use a model of a native family, or remove these parts",
+                )
+        if messages[0].role != "system" and self.system_prompt is not None:
+            messages = (
+                Message(role="system", content=(TextPart(text=self.system_prompt),)),
+                *messages,
+            )
+        return messages
+
+    def _encode_messages(
+        self,
+        sample_id: str,
+        messages: tuple[Message, ...],
+        folder: Path,
+        add_generation_prompt: bool,
+    ) -> EncodedSample:
+        self._check_images_rendered(messages, sample_id)
+        output = self._run_processor(messages, folder, add_generation_prompt, sample_id)
+        loss_mask_T = np.zeros(len(output.ids_T), dtype=np.bool_)
+        for index, message in enumerate(messages):
+            if message.role == "assistant" and not add_generation_prompt:
+                start = self._find_answer_start(output.ids_T, messages, index, folder, sample_id)
+                loss_mask_T[self._find_answer_span(output.ids_T, start, sample_id)] = True
+        # The transformers model computes its own position ids.
+        position_ids_3T = np.tile(np.arange(len(output.ids_T), dtype=np.int32), (3, 1))
+        tokenized = HfTokenizedSample(
+            sample_id,
+            output.ids_T,
+            loss_mask_T,
+            position_ids_3T,
+            (),
+            messages,
+            folder,
+            add_generation_prompt,
+        )
+        return EncodedSample(tokenized, _EMPTY_PATCHES, output.hf_inputs)
+
+    def _find_answer_start(
+        self,
+        ids_T: NDArray[np.int32],
+        messages: tuple[Message, ...],
+        index: int,
+        folder: Path,
+        sample_id: str,
+    ) -> int:
+        """Return the token index at which the answer `messages[index]` starts.
+
+        Without later images the index is computed from the end with text-only tokenization.
+        """
+        has_later_images = any(
+            isinstance(part, ImagePart) for message in messages[index:] for part in message.content
+        )
+        if not has_later_images:
+            full_ids = self._tokenize_text(messages, False, sample_id)
+            prompt_ids = self._tokenize_text(messages[:index], True, sample_id)
+            answer_ids = full_ids[len(prompt_ids) :]
+            if (
+                full_ids[: len(prompt_ids)] == prompt_ids
+                and ids_T[len(ids_T) - len(answer_ids) :].tolist() == answer_ids
+            ):
+                return len(ids_T) - len(answer_ids)
+        prompt_ids_T = self._run_processor(messages[:index], folder, True, sample_id).ids_T
+        if not np.array_equal(ids_T[: len(prompt_ids_T)], prompt_ids_T):
+            raise UserError(
+                f"the chat template of {self.family} renders the prompt of an answer differently"
+                " if the answer or a later turn follows",
+                where=f"sample {sample_id:.80}",
+                expected="a template that renders earlier turns independently of later turns",
+                remedy="use single-turn conversations, without reasoning and without leading"
+                " whitespace in the answer",
+            )
+        return len(prompt_ids_T)
+
+    def _check_images_rendered(self, messages: Sequence[Message], sample_id: str) -> None:
+        """Reject messages whose last image the chat template omits."""
+        reduced = _drop_last_image(messages)
+        if reduced is not None and self._render_text(
+            messages, False, sample_id
+        ) == self._render_text(reduced, False, sample_id):
+            raise UserError(
+                f"the chat template of {self.family} omits an image",
+                where=f"sample {sample_id:.80}",
+                expected="a template that renders every image of the sample",
+                remedy="use samples with fewer images; many families support only one",
+            )
+
+    def _tokenize_text(
+        self, messages: Sequence[Message], add_generation_prompt: bool, sample_id: str
+    ) -> list[int]:
+        """Tokenize messages with one placeholder per image, not expanded to its features."""
+        text = self._render_text(messages, add_generation_prompt, sample_id)
+        ids: list[int] = self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _render_text(
+        self, messages: Sequence[Message], add_generation_prompt: bool, sample_id: str
+    ) -> str:
+        """Render messages with the chat template, without image data."""
+        conversation = [
+            {
+                "role": message.role,
+                "content": [
+                    {"type": "text", "text": part.text}
+                    if isinstance(part, TextPart)
+                    else {"type": "image"}
+                    for part in message.content
+                ],
+            }
+            for message in messages
+        ]
+        return str(
+            self._apply_chat_template(
+                conversation, add_generation_prompt, sample_id, tokenize=False
+            )[0]
+        )
+
+    def _apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        sample_id: str,
+        **kwargs: object,
+    ) -> Any:
+        """Call the processor's chat template and convert its errors to UserError."""
+        try:
+            # Tokenizers are not thread-safe, and prediction prefetches in several threads.
+            with self._lock:
+                return self._processor.apply_chat_template(
+                    [conversation],
+                    add_generation_prompt=add_generation_prompt,
+                    **kwargs,
+                    **self._template_kwargs,
+                )
+        except Exception as error:  # templates and processors raise anything
+            raise UserError(
+                f"the processor of {self.family} failed: {type(error).__name__}: {error}",
+                where=f"sample {sample_id:.80}",
+                expected="a conversation that the model's chat template and processor support",
+                remedy="correct or remove the sample; many families support only one image",
+            ) from error
+
+    def _find_answer_span(self, ids_T: NDArray[np.int32], start: int, sample_id: str) -> slice:
+        """Return the slice of an answer up to and including its end token."""
+        is_special = np.isin(ids_T[start:], [*self._special_ids, *self.end_ids])
+        end_positions = start + np.flatnonzero(is_special)
+        if not len(end_positions) or int(ids_T[end_positions[0]]) not in self.end_ids:
+            raise UserError(
+                "no end token"
+                f" ({', '.join(map(self.tokenizer.id_to_token, self.end_ids))}) follows an"
+                f" answer in the chat template of {self.family}",
+                where=f"sample {sample_id:.80}",
+                expected="a template that ends assistant turns with an end token",
+                remedy="add the end token to the chat template in the model folder",
+            )
+        return slice(start, int(end_positions[0]) + 1)
+
+    def _run_processor(
+        self, messages: Sequence[Message], folder: Path, add_generation_prompt: bool, sample_id: str
+    ) -> _ProcessorOutput:
+        conversation = [
+            {
+                "role": message.role,
+                "content": [
+                    self._to_chat_part(part, folder, sample_id) for part in message.content
+                ],
+            }
+            for message in messages
+        ]
+        kwargs = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        output = self._apply_chat_template(conversation, add_generation_prompt, sample_id, **kwargs)
+        non_tensor_keys = [key for key, value in output.items() if not isinstance(value, Tensor)]
+        if non_tensor_keys:
+            raise UserError(
+                f"the processor of {self.family} returns {', '.join(non_tensor_keys)} as a list",
+                where=f"sample {sample_id:.80}",
+                expected="one tensor per input, as for images of one size",
+                remedy="use samples with one image each, or with images of one size",
+            )
+        hf_inputs: dict[str, Tensor] = dict(output.items())
+        ids_T = hf_inputs.pop("input_ids")[0].to(torch.int32).numpy()
+        return _ProcessorOutput(ids_T, hf_inputs)
+
+    def _to_chat_part(self, part: ContentPart, folder: Path, sample_id: str) -> dict[str, Any]:
+        """Convert a content part to the format of chat templates."""
+        if isinstance(part, ImagePart):
+            return {"type": "image", "image": self._load_image(folder / part.image)}
+        assert isinstance(part, TextPart), f"a {part.type} in sample {sample_id}"
+        found_tokens = [token for token in self._special_tokens if token in part.text]
+        if found_tokens:
+            raise UserError(
+                f"the text contains {found_tokens[0]}, a special token of {self.family}",
+                where=f"sample {sample_id:.80}",
+                expected="texts without special tokens",
+                remedy="remove it from the text",
+            )
+        return {"type": "text", "text": part.text}
+
+    def _load_image(self, path: Path) -> Image.Image:
+        image = load_image(path)
+        if self.image_rule == NO_RESIZE_RULE:
+            return image
+        size = (image.height, image.width)
+        height, width = compute_resized_size(size, self.image_rule, 1, where=str(path))
+        return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _drop_last_image(messages: Sequence[Message]) -> list[Message] | None:
+    """Return the messages without their last image, or None without images."""
+    for index in reversed(range(len(messages))):
+        parts = messages[index].content
+        image_positions = [
+            position for position, part in enumerate(parts) if isinstance(part, ImagePart)
+        ]
+        if image_positions:
+            remaining = (*parts[: image_positions[-1]], *parts[image_positions[-1] + 1 :])
+            reduced = Message(role=messages[index].role, content=remaining)
+            return [*messages[:index], reduced, *messages[index + 1 :]]
+    return None
+
+
+_EMPTY_PATCHES: NDArray[np.uint8] = np.empty((0, 0), dtype=np.uint8)
+
+
+def _load_processor(folder: ModelFolder) -> Any:
+    try:
+        processor = import_transformers().AutoProcessor.from_pretrained(
+            str(folder.path), **FROM_PRETRAINED_OPTIONS
+        )
+    except BaseException as error:  # missing files and packages raise various exceptions
+        if not (isinstance(error, Exception) or is_rust_panic(error)):
+            raise
+        raise UserError(
+            f"transformers cannot load the processor of {folder.family}:"
+            f" {' '.join(str(error).split())}",
+            where=str(folder.path),
+            expected="the processor files of the published model and the packages it requires",
+            remedy="download the model again, or install missing packages",
+        ) from error
+    if not processor.chat_template:
+        raise UserError(
+            f"the {folder.family} model has no chat template",
+            where=str(folder.path),
+            expected="a chat template, which defines the prompt format",
+            remedy="use the chat or instruct version of the model",
+        )
+    return processor
+
+
+def _read_end_ids(folder: ModelFolder, tokenizer: Any) -> tuple[int, ...]:
+    """Return the end tokens of the tokenizer and of generation_config.json."""
+    eos_token_id = folder.generation_config.get("eos_token_id")
+    ids = [
+        tokenizer.eos_token_id,
+        *(eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]),
+    ]
+    end_ids = tuple(dict.fromkeys(token for token in ids if isinstance(token, int)))
+    if not end_ids:
+        raise UserError(
+            f"eos_token_id is {eos_token_id!r}, and the tokenizer has none",
+            where=str(folder.path),
+            expected="a token id that ends completions",
+            remedy="use the generation_config.json of the published model",
+        )
+    return end_ids

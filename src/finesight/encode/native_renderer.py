@@ -1,0 +1,430 @@
+"""Renderer of native families: samples to tokens and patches, for training and inference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finesight.config import ImageRule
+from finesight.data.boxes import MAX_OVERHANG_PX
+from finesight.data.image_header import read_image_size
+from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import (
+    BoxPart,
+    ContentPart,
+    ImagePart,
+    Message,
+    Sample,
+    TextPart,
+    VideoPart,
+)
+from finesight.encode.family import ModelFamily, load_family
+from finesight.encode.family_base import ImageBox, PredictedBox, VideoSegment
+from finesight.encode.reasoning import THINK_END, THINK_START, parse_reasoning, split_reasoning
+from finesight.encode.rope_index import get_rope_index
+from finesight.encode.tiktoken_tokenizer import load_tokenizer
+from finesight.encode.token_builder import TokenBuilder
+from finesight.encode.tokenized_sample import (
+    EncodedSample,
+    GridTHW,
+    ImageSize,
+    TokenizedSample,
+    VisualSpan,
+)
+from finesight.errors import UserError
+from finesight.model_folder import ModelFolder
+from finesight.vision.image_decoding import load_image
+from finesight.vision.patches import concat_patches, load_patch_config, patchify
+from finesight.vision.resize import compute_resized_size, resolve_image_rule
+from finesight.vision.video import get_frame_size, patchify_video
+
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedCompletion:
+    """Decoded completion.
+
+    Attributes:
+        text: Answer without special tokens.
+        raw_text: Answer with special tokens.
+        reasoning: Reasoning before the answer; None for models without reasoning.
+    """
+
+    text: str
+    raw_text: str
+    reasoning: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _VisualInput:
+    """An image or video segment before tokenization."""
+
+    kind: Literal["image", "video"]
+    timestamp_text: str
+    files: tuple[Path, ...]
+    original_size: ImageSize
+    resized_size: ImageSize
+    grid_thw: GridTHW
+    seconds_per_grid: float
+
+
+@dataclass(frozen=True, slots=True)
+class _RenderState:
+    """Tokens and visual spans of a sample during rendering.
+
+    Attributes:
+        pending_visuals: Visual inputs of the remaining image and video parts.
+        images: All images of the sample, including those of later turns, which boxes may
+            reference.
+    """
+
+    sample_id: str
+    token_builder: TokenBuilder
+    pending_visuals: Iterator[Sequence[_VisualInput]]
+    images: Sequence[_VisualInput]
+    spans: list[VisualSpan]
+    temporal_ids: list[NDArray[np.int64]]
+
+
+class NativeRenderer:
+    """Converts samples to tokens and patches for one model, image rule and system prompt.
+
+    Each turn is `<|im_start|>role`, a newline, the content, `<|im_end|>` and a newline, as in the
+    published chat template. The system turn is that of the sample, `system_prompt`, or the default
+    of the family. An image is `<|vision_start|>`, one `<|image_pad|>` per merged patch, and
+    `<|vision_end|>`. Adjacent boxes are formatted by the family. For models with reasoning, only
+    the reasoning of the last answer is rendered.
+
+    Supervised tokens are the content of assistant turns and their `<|im_end|>`, without the
+    newline after it. Answers are tokenized separately from the `assistant` header, because the
+    prompt ends there during generation: the tokens of `encode_prompt` are always a prefix of the
+    tokens of `encode`. Tokenizing the full template text gives the same ids, except for answers
+    that start with whitespace and a newline, which would merge with the newline of the prompt.
+    """
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        image_rule: ImageRule | None = None,
+        system_prompt: str | None = None,
+    ) -> None:
+        """Load the tokenizer and check token ids.
+
+        Args:
+            image_rule: Image rule of the recipe; None for the model's default.
+            system_prompt: System prompt; None for the family's default.
+        """
+        self.family: ModelFamily = load_family(folder)
+        self.patch_config = load_patch_config(folder)
+        self.image_rule: ImageRule = resolve_image_rule(folder.preprocessor_config, image_rule)
+        self.system_prompt = self.family.system_prompt if system_prompt is None else system_prompt
+        self.tokenizer = load_tokenizer(folder)
+        self.end_ids = (self.tokenizer.token_to_id(IM_END), self.tokenizer.token_to_id(END_OF_TEXT))
+        for token, key in self.family.token_id_keys.items():
+            self._check_token_id(folder, key, token)
+
+    @property
+    def has_reasoning(self) -> bool:
+        """True if completions start with reasoning."""
+        return self.family.has_reasoning
+
+    def tokenize(self, located_sample: LocatedSample) -> TokenizedSample:
+        """Tokenize a sample from its text and image headers.
+
+        Raises:
+            CorruptImageError: An image cannot be used, or its aspect ratio exceeds 200.
+            UserError: A box exceeds its image.
+        """
+        return self._tokenize_messages(
+            located_sample, located_sample.sample.messages, add_generation_prompt=False
+        )
+
+    def encode(self, located_sample: LocatedSample) -> EncodedSample:
+        """Tokenize a sample and load its patches."""
+        return self.load_patches(self.tokenize(located_sample))
+
+    def encode_without_patches(self, located_sample: LocatedSample) -> EncodedSample:
+        """Tokenize a sample without patches, for cached vision features."""
+        empty = np.empty((0, self.patch_config.patch_dim), dtype=np.uint8)
+        return EncodedSample(self.tokenize(located_sample), empty)
+
+    def encode_prompt(self, located_sample: LocatedSample) -> EncodedSample:
+        """Encode all turns before the last assistant turn, with the generation prompt.
+
+        No token is supervised. A sample that ends with a user turn is encoded completely.
+        """
+        return self.load_patches(self.tokenize_prompt(located_sample))
+
+    def tokenize_prompt(self, located_sample: LocatedSample) -> TokenizedSample:
+        """Tokenize the prompt of `encode_prompt` without patches."""
+        messages = located_sample.sample.messages
+        prompt_messages = messages[:-1] if messages[-1].role == "assistant" else messages
+        return self._tokenize_messages(located_sample, prompt_messages, add_generation_prompt=True)
+
+    def encode_question(self, image_paths: Sequence[Path], prompt: str) -> EncodedSample:
+        """Encode one user turn: images, then text."""
+        parts = [ImagePart(image=str(path)) for path in image_paths]
+        message = Message(role="user", content=(*parts, TextPart(text=prompt)))
+        return self.encode_prompt(LocatedSample(Sample(id=prompt, messages=(message,)), Path()))
+
+    def load_patches(self, tokenized: TokenizedSample) -> EncodedSample:
+        """Decode the images of a tokenized sample into patches."""
+        empty = np.empty((0, self.patch_config.patch_dim), dtype=np.uint8)
+        return EncodedSample(
+            tokenized,
+            concat_patches([self.span_patches(span) for span in tokenized.spans] or [empty]),
+        )
+
+    def decode_completion(self, ids: Sequence[int]) -> DecodedCompletion:
+        """Decode a completion up to its end token; `raw_text` omits the reasoning only."""
+        stop_positions = (position for position, token in enumerate(ids) if token in self.end_ids)
+        text = self.tokenizer.decode(
+            ids[: next(stop_positions, len(ids))], skip_special_tokens=True
+        )
+        raw_text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        if not self.family.has_reasoning:
+            return DecodedCompletion(text, raw_text, None)
+        reasoning, answer = parse_reasoning(text)
+        return DecodedCompletion(answer, parse_reasoning(raw_text)[1], reasoning)
+
+    def parse_boxes(
+        self, raw_text: str, spans: Sequence[VisualSpan], image_index: int = 0
+    ) -> list[PredictedBox]:
+        """Parse the boxes of an answer, in pixels of the original image `image_index`.
+
+        Answers do not name an image. Without images there are no boxes.
+        """
+        images = [span for span in spans if span.kind == "image"]
+        if not images:
+            return []
+        return self.family.read_boxes(
+            raw_text, images[image_index].original_size, images[image_index].resized_size
+        )
+
+    def _tokenize_messages(
+        self,
+        located_sample: LocatedSample,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+    ) -> TokenizedSample:
+        visuals_by_part = [
+            self._build_visuals(part, located_sample)
+            for part in _list_visual_parts(located_sample.sample)
+        ]
+        images = [
+            visual for visuals in visuals_by_part for visual in visuals if visual.kind == "image"
+        ]
+        token_builder = TokenBuilder(self.tokenizer)
+        state = _RenderState(
+            located_sample.sample.id, token_builder, iter(visuals_by_part), images, [], []
+        )
+        if messages[0].role != "system" and self.system_prompt is not None:
+            messages = (
+                Message(role="system", content=(TextPart(text=self.system_prompt),)),
+                *messages,
+            )
+        for message in messages:
+            token_builder.add_special_token(IM_START, is_supervised=False)
+            self._add_role(token_builder, message.role)
+            is_assistant = message.role == "assistant"
+            content: Sequence[ContentPart] = message.content
+            if self.family.has_reasoning and is_assistant:
+                content = self._add_reasoning(state, message, is_last=message is messages[-1])
+            self._add_content(state, content, is_supervised=is_assistant)
+            token_builder.add_special_token(IM_END, is_supervised=is_assistant)
+            token_builder.add_text("\n", is_supervised=False)
+        if add_generation_prompt:
+            token_builder.add_special_token(IM_START, is_supervised=False)
+            self._add_role(token_builder, "assistant")
+            token_builder.add_text(
+                THINK_START if self.family.has_reasoning else "", is_supervised=False
+            )
+        ids_T, loss_mask_T = token_builder.to_arrays()
+        if add_generation_prompt:
+            loss_mask_T = np.zeros_like(loss_mask_T)
+        spans, temporal_ids = (
+            ([], []) if self.family.uses_1d_positions else (state.spans, state.temporal_ids)
+        )
+        position_ids_3T = get_rope_index(
+            len(ids_T), spans, temporal_ids, self.patch_config.merge_size
+        )
+        return TokenizedSample(
+            located_sample.sample.id, ids_T, loss_mask_T, position_ids_3T, tuple(state.spans)
+        )
+
+    def _add_role(self, token_builder: TokenBuilder, role: str) -> None:
+        for piece in (role, "\n") if self.family.splits_role_tokens else (f"{role}\n",):
+            token_builder.add_text(piece, is_supervised=False)
+            if self.family.splits_role_tokens:
+                token_builder.flush()
+
+    def _add_reasoning(
+        self, state: _RenderState, message: Message, *, is_last: bool
+    ) -> tuple[ContentPart, ...]:
+        """Render the reasoning of the last answer and return the answer parts.
+
+        An answer without reasoning is trained with empty reasoning.
+        """
+        parts = split_reasoning(message.content)
+        if is_last:
+            state.token_builder.add_text(THINK_START, is_supervised=False)
+            self._add_content(state, parts.reasoning or (), is_supervised=True)
+            state.token_builder.add_text(THINK_END, is_supervised=True)
+        return parts.answer
+
+    def _add_content(
+        self, state: _RenderState, content: Sequence[ContentPart], *, is_supervised: bool
+    ) -> None:
+        """Render the parts of a turn."""
+        token_builder = state.token_builder
+        adjacent_boxes: list[ImageBox] = []
+        for part in (*content, None):
+            if isinstance(part, BoxPart):
+                adjacent_boxes.append(_to_image_box(part, state.images, state.sample_id))
+                continue
+            if adjacent_boxes:
+                token_builder.add_pieces(
+                    self.family.write_boxes(adjacent_boxes), is_supervised=is_supervised
+                )
+                adjacent_boxes = []
+            if isinstance(part, TextPart):
+                token_builder.add_text(part.text, is_supervised=is_supervised)
+            elif part is not None:
+                for visual in next(state.pending_visuals):
+                    self._add_visual(state, visual)
+
+    def _add_visual(self, state: _RenderState, visual: _VisualInput) -> None:
+        token_builder = state.token_builder
+        token_builder.add_text(visual.timestamp_text, is_supervised=False)
+        markers = self.family.visual_markers(visual.kind, len(state.spans) + 1)
+        token_builder.add_pieces(markers.prefix, is_supervised=False)
+        start = token_builder.length
+        num_placeholders = self.patch_config.count_tokens(visual.grid_thw)
+        token_builder.add_special_token(
+            markers.placeholder, is_supervised=False, count=num_placeholders
+        )
+        token_builder.add_pieces(markers.suffix, is_supervised=False)
+        span = VisualSpan(
+            kind=visual.kind,
+            start=start,
+            stop=start + num_placeholders,
+            grid_thw=visual.grid_thw,
+            files=visual.files,
+            original_size=visual.original_size,
+            resized_size=visual.resized_size,
+        )
+        state.spans.append(span)
+        state.temporal_ids.append(
+            self.family.temporal_position_ids(visual.grid_thw[0], visual.seconds_per_grid)
+        )
+
+    def _build_visuals(
+        self, part: ImagePart | VideoPart, located_sample: LocatedSample
+    ) -> list[_VisualInput]:
+        """Return the visual inputs of an image, or of a video split into segments."""
+        if isinstance(part, ImagePart):
+            path = located_sample.resolve_path(part.image)
+            return [
+                self._build_visual(
+                    "image", (path,), read_image_size(path), VideoSegment("", slice(1), 0.0)
+                )
+            ]
+        files = tuple(located_sample.resolve_path(name) for name in part.frames)
+        original_size = get_frame_size(files)
+        try:
+            segments = self.family.split_video(
+                len(files), part.fps, self.patch_config.temporal_patch_size
+            )
+        except UserError as error:
+            error.where = f"sample {located_sample.sample.id}"
+            raise
+        return [self._build_visual("video", files, original_size, segment) for segment in segments]
+
+    def _build_visual(
+        self,
+        kind: Literal["image", "video"],
+        files: tuple[Path, ...],
+        original_size: ImageSize,
+        segment: VideoSegment,
+    ) -> _VisualInput:
+        resized_size = compute_resized_size(
+            original_size, self.image_rule, self.patch_config.resize_factor, where=str(files[0])
+        )
+        files = files[segment.frame_slice]
+        grid_thw = self.patch_config.compute_grid(resized_size, len(files))
+        return _VisualInput(
+            kind,
+            segment.timestamp_text,
+            files,
+            original_size,
+            resized_size,
+            grid_thw,
+            segment.seconds_per_grid,
+        )
+
+    def span_patches(self, span: VisualSpan) -> NDArray[np.uint8]:
+        """Decode one image or video of a tokenized sample into patches."""
+        if span.kind == "video":
+            return patchify_video(span.files, span.resized_size, self.patch_config)
+        return patchify([load_image(span.files[0])], span.resized_size, self.patch_config)
+
+    def _check_token_id(self, folder: ModelFolder, key: str, token: str) -> None:
+        found, expected = self.tokenizer.token_to_id(token), _get_nested(folder.config, key)
+        if expected not in (None, found):
+            raise UserError(
+                f"{token} is {found} in {folder.tokenizer_file.name}, but {key} is {expected} in"
+                " config.json",
+                where=str(folder.path),
+                expected="the same id in both files",
+                remedy="use both files of the same model",
+            )
+
+
+def _get_nested(config: Mapping[str, Any], key: str) -> object:
+    """Return the value of a dotted key, or None."""
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = config.get(section)
+        config = inner if isinstance(inner, dict) else {}
+    return config.get(last)
+
+
+def _list_visual_parts(sample: Sample) -> list[ImagePart | VideoPart]:
+    return [part for part in sample.iter_parts() if isinstance(part, ImagePart | VideoPart)]
+
+
+def _to_image_box(box: BoxPart, images: Sequence[_VisualInput], sample_id: str) -> ImageBox:
+    """Add the image sizes to a box.
+
+    Raises:
+        UserError: The box exceeds the image, or the image does not exist.
+    """
+    if box.image >= len(images):
+        raise UserError(
+            f"a box refers to image {box.image} (0-based)",
+            where=f"sample {sample_id}",
+            expected=f"an index below {len(images)}, the number of images",
+            remedy="correct `image` of the box, or add the image",
+        )
+    image = images[box.image]
+    height, width = image.original_size
+    x1, y1, x2, y2 = box.xyxy
+    if not (
+        -MAX_OVERHANG_PX <= x1 < x2 <= width + MAX_OVERHANG_PX
+        and -MAX_OVERHANG_PX <= y1 < y2 <= height + MAX_OVERHANG_PX
+    ):
+        raise UserError(
+            f"the box {list(box.xyxy)} in an image of {width} x {height} pixels",
+            where=f"sample {sample_id} ({image.files[0]})",
+            expected=f"[x1, y1, x2, y2] with x1 < x2 up to {width} and y1 < y2 up to {height}",
+            remedy="use pixels of the original image after EXIF rotation;"
+            " `finesight data import --box-format --box-units` converts boxes",
+        )
+    return ImageBox(box.label, box.xyxy, image.original_size, image.resized_size)

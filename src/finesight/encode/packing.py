@@ -1,0 +1,372 @@
+"""Sample packing: concatenation of samples to one batch without padding between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from finesight.encode.tokenized_sample import EncodedSample, GridTHW, TokenizedSample
+from finesight.vision.patches import concat_patches
+
+if TYPE_CHECKING:
+    from finesight.encode.context_shard import ContextShard
+
+PAD_MULTIPLE = 64
+"""`pad_batch` pads sizes to a multiple of this."""
+
+PREFIX_MULTIPLE = 4
+"""Shared prefix lengths are multiples of this where texts diverge, to limit the number of shapes.
+"""
+
+MIN_PREFIX_SAVING = 50
+"""A prefix is shared if that saves at least one in this many tokens."""
+
+MAX_CONTEXT_RATIO = 4
+"""Maximum ratio of context tokens to packed tokens; attention copies prefix keys per sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Packed sequences with the patches of all images, in token order.
+
+    A sequence is one sample. With a shared prefix, the first sequence is the prefix of all samples
+    and the other sequences continue it.
+
+    Attributes:
+        lengths: Number of tokens of each sequence.
+        cu_seqlens_S1: Cumulative sequence lengths, starting at 0 (int32).
+        patches_ND: Patches; one frame each if all frames of every patch are equal, as for images.
+        visual_indices_M: Token index of each merged vision feature.
+        logit_indices_L: Token indices whose logits predict a supervised token. Padding added by
+            `pad_batch` has no label.
+        labels_L: Supervised token ids.
+        hf_inputs: Other model inputs by name, for a batch of one sample of a non-native family.
+        context_shard: Shard of a sample under context parallelism; all other fields are sharded,
+            too.
+        prefix_length: Length of the shared prefix; 0 without one.
+    """
+
+    sample_ids: tuple[str, ...]
+    lengths: tuple[int, ...]
+    grid_thw: tuple[GridTHW, ...]
+    ids_T: Tensor
+    position_ids_3T: Tensor
+    cu_seqlens_S1: Tensor
+    patches_ND: Tensor
+    visual_indices_M: Tensor
+    logit_indices_L: Tensor
+    labels_L: Tensor
+    hf_inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    context_shard: ContextShard | None = None
+    prefix_length: int = 0
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples; a context-parallel sample counts on rank 0 only."""
+        return (
+            len(self.sample_ids)
+            if self.context_shard is None or self.context_shard.rank == 0
+            else 0
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of all samples, with the shared prefix counted for each sample."""
+        return sum(self.lengths) + self.prefix_length * max(0, len(self.sample_ids) - 1)
+
+    @property
+    def num_supervised_tokens(self) -> int:
+        return len(self.labels_L)
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """Copy the batch to a device; copies from pinned memory are asynchronous."""
+        return replace(
+            self,
+            ids_T=self.ids_T.to(device, non_blocking=True),
+            position_ids_3T=self.position_ids_3T.to(device, non_blocking=True),
+            cu_seqlens_S1=self.cu_seqlens_S1.to(device, non_blocking=True),
+            patches_ND=self.patches_ND.to(device, non_blocking=True),
+            visual_indices_M=self.visual_indices_M.to(device, non_blocking=True),
+            logit_indices_L=self.logit_indices_L.to(device, non_blocking=True),
+            labels_L=self.labels_L.to(device, non_blocking=True),
+            hf_inputs={
+                n: value.to(device, non_blocking=True) for n, value in self.hf_inputs.items()
+            },
+        )
+
+
+class SharedPrefix(NamedTuple):
+    """Common prefix of samples.
+
+    Attributes:
+        ids_P: Token ids of the prefix.
+        min_length: Smallest sharable length of any sample.
+    """
+
+    ids_P: NDArray[np.int32]
+    min_length: int
+
+    @classmethod
+    def from_sample(cls, tokenized: TokenizedSample) -> SharedPrefix:
+        """Return the sharable prefix of a sample: before its first image and first supervised
+        token.
+
+        Position ids of these tokens are independent of the rest of the sample.
+        """
+        first_supervised = (
+            int(tokenized.loss_mask_T.argmax())
+            if tokenized.loss_mask_T.any()
+            else tokenized.num_tokens
+        )
+        first_image = tokenized.spans[0].start if tokenized.spans else tokenized.num_tokens
+        ids_P = tokenized.ids_T[: max(0, min(first_supervised - 1, first_image))]
+        return cls(ids_P, len(ids_P))
+
+    def intersect(self, other: SharedPrefix) -> SharedPrefix:
+        """Return the common prefix of both."""
+        min_length = min(self.min_length, other.min_length)
+        end = min(len(self.ids_P), len(other.ids_P))
+        mismatches = np.flatnonzero(self.ids_P[:end] != other.ids_P[:end])
+        return SharedPrefix(self.ids_P[: mismatches[0] if len(mismatches) else end], min_length)
+
+    @property
+    def length(self) -> int:
+        """Length to share; a multiple of PREFIX_MULTIPLE if the texts diverge."""
+        common_length = len(self.ids_P)
+        return (
+            common_length
+            if common_length == self.min_length
+            else common_length - common_length % PREFIX_MULTIPLE
+        )
+
+
+def effective_prefix_length(prefix_length: int, lengths: Sequence[int]) -> int:
+    """Return the prefix length, or 0 if sharing saves too few tokens."""
+    return (
+        prefix_length
+        if prefix_length * (len(lengths) - 1) * MIN_PREFIX_SAVING >= sum(lengths)
+        else 0
+    )
+
+
+def find_shared_prefix_length(tokenized_samples: Sequence[TokenizedSample]) -> int:
+    """Return the number of prefix tokens to share among these samples."""
+    if not tokenized_samples:
+        return 0
+    common_length = reduce(
+        SharedPrefix.intersect, map(SharedPrefix.from_sample, tokenized_samples)
+    ).length
+    return effective_prefix_length(
+        common_length, [tokenized.num_packed_tokens for tokenized in tokenized_samples]
+    )
+
+
+def compute_context_lengths(lengths: Sequence[int], prefix_length: int) -> tuple[int, ...]:
+    """Return the context length of each sequence, including the shared prefix."""
+    prefix, *others = lengths
+    return prefix, *(prefix_length + length for length in others)
+
+
+def pack(
+    samples: Sequence[EncodedSample],
+    patch_buffer: NDArray[np.uint8] | None = None,
+    prefix_length: int = 0,
+) -> PackedBatch:
+    """Pack samples on CPU, in the given order, without tokens that cannot affect the loss.
+
+    A supervised token is predicted by the previous token of its sample; the first token of a
+    sample is never supervised. Ids, positions and indices are int64, `cu_seqlens_S1` is int32 (as
+    variable-length attention requires), patches are uint8.
+
+    Args:
+        patch_buffer: Output array for the patches.
+        prefix_length: Number of shared prefix tokens, see `find_shared_prefix_length`.
+    """
+    assert samples, "cannot pack 0 samples"
+    first_sample = samples[0]
+    assert len(samples) == 1 or not first_sample.hf_inputs, (
+        f"{first_sample.tokenized.id} must be packed alone"
+    )
+    tokenized_samples = [item.tokenized for item in samples]
+    prefix_length = prefix_length if len(tokenized_samples) > 1 else 0
+    # Inputs of an HF processor require all tokens of the sample.
+    ends = [
+        tokenized.num_tokens if first_sample.hf_inputs else tokenized.num_packed_tokens
+        for tokenized in tokenized_samples
+    ]
+    token_ranges = [
+        (one, prefix_length, end) for one, end in zip(tokenized_samples, ends, strict=True)
+    ]
+    if prefix_length:
+        common_length = len(
+            reduce(SharedPrefix.intersect, map(SharedPrefix.from_sample, tokenized_samples)).ids_P
+        )
+        assert prefix_length <= common_length, (
+            f"the samples share {common_length} tokens, not {prefix_length}"
+        )
+        token_ranges.insert(0, (tokenized_samples[0], 0, prefix_length))
+    lengths = [end - start for _, start, end in token_ranges]
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    # Index of each sample's first token if the prefix directly preceded its other tokens.
+    sample_offsets = cu_seqlens[-len(tokenized_samples) - 1 : -1] - prefix_length
+    ids_T = np.concatenate([one.ids_T[a:b] for one, a, b in token_ranges])
+    logit_indices, labels = [], []
+    for (one, start, end), offset in zip(token_ranges, cu_seqlens[:-1], strict=True):
+        supervised = np.flatnonzero(one.loss_mask_T[start + 1 : end + 1])
+        logit_indices.append(offset + supervised)
+        labels.append(one.ids_T[start + 1 + supervised])
+    visual_indices = [
+        np.arange(start + span.start, start + span.stop)
+        for start, outline in zip(sample_offsets, tokenized_samples, strict=True)
+        for span in outline.spans
+    ]
+    empty = np.empty(0, dtype=np.int64)
+    position_ids_3T = np.concatenate([one.position_ids_3T[:, a:b] for one, a, b in token_ranges], 1)
+    return PackedBatch(
+        sample_ids=tuple(outline.id for outline in tokenized_samples),
+        lengths=tuple(lengths),
+        grid_thw=tuple(span.grid_thw for outline in tokenized_samples for span in outline.spans),
+        ids_T=torch.from_numpy(ids_T.astype(np.int64)),
+        position_ids_3T=torch.from_numpy(position_ids_3T.astype(np.int64)),
+        cu_seqlens_S1=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        patches_ND=torch.from_numpy(
+            concat_patches([one.patches_ND for one in samples], patch_buffer)
+        ),
+        visual_indices_M=torch.from_numpy(np.concatenate([empty, *visual_indices])),
+        logit_indices_L=torch.from_numpy(np.concatenate(logit_indices)),
+        labels_L=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+        hf_inputs=first_sample.hf_inputs,
+        prefix_length=prefix_length,
+    )
+
+
+def pad_batch(batch: PackedBatch, merge_size: int | None) -> PackedBatch:
+    """Append a dummy sequence so that batch dimensions are multiples of PAD_MULTIPLE.
+
+    Pads the number of tokens, of patches and of logit indices. The dummy sequence continues the
+    shared prefix and has no labels, so `logit_indices_L` is longer than `labels_L`.
+
+    Args:
+        merge_size: Patches per token side; None for a vision encoder with a fixed image size,
+            whose patches are not padded.
+    """
+    patches_ND, grid_thw = batch.patches_ND, batch.grid_thw
+    if merge_size is not None:
+        patches_ND, grid_thw = pad_patches(patches_ND, grid_thw, merge_size)
+    num_features = (len(patches_ND) - len(batch.patches_ND)) // (merge_size or 1) ** 2
+    num_tokens = num_features + 1
+    num_tokens += -(len(batch.ids_T) + num_tokens) % PAD_MULTIPLE
+    padded = _append_dummy_sequence(batch, num_tokens, num_features, patches_ND, grid_thw)
+    return replace(
+        padded,
+        logit_indices_L=F.pad(
+            batch.logit_indices_L, (0, -len(batch.logit_indices_L) % PAD_MULTIPLE)
+        ),
+    )
+
+
+def append_dummy_image(
+    batch: PackedBatch, dummy_grid: GridTHW, num_features: int, patch_dim: int
+) -> PackedBatch:
+    """Append a dummy sequence with a blank image to a batch without images.
+
+    Args:
+        dummy_grid: Grid of the image.
+        num_features: Number of vision features of the image.
+        patch_dim: Values per patch.
+    """
+    assert not batch.grid_thw, f"the batch already has {len(batch.grid_thw)} images"
+    patches_ND = batch.patches_ND.new_zeros(math.prod(dummy_grid), patch_dim)
+    return _append_dummy_sequence(batch, num_features + 1, num_features, patches_ND, (dummy_grid,))
+
+
+def dummy_batch() -> PackedBatch:
+    """Return a batch with one dummy token that predicts itself."""
+    zeros = torch.zeros(1, dtype=torch.int64)
+    return PackedBatch(
+        sample_ids=(),
+        lengths=(1,),
+        grid_thw=(),
+        ids_T=zeros,
+        position_ids_3T=zeros.expand(3, 1),
+        cu_seqlens_S1=torch.tensor([0, 1], dtype=torch.int32),
+        patches_ND=torch.empty(0, 0, dtype=torch.uint8),
+        visual_indices_M=zeros[:0],
+        logit_indices_L=zeros,
+        labels_L=zeros,
+    )
+
+
+def _append_dummy_sequence(
+    batch: PackedBatch,
+    num_tokens: int,
+    num_features: int,
+    patches_ND: Tensor,
+    grid_thw: tuple[GridTHW, ...],
+) -> PackedBatch:
+    """Append a sequence of dummy tokens; the first `num_features` are those of the added images."""
+    end, dummy_ids = len(batch.ids_T), batch.ids_T.new_zeros(num_tokens)
+    offsets = torch.arange(num_tokens, device=dummy_ids.device)
+    return replace(
+        batch,
+        lengths=(*batch.lengths, num_tokens),
+        grid_thw=grid_thw,
+        ids_T=torch.cat([batch.ids_T, dummy_ids]),
+        position_ids_3T=torch.cat([batch.position_ids_3T, offsets.expand(3, -1)], dim=1),
+        cu_seqlens_S1=torch.cat([batch.cu_seqlens_S1, batch.cu_seqlens_S1[-1:] + num_tokens]),
+        patches_ND=patches_ND,
+        visual_indices_M=torch.cat([batch.visual_indices_M, end + offsets[:num_features]]),
+    )
+
+
+def pad_patches(
+    patches_ND: Tensor, grid_thw: tuple[GridTHW, ...], merge_size: int
+) -> tuple[Tensor, tuple[GridTHW, ...]]:
+    """Append a dummy image so that the number of patches is a multiple of PAD_MULTIPLE."""
+    num_merged = -len(patches_ND) % math.lcm(PAD_MULTIPLE, merge_size**2) // merge_size**2
+    dummy_grids = ((1, merge_size, num_merged * merge_size),) if num_merged else ()
+    return F.pad(patches_ND, (0, 0, 0, num_merged * merge_size**2)), grid_thw + dummy_grids
+
+
+def plan_packs(
+    lengths: Sequence[int], token_budget: int, prefix_length: int = 0
+) -> list[list[int]]:
+    """Assign samples to packs of at most `token_budget` tokens, first fit in the given order.
+
+    A pure function of its arguments. Packs and their samples keep the given order. A sample longer
+    than the budget is packed alone. A shared prefix counts once per pack, but each sample counts
+    as at least 1 / MAX_CONTEXT_RATIO of its tokens.
+
+    Returns:
+        Sample indices of each pack.
+    """
+    packs: list[list[int]] = []
+    free_tokens: list[int] = []
+    for index, sample_length in enumerate(lengths):
+        length = _compute_budget_length(sample_length, prefix_length)
+        fitting = (pack for pack, free in enumerate(free_tokens) if free >= length)
+        pack_index = next(fitting, len(packs))
+        if pack_index == len(packs):
+            packs.append([])
+            free_tokens.append(token_budget - prefix_length)
+        packs[pack_index].append(index)
+        free_tokens[pack_index] -= length
+    return packs
+
+
+def compute_min_budget(lengths: Sequence[int], prefix_length: int = 0) -> int:
+    """Return the smallest token budget with which `plan_packs` creates one pack."""
+    return prefix_length + sum(_compute_budget_length(length, prefix_length) for length in lengths)
+
+
+def _compute_budget_length(length: int, prefix_length: int) -> int:
+    return max(length - prefix_length, length // MAX_CONTEXT_RATIO) if prefix_length else length

@@ -1,0 +1,157 @@
+"""Custom metrics: a Python function in a file, set in a recipe as `metric.py:function`.
+
+The function receives an `EvalCase` and returns a float or a dict of floats; higher is better. The
+scores of a set are their means. The first name, or the name in the variable HEADLINE of the file,
+is the primary metric. The file is executed without a sandbox.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+import runpy
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from finesight.errors import UserError
+from finesight.evaluate.bootstrap import UNBOUNDED
+from finesight.evaluate.eval_case import (
+    EvalCase,
+    MetricFn,
+    MetricResult,
+    MetricValues,
+    mean_metrics,
+)
+
+METRIC_COPY_FILE = "metric.py"
+"""File name of the copy in a run folder."""
+
+EXPECTED_FUNCTION = "a function of one case that returns a finite number or a dict of them"
+
+
+def parse_metric_path(metric: str) -> tuple[Path, str] | None:
+    """Split `path/to/metric.py:function` into file and function; None for a task name."""
+    file, colon, function = metric.rpartition(":")
+    return (Path(os.path.expanduser(file)), function) if colon else None
+
+
+def resolve_metric_path(metric: str, run_dir: Path, *, prefer_copy: bool = False) -> str:
+    """Return the metric, or its copy in a run folder if the file is missing.
+
+    Args:
+        prefer_copy: Use the copy whenever it exists.
+    """
+    path_and_function = parse_metric_path(metric)
+    if path_and_function is None or not (run_dir / METRIC_COPY_FILE).is_file():
+        return metric
+    if os.path.isfile(path_and_function[0]) and not prefer_copy:
+        return metric
+    return f"{run_dir / METRIC_COPY_FILE}:{path_and_function[1]}"
+
+
+def load_custom_metric(file: Path, function: str) -> MetricFn:
+    """Load the scoring function of a file.
+
+    Raises:
+        UserError: The file or, later, the function fails; names the line.
+    """
+    namespace = _run_file(file)
+    metric_fn = namespace.get(function)
+    if not callable(metric_fn):
+        candidates = sorted(
+            n for n, v in namespace.items() if callable(v) and not n.startswith("_")
+        )
+        raise UserError(
+            f"no function {function!r}",
+            where=str(file),
+            expected=EXPECTED_FUNCTION,
+            remedy=f"use one of {', '.join(candidates)}"
+            if candidates
+            else f"define {function}(case)",
+        )
+    primary_metric = namespace.get("HEADLINE")
+    return lambda cases: _score_cases(metric_fn, file, function, primary_metric, cases)
+
+
+def require_metric_file(file: Path) -> None:
+    """Raise UserError unless the file is there; it is not executed."""
+    if not os.path.isfile(file):
+        raise UserError(
+            "no such file",
+            where=str(file),
+            expected="a Python file with the metric function",
+            remedy="correct eval.metric, which is relative to the working directory",
+        )
+
+
+def _run_file(file: Path) -> dict[str, Any]:
+    require_metric_file(file)
+    try:
+        return runpy.run_path(str(file))
+    except (Exception, SystemExit) as error:
+        raise _build_function_error(error, file, "during execution of the file") from error
+
+
+def _score_cases(
+    metric_fn: Callable[[EvalCase], Any],
+    file: Path,
+    function_name: str,
+    primary_metric: str | None,
+    cases: Sequence[EvalCase],
+) -> MetricResult:
+    per_sample: list[MetricValues] = []
+    for case in cases:
+        try:
+            value = metric_fn(case)
+        except (Exception, SystemExit) as error:
+            context = f"for sample {case.id!r}, answer {case.answer[:80]!r}"
+            raise _build_function_error(error, file, context) from error
+        per_sample.append(_to_metric_values(value, file, function_name, case))
+        if per_sample[-1].keys() != per_sample[0].keys():
+            raise _build_invalid_result_error(
+                f"the scores {', '.join(per_sample[-1])} after {', '.join(per_sample[0])}", file
+            )
+    if primary_metric is not None and primary_metric not in per_sample[0]:
+        raise _build_invalid_result_error(
+            f"HEADLINE is {primary_metric!r}, the scores are {', '.join(per_sample[0])}", file
+        )
+    first = primary_metric or next(iter(per_sample[0]))
+    ordered = [{first: scores[first]} | scores for scores in per_sample]
+    return MetricResult(ordered, mean_metrics(ordered, bounds=UNBOUNDED))
+
+
+def _to_metric_values(value: object, file: Path, function: str, case: EvalCase) -> MetricValues:
+    values_by_name = value if isinstance(value, dict) else {function: value}
+    scores: MetricValues = {}
+    for name, value_number in values_by_name.items():
+        if not isinstance(value_number, numbers.Real) or not math.isfinite(value_number):
+            raise _build_invalid_result_error(
+                f"{name} is {value_number!r} for sample {case.id!r}", file
+            )
+        scores[str(name)] = float(value_number)
+    if not scores:
+        raise _build_invalid_result_error(f"no score for sample {case.id!r}", file)
+    return scores
+
+
+def _build_invalid_result_error(problem: str, file: Path) -> UserError:
+    remedy = "correct the function: return finite values with the same names for every case"
+    return UserError(problem, where=str(file), expected=EXPECTED_FUNCTION, remedy=remedy)
+
+
+def _build_function_error(error: BaseException, file: Path, context: str) -> UserError:
+    """Build the error of an exception in the user's file, with its line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(file)]
+    line = lines[-1] if lines else None
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        line = error.lineno
+    return UserError(
+        f"{type(error).__name__}: {error} ({context})",
+        where=f"{file}:{line}" if line else str(file),
+        expected=EXPECTED_FUNCTION,
+        remedy="correct the file; use `python -m pdb` to debug it",
+    )

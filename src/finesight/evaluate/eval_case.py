@@ -1,0 +1,135 @@
+"""Evaluation cases (prediction and references) and metric results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from finesight.data.sample import BoxPart, Sample, TextPart
+from finesight.encode.reasoning import split_reasoning
+from finesight.errors import UserError
+from finesight.evaluate.bootstrap import (
+    BOUNDED,
+    ScoreBounds,
+    ScoreEstimator,
+    compute_intervals,
+    estimate_mean,
+)
+from finesight.evaluate.proportions import ConfidenceInterval
+
+MetricValues = dict[str, float]
+
+ReferenceAnswer = tuple[tuple[str, ...], tuple[BoxPart, ...]]
+"""Reference texts, any of which is correct, and reference boxes, all of which are expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvalCase:
+    """A prediction with its references.
+
+    Attributes:
+        references: Reference texts; any of them is correct.
+        reference_boxes: Reference boxes; all of them are expected.
+        id: Id of the sample.
+        stopped: Whether the completion ended with an end token.
+    """
+
+    answer: str
+    boxes: tuple[BoxPart, ...]
+    references: tuple[str, ...]
+    reference_boxes: tuple[BoxPart, ...]
+    id: str = ""
+    stopped: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class MetricResult:
+    """Result of a task metric on N predictions.
+
+    Attributes:
+        per_sample: Scores of each prediction.
+        estimators: Estimators of the scores of the set.
+        details: Additional machine-readable results, such as a confusion matrix or scores by
+            field.
+    """
+
+    per_sample: list[MetricValues]
+    estimators: dict[str, ScoreEstimator]
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> MetricValues:
+        """Scores of the set."""
+        return {name: one.score for name, one in self.estimators.items()}
+
+    def intervals(self) -> dict[str, ConfidenceInterval | None]:
+        """Return the 95 % interval of each score, None if undefined."""
+        return compute_intervals(self.estimators)
+
+    def notes(self) -> dict[str, str]:
+        """Return warnings and reasons for missing intervals, by score."""
+        notes = {
+            name: one.get_missing_reason() or one.note for name, one in self.estimators.items()
+        }
+        return {name: note for name, note in notes.items() if note}
+
+
+def note_lines(notes: Mapping[str, str]) -> list[str]:
+    """Format one line per note, preceded by the names of its scores."""
+    names: dict[str, list[str]] = {}
+    for name, note in notes.items():
+        names.setdefault(note, []).append(name)
+    return [f"{', '.join(several)}: {note}" for note, several in names.items() if note]
+
+
+MetricFn = Callable[[Sequence[EvalCase]], MetricResult]
+"""Scores one or more predictions."""
+
+
+def mean_metrics(
+    per_sample: Sequence[MetricValues],
+    names: Mapping[str, str] | None = None,
+    bounds: Mapping[str, ScoreBounds] | ScoreBounds = BOUNDED,
+) -> dict[str, ScoreEstimator]:
+    """Return estimators of means over the samples.
+
+    Args:
+        per_sample: Scores of each sample.
+        names: Per-sample score by the name of its mean; by default all, with the same names.
+        bounds: Bounds of all scores, or of some by name; others are in [0, 1].
+    """
+    source_by_metric = names or {name: name for name in per_sample[0]}
+    return {
+        metric: estimate_mean(
+            np.array([scores[name] for scores in per_sample], np.float64),
+            bounds.get(metric, BOUNDED) if isinstance(bounds, Mapping) else bounds,
+        )
+        for metric, name in source_by_metric.items()
+    }
+
+
+def get_reference_answer(sample: Sample, *, has_reasoning: bool = False) -> ReferenceAnswer:
+    """Return the reference texts and boxes of a sample.
+
+    The first text is the last turn, followed by the other references. With `has_reasoning`,
+    reasoning before the answer is removed.
+
+    Raises:
+        UserError: The last turn is not an assistant turn.
+    """
+    last_message = sample.messages[-1]
+    if last_message.role != "assistant":
+        raise UserError(
+            f"sample {sample.id!r} ends with a {last_message.role} turn",
+            expected="an assistant turn with the reference answer at the end",
+            remedy="evaluate on samples with answers, or use `finesight predict --data`",
+        )
+    content = (
+        split_reasoning(last_message.content).answer if has_reasoning else last_message.content
+    )
+    boxes = tuple(part for part in content if isinstance(part, BoxPart))
+    text = "".join(part.text for part in content if isinstance(part, TextPart))
+    return (text, *sample.references), boxes

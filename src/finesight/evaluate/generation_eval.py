@@ -1,0 +1,219 @@
+"""Evaluation by generation on validation samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from finesight.config import EvalSettings, MetricSpec
+from finesight.data.image_header import CorruptImageError
+from finesight.data.jsonl import LocatedSample
+from finesight.encode.renderer import Renderer
+from finesight.errors import UserError
+from finesight.evaluate.eval_case import EvalCase, MetricValues, get_reference_answer, note_lines
+from finesight.evaluate.predictions_file import format_prediction_line
+from finesight.evaluate.proportions import ConfidenceInterval
+from finesight.evaluate.task_metrics import check_references, compute_metrics, get_primary_metric
+from finesight.infer.prediction import Prediction, predict
+from finesight.model.auto_model import AnyModel
+from finesight.storage import write_file
+
+MAX_LISTED_DETAILS = 10
+"""Maximum number of detail lines in a table."""
+
+
+PredictOutput = tuple[list[Prediction], dict[int, str]]
+"""Predictions in sample order, and the reason for each missing prediction by sample index."""
+
+PredictFn = Callable[[Sequence[LocatedSample]], PredictOutput]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationEvalResult:
+    """Scores and predictions of a validation set.
+
+    Attributes:
+        primary_metric: Name of the primary score (higher is better).
+        scores: Scores of the task, and `stopped`, the share of completions with an end token.
+        corrupt_samples: (sample id, reason) of samples with unreadable images, which are excluded.
+        intervals: 95 % interval of each score, None if undefined.
+        details: Additional results of the task metric.
+        notes: Warnings and reasons for missing intervals, by score.
+    """
+
+    metric: MetricSpec
+    primary_metric: str
+    scores: MetricValues
+    predictions: tuple[Prediction, ...]
+    corrupt_samples: tuple[tuple[str, str], ...]
+    intervals: dict[str, ConfidenceInterval | None]
+    details: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the scores as JSON data, without predictions."""
+        return {
+            "metric": self.metric,
+            "num_samples": len(self.predictions),
+            "corrupt_samples": len(self.corrupt_samples),
+            "primary_metric": self.primary_metric,
+            "scores": self.scores,
+            "intervals": self.intervals,
+            "notes": self.notes,
+            "details": self.details,
+        }
+
+    def as_table(self) -> str:
+        """Format the scores as a text table; the primary score is marked."""
+        skipped_note = f", {len(self.corrupt_samples)} skipped" if self.corrupt_samples else ""
+        rows = [
+            f"{name + ('*' if name == self.primary_metric else ''):<18}  {value:8.4f}"
+            f"   {_between(self.intervals[name])}"
+            for name, value in self.scores.items()
+        ]
+        header = (
+            f"{self.metric}: {len(self.predictions)} samples{skipped_note}, with 95 % intervals"
+        )
+        notes = note_lines(self.notes)
+        return "\n".join(
+            [
+                header,
+                *rows,
+                *notes,
+                *_format_details(self.details),
+                *_build_truncation_note(self.predictions),
+            ]
+        )
+
+
+def _between(interval: ConfidenceInterval | None) -> str:
+    return "-" if interval is None else f"{interval.low:.4f} to {interval.high:.4f}"
+
+
+def _build_truncation_note(predictions: Sequence[Prediction]) -> list[str]:
+    """Report completions that ended before their reasoning did."""
+    num_truncated = sum(bool(p.reasoning) and not p.answer and not p.stopped for p in predictions)
+    end = "ended within the reasoning: raise eval.max_new_tokens (--max-new-tokens)"
+    return [f"{num_truncated} of {len(predictions)} completions {end}"] if num_truncated else []
+
+
+def _format_details(details: dict[str, Any]) -> list[str]:
+    """Format the most frequent confusions and the fields with the lowest F1."""
+    confusions = [(r, s, n) for r, s, n in details.get("confusion", []) if r != s][
+        :MAX_LISTED_DETAILS
+    ]
+    lines = [
+        f"{expected!r} predicted as {predicted!r}: {count}"
+        for expected, predicted, count in confusions
+    ]
+    fields = sorted(details.get("fields", {}).items(), key=lambda pair: float(pair[1]["f1"]))
+    return lines + [
+        f"field {name}: f1 {row['f1']:.4f}" for name, row in fields[:MAX_LISTED_DETAILS]
+    ]
+
+
+def evaluate(
+    model: AnyModel,
+    renderer: Renderer,
+    samples: Sequence[LocatedSample],
+    settings: EvalSettings,
+    predictions_file: Path | None = None,
+    on_progress: Callable[[int], None] | None = None,
+    on_batch_reduced: Callable[[int], None] | None = None,
+    distribute: Callable[[PredictFn], PredictFn] | None = None,
+) -> GenerationEvalResult:
+    """Generate predictions for validation samples and score them.
+
+    Uses the first `settings.limit` samples and restores the model's training mode.
+
+    Args:
+        predictions_file: Output file of predictions with scores, one JSON object per line.
+        on_progress: Called after each step with the number of finished completions; an exception
+            stops the evaluation.
+        on_batch_reduced: Called with the new batch size after the GPU runs out of memory.
+        distribute: Distributes the prediction function over several ranks.
+
+    Raises:
+        UserError: There are no samples, samples have no reference answer for the metric, or no
+            image can be read.
+    """
+    selected = list(islice(samples, settings.limit))
+    if not selected:
+        raise UserError(
+            f"{len(selected)} samples to evaluate",
+            where="evaluation data",
+            expected="at least one sample with an answer",
+            remedy="set validation samples, for example with `finesight data import --eval-last`",
+        )
+    has_reasoning = renderer.has_reasoning
+    references = [
+        get_reference_answer(sample.sample, has_reasoning=has_reasoning) for sample in selected
+    ]
+    check_references(settings.metric, references)
+    predict_fn = partial(
+        _generate_predictions, model, renderer, settings, on_progress, on_batch_reduced
+    )
+    predictions, corrupt_reasons = (distribute(predict_fn) if distribute else predict_fn)(selected)
+    if not predictions:
+        raise UserError(
+            f"none of {len(selected)} samples has a readable image",
+            where="evaluation data",
+            expected="complete image files",
+            remedy=f"correct the first error: {corrupt_reasons[0]}",
+        )
+    valid_references = [
+        reference for i, reference in enumerate(references) if i not in corrupt_reasons
+    ]
+    cases = [
+        EvalCase(prediction.answer, prediction.boxes, *truth, prediction.id, prediction.stopped)
+        for prediction, truth in zip(predictions, valid_references, strict=True)
+    ]
+    metric_result = compute_metrics(settings.metric, cases)
+    if predictions_file is not None:
+        lines = [
+            format_prediction_line(*row)
+            for row in zip(predictions, cases, metric_result.per_sample, strict=True)
+        ]
+        write_file(predictions_file, "".join(lines).encode())
+    return GenerationEvalResult(
+        metric=settings.metric,
+        primary_metric=get_primary_metric(settings.metric, metric_result.scores),
+        scores=metric_result.scores,
+        predictions=tuple(predictions),
+        corrupt_samples=tuple(
+            (selected[i].sample.id, reason) for i, reason in sorted(corrupt_reasons.items())
+        ),
+        intervals=metric_result.intervals(),
+        details=metric_result.details,
+        notes=metric_result.notes(),
+    )
+
+
+def _generate_predictions(
+    model: AnyModel,
+    renderer: Renderer,
+    settings: EvalSettings,
+    on_progress: Callable[[int], None] | None,
+    on_batch_reduced: Callable[[int], None] | None,
+    samples: Sequence[LocatedSample],
+) -> PredictOutput:
+    corrupt_reasons: dict[int, str] = {}
+
+    def record_corrupt(index: int, error: CorruptImageError) -> None:
+        corrupt_reasons[index] = str(error).splitlines()[0]
+
+    predictions = predict(
+        model,
+        renderer,
+        samples,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        on_progress=on_progress,
+        on_corrupt_image=record_corrupt,
+        on_batch_reduced=on_batch_reduced,
+    )
+    return predictions, corrupt_reasons

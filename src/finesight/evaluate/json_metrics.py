@@ -1,0 +1,219 @@
+"""JSON extraction metrics: F1 over all fields and by field.
+
+A field is the path of keys to a value without list indices (`items.price`). A predicted (field,
+value) pair is correct as often as the reference contains it. Empty values (null, "", [] and {})
+are ignored on both sides. Numeric values are compared numerically, texts with normalized
+whitespace. Relations between values, such as a name with its price, are only evaluated by exact
+match.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from finesight.evaluate.bootstrap import (
+    REASON_NO_SAMPLES,
+    FloatArray,
+    SampleGroup,
+    ScoreEstimator,
+    build_grouped_sums,
+    estimate_ratio,
+    safe_divide,
+    typical_classes,
+)
+from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, mean_metrics
+from finesight.evaluate.ocr_metrics import normalize_text
+
+JsonForm = dict[str, Any] | list[Any]
+"""Nested dicts and lists of strings in canonical form: without empty values, lists sorted."""
+
+FieldCounts = Counter[tuple[str, str]]
+"""Number of occurrences of each (field, value) pair."""
+
+MAX_DEPTH = 64
+"""Maximum nesting depth of an answer."""
+
+MAX_LISTED_FIELDS = 200
+"""Maximum number of fields in `details`, the most frequent ones."""
+
+_CODE_FENCE = "```"
+
+
+def score_json(cases: Sequence[EvalCase]) -> MetricResult:
+    """Compute F1 over all fields, macro F1 over fields, exact match and parse rate.
+
+    `details["fields"]` contains F1, precision and recall by field.
+    """
+    per_sample: list[MetricValues] = []
+    pairs: list[tuple[FieldCounts, FieldCounts]] = []
+    for case in cases:
+        predicted_form = parse_form(case.answer)
+        reference_forms = [
+            form for text in case.references if (form := parse_form(text)) is not None
+        ]
+        assert reference_forms, f"the reference {case.references[0]!r} is not JSON"
+        predicted_fields = Counter() if predicted_form is None else count_fields(predicted_form)
+        reference_fields = max(
+            map(count_fields, reference_forms),
+            key=lambda fields: _compute_f1(predicted_fields, fields),
+        )
+        exact, parsed = float(predicted_form in reference_forms), float(predicted_form is not None)
+        per_sample.append(
+            {
+                "f1": _compute_f1(predicted_fields, reference_fields),
+                "exact": exact,
+                "parsed": parsed,
+            }
+        )
+        pairs.append((predicted_fields, reference_fields))
+    num_correct = np.array(
+        [(predicted & reference).total() for predicted, reference in pairs], np.float64
+    )
+    num_total = np.array(
+        [predicted.total() + reference.total() for predicted, reference in pairs], np.float64
+    )
+    counts_by_field = {
+        name: field_counts
+        for name, field_counts in _count_by_field(pairs).items()
+        if field_counts.values[:, 2].any()
+    }
+
+    estimators = {
+        "f1": estimate_ratio(2 * num_correct, num_total),
+        "f1_macro": _compute_f1_macro(
+            counts_by_field, np.array([scores["f1"] for scores in per_sample])
+        ),
+        **mean_metrics(per_sample, {"exact": "exact", "parse_rate": "parsed"}),
+    }
+    scores_by_field = {name: _compute_field_scores(one) for name, one in counts_by_field.items()}
+    by_frequency = sorted(
+        scores_by_field, key=lambda name: -scores_by_field[name]["num_references"]
+    )
+    listed_fields = by_frequency[:MAX_LISTED_FIELDS]
+    return MetricResult(
+        per_sample, estimators, {"fields": {name: scores_by_field[name] for name in listed_fields}}
+    )
+
+
+def parse_form(text: str) -> JsonForm | None:
+    """Parse a JSON object or list, optionally in a ```json fence.
+
+    Returns None for any other text and never raises for generated text.
+    """
+    text = text.strip()
+    if text.startswith(_CODE_FENCE) and text.endswith(_CODE_FENCE):
+        text = text[len(_CODE_FENCE) : -len(_CODE_FENCE)].removeprefix("json")
+    try:
+        value = json.loads(text, parse_constant=_reject_constant)
+        return _normalize_value(value, 0) if isinstance(value, dict | list) else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def count_fields(form: JsonForm) -> FieldCounts:
+    """Count the (field, value) pairs of a form."""
+    return Counter(_iter_leaves(form, ""))
+
+
+def _reject_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _normalize_value(value: Any, depth: int) -> Any:
+    """Return the canonical form of a value; empty for an empty value."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"deeper than {MAX_DEPTH} levels")
+    if isinstance(value, dict):
+        normalized = {name: _normalize_value(value[name], depth + 1) for name in sorted(value)}
+        return {name: child for name, child in normalized.items() if child}
+    if isinstance(value, list):
+        return sorted(
+            filter(None, (_normalize_value(inner, depth + 1) for inner in value)), key=repr
+        )
+    return "" if value is None else _format_scalar(value)
+
+
+def _format_scalar(value: str | float | bool) -> str:
+    if isinstance(value, str):
+        return normalize_text(value)
+    if isinstance(value, float) and math.isfinite(value) and value.is_integer():
+        return str(int(value))
+    return json.dumps(value)
+
+
+def _iter_leaves(form: JsonForm | str, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(form, str):
+        yield path, form
+    elif isinstance(form, dict):
+        for name, child in form.items():
+            yield from _iter_leaves(child, f"{path}.{name}" if path else name)
+    else:
+        for child in form:
+            yield from _iter_leaves(child, path)
+
+
+def _compute_f1(predicted: FieldCounts, reference: FieldCounts) -> float:
+    num_total = predicted.total() + reference.total()
+    return 2 * (predicted & reference).total() / num_total if num_total else 1.0
+
+
+def _count_by_field(pairs: Sequence[tuple[FieldCounts, FieldCounts]]) -> dict[str, SampleGroup]:
+    """Return correct, predicted and reference counts of each field."""
+    rows: dict[str, dict[int, list[int]]] = defaultdict(dict)
+    for i, (predicted, reference) in enumerate(pairs):
+        for column, fields in enumerate((predicted & reference, predicted, reference)):
+            for (name, _), count in fields.items():
+                rows[name].setdefault(i, [0, 0, 0])[column] += count
+    return {
+        name: SampleGroup(
+            np.array(list(counts_by_sample)), np.array(list(counts_by_sample.values()), np.float64)
+        )
+        for name, counts_by_sample in sorted(rows.items())
+    }
+
+
+def _compute_f1_macro(counts: dict[str, SampleGroup], rates: FloatArray) -> ScoreEstimator:
+    """Return the estimator of the mean F1 over fields.
+
+    Each group has the correct, predicted and reference values of a field. The typical sample
+    predicts as many values as the references have.
+    """
+    groups = list(counts.values())
+    sizes, undefined = np.zeros(0), REASON_NO_SAMPLES
+    if groups:
+        having = [int(np.count_nonzero(group.values[:, 2])) for group in groups]
+        parts, undefined = typical_classes(having, len(rates))
+        sizes = parts * [group.values[:, 2].sum() for group in groups] / having
+
+    def value(sums: FloatArray) -> FloatArray:
+        right, predicted, wants = np.moveaxis(sums.reshape(len(sums), len(groups), 3), 2, 0)
+        found = np.where(wants > 0, safe_divide(2 * right, predicted + wants), 0.0)
+        return safe_divide(found.sum(axis=1), (wants > 0).sum(axis=1) * 1.0)
+
+    return ScoreEstimator(
+        weighted_sums=build_grouped_sums(groups, len(rates)),
+        score_from_sums=value,
+        sample_rates=rates,
+        is_biased=True,
+        pseudo_sums=np.outer(sizes, [0, 1, 1]).ravel(),
+        pseudo_slope=np.outer(sizes, [1, 0, 0]).ravel(),
+        undefined_reason=undefined,
+    )
+
+
+def _compute_field_scores(counts: SampleGroup) -> dict[str, float]:
+    num_correct, num_predicted, num_references = (
+        float(total) for total in counts.values.sum(axis=0)
+    )
+    return {
+        "f1": 2 * num_correct / (num_predicted + num_references),
+        "precision": num_correct / num_predicted if num_predicted else 0.0,
+        "recall": num_correct / num_references,
+        "num_references": num_references,
+    }

@@ -1,0 +1,201 @@
+"""Comparison of two evaluations of the same samples, with confidence intervals."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from finesight.config import MetricSpec
+from finesight.errors import UserError
+from finesight.evaluate.bootstrap import (
+    MIN_SAMPLES,
+    ScoreEstimator,
+    compute_difference_intervals,
+    get_missing_difference_reason,
+)
+from finesight.evaluate.eval_case import EvalCase, MetricResult, note_lines
+from finesight.evaluate.predictions_file import read_predictions
+from finesight.evaluate.proportions import ConfidenceInterval
+from finesight.evaluate.task_metrics import LOWER_IS_BETTER, compute_metrics
+
+T = TypeVar("T")
+
+Verdict = Literal["better", "worse", "no clear change"]
+
+MIN_VISIBLE_CHANGE = 5e-5
+"""Smallest difference that is not displayed as 0.0000."""
+
+REASON_UNSAMPLED = "no interval: only the sum over all samples is known"
+REASON_NO_PREDICTIONS = "no interval: the answers are gone"
+
+
+@dataclass(frozen=True, slots=True)
+class MetricDifference:
+    """A score before and after, with the 95 % interval of the difference.
+
+    Attributes:
+        low: Lower bound of after - before; None, like `high`, without an interval.
+        note: Reason for a missing interval, or a warning about the score.
+    """
+
+    name: str
+    before: float
+    after: float
+    low: float | None
+    high: float | None
+    verdict: Verdict
+    note: str = ""
+
+
+def compare_cases(
+    metric: MetricSpec, before: Sequence[EvalCase], after: Sequence[EvalCase]
+) -> list[MetricDifference]:
+    """Compare the scores of two sets of predictions for the same samples.
+
+    Predictions are paired by sample id (in order for repeated ids); unpaired ones are ignored.
+
+    Raises:
+        UserError: The sets have no sample in common.
+    """
+    before_cases, after_cases = _match_cases(before, after)
+    if not before_cases:
+        raise UserError(
+            f"{len(before)} predictions before and {len(after)} after have no sample in common",
+            where="comparison",
+            expected="predictions for the same samples",
+            remedy="evaluate both on the same data",
+        )
+    return compare_results(
+        compute_metrics(metric, before_cases), compute_metrics(metric, after_cases)
+    )
+
+
+def compare_results(before: MetricResult, after: MetricResult) -> list[MetricDifference]:
+    """Compare the scores of predictions for the same samples in the same order."""
+    return compare_estimators(before.estimators, after.estimators)
+
+
+def compare_estimators(
+    before: Mapping[str, ScoreEstimator], after: Mapping[str, ScoreEstimator]
+) -> list[MetricDifference]:
+    """Compare estimators of the same samples in the same order."""
+    differences = []
+    for name, interval in compute_difference_intervals(before, after).items():
+        before_score, after_score = before[name], after[name]
+        low, high = interval or (None, None)
+        verdict = (
+            _classify_change(name, interval)
+            if before_score.num_samples >= MIN_SAMPLES
+            else "no clear change"
+        )
+        note = get_missing_difference_reason(before_score, after_score) or before_score.note
+        differences.append(
+            MetricDifference(name, before_score.score, after_score.score, low, high, verdict, note)
+        )
+    return differences
+
+
+def compare_prediction_files(
+    metric: MetricSpec, before: Path, after: Path
+) -> list[MetricDifference]:
+    """Compare two prediction files of evaluations."""
+    before_predictions, after_predictions = read_predictions(before), read_predictions(after)
+    return compare_cases(
+        metric,
+        [prediction.case for prediction in before_predictions],
+        [one.case for one in after_predictions],
+    )
+
+
+def build_unsampled_difference(
+    name: str, before: float, after: float, note: str = REASON_UNSAMPLED
+) -> MetricDifference:
+    """Compare scores without per-sample values, such as the validation loss, by value only."""
+    change = after - before
+    return MetricDifference(
+        name,
+        before,
+        after,
+        None,
+        None,
+        _classify_change(name, ConfidenceInterval(change, change)),
+        note,
+    )
+
+
+def _classify_change(name: str, interval: ConfidenceInterval | None) -> Verdict:
+    """Classify a change as clear if the interval excludes 0 and the change is visible."""
+    if interval is None or max(map(abs, interval)) < MIN_VISIBLE_CHANGE:
+        return "no clear change"
+    low, high = interval
+    if name in LOWER_IS_BETTER:
+        low, high = -high, -low
+    return "better" if low > 0 else "worse" if high < 0 else "no clear change"
+
+
+def format_differences(
+    differences: Sequence[MetricDifference], primary_metric: str | None = None
+) -> str:
+    """Format one line per score; the primary metric is marked."""
+    rows = [("score", "before", "after", "difference", "95 % interval", "")]
+    for difference in differences:
+        primary_mark = "*" if difference.name == primary_metric else ""
+        values = (
+            f"{difference.before:.4f}",
+            f"{difference.after:.4f}",
+            f"{difference.after - difference.before:+.4f}",
+        )
+        interval_text = (
+            "" if difference.low is None else f"{difference.low:+.4f} to {difference.high:+.4f}"
+        )
+        rows.append((difference.name + primary_mark, *values, interval_text, difference.verdict))
+    return "\n".join(
+        [align_columns(rows, 1), *note_lines({one.name: one.note for one in differences})]
+    )
+
+
+def align_columns(rows: Sequence[Sequence[str]], num_left: int) -> str:
+    """Align rows in columns: the first `num_left` left, the others right, the last one unpadded."""
+    *widths, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    alignments = ["<" if column_index < num_left else ">" for column_index in range(len(widths))]
+    return "\n".join(
+        "  ".join(
+            [
+                *(
+                    f"{text:{side}{width}}"
+                    for text, side, width in zip(row[:-1], alignments, widths, strict=True)
+                ),
+                row[-1],
+            ]
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _match_cases(
+    before: Sequence[EvalCase], after: Sequence[EvalCase]
+) -> tuple[list[EvalCase], list[EvalCase]]:
+    """Return the cases of samples that both sets contain, in the order of `before`."""
+    before_by_sample, after_by_sample = (
+        index_by_sample(cases, lambda case: case.id) for cases in (before, after)
+    )
+    shared_keys = [key for key in before_by_sample if key in after_by_sample]
+    return [before_by_sample[key] for key in shared_keys], [
+        after_by_sample[key] for key in shared_keys
+    ]
+
+
+def index_by_sample(
+    items: Sequence[T], get_sample_id: Callable[[T], str]
+) -> dict[tuple[str, int], T]:
+    """Index items by sample id and the number of previous items with this id."""
+    id_counts: Counter[str] = Counter()
+    item_by_key = {}
+    for item in items:
+        sample_id = get_sample_id(item)
+        item_by_key[sample_id, id_counts[sample_id]] = item
+        id_counts[sample_id] += 1
+    return item_by_key

@@ -1,0 +1,62 @@
+"""Visual question answering metrics: exact match, word F1 and ANLS, with the best reference.
+
+Exact match and F1 follow SQuAD (Rajpurkar et al. 2016). ANLS follows ST-VQA and DocVQA (Biten et
+al. 2019): 1 - edits / length of the longer text, 0 below 0.5, ignoring case.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, mean_metrics
+from finesight.evaluate.ocr_metrics import compute_edit_distance
+
+ANLS_THRESHOLD = 0.5
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def score_qa(cases: Sequence[EvalCase]) -> MetricResult:
+    """Compute mean ANLS, exact match and F1, each also per sample."""
+    per_sample: list[MetricValues] = [
+        {
+            "anls": max(compute_anls(case.answer, reference) for reference in case.references),
+            "exact": max(
+                float(normalize_answer(case.answer) == normalize_answer(truth))
+                for truth in case.references
+            ),
+            "f1": max(compute_word_f1(case.answer, truth) for truth in case.references),
+        }
+        for case in cases
+    ]
+    return MetricResult(per_sample, mean_metrics(per_sample))
+
+
+def normalize_answer(text: str) -> str:
+    """Lower-case text without ASCII punctuation, English articles and extra spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
+
+
+def compute_word_f1(answer: str, reference: str) -> float:
+    """Compute the F1 of the words of normalized texts; 1 if both are empty."""
+    answer_words, reference_words = (
+        normalize_answer(answer).split(),
+        normalize_answer(reference).split(),
+    )
+    if not answer_words or not reference_words:
+        return float(answer_words == reference_words)
+    common = (Counter(answer_words) & Counter(reference_words)).total()
+    return 2 * common / (len(answer_words) + len(reference_words))
+
+
+def compute_anls(answer: str, reference: str) -> float:
+    """Compute the normalized Levenshtein similarity, in {0} and [0.5, 1]; 1 if both are empty."""
+    answer_text, reference_text = (" ".join(text.lower().split()) for text in (answer, reference))
+    similarity = 1.0 - compute_edit_distance(answer_text, reference_text) / max(
+        1, len(answer_text), len(reference_text)
+    )
+    return similarity if similarity >= ANLS_THRESHOLD else 0.0

@@ -1,0 +1,151 @@
+"""Registry of task metrics with their primary scores.
+
+A new metric is a module with `score(cases) -> MetricResult`, an entry in TASK_METRICS, and its
+name in config.TaskName.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from finesight.config import MetricSpec, TaskName
+from finesight.errors import UserError
+from finesight.evaluate import (
+    caption_metrics,
+    classification_metrics,
+    custom_metric,
+    detection_metrics,
+    grounding_metrics,
+    json_metrics,
+    latex_metrics,
+    ocr_metrics,
+    qa_metrics,
+)
+from finesight.evaluate.eval_case import (
+    EvalCase,
+    MetricFn,
+    MetricResult,
+    MetricValues,
+    ReferenceAnswer,
+    mean_metrics,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskMetric:
+    """A task metric.
+
+    Attributes:
+        primary_metric: Primary score (higher is better); None for the first score.
+        reference_kind: Content that references must have.
+    """
+
+    primary_metric: str | None
+    score_fn: MetricFn
+    reference_kind: Literal["text", "box", "json", "anything"] = "text"
+
+
+TASK_METRICS: dict[TaskName, TaskMetric] = {
+    "captions": TaskMetric("cider_d", caption_metrics.score_captions),
+    "latex": TaskMetric("similarity", latex_metrics.score_latex),
+    "ocr": TaskMetric("similarity", ocr_metrics.score_ocr),
+    "qa": TaskMetric("anls", qa_metrics.score_qa),
+    "classification": TaskMetric("accuracy", classification_metrics.score_classification),
+    "json": TaskMetric("f1", json_metrics.score_json, reference_kind="json"),
+    "grounding": TaskMetric(
+        "accuracy_at_0.5", grounding_metrics.score_grounding, reference_kind="box"
+    ),
+    "detection": TaskMetric("f1_at_0.5", detection_metrics.score_detection, reference_kind="box"),
+}
+
+LOWER_IS_BETTER = frozenset({"edit_distance", "cer", "wer", "validation_loss"})
+"""Scores for which lower is better."""
+
+
+def get_task_metric(metric: MetricSpec) -> TaskMetric:
+    """Return the metric of a task, or load a custom metric.
+
+    Raises:
+        UserError: The file of the custom metric is invalid.
+    """
+    path_and_function = custom_metric.parse_metric_path(metric)
+    if path_and_function is not None:
+        return TaskMetric(
+            None, custom_metric.load_custom_metric(*path_and_function), reference_kind="anything"
+        )
+    return next(task for name, task in TASK_METRICS.items() if name == metric)
+
+
+def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) -> None:
+    """Reject references without the content that the metric compares.
+
+    Without reference boxes, for example, an answer without boxes would be a perfect grounding
+    result.
+
+    Raises:
+        UserError: No reference has the required content.
+    """
+    task = get_task_metric(metric)
+    reference_kind = task.reference_kind
+    if reference_kind == "anything":
+        _dry_run_metric(metric, task.score_fn, references[0])
+    has_reference = [_has_reference_kind(reference_kind, reference) for reference in references]
+    if any(has_reference) and (reference_kind != "json" or all(has_reference)):
+        return
+    problem = f"none of {len(references)} references has {reference_kind} content"
+    if reference_kind == "json" and any(has_reference):
+        problem = f"the reference {references[has_reference.index(False)][0][0][:80]!r} is not JSON"
+    raise UserError(
+        problem,
+        where=f"metric {metric}",
+        expected=f"samples whose last turn has a {reference_kind} part"
+        if reference_kind != "json"
+        else "samples whose last turn is a JSON object or list",
+        remedy="choose the metric of this task, or import the data again with answers",
+    )
+
+
+def _dry_run_metric(metric: MetricSpec, metric_fn: MetricFn, reference: ReferenceAnswer) -> None:
+    """Run a custom metric on a reference and on an empty answer.
+
+    Errors then occur before generation.
+    """
+    texts, reference_boxes = reference
+    cases = [
+        EvalCase(texts[0], reference_boxes, texts, reference_boxes),
+        EvalCase("", (), texts, reference_boxes),
+    ]
+    scores = metric_fn(cases).scores
+    reserved_names = sorted(scores.keys() & (LOWER_IS_BETTER | {"stopped"}))
+    if reserved_names:
+        raise UserError(
+            f"the score name {reserved_names[0]} is reserved",
+            where=f"metric {metric}",
+            expected="an unreserved name; custom scores must be higher for better answers",
+            remedy=f"rename the score; return 1 - {reserved_names[0]} for an error rate",
+        )
+
+
+def _has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool:
+    texts, reference_boxes = reference
+    if reference_kind == "json":
+        return any(json_metrics.parse_form(text) is not None for text in texts)
+    if reference_kind == "box":
+        return bool(reference_boxes)
+    return reference_kind == "anything" or bool("".join(texts).strip())
+
+
+def compute_metrics(metric: MetricSpec, cases: Sequence[EvalCase]) -> MetricResult:
+    """Compute the scores of a task, and the share of completions with an end token."""
+    assert cases, "no cases to score"
+    metric_result = get_task_metric(metric).score_fn(cases)
+    stopped_fn = mean_metrics([{"stopped": float(case.stopped)} for case in cases])
+    return replace(metric_result, estimators=metric_result.estimators | stopped_fn)
+
+
+def get_primary_metric(metric: MetricSpec, scores: MetricValues) -> str:
+    """Return the name of the primary score; for a custom metric the first one."""
+    matching = [task for name, task in TASK_METRICS.items() if name == metric]
+    return (matching[0].primary_metric if matching else None) or next(iter(scores))

@@ -1,0 +1,142 @@
+"""Complete the files that transformers, vLLM and SGLang read in addition to weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from finesight.bounded_files import read_json_object
+from finesight.model_folder import (
+    PREPROCESSOR_DEFAULTS,
+    PREPROCESSOR_FILE,
+    PROCESSOR_FILE,
+    ModelFolder,
+)
+
+GENERATION_CONFIG_FILE = "generation_config.json"
+
+HF_ARCHITECTURES: Mapping[str, str] = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+}
+"""Model class of each family in these programs."""
+
+HF_PROCESSORS: Mapping[str, str] = {
+    "qwen2_vl": "Qwen2VLProcessor",
+    "qwen2_5_vl": "Qwen2_5_VLProcessor",
+}
+"""Processor class of each family whose folders may not name it."""
+
+GREEDY_CONFIG = {"do_sample": True, "temperature": 1e-6, "top_k": 1, "repetition_penalty": 1.0}
+"""Greedy decoding without penalties, as in the evaluation.
+
+It is written as sampling from one candidate, since vLLM and SGLang read their defaults from these
+keys and do not know `do_sample`.
+"""
+
+_REQUIRED_FILES: tuple[tuple[str, ...], ...] = (
+    ("config.json",),
+    (GENERATION_CONFIG_FILE,),
+    ("tokenizer.json",),
+    ("tokenizer_config.json",),
+    (PREPROCESSOR_FILE, PROCESSOR_FILE),
+    ("model.safetensors", "model.safetensors.index.json"),
+)
+_CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+_QWEN_VL_REQUIRED_FILES = (
+    ("config.json",),
+    (GENERATION_CONFIG_FILE,),
+    ("qwen.tiktoken",),
+    ("tokenizer_config.json",),
+    ("model.safetensors", "model.safetensors.index.json"),
+)
+
+_SAMPLING_KEYS = {
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff"),
+    *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "num_beams"),
+    *("diversity_penalty", "length_penalty", "penalty_alpha", "presence_penalty"),
+    *("frequency_penalty", "max_new_tokens", "max_length"),
+}
+"""Settings that would change completions compared to `finesight predict`."""
+
+
+def complete_hf_folder(folder: Path, family: str, end_ids: Sequence[int]) -> None:
+    """Add files that other programs need and the base may lack.
+
+    Writes the class in config.json, the image preprocessor settings, and a greedy
+    generation_config.json with `end_ids`. Makes the weights readable for the same users as the
+    other files.
+    """
+    for weight_file in folder.glob("*.safetensors"):
+        # The writer of weights restricts them to this user, but a server often runs as another
+        # user.
+        weight_file.chmod((folder / "config.json").stat().st_mode)
+    config = _read_json(folder / "config.json")
+    # Local path from which transformers loaded the base.
+    config.pop("_name_or_path", None)
+    if family in HF_ARCHITECTURES:
+        config["architectures"] = [HF_ARCHITECTURES[family]]
+    _write_json(folder / "config.json", config)
+    if family in HF_PROCESSORS and "image_processor" not in _read_json(folder / PROCESSOR_FILE):
+        processor_names = {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": HF_PROCESSORS[family],
+        }
+        settings = {
+            **PREPROCESSOR_DEFAULTS,
+            **processor_names,
+            **_read_json(folder / PREPROCESSOR_FILE),
+        }
+        _write_json(folder / PREPROCESSOR_FILE, settings)
+    original = _read_json(folder / GENERATION_CONFIG_FILE)
+    generation_config = {key: value for key, value in original.items() if key not in _SAMPLING_KEYS}
+    eos_token_id = generation_config.get("eos_token_id")
+    other_eos_ids = (
+        eos_token_id
+        if isinstance(eos_token_id, list)
+        else []
+        if eos_token_id is None
+        else [eos_token_id]
+    )
+    eos_ids = list(dict.fromkeys([*end_ids, *other_eos_ids]))
+    _write_json(
+        folder / GENERATION_CONFIG_FILE,
+        {**generation_config, "eos_token_id": eos_ids, **GREEDY_CONFIG},
+    )
+
+
+def find_dropped_sampling(base_folder: ModelFolder) -> dict[str, Any]:
+    """Return the sampling settings of the base's generation_config.json that are not copied."""
+    return {
+        key: value
+        for key, value in base_folder.generation_config.items()
+        # None, 0 and 1 (equal to True) disable these settings.
+        if key in _SAMPLING_KEYS and value not in (None, 0, 1, GREEDY_CONFIG.get(key))
+    }
+
+
+def find_missing_files(folder: ModelFolder) -> list[str]:
+    """Return the files that other programs require and the folder lacks."""
+    required: Iterable[tuple[str, ...]] = (
+        _QWEN_VL_REQUIRED_FILES if folder.family == "qwen" else _REQUIRED_FILES
+    )
+    missing = [
+        " or ".join(names)
+        for names in required
+        if not any(folder.find_file(name) is not None for name in names)
+    ]
+    if folder.family != "qwen" and not folder.chat_template:
+        missing.append(f"a chat template ({', '.join(_CHAT_TEMPLATE_FILES)})")
+    return missing
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.is_file() else {}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,286 @@
+"""Write the model card of a merged folder: training, evaluation, and serving."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finesight import __version__
+from finesight.bounded_files import read_bytes
+from finesight.bounded_yaml import load_yaml
+from finesight.errors import UserError
+from finesight.evaluate.eval_case import note_lines
+from finesight.export.hf_files import HF_ARCHITECTURES
+from finesight.export.merge_parity import MergeParity
+from finesight.export.serving_commands import format_serving_commands
+from finesight.hub.address import parse_model_address
+from finesight.infer.model_loader import ModelSource
+from finesight.manifest import MANIFEST_FILE
+from finesight.model.lora.merge import public_model_name
+from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, ModelFolder
+from finesight.report.metrics import get_note
+from finesight.report.run_reader import RunRecord, read_json_lines, read_run
+
+MODEL_CARD_FILE = "README.md"
+
+MAX_SHOWN_PROMPTS = 3
+"""Maximum number of prompts in the card, most frequent first."""
+
+_PRIVATE_SECTIONS = ("output_dir", "track")
+"""Recipe sections about folders, accounts and projects, omitted from the card."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCardInfo:
+    """Content of a model card. `source` is the run or other source, `name` the folder name."""
+
+    source: Path
+    model_source: ModelSource
+    name: str
+    precision: str
+    dequantized_layers: int
+    parity: MergeParity
+    missing_files: tuple[str, ...]
+    dropped_sampling: dict[str, Any]
+
+
+def write_model_card(folder: Path, info: ModelCardInfo) -> None:
+    """Write README.md of a merged folder after all other files."""
+    manifest_file = info.source / MANIFEST_FILE
+    run_record = read_run(info.source) if manifest_file.is_file() else None
+    blocks = [
+        _format_front_matter(info),
+        f"# {info.name}",
+        _format_summary(info, run_record),
+        *_format_prompts(run_record),
+        *_format_scores(run_record),
+        *_format_recipe(run_record),
+        _format_parity(info),
+        _format_serving(ModelFolder(folder), info),
+        _format_license(info.model_source.folder, folder),
+    ]
+    (folder / MODEL_CARD_FILE).write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+
+
+def _get_base_name(model_source: ModelSource) -> str:
+    if model_source.folder.path.resolve() == TINY_MODEL_FOLDER.resolve():
+        return TINY_MODEL
+    return public_model_name(
+        model_source.manifest.base_model if model_source.manifest else str(model_source.folder.path)
+    )
+
+
+def _format_front_matter(info: ModelCardInfo) -> str:
+    model_source, base_name = info.model_source, _get_base_name(info.model_source)
+    metadata: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["finesight", model_source.folder.family],
+    }
+    license_name = _read_front_matter(model_source.folder.path).get("license")
+    if isinstance(license_name, str):
+        metadata["license"] = license_name
+    if base_name != TINY_MODEL and parse_model_address(base_name) is not None:
+        metadata["base_model"] = base_name
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---"
+
+
+def _format_summary(info: ModelCardInfo, run_record: RunRecord | None) -> str:
+    manifest, parity = info.model_source.manifest, info.parity
+    sentences = [
+        f"{_get_base_name(info.model_source)} (family {info.model_source.folder.family}),"
+        f" fine-tuned with finesight {__version__}; weights in {info.precision}."
+    ]
+    if manifest is not None:
+        tuned_parts = {name: mode for name, mode in manifest.tune if mode in ("lora", "full")}
+        sentences.append(
+            "Trained: " + ", ".join(f"{name} ({mode})" for name, mode in tuned_parts.items()) + "."
+        )
+        sentences.append(f"The fingerprint of the base is {manifest.base_fingerprint}.")
+    if run_record is not None:
+        sentences += _format_training_counts(run_record)
+    if info.model_source.quantization_summary:
+        sentences.append(
+            (
+                f"The run used the weights of {info.model_source.quantization_summary}; this"
+                " folder contains them unquantized."
+            )
+            + (
+                ""
+                if parity.quantized_comparison
+                else " The difference of completions was not measured."
+            )
+        )
+    if info.dequantized_layers:
+        sentences.append(
+            f"{info.dequantized_layers} layers were dequantized from 4 bits; their values"
+            " are unchanged."
+        )
+    if info.dropped_sampling:
+        sentences.append(
+            "Completions are greedy, as in the evaluation; these settings of the base's"
+            f" generation_config.json were removed: {json.dumps(info.dropped_sampling)}."
+        )
+    return " ".join(sentences)
+
+
+def _format_training_counts(run_record: RunRecord) -> list[str]:
+    sentences = []
+    data = (run_record.starts[-1].get("data") if run_record.starts else None) or {}
+    counts = {name: data[name].get("num_samples") for name in ("train", "eval") if data.get(name)}
+    if counts.get("train"):
+        validation_note = f", {counts['eval']:,} validation samples" if counts.get("eval") else ""
+        sentences.append(f"Data: {counts['train']:,} training samples{validation_note}.")
+    result = run_record.result or {}
+    if result.get("steps"):
+        sentences.append(f"{result['steps']:,} steps.")
+    return sentences
+
+
+def _format_prompts(run_record: RunRecord | None) -> list[str]:
+    """Return the prompts of the validation samples, for which the model was trained."""
+    prompt_counts: Counter[str] = Counter()
+    for path in (run_record.predictions_files if run_record else [])[-1:]:
+        for line in read_json_lines(path):
+            prompt = line.get("prompt")
+            if isinstance(prompt, str) and prompt.strip():
+                prompt_counts[prompt] += 1
+    if not prompt_counts:
+        return []
+    shortened = (
+        prompt_text[:300].replace("\n", "\n> ")
+        for prompt_text, _ in prompt_counts.most_common(MAX_SHOWN_PROMPTS)
+    )
+    quotes = "\n".join(f"> {prompt_text}\n" for prompt_text in shortened)
+    num_more = len(prompt_counts) - MAX_SHOWN_PROMPTS
+    more_note = f"\nAnd {num_more:,} similar ones." if num_more > 0 else ""
+    return ["## Prompts", f"Prompts of the validation samples:\n\n{quotes}{more_note}".strip()]
+
+
+def _format_scores(run_record: RunRecord | None) -> list[str]:
+    result = (run_record.result if run_record else None) or {}
+    before, after = result.get("before") or {}, result.get("after") or {}
+    scores = {"before": before.get("scores") or {}, "after": after.get("scores") or {}}
+    intervals = after.get("intervals") or {}
+    rows = [
+        f"| {name} | {_format_number(scores['before'].get(name))} | {_format_number(value)} |"
+        f" {_format_interval(intervals.get(name))} |"
+        for name, value in scores["after"].items()
+    ]
+    losses = (before.get("validation_loss"), after.get("validation_loss"))
+    if losses[1] is not None:
+        rows.append(
+            f"| validation_loss | {_format_number(losses[0])} | {_format_number(losses[1])} | - |"
+        )
+    if not rows:
+        return []
+    header = "| validation samples | before | after | 95 % interval |\n| --- | --- | --- | --- |"
+    notes = note_lines({name: get_note(after, name) for name in scores["after"]})
+    return ["## Evaluation", "\n".join([header, *rows]), *notes]
+
+
+def _format_interval(bounds: object) -> str:
+    if not isinstance(bounds, list) or len(bounds) != 2:
+        return "-"
+    return f"{_format_number(bounds[0])} to {_format_number(bounds[1])}"
+
+
+def _format_number(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else "-"
+
+
+def _format_recipe(run_record: RunRecord | None) -> list[str]:
+    if run_record is None or not run_record.recipe:
+        return []
+    public_settings = {
+        key: _strip_paths(value)
+        for key, value in run_record.recipe.items()
+        if key not in _PRIVATE_SECTIONS
+    }
+    text = yaml.safe_dump(public_settings, sort_keys=False, allow_unicode=True).strip()
+    return ["## Recipe", f"```yaml\n{text}\n```"]
+
+
+def _strip_paths(value: Any) -> Any:
+    """Replace absolute paths by their last component, for privacy."""
+    if isinstance(value, Mapping):
+        return {key: _strip_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strip_paths(item) for item in value]
+    if isinstance(value, str) and value.startswith(("/", "~", ".", "\\")):
+        return Path(value).name
+    return value
+
+
+def _format_parity(info: ModelCardInfo) -> str:
+    lines = "\n".join(info.parity.format_lines())
+    is_full_model = info.model_source.adapter is None
+    return (
+        f"## {'Saved' if is_full_model else 'Merged'} model equals trained model\n\nThe"
+        " folder, loaded from disk, compared with"
+        f" {'the trained model' if is_full_model else 'the adapter on its base'}:"
+        f"\n\n```\n{lines}\n```"
+    )
+
+
+def _format_serving(folder: ModelFolder, info: ModelCardInfo) -> str:
+    title = "## Serving"
+    name = shlex.quote(info.name)
+    commands = ("predict", " IMAGE --prompt TEXT"), ("chat", ""), ("web", ""), ("serve", "")
+    command_lines = "\n".join(
+        f"finesight {command} {name}{arguments}" for command, arguments in commands
+    )
+    command_lines = f"```sh\n{command_lines}\n```"
+    if folder.family not in HF_ARCHITECTURES:
+        return f"{title}\n\n{command_lines}"
+    manifest = info.model_source.manifest
+    system_prompt = manifest.system_prompt if manifest else None
+    image_rule = manifest.image_rule if manifest else None
+    serving_commands = format_serving_commands(
+        folder, info.name, info.name, image_rule, system_prompt
+    )
+    notes = "\n".join(f"- {note}" for note in serving_commands.notes)
+    engine_commands = f"```sh\n{serving_commands.vllm}\n\n{serving_commands.sglang}\n```"
+    return f"{title}\n\n{command_lines}\n\nvLLM and SGLang:\n\n{engine_commands}\n\n{notes}"
+
+
+def _format_license(base_folder: ModelFolder, folder: Path) -> str:
+    files = sorted(p.name for p in folder.iterdir() if p.name.startswith(("LICENSE", "NOTICE")))
+    license_name = _read_front_matter(base_folder.path).get("license")
+    license_note = f" ({license_name})" if isinstance(license_name, str) else ""
+    if files:
+        text = (
+            f"The license of the base{license_note} applies to these weights: {', '.join(files)}."
+        )
+    elif license_note:
+        text = f"The license of the base{license_note} applies to these weights."
+    else:
+        text = (
+            "The license of the base applies to these weights; its folder does not"
+            " contain it: see where it was published."
+        )
+    return f"## License\n\n{text}"
+
+
+def _read_front_matter(folder: Path) -> dict[str, Any]:
+    """Parse the YAML front matter of the card in a folder."""
+    path = folder / MODEL_CARD_FILE
+    try:
+        text = read_bytes(path, expected="a model card").decode(errors="replace")
+    except UserError:
+        text = ""
+    header, separator, _ = text.removeprefix("---\n").partition("\n---")
+    if not text.startswith("---\n") or not separator:
+        return {}
+    try:
+        content = load_yaml(header)
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}

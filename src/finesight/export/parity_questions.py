@@ -1,0 +1,70 @@
+"""Select questions about images to compare a merged model with its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from finesight.data.corpus import load_corpus
+from finesight.data.image_header import CorruptImageError
+from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import ImagePart
+from finesight.encode.renderer import Renderer
+from finesight.encode.tokenized_sample import EncodedSample
+from finesight.errors import UserError
+from finesight.recipe import load_recipe
+from finesight.run_files import RECIPE_FILE
+from finesight.synth.tasks import SyntheticTask, generate_sample
+
+IMAGE_SEED = 20260
+"""Seed of generated images, used if the validation samples of a run are missing."""
+
+MAX_SCANNED_SAMPLES = 200
+"""Maximum number of validation samples searched for images."""
+
+
+def load_validation_samples(source: str, max_samples: int) -> list[LocatedSample]:
+    """Load the first validation samples with images from the recipe of a run.
+
+    Returns an empty list without a recipe, and if the data are missing.
+    """
+    path = Path(source) / RECIPE_FILE
+    if not path.is_file():
+        return []
+    try:
+        recipe = load_recipe(path)
+        corpus = load_corpus(recipe.data.eval) if recipe.data.eval else ()
+        candidates = [corpus[i] for i in range(min(len(corpus), MAX_SCANNED_SAMPLES))]
+    except UserError:
+        return []
+    return [candidate for candidate in candidates if _has_image(candidate)][:max_samples]
+
+
+def draw_questions(folder: Path, num_questions: int) -> list[LocatedSample]:
+    """Draw images of shapes into a folder, with one question each."""
+    questions = []
+    for index in range(num_questions):
+        generated = generate_sample(SyntheticTask("scene"), IMAGE_SEED, index)
+        generated.image.save(folder / f"{index}.png")
+        questions.append(
+            LocatedSample(generated.to_sample(f"generated {index}", f"{index}.png"), folder)
+        )
+    return questions
+
+
+def encode_prompts(
+    renderer: Renderer, questions: Sequence[LocatedSample]
+) -> list[tuple[LocatedSample, EncodedSample]]:
+    """Encode the questions, without those that fail."""
+    encoded_samples = []
+    for question in questions:
+        try:
+            prompt = renderer.load_patches(renderer.tokenize_prompt(question))
+        except (CorruptImageError, UserError):
+            continue
+        encoded_samples.append((question, prompt))
+    return encoded_samples
+
+
+def _has_image(located_sample: LocatedSample) -> bool:
+    return any(isinstance(part, ImagePart) for part in located_sample.sample.iter_parts())

@@ -1,0 +1,155 @@
+"""Build the commands that serve a model with vLLM and SGLang as evaluated.
+
+Options are those of vLLM's engine arguments (docs.vllm.ai, `vllm serve`) and of SGLang's server
+arguments (docs.sglang.io); docs/en/export.md explains them.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finesight.config import ImageRule, PixelRange
+from finesight.errors import UserError
+from finesight.export.hf_files import HF_ARCHITECTURES, find_missing_files
+from finesight.infer.model_loader import ModelSource
+from finesight.model_folder import ModelFolder
+
+RESERVED_TEXT_TOKENS = 2048
+"""Reserved tokens for question and answer, in addition to the largest image."""
+
+MIN_CONTEXT_LENGTH = 4096
+"""Minimum context length, if the model supports it."""
+
+REQUEST_PARAMETERS: dict[str, Any] = {"temperature": 0, "skip_special_tokens": False}
+"""Parameters of each request.
+
+Without `skip_special_tokens` False, both engines remove the tokens of boxes; neither has a server
+option for it.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ServingCommands:
+    """Serving commands, parameters of each request, and notes for clients."""
+
+    vllm: str
+    sglang: str
+    request: str
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Convert to a JSON object."""
+        return asdict(self) | {"request": json.loads(self.request)}
+
+
+def build_serving_commands(model_source: ModelSource, source: str) -> ServingCommands:
+    """Build the commands for a model source.
+
+    Raises UserError for an adapter, quantized weights, and a family that these engines cannot load
+    from such a folder.
+    """
+    if model_source.adapter is not None or model_source.quantization_summary:
+        raise UserError(
+            f"{source} is an adapter on a base",
+            where="serving",
+            expected="a merged model: vLLM ignores adapters of the vision encoder",
+            remedy=f"finesight merge {shlex.quote(source)} OUT, then use OUT",
+        )
+    if model_source.folder.family not in HF_ARCHITECTURES:
+        raise UserError(
+            f"{source} is of the family {model_source.folder.family}",
+            where="serving",
+            expected=f"one of {', '.join(HF_ARCHITECTURES)}",
+            remedy="serve it with finesight serve",
+        )
+    model_source.folder.fetch_weights()  # file names that these engines expect
+    manifest = model_source.manifest
+    image_rule = manifest.image_rule if manifest else None
+    system_prompt = manifest.system_prompt if manifest else None
+    return format_serving_commands(
+        model_source.folder,
+        str(model_source.folder.path),
+        Path(source).name,
+        image_rule,
+        system_prompt,
+    )
+
+
+def format_serving_commands(
+    folder: ModelFolder,
+    path: str,
+    name: str,
+    image_rule: ImageRule | None,
+    system_prompt: str | None,
+) -> ServingCommands:
+    """Format the commands for a folder at `path`, served as `name`.
+
+    `image_rule` and `system_prompt` are those of the run.
+    """
+    preprocessor_config = folder.preprocessor_config
+    if isinstance(image_rule, PixelRange):
+        pixel_limits = {"min_pixels": image_rule.min_pixels, "max_pixels": image_rule.max_pixels}
+    else:
+        pixel_limits = {key: preprocessor_config[key] for key in ("min_pixels", "max_pixels")}
+    context_length = _compute_context_length(folder, pixel_limits["max_pixels"])
+    quoted, common_options = (
+        shlex.quote(path),
+        f"--served-model-name {shlex.quote(name or 'model')}",
+    )
+    greedy_config = _quote_json({"temperature": 0})
+    return ServingCommands(
+        vllm=f"vllm serve {quoted} {common_options} --max-model-len {context_length}"
+        f" --mm-processor-kwargs {_quote_json(pixel_limits)}"
+        f" --override-generation-config {greedy_config}",
+        sglang=f"python -m sglang.launch_server --model-path {quoted} {common_options}"
+        f" --context-length {context_length}"
+        f" --mm-process-config {_quote_json({'image': pixel_limits})}",
+        request=json.dumps(REQUEST_PARAMETERS),
+        notes=tuple(_list_notes(folder, image_rule, system_prompt)),
+    )
+
+
+def _list_notes(
+    folder: ModelFolder, image_rule: ImageRule | None, system_prompt: str | None
+) -> list[str]:
+    notes = [
+        'each request must set "skip_special_tokens": false (the openai client:'
+        " extra_body={'skip_special_tokens': False}), otherwise boxes lose their tokens"
+    ]
+    if image_rule is not None and not isinstance(image_rule, PixelRange):
+        sizes = ", ".join(f"{key} {value}" for key, value in image_rule)
+        notes.append(f"these engines support pixel limits only: send images resized to {sizes}")
+    if system_prompt is not None and system_prompt not in folder.chat_template:
+        notes.append(
+            f"start each conversation with the system prompt of the training: {system_prompt!r}"
+        )
+    missing_files = find_missing_files(folder)
+    if missing_files:
+        notes.append(
+            f"missing files: {'; '.join(missing_files)}: copy them from the repository of the base"
+        )
+    return notes
+
+
+def _compute_context_length(folder: ModelFolder, max_pixels: int) -> int:
+    """Return a context length for the largest image and text, a power of two within the model's
+    limit.
+    """
+    preprocessor_config = folder.preprocessor_config
+    token_size: int = preprocessor_config["patch_size"] * preprocessor_config["merge_size"]
+    required = max(
+        MIN_CONTEXT_LENGTH,
+        1 << (max_pixels // token_size**2 + RESERVED_TEXT_TOKENS - 1).bit_length(),
+    )
+    text_config = folder.config.get("text_config")
+    config = text_config if isinstance(text_config, dict) else folder.config
+    max_positions = config.get("max_position_embeddings")
+    return min(required, max_positions) if isinstance(max_positions, int) else required
+
+
+def _quote_json(content: object) -> str:
+    return shlex.quote(json.dumps(content))

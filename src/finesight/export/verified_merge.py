@@ -1,0 +1,416 @@
+"""Merge adapters, and verify the merged model before it becomes visible."""
+
+from __future__ import annotations
+
+import gc
+import math
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finesight.config import Device, Precision
+from finesight.data.jsonl import LocatedSample
+from finesight.encode.renderer import Renderer, build_renderer
+from finesight.encode.tokenized_sample import EncodedSample
+from finesight.errors import UserError
+from finesight.export import merge_parity
+from finesight.export.free_space import check_free_space
+from finesight.export.hf_files import complete_hf_folder, find_dropped_sampling, find_missing_files
+from finesight.export.merge_parity import MergeParity, ModelOutputs
+from finesight.export.model_card import ModelCardInfo, write_model_card
+from finesight.export.parity_questions import (
+    draw_questions,
+    encode_prompts,
+    load_validation_samples,
+)
+from finesight.infer.model_loader import ModelSource, resolve_device, resolve_model_source
+from finesight.model.config import ConfigReader
+from finesight.model.lora.layer import iter_adapters
+from finesight.model.lora.merge import (
+    MAX_SHARD_BYTES,
+    dequantize_model,
+    merge_adapters,
+    require_native_family,
+    resolve_precision,
+    round_weights,
+    save_merged_model,
+)
+from finesight.model.lora.peft_io import load_adapter
+from finesight.model.trainable import ModelPart
+from finesight.model.vlm import VisionLanguageModel, build_model
+from finesight.model.weights_io import DTYPES, hub_tensors, load_model
+from finesight.model_folder import ModelFolder
+from finesight.storage import raise_if_exists, write_folder
+
+NUM_PARITY_SAMPLES = 4
+"""Default number of questions to compare."""
+
+MEMORY_RESERVE_BYTES = 2 * 10**9
+"""Memory in addition to weights: activations, KV cache, and the process."""
+
+DISK_RESERVE_BYTES = 64 * 2**20
+"""Disk space in addition to weights and copied files: index, model card, digests."""
+
+LogFn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class VerifiedMerge:
+    """A merged folder with its verification.
+
+    Attributes:
+        folder: The folder.
+        merged_layers: Number of layers with adapters.
+        dequantized_layers: Number of layers dequantized from 4 bits.
+        precision: Precision of the weights.
+        parity: Results of the comparison.
+        missing_files: Files that other programs require and the base lacks.
+        dropped_sampling: Sampling settings of the base that were removed.
+    """
+
+    folder: Path
+    merged_layers: int
+    dequantized_layers: int
+    precision: str
+    parity: MergeParity
+    missing_files: tuple[str, ...]
+    dropped_sampling: dict[str, Any]
+
+
+def merge_and_verify(
+    source: str,
+    model_source: ModelSource,
+    out: Path,
+    *,
+    precision: Precision = "auto",
+    device: Device = "auto",
+    num_samples: int = NUM_PARITY_SAMPLES,
+    max_shard_bytes: float = MAX_SHARD_BYTES,
+    log: LogFn = print,
+) -> VerifiedMerge:
+    """Merge an adapter into a new folder, and compare it with the trained model.
+
+    Args:
+        source: Source as the user wrote it.
+        model_source: Model of `source`, from `resolve_model_source`.
+        out: New folder.
+        precision: Precision of the weights.
+        device: Device of the comparison.
+        num_samples: Number of questions about images: validation samples of the run, or generated
+            ones.
+        max_shard_bytes: Maximum size of a weight file.
+        log: Prints progress.
+
+    Raises UserError for an existing `out`, too little disk space, an unsupported family, an
+    incompatible adapter, and a merged model that differs from the trained one. `out` does not exist
+    then, nor after an interruption.
+    """
+    base_folder = model_source.folder
+    require_native_family(base_folder)
+    raise_if_exists(out)
+    weight_precision, fallback_dtype = resolve_precision(base_folder, precision)
+    num_params = _count_params(base_folder)
+    small_file_bytes = sum(
+        path.stat().st_size for path in base_folder.path.iterdir() if _is_small(path)
+    )
+    check_free_space(
+        out, num_params * DTYPES[weight_precision].itemsize + small_file_bytes + DISK_RESERVE_BYTES
+    )
+    target = _select_compute_target(device, num_params, fallback_dtype)
+    with tempfile.TemporaryDirectory() as temp_dir, write_folder(out) as folder:
+        questions = _collect_questions(source, model_source, num_samples, Path(temp_dir))
+        trained_outputs = _run_quantized(model_source, questions, target, log)
+        written_outputs = _write_merged(
+            model_source, questions, target, folder, DTYPES[weight_precision], max_shard_bytes
+        )
+        complete_hf_folder(folder, base_folder.family, questions.renderer.end_ids)
+        parity = _compare_folder(
+            questions, target, written_outputs, trained_outputs, folder, weight_precision
+        )
+        merge_parity.check_parity(parity, merge_parity.LOGIT_TOLERANCES[target.dtype])
+        missing_files = tuple(find_missing_files(ModelFolder(folder)))
+        dropped_sampling = find_dropped_sampling(base_folder)
+        card_info = ModelCardInfo(
+            Path(source),
+            model_source,
+            out.name,
+            weight_precision,
+            written_outputs.dequantized_layers,
+            parity,
+            missing_files,
+            dropped_sampling,
+        )
+        write_model_card(folder, card_info)
+    return VerifiedMerge(
+        out,
+        written_outputs.merged_layers,
+        written_outputs.dequantized_layers,
+        weight_precision,
+        parity,
+        missing_files,
+        dropped_sampling,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _ParityQuestions:
+    """Questions of the comparison and their origin."""
+
+    origin: str
+    samples: list[LocatedSample]
+    prompts: list[EncodedSample]
+    renderer: Renderer
+
+    @property
+    def sample_ids(self) -> list[str]:
+        return [prompt.tokenized.id for prompt in self.prompts]
+
+
+@dataclass(frozen=True, slots=True)
+class _ComputeTarget:
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _WrittenOutputs:
+    """Outputs before saving: adapter on base, base, merged, and merged with rounding.
+
+    The last one is None if rounding is lossless.
+    """
+
+    merged_layers: int
+    dequantized_layers: int
+    adapter_outputs: ModelOutputs
+    base_logits: tuple[Tensor, ...]
+    merged_logits: tuple[Tensor, ...]
+    rounded_logits: tuple[Tensor, ...] | None
+
+
+def _collect_questions(
+    source: str, model_source: ModelSource, num_samples: int, folder: Path
+) -> _ParityQuestions:
+    renderer = _build_renderer(model_source.folder, model_source)
+    pairs, origin = (
+        encode_prompts(renderer, load_validation_samples(source, num_samples)),
+        "validation images",
+    )
+    if not pairs:
+        pairs, origin = (
+            encode_prompts(renderer, draw_questions(folder, num_samples)),
+            "generated images",
+        )
+    if pairs:
+        samples, prompts = zip(*pairs, strict=True)
+        return _ParityQuestions(origin, list(samples), list(prompts), renderer)
+    raise UserError(
+        f"none of {num_samples} generated images could be encoded",
+        where=str(model_source.folder.path),
+        expected="a model for images of 200 x 200 pixels and a short question",
+        remedy="check the image settings in the manifest of the run",
+    )
+
+
+def _build_renderer(folder: ModelFolder, model_source: ModelSource) -> Renderer:
+    manifest = model_source.manifest
+    return build_renderer(
+        folder,
+        manifest.image_rule if manifest else None,
+        manifest.system_prompt if manifest else None,
+    )
+
+
+def _load_model(
+    folder: ModelFolder,
+    adapter: Path | None,
+    target: _ComputeTarget,
+    nf4_parts: Collection[ModelPart] = (),
+    fp8_parts: Collection[ModelPart] = (),
+) -> VisionLanguageModel:
+    model = load_model(folder, target.dtype, target.device, nf4_parts, fp8_parts=fp8_parts)
+    if adapter is not None:
+        load_adapter(model, adapter, base_folder=folder)
+    return model.eval()
+
+
+def _run_quantized(
+    model_source: ModelSource, questions: _ParityQuestions, target: _ComputeTarget, log: LogFn
+) -> ModelOutputs | None:
+    """Generate with the quantized base of the run; None if it is not quantized or not available."""
+    if not model_source.quantization_summary:
+        return None
+    try:
+        model = _load_model(
+            model_source.folder,
+            model_source.adapter,
+            target,
+            model_source.nf4_parts,
+            model_source.fp8_parts,
+        )
+    except UserError as error:
+        log(f"not compared with {model_source.quantization_summary}: {error.what}")
+        return None
+    completions = merge_parity.generate_completions(
+        model, questions.prompts, questions.renderer.end_ids
+    )
+    return ModelOutputs(
+        completions, merge_parity.compute_logits(model, questions.prompts, completions)
+    )
+
+
+def _write_merged(
+    model_source: ModelSource,
+    questions: _ParityQuestions,
+    target: _ComputeTarget,
+    folder: Path,
+    weight_dtype: torch.dtype,
+    max_shard_bytes: float,
+) -> _WrittenOutputs:
+    model = _load_model(model_source.folder, model_source.adapter, target)
+    prompts = questions.prompts
+    completions = merge_parity.generate_completions(model, prompts, questions.renderer.end_ids)
+    adapter_outputs = ModelOutputs(
+        completions, merge_parity.compute_logits(model, prompts, completions)
+    )
+    _remove_adapters(model)
+    base_logits = merge_parity.compute_logits(model, prompts, completions)
+    dequantized_layers = dequantize_model(model)
+    if model_source.adapter is not None:
+        # Merge in fp32, independent of the compute precision.
+        load_adapter(
+            model, model_source.adapter, base_folder=model_source.folder, dtype=torch.float32
+        )
+    merged_layers = merge_adapters(model)
+    merged_logits = merge_parity.compute_logits(model, prompts, completions)
+    rounded_logits = None
+    if weight_dtype != target.dtype:
+        round_weights(model, weight_dtype)
+        rounded_logits = merge_parity.compute_logits(model, prompts, completions)
+    save_merged_model(
+        model, model_source.folder, folder, weight_dtype, model_source.manifest, max_shard_bytes
+    )
+    return _WrittenOutputs(
+        merged_layers,
+        dequantized_layers,
+        adapter_outputs,
+        base_logits,
+        merged_logits,
+        rounded_logits,
+    )
+
+
+def _remove_adapters(model: VisionLanguageModel) -> None:
+    for _, linear, _ in list(iter_adapters(model)):
+        linear.adapter = None
+
+
+def _compare_folder(
+    questions: _ParityQuestions,
+    target: _ComputeTarget,
+    written_outputs: _WrittenOutputs,
+    trained_outputs: ModelOutputs | None,
+    folder: Path,
+    weight_precision: str,
+) -> MergeParity:
+    written_source = resolve_model_source(str(folder))
+    renderer = _build_renderer(written_source.folder, written_source)
+    prompts = [prompt for _, prompt in encode_prompts(renderer, questions.samples)]
+    merge_parity.check_same_prompts(prompts, questions.prompts)
+    # The written model is already freed: only one model is in memory at a time.
+    gc.collect()
+    model = _load_model(written_source.folder, None, target)
+    adapter_outputs = written_outputs.adapter_outputs
+    completions = merge_parity.generate_completions(model, prompts, renderer.end_ids)
+    reloaded_outputs = ModelOutputs(
+        completions, merge_parity.compute_logits(model, prompts, adapter_outputs.completions)
+    )
+    num_equal, divergences = merge_parity.find_divergences(
+        adapter_outputs, reloaded_outputs, questions.sample_ids
+    )
+    expected_logits = (
+        written_outputs.merged_logits
+        if written_outputs.rounded_logits is None
+        else written_outputs.rounded_logits
+    )
+    max_logit = merge_parity.max_abs_logit(adapter_outputs.logits)
+
+    def relative_difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+        return merge_parity.max_logit_difference(actual, expected) / max_logit
+
+    is_changed = written_outputs.merged_layers or written_outputs.dequantized_layers
+    quantized_comparison = None
+    if trained_outputs is not None:
+        trained_logits = merge_parity.compute_logits(model, prompts, trained_outputs.completions)
+        num_same = sum(
+            a == b for a, b in zip(completions, trained_outputs.completions, strict=True)
+        )
+        quantized_comparison = (
+            relative_difference(trained_logits, trained_outputs.logits),
+            num_same / len(completions),
+        )
+    return MergeParity(
+        origin=questions.origin,
+        num_prompts=len(prompts),
+        num_tokens=sum(map(len, adapter_outputs.completions)),
+        compute_precision=_get_precision_name(target.dtype),
+        weight_precision=weight_precision,
+        adapter_change=relative_difference(adapter_outputs.logits, written_outputs.base_logits)
+        if written_outputs.merged_layers
+        else None,
+        merge_change=relative_difference(written_outputs.merged_logits, adapter_outputs.logits)
+        if is_changed
+        else None,
+        rounding_change=None
+        if written_outputs.rounded_logits is None
+        else relative_difference(written_outputs.rounded_logits, written_outputs.merged_logits),
+        reload_difference=relative_difference(reloaded_outputs.logits, expected_logits),
+        num_equal=num_equal,
+        divergences=divergences,
+        quantized_comparison=quantized_comparison,
+    )
+
+
+def _get_precision_name(dtype: torch.dtype) -> str:
+    return next(name for name, candidate in DTYPES.items() if candidate == dtype)
+
+
+def _is_small(path: Path) -> bool:
+    return path.is_file() and path.suffix not in (".safetensors", ".bin")
+
+
+def _count_params(base_folder: ModelFolder) -> int:
+    hf_config = ConfigReader(base_folder.config, str(base_folder.path / "config.json"))
+    preprocessor_config = ConfigReader(
+        base_folder.preprocessor_config, str(base_folder.path / "preprocessor_config.json")
+    )
+    model = build_model(hf_config, preprocessor_config, torch.float32, torch.device("meta"))
+    return sum(tensor.num_elements for tensor in hub_tensors(model))
+
+
+def _select_compute_target(
+    requested: Device, num_params: int, fallback_dtype: torch.dtype
+) -> _ComputeTarget:
+    """Select fp32 if memory suffices, preferably on the GPU; else the CPU with `fallback_dtype`."""
+    device = resolve_device(requested)
+    num_bytes = num_params * torch.float32.itemsize + MEMORY_RESERVE_BYTES
+    if device.type == "cuda" and (
+        requested == "cuda" or torch.cuda.mem_get_info(device)[0] > num_bytes
+    ):
+        return _ComputeTarget(device, torch.float32)
+    fits_memory = num_bytes <= _get_available_memory()
+    return _ComputeTarget(torch.device("cpu"), torch.float32 if fits_memory else fallback_dtype)
+
+
+def _get_available_memory() -> float:
+    """Return available memory in bytes; infinity if unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return math.inf
+    values = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024.0 * int(values[0]) if values else math.inf

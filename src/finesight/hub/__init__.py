@@ -1,0 +1,1 @@
+"""Download and verify files from hubs, archives, object storage and the web."""

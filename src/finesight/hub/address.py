@@ -1,0 +1,104 @@
+"""Parse repository addresses: hf:OWNER/NAME@REVISION, modelscope:OWNER/NAME@REVISION."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from finesight.errors import UserError
+
+HubName = Literal["hf", "modelscope"]
+RepoType = Literal["model", "dataset"]
+
+_REPO_ID_PATTERN = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+_ADDRESS_PATTERN = re.compile(
+    # Without a hub prefix, models/my/tiny is a mistyped path, not a repository.
+    r"(?:(?P<hub>hf|modelscope):(?P<kind>datasets/|models/)?)?"
+    rf"(?P<name>{_REPO_ID_PATTERN})"
+    r"(?:@(?P<revision>[\w][\w./-]*))?"
+    r"(?::(?P<part>[\w][\w./ -]*))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HubAddress:
+    """Address of a repository on a hub.
+
+    `revision` None means the latest. `part` selects a split, SUBSET/SPLIT, or a file of a data set.
+    """
+
+    hub: HubName
+    repo_type: RepoType
+    repo_id: str
+    revision: str | None = None
+    data_part: str | None = None
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{self.hub}:{'datasets/' * (self.repo_type == 'dataset')}{self.repo_id}{revision}"
+
+
+def is_hub_address(source: str) -> bool:
+    """Return whether a source has the prefix of a hub, valid or not."""
+    return source.startswith(("hf:", "modelscope:"))
+
+
+def parse_model_address(text: str) -> HubAddress | None:
+    """Parse the address of a model: OWNER/NAME, hf:OWNER/NAME or modelscope:OWNER/NAME.
+
+    Each form may end with @REVISION. Returns None for anything else.
+    """
+    address = _parse(text)
+    if address is None or address.repo_type == "dataset" or address.data_part is not None:
+        return None
+    return address
+
+
+def parse_dataset_address(text: str) -> HubAddress:
+    """Parse the address of a data set: hf:OWNER/NAME[@REVISION][:PART], or with modelscope:.
+
+    Raises UserError for anything else.
+    """
+    address = _parse(text, "dataset")
+    if address is None or address.repo_type == "model" or not is_hub_address(text):
+        raise UserError(
+            f"{text!r} is not the address of a data set",
+            where="SOURCE",
+            expected="hf:OWNER/NAME or modelscope:OWNER/NAME, optionally with @REVISION and :SPLIT",
+            remedy="for example hf:jrzhang/TextVQA_GT_bbox:train",
+        )
+    return address
+
+
+def parse_address(text: str) -> HubAddress:
+    """Parse the address of a model, or of a data set with the prefix datasets/.
+
+    Raises UserError for anything else.
+    """
+    address = _parse(text)
+    if address is None or (address.repo_type == "model" and address.data_part is not None):
+        raise UserError(
+            f"{text!r} is not the address of a repository",
+            where="SOURCE",
+            expected="[hf:|modelscope:]OWNER/NAME for a model, hf:datasets/OWNER/NAME or"
+            " modelscope:datasets/OWNER/NAME for a data set, optionally with @REVISION",
+            remedy="for example hf:Qwen/Qwen2-VL-2B-Instruct or"
+            " hf:datasets/jrzhang/TextVQA_GT_bbox",
+        )
+    return address
+
+
+def _parse(text: str, default_type: RepoType = "model") -> HubAddress | None:
+    match = _ADDRESS_PATTERN.fullmatch(text)
+    if match is None or ".." in text:
+        return None
+    repo_types: dict[str | None, RepoType] = {
+        None: default_type,
+        "datasets/": "dataset",
+        "models/": "model",
+    }
+    hub: HubName = "modelscope" if match["hub"] == "modelscope" else "hf"
+    return HubAddress(
+        hub, repo_types[match["kind"]], match["name"], match["revision"], match["part"]
+    )

@@ -1,0 +1,31 @@
+"""Join untrusted file names to a folder without path traversal."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+from finesight.errors import UserError
+
+_DRIVE_PATTERN = re.compile(r"[A-Za-z]:")
+
+
+def safe_join(folder: Path, name: str, source: str) -> Path:
+    """Return the path of an untrusted file name below a folder.
+
+    Raises UserError for absolute paths, drive letters and `..`. `source` names the origin in the
+    error.
+    """
+    # Archives from Windows separate folders with backslashes.
+    path = PurePosixPath(name.replace("\\", "/"))
+    is_unsafe = (
+        path.is_absolute() or ".." in path.parts or _DRIVE_PATTERN.match(name) or "\0" in name
+    )
+    if is_unsafe or not path.parts:
+        raise UserError(
+            f"file name {name[:200]!r} may be outside the target folder",
+            where=source,
+            expected="relative paths without `..`",
+            remedy="use it only if you trust its author: unpack it yourself and use the folder",
+        )
+    return folder.joinpath(*path.parts)

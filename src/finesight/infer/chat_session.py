@@ -1,0 +1,356 @@
+"""Chat sessions of `finesight chat` and `finesight web`.
+
+A turn is sent to one model or to several models in parallel. Each model continues from its own
+replies. If a model gave no reply to a turn, it continues from the reply of the first model.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finesight.data.boxes import MAX_OVERHANG_PX
+from finesight.data.image_header import read_image_size
+from finesight.data.json_boxes import BOX_KEY, parse_json_box, split_at_boxes, strip_code_fences
+from finesight.data.jsonl import LocatedSample, write_samples
+from finesight.data.sample import BoxPart, ContentPart, ImagePart, Message, Sample, TextPart
+from finesight.encode.reasoning import THINK_END, THINK_START
+from finesight.errors import UserError
+from finesight.infer.box_drawing import draw_boxes, find_unused_path
+from finesight.infer.prediction import Prediction
+from finesight.infer.request import FinishReason, GenerationOptions
+from finesight.storage import raise_if_exists, write_file
+from finesight.vision.image_decoding import load_image
+
+if TYPE_CHECKING:
+    from finesight.infer.inference_service import GenerationStream, InferenceService
+
+_BOX_MARKUP = re.compile(
+    r"(?:(?:<ref>|<\|object_ref_start\|>)(?:(?!<ref>|<\|object_ref_start\|>).)*?"
+    r"(?:</ref>|<\|object_ref_end\|>)\s*)?"
+    r"(?:<box>|<\|box_start\|>)[\s\d.,()]*(?:</box>|<\|box_end\|>)",
+    re.DOTALL,
+)
+"""Box markup of Qwen-VL and Qwen2-VL."""
+
+_SPECIAL_TOKENS = re.compile(r"</?(?:ref|box|quad)>|<\|[a-z_]+\|>")
+
+
+class ChatReply:
+    """Streamed reply of one model to a turn.
+
+    Iterate over it (synchronously or asynchronously) to receive text deltas. `prediction`,
+    `finish_reason` and `content` are set when the stream ends.
+
+    Attributes:
+        model: Name of the model.
+        image_path: Image that predicted boxes refer to.
+        text: Text received so far.
+    """
+
+    def __init__(self, model: str, stream: GenerationStream, image_path: Path | None) -> None:
+        self.model, self.image_path = model, image_path
+        self.text = ""
+        self.prediction: Prediction | None = None
+        self.finish_reason: FinishReason | None = None
+        self.content: tuple[ContentPart, ...] = ()
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[str]:
+        for delta in self._stream:
+            self.text += delta.text
+            yield delta.text
+        self._finalize()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        async for delta in self._stream:
+            self.text += delta.text
+            yield delta.text
+        self._finalize()
+
+    def cancel(self) -> None:
+        """Cancel generation; the iteration ends after the current step."""
+        self._stream.cancel()
+
+    @property
+    def boxes(self) -> tuple[BoxPart, ...]:
+        """Boxes of the finished reply, in pixels of the image."""
+        return () if self.prediction is None else self.prediction.boxes
+
+    def _finalize(self) -> None:
+        self.finish_reason = self._stream.finish_reason
+        self.prediction = self._stream.build_prediction()
+        self.content = build_answer_parts(self.prediction, self.image_path)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTurn:
+    """A user message and the replies of the requested models, in order."""
+
+    text: str
+    image_paths: tuple[Path, ...]
+    replies: tuple[ChatReply, ...]
+
+    def reply_from(self, model: str) -> ChatReply:
+        """Return the reply of `model`, or the first reply if the model gave none."""
+        return next((reply for reply in self.replies if reply.model == model), self.replies[0])
+
+
+@dataclass(slots=True)
+class ChatSession:
+    """Turns of a conversation; turns with an empty reply are not sent or saved."""
+
+    service: InferenceService
+    turns: list[ChatTurn] = field(default_factory=list)
+
+    def send(
+        self, text: str, image_paths: Sequence[Path], options: Sequence[GenerationOptions]
+    ) -> ChatTurn:
+        """Send a message to one model per entry of `options` and start the replies.
+
+        Images are read in the calling thread. After an error the session is unchanged.
+
+        Raises:
+            UserError: The message is empty, an image is unusable, or the service rejects the
+                request.
+        """
+        assert options, f"no models requested: options are {options!r}"
+        if not text.strip() and not image_paths:
+            raise UserError(
+                f"text is {text!r} and no image is attached",
+                where="message",
+                expected="text, an image, or both",
+                remedy="enter a question or attach an image",
+            )
+        for image_path in image_paths:
+            read_image_size(image_path)
+        replies: list[ChatReply] = []
+        try:
+            for reply_options in options:
+                replies.append(self._start_reply(text, image_paths, reply_options))
+        except BaseException:
+            for reply in replies:
+                reply.cancel()
+            raise
+        turn = ChatTurn(text, tuple(image_paths), tuple(replies))
+        self.turns.append(turn)
+        return turn
+
+    def undo(self) -> ChatTurn | None:
+        """Remove the last turn, cancel its replies, and return it; None without turns."""
+        if not self.turns:
+            return None
+        turn = self.turns.pop()
+        for reply in turn.replies:
+            reply.cancel()
+        return turn
+
+    def regenerate(self, options: Sequence[GenerationOptions]) -> ChatTurn:
+        """Send the last message again and replace its replies.
+
+        Raises:
+            UserError: There is no turn, or `send` fails.
+        """
+        last_turn = self.undo()
+        if last_turn is None:
+            raise UserError(
+                "the conversation has 0 turns",
+                where="regenerate",
+                expected="at least one turn",
+                remedy="send a message first",
+            )
+        try:
+            return self.send(last_turn.text, last_turn.image_paths, options)
+        except BaseException:
+            self.turns.append(last_turn)
+            raise
+
+    def to_samples(self, name_image: Callable[[Path], str]) -> list[Sample]:
+        """Convert the conversation to one sample per model.
+
+        Args:
+            name_image: Returns the path to write for an image file.
+
+        Returns:
+            Samples; `meta["truncated_turns"]` lists turns whose reply did not end with the end
+            token.
+        """
+        models = dict.fromkeys(reply.model for turn in self.turns for reply in turn.replies)
+        samples = []
+        for model_number, model in enumerate(models, start=1):
+            turns = _select_answered_turns(self.turns, model)
+            if not turns:
+                continue
+            truncated_turns = [
+                turn_index
+                for turn_index, turn in enumerate(turns)
+                if turn.reply_from(model).finish_reason != "stop"
+            ]
+            meta = {"model": model} | (
+                {"truncated_turns": truncated_turns} if truncated_turns else {}
+            )
+            messages = tuple(_build_messages(turns, model))
+            sample = Sample(id=f"chat-{model_number}", messages=messages, meta=meta)
+            samples.append(sample.map_paths(lambda path: name_image(Path(path))))
+        return samples
+
+    def save(self, file: Path) -> int:
+        """Write the conversation as JSONL with absolute image paths.
+
+        Returns:
+            Number of samples.
+
+        Raises:
+            UserError: There is no reply to save, or the file exists.
+        """
+        raise_if_exists(file)
+        samples = self.to_samples(lambda path: str(path.absolute()))
+        if not samples:
+            raise UserError(
+                f"no conversation to save: {len(self.turns)} turns without a reply",
+                where=str(file),
+                expected="at least one turn with a reply",
+                remedy="send a message first",
+            )
+        write_samples(file, samples)
+        return len(samples)
+
+    def save_annotated_image(self, file: Path | None = None) -> Path:
+        """Write the image of the last reply with its boxes as PNG.
+
+        Args:
+            file: Output file; by default `<image>-boxes.png` in the working directory.
+
+        Returns:
+            The written file.
+
+        Raises:
+            UserError: There is no image, or the file exists.
+        """
+        reply = self.turns[-1].replies[0] if self.turns else None
+        if reply is None or reply.image_path is None:
+            raise UserError(
+                f"no image in {len(self.turns)} turns",
+                where="annotated image",
+                expected="a reply about an image",
+                remedy="send a message with an image first",
+            )
+        target = (
+            find_unused_path(Path(), f"{reply.image_path.stem}-boxes") if file is None else file
+        )
+        raise_if_exists(target)
+        buffer = io.BytesIO()
+        draw_boxes(load_image(reply.image_path), reply.boxes).save(buffer, format="PNG")
+        write_file(target, buffer.getvalue())
+        return target
+
+    def _start_reply(
+        self, text: str, image_paths: Sequence[Path], options: GenerationOptions
+    ) -> ChatReply:
+        model = self.service.model_names[0] if options.model is None else options.model
+        turns = _select_answered_turns(self.turns, model)
+        images_by_turn = [*(turn.image_paths for turn in turns), tuple(image_paths)]
+        target_image = next(
+            (turn_images[0] for turn_images in reversed(images_by_turn) if turn_images), None
+        )
+        messages = [*_build_messages(turns, model), _build_user_message(text, image_paths)]
+        if target_image is not None:
+            # The dummy box selects the image for which predicted boxes are parsed.
+            image_index = [path for some in images_by_turn for path in some].index(target_image)
+            box = BoxPart(image=image_index, xyxy=(0.0, 0.0, 1.0, 1.0))
+            messages.append(Message(role="assistant", content=(box,)))
+        sample = Sample(id=f"turn {len(turns) + 1}", messages=tuple(messages))
+        stream = self.service.submit(LocatedSample(sample, Path()), replace(options, model=model))
+        return ChatReply(model, stream, target_image)
+
+
+def _select_answered_turns(turns: Sequence[ChatTurn], model: str) -> list[ChatTurn]:
+    return [turn for turn in turns if turn.reply_from(model).content]
+
+
+def _build_user_message(text: str, image_paths: Sequence[Path]) -> Message:
+    parts: list[ContentPart] = [ImagePart(image=str(path)) for path in image_paths]
+    return Message(role="user", content=(*parts, TextPart(text=text)))
+
+
+def _build_messages(turns: Sequence[ChatTurn], model: str) -> Iterator[Message]:
+    seen_images: list[Path] = []
+    for turn in turns:
+        yield _build_user_message(turn.text, turn.image_paths)
+        seen_images += turn.image_paths
+        reply = turn.reply_from(model)
+        image_index = 0 if reply.image_path is None else seen_images.index(reply.image_path)
+        content = tuple(
+            part.model_copy(update={"image": image_index}) if isinstance(part, BoxPart) else part
+            for part in reply.content
+        )
+        yield Message(role="assistant", content=content)
+
+
+def build_answer_parts(prediction: Prediction, image_path: Path | None) -> tuple[ContentPart, ...]:
+    """Convert a prediction to sample content: reasoning, then text and boxes of image 0.
+
+    Boxes that cannot be separated from the text, or that exceed the image, are left as text.
+
+    Returns:
+        Content parts; empty for an empty answer.
+    """
+    if not prediction.answer.strip():
+        return ()
+    parts = _split_text_and_boxes(prediction, image_path) or [TextPart(text=prediction.answer)]
+    if prediction.reasoning is not None:
+        parts = [TextPart(text=f"{THINK_START}{prediction.reasoning}{THINK_END}"), *parts]
+    return tuple(parts)
+
+
+def _split_text_and_boxes(prediction: Prediction, image_path: Path | None) -> list[ContentPart]:
+    """Split an answer into text and box parts; empty if there are no valid boxes."""
+    if image_path is None or not prediction.boxes:
+        return []
+    if not all(_is_inside(box, image_path) for box in prediction.boxes):
+        return []
+    boxes = iter(prediction.boxes)
+    parts: list[ContentPart] = []
+    for piece in _split_at_boxes(prediction):
+        if isinstance(piece, str):
+            parts += [TextPart(text=piece)] if piece else []
+            continue
+        for _ in range(piece):
+            box = next(boxes, None)
+            if box is None:
+                return []
+            parts.append(box.model_copy(update={"image": 0}))
+    return [] if next(boxes, None) is not None else parts
+
+
+def _split_at_boxes(prediction: Prediction) -> Iterator[str | int]:
+    """Yield the texts of an answer, and between them the number of boxes."""
+    raw = prediction.raw_text
+    if BOX_KEY in raw:
+        for piece in split_at_boxes(strip_code_fences(prediction.answer)):
+            # Other keys of a JSON object are not retained.
+            yield (
+                piece
+                if isinstance(piece, str)
+                else sum(parse_json_box(value) is not None for value in piece)
+            )
+        return
+    end = 0
+    for match in _BOX_MARKUP.finditer(raw):
+        yield _SPECIAL_TOKENS.sub("", raw[end : match.start()])
+        yield 1
+        end = match.end()
+    yield _SPECIAL_TOKENS.sub("", raw[end:])
+
+
+def _is_inside(box: BoxPart, image_path: Path) -> bool:
+    height, width = read_image_size(image_path)
+    x1, y1, x2, y2 = box.xyxy
+    return (
+        -MAX_OVERHANG_PX <= x1 < x2 <= width + MAX_OVERHANG_PX
+        and -MAX_OVERHANG_PX <= y1 < y2 <= height + MAX_OVERHANG_PX
+    )

@@ -1,0 +1,462 @@
+"""Thread-safe inference service with continuous batching, used by chat, web UI and API server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import traceback
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from finesight.data.jsonl import LocatedSample
+from finesight.encode.renderer import Renderer
+from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
+from finesight.errors import UserError
+from finesight.infer.block_manager import hash_images
+from finesight.infer.detokenizer import IncrementalDetokenizer
+from finesight.infer.engine import Engine, compute_cache_capacity
+from finesight.infer.hf_generation import HfEngine
+from finesight.infer.model_loader import InferenceModel
+from finesight.infer.prediction import Prediction, build_prediction
+from finesight.infer.request import (
+    CompletionDelta,
+    EngineEvent,
+    FinishReason,
+    GeneratedToken,
+    GenerationOptions,
+    GenerationRequest,
+    TokenUsage,
+)
+from finesight.model.hf_backend import HfModel
+from finesight.model.vlm import VisionLanguageModel
+
+DEFAULT_MAX_NUM_SEQS = 64
+"""Default number of concurrent sequences."""
+
+DEFAULT_MAX_WAITING = 256
+"""Default number of queued requests."""
+
+CPU_KV_CACHE_BYTES = 1 << 30
+GPU_MEMORY_FRACTION = 0.6
+"""Share of free GPU memory that the KV cache uses; the rest is for activations of prompts and
+images."""
+
+DEFAULT_MAX_NEW_TOKENS = 4096
+"""Maximum completion length of requests without a limit; the KV cache reserves all of it."""
+
+
+class ServiceBusyError(UserError):
+    """The request queue is full, or the service is closing."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceStats:
+    """Running and waiting requests, KV-cache blocks, and token counters of a service."""
+
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_blocks: int
+    block_size: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    num_completed: int
+
+
+class GenerationStream:
+    """Streamed completion of one request.
+
+    Iterate over it once, synchronously or asynchronously, to receive deltas. Errors of the request
+    are raised by the iteration.
+    """
+
+    def __init__(
+        self,
+        service: InferenceService,
+        located_sample: LocatedSample,
+        tokenized: TokenizedSample,
+        options: GenerationOptions,
+    ) -> None:
+        renderer = service.renderer
+        self._service, self._located_sample, self._tokenized = service, located_sample, tokenized
+        self._detokenizer = IncrementalDetokenizer(
+            renderer.tokenizer, renderer.end_ids, options.stop_strings, renderer.has_reasoning
+        )
+        self._deltas: deque[CompletionDelta] = deque()
+        self._changed = threading.Condition()
+        self._wake: Callable[[], None] | None = None
+        self._error: Exception | None = None
+        self._num_cached_tokens = 0
+        self.output_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        """Reason for the end of the completion; None while it runs."""
+
+    def __iter__(self) -> Iterator[CompletionDelta]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._deltas or self._is_finished)
+            delta = self._pop_delta()
+            if delta is None:
+                return
+            yield delta
+
+    async def __aiter__(self) -> AsyncIterator[CompletionDelta]:
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        with self._changed:
+            self._wake = lambda: _wake_loop(loop, changed)
+        while True:
+            changed.clear()
+            # Read before the deltas, so that no delta before the end is missed.
+            is_finished = self._is_finished
+            while (delta := self._pop_delta()) is not None:
+                yield delta
+            if is_finished:
+                return
+            await changed.wait()
+
+    @property
+    def _is_finished(self) -> bool:
+        return self.finish_reason is not None or self._error is not None
+
+    def _pop_delta(self) -> CompletionDelta | None:
+        if self._deltas:
+            return self._deltas.popleft()
+        if self._error is not None:
+            raise self._error
+        return None
+
+    def cancel(self) -> None:
+        """Cancel the request and release its KV-cache blocks."""
+        self._service._cancel(self)
+
+    @property
+    def text(self) -> str:
+        """Text emitted so far."""
+        return self._detokenizer.text
+
+    @property
+    def usage(self) -> TokenUsage:
+        """Token counts so far; `cached_tokens` is set at the end."""
+        return TokenUsage(self._tokenized.num_tokens, self._num_cached_tokens, len(self.output_ids))
+
+    def build_prediction(self) -> Prediction:
+        """Return the finished completion as a prediction, truncated at a stop string."""
+        assert self.finish_reason is not None, "the completion has not ended"
+        prediction = build_prediction(
+            self._service.renderer, self._located_sample, self._tokenized, self.output_ids
+        )
+        return (
+            replace(prediction, answer=self.text, stopped=True)
+            if self._detokenizer.has_stopped
+            else prediction
+        )
+
+    def _handle_event(self, event: EngineEvent) -> bool:
+        """Process an engine event in the service thread.
+
+        Returns:
+            Whether a stop string was found, which the engine does not detect.
+        """
+        if event.token is not None:
+            self.output_ids.append(event.token.id)
+        text = "" if event.token is None else self._detokenizer.add_token(event.token.id)
+        finish_reason = "stop" if self._detokenizer.has_stopped else event.finish_reason
+        if finish_reason is not None:
+            text += self._detokenizer.flush()
+            self._num_cached_tokens = event.num_cached_tokens
+        tokens: tuple[GeneratedToken, ...] = () if event.token is None else (event.token,)
+        self._update(
+            CompletionDelta(text, tokens) if text or tokens else None, finish_reason, event.error
+        )
+        return self._detokenizer.has_stopped and event.finish_reason is None
+
+    def _update(
+        self,
+        delta: CompletionDelta | None,
+        finish_reason: FinishReason | None,
+        error: Exception | None,
+    ) -> None:
+        with self._changed:
+            if delta is not None:
+                self._deltas.append(delta)
+            self.finish_reason, self._error = finish_reason, error
+            self._changed.notify_all()
+            wake = self._wake
+        if wake is not None:
+            wake()
+
+
+def _wake_loop(loop: asyncio.AbstractEventLoop, changed: asyncio.Event) -> None:
+    # A closed event loop has no waiting consumer.
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(changed.set)
+
+
+class InferenceService:
+    """Runs one model in a background thread and streams completions.
+
+    Args:
+        inference_model: Model, renderer and adapters.
+        max_num_seqs: Maximum number of concurrent sequences.
+        max_waiting: Maximum number of queued requests.
+        kv_cache_bytes: Size of the KV cache; by default a share of free GPU memory.
+    """
+
+    def __init__(
+        self,
+        inference_model: InferenceModel,
+        *,
+        max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
+        max_waiting: int = DEFAULT_MAX_WAITING,
+        kv_cache_bytes: int | None = None,
+    ) -> None:
+        model = inference_model.model
+        self.renderer: Renderer = inference_model.renderer
+        self._model, self._adapters = model, inference_model.adapters
+        self._max_waiting, self._max_num_seqs = max_waiting, max_num_seqs
+        self._num_cache_tokens = 0
+        if isinstance(model, VisionLanguageModel):
+            max_bytes = _default_kv_cache_bytes(model) if kv_cache_bytes is None else kv_cache_bytes
+            self._num_cache_tokens = min(
+                compute_cache_capacity(model, max_bytes),
+                max_num_seqs * model.config.decoder.max_position_embeddings,
+            )
+        self._engine = self._create_engine(max_num_seqs, self._num_cache_tokens)
+        self._lock = threading.Condition()
+        self._new_requests: list[tuple[GenerationStream, GenerationRequest]] = []
+        self._cancelled: list[GenerationStream] = []
+        self._streams: dict[int, GenerationStream] = {}
+        self._is_closing, self._cancels_all = False, False
+        self._counts = {"prompt": 0, "cached": 0, "completion": 0, "requests": 0}
+        self._thread = threading.Thread(target=self._run, name="finesight-inference", daemon=True)
+        self._thread.start()
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names that `GenerationOptions.model` accepts; the first is the default."""
+        return tuple(self._adapters)
+
+    @property
+    def max_model_len(self) -> int:
+        """Maximum number of prompt and completion tokens of a request."""
+        if isinstance(self._model, HfModel):
+            return self._model.max_position_embeddings
+        return min(self._num_cache_tokens, self._model.config.decoder.max_position_embeddings)
+
+    def submit(
+        self,
+        located_sample: LocatedSample,
+        options: GenerationOptions,
+        prompt: EncodedSample | None = None,
+    ) -> GenerationStream:
+        """Start a completion of the last turn of a sample.
+
+        The prompt, including images, is encoded in the calling thread unless `prompt` is given.
+
+        Raises:
+            UserError: The sample is invalid, the prompt is too long, or the model is unknown.
+            CorruptImageError: An image cannot be read.
+            ServiceBusyError: The queue is full or the service is closing.
+        """
+        adapter_index = self._resolve_adapter(options.model)
+        self._check_queue()
+        if prompt is None:
+            prompt = self.renderer.load_patches(self.renderer.tokenize_prompt(located_sample))
+        with self._lock:
+            available = self._engine.get_max_new_tokens(prompt)
+        max_new_tokens = (
+            min(DEFAULT_MAX_NEW_TOKENS, available)
+            if options.max_new_tokens is None
+            else options.max_new_tokens
+        )
+        if not 1 <= max_new_tokens <= available:
+            raise UserError(
+                f"{max_new_tokens} with a prompt of {prompt.tokenized.num_tokens} tokens",
+                where="max_new_tokens",
+                expected=f"1 to {available}, limited by the KV cache and the model's positions",
+                remedy="lower max_new_tokens, shorten the prompt, or use smaller images",
+            )
+        stream = GenerationStream(self, located_sample, prompt.tokenized, options)
+        request = GenerationRequest(
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            sampling_params=options.sampling_params,
+            logprobs=options.logprobs,
+            constraint=options.constraint,
+            adapter_index=adapter_index,
+            image_hashes=hash_images(prompt),
+        )
+        with self._lock:
+            self._check_queue()
+            self._new_requests.append((stream, request))
+            self._lock.notify_all()
+        return stream
+
+    @property
+    def is_alive(self) -> bool:
+        """True while the service accepts requests."""
+        return not self._is_closing and self._thread.is_alive()
+
+    def get_stats(self) -> ServiceStats:
+        """Return current statistics."""
+        with self._lock:
+            engine, counts = self._engine, self._counts
+            return ServiceStats(
+                num_running=engine.num_running,
+                num_waiting=engine.num_waiting + len(self._new_requests),
+                num_free_blocks=engine.num_free_blocks,
+                num_blocks=engine.num_blocks,
+                block_size=engine.block_size,
+                prompt_tokens=counts["prompt"],
+                cached_tokens=counts["cached"],
+                completion_tokens=counts["completion"],
+                num_completed=counts["requests"],
+            )
+
+    def close(self, wait_for_running: bool = False) -> None:
+        """Reject new requests and wait for the running ones.
+
+        Args:
+            wait_for_running: Whether to finish running requests instead of cancelling them.
+        """
+        with self._lock:
+            self._is_closing = True
+            self._cancels_all = self._cancels_all or not wait_for_running
+            self._lock.notify_all()
+        self._thread.join()
+
+    def _resolve_adapter(self, model_name: str | None) -> int | None:
+        if model_name is not None and model_name not in self._adapters:
+            raise UserError(
+                f"unknown model {model_name!r:.80}",
+                where="model",
+                expected=" or ".join(self.model_names),
+                remedy="choose one of these, or omit it",
+            )
+        return self._adapters[self.model_names[0] if model_name is None else model_name]
+
+    def _check_queue(self) -> None:
+        with self._lock:
+            num_waiting = self._engine.num_waiting + len(self._new_requests)
+        if not self.is_alive:
+            raise ServiceBusyError(
+                "the service accepts no more requests",
+                where="queue",
+                expected="a running service",
+                remedy="retry after the service has restarted",
+            )
+        if num_waiting >= self._max_waiting:
+            raise ServiceBusyError(
+                f"{num_waiting} requests are already waiting",
+                where="queue",
+                expected=f"fewer than {self._max_waiting}",
+                remedy="retry later",
+            )
+
+    def _cancel(self, stream: GenerationStream) -> None:
+        with self._lock:
+            self._cancelled.append(stream)
+            self._lock.notify_all()
+
+    def _create_engine(self, max_num_seqs: int, num_cache_tokens: int) -> Engine | HfEngine:
+        if isinstance(self._model, HfModel):
+            return HfEngine(self._model, self.renderer.end_ids)
+        return Engine(
+            self._model,
+            self.renderer.end_ids,
+            max_num_seqs=max_num_seqs,
+            num_cache_tokens=num_cache_tokens,
+        )
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._lock.wait_for(
+                    lambda: (
+                        self._new_requests
+                        or self._cancelled
+                        or self._is_closing
+                        or self._engine.has_work
+                    )
+                )
+                new_requests, self._new_requests = self._new_requests, []
+                cancelled, self._cancelled = self._cancelled, []
+                if self._is_closing and not (new_requests or cancelled or self._engine.has_work):
+                    return
+            try:
+                self._apply_changes(new_requests, cancelled)
+                for event in self._engine.step():
+                    self._dispatch_event(event)
+            except Exception as error:
+                self._fail_all(error)
+
+    def _apply_changes(
+        self,
+        new_requests: list[tuple[GenerationStream, GenerationRequest]],
+        cancelled: list[GenerationStream],
+    ) -> None:
+        for stream, request in new_requests:
+            try:
+                self._streams[self._engine.add_request(request)] = stream
+            except Exception as error:
+                stream._update(None, None, _to_user_error(error))
+        if self._cancels_all:
+            cancelled = [*self._streams.values()]
+        for stream in cancelled:
+            for request_id, other in self._streams.items():
+                if other is stream:
+                    self._engine.cancel(request_id)
+
+    def _dispatch_event(self, event: EngineEvent) -> None:
+        stream = self._streams.get(event.request_id)
+        if stream is None:
+            return
+        self._counts["completion"] += event.token is not None
+        if stream._handle_event(event):
+            self._engine.cancel(event.request_id)
+        if stream._is_finished:
+            del self._streams[event.request_id]
+            self._counts["requests"] += 1
+            self._counts["prompt"] += stream.usage.prompt_tokens
+            self._counts["cached"] += stream.usage.cached_tokens
+
+    def _fail_all(self, error: Exception) -> None:
+        """Fail all running requests and replace the engine, whose state is undefined."""
+        for stream in self._streams.values():
+            stream._update(None, None, _to_user_error(error))
+        self._streams.clear()
+        # The traceback references the old KV cache; release it before allocating a new one.
+        traceback.clear_frames(error.__traceback__)
+        with self._lock:
+            self._engine = self._create_engine(1, 1)
+            try:
+                self._engine = self._create_engine(self._max_num_seqs, self._num_cache_tokens)
+            except Exception as retry_error:
+                self._is_closing = True
+                for stream, _ in self._new_requests:
+                    stream._update(None, None, _to_user_error(retry_error))
+                self._new_requests = []
+
+
+def _to_user_error(error: Exception) -> Exception:
+    if not isinstance(error, torch.OutOfMemoryError):
+        return error
+    return UserError(
+        "out of GPU memory",
+        where="model",
+        expected="enough memory for the images and prompts of one prefill step",
+        remedy="use smaller images, or a smaller KV cache",
+    )
+
+
+def _default_kv_cache_bytes(model: VisionLanguageModel) -> int:
+    device = model.model.embed_tokens.weight.device
+    if device.type != "cuda":
+        return CPU_KV_CACHE_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * GPU_MEMORY_FRACTION)

@@ -1,0 +1,239 @@
+"""Paged KV cache, and attention of prefill and decoding steps over it.
+
+Shapes: L layers, P blocks, S tokens per block, R sequences of the decoding batch, B blocks of one
+sequence, T tokens of a packed batch, M cached positions of a sequence, H query heads, K key and
+value heads, G = H / K query heads per key head, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finesight.model.attention import Segments, supports_varlen_attention, varlen_attention
+from finesight.model.config import DecoderConfig
+from finesight.model.length_buckets import copy_to_device
+
+_HAS_TRITON = find_spec("triton") is not None
+
+if _HAS_TRITON:
+    from finesight.infer import paged_attention_kernels
+
+
+class KVCache:
+    """Paged KV cache of all sequences (Kwon et al. 2023, PagedAttention).
+
+    All state is on the device, so that decoding steps need no synchronization. Memory is
+    zero-initialized: a masked entry has weight 0, but 0 times NaN is NaN.
+
+    Attributes:
+        block_table_RB: Block ids of each sequence.
+        seq_lens_R: Number of cached tokens of each sequence.
+        prompt_lens_R: Number of prompt tokens of each sequence.
+        active_R: 1 for a decoding sequence, 0 for an unused row, which writes to block 0.
+    """
+
+    def __init__(
+        self,
+        decoder_config: DecoderConfig,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (
+            decoder_config.num_layers,
+            num_blocks,
+            block_size,
+            decoder_config.num_kv_heads,
+            decoder_config.head_dim,
+        )
+        self.keys_LPSKD = torch.zeros(shape, dtype=dtype, device=device)
+        self.values_LPSKD = torch.zeros(shape, dtype=dtype, device=device)
+        self.block_table_RB = torch.zeros(
+            max_num_seqs, num_blocks, dtype=torch.int32, device=device
+        )
+        self.seq_lens_R, self.prompt_lens_R, self.active_R = (
+            torch.zeros(max_num_seqs, dtype=torch.int64, device=device) for _ in range(3)
+        )
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self.keys_LPSKD.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys_LPSKD.device
+
+    def write(self, layer_index: int, slot_mapping_T: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
+        """Write keys and values of one layer at slots block id * S + offset."""
+        self.flat_keys(layer_index).index_copy_(0, slot_mapping_T, k_TKD)
+        self.flat_values(layer_index).index_copy_(0, slot_mapping_T, v_TKD)
+
+    def flat_keys(self, layer_index: int) -> Tensor:
+        """Return the keys of a layer as a view [P x S, K, D]."""
+        return self.keys_LPSKD[layer_index].flatten(0, 1)
+
+    def flat_values(self, layer_index: int) -> Tensor:
+        """Return the values of a layer as a view [P x S, K, D]."""
+        return self.values_LPSKD[layer_index].flatten(0, 1)
+
+
+def get_kv_bytes_per_token(decoder_config: DecoderConfig, dtype: torch.dtype) -> int:
+    """Return the bytes of the keys and values of one token."""
+    num_elements = (
+        2 * decoder_config.num_layers * decoder_config.num_kv_heads * decoder_config.head_dim
+    )
+    return num_elements * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Tokens [start, stop) of a prompt of `prompt_length` tokens, cached in `block_ids`."""
+
+    block_ids: Sequence[int]
+    start: int
+    stop: int
+    prompt_length: int
+
+    def compute_slot_mapping(
+        self, block_size: int, start: int
+    ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Return the cache slots of tokens [start, self.stop)."""
+        positions = np.arange(start, self.stop)
+        return (
+            np.asarray(self.block_ids, dtype=np.int64)[positions // block_size] * block_size
+            + positions % block_size
+        )
+
+
+class PrefillAttention:
+    """Causal attention of packed prompt chunks over the chunk and the cached prefix.
+
+    Writes keys and values of the chunks to the cache.
+    """
+
+    def __init__(self, cache: KVCache, chunks: Sequence[PrefillChunk]) -> None:
+        self._cache, self._chunks = cache, chunks
+        device, block_size = cache.device, cache.block_size
+        self._slot_mapping_T = copy_to_device(
+            np.concatenate([c.compute_slot_mapping(block_size, c.start) for c in chunks]), device
+        )
+        self._query_segments = Segments.from_lengths((c.stop - c.start for c in chunks), device)
+        self._kv_segments = Segments.from_lengths((c.stop for c in chunks), device)
+        self._is_first_chunk = all(chunk.start == 0 for chunk in chunks)
+        if not self._is_first_chunk:
+            slot_mapping = np.concatenate([c.compute_slot_mapping(block_size, 0) for c in chunks])
+            self._context_slots_M = copy_to_device(slot_mapping, device)
+
+    @property
+    def context_lengths_T(self) -> Tensor:
+        """Full prompt length of each token, independent of chunking."""
+        lengths = [c.prompt_length for c in self._chunks for _ in range(c.stop - c.start)]
+        return torch.tensor(lengths, device=self._cache.device)
+
+    def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        """Compute attention: [T, H, D] to [T, H, D]."""
+        cache = self._cache
+        cache.write(layer_index, self._slot_mapping_T, k_TKD, v_TKD)
+        if self._is_first_chunk:
+            return varlen_attention(q_THD, k_TKD, v_TKD, self._query_segments, causal=True)
+        k_MKD = cache.flat_keys(layer_index).index_select(0, self._context_slots_M)
+        v_MKD = cache.flat_values(layer_index).index_select(0, self._context_slots_M)
+        if supports_varlen_attention(q_THD):
+            return varlen_attention(
+                q_THD,
+                k_MKD,
+                v_MKD,
+                self._query_segments,
+                causal=True,
+                key_segments=self._kv_segments,
+            )
+        return self._attend_per_chunk(q_THD, k_MKD, v_MKD)
+
+    def _attend_per_chunk(self, q_THD: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
+        queries = torch.split(q_THD, list(self._query_segments.lengths))
+        keys, values = (torch.split(x, list(self._kv_segments.lengths)) for x in (k_MKD, v_MKD))
+        num_kv_groups = q_THD.shape[1] // k_MKD.shape[1]
+        outputs = []
+        for chunk, q, k, v in zip(self._chunks, queries, keys, values, strict=True):
+            positions_T = torch.arange(chunk.start, chunk.stop, device=q.device)
+            mask_TM = torch.arange(chunk.stop, device=q.device) <= positions_T[:, None]
+            k, v = (x.repeat_interleave(num_kv_groups, dim=1).transpose(0, 1) for x in (k, v))
+            o = F.scaled_dot_product_attention(q.transpose(0, 1), k, v, attn_mask=mask_TM)
+            outputs.append(o.transpose(0, 1))
+        return torch.cat(outputs)
+
+
+class DecodeAttention:
+    """Attention of one new token per sequence over its cached tokens.
+
+    Created before each step: the constructor increments the sequence lengths on the device.
+    `max_seq_len`, the length of the longest sequence, is used only without kernels.
+    """
+
+    def __init__(self, cache: KVCache, num_seqs: int, max_seq_len: int) -> None:
+        self.cache, self.num_seqs = cache, num_seqs
+        self.seq_lens_R = cache.seq_lens_R[:num_seqs]
+        self.block_table_RB = cache.block_table_RB[:num_seqs]
+        positions_R = self.seq_lens_R.clone()
+        self.seq_lens_R += cache.active_R[:num_seqs]
+        block_ids_R1 = self.block_table_RB.gather(
+            1, (positions_R // cache.block_size).unsqueeze(1)
+        ).long()
+        self.slot_mapping_R = (
+            block_ids_R1.squeeze(1) * cache.block_size + positions_R % cache.block_size
+        )
+        self._use_kernels = has_paged_kernels(cache)
+        if not self._use_kernels:
+            max_blocks = -(-max_seq_len // cache.block_size)
+            self._block_ids_X = self.block_table_RB[:, :max_blocks].flatten().long()
+            positions_M = torch.arange(max_blocks * cache.block_size, device=cache.device)
+            self._mask_R11M = (positions_M < self.seq_lens_R[:, None])[:, None, None, :]
+
+    @property
+    def context_lengths_T(self) -> Tensor:
+        """Prompt length of each sequence."""
+        return self.cache.prompt_lens_R[: self.num_seqs]
+
+    def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        """Write the new keys and values, then compute attention: [R, H, D] to [R, H, D]."""
+        self.cache.write(layer_index, self.slot_mapping_R, k_TKD, v_TKD)
+        return self.attend(layer_index, q_THD)
+
+    def attend(self, layer_index: int, q_RHD: Tensor) -> Tensor:
+        """Compute attention with the new keys and values already cached."""
+        cache = self.cache
+        keys_PSKD, values_PSKD = cache.keys_LPSKD[layer_index], cache.values_LPSKD[layer_index]
+        if self._use_kernels:
+            block_args = self.block_table_RB, self.seq_lens_R
+            o_RHD: Tensor = paged_attention_kernels.paged_attention(
+                q_RHD, keys_PSKD, values_PSKD, *block_args
+            )
+            return o_RHD
+        # Grouped-query attention: the G query heads of a key head are its queries.
+        q_RKGD = q_RHD.view(self.num_seqs, keys_PSKD.shape[2], -1, q_RHD.shape[-1])
+        k_RKMD, v_RKMD = (self._select_blocks(x) for x in (keys_PSKD, values_PSKD))
+        mask = self._mask_R11M.expand(-1, *q_RKGD.shape[1:3], -1)
+        o_RKGD = F.scaled_dot_product_attention(q_RKGD, k_RKMD, v_RKMD, attn_mask=mask)
+        return o_RKGD.flatten(1, 2)
+
+    def _select_blocks(self, x_PSKD: Tensor) -> Tensor:
+        x_XSKD = x_PSKD.index_select(0, self._block_ids_X)
+        x_RKMD = x_XSKD.view(self.num_seqs, -1, *x_PSKD.shape[2:]).transpose(1, 2)
+        # Slots after the last token may contain non-finite values of an earlier sequence.
+        return x_RKMD.masked_fill_(~self._mask_R11M.transpose(2, 3), 0.0)
+
+
+def has_paged_kernels(cache: KVCache) -> bool:
+    """Return whether paged attention kernels, which need no host-side lengths, are available."""
+    return _HAS_TRITON and cache.device.type == "cuda"

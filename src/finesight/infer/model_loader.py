@@ -1,0 +1,326 @@
+"""Load a run, model folder, adapter or hub model for inference."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from finesight.config import Device, Precision, WeightFormat
+from finesight.encode.renderer import Renderer, build_renderer
+from finesight.errors import UserError
+from finesight.manifest import MANIFEST_FILE, Manifest, load_manifest
+from finesight.model.auto_model import AnyModel, load_auto_model
+from finesight.model.lora.multi import MultiLora
+from finesight.model.lora.peft_config import PeftConfig, read_peft_config
+from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE, load_adapter
+from finesight.model.trainable import ModelPart
+from finesight.model.vlm import VisionLanguageModel
+from finesight.model.weights_io import DTYPES
+from finesight.model_folder import ModelFolder, locate_model, resolve_model_path
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceModel:
+    """A model in evaluation mode with the renderer of its training run.
+
+    Attributes:
+        adapters: Adapter index by model name; None selects the base model.
+    """
+
+    model: AnyModel
+    renderer: Renderer
+    adapters: Mapping[str, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Files to load for inference.
+
+    Attributes:
+        folder: Base model or full fine-tuned weights.
+        adapter: LoRA adapter to load on top.
+        manifest: Manifest of the run.
+        nf4_parts: Parts quantized to NF4.
+        fp8_parts: Parts quantized to FP8.
+    """
+
+    folder: ModelFolder
+    adapter: Path | None
+    manifest: Manifest | None
+    nf4_parts: tuple[ModelPart, ...] = ()
+    fp8_parts: tuple[ModelPart, ...] = ()
+
+    @property
+    def quantization_summary(self) -> str:
+        """Description of the quantized parts; empty without quantization."""
+        formats = ((self.nf4_parts, "NF4"), (self.fp8_parts, "FP8"))
+        return " and ".join(
+            f"{' and '.join(parts)} in {format_name}" for parts, format_name in formats if parts
+        )
+
+
+def load_inference_model(
+    run_or_model: str,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    weight_format: WeightFormat = "auto",
+) -> InferenceModel:
+    """Load the model of `finesight predict` and `finesight eval`.
+
+    Args:
+        run_or_model: Run folder (its manifest sets image size, system prompt and base model),
+            model folder in Hugging Face layout, PEFT adapter folder with a base model, or hub
+            name.
+        precision: `auto` is bf16 on GPUs that support it, fp16 on older GPUs, fp32 on CPU.
+        weight_format: `auto` is the stored format, or the format of the training run. Other
+            formats are converted while loading.
+
+    Raises:
+        UserError: Files are missing or incomplete, or the base model differs from that of the run.
+    """
+    source = resolve_model_source(run_or_model)
+    model, renderer = _load_base_model(source, device, precision, weight_format)
+    if source.adapter is not None:
+        load_adapter(model, source.adapter, base_folder=source.folder)
+    model.eval()
+    return InferenceModel(model, renderer, {_get_model_name(run_or_model): None})
+
+
+def _load_base_model(
+    source: ModelSource, device: Device, precision: Precision, weight_format: WeightFormat
+) -> tuple[AnyModel, Renderer]:
+    torch_device = resolve_device(device)
+    manifest = source.manifest
+    # The renderer reads small files and rejects an unsupported family before weights are loaded.
+    renderer = build_renderer(
+        source.folder,
+        manifest.image_rule if manifest else None,
+        manifest.system_prompt if manifest else None,
+    )
+    dtype = resolve_precision(precision, torch_device)
+    model = load_auto_model(
+        source.folder, dtype, torch_device, source.nf4_parts, weight_format, source.fp8_parts
+    )
+    return model, renderer
+
+
+BASE_MODEL_NAME = "base"
+"""Model name that selects the base model without an adapter."""
+
+
+def load_multi_adapter_model(
+    run_or_model: str,
+    extra_adapters: Sequence[str] = (),
+    device: Device = "auto",
+    precision: Precision = "auto",
+    weight_format: WeightFormat = "auto",
+) -> InferenceModel:
+    """Load a model with several LoRA adapters that requests select by name.
+
+    The names are the folder name of `run_or_model`, those of `extra_adapters`, and `base`.
+
+    Raises:
+        UserError: As `load_inference_model`; also if an adapter has another base model or a
+            duplicate name.
+    """
+    base_source = resolve_model_source(run_or_model)
+    if base_source.adapter is None and not extra_adapters:
+        return load_inference_model(run_or_model, device, precision, weight_format)
+    model, renderer = _load_base_model(base_source, device, precision, weight_format)
+    multi_lora, num_adapters = MultiLora(model), 0
+    adapter_indices: dict[str, int | None] = {}
+    for run_or_adapter in (run_or_model, *extra_adapters):
+        source = resolve_model_source(run_or_adapter)
+        _check_same_base(run_or_adapter, source, base_source, adapter_indices)
+        if source.adapter is None:
+            adapter_indices[_get_model_name(run_or_adapter)] = None
+            continue
+        load_adapter(model, source.adapter, base_folder=base_source.folder)
+        multi_lora.collect_adapter()
+        adapter_indices[_get_model_name(run_or_adapter)] = num_adapters
+        num_adapters += 1
+    assert isinstance(model, VisionLanguageModel), (
+        f"adapters are not supported by {type(model).__name__}"
+    )
+    model.lora_routing = multi_lora.install()
+    model.eval()
+    return InferenceModel(
+        model,
+        renderer,
+        adapter_indices
+        if base_source.adapter is None
+        else adapter_indices | {BASE_MODEL_NAME: None},
+    )
+
+
+def _check_same_base(
+    run_or_adapter: str,
+    source: ModelSource,
+    base_source: ModelSource,
+    existing_names: Mapping[str, int | None],
+) -> None:
+    """Raise UserError unless the adapter can be served together with the first one."""
+    if source.folder.path.resolve() != base_source.folder.path.resolve():
+        raise UserError(
+            f"{run_or_adapter} has the base model {source.folder.path}",
+            where="adapters",
+            expected=f"adapters of {base_source.folder.path}, the base of the first adapter",
+            remedy="start another server for it",
+        )
+    if _get_model_name(run_or_adapter) in existing_names or (
+        source.adapter is None and existing_names
+    ):
+        raise UserError(
+            f"{run_or_adapter} has the duplicate name {_get_model_name(run_or_adapter)}",
+            where="adapters",
+            expected="unique folder names",
+            remedy="rename the folder",
+        )
+    if source.manifest is not None and base_source.manifest is not None:
+        for key in ("image_rule", "system_prompt"):
+            value, expected = (
+                str(m.model_dump()[key]) for m in (source.manifest, base_source.manifest)
+            )
+            if value != expected:
+                raise UserError(
+                    f"{run_or_adapter} was trained with {key} {value}",
+                    where="adapters",
+                    expected=f"{expected}, the value of the first adapter",
+                    remedy="start another server for it",
+                )
+
+
+def _get_model_name(run_or_model: str) -> str:
+    """Return the folder name, without the owner of a hub name."""
+    return Path(run_or_model).name or Path(run_or_model).resolve().name
+
+
+def select_cpu_precision() -> Literal["bf16", "fp32"]:
+    """Return the fastest training precision of this CPU: bf16 with native support, else fp32."""
+    capabilities = torch.cpu.get_capabilities()
+    return (
+        "bf16"
+        if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        else "fp32"
+    )
+
+
+def resolve_device(device: Device) -> torch.device:
+    """Resolve `auto` to CUDA if available.
+
+    Raises:
+        UserError: CUDA is requested but not available.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"device is {device}, but torch {torch.__version__} finds no CUDA device",
+            where="device",
+            expected="a GPU and a matching torch build (torch.cuda.is_available())",
+            remedy="set the device to cpu or auto, or install a torch build for your driver",
+        )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the compute dtype.
+
+    `auto` is bf16 from compute capability 8.0, fp16 below, and fp32 on CPU.
+    """
+    if precision != "auto":
+        return DTYPES[precision]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def resolve_model_source(run_or_model: str, base: str | None = None) -> ModelSource:
+    """Find the files of a run, adapter or model without loading them.
+
+    Args:
+        base: Current location of the base model of a run or adapter, if it has changed.
+
+    Raises:
+        UserError: Files are missing or incomplete, the base model differs from that of the run, or
+            `base` is not needed.
+    """
+    # os.path.isfile returns False for invalid paths (unknown home, name too long).
+    path = resolve_model_path(run_or_model)
+    manifest = load_manifest(path / MANIFEST_FILE) if os.path.isfile(path / MANIFEST_FILE) else None
+    if manifest is not None and not (path / "config.json").is_file():
+        return _resolve_run(path, manifest, base)
+    if os.path.isfile(path / ADAPTER_CONFIG_FILE):
+        # Reject unsupported adapter settings before reading weights.
+        settings = read_peft_config(path / ADAPTER_CONFIG_FILE)
+        return ModelSource(locate_model(base or _base_of(settings, path)), path, None)
+    _reject_base(base, run_or_model, "is a complete model")
+    return ModelSource(locate_model(run_or_model), None, manifest)
+
+
+def _reject_base(base: str | None, source: str, reason: str) -> None:
+    if base is not None:
+        raise UserError(
+            f"{source} {reason}, but base is {base}",
+            where="base",
+            expected="base only for an adapter, or a run with only an adapter",
+            remedy="omit base",
+        )
+
+
+def _resolve_run(run_dir: Path, manifest: Manifest, base: str | None) -> ModelSource:
+    model_dir = run_dir / "model" if manifest.tune.has_mode("full") else None
+    adapter_dir = run_dir / "adapter" if manifest.tune.has_mode("lora") else None
+    missing = [f"{part.name}/" for part in (model_dir, adapter_dir) if part and not part.is_dir()]
+    if missing:
+        raise UserError(
+            f"{run_dir.name} has no {' and no '.join(missing)}: the run is not finished",
+            where=str(run_dir),
+            expected="a finished run",
+            remedy=f"resume it: finesight train {run_dir / 'recipe.yaml'} --resume",
+        )
+    if model_dir is not None:
+        _reject_base(base, str(run_dir), "contains a complete model in model/")
+        folder = ModelFolder(model_dir)
+    else:
+        folder = locate_model(base or manifest.base_model)
+        _check_base_fingerprint(manifest, folder, run_dir)
+    if folder.family != manifest.family:
+        raise UserError(
+            f"{folder.path} has the family {folder.family}",
+            where=str(run_dir / MANIFEST_FILE),
+            expected=f"{manifest.family}, the family of the run",
+            remedy="restore the base model of the run",
+        )
+    tune = manifest.tune
+    return ModelSource(
+        folder, adapter_dir, manifest, tune.quantize.nf4 or (), tune.quantize.fp8 or ()
+    )
+
+
+def _check_base_fingerprint(manifest: Manifest, folder: ModelFolder, run_dir: Path) -> None:
+    fingerprint = folder.fingerprint()
+    if fingerprint != manifest.base_fingerprint:
+        raise UserError(
+            f"the base model {folder.path} has the fingerprint {fingerprint}",
+            where=str(run_dir / MANIFEST_FILE),
+            expected=f"{manifest.base_fingerprint}, the base model of the run",
+            remedy="restore that version of the model; the adapter is not valid for another",
+        )
+
+
+def _base_of(settings: PeftConfig, adapter: Path) -> str:
+    base = settings.base_model_name_or_path
+    if not base:
+        raise UserError(
+            f"base_model_name_or_path is {base!r}",
+            where=str(adapter / ADAPTER_CONFIG_FILE),
+            expected="the folder or hub name of the adapter's base model",
+            remedy="set it in this file",
+        )
+    return base

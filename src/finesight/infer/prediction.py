@@ -1,0 +1,374 @@
+"""Prediction pipeline: encode prompts, generate in batches, parse boxes."""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from finesight.data.image_header import CorruptImageError, read_image_size
+from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
+from finesight.encode.renderer import Renderer
+from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
+from finesight.infer import hf_generation
+from finesight.infer.engine import Engine, compute_required_tokens
+from finesight.infer.request import GenerationRequest
+from finesight.model.auto_model import AnyModel
+from finesight.model.hf_backend import HfModel
+from finesight.model.vlm import VisionLanguageModel
+
+T = TypeVar("T")
+
+NUM_READER_THREADS = 4
+"""Threads that load and resize images while the model generates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Prediction for one sample.
+
+    Attributes:
+        images: Images of the sample without videos; `BoxPart.image` indexes these.
+        answer: Text without special tokens.
+        raw_text: Text with special tokens, including the end token.
+        boxes: Parsed boxes in pixels of the original images.
+        stopped: Whether the completion ended with an end token.
+        reasoning: Reasoning of a thinking model; None for other models.
+    """
+
+    id: str
+    images: tuple[Path, ...]
+    prompt: str
+    answer: str
+    raw_text: str
+    boxes: tuple[BoxPart, ...]
+    num_tokens: int
+    stopped: bool
+    reasoning: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Alias of `answer`."""
+        return self.answer
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record of `finesight predict --json`.
+
+        `image` is a path, a list of several paths, or None.
+        """
+        paths = [str(path) for path in self.images]
+        reasoning = {} if self.reasoning is None else {"reasoning": self.reasoning}
+        return {
+            "id": self.id,
+            "image": None if not paths else paths[0] if len(paths) == 1 else paths,
+            "prompt": self.prompt,
+            **reasoning,
+            "answer": self.answer,
+            "raw_text": self.raw_text,
+            "boxes": [box_to_dict(box) for box in self.boxes],
+        }
+
+    def as_text(self) -> str:
+        """Format the prediction for the console, one line per box."""
+        head = "".join(f"{path}: " for path in self.images)
+        truncation_note = "" if self.stopped else f" [cut off after {self.num_tokens} tokens]"
+        boxes = [
+            f"\n  box {', '.join(f'{number:.1f}' for number in box.xyxy)}"
+            + (f"  {box.label}" if box.label else "")
+            for box in self.boxes
+        ]
+        reasoning = f"\n  reasoning  {self.reasoning}" if self.reasoning else ""
+        return head + self.answer + truncation_note + "".join(boxes) + reasoning
+
+
+def box_to_dict(box: BoxPart) -> dict[str, Any]:
+    """Convert a box to JSON data, rounded to 0.01 pixels."""
+    corners = [round(number, 2) for number in box.xyxy]
+    return {"image": box.image, "label": box.label, "xyxy": corners}
+
+
+def build_question(image_paths: Sequence[Path], prompt: str, sample_id: str) -> LocatedSample:
+    """Build a sample with one user turn: images, then text.
+
+    Raises:
+        CorruptImageError: An image is missing or unreadable.
+    """
+    for path in image_paths:
+        read_image_size(path)
+    image_parts = [ImagePart(image=str(path)) for path in image_paths]
+    message = Message(role="user", content=(*image_parts, TextPart(text=prompt)))
+    return LocatedSample(Sample(id=sample_id, messages=(message,)), Path())
+
+
+def build_questions(image_paths: Sequence[Path], prompt: str) -> list[LocatedSample]:
+    """Build one sample per image with the same prompt, or a text-only sample without images.
+
+    Raises:
+        CorruptImageError: An image is missing or unreadable.
+    """
+    if not image_paths:
+        return [build_question((), prompt, prompt)]
+    return [build_question([path], prompt, str(path)) for path in image_paths]
+
+
+def predict(
+    model: AnyModel,
+    renderer: Renderer,
+    samples: Sequence[LocatedSample],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    on_progress: Callable[[int], None] | None = None,
+    on_corrupt_image: Callable[[int, CorruptImageError], None] | None = None,
+    on_batch_reduced: Callable[[int], None] | None = None,
+) -> list[Prediction]:
+    """Generate predictions for the last turn of each sample, in the order of the samples.
+
+    The model's training mode is restored.
+
+    Args:
+        on_progress: Called after each step with the number of finished completions; an exception
+            stops generation.
+        on_corrupt_image: Called with index and error of a sample with an unreadable image, which
+            is skipped. Without it the error is raised.
+        on_batch_reduced: Called with the new batch size after the GPU runs out of memory.
+
+    Raises:
+        CorruptImageError: An image cannot be read and `on_corrupt_image` is None.
+    """
+    was_training = model.training
+    model.eval()
+    prompt_reader = _PromptReader(renderer, samples, on_corrupt_image)
+    predictions: dict[int, Prediction] = {}
+    try:
+        with prompt_reader:
+            if isinstance(model, VisionLanguageModel):
+                completions = _generate_with_oom_retry(
+                    model,
+                    renderer,
+                    prompt_reader,
+                    max_new_tokens,
+                    batch_size,
+                    on_progress,
+                    on_batch_reduced,
+                )
+            else:
+                completions = _generate_with_hf(
+                    model, renderer, prompt_reader, max_new_tokens, on_progress
+                )
+            for i, prompt, output_ids in completions:
+                predictions[i] = build_prediction(renderer, samples[i], prompt, output_ids)
+    finally:
+        model.train(was_training)
+    return [predictions[index] for index in sorted(predictions)]
+
+
+CompletionIterator = Iterator[tuple[int, TokenizedSample, list[int]]]
+"""Sample index, prompt without patches, and completion token ids."""
+
+
+def _generate_with_oom_retry(
+    model: VisionLanguageModel,
+    renderer: Renderer,
+    prompt_reader: _PromptReader,
+    max_new_tokens: int,
+    batch_size: int,
+    on_progress: Callable[[int], None] | None,
+    on_batch_reduced: Callable[[int], None] | None,
+) -> CompletionIterator:
+    """Generate with the engine; halve the batch size after an out-of-memory error."""
+    while True:
+        try:
+            for index, prompt, output_ids in _generate_with_engine(
+                model, renderer, prompt_reader, max_new_tokens, batch_size, on_progress
+            ):
+                prompt_reader.finished_indices.add(index)
+                yield index, prompt, output_ids
+            return
+        except torch.OutOfMemoryError:
+            batch_size = min(batch_size, len(prompt_reader.remaining)) // 2
+            if not batch_size:
+                raise
+        # The exception no longer references the frames that hold GPU memory.
+        gc.collect()
+        if on_batch_reduced is not None:
+            on_batch_reduced(batch_size)
+
+
+def _generate_with_engine(
+    model: VisionLanguageModel,
+    renderer: Renderer,
+    prompt_reader: _PromptReader,
+    max_new_tokens: int,
+    batch_size: int,
+    on_progress: Callable[[int], None] | None,
+) -> CompletionIterator:
+    """Generate with continuous batching of up to `batch_size` sequences."""
+    prompt_lengths = [tokenized.num_tokens for tokenized in prompt_reader.remaining.values()]
+    if not prompt_lengths:
+        return
+    max_num_seqs = min(batch_size, len(prompt_lengths))
+    num_cache_tokens = compute_required_tokens(model, prompt_lengths, max_new_tokens, max_num_seqs)
+    engine = Engine(
+        model, renderer.end_ids, max_num_seqs=max_num_seqs, num_cache_tokens=num_cache_tokens
+    )
+    prompts = prompt_reader.iter_prompts(batch_size)
+    active: dict[int, tuple[int, TokenizedSample, list[int]]] = {}
+    has_more = True
+    while has_more or engine.has_work:
+        while has_more and engine.num_waiting + engine.num_running < batch_size:
+            next_prompt = next(prompts, None)
+            has_more = next_prompt is not None
+            if next_prompt is not None:
+                index, prompt = next_prompt
+                max_tokens = min(max_new_tokens, engine.get_max_new_tokens(prompt))
+                request = GenerationRequest(prompt=prompt, max_new_tokens=max_tokens)
+                active[engine.add_request(request)] = (index, prompt.tokenized, [])
+        num_finished = 0
+        for event in engine.step():
+            if event.error is not None:
+                raise event.error
+            if event.token is not None:
+                active[event.request_id][2].append(event.token.id)
+            if event.finish_reason is not None:
+                num_finished += 1
+                yield active.pop(event.request_id)
+        if on_progress is not None:
+            on_progress(num_finished)
+
+
+def _generate_with_hf(
+    model: HfModel,
+    renderer: Renderer,
+    prompt_reader: _PromptReader,
+    max_new_tokens: int,
+    on_progress: Callable[[int], None] | None,
+) -> CompletionIterator:
+    for index, prompt in prompt_reader.iter_prompts(NUM_READER_THREADS):
+        (output_ids,) = hf_generation.generate_hf(
+            model,
+            [prompt],
+            max_new_tokens=max_new_tokens,
+            end_ids=renderer.end_ids,
+            on_progress=on_progress,
+        )
+        yield index, prompt.tokenized, output_ids
+
+
+class _PromptReader:
+    """Loads prompt images in background threads, longest prompts first; skips corrupt images."""
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        samples: Sequence[LocatedSample],
+        on_corrupt_image: Callable[[int, CorruptImageError], None] | None,
+    ) -> None:
+        self._renderer, self._on_corrupt_image = renderer, on_corrupt_image
+        self.finished_indices: set[int] = set()
+        tokenized_by_index = self._collect_results(
+            (i, partial(renderer.tokenize_prompt, sample)) for i, sample in enumerate(samples)
+        )
+        # Longest prompt first, so that an out-of-memory error occurs at the start.
+        order = sorted(tokenized_by_index, key=lambda i: (-tokenized_by_index[i].num_tokens, i))
+        self._tokenized_prompts = {i: tokenized_by_index[i] for i in order}
+        self._pool = ThreadPoolExecutor(NUM_READER_THREADS)
+
+    @property
+    def remaining(self) -> dict[int, TokenizedSample]:
+        """Tokenized prompts that are not finished, by sample index."""
+        return {
+            i: tokenized
+            for i, tokenized in self._tokenized_prompts.items()
+            if i not in self.finished_indices
+        }
+
+    def __enter__(self) -> _PromptReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def iter_prompts(self, num_prefetched: int) -> Iterator[tuple[int, EncodedSample]]:
+        """Yield prompts with their sample index and prefetch `num_prefetched` more."""
+        remaining = iter(self.remaining.items())
+        pending: deque[tuple[int, Future[EncodedSample]]] = deque()
+        while True:
+            for i, tokenized in islice(remaining, num_prefetched + 1 - len(pending)):
+                pending.append((i, self._pool.submit(self._renderer.load_patches, tokenized)))
+            if not pending:
+                return
+            i, future = pending.popleft()
+            yield from self._collect_results([(i, future.result)]).items()
+
+    def _collect_results(self, calls: Iterable[tuple[int, Callable[[], T]]]) -> dict[int, T]:
+        """Return the results by index without the calls that raise CorruptImageError."""
+        results: dict[int, T] = {}
+        for i, call in calls:
+            try:
+                results[i] = call()
+            except CorruptImageError as error:
+                if self._on_corrupt_image is None:
+                    raise
+                self._on_corrupt_image(i, error)
+                self.finished_indices.add(i)
+        return results
+
+
+def build_prediction(
+    renderer: Renderer,
+    located_sample: LocatedSample,
+    prompt: TokenizedSample,
+    output_ids: Sequence[int],
+) -> Prediction:
+    """Decode a completion and parse its boxes."""
+    completion = renderer.decode_completion(output_ids)
+    sample = located_sample.sample
+    image_index = _get_target_image(sample)
+    return Prediction(
+        id=sample.id,
+        images=tuple(
+            located_sample.resolve_path(p.image)
+            for p in sample.iter_parts()
+            if isinstance(p, ImagePart)
+        ),
+        prompt=_get_last_user_text(sample),
+        answer=completion.text,
+        raw_text=completion.raw_text,
+        boxes=tuple(
+            BoxPart(image=image_index, label=box.label, xyxy=box.xyxy)
+            for box in renderer.parse_boxes(completion.raw_text, prompt.spans, image_index)
+        ),
+        num_tokens=len(output_ids),
+        stopped=bool(output_ids) and output_ids[-1] in renderer.end_ids,
+        reasoning=completion.reasoning,
+    )
+
+
+def _get_target_image(sample: Sample) -> int:
+    """Return the index of the image that predicted boxes refer to.
+
+    Box formats do not name an image: use that of the reference boxes if it is unique, else the
+    first.
+    """
+    boxes = [part for part in sample.messages[-1].content if isinstance(part, BoxPart)]
+    image_indices = (
+        {box.image for box in boxes} if sample.messages[-1].role == "assistant" else set()
+    )
+    return image_indices.pop() if len(image_indices) == 1 else 0
+
+
+def _get_last_user_text(sample: Sample) -> str:
+    for message in reversed(sample.messages):
+        if message.role == "user":
+            return "".join(p.text for p in message.content if isinstance(p, TextPart))
+    return ""

@@ -1,0 +1,250 @@
+"""Structured output: decoding constraints from JSON schemas, box formats and tool calls.
+
+llguidance computes the bitmask of valid next tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finesight.data.json_boxes import BOX_KEY
+from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.qwen_vl import BOX_TOKENS
+from finesight.encode.tiktoken_tokenizer import TiktokenTokenizer
+from finesight.encode.tokenizer import Tokenizer
+from finesight.errors import UserError
+from finesight.infer.request import DecodingConstraint
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from llguidance import LLMatcher, LLTokenizer
+
+JsonSchema = Mapping[str, Any]
+
+BITMASK_WORD_BITS = 32
+"""Bits per word of a token bitmask."""
+
+MAX_LEXER_STATES = 50_000
+"""Limit per grammar, 1 to 2 kB each: schemas are untrusted input."""
+
+MAX_LABEL_LENGTH = 200
+MAX_PIXEL_COORDINATE = 99_999
+"""Largest pixel coordinate in a box of Qwen2.5-VL."""
+
+# Bounded whitespace: with unlimited whitespace a model may generate only spaces.
+_WHITESPACE_OPTIONS = {"x-guidance": {"whitespace_pattern": r"[ \n\t]{1,24}"}}
+# JSON separators of tool calls in chat templates.
+_JSON_DUMPS_OPTIONS = {
+    "x-guidance": {
+        "whitespace_flexible": False,
+        "item_separator": ", ",
+        "key_separator": ": ",
+    }
+}
+_ANY_OBJECT_SCHEMA: JsonSchema = {"type": "object"}
+
+
+class GrammarCompiler:
+    """Compiles decoding constraints for one model."""
+
+    def __init__(self, renderer: NativeRenderer, vocab_size: int) -> None:
+        self._renderer, self._vocab_size = renderer, vocab_size
+        self._lock = threading.Lock()
+        self._ll_tokenizer: LLTokenizer | None = None
+
+    def load_tokenizer(self) -> None:
+        """Load the llguidance tokenizer ahead of the first request, which takes one second.
+
+        Raises:
+            UserError: llguidance is not installed.
+        """
+        self._get_ll_tokenizer()
+
+    def compile_json_object(self) -> GrammarConstraint:
+        """Compile a constraint for any JSON object."""
+        return self.compile_json_schema(_ANY_OBJECT_SCHEMA)
+
+    def compile_json_schema(self, schema: JsonSchema) -> GrammarConstraint:
+        """Compile a constraint for a JSON schema.
+
+        Raises:
+            UserError: The schema is not supported.
+        """
+        return self._compile(f"answer: %json {json.dumps({**schema, **_WHITESPACE_OPTIONS})}\n")
+
+    def compile_boxes(self) -> GrammarConstraint:
+        """Compile a constraint for zero or more boxes in the format of the model family."""
+        name = self._renderer.family.name
+        if name in ("qwen2_vl", "qwen"):
+            return self._compile(
+                self._build_token_box_grammar(BOX_TOKENS if name == "qwen" else {})
+            )
+        max_coordinate = MAX_PIXEL_COORDINATE if name == "qwen2_5_vl" else 1000
+        return self.compile_json_schema(_build_box_schema(max_coordinate))
+
+    def compile_tool_calls(
+        self, functions: Sequence[tuple[str, JsonSchema | None]]
+    ) -> GrammarConstraint:
+        """Compile a constraint for one call of one function, with arguments by its schema."""
+        open_tag, close_tag = self._token_symbol("<tool_call>"), self._token_symbol("</tool_call>")
+        alternatives = " | ".join(f"call_{number}" for number in range(len(functions)))
+        rules = [f'answer: {open_tag} "\\n" ({alternatives}) "\\n" {close_tag}']
+        for call_index, (name, parameters) in enumerate(functions):
+            properties = {"name": {"const": name}, "arguments": parameters or _ANY_OBJECT_SCHEMA}
+            schema = {
+                "type": "object",
+                "properties": properties,
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            rules.append(
+                f"call_{call_index}: %json {json.dumps({**schema, **_JSON_DUMPS_OPTIONS})}"
+            )
+        return self._compile("\n".join(rules) + "\n")
+
+    def _build_token_box_grammar(self, token_names: Mapping[str, str]) -> str:
+        """Build the grammar of boxes delimited by special tokens, with coordinates in thousandths.
+
+        `token_names` are the token names of Qwen-VL, whose coordinates are below 1000.
+        """
+        ref, ref_end, box, box_end = (
+            self._token_symbol(token_names.get(token, token)) for token in BOX_TOKENS
+        )
+        max_value = "" if token_names else ' | "1000"'
+        return (
+            "answer: box*\n"
+            f'box: ({ref} LABEL {ref_end})? {box} "(" N "," N "),(" N "," N ")" {box_end}\n'
+            f"N: /0|[1-9][0-9]{{0,2}}/{max_value}\n"
+            f"LABEL: /[^<>\\n]{{1,{MAX_LABEL_LENGTH}}}/\n"
+        )
+
+    def _compile(self, rules: str) -> GrammarConstraint:
+        start_rule = "start: answer\n"
+        if self._renderer.has_reasoning:
+            end_symbol = self._token_symbol("</think>")
+            is_literal = end_symbol.startswith('"')
+            start_rule = f"start: thought {'' if is_literal else end_symbol} /\\n{{0,2}}/ answer\n"
+            start_rule += f"thought{f'[suffix={end_symbol}]' if is_literal else ''}: /(?s:.*)/\n"
+        package = import_llguidance()
+        grammar = package.LLMatcher.grammar_from_lark(start_rule + rules)
+        limits = package.LLParserLimits(max_lexer_states=MAX_LEXER_STATES)
+        matcher = package.LLMatcher(self._get_ll_tokenizer(), grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise UserError(
+                f"the grammar cannot be compiled: {matcher.get_error():.300}",
+                where="response_format",
+                expected="a JSON schema of limited size with keywords that llguidance supports",
+                remedy="simplify the schema",
+            )
+        return GrammarConstraint(matcher, self._vocab_size, self._renderer.end_ids)
+
+    def _token_symbol(self, text: str) -> str:
+        """Return the grammar symbol of a special token, or its text as a literal."""
+        tokenizer = self._get_ll_tokenizer()
+        ids = tokenizer.tokenize_str(text, parse_special=True)
+        is_single_token = len(ids) == 1 and tokenizer.is_special_token(ids[0])
+        return f"<[{ids[0]}]>" if is_single_token else json.dumps(text)
+
+    def _get_ll_tokenizer(self) -> LLTokenizer:
+        """Return the llguidance tokenizer, built on first use."""
+        with self._lock:
+            if self._ll_tokenizer is None:
+                self._ll_tokenizer = _build_ll_tokenizer(
+                    import_llguidance(), self._renderer, self._vocab_size
+                )
+            return self._ll_tokenizer
+
+
+class GrammarConstraint(DecodingConstraint):
+    """Decoding constraint that follows a grammar.
+
+    Compilation and `compute_bitmask` have no time limit. Untrusted grammars must run in a worker
+    process (see `serve`).
+    """
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int, end_ids: Sequence[int]) -> None:
+        self._matcher, self._end_ids = matcher, end_ids
+        self._num_words = -(-vocab_size // BITMASK_WORD_BITS)
+
+    def compute_bitmask(self) -> NDArray[np.int32]:
+        """Return the bitmask of valid next tokens.
+
+        If the grammar exceeds its limits, only end tokens are valid.
+        """
+        mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)[
+            : self._num_words
+        ].copy()
+        if self._matcher.is_error() or not mask.any():
+            return build_bitmask(self._end_ids, self._num_words)
+        return mask
+
+    def accept_token(self, token: int) -> None:
+        """Advance the grammar by a token."""
+        self._matcher.consume_token(token)
+
+    @property
+    def has_failed(self) -> bool:
+        """True if the grammar exceeded its limits and the completion was truncated."""
+        return bool(self._matcher.is_error())
+
+
+def build_bitmask(token_ids: Sequence[int], num_words: int) -> NDArray[np.int32]:
+    """Build a bitmask of `num_words` 32-bit words that allows only these tokens."""
+    bits = np.zeros(num_words, dtype=np.uint32)
+    for token in token_ids:
+        bits[token // BITMASK_WORD_BITS] |= np.uint32(1 << token % BITMASK_WORD_BITS)
+    return bits.view(np.int32)
+
+
+def import_llguidance() -> ModuleType:
+    """Import llguidance.
+
+    Raises:
+        UserError: llguidance is not installed.
+    """
+    try:
+        import llguidance as package
+    except ImportError as error:
+        raise UserError(
+            f"cannot import llguidance: {error}",
+            where="response_format",
+            expected="an installed llguidance, which is required for structured output",
+            remedy="pip install 'finesight[serve]'",
+        ) from error
+    return package
+
+
+def _build_ll_tokenizer(
+    package: ModuleType, renderer: NativeRenderer, vocab_size: int
+) -> LLTokenizer:
+    from llguidance.tiktoken import lltokenizer_from_encoding
+
+    tokenizer, eos_ids = renderer.tokenizer, list(renderer.end_ids)
+    if isinstance(tokenizer, TiktokenTokenizer):
+        return lltokenizer_from_encoding(tokenizer.encoding, n_vocab=vocab_size, eos_token=eos_ids)
+    assert isinstance(tokenizer, Tokenizer), f"unsupported tokenizer {type(tokenizer)}"
+    # Pass the content of the file: a path would be resolved as a hub name.
+    content = tokenizer.path.read_text(encoding="utf-8")
+    ll_tokenizer: LLTokenizer = package.LLTokenizer(content, n_vocab=vocab_size, eos_token=eos_ids)
+    return ll_tokenizer
+
+
+def _build_box_schema(max_coordinate: int) -> JsonSchema:
+    coordinate = {"type": "integer", "minimum": 0, "maximum": max_coordinate}
+    box = {
+        "type": "object",
+        "properties": {
+            BOX_KEY: {"type": "array", "items": coordinate, "minItems": 4, "maxItems": 4},
+            "label": {"type": "string", "maxLength": MAX_LABEL_LENGTH},
+        },
+        "required": [BOX_KEY],
+        "additionalProperties": False,
+    }
+    return {"anyOf": [box, {"type": "array", "items": box}]}

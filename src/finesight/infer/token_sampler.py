@@ -1,0 +1,197 @@
+"""Token sampling: temperature, top-k, top-p, repetition penalty and decoding constraints.
+
+Shapes: S sampled rows, V vocabulary, W 32-bit words of a token bitmask, N listed log
+probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from finesight.infer.request import DecodingConstraint, SamplingParams
+from finesight.model.length_buckets import copy_to_device
+
+_MIN_TEMPERATURE = 1e-30
+"""Smallest temperature that does not overflow in fp32."""
+
+
+class TokenSampler:
+    """Sampling parameters and state of one sequence."""
+
+    def __init__(
+        self,
+        sampling_params: SamplingParams,
+        logprobs: int | None,
+        constraint: DecodingConstraint | None,
+        prompt_ids: Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int32]],
+    ) -> None:
+        self.sampling_params, self.logprobs, self.constraint = sampling_params, logprobs, constraint
+        self._bitmask: NDArray[np.int32] | None = None
+        self._prompt_ids = np.unique(np.asarray(prompt_ids, dtype=np.int64))
+        self._seen_V: Tensor | None = None
+        seed = sampling_params.seed
+        bit_generator = np.random.Philox() if seed is None else np.random.Philox(key=seed % 2**64)
+        self._rng = np.random.Generator(bit_generator)
+
+    @property
+    def is_argmax_only(self) -> bool:
+        """True for greedy decoding without penalty, constraint and log probabilities."""
+        has_penalty = self.sampling_params.repetition_penalty != 1.0
+        is_unconstrained = self.constraint is None and self.logprobs is None
+        return self.sampling_params.is_greedy and is_unconstrained and not has_penalty
+
+    def prepare_bitmask(self) -> None:
+        """Compute the next bitmask, so that errors of the constraint occur before sampling."""
+        if self.constraint is not None:
+            self._bitmask = self.constraint.compute_bitmask()
+
+    def pop_bitmask(self) -> NDArray[np.int32]:
+        """Return the bitmask of the next token and reset it."""
+        if self._bitmask is None:
+            self.prepare_bitmask()
+        bitmask, self._bitmask = self._bitmask, None
+        assert bitmask is not None, "a sampler without a constraint"
+        return bitmask
+
+    def draw_uniform(self) -> float:
+        """Draw from [0, 1) with the random generator of this sequence."""
+        return float(self._rng.random())
+
+    def apply_repetition_penalty(self, logits_V: Tensor) -> Tensor:
+        """Penalize tokens of the prompt and the completion."""
+        penalty = self.sampling_params.repetition_penalty
+        if penalty == 1.0:
+            return logits_V
+        if self._seen_V is None:
+            seen_V = torch.zeros(len(logits_V), dtype=torch.bool, device=logits_V.device)
+            self._seen_V = seen_V.index_fill_(
+                0, copy_to_device(self._prompt_ids, logits_V.device), True
+            )
+        penalized_V = torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
+        return torch.where(self._seen_V, penalized_V, logits_V)
+
+    def record_token(self, id_1: Tensor) -> None:
+        """Record a sampled token, which is still on the device."""
+        if self._seen_V is not None:
+            self._seen_V.index_fill_(0, id_1, True)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """Sampled ids [S], their log probabilities [S], and the most probable tokens [S, N]."""
+
+    ids_S: Tensor
+    logprobs_S: Tensor | None
+    top_ids_SN: Tensor | None
+    top_logprobs_SN: Tensor | None
+
+
+def sample_tokens(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> SampledTokens:
+    """Sample the next token of each row; results are independent of the other rows."""
+    raw_SV = logits_SV.float()
+    processed_SV = _apply_constraints(_apply_penalties(raw_SV, samplers), samplers)
+    ids_S = processed_SV.argmax(-1)
+    stochastic_rows = [
+        row for row, sampler in enumerate(samplers) if not sampler.sampling_params.is_greedy
+    ]
+    filtered_rows = [row for row in stochastic_rows if _has_filter(samplers[row].sampling_params)]
+    for rows, draw_ids in (
+        (filtered_rows, _sample_filtered),
+        (sorted({*stochastic_rows} - {*filtered_rows}), _sample_full),
+    ):
+        if rows:
+            rows_S = copy_to_device(np.array(rows), logits_SV.device)
+            ids = draw_ids(processed_SV.index_select(0, rows_S), [samplers[row] for row in rows])
+            ids_S = ids_S.index_copy(0, rows_S, ids)
+    for row, sampler in enumerate(samplers):
+        sampler.record_token(ids_S[row : row + 1])
+    return _build_sampled_tokens(raw_SV, ids_S, samplers)
+
+
+def _has_filter(sampling_params: SamplingParams) -> bool:
+    return sampling_params.top_k > 0 or sampling_params.top_p < 1.0
+
+
+def _apply_penalties(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
+    if all(sampler.sampling_params.repetition_penalty == 1.0 for sampler in samplers):
+        return logits_SV
+    return torch.stack(
+        [c.apply_repetition_penalty(row) for c, row in zip(samplers, logits_SV, strict=True)]
+    )
+
+
+def _apply_constraints(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
+    rows = [row for row, sampler in enumerate(samplers) if sampler.constraint is not None]
+    if not rows:
+        return logits_SV
+    bitmasks = [c.pop_bitmask() for c in samplers if c.constraint is not None]
+    bits_SW = copy_to_device(np.stack(bitmasks), logits_SV.device)
+    rows_S = copy_to_device(np.array(rows), logits_SV.device)
+    bit_positions_32 = torch.arange(32, device=logits_SV.device, dtype=torch.int32)
+    allowed_SV = (bits_SW.unsqueeze(-1) >> bit_positions_32 & 1).flatten(1).bool()
+    vocab_size = logits_SV.shape[1]
+    if allowed_SV.shape[1] < vocab_size:
+        # The LM head may be padded beyond the vocabulary; mask the padding.
+        missing = vocab_size - allowed_SV.shape[1]
+        allowed_SV = torch.nn.functional.pad(allowed_SV, (0, missing))
+    constrained_SV = logits_SV.index_select(0, rows_S)
+    constrained_SV = constrained_SV.masked_fill(~allowed_SV[:, :vocab_size], -torch.inf)
+    return logits_SV.index_copy(0, rows_S, constrained_SV)
+
+
+def _to_column(values: Sequence[float], reference: Tensor) -> Tensor:
+    return copy_to_device(np.array(values, dtype=np.float32), reference.device).unsqueeze(1)
+
+
+def _compute_probs(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
+    # Shift the maximum to 0, so that no temperature overflows.
+    shifted_SV = logits_SV - logits_SV.amax(-1, keepdim=True)
+    temperatures = [max(c.sampling_params.temperature, _MIN_TEMPERATURE) for c in samplers]
+    return (shifted_SV / _to_column(temperatures, logits_SV)).softmax(-1)
+
+
+def _sample_inverse_cdf(probs_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
+    """Sample from unnormalized probabilities by inverse transform, one generator per row."""
+    cdf_SV = probs_SV.double().cumsum(-1)
+    uniforms_S1 = _to_column([c.draw_uniform() for c in samplers], probs_SV).double()
+    sampled_S = torch.searchsorted(cdf_SV, uniforms_S1 * cdf_SV[:, -1:], right=True).squeeze(1)
+    # Rounding may exceed the last bin; clamp to the last nonzero probability.
+    last_S = (probs_SV > 0).long().mul(torch.arange(probs_SV.shape[1], device=probs_SV.device))
+    return torch.minimum(sampled_S, last_S.amax(-1))
+
+
+def _sample_full(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
+    return _sample_inverse_cdf(_compute_probs(logits_SV, samplers), samplers)
+
+
+def _sample_filtered(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
+    probs_SV, ids_SV = _compute_probs(logits_SV, samplers).sort(
+        stable=True, dim=-1, descending=True
+    )
+    ranks_V = torch.arange(probs_SV.shape[1], device=probs_SV.device)
+    ks_S1 = _to_column([c.sampling_params.top_k or probs_SV.shape[1] for c in samplers], probs_SV)
+    ps_S1 = _to_column([c.sampling_params.top_p for c in samplers], probs_SV)
+    probs_SV = probs_SV * (ranks_V < ks_S1)
+    cdf_SV = probs_SV.double().cumsum(-1)
+    is_nucleus_SV = cdf_SV - probs_SV < ps_S1 * cdf_SV[:, -1:]
+    sampled_S = _sample_inverse_cdf(probs_SV * (is_nucleus_SV | (ranks_V == 0)), samplers)
+    ids_S: Tensor = ids_SV.gather(1, sampled_S.unsqueeze(1)).squeeze(1)
+    return ids_S
+
+
+def _build_sampled_tokens(
+    raw_SV: Tensor, ids_S: Tensor, samplers: Sequence[TokenSampler]
+) -> SampledTokens:
+    num_logprobs = [sampler.logprobs for sampler in samplers if sampler.logprobs is not None]
+    if not num_logprobs:
+        return SampledTokens(ids_S, None, None, None)
+    logprobs_SV = raw_SV.log_softmax(-1)
+    sampled_logprobs_S = logprobs_SV.gather(1, ids_S.unsqueeze(1)).squeeze(1)
+    top = logprobs_SV.topk(min(max(num_logprobs), logprobs_SV.shape[1]), dim=-1)
+    return SampledTokens(ids_S, sampled_logprobs_S, top.indices, top.values)

@@ -1,0 +1,140 @@
+"""Describe a job: recipe, nodes, and command."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finesight.errors import UserError
+from finesight.recipe import load_recipe
+from finesight.run_files import RESULT_FILE
+
+MAX_RESTARTS = 3
+"""Maximum number of restarts after a failed process."""
+
+RENDEZVOUS_PORT = 29400
+"""Rendezvous port on the first node, torchrun's default."""
+
+_JOB_NAME_PATTERN = re.compile("[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
+"""RFC 1035 label, the strictest format of job names among the engines."""
+
+_NODES_PATTERN = re.compile("([0-9]{1,5})(?::([0-9]{1,5}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """Range of nodes with GPUs each, and one process per GPU."""
+
+    min_nodes: int
+    max_nodes: int
+    gpus_per_node: int
+
+    @classmethod
+    def parse(cls, nodes: str, gpus_per_node: int) -> NodeSpec:
+        """Parse a number of nodes or MIN:MAX for elastic jobs. Raises UserError if invalid."""
+        match = _NODES_PATTERN.fullmatch(nodes)
+        min_nodes, max_nodes = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= min_nodes <= max_nodes:
+            raise UserError(
+                f"invalid number of nodes {nodes!r}",
+                where="--nodes",
+                expected="a number, or MIN:MAX with 1 <= MIN <= MAX",
+                remedy="for example --nodes 2, or --nodes 1:4",
+            )
+        return cls(min_nodes, max_nodes, gpus_per_node)
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.min_nodes < self.max_nodes
+
+    def require_fixed(self, engine: str) -> int:
+        """Return the number of nodes for an engine without elastic jobs. Raises UserError for a
+        range.
+        """
+        if self.is_elastic:
+            raise UserError(
+                f"{self.min_nodes}:{self.max_nodes} nodes",
+                where="--nodes",
+                expected=f"one number: the number of nodes of a job in {engine} is fixed",
+                remedy=f"--nodes {self.max_nodes}, or --on torchrun or slurm",
+            )
+        return self.min_nodes
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchJob:
+    """A training job. `recipe` and `output_dir` are relative to `working_dir`."""
+
+    name: str
+    recipe: Path
+    overrides: tuple[str, ...]
+    output_dir: Path
+    working_dir: Path
+    node_spec: NodeSpec
+    python: str = sys.executable
+
+    @classmethod
+    def from_recipe(
+        cls, recipe: Path, overrides: Sequence[str], name: str | None, node_spec: NodeSpec
+    ) -> LaunchJob:
+        """Build from a recipe. Raises UserError for an invalid recipe or job name."""
+        output_dir = load_recipe(recipe, overrides).output_dir
+        job_name = _sanitize_name(output_dir.name) if name is None else name
+        if not _JOB_NAME_PATTERN.fullmatch(job_name):
+            raise UserError(
+                f"the name {job_name!r}",
+                where="--name",
+                expected="up to 63 lowercase letters, digits and dashes; starts with a letter,"
+                " does not end with a dash",
+                remedy="for example --name latex-2b",
+            )
+        return cls(job_name, recipe, tuple(overrides), output_dir, Path.cwd(), node_spec)
+
+    @property
+    def python_arguments(self) -> str:
+        """Arguments of `python`, quoted for a shell. The run resumes if there is a checkpoint."""
+        words = ["-m", "finesight", "train", *self._recipe_arguments(), "--resume"]
+        return shlex.join(words)
+
+    @property
+    def result_file(self) -> str:
+        """Result file of the run, quoted for a shell."""
+        return shlex.quote(str(self.output_dir / RESULT_FILE))
+
+    def _recipe_arguments(self) -> list[str]:
+        # A path that starts with a dash would be an option.
+        recipe = str(self.recipe)
+        return [f"./{recipe}" if recipe.startswith("-") else recipe, *self.overrides]
+
+    def require_inside_store(self, store: str) -> None:
+        """Raise UserError unless recipe and output are in the mounted store."""
+        for where, path in (("RECIPE", self.recipe), ("output", self.output_dir)):
+            if path.is_absolute() or ".." in path.parts:
+                raise UserError(
+                    f"{path} is outside the mounted {store}",
+                    where=where,
+                    expected="a path relative to the root of the store",
+                    remedy="move recipe, data and output to the store, and use relative paths",
+                )
+
+
+def _sanitize_name(text: str) -> str:
+    """Convert text to a valid job name; `finesight` if no characters remain."""
+    words = re.sub("[^a-z0-9]+", "-", text.lower()).lstrip("-0123456789")
+    return words[:63].strip("-") or "finesight"
+
+
+def validate_name(value: str | None, option: str) -> str | None:
+    """Validate an unquoted directive value. Raises UserError for other characters."""
+    if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,:/@+-]*", value):
+        raise UserError(
+            f"{value!r} is not a name",
+            where=option,
+            expected="letters, digits and _ . , : / @ + -",
+            remedy="use the name as listed by the engine",
+        )
+    return value

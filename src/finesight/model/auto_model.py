@@ -1,0 +1,42 @@
+"""Loading and saving of models of any family, native or through transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from finesight.config import WeightFormat
+from finesight.encode.hf_config import is_native
+from finesight.model.hf_backend import HfModel, load_hf_model, save_hf_model
+from finesight.model.trainable import ModelPart
+from finesight.model.vlm import VisionLanguageModel
+from finesight.model.weights_io import load_model, save_model
+from finesight.model_folder import ModelFolder
+
+AnyModel = VisionLanguageModel | HfModel
+
+
+def load_auto_model(
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    device: torch.device,
+    nf4_parts: Collection[ModelPart] = (),
+    weight_format: WeightFormat = "auto",
+    fp8_parts: Collection[ModelPart] = (),
+) -> AnyModel:
+    """Load the model of a folder.
+
+    Raises UserError as `load_model` and `load_hf_model`.
+    """
+    loader = load_model if is_native(folder) else load_hf_model
+    return loader(folder, dtype, device, nf4_parts, weight_format, fp8_parts)
+
+
+def save_auto_model(model: AnyModel, folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:
+    """Write the weights of a model without adapters from `folder` to `target`."""
+    if isinstance(model, HfModel):
+        save_hf_model(model, folder, target, dtype)
+    else:
+        save_model(model, folder, target, dtype)

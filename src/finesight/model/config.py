@@ -1,0 +1,329 @@
+"""Model configuration, read from config.json in the hub's format or in that of transformers 5.
+
+The hub's files keep the language model's keys at the top level. transformers 5 writes them to
+`text_config` and merges `rope_theta` and `rope_scaling` into `rope_parameters`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NoReturn, TypeGuard
+
+from finesight.errors import UserError
+
+MAX_INT = 2**31 - 1
+"""Upper limit of an integer size: vocabularies have fewer than a million tokens."""
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    """Return True for a finite number that fp32 can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 3.4e38
+
+
+class ConfigReader:
+    """Typed access to a JSON object of a config file.
+
+    Missing or invalid values raise a UserError that names the full key. A null value counts as
+    missing.
+    """
+
+    def __init__(
+        self, values: Mapping[str, object], file: str = "config.json", key_prefix: str = ""
+    ):
+        self._values, self.file, self._key_prefix = values, file, key_prefix
+
+    def raise_invalid(self, key: str, expected: str) -> NoReturn:
+        """Raise a UserError with the value of `key` and the expected one."""
+        value = self._values.get(key)
+        raise UserError(
+            f"{self._key_prefix}{key} is {'missing' if value is None else f'{value!r:.80}'}",
+            where=self.file,
+            expected=expected,
+            remedy="take the file from the model's own folder",
+        )
+
+    def has(self, key: str) -> bool:
+        """Return True if `key` has a value."""
+        return self._values.get(key) is not None
+
+    def _get(self, key: str, default: object) -> object:
+        return self._values[key] if self.has(key) else default
+
+    def section(self, key: str) -> ConfigReader:
+        """Return the object under `key`."""
+        value = self._values.get(key)
+        if not isinstance(value, Mapping):
+            self.raise_invalid(key, "an object")
+        return ConfigReader(value, self.file, f"{self._key_prefix}{key}.")
+
+    def get_int(self, key: str, default: int | None = None) -> int:
+        """Return an integer from 1 to MAX_INT, or `default` if the key is missing."""
+        value = self._get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_INT:
+            self.raise_invalid(key, f"an integer from 1 to {MAX_INT}")
+        return value
+
+    def get_float(self, key: str, default: float | None = None) -> float:
+        """Return a positive finite float, or `default` if the key is missing."""
+        value = self._get(key, default)
+        if not _is_number(value) or value <= 0:
+            self.raise_invalid(key, "a positive number")
+        return float(value)
+
+    def get_bool(self, key: str, default: bool) -> bool:
+        """Return a boolean, or `default` if the key is missing."""
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            self.raise_invalid(key, "true or false")
+        return value
+
+    def get_ints(self, key: str) -> tuple[int, ...]:
+        """Return a list of integers of at least 0."""
+        value = self._values.get(key)
+        if not isinstance(value, list | tuple):
+            self.raise_invalid(key, "a list of integers")
+        ints = tuple(item for item in value if isinstance(item, int) and 0 <= item <= MAX_INT)
+        if len(ints) != len(value):
+            self.raise_invalid(key, f"a list of integers from 0 to {MAX_INT}")
+        return ints
+
+    def get_floats(self, key: str, length: int) -> tuple[float, ...]:
+        """Return a list of `length` finite floats."""
+        value = self._values.get(key)
+        if not isinstance(value, list | tuple) or len(value) != length:
+            self.raise_invalid(key, f"a list of {length} values")
+        floats = tuple(float(item) for item in value if _is_number(item))
+        if len(floats) != length:
+            self.raise_invalid(key, f"a list of {length} values")
+        return floats
+
+    def get_str(self, key: str) -> str:
+        """Return a string."""
+        value = self._values.get(key)
+        if not isinstance(value, str):
+            self.raise_invalid(key, "a string")
+        return value
+
+    def require_supported(self, key: str, default: object, supported: tuple[object, ...]) -> None:
+        """Raise a UserError if `key` has a value whose computation is not implemented."""
+        if self._get(key, default) not in supported:
+            self.raise_invalid(key, " or ".join(repr(value) for value in supported))
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """Mixture-of-experts config: number of experts, experts per token, intermediate size."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Decoder config.
+
+    Queries and keys have a bias, or a norm of each head with `use_qk_norm`. `mrope_axes` maps each
+    rotary frequency of a head to a position axis (0 time, 1 height, 2 width).
+    `max_position_embeddings` is the context length of the base model. With `tie_word_embeddings`
+    the head shares the embedding's weight. `moe` replaces the MLPs by experts.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    use_qk_norm: bool
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_axes: tuple[int, ...]
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    moe: MoeConfig | None = None
+
+    def prefix_cache_key(self, num_tokens: int) -> str:
+        """Return the prefix-cache key of a prompt of `num_tokens` tokens.
+
+        Prompts with equal keys have equal keys and values for a shared prefix.
+        """
+        return ""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Vision encoder config.
+
+    Patches cover `temporal_patch_size` frames of `patch_size` x `patch_size` pixels. Each square of
+    `merge_size` x `merge_size` patches becomes one feature of the decoder's hidden
+    size.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    out_hidden_size: int
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    rope_theta: float
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_shape(self) -> tuple[int, ...]:
+        """Input shape of the patch convolution, with a frame axis for several frames."""
+        frames = (self.temporal_patch_size,) if self.temporal_patch_size > 1 else ()
+        return (self.in_channels, *frames, self.patch_size, self.patch_size)
+
+    @property
+    def patch_dim(self) -> int:
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class PixelNormalization:
+    """Normalization of image bytes: (byte x scale - mean) / std for each channel."""
+
+    rescale_factor: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Configs of the decoder and the vision encoder."""
+
+    decoder: DecoderConfig
+    vision: VisionConfig
+
+
+def sequential_mrope_axes(sections: tuple[int, ...]) -> tuple[int, ...]:
+    """Assign frequencies to time, then height, then width."""
+    return tuple(row for row, size in enumerate(sections) for _ in range(size))
+
+
+def parse_decoder_config(
+    hf_config: ConfigReader,
+    *,
+    head_dim: int | None = None,
+    use_qk_norm: bool = False,
+    mrope_axes: Callable[[tuple[int, ...]], tuple[int, ...]] = sequential_mrope_axes,
+) -> DecoderConfig:
+    """Read the decoder config from either format of config.json.
+
+    `mrope_axes` assigns the rotary frequencies of a head to the position axes, with the counts of
+    `mrope_section`. The head dimension is the hidden size divided by the number of heads unless
+    `head_dim` is given.
+    """
+    text = get_text_config(hf_config)
+    text.require_supported("hidden_act", "silu", ("silu",))
+    text.require_supported("use_sliding_window", False, (False,))
+    text.require_supported("attention_dropout", 0.0, (0.0,))
+    rope = get_rope_config(text)
+    # Published files have type mrope; transformers 5 adds rope_type default.
+    rope.require_supported("type", "mrope", ("mrope", "default"))
+    rope.require_supported("rope_type", "default", ("mrope", "default"))
+    hidden_size, num_heads = text.get_int("hidden_size"), text.get_int("num_attention_heads")
+    num_kv_heads = text.get_int("num_key_value_heads", num_heads)
+    sections = rope.get_ints("mrope_section")
+    if head_dim is None:
+        if hidden_size % num_heads or (hidden_size // num_heads) % 2:
+            text.raise_invalid(
+                "num_attention_heads",
+                f"a divisor of hidden_size {hidden_size} with an even quotient",
+            )
+        head_dim = hidden_size // num_heads
+        text.require_supported("head_dim", None, (None, head_dim))
+    if num_heads % num_kv_heads:
+        text.raise_invalid("num_key_value_heads", f"a divisor of {num_heads} heads")
+    if len(sections) != 3 or sum(sections) * 2 != head_dim:
+        rope.raise_invalid("mrope_section", f"three integers with the sum {head_dim / 2:g}")
+    if sequential_mrope_axes(sections) != tuple(sorted(mrope_axes(sections))):
+        rope.raise_invalid(
+            "mrope_section", "sections that can be interleaved, with the first as the longest"
+        )
+    return DecoderConfig(
+        vocab_size=text.get_int("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=text.get_int("intermediate_size"),
+        num_layers=text.get_int("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        use_qk_norm=use_qk_norm,
+        rms_norm_eps=text.get_float("rms_norm_eps"),
+        rope_theta=(rope if rope.has("rope_theta") else text).get_float("rope_theta"),
+        mrope_axes=mrope_axes(sections),
+        max_position_embeddings=text.get_int("max_position_embeddings", 32768),
+        # The top-level value has precedence: the class of the text part has other defaults.
+        tie_word_embeddings=hf_config.get_bool(
+            "tie_word_embeddings", text.get_bool("tie_word_embeddings", False)
+        ),
+    )
+
+
+def get_text_config(hf_config: ConfigReader) -> ConfigReader:
+    """Return the section with the language model's keys."""
+    return hf_config.section("text_config") if hf_config.has("text_config") else hf_config
+
+
+def get_rope_config(text: ConfigReader) -> ConfigReader:
+    """Return the section with the rotary embedding's keys."""
+    return text.section("rope_parameters" if text.has("rope_parameters") else "rope_scaling")
+
+
+def parse_vision_config(
+    vision: ConfigReader,
+    *,
+    hidden_size_key: str = "hidden_size",
+    out_hidden_size_key: str = "out_hidden_size",
+    intermediate_size: int | None = None,
+) -> VisionConfig:
+    """Read the vision encoder config; families with other key names pass them."""
+    if intermediate_size is None:
+        intermediate_size = vision.get_int("intermediate_size")
+    rope_theta = 10000.0
+    if vision.has("rope_parameters"):
+        rope_theta = vision.section("rope_parameters").get_float("rope_theta", rope_theta)
+    config = VisionConfig(
+        hidden_size=vision.get_int(hidden_size_key),
+        intermediate_size=intermediate_size,
+        num_layers=vision.get_int("depth"),
+        num_heads=vision.get_int("num_heads"),
+        out_hidden_size=vision.get_int(out_hidden_size_key),
+        in_channels=vision.get_int("in_channels", 3),
+        patch_size=vision.get_int("patch_size"),
+        temporal_patch_size=vision.get_int("temporal_patch_size"),
+        merge_size=vision.get_int("spatial_merge_size"),
+        rope_theta=rope_theta,
+    )
+    vision.require_supported("in_channels", 3, (3,))
+    vision.require_supported("in_chans", 3, (3,))
+    if config.hidden_size % config.num_heads or config.head_dim % 4:
+        vision.raise_invalid(
+            "num_heads", f"a divisor of {hidden_size_key} with a quotient that is a multiple of 4"
+        )
+    return config
+
+
+def parse_pixel_normalization(
+    preprocessor: ConfigReader, num_channels: int = 3
+) -> PixelNormalization:
+    """Read scale, mean and standard deviation from preprocessor_config.json."""
+    preprocessor.require_supported("do_normalize", True, (True,))
+    preprocessor.require_supported("do_rescale", True, (True,))
+    if min(preprocessor.get_floats("image_std", num_channels)) <= 0:
+        preprocessor.raise_invalid("image_std", f"a list of {num_channels} positive values")
+    return PixelNormalization(
+        rescale_factor=preprocessor.get_float("rescale_factor", 1 / 255),
+        mean=preprocessor.get_floats("image_mean", num_channels),
+        std=preprocessor.get_floats("image_std", num_channels),
+    )

@@ -1,0 +1,224 @@
+"""Decoder of Qwen2 and Qwen3, which differ in the treatment of queries and keys.
+
+Shapes: T tokens, D hidden size, H heads, K key heads, M image features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finesight.model import fused_decoder
+from finesight.model.attention import AttentionBackend, PackedAttention
+from finesight.model.config import DecoderConfig
+from finesight.model.fused_linear import FusedLinear, single_output
+from finesight.model.layers import (
+    GatedMlp,
+    RmsNorm,
+    empty_embedding,
+    num_checkpointed_layers,
+    run_layer,
+)
+from finesight.model.moe import SparseMoeBlock
+from finesight.model.rope import RotaryCosSin, apply_rotary_pos_emb, compute_mrope
+
+
+@dataclass(frozen=True, slots=True)
+class DeepstackFeatures:
+    """Image features added to hidden states after the first layers (DeepStack, Meng et al. 2024).
+
+    Row k is added after layer k, at the token positions `visual_indices_M`.
+    """
+
+    visual_indices_M: Tensor
+    features_MKD: Tensor
+
+    def add_after_layer(self, layer_index: int, x_TD: Tensor) -> Tensor:
+        """Add the features of layer `layer_index` to the hidden states."""
+        if layer_index >= self.features_MKD.shape[1]:
+            return x_TD
+        return x_TD.index_add(0, self.visual_indices_M, self.features_MKD[:, layer_index])
+
+
+class DecoderAttention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023).
+
+    Qwen2 adds a bias to queries, keys and values; Qwen3 normalizes each head of queries and keys.
+    """
+
+    def __init__(self, config: DecoderConfig, layer_index: int) -> None:
+        super().__init__()
+        self.layer_index = layer_index
+        self.head_dim = config.head_dim
+        q_size, kv_size = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+        output_sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv_proj = FusedLinear(config.hidden_size, output_sizes, bias=not config.use_qk_norm)
+        self.q_norm, self.k_norm = (
+            RmsNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else None
+            for _ in range(2)
+        )
+        self.o_proj = FusedLinear(q_size, {"o_proj": config.hidden_size}, bias=False)
+
+    def forward(self, x_TD: Tensor, rotary: RotaryCosSin, attention: AttentionBackend) -> Tensor:
+        """Map hidden states [T, D] to attention outputs [T, D]."""
+        shape = (len(x_TD), -1, self.head_dim)
+        q_THD, k_TKD, v_TKD = (y.view(shape) for y in self.qkv_proj(x_TD))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
+        q_THD, k_TKD = apply_rotary_pos_emb(q_THD, rotary), apply_rotary_pos_emb(k_TKD, rotary)
+        o_THD = attention(self.layer_index, q_THD, k_TKD, v_TKD)
+        return single_output(self.o_proj(o_THD.flatten(1)))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm transformer layer: attention, then the MLP."""
+
+    def __init__(self, config: DecoderConfig, layer_index: int) -> None:
+        super().__init__()
+        self.input_layernorm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = DecoderAttention(config, layer_index)
+        self.post_attention_layernorm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = (
+            GatedMlp(config.hidden_size, config.intermediate_size, bias=False)
+            if config.moe is None
+            else SparseMoeBlock(config.hidden_size, config.moe)
+        )
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        rotary: RotaryCosSin,
+        attention: AttentionBackend,
+        logit_indices_L: Tensor | None = None,
+    ) -> Tensor:
+        """Map [T, D] to [T, D], or to [L, D] for the tokens `logit_indices_L`."""
+        if isinstance(attention, PackedAttention) and self.can_fuse(x_TD):
+            return self._forward_fused(x_TD, rotary, attention, logit_indices_L)
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotary, attention)
+        if logit_indices_L is not None:
+            x_TD = x_TD.index_select(0, logit_indices_L)
+        y_TD: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        return y_TD
+
+    def can_fuse(self, x_TD: Tensor) -> bool:
+        """Return True if `fused_decoder` can compute the layer."""
+        return bool(self.fusible_linears) and fused_decoder.supports_fused_layers(x_TD)
+
+    @property
+    def fusible_linears(self) -> tuple[FusedLinear, ...]:
+        """Linear layers of a layer that `fused_decoder` supports; empty otherwise."""
+        mlp, attn = self.mlp, self.self_attn
+        if not isinstance(mlp, GatedMlp) or attn.q_norm is not None:
+            return ()
+        linears = attn.qkv_proj, attn.o_proj, mlp.gate_up_proj, mlp.down_proj
+        return linears if all(map(fused_decoder.is_fusible, linears)) else ()
+
+    def _forward_fused(
+        self,
+        x_TD: Tensor,
+        rotary: RotaryCosSin,
+        attention: PackedAttention,
+        logit_indices_L: Tensor | None,
+    ) -> Tensor:
+        attn, mlp = self.self_attn, self.mlp
+        layer_dropout = fused_decoder.LayerDropout(attn.layer_index, attention.dropout_seed_1)
+        assert isinstance(mlp, GatedMlp), f"expected a gated MLP, got {type(mlp).__name__}"
+        x_TD, q_THD, k_TKD, v_TKD = fused_decoder.norm_qkv_rope(
+            x_TD, self.input_layernorm, attn.qkv_proj, attn.head_dim, rotary, layer_dropout
+        )
+        o_TI = attention(attn.layer_index, q_THD, k_TKD, v_TKD).flatten(1)
+        if logit_indices_L is not None:
+            x_TD, o_TI = (
+                x_TD.index_select(0, logit_indices_L),
+                o_TI.index_select(0, logit_indices_L),
+            )
+        return fused_decoder.out_proj_mlp(
+            x_TD,
+            o_TI,
+            attn.o_proj,
+            self.post_attention_layernorm,
+            mlp.gate_up_proj,
+            mlp.down_proj,
+            layer_dropout,
+        )
+
+
+class Decoder(nn.Module):
+    """Embeddings and decoder layers, without the final norm.
+
+    The final norm is a separate step so that it runs only on the tokens that need logits. Families
+    with other layers pass `layer_class` and override `compute_rotary`.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        layer_class: Callable[[DecoderConfig, int], nn.Module] = DecoderLayer,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = empty_embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(layer_class(config, n) for n in range(config.num_layers))
+        self.norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def compute_rotary(
+        self, position_ids_3T: Tensor, attention: AttentionBackend, dtype: torch.dtype
+    ) -> object:
+        """Compute the rotary embeddings of queries and keys."""
+        return compute_mrope(position_ids_3T, self.config, dtype)
+
+    def embed(self, ids_T: Tensor) -> Tensor:
+        """Embed token ids to [T, D]."""
+        return F.embedding(ids_T, self.embed_tokens.weight)
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        position_ids_3T: Tensor,
+        attention: AttentionBackend,
+        activation_checkpointing: float = 0.0,
+        logit_indices_L: Tensor | None = None,
+        deepstack: DeepstackFeatures | None = None,
+    ) -> Tensor:
+        """Compute hidden states before the final norm.
+
+        Args:
+            x_TD: Embedded tokens.
+            position_ids_3T: M-RoPE position ids.
+            attention: Attention backend.
+            activation_checkpointing: Fraction of layers that are checkpointed, counted from the
+                first.
+            logit_indices_L: Tokens to return; the others skip the last MLP.
+            deepstack: Image features to add after the first layers. Nothing is added after the last
+                one.
+
+        Returns:
+            Hidden states [T, D], or [L, D] with `logit_indices_L`.
+        """
+        rotary = self.compute_rotary(position_ids_3T, attention, x_TD.dtype)
+        num_checkpointed = num_checkpointed_layers(activation_checkpointing, len(self.layers))
+        *layers, last_layer = self.layers
+        for layer_index, layer in enumerate(layers):
+            uses_rng = _uses_rng(layer, x_TD)
+            inputs = x_TD, rotary, attention
+            x_TD = run_layer(
+                layer, layer_index < num_checkpointed, *inputs, preserve_rng_state=uses_rng
+            )
+            if deepstack is not None:
+                x_TD = deepstack.add_after_layer(layer_index, x_TD)
+        checkpoint_last = num_checkpointed > len(layers)
+        inputs = x_TD, rotary, attention
+        uses_rng = _uses_rng(last_layer, x_TD)
+        y_TD: Tensor = run_layer(
+            last_layer, checkpoint_last, *inputs, logit_indices_L, preserve_rng_state=uses_rng
+        )
+        return y_TD
+
+
+def _uses_rng(layer: nn.Module, x_TD: Tensor) -> bool:
+    """Return True if the layer uses torch's RNG; fused kernels hash a seed instead."""
+    return not (isinstance(layer, DecoderLayer) and layer.can_fuse(x_TD))

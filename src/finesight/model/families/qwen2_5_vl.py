@@ -1,0 +1,130 @@
+"""Qwen2.5-VL vision encoder (Bai et al. 2025): gated MLPs, RMS norms and window attention.
+
+Windows cover 112 x 112 pixels; a few blocks attend to the full frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from finesight.encode.tokenized_sample import GridTHW
+from finesight.model.array_cache import array_cache
+from finesight.model.config import (
+    ConfigReader,
+    PixelNormalization,
+    VisionConfig,
+    parse_decoder_config,
+    parse_vision_config,
+)
+from finesight.model.families.architecture import Architecture
+from finesight.model.layers import GatedMlp, PatchMerger, RmsNorm, VisionBlock
+from finesight.model.length_buckets import copy_to_device
+from finesight.model.vision_encoder import (
+    PatchLayout,
+    VisionEncoder,
+    frame_lengths,
+    patch_coordinates,
+)
+
+_norm = partial(RmsNorm, eps=1e-6)
+
+
+class WindowVisionEncoder(VisionEncoder):
+    """Vision encoder with window attention.
+
+    `window_size` is the window side in merged patch squares; blocks in `full_attention_blocks`
+    attend to full frames.
+    """
+
+    supports_cuda_graphs = True
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        normalization: PixelNormalization,
+        window_size: int,
+        full_attention_blocks: tuple[int, ...],
+    ) -> None:
+        def block() -> VisionBlock:
+            mlp = GatedMlp(config.hidden_size, config.intermediate_size, bias=True)
+            return VisionBlock(config, _norm, mlp)
+
+        super().__init__(
+            config, normalization, block, PatchMerger(config, _norm(config.hidden_size))
+        )
+        self.window_size = window_size
+        self.full_attention_blocks = full_attention_blocks
+
+    def compute_patch_layout(
+        self, grid_thw: Sequence[GridTHW], device: torch.device
+    ) -> PatchLayout:
+        """Return the layout with the squares of a window adjacent, within each frame."""
+        merge_size, orders, positions, num_squares = self.config.merge_size, [], [], 0
+        for grid in grid_thw:
+            order, _ = window_order(grid, merge_size, self.window_size)
+            positions.append(patch_coordinates(grid, merge_size)[order])
+            orders.append(order + num_squares)
+            num_squares += len(order)
+        order = np.concatenate(orders)
+        return PatchLayout(
+            copy_to_device(np.concatenate(positions).reshape(-1, 2), device),
+            self.build_segments(grid_thw, device),
+            copy_to_device(order, device),
+            copy_to_device(np.argsort(order), device),
+        )
+
+    def segment_lengths(self, grid_thw: Sequence[GridTHW]) -> tuple[tuple[int, ...], ...]:
+        """Return window lengths, or frame lengths for the full-attention blocks."""
+        merge_size = self.config.merge_size
+        window_squares = [window_order(grid, merge_size, self.window_size)[1] for grid in grid_thw]
+        window_lengths = (
+            tuple((np.concatenate(window_squares) * merge_size**2).tolist())
+            if window_squares
+            else ()
+        )
+        full_lengths = frame_lengths(grid_thw)
+        block_indices = range(self.config.num_layers)
+        return tuple(
+            full_lengths if block in self.full_attention_blocks else window_lengths
+            for block in block_indices
+        )
+
+
+@array_cache()
+def window_order(
+    grid: GridTHW, merge_size: int, window_size: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the window order of an image's or video's squares and the window sizes.
+
+    Squares are sorted by frame, window and position, each in reading order. Windows at the right
+    and bottom edges are smaller.
+    """
+    frames, height, width = grid[0], grid[1] // merge_size, grid[2] // merge_size
+    frame, row, column = np.indices((frames, height, width)).reshape(3, -1)
+    num_columns, num_rows = -(-width // window_size), -(-height // window_size)
+    window_ids = (frame * num_rows + row // window_size) * num_columns + column // window_size
+    return np.argsort(window_ids, kind="stable"), np.bincount(window_ids)
+
+
+def build_vision_encoder(
+    hf_config: ConfigReader, normalization: PixelNormalization
+) -> VisionEncoder:
+    """Build the encoder from `vision_config`; window_size is in pixels."""
+    vision = hf_config.section("vision_config")
+    vision.require_supported("hidden_act", "silu", ("silu",))
+    config = parse_vision_config(vision)
+    square_pixels = config.patch_size * config.merge_size
+    window_size = vision.get_int("window_size") // square_pixels
+    if window_size < 1:
+        vision.raise_invalid("window_size", f"at least {square_pixels} pixels")
+    return WindowVisionEncoder(
+        config, normalization, window_size, vision.get_ints("fullatt_block_indexes")
+    )
+
+
+ARCHITECTURE = Architecture(parse_decoder_config, build_vision_encoder)

@@ -1,0 +1,196 @@
+"""Qwen3-VL (Bai et al. 2025, Qwen3-VL Technical Report): vision encoder and Qwen3 decoder.
+
+The vision encoder has trained position embeddings, and features of inner blocks are added to the
+first decoder layers (deepstack).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from finesight.encode.tokenized_sample import GridTHW
+from finesight.model.array_cache import array_cache
+from finesight.model.config import (
+    ConfigReader,
+    DecoderConfig,
+    PixelNormalization,
+    VisionConfig,
+    get_rope_config,
+    get_text_config,
+    parse_decoder_config,
+    parse_vision_config,
+)
+from finesight.model.families.architecture import TRANSFORMERS_V5_PREFIXES, Architecture
+from finesight.model.fused_gelu import TANH_GELU
+from finesight.model.fused_linear import FusedLinear, single_output
+from finesight.model.layers import FeedForward, VisionBlock, empty_embedding
+from finesight.model.length_buckets import copy_to_device
+from finesight.model.quant.fp8 import Fp8Rows
+from finesight.model.vision_encoder import VisionEncoder, patch_coordinates
+
+_norm = partial(nn.LayerNorm, eps=1e-6)
+
+
+class Qwen3VisionMlp(FeedForward):
+    """MLP: fc2(gelu(fc1(x))), with the tanh approximation of GELU."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.linear_fc1 = FusedLinear(hidden_size, {"linear_fc1": intermediate_size}, bias=True)
+        self.linear_fc2 = FusedLinear(intermediate_size, {"linear_fc2": hidden_size}, bias=True)
+
+    @property
+    def input_linear(self) -> FusedLinear:
+        """First linear layer."""
+        return self.linear_fc1
+
+    def forward(self, x_ND: Tensor | Fp8Rows) -> Tensor:
+        """Map [N, width] to [N, width]."""
+        return single_output(self.linear_fc2(TANH_GELU.apply_linear(self.linear_fc1, x_ND)))
+
+
+class DeepstackMerger(nn.Module):
+    """Merger of merge x merge patches, normalized per patch or per merged square."""
+
+    def __init__(self, config: VisionConfig, *, use_postshuffle_norm: bool) -> None:
+        super().__init__()
+        self.merged_size = config.hidden_size * config.merge_size**2
+        self.norm_size = self.merged_size if use_postshuffle_norm else config.hidden_size
+        self.norm = _norm(self.norm_size)
+        merged_size = self.merged_size
+        self.linear_fc1 = FusedLinear(merged_size, {"linear_fc1": merged_size}, bias=True)
+        self.linear_fc2 = FusedLinear(
+            merged_size, {"linear_fc2": config.out_hidden_size}, bias=True
+        )
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Map [N, width], with the patches of a square adjacent, to [M, out_width]."""
+        normed = self.norm(x_ND.view(-1, self.norm_size)).view(-1, self.merged_size)
+        return single_output(self.linear_fc2(F.gelu(single_output(self.linear_fc1(normed)))))
+
+
+class DeepstackVisionEncoder(VisionEncoder):
+    """Vision encoder with interpolated position embeddings and deepstack mergers."""
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        normalization: PixelNormalization,
+        grid_size: int,
+        deepstack_indexes: tuple[int, ...],
+    ) -> None:
+        def block() -> VisionBlock:
+            return VisionBlock(
+                config, _norm, Qwen3VisionMlp(config.hidden_size, config.intermediate_size)
+            )
+
+        merger = DeepstackMerger(config, use_postshuffle_norm=False)
+        super().__init__(config, normalization, block, merger, patch_bias=True)
+        self.position_grid_size = grid_size
+        self.pos_embed = empty_embedding(grid_size**2, config.hidden_size)
+        self.deepstack_indexes = deepstack_indexes
+        self.deepstack_merger_list.extend(
+            DeepstackMerger(config, use_postshuffle_norm=True) for _ in deepstack_indexes
+        )
+
+    def add_position_embeddings(self, x_ND: Tensor, grid_thw: Sequence[GridTHW]) -> Tensor:
+        """Add the position table, interpolated bilinearly to each image with aligned corners."""
+        interpolations = [
+            interpolate_positions(grid, self.config.merge_size, self.position_grid_size)
+            for grid in grid_thw
+        ]
+        indices_N4, weights_N4 = (
+            copy_to_device(np.concatenate(arrays), x_ND.device)
+            for arrays in zip(*interpolations, strict=True)
+        )
+        # In fp32: bf16 would round the four weights first.
+        table_PD = self.pos_embed.weight.to(weights_N4.dtype)
+        position_embeddings_ND = F.embedding_bag(
+            indices_N4, table_PD, per_sample_weights=weights_N4, mode="sum"
+        )
+        return x_ND + position_embeddings_ND.to(x_ND.dtype)
+
+
+@array_cache()
+def interpolate_positions(
+    grid: GridTHW, merge_size: int, grid_size: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the nearest table entries of each patch and their bilinear weights, both [N, 4]."""
+    row_column = patch_coordinates(grid, merge_size).reshape(-1, 2)
+    last_indices = np.array([grid[1] - 1, grid[2] - 1])
+    # A grid of one row or column uses the table's first.
+    coordinates_N2 = row_column * ((grid_size - 1) / np.maximum(last_indices, 1))
+    low_N2 = np.minimum(coordinates_N2.astype(np.int64), grid_size - 1)
+    high_N2 = np.minimum(low_N2 + 1, grid_size - 1)
+    fraction_N2 = coordinates_N2 - low_N2
+    rows = np.stack([low_N2[:, 0], low_N2[:, 0], high_N2[:, 0], high_N2[:, 0]], 1)
+    columns = np.stack([low_N2[:, 1], high_N2[:, 1]] * 2, 1)
+    row_fraction, column_fraction = fraction_N2[:, :1], fraction_N2[:, 1:]
+    weights = np.concatenate(
+        [
+            (1 - row_fraction) * (1 - column_fraction),
+            (1 - row_fraction) * column_fraction,
+            row_fraction * (1 - column_fraction),
+            row_fraction * column_fraction,
+        ],
+        1,
+    )
+    return rows * grid_size + columns, weights.astype(np.float32)
+
+
+def interleaved_mrope_axes(sections: tuple[int, ...]) -> tuple[int, ...]:
+    """Assign frequencies to time, height and width in turn while height and width need more.
+
+    The rest are assigned to time.
+    """
+    return tuple(n % 3 if n < 3 * sections[n % 3] else 0 for n in range(sum(sections)))
+
+
+def parse_qwen3_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
+    """Read the decoder config from `text_config`."""
+    text = get_text_config(hf_config)
+    text.require_supported("attention_bias", False, (False,))
+    get_rope_config(text).require_supported("mrope_interleaved", True, (True,))
+    return parse_decoder_config(
+        hf_config,
+        head_dim=text.get_int("head_dim", 128),
+        use_qk_norm=True,
+        mrope_axes=interleaved_mrope_axes,
+    )
+
+
+def build_vision_encoder(
+    hf_config: ConfigReader, normalization: PixelNormalization
+) -> VisionEncoder:
+    """Build the encoder from `vision_config`."""
+    vision = hf_config.section("vision_config")
+    vision.require_supported("hidden_act", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
+    config = parse_vision_config(vision)
+    num_positions = vision.get_int("num_position_embeddings")
+    grid_size = round(num_positions**0.5)
+    if grid_size**2 != num_positions:
+        vision.raise_invalid("num_position_embeddings", "a square number")
+    deepstack_indexes = vision.get_ints("deepstack_visual_indexes")
+    if sorted(set(deepstack_indexes)) != list(deepstack_indexes) or any(
+        n >= config.num_layers for n in deepstack_indexes
+    ):
+        vision.raise_invalid(
+            "deepstack_visual_indexes", f"ascending indices below {config.num_layers}"
+        )
+    num_decoder_layers = get_text_config(hf_config).get_int("num_hidden_layers")
+    if len(deepstack_indexes) >= num_decoder_layers:
+        vision.raise_invalid(
+            "deepstack_visual_indexes", f"fewer than the {num_decoder_layers} decoder layers"
+        )
+    return DeepstackVisionEncoder(config, normalization, grid_size, deepstack_indexes)
+
+
+ARCHITECTURE = Architecture(
+    parse_qwen3_decoder_config, build_vision_encoder, TRANSFORMERS_V5_PREFIXES
+)

@@ -1,0 +1,321 @@
+"""Qwen-VL and Qwen-VL-Chat (Bai et al. 2023, arXiv 2308.12966): config, vision encoder, resampler.
+
+The decoder is in `model.families.qwen_decoder`.
+
+Shapes: P images, N patches of all images, G patches of one image, D hidden size, Q queries of the
+resampler, H heads, M features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from finesight.encode.tokenized_sample import GridTHW
+from finesight.model.attention import Segments, varlen_attention
+from finesight.model.config import ConfigReader, PixelNormalization, VisionConfig
+from finesight.model.families.architecture import Architecture
+from finesight.model.families.qwen_decoder import QwenDecoder, parse_qwen_decoder_config
+from finesight.model.fused_linear import FusedLinear, single_output
+from finesight.model.layers import add_norm
+from finesight.model.length_buckets import copy_to_device
+from finesight.model.lora.peft_config import QWEN_VL_MAPPING
+from finesight.model.quant.fp8 import Fp8Rows
+from finesight.model.rope import RotaryCosSin
+from finesight.model.vision_encoder import VisionEncoder, patch_coordinates
+
+DEFAULT_NUM_QUERIES = 256
+"""Default number of resampler queries, as in the published model."""
+
+POSITION_GRID_SIZE = 16
+"""Rows and columns of the position embeddings; other grids are interpolated."""
+
+RESAMPLER_HEAD_DIM = 128
+"""Head dimension of the resampler's attention."""
+
+_norm = partial(nn.LayerNorm, eps=1e-6)
+
+
+class QwenVisionAttention(nn.Module):
+    """Full attention between the patches of an image.
+
+    The rows of the fused QKV weight are sorted by head, and within a head by query, key and value.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj = FusedLinear(hidden_size, {"in_proj": 3 * hidden_size}, bias=True)
+        self.out_proj = FusedLinear(hidden_size, {"out_proj": hidden_size}, bias=True)
+
+    def forward(self, x_ND: Tensor | Fp8Rows, segments: Segments) -> Tensor:
+        """Map [N, width] to [N, width]."""
+        qkv_NE = single_output(self.in_proj(x_ND))
+        heads_NHD = qkv_NE.view(len(qkv_NE), self.num_heads, -1)
+        q_NHD, k_NHD, v_NHD = heads_NHD.chunk(3, dim=-1)
+        o_NHD = varlen_attention(q_NHD, k_NHD, v_NHD, segments, causal=False)
+        return single_output(self.out_proj(o_NHD.flatten(1)))
+
+
+class QwenVisionMlp(nn.Module):
+    """MLP: c_proj(gelu(c_fc(x)))."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.c_fc = FusedLinear(hidden_size, {"c_fc": intermediate_size}, bias=True)
+        self.c_proj = FusedLinear(intermediate_size, {"c_proj": hidden_size}, bias=True)
+
+    def forward(self, x_ND: Tensor | Fp8Rows) -> Tensor:
+        """Map [N, width] to [N, width]."""
+        return single_output(self.c_proj(F.gelu(single_output(self.c_fc(x_ND)))))
+
+
+class QwenVisionBlock(nn.Module):
+    """Pre-norm transformer block: attention within an image, then the MLP."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.ln_1 = _norm(config.hidden_size)
+        self.ln_2 = _norm(config.hidden_size)
+        self.attn = QwenVisionAttention(config.hidden_size, config.num_heads)
+        self.mlp = QwenVisionMlp(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x_ND: Tensor, y_ND: Tensor | None, rotary: RotaryCosSin, segments: Segments
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the block as `VisionBlock` does, without rotary embeddings."""
+        x_ND, n_ND = add_norm(x_ND, y_ND, self.ln_1, self.attn.in_proj)
+        x_ND, n_ND = add_norm(x_ND, self.attn(n_ND, segments), self.ln_2, self.mlp.c_fc)
+        return x_ND, self.mlp(n_ND)
+
+
+class ResamplerAttention(nn.Module):
+    """Cross-attention from the queries to an image's patches.
+
+    The three projections are published as one weight with three inputs, which no adapter supports.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.num_heads = hidden_size // RESAMPLER_HEAD_DIM
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * hidden_size))
+        self.out_proj = FusedLinear(hidden_size, {"out_proj": hidden_size}, bias=True)
+
+    def forward(self, q_QD: Tensor, k_PGD: Tensor, v_PGD: Tensor) -> Tensor:
+        """Attend with the same queries to every image, [P, Q, D]."""
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        inputs = (q_QD.expand(len(k_PGD), -1, -1), k_PGD, v_PGD)
+        q, k, v = (
+            torch.unflatten(F.linear(x, weight, bias), -1, (self.num_heads, -1)).transpose(1, 2)
+            for x, weight, bias in zip(inputs, weights, biases, strict=True)
+        )
+        o_PQHD = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return single_output(self.out_proj(o_PQHD.flatten(2)))
+
+
+class AttentionPool(nn.Module):
+    """Cross-attention pooling with one trained query per feature (section 2.1 of the paper).
+
+    Position embeddings of queries and patches are sines and cosines of rows and columns; they are
+    stored with the weights and never trained.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(self, num_queries: int, hidden_size: int, kv_size: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(num_queries, hidden_size))
+        self.register_buffer("pos_embed", torch.empty(num_queries, hidden_size))
+        self.kv_proj = (
+            FusedLinear(kv_size, {"kv_proj": hidden_size}, bias=False)
+            if kv_size != hidden_size
+            else None
+        )
+        self.attn = ResamplerAttention(hidden_size)
+        self.ln_q = _norm(hidden_size)
+        self.ln_kv = _norm(hidden_size)
+
+    @torch.no_grad()
+    def init_position_embeddings(self) -> None:
+        """Initialize the position embeddings with the values of published models."""
+        num_queries, hidden_size = self.pos_embed.shape
+        self.pos_embed.copy_(
+            torch.from_numpy(sincos_positions(math.isqrt(num_queries), hidden_size))
+        )
+
+    def forward(self, x_PGD: Tensor, order_G: Tensor) -> Tensor:
+        """Map patches with position indices `order_G` to features [P, Q, width]."""
+        if self.kv_proj is not None:
+            x_PGD = single_output(self.kv_proj(x_PGD))
+        x_PGD = self.ln_kv(x_PGD)
+        key_positions_GD = _interpolate_table(self.pos_embed, len(order_G)).index_select(0, order_G)
+        q_QD = self.ln_q(self.query) + self.pos_embed
+        y_PQD: Tensor = self.attn(q_QD, x_PGD + key_positions_GD, x_PGD)
+        return y_PQD
+
+
+class VisionResampler(nn.Module):
+    """Resampler: cross-attention pooling, norm and projection."""
+
+    def __init__(self, config: VisionConfig, grid_size: int, num_queries: int) -> None:
+        super().__init__()
+        self.grid_size, self.merge_size = grid_size, config.merge_size
+        self.attn_pool = AttentionPool(num_queries, config.out_hidden_size, config.hidden_size)
+        self.ln_post = _norm(config.out_hidden_size)
+        self.proj = nn.Parameter(torch.empty(config.out_hidden_size, config.out_hidden_size))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Map [N, width] to [M, out_width]."""
+        x_PGD = torch.unflatten(x_ND, 0, (-1, self.grid_size**2))
+        order_G = _patch_order(self.grid_size, self.merge_size, x_ND.device)
+        y_PQD: Tensor = self.ln_post(self.attn_pool(x_PGD, order_G)) @ self.proj
+        return y_PQD.flatten(0, 1)
+
+
+class QwenVisionEncoder(VisionEncoder):
+    """Vision encoder for images of one size, with a fixed number of features per image."""
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        normalization: PixelNormalization,
+        grid_size: int,
+        num_queries: int,
+    ) -> None:
+        resampler = VisionResampler(config, grid_size, num_queries)
+        super().__init__(config, normalization, partial(QwenVisionBlock, config), resampler)
+        self.grid_size = grid_size
+        self.positional_embedding = nn.Parameter(
+            torch.empty(POSITION_GRID_SIZE**2, config.hidden_size)
+        )
+        self.ln_pre = _norm(config.hidden_size)
+
+    @property
+    def min_grid(self) -> GridTHW:
+        """Grid of every image."""
+        return 1, self.grid_size, self.grid_size
+
+    def add_position_embeddings(self, x_ND: Tensor, grid_thw: Sequence[GridTHW]) -> Tensor:
+        """Add position embeddings to the embedded patches and normalize the sum."""
+        invalid = [grid for grid in grid_thw if grid != (1, self.grid_size, self.grid_size)]
+        assert not invalid, (
+            f"an image of {invalid[0]} patches, not {self.grid_size} x {self.grid_size}"
+        )
+        positions_GD = _interpolate_table(self.positional_embedding, self.grid_size**2)
+        order_G = _patch_order(self.grid_size, self.config.merge_size, x_ND.device)
+        positions_GD = positions_GD.index_select(0, order_G)
+        x_PGD = torch.unflatten(x_ND, 0, (-1, self.grid_size**2)) + positions_GD
+        y_ND: Tensor = self.ln_pre(x_PGD.flatten(0, 1))
+        return y_ND
+
+
+def _interpolate_table(table_SD: Tensor, num_positions: int) -> Tensor:
+    """Resize a square position table with bicubic interpolation in fp32."""
+    if len(table_SD) == num_positions:
+        return table_SD
+    weights_PS = _bicubic_weights(
+        math.isqrt(len(table_SD)), math.isqrt(num_positions), table_SD.device
+    )
+    return (weights_PS @ table_SD.float()).to(table_SD.dtype)
+
+
+@lru_cache
+def _bicubic_weights(source: int, target: int, device: torch.device) -> Tensor:
+    """Return the bicubic interpolation matrix, [target x target, source x source].
+
+    As a matmul it takes negligible time; torch's interpolation takes a tenth of a training step.
+    """
+    with torch.inference_mode(False):
+        basis = torch.eye(source**2).view(1, source**2, source, source)
+        interpolated = F.interpolate(
+            basis, size=(target, target), mode="bicubic", align_corners=False
+        )
+        weights_PS: Tensor = interpolated.flatten(2).squeeze(0).T.contiguous().to(device)
+        return weights_PS
+
+
+@lru_cache
+def _patch_order(grid_size: int, merge_size: int, device: torch.device) -> Tensor:
+    """Return the reading-order index of each patch of an image in packed order."""
+    with torch.inference_mode(False):
+        rows_columns = patch_coordinates((1, grid_size, grid_size), merge_size).reshape(-1, 2)
+        return copy_to_device((rows_columns @ [grid_size, 1]).astype(np.int64), device)
+
+
+def sincos_positions(grid_size: int, embedding_dim: int) -> NDArray[np.float32]:
+    """Return 2-D sine-cosine position embeddings, [grid_size x grid_size, embedding_dim].
+
+    The first half encodes the column, the second half the row, each as sines, then cosines, of
+    decreasing frequencies (Vaswani et al. 2017).
+    """
+    frequencies = 10000.0 ** (
+        -np.arange(embedding_dim // 4, dtype=np.float32) / (embedding_dim / 4)
+    )
+    angles_SF = np.arange(grid_size, dtype=np.float32)[:, None] * frequencies
+    axis_SD = np.concatenate([np.sin(angles_SF), np.cos(angles_SF)], axis=1)
+    columns, rows = np.tile(axis_SD, (grid_size, 1)), np.repeat(axis_SD, grid_size, axis=0)
+    return np.concatenate([columns, rows], axis=1).astype(np.float32)
+
+
+def build_vision_encoder(
+    hf_config: ConfigReader, normalization: PixelNormalization
+) -> QwenVisionEncoder:
+    """Build the encoder from `visual`.
+
+    Raises UserError if the number of queries does not divide the patch grid.
+    """
+    visual = hf_config.section("visual")
+    patch_size, out_hidden_size = visual.get_int("patch_size"), visual.get_int("output_dim")
+    grid_size, pixel_rest = divmod(visual.get_int("image_size"), patch_size)
+    num_queries = visual.get_int("n_queries", DEFAULT_NUM_QUERIES)
+    merge_size, rest = divmod(grid_size, math.isqrt(num_queries))
+    if pixel_rest or rest or not merge_size or math.isqrt(num_queries) ** 2 != num_queries:
+        visual.raise_invalid(
+            "image_size", f"a multiple of {patch_size} x {math.isqrt(num_queries)}"
+        )
+    hidden_size, num_heads = visual.get_int("width"), visual.get_int("heads")
+    if hidden_size % num_heads:
+        visual.raise_invalid("heads", f"a divisor of width {hidden_size}")
+    if out_hidden_size % RESAMPLER_HEAD_DIM:
+        visual.raise_invalid("output_dim", f"a multiple of {RESAMPLER_HEAD_DIM}")
+    config = VisionConfig(
+        hidden_size=hidden_size,
+        intermediate_size=int(hidden_size * visual.get_float("mlp_ratio")),
+        num_layers=visual.get_int("layers"),
+        num_heads=num_heads,
+        out_hidden_size=out_hidden_size,
+        in_channels=3,
+        patch_size=patch_size,
+        temporal_patch_size=1,
+        merge_size=merge_size,
+        rope_theta=10000.0,
+    )
+    return QwenVisionEncoder(config, normalization, grid_size, num_queries)
+
+
+ARCHITECTURE = Architecture(
+    parse_qwen_decoder_config,
+    build_vision_encoder,
+    hub_prefixes={
+        "visual.patch_embed.proj.": "transformer.visual.conv1.",
+        "visual.blocks.": "transformer.visual.transformer.resblocks.",
+        "visual.merger.attn_pool.": "transformer.visual.attn_pool.",
+        "visual.merger.ln_post.": "transformer.visual.ln_post.",
+        "visual.merger.proj": "transformer.visual.proj",
+        "visual.positional_embedding": "transformer.visual.positional_embedding",
+        "visual.ln_pre.": "transformer.visual.ln_pre.",
+        "model.layers.": "transformer.h.",
+        "model.embed_tokens.": "transformer.wte.",
+        "model.norm.": "transformer.ln_f.",
+    },
+    decoder_class=QwenDecoder,
+    adapter_key_mapping=QWEN_VL_MAPPING,
+)

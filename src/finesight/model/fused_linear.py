@@ -1,0 +1,170 @@
+"""Linear layers that share their input, with one fused weight and an optional adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finesight.model.lora.lora_delta import LoraDelta, add_lora_delta, linear_with_delta
+from finesight.model.quant.base import QuantizedMatrix, QuantizedWeight
+from finesight.model.quant.fp8 import Fp8Rows, Fp8Weight, accepts_fp8_input
+
+
+def single_output(outputs: tuple[Tensor, ...]) -> Tensor:
+    """Return the output of a fused linear with one layer."""
+    (y,) = outputs
+    return y
+
+
+class FusedLinear(nn.Module):
+    """Linear layers with the same input, concatenated along their outputs.
+
+    `output_sizes` maps the last component of each layer's hub name to its width, in order: a fused
+    q_proj, k_proj and v_proj has one weight of shape [sum of widths, in_features]. A single layer
+    keeps its own name as the module's name. `adapter` is set by `model.lora` and computes the base
+    product together with the LoRA delta. A frozen weight may be quantized.
+    """
+
+    weight: nn.Parameter | QuantizedWeight
+
+    def __init__(self, in_features: int, output_sizes: Mapping[str, int], *, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.output_sizes = in_features, dict(output_sizes)
+        out_features = sum(self.output_sizes.values())
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.adapter: nn.Module | None = None
+        self.fused_lora_weight: object = None
+        """Fused weight and up-projections, see `model.lora.fused_weight`."""
+        self.is_sharded = False
+        """True if FSDP shards the weight; it cannot be fused then."""
+
+    def set_quantized_weight(
+        self,
+        matrix_type: Callable[[int, int], QuantizedMatrix],
+        weight_type: type[QuantizedWeight] = QuantizedWeight,
+    ) -> None:
+        """Replace the weight by empty quantized matrices of `matrix_type`.
+
+        The weight's values are dropped; its dtype remains the compute dtype. `weight_type` wraps
+        the matrices.
+        """
+        matrices = [matrix_type(size, self.in_features) for size in self.output_sizes.values()]
+        self._replace_weight(weight_type(matrices, self.weight.dtype))
+
+    @torch.no_grad()
+    def dequantize(self) -> None:
+        """Replace a quantized weight by its dense values."""
+        if isinstance(self.weight, QuantizedWeight):
+            self._replace_weight(nn.Parameter(torch.cat(list(self.weight.dequantize_layers()))))
+
+    def _replace_weight(self, weight: nn.Parameter | QuantizedWeight) -> None:
+        # torch refuses to replace a parameter by another kind of object.
+        del self.weight
+        self.weight = weight
+
+    @property
+    def accepts_fp8_input(self) -> bool:
+        """True if the input may be quantized to FP8: no adapter and no gradient need it."""
+        return (
+            self.adapter is None and not torch.is_grad_enabled() and accepts_fp8_input(self.weight)
+        )
+
+    def forward(self, x: Tensor | Fp8Rows) -> tuple[Tensor, ...]:
+        """Map [..., in_features] to one [..., width] per layer."""
+        if self.adapter is not None:
+            return tuple(self.adapter(x, self.weight, self.bias))
+        return linear_per_layer(x, self.weight, self.bias, tuple(self.output_sizes.values()))
+
+
+def linear_per_layer(
+    x: Tensor | Fp8Rows,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    output_sizes: Sequence[int],
+) -> tuple[Tensor, ...]:
+    """Compute x W_i^T + bias_i for each layer, [..., in_features] to [..., width].
+
+    Separate products give contiguous outputs. Later kernels read those several times faster than
+    slices of a fused product, and the backward pass need not concatenate gradients.
+    """
+    if isinstance(weight, Fp8Weight):
+        return weight.linear_per_layer(x, bias)
+    x = _require_dense_input(x)
+    if isinstance(weight, QuantizedWeight):
+        return weight.linear_per_layer(x, bias)
+    if len(output_sizes) == 1:
+        return (F.linear(x, weight, bias),)
+    biases = [None] * len(output_sizes) if bias is None else torch.split(bias, list(output_sizes))
+    weights = torch.split(weight, list(output_sizes))
+    return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+
+
+def linear_with_deltas(
+    x_TI: Tensor,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    output_sizes: Sequence[int],
+    deltas: Sequence[LoraDelta],
+) -> tuple[Tensor, ...]:
+    """Compute each layer's product and add the LoRA deltas, without autograd.
+
+    GPUs compute product by product, CPUs compute the deltas first.
+    """
+    if x_TI.is_cuda:
+        ys_TO = linear_per_layer(x_TI, weight, bias, output_sizes)
+        for layer_index, low_TR, lora_B_OR, scale in deltas:
+            add_lora_delta(ys_TO[layer_index], low_TR, lora_B_OR, scale)
+        return ys_TO
+    if isinstance(weight, Fp8Weight) and weight.training:
+        return weight.linear_with_deltas(x_TI, bias, deltas)
+    delta_by_layer = {delta.layer_index: delta for delta in deltas}
+    biases = [None] * len(output_sizes) if bias is None else torch.split(bias, list(output_sizes))
+    weights = (
+        torch.split(weight, list(output_sizes))
+        if isinstance(weight, Tensor)
+        else weight.dequantize_layers()
+    )
+    return tuple(
+        linear_with_delta(delta_by_layer[layer], x_TI, w, b)
+        if layer in delta_by_layer
+        else F.linear(x_TI, w, b)
+        for layer, (w, b) in enumerate(zip(weights, biases, strict=True))
+    )
+
+
+def add_input_gradient(
+    dx_TI: Tensor, dys_TO: Sequence[Tensor], weight: Tensor | QuantizedWeight
+) -> None:
+    """Add the input gradient, the sum of dy_i W_i, to `dx`."""
+    if isinstance(weight, QuantizedWeight):
+        weight.add_input_gradient(dx_TI, dys_TO)
+        return
+    weights = torch.split(weight, [dy_TO.shape[1] for dy_TO in dys_TO])
+    for dy_TO, w_OI in zip(dys_TO, weights, strict=True):
+        dx_TI.addmm_(dy_TO, w_OI)
+
+
+def _require_dense_input(x: Tensor | Fp8Rows) -> Tensor:
+    assert isinstance(x, Tensor), "FP8 input for a weight that is not FP8"
+    return x
+
+
+def linear_concat(
+    x: Tensor | Fp8Rows, weight: Tensor | QuantizedWeight, bias: Tensor | None
+) -> Tensor:
+    """Compute x W^T + bias of all layers, concatenated to [T, sum of widths]."""
+    if isinstance(weight, Fp8Weight):
+        return weight.linear_concat(x, bias)
+    x = _require_dense_input(x)
+    return (
+        F.linear(x, weight, bias) if isinstance(weight, Tensor) else weight.linear_concat(x, bias)
+    )
+
+
+def linear_concat_backward(dy: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
+    """Compute dy W, the input gradient of `linear_concat`."""
+    return dy @ weight if isinstance(weight, Tensor) else weight.linear_concat_backward(dy)

@@ -1,0 +1,225 @@
+"""Elementwise operations of the layers: fused Triton kernels if available, else eager torch.
+
+Each operation saves only its inputs for the backward pass. Shapes: T tokens or patches, H heads, D
+width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from finesight.model.quant.base import HAS_TRITON
+
+_KERNEL_TYPES = (torch.bfloat16, torch.float16)
+
+if HAS_TRITON:
+    from finesight.model.kernels import elementwise
+    from finesight.model.kernels import swiglu as swiglu_kernels
+    from finesight.model.kernels.dropout import NO_DROPOUT
+
+
+def apply_rotary(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
+    """Apply rotary embeddings: x cos + swap(x) sin.
+
+    `swap` exchanges the halves of a head; `sin` is negative in the first half. Computed in the
+    wider of both dtypes and returned in the dtype of `x`.
+    """
+    y_THD: Tensor = _ApplyRotary.apply(x_THD, cos_T1D, sin_T1D)  # type: ignore[no-untyped-call]
+    return y_THD
+
+
+def quick_gelu(x_TD: Tensor) -> Tensor:
+    """Compute x sigmoid(1.702 x)."""
+    y_TD: Tensor = _QuickGelu.apply(x_TD)  # type: ignore[no-untyped-call]
+    return y_TD
+
+
+def swiglu(gate_TD: Tensor, up_TD: Tensor) -> Tensor:
+    """Compute silu(gate) up (Shazeer 2020)."""
+    y_TD: Tensor = _Swiglu.apply(gate_TD, up_TD)  # type: ignore[no-untyped-call]
+    return y_TD
+
+
+def swiglu_concat(gate_up_TF2: Tensor, padding: int) -> Tensor:
+    """Compute SwiGLU of concatenated gate and up projections, with `padding` zero columns appended.
+
+    Requires Triton kernels. The backward pass overwrites the input.
+    """
+    y_TJ: Tensor = _SwigluConcat.apply(gate_up_TF2, padding)  # type: ignore[no-untyped-call]
+    return y_TJ
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Compute x / sqrt(mean(x^2) + eps) weight (Zhang & Sennrich 2019), rounded once."""
+    if x_TD.is_cuda or x_TD.dtype not in _KERNEL_TYPES:
+        return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
+    # For 16-bit dtypes on a CPU, torch saves an fp32 copy of each step for the backward pass.
+    y_TD: Tensor = RmsNormFunction.apply(x_TD, weight_D, eps)  # type: ignore[no-untyped-call]
+    return y_TD
+
+
+def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Apply dropout with probability `p` (Srivastava et al. 2014).
+
+    Returns:
+        The scaled output and the mask that `dropout_matmul` applies to gradients.
+    """
+    if x.is_cuda:
+        return torch.native_dropout(x, p, True)
+    dropped_indices = _sample_dropped_indices(x.numel(), p)
+    return _zero_indices(x * (1.0 / (1.0 - p)), dropped_indices), dropped_indices
+
+
+def dropout_matmul(x_TS: Tensor, y_SD: Tensor, dropout_mask: Tensor, p: float) -> Tensor:
+    """Compute x y with the dropout mask and scale of an earlier `dropout`."""
+    scale = 1.0 / (1.0 - p)
+    if dropout_mask.dtype == torch.bool:
+        z: Tensor = torch.ops.aten.native_dropout_backward(x_TS @ y_SD, dropout_mask, scale)
+        return z
+    # With beta 0 the first operand only sets the dtype; its content is not read.
+    return _zero_indices(torch.addmm(x_TS[:1, :1], x_TS, y_SD, beta=0, alpha=scale), dropout_mask)
+
+
+def _sample_dropped_indices(num_elements: int, p: float) -> Tensor:
+    """Sample the ascending indices of dropped elements.
+
+    On a CPU torch draws one random value per element. Here each draw is the gap to the next dropped
+    element.
+    """
+    expected = num_elements * p
+    # Eight standard deviations of slack: falling short has probability 1e-14, and would only
+    # retain the last few elements.
+    draws = int(expected + 8 * expected**0.5) + 16
+    # Below 1e-12 no tensor that fits into memory has a dropped element; log1p would become 0.
+    gaps = torch.rand(draws).neg_().log1p_().div_(math.log1p(-max(p, 1e-12)))
+    indices = gaps.long().add_(1).cumsum(0).sub_(1)
+    return indices[: int(torch.searchsorted(indices, num_elements))]
+
+
+def _zero_indices(x: Tensor, indices: Tensor) -> Tensor:
+    """Set elements of a contiguous tensor to zero in place."""
+    x.view(-1).index_fill_(0, indices, 0)
+    return x
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Return True for 16-bit tensors on a GPU, whose elementwise kernels are memory-bound."""
+    return HAS_TRITON and x.is_cuda and x.dtype in _KERNEL_TYPES
+
+
+class _ApplyRotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_T1D, sin_T1D)
+        return _rotate(x_THD, cos_T1D, sin_T1D, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_THD: Tensor) -> tuple[Tensor | None, ...]:
+        # The gradient of a rotation is the inverse rotation.
+        cos_T1D, sin_T1D = ctx.saved_tensors
+        return _rotate(dy_THD, cos_T1D, sin_T1D, -1.0), None, None
+
+
+def _rotate(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, sign: float) -> Tensor:
+    if has_kernels(x_THD):
+        return elementwise.apply_rotary(x_THD, cos_T1D, sin_T1D, sign)
+    # Converted once: mixed dtypes would be converted in every operation.
+    wide_THD = x_THD.to(torch.promote_types(x_THD.dtype, cos_T1D.dtype))
+    y_THD = wide_THD * cos_T1D
+    halves = (x.chunk(2, dim=-1) for x in (wide_THD, sin_T1D, y_THD))
+    (wide_1, wide_2), (sin_1, sin_2), (y_1, y_2) = halves
+    y_1.addcmul_(wide_2, sin_1, value=sign)
+    y_2.addcmul_(wide_1, sin_2, value=sign)
+    return y_THD.to(x_THD.dtype)
+
+
+class _QuickGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD)
+        # silu(a x) / a needs less memory traffic, but rounds a x to 16 bits.
+        return (
+            elementwise.quick_gelu(x_TD) if has_kernels(x_TD) else _quick_gelu_gate(x_TD).mul_(x_TD)
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> Tensor:
+        (x_TD,) = ctx.saved_tensors
+        gate_TD = _quick_gelu_gate(x_TD)
+        slope_TD = torch.addcmul(gate_TD, x_TD * gate_TD, 1.0 - gate_TD, value=1.702)
+        return dy_TD * slope_TD
+
+
+def _quick_gelu_gate(x_TD: Tensor) -> Tensor:
+    return (x_TD * 1.702).sigmoid_()
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_TD: Tensor, up_TD: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_TD, up_TD)
+        if has_kernels(gate_TD):
+            return elementwise.swiglu(gate_TD, up_TD)
+        return F.silu(gate_TD).mul_(up_TD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, Tensor]:
+        gate_TD, up_TD = ctx.saved_tensors
+        if has_kernels(gate_TD):
+            return elementwise.swiglu_backward(gate_TD, up_TD, dy_TD)
+        dgate_TD: Tensor = torch.ops.aten.silu_backward(dy_TD * up_TD, gate_TD)
+        return dgate_TD, F.silu(gate_TD).mul_(dy_TD)
+
+
+class _SwigluConcat(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up_TF2: Tensor, padding: int) -> Tensor:
+        ctx.save_for_backward(gate_up_TF2)
+        ctx.is_consumed = False
+        y_TJ, _ = swiglu_kernels.swiglu_lora(gate_up_TF2, None, NO_DROPOUT, padding)
+        return y_TJ
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TJ: Tensor) -> tuple[Tensor, None]:
+        (gate_up_TF2,) = ctx.saved_tensors
+        assert not ctx.is_consumed, "backward can run only once"
+        ctx.is_consumed = True
+        dy_TF = dy_TJ[:, : gate_up_TF2.shape[1] // 2]
+        return swiglu_kernels.swiglu_lora_backward(
+            gate_up_TF2, None, dy_TF, None, NO_DROPOUT
+        ).gate_up_TF2, None
+
+
+class RmsNormFunction(torch.autograd.Function):
+    """RMS norm computed in fp32, or in fp64 for fp64 inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        wide_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+        rstd_T1 = wide_TD.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x_TD, weight_D, rstd_T1)
+        return (wide_TD * rstd_T1).mul_(weight_D).to(x_TD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight_D, rstd_T1 = ctx.saved_tensors
+        wide_TD, dwide_TD = x_TD.to(rstd_T1.dtype), dy_TD.to(rstd_T1.dtype)
+        dweight_D = None
+        if ctx.needs_input_grad[1]:
+            dweight_D = (wide_TD * rstd_T1 * dwide_TD).flatten(0, -2).sum(0).to(weight_D.dtype)
+        dwide_TD = dwide_TD * weight_D
+        projection_T = torch.linalg.vecdot(dwide_TD, wide_TD).div_(wide_TD.shape[-1])
+        projection_T1 = projection_T.unsqueeze(-1).mul_(rstd_T1).mul_(rstd_T1)
+        dx_TD = dwide_TD.addcmul_(wide_TD, projection_T1, value=-1).mul_(rstd_T1)
+        return dx_TD.to(x_TD.dtype), dweight_D, None

@@ -1,0 +1,249 @@
+"""Models of other families through their transformers class, one sample at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finesight.config import WeightFormat
+from finesight.digests import DIGESTS_FILE, verify_folder
+from finesight.encode.hf_config import FROM_PRETRAINED_OPTIONS, import_transformers, load_hf_config
+from finesight.encode.packing import PackedBatch
+from finesight.errors import UserError
+from finesight.model.fused_linear import FusedLinear, single_output
+from finesight.model.lora.peft_config import KeyMapping
+from finesight.model.trainable import HF_PREFIX
+from finesight.model.weights_io import copy_model_files
+from finesight.model_folder import ModelFolder
+
+LIMITATIONS = (
+    "has no native implementation in finesight and runs through transformers. Samples run one at a "
+    "time, without packing; images are processed again in every epoch, and once more to count "
+    "tokens; FLOPs are not counted; boxes, videos, tune.quantize and `finesight merge` are not "
+    "supported; experts of a mixture are trained completely or not at all"
+)
+"""Message logged at the start of a run."""
+
+NUM_COMPARED_TOKENS = 64
+"""Tokens of the first sample whose logits are compared."""
+
+
+class HfLinear(FusedLinear):
+    """Linear layer of a transformers model with an optional adapter.
+
+    It shares the parameters of the replaced layer.
+    """
+
+    def __init__(self, layer: nn.Linear, name: str) -> None:
+        with torch.device("meta"):
+            super().__init__(
+                layer.in_features, {name: layer.out_features}, bias=layer.bias is not None
+            )
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        for key, parameter in layer.named_parameters(recurse=False):
+            self.register_parameter(key, parameter)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Map [..., in_features] to [..., out_features], as transformers expects."""
+        return single_output(super().forward(x))
+
+
+class HfModel(nn.Module):
+    """Wrapper of a transformers model (`inner`) for training and inference.
+
+    Parameter names are those of transformers with the prefix `inner.`.
+    """
+
+    adapter_key_mappings: tuple[KeyMapping, ...] = (((HF_PREFIX, ""),),)
+    """Mapping of adapter layer names to native names."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        self._head_checked = False
+        self._activation_checkpointing = 0.0
+        head = inner.get_output_embeddings()
+        for path, module in list(inner.named_modules()):
+            # Subclasses of nn.Linear are used by other code than their forward.
+            if type(module) is nn.Linear and module is not head:
+                parent, _, name = path.rpartition(".")
+                inner.get_submodule(parent).register_module(name, HfLinear(module, name))
+
+    @property
+    def adapter_key_mapping(self) -> KeyMapping:
+        """Mapping of native layer names to published adapter names."""
+        return self.adapter_key_mappings[0]
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """Head weight [V, D]; the embedding weight if tied."""
+        weight: Tensor = self.inner.get_output_embeddings().weight
+        return weight
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Context length of the model."""
+        return int(self.inner.config.get_text_config().max_position_embeddings)
+
+    @property
+    def activation_checkpointing(self) -> float:
+        """Fraction of checkpointed layers; transformers checkpoints all layers or none."""
+        return self._activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, fraction: float) -> None:
+        self._activation_checkpointing = fraction
+        if fraction:
+            self.inner.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def prepare_inputs(self, batch: PackedBatch) -> dict[str, Tensor]:
+        """Build the model inputs, with pixel values in the model's dtype."""
+        dtype = self.inner.dtype
+        extra_inputs = {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in batch.hf_inputs.items()
+        }
+        return {"input_ids": batch.ids_T[None], **extra_inputs}
+
+    def forward(self, batch: PackedBatch, features_MKD: Tensor | None = None) -> Tensor:
+        """Compute the normalized hidden states [L, D] of the tokens that need logits.
+
+        The packed batch must hold one sample, and image features cannot be passed. The first call
+        checks that the head alone maps these states to the model's logits; raises UserError
+        otherwise.
+        """
+        assert features_MKD is None, "cached image features are not supported"
+        if not self._head_checked:
+            self._check_head(batch)
+            self._head_checked = True
+        return self._forward_hidden(batch)[batch.logit_indices_L]
+
+    def _forward_hidden(self, batch: PackedBatch) -> Tensor:
+        out = self.inner.base_model(**self.prepare_inputs(batch), use_cache=False)
+        h_TD: Tensor = out.last_hidden_state[0]
+        return h_TD
+
+    @torch.no_grad()
+    def _check_head(self, batch: PackedBatch) -> None:
+        """Check that the logits are hidden states times head weight.
+
+        Some families scale, cap or shift the logits, which changes the loss.
+        """
+        if self.inner.base_model is self.inner or self.inner.get_output_embeddings() is None:
+            raise UserError(
+                f"the class {type(self.inner).__name__} has no base model apart from its head",
+                where="model",
+                expected="hidden states and a head, from which the loss is computed",
+                remedy="choose another family; inference with this one works",
+            )
+        was_training = self.training
+        self.eval()
+        token_indices = batch.logit_indices_L[:NUM_COMPARED_TOKENS]
+        # Nearly all classes can skip the other logits, which may be gigabytes.
+        supports_logits_to_keep = "logits_to_keep" in signature(self.inner.forward).parameters
+        logits_kwargs = {"logits_to_keep": token_indices} if supports_logits_to_keep else {}
+        model_logits_CV = (
+            self.inner(**self.prepare_inputs(batch), use_cache=False, **logits_kwargs)
+            .logits[0]
+            .float()
+        )
+        model_logits_CV = (
+            model_logits_CV if supports_logits_to_keep else model_logits_CV[token_indices]
+        )
+        head_logits_CV = F.linear(
+            self._forward_hidden(batch)[token_indices], self.lm_head_weight
+        ).float()
+        self.train(was_training)
+        relative_error = (
+            model_logits_CV - head_logits_CV
+        ).abs().max() / model_logits_CV.abs().max().clamp(min=1e-6)
+        # Both are rounded once to the model's dtype.
+        if not relative_error <= max(1e-4, 2 * torch.finfo(self.inner.dtype).eps):
+            family = self.inner.config.model_type
+            raise UserError(
+                f"logits of {family} differ by {float(relative_error):.2g} of the largest from "
+                "hidden states times head",
+                where="model",
+                expected="logits equal to hidden states times head weight, from which the loss is "
+                "computed",
+                remedy="choose another family; inference with this one works",
+            )
+
+
+def load_hf_model(
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    device: torch.device,
+    nf4_parts: Collection[str] = (),
+    weight_format: WeightFormat = "auto",
+    fp8_parts: Collection[str] = (),
+) -> HfModel:
+    """Load the model of a folder with its transformers class.
+
+    Raises UserError for unsupported families, missing tensors or wrong shapes, folders changed
+    since finesight wrote them, and quantized parts.
+    """
+    if nf4_parts or fp8_parts or weight_format != "auto":
+        where, requested = "--weight-format", f"weights in {weight_format}"
+        if weight_format == "auto":
+            where = "tune.quantize.nf4" if nf4_parts else "tune.quantize.fp8"
+            requested = f"{' and '.join(nf4_parts or fp8_parts)} in {'NF4' if nf4_parts else 'FP8'}"
+        raise UserError(
+            f"{requested} for a model of the family {folder.family}",
+            where=where,
+            expected="a native family; transformers uses the published weights",
+            remedy=f"leave {where} out",
+        )
+    config = load_hf_config(folder)
+    # Weights published as pickles are converted to safetensors in a separate folder.
+    weights_folder = folder.weight_files()[0].parent
+    if (weights_folder / DIGESTS_FILE).is_file():
+        verify_folder(weights_folder)
+    inner, loading_info = import_transformers().AutoModelForImageTextToText.from_pretrained(
+        str(weights_folder),
+        config=config,
+        # Decoding is greedy, regardless of the folder: penalties damage correct repetitions.
+        generation_config=import_transformers().GenerationConfig(),
+        dtype=dtype,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **FROM_PRETRAINED_OPTIONS,
+    )
+    invalid_keys = [
+        *loading_info["missing_keys"],
+        *(str(key) for key in loading_info["mismatched_keys"]),
+    ]
+    if invalid_keys:
+        listed = ", ".join(sorted(invalid_keys)[:5])
+        raise UserError(
+            f"{len(invalid_keys)} tensors are missing or of another shape: {listed}",
+            where=str(folder.path),
+            expected="all tensors of config.json",
+            remedy="download the model again",
+        )
+    return HfModel(inner.to(device)).eval()
+
+
+def save_hf_model(model: HfModel, folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:
+    """Write the model to `target` in the transformers format, with tokenizer and processor files.
+
+    Adapters must be removed before. The other files are copied from `folder`.
+    """
+    copy_model_files(folder, target, dtype)
+    state = model.inner.state_dict()
+    copies_by_pointer: dict[int, Tensor] = {}
+    for tensor in state.values():
+        # A tied tensor is stored once, so that it remains tied; each has its own memory.
+        copies_by_pointer.setdefault(tensor.data_ptr(), tensor.to("cpu", dtype, copy=True))
+    copies = {name: copies_by_pointer[tensor.data_ptr()] for name, tensor in state.items()}
+    (target / "config.json").unlink()
+    model.inner.config.dtype = dtype
+    model.inner.config.save_pretrained(target)
+    model.inner.save_pretrained(target, state_dict=copies)

@@ -1,0 +1,350 @@
+"""Triton attention kernels for short packed segments (FlashAttention-2).
+
+Dao 2023, arXiv:2307.08691.
+
+General kernels are tuned for segments of thousands of tokens and leave most of their tiles empty
+for an image and its caption of 140 tokens. Grouped key heads are read, and their gradients summed,
+without expansion. Accumulation is fp32. Segments may share a prefix, the first segment, which each
+of them attends to. Shapes: T tokens, H query heads, K key heads, D head dimension, S segments, P
+prefix tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from finesight.model.kernels.launch_config import TileConfig
+from finesight.model.kernels.primitives import Ptr, sum_partials
+
+FORWARD_TILE = TileConfig(64, 32, 4, 3)
+BACKWARD_DQ_TILE = TileConfig(64, 32, 4, 3)
+BACKWARD_DKV_TILE = TileConfig(32, 64, 4, 2)
+"""Queries and keys of a tile; fastest on an H200 for head dimension 128."""
+
+
+class CuSeqlens(NamedTuple):
+    """Cumulative segment lengths (int32, on the device) with maximum and prefix length.
+
+    The maximum includes the prefix.
+
+    With a shared prefix, `prefix_length` is the length of the first segment.
+    """
+
+    cu_seqlens_S1: Tensor
+    max_seqlen: int
+    prefix_length: int = 0
+
+
+@triton.jit
+def locate_tile(
+    cu_seqlens: Ptr, block: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Return segment start, segment length, first tile row and head of a program."""
+    segment = tl.program_id(0)
+    segment_start = tl.load(cu_seqlens + segment)
+    length = tl.load(cu_seqlens + segment + 1) - segment_start
+    return segment_start, length, tl.program_id(1) * block, tl.program_id(2)
+
+
+@triton.jit
+def _prefix_rows(prefix_length: tl.tensor, has_prefix: tl.constexpr) -> tl.tensor:
+    """Return the number of prefix rows before a program's segment."""
+    return tl.where(tl.program_id(0) > 0, prefix_length, 0) if has_prefix else 0
+
+
+@triton.jit
+def _load_rows(
+    x: tl.tensor, segment_start: tl.tensor, rows: tl.tensor, stride: tl.tensor, head: tl.tensor,
+    head_dim: tl.tensor, length: tl.tensor, d: tl.tensor,
+) -> tl.tensor:  # fmt: skip
+    """Load `rows` [M] of one head of a segment: [M, D], zero beyond the end."""
+    mask = (rows < length)[:, None] & (d < head_dim)[None, :]
+    ptrs = x + (segment_start + rows).to(tl.int64)[:, None] * stride + head * head_dim + d[None, :]
+    return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_keys(
+    x: tl.tensor, segment_start: tl.tensor, n: tl.tensor, stride: tl.tensor, head: tl.tensor,
+    head_dim: tl.tensor, length: tl.tensor, d: tl.tensor, prefix: tl.tensor,
+    has_prefix: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Load keys `n` [N] of a segment, starting with those of the shared prefix."""
+    if has_prefix:
+        # Offsets relative to a segment start that is shifted back by the prefix.
+        segment_start = tl.where(n < prefix, 0, segment_start - prefix)
+    return _load_rows(x, segment_start, n, stride, head, head_dim, prefix + length, d)
+
+
+@triton.jit(do_not_specialize=["prefix_length"])
+def _attention_fwd(
+    q: Ptr, k: Ptr, v: Ptr, o: Ptr, lse: Ptr, cu_seqlens: Ptr, q_stride: int, k_stride: int,
+    v_stride: int, num_heads: int, num_kv_groups: int, rows: int, head_dim: int, qk_scale: float,
+    prefix_length: int, causal: tl.constexpr, has_prefix: tl.constexpr, block_m: tl.constexpr,
+    block_n: tl.constexpr, block_d: tl.constexpr,
+) -> None:  # fmt: skip
+    segment_start, length, start_m, head = locate_tile(cu_seqlens, block_m)
+    prefix = _prefix_rows(prefix_length, has_prefix)
+    if start_m >= length:
+        return
+    m, d = start_m + tl.arange(0, block_m), tl.arange(0, block_d)
+    q_MD = _load_rows(q, segment_start, m, q_stride, head, head_dim, length, d)
+    max_M = tl.full((block_m,), -float("inf"), tl.float32)
+    sum_M = tl.zeros((block_m,), tl.float32)
+    o_MD = tl.zeros((block_m, block_d), tl.float32)
+    end = prefix + (tl.minimum(length, start_m + block_m) if causal else length)
+    for start in range(0, end, block_n):
+        n = start + tl.arange(0, block_n)
+        k_ND = _load_keys(
+            k,
+            segment_start,
+            n,
+            k_stride,
+            head // num_kv_groups,
+            head_dim,
+            length,
+            d,
+            prefix,
+            has_prefix,
+        )
+        s_MN = tl.dot(q_MD, tl.trans(k_ND)) * qk_scale
+        mask_MN = (n < prefix + length)[None, :]
+        if causal:
+            mask_MN = mask_MN & (n[None, :] <= prefix + m[:, None])
+        s_MN = tl.where(mask_MN, s_MN, -float("inf"))
+        # The first tile contains the first key, which every query attends to.
+        new_max_M = tl.maximum(max_M, tl.max(s_MN, 1))
+        p_MN = tl.exp2(s_MN - new_max_M[:, None])
+        alpha_M = tl.exp2(max_M - new_max_M)
+        sum_M = sum_M * alpha_M + tl.sum(p_MN, 1)
+        v_ND = _load_keys(
+            v,
+            segment_start,
+            n,
+            v_stride,
+            head // num_kv_groups,
+            head_dim,
+            length,
+            d,
+            prefix,
+            has_prefix,
+        )
+        o_MD = o_MD * alpha_M[:, None] + tl.dot(p_MN.to(v_ND.dtype), v_ND)
+        max_M = new_max_M
+    mask = (m < length)[:, None] & (d < head_dim)[None, :]
+    ptrs = (
+        o
+        + (segment_start + m).to(tl.int64)[:, None] * num_heads * head_dim
+        + head * head_dim
+        + d[None, :]
+    )
+    tl.store(ptrs, o_MD / sum_M[:, None], mask=mask)
+    tl.store(lse + head * rows + segment_start + m, max_M + tl.log2(sum_M), mask=m < length)
+
+
+@triton.jit(do_not_specialize=["prefix_length"])
+def _attention_bwd_dq(
+    q: Ptr, k: Ptr, v: Ptr, o: Ptr, do: Ptr, lse: Ptr, delta: Ptr, dq: Ptr, cu_seqlens: Ptr,
+    q_stride: int, k_stride: int, v_stride: int, num_heads: int, num_kv_groups: int, rows: int,
+    head_dim: int, qk_scale: float, scale: float, prefix_length: int, causal: tl.constexpr,
+    has_prefix: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr,
+) -> None:  # fmt: skip
+    segment_start, length, start_m, head = locate_tile(cu_seqlens, block_m)
+    prefix = _prefix_rows(prefix_length, has_prefix)
+    if start_m >= length:
+        return
+    m, d = start_m + tl.arange(0, block_m), tl.arange(0, block_d)
+    q_MD = _load_rows(q, segment_start, m, q_stride, head, head_dim, length, d)
+    o_MD = _load_rows(o, segment_start, m, num_heads * head_dim, head, head_dim, length, d)
+    do_MD = _load_rows(do, segment_start, m, num_heads * head_dim, head, head_dim, length, d)
+    delta_M = tl.sum(o_MD.to(tl.float32) * do_MD.to(tl.float32), 1)
+    tl.store(delta + head * rows + segment_start + m, delta_M, mask=m < length)
+    lse_M = tl.load(lse + head * rows + segment_start + m, mask=m < length, other=0.0)
+    dq_MD = tl.zeros((block_m, block_d), tl.float32)
+    end = prefix + (tl.minimum(length, start_m + block_m) if causal else length)
+    for start in range(0, end, block_n):
+        n = start + tl.arange(0, block_n)
+        k_ND = _load_keys(
+            k,
+            segment_start,
+            n,
+            k_stride,
+            head // num_kv_groups,
+            head_dim,
+            length,
+            d,
+            prefix,
+            has_prefix,
+        )
+        v_ND = _load_keys(
+            v,
+            segment_start,
+            n,
+            v_stride,
+            head // num_kv_groups,
+            head_dim,
+            length,
+            d,
+            prefix,
+            has_prefix,
+        )
+        p_MN = tl.exp2(tl.dot(q_MD, tl.trans(k_ND)) * qk_scale - lse_M[:, None])
+        mask_MN = (n < prefix + length)[None, :]
+        if causal:
+            mask_MN = mask_MN & (n[None, :] <= prefix + m[:, None])
+        dp_MN = tl.dot(do_MD, tl.trans(v_ND))
+        ds_MN = tl.where(mask_MN, p_MN * (dp_MN - delta_M[:, None]), 0.0)
+        dq_MD += tl.dot(ds_MN.to(k_ND.dtype), k_ND)
+    mask = (m < length)[:, None] & (d < head_dim)[None, :]
+    ptrs = (
+        dq
+        + (segment_start + m).to(tl.int64)[:, None] * num_heads * head_dim
+        + head * head_dim
+        + d[None, :]
+    )
+    tl.store(ptrs, dq_MD * scale, mask=mask)
+
+
+@triton.jit(do_not_specialize=["prefix_length"])
+def _attention_bwd_dkv(
+    q: Ptr, k: Ptr, v: Ptr, do: Ptr, lse: Ptr, delta: Ptr, dk: Ptr, dv: Ptr, cu_seqlens: Ptr,
+    q_stride: int, k_stride: int, v_stride: int, num_heads: int, num_kv_groups: int, rows: int,
+    head_dim: int, qk_scale: float, scale: float, prefix_length: int, partial: Ptr,
+    causal: tl.constexpr, has_prefix: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
+    block_d: tl.constexpr,
+) -> None:  # fmt: skip
+    segment_start, length, start_n, key_head = locate_tile(cu_seqlens, block_n)
+    prefix = _prefix_rows(prefix_length, has_prefix)
+    if start_n >= prefix + length:
+        return
+    n, d = start_n + tl.arange(0, block_n), tl.arange(0, block_d)
+    k_ND = _load_keys(
+        k, segment_start, n, k_stride, key_head, head_dim, length, d, prefix, has_prefix
+    )
+    v_ND = _load_keys(
+        v, segment_start, n, v_stride, key_head, head_dim, length, d, prefix, has_prefix
+    )
+    dk_ND = tl.zeros((block_n, block_d), tl.float32)
+    dv_ND = tl.zeros((block_n, block_d), tl.float32)
+    # Earlier queries attend to none of these keys.
+    first_query = tl.maximum(start_n - prefix, 0) // block_m * block_m if causal else 0
+    for head in range(key_head * num_kv_groups, (key_head + 1) * num_kv_groups):
+        for start in range(first_query, length, block_m):
+            m = start + tl.arange(0, block_m)
+            q_MD = _load_rows(q, segment_start, m, q_stride, head, head_dim, length, d)
+            do_MD = _load_rows(
+                do, segment_start, m, num_heads * head_dim, head, head_dim, length, d
+            )
+            lse_M = tl.load(lse + head * rows + segment_start + m, mask=m < length, other=0.0)
+            delta_M = tl.load(delta + head * rows + segment_start + m, mask=m < length, other=0.0)
+            p_NM = tl.exp2(tl.dot(k_ND, tl.trans(q_MD)) * qk_scale - lse_M[None, :])
+            mask_NM = (m < length)[None, :]
+            if causal:
+                mask_NM = mask_NM & (n[:, None] <= prefix + m[None, :])
+            p_NM = tl.where(mask_NM, p_NM, 0.0)
+            dv_ND += tl.dot(p_NM.to(do_MD.dtype), do_MD)
+            dp_NM = tl.dot(v_ND, tl.trans(do_MD))
+            ds_NM = p_NM * (dp_NM - delta_M[None, :])
+            dk_ND += tl.dot(ds_NM.to(q_MD.dtype), q_MD)
+    mask = (n < prefix + length)[:, None] & (d < head_dim)[None, :]
+    stride = num_heads // num_kv_groups * head_dim
+    column = key_head * head_dim + d[None, :]
+    if has_prefix:
+        # All segments contribute gradients to the prefix rows, including the prefix itself.
+        offsets = (2 * tl.program_id(0) * prefix_length + n).to(tl.int64)[:, None] * stride + column
+        prefix_mask = mask & (n < prefix_length)[:, None]
+        tl.store(partial + offsets, dk_ND * scale, mask=prefix_mask)
+        tl.store(partial + offsets + prefix_length * stride, dv_ND, mask=prefix_mask)
+        mask = mask & (n >= prefix_length)[:, None]
+    offsets = (segment_start - prefix + n).to(tl.int64)[:, None] * stride + column
+    tl.store(dk + offsets, dk_ND * scale, mask=mask)
+    tl.store(dv + offsets, dv_ND, mask=mask)
+
+
+def attention_forward(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: CuSeqlens, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute softmax(q k^T / sqrt(D)) v within each segment; heads must be contiguous.
+
+    Returns:
+        The output [T, H, D], and the base-2 logarithms of the softmax sums [H, T].
+    """
+    rows, num_heads, head_dim = q_THD.shape
+    o_THD = q_THD.new_empty(rows, num_heads, head_dim)
+    lse_HT = q_THD.new_empty(num_heads, rows, dtype=torch.float32)
+    _attention_fwd[launch_grid(cu_seqlens, FORWARD_TILE.block_m, num_heads)](
+        q_THD, k_TKD, v_TKD, o_THD, lse_HT, cu_seqlens.cu_seqlens_S1, q_THD.stride(0),
+        k_TKD.stride(0), v_TKD.stride(0), num_heads, num_heads // k_TKD.shape[1], rows, head_dim,
+        softmax_scale(head_dim) / math.log(2), cu_seqlens.prefix_length, causal=causal,
+        has_prefix=cu_seqlens.prefix_length > 0, block_m=FORWARD_TILE.block_m,
+        block_n=FORWARD_TILE.block_n, block_d=_head_block_size(head_dim),
+        num_warps=FORWARD_TILE.num_warps, num_stages=FORWARD_TILE.num_stages,
+    )  # fmt: skip
+    return o_THD, lse_HT
+
+
+def attention_backward(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, o_THD: Tensor, do_THD: Tensor, lse_HT: Tensor,
+    cu_seqlens: CuSeqlens, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute the gradients of queries, keys and values in deterministic order."""
+    rows, num_heads, head_dim = q_THD.shape
+    num_kv_groups = num_heads // k_TKD.shape[1]
+    num_segments, prefix_length = len(cu_seqlens.cu_seqlens_S1) - 1, cu_seqlens.prefix_length
+    delta_HT = torch.empty_like(lse_HT)
+    dq_THD, do_THD = torch.empty_like(o_THD), do_THD.contiguous()
+    dkv_2TKD = k_TKD.new_empty(2, *k_TKD.shape)
+    partial_S2PKD = lse_HT.new_empty(num_segments, 2, prefix_length, *k_TKD.shape[1:])
+    strides = q_THD.stride(0), k_TKD.stride(0), v_TKD.stride(0)
+    sizes = (
+        num_heads,
+        num_kv_groups,
+        rows,
+        head_dim,
+        softmax_scale(head_dim) / math.log(2),
+        softmax_scale(head_dim),
+        prefix_length,
+    )
+    _attention_bwd_dq[launch_grid(cu_seqlens, BACKWARD_DQ_TILE.block_m, num_heads)](
+        q_THD, k_TKD, v_TKD, o_THD, do_THD, lse_HT, delta_HT, dq_THD, cu_seqlens.cu_seqlens_S1,
+        *strides, *sizes, causal=causal, has_prefix=prefix_length > 0,
+        block_m=BACKWARD_DQ_TILE.block_m, block_n=BACKWARD_DQ_TILE.block_n,
+        block_d=_head_block_size(head_dim), num_warps=BACKWARD_DQ_TILE.num_warps,
+        num_stages=BACKWARD_DQ_TILE.num_stages,
+    )  # fmt: skip
+    num_kv_heads = num_heads // num_kv_groups
+    _attention_bwd_dkv[launch_grid(cu_seqlens, BACKWARD_DKV_TILE.block_n, num_kv_heads)](
+        q_THD, k_TKD, v_TKD, do_THD, lse_HT, delta_HT, *dkv_2TKD, cu_seqlens.cu_seqlens_S1,
+        *strides, *sizes, partial_S2PKD, causal=causal, has_prefix=prefix_length > 0,
+        block_m=BACKWARD_DKV_TILE.block_m, block_n=BACKWARD_DKV_TILE.block_n,
+        block_d=_head_block_size(head_dim), num_warps=BACKWARD_DKV_TILE.num_warps,
+        num_stages=BACKWARD_DKV_TILE.num_stages,
+    )  # fmt: skip
+    if prefix_length:
+        dkv_2TKD[:, :prefix_length] = sum_partials(partial_S2PKD, dkv_2TKD.dtype)
+    dk_TKD, dv_TKD = dkv_2TKD
+    return dq_THD, dk_TKD, dv_TKD
+
+
+def softmax_scale(head_dim: int) -> float:
+    """Return the scale of the attention scores."""
+    return 1.0 / math.sqrt(head_dim)
+
+
+def _head_block_size(head_dim: int) -> int:
+    return max(16, int(triton.next_power_of_2(head_dim)))
+
+
+def launch_grid(cu_seqlens: CuSeqlens, block_rows: int, num_heads: int) -> tuple[int, int, int]:
+    """Return the grid: one program per segment, tile and head."""
+    return (
+        len(cu_seqlens.cu_seqlens_S1) - 1,
+        triton.cdiv(cu_seqlens.max_seqlen, block_rows),
+        num_heads,
+    )

@@ -1,0 +1,1 @@
+"""LoRA: layers, fused kernels, multi-adapter serving, PEFT files, merging."""

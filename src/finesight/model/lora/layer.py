@@ -1,0 +1,292 @@
+"""LoRA adapters (Hu et al. 2021, arXiv:2106.09685) of fused linear layers.
+
+Shapes: T tokens or patches, I inputs, O outputs of one layer, R rank of one layer, S ranks of a
+fused linear.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from finesight.model.fused_linear import FusedLinear, add_input_gradient, linear_with_deltas
+from finesight.model.fused_ops import dropout, dropout_matmul
+from finesight.model.lora.fused_weight import UpProjection
+from finesight.model.lora.lora_delta import LoraDelta
+from finesight.model.quant.base import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA config of one layer.
+
+    The delta is `scale * B A` with `scale = alpha / rank`.
+    """
+
+    rank: int
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        """Scale of the delta."""
+        return self.alpha / self.rank
+
+
+class LoraSlice(NamedTuple):
+    """Position of one adapted layer: columns of the fused output, rows of the stacked lora_A."""
+
+    layer_index: int
+    output_slice: slice
+    rank_slice: slice
+    scale: float
+
+
+class LoraFactors(NamedTuple):
+    """LoRA matrices of one layer: A [rank, inputs] and B [outputs, rank]."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+
+
+class LoraLayout(NamedTuple):
+    """Output widths of all layers of a fused linear, and slices of the adapted ones."""
+
+    output_sizes: tuple[int, ...]
+    slices: tuple[LoraSlice, ...]
+
+
+class LoraLinear(nn.Module):
+    """LoRA adapter of some or all layers of a `FusedLinear`.
+
+    `lora_A` stacks the down-projections of the adapted layers, [sum of ranks, inputs], so that the
+    input is read once; `lora_B` holds one up-projection [outputs, rank] per layer. In training the
+    layers share one dropout mask, unlike peft, which samples a mask per layer. The base weight must
+    be frozen.
+    """
+
+    def __init__(
+        self,
+        linear: FusedLinear,
+        configs: Mapping[str, LoraConfig],
+        dropout: float,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        assert configs, "an adapter without layers"
+        unknown = [name for name in configs if name not in linear.output_sizes]
+        assert not unknown, f"unknown layers {unknown} of {list(linear.output_sizes)}"
+        # In the order of the fused layers.
+        self.configs = {name: configs[name] for name in linear.output_sizes if name in configs}
+        self.dropout = dropout
+        factor_dtype, device = dtype or linear.weight.dtype, linear.weight.device
+        rank_sum = sum(low.rank for low in self.configs.values())
+        self.lora_A = nn.Parameter(
+            torch.zeros(rank_sum, linear.in_features, dtype=factor_dtype, device=device)
+        )
+        # Added one by one: ParameterDict sorts the keys of a dict.
+        self.lora_B = nn.ParameterDict()
+        for name, config in self.configs.items():
+            shape = linear.output_sizes[name], config.rank
+            self.lora_B[name] = nn.Parameter(torch.zeros(shape, dtype=factor_dtype, device=device))
+        self.slices = self._build_slices(linear.output_sizes)
+        self._layout = LoraLayout(tuple(linear.output_sizes.values()), tuple(self.slices.values()))
+
+    def _build_slices(self, output_sizes: Mapping[str, int]) -> dict[str, LoraSlice]:
+        slices, column, row = {}, 0, 0
+        for index, (name, size) in enumerate(output_sizes.items()):
+            if name in self.configs:
+                config = self.configs[name]
+                output_slice, rank_slice = (
+                    slice(column, column + size),
+                    slice(row, row + config.rank),
+                )
+                slices[name] = LoraSlice(index, output_slice, rank_slice, config.scale)
+                row += config.rank
+            column += size
+        return slices
+
+    def forward(
+        self, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Map [..., I] to one [..., O] per layer, including the base product."""
+        is_trainable = isinstance(weight, Tensor) and weight.requires_grad
+        assert not is_trainable, "the base weight of an adapter must be frozen"
+        dropout = self.dropout if self.training else 0.0
+        outputs = _LoraLinearFunction.apply(  # type: ignore[no-untyped-call]
+            x.reshape(-1, x.shape[-1]),
+            weight,
+            bias,
+            self.lora_A,
+            self._layout,
+            dropout,
+            *(self.lora_B[name] for name in self.slices),
+        )
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+    def up_projections(self) -> list[UpProjection]:
+        """Return the up-projections for `model.lora.fused_weight`."""
+        slices = self.slices.items()
+        return [
+            UpProjection(self.lora_B[name], lora_slice.output_slice, lora_slice.rank_slice)
+            for name, lora_slice in slices
+        ]
+
+    def factors(self) -> dict[str, LoraFactors]:
+        """Return A (a view of the stacked one) and B of each adapted layer."""
+        return {
+            name: LoraFactors(self.lora_A[lora_slice.rank_slice], self.lora_B[name])
+            for name, lora_slice in self.slices.items()
+        }
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int, path: str) -> None:
+        """Initialize A from the uniform distribution on +-1/sqrt(I) and B with zeros, as peft does.
+
+        The values depend only on the seed and the layer's hub name (the linear's path is `path`).
+        They are drawn in fp32 on the CPU, so that they are equal for any dtype, device and set of
+        adapted layers.
+        """
+        for name, (lora_A_RI, lora_B_OR) in self.factors().items():
+            generator = torch.Generator().manual_seed(_derive_seed(seed, hub_name(path, name)))
+            bound = lora_A_RI.shape[1] ** -0.5
+            drawn = torch.empty(lora_A_RI.shape).uniform_(-bound, bound, generator=generator)
+            lora_A_RI.copy_(drawn)
+            lora_B_OR.zero_()
+
+
+def _derive_seed(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class _LoraLinearFunction(torch.autograd.Function):
+    """Autograd function of a fused linear with LoRA.
+
+    y_i = x W_i^T + bias_i + scale_i dropout(x) A_i^T B_i^T for each layer i.
+
+    Base product and delta are one autograd node, so that each is added to the other in place, in
+    both passes, without copies of the outputs or of the input gradient. Output gradients arrive
+    separately and need not be concatenated. Quantized weights are dequantized again in the backward
+    pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: Tensor,
+        weight: Tensor | QuantizedWeight,
+        bias_O: Tensor | None,
+        lora_A_SI: Tensor,
+        layout: LoraLayout,
+        p: float,
+        *lora_Bs_OR: Tensor,
+    ) -> tuple[Tensor, ...]:
+        full_TI, dropout_mask = x_TI, None
+        if p > 0.0:
+            x_TI, dropout_mask = dropout(x_TI.contiguous(), p)
+        low_TS = F.linear(x_TI, lora_A_SI)
+        deltas = [
+            LoraDelta(
+                lora_slice.layer_index,
+                low_TS[:, lora_slice.rank_slice],
+                lora_B_OR,
+                lora_slice.scale,
+            )
+            for lora_slice, lora_B_OR in zip(layout.slices, lora_Bs_OR, strict=True)
+        ]
+        ys_TO = linear_with_deltas(full_TI, weight, bias_O, layout.output_sizes, deltas)
+        ctx.save_for_backward(x_TI, dropout_mask, low_TS, lora_A_SI, *lora_Bs_OR)
+        # The weight is frozen and unchanged until the backward pass.
+        ctx.weight, ctx.layout, ctx.dropout = weight, layout, p
+        return ys_TO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys_TO: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, dropout_mask, low_TS, lora_A_SI, *lora_Bs_OR = ctx.saved_tensors
+        needs_x, _, _, needs_a, _, _, *needs_b = ctx.needs_input_grad
+        dlow_TS = torch.empty_like(low_TS)
+        dbs_OR: list[Tensor | None] = []
+        for lora_slice, lora_B_OR, needs_grad in zip(
+            ctx.layout.slices, lora_Bs_OR, needs_b, strict=True
+        ):
+            dy_TO = dys_TO[lora_slice.layer_index]
+            # With beta 0 the first operand is only a buffer; its content is not read.
+            dlow_TS[:, lora_slice.rank_slice].addmm_(
+                dy_TO, lora_B_OR, beta=0, alpha=lora_slice.scale
+            )
+            low_TR = low_TS[:, lora_slice.rank_slice]
+            db_OR = (
+                torch.addmm(lora_B_OR, dy_TO.T, low_TR, beta=0, alpha=lora_slice.scale)
+                if needs_grad
+                else None
+            )
+            dbs_OR.append(db_OR)
+        da_SI = dlow_TS.T @ x_TI if needs_a else None
+        dx_TI: Tensor | None = None
+        if needs_x:
+            if dropout_mask is None:
+                dx_TI = dlow_TS @ lora_A_SI
+            else:
+                dx_TI = dropout_matmul(dlow_TS, lora_A_SI, dropout_mask, ctx.dropout)
+            add_input_gradient(dx_TI, dys_TO, ctx.weight)
+        return dx_TI, None, None, da_SI, None, None, *dbs_OR
+
+
+class LinearRef(NamedTuple):
+    """Reference to a linear layer by its hub name: fused linear, module path, output name."""
+
+    linear: FusedLinear
+    path: str
+    output_name: str
+
+
+def stacked_row_counts(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the rows of each layer in stacked parameters, by parameter name.
+
+    Stacked are fused weights and lora_A.
+
+    Matrices that are published fused (a vision encoder's qkv) count as one layer.
+    """
+    row_counts: dict[str, tuple[int, ...]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, FusedLinear):
+            row_counts[f"{path}.weight"] = tuple(module.output_sizes.values())
+            if isinstance(module.adapter, LoraLinear):
+                ranks = (config.rank for config in module.adapter.configs.values())
+                row_counts[f"{path}.adapter.lora_A"] = tuple(ranks)
+    return row_counts
+
+
+def find_adaptable_layers(model: nn.Module) -> dict[str, LinearRef]:
+    """Return the linear layers that support an adapter, by hub name without `.weight`.
+
+    The head and the patch embedding (published as a convolution) are excluded: the head is trained
+    fully or frozen (`tune.embeddings`), and the patch embedding is as small as an adapter.
+    """
+    layers: dict[str, LinearRef] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, FusedLinear) and not path.startswith(("lm_head", "visual.patch_")):
+            for output_name in module.output_sizes:
+                layers[hub_name(path, output_name)] = LinearRef(module, path, output_name)
+    return layers
+
+
+def iter_adapters(model: nn.Module) -> Iterator[tuple[str, FusedLinear, LoraLinear]]:
+    """Yield path, fused linear and adapter of each linear with a LoRA adapter."""
+    for path, module in model.named_modules():
+        if isinstance(module, FusedLinear) and isinstance(module.adapter, LoraLinear):
+            yield path, module, module.adapter
+
+
+def hub_name(path: str, output_name: str) -> str:
+    """Return the hub name of one layer of the fused linear at `path`, without `.weight`."""
+    parent, dot, _ = path.rpartition(".")
+    return f"{parent}{dot}{output_name}"

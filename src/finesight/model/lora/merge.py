@@ -1,0 +1,212 @@
+"""Merging of adapters into the weights of a model folder.
+
+The merged folder needs no LoRA support to be served, and no GPTQ support if its base was quantized.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finesight.bounded_files import read_json_object
+from finesight.config import PixelRange, Precision
+from finesight.encode.hf_config import is_native
+from finesight.errors import UserError
+from finesight.hub.address import parse_model_address
+from finesight.manifest import MANIFEST_FILE, Manifest
+from finesight.model.fused_linear import FusedLinear
+from finesight.model.lora.layer import iter_adapters
+from finesight.model.lora.peft_io import load_adapter
+from finesight.model.quant.base import QuantizedWeight
+from finesight.model.vlm import VisionLanguageModel
+from finesight.model.weights_io import DTYPES, hub_tensors, load_model, save_model, stored_precision
+from finesight.model_folder import PREPROCESSOR_FILE, PROCESSOR_FILE, ModelFolder
+from finesight.storage import write_folder
+
+MAX_SHARD_BYTES = 5e9
+"""Maximum size of a weight file, as hubs and other programs expect."""
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> int:
+    """Add every adapter's `scale * B A` to its weight and remove the adapter.
+
+    The sum is computed in fp32 and rounded once to the weight's dtype. Returns the number of
+    changed layers.
+    """
+    num_merged = 0
+    for path, linear, adapter in list(iter_adapters(model)):
+        assert isinstance(linear.weight, nn.Parameter), (
+            f"{path} is quantized: an adapter cannot be merged into it"
+        )
+        for name, (lora_A_RI, lora_B_OR) in adapter.factors().items():
+            lora_slice = adapter.slices[name]
+            rows_OI = linear.weight[lora_slice.output_slice]
+            rows_OI.copy_(
+                rows_OI.float().addmm_(lora_B_OR.float(), lora_A_RI.float(), alpha=lora_slice.scale)
+            )
+            num_merged += 1
+        linear.adapter = None
+    return num_merged
+
+
+@torch.no_grad()
+def dequantize_model(model: nn.Module) -> int:
+    """Replace every quantized weight by its dense values, rounded once to the compute dtype.
+
+    Returns the number of layers.
+    """
+    num_layers = 0
+    for module in model.modules():
+        if isinstance(module, FusedLinear) and isinstance(module.weight, QuantizedWeight):
+            module.dequantize()
+            num_layers += len(module.output_sizes)
+    return num_layers
+
+
+@torch.no_grad()
+def round_weights(model: VisionLanguageModel, dtype: torch.dtype) -> None:
+    """Round every weight to the values of a file dtype; raises UserError on overflow."""
+    dtype_max = torch.finfo(dtype).max
+    for tensor in hub_tensors(model):
+        assert isinstance(tensor.data, torch.Tensor), f"{tensor.name} is quantized"
+        largest = float(tensor.data.abs().max())
+        if largest > dtype_max:
+            raise UserError(
+                f"{tensor.name} reaches {largest:.3g}",
+                where="precision",
+                expected=f"values up to {dtype_max:.3g}, the largest of {dtype}",
+                remedy="merge with --precision bf16 or fp32",
+            )
+        tensor.data.copy_(tensor.data.to(dtype))
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """Result of a merge: path, merged layers, dequantized layers and dtype of the weights."""
+
+    folder: Path
+    merged_layers: int
+    dequantized_layers: int
+    precision: str
+
+
+def require_native_family(base_folder: ModelFolder) -> None:
+    """Raise UserError for a family without native code."""
+    if not is_native(base_folder):
+        raise UserError(
+            f"a model of the family {base_folder.family}, which has no native implementation",
+            where="finesight merge",
+            expected="a native family",
+            remedy="merge it with peft: PeftModel.from_pretrained(...).merge_and_unload()",
+        )
+
+
+def resolve_precision(base_folder: ModelFolder, requested: Precision) -> tuple[str, torch.dtype]:
+    """Return the name of the output dtype and the minimum dtype of the sum.
+
+    `auto` keeps the dtype of the base weights, or fp32 if they are mixed.
+    """
+    stored = stored_precision(base_folder)
+    resolved = stored if requested == "auto" else requested
+    # In another dtype than the base's the sum would be rounded at two steps, unless in fp32.
+    return resolved, DTYPES[stored] if resolved == stored else torch.float32
+
+
+def merge_to_folder(
+    base_folder: ModelFolder,
+    adapter: Path | None,
+    out: Path,
+    precision: Precision = "auto",
+    manifest: Manifest | None = None,
+) -> MergeResult:
+    """Write the base model with the merged adapter to a new folder `out`.
+
+    GPTQ weights are written dequantized, also without an adapter. `precision` is as in
+    `resolve_precision`, `manifest` as in `save_merged_model`. The base weights are used as
+    published, even if the run quantized them. Computed on the CPU. Raises UserError for an existing
+    `out`, an incompatible adapter (including another base fingerprint) and a full disk, and then
+    removes `out`. The result is not verified here; see `export.verified_merge`.
+    """
+    require_native_family(base_folder)
+    with write_folder(out) as folder:
+        resolved, compute_dtype = resolve_precision(base_folder, precision)
+        model = load_model(base_folder, compute_dtype, torch.device("cpu"))
+        dequantized_layers = dequantize_model(model)
+        if adapter is not None:
+            load_adapter(model, adapter, base_folder=base_folder, dtype=torch.float32)
+        merged_layers = merge_adapters(model)
+        save_merged_model(model, base_folder, folder, DTYPES[resolved], manifest)
+    return MergeResult(out, merged_layers, dequantized_layers, resolved)
+
+
+def save_merged_model(
+    model: VisionLanguageModel,
+    base_folder: ModelFolder,
+    folder: Path,
+    dtype: torch.dtype,
+    manifest: Manifest | None,
+    max_shard_bytes: float = MAX_SHARD_BYTES,
+) -> None:
+    """Write a merged model to the empty `folder`, with config and tokenizer files.
+
+    `manifest` describes the adapter's run and is copied, so that inference uses the same prompts;
+    the local path of its base is removed.
+    """
+    save_model(model, base_folder, folder, dtype, max_shard_bytes)
+    if manifest is not None:
+        named = manifest.model_copy(update={"base": public_model_name(manifest.base_model)})
+        (folder / MANIFEST_FILE).write_text(named.model_dump_json(indent=1) + "\n")
+        if isinstance(manifest.image_rule, PixelRange):
+            _write_pixel_limits(folder, manifest.image_rule)
+
+
+def public_model_name(base_model: str) -> str:
+    """Return the public name of a base: hub names unchanged, of local paths the last component."""
+    return base_model if parse_model_address(base_model) is not None else Path(base_model).name
+
+
+def _write_pixel_limits(folder: Path, pixel_range: PixelRange) -> None:
+    """Write the pixel limits of the run to each existing file with image settings.
+
+    A new file would hide the patch and color settings of the others.
+    """
+    processor, preprocessor_path = _read_json(folder / PROCESSOR_FILE), folder / PREPROCESSOR_FILE
+    nested = processor.get("image_processor")
+    if isinstance(nested, dict):
+        processor["image_processor"] = _with_pixel_limits(nested, pixel_range)
+        _write_json(folder / PROCESSOR_FILE, processor)
+    if preprocessor_path.exists() or not isinstance(nested, dict):
+        _write_json(
+            preprocessor_path, _with_pixel_limits(_read_json(preprocessor_path), pixel_range)
+        )
+
+
+def _with_pixel_limits(settings: dict[str, Any], pixel_range: PixelRange) -> dict[str, Any]:
+    """Add the pixel limits to image settings.
+
+    They have the names of transformers 4 and, if present, are also in the `size` of transformers 5.
+    """
+    limited = settings | {
+        "min_pixels": pixel_range.min_pixels,
+        "max_pixels": pixel_range.max_pixels,
+    }
+    if "size" in settings:
+        limited["size"] = {
+            "shortest_edge": pixel_range.min_pixels,
+            "longest_edge": pixel_range.max_pixels,
+        }
+    return limited
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.exists() else {}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

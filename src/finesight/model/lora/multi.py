@@ -1,0 +1,152 @@
+"""Multi-LoRA: several adapters on one base model, selected per token.
+
+All adapters are computed for every token, and the activations of other adapters are multiplied by
+zero. This needs no host synchronization, so that a decode step can be captured as a CUDA graph. For
+a few adapters the cost is small compared with the base model.
+
+Shapes: T tokens, N adapters, I inputs, O outputs of one layer, S ranks of a fused linear, layer
+after layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finesight.model.fused_linear import FusedLinear, linear_with_deltas
+from finesight.model.lora.layer import LoraLinear, iter_adapters
+from finesight.model.lora.lora_delta import LoraDelta
+from finesight.model.quant.base import QuantizedWeight
+
+
+class LoraRouting:
+    """Selection of the adapter of each token in the next forward pass.
+
+    `rank_scales_TX` holds the scale of each rank of each linear for tokens of its adapter, and
+    zeros elsewhere; a single row applies to all tokens. X counts the ranks of all linears.
+    """
+
+    def __init__(self, num_adapters: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.num_adapters, self._dtype, self._device = num_adapters, dtype, device
+        self._scales: list[Tensor] = []
+        self._scales_NX = torch.empty(num_adapters, 0, dtype=dtype, device=device)
+        self.rank_scales_TX = self._scales_NX[:1]
+
+    def register_ranks(self, scales_NS: Tensor) -> slice:
+        """Register the ranks of a linear, with their scales per adapter, and return their slice."""
+        start = sum(scales.shape[1] for scales in self._scales)
+        self._scales.append(scales_NS)
+        self._scales_NX = torch.cat(self._scales, 1)
+        self.rank_scales_TX = torch.zeros_like(self._scales_NX[:1])
+        return slice(start, start + scales_NS.shape[1])
+
+    def build_mask(self, adapter_index: int | None) -> Tensor:
+        """Return the one-hot mask [1, N] of an adapter; zeros for None."""
+        mask_1N = torch.zeros(1, self.num_adapters, dtype=self._dtype)
+        if adapter_index is not None:
+            mask_1N[0, adapter_index] = 1
+        return mask_1N.to(self._device)
+
+    def set_mask(self, mask_TN: Tensor) -> None:
+        """Set the adapter masks of the tokens of the next forward pass."""
+        self.rank_scales_TX = mask_TN @ self._scales_NX
+
+
+class MultiLoraLinear(nn.Module):
+    """Several LoRA adapters of a `FusedLinear`, for inference only.
+
+    `lora_A_SI` stacks the down-projections of all adapters, grouped by layer. `lora_B_OS` is
+    block-diagonal: up-projections in the rows of a layer's outputs and the columns of its ranks.
+    """
+
+    lora_A_SI: Tensor
+    lora_B_OS: Tensor
+
+    def __init__(
+        self, linear: FusedLinear, adapters: Sequence[LoraLinear | None], routing: LoraRouting
+    ) -> None:
+        super().__init__()
+        self._routing = routing
+        self._output_sizes = tuple(linear.output_sizes.values())
+        reference = next(adapter.lora_A for adapter in adapters if adapter is not None)
+        lora_As_RI: list[Tensor] = []
+        block_diagonals: list[Tensor] = []
+        scales: list[Tensor] = []
+        self._rank_slices: list[slice | None] = []
+        """Rank slice of each layer."""
+        for name, width in linear.output_sizes.items():
+            adapted = [
+                (n, m) for n, m in enumerate(adapters) if m is not None and name in m.configs
+            ]
+            start = sum(len(a_RI) for a_RI in lora_As_RI)
+            factors = [(n, m.configs[name].scale, m.factors()[name]) for n, m in adapted]
+            lora_Bs_OR = [lora_B_OR for _, _, (_, lora_B_OR) in factors]
+            for adapter_index, scale, (lora_A_RI, _) in factors:
+                lora_As_RI.append(lora_A_RI)
+                scale_NR = lora_A_RI.new_zeros(len(adapters), len(lora_A_RI))
+                scale_NR[adapter_index] = scale
+                scales.append(scale_NR)
+            stop = sum(len(a_RI) for a_RI in lora_As_RI)
+            self._rank_slices.append(slice(start, stop) if lora_Bs_OR else None)
+            block_diagonals.append(
+                torch.cat(lora_Bs_OR, 1) if lora_Bs_OR else reference.new_zeros(width, 0)
+            )
+        lora_B_OS: Tensor = torch.block_diag(*block_diagonals)  # type: ignore[no-untyped-call]
+        self.register_buffer("lora_A_SI", torch.cat(lora_As_RI).detach(), persistent=False)
+        self.register_buffer("lora_B_OS", lora_B_OS.detach(), persistent=False)
+        self._routing_slice = routing.register_ranks(torch.cat(scales, 1))
+
+    @property
+    def rank_scales_TS(self) -> Tensor:
+        """Scale of each rank for each token of the next forward pass."""
+        return self._routing.rank_scales_TX[:, self._routing_slice]
+
+    def forward(
+        self, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Map [..., I] to one [..., O] per layer, including the base product."""
+        x_TI = x.reshape(-1, x.shape[-1])
+        low_TS = F.linear(x_TI, self.lora_A_SI) * self.rank_scales_TS
+        lora_Bs_OS = torch.split(self.lora_B_OS, list(self._output_sizes))
+        deltas = [
+            LoraDelta(layer_index, low_TS[:, ranks], lora_B_OS[:, ranks], 1.0)
+            for layer_index, (lora_B_OS, ranks) in enumerate(
+                zip(lora_Bs_OS, self._rank_slices, strict=True)
+            )
+            if ranks is not None
+        ]
+        ys_TO = linear_with_deltas(x_TI, weight, bias, self._output_sizes, deltas)
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys_TO)
+
+
+class MultiLora:
+    """Builder of a multi-LoRA model: collects loaded adapters, then installs all of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._adapters: list[dict[str, LoraLinear]] = []
+
+    def collect_adapter(self) -> None:
+        """Remove the model's current adapter and collect it."""
+        collected: dict[str, LoraLinear] = {}
+        for path, linear, adapter in list(iter_adapters(self._model)):
+            collected[path] = adapter
+            linear.adapter = None
+        self._adapters.append(collected)
+
+    def install(self) -> LoraRouting | None:
+        """Install all collected adapters in the model; return None if there are none."""
+        any_adapter = next((m for members in self._adapters for m in members.values()), None)
+        if any_adapter is None:
+            return None
+        routing = LoraRouting(
+            len(self._adapters), any_adapter.lora_A.dtype, any_adapter.lora_A.device
+        )
+        for path, linear in list(self._model.named_modules()):
+            candidates = [members.get(path) for members in self._adapters]
+            if isinstance(linear, FusedLinear) and any(member is not None for member in candidates):
+                linear.adapter = MultiLoraLinear(linear, candidates, routing)
+        return routing

@@ -1,0 +1,1 @@
+"""Quantized weights: NF4, INT4, INT8 and FP8."""

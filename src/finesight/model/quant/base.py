@@ -1,0 +1,240 @@
+"""Base classes of frozen quantized matrices and weights (`nf4`, `int4`, `rowwise_quant`, `fp8`).
+
+Shapes: O outputs, I inputs of one layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+SAFETENSORS_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+"""Dense dtypes by their safetensors names, with the names used in settings."""
+
+HAS_TRITON = find_spec("triton") is not None
+"""True if Triton is installed."""
+
+MAX_GEMV_ROWS, MAX_GEMM_ROWS = 8, 64
+"""Maximum rows for the GEMV kernels and for the tensor-core kernels that skip dequantization."""
+
+CHUNK_ELEMENTS = 1 << 22
+"""Elements held in fp32 at once during quantization and during dequantization without a kernel."""
+
+
+@dataclass(frozen=True)
+class WeightTensorSpec:
+    """Tensor of a matrix in a file: name suffix, shape, allowed dtypes, load function."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    load: Callable[[Tensor], None]
+
+
+class QuantizedMatrix(nn.Module, ABC):
+    """Quantized matrix [O, I] with matmul kernels and dequantization."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements of the dense matrix."""
+        return self.out_features * self.in_features
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the codes."""
+        return next(self.buffers()).device
+
+    @abstractmethod
+    def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
+        """Return the tensors that the matrix is loaded from."""
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the dense matrix [O, I] in bf16, fp16 or fp32."""
+
+    @abstractmethod
+    def supports_kernels(self) -> bool:
+        """Return True if the kernels support this matrix size and device."""
+
+    @abstractmethod
+    def gemv(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute x W^T + bias [R, O] with a GEMV kernel, row by row."""
+
+    @abstractmethod
+    def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute x W^T + bias [R, O] with a tensor-core kernel for all 16-bit rows."""
+
+    def _dense_spec(self, load: Callable[[Tensor], None]) -> tuple[WeightTensorSpec, ...]:
+        """Return the spec of a dense matrix that is quantized while loading."""
+        return (
+            WeightTensorSpec(
+                "weight", (self.out_features, self.in_features), tuple(SAFETENSORS_DTYPES), load
+            ),
+        )
+
+    def _check_shape(self, values_OI: Tensor) -> None:
+        shape = tuple(values_OI.shape)
+        assert shape == (self.out_features, self.in_features), (
+            f"{shape}, not {self.out_features, self.in_features}"
+        )
+
+    def kernel_matmul(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Compute x W^T + bias without dequantization; None if there are too many rows."""
+        num_rows = x.numel() // self.in_features
+        if not (x.is_cuda and self.supports_kernels()) or not 0 < num_rows <= MAX_GEMM_ROWS:
+            return None
+        use_gemm = num_rows > 1 and has_tensor_cores(x.dtype, x.device)
+        if not use_gemm and num_rows > MAX_GEMV_ROWS:
+            return None
+        x_RI = x.reshape(num_rows, self.in_features).contiguous()
+        y_RO = self.gemm(x_RI, bias) if use_gemm else self.gemv(x_RI, bias)
+        return y_RO.view(*x.shape[:-1], self.out_features)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute x W^T + bias, [..., I] to [..., O]; the backward pass dequantizes again."""
+        y: Tensor = _QuantizedMatmul.apply(x, bias, self)  # type: ignore[no-untyped-call]
+        return y
+
+    def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute `forward` without autograd."""
+        y = self.kernel_matmul(x, bias)
+        return F.linear(x, self.dequantize(x.dtype), bias) if y is None else y
+
+
+@lru_cache
+def has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return True if Triton and flash attention can use tensor cores for this dtype.
+
+    Requires 16-bit dtypes and compute capability 8.0 or newer.
+    """
+    is_16_bit = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return is_16_bit and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+class OnlineQuantizedMatrix(QuantizedMatrix):
+    """Matrix quantized while loading from dense weights, in chunks of rows.
+
+    The codes of each row depend on that row alone.
+    """
+
+    def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
+        """Return the spec of the dense matrix."""
+        return self._dense_spec(self.quantize)
+
+    @torch.no_grad()
+    def quantize(self, values_OI: Tensor) -> None:
+        """Quantize a matrix on the device of the codes."""
+        self._check_shape(values_OI)
+        for rows in self._row_chunks():
+            self.quantize_rows(rows, values_OI[rows].to(self.device).float())
+
+    @abstractmethod
+    def quantize_rows(self, rows: slice, values_RI: Tensor) -> None:
+        """Quantize these rows, [R, I] in fp32."""
+
+    @abstractmethod
+    def dequantize_rows(self, rows: slice) -> Tensor:
+        """Dequantize these rows, [R, I] in fp32."""
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the dense matrix [O, I], each element rounded once."""
+        w_OI = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
+        for rows in self._row_chunks():
+            w_OI[rows] = self.dequantize_rows(rows).to(dtype)
+        return w_OI
+
+    def _row_chunks(self) -> Iterator[slice]:
+        step = max(1, CHUNK_ELEMENTS // self.in_features)
+        return (slice(start, start + step) for start in range(0, self.out_features, step))
+
+
+class _QuantizedMatmul(torch.autograd.Function):
+    """Autograd function of x W^T + bias that dequantizes W again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, matrix: QuantizedMatrix) -> Tensor:
+        ctx.matrix = matrix
+        return matrix.matmul(x, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy @ ctx.matrix.dequantize(dy.dtype), None, None
+
+
+class QuantizedWeight(nn.Module):
+    """Quantized weight of a fused linear, one matrix per layer.
+
+    `dtype` is the compute dtype, that of bias and adapter.
+    """
+
+    def __init__(self, matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.layers = nn.ModuleList(matrices)
+
+    @property
+    def matrices(self) -> tuple[QuantizedMatrix, ...]:
+        """Matrices of the layers, in order."""
+        return tuple(layer for layer in self.layers if isinstance(layer, QuantizedMatrix))
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the codes."""
+        return self.matrices[0].device
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements of the dense weight."""
+        return sum(matrix.num_elements for matrix in self.matrices)
+
+    def dequantize(self) -> Tensor:
+        """Return the dense matrices of all layers, concatenated."""
+        matrices = [*self.dequantize_layers()]
+        return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+
+    def dequantize_layers(self) -> Iterator[Tensor]:
+        """Yield the dense matrix [O, I] of each layer, one at a time."""
+        for matrix in self.matrices:
+            yield matrix.dequantize(self.dtype)
+
+    def linear_per_layer(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        """Compute x W_i^T + bias_i of each layer, with autograd."""
+        pairs = zip(self.matrices, self.split_bias(bias), strict=True)
+        return tuple(matrix(x, layer_bias) for matrix, layer_bias in pairs)
+
+    def add_input_gradient(self, dx_TI: Tensor, dys_TO: Sequence[Tensor]) -> None:
+        """Add the input gradient, the sum of dy_i W_i, to `dx`."""
+        for dy_TO, w_OI in zip(dys_TO, self.dequantize_layers(), strict=True):
+            dx_TI.addmm_(dy_TO, w_OI)
+
+    def linear_concat(self, x_TI: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute x W^T + bias of all layers concatenated, without autograd."""
+        return F.linear(x_TI, self.dequantize(), bias)
+
+    def linear_concat_backward(self, dy_TO: Tensor) -> Tensor:
+        """Compute dy W for the concatenated output gradients."""
+        return dy_TO @ self.dequantize()
+
+    def split_bias(self, bias: Tensor | None) -> Sequence[Tensor | None]:
+        """Split a bias by layer."""
+        sizes = [matrix.out_features for matrix in self.matrices]
+        return [None] * len(sizes) if bias is None else torch.split(bias, sizes)
+
+
+def find_quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
+    """Return the quantized weights by parameter name."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, QuantizedWeight)}

@@ -1,0 +1,257 @@
+"""FP8 matmuls with frozen weights in training.
+
+They have twice the throughput of 16-bit matmuls on supported GPUs (e4m3 of Micikevicius et al.
+2022, arXiv:2209.05433). Weights are quantized as in `model.quant.rowwise_quant`, with a scale per
+output. The other operand is quantized on the fly with a scale per row: the layer's input and, in
+the backward pass, the output gradient. Rows are quantized independently, so that a sample gives the
+same result in any packed batch. Gradients use e4m3 as well: e5m2 has a wider range with one
+mantissa bit less, and row scales make the range unnecessary.
+
+In evaluation mode only the weights are in FP8. Evaluation during a run then matches later
+inference, and the statements of `model.quant.rowwise_quant` about prompts hold.
+
+Shapes: T rows, O concatenated outputs of a fused linear, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from finesight.errors import UserError
+from finesight.model.fused_ops import has_kernels, quick_gelu
+from finesight.model.lora.lora_delta import LoraDelta
+from finesight.model.quant.base import HAS_TRITON, QuantizedMatrix, QuantizedWeight
+from finesight.model.quant.rowwise_quant import Fp8Matrix
+
+if HAS_TRITON:
+    from finesight.model.kernels import fp8_quantize as fp8_kernels
+
+FP8_ALIGNMENT = 16
+"""Required multiple of the inputs and of each layer's outputs for FP8 tensor cores."""
+
+FP8_DTYPE, FP8_MAX = Fp8Matrix.code_dtype, Fp8Matrix.max_code
+"""Dtype of the codes and largest code."""
+
+MIN_AMAX = 1e-30
+"""Lower bound of a row's largest magnitude, so that the quantization factor is finite."""
+
+
+def require_fp8_support(device: torch.device, setting: str) -> None:
+    """Raise UserError, naming the setting, if the GPU has no FP8 matmuls."""
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        raise UserError(
+            f"{torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]}, without FP8 matmuls",
+            where=setting,
+            expected="8.9 or newer (Ada, Hopper, Blackwell), or a CPU, which emulates FP8",
+            remedy=f"leave {setting} out",
+        )
+
+
+class Fp8Rows(NamedTuple):
+    """Rows quantized to FP8: `codes_TI` times `scales_T1`."""
+
+    codes_TI: Tensor
+    scales_T1: Tensor
+
+
+def empty_fp8_rows(x_TI: Tensor) -> Fp8Rows:
+    """Allocate FP8 rows for this tensor."""
+    scales_T1 = x_TI.new_empty(len(x_TI), 1, dtype=torch.float32)
+    return Fp8Rows(x_TI.new_empty(x_TI.shape, dtype=FP8_DTYPE), scales_T1)
+
+
+def quantize_fp8(x_TI: Tensor, column_scales_I: Tensor | None = None) -> Fp8Rows:
+    """Quantize the rows of x column_scales to FP8.
+
+    The error of an element is at most a sixteenth of it or 2^-10 of the row's scale, whichever is
+    larger. Rows with non-finite elements become NaN.
+    """
+    if HAS_TRITON and x_TI.is_cuda:
+        return Fp8Rows(
+            *fp8_kernels.quantize_fp8_rows(x_TI, column_scales_I, FP8_DTYPE, FP8_MAX, MIN_AMAX)
+        )
+    wide_TI = x_TI.float() if column_scales_I is None else x_TI * column_scales_I
+    amax_T1 = wide_TI.abs().amax(1, keepdim=True).clamp_min(MIN_AMAX)
+    return Fp8Rows((wide_TI * (FP8_MAX / amax_T1)).to(FP8_DTYPE), amax_T1 / FP8_MAX)
+
+
+def quantize_fp8_gelu(x_TI: Tensor) -> Fp8Rows:
+    """Quantize the rows of quick_gelu(x) to FP8, with one kernel if available."""
+    if has_kernels(x_TI):
+        return Fp8Rows(
+            *fp8_kernels.quantize_fp8_rows(x_TI, None, FP8_DTYPE, FP8_MAX, MIN_AMAX, gelu=True)
+        )
+    return quantize_fp8(quick_gelu(x_TI))
+
+
+def fp8_linear(
+    x: Fp8Rows, w_OI: Tensor, scales_O: Tensor, bias_O: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Compute x W^T + bias [T, O] with FP8 operands, accumulated in fp32."""
+    if not len(x.codes_TI):
+        return w_OI.new_empty(0, len(w_OI), dtype=dtype)
+    # With row scales, some GPUs return at most bf16.
+    out_dtype = torch.bfloat16 if w_OI.is_cuda or dtype == torch.bfloat16 else torch.float32
+    y_TO = torch._scaled_mm(
+        x.codes_TI,
+        w_OI.t(),
+        scale_a=x.scales_T1,
+        scale_b=scales_O.unsqueeze(0),
+        bias=None if bias_O is None else bias_O.to(out_dtype),
+        out_dtype=out_dtype,
+        use_fast_accum=w_OI.is_cuda,
+    )
+    return y_TO.to(dtype)
+
+
+class _ScaledCodes(NamedTuple):
+    """FP8 matrix in the layout of one matmul, with a scale per row."""
+
+    codes: Tensor
+    scales: Tensor
+
+
+class Fp8Weight(QuantizedWeight):
+    """Weight of a fused linear that uses FP8 matmuls in training.
+
+    The backward matmul is dy W = (dy s) C for W = s C with output scales s: the same codes in the
+    transposed layout. The transposed copy is created by the first backward pass, so that layers
+    without one, as in a frozen vision encoder, never hold it.
+    """
+
+    def __init__(self, matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) -> None:
+        super().__init__(matrices, dtype)
+        self._forward_codes: _ScaledCodes | None = None
+        self._backward_codes: _ScaledCodes | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Weight:
+        # The derived copies are dropped when the codes change device or dtype.
+        self._forward_codes = self._backward_codes = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    @property
+    def _fp8_matrices(self) -> list[Fp8Matrix]:
+        return [layer for layer in self.layers if isinstance(layer, Fp8Matrix)]
+
+    def _concatenate(self) -> _ScaledCodes:
+        """Concatenate codes and scales of all layers and make the layers' tensors views of them."""
+        if self._forward_codes is None:
+            layers = self._fp8_matrices
+            concatenated = _ScaledCodes(
+                _concat([layer.codes_OI for layer in layers], 0),
+                _concat([layer.scales_O for layer in layers], 0),
+            )
+            widths = [layer.out_features for layer in layers]
+            views = (torch.split(part, widths) for part in concatenated)
+            for layer, codes_OI, scales_O in zip(layers, *views, strict=True):
+                layer.codes_OI, layer.scales_O = codes_OI, scales_O
+            self._forward_codes = concatenated
+        return self._forward_codes
+
+    def _transpose(self) -> _ScaledCodes:
+        """Return the transposed codes [I, O] with unit scales."""
+        if self._backward_codes is None:
+            codes_IO = self._concatenate().codes.t().contiguous()
+            self._backward_codes = _ScaledCodes(
+                codes_IO, codes_IO.new_ones(len(codes_IO), dtype=torch.float32)
+            )
+        return self._backward_codes
+
+    def linear_per_layer(self, x: Tensor | Fp8Rows, bias: Tensor | None) -> tuple[Tensor, ...]:
+        """Compute x W_i^T + bias_i of each layer, with autograd unless `x` is FP8."""
+        if isinstance(x, Fp8Rows):
+            return self.linear_fp8(x, bias)
+        if not self.training:
+            return super().linear_per_layer(x, bias)
+        x_TI = x.reshape(-1, x.shape[-1])
+        ys_TO = _Fp8Linear.apply(x_TI, bias, self)  # type: ignore[no-untyped-call]
+        return tuple(y_TO.view(*x.shape[:-1], y_TO.shape[1]) for y_TO in ys_TO)
+
+    def linear_fp8(self, x_TI: Tensor | Fp8Rows, bias: Tensor | None) -> tuple[Tensor, ...]:
+        """Compute x W_i^T + bias_i of each layer in FP8, without autograd."""
+        return self._linear_fp8(*self._to_fp8_rows(x_TI), bias)
+
+    def _linear_fp8(
+        self, rows: Fp8Rows, dtype: torch.dtype, bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        return tuple(
+            fp8_linear(rows, layer.codes_OI, layer.scales_O, layer_bias, dtype)
+            for layer, layer_bias in zip(self._fp8_matrices, self.split_bias(bias), strict=True)
+        )
+
+    def linear_with_deltas(
+        self, x_TI: Tensor, bias: Tensor | None, deltas: Sequence[LoraDelta]
+    ) -> tuple[Tensor, ...]:
+        """Compute x W_i^T + bias_i plus the LoRA delta of each layer, without autograd.
+
+        CPUs accumulate the sum in fp32.
+        """
+        ys_TO = self._linear_fp8(quantize_fp8(x_TI), torch.float32, bias)
+        for layer_index, low_TR, lora_B_OR, scale in deltas:
+            ys_TO[layer_index].addmm_(low_TR.float(), lora_B_OR.float().T, alpha=scale)
+        return tuple(y_TO.to(x_TI.dtype) for y_TO in ys_TO)
+
+    def linear_concat(self, x_TI: Tensor | Fp8Rows, bias: Tensor | None) -> Tensor:
+        """Compute x W^T + bias of all layers concatenated, without autograd."""
+        if not (self.training or isinstance(x_TI, Fp8Rows)):
+            return super().linear_concat(x_TI, bias)
+        rows, dtype = self._to_fp8_rows(x_TI)
+        return fp8_linear(rows, *self._concatenate(), bias, dtype)
+
+    def _to_fp8_rows(self, x_TI: Tensor | Fp8Rows) -> tuple[Fp8Rows, torch.dtype]:
+        """Quantize the input to FP8 and return it with the output dtype."""
+        if isinstance(x_TI, Fp8Rows):
+            return x_TI, self.dtype
+        return quantize_fp8(x_TI), x_TI.dtype
+
+    def linear_concat_backward(self, dy_TO: Tensor) -> Tensor:
+        """Compute dy W for the concatenated output gradients."""
+        if not self.training:
+            return super().linear_concat_backward(dy_TO)
+        rows = quantize_fp8(dy_TO, self._concatenate().scales)
+        return fp8_linear(rows, *self._transpose(), None, dy_TO.dtype)
+
+    def add_input_gradient(self, dx_TI: Tensor, dys_TO: Sequence[Tensor]) -> None:
+        """Add the input gradient, the sum of dy_i W_i, to `dx`."""
+        if not self.training:
+            super().add_input_gradient(dx_TI, dys_TO)
+            return
+        dx_TI.add_(self.linear_concat_backward(_concat(dys_TO, 1)))
+
+
+def accepts_fp8_input(weight: Tensor | QuantizedWeight) -> bool:
+    """Return True if the weight quantizes its input to FP8.
+
+    Callers may then quantize it first.
+    """
+    return isinstance(weight, Fp8Weight) and weight.training
+
+
+def _concat(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+
+
+class _Fp8Linear(torch.autograd.Function):
+    """Autograd function of x W_i^T + bias_i for each layer; saves no activations."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TI: Tensor, bias_O: Tensor | None, weight: Fp8Weight
+    ) -> tuple[Tensor, ...]:
+        ctx.weight = weight
+        return weight.linear_fp8(x_TI, bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys_TO: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.weight.linear_concat_backward(_concat(dys_TO, 1)), None, None

@@ -1,0 +1,298 @@
+"""Frozen INT4 weights: published by GPTQ in AutoGPTQ's layout, or rounded to nearest while loading.
+
+GPTQ: Frantar et al. 2022, arXiv:2210.17323.
+
+Shapes: O outputs, I inputs of one layer, G groups of inputs that share a scale and a zero point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finesight.errors import UserError
+from finesight.model.fused_linear import FusedLinear
+from finesight.model.lora.layer import hub_name
+from finesight.model.quant.base import HAS_TRITON, QuantizedWeight, WeightTensorSpec
+from finesight.model.quant.packed_4bit import Packed4BitMatrix, PackedInput, RmsNormParams
+from finesight.model_folder import ModelFolder
+
+if HAS_TRITON:
+    from finesight.model.kernels import int4_dequantize as int4_dequantize_kernels
+    from finesight.model.kernels import int4_gemv as int4_gemv_kernels
+    from finesight.model.kernels import quant_gemm as quant_gemm_kernels
+
+DEFAULT_GROUP_SIZE = 64
+"""Group size of weights that are quantized while loading."""
+
+KERNEL_GROUP_SIZES = (32, 64, 128)
+
+CHUNK_ELEMENTS = 1 << 22
+"""Elements dequantized at once in fp32, without a kernel."""
+
+PACK_FACTOR = 8
+"""4-bit codes in a 32-bit integer."""
+
+
+class Int4Matrix(Packed4BitMatrix):
+    """GPTQ matrix [O, I] with about 4.19 bits per element: scale (code - zero), with codes 0 to 15.
+
+    Columns are sorted by group; `permutation_I` holds their original positions. A byte of `codes`
+    [O, I / 2] holds an element of the first half in its low bits and one of the second half in its
+    high bits.
+    """
+
+    codes: Tensor
+    scales_OG: Tensor
+    zeros_OG: Tensor
+    permutation_I: Tensor
+
+    def __init__(self, out_features: int, in_features: int, *, group_size: int, where: str) -> None:
+        super().__init__(out_features, in_features)
+        self.group_size, self.where = group_size, where
+        self._num_groups = -(-in_features // group_size)
+        self._is_unpermuted = True
+        self._loaded: dict[str, Tensor] = {}
+        self.register_buffer(
+            "codes", torch.empty(out_features, in_features // 2, dtype=torch.uint8)
+        )
+        shape = out_features, self._num_groups
+        self.register_buffer("scales_OG", torch.empty(shape, dtype=torch.float16))
+        self.register_buffer("zeros_OG", torch.empty(shape, dtype=torch.uint8))
+        self.register_buffer("permutation_I", torch.empty(in_features, dtype=torch.int32))
+
+    def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
+        """Return the four tensors of AutoGPTQ."""
+        shapes = {
+            "qweight": (self.in_features // PACK_FACTOR, self.out_features),
+            "qzeros": (self._num_groups, self.out_features // PACK_FACTOR),
+            "scales": (self._num_groups, self.out_features),
+            "g_idx": (self.in_features,),
+        }
+        return tuple(
+            WeightTensorSpec(
+                name,
+                shape,
+                ("F16",) if name == "scales" else ("I32",),
+                partial(self.load_tensor, name),
+            )
+            for name, shape in shapes.items()
+        )
+
+    @torch.no_grad()
+    def load_tensor(self, name: str, values: Tensor) -> None:
+        """Load one of the four tensors; the last one completes the matrix.
+
+        Raises UserError if the group sizes contradict the config.
+        """
+        self._loaded[name] = values.to(self.device)
+        if len(self._loaded) == len(self.tensor_specs()):
+            loaded, self._loaded = self._loaded, {}
+            self._set_permutation(loaded["g_idx"])
+            self.scales_OG.copy_(loaded["scales"].T)
+            # Zero points are stored minus 1; zero is stored as 15.
+            self.zeros_OG.copy_(_unpack_codes(loaded["qzeros"].T).add_(1).bitwise_and_(15))
+            codes_IO = _unpack_codes(loaded["qweight"])
+            if not self._is_unpermuted:
+                codes_IO = codes_IO.index_select(0, self.permutation_I)
+            low, high = codes_IO.chunk(2)
+            self.codes.copy_(high.bitwise_left_shift_(4).bitwise_or_(low).T)
+
+    def _set_permutation(self, group_I: Tensor) -> None:
+        sorted_I, permutation_I = torch.sort(group_I, stable=True)
+        positions_I = torch.arange(self.in_features, device=group_I.device)
+        if not torch.equal(sorted_I.long(), positions_I // self.group_size):
+            raise UserError(
+                f"group sizes in g_idx of a layer differ from {self.group_size}",
+                where=self.where,
+                expected=f"{self._num_groups} groups of {self.group_size} inputs each",
+                remedy="use the config.json that was published with the weights",
+            )
+        self.permutation_I.copy_(permutation_I)
+        self._is_unpermuted = torch.equal(permutation_I, positions_I)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the dense matrix [O, I], each element rounded once."""
+        quant_params = self.scales_OG, self.zeros_OG, self.permutation_I, self.group_size
+        if self._kernels_available():
+            return int4_dequantize_kernels.dequantize_int4(self.codes, *quant_params, dtype)
+        w_OI = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
+        rows_per_chunk = max(1, CHUNK_ELEMENTS // self.in_features)
+        for rows in (
+            slice(start, start + rows_per_chunk)
+            for start in range(0, self.out_features, rows_per_chunk)
+        ):
+            codes = self.codes[rows]
+            values = torch.cat([codes & 15, codes >> 4], dim=1).float()
+            values -= self._expand_groups(self.zeros_OG[rows])
+            values *= self._expand_groups(self.scales_OG[rows])
+            w_OI[rows].index_copy_(1, self.permutation_I.long(), values.to(dtype))
+        return w_OI
+
+    def _expand_groups(self, values: Tensor) -> Tensor:
+        """Repeat group values for each input of the group."""
+        return values.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
+
+    def supports_kernels(self) -> bool:
+        """Return True if each half row consists of full groups with a power-of-two size."""
+        is_aligned = (
+            self.group_size in KERNEL_GROUP_SIZES and self.in_features % (2 * self.group_size) == 0
+        )
+        return self._kernels_available() and is_aligned
+
+    @property
+    def is_unpermuted(self) -> bool:
+        """True if the columns are in their original order."""
+        return self._is_unpermuted
+
+    def pack_input(self, x_1I: Tensor, norm: RmsNormParams | None) -> PackedInput:
+        """Pack a row: four inputs of the first half with four of the second."""
+        if not self._is_unpermuted and norm is not None:
+            x_1I, norm = F.rms_norm(x_1I, norm.weight_I.shape, *norm), None
+        return int4_gemv_kernels.pack_input(self._permute_input(x_1I), norm, self.group_size)
+
+    def gemv_packed(
+        self, x: PackedInput, y_O: Tensor, bias_O: Tensor | None, residual_O: Tensor | None
+    ) -> None:
+        """Compute x W^T + bias + residual into `y_O`."""
+        quant_params = self.codes, self.scales_OG, self.zeros_OG, self.group_size
+        int4_gemv_kernels.int4_gemv(x, *quant_params, y_O, bias_O, residual_O)
+
+    def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute x W^T + bias with tensor cores."""
+        quant_params = self.codes, self.scales_OG, self.zeros_OG
+        tiling = quant_gemm_kernels.choose_gemm_tiling(self.out_features, len(x_RI))
+        return quant_gemm_kernels.int4_gemm(
+            self._permute_input(x_RI), *quant_params, bias, self.group_size, tiling
+        )
+
+    def _permute_input(self, x_RI: Tensor) -> Tensor:
+        return x_RI if self._is_unpermuted else x_RI.index_select(1, self.permutation_I)
+
+    def _kernels_available(self) -> bool:
+        return HAS_TRITON and self.codes.is_cuda
+
+
+class RtnInt4Matrix(Int4Matrix):
+    """INT4 matrix [O, I] rounded to nearest while loading, with about 4.38 bits per element.
+
+    The 16 codes of a group cover its minimum to its maximum, including zero. The error of an
+    element is at most half a scale, plus the fp16 rounding of the scale.
+    """
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__(
+            out_features, in_features, group_size=DEFAULT_GROUP_SIZE, where="--weight-format"
+        )
+
+    def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
+        """Return the spec of the dense matrix."""
+        return self._dense_spec(self.quantize)
+
+    @torch.no_grad()
+    def quantize(self, values_OI: Tensor) -> None:
+        """Quantize a matrix on the device of the codes."""
+        self._check_shape(values_OI)
+        self.permutation_I.copy_(torch.arange(self.in_features))
+        rows_per_chunk = max(1, CHUNK_ELEMENTS // self.in_features)
+        for rows in (
+            slice(start, start + rows_per_chunk)
+            for start in range(0, self.out_features, rows_per_chunk)
+        ):
+            w_RI = values_OI[rows].to(self.device).float()
+            w_RGE = F.pad(w_RI, (0, -self.in_features % self.group_size)).view(
+                len(w_RI), -1, self.group_size
+            )
+            minimum, maximum = w_RGE.amin(2).clamp(max=0), w_RGE.amax(2).clamp(min=0)
+            # At least the smallest positive fp16 value, to avoid division by zero.
+            scales = ((maximum - minimum) / 15).half().clamp(min=2**-24)
+            zeros = (-minimum / scales.float()).round().clamp(0, 15)
+            codes = (w_RGE / scales.float()[..., None]).round() + zeros[..., None]
+            low, high = codes.clamp(0, 15).byte().flatten(1)[:, : self.in_features].chunk(2, 1)
+            self.codes[rows] = low | (high << 4)
+            self.scales_OG[rows], self.zeros_OG[rows] = scales, zeros.byte()
+
+
+def _unpack_codes(packed: Tensor) -> Tensor:
+    """Unpack int32 [A, B] to uint8 codes [8 A, B], lowest bits first."""
+    rows, columns = packed.shape
+    codes = torch.empty(rows, PACK_FACTOR, columns, dtype=torch.uint8, device=packed.device)
+    for position in range(PACK_FACTOR):
+        codes[:, position] = (packed >> (4 * position)) & 15
+    return codes.flatten(0, 1)
+
+
+def gptq_group_size(folder: ModelFolder) -> int | None:
+    """Return the GPTQ group size, or None for models without quantization.
+
+    The size is -1 for one group per row.
+
+    Raises UserError for other quantization methods or bit widths.
+    """
+    quantization_config = folder.config.get("quantization_config")
+    if quantization_config is None:
+        return None
+    settings = quantization_config if isinstance(quantization_config, dict) else {}
+    group_size = settings.get("group_size")
+    supported = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq"}
+    actual = {"checkpoint_format": "gptq", **settings}
+    is_valid_group_size = (
+        isinstance(group_size, int)
+        and not isinstance(group_size, bool)
+        and (group_size > 0 or group_size == -1)
+    )
+    if not is_valid_group_size or any(actual.get(key) != value for key, value in supported.items()):
+        listed = {key: actual.get(key) for key in (*supported, "group_size")}
+        raise UserError(
+            f"unsupported quantization: quantization_config has {listed}",
+            where=str(folder.path / "config.json"),
+            expected="weights in bf16, fp16 or fp32, or four bits by GPTQ (quant_method gptq,"
+            " bits 4, checkpoint_format gptq, group_size -1 or a number of inputs)",
+            remedy="use the same model without quantization; tune.quantize.nf4=[language] in a "
+            "recipe quantizes it while loading",
+        )
+    assert isinstance(group_size, int)
+    return group_size
+
+
+def quantize_gptq_layers(
+    model: nn.Module, layer_names: Collection[str], group_size: int, where: str
+) -> None:
+    """Replace the weights of these layers by empty GPTQ matrices.
+
+    Raises UserError for layers fused with unquantized layers, and for layers with another requested
+    quantization.
+    """
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, FusedLinear):
+            continue
+        names = [hub_name(path, output) for output in module.output_sizes]
+        quantized = [name for name in names if name in layer_names]
+        if not quantized:
+            continue
+        if isinstance(module.weight, QuantizedWeight):
+            raise UserError(
+                f"{quantized[0]} cannot be quantized: it is already in four bits by GPTQ",
+                where="tune.quantize.nf4, tune.quantize.fp8 or --weight-format",
+                expected="layers that are not quantized",
+                remedy="remove that part from nf4 and fp8, or --weight-format, or use the model "
+                "without quantization",
+            )
+        sizes = (module.in_features, *module.output_sizes.values())
+        if quantized != names or any(size % PACK_FACTOR for size in sizes):
+            raise UserError(
+                f"of the fused layers {', '.join(names)}, {', '.join(quantized)} are quantized, "
+                f"with sizes {sizes}",
+                where=where,
+                expected=f"all of them or none, and sizes that are multiples of {PACK_FACTOR}",
+                remedy="use a model that quantizes all linear layers of a shared input",
+            )
+        resolved_group_size = module.in_features if group_size == -1 else group_size
+        with torch.device("meta"):
+            module.set_quantized_weight(
+                partial(Int4Matrix, group_size=resolved_group_size, where=path)
+            )

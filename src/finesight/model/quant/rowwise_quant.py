@@ -1,0 +1,119 @@
+"""Frozen 8-bit weights with a scale per output: symmetric INT8 and FP8.
+
+FP8 is e4m3 of Micikevicius et al. 2022, arXiv:2209.05433. Only weights are quantized, never
+activations: a matmul with many rows uses the dequantized matrix. FP8 matmuls would be faster there,
+but their rounding (up to 6 % of an element) would give prompt tokens other values than the tokens
+decoded after them.
+
+Shapes: O outputs, I inputs of one layer.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from finesight.model.quant.base import HAS_TRITON, OnlineQuantizedMatrix
+
+if HAS_TRITON:
+    from finesight.model.kernels import int8_gemv as int8_gemv_kernels
+    from finesight.model.kernels import quant_gemm as quant_gemm_kernels
+
+KERNEL_VECTOR_SIZE = 16
+"""Inputs that a kernel reads at once."""
+
+
+class RowwiseMatrix(OnlineQuantizedMatrix):
+    """Quantized matrix [O, I]: `scales_O` times `codes_OI`.
+
+    The largest magnitude of an output has the code `max_code`.
+    """
+
+    codes_OI: Tensor
+    scales_O: Tensor
+    code_dtype: torch.dtype
+    max_code: float
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__(out_features, in_features)
+        self.register_buffer(
+            "codes_OI", torch.empty(out_features, in_features, dtype=self.code_dtype)
+        )
+        self.register_buffer("scales_O", torch.empty(out_features))
+
+    @abstractmethod
+    def round_to_codes(self, values_RI: Tensor) -> Tensor:
+        """Round values of magnitude up to `max_code` to codes."""
+
+    def quantize_rows(self, rows: slice, values_RI: Tensor) -> None:
+        """Quantize these rows, [R, I] in fp32."""
+        # An output of zeros has the scale 1, to avoid division by zero.
+        amax_R = values_RI.abs().amax(1)
+        scales_R = torch.where(amax_R > 0, amax_R / self.max_code, 1.0)
+        self.codes_OI[rows] = self.round_to_codes(values_RI / scales_R[:, None])
+        self.scales_O[rows] = scales_R
+
+    def dequantize_rows(self, rows: slice) -> Tensor:
+        """Dequantize these rows."""
+        return self.codes_OI[rows].float() * self.scales_O[rows, None]
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the dense matrix [O, I], each element rounded once."""
+        if self._kernels_available():
+            return quant_gemm_kernels.dequantize_rowwise(self.codes_OI, self.scales_O, dtype)
+        return super().dequantize(dtype)
+
+    def _kernels_available(self) -> bool:
+        return HAS_TRITON and self.codes_OI.is_cuda
+
+    def supports_kernels(self) -> bool:
+        """Return True if the rows are multiples of the kernel's vector size."""
+        return self.in_features % KERNEL_VECTOR_SIZE == 0 and self._kernels_available()
+
+    def gemv(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute x W^T + bias, row by row."""
+        tiling = int8_gemv_kernels.choose_gemv_tiling(self.out_features, self.in_features)
+        return int8_gemv_kernels.rowwise_gemv(x_RI, self.codes_OI, self.scales_O, bias, tiling)
+
+    def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute x W^T + bias with tensor cores."""
+        tiling = quant_gemm_kernels.choose_gemm_tiling(self.out_features, len(x_RI))
+        return quant_gemm_kernels.rowwise_gemm(x_RI, self.codes_OI, self.scales_O, bias, tiling)
+
+
+class Int8Matrix(RowwiseMatrix):
+    """INT8 matrix with codes from -127 to 127.
+
+    The error of an element is at most half a scale, 1/254 of its output's largest magnitude.
+    """
+
+    code_dtype = torch.int8
+    max_code = 127.0
+
+    def round_to_codes(self, values_RI: Tensor) -> Tensor:
+        """Round to the nearest integer."""
+        return values_RI.round().clamp(-self.max_code, self.max_code).to(torch.int8)
+
+
+class Fp8Matrix(RowwiseMatrix):
+    """FP8 matrix with three mantissa bits.
+
+    The error of an element is at most a sixteenth of it or 2^-10 of the scale, whichever is larger.
+    """
+
+    code_dtype = torch.float8_e4m3fn
+    max_code = 448.0
+
+    def round_to_codes(self, values_RI: Tensor) -> Tensor:
+        """Round to the nearest FP8 value."""
+        # Beyond the largest value there is only NaN; clamp quotients that were rounded up.
+        return values_RI.clamp(-self.max_code, self.max_code).to(torch.float8_e4m3fn)
+
+    def _kernels_available(self) -> bool:
+        # Older GPUs cannot convert this dtype.
+        return super()._kernels_available() and torch.cuda.get_device_capability(self.device) >= (
+            8,
+            9,
+        )

@@ -1,0 +1,200 @@
+"""Base class of vision encoders: patches, blocks, mergers, features in patch order.
+
+Shapes: N patches, D hidden size, M merged patch squares, K features of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from finesight.encode.tokenized_sample import GridTHW
+from finesight.model.array_cache import array_cache
+from finesight.model.attention import Segments
+from finesight.model.config import PixelNormalization, VisionConfig
+from finesight.model.layers import PatchEmbed, num_checkpointed_layers, run_layer
+from finesight.model.length_buckets import copy_to_device
+from finesight.model.rope import compute_vision_rope
+
+ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True)
+class PatchLayout:
+    """Order and attention segments of the patches of some images.
+
+    `position_ids_N2` are rows and columns in block order, and `segments` are the attention segments
+    of each block. `window_index_M` permutes merged patch squares into block order and
+    `reverse_index_M` restores the packed order; both are None if the orders are equal.
+    """
+
+    position_ids_N2: Tensor
+    segments: tuple[Segments, ...]
+    window_index_M: Tensor | None = None
+    reverse_index_M: Tensor | None = None
+
+
+class VisionEncoder(nn.Module):
+    """Base class of vision encoders.
+
+    A family defines its blocks and merger, and overrides the patch layout, position embeddings and
+    intermediate mergers as needed.
+    """
+
+    supports_cuda_graphs = False
+    """True if only the patch layout depends on image sizes: position embeddings ignore the grids,
+    and
+    segments are frames or windows (see `train.graph_vision_buffers`).
+    """
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        normalization: PixelNormalization,
+        block_factory: Callable[[], nn.Module],
+        merger: nn.Module,
+        *,
+        patch_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config, normalization, bias=patch_bias)
+        self.blocks = nn.ModuleList(block_factory() for _ in range(config.num_layers))
+        self.merger = merger
+        self.deepstack_indexes: tuple[int, ...] = ()
+        """Indices of the blocks whose outputs have a merger in `deepstack_merger_list`."""
+        self.deepstack_merger_list = nn.ModuleList()
+
+    def compute_patch_layout(
+        self, grid_thw: Sequence[GridTHW], device: torch.device
+    ) -> PatchLayout:
+        """Return the layout: frame by frame in packed order."""
+        merge_size = self.config.merge_size
+        coordinates = np.concatenate([patch_coordinates(grid, merge_size) for grid in grid_thw])
+        return PatchLayout(
+            copy_to_device(coordinates.reshape(-1, 2), device),
+            self.build_segments(grid_thw, device),
+        )
+
+    def segment_lengths(self, grid_thw: Sequence[GridTHW]) -> tuple[tuple[int, ...], ...]:
+        """Return the segment lengths of each block: by default each frame of each image or video.
+
+        Blocks with equal segments share the same tuple object.
+        """
+        return (frame_lengths(grid_thw),) * self.config.num_layers
+
+    def build_segments(
+        self, grid_thw: Sequence[GridTHW], device: torch.device
+    ) -> tuple[Segments, ...]:
+        """Build the segments of each block on the device."""
+        lengths_by_block = self.segment_lengths(grid_thw)
+        segments_by_id = {
+            id(block_lengths): Segments.from_lengths(block_lengths, device)
+            for block_lengths in unique_objects(lengths_by_block)
+        }
+        return tuple(segments_by_id[id(lengths)] for lengths in lengths_by_block)
+
+    def add_position_embeddings(self, x_ND: Tensor, grid_thw: Sequence[GridTHW]) -> Tensor:
+        """Add the family's position embeddings to the embedded patches; none by default."""
+        return x_ND
+
+    @property
+    def features_per_token(self) -> int:
+        """Number of features per merged patch square, K."""
+        return 1 + len(self.deepstack_indexes)
+
+    @property
+    def min_grid(self) -> GridTHW:
+        """Grid of the smallest supported image."""
+        return 1, self.config.merge_size, self.config.merge_size
+
+    @property
+    def is_encoder_trainable(self) -> bool:
+        """True if any parameter before the mergers is trainable, including adapters."""
+        mergers = {id(p) for p in self.merger.parameters()}
+        mergers |= {id(p) for p in self.deepstack_merger_list.parameters()}
+        return any(p.requires_grad for p in self.parameters() if id(p) not in mergers)
+
+    def forward(
+        self,
+        patches_ND: Tensor,
+        grid_thw: Sequence[GridTHW],
+        activation_checkpointing: float = 0.0,
+        layout: PatchLayout | None = None,
+    ) -> Tensor:
+        """Encode packed image patches.
+
+        Args:
+            patches_ND: uint8 patches of all images.
+            grid_thw: Grid of each image.
+            activation_checkpointing: Fraction of blocks that are checkpointed, counted from the
+                first.
+            layout: Patch layout; passed inside CUDA graphs, where the grids are unknown.
+
+        Returns:
+            Features [M, K, out_width]: those of the last block, then those of the deepstack blocks.
+        """
+        if layout is None:
+            expected = sum(t * h * w for t, h, w in grid_thw)
+            assert len(patches_ND) == expected, f"{len(patches_ND)} patches for grids of {expected}"
+            layout = self.compute_patch_layout(grid_thw, patches_ND.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_encoder_trainable):
+            # Reordered as bytes, the smallest representation of a patch.
+            x_ND = self.patch_embed(self._reorder_patches(patches_ND, layout.window_index_M))
+            x_ND = self.add_position_embeddings(x_ND, grid_thw)
+            rotary = compute_vision_rope(layout.position_ids_N2, self.config)
+            deepstack_hidden, y_ND = [], None
+            num_checkpointed = num_checkpointed_layers(activation_checkpointing, len(self.blocks))
+            for block_index, segments in enumerate(layout.segments):
+                block = self.blocks[block_index]
+                x_ND, y_ND = run_layer(
+                    block, block_index < num_checkpointed, x_ND, y_ND, rotary, segments
+                )
+                if block_index in self.deepstack_indexes:
+                    x_ND, y_ND = x_ND + y_ND, None
+                    deepstack_hidden.append(x_ND)
+            x_ND = x_ND if y_ND is None else x_ND + y_ND
+        mergers = zip(self.deepstack_merger_list, deepstack_hidden, strict=True)
+        merged = [self.merger(x_ND), *(merger(h_ND) for merger, h_ND in mergers)]
+        features_MKD = torch.stack(merged, 1)
+        return (
+            features_MKD
+            if layout.reverse_index_M is None
+            else features_MKD.index_select(0, layout.reverse_index_M)
+        )
+
+    def _reorder_patches(self, patches_ND: Tensor, window_index_M: Tensor | None) -> Tensor:
+        if window_index_M is None:
+            return patches_ND
+        squares = torch.unflatten(patches_ND, 0, (-1, self.config.merge_size**2))
+        return squares.index_select(0, window_index_M).flatten(0, 1)
+
+
+def frame_lengths(grid_thw: Sequence[GridTHW]) -> tuple[int, ...]:
+    """Return the number of patches in each frame of each image or video."""
+    return tuple(h * w for t, h, w in grid_thw for _ in range(t))
+
+
+def unique_objects(objects: Iterable[ItemT]) -> list[ItemT]:
+    """Return the distinct objects by identity, in order."""
+    return [*{id(item): item for item in objects}.values()]
+
+
+@array_cache()
+def patch_coordinates(grid: GridTHW, merge_size: int) -> NDArray[np.int32]:
+    """Return row and column of each patch, [M, merge x merge, 2].
+
+    Merged squares are in reading order, with the patches of a square adjacent.
+    """
+    frames, height, width = grid
+    row_column = np.moveaxis(np.indices((height, width), dtype=np.int32), 0, -1)
+    squares = row_column.reshape(
+        height // merge_size, merge_size, width // merge_size, merge_size, 2
+    ).swapaxes(1, 2)
+    return np.tile(squares.reshape(-1, merge_size**2, 2), (frames, 1, 1))

@@ -1,0 +1,297 @@
+"""Vision-language model: images to features, features into the token sequence, tokens to logits.
+
+Shapes: T tokens of a packed batch, D hidden size, N patches, M image tokens, K features of each, L
+tokens that need logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finesight.encode.packing import PackedBatch
+from finesight.encode.tokenized_sample import GridTHW
+from finesight.errors import UserError
+from finesight.model import fused_decoder
+from finesight.model.attention import (
+    AttentionBackend,
+    PackedAttention,
+    Segments,
+    SharedPrefixAttention,
+)
+from finesight.model.config import ConfigReader, ModelConfig, parse_pixel_normalization
+from finesight.model.context_parallel import ContextParallelAttention, exchange_features
+from finesight.model.decoder import DecoderLayer, DeepstackFeatures
+from finesight.model.families import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen3_vl_moe, qwen_vl
+from finesight.model.families.architecture import Architecture
+from finesight.model.fused_linear import FusedLinear, single_output
+from finesight.model.lora.fused_weight import FusedWeightSync
+from finesight.model.lora.multi import LoraRouting
+from finesight.model.lora.peft_config import QWEN_VL_MAPPING, TRANSFORMERS_V5_MAPPING, KeyMapping
+from finesight.model.moe import requires_host_sync
+from finesight.model.quant.base import QuantizedWeight
+from finesight.model.vision_encoder import VisionEncoder
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "qwen2_vl": qwen2_vl.ARCHITECTURE,
+    "qwen2_5_vl": qwen2_5_vl.ARCHITECTURE,
+    "qwen3_vl": qwen3_vl.ARCHITECTURE,
+    "qwen3_vl_moe": qwen3_vl_moe.ARCHITECTURE,
+    "qwen": qwen_vl.ARCHITECTURE,
+}
+"""Architectures by `model_type` of config.json; a new family is a module and an entry here."""
+
+
+class VisionLanguageModel(nn.Module):
+    """Vision-language model for training and generation.
+
+    Parameters have the hub's published names, with linear layers of a shared input fused
+    (`hub_tensors` in `model.weights_io` lists them separately).
+    """
+
+    adapter_key_mappings: tuple[KeyMapping, ...] = (TRANSFORMERS_V5_MAPPING, QWEN_VL_MAPPING)
+    """Mappings of adapter layer names to native names."""
+
+    def __init__(
+        self, architecture: Architecture, config: ModelConfig, visual: VisionEncoder
+    ) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.config = config
+        self.activation_checkpointing = 0.0
+        """Fraction of layers with activation checkpointing."""
+        self.lora_routing: LoraRouting | None = None
+        self._fused_weight_sync = FusedWeightSync()
+        self.visual = visual
+        self.model = architecture.decoder_class(config.decoder)
+        decoder_config = config.decoder
+        self.lm_head = (
+            None
+            if decoder_config.tie_word_embeddings
+            else FusedLinear(
+                decoder_config.hidden_size, {"lm_head": decoder_config.vocab_size}, bias=False
+            )
+        )
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """Head weight [V, D]; the embedding weight if tied.
+
+        A quantized head is dequantized on each access: read it once per batch.
+        """
+        if self.lm_head is None:
+            return self.model.embed_tokens.weight
+        weight = self.lm_head.weight
+        return next(weight.dequantize_layers()) if isinstance(weight, QuantizedWeight) else weight
+
+    @property
+    def supports_cuda_graphs(self) -> bool:
+        """True if a decode step can be captured as a CUDA graph, without host synchronization."""
+        weight = self.model.embed_tokens.weight
+        has_experts = self.config.decoder.moe is not None
+        return weight.is_cuda and not (
+            has_experts and requires_host_sync(weight.dtype, weight.device)
+        )
+
+    @property
+    def adapter_key_mapping(self) -> KeyMapping:
+        """Mapping of native layer names to published adapter names."""
+        return self.architecture.adapter_key_mapping
+
+    def encode_images(self, patches_ND: Tensor, grid_thw: Sequence[GridTHW]) -> Tensor:
+        """Encode uint8 patches to features [M, K, D]; without autograd if the encoder is frozen."""
+        features_MKD: Tensor = self.visual(patches_ND, grid_thw, self.activation_checkpointing)
+        return features_MKD
+
+    def _resolve_features(
+        self, batch: PackedBatch, cached_features_MKD: Tensor | None
+    ) -> Tensor | None:
+        """Return the features of the batch's image tokens, [M, K, D], or None without images.
+
+        With context parallelism all ranks must call this.
+        """
+        shard = batch.context_shard
+        if cached_features_MKD is not None:
+            return cached_features_MKD
+        features_MKD = (
+            self.encode_images(batch.patches_ND, batch.grid_thw) if batch.grid_thw else None
+        )
+        if shard is None:
+            return features_MKD
+        if features_MKD is None and any(shard.features_per_rank):
+            # Fewer frames than ranks. Gradients are returned to all ranks or to none.
+            weight = self.model.embed_tokens.weight
+            features_MKD = weight.new_empty(
+                0, self.visual.features_per_token, self.config.decoder.hidden_size
+            )
+            features_MKD.requires_grad_(any(p.requires_grad for p in self.visual.parameters()))
+        return None if features_MKD is None else exchange_features(features_MKD, shard)
+
+    def forward_hidden(
+        self,
+        batch: PackedBatch,
+        attention: AttentionBackend,
+        logit_indices_L: Tensor | None = None,
+        features_MKD: Tensor | None = None,
+    ) -> Tensor:
+        """Compute hidden states before the final norm.
+
+        The first feature of an image token replaces its placeholder embedding; the others are added
+        after the first layers.
+
+        Args:
+            batch: Packed batch.
+            attention: Attention backend.
+            logit_indices_L: Tokens to return; all if None.
+            features_MKD: Cached image features of the batch.
+
+        Returns:
+            Hidden states [T, D] or [L, D].
+        """
+        x_TD = self.model.embed(batch.ids_T)
+        features_MKD = self._resolve_features(batch, features_MKD)
+        deepstack = None
+        if features_MKD is not None:
+            visual_indices_M = batch.visual_indices_M
+            num_placeholders, num_features = len(visual_indices_M), len(features_MKD)
+            assert num_placeholders == num_features, (
+                f"{num_placeholders} placeholder tokens for {num_features} image features"
+            )
+            x_TD = x_TD.index_copy(0, visual_indices_M, features_MKD[:, 0])
+            deepstack = DeepstackFeatures(visual_indices_M, features_MKD[:, 1:])
+        h_TD: Tensor = self.model(
+            x_TD,
+            batch.position_ids_3T,
+            attention,
+            self.activation_checkpointing,
+            logit_indices_L,
+            deepstack,
+        )
+        return h_TD
+
+    def decode_step(
+        self, ids_R: Tensor, position_ids_3R: Tensor, attention: AttentionBackend
+    ) -> Tensor:
+        """Compute hidden states before the final norm for one new token per sequence."""
+        h_RD: Tensor = self.model(self.model.embed(ids_R), position_ids_3R, attention)
+        return h_RD
+
+    def apply_final_norm(self, h_TD: Tensor) -> Tensor:
+        """Apply the norm before the head."""
+        y_TD: Tensor = self.model.norm(h_TD)
+        return y_TD
+
+    def compute_logits(self, h_TD: Tensor) -> Tensor:
+        """Map normalized hidden states to logits [T, V]."""
+        if self.lm_head is None:
+            return F.linear(h_TD, self.model.embed_tokens.weight)
+        return single_output(self.lm_head(h_TD))
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        features_MKD: Tensor | None = None,
+        dropout_seed_1: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the normalized hidden states [L, D] of the tokens that need logits.
+
+        Args:
+            batch: Packed batch.
+            features_MKD: Cached image features of the batch.
+            dropout_seed_1: Dropout seed on a GPU (int32, on the device); drawn by default.
+        """
+        # Before the seed is drawn, so that the RNG state does not depend on cached features.
+        features_MKD = self._resolve_features(batch, features_MKD)
+        if dropout_seed_1 is None and self.training and batch.ids_T.is_cuda:
+            dropout_seed_1 = torch.randint(
+                2**31 - 1, (1,), device=batch.ids_T.device, dtype=torch.int32
+            )
+        attention = _build_attention(batch, dropout_seed_1)
+        if fused_decoder.supports_fused_layers(self.model.embed_tokens.weight):
+            layers = (layer for layer in self.model.layers if isinstance(layer, DecoderLayer))
+            linears = (linear for layer in layers for linear in layer.fusible_linears)
+            self._fused_weight_sync.copy_up_projections(fused_decoder.fuse_lora_weights(linears))
+        return self.apply_final_norm(
+            self.forward_hidden(batch, attention, batch.logit_indices_L, features_MKD)
+        )
+
+
+def _build_attention(batch: PackedBatch, dropout_seed_1: Tensor | None) -> PackedAttention:
+    """Build the attention backend of a packed batch."""
+    segments = Segments(batch.lengths, batch.cu_seqlens_S1, max(batch.lengths))
+    if batch.prefix_length:
+        return SharedPrefixAttention(segments, dropout_seed_1, num_tokens=len(batch.ids_T))
+    if batch.context_shard is not None:
+        return ContextParallelAttention(segments, dropout_seed_1, context_shard=batch.context_shard)
+    return PackedAttention(segments, dropout_seed_1)
+
+
+@contextmanager
+def raise_on_failed_allocation(file: str) -> Iterator[None]:
+    """Convert failed allocations for the sizes in `file` to UserError.
+
+    CUDA out-of-memory errors pass through, since callers can reduce memory use.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError) as error:
+        message = str(error)
+        if "overflow" not in message.lower() and "allocate memory" not in message:
+            raise
+        raise UserError(
+            "the model is too large for this machine's memory",
+            where=file,
+            expected="a model that fits into memory",
+            remedy="take the file from the model's own folder, or a smaller model",
+        ) from error
+
+
+def build_model(
+    hf_config: ConfigReader, preprocessor: ConfigReader, dtype: torch.dtype, device: torch.device
+) -> VisionLanguageModel:
+    """Build the model of a config.json with uninitialized parameters.
+
+    Raises UserError for an unknown family, for missing or invalid values, and for sizes that exceed
+    memory.
+    """
+    family = hf_config.get_str("model_type")
+    if family not in ARCHITECTURES:
+        hf_config.raise_invalid("model_type", " or ".join(ARCHITECTURES))
+    architecture = ARCHITECTURES[family]
+    decoder_config = architecture.parse_decoder_config(hf_config)
+    with raise_on_failed_allocation(hf_config.file), torch.device("meta"):
+        visual = architecture.build_vision_encoder(
+            hf_config, parse_pixel_normalization(preprocessor)
+        )
+        model = VisionLanguageModel(
+            architecture, ModelConfig(decoder_config, visual.config), visual
+        )
+    if visual.config.out_hidden_size != decoder_config.hidden_size:
+        raise UserError(
+            f"image features have {visual.config.out_hidden_size} dimensions",
+            where=hf_config.file,
+            expected=f"the language model's hidden_size, {decoder_config.hidden_size}",
+            remedy="take the file from the model's own folder",
+        )
+    model.to(dtype)
+    materialize_parameters(model, device)
+    return model.eval()
+
+
+def materialize_parameters(model: nn.Module, device: torch.device) -> None:
+    """Replace meta parameters and buffers by uninitialized tensors on `device`.
+
+    Equivalent to `to_empty`, which would import torch's symbolic shapes: half a second per command.
+    """
+    for module in model.modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            storage = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(module, name, nn.Parameter(storage, requires_grad=parameter.requires_grad))
+        for name, buffer in [*module.named_buffers(recurse=False)]:
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))

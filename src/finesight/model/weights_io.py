@@ -1,0 +1,440 @@
+"""Reading and writing of model weights: safetensors with published names, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from finesight.config import WeightFormat
+from finesight.digests import DIGESTS_FILE, verify_folder
+from finesight.errors import UserError
+from finesight.manifest import MANIFEST_FILE
+from finesight.model.config import ConfigReader
+from finesight.model.families.qwen_vl import AttentionPool
+from finesight.model.fused_linear import FusedLinear
+from finesight.model.lora.layer import hub_name
+from finesight.model.quant.base import (
+    SAFETENSORS_DTYPES,
+    QuantizedMatrix,
+    QuantizedWeight,
+    WeightTensorSpec,
+    find_quantized_weights,
+)
+from finesight.model.quant.int4 import gptq_group_size, quantize_gptq_layers
+from finesight.model.quant.quantize import quantize_model_parts
+from finesight.model.safetensors_header import (
+    TensorHeader,
+    open_safetensors,
+    read_header,
+    tensor_error,
+)
+from finesight.model.trainable import ModelPart
+from finesight.model.vlm import (
+    VisionLanguageModel,
+    build_model,
+    materialize_parameters,
+    raise_on_failed_allocation,
+)
+from finesight.model_folder import PICKLE_INDEX_FILE, PREPROCESSOR_DEFAULTS, ModelFolder
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Storage and compute dtypes by their names in settings."""
+
+_LM_HEAD_KEY = "lm_head.weight"
+_PATCH_EMBED_KEY = "visual.patch_embed.proj.weight"
+_QWEIGHT_SUFFIX = ".qweight"
+"""Suffix of the tensor that only GPTQ layers have."""
+_INDEX_FILE = "model.safetensors.index.json"
+_COPIED_SUFFIXES = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
+_REMEDY = "download the model again"
+
+
+@dataclass(frozen=True)
+class HubTensor:
+    """Tensor of the published model: its native name and published shape.
+
+    `Architecture.to_hub_name` maps the name. `data` is a view of the parameter that holds it (fused
+    linears hold several, and the patch embedding is flattened), or part of a quantized matrix.
+    """
+
+    name: str
+    data: Tensor | WeightTensorSpec
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def dtypes(self) -> Collection[str]:
+        """Dtypes that a file may have for this tensor."""
+        return self.data.dtypes if isinstance(self.data, WeightTensorSpec) else SAFETENSORS_DTYPES
+
+    @property
+    def is_dense(self) -> bool:
+        """True if files store dense values, even if the model quantizes them."""
+        return not isinstance(self.data, WeightTensorSpec) or self.data.name == "weight"
+
+    def matches_shape(self, header: TensorHeader) -> bool:
+        """Return True if the header's shape fits this tensor.
+
+        transformers 5 writes experts with outputs first.
+        """
+        shape = header.shape
+        transposed = (shape[0], shape[2], shape[1]) if len(shape) == 3 else None
+        return self.shape in (shape, transposed)
+
+    def load(self, values: Tensor) -> None:
+        """Load the values of a file."""
+        if isinstance(self.data, WeightTensorSpec):
+            self.data.load(values)
+        else:
+            self.data.copy_(values.reshape(self.data.shape))
+
+
+def hub_tensors(model: VisionLanguageModel) -> Iterator[HubTensor]:
+    """Yield every tensor of the published model, without adapters. A tied head has none."""
+    skipped: list[str] = []
+    for path, module in model.named_modules():
+        if any(path == prefix or path.startswith(f"{prefix}.") for prefix in skipped):
+            continue
+        if isinstance(module, FusedLinear):
+            skipped += [f"{path}.adapter", f"{path}.weight"]
+            yield from _linear_tensors(path, module)
+        else:
+            # Buffers hold constants that are stored but never trained.
+            named_tensors = (
+                module.named_parameters(recurse=False),
+                module.named_buffers(recurse=False),
+            )
+            for key, parameter in chain(*named_tensors):
+                name, data = f"{path}.{key}", parameter.detach()
+                shape = tuple(data.shape)
+                if name == _PATCH_EMBED_KEY:
+                    shape = (len(data), *model.config.vision.patch_shape)
+                yield HubTensor(name, data, shape)
+
+
+def _linear_tensors(path: str, linear: FusedLinear) -> Iterator[HubTensor]:
+    sizes = list(linear.output_sizes.values())
+    weights: Sequence[Tensor | QuantizedMatrix] = (
+        linear.weight.matrices
+        if isinstance(linear.weight, QuantizedWeight)
+        else torch.split(linear.weight.detach(), sizes)
+    )
+    biases = (
+        [None] * len(sizes) if linear.bias is None else torch.split(linear.bias.detach(), sizes)
+    )
+    for output, weight, bias in zip(linear.output_sizes, weights, biases, strict=True):
+        layer = hub_name(path, output)
+        if isinstance(weight, QuantizedMatrix):
+            for spec in weight.tensor_specs():
+                yield HubTensor(f"{layer}.{spec.name}", spec, spec.shape)
+        else:
+            yield HubTensor(
+                f"{layer}.weight", weight, (linear.output_sizes[output], linear.in_features)
+            )
+        if bias is not None:
+            yield HubTensor(f"{layer}.bias", bias, tuple(bias.shape))
+
+
+def load_model(
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    device: torch.device,
+    nf4_parts: Collection[ModelPart] = (),
+    weight_format: WeightFormat = "auto",
+    fp8_parts: Collection[ModelPart] = (),
+) -> VisionLanguageModel:
+    """Load the model of a hub folder, reading every tensor exactly once.
+
+    Linear layers of `nf4_parts` are quantized one by one while they are read, from the stored
+    dtype, so that the codes do not depend on the compute dtype; of the embeddings this is the head.
+    Layers of `fp8_parts` have FP8 weights and use FP8 matmuls in training (`model.quant.fp8`). A
+    `weight_format` other than auto quantizes the decoder and an untied head in that format instead
+    (`model.quant.quantize`). Layers published with GPTQ (`model.quant.int4`) remain in that format.
+
+    Raises UserError for damaged files, for missing, unknown, duplicate or wrongly shaped tensors,
+    for unsupported quantization, for folders changed since finesight wrote them, for quantization
+    of a tied head or of a decoder with experts, and for a missing package.
+    """
+    group_size = gptq_group_size(folder)
+    hf_config = ConfigReader(folder.config, str(folder.path / "config.json"))
+    preprocessor = ConfigReader(
+        folder.preprocessor_config, str(folder.path / "preprocessor_config.json")
+    )
+    files = folder.weight_files()
+    # Also for files converted from pickles.
+    for written_folder in dict.fromkeys((folder.path, *(file.parent for file in files))):
+        if (written_folder / DIGESTS_FILE).is_file():
+            verify_folder(written_folder)
+    model = build_model(hf_config, preprocessor, dtype, torch.device("meta"))
+    quantize_model_parts(model, nf4_parts, fp8_parts, weight_format, folder.path)
+    to_native_name = model.architecture.to_native_name
+    headers = [tensor for file in files for tensor in read_header(file, to_native_name)]
+    if group_size is not None:
+        layers = {t.layer_name for t in headers if t.native_name.endswith(_QWEIGHT_SUFFIX)}
+        quantize_gptq_layers(model, layers, group_size, str(folder.path))
+    expected = {tensor.name: tensor for tensor in hub_tensors(model)}
+    if model.config.decoder.tie_word_embeddings:
+        # A tied head may be stored in addition; the embedding is used.
+        headers = [tensor for tensor in headers if tensor.native_name != _LM_HEAD_KEY]
+    headers = _drop_zero_biases(headers, expected)
+    _check_tensors(headers, expected, folder.path)
+    with raise_on_failed_allocation(hf_config.file):
+        materialize_parameters(model, device)
+    # Again, with parameters allocated.
+    expected = {tensor.name: tensor for tensor in hub_tensors(model)}
+    transposed = _find_transposed_experts(headers, expected)
+    for file in files:
+        with open_safetensors(file) as weights:
+            for tensor in headers:
+                if tensor.file == file:
+                    values = weights.get_tensor(tensor.name)
+                    expected[tensor.native_name].load(
+                        values.mT if tensor.native_name in transposed else values
+                    )
+    return model
+
+
+def _find_transposed_experts(
+    headers: Sequence[TensorHeader], expected: Mapping[str, HubTensor]
+) -> set[str]:
+    """Return the stacked expert weights that are stored with outputs first.
+
+    A square weight is ambiguous. The two stacks of a layer are never both square, since their
+    widths are I and 2 I, and both use the same layout.
+    """
+    layers = {t.layer_name for t in headers if t.shape != expected[t.native_name].shape}
+    return {t.native_name for t in headers if t.layer_name in layers and len(t.shape) == 3}
+
+
+def _drop_zero_biases(
+    headers: Sequence[TensorHeader], expected: Mapping[str, HubTensor]
+) -> list[TensorHeader]:
+    """Drop the zero biases that AutoGPTQ adds to layers without a bias."""
+    zero_biases = [
+        t
+        for t in headers
+        if t.native_name.endswith(".bias")
+        and t.native_name not in expected
+        and t.layer_name + _QWEIGHT_SUFFIX in expected
+    ]
+    for tensor in zero_biases:
+        with open_safetensors(tensor.file) as weights:
+            if weights.get_tensor(tensor.name).any():
+                raise tensor_error([tensor.name], "of layers without a bias", "zeros", tensor.file)
+    return [tensor for tensor in headers if tensor not in zero_biases]
+
+
+def stored_precision(folder: ModelFolder) -> str:
+    """Return the dtype of a folder's tensors, fp32 for mixed dtypes.
+
+    Quantized layers are ignored. Raises UserError for other dtypes.
+    """
+    is_quantized = gptq_group_size(folder) is not None
+    tensors = [tensor for file in folder.weight_files() for tensor in read_header(file)]
+    packed_layers = {
+        t.layer_name for t in tensors if is_quantized and t.native_name.endswith(_QWEIGHT_SUFFIX)
+    }
+    dtypes = {tensor.dtype for tensor in tensors if tensor.layer_name not in packed_layers}
+    unsupported = sorted(dtypes.difference(SAFETENSORS_DTYPES)) if dtypes else ["none"]
+    if unsupported:
+        raise UserError(
+            f"weights of type {unsupported[0]}",
+            where=str(folder.path),
+            expected=f"one of {', '.join(SAFETENSORS_DTYPES)}",
+            remedy=_REMEDY,
+        )
+    return SAFETENSORS_DTYPES[dtypes.pop()] if len(dtypes) == 1 else "fp32"
+
+
+def _check_tensors(
+    headers: Sequence[TensorHeader], expected: Mapping[str, HubTensor], folder: Path
+) -> None:
+    """Check from the headers that every expected tensor exists exactly once, and no others."""
+    unknown = [t for t in headers if t.native_name not in expected]
+    if unknown:
+        names = [t.name for t in unknown]
+        raise tensor_error(
+            names, "unknown to this model", "the tensors of config.json", unknown[0].file
+        )
+    counts = Counter(t.native_name for t in headers)
+    repeated = [t for t in headers if counts[t.native_name] > 1]
+    if repeated:
+        raise tensor_error([t.name for t in repeated], "duplicates", "each once", repeated[-1].file)
+    wrong_shape = [t for t in headers if not expected[t.native_name].matches_shape(t)]
+    if wrong_shape:
+        shapes = [f"{t.name} {t.shape} not {expected[t.native_name].shape}" for t in wrong_shape]
+        raise tensor_error(
+            shapes, "of another shape", "the shapes of config.json", wrong_shape[0].file
+        )
+    unsupported = [t for t in headers if t.dtype not in expected[t.native_name].dtypes]
+    if unsupported:
+        found_dtypes = [f"{t.name} {t.dtype}" for t in unsupported]
+        supported = f"one of {', '.join(expected[unsupported[0].native_name].dtypes)}"
+        raise tensor_error(found_dtypes, "of another type", supported, unsupported[0].file)
+    missing = [name for name in expected if name not in counts]
+    if missing:
+        raise tensor_error(missing, "missing", "all tensors of config.json", folder)
+
+
+def save_model(
+    model: VisionLanguageModel,
+    folder: ModelFolder,
+    target: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Write the weights with their published names to `target`.
+
+    Shards have at most `max_shard_bytes`. Config and tokenizer files are copied from `folder`.
+    `target` comes from `storage.write_folder`, which makes the write atomic. Adapters must be
+    merged before. Quantized weights are written as stored in `folder`.
+    """
+    linears = [module for module in model.modules() if isinstance(module, FusedLinear)]
+    num_adapters = sum(linear.adapter is not None for linear in linears)
+    assert num_adapters == 0, f"{num_adapters} linear layers still have an adapter"
+    tensors = list(hub_tensors(model))
+    source_headers = _read_source_headers(folder, model) if find_quantized_weights(model) else {}
+    dtypes = {t.name: _stored_dtype(t, dtype, source_headers) for t in tensors}
+    shards = _split_shards(tensors, dtypes, max_shard_bytes)
+    dropped_keys = (
+        () if any(name.endswith(_QWEIGHT_SUFFIX) for name in dtypes) else ("quantization_config",)
+    )
+    dense_dtypes = {dtypes[t.name] for t in tensors if t.is_dense}
+    # Use the widest dtype if config.json names one for all tensors.
+    copy_model_files(
+        folder, target, dtype if dense_dtypes == {dtype} else torch.float32, dropped_keys
+    )
+    to_hub_name = model.architecture.to_hub_name
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        single = len(shards) == 1
+        file = (
+            "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        )
+        # Always copied: safetensors rejects views of a shared parameter.
+        content = {to_hub_name(t.name): _to_file_tensor(t, dtype, source_headers) for t in shard}
+        save_file(content, target / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(content, file)
+    if len(shards) > 1:
+        size = sum(t.num_elements * dtypes[t.name].itemsize for t in tensors)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (target / _INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _split_shards(
+    tensors: Sequence[HubTensor], dtypes: Mapping[str, torch.dtype], max_shard_bytes: float
+) -> list[list[HubTensor]]:
+    shards: list[list[HubTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        num_bytes = tensor.num_elements * dtypes[tensor.name].itemsize
+        if shards[-1] and size + num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += num_bytes
+    return shards
+
+
+def _read_source_headers(
+    folder: ModelFolder, model: VisionLanguageModel
+) -> dict[str, TensorHeader]:
+    to_native_name = model.architecture.to_native_name
+    return {
+        t.native_name: t
+        for file in folder.weight_files()
+        for t in read_header(file, to_native_name)
+    }
+
+
+def _stored_dtype(
+    tensor: HubTensor, dtype: torch.dtype, source_headers: Mapping[str, TensorHeader]
+) -> torch.dtype:
+    if not isinstance(tensor.data, WeightTensorSpec):
+        return dtype
+    kind = source_headers[tensor.name].dtype
+    return torch.int32 if kind == "I32" else DTYPES[SAFETENSORS_DTYPES[kind]]
+
+
+def _to_file_tensor(
+    tensor: HubTensor, dtype: torch.dtype, source_headers: Mapping[str, TensorHeader]
+) -> Tensor:
+    if isinstance(tensor.data, WeightTensorSpec):
+        source = source_headers[tensor.name]
+        with open_safetensors(source.file) as weights:
+            values: Tensor = weights.get_tensor(source.name)
+        return values
+    return tensor.data.to("cpu", dtype, copy=True).view(tensor.shape)
+
+
+def copy_model_files(
+    folder: ModelFolder, target: Path, dtype: torch.dtype, dropped_keys: Collection[str] = ()
+) -> None:
+    """Copy config.json with the dtype, and other small files, to `target`.
+
+    Removes `dropped_keys` from the config.
+    """
+    for path in sorted(folder.path.iterdir()):
+        is_copied = path.suffix in _COPIED_SUFFIXES or path.name.startswith(("LICENSE", "NOTICE"))
+        source = folder.find_file(path.name) if is_copied else None
+        if source is None or path.name in (
+            DIGESTS_FILE,
+            MANIFEST_FILE,
+            _INDEX_FILE,
+            PICKLE_INDEX_FILE,
+            "config.json",
+        ):
+            continue
+        (target / path.name).write_bytes(source.read_bytes())
+    dtype_name = str(dtype).removeprefix("torch.")
+    config = {
+        key: dtype_name if key in ("dtype", "torch_dtype") else value
+        for key, value in folder.config.items()
+        if key not in dropped_keys
+    }
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (target / "config.json").write_text(text, encoding="utf-8")
+
+
+@torch.no_grad()
+def init_random_model(
+    config: Mapping[str, object],
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    preprocessor: Mapping[str, object] = PREPROCESSOR_DEFAULTS,
+) -> VisionLanguageModel:
+    """Build a model with random weights, drawn on `device`.
+
+    Weights and biases are from N(0, 0.02), norms are one.
+
+    The values depend on seed, dtype and device type. Constant position embeddings are those of
+    published models.
+    """
+    model = build_model(
+        ConfigReader(config), ConfigReader(preprocessor, "preprocessor_config.json"), dtype, device
+    )
+    generator = torch.Generator(device).manual_seed(seed)
+    for module in model.modules():
+        norm = isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        for key, parameter in module.named_parameters(recurse=False):
+            if norm:
+                parameter.fill_(1.0 if key == "weight" else 0.0)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+        if isinstance(module, AttentionPool):
+            module.init_position_embeddings()
+    return model

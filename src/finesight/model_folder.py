@@ -1,0 +1,433 @@
+"""Model folders in the hub layout: config, tokenizer, preprocessor and weights."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from finesight.bounded_files import read_bytes, read_json_object, read_text
+from finesight.errors import UserError
+from finesight.hub.address import HubAddress, is_hub_address, parse_model_address
+from finesight.pickle_conversion import convert_pickled_weights
+
+DOWNLOAD_PATTERNS = (
+    *("*.json", "*.safetensors", "*.jinja", "*.txt", "*.tiktoken"),
+    *("LICENSE*", "NOTICE*", "README.md"),
+)
+"""Files to download from a hub repository: data files, never code. The model card is included
+because the digests of finesight folders list it."""
+
+PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
+"""Index of pickled weights of models without safetensors; see `finesight.pickle_conversion`."""
+
+CONVERTED_FOLDER = "finesight-safetensors"
+"""Subfolder of the model folder with pickled weights converted to safetensors."""
+
+PREPROCESSOR_DEFAULTS: Mapping[str, Any] = {
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "min_pixels": 56 * 56,
+    "max_pixels": 16384 * 28 * 28,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+"""Preprocessor settings of the published Qwen2-VL and Qwen2.5-VL folders, for folders without them.
+Mean and standard deviation per channel are those of CLIP (Radford et al. 2021), for pixels scaled
+to 0..1."""
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"
+"""File of transformers 5 with the preprocessor settings under `image_processor`."""
+
+_QWEN_VL_FAMILY = "qwen"
+_FAMILIES_WITH_DEFAULTS = ("qwen2_vl", "qwen2_5_vl")
+
+TINY_MODEL = "finesight-tiny"
+"""Name of the bundled model: `model: finesight-tiny` in a recipe."""
+
+TINY_MODEL_FOLDER = Path(__file__).resolve().parent / "assets" / TINY_MODEL
+"""Path of the bundled model."""
+
+MAX_HEADER_BYTES = 100_000_000
+"""Limit of the safetensors format for the header of a file, in bytes."""
+
+MAX_LAYERS = 1000
+"""Maximum number of layers. The largest models have about a hundred; each takes milliseconds to
+build."""
+
+_LAYERS = re.compile(r"(.*_)?(layers?|depths?)")
+
+_MAX_LINK_BYTES = 1024
+_DOWNLOAD_AGAIN = "download the file again"
+_EXPECTED_MODEL = (
+    "a model folder, a hub name such as Qwen/Qwen2-VL-2B-Instruct (optionally with prefix"
+    f" modelscope: and suffix @REVISION), or {TINY_MODEL}"
+)
+
+
+def _fetch_none() -> None:
+    """Skip the download: local folders are complete."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A local folder in the hub layout. Files are read, and weights downloaded, on access."""
+
+    path: Path
+    fetch_weights: Callable[[], object] = field(default=_fetch_none, repr=False, compare=False)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """`config.json`. Raises UserError if it is missing, invalid, or has too many layers."""
+        content = self._read_json_file("config.json")
+        for key, count in _iter_layer_counts(content):
+            if count > MAX_LAYERS:
+                raise UserError(
+                    f"{key} is {count}",
+                    where=str(self.path / "config.json"),
+                    expected=f"at most {MAX_LAYERS} layers",
+                    remedy="use the config.json of the published model",
+                )
+        return content
+
+    @cached_property
+    def family(self) -> str:
+        """The `model_type` of the config, independent of the folder name."""
+        family = self.config.get("model_type")
+        if not isinstance(family, str):
+            raise UserError(
+                f"model_type is {family!r}",
+                where=str(self.path / "config.json"),
+                expected="the name of the model's family, such as qwen2_vl",
+                remedy="use the config.json of the published model",
+            )
+        return family
+
+    @cached_property
+    def preprocessor_config(self) -> dict[str, Any]:
+        """Image preprocessor settings, with PREPROCESSOR_DEFAULTS for missing keys.
+
+        They are in a file of their own, or within the processor file of transformers 5. Pixel
+        limits are under `min_pixels` and `max_pixels`, or under `size`. Raises UserError for a
+        folder without settings, unless all models of the family have the same.
+        """
+        name, settings = self._read_image_settings()
+        size = settings.get("size")
+        size_limits = size if isinstance(size, dict) else {}
+        size_keys = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+        size_settings = {
+            ours: size_limits[theirs] for ours, theirs in size_keys.items() if theirs in size_limits
+        }
+        set_values = {key: value for key, value in settings.items() if value is not None}
+        merged = {**PREPROCESSOR_DEFAULTS, **size_settings, **set_values}
+        for key in ("patch_size", "merge_size", "temporal_patch_size", *size_keys):
+            value = merged[key]
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(
+                    f"{key} is {value!r}",
+                    where=str(self.path / name),
+                    expected="an integer of at least 1",
+                    remedy="use the preprocessor_config.json of the published model",
+                )
+        if merged["min_pixels"] > merged["max_pixels"]:
+            raise UserError(
+                f"min_pixels {merged['min_pixels']} is above max_pixels {merged['max_pixels']}",
+                where=str(self.path / name),
+                expected="a range of pixels",
+                remedy="use the preprocessor_config.json of the published model",
+            )
+        return merged
+
+    def _read_image_settings(self) -> tuple[str, dict[str, Any]]:
+        if self.family == _QWEN_VL_FAMILY:
+            return "config.json", self._fixed_size_settings()
+        if self.find_file(PREPROCESSOR_FILE) is not None:
+            return PREPROCESSOR_FILE, self._read_json_file(PREPROCESSOR_FILE)
+        if self.find_file(PROCESSOR_FILE) is not None:
+            nested = self._read_json_file(PROCESSOR_FILE).get("image_processor")
+            if isinstance(nested, dict):
+                return PROCESSOR_FILE, nested
+        if self.family not in _FAMILIES_WITH_DEFAULTS:
+            self._require_file(PREPROCESSOR_FILE)
+        return PREPROCESSOR_FILE, {}
+
+    def _fixed_size_settings(self) -> dict[str, Any]:
+        """Image settings of the first Qwen-VL: square images of `image_size` pixels."""
+        section = self.config.get("visual")
+        visual = section if isinstance(section, dict) else {}
+        values = {"image_size": 0, "patch_size": 0, "n_queries": 256}
+        for key, default in values.items():
+            value = visual.get(key, default)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(
+                    f"visual.{key} is {visual.get(key)!r}",
+                    where=str(self.path / "config.json"),
+                    expected="an integer of at least 1",
+                    remedy="use the config.json of the published model",
+                )
+            values[key] = value
+        image_size, patch_size, num_queries = values.values()
+        return {
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "merge_size": max(1, image_size // patch_size // math.isqrt(num_queries)),
+            "temporal_patch_size": 1,
+            "min_pixels": image_size**2,
+            "max_pixels": image_size**2,
+        }
+
+    @cached_property
+    def chat_template(self) -> str:
+        """The chat template of the first file that contains one, else empty."""
+        template = self.find_file("chat_template.jinja")
+        if template is not None:
+            return read_text(template, expected="a Jinja template", remedy=_DOWNLOAD_AGAIN)
+        for name in ("chat_template.json", "tokenizer_config.json"):
+            template_text = (
+                self._read_json_file(name).get("chat_template")
+                if self.find_file(name) is not None
+                else None
+            )
+            if isinstance(template_text, str):
+                return template_text
+        return ""
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """`generation_config.json`, empty without the file."""
+        name = "generation_config.json"
+        return self._read_json_file(name) if self.find_file(name) is not None else {}
+
+    @cached_property
+    def tokenizer_file(self) -> Path:
+        """`tokenizer.json`, or `qwen.tiktoken` for the first Qwen. Raises UserError without it."""
+        return self._require_file(
+            "qwen.tiktoken" if self.family == _QWEN_VL_FAMILY else "tokenizer.json"
+        )
+
+    def find_file(self, name: str) -> Path | None:
+        """Return the path with the content of the file `name`, None without the file.
+
+        Some folders share files through symbolic links. Checkouts without link support (git on
+        Windows, some archives) contain a small text file with the target path instead, which is
+        resolved like the link.
+        """
+        path = self.path / name
+        if not path.is_file():
+            return None
+        if path.stat().st_size > _MAX_LINK_BYTES:
+            return path
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            return path
+        is_link = Path(text).name == name and "/" in text and "\n" not in text
+        return path.parent / text if is_link and (path.parent / text).is_file() else path
+
+    def weight_files(self) -> list[Path]:
+        """The safetensors files with the weights, by the index or the single file.
+
+        Hub models are downloaded on access. Pickled weights are converted into CONVERTED_FOLDER,
+        again if they changed.
+
+        Raises:
+            UserError: There are no weights, an index lists a missing file, or a pickle contains
+                more than tensors.
+        """
+        self.fetch_weights()
+        single = self.find_file("model.safetensors")
+        index = self._find_index()
+        if index is not None:
+            return [self._require_file(name) for name in self._read_shard_names(index)]
+        if single is not None:
+            return [single]
+        pickle_files = self._find_pickle_files()
+        if pickle_files:
+            converted = self.path / CONVERTED_FOLDER
+            convert_pickled_weights(pickle_files, converted)
+            return ModelFolder(converted).weight_files()
+        raise UserError(
+            f"a model folder without weights: {self.path.name} has no safetensors file",
+            where=str(self.path),
+            expected="model.safetensors, or model.safetensors.index.json and the files it names",
+            remedy="download the model again, weights included",
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the index and the headers of the weight files.
+
+        The headers contain names, dtypes, shapes and offsets without the weights, so it takes
+        milliseconds.
+        """
+        sha256 = hashlib.sha256()
+        index = self._find_index()
+        if index is not None:
+            sha256.update(read_bytes(index, expected="an index of weights", remedy=_DOWNLOAD_AGAIN))
+        for path in self.weight_files():
+            sha256.update(path.name.encode())
+            sha256.update(_read_header(path))
+        return sha256.hexdigest()
+
+    def _find_index(self) -> Path | None:
+        return self.find_file("model.safetensors.index.json")
+
+    def _find_pickle_files(self) -> list[Path]:
+        index, single = self.find_file(PICKLE_INDEX_FILE), self.find_file("pytorch_model.bin")
+        if index is not None:
+            return [self._require_file(name) for name in self._read_shard_names(index)]
+        return [] if single is None else [single]
+
+    def _read_shard_names(self, index: Path) -> list[str]:
+        weight_map = _read_json(index).get("weight_map")
+        is_valid = isinstance(weight_map, dict) and all(
+            isinstance(name, str) and Path(name).name == name for name in weight_map.values()
+        )
+        if not isinstance(weight_map, dict) or not weight_map or not is_valid:
+            raise UserError(
+                f"weight_map is {_truncate_repr(weight_map)}, not a mapping from tensor"
+                " names to files",
+                where=str(index),
+                expected='{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}',
+                remedy="download the index again",
+            )
+        return sorted(set(weight_map.values()))
+
+    def _read_json_file(self, name: str) -> dict[str, Any]:
+        return _read_json(self._require_file(name))
+
+    def _require_file(self, name: str) -> Path:
+        path = self.find_file(name)
+        if path is None:
+            raise UserError(
+                f"no {name}",
+                where=str(self.path),
+                expected="a model folder with config.json, tokenizer.json and safetensors weights",
+                remedy="download the model again, or correct the path",
+            )
+        return path
+
+
+def locate_model(name_or_path: str) -> ModelFolder:
+    """Return the bundled model, a local model folder, or a hub model.
+
+    The small files of a hub model are downloaded at once, its weights of the same commit on access.
+    The bare name `finesight-tiny` is always the bundled model, so that recipes and runs do not
+    depend on the working directory; a folder of that name is `./finesight-tiny`. An existing folder
+    takes precedence over a hub model of the same name, without network access.
+
+    Raises:
+        UserError: The folder is missing, or the model is unavailable (unknown, gated, offline, not
+            installed).
+    """
+    # os.path accepts invalid paths: unknown home folders, names that are too long.
+    path = resolve_model_path(name_or_path)
+    if name_or_path == TINY_MODEL and not any(path.glob("*.safetensors")):
+        raise UserError(
+            f"finesight is installed without its model {TINY_MODEL}",
+            where=str(path),
+            expected="the bundled model folder",
+            remedy="reinstall finesight from its wheel, its source archive or a checkout"
+            " (pip install -e .)",
+        )
+    if name_or_path and os.path.isdir(path):
+        return ModelFolder(path)
+    if os.path.isfile(path):
+        raise UserError(
+            f"{name_or_path} is a file",
+            where="model",
+            expected=_EXPECTED_MODEL,
+            remedy=f"give the folder, {path.parent}",
+        )
+    address = parse_model_address(name_or_path)
+    if address is None:
+        raise UserError(
+            f"no folder {name_or_path!r}",
+            where="model",
+            expected=_EXPECTED_MODEL,
+            remedy="correct the path",
+        )
+    return _open_hub_model(name_or_path, address)
+
+
+def resolve_model_path(name_or_path: str) -> Path:
+    """Return the path of a model name, which need not exist.
+
+    The bare name `finesight-tiny` is the bundled folder; `~` is the home folder.
+    """
+    return (
+        TINY_MODEL_FOLDER if name_or_path == TINY_MODEL else Path(os.path.expanduser(name_or_path))
+    )
+
+
+def get_portable_name(folder: ModelFolder) -> str:
+    """Return a name that finds the folder from any working directory.
+
+    It is the absolute path or, for the bundled model, whose path differs between installations,
+    `finesight-tiny`.
+    """
+    path = folder.path.resolve()
+    return TINY_MODEL if path == TINY_MODEL_FOLDER.resolve() else str(path)
+
+
+def _open_hub_model(name: str, address: HubAddress) -> ModelFolder:
+    # Imported here: it is slow to import, and local folders never need it.
+    from finesight.hub.repository import WEIGHT_SUFFIXES, open_model_repository
+
+    try:
+        repository = open_model_repository(address, DOWNLOAD_PATTERNS)
+        small_files = [path for path in repository.paths if not path.endswith(WEIGHT_SUFFIXES)]
+        folder = repository.download_files(small_files, repository.folder)
+        return ModelFolder(folder, partial(repository.download_files, repository.paths, folder))
+    except UserError as error:
+        if is_hub_address(name):
+            raise
+        raise UserError(
+            f"{name} is not a local folder and cannot be downloaded from the hub: {error.what}",
+            where=error.where,
+            expected=error.expected,
+            remedy=error.remedy,
+        ) from error
+
+
+def _truncate_repr(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json_object(path, remedy=_DOWNLOAD_AGAIN)
+
+
+def _iter_layer_counts(content: object, at: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the layer counts in all sections of a config with their full keys."""
+    if not isinstance(content, dict):
+        return
+    for key, value in content.items():
+        values = value if isinstance(value, list) else [value]
+        if _LAYERS.fullmatch(key):
+            yield from ((at + key, one) for one in values if isinstance(one, int | float))
+        for one in values:
+            yield from _iter_layer_counts(one, f"{at}{key}.")
+
+
+def _read_header(path: Path) -> bytes:
+    """Read the header of a safetensors file: 8 bytes of length, little endian, then JSON."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= MAX_HEADER_BYTES else b""
+    if not header or len(header) < length:
+        raise UserError(
+            f"{path.stat().st_size} bytes that do not start with a safetensors header",
+            where=str(path),
+            expected="a complete safetensors file",
+            remedy="download the file again (a pointer of Git LFS is not the file itself)",
+        )
+    return header

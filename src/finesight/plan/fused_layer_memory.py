@@ -1,0 +1,519 @@
+"""Estimate the memory of a fused decoder layer (`model.fused_decoder`) in bytes.
+
+Update this module if the allocations of a fused layer change. tests/plan/test_fused_layer_memory.py
+compares it with measured allocations. T is the number of tokens of a pack, L the number of rows in
+the MLP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from finesight.model.attention import MAX_TRITON_SEQLEN
+from finesight.model.decoder import DecoderLayer
+from finesight.model.fused_linear import FusedLinear
+from finesight.model.kernels.launch_config import (
+    CONCURRENT_PROGRAMS,
+    LORA_DOWN_BACKWARD_TILE,
+    MAX_PARTIAL_SUMS,
+    SWIGLU_BACKWARD_TILE,
+    SWIGLU_TILE,
+    TARGET_PROGRAMS,
+    TileConfig,
+    columns_per_chunk,
+    rows_per_chunk,
+)
+from finesight.model.layers import GatedMlp
+from finesight.model.lora.fused_weight import padding_columns
+from finesight.model.lora.layer import LoraLinear
+from finesight.model.quant.base import QuantizedWeight
+from finesight.model.quant.fp8 import Fp8Weight
+from finesight.plan.saved_activations import (
+    FP32_BYTES,
+    ComputeConfig,
+    LayerInputShape,
+    is_trainable,
+    transposed_fp8_bytes,
+)
+
+FLASH_BACKWARD_TILE, FLASH_HEAD_DIM_MULTIPLE = 128, 32
+"""Query tile of torch's varlen attention backward pass, and the padding multiple of the head size.
+
+The backward pass adds one tile of rows per sequence.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLinearMemory:
+    """Memory of fused linear layers with one input, in bytes.
+
+    Attributes are bytes of a row of the input, of padding columns, of the output, and of the LoRA
+    down-projection. The dequantized weight and the matrices of its linears exist only temporarily.
+    FP8 codes are counted per row, for the forward and the backward pass. Gradients are those of
+    weight, bias, up-projections and down-projections. Persistent bytes exist from the first pack
+    on, beside the weight.
+    """
+
+    element_size: int
+    input_bytes: int
+    padding_bytes: int
+    output_bytes: int
+    lora_bytes: int
+    has_dropout: bool
+    dense_bytes: int
+    per_layer_bytes: int
+    fp8_bytes: tuple[int, int]
+    weight_grad_bytes: int
+    lora_b_grad_bytes: int
+    lora_a_grad_bytes: int
+    persistent_bytes: int
+
+    @classmethod
+    def from_linear(
+        cls, linear: FusedLinear, element_size: int, needs_input_grad: bool
+    ) -> FusedLinearMemory:
+        """Build from fused linear layers.
+
+        Args:
+            linear: Fused linear layers.
+            element_size: Bytes of an element.
+            needs_input_grad: Whether the gradient of the input is computed.
+        """
+        lora = linear.adapter if isinstance(linear.adapter, LoraLinear) else None
+        num_ranks, out_features = (
+            0 if lora is None else len(lora.lora_A),
+            sum(linear.output_sizes.values()),
+        )
+        is_fused = lora is not None and isinstance(linear.weight, nn.Parameter)
+        padding_bytes = (
+            padding_columns(linear.in_features, num_ranks) * element_size if is_fused else 0
+        )
+        is_fp8 = isinstance(linear.weight, Fp8Weight)
+        parameters = [p for p in (linear.weight, linear.bias) if isinstance(p, nn.Parameter)]
+        return cls(
+            element_size=element_size,
+            input_bytes=linear.in_features * element_size,
+            padding_bytes=padding_bytes,
+            output_bytes=out_features * element_size,
+            lora_bytes=num_ranks * element_size,
+            has_dropout=lora is not None and lora.dropout > 0.0,
+            dense_bytes=_dequantized_bytes(linear, element_size),
+            per_layer_bytes=_dequantized_bytes(linear, element_size)
+            * (len(linear.output_sizes) > 1),
+            fp8_bytes=(linear.in_features + FP32_BYTES, out_features + FP32_BYTES)
+            if is_fp8
+            else (0, 0),
+            weight_grad_bytes=sum(p.nbytes for p in parameters if p.requires_grad),
+            lora_b_grad_bytes=0
+            if lora is None
+            else sum(lora_B_OR.nbytes for lora_B_OR in lora.lora_B.values()),
+            lora_a_grad_bytes=0 if lora is None else lora.lora_A.nbytes,
+            persistent_bytes=out_features * padding_bytes
+            + (transposed_fp8_bytes(linear) if needs_input_grad else 0),
+        )
+
+    @property
+    def grad_bytes(self) -> int:
+        """Bytes of all parameter gradients."""
+        return self.weight_grad_bytes + self.lora_b_grad_bytes + self.lora_a_grad_bytes
+
+    @property
+    def padded_input_bytes(self) -> int:
+        """Bytes of an input row with its padding columns."""
+        return self.input_bytes + self.padding_bytes
+
+    @property
+    def input_grad_bytes(self) -> int:
+        """Bytes of a row of the gradients of the input and of the LoRA down-projection."""
+        return self.input_bytes + (self.padding_bytes or self.lora_bytes)
+
+    @property
+    def normed_input_bytes(self) -> int:
+        """Bytes of a normed input row: in FP8, or with padding columns."""
+        return self.fp8_bytes[0] or self.padded_input_bytes
+
+    @property
+    def lora_input_bytes(self) -> int:
+        """Bytes of a normed input row that only LoRA needs: with dropout, or in addition to FP8."""
+        return self.input_bytes * (self.has_dropout or self.fp8_bytes[0] > 0)
+
+    def forward_peak(self, num_rows: int, *, is_normed: bool = False) -> int:
+        """Peak bytes while the output is computed, including the output.
+
+        Args:
+            num_rows: Number of rows.
+            is_normed: Whether the input was quantized to FP8 by the norm.
+        """
+        fp8_bytes = 0 if is_normed else self.fp8_bytes[0]
+        return self.dense_bytes + max(
+            self.per_layer_bytes, num_rows * (self.output_bytes + fp8_bytes)
+        )
+
+    def backward_peak(self, num_rows: int) -> int:
+        """Peak bytes while the input gradient is computed, including this gradient."""
+        # Without padding columns, the LoRA gradients of each linear are computed and then
+        # concatenated.
+        lora_bytes = num_rows * (
+            self.padded_input_bytes + 2 * self.lora_bytes * (not self.padding_bytes)
+        )
+        matmul_bytes = self.dense_bytes + max(
+            self.per_layer_bytes, num_rows * (self.padded_input_bytes + self.fp8_bytes[1])
+        )
+        return max(lora_bytes, matmul_bytes)
+
+    def lora_backward_bytes(self, num_rows: int) -> int:
+        """Bytes added to the input gradient if the LoRA part is computed separately."""
+        return (
+            num_rows * self.input_bytes
+            + self.lora_a_grad_bytes
+            + self.lora_a_partial_sums(num_rows)
+            if self.lora_bytes
+            else 0
+        )
+
+    def lora_a_partial_sums(
+        self,
+        num_rows: int,
+        tile: TileConfig = LORA_DOWN_BACKWARD_TILE,
+        num_programs: int = CONCURRENT_PROGRAMS,
+    ) -> int:
+        """Bytes of partial sums of the down-projection gradient, one per block of rows."""
+        num_column_tiles = -(-(self.input_bytes // self.element_size) // tile.block_n)
+        num_partials = -(-num_rows // rows_per_chunk(num_rows, num_column_tiles, num_programs))
+        return num_partials * self.lora_a_grad_bytes // self.element_size * FP32_BYTES
+
+
+def _dequantized_bytes(linear: FusedLinear, element_size: int) -> int:
+    weight = linear.weight
+    if isinstance(weight, Fp8Weight) or not isinstance(weight, QuantizedWeight):
+        return 0
+    return weight.num_elements * element_size
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLayerMemory:
+    """Memory of a fused decoder layer: its QKV, output, gate-up and down projections.
+
+    Flags say whether the layer input or the first norm weight needs a gradient, whether queries,
+    keys and values need one, and whether the output has one. Norm gradients are counted in bytes of
+    trainable norm weights.
+    """
+
+    qkv_proj: FusedLinearMemory
+    o_proj: FusedLinearMemory
+    gate_up_proj: FusedLinearMemory
+    down_proj: FusedLinearMemory
+    num_heads: int
+    head_dim: int
+    element_size: int
+    norm_grad_bytes: tuple[int, int]
+    has_input_grad: bool
+    has_qkv_grad: bool
+    has_output_grad: bool
+
+    @classmethod
+    def from_layer(
+        cls, layer: DecoderLayer, has_input_grad: bool, compute: ComputeConfig
+    ) -> FusedLayerMemory:
+        """Build from a decoder layer that `DecoderLayer.fusible_linears` accepts."""
+        attn, mlp, element_size = layer.self_attn, layer.mlp, compute.element_size
+        assert isinstance(mlp, GatedMlp), f"expected a gated MLP, got {type(mlp).__name__}"
+        norms = layer.input_layernorm, layer.post_attention_layernorm
+        has_input_grad = has_input_grad or is_trainable(norms[0])
+        has_qkv_grad = has_input_grad or is_trainable(attn.qkv_proj)
+        has_mlp_input_grad = has_qkv_grad or is_trainable(attn.o_proj) or is_trainable(norms[1])
+        has_down_grad = has_mlp_input_grad or is_trainable(mlp.gate_up_proj)
+        return cls(
+            qkv_proj=FusedLinearMemory.from_linear(attn.qkv_proj, element_size, has_input_grad),
+            o_proj=FusedLinearMemory.from_linear(attn.o_proj, element_size, has_qkv_grad),
+            gate_up_proj=FusedLinearMemory.from_linear(
+                mlp.gate_up_proj, element_size, has_mlp_input_grad
+            ),
+            down_proj=FusedLinearMemory.from_linear(mlp.down_proj, element_size, has_down_grad),
+            num_heads=attn.o_proj.in_features // attn.head_dim,
+            head_dim=attn.head_dim,
+            element_size=element_size,
+            norm_grad_bytes=(_norm_grad_bytes(norms[0]), _norm_grad_bytes(norms[1])),
+            has_input_grad=has_input_grad,
+            has_qkv_grad=has_qkv_grad,
+            has_output_grad=has_down_grad or is_trainable(mlp.down_proj),
+        )
+
+    @property
+    def input_row_bytes(self) -> int:
+        """Bytes of an input row."""
+        return self.qkv_proj.input_bytes
+
+    @property
+    def saves_input(self) -> bool:
+        """True if the input is saved for the backward pass."""
+        return self.has_qkv_grad
+
+    @property
+    def saves_attention(self) -> bool:
+        """True if the inputs of attention are saved for the backward pass."""
+        return self.has_qkv_grad
+
+    @property
+    def persistent_bytes(self) -> int:
+        """Bytes allocated once on the first pack, beside the weights."""
+        return sum(
+            product.persistent_bytes
+            for product in (self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj)
+        )
+
+    def saved_bytes(self, shape: LayerInputShape) -> int:
+        """Return bytes saved for the backward pass of a pack."""
+        _, num_tokens, num_rows = shape
+        saved = (
+            self._saved_input_bytes(num_tokens)
+            + self._saved_attention_bytes(num_tokens)
+            + self._saved_mlp_bytes(num_tokens, num_rows)
+        )
+        return saved + self._prefix_copy_bytes(shape) * self.has_qkv_grad
+
+    def _saved_input_bytes(self, num_tokens: int) -> int:
+        """Bytes saved before attention: the input, its scale, its norm, and the LoRA
+        down-projection.
+        """
+        norm_bytes = self.qkv_proj.input_bytes * bool(self.qkv_proj.weight_grad_bytes)
+        return (
+            num_tokens
+            * (self.qkv_proj.input_bytes + FP32_BYTES + norm_bytes + self.qkv_proj.lora_bytes)
+            * self.has_qkv_grad
+        )
+
+    def _saved_attention_bytes(self, num_tokens: int) -> int:
+        """Bytes saved by attention: the QKV product, the output and its scales."""
+        row_bytes = (
+            self.qkv_proj.output_bytes + self.o_proj.input_bytes + FP32_BYTES * self.num_heads
+        )
+        return num_tokens * row_bytes * self.has_qkv_grad
+
+    def _prefix_copy_bytes(self, shape: LayerInputShape) -> int:
+        """Bytes of keys and values that repeat the shared prefix for each sequence, if they are
+        long.
+        """
+        if not shape.num_duplicates or max(shape.context_lengths) <= MAX_TRITON_SEQLEN:
+            return 0
+        return sum(shape.context_lengths) * (
+            self.qkv_proj.output_bytes - self.num_heads * self.head_dim * self.element_size
+        )
+
+    def _saved_mlp_bytes(self, num_tokens: int, num_rows: int) -> int:
+        """Bytes saved after attention.
+
+        Counts the residual sum, its scale, its norm, gate and up products, and LoRA
+        down-projections. Some rows of the attention output are copied.
+        """
+        o_proj, gate_up_proj = self.o_proj, self.gate_up_proj
+        copied_bytes = o_proj.input_bytes * (num_rows < num_tokens or not self.has_qkv_grad)
+        norm_bytes = gate_up_proj.input_bytes * bool(gate_up_proj.weight_grad_bytes)
+        lora_bytes = o_proj.lora_bytes + gate_up_proj.lora_bytes + self.down_proj.lora_bytes
+        return (
+            num_rows
+            * (
+                copied_bytes
+                + gate_up_proj.input_bytes
+                + FP32_BYTES
+                + norm_bytes
+                + gate_up_proj.output_bytes
+                + lora_bytes
+            )
+            * self.has_output_grad
+        )
+
+    def forward_workspace(self, shape: LayerInputShape) -> int:
+        """Return the peak of the forward pass minus the saved bytes; may be negative."""
+        peak = max(
+            self._qkv_forward_peak(shape.num_tokens),
+            self._mlp_forward_peak(shape.num_tokens, shape.mlp_rows),
+        )
+        return peak - self.saved_bytes(shape)
+
+    def _qkv_forward_peak(self, num_tokens: int) -> int:
+        qkv_proj = self.qkv_proj
+        row_bytes = (
+            qkv_proj.input_bytes + FP32_BYTES + qkv_proj.normed_input_bytes + qkv_proj.lora_bytes
+        )
+        return num_tokens * row_bytes + max(
+            num_tokens * qkv_proj.lora_input_bytes,
+            qkv_proj.forward_peak(num_tokens, is_normed=True),
+        )
+
+    def _mlp_forward_peak(self, num_tokens: int, num_rows: int) -> int:
+        """Padded inputs exist until the end of the MLP."""
+        o_proj, gate_up_proj, down_proj = self.o_proj, self.gate_up_proj, self.down_proj
+        is_partial = num_rows < num_tokens
+        saved = self._saved_input_bytes(num_tokens) + self._saved_attention_bytes(num_tokens)
+        if not self.has_qkv_grad:
+            # No tensor is saved, but the caller holds the input, and the layer the QKV product.
+            saved = num_tokens * (
+                gate_up_proj.input_bytes
+                + self.qkv_proj.output_bytes
+                + o_proj.input_bytes * (not is_partial)
+            )
+        saved += num_rows * (gate_up_proj.input_bytes + o_proj.input_bytes) * is_partial
+        input_row_bytes = (
+            o_proj.padded_input_bytes * bool(o_proj.padding_bytes)
+            + o_proj.lora_bytes
+            + gate_up_proj.normed_input_bytes
+            + gate_up_proj.lora_bytes
+            + FP32_BYTES
+        )
+        live = saved + num_rows * (input_row_bytes + gate_up_proj.input_bytes)
+        live_with_gate_up = live + num_rows * (
+            gate_up_proj.output_bytes + down_proj.padded_input_bytes + down_proj.lora_bytes
+        )
+        return max(
+            live + gate_up_proj.forward_peak(num_rows, is_normed=True),
+            live_with_gate_up + self._down_partial_sums(num_rows),
+            live_with_gate_up + down_proj.forward_peak(num_rows),
+        )
+
+    def _down_partial_sums(self, num_rows: int) -> int:
+        """Bytes of partial sums of the LoRA down-projection, one per block of columns."""
+        intermediate_size = self.down_proj.input_bytes // self.element_size
+        num_partials = -(
+            -intermediate_size // columns_per_chunk(num_rows, intermediate_size, SWIGLU_TILE)
+        )
+        return (
+            num_partials
+            * num_rows
+            * max(1, self.down_proj.lora_bytes // self.element_size)
+            * FP32_BYTES
+        )
+
+    def backward_workspace(self, shape: LayerInputShape) -> int:
+        """Return the backward peak minus saved bytes that are freed by then.
+
+        Includes the gradients of the output and of the weights.
+        """
+        if not self.has_output_grad:
+            return 0
+        _, num_tokens, num_rows = shape
+        peak = self._mlp_backward_peak(num_rows)
+        if self.has_qkv_grad:
+            freed = self._saved_mlp_bytes(num_tokens, num_rows)
+            attention_peak = max(
+                self._attention_backward_peak(shape), self._qkv_backward_peak(num_tokens)
+            )
+            peak = max(peak, attention_peak + self._mlp_grad_bytes() - freed)
+        return peak
+
+    def _mlp_backward_peak(self, num_rows: int) -> int:
+        """Peak from the end of the layer to the attention output."""
+        o_proj, gate_up_proj, down_proj = self.o_proj, self.gate_up_proj, self.down_proj
+        peak = live = num_rows * gate_up_proj.input_bytes
+        peak = max(peak, live + down_proj.backward_peak(num_rows))
+        live += down_proj.grad_bytes
+        peak = max(
+            peak,
+            live
+            + num_rows * down_proj.input_grad_bytes
+            + down_proj.lora_a_partial_sums(num_rows, SWIGLU_BACKWARD_TILE, TARGET_PROGRAMS),
+        )
+        peak = max(
+            peak, live + gate_up_proj.weight_grad_bytes + gate_up_proj.backward_peak(num_rows)
+        )
+        peak = max(
+            peak,
+            live
+            + gate_up_proj.weight_grad_bytes
+            + num_rows * gate_up_proj.input_grad_bytes
+            + gate_up_proj.lora_backward_bytes(num_rows),
+        )
+        live += gate_up_proj.grad_bytes + num_rows * gate_up_proj.input_bytes
+        peak = max(peak, live + self._norm_partial_sums(num_rows, self.norm_grad_bytes[1]))
+        live += self.norm_grad_bytes[1]
+        peak = max(peak, live + o_proj.weight_grad_bytes + o_proj.backward_peak(num_rows))
+        peak = max(
+            peak,
+            live
+            + o_proj.weight_grad_bytes
+            + num_rows * o_proj.input_grad_bytes
+            + o_proj.lora_backward_bytes(num_rows),
+        )
+        return max(peak, live + o_proj.grad_bytes + num_rows * o_proj.input_bytes)
+
+    def _norm_partial_sums(self, num_rows: int, weight_bytes: int) -> int:
+        """Bytes of partial sums of a norm weight gradient, one per program."""
+        if not weight_bytes:
+            return 0
+        num_partials = -(-num_rows // max(1, -(-num_rows // MAX_PARTIAL_SUMS)))
+        return num_partials * weight_bytes // self.element_size * FP32_BYTES
+
+    def _mlp_grad_bytes(self) -> int:
+        """Bytes of MLP gradients that exist when the attention backward pass begins."""
+        grad_bytes = (
+            self.o_proj.grad_bytes + self.gate_up_proj.grad_bytes + self.down_proj.grad_bytes
+        )
+        return grad_bytes + self.norm_grad_bytes[1]
+
+    def _attention_backward_peak(self, shape: LayerInputShape) -> int:
+        """Peak of the attention backward pass.
+
+        Counts the gradients of its output, of the residual, and of queries, keys and values.
+        """
+        lengths, num_tokens, num_elements = (
+            shape.context_lengths,
+            shape.num_tokens,
+            self.num_heads * self.head_dim,
+        )
+        live = num_tokens * (
+            self.qkv_proj.input_bytes + self.o_proj.input_bytes + self.qkv_proj.output_bytes
+        )
+        if max(lengths) <= MAX_TRITON_SEQLEN:
+            # Each sequence has its own gradient of the keys and values of the shared prefix.
+            kv_grad_elements = (
+                len(lengths)
+                * lengths[0]
+                * (self.qkv_proj.output_bytes // self.element_size - num_elements)
+            )
+            return live + FP32_BYTES * (
+                num_tokens * self.num_heads + kv_grad_elements * (shape.num_duplicates > 0)
+            )
+        padded_rows = num_tokens + FLASH_BACKWARD_TILE * len(lengths)
+        padded_head_dim = -(-self.head_dim // FLASH_HEAD_DIM_MULTIPLE) * FLASH_HEAD_DIM_MULTIPLE
+        accumulator_bytes = padded_rows * self.num_heads * (padded_head_dim + 1) * FP32_BYTES
+        # Each query head first has its own gradient of keys and values.
+        is_grouped = self.qkv_proj.output_bytes < 3 * num_elements * self.element_size
+        kv_grad_elements = 2 * sum(lengths) * num_elements * self.element_size * is_grouped
+        return live + accumulator_bytes + kv_grad_elements + self._prefix_copy_bytes(shape)
+
+    def _qkv_backward_peak(self, num_tokens: int) -> int:
+        """Peak from queries, keys and values to the layer input, minus freed attention inputs."""
+        qkv_proj = self.qkv_proj
+        live = num_tokens * (
+            qkv_proj.input_bytes + 2 * qkv_proj.output_bytes
+        ) - self._saved_attention_bytes(num_tokens)
+        if not self.has_input_grad:
+            # Only the LoRA gradient.
+            lora_bytes = num_tokens * qkv_proj.lora_bytes
+            lora_only = (
+                lora_bytes + qkv_proj.lora_a_partial_sums(num_tokens) + qkv_proj.lora_a_grad_bytes
+            )
+            return live + max(2 * lora_bytes, lora_only, lora_bytes + qkv_proj.grad_bytes)
+        peak = live + qkv_proj.backward_peak(num_tokens)
+        peak = max(
+            peak,
+            live
+            + num_tokens * qkv_proj.input_grad_bytes
+            + qkv_proj.lora_backward_bytes(num_tokens),
+        )
+        live += qkv_proj.lora_a_grad_bytes + num_tokens * qkv_proj.input_bytes
+        peak = max(peak, live + self._norm_partial_sums(num_tokens, self.norm_grad_bytes[0]))
+        return max(
+            peak,
+            live
+            + self.norm_grad_bytes[0]
+            + qkv_proj.weight_grad_bytes
+            + qkv_proj.lora_b_grad_bytes,
+        )
+
+
+def _norm_grad_bytes(norm: nn.Module) -> int:
+    """Bytes of the gradient of a norm weight; 0 if it is frozen."""
+    return sum(p.nbytes for p in norm.parameters() if p.requires_grad)

@@ -1,0 +1,68 @@
+"""Track the gradient memory during the backward pass, in bytes.
+
+Gradients wait for the optimizer step and grow as saved activations are freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+
+from torch import nn
+
+from finesight.model.vlm import VisionLanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class GradientTimeline:
+    """Bytes of existing gradients at each point of the backward pass.
+
+    The points are the backward pass of each decoder layer and of each vision block, the embedding
+    gradient, and the end.
+    """
+
+    at_layer: tuple[int, ...]
+    at_block: tuple[int, ...]
+    at_embedding: int
+    at_end: int
+
+    @classmethod
+    def from_model(
+        cls, model: VisionLanguageModel, accumulated_ids: Collection[int]
+    ) -> GradientTimeline:
+        """Build from the trainable parameters of a model.
+
+        Args:
+            model: Model with its trainable parameters.
+            accumulated_ids: ids of parameters to leave out. Their gradients are added to the
+                gradient sum
+                at once (`train.grad_accumulation`).
+        """
+
+        def count_grad_bytes(module: nn.Module) -> int:
+            parameters = (
+                p for p in module.parameters() if p.requires_grad and id(p) not in accumulated_ids
+            )
+            return sum(p.nbytes for p in parameters)
+
+        decoder, encoder = model.model, model.visual
+        head_bytes = count_grad_bytes(decoder.norm) + (
+            0 if model.lm_head is None else count_grad_bytes(model.lm_head)
+        )
+        *at_layer, decoder_bytes = _suffix_sums(head_bytes, map(count_grad_bytes, decoder.layers))
+        merger_bytes = count_grad_bytes(encoder.merger) + count_grad_bytes(
+            encoder.deepstack_merger_list
+        )
+        *at_block, _ = _suffix_sums(
+            decoder_bytes + merger_bytes, map(count_grad_bytes, encoder.blocks)
+        )
+        at_embedding = decoder_bytes + count_grad_bytes(encoder)
+        at_end = at_embedding + count_grad_bytes(decoder.embed_tokens)
+        return cls(tuple(at_layer), tuple(at_block), at_embedding, at_end)
+
+
+def _suffix_sums(initial: int, values: Iterable[int]) -> list[int]:
+    """Return `initial` plus the sum of the values after each index, then the total."""
+    *sums, total = accumulate(reversed([*values]), initial=initial)
+    return [*reversed(sums), total]

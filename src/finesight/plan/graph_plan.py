@@ -1,0 +1,99 @@
+"""Predict which packs run as CUDA graphs (`train.cuda_graphs`), and the memory of a graph.
+
+Larger packs and packs that share several graphs are not counted: their graphs are captured only if
+half of the GPU memory is free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finesight.model.families.qwen2_5_vl import WindowVisionEncoder
+from finesight.model.vlm import VisionLanguageModel
+from finesight.plan.planned_pack import PlannedPack
+from finesight.plan.saved_activations import INDEX_BYTES, ComputeConfig
+from finesight.train.cuda_graphs import has_few_trainable_params, should_capture
+from finesight.train.graph_buffers import GraphShape
+from finesight.train.graph_vision_buffers import (
+    GraphVisionShape,
+    can_capture_vision,
+    should_capture_vision,
+)
+
+CU_SEQLEN_BYTES = 4
+"""Bytes of a cumulative sequence length."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphPlan:
+    """CUDA graph of packs of one shape: a padded pack, and bytes of static inputs and outputs.
+
+    The padded pack contains images if the vision encoder is captured as well.
+    """
+
+    shape: GraphShape
+    padded_pack: PlannedPack
+    buffer_bytes: int
+
+
+def plan_graph(
+    model: VisionLanguageModel,
+    compute: ComputeConfig,
+    activation_checkpointing: float,
+    pack: PlannedPack,
+) -> GraphPlan | None:
+    """Return the CUDA graph plan of a pack; None without a graph."""
+    encoder = model.visual
+    if not (compute.has_varlen_attention and has_few_trainable_params(model)):
+        return None
+    if not should_capture(
+        model, pack.num_tokens, pack.num_supervised_tokens, activation_checkpointing
+    ):
+        return None
+    merge_size = encoder.config.merge_size
+    captures_vision = can_capture_vision(model) and should_capture_vision(
+        pack.num_patches, activation_checkpointing
+    )
+    patch_bytes = pack.stored_patch_dim(encoder.config)
+    vision_shape = (
+        GraphVisionShape.from_grids(encoder, pack.grid_thw, pack.num_patches, patch_bytes)
+        if captures_vision
+        else None
+    )
+    shape = GraphShape.from_lengths(
+        pack.lengths,
+        pack.prefix_length,
+        pack.num_patches // merge_size**2,
+        pack.num_supervised_tokens,
+        vision_shape,
+    )
+    # Token ids, three position ids and indices of tokens; logit indices and labels.
+    buffer_bytes = INDEX_BYTES * (
+        4 * shape.num_tokens + shape.num_features + 2 * shape.num_labels
+    ) + CU_SEQLEN_BYTES * (shape.num_sequences + 1)
+    lengths = *pack.lengths, shape.num_tokens - pack.num_tokens
+    if vision_shape is None:
+        feature_bytes = (
+            shape.num_features
+            * encoder.features_per_token
+            * encoder.config.out_hidden_size
+            * compute.element_size
+        )
+        is_trainable = any(parameter.requires_grad for parameter in encoder.parameters())
+        buffer_bytes += feature_bytes * (2 if is_trainable else 1)
+        return GraphPlan(
+            shape, PlannedPack(lengths, (), shape.num_labels, pack.prefix_length), buffer_bytes
+        )
+    # Patch bytes, row and column of each patch; permutation of merge windows and its inverse.
+    buffer_bytes += vision_shape.num_patches * (vision_shape.patch_bytes + 2 * CU_SEQLEN_BYTES)
+    buffer_bytes += 2 * INDEX_BYTES * shape.num_features * isinstance(encoder, WindowVisionEncoder)
+    buffer_bytes += sum(CU_SEQLEN_BYTES * (count + 1) for count, _ in vision_shape.segment_shapes)
+    num_padding = vision_shape.num_patches - pack.num_patches
+    grid_thw = (
+        (*pack.grid_thw, (1, merge_size, num_padding // merge_size))
+        if num_padding
+        else pack.grid_thw
+    )
+    return GraphPlan(
+        shape, PlannedPack(lengths, grid_thw, shape.num_labels, pack.prefix_length), buffer_bytes
+    )

@@ -1,0 +1,257 @@
+"""Format a plan as console lines and as a JSON object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from finesight.plan.peak_memory import USABLE_MEMORY_FRACTION
+from finesight.plan.run_plan import RunPlan
+from finesight.plan.settings_search import SettingsEstimate
+from finesight.plan.step_time import StepTime
+
+MAX_BAR_WIDTH = 30
+"""Characters of the longest bar."""
+
+MEMORY_ROWS = {
+    "weights": "weights",
+    "master_weights": "master weights (fp32)",
+    "gradients": "gradients",
+    "optimizer_states": "optimizer state",
+    "activations": "saved activations",
+    "workspace": "workspace",
+    "logits": "logits",
+    "inputs": "inputs",
+    "libraries": "libraries",
+    "cuda_graphs": "CUDA graphs",
+    "cuda_context": "CUDA context",
+}
+"""Titles of memory parts, in printing order."""
+
+
+def format_plan(plan: RunPlan) -> list[str]:
+    """Format a plan as lines for the console."""
+    return [
+        *_format_summary(plan),
+        *_format_histogram(plan),
+        *_format_flops(plan),
+        *_format_estimates(plan),
+        *_format_overheads(plan),
+        *_format_verdict(plan),
+    ]
+
+
+def _format_summary(plan: RunPlan) -> Iterator[str]:
+    stats, target = plan.token_stats, plan.target
+    origin = "measured" if target.is_measured else "data sheet"
+    yield (
+        f"model   {plan.family}, {plan.num_trainable:,} of {plan.num_params:,} parameters are"
+        " trainable"
+    )
+    yield (
+        f"target  {target.name} ({origin}): {target.memory_bytes / 1e9:.0f} GB,"
+        f" {target.peak_flops / 1e12:.3g} TFLOP/s in {plan.precision},"
+        f" {target.memory_bandwidth / 1e9:.0f} GB/s"
+    )
+    yield (
+        f"data    {stats.num_samples} samples, {stats.num_tokens:,} tokens,"
+        f" {stats.num_patches:,} patches; {stats.num_skipped} skipped"
+    )
+    yield (
+        f"run     {plan.total_steps} steps of {plan.batch_size} samples,"
+        f" {plan.chosen_estimate.packs_per_step:.3g} packs per step"
+    )
+
+
+def _format_histogram(plan: RunPlan) -> Iterator[str]:
+    stats = plan.token_stats
+    yield ""
+    yield (
+        f"tokens per sample: {stats.min_tokens} to {stats.max_tokens}, median"
+        f" {stats.median_tokens:g}; the longest is {stats.longest_sample_id}"
+    )
+    max_count = max(count for _, count in stats.bins)
+    labels = [f"{start} to {start + stats.bin_width - 1}" for start, _ in stats.bins]
+    width = max(map(len, labels))
+    for label, (_, count) in zip(labels, stats.bins, strict=True):
+        bar = "#" * -(-count * MAX_BAR_WIDTH // max_count)
+        yield f"  {label:>{width}}  {bar:<{MAX_BAR_WIDTH}}  {count}"
+
+
+def _format_flops(plan: RunPlan) -> Iterator[str]:
+    total = sum(plan.flops_per_sample.values())
+    yield ""
+    yield f"FLOPs per sample: {total / 1e9:,.1f} billion"
+    for part, count in plan.flops_per_sample.items():
+        if count:
+            yield f"  {_part_title(part):<22}{count / 1e9:>12,.1f}  {count / total:4.0%}"
+
+
+def _part_title(part: str) -> str:
+    return {"embeddings": "head", "language": "language model"}.get(part, part)
+
+
+def _format_estimates(plan: RunPlan) -> Iterator[str]:
+    """Format columns for the recipe and the chosen settings."""
+    columns = {"recipe": plan.recipe_estimate, "chosen": plan.chosen_estimate}
+    if plan.recipe_estimate.settings == plan.chosen_estimate.settings and not plan.overrides:
+        columns = {"recipe": plan.recipe_estimate}
+    yield ""
+    yield _format_row("", list(columns))
+    estimates = list(columns.values())
+    yield _format_row(
+        "train.pack_tokens", [str(estimate.settings.pack_tokens) for estimate in estimates]
+    )
+    yield _format_row(
+        "train.activation_checkpointing",
+        [f"{estimate.settings.activation_checkpointing:g}" for estimate in estimates],
+    )
+    yield _format_row(
+        "tune.quantize.nf4",
+        [",".join(estimate.settings.nf4_parts) or "none" for estimate in estimates],
+    )
+    for key, name in MEMORY_ROWS.items():
+        values = [asdict(estimate.peak)[key] for estimate in estimates]
+        if any(values):
+            yield _format_row(name, [f"{value / 1e9:.2f} GB" for value in values])
+    yield _format_row(
+        "allocated by tensors",
+        [f"{estimate.peak.allocated / 1e9:.2f} GB" for estimate in estimates],
+    )
+    yield _format_row(
+        "total memory", [f"{estimate.peak.total / 1e9:.2f} GB" for estimate in estimates]
+    )
+    limit = f"{plan.chosen_estimate.memory_limit / 1e9:.1f} GB"
+    yield _format_row(
+        f"fits {USABLE_MEMORY_FRACTION:.0%}, {limit}",
+        ["yes" if estimate.fits else "no" for estimate in estimates],
+    )
+    yield _format_row(
+        "step time", [_format_seconds(estimate.step_time.total) for estimate in estimates]
+    )
+    yield _format_row(
+        "samples/s", [f"{plan.batch_size / estimate.step_time.total:.4g}" for estimate in estimates]
+    )
+    yield _format_row(
+        "bottleneck", [_find_bottleneck(estimate.step_time) for estimate in estimates]
+    )
+    yield _format_row(
+        "all steps",
+        [_format_seconds(plan.total_steps * estimate.step_time.total) for estimate in estimates],
+    )
+
+
+def _format_row(name: str, cells: list[str]) -> str:
+    return f"  {name:<24}" + "".join(f"{cell:>16}" for cell in cells)
+
+
+def _find_bottleneck(step_time: StepTime) -> str:
+    seconds_by_part = {
+        "matrix products": step_time.matmul_s,
+        "memory": step_time.memory_s,
+        "optimizer": step_time.optimizer_s,
+    }
+    if step_time.host_s > step_time.matmul_s + step_time.memory_s:
+        seconds_by_part = {"host": step_time.host_s, "optimizer": step_time.optimizer_s}
+    if step_time.data_loading_s > sum(seconds_by_part.values()):
+        return "data loading"
+    return max(seconds_by_part, key=lambda name: seconds_by_part[name])
+
+
+def _format_overheads(plan: RunPlan) -> Iterator[str]:
+    evaluation = plan.evaluation
+    yield ""
+    yield f"startup: about {_format_seconds(plan.startup_s)} before the first step"
+    if evaluation.num_evaluations:
+        description = (
+            f"{evaluation.num_evaluations} evaluations of {evaluation.num_samples} validation"
+            " samples"
+        )
+        yield f"{description}: about {_format_seconds(evaluation.total_s)} (rough estimate)"
+        if evaluation.generation_bytes:
+            yield (
+                f"  generation uses about {evaluation.generation_bytes / 1e9:.2f} GB instead"
+                " of a pack"
+            )
+    if plan.feature_bytes is not None:
+        cached_step_s = plan.chosen_estimate.cached_step_s
+        assert cached_step_s is not None, "missing step time with cached features"
+        yield (
+            "frozen vision encoder: the vision cache of all images has"
+            f" {plan.feature_bytes / 1e9:.3g} GB; with cached features, a step takes"
+            f" {_format_seconds(cached_step_s)}, {plan.batch_size / cached_step_s:.4g}"
+            " samples/s"
+        )
+    yield f"precision {plan.precision}, {plan.num_workers} data loading workers"
+
+
+def _format_verdict(plan: RunPlan) -> Iterator[str]:
+    estimate = plan.chosen_estimate
+    yield ""
+    if not estimate.fits:
+        required_gb = estimate.peak.total / USABLE_MEMORY_FRACTION / 1e9
+        yield (
+            f"does not fit: needs at least {required_gb:.0f} GB, {plan.target.name} has"
+            f" {plan.target.memory_bytes / 1e9:.0f} GB; try {', '.join(plan.memory_hints)}"
+        )
+    elif plan.overrides:
+        yield f"to use the chosen settings: {' '.join(plan.overrides)}"
+    else:
+        yield "the recipe needs no changes"
+
+
+def _format_seconds(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1000:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
+    """Convert a plan to a dictionary, in bytes, FLOPs and seconds."""
+    target = plan.target
+    return {
+        "family": plan.family,
+        "num_params": plan.num_params,
+        "num_trainable": plan.num_trainable,
+        "target": {
+            "name": target.name,
+            "is_measured": target.is_measured,
+            "memory_bytes": target.memory_bytes,
+            "flops_per_s": target.peak_flops,
+            "bytes_per_s": target.memory_bandwidth,
+        },
+        "token_stats": asdict(plan.token_stats),
+        "flops_per_sample": dict(plan.flops_per_sample),
+        "total_steps": plan.total_steps,
+        "batch_size": plan.batch_size,
+        "recipe": _estimate_to_dict(plan, plan.recipe_estimate),
+        "chosen": _estimate_to_dict(plan, plan.chosen_estimate),
+        "evaluation": asdict(plan.evaluation),
+        "feature_bytes": plan.feature_bytes,
+        "precision": plan.precision,
+        "num_workers": plan.num_workers,
+        "startup_s": plan.startup_s,
+        "overrides": list(plan.overrides),
+    }
+
+
+def _estimate_to_dict(plan: RunPlan, estimate: SettingsEstimate) -> dict[str, Any]:
+    step_s = estimate.step_time.total
+    return {
+        **asdict(estimate.settings),
+        "fits": estimate.fits,
+        "memory": asdict(estimate.peak),
+        "allocated_gb": estimate.peak.allocated / 1e9,
+        "total_bytes": estimate.peak.total,
+        "packs_per_step": estimate.packs_per_step,
+        "step_s": step_s,
+        "step_time": asdict(estimate.step_time),
+        "cached_step_s": estimate.cached_step_s,
+        "samples_per_s": plan.batch_size / step_s,
+        "steps_s": plan.total_steps * step_s,
+        "run_s": plan.total_seconds(estimate),
+    }

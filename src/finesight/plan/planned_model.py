@@ -1,0 +1,115 @@
+"""Build the tuned and quantized model of a recipe on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from finesight.config import QuantizablePart, Recipe
+from finesight.encode.hf_config import is_native
+from finesight.errors import UserError
+from finesight.model.config import ConfigReader
+from finesight.model.lora.layer import find_adaptable_layers
+from finesight.model.quant.base import find_quantized_weights
+from finesight.model.quant.int4 import gptq_group_size, quantize_gptq_layers
+from finesight.model.quant.quantize import quantize_model_parts
+from finesight.model.trainable import ModelPart, configure_tuning, get_part, trainable_parameters
+from finesight.model.vlm import VisionLanguageModel, build_model
+from finesight.model_folder import ModelFolder
+from finesight.plan.peak_memory import PersistentMemory, compute_persistent_memory
+from finesight.plan.saved_activations import ComputeConfig
+from finesight.plan.step_time import StepTimeEstimator
+from finesight.plan.target_device import TargetDevice
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """Model on the meta device, its persistent memory, and the time of its steps."""
+
+    model: VisionLanguageModel
+    compute: ComputeConfig
+    persistent: PersistentMemory
+    step_timer: StepTimeEstimator
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.model.model.layers)
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters, including adapters."""
+        num_quantized = sum(
+            weight.num_elements for weight in find_quantized_weights(self.model).values()
+        )
+        return num_quantized + sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def num_trainable(self) -> int:
+        """Number of trainable parameters."""
+        return sum(parameter.numel() for parameter in trainable_parameters(self.model).values())
+
+    @property
+    def is_encoder_frozen(self) -> bool:
+        """True if the vision encoder and its mergers are frozen, so that image features are
+        constant.
+        """
+        return not any(parameter.requires_grad for parameter in self.model.visual.parameters())
+
+    @property
+    def patch_bytes(self) -> int:
+        """Bytes of a patch copied to the device: one frame of uint8 values."""
+        vision_config = self.model.config.vision
+        return vision_config.in_channels * vision_config.patch_size**2
+
+
+def build_planned_model(
+    folder: ModelFolder,
+    recipe: Recipe,
+    nf4_parts: tuple[QuantizablePart, ...],
+    target: TargetDevice,
+) -> PlannedModel:
+    """Build the model of a folder; only its small files are read.
+
+    Raises UserError for a family without a native implementation, whose layers are unknown.
+    """
+    if not is_native(folder):
+        raise UserError(
+            f"family {folder.family} uses the transformers backend",
+            where=recipe.model,
+            expected="a model of a native family; the memory of other layers is unknown",
+            remedy="start with train.pack_tokens=1024, and increase it while memory is available",
+        )
+    fp8_parts = [part for part in recipe.tune.quantize.fp8 or () if part not in nf4_parts]
+    model, train = build_meta_model(folder, target.dtype, nf4_parts, fp8_parts), recipe.train
+    configure_tuning(model.train(), recipe.tune, train.seed)
+    persistent = compute_persistent_memory(model, train, target.compute)
+    num_workers = target.num_workers if train.num_workers is None else train.num_workers
+    return PlannedModel(
+        model,
+        target.compute,
+        persistent,
+        StepTimeEstimator(model, target, persistent, train, num_workers),
+    )
+
+
+def build_meta_model(
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    nf4_parts: Collection[ModelPart],
+    fp8_parts: Collection[ModelPart],
+) -> VisionLanguageModel:
+    """Build a model like `model.weights_io.load_model`, without allocating memory."""
+    hf_config = ConfigReader(folder.config, str(folder.path / "config.json"))
+    preprocessor = ConfigReader(
+        folder.preprocessor_config, str(folder.path / "preprocessor_config.json")
+    )
+    model = build_model(hf_config, preprocessor, dtype, torch.device("meta"))
+    quantize_model_parts(model, nf4_parts, fp8_parts, "auto", folder.path)
+    group_size = gptq_group_size(folder)
+    if group_size is not None:
+        layers = [name for name in find_adaptable_layers(model) if get_part(name) == "language"]
+        quantize_gptq_layers(model, layers, group_size, str(folder.path))
+    return model

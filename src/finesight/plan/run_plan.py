@@ -1,0 +1,328 @@
+"""Build the plan of a run from a recipe, image headers and model shapes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from statistics import median
+from typing import get_args
+
+from finesight.config import Precision, QuantizablePart, Recipe
+from finesight.errors import UserError
+from finesight.infer.model_loader import select_cpu_precision
+from finesight.model.trainable import MODEL_PARTS
+from finesight.plan.evaluation_estimate import EvaluationEstimate, estimate_evaluation
+from finesight.plan.planned_model import PlannedModel, build_planned_model
+from finesight.plan.planned_pack import PlannedPack, iter_planned_steps
+from finesight.plan.settings_search import (
+    PlannedSettings,
+    PlannedSteps,
+    SettingsEstimate,
+    SettingsSearch,
+)
+from finesight.plan.step_time import estimate_startup_seconds
+from finesight.plan.target_device import TargetDevice, build_named_target, measure_local_target
+from finesight.train.base_model import resolve_base_model
+from finesight.train.console import TrainingConsole
+from finesight.train.dataloader_workers import MAX_WORKERS
+from finesight.train.dataset_stats import DatasetStats
+from finesight.train.flops import FlopCounter
+from finesight.train.sampler import TrainSampler
+from finesight.train.training_data import load_training_data
+
+WORKER_MARGIN = 1.3
+"""Data loading workers per required worker, since images differ in size."""
+
+NUM_BINS = 10
+"""Approximate number of histogram bins."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStats:
+    """Statistics of the tokens per sample, with a histogram.
+
+    `bins` are pairs of the first token count and the number of samples; each is `bin_width` wide.
+    """
+
+    num_samples: int
+    num_skipped: int
+    num_tokens: int
+    num_patches: int
+    min_tokens: int
+    median_tokens: float
+    max_tokens: int
+    longest_sample_id: str
+    bin_width: int
+    bins: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """Estimates of a run for its recipe and for the chosen settings.
+
+    `flops_per_sample` is by part, for a mean sample. `feature_bytes` is the size of the vision
+    cache of all images; None if the vision encoder is trained. `overrides` change the recipe to the
+    chosen settings, and `memory_hints` list other ways to reduce memory.
+    """
+
+    family: str
+    num_params: int
+    num_trainable: int
+    target: TargetDevice
+    precision: str
+    token_stats: TokenStats
+    flops_per_sample: Mapping[str, float]
+    total_steps: int
+    batch_size: int
+    num_samples: int
+    recipe_estimate: SettingsEstimate
+    chosen_estimate: SettingsEstimate
+    evaluation: EvaluationEstimate
+    feature_bytes: int | None
+    num_workers: int
+    startup_s: float
+    overrides: tuple[str, ...]
+    memory_hints: tuple[str, ...]
+
+    def total_seconds(self, estimate: SettingsEstimate) -> float:
+        """Return the seconds of all steps and evaluations, without startup."""
+        return self.total_steps * estimate.step_time.total + self.evaluation.total_s
+
+
+def plan_run(recipe: Recipe, gpu: str | None, console: TrainingConsole) -> RunPlan:
+    """Estimate a run and choose its settings, without writing files.
+
+    Args:
+        recipe: Recipe of the run.
+        gpu: Name of a GPU (`plan.gpu_specs`); None measures this machine.
+        console: Console for progress.
+
+    Raises UserError for an invalid run, an unknown GPU, and a model without a native
+    implementation.
+    """
+    # Reject an unknown GPU before reading image headers.
+    recipe_target = _select_target(recipe, gpu, recipe.train.precision)
+    base_model = resolve_base_model(recipe)
+    renderer = base_model.build_renderer(recipe)
+    train_data, validation_data = load_training_data(
+        recipe, renderer, recipe_target.num_workers, console
+    )
+    sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, recipe.train)
+    planned_steps = PlannedSteps(
+        [*iter_planned_steps(sampler, train_data.build_sample_stats(renderer, recipe.data))],
+        train_data.stats.prefix_length,
+    )
+    target = _prefer_bf16(recipe, gpu, recipe_target)
+
+    @lru_cache
+    def build_model(nf4_parts: tuple[QuantizablePart, ...]) -> PlannedModel:
+        return build_planned_model(base_model.folder, recipe, nf4_parts, target)
+
+    recipe_nf4 = recipe.tune.quantize.nf4 or ()
+    recipe_settings = PlannedSettings(
+        recipe.train.pack_tokens, float(recipe.train.activation_checkpointing), recipe_nf4
+    )
+    quantization_choices = _list_quantization_choices(recipe, build_model)
+    search = SettingsSearch(
+        build_model,
+        planned_steps,
+        target.memory_bytes,
+        quantization_choices,
+        prefer_large_packs=target.compute.is_cuda,
+    )
+    chosen_estimate = search.estimate(search.find_best(recipe_settings))
+    if target is recipe_target:
+        recipe_estimate = search.estimate(recipe_settings)
+    else:
+        recipe_model = build_planned_model(base_model.folder, recipe, recipe_nf4, recipe_target)
+        recipe_estimate = SettingsSearch(
+            lambda _: recipe_model,
+            planned_steps,
+            target.memory_bytes,
+            [recipe_nf4],
+            prefer_large_packs=False,
+        ).estimate(recipe_settings)
+    model = build_model(chosen_estimate.settings.nf4_parts)
+    validation_stats = validation_data.stats.sample_stats if validation_data is not None else ()
+    evaluation = EvaluationEstimate(0, 0, 0.0, 0)
+    if validation_stats:
+        evaluation = estimate_evaluation(recipe, model, target, validation_stats, len(sampler))
+    num_workers = _choose_num_workers(recipe, chosen_estimate, target)
+    return RunPlan(
+        family=base_model.folder.family,
+        num_params=model.num_params,
+        num_trainable=model.num_trainable,
+        target=target,
+        precision=target.precision,
+        token_stats=_compute_token_stats(train_data.stats),
+        flops_per_sample=_compute_flops(
+            model, planned_steps.timed_steps(chosen_estimate.settings.pack_tokens)
+        ),
+        total_steps=len(sampler),
+        batch_size=recipe.train.batch_size,
+        num_samples=sampler.num_samples,
+        recipe_estimate=recipe_estimate,
+        chosen_estimate=chosen_estimate,
+        evaluation=evaluation,
+        feature_bytes=_compute_feature_bytes(model, train_data.stats.num_patches, target),
+        num_workers=num_workers,
+        startup_s=estimate_startup_seconds(model.persistent, target),
+        overrides=_list_overrides(
+            recipe, recipe_settings, chosen_estimate.settings, target, recipe_target, num_workers
+        ),
+        memory_hints=_list_memory_hints(recipe),
+    )
+
+
+def _select_target(recipe: Recipe, gpu: str | None, precision: Precision) -> TargetDevice:
+    if gpu is not None:
+        return build_named_target(gpu, precision)
+    return measure_local_target(recipe.train.device, precision)
+
+
+def _prefer_bf16(recipe: Recipe, gpu: str | None, recipe_target: TargetDevice) -> TargetDevice:
+    """Return the target in bf16 if the recipe allows it and the CPU supports it."""
+    if (
+        recipe_target.compute.is_cuda
+        or recipe.train.precision != "auto"
+        or select_cpu_precision() == "fp32"
+    ):
+        return recipe_target
+    return _select_target(recipe, gpu, "bf16")
+
+
+def _list_quantization_choices(
+    recipe: Recipe, build_model: Callable[[tuple[QuantizablePart, ...]], PlannedModel]
+) -> list[tuple[QuantizablePart, ...]]:
+    """List NF4 choices: those of the recipe, then the decoder with all other frozen parts."""
+    recipe_nf4 = recipe.tune.quantize.nf4 or ()
+    tuning_modes = {
+        "language": recipe.tune.language,
+        "vision": recipe.tune.vision,
+        "merger": recipe.tune.merger,
+    }
+    choices = [recipe_nf4]
+    for parts in (("language",), ("vision", "merger", "language")):
+        candidate = tuple(p for p in get_args(QuantizablePart) if p in recipe_nf4 or p in parts)
+        if candidate in choices or any(tuning_modes.get(part) == "full" for part in candidate):
+            continue
+        try:
+            build_model(candidate)
+        except UserError:
+            # Mixture of experts, a pre-quantized model, or bitsandbytes is missing.
+            continue
+        choices.append(candidate)
+    return choices
+
+
+def _choose_num_workers(recipe: Recipe, estimate: SettingsEstimate, target: TargetDevice) -> int:
+    """Choose the number of workers that data loading needs, within the CPU cores.
+
+    Returns at least the default of a run.
+    """
+    if not target.compute.is_cuda:
+        return target.num_workers if recipe.train.num_workers is None else recipe.train.num_workers
+    step_s = replace(estimate.step_time, data_loading_s=0.0).total
+    current = target.num_workers if recipe.train.num_workers is None else recipe.train.num_workers
+    needed = math.ceil(estimate.step_time.data_loading_s * max(1, current) / step_s * WORKER_MARGIN)
+    return min(MAX_WORKERS, max(1, needed, current))
+
+
+def _compute_token_stats(stats: DatasetStats) -> TokenStats:
+    sample_stats = stats.sample_stats
+    lengths = sorted(sample.num_tokens for sample in sample_stats)
+    bin_width = _round_bin_width((lengths[-1] - lengths[0]) / NUM_BINS)
+    bins = Counter(length // bin_width * bin_width for length in lengths)
+    first, last = min(bins), max(bins)
+    longest = max(sample_stats, key=lambda sample: sample.num_tokens)
+    return TokenStats(
+        num_samples=len(stats.sample_indices),
+        num_skipped=len(stats.skipped),
+        num_tokens=stats.num_tokens,
+        num_patches=stats.num_patches,
+        min_tokens=lengths[0],
+        median_tokens=median(lengths),
+        max_tokens=lengths[-1],
+        longest_sample_id=longest.id,
+        bin_width=bin_width,
+        bins=tuple((bin_start, bins[bin_start]) for bin_start in range(first, last + 1, bin_width)),
+    )
+
+
+def _round_bin_width(width: float) -> int:
+    """Round up to 1, 2 or 5 times a power of ten."""
+    power: int = 10 ** max(0, math.floor(math.log10(max(width, 1))))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width)
+
+
+def _compute_flops(
+    model: PlannedModel, packed_steps: Sequence[Sequence[PlannedPack]]
+) -> dict[str, float]:
+    """Compute the FLOPs of a mean sample by part."""
+    packs = [pack for packed_step in packed_steps for pack in packed_step]
+    breakdowns = [*map(FlopCounter(model.model).count_by_part, packs)]
+    num_samples = sum(pack.num_samples for pack in packs)
+    flops = {
+        part: sum(breakdown.matmul_by_part[part] for breakdown in breakdowns) / num_samples
+        for part in MODEL_PARTS
+    }
+    attention = {
+        "decoder attention": sum(breakdown.decoder_attention for breakdown in breakdowns),
+        "vision attention": sum(breakdown.vision_attention for breakdown in breakdowns),
+    }
+    return flops | {name: count / num_samples for name, count in attention.items()}
+
+
+def _compute_feature_bytes(
+    model: PlannedModel, num_patches: int, target: TargetDevice
+) -> int | None:
+    """Return the size of the vision cache of all training images; None if they are not constant."""
+    if not model.is_encoder_frozen:
+        return None
+    encoder = model.model.visual
+    config = model.model.config.vision
+    num_features = num_patches // config.merge_size**2
+    return (
+        num_features * encoder.features_per_token * config.out_hidden_size * target.dtype.itemsize
+    )
+
+
+def _list_memory_hints(recipe: Recipe) -> tuple[str, ...]:
+    hints = ["smaller images", "a smaller model"]
+    if recipe.train.optimizer == "adamw":
+        hints.append("train.optimizer=adamw_8bit")
+    if recipe.tune.has_mode("full"):
+        hints.append("lora instead of full")
+    return tuple(hints)
+
+
+def _list_overrides(
+    recipe: Recipe,
+    recipe_settings: PlannedSettings,
+    chosen_settings: PlannedSettings,
+    target: TargetDevice,
+    recipe_target: TargetDevice,
+    num_workers: int,
+) -> tuple[str, ...]:
+    """List the overrides for `finesight train` that differ from the recipe."""
+    overrides = []
+    if chosen_settings.pack_tokens != recipe_settings.pack_tokens:
+        overrides.append(f"train.pack_tokens={chosen_settings.pack_tokens}")
+    if chosen_settings.activation_checkpointing != recipe_settings.activation_checkpointing:
+        fraction = {0.0: "false", 1.0: "true"}.get(
+            chosen_settings.activation_checkpointing,
+            f"{chosen_settings.activation_checkpointing:g}",
+        )
+        overrides.append(f"train.activation_checkpointing={fraction}")
+    if chosen_settings.nf4_parts != recipe_settings.nf4_parts:
+        overrides.append(f"tune.quantize.nf4=[{','.join(chosen_settings.nf4_parts)}]")
+    if target.dtype != recipe_target.dtype:
+        overrides.append(f"train.precision={target.precision}")
+    if num_workers != (
+        target.num_workers if recipe.train.num_workers is None else recipe.train.num_workers
+    ):
+        overrides.append(f"train.num_workers={num_workers}")
+    return tuple(overrides)

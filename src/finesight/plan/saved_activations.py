@@ -1,0 +1,313 @@
+"""Estimate the saved activations of layers in bytes per row.
+
+This module, `plan.mlp_memory` and `plan.layer_memory` cover unfused layers;
+`plan.fused_layer_memory` covers fused ones. Update them if the saved tensors change.
+tests/plan/test_saved_activations.py compares the estimates with the tensors saved by autograd. A
+row is a token or a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from finesight.model.attention import MAX_TRITON_SEQLEN
+from finesight.model.cpu_attention import MAX_CPU_SEQLEN
+from finesight.model.fused_linear import FusedLinear
+from finesight.model.layers import RmsNorm
+from finesight.model.length_buckets import bucket_by_length, bucket_with_padding
+from finesight.model.lora.layer import LoraLinear
+from finesight.model.quant.fp8 import Fp8Weight
+from finesight.plan.cpu_attention_memory import CpuAttentionMemory
+
+FP32_BYTES = 4
+"""Bytes of an fp32 element: norms, softmax and rotary angles are saved in fp32."""
+
+INDEX_BYTES = 8
+"""Bytes of an index."""
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeConfig:
+    """Properties of the device that decide which tensors are saved.
+
+    `has_varlen_attention` says whether one kernel handles sequences of any lengths
+    (`model.attention.has_varlen`).
+    """
+
+    is_cuda: bool
+    element_size: int
+    has_varlen_attention: bool
+
+    @property
+    def uses_fused_layers(self) -> bool:
+        """True if decoder layers are fused (`model.fused_decoder`)."""
+        return self.is_cuda and self.has_varlen_attention
+
+    @property
+    def uses_elementwise_kernels(self) -> bool:
+        """True if elementwise operations have kernels (`model.fused_ops`)."""
+        return self.is_cuda and self.element_size == 2
+
+    def dropout_mask_bytes(self, dropout: float) -> float:
+        """Return mask bytes per element; on a CPU the indices of dropped elements.
+
+        See `model.fused_ops`.
+        """
+        return 1 if self.is_cuda else INDEX_BYTES * dropout
+
+
+def is_trainable(module: nn.Module) -> bool:
+    """Return whether a module has trainable parameters, including adapters."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def saved_linear_bytes(linear: FusedLinear, compute: ComputeConfig) -> int:
+    """Return saved bytes per row of linear layers with one input.
+
+    Counts the input if they are trainable, its copy and mask with dropout (`model.lora`), and the
+    LoRA down-projection.
+    """
+    input_bytes = linear.in_features * compute.element_size
+    if isinstance(linear.adapter, LoraLinear):
+        lora_bytes = len(linear.adapter.lora_A) * compute.element_size
+        dropout = linear.adapter.dropout
+        mask_bytes = linear.in_features * compute.dropout_mask_bytes(dropout) if dropout else 0
+        return input_bytes + round(mask_bytes) + lora_bytes
+    return input_bytes if is_weight_trainable(linear) else 0
+
+
+def transposed_fp8_bytes(linear: FusedLinear) -> int:
+    """Return bytes of transposed FP8 weights with a scale per row.
+
+    The first backward pass through the layer creates and caches them (`model.quant.fp8`).
+    """
+    if not isinstance(linear.weight, Fp8Weight):
+        return 0
+    return linear.weight.num_elements + linear.in_features * FP32_BYTES
+
+
+def is_weight_trainable(linear: FusedLinear) -> bool:
+    """Return whether the weight is trainable."""
+    return isinstance(linear.weight, nn.Parameter) and linear.weight.requires_grad
+
+
+def saves_original_input(linear: FusedLinear) -> bool:
+    """Return whether the saved input is the original and not a copy with dropout."""
+    if isinstance(linear.adapter, LoraLinear):
+        return not linear.adapter.dropout
+    return is_weight_trainable(linear)
+
+
+def saved_norm_bytes(
+    norm: nn.Module, hidden_size: int, has_input_grad: bool, compute: ComputeConfig
+) -> int:
+    """Return saved bytes per row of a norm: input, fp32 scale, and LayerNorm mean."""
+    if not (has_input_grad or is_trainable(norm)):
+        return 0
+    if not isinstance(norm, RmsNorm):
+        return hidden_size * compute.element_size + 2 * FP32_BYTES
+    # Without a kernel, torch saves the input for the input gradient, and normed rows for the weight
+    # gradient.
+    is_composed = not compute.is_cuda and compute.element_size == FP32_BYTES
+    num_copies = int(has_input_grad) + int(is_trainable(norm)) if is_composed else 1
+    return hidden_size * compute.element_size * num_copies + FP32_BYTES
+
+
+class LayerInputShape(NamedTuple):
+    """Shape of a layer input: context length of each sequence, tokens, and rows of the MLP.
+
+    With a shared prefix, context lengths sum to more than the number of tokens.
+    """
+
+    context_lengths: Sequence[int]
+    num_tokens: int
+    mlp_rows: int
+
+    @property
+    def num_duplicates(self) -> int:
+        """Number of tokens counted more than once in the context lengths."""
+        return sum(self.context_lengths) - self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMemory:
+    """Attention of one layer: elements of a token's queries, keys and values.
+
+    The full QKV product is saved for its values, in addition to rotated queries and keys, unless
+    attention copies them: `saved_dim` counts these elements.
+    """
+
+    query_dim: int
+    kv_dim: int
+    num_heads: int
+    saved_dim: int
+    is_causal: bool
+
+    def saved_bytes(self, shape: LayerInputShape, compute: ComputeConfig) -> int:
+        """Return saved bytes of a pack (`model.attention`).
+
+        Without a varlen kernel, each sequence has a copy of the shared prefix; with long sequences,
+        of its keys and values.
+        """
+        lengths, num_context_tokens, element_size = (
+            shape.context_lengths,
+            sum(shape.context_lengths),
+            compute.element_size,
+        )
+        if uses_cpu_attention(lengths, compute):
+            return self._cpu_attention_at(shape).saved_bytes
+        lse_bytes = FP32_BYTES * self.num_heads
+        row_bytes = element_size * (self.saved_dim + self.query_dim) + lse_bytes
+        if compute.has_varlen_attention:
+            num_copied = (
+                num_context_tokens * (shape.num_duplicates > 0) * (max(lengths) > MAX_TRITON_SEQLEN)
+            )
+            return shape.num_tokens * row_bytes + num_copied * 2 * element_size * self.kv_dim
+        if self.query_dim == self.kv_dim and bucket_by_length(lengths, CPU).order_T is None:
+            return num_context_tokens * row_bytes
+        # Grouped heads are repeated, or tokens are sorted: both create copies.
+        return num_context_tokens * (element_size * 4 * self.query_dim + lse_bytes)
+
+    def forward_workspace(self, shape: LayerInputShape, compute: ComputeConfig) -> int:
+        """Return workspace bytes of the forward pass, including queries, keys and values.
+
+        Other kernels do not create attention scores and need less than an MLP, so they are not
+        counted.
+        """
+        if not uses_cpu_attention(shape.context_lengths, compute):
+            return self._prefix_copy_bytes(shape, compute)
+        cpu_attention = self._cpu_attention_at(shape)
+        return (
+            compute.element_size * self.saved_dim * shape.num_tokens
+            + cpu_attention.forward_peak
+            - cpu_attention.saved_bytes
+        )
+
+    def backward_workspace(self, shape: LayerInputShape, compute: ComputeConfig) -> int:
+        """Return workspace bytes of the backward pass, including the output gradient.
+
+        Other CPU kernels expand key heads to the number of query heads. GPU kernels are not
+        counted.
+        """
+        if uses_cpu_attention(shape.context_lengths, compute):
+            return self._cpu_attention_at(shape).backward_workspace
+        head_bytes = 0 if compute.is_cuda else compute.element_size * 4 * self.query_dim
+        return self._prefix_copy_bytes(shape, compute) + head_bytes * sum(shape.context_lengths)
+
+    def _prefix_copy_bytes(self, shape: LayerInputShape, compute: ComputeConfig) -> int:
+        """Bytes of queries, keys and values with a repeated prefix, or of their gradients."""
+        is_shared = compute.has_varlen_attention or not shape.num_duplicates
+        row_bytes = compute.element_size * (self.query_dim + 2 * self.kv_dim)
+        return 0 if is_shared else sum(shape.context_lengths) * row_bytes
+
+    def sort_index_bytes(self, lengths: Sequence[int], compute: ComputeConfig) -> int:
+        """Return bytes of the sort indices of tokens, shared by all layers."""
+        if compute.has_varlen_attention:
+            return 0
+        if uses_cpu_attention(lengths, compute):
+            return self._build_cpu_attention(lengths, sum(lengths)).index_bytes
+        return (
+            0 if bucket_by_length(lengths, CPU).order_T is None else 2 * INDEX_BYTES * sum(lengths)
+        )
+
+    def _cpu_attention_at(self, shape: LayerInputShape) -> CpuAttentionMemory:
+        """Sequences of a shared prefix: the first one is batched with the others."""
+        return self._build_cpu_attention(
+            shape.context_lengths[shape.num_duplicates > 0 :], shape.num_tokens
+        )
+
+    def _build_cpu_attention(self, lengths: Sequence[int], num_tokens: int) -> CpuAttentionMemory:
+        buckets = (bucket_with_padding if self.is_causal else bucket_by_length)(lengths, CPU)
+        return CpuAttentionMemory(
+            self.query_dim, self.kv_dim, self.num_heads, self.is_causal, num_tokens, buckets
+        )
+
+
+def uses_cpu_attention(lengths: Sequence[int], compute: ComputeConfig) -> bool:
+    """Return whether attention with gradients uses CPU attention (`model.attention`)."""
+    return not compute.is_cuda and compute.element_size == 2 and max(lengths) <= MAX_CPU_SEQLEN
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMemory:
+    """Memory of one layer: bytes per row of attention, of its output product, and of the MLP.
+
+    Input bytes are counted separately, with a flag if the input is saved. The backward workspace of
+    the MLP depends on bytes freed before its activation gradient, and on weight gradients that wait
+    for the gradient sum. Persistent bytes exist from the first pack on. Weight copies are saved
+    with every pack. The attention is None if no gradient passes through it.
+    """
+
+    compute: ComputeConfig
+    attention_row_bytes: int
+    o_proj_row_bytes: int
+    attention: AttentionMemory | None
+    mlp_row_bytes: int
+    input_row_bytes: int
+    saves_input: bool
+    mlp_backward_row_bytes: int
+    mlp_freed_row_bytes: int
+    weight_grad_bytes: int
+    has_output_grad: bool
+    persistent_bytes: int
+    weight_copy_bytes: int
+
+    @property
+    def saves_attention(self) -> bool:
+        """True if the inputs of attention are saved."""
+        return self.attention is not None
+
+    def saved_bytes(self, shape: LayerInputShape) -> int:
+        """Return saved bytes of a pack."""
+        attention_bytes = (
+            0 if self.attention is None else self.attention.saved_bytes(shape, self.compute)
+        )
+        return (
+            self.attention_row_bytes * shape.num_tokens
+            + attention_bytes
+            + self.mlp_row_bytes * shape.mlp_rows
+            + self.weight_copy_bytes
+        )
+
+    def forward_workspace(self, shape: LayerInputShape) -> int:
+        """Return workspace bytes of attention in the forward pass, minus tensors that do not exist
+        yet.
+        """
+        if self.attention is None:
+            return 0
+        return self.attention.forward_workspace(shape, self.compute) + self._surrounding_bytes(
+            shape
+        )
+
+    def backward_workspace(self, shape: LayerInputShape) -> int:
+        """Return workspace bytes of MLP or attention in the backward pass, minus freed tensors."""
+        num_rows = shape.mlp_rows
+        mlp_workspace = (
+            max(
+                num_rows * self.mlp_backward_row_bytes,
+                2 * num_rows * self.input_row_bytes + self.weight_grad_bytes,
+            )
+            - num_rows * self.mlp_freed_row_bytes
+        )
+        if self.attention is None:
+            return mlp_workspace
+        return max(
+            mlp_workspace,
+            self.attention.backward_workspace(shape, self.compute) + self._surrounding_bytes(shape),
+        )
+
+    def _surrounding_bytes(self, shape: LayerInputShape) -> int:
+        """Bytes around attention, minus those of later operations.
+
+        In the forward pass the normed input, in the backward pass the gradient of the residual.
+        """
+        return (
+            self.input_row_bytes - self.o_proj_row_bytes
+        ) * shape.num_tokens - self.mlp_row_bytes * shape.mlp_rows

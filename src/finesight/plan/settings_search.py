@@ -1,0 +1,329 @@
+"""Search for the fastest settings that fit: pack size, activation checkpointing, NF4."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from finesight.config import QuantizablePart
+from finesight.encode.packing import compute_min_budget, effective_prefix_length
+from finesight.plan.activation_memory import ActivationMemory
+from finesight.plan.peak_memory import USABLE_MEMORY_FRACTION, PeakMemory, compute_peak_memory
+from finesight.plan.planned_model import PlannedModel
+from finesight.plan.planned_pack import PlannedPack, plan_step_packs
+from finesight.plan.step_time import StepTime
+from finesight.train.cuda_graphs import MAX_GRAPHS
+from finesight.train.dataset_stats import SampleStats
+from finesight.train.graph_buffers import GraphShape
+
+MIN_EFFICIENT_PACK_TOKENS = 4096
+"""Pack size that saturates a GPU; kernels of smaller packs are launch-bound."""
+
+PACK_TOKENS_STEP = 256
+"""Increment of pack sizes in the search."""
+
+MAX_TIMED_STEPS = 40
+"""Maximum number of steps to time; other steps of a run are similar."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSettings:
+    """Settings of the search; activation checkpointing is a fraction of layers."""
+
+    pack_tokens: int
+    activation_checkpointing: float
+    nf4_parts: tuple[QuantizablePart, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsEstimate:
+    """Estimate of a run: peak memory, mean step time, and packs per step.
+
+    `cached_step_s` is the step time with cached image features; None if the vision encoder is
+    trained.
+    """
+
+    settings: PlannedSettings
+    peak: PeakMemory
+    step_time: StepTime
+    cached_step_s: float | None
+    packs_per_step: float
+    memory_limit: int
+
+    @property
+    def fits(self) -> bool:
+        """True if the peak is within the usable memory."""
+        return self.peak.total <= self.memory_limit
+
+
+class PlannedSteps:
+    """Steps of a run, packed with any token budget."""
+
+    def __init__(self, steps: Sequence[Sequence[SampleStats]], prefix_length: int = 0) -> None:
+        self._steps = steps
+        self._prefix_length = prefix_length
+        self._largest_packs: dict[int, list[PlannedPack]] = {}
+        self._has_multiple_packs: dict[int, bool] = {}
+
+    @property
+    def max_sample_tokens(self) -> int:
+        """Tokens of the longest sample without the shared prefix."""
+        return max(sample.num_packed_tokens for step in self._steps for sample in step)
+
+    @property
+    def single_pack_budget(self) -> int:
+        """Token budget with which every step is one pack."""
+        step_lengths = ([sample.num_packed_tokens for sample in step] for step in self._steps)
+        return max(
+            compute_min_budget(step, effective_prefix_length(self._prefix_length, step))
+            for step in step_lengths
+        )
+
+    def largest_packs(self, token_budget: int) -> list[PlannedPack]:
+        """Return packs that may need the most memory.
+
+        These are the first pack of each CUDA graph shape, and the largest packs by each size and by
+        all sizes together.
+        """
+        if token_budget not in self._largest_packs:
+            packed_steps = [
+                plan_step_packs(step, token_budget, self._prefix_length) for step in self._steps
+            ]
+            packs = [pack for step in packed_steps for pack in step]
+            self._largest_packs[token_budget] = [
+                *_select_per_graph_shape(packs),
+                *_select_largest(packs),
+            ]
+            self._has_multiple_packs[token_budget] = any(len(step) > 1 for step in packed_steps)
+        return self._largest_packs[token_budget]
+
+    def has_multiple_packs(self, token_budget: int) -> bool:
+        """Return whether a step has more than one pack."""
+        self.largest_packs(token_budget)
+        return self._has_multiple_packs[token_budget]
+
+    def timed_steps(self, token_budget: int) -> list[list[PlannedPack]]:
+        """Return the packed steps to time."""
+        stride = math.ceil(len(self._steps) / MAX_TIMED_STEPS)
+        return [
+            plan_step_packs(step, token_budget, self._prefix_length)
+            for step in self._steps[::stride]
+        ]
+
+
+def _select_per_graph_shape(packs: Sequence[PlannedPack]) -> list[PlannedPack]:
+    pack_by_shape: dict[GraphShape, PlannedPack] = {}
+    for pack in packs:
+        pack_by_shape.setdefault(
+            GraphShape.from_lengths(
+                pack.lengths, pack.prefix_length, pack.num_patches, pack.num_supervised_tokens
+            ),
+            pack,
+        )
+        if len(pack_by_shape) == MAX_GRAPHS:
+            break
+    return list(pack_by_shape.values())
+
+
+def _select_largest(packs: Sequence[PlannedPack]) -> Iterator[PlannedPack]:
+    size_functions: tuple[Callable[[PlannedPack], float], ...] = (
+        lambda pack: pack.num_tokens,
+        lambda pack: pack.num_patches,
+        lambda pack: pack.num_supervised_tokens,
+        lambda pack: sum(length**2 for length in pack.context_lengths),
+    )
+    max_sizes = [max(map(size, packs)) or 1 for size in size_functions]
+
+    def combined_size(pack: PlannedPack) -> float:
+        return sum(
+            size(pack) / max_size for size, max_size in zip(size_functions, max_sizes, strict=True)
+        )
+
+    indices = {
+        max(range(len(packs)), key=lambda i: size(packs[i]))
+        for size in (*size_functions, combined_size)
+    }
+    for index in sorted(indices):
+        yield packs[index]
+
+
+class SettingsSearch:
+    """Estimates settings for one target, and searches for the best ones that fit.
+
+    `build_model` returns the model with the given parts in NF4.
+    """
+
+    def __init__(
+        self,
+        build_model: Callable[[tuple[QuantizablePart, ...]], PlannedModel],
+        steps: PlannedSteps,
+        memory_bytes: int,
+        quantization_choices: Sequence[tuple[QuantizablePart, ...]],
+        prefer_large_packs: bool,
+    ) -> None:
+        """Args:
+        build_model: Builds the model with the given NF4 parts.
+        steps: Steps of the run.
+        memory_bytes: Memory of the target.
+        quantization_choices: Choices of NF4 parts, beginning with those of the recipe.
+        prefer_large_packs: Whether larger packs are faster, as on a GPU.
+        """
+        self._build_model, self._steps, self._quantization_choices, self._prefer_large_packs = (
+            build_model,
+            steps,
+            quantization_choices,
+            prefer_large_packs,
+        )
+        self._memory_limit = round(memory_bytes * USABLE_MEMORY_FRACTION)
+
+    def estimate(self, settings: PlannedSettings) -> SettingsEstimate:
+        """Estimate memory and time with these settings."""
+        planned = self._build_model(settings.nf4_parts)
+        packed_steps = self._steps.timed_steps(settings.pack_tokens)
+        peak = self._estimate_peak(settings)
+        use_graphs = peak.cuda_graphs > 0
+
+        def time_step(packs: Sequence[PlannedPack], has_cached_features: bool = False) -> StepTime:
+            return planned.step_timer.estimate_step(
+                packs,
+                settings.activation_checkpointing,
+                has_cached_features=has_cached_features,
+                use_graphs=use_graphs,
+            )
+
+        step_times = [time_step(step) for step in packed_steps]
+        mean_time = replace(
+            step_times[0],
+            matmul_s=fmean(step_time.matmul_s for step_time in step_times),
+            memory_s=fmean(step_time.memory_s for step_time in step_times),
+            host_s=fmean(step_time.host_s for step_time in step_times),
+            optimizer_s=fmean(step_time.optimizer_s for step_time in step_times),
+            data_loading_s=fmean(step_time.data_loading_s for step_time in step_times),
+        )
+        cached_step_s = None
+        if planned.is_encoder_frozen:
+            cached_step_s = fmean(
+                time_step(step, has_cached_features=True).total for step in packed_steps
+            )
+        packs_per_step = fmean(len(step) for step in packed_steps)
+        return SettingsEstimate(
+            settings, peak, mean_time, cached_step_s, packs_per_step, self._memory_limit
+        )
+
+    def _estimate_peak(self, settings: PlannedSettings) -> PeakMemory:
+        """Estimate the peak with CUDA graphs if they fit, otherwise without."""
+        with_graphs = self._compute_peak(settings, use_graphs=True)
+        if with_graphs.total <= self._memory_limit:
+            return with_graphs
+        return self._compute_peak(settings, use_graphs=False)
+
+    def _compute_peak(self, settings: PlannedSettings, *, use_graphs: bool) -> PeakMemory:
+        planned = self._build_model(settings.nf4_parts)
+        activations = ActivationMemory(
+            planned.model, planned.compute, settings.activation_checkpointing
+        )
+        packs = self._steps.largest_packs(settings.pack_tokens)
+        has_multiple_packs = self._steps.has_multiple_packs(settings.pack_tokens)
+        sizes = planned.compute, planned.patch_bytes
+        return compute_peak_memory(
+            planned.persistent,
+            activations,
+            packs,
+            *sizes,
+            has_multiple_packs=has_multiple_packs,
+            use_graphs=use_graphs,
+        )
+
+    def _fits_memory(self, settings: PlannedSettings) -> bool:
+        return self._compute_peak(settings, use_graphs=False).total <= self._memory_limit
+
+    def find_best(self, recipe_settings: PlannedSettings) -> PlannedSettings:
+        """Find the fastest settings that fit.
+
+        In this order: no activation checkpointing if packs of an efficient size fit; the smallest
+        fraction of checkpointed layers; all layers with the largest packs that fit; the same with
+        more parts in NF4. If nothing fits, return the settings with the least memory. If nothing
+        improves, return `recipe_settings`.
+        """
+        best = self._search(recipe_settings)
+        max_budget = self._steps.single_pack_budget
+        is_equivalent = (
+            recipe_settings.nf4_parts == best.nf4_parts
+            and recipe_settings.activation_checkpointing <= best.activation_checkpointing
+        )
+        is_as_large = min(recipe_settings.pack_tokens, max_budget) >= min(
+            best.pack_tokens, max_budget
+        )
+        return (
+            recipe_settings
+            if is_equivalent and is_as_large and self._fits_memory(recipe_settings)
+            else best
+        )
+
+    def _search(self, recipe_settings: PlannedSettings) -> PlannedSettings:
+        min_budget = self._steps.max_sample_tokens
+        target_budget = max(
+            min_budget, min(MIN_EFFICIENT_PACK_TOKENS, self._steps.single_pack_budget)
+        )
+        if not self._prefer_large_packs:
+            target_budget = max(
+                min_budget, min(recipe_settings.pack_tokens, self._steps.single_pack_budget)
+            )
+        for nf4_parts in self._quantization_choices:
+            fraction = self._find_min_checkpointing(target_budget, nf4_parts)
+            if fraction is not None:
+                return self._find_max_budget(PlannedSettings(target_budget, fraction, nf4_parts))
+            minimal = PlannedSettings(min_budget, 1.0, nf4_parts)
+            if self._fits_memory(minimal):
+                return self._find_max_budget(minimal)
+        return PlannedSettings(min_budget, 1.0, self._quantization_choices[-1])
+
+    def _find_min_checkpointing(
+        self, token_budget: int, nf4_parts: tuple[QuantizablePart, ...]
+    ) -> float | None:
+        """Find the smallest fraction of checkpointed layers that fits the token budget."""
+        num_layers = self._build_model(nf4_parts).num_layers
+        if not self._fits_memory(PlannedSettings(token_budget, 1.0, nf4_parts)):
+            return None
+        low, high = 0, num_layers
+        while low < high:
+            middle = (low + high) // 2
+            if self._fits_memory(
+                PlannedSettings(token_budget, _to_fraction(middle, num_layers), nf4_parts)
+            ):
+                high = middle
+            else:
+                low = middle + 1
+        return _to_fraction(low, num_layers)
+
+    def _find_max_budget(self, settings: PlannedSettings) -> PlannedSettings:
+        """Replace the token budget with the largest that fits."""
+        if not self._prefer_large_packs:
+            low, high = settings.pack_tokens, settings.pack_tokens
+        else:
+            low, high = settings.pack_tokens, self._steps.single_pack_budget
+        while high - low > PACK_TOKENS_STEP:
+            middle = (low + high) // 2
+            if self._fits_memory(replace(settings, pack_tokens=middle)):
+                low = middle
+            else:
+                high = middle
+        if self._fits_memory(replace(settings, pack_tokens=high)):
+            low = high
+        return replace(settings, pack_tokens=self._round_budget(low, settings))
+
+    def _round_budget(self, token_budget: int, settings: PlannedSettings) -> int:
+        """Round a token budget; round up if no pack grows."""
+        rounded_up = math.ceil(token_budget / PACK_TOKENS_STEP) * PACK_TOKENS_STEP
+        if token_budget >= self._steps.single_pack_budget or self._fits_memory(
+            replace(settings, pack_tokens=rounded_up)
+        ):
+            return rounded_up
+        return max(settings.pack_tokens, token_budget // PACK_TOKENS_STEP * PACK_TOKENS_STEP)
+
+
+def _to_fraction(num_checkpointed: int, num_layers: int) -> float:
+    """Round to the precision of a recipe."""
+    return min(1.0, math.ceil(100 * num_checkpointed / num_layers) / 100)

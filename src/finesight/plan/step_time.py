@@ -1,0 +1,285 @@
+"""Estimate the time of a step: FLOPs, memory traffic, kernel launches on the host, optimizer.
+
+The constants are from runs on one H200 (benchmarks/results/recipes_h200.json,
+grounding_full_h200.json, first_qwen_vl_h200.json; tests/plan/test_measured_runs.py compares them;
+fused layers with adapters from the steps of 16 samples of ladder_h200.json), and for CPUs on two
+cores. Measure them again if kernels change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from finesight.config import TrainSettings
+from finesight.model.decoder import DecoderLayer
+from finesight.model.lora.layer import iter_adapters
+from finesight.model.quant.base import find_quantized_weights
+from finesight.model.quant.fp8 import Fp8Weight
+from finesight.model.trainable import MODEL_PARTS, ModelPart, get_part
+from finesight.model.vlm import VisionLanguageModel
+from finesight.plan.activation_memory import ActivationMemory
+from finesight.plan.graph_plan import plan_graph
+from finesight.plan.peak_memory import PersistentMemory
+from finesight.plan.planned_pack import PlannedPack
+from finesight.plan.saved_activations import FP32_BYTES
+from finesight.plan.target_device import TargetDevice
+from finesight.train.flops import FlopBreakdown, FlopCounter
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceEfficiency:
+    """Efficiency of a device type relative to its peaks.
+
+    `matmul_fraction` is the fraction of the peak FLOP/s that matrix products of the model reach.
+    Memory traffic is counted in bytes moved per saved byte, by norms, masks, rotary embeddings and
+    activations in both passes. Host times are seconds per layer without gradients, with gradients,
+    and with adapters; `host_fused_s` has the latter two for fused layers.
+    """
+
+    matmul_fraction: float
+    traffic_per_saved_byte: float
+    host_forward_s: float
+    host_train_s: float
+    host_lora_s: float
+    host_fused_s: tuple[float, float]
+
+
+GPU_EFFICIENCY = DeviceEfficiency(
+    0.78,
+    11.0,
+    host_forward_s=0.4e-3,
+    host_train_s=1.5e-3,
+    host_lora_s=3.0e-3,
+    host_fused_s=(0.75e-3, 1.8e-3),
+)
+CPU_EFFICIENCY = DeviceEfficiency(
+    0.75,
+    11.0,
+    host_forward_s=0.1e-3,
+    host_train_s=0.3e-3,
+    host_lora_s=0.6e-3,
+    host_fused_s=(0.0, 0.0),
+)
+CPU_16BIT_EFFICIENCY = replace(CPU_EFFICIENCY, matmul_fraction=0.28)
+"""Efficiency of 16-bit CPU products, measured with finesight-tiny, whose products are short."""
+
+OPTIMIZER_BYTES_PER_PARAM = {"adamw": 60, "adamw_8bit": 270, "muon": 80}
+"""Bytes of memory traffic of an optimizer step per trainable parameter.
+
+Counts the gradient norm, clipping, optimizer state, master weights and weights. 8-bit state is
+dequantized and quantized.
+"""
+
+FUSED_OPTIMIZER_BYTES_PER_PARAM = {"adamw": 28, "adamw_8bit": 29}
+"""Bytes per parameter of the fused AdamW kernel: 26, and the gradient for its norm.
+
+With 8-bit state it moves 16 bytes in the time of this many.
+"""
+
+FP8_SPEEDUP = 1.4
+"""Speedup of matrix products in FP8, including quantization."""
+
+DEQUANTIZE_BYTES_PER_ELEMENT = 10.0
+"""Bytes of memory traffic with the duration of dequantizing one 4-bit element."""
+
+FORWARD_TRAFFIC_FRACTION = 1 / 3
+"""Fraction of memory traffic in the forward pass."""
+
+READ_S_PER_PATCH = 3.1e-6
+"""CPU seconds per patch of image decoding and resizing (benchmarks/results/encode_speed.json)."""
+
+STARTUP_S = 9.0
+"""Seconds from the command to the first step on a GPU, without reading the weights.
+
+Includes loading libraries and compiling kernels.
+"""
+
+DISK_BYTES_PER_S = 1.5e9
+"""Bytes per second of weights read from a disk to a GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Time of a step in seconds.
+
+    The device time (`matmul_s` and `memory_s`) and the launch time (`host_s`) overlap: the longer
+    one counts.
+    """
+
+    matmul_s: float
+    memory_s: float
+    host_s: float
+    optimizer_s: float
+    data_loading_s: float
+    is_loading_blocking: bool
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step; data loading counts only if it is slower than the step."""
+        compute_s = max(self.matmul_s + self.memory_s, self.host_s) + self.optimizer_s
+        return (
+            compute_s + self.data_loading_s
+            if self.is_loading_blocking
+            else max(compute_s, self.data_loading_s)
+        )
+
+
+class StepTimeEstimator:
+    """Estimates step times of a model on a target device."""
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        target: TargetDevice,
+        persistent: PersistentMemory,
+        train: TrainSettings,
+        num_workers: int,
+    ) -> None:
+        self._model, self._target, self._num_workers = model, target, num_workers
+        self._efficiency = _get_efficiency(target)
+        self._flop_counter = FlopCounter(model)
+        self._activations = ActivationMemory(model, target.compute, 0.0)
+        num_trainable = persistent.num_trainable
+        bytes_per_param = OPTIMIZER_BYTES_PER_PARAM[train.optimizer]
+        if target.compute.is_cuda:
+            bytes_per_param = FUSED_OPTIMIZER_BYTES_PER_PARAM.get(train.optimizer, bytes_per_param)
+        self._optimizer_s = bytes_per_param * num_trainable / target.memory_bandwidth
+        quantized = find_quantized_weights(model)
+        dequantized = (w.num_elements for w in quantized.values() if not isinstance(w, Fp8Weight))
+        self._dequantize_bytes = DEQUANTIZE_BYTES_PER_ELEMENT * sum(dequantized)
+        self._fp8_fractions = _compute_fp8_fractions(model)
+
+    def estimate_step(
+        self,
+        packs: Sequence[PlannedPack],
+        activation_checkpointing: float,
+        has_cached_features: bool = False,
+        use_graphs: bool = True,
+    ) -> StepTime:
+        """Estimate a step with these packs.
+
+        Args:
+            packs: Packs of the step.
+            activation_checkpointing: Fraction of recomputed layers.
+            has_cached_features: Whether image features are cached.
+            use_graphs: Whether CUDA graphs are used where possible.
+        """
+        target, efficiency = self._target, self._efficiency
+        flops, memory_bytes, host_s, read_s = 0.0, 0.0, 0.0, 0.0
+        for pack in packs:
+            flops += self._effective_flops(
+                self._flop_counter.count_by_part(pack), has_cached_features
+            )
+            flops += self._flop_counter.count_recompute(pack, activation_checkpointing)
+            memory_bytes += (
+                efficiency.traffic_per_saved_byte
+                * self._activations.saved_bytes(pack)
+                * (1 + FORWARD_TRAFFIC_FRACTION * activation_checkpointing)
+            )
+            memory_bytes += (
+                0 if has_cached_features else 2 * self._activations.frozen_encoder_bytes(pack)
+            )
+            memory_bytes += self._dequantize_bytes * (2 + activation_checkpointing)
+            host_s += self._estimate_host_seconds(
+                pack, activation_checkpointing, has_cached_features, use_graphs
+            )
+            read_s += 0 if has_cached_features else READ_S_PER_PATCH * pack.num_patches
+        return StepTime(
+            matmul_s=flops / (target.peak_flops * efficiency.matmul_fraction),
+            memory_s=memory_bytes / target.memory_bandwidth,
+            host_s=host_s,
+            optimizer_s=self._optimizer_s,
+            data_loading_s=read_s / max(1, self._num_workers),
+            is_loading_blocking=self._num_workers == 0,
+        )
+
+    def _effective_flops(self, breakdown: FlopBreakdown, has_cached_features: bool) -> float:
+        """FLOPs with FP8 products scaled by their speedup."""
+        by_part = breakdown.matmul_by_part.items()
+        effective = {
+            part: count * (1 - self._fp8_fractions[part] * (1 - 1 / FP8_SPEEDUP))
+            for part, count in by_part
+        }
+        flops = sum(effective.values()) + breakdown.decoder_attention
+        return (
+            flops - effective["vision"] - effective["merger"]
+            if has_cached_features
+            else flops + breakdown.vision_attention
+        )
+
+    def _estimate_host_seconds(
+        self,
+        pack: PlannedPack,
+        activation_checkpointing: float,
+        has_cached_features: bool,
+        use_graphs: bool,
+    ) -> float:
+        efficiency, model = self._efficiency, self._model
+        adapted_paths = {path for path, _, _ in iter_adapters(model)}
+        seconds = 0.0
+        compute = self._target.compute
+        # A CUDA graph launches all layers at once.
+        graph = plan_graph(model, compute, activation_checkpointing, pack) if use_graphs else None
+        if graph is None:
+            has_lora = any(path.startswith("model.") for path in adapted_paths)
+            for layer in model.model.layers:
+                is_fused = (
+                    compute.uses_fused_layers
+                    and isinstance(layer, DecoderLayer)
+                    and layer.fusible_linears
+                )
+                seconds += (
+                    efficiency.host_fused_s
+                    if is_fused
+                    else (efficiency.host_train_s, efficiency.host_lora_s)
+                )[has_lora]
+            seconds *= 1 + FORWARD_TRAFFIC_FRACTION * activation_checkpointing
+        if (
+            pack.num_patches
+            and not has_cached_features
+            and (graph is None or graph.shape.vision_shape is None)
+        ):
+            encoder = model.visual
+            layer_s = efficiency.host_forward_s
+            if encoder.is_encoder_trainable:
+                layer_s = (
+                    efficiency.host_lora_s
+                    if any(p.startswith("visual.b") for p in adapted_paths)
+                    else efficiency.host_train_s
+                )
+            seconds += (
+                len(encoder.blocks)
+                * layer_s
+                * (
+                    1
+                    + FORWARD_TRAFFIC_FRACTION
+                    * activation_checkpointing
+                    * encoder.is_encoder_trainable
+                )
+            )
+        return seconds
+
+
+def _compute_fp8_fractions(model: VisionLanguageModel) -> dict[ModelPart, float]:
+    """Fraction of the weights of each part that is in FP8."""
+    num_fp8, num_total = dict.fromkeys(MODEL_PARTS, 0), dict.fromkeys(MODEL_PARTS, 0)
+    for name, weight in find_quantized_weights(model).items():
+        num_total[get_part(name)] += weight.num_elements
+        num_fp8[get_part(name)] += weight.num_elements * isinstance(weight, Fp8Weight)
+    for name, parameter in model.named_parameters():
+        num_total[get_part(name)] += parameter.numel()
+    return {part: num_fp8[part] / max(1, num_total[part]) for part in MODEL_PARTS}
+
+
+def _get_efficiency(target: TargetDevice) -> DeviceEfficiency:
+    if target.compute.is_cuda:
+        return GPU_EFFICIENCY
+    return CPU_EFFICIENCY if target.compute.element_size == FP32_BYTES else CPU_16BIT_EFFICIENCY
+
+
+def estimate_startup_seconds(persistent: PersistentMemory, target: TargetDevice) -> float:
+    """Estimate seconds from the command to the first step."""
+    return (
+        STARTUP_S if target.compute.is_cuda else STARTUP_S / 3
+    ) + persistent.weight_bytes / DISK_BYTES_PER_S

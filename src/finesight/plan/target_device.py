@@ -1,0 +1,124 @@
+"""Target device of a plan: a GPU from its data sheet, or this machine, measured."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+
+from finesight.config import Device, Precision
+from finesight.infer.model_loader import resolve_device, resolve_precision
+from finesight.model.attention import supports_varlen_attention
+from finesight.model.weights_io import DTYPES
+from finesight.plan.gpu_specs import find_gpu_spec
+from finesight.plan.saved_activations import ComputeConfig
+from finesight.train.dataloader_workers import default_num_workers
+from finesight.train.flops import measure_peak_flops
+from finesight.train.logging import get_device_name
+
+ACHIEVABLE_PEAK_FRACTION = 0.79
+"""Fraction of the printed peak that a large matrix product reaches.
+
+784 of 989 TFLOP/s in bf16 on an H200. A measured peak needs no correction.
+"""
+
+ACHIEVABLE_BANDWIDTH_FRACTION = 0.85
+"""Fraction of the printed bandwidth that a large copy reaches."""
+
+PROBE_HEAD_DIM = 128
+"""Head size for the attention kernel probe: any multiple of 8."""
+
+
+@dataclass(frozen=True, slots=True)
+class TargetDevice:
+    """Device with its memory, peak FLOP/s in `dtype`, bandwidth, and data loading workers.
+
+    `is_measured` is true for this machine.
+    """
+
+    name: str
+    memory_bytes: int
+    peak_flops: float
+    memory_bandwidth: float
+    dtype: torch.dtype
+    compute: ComputeConfig
+    num_workers: int
+    is_measured: bool
+
+    @property
+    def precision(self) -> str:
+        """Precision as named in a recipe."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
+
+def build_named_target(name: str, precision: Precision) -> TargetDevice:
+    """Return a GPU from its data sheet. Raises UserError for an unknown name."""
+    spec = find_gpu_spec(name)
+    dtype = DTYPES[precision] if precision != "auto" else _select_dtype(spec.supports_bf16)
+    # torch computes fp32 products at an eighth or less of the 16-bit speed.
+    datasheet_flops = spec.tflops * 1e12 / (1 if dtype.itemsize == 2 else 8)
+    has_varlen_attention = spec.supports_bf16 and dtype.itemsize == 2
+    return TargetDevice(
+        name=spec.name,
+        memory_bytes=round(spec.memory_gb * 1e9),
+        peak_flops=datasheet_flops * ACHIEVABLE_PEAK_FRACTION,
+        memory_bandwidth=spec.gb_per_s * 1e9 * ACHIEVABLE_BANDWIDTH_FRACTION,
+        dtype=dtype,
+        compute=ComputeConfig(
+            is_cuda=True, element_size=dtype.itemsize, has_varlen_attention=has_varlen_attention
+        ),
+        num_workers=default_num_workers(torch.device("cuda")),
+        is_measured=False,
+    )
+
+
+def _select_dtype(supports_bf16: bool) -> torch.dtype:
+    return torch.bfloat16 if supports_bf16 else torch.float16
+
+
+def measure_local_target(device: Device, precision: Precision) -> TargetDevice:
+    """Measure this machine: time a large product and a large copy, and query its memory.
+
+    Raises UserError for cuda without a GPU.
+    """
+    torch_device = resolve_device(device)
+    dtype = resolve_precision(precision, torch_device)
+    is_cuda = torch_device.type == "cuda"
+    probe = torch.empty(1, 1, PROBE_HEAD_DIM, dtype=dtype, device=torch_device)
+    return TargetDevice(
+        name=get_device_name(torch_device),
+        memory_bytes=torch.cuda.mem_get_info(torch_device)[1]
+        if is_cuda
+        else _get_physical_memory(),
+        peak_flops=measure_peak_flops(torch_device, dtype),
+        memory_bandwidth=_measure_bandwidth(torch_device),
+        dtype=dtype,
+        compute=ComputeConfig(
+            is_cuda=is_cuda,
+            element_size=dtype.itemsize,
+            has_varlen_attention=supports_varlen_attention(probe),
+        ),
+        num_workers=default_num_workers(torch_device),
+        is_measured=True,
+    )
+
+
+def _get_physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _measure_bandwidth(device: torch.device) -> float:
+    """Measure bytes per second read and written by copies larger than all caches."""
+    num_elements, num_rounds = (1 << 28, 5) if device.type == "cuda" else (1 << 25, 3)
+    source = torch.ones(num_elements, device=device)
+    target = torch.empty_like(source)
+    best_s = float("inf")
+    for _ in range(num_rounds):
+        start = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best_s = min(best_s, time.perf_counter() - start)
+    return 2 * source.nbytes / best_s

@@ -1,1 +1,0 @@
-"""Files from hubs, archives and the web: fetched whole and verified, or refused."""

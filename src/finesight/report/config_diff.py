@@ -1,0 +1,126 @@
+"""Differences between runs in settings, data, device and cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from finesight.report import summary
+from finesight.report.compared_runs import ComparedRun
+from finesight.report.i18n import translate
+from finesight.report.run_reader import RunRecord
+
+DiffRow = tuple[str, list[str]]
+"""Name, and the value of each run."""
+
+MISSING_VALUE = "–"
+
+IGNORED_SETTINGS = {"output_dir"}
+"""Settings that always differ."""
+
+DIGEST_CHARS = 12
+"""Number of digest characters that are shown."""
+
+DATA_TITLES = {
+    "train": {
+        "num_samples": "training samples",
+        "num_tokens": "training tokens",
+        "fingerprint": "training data, SHA-256",
+    },
+    "eval": {
+        "num_samples": "validation samples",
+        "num_tokens": "validation tokens",
+        "fingerprint": "validation data, SHA-256",
+    },
+}
+"""Titles of the recorded data statistics."""
+
+
+def diff_configs(runs: Sequence[ComparedRun]) -> list[DiffRow]:
+    """Return settings, then other facts, that are not equal in all runs."""
+    recipes = [_flatten_settings(run.run_record.recipe) if run.run_record else {} for run in runs]
+    names = dict.fromkeys(name for recipe in recipes for name in recipe)
+    rows = [
+        (name, [recipe.get(name, MISSING_VALUE) for recipe in recipes])
+        for name in names
+        if name not in IGNORED_SETTINGS
+    ]
+    values_by_run = [_collect_run_facts(run.run_record) if run.run_record else {} for run in runs]
+    for name in dict.fromkeys(name for run_values in values_by_run for name in run_values):
+        rows.append((name, [run_values.get(name, MISSING_VALUE) for run_values in values_by_run]))
+    return [(name, values) for name, values in rows if _has_differences(values, runs)]
+
+
+def _has_differences(values: Sequence[str], runs: Sequence[ComparedRun]) -> bool:
+    """Return whether runs differ. Prediction files have no recorded values."""
+    run_values = [
+        value for value, run in zip(values, runs, strict=True) if run.run_record is not None
+    ]
+    return len(set(run_values)) > 1
+
+
+def _flatten_settings(content: object, prefix: str = "") -> dict[str, str]:
+    """Return settings by dotted names. Lists and empty sections are values."""
+    if isinstance(content, dict) and content:
+        flattened: dict[str, str] = {}
+        for name, value in content.items():
+            flattened |= _flatten_settings(value, f"{prefix}.{name}" if prefix else str(name))
+        return flattened
+    if isinstance(content, str):
+        return {prefix: content}
+    return {prefix: json.dumps(content, ensure_ascii=False, default=str)} if prefix else {}
+
+
+def _collect_run_facts(run_record: RunRecord) -> dict[str, str]:
+    start = summary.get_last_start(run_record)
+    facts_by_title: dict[str, str] = {}
+    for name, titles in DATA_TITLES.items():
+        data = summary.get_data_stats(run_record, name)
+        for key, title in titles.items():
+            if isinstance(data.get(key), int):
+                facts_by_title[translate(title)] = f"{data[key]:,}"
+            elif data.get(key):
+                facts_by_title[translate(title)] = str(data[key])[:DIGEST_CHARS]
+    facts_by_title[translate("base model, SHA-256")] = str(
+        run_record.manifest.get("base_fingerprint")
+    )[:DIGEST_CHARS]
+    for key, title in (
+        ("device", "device"),
+        ("precision", "dtype"),
+        ("world_size", "world size"),
+    ):
+        if start.get(key) is not None:
+            facts_by_title[translate(title)] = str(start[key])
+    versions: Any = start.get("versions")
+    for name, value in (versions or {}).items():
+        facts_by_title[translate("version of {}", name)] = str(value)
+    return facts_by_title
+
+
+def get_size_histogram(run_record: RunRecord, name: str) -> object:
+    """Return a recorded size histogram of the training samples."""
+    size_histograms: Any = summary.get_last_start(run_record).get("size_histograms")
+    return size_histograms.get(name) if isinstance(size_histograms, dict) else None
+
+
+def compare_costs(runs: Sequence[ComparedRun]) -> list[DiffRow]:
+    """Return throughput, memory and time of each run."""
+    values_by_run = [_collect_costs(run.run_record) if run.run_record else {} for run in runs]
+    names = dict.fromkeys(name for run_values in values_by_run for name in run_values)
+    return [
+        (name, [run_values.get(name, MISSING_VALUE) for run_values in values_by_run])
+        for name in names
+    ]
+
+
+def _collect_costs(run_record: RunRecord) -> dict[str, str]:
+    total_s = sum(phase.seconds for phase in summary.compute_phases(run_record))
+    num_devices = summary.get_last_start(run_record).get("world_size")
+    num_devices = num_devices if isinstance(num_devices, int) else 1
+    return {
+        translate("total time"): summary.format_duration(total_s),
+        translate("device hours"): f"{total_s * num_devices / 3600:,.3g}",
+        **{phase.name: phase.duration_text for phase in summary.compute_phases(run_record)},
+        **dict(summary.summarize_cost(run_record)),
+    }

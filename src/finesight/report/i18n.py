@@ -1,0 +1,73 @@
+"""Translation of page texts. English texts are the keys of the translation tables."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Literal
+
+from markupsafe import Markup, escape
+
+from finesight.bounded_yaml import load_yaml
+
+Language = Literal["en", "zh"]
+
+LANGUAGE_TAGS: dict[Language, str] = {"en": "en", "zh": "zh-Hans"}
+"""BCP 47 language tags of pages."""
+
+_TRANSLATIONS_FOLDER = importlib.resources.files("finesight.report") / "templates"
+
+_LANGUAGE: ContextVar[Language] = ContextVar("language", default="en")
+
+
+@contextmanager
+def use_language(language: Language) -> Iterator[None]:
+    """Set the language of `translate` within the block."""
+    token = _LANGUAGE.set(language)
+    try:
+        yield
+    finally:
+        _LANGUAGE.reset(token)
+
+
+def get_language() -> Language:
+    """Return the current language."""
+    return _LANGUAGE.get()
+
+
+def detect_language() -> Language:
+    """Return the language of the locale by POSIX variable order; English by default."""
+    locales = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
+    return "zh" if next(filter(None, locales), "").lower().startswith("zh") else "en"
+
+
+def translate(text: str, *values: object) -> str:
+    """Translate a text and format it with `values`.
+
+    Texts without a translation, such as names and error messages, remain in English.
+    """
+    translated = get_translations().get(text, text)
+    return translated.format(*values) if values else translated
+
+
+def translate_markup(text: str, *values: object) -> Markup:
+    """Translate for templates: markup values are inserted, all others are escaped."""
+    translated = escape(get_translations().get(text, text))
+    return translated.format(*values) if values else translated
+
+
+def get_translations() -> Mapping[str, str]:
+    """Return the translations of the current language by English text; empty for English."""
+    return {} if get_language() == "en" else _load_translations(get_language())
+
+
+@cache
+def _load_translations(language: Language) -> dict[str, str]:
+    text = (_TRANSLATIONS_FOLDER / f"{language}.yaml").read_text(encoding="utf-8")
+    content = load_yaml(text)
+    assert isinstance(content, dict), f"translation table of {language} is not a mapping"
+    return {str(english): str(translated) for english, translated in content.items()}

@@ -1,0 +1,317 @@
+"""Metrics before and after training, with changes and verdicts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from finesight.evaluate.metric_difference import (
+    REASON_UNSAMPLED,
+    MetricDifference,
+    build_unsampled_difference,
+)
+from finesight.evaluate.task_metrics import LOWER_IS_BETTER
+from finesight.report.i18n import translate
+from finesight.report.run_reader import JsonObject, is_finite
+
+Verdict = Literal["better", "worse", "unsure", "same", ""]
+
+VERDICT_TEXTS: dict[Verdict, str] = {
+    "better": "better",
+    "worse": "worse",
+    "unsure": "no clear change",
+    "same": "no change",
+    "": "",
+}
+
+VALIDATION_LOSS = "validation_loss"
+
+METRIC_DESCRIPTIONS = {
+    VALIDATION_LOSS: "cross-entropy of the reference answers, in nats per token",
+    "similarity": "1 minus the normalized edit distance",
+    "exact": "answers equal to a reference",
+    "exact_folded": "exact match, ignoring case and character width",
+    "edit_distance": "token edits per answer",
+    "cer": "character edits divided by the characters of the references",
+    "wer": "word edits divided by the words of the references",
+    "rendered": "formulas whose rendered image equals that of a reference",
+    "rendered_share": "samples with a reference that can be rendered",
+    "stopped": "answers that ended before the token limit",
+    "accuracy": "answers with the correct class",
+    "bleu": "precision of n-grams of up to four tokens",
+    "f1": "harmonic mean of precision and recall over words, classes or fields",
+    "ap": "average precision over ten IoU thresholds, 0.5 to 0.95",
+    "accuracy_at_0.5": "boxes with an IoU of at least 0.5",
+    "accuracy_at_0.75": "boxes with an IoU of at least 0.75",
+    "mean_iou": "overlap with the reference boxes",
+    "parse_rate": "answers that could be parsed",
+    "anls": "similarity to a reference, 0 below 0.5",
+    "cider_d": "TF-IDF n-gram similarity to the reference captions",
+    "rouge_l": "longest common subsequence of words",
+}
+"""Descriptions of metrics."""
+
+METRIC_TITLES = {
+    VALIDATION_LOSS: "validation loss",
+    "accuracy_at_0.5": "accuracy at IoU 0.5",
+    "accuracy_at_0.75": "accuracy at IoU 0.75",
+    "mean_iou": "mean IoU",
+    "parse_rate": "parsable answers",
+    "parsed": "parsable",
+    "iou": "IoU",
+    "hit": "hit at IoU 0.5",
+    "hit_at_0.75": "hit at IoU 0.75",
+    "f1": "F1",
+    "f1_macro": "macro F1",
+    "f1_at_0.5": "F1 at IoU 0.5",
+    "precision_at_0.5": "precision at IoU 0.5",
+    "recall_at_0.5": "recall at IoU 0.5",
+    "ap": "AP",
+    "ap_50": "AP at IoU 0.5",
+    "ap_75": "AP at IoU 0.75",
+    "exact": "exact match",
+    "exact_folded": "exact match, ignoring case and width",
+    "edit_distance": "edit distance",
+    "cer": "CER",
+    "wer": "WER",
+    "bleu": "BLEU",
+    **{f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)},
+    "cider_d": "CIDEr-D",
+    "rouge_l": "ROUGE-L",
+    "anls": "ANLS",
+    "rendered": "equal when rendered",
+    "rendered_share": "renderable share",
+    "stopped": "completed answers",
+}
+"""Display names of metrics. Custom metrics have no entry."""
+
+IntervalBounds = tuple[float, float]
+
+
+class MetricChange(ABC):
+    """Metric with an optional difference and verdict."""
+
+    difference: MetricDifference | None
+
+    @property
+    @abstractmethod
+    def change(self) -> float | None:
+        """Difference of the metric."""
+
+    @property
+    def change_interval(self) -> IntervalBounds | None:
+        """95 % interval of the difference."""
+        difference = self.difference
+        return (
+            None
+            if difference is None or difference.low is None or difference.high is None
+            else (difference.low, difference.high)
+        )
+
+    @property
+    def verdict(self) -> Verdict:
+        """Verdict of the comparison."""
+        if self.difference is None:
+            return ""
+        if self.change == 0:
+            return "same"
+        difference_verdict = self.difference.verdict
+        return difference_verdict if difference_verdict in ("better", "worse") else "unsure"
+
+
+@dataclass(frozen=True)
+class MetricRow(MetricChange):
+    """Metric before and after training, with 95 % intervals. Unknown values are None.
+
+    Attributes:
+        notes: Reasons of missing intervals, and warnings.
+    """
+
+    name: str
+    is_primary: bool
+    lower_is_better: bool
+    before: float | None
+    before_interval: IntervalBounds | None
+    after: float | None
+    after_interval: IntervalBounds | None
+    difference: MetricDifference | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def change(self) -> float | None:
+        """Value after minus value before."""
+        return None if self.before is None or self.after is None else self.after - self.before
+
+    @property
+    def description(self) -> str:
+        """Description of the metric and its direction."""
+        direction = translate("lower is better" if self.lower_is_better else "higher is better")
+        return (
+            translate("{}; {}", translate(METRIC_DESCRIPTIONS[self.name]), direction)
+            if self.name in METRIC_DESCRIPTIONS
+            else direction
+        )
+
+    @property
+    def verdict_text(self) -> str:
+        """Translated verdict."""
+        return translate(VERDICT_TEXTS[self.verdict])
+
+
+def build_metric_rows(
+    evaluations: Sequence[JsonObject], differences: Mapping[str, MetricDifference]
+) -> list[MetricRow]:
+    """Build rows of up to two evaluations, primary metric first and loss last.
+
+    Without an entry in `differences`, the difference of the values is used.
+    """
+    if not evaluations:
+        return []
+    before, after = evaluations[0], evaluations[1] if len(evaluations) > 1 else {}
+    before_metrics, after_metrics = read_metrics(before), read_metrics(after)
+    primary_metric = (after or before).get("primary_metric")
+    order = [*([primary_metric] if primary_metric else []), *before_metrics, *after_metrics]
+    names = [name for name in dict.fromkeys(order) if name != VALIDATION_LOSS]
+    metric_rows = []
+    for name in (*names, VALIDATION_LOSS):
+        before_value, after_value = before_metrics.get(name), after_metrics.get(name)
+        difference = differences.get(name)
+        if difference is None and before_value is not None and after_value is not None:
+            difference = build_unsampled_difference(
+                name, before_value, after_value, REASON_UNSAMPLED if name == VALIDATION_LOSS else ""
+            )
+        intervals = [read_interval(line, name) for line in (before, after)]
+        metric_rows.append(
+            MetricRow(
+                name,
+                name == primary_metric,
+                name in LOWER_IS_BETTER,
+                before_value,
+                intervals[0],
+                after_value,
+                intervals[1],
+                difference,
+                (
+                    *(get_note(line, name) for line in (before, after)),
+                    difference.note if difference else "",
+                ),
+            )
+        )
+    return metric_rows
+
+
+def format_metric_name(metric: str) -> str:
+    """Return the display name of a metric."""
+    return translate(METRIC_TITLES.get(metric, metric))
+
+
+def read_metrics(line: JsonObject) -> dict[str, float]:
+    """Return all finite metrics of an evaluation, including the loss."""
+    scores = line.get("scores")
+    values = {
+        **(scores if isinstance(scores, dict) else {}),
+        VALIDATION_LOSS: line.get(VALIDATION_LOSS),
+    }
+    return {str(name): float(value) for name, value in values.items() if is_finite(value)}
+
+
+def read_interval(line: JsonObject, name: str) -> IntervalBounds | None:
+    """Return the 95 % interval of a metric in an evaluation."""
+    intervals = line.get("intervals")
+    return parse_interval(intervals.get(name)) if isinstance(intervals, dict) else None
+
+
+def get_note(line: JsonObject, name: str) -> str:
+    """Return the reason of a missing interval, or a warning about the score."""
+    notes = line.get("notes")
+    return str(notes.get(name, "")) if isinstance(notes, dict) else ""
+
+
+def format_notes(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """Format each note with its scores.
+
+    Args:
+        notes: Names of scores, each with a note or an empty string.
+    """
+    names_by_note: dict[str, dict[str, None]] = {}
+    for name, note in notes:
+        names_by_note.setdefault(note, {})[format_metric_name(name)] = None
+    return [
+        translate("{}: {}", translate(", ").join(names), translate(note))
+        for note, names in names_by_note.items()
+        if note
+    ]
+
+
+def parse_interval(content: object) -> IntervalBounds | None:
+    """Return a pair of finite values, or None."""
+    if not isinstance(content, Sequence) or isinstance(content, str) or len(content) != 2:
+        return None
+    low, high = content
+    return (float(low), float(high)) if is_finite(low) and is_finite(high) else None
+
+
+def describe_change(row: MetricRow) -> str:
+    """Describe the change of a metric and its confidence."""
+    name = format_metric_name(row.name)
+    if row.before is None and row.after is None:
+        return translate("The {} could not be computed from these answers.", name)
+    if row.change is None:
+        return translate("The {} was evaluated once, so there is no comparison yet.", name)
+    if row.change == 0:
+        return translate("The {} did not change.", name)
+    change_text = translate(
+        "The {} increased by {}" if row.change > 0 else "The {} decreased by {}",
+        name,
+        format_value(abs(row.change)),
+    )
+    if row.change_interval is None:
+        return translate("{}. The confidence interval of the difference is unknown.", change_text)
+    interval_text = format_change_interval(row.change_interval)
+    confidence_text = "more than expected by chance"
+    if row.verdict == "unsure":
+        excludes_zero = row.change_interval[0] > 0 or row.change_interval[1] < 0
+        confidence_text = (
+            "on too few samples for a verdict" if excludes_zero else "which may be due to chance"
+        )
+    return translate(
+        "{}, {}: the 95 % interval of the difference is {}.",
+        change_text,
+        translate(confidence_text),
+        interval_text,
+    )
+
+
+def format_value(value: float) -> str:
+    """Format a metric with significant digits."""
+    digits = 4 if abs(value) < 10 else 2 if abs(value) < 100 else 1
+    return f"{value:,.{digits}f}"
+
+
+def format_change(value: float) -> str:
+    """Format a difference with its sign."""
+    return f"{'−' if value < 0 else '+'}{format_value(abs(value))}"
+
+
+def format_change_interval(interval: IntervalBounds) -> str:
+    """Format the interval of a difference."""
+    return translate(
+        "{} to {}",
+        *(f"{'−' if bound < 0 else '+'}{format_bound(abs(bound))}" for bound in interval),
+    )
+
+
+def format_interval(interval: IntervalBounds | None) -> str:
+    """Format the interval of a metric."""
+    return (
+        ""
+        if interval is None
+        else translate("{} to {}", format_bound(interval[0]), format_bound(interval[1]))
+    )
+
+
+def format_bound(value: float) -> str:
+    """Format a bound of an interval."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"

@@ -1,0 +1,257 @@
+"""Reader for run directories that may be incomplete, damaged, or from an older version.
+
+Only the manifest is required. Missing values are None or empty, and unreadable files are listed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import yaml
+
+from finesight import bounded_files, run_files
+from finesight.bounded_files import MAX_LINE_BYTES, parse_json, read_text
+from finesight.bounded_yaml import load_yaml
+from finesight.digests import DIGESTS_FILE
+from finesight.errors import UserError
+from finesight.manifest import MANIFEST_FILE
+
+JsonObject = dict[str, Any]
+"""JSON object: a step, an evaluation, or a prediction."""
+
+FIELD_TYPES: dict[str, type] = {
+    **dict.fromkeys(["step", "steps", "total_steps", "skipped_steps", "weights_step"], float),
+    **dict.fromkeys(["num_samples", "num_tokens", "num_supervised_tokens"], float),
+    **dict.fromkeys(["epoch", "loss", "validation_loss", "grad_norm", "peak_memory_gb"], float),
+    **dict.fromkeys(["step_s", "eval_s", "setup_s", "vision_cache_s", "data_wait_s"], float),
+    **dict.fromkeys(["samples_per_s", "mfu", "pack_tokens", "activation_checkpointing"], float),
+    **dict.fromkeys(["num_tensors", "num_params", "num_changed", "num_with_grad"], float),
+    "relative_change": float,
+    **dict.fromkeys(["lr", "scores", "intervals", "details", "versions", "data"], dict),
+    **dict.fromkeys(["size_histograms", "before", "after", "notes"], dict),
+    **dict.fromkeys(["skipped_samples", "nonfinite_samples", "loss_spike_samples"], list),
+    "metric_differences": list,
+    **dict.fromkeys(["primary_metric", "started_at", "ended_at", "status", "reason"], str),
+}
+"""Types of values by key, float for any number. Values of another type count as missing."""
+
+MAX_ABS_VALUE = 1e15
+"""Larger values are invalid."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Content of a run directory.
+
+    Attributes:
+        steps: Lines of `metrics.jsonl` for training steps.
+        evaluations: Lines for evaluations.
+        starts: Lines for the start of each training process.
+        vision_cache_builds: Lines for builds of the vision cache.
+        weight_digests: SHA-256 digests of trained weights by file.
+        checkpoint_identity: Fingerprints in the newest checkpoint.
+        end_event: Last line, if the run was interrupted or failed.
+        unreadable_files: Names of damaged files.
+    """
+
+    folder: Path
+    recipe: JsonObject
+    recipe_text: str
+    manifest: JsonObject
+    steps: list[JsonObject]
+    evaluations: list[JsonObject]
+    starts: list[JsonObject]
+    vision_cache_builds: list[JsonObject]
+    skipped_samples: list[JsonObject]
+    param_changes: list[JsonObject] | None
+    result: JsonObject | None
+    weight_digests: dict[str, str]
+    checkpoint_identity: JsonObject
+    end_event: JsonObject | None = None
+    unreadable_files: list[str] = field(default_factory=list)
+
+    @property
+    def predictions_files(self) -> list[Path]:
+        """Prediction files in order: before training, at each evaluation, after training."""
+        folder = self.folder / run_files.PREDICTIONS_FOLDER
+        paths = {path.stem: path for path in folder.glob("*.jsonl") if path.is_file()}
+        step_texts = {name: name.removeprefix("step-") for name in paths}
+        interim_names = sorted(
+            (int(step_text), name)
+            for name, step_text in step_texts.items()
+            if step_text.isdecimal()
+        )
+        order = ["before", *(name for _, name in interim_names), "after"]
+        return [paths[name] for name in order if name in paths]
+
+
+def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
+    """Read a run directory. Raises UserError, with `where`, if `folder` is not a run."""
+    if not (folder / MANIFEST_FILE).is_file():
+        raise UserError(
+            f"{folder} is not a run directory",
+            where=where,
+            expected=f"a folder with {MANIFEST_FILE} from `finesight train`",
+            remedy="Use the output directory of a run.",
+        )
+    reader = _RunFolderReader(folder)
+    lines = [_drop_invalid_values(line) for line in reader.read_lines(run_files.METRICS_FILE)]
+    lines = [line for line in lines if line.get("step") is not None]
+    start_end_events = [line for line in lines if line.get("started_at") or line.get("ended_at")]
+    reader.record_irregular_files(run_files.PREDICTIONS_FOLDER)
+    param_changes = reader.read_json(run_files.PARAM_AUDIT_FILE)
+    text = reader.read_text(run_files.RECIPE_FILE) or ""
+    return RunRecord(
+        folder=folder,
+        recipe=reader.parse_recipe(text),
+        recipe_text=text,
+        manifest=_as_object(reader.read_json(MANIFEST_FILE)),
+        steps=[line for line in lines if "loss" in line and line.get("step_s") is not None],
+        evaluations=[line for line in lines if "validation_loss" in line],
+        starts=[line for line in lines if line.get("started_at")],
+        vision_cache_builds=[line for line in lines if "vision_cache_s" in line],
+        skipped_samples=list(reader.read_lines(run_files.SKIPPED_SAMPLES_FILE)),
+        param_changes=[_drop_invalid_values(_as_object(row)) for row in param_changes]
+        if isinstance(param_changes, list)
+        else None,
+        result=_read_result(_as_object(reader.read_json(run_files.RESULT_FILE))) or None,
+        weight_digests=reader.read_weight_digests(),
+        checkpoint_identity=reader.read_checkpoint_identity(),
+        end_event=start_end_events[-1]
+        if start_end_events and start_end_events[-1].get("ended_at")
+        else None,
+        unreadable_files=reader.unreadable_files,
+    )
+
+
+def read_json_lines(path: Path, damaged_lines: list[int] | None = None) -> Iterator[JsonObject]:
+    """Yield the objects of a JSON Lines file and skip invalid lines.
+
+    Line indices of skipped lines are added to `damaged_lines`, except for a truncated last line.
+    """
+    for line_number, line in enumerate(bounded_files.read_lines(path, expected="JSON Lines"), 1):
+        try:
+            content = parse_json(line)
+        except ValueError:
+            content = None
+        if isinstance(content, dict):
+            yield content
+        elif damaged_lines is not None and (line.endswith(b"\n") or len(line) == MAX_LINE_BYTES):
+            damaged_lines.append(line_number)
+
+
+def is_finite(value: object) -> TypeGuard[int | float]:
+    """Return True for a finite number that a float can represent."""
+    if not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # integers may have thousands of digits
+        return False
+
+
+def _as_object(content: object) -> JsonObject:
+    return content if isinstance(content, dict) else {}
+
+
+def _read_result(content: JsonObject) -> JsonObject:
+    result = _drop_invalid_values(content)
+    for name in ("before", "after"):
+        if result.get(name) is not None:
+            result[name] = _drop_invalid_values(result[name])
+    return result
+
+
+def _drop_invalid_values(line: JsonObject) -> JsonObject:
+    """Set values of an unexpected type to None."""
+    return {
+        key: value if key not in FIELD_TYPES or _has_type(value, FIELD_TYPES[key]) else None
+        for key, value in line.items()
+    }
+
+
+def _has_type(value: object, expected_type: type) -> bool:
+    if expected_type is float:
+        return isinstance(value, int | float) and abs(value) < MAX_ABS_VALUE
+    return isinstance(value, expected_type)
+
+
+class _RunFolderReader:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.unreadable_files: list[str] = []
+
+    def read_text(self, name: str) -> str | None:
+        path = self._folder / name
+        if not path.exists():
+            return None
+        try:
+            return read_text(path, expected="a file of a run directory")
+        except UserError:
+            self.unreadable_files.append(name)
+            return None
+
+    def read_json(self, name: str) -> object:
+        text = self.read_text(name)
+        if text is None:
+            return None
+        try:
+            return parse_json(text)
+        except ValueError:
+            self.unreadable_files.append(name)
+            return None
+
+    def parse_recipe(self, text: str) -> JsonObject:
+        try:
+            return _as_object(load_yaml(text))
+        except yaml.YAMLError:
+            self.unreadable_files.append(run_files.RECIPE_FILE)
+            return {}
+
+    def read_lines(self, name: str) -> Iterator[JsonObject]:
+        path = self._folder / name
+        if not path.exists():
+            return
+        damaged_lines: list[int] = []
+        try:
+            yield from read_json_lines(path, damaged_lines)
+        except UserError:
+            self.unreadable_files.append(name)
+        if damaged_lines:
+            lines = "line" if len(damaged_lines) == 1 else f"{len(damaged_lines):,} lines from line"
+            self.unreadable_files.append(f"{lines} {damaged_lines[0]:,} of {name}")
+
+    def record_irregular_files(self, name: str) -> None:
+        """List JSON Lines files of a folder that are not regular files as unreadable."""
+        candidates = sorted((self._folder / name).glob("*.jsonl"))
+        self.unreadable_files += [
+            f"{name}/{path.name}" for path in candidates if not path.is_file()
+        ]
+
+    def read_weight_digests(self) -> dict[str, str]:
+        """Return SHA-256 digests of the trained weights by their path in the run directory."""
+        weight_digests: dict[str, str] = {}
+        for part in (run_files.ADAPTER_FOLDER, run_files.MODEL_FOLDER):
+            digests = _as_object(self.read_json(f"{part}/{DIGESTS_FILE}"))
+            weight_digests |= {
+                f"{part}/{name}": str(value)
+                for name, value in digests.items()
+                if name.endswith(".safetensors")
+            }
+        return weight_digests
+
+    def read_checkpoint_identity(self) -> JsonObject:
+        """Return the fingerprints of data and base model in the newest checkpoint."""
+        checkpoints = self._folder / run_files.CHECKPOINTS_FOLDER
+        step_texts = [path.name.removeprefix("step-") for path in checkpoints.glob("step-*")]
+        steps = sorted(int(step_text) for step_text in step_texts if step_text.isdecimal())
+        if not steps:
+            return {}
+        state = _as_object(
+            self.read_json(f"{run_files.CHECKPOINTS_FOLDER}/step-{steps[-1]}/state.json")
+        )
+        return _as_object(state.get("identity"))

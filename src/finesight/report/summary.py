@@ -1,0 +1,393 @@
+"""Summary of a run: texts and values for its report."""
+
+from __future__ import annotations
+
+import shlex
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from finesight.report.i18n import translate
+from finesight.report.run_reader import JsonObject, RunRecord
+
+NOT_RECORDED = "not recorded"
+
+MAX_DATA_WAIT_FRACTION = 0.03
+"""Fraction of the step time for data wait above which the report gives advice."""
+
+SummaryItem = tuple[str, str]
+"""Name and text."""
+
+
+@dataclass(frozen=True)
+class TimePhase:
+    """Part of the run time."""
+
+    name: str
+    seconds: float
+    fraction: float
+
+    @property
+    def duration_text(self) -> str:
+        """Formatted duration."""
+        return format_duration(self.seconds)
+
+
+@dataclass(frozen=True)
+class SkippedGroup:
+    """Skipped samples with the same reason."""
+
+    reason: str
+    count: int
+    ids: str
+
+
+def get_last_start(run_record: RunRecord) -> JsonObject:
+    """Return the last start event. Runs of older versions have none."""
+    return run_record.starts[-1] if run_record.starts else {}
+
+
+def get_data_stats(run_record: RunRecord, name: str) -> JsonObject:
+    """Return statistics of a data split (train, eval) from the last start event."""
+    data = get_last_start(run_record).get("data")
+    stats = data.get(name) if isinstance(data, dict) else None
+    return stats if isinstance(stats, dict) else {}
+
+
+def get_last_step(run_record: RunRecord) -> int:
+    """Return the number of finished steps."""
+    lines = [*run_record.steps, *run_record.evaluations]
+    return max((int(line.get("step") or 0) for line in lines), default=0)
+
+
+def get_total_steps(run_record: RunRecord) -> int | None:
+    """Return the total number of steps."""
+    if run_record.result is not None and isinstance(run_record.result.get("steps"), int):
+        return int(run_record.result["steps"])
+    total = get_last_start(run_record).get("total_steps")
+    return total if isinstance(total, int) else None
+
+
+def describe_progress(run_record: RunRecord) -> str:
+    """Describe the progress of the run."""
+    total, current_step = get_total_steps(run_record), get_last_step(run_record)
+    if run_record.result is not None:
+        weights_step = run_record.result.get("weights_step")
+        stopped_early = run_record.result.get("stopped_early")
+        text = translate("finished after {:,} steps", current_step)
+        text += (
+            translate(", stopped early because the score did not improve") if stopped_early else ""
+        )
+        if weights_step not in (None, current_step):
+            text += translate("; the saved weights are from step {:,}, the best", weights_step)
+        return text
+    if total:
+        return translate("not finished: {:,} of {:,} steps so far", current_step, total)
+    return translate("not finished: {:,} steps so far", current_step)
+
+
+def get_model_name(run_record: RunRecord) -> str:
+    """Return the base model without its parent folders."""
+    base = str(
+        run_record.manifest.get("base_model")
+        or run_record.recipe.get("model")
+        or translate(NOT_RECORDED)
+    )
+    return base if not Path(base).is_absolute() else Path(base).name
+
+
+def count_training_samples(run_record: RunRecord) -> int | None:
+    """Return the number of distinct training samples."""
+    num_samples = _get_data_entry(run_record, "train").get("num_samples")
+    if isinstance(num_samples, int):
+        return num_samples
+    # Older runs recorded the epoch of each step only.
+    epoch = run_record.steps[-1].get("epoch") if run_record.steps else None
+    num_processed = sum(int(line.get("num_samples") or 0) for line in run_record.steps)
+    return (
+        round(num_processed / epoch)
+        if isinstance(epoch, float) and epoch > 0 and num_processed
+        else None
+    )
+
+
+def _get_data_entry(run_record: RunRecord, name: str) -> JsonObject:
+    data = get_last_start(run_record).get("data")
+    entry: Any = data.get(name) if isinstance(data, dict) else None
+    return entry if isinstance(entry, dict) else {}
+
+
+def describe_trained_parts(run_record: RunRecord) -> str:
+    """Describe the trained parts and the quantized weights."""
+    tune = run_record.manifest.get("tune")
+    tune = tune if isinstance(tune, dict) else {}
+    parts = ("vision", "merger", "language", "embeddings")
+    lora = tune.get("lora")
+    rank = lora.get("rank") if isinstance(lora, dict) else "unknown"
+    full_parts = [part for part in parts if tune.get(part) == "full"]
+    lora_parts = [part for part in parts if tune.get(part) == "lora"]
+    phrases = []
+    if lora_parts:
+        phrases.append(translate("{} with LoRA of rank {}", join_words(lora_parts), rank))
+    if full_parts:
+        phrases.append(translate("{} with full fine-tuning", join_words(full_parts)))
+    quantization_texts = {
+        "nf4": "frozen weights of {} in NF4",
+        "fp8": "frozen weights of {} multiplied in FP8",
+    }
+    quantize = tune.get("quantize")
+    quantize = quantize if isinstance(quantize, dict) else {}
+    for key, text in quantization_texts.items():
+        quantized_parts = quantize.get(key)
+        if isinstance(quantized_parts, list) and quantized_parts:
+            phrases.append(translate(text, join_words(quantized_parts)))
+    return translate("; ").join(phrases) or translate(NOT_RECORDED)
+
+
+def summarize_run(run_record: RunRecord) -> str:
+    """Summarize the run in one or two sentences."""
+    num_samples, epoch = (
+        count_training_samples(run_record),
+        run_record.steps[-1].get("epoch") if run_record.steps else 0,
+    )
+    samples_text = translate(" on {:,} samples", num_samples) if num_samples else ""
+    epochs_text = (
+        translate(", {:.4g} epoch" if epoch == 1 else ", {:.4g} epochs", epoch) if epoch else ""
+    )
+    return translate(
+        "{} fine-tuned{}{}: {}. The run is {}.",
+        get_model_name(run_record),
+        samples_text,
+        epochs_text,
+        describe_trained_parts(run_record),
+        describe_progress(run_record),
+    )
+
+
+def compute_phases(run_record: RunRecord) -> list[TimePhase]:
+    """Return the recorded phases of the run time."""
+    seconds = {
+        "setup": _sum_field(run_record.starts, "setup_s"),
+        "vision cache": _sum_field(run_record.vision_cache_builds, "vision_cache_s"),
+        "training steps": _sum_field(run_record.steps, "step_s"),
+        "evaluation": _sum_field(run_record.evaluations, "eval_s"),
+    }
+    durations = {name: value for name, value in seconds.items() if value}
+    total = sum(durations.values())
+    return [TimePhase(translate(name), value, value / total) for name, value in durations.items()]
+
+
+def summarize_cost(run_record: RunRecord) -> list[SummaryItem]:
+    """Return throughput and memory. Vision cache builds count as training time."""
+    steps = run_record.steps
+    seconds = _sum_field(steps, "step_s")
+    if not seconds:
+        return [(translate("training steps"), translate("none yet"))]
+    mean_mfu = sum(float(line.get("mfu") or 0) * float(line["step_s"]) for line in steps) / seconds
+    num_tokens, num_supervised_tokens = (
+        _sum_field(steps, "num_tokens"),
+        _sum_field(steps, "num_supervised_tokens"),
+    )
+    total_seconds = seconds + _sum_field(run_record.vision_cache_builds, "vision_cache_s")
+    data_wait_fraction = _compute_data_wait_fraction(run_record)
+    return _translate_names(
+        ("samples/s", f"{_sum_field(steps, 'num_samples') / total_seconds:,.4g}"),
+        ("tokens/s", f"{num_tokens / total_seconds:,.0f}"),
+        ("median step", format_duration(median(float(line["step_s"]) for line in steps))),
+        (
+            "MFU",
+            f"{100 * mean_mfu:.3g} %" if mean_mfu else translate(NOT_RECORDED),
+        ),
+        (
+            "data wait",
+            translate(NOT_RECORDED)
+            if data_wait_fraction is None
+            else f"{100 * data_wait_fraction:.2g} %",
+        ),
+        ("peak memory", _format_peak_memory(steps)),
+        ("processed samples", f"{_sum_field(steps, 'num_samples'):,.0f}"),
+        ("processed tokens", f"{num_tokens:,.0f}"),
+        ("supervised tokens", f"{num_supervised_tokens:,.0f}"),
+        ("skipped steps", f"{max(int(line.get('skipped_steps') or 0) for line in steps):,}"),
+        ("starts", str(len(run_record.starts)) if run_record.starts else translate(NOT_RECORDED)),
+    )
+
+
+def _translate_names(*items: SummaryItem) -> list[SummaryItem]:
+    """Translate the names of items."""
+    return [(translate(name), text) for name, text in items]
+
+
+def list_remarks(run_record: RunRecord) -> list[str]:
+    """Return advice on data wait and memory."""
+    return [*_list_data_wait_remarks(run_record), *_list_memory_remarks(run_record)]
+
+
+def _compute_data_wait_fraction(run_record: RunRecord) -> float | None:
+    """Return the fraction of the step time in which the device waited for data."""
+    timed_steps = [line for line in run_record.steps if line.get("data_wait_s") is not None]
+    seconds = _sum_field(timed_steps, "step_s")
+    return _sum_field(timed_steps, "data_wait_s") / seconds if seconds else None
+
+
+def _list_data_wait_remarks(run_record: RunRecord) -> list[str]:
+    fraction = _compute_data_wait_fraction(run_record)
+    if fraction is None or fraction <= MAX_DATA_WAIT_FRACTION:
+        return []
+    num_workers = get_last_start(run_record).get("num_workers")
+    workers_text = translate(" (now {})", num_workers) if isinstance(num_workers, int) else ""
+    text = (
+        "Data wait is {:.2g} % of the step time. To reduce it, increase train.num_workers{}, use"
+        " smaller image files, or reduce the image size of the model (image.max_pixels)."
+    )
+    return [translate(text, 100 * fraction, workers_text)]
+
+
+def _list_memory_remarks(run_record: RunRecord) -> list[str]:
+    """Return the steps from which the run used less memory than its recipe specifies."""
+    settings = run_record.recipe.get("train")
+    settings = settings if isinstance(settings, dict) else {}
+    pack_tokens, activation_checkpointing = (
+        settings.get("pack_tokens"),
+        settings.get("activation_checkpointing"),
+    )
+    changes = []
+    for line in run_record.steps:
+        step, new_pack_tokens = line["step"], line.get("pack_tokens")
+        if (
+            new_pack_tokens is not None
+            and pack_tokens is not None
+            and new_pack_tokens != pack_tokens
+        ):
+            changes.append(
+                translate("packs of at most {:,} tokens from step {:,}", new_pack_tokens, step)
+            )
+            pack_tokens = new_pack_tokens
+        if float(line.get("activation_checkpointing") or 0) > float(activation_checkpointing or 0):
+            changes.append(translate("activation checkpointing from step {:,}", step))
+            activation_checkpointing = True
+    if not changes:
+        return []
+    text = "The run ran out of GPU memory and continued with less: {}."
+    return [translate(text, join_words(changes))]
+
+
+def _format_peak_memory(steps: Iterable[JsonObject]) -> str:
+    peak_gb = max((float(line.get("peak_memory_gb") or 0) for line in steps), default=0.0)
+    return f"{peak_gb:.3g} GB" if peak_gb else translate(NOT_RECORDED)
+
+
+def _sum_field(lines: Iterable[JsonObject], name: str) -> float:
+    values = (line.get(name) for line in lines)
+    return sum(float(value) for value in values if isinstance(value, int | float))
+
+
+def list_skipped_samples(run_record: RunRecord) -> list[SkippedGroup]:
+    """Return skipped samples by reason."""
+    ids_by_reason: defaultdict[str, list[str]] = defaultdict(list)
+    for line in run_record.skipped_samples:
+        ids_by_reason[_strip_path(str(line.get("reason")))].append(str(line.get("id")))
+    for line in run_record.steps:
+        ids_by_reason[translate("images that could not be decoded during training")] += [
+            str(name) for name in line.get("skipped_samples") or ()
+        ]
+    return [
+        SkippedGroup(reason, len(ids), ", ".join(ids[:5]) + (", …" if len(ids) > 5 else ""))
+        for reason, ids in sorted(ids_by_reason.items(), key=lambda item: -len(item[1]))
+        if ids
+    ]
+
+
+def _strip_path(reason: str) -> str:
+    """Remove the image path at the start of a reason, to group equal reasons."""
+    return reason.partition(": ")[2] or reason
+
+
+def list_versions(run_record: RunRecord) -> list[SummaryItem]:
+    """Return versions of packages, device and model family."""
+    start = get_last_start(run_record)
+    recorded_versions = start.get("versions") or run_record.manifest.get("versions")
+    package_versions: JsonObject = recorded_versions if isinstance(recorded_versions, dict) else {}
+    device = f"{start['device']}, {start.get('precision')}" if start.get("device") else ""
+    return [
+        *((name, str(value)) for name, value in package_versions.items()),
+        (translate("device"), device or translate(NOT_RECORDED)),
+        (
+            translate("model family"),
+            str(run_record.manifest.get("family", translate(NOT_RECORDED))),
+        ),
+        (
+            translate("started"),
+            str(run_record.starts[0]["started_at"])
+            if run_record.starts
+            else translate(NOT_RECORDED),
+        ),
+    ]
+
+
+def list_checksums(run_record: RunRecord) -> list[SummaryItem]:
+    """Return SHA-256 digests of inputs and outputs."""
+    items = [
+        (
+            translate("base model"),
+            str(run_record.manifest.get("base_fingerprint") or translate(NOT_RECORDED)),
+        )
+    ]
+    for name, title in (("train", "training data"), ("eval", "validation data")):
+        digest = _get_data_entry(run_record, name).get(
+            "fingerprint"
+        ) or run_record.checkpoint_identity.get(f"data.{name}")
+        if digest or name == "train":
+            items.append((translate(title), str(digest or translate(NOT_RECORDED))))
+    empty_items = [(translate("trained weights"), translate("not written yet"))]
+    return [*items, *(run_record.weight_digests.items() or empty_items)]
+
+
+def list_commands(run_record: RunRecord, prompt: str) -> list[SummaryItem]:
+    """Return commands to use, resume or repeat the run."""
+    folder = str(run_record.folder)
+    example_prompt = prompt if prompt and len(prompt) <= 200 else "TEXT"
+    items = []
+    if run_record.weight_digests:
+        items = [
+            (
+                translate("Predict"),
+                format_command("predict", folder, "IMAGE", "--prompt", example_prompt),
+            ),
+            (translate("Evaluate again"), format_command("eval", folder)),
+        ]
+        if any(name.startswith("adapter/") for name in run_record.weight_digests):
+            merge_command = format_command("merge", folder, f"{folder}-merged")
+            items.append((translate("Merge for other inference engines"), merge_command))
+    elif run_record.result is None:
+        items = [
+            (translate("Resume"), format_command("train", f"{folder}/recipe.yaml", "--resume"))
+        ]
+    rerun_command = format_command("train", f"{folder}/recipe.yaml", f"output_dir={folder}-again")
+    return [*items, (translate("Train again"), rerun_command)]
+
+
+def format_command(*arguments: str) -> str:
+    """Format a shell command."""
+    return shlex.join(["finesight", *arguments])
+
+
+def format_duration(seconds: float) -> str:
+    """Format a duration."""
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def join_words(words: Sequence[str]) -> str:
+    """Join words as an enumeration."""
+    return translate(" and ").join(
+        [translate(", ").join(words[:-1]), words[-1]] if len(words) > 1 else words
+    )

@@ -1,0 +1,86 @@
+"""API errors in the format of OpenAI clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from finesight.errors import UserError
+
+ERROR_TYPES: Mapping[int, str] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""Field `type` of an error by HTTP status."""
+
+
+@dataclass(slots=True, eq=False)
+class ApiError(Exception):
+    """Error response of the API.
+
+    Attributes:
+        param: Path of the invalid field in the request.
+        retry_after_s: Seconds until the client may retry.
+    """
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    retry_after_s: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """Error body in the OpenAI format."""
+        error_type = ERROR_TYPES.get(self.status, "server_error")
+        return {
+            "error": {
+                "message": self.message,
+                "type": error_type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    @property
+    def response_headers(self) -> dict[str, str]:
+        """HTTP headers of the error, with `Retry-After` if a retry is useful."""
+        retry_headers = (
+            {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        )
+        return {**self.headers, **retry_headers}
+
+
+class ClientDisconnectedError(Exception):
+    """The client disconnected before its response was complete."""
+
+
+def from_user_error(error: UserError, param: str | None = None, hidden_path: str = "") -> ApiError:
+    """Convert a `UserError` to a response with status 400.
+
+    Args:
+        error: Error of the request.
+        param: Path of the invalid field in the request.
+        hidden_path: Local folder that is removed from the message.
+    """
+    where = f"{error.where}: " if error.where and not error.where.startswith("/") else ""
+    expected = f"; expected {error.expected}" if error.expected else ""
+    text = f"{where}{error.what}{expected}"
+    return ApiError(400, text.replace(hidden_path, "") if hidden_path else text, param)
+
+
+def internal_error() -> ApiError:
+    """Return the response for an internal error. Its details are in the log only."""
+    return ApiError(500, "internal server error; see the server log")

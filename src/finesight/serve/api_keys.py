@@ -1,0 +1,102 @@
+"""API keys, and hosts that require one."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from finesight.errors import UserError
+
+API_KEY_VARIABLE = "FINESIGHT_KEY"
+GENERATE_KEY_COMMAND = "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+MIN_KEY_LENGTH = 16
+
+
+class ApiKeys:
+    """Authenticate clients. Without keys, every client is accepted."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [_hash_key(key) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def authenticate(self, authorization: str | None) -> str | None:
+        """Return the owner name for an `Authorization: Bearer KEY` header, or None.
+
+        Each key is compared in constant time, and all keys are always compared.
+        """
+        if not self._digests:
+            return "everyone"
+        scheme, _, key = (authorization or "").partition(" ")
+        digest = _hash_key(key.strip())
+        matches = [hmac.compare_digest(digest, known_digest) for known_digest in self._digests]
+        return digest.hex()[:16] if any(matches) and scheme.lower() == "bearer" else None
+
+
+def read_api_keys(file: Path | None) -> list[str]:
+    """Read API keys from a file or from the environment variable `FINESIGHT_KEY`.
+
+    The file contains one key per line. Blank lines and lines that start with # are ignored.
+
+    Raises:
+        UserError: A key is too short, or the file has no key.
+    """
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"cannot be read ({error})",
+                where=str(file),
+                expected="a text file with one API key per line",
+                remedy="Correct the path.",
+            ) from error
+    else:
+        lines = os.environ.get(API_KEY_VARIABLE, "").splitlines()
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    where = str(file) if file else API_KEY_VARIABLE
+    for key_number, key in enumerate(keys, 1):
+        # HTTP headers have the same restriction.
+        if len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
+            raise UserError(
+                f"API key {key_number} is invalid ({len(key)} characters)",
+                where=where,
+                expected=f"at least {MIN_KEY_LENGTH} printable ASCII characters without spaces",
+                remedy=f"Generate a key: {GENERATE_KEY_COMMAND}",
+            )
+    if file is not None and not keys:
+        raise UserError(
+            f"no API key in {len(lines)} lines",
+            where=where,
+            expected="one API key per line",
+            remedy=f"Generate a key: {GENERATE_KEY_COMMAND}",
+        )
+    return keys
+
+
+def check_exposure(host: str, keys: Sequence[str]) -> None:
+    """Raise UserError for a host that other machines can reach without an API key."""
+    if not keys and not is_loopback(host):
+        raise UserError(
+            f"other machines can reach {host}, but there is no API key",
+            where="--host",
+            expected=f"an API key in --key-file or {API_KEY_VARIABLE}, or the host 127.0.0.1",
+            remedy=f"Run {GENERATE_KEY_COMMAND} > keys.txt, then use --key-file keys.txt.",
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach the host."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _hash_key(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

@@ -1,0 +1,209 @@
+"""Server process with graceful shutdown."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from finesight.encode.native_renderer import NativeRenderer
+from finesight.errors import UserError
+from finesight.infer.inference_service import InferenceService
+from finesight.infer.model_loader import InferenceModel
+from finesight.model.vlm import VisionLanguageModel
+from finesight.serve.api_app import make_app
+from finesight.serve.api_keys import check_exposure
+from finesight.serve.formats import DEFAULT_IMAGE_FORMATS
+from finesight.serve.http_protocol import build_protocol_class
+from finesight.serve.image_fetcher import ImageFetcher
+from finesight.serve.request_middleware import RequestMiddleware
+from finesight.serve.server_limits import ServerLimits
+from finesight.serve.worker_jobs import load_worker_state
+from finesight.worker_pool import WorkerPool
+
+QUIET_LOGGERS = ("httpx2", "httpcore2", "uvicorn", "python_multipart", "PIL", "asyncio")
+"""Loggers that may log client addresses or content. They log warnings and errors only."""
+
+
+FORCED_SECONDS = 2.0
+"""Seconds from a second Ctrl-C to the end of the process."""
+
+ENDING_SECONDS = 5.0
+"""Seconds from the end of the shutdown timeout to the end of the process."""
+
+
+class ApiServer(uvicorn.Server):
+    """uvicorn server with limits and a bounded shutdown.
+
+    Args:
+        app: The application.
+        limits: Limits on connections and times.
+        on_ready: Called when the server listens.
+        abort: Ends the process immediately. Called some time after a signal if the process is still
+            running, since Python waits for busy threads.
+    """
+
+    def __init__(
+        self,
+        app: RequestMiddleware,
+        limits: ServerLimits,
+        on_ready: Callable[[], None],
+        abort: Callable[[], None] | None = None,
+    ) -> None:
+        for name in QUIET_LOGGERS:
+            logging.getLogger(name).setLevel(logging.WARNING)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=build_protocol_class(limits),
+                ws="none",
+                lifespan="off",
+                interface="asgi3",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                timeout_keep_alive=round(limits.keep_alive_timeout_s),
+                timeout_graceful_shutdown=round(limits.shutdown_timeout_s),
+            )
+        )
+        self._on_ready, self._abort = on_ready, abort
+        self._closing_seconds = limits.shutdown_timeout_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen and call `on_ready`."""
+        await super().startup(sockets)
+        self._on_ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Start the shutdown. A second Ctrl-C shortens its time limit."""
+        is_forced = self.should_exit and sig == signal.SIGINT
+        super().handle_exit(sig, frame)
+        if self._abort is not None:
+            seconds = FORCED_SECONDS if is_forced else self._closing_seconds + ENDING_SECONDS
+            timer = threading.Timer(seconds, self._abort)
+            timer.daemon = True
+            timer.start()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Start the shutdown at SIGTERM and Ctrl-C, and exit without a signal status."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signals = (signal.SIGINT, signal.SIGTERM)
+        previous_handlers = {
+            signal_number: signal.signal(signal_number, self.handle_exit)
+            for signal_number in signals
+        }
+        try:
+            yield
+        finally:
+            for number, handler in previous_handlers.items():
+                signal.signal(number, handler)
+
+
+def bind_socket(host: str, port: int, keys: Sequence[str]) -> socket.socket:
+    """Return a socket bound to an address.
+
+    Raises:
+        UserError: The address is in use or not local, or other machines could reach it without an
+            API key.
+    """
+    check_exposure(host, keys)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host.strip("[]"), port), family=family, backlog=512)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host}:{port} ({error.strerror or error})",
+            where="--host, --port",
+            expected="a local address and a free port",
+            remedy="Choose another --port. Port 0 selects a free port.",
+        ) from error
+
+
+def run_api_server(
+    inference_model: InferenceModel,
+    listener: socket.socket,
+    *,
+    api_keys: Sequence[str],
+    limits: ServerLimits,
+    allowed_media_hosts: Sequence[str] = (),
+    extra_image_formats: Sequence[str] = DEFAULT_IMAGE_FORMATS,
+    on_ready: Callable[[InferenceService], None],
+) -> None:
+    """Serve requests at a socket until a signal stops the server.
+
+    Running answers complete within the shutdown timeout.
+
+    Args:
+        inference_model: Model and renderer.
+        listener: Bound socket.
+        api_keys: API keys of clients.
+        limits: Limits of the server.
+        allowed_media_hosts: Hosts from which images may be fetched.
+        extra_image_formats: Accepted image formats.
+        on_ready: Called when the server listens.
+    """
+    renderer, model = inference_model.renderer, inference_model.model
+    assert isinstance(model, VisionLanguageModel), f"unsupported model {type(model)}"
+    assert isinstance(renderer, NativeRenderer), f"unsupported renderer {type(renderer)}"
+    vocab_size = model.config.decoder.vocab_size
+    with contextlib.ExitStack() as stack:
+        stack.callback(listener.close)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="finesight-serve-"))
+        worker_pool = create_worker_pool(renderer, vocab_size, limits)
+        stack.callback(worker_pool.close)
+        worker_pool.start()
+        service = InferenceService(
+            inference_model, max_num_seqs=limits.max_num_seqs, max_waiting=limits.max_waiting
+        )
+        stack.callback(service.close, wait_for_running=False)
+        # Close the pool first, because threads may wait for a worker.
+        stack.callback(worker_pool.close)
+        app = make_app(
+            service,
+            worker_pool,
+            vocab_size,
+            Path(folder),
+            api_keys=api_keys,
+            limits=limits,
+            fetcher=ImageFetcher(
+                allowed_media_hosts,
+                timeout_s=limits.fetch_timeout_s,
+                max_bytes=limits.max_image_bytes,
+            ),
+            image_formats=extra_image_formats,
+        )
+
+        def abort() -> None:
+            worker_pool.kill()
+            shutil.rmtree(folder, ignore_errors=True)
+            os._exit(0)
+
+        ApiServer(app, limits, lambda: on_ready(service), abort).run(sockets=[listener])
+
+
+def create_worker_pool(
+    renderer: NativeRenderer, vocab_size: int, limits: ServerLimits
+) -> WorkerPool:
+    """Create the worker processes of a server without starting them."""
+    return WorkerPool(
+        load_worker_state,
+        renderer,
+        vocab_size,
+        num_idle=limits.num_reader_threads,
+        memory_bytes=limits.max_worker_memory_bytes,
+    )

@@ -1,0 +1,279 @@
+"""Schema of chat completion requests, a subset of the OpenAI API.
+
+Fields without influence on the answer are accepted and ignored. Fields that would change the answer
+but are not supported, and unknown fields, are rejected.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError
+
+from finesight.serve.api_errors import ApiError
+from finesight.serve.server_limits import ServerLimits
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+MAX_NAME_CHARS = 1000
+"""Maximum length of model names, function names and file IDs in characters."""
+
+MAX_URL_CHARS = 8192
+"""Maximum length of an image URL in characters."""
+
+MAX_STOP_CHARS = 200
+"""Maximum length of a stop string in characters."""
+
+IGNORED_FIELDS = (
+    *("metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"),
+    *("service_tier", "store", "user"),
+)
+"""Fields without influence on the answer."""
+
+MAX_JSON_SEPARATORS = 300_000
+"""Maximum number of commas and opening brackets in a body, including those in texts. Each may be a
+value, which takes hundreds of bytes after parsing, and a kilobyte if it is invalid."""
+
+
+class StrictModel(BaseModel):
+    """Model that rejects unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextContent(StrictModel):
+    type: Literal["text"]
+    text: str
+
+
+class ImageURL(StrictModel):
+    url: str
+    detail: str | None = None
+
+
+class ImageContent(StrictModel):
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+class FileReference(StrictModel):
+    file_id: str = Field(max_length=MAX_NAME_CHARS)
+
+
+class FileContent(StrictModel):
+    type: Literal["file"]
+    file: FileReference
+
+
+UserContentPart = Annotated[TextContent | ImageContent | FileContent, Discriminator("type")]
+
+
+class FunctionCall(StrictModel):
+    name: str
+    arguments: str
+
+
+class ToolCall(StrictModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class SystemMessage(StrictModel):
+    role: Literal["system", "developer"]
+    content: str | list[TextContent]
+    name: str | None = None
+
+
+class UserMessage(StrictModel):
+    role: Literal["user"]
+    content: str | list[UserContentPart]
+    name: str | None = None
+
+
+class AssistantMessage(BaseModel):
+    """Previous answer. Additional fields of it (boxes, refusal) are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    role: Literal["assistant"]
+    content: str | list[TextContent] | None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class ToolMessage(StrictModel):
+    role: Literal["tool"]
+    content: str | list[TextContent]
+    tool_call_id: str | None = None
+
+
+ChatMessage = Annotated[
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage, Discriminator("role")
+]
+
+
+class JsonSchemaFormat(StrictModel):
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(StrictModel):
+    """Response format. `boxes` is an extension: boxes in the format of the model family."""
+
+    type: Literal["text", "json_object", "json_schema", "boxes"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class FunctionDefinition(StrictModel):
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(StrictModel):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(StrictModel):
+    name: str = Field(max_length=MAX_NAME_CHARS)
+
+
+class NamedToolChoice(StrictModel):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class StreamOptions(StrictModel):
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class ChatCompletionParameters(StrictModel):
+    """Body of POST /v1/chat/completions without its messages."""
+
+    model: str = Field(max_length=MAX_NAME_CHARS)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    n: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # Only the neutral value of these fields is supported.
+    frequency_penalty: Literal[0, None] = None
+    presence_penalty: Literal[0, None] = None
+    logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
+    modalities: list[Literal["text"]] | None = None
+    # IGNORED_FIELDS
+    metadata: Any = None
+    parallel_tool_calls: Any = None
+    prompt_cache_key: Any = None
+    safety_identifier: Any = None
+    service_tier: Any = None
+    store: Any = None
+    user: Any = None
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """Stop strings of the request."""
+        stop = self.stop or []
+        return [stop] if isinstance(stop, str) else stop
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """Maximum number of generated tokens, if the request sets it."""
+        max_completion_tokens = self.max_completion_tokens
+        return self.max_tokens if max_completion_tokens is None else max_completion_tokens
+
+
+class ChatCompletionRequest(ChatCompletionParameters):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Fields of `ChatCompletionParameters` as JSON data, without ignored fields."""
+        ignored = {"messages", *IGNORED_FIELDS}
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude=ignored)
+
+
+def validate_body(model_type: type[ModelT], body: bytes) -> ModelT:
+    """Validate a body. Raises ApiError, which names the invalid field but not its value."""
+    num_separators = sum(body.count(separator) for separator in (b",", b"[", b"{"))
+    if num_separators > MAX_JSON_SEPARATORS:
+        raise ApiError(
+            400,
+            f"the body has {num_separators} commas and opening brackets; expected at most"
+            f" {MAX_JSON_SEPARATORS}",
+        )
+    try:
+        return model_type.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        location = ".".join(map(str, first["loc"]))
+        is_unknown_field = first["type"] == "extra_forbidden"
+        message = "unknown field" if is_unknown_field else first["msg"][:200]
+        raise ApiError(400, f"{location or 'body'}: {message}", location or None) from error
+    except RecursionError as error:
+        raise ApiError(400, f"the body ({len(body)} bytes) is nested too deeply") from error
+
+
+def check_limits(
+    chat_request: ChatCompletionRequest, limits: ServerLimits, max_text_chars: int
+) -> None:
+    """Raise ApiError for a request that exceeds a limit.
+
+    Args:
+        chat_request: Body of the request.
+        limits: Limits of the server.
+        max_text_chars: Limit of all texts, which depends on the context length of the model.
+    """
+    contents = [message.content or "" for message in chat_request.messages]
+    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    calls = [
+        call.function.arguments
+        for message in chat_request.messages
+        if isinstance(message, AssistantMessage)
+        for call in message.tool_calls or []
+    ]
+    texts = [content for content in contents if isinstance(content, str)]
+    texts += [part.text for part in parts if isinstance(part, TextContent)]
+    num_images = sum(not isinstance(part, TextContent) for part in parts)
+    stop_strings = chat_request.stop_strings
+    tool_chars = sum(len(tool.model_dump_json()) for tool in chat_request.tools or [])
+    schema = chat_request.response_format and chat_request.response_format.json_schema
+    schema_chars = len(schema.model_dump_json()) if schema else 0
+    for param, unit, value, max_value in (
+        ("messages", "messages", len(chat_request.messages), limits.max_messages),
+        ("messages", "images", num_images, limits.max_images),
+        ("messages", "characters of text", sum(map(len, texts + calls)), max_text_chars),
+        ("n", "choices", chat_request.n or 1, limits.max_choices),
+        ("top_logprobs", "tokens", chat_request.top_logprobs or 0, limits.max_top_logprobs),
+        ("stop", "stop strings", len(stop_strings), limits.max_stop_strings),
+        ("stop", "characters", max(map(len, stop_strings), default=0), MAX_STOP_CHARS),
+        ("max_tokens", "tokens", chat_request.max_new_tokens or 1, limits.max_completion_tokens),
+        ("tools", "characters", tool_chars, limits.max_schema_chars),
+        ("response_format", "characters", schema_chars, limits.max_schema_chars),
+    ):
+        if value > max_value:
+            raise ApiError(400, f"{param}: {value} {unit}; expected at most {max_value}", param)
+    if "" in stop_strings:
+        raise ApiError(400, f"stop string {stop_strings.index('')} is empty", "stop")
+    if chat_request.top_logprobs and not chat_request.logprobs:
+        raise ApiError(
+            400, f"top_logprobs {chat_request.top_logprobs} without logprobs", "top_logprobs"
+        )

@@ -1,0 +1,213 @@
+"""Canvas for synthetic images: backgrounds, text with ink bounds, and camera noise."""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from finesight.synth.synthetic_sample import PixelBox
+
+Color = tuple[int, int, int]
+
+INK_THRESHOLD = 64
+"""Minimum coverage (of 255) of a pixel that belongs to a word."""
+
+MIN_CONTRAST = 90.0
+"""Minimum brightness difference between ink and paper."""
+
+TOKEN_SIZE = 28
+"""Side length in pixels of the image area of one token."""
+
+_NOISE_SIZE = 512
+
+
+@dataclass(frozen=True)
+class RenderedWord:
+    """A rendered word and the bounds of its ink."""
+
+    text: str
+    box: PixelBox
+
+
+@dataclass
+class Canvas:
+    """An image in progress.
+
+    Text is rotated by `angle` degrees (counterclockwise) about the image center. `background` is
+    the mean color of the paper.
+    """
+
+    image: Image.Image
+    background: Color
+    angle: float = 0.0
+
+    def draw_text(
+        self, text: str, font: ImageFont.FreeTypeFont, left: float, baseline: float, ink: Color
+    ) -> RenderedWord | None:
+        """Draw a text that, before rotation, starts at `left` on the line `baseline`.
+
+        Returns:
+            The bounds of its ink, or None, without drawing, if it has no ink or exceeds the canvas.
+        """
+        mask, (x, y) = self._render_text(text, font, left, baseline)
+        ink_bounds = mask.point(_INK_LOOKUP).getbbox()
+        if ink_bounds is None:
+            return None
+        box = (ink_bounds[0] + x, ink_bounds[1] + y, ink_bounds[2] + x, ink_bounds[3] + y)
+        width, height = self.image.size
+        if min(box) < 1 or box[2] >= width or box[3] >= height:
+            return None
+        self.image.paste(ink, (x, y), mask)
+        return RenderedWord(text, box)
+
+    def _render_text(
+        self, text: str, font: ImageFont.FreeTypeFont, left: float, baseline: float
+    ) -> tuple[Image.Image, tuple[int, int]]:
+        """Return the coverage mask of a text and the position of its upper left corner."""
+        x1, y1, x2, y2 = (round(number) for number in font.getbbox(text, anchor="ls"))
+        size = (max(1, x2 - x1) + 2, max(1, y2 - y1) + 2)
+        mask = Image.new("L", size)
+        ImageDraw.Draw(mask).text((1 - x1, 1 - y1), text, 255, font, anchor="ls")
+        center_x, center_y = left + x1 - 1 + size[0] / 2, baseline + y1 - 1 + size[1] / 2
+        if self.angle:
+            center_x, center_y = self._rotate_point(center_x, center_y)
+            mask = mask.rotate(self.angle, Image.Resampling.BICUBIC, expand=True)
+        return mask, (round(center_x - mask.width / 2), round(center_y - mask.height / 2))
+
+    def _rotate_point(self, x: float, y: float) -> tuple[float, float]:
+        middle_x, middle_y = self.image.width / 2, self.image.height / 2
+        sine, cosine = math.sin(math.radians(self.angle)), math.cos(math.radians(self.angle))
+        dx, dy = x - middle_x, y - middle_y
+        return middle_x + dx * cosine + dy * sine, middle_y - dx * sine + dy * cosine
+
+
+_INK_LOOKUP = [255 if cover >= INK_THRESHOLD else 0 for cover in range(256)]
+
+
+def compute_luma(color: Color) -> float:
+    """Compute the luma of ITU-R BT.601, 0 to 255."""
+    red, green, blue = color
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def sample_color(rng: random.Random) -> Color:
+    return rng.randrange(256), rng.randrange(256), rng.randrange(256)
+
+
+def sample_ink(background: Color, rng: random.Random) -> Color:
+    """Sample a color with sufficient contrast, mostly black or white."""
+    default_ink: Color = (0, 0, 0) if compute_luma(background) > 127 else (255, 255, 255)
+    if rng.random() < 0.5:
+        return default_ink
+    for _ in range(8):
+        ink = sample_color(rng)
+        if abs(compute_luma(ink) - compute_luma(background)) >= MIN_CONTRAST:
+            return ink
+    return default_ink
+
+
+def make_canvas(size: tuple[int, int], rng: random.Random, pale_fraction: float = 0.6) -> Canvas:
+    """Create a canvas of (width, height) with a pale or any color, uniform or textured."""
+    pale_color = (
+        tuple(rng.randint(205, 255) for _ in range(3)) if rng.random() < pale_fraction else None
+    )
+    red, green, blue = pale_color or sample_color(rng)
+    if 100 < compute_luma((red, green, blue)) < 155:
+        # No ink has sufficient contrast on paper of medium brightness.
+        red, green, blue = (min(255, channel + 70) for channel in (red, green, blue))
+    base_color: Color = (red, green, blue)
+    share = rng.random()
+    if share < 0.45:
+        image = Image.new("RGB", size, base_color)
+    elif share < 0.7:
+        image = _make_gradient(size, base_color, rng)
+    elif share < 0.9:
+        image = _make_blotches(size, base_color, rng)
+    else:
+        image = _make_lines(size, base_color, rng)
+    return Canvas(image, base_color)
+
+
+def round_up_size(width: int, height: int, rng: random.Random) -> tuple[int, int]:
+    """Round the size up to multiples of the token size in most samples.
+
+    Such images need no resizing.
+    """
+    if rng.random() < 0.05:
+        return width, height
+    return -(-width // TOKEN_SIZE) * TOKEN_SIZE, -(-height // TOKEN_SIZE) * TOKEN_SIZE
+
+
+def apply_camera_noise(
+    image: Image.Image, rng: random.Random, strength: float = 1.0
+) -> Image.Image:
+    """Return the image unchanged, blurred, noisy, or JPEG-compressed; `strength`
+    scales the effect."""
+    if rng.random() < 0.3:
+        image = image.filter(ImageFilter.GaussianBlur(strength * rng.uniform(0.3, 0.7)))
+    if rng.random() < 0.4:
+        image = add_noise(image, strength * rng.uniform(2, 11), rng)
+    if rng.random() < 0.25:
+        stream = io.BytesIO()
+        image.save(stream, "JPEG", quality=round(100 - strength * rng.uniform(10, 50)))
+        image = Image.open(stream).convert("RGB")
+    return image
+
+
+def add_noise(image: Image.Image, strength: float, rng: random.Random) -> Image.Image:
+    """Add noise with a standard deviation of `strength` (of 255)."""
+    width, height = image.size
+    x, y = rng.randrange(_NOISE_SIZE), rng.randrange(_NOISE_SIZE)
+    rows = (np.arange(height) + y) % _NOISE_SIZE
+    columns = (np.arange(width) + x) % _NOISE_SIZE
+    noise = _noise_texture()[rows[:, None], columns] * np.float32(strength)
+    pixels = np.asarray(image, dtype=np.float32) + noise[..., None]
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@lru_cache(maxsize=1)
+def _noise_texture() -> NDArray[np.float32]:
+    return np.random.default_rng(0).standard_normal((_NOISE_SIZE, _NOISE_SIZE), dtype=np.float32)
+
+
+def _jitter_color(color: Color, max_delta: int, rng: random.Random) -> Color:
+    red, green, blue = (
+        min(255, max(0, channel + rng.randint(-max_delta, max_delta))) for channel in color
+    )
+    return red, green, blue
+
+
+def _make_gradient(size: tuple[int, int], color: Color, rng: random.Random) -> Image.Image:
+    """Create a color gradient across the image."""
+    corners = Image.new("RGB", (2, 2))
+    for x in range(2):
+        for y in range(2):
+            corners.putpixel((x, y), _jitter_color(color, 28, rng))
+    return corners.resize(size, Image.Resampling.BILINEAR)
+
+
+def _make_blotches(size: tuple[int, int], color: Color, rng: random.Random) -> Image.Image:
+    """Create soft spots of similar colors, like an out-of-focus wall."""
+    cells = (rng.randint(3, 9), rng.randint(3, 9))
+    spots = Image.new("RGB", cells)
+    spots.putdata([_jitter_color(color, 26, rng) for _ in range(cells[0] * cells[1])])
+    return spots.resize(size, Image.Resampling.BICUBIC)
+
+
+def _make_lines(size: tuple[int, int], color: Color, rng: random.Random) -> Image.Image:
+    """Create ruled or checked paper, planks or tiles."""
+    image = Image.new("RGB", size, color)
+    draw, line = ImageDraw.Draw(image), _jitter_color(color, 30, rng)
+    gap, thickness = rng.randint(8, 30), rng.randint(1, 3)
+    is_vertical = rng.random() < 0.5
+    for offset in range(rng.randrange(gap), size[0] if is_vertical else size[1], gap):
+        ends = ((offset, 0), (offset, size[1])) if is_vertical else ((0, offset), (size[0], offset))
+        draw.line(ends, line, thickness)
+    return image

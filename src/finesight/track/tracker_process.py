@@ -1,0 +1,96 @@
+"""Process of one tracker: receives records from a socket and replies to each.
+
+Side effects of the package, such as signal handlers, threads and a hang at exit, are limited to
+this process. Usage: `python -m finesight.track.tracker_process KIND DESCRIPTOR`.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import traceback
+from typing import BinaryIO, cast
+
+from finesight.config import TrackerKind
+from finesight.track.redaction import redact
+from finesight.track.tracker import Tracker
+from finesight.track.tracker_records import (
+    RECORD_ADAPTER,
+    AlertRecord,
+    FinishRecord,
+    ImagesRecord,
+    MetricsRecord,
+    RecordReply,
+    RunStarted,
+    StartRecord,
+)
+from finesight.track.tracker_registry import create_tracker
+
+ORPHAN_TIMEOUT_S = 60.0
+"""Time limit to close the run after the training process has died."""
+
+
+def main(kind: TrackerKind, connection: socket.socket) -> None:
+    """Serve one tracker until the run finishes or the training process dies."""
+    for signal_number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+    ):
+        # A scheduler signals all processes of a job. This process ends after the run.
+        signal.signal(signal_number, signal.SIG_IGN)
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(
+        target=_read_lines, args=(connection.makefile("rb"), lines), daemon=True
+    ).start()
+    tracker = None
+    while line := lines.get():
+        record = RECORD_ADAPTER.validate_json(line)
+        try:
+            tracker = tracker or create_tracker(kind)
+            reply = RecordReply(started=_dispatch_record(tracker, record))
+        except Exception as error:  # any error of the package
+            traceback.print_exc()
+            reply = RecordReply(error=redact(f"{type(error).__name__}: {error}"))
+        connection.sendall(reply.model_dump_json().encode() + b"\n")
+        if reply.error is not None or isinstance(record, FinishRecord):
+            return
+    if tracker is not None:
+        tracker.finish_run(FinishRecord(state="failed", reason="the training process died"))
+
+
+def _read_lines(file: BinaryIO, lines: queue.SimpleQueue[bytes]) -> None:
+    """Queue the lines of a file. After the last one, end the process after a timeout."""
+    for line in file:
+        lines.put(line)
+    lines.put(b"")
+    threading.Event().wait(ORPHAN_TIMEOUT_S)
+    os._exit(1)
+
+
+def _dispatch_record(
+    tracker: Tracker,
+    record: StartRecord | MetricsRecord | ImagesRecord | AlertRecord | FinishRecord,
+) -> RunStarted | None:
+    match record:
+        case StartRecord():
+            return tracker.start_run(record)
+        case MetricsRecord():
+            tracker.log_metrics(record)
+        case ImagesRecord():
+            tracker.log_images(record)
+        case AlertRecord():
+            tracker.send_alert(record)
+        case FinishRecord():
+            tracker.finish_run(record)
+    return None
+
+
+if __name__ == "__main__":
+    main(cast(TrackerKind, sys.argv[1]), socket.socket(fileno=int(sys.argv[2])))

@@ -1,0 +1,104 @@
+"""Console output of a run: progress bars on a terminal, occasional lines in a log file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from finesight.report.summary import MAX_DATA_WAIT_FRACTION
+
+ProgressCallback = Callable[[int], None]
+"""Callback with the number of samples that a stage has finished."""
+
+MAX_LOG_LINES = 20
+"""Approximate maximum of progress lines per stage in a log file."""
+
+
+class TrainingConsole:
+    """Messages and progress bars of a run."""
+
+    def __init__(self, rich_console: Console) -> None:
+        self.rich_console = rich_console
+
+    def log(self, text: str) -> None:
+        """Print a line without markup."""
+        self.rich_console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def progress_stage(self, title: str, total: int) -> Iterator[ProgressCallback]:
+        """Show a stage of `total` samples; yields its progress callback."""
+        with self._create_bar() as bar:
+            task = bar.add_task(title, total=total, figures="")
+
+            def on_progress(count: int) -> None:
+                bar.advance(task, count)
+
+            yield on_progress
+
+    @contextmanager
+    def step_progress(self, total: int, done: int) -> Iterator[StepProgress]:
+        """Show the optimizer steps of a run with `done` finished steps."""
+        with self._create_bar() as bar:
+            task = bar.add_task("training", total=total, completed=done, figures="")
+            yield StepProgress(self, bar, task, total)
+
+    def _create_bar(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
+            TextColumn("{task.fields[figures]}", markup=False),
+            TimeRemainingColumn(),
+            console=self.rich_console,
+            transient=True,
+            disable=not self.rich_console.is_terminal,
+        )
+
+
+class StepProgress:
+    """Show the metrics of each step."""
+
+    def __init__(self, console: TrainingConsole, bar: Progress, task: TaskID, total: int) -> None:
+        self._console, self._bar, self._task, self._total_steps = console, bar, task, total
+        self._start_s, self._start_step = time.perf_counter(), -1
+        self._step_s = self._data_wait_s = 0.0
+
+    def update(self, metrics: Mapping[str, Any]) -> None:
+        """Update the progress bar, or print a line without a terminal."""
+        step = int(metrics["step"])
+        # The first step includes the start of the workers.
+        if self._start_step >= 0:
+            self._step_s += metrics["step_s"]
+            self._data_wait_s += metrics["data_wait_s"]
+        self._start_step = step - 1 if self._start_step < 0 else self._start_step
+        text = format_metrics(metrics) + self._format_data_wait()
+        if self._console.rich_console.is_terminal:
+            self._bar.update(self._task, completed=step, figures=text)
+        elif step % max(1, self._total_steps // MAX_LOG_LINES) == 0 or step == self._total_steps:
+            seconds = time.perf_counter() - self._start_s
+            remaining_s = seconds / (step - self._start_step) * (self._total_steps - step)
+            self._console.log(f"step {step}/{self._total_steps}  {text}  {remaining_s:.0f} s left")
+
+    def _format_data_wait(self) -> str:
+        """Format the share of time spent waiting for data, if significant."""
+        if self._data_wait_s <= MAX_DATA_WAIT_FRACTION * self._step_s:
+            return ""
+        return f"  {100 * self._data_wait_s / self._step_s:.0f} % waiting for data"
+
+
+def format_metrics(metrics: Mapping[str, Any]) -> str:
+    """Format the metrics of a step in one line."""
+    loss = metrics["loss"]
+    fields = [
+        "no loss" if loss is None else f"loss {loss:.4f}",
+        f"{metrics['samples_per_s']:.1f} samples/s",
+        f"{metrics['tokens_per_s']:.0f} tokens/s",
+        *([f"{100 * metrics['mfu']:.0f} % MFU"] if metrics["mfu"] else []),
+        f"{metrics['peak_memory_gb']:.1f} GB",
+    ]
+    return "  ".join(fields)

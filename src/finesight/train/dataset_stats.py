@@ -1,0 +1,328 @@
+"""Dataset statistics: a scan that checks samples and counts tokens and patches.
+
+Large data sets are scanned partially, and their statistics are estimates.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from finesight.config import DataSettings
+from finesight.data.corpus import Corpus
+from finesight.data.image_header import CorruptImageError
+from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import list_media_paths
+from finesight.encode.packing import SharedPrefix
+from finesight.encode.renderer import Renderer
+from finesight.encode.sample_filter import filter_samples, find_sample_error
+from finesight.encode.tokenized_sample import GridTHW
+from finesight.errors import UserError
+from finesight.train.console import ProgressCallback
+from finesight.train.dataloader import SkippedSample
+from finesight.train.dataloader_workers import catch_user_error, prefetch_items
+from finesight.train.image_record import ImageState, ImageStates, read_image_state
+
+MAX_FULL_SCAN_SAMPLES = 500_000
+"""Largest data set that is scanned completely, limited by time and memory."""
+
+PARTIAL_SCAN_SAMPLES = 10_000
+"""Number of scanned samples of a larger data set."""
+
+SCAN_CHUNK_SIZE = 64
+"""Samples per work item of a data loader worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetStats:
+    """Statistics of a corpus and selection of its valid samples.
+
+    After a partial scan, all samples count as valid, sums are estimates, and image counts are
+    unknown.
+
+    Attributes:
+        sample_indices: Indices of the valid samples.
+        skipped: Skipped samples with reasons.
+        num_tokens: Total number of tokens.
+        num_patches: Total number of patches.
+        max_sample_tokens: Length of the longest sample.
+        num_images: Number of image files and video frames over all samples.
+        num_unique_images: Number of distinct paths among them.
+        leaked_images: Watched images that occur in the samples.
+        sample_stats: Statistics of the samples `scanned_indices`.
+        scanned_indices: Indices of the valid scanned samples.
+        num_scanned: Number of scanned samples.
+        prefix_length: Number of tokens of the prefix shared by all scanned samples.
+        images: Fingerprints of the images.
+    """
+
+    sample_indices: Sequence[int]
+    skipped: tuple[SkippedSample, ...]
+    num_tokens: int
+    num_patches: int
+    max_sample_tokens: int
+    num_images: int = 0
+    num_unique_images: int = 0
+    leaked_images: frozenset[str] = frozenset()
+    sample_stats: tuple[SampleStats, ...] = ()
+    scanned_indices: Sequence[int] = ()
+    num_scanned: int = 0
+    prefix_length: int = 0
+    images: ImageStates = field(default_factory=ImageStates.empty, compare=False)
+
+    @property
+    def is_complete(self) -> bool:
+        """Return True if all samples were scanned."""
+        return self.num_scanned == len(self.sample_indices) + len(self.skipped)
+
+
+class SampleStats(NamedTuple):
+    """Compact statistics of a sample that a worker returns.
+
+    `num_packed_tokens` counts the tokens that packs contain. `image_hashes` are short digests of
+    the
+    image paths.
+    """
+
+    id: str
+    num_tokens: int
+    num_packed_tokens: int
+    num_supervised_tokens: int
+    grid_thw: tuple[GridTHW, ...]
+    image_hashes: tuple[bytes, ...]
+    leaked_images: frozenset[str]
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches of all images."""
+        return sum(t * h * w for t, h, w in self.grid_thw)
+
+
+class _ScanResult(NamedTuple):
+    """Scan result of a sample: statistics, prefix and image fingerprints."""
+
+    stats: SampleStats
+    shared_prefix: SharedPrefix
+    images: ImageState
+
+
+class _ScanDataset(Dataset[list[_ScanResult | UserError] | UserError]):
+    """Dataset of scan results, `SCAN_CHUNK_SIZE` samples per item."""
+
+    def __init__(
+        self, corpus: Corpus, indices: Sequence[int], renderer: Renderer, watched_images: Set[str]
+    ) -> None:
+        self._corpus, self._indices = corpus, indices
+        self._renderer, self._watched_images = renderer, watched_images
+
+    def __getitem__(self, chunk_index: int) -> list[_ScanResult | UserError] | UserError:
+        chunk = self._indices[chunk_index * SCAN_CHUNK_SIZE : (chunk_index + 1) * SCAN_CHUNK_SIZE]
+        return [self._scan_guarded(index) for index in chunk]
+
+    def _scan_guarded(self, index: int) -> _ScanResult | UserError:
+        return catch_user_error(
+            lambda: _scan_sample(self._corpus, index, self._renderer, self._watched_images)
+        )
+
+
+def _scan_sample(
+    corpus: Corpus, index: int, renderer: Renderer, watched_images: Set[str]
+) -> _ScanResult:
+    sample = corpus.read_validated(index)
+    tokenized = renderer.tokenize(sample)
+    paths = list_image_paths(sample)
+    stats = SampleStats(
+        id=tokenized.id,
+        num_tokens=tokenized.num_tokens,
+        num_packed_tokens=tokenized.num_packed_tokens,
+        num_supervised_tokens=tokenized.num_supervised_tokens,
+        grid_thw=tuple(span.grid_thw for span in tokenized.spans),
+        image_hashes=tuple(blake2b(os.fsencode(path), digest_size=8).digest() for path in paths),
+        leaked_images=frozenset(paths & watched_images),
+    )
+    return _ScanResult(stats, SharedPrefix.from_sample(tokenized), read_image_state(sample))
+
+
+class SampleStatsMap(dict[int, SampleStats]):
+    """Statistics of samples by corpus index.
+
+    Samples that were not scanned are scanned on access; invalid ones have empty statistics. All
+    scanned
+    samples share a prefix of `prefix_length` tokens.
+    """
+
+    def __init__(
+        self, corpus: Corpus, dataset_stats: DatasetStats, renderer: Renderer, max_length: int
+    ) -> None:
+        super().__init__(
+            zip(dataset_stats.scanned_indices, dataset_stats.sample_stats, strict=True)
+        )
+        self.prefix_length = dataset_stats.prefix_length
+        self._corpus, self._renderer, self._max_length = corpus, renderer, max_length
+
+    def __missing__(self, index: int) -> SampleStats:
+        result = catch_user_error(
+            lambda: _scan_sample(self._corpus, index, self._renderer, frozenset())
+        )
+        if (
+            isinstance(result, UserError)
+            or find_sample_error(result.stats, self._max_length) is not None
+        ):
+            return SampleStats("", 0, 0, 0, (), (), frozenset())
+        return result.stats
+
+
+def list_image_paths(sample: LocatedSample) -> set[str]:
+    """Return the absolute paths of all images and video frames of a sample."""
+    return {
+        os.path.abspath(sample.folder / name)
+        for part in sample.sample.iter_parts()
+        for name in list_media_paths(part)
+    }
+
+
+def compute_dataset_stats(
+    corpus: Corpus,
+    renderer: Renderer,
+    data: DataSettings,
+    num_workers: int,
+    on_progress: ProgressCallback | None = None,
+    watched_images: Set[str] = frozenset(),
+    subset: Sequence[int] | None = None,
+) -> DatasetStats:
+    """Check and tokenize samples of a corpus, and select the valid ones.
+
+    Samples that are too long, lack supervised tokens or have corrupt images are skipped, or raise
+    with
+    `on_invalid_sample=fail`. Other errors in a sample always raise.
+
+    Args:
+        corpus: Samples.
+        renderer: Tokenizer and image processor.
+        data: Data settings.
+        num_workers: Number of data loader workers.
+        on_progress: Called with the number of scanned samples.
+        watched_images: Absolute image paths to find in the samples.
+        subset: Indices for a partial scan.
+
+    Raises:
+        UserError: A sample is invalid.
+    """
+    indices = range(len(corpus)) if subset is None else subset
+    chunks = range(-(-len(indices) // SCAN_CHUNK_SIZE))
+    source = _ScanDataset(corpus, indices, renderer, watched_images)
+    result_lists: Iterator[list[_ScanResult | UserError]] = prefetch_items(
+        source, chunks, min(num_workers, len(chunks) // 4), pin_memory=False
+    )
+    corrupt_samples: dict[int, str] = {}
+    all_stats: list[SampleStats] = []
+    states: list[ImageState] = []
+    leaked_images: set[str] = set()
+    shared_prefix: SharedPrefix | None = None
+
+    def iter_stats() -> Iterator[SampleStats]:
+        nonlocal shared_prefix
+        index = 0
+        for results in result_lists:
+            for result in results:
+                if isinstance(result, _ScanResult):
+                    if find_sample_error(result.stats, data.max_length) is None:
+                        shared_prefix = (
+                            result.shared_prefix
+                            if shared_prefix is None
+                            else shared_prefix.intersect(result.shared_prefix)
+                        )
+                    all_stats.append(result.stats)
+                    states.append(result.images)
+                    leaked_images.update(result.stats.leaked_images)
+                    yield result.stats
+                elif isinstance(result, CorruptImageError) and data.on_invalid_sample == "skip":
+                    corrupt_samples[index] = str(result).splitlines()[0]
+                else:
+                    raise result
+                index += 1
+            if on_progress is not None:
+                on_progress(len(results))
+        if not all_stats:
+            raise _build_all_corrupt_error(len(indices), next(iter(corrupt_samples.values())))
+
+    chosen = filter_samples(iter_stats(), data.max_length, data.on_invalid_sample)
+    readable = [index for position, index in enumerate(indices) if position not in corrupt_samples]
+    sample_stats = tuple(all_stats[i] for i in chosen.sample_indices)
+    sample_indices = tuple(readable[i] for i in chosen.sample_indices)
+    images = ImageStates.from_states(sample_indices, [states[i] for i in chosen.sample_indices])
+    prefix_length = 0 if shared_prefix is None else shared_prefix.length
+    if subset is not None:
+        estimate = _estimate_stats(
+            len(corpus), indices, sample_indices, sample_stats, leaked_images, prefix_length
+        )
+        return replace(estimate, images=images)
+    skipped = [
+        SkippedSample(corpus[index].sample.id, reason) for index, reason in corrupt_samples.items()
+    ]
+    skipped += [
+        SkippedSample(name, f"over {data.max_length} tokens") for name in chosen.too_long_ids
+    ]
+    skipped += [SkippedSample(name, "no supervised tokens") for name in chosen.unsupervised_ids]
+    return DatasetStats(
+        sample_indices=sample_indices,
+        skipped=tuple(skipped),
+        num_tokens=sum(chosen.token_counts),
+        num_patches=sum(stats.num_patches for stats in sample_stats),
+        max_sample_tokens=max(chosen.token_counts),
+        num_images=sum(len(stats.image_hashes) for stats in sample_stats),
+        num_unique_images=len(
+            {image_hash for stats in sample_stats for image_hash in stats.image_hashes}
+        ),
+        leaked_images=frozenset(leaked_images),
+        sample_stats=sample_stats,
+        scanned_indices=sample_indices,
+        num_scanned=len(corpus),
+        prefix_length=prefix_length,
+        images=images,
+    )
+
+
+def _build_all_corrupt_error(num_samples: int, first_reason: str) -> UserError:
+    return UserError(
+        f"none of {num_samples} samples has readable images",
+        where="data",
+        expected="valid images at the paths in the samples",
+        remedy=f"fix the images; the first error is: {first_reason}",
+    )
+
+
+def draw_subset(num_samples: int) -> Sequence[int]:
+    """Draw about `PARTIAL_SCAN_SAMPLES` indices in order, always the same ones."""
+    draws = np.random.Philox(np.random.SeedSequence(num_samples)).random_raw(PARTIAL_SCAN_SAMPLES)
+    return [int(index) for index in np.unique(draws % num_samples)]
+
+
+def _estimate_stats(
+    num_samples: int,
+    indices: Sequence[int],
+    fitting_indices: Sequence[int],
+    sample_stats: tuple[SampleStats, ...],
+    leaked_images: set[str],
+    prefix_length: int,
+) -> DatasetStats:
+    """Extrapolate the statistics of a partial scan to all samples."""
+    scale = num_samples / len(indices)
+    return DatasetStats(
+        sample_indices=range(num_samples),
+        skipped=(),
+        num_tokens=round(scale * sum(stats.num_tokens for stats in sample_stats)),
+        num_patches=round(scale * sum(stats.num_patches for stats in sample_stats)),
+        max_sample_tokens=max(stats.num_tokens for stats in sample_stats),
+        leaked_images=frozenset(leaked_images),
+        sample_stats=sample_stats,
+        scanned_indices=fitting_indices,
+        num_scanned=len(indices),
+        prefix_length=prefix_length,
+    )

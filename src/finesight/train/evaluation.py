@@ -1,0 +1,345 @@
+"""Evaluation of a run on validation samples: loss and generation metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from finesight.config import EvalSettings
+from finesight.data.jsonl import LocatedSample
+from finesight.encode.packing import PackedBatch
+from finesight.errors import UserError
+from finesight.evaluate import custom_metric
+from finesight.evaluate.generation_eval import (
+    GenerationEvalResult,
+    PredictFn,
+    PredictOutput,
+    evaluate,
+)
+from finesight.evaluate.proportions import ConfidenceInterval
+from finesight.infer.prediction import Prediction
+from finesight.train.console import ProgressCallback, TrainingConsole
+from finesight.train.dataloader import SkippedSample, read_steps
+from finesight.train.loss import fused_linear_cross_entropy
+from finesight.train.oom import (
+    MemoryBudget,
+    build_generation_oom_error,
+    build_pack_oom_error,
+    retry_on_oom,
+)
+from finesight.train.optimizer import build_nonfinite_error
+from finesight.train.parallel.distributed import ProcessGroup
+from finesight.train.run_dir import RunDir
+from finesight.train.setup import TrainState
+from finesight.train.signals import StopRequest
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """Result of an evaluation after this many steps.
+
+    Attributes:
+        step: Number of finished steps.
+        validation_loss: Loss per supervised token in nats.
+        scores: Scores by name; empty without a metric.
+        primary_metric: Name of the primary metric.
+        intervals: Confidence interval of each score; None if there is none.
+        details: Additional results of the task.
+        notes: Reasons for missing intervals, and warnings.
+    """
+
+    step: int
+    validation_loss: float
+    scores: dict[str, float]
+    primary_metric: str | None
+    intervals: dict[str, ConfidenceInterval | None] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def primary_score(self) -> float | None:
+        """Value of the primary metric."""
+        return None if self.primary_metric is None else self.scores[self.primary_metric]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return a line of `metrics.jsonl`."""
+        return {
+            "step": self.step,
+            "validation_loss": self.validation_loss,
+            "scores": self.scores,
+            "primary_metric": self.primary_metric,
+            "intervals": self.intervals,
+            "details": self.details,
+            "notes": self.notes,
+        }
+
+    @classmethod
+    def from_metrics(cls, line: dict[str, Any]) -> EvalResult | None:
+        """Parse a line of `metrics.jsonl`; return None for other lines."""
+        if "validation_loss" not in line:
+            return None
+        intervals = {
+            name: ConfidenceInterval(*ends) if ends else None
+            for name, ends in line.get("intervals", {}).items()
+        }
+        metrics = line["step"], line["validation_loss"], line["scores"], line["primary_metric"]
+        return cls(*metrics, intervals, line.get("details", {}), line.get("notes", {}))
+
+
+def load_eval_history(run_dir: RunDir) -> list[EvalResult]:
+    """Return the evaluations of a run, starting with the one before the first step."""
+    return [
+        m for line in run_dir.iter_metrics() if (m := EvalResult.from_metrics(line)) is not None
+    ]
+
+
+def count_evals_since_best(results: Sequence[EvalResult]) -> int:
+    """Count the evaluations since the best one of the trained model, for early stopping.
+
+    The primary metric decides, and the loss for equal scores. The evaluation before the first step
+    is
+    ignored, because scores may drop at first and recover.
+    """
+    comparable = [
+        result
+        for result in results
+        if result.step and result.primary_metric == results[-1].primary_metric
+    ]
+    ranking = [
+        (result.primary_score, -result.validation_loss)
+        for result in comparable
+        if result.primary_score is not None
+    ]
+    return len(ranking) - 1 - ranking.index(max(ranking)) if ranking else 0
+
+
+def run_evaluation(
+    state: TrainState, name: str, console: TrainingConsole, stop: StopRequest
+) -> EvalResult:
+    """Compute the validation loss and generate predictions for the metric.
+
+    Predictions are written to `predictions/NAME.jsonl`. In a distributed run, each rank evaluates
+    its
+    samples, all ranks return the same result, and the main process writes. The model is left in
+    training
+    mode.
+
+    Raises:
+        TrainingInterrupted: A stop was requested.
+        GpuOutOfMemoryError: A single sample exceeds the GPU memory.
+    """
+    assert state.validation_data is not None, "no validation data"
+    indices, process_group = (
+        state.validation_data.stats.sample_indices,
+        state.hardware.process_group,
+    )
+
+    def compute_loss(budget: MemoryBudget) -> LossSum:
+        with console.progress_stage(
+            f"validation loss {name}", len(process_group.shard(indices))
+        ) as on_progress:
+            return compute_validation_loss(state, budget, on_progress, stop)
+
+    budget, device = state.progress.budget, state.hardware.device
+    with state.parallel.summon_full_params():
+        with process_group.sync_errors():
+            loss_sum = retry_on_oom(budget, device, console.log, compute_loss)
+        loss = _mean_loss(state, loss_sum, console)
+        step, settings = state.progress.step, state.recipe.eval
+        if settings is None:
+            return EvalResult(step, loss, {}, None)
+        samples = [state.validation_data.corpus[index] for index in indices[: settings.limit]]
+        result = _evaluate_generation(state, settings, samples, name, console, stop)
+    return EvalResult(
+        step,
+        loss,
+        result.scores,
+        result.primary_metric,
+        result.intervals,
+        result.details,
+        result.notes,
+    )
+
+
+def _evaluate_generation(
+    state: TrainState,
+    settings: EvalSettings,
+    samples: Sequence[LocatedSample],
+    name: str,
+    console: TrainingConsole,
+    stop: StopRequest,
+) -> GenerationEvalResult:
+    metric, process_group = (
+        custom_metric.resolve_metric_path(settings.metric, state.run_dir.path),
+        state.hardware.process_group,
+    )
+
+    def on_batch_reduced(batch: int) -> None:
+        state.graph_runner.release_graphs()
+        console.log(
+            f"the GPU memory is full: continuing with a batch of {batch} answers (eval.batch_size)"
+        )
+
+    with console.progress_stage(
+        f"generation {name}", len(process_group.shard(samples))
+    ) as on_progress:
+
+        def on_generated(count: int) -> None:
+            on_progress(count)
+            stop.raise_if_requested()
+
+        return evaluate(
+            state.model,
+            state.renderer,
+            samples,
+            settings.model_copy(update={"metric": metric}),
+            predictions_file=state.run_dir.predictions_dir / f"{name}.jsonl"
+            if process_group.is_main
+            else None,
+            on_progress=on_generated,
+            on_batch_reduced=on_batch_reduced,
+            distribute=partial(_distribute_generation, process_group),
+        )
+
+
+_GENERATIONS_ADAPTER: TypeAdapter[PredictOutput] = TypeAdapter(PredictOutput)
+
+
+def _distribute_generation(process_group: ProcessGroup, generate: PredictFn) -> PredictFn:
+    """Distribute generation over the ranks; every rank gets all predictions."""
+
+    def generate_on_all_ranks(samples: Sequence[LocatedSample]) -> PredictOutput:
+        own_samples = process_group.shard(samples)
+        with process_group.sync_errors():
+            try:
+                generations = generate(own_samples) if own_samples else ([], {})
+            except torch.OutOfMemoryError as error:
+                raise build_generation_oom_error(error) from None
+        if process_group.is_single_process:
+            return generations
+        predictions: dict[int, Prediction] = {}
+        unreadable: dict[int, str] = {}
+        for rank, payload in enumerate(
+            process_group.all_gather_str(_GENERATIONS_ADAPTER.dump_json(generations).decode())
+        ):
+            rank_predictions, missing = _GENERATIONS_ADAPTER.validate_json(payload)
+            sample_positions = range(rank, len(samples), process_group.world_size)
+            unreadable |= {sample_positions[index]: reason for index, reason in missing.items()}
+            readable = (
+                position for index, position in enumerate(sample_positions) if index not in missing
+            )
+            predictions |= zip(readable, rank_predictions, strict=True)
+        return [predictions[position] for position in sorted(predictions)], unreadable
+
+    return generate_on_all_ranks
+
+
+class LossSum(NamedTuple):
+    """Summed loss of validation samples in nats, supervised tokens, and samples with corrupt
+    images."""
+
+    loss: float
+    num_tokens: int
+    skipped: tuple[SkippedSample, ...]
+
+
+def _mean_loss(state: TrainState, loss_sum: LossSum, console: TrainingConsole) -> float:
+    """Return the loss per supervised token over all ranks.
+
+    Raises:
+        UserError: All samples are corrupt.
+    """
+    payloads = state.hardware.process_group.all_gather_str(json.dumps(loss_sum))
+    losses, token_counts, skipped_by_rank = zip(*map(json.loads, payloads), strict=True)
+    skipped = [
+        SkippedSample(*sample) for rank_skipped in skipped_by_rank for sample in rank_skipped
+    ]
+    if not sum(token_counts):
+        raise UserError(
+            f"none of {len(skipped)} samples has decodable images",
+            where="data.eval",
+            expected="valid images",
+            remedy=f"fix the images; the first error is: {skipped[0].reason}",
+        )
+    loss: float = math.fsum(losses) / sum(token_counts)
+    if not math.isfinite(loss):
+        raise build_nonfinite_error(loss, "validation loss", state.progress.step)
+    if skipped:
+        console.log(
+            f"{len(skipped)} validation samples skipped, {skipped[0].id}: {skipped[0].reason}"
+        )
+    return loss
+
+
+@torch.no_grad()
+def compute_validation_loss(
+    state: TrainState, budget: MemoryBudget, on_progress: ProgressCallback, stop: StopRequest
+) -> LossSum:
+    """Sum the cross entropy over the supervised tokens of this rank's samples, without dropout.
+
+    Raises:
+        GpuOutOfMemoryError: A pack exceeds the GPU memory.
+    """
+    data, model = state.build_validation_dataset(budget.pack_tokens), state.model
+    hardware = state.hardware
+    assert data is not None, "no validation data"
+    total = torch.zeros((), device=hardware.device, dtype=torch.float64)
+    unit_weight = torch.ones((), device=hardware.device)
+    num_tokens = 0
+    skipped: list[SkippedSample] = []
+    model.eval()
+    try:
+        step_batches = read_steps(data, 0, hardware.num_workers, hardware.device.type == "cuda")
+        with closing(step_batches) as steps:
+            for step_batch in steps:
+                stop.raise_if_requested()
+                for packed_batch in step_batch.packs:
+                    try:
+                        total += _pack_loss(state, packed_batch, unit_weight)
+                    except torch.OutOfMemoryError as error:
+                        has_freed_memory = state.graph_runner.release_graphs()
+                        raise build_pack_oom_error(
+                            error,
+                            packed_batch,
+                            budget,
+                            is_training=False,
+                            has_freed_memory=has_freed_memory,
+                        ) from None
+                    num_tokens += packed_batch.num_supervised_tokens
+                skipped += step_batch.skipped
+                on_progress(step_batch.num_samples + len(step_batch.skipped))
+    finally:
+        model.train()
+    return LossSum(total.item(), num_tokens, tuple(skipped))
+
+
+def _pack_loss(state: TrainState, packed_batch: PackedBatch, unit_weight: Tensor) -> Tensor:
+    """Return the summed loss of a pack.
+
+    A separate function releases its device tensors on return.
+    """
+    model, batch = state.model, state.to_device(packed_batch)
+    return fused_linear_cross_entropy(
+        model(batch), model.lm_head_weight, batch.labels_L, unit_weight
+    )
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Return the peak memory in 10^9 bytes: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    # Not available on every system.
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

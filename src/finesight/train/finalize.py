@@ -1,0 +1,337 @@
+"""End of a run: parameter audit, trained weights, result and report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from finesight.errors import UserError
+from finesight.evaluate import custom_metric
+from finesight.evaluate.metric_difference import (
+    REASON_NO_PREDICTIONS,
+    MetricDifference,
+    build_unsampled_difference,
+    compare_prediction_files,
+    format_differences,
+)
+from finesight.model.auto_model import AnyModel, save_auto_model
+from finesight.model.lora.layer import iter_adapters
+from finesight.model.lora.peft_io import save_adapter
+from finesight.model_folder import ModelFolder
+from finesight.report.run_page import MAX_EXAMPLES, LiveReportState, write_report
+from finesight.run_files import PARAM_AUDIT_FILE, RESULT_FILE
+from finesight.storage import write_file, write_folder
+from finesight.train.checkpoint import BestEval, CheckpointManager
+from finesight.train.console import TrainingConsole
+from finesight.train.evaluation import EvalResult, load_eval_history
+from finesight.train.parallel.distributed import RankCommand
+from finesight.train.param_audit import ParamChange, check_param_changes
+from finesight.train.run_dir import RunDir
+from finesight.train.setup import TrainState
+
+
+class RunResult(BaseModel):
+    """Content of `result.json`, the last file of a run.
+
+    Attributes:
+        run_dir: Path of the run.
+        steps: Number of steps.
+        samples: Number of consumed samples.
+        skipped_samples: Number of skipped samples.
+        loss: Loss of the last step.
+        before: Evaluation before training; None without validation data.
+        after: Evaluation of the final weights; None without validation data.
+        param_changes: Result of the parameter audit.
+        metric_differences: Changes of the metrics.
+        best_eval: Best evaluation of trained weights.
+        weights_step: Step of the weights in `adapter/` and `model/`, evaluated by `after`.
+        stopped_early: Whether early stopping ended the run.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run_dir: str
+    steps: int
+    samples: int
+    skipped_samples: int
+    loss: float | None
+    before: EvalResult | None
+    after: EvalResult | None
+    param_changes: tuple[ParamChange, ...]
+    metric_differences: tuple[MetricDifference, ...] = ()
+    best_eval: BestEval | None = None
+    weights_step: int | None = None
+    stopped_early: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content as JSON values."""
+        return self.model_dump(mode="json")
+
+    def as_table(self) -> str:
+        """Format the metrics before and after training; empty without validation data."""
+        if self.after is None:
+            return ""
+        return format_differences(self.metric_differences, self.after.primary_metric)
+
+
+def finalize_run(
+    state: TrainState, console: TrainingConsole, checkpoint_manager: CheckpointManager
+) -> RunResult:
+    """Audit the parameters, export the trained weights and write the result.
+
+    LoRA weights are written to `adapter/`, fully trained parts to `model/`; with both, the adapter
+    belongs to `model/`. The weights are those of the last step, or of the best evaluation with
+    early
+    stopping.
+
+    Raises:
+        RuntimeError: A frozen part changed.
+        UserError: A trainable part did not change.
+    """
+    run_dir = state.run_dir
+    eval_history = load_eval_history(run_dir)
+    best_eval = _select_best(eval_history[1:])
+    before, after = (eval_history[0], eval_history[-1]) if len(eval_history) > 1 else (None, None)
+    step = state.progress.step
+    if best_eval is not None and state.recipe.eval is not None and state.recipe.eval.patience:
+        after = best_eval
+        if best_eval.step != step:
+            step = best_eval.step
+            console.log(f"restoring the weights of step {step}, which have the best evaluation")
+        _copy_best_predictions(run_dir, best_eval)
+    state.shard_group.sync_command(RankCommand.FINALIZE, step)
+    with load_final_weights(state, checkpoint_manager, step) as param_changes:
+        run_dir.write(PARAM_AUDIT_FILE, [change.as_json() for change in param_changes])
+        console.log(format_param_changes(param_changes))
+        check_param_changes(param_changes)
+        _save_weights(state, checkpoint_manager, step)
+    loss, num_late_skipped = None, 0
+    for line in run_dir.iter_metrics():
+        line_loss = line.get("loss")
+        # NaN for a skipped step.
+        if line_loss is not None and isfinite(line_loss):
+            loss = line_loss
+        num_late_skipped += len(line.get("skipped_samples", ()))
+    result = RunResult(
+        run_dir=str(run_dir.path),
+        steps=state.progress.step,
+        samples=state.checkpoint_state().consumed_samples,
+        skipped_samples=len(state.train_data.stats.skipped) + num_late_skipped,
+        loss=loss,
+        before=before,
+        after=after,
+        param_changes=tuple(param_changes),
+        metric_differences=tuple(_compute_differences(state, before, after))
+        if before and after
+        else (),
+        best_eval=build_best_eval(best_eval) if best_eval else None,
+        weights_step=after.step if after else state.progress.step,
+        stopped_early=state.progress.step < len(state.sampler),
+    )
+    run_dir.write_result(result.as_json())
+    _log_summary(result, run_dir, console)
+    write_run_report(run_dir, console)
+    console.log(f"Try it:  finesight predict {run_dir.path} IMAGE --prompt TEXT")
+    return result
+
+
+@contextmanager
+def load_final_weights(
+    state: TrainState, checkpoint_manager: CheckpointManager, step: int
+) -> Iterator[list[ParamChange]]:
+    """Provide the complete model with the weights of a step within the context.
+
+    Yields the parameter changes. All ranks of a sharded run must call it.
+    """
+    if step != state.progress.step:
+        remedy = "set eval.patience=null and resume to use the weights of the last step"
+        _, weights, optimizer_state = checkpoint_manager.load(step, remedy)
+        state.load_state(weights, optimizer_state)
+    param_changes = state.param_audit.compute_changes(
+        state.optimizer.params_with_grad(), state.shard_group
+    )
+    with state.parallel.summon_full_params():
+        yield param_changes
+
+
+def write_run_report(
+    run_dir: RunDir,
+    console: TrainingConsole,
+    max_examples: int = MAX_EXAMPLES,
+    live_report: LiveReportState | None = None,
+) -> None:
+    """Write `report.html` with at most `max_examples` examples.
+
+    Errors are logged, because a report must not fail a finished run.
+    """
+    try:
+        page = write_report(run_dir.path, max_examples=max_examples, live_state=live_report)
+    except Exception as error:
+        console.log(
+            f"writing the report failed ({type(error).__name__}: {error});"
+            f" `finesight report {run_dir.path}` creates it later"
+        )
+    else:
+        if run_dir.read_result() is not None:
+            console.log(f"Report:  {page}")
+
+
+def build_best_eval(eval_result: EvalResult) -> BestEval:
+    """Summarize an evaluation for comparison."""
+    return BestEval(
+        step=eval_result.step,
+        validation_loss=eval_result.validation_loss,
+        primary_metric=eval_result.primary_metric,
+        primary_score=eval_result.primary_score,
+    )
+
+
+def _select_best(results: Sequence[EvalResult]) -> EvalResult | None:
+    """Return the best evaluation, the first one among equals."""
+    best_result: EvalResult | None = None
+    for result in results:
+        if best_result is None or build_best_eval(result).is_better_than(
+            build_best_eval(best_result)
+        ):
+            best_result = result
+    return best_result
+
+
+def _copy_best_predictions(run_dir: RunDir, best: EvalResult) -> None:
+    """Use the predictions of the best evaluation as the final ones."""
+    predictions = run_dir.predictions_dir / f"step-{best.step}.jsonl"
+    if predictions.is_file():
+        write_file(run_dir.predictions_dir / "after.jsonl", predictions.read_bytes())
+
+
+def _compute_differences(
+    state: TrainState, before: EvalResult, after: EvalResult
+) -> list[MetricDifference]:
+    """Compare the evaluations before training and of the final weights."""
+    loss = build_unsampled_difference(
+        "validation_loss", before.validation_loss, after.validation_loss
+    )
+    settings, run_dir = state.recipe.eval, state.run_dir
+    if settings is None:
+        return [loss]
+    metric = custom_metric.resolve_metric_path(settings.metric, run_dir.path)
+    files = [run_dir.predictions_dir / f"{name}.jsonl" for name in ("before", "after")]
+    if all(path.is_file() for path in files):
+        return [loss, *compare_prediction_files(metric, *files)]
+    # The prediction files were removed: scores are known, but not the intervals.
+    shared = [name for name in before.scores if name in after.scores]
+    return [
+        loss,
+        *(
+            build_unsampled_difference(n, before.scores[n], after.scores[n], REASON_NO_PREDICTIONS)
+            for n in shared
+        ),
+    ]
+
+
+def _log_summary(result: RunResult, run_dir: RunDir, console: TrainingConsole) -> None:
+    """Log the metrics and the best checkpoint."""
+    after, best = result.after, result.best_eval
+    if after is not None:
+        console.log(result.as_table())
+    if after is not None and best is not None and best.step != after.step:
+        metric_name = "validation loss" if best.primary_metric is None else best.primary_metric
+        value = best.validation_loss if best.primary_score is None else best.primary_score
+        console.log(
+            f"The {metric_name} was better after step {best.step} ({value:.4f});"
+            f" its checkpoint is {run_dir.checkpoint_dir / f'step-{best.step}'}"
+        )
+
+
+def _export_weights(
+    state: TrainState, checkpoint_manager: CheckpointManager, step: int
+) -> Mapping[str, Tensor]:
+    """Return the complete fp32 weights; those of a sharded model come from its checkpoint."""
+    if not state.parallel.is_sharded:
+        return state.optimizer.export_weights()
+    _, weights, _ = checkpoint_manager.load(step, "start again with --resume")
+    return weights
+
+
+def _save_weights(state: TrainState, checkpoint_manager: CheckpointManager, step: int) -> None:
+    run_dir, base, model = state.run_dir, state.base_model, state.model
+    tune = state.recipe.tune
+    has_full_parts = tune.has_mode("full")
+    if has_full_parts and not run_dir.model_dir.exists():
+        with write_folder(run_dir.model_dir) as folder:
+            _save_without_adapters(model, base.folder, folder, state)
+    if not list(iter_adapters(model)) or run_dir.adapter_dir.exists():
+        return
+    # The base of the adapter is the trained model, if there is one.
+    adapter_base = ModelFolder(run_dir.model_dir) if has_full_parts else base.folder
+    base_name = str(run_dir.model_dir.resolve()) if has_full_parts else base.name
+    with write_folder(run_dir.adapter_dir) as folder:
+        save_adapter(
+            folder,
+            model,
+            base_model=base_name,
+            base_fingerprint=adapter_base.fingerprint(),
+            master_values=_export_weights(state, checkpoint_manager, step),
+        )
+
+
+def _save_without_adapters(
+    model: AnyModel, base: ModelFolder, folder: Path, state: TrainState
+) -> None:
+    lora_layers = [(layer, adapter) for _, layer, adapter in iter_adapters(model)]
+    for layer, _ in lora_layers:
+        layer.adapter = None
+    try:
+        save_auto_model(model, base, folder, state.hardware.dtype)
+    finally:
+        for layer, adapter in lora_layers:
+            layer.adapter = adapter
+
+
+def load_result(run_dir: RunDir) -> RunResult | None:
+    """Return the result of a finished run, or None.
+
+    Raises:
+        UserError: The file is invalid.
+    """
+    text = run_dir.read_result()
+    if text is None:
+        return None
+    try:
+        return RunResult.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(
+            f"not a valid result: {error.errors(include_url=False)[0]['msg']}",
+            where=str(run_dir.path / RESULT_FILE),
+            expected="the file as `finesight train` wrote it",
+            remedy="delete it; --resume then writes it again",
+        ) from error
+
+
+def format_param_changes(changes: list[ParamChange]) -> str:
+    """Format the parameter changes as a table with one row per part."""
+    cells = [("part", "", "tensors", "parameters", "changed", "relative change")]
+    for change in changes:
+        relative_change = f"{change.relative_change:.2e}" if change.is_trained else "-"
+        counts = (str(change.num_tensors), f"{change.num_params:,}", str(change.num_changed))
+        cells.append(
+            (change.part, "trained" if change.is_trained else "frozen", *counts, relative_change)
+        )
+    return _align_columns(cells)
+
+
+def _align_columns(cells: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(
+            f"{cell:<{width}}" if column < 2 and not cell[:1].isdigit() else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )

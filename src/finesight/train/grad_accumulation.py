@@ -1,0 +1,236 @@
+"""Gradient accumulation: in-place for one micro-batch, in fp32 sums for several.
+
+Shapes: E flat elements of a parameter group, N elements of a slice.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from finesight.model.quant.base import HAS_TRITON
+from finesight.train.muon import MatrixSlice
+
+if HAS_TRITON:
+    from finesight.train import optimizer_kernels
+
+LARGE_PARAM_ELEMENTS = 1 << 20
+"""Size from which a gradient is accumulated by an autograd hook.
+
+CUDA graphs write the gradients of such parameters to static buffers (`train.graph_gradients`).
+"""
+
+
+@dataclass(frozen=True)
+class ParamSlice:
+    """Location of a parameter in the flat buffer of its group."""
+
+    name: str
+    parameter: nn.Parameter
+    flat_slice: slice
+
+    def view(self, flat_E: Tensor) -> Tensor:
+        """View the slice of this parameter in a flat tensor."""
+        return flat_E[self.flat_slice].view(self.parameter.shape)
+
+    @property
+    def matrix_rows(self) -> Sequence[int]:
+        """Rows of each matrix in the parameter; a stack of experts contains several matrices."""
+        *batch_shape, rows, _ = self.parameter.shape
+        return (rows,) * math.prod(batch_shape)
+
+    def split_matrices(self, row_counts: Sequence[int]) -> Iterator[MatrixSlice]:
+        """Split the parameter into matrices with these row counts."""
+        columns, start = self.parameter.shape[-1], self.flat_slice.start
+        message = f"{row_counts} rows of {columns} in {self.parameter.shape}"
+        assert sum(row_counts) * columns == self.parameter.numel(), message
+        for num_rows in row_counts:
+            yield MatrixSlice(slice(start, start + num_rows * columns), num_rows, columns)
+            start += num_rows * columns
+
+
+class GradientAccumulator:
+    """Gradients of one parameter group, whose flat buffers have `length` elements with padding.
+
+    The gradients of the first micro-batch stay in `parameter.grad` in the parameter dtype.
+    `accumulate`
+    adds them to fp32 sums before each further micro-batch. A sum is allocated on first use and then
+    retained. From then on, a hook adds the gradient of a large parameter as soon as autograd
+    computes
+    it, so that gradient and sum of all large parameters never coexist. Small gradients are added
+    together.
+    """
+
+    def __init__(self, param_slices: Sequence[ParamSlice], length: int) -> None:
+        self.param_slices, self.device = param_slices, param_slices[0].parameter.device
+        self._length, self._starts = (
+            length,
+            [param_slice.flat_slice.start for param_slice in param_slices],
+        )
+        self._flat_E: Tensor | None = None
+        self._sums: list[Tensor | None] = [None] * len(param_slices)
+        # Whether the sum contains a gradient of this step.
+        self._has_sum = [False] * len(param_slices)
+        self._large_indices = [
+            n for n, p in enumerate(param_slices) if p.parameter.numel() >= LARGE_PARAM_ELEMENTS
+        ]
+        self._small_indices = [
+            n for n, p in enumerate(param_slices) if p.parameter.numel() < LARGE_PARAM_ELEMENTS
+        ]
+        use_kernels = HAS_TRITON and self.device.type == "cuda"
+        flat_slices = [param_slice.flat_slice for param_slice in param_slices]
+        self.tiles = optimizer_kernels.ParamTiles(flat_slices, self.device) if use_kernels else None
+        small_slices = [flat_slices[n] for n in self._small_indices]
+        self._small_tiles = (
+            optimizer_kernels.ParamTiles(small_slices, self.device)
+            if use_kernels and small_slices
+            else None
+        )
+        for index in self._large_indices:
+            self._register_hook(index)
+
+    def _register_hook(self, index: int) -> None:
+        parameter = self.param_slices[index].parameter
+        register: Callable[..., object] = parameter.register_post_accumulate_grad_hook
+        # A weak reference: the garbage collector cannot see hooks of a parameter.
+        accumulator_ref = weakref.ref(self)
+
+        def accumulate_hook(parameter: Tensor) -> None:
+            accumulator = accumulator_ref()
+            if accumulator is not None and accumulator._sums[index] is not None:
+                accumulator._accumulate_one(index)
+
+        register(accumulate_hook)
+
+    def _accumulate_one(self, index: int) -> None:
+        parameter, sum_ = self.param_slices[index].parameter, self._get_sum(index)
+        assert parameter.grad is not None, f"no gradient for {self.param_slices[index].name}"
+        if self._has_sum[index]:
+            sum_.add_(parameter.grad)
+        else:
+            sum_.copy_(parameter.grad)
+        self._has_sum[index], parameter.grad = True, None
+
+    def _get_sum(self, index: int) -> Tensor:
+        sum_ = self._sums[index]
+        if sum_ is None:
+            parameter = self.param_slices[index].parameter
+            sum_ = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+            self._sums[index] = sum_
+        return sum_
+
+    def use_flat_buffer(self) -> None:
+        """Store all sums in one flat tensor, also for a single micro-batch; see `flat_gradient`."""
+        if self._flat_E is not None:
+            return
+        self._flat_E = torch.zeros(self._length, dtype=torch.float32, device=self.device)
+        self._sums = [param_slice.view(self._flat_E) for param_slice in self.param_slices]
+
+    @torch.no_grad()
+    def flat_gradient(self) -> Tensor:
+        """Return all sums [E], zero without gradient.
+
+        The tensor is the same in every call, and the caller may overwrite it.
+        """
+        assert self._flat_E is not None, f"{len(self.param_slices)} sums are not in a flat buffer"
+        self.accumulate()
+        for sum_, has_sum in zip(self._sums, self._has_sum, strict=True):
+            if sum_ is not None and not has_sum:
+                sum_.zero_()
+        return self._flat_E
+
+    @torch.no_grad()
+    def all_reduce(self, reduce_fn: Callable[[Tensor], object]) -> None:
+        """Apply a reduction over all ranks to the flat gradient; requires `use_flat_buffer`."""
+        reduce_fn(self.flat_gradient())
+        self._has_sum = [True] * len(self.param_slices)
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Add the gradients to the sums.
+
+        Call this between two micro-batches; otherwise autograd adds the next gradient in 16 bits.
+        """
+        for index in self._large_indices:
+            if self.param_slices[index].parameter.grad is not None:
+                self._accumulate_one(index)
+        small = [n for n in self._small_indices if self.param_slices[n].parameter.grad is not None]
+        if self._small_tiles is not None and small:
+            optimizer_kernels.accumulate_gradients(
+                self._small_tiles,
+                [self.param_slices[n].parameter.grad for n in self._small_indices],
+                [self._get_sum(n) for n in self._small_indices],
+                [self._has_sum[n] for n in self._small_indices],
+            )
+            for index in small:
+                self._has_sum[index], self.param_slices[index].parameter.grad = True, None
+        else:
+            for index in small:
+                self._accumulate_one(index)
+
+    def per_parameter(self) -> Sequence[Tensor | None]:
+        """Return the gradient of each parameter, or None without gradient."""
+        if self._flat_E is not None or any(self._has_sum):
+            self.accumulate()
+            return [
+                s if has_sum else None for s, has_sum in zip(self._sums, self._has_sum, strict=True)
+            ]
+        return [param_slice.parameter.grad for param_slice in self.param_slices]
+
+    def squared_norm(self) -> Tensor:
+        """Return the sum of squares of all gradients, a device scalar in fp32 or wider."""
+        all_gradients = self.per_parameter()
+        present = [gradient for gradient in all_gradients if gradient is not None]
+        if not present:
+            return torch.zeros((), device=self.device)
+        if self.tiles is not None:
+            return optimizer_kernels.squared_norm(self.tiles, all_gradients)
+        norms = torch._foreach_norm(
+            present, 2, torch.promote_types(present[0].dtype, torch.float32)
+        )
+        return torch.stack(norms).square_().sum()
+
+    def read_slice(self, flat_slice: slice) -> Tensor:
+        """Copy a slice of the group's gradients to fp32 [N], zero without gradient."""
+        flat_N = torch.zeros(
+            flat_slice.stop - flat_slice.start, dtype=torch.float32, device=self.device
+        )
+        targets, sources = [], []
+        first = max(0, bisect_right(self._starts, flat_slice.start) - 1)
+        for index in range(first, bisect_left(self._starts, flat_slice.stop)):
+            param_range = self.param_slices[index].flat_slice
+            start, stop = (
+                max(param_range.start, flat_slice.start),
+                min(param_range.stop, flat_slice.stop),
+            )
+            param_grad = self.param_slices[index].parameter.grad
+            gradient = self._sums[index] if self._has_sum[index] else param_grad
+            if start < stop and gradient is not None:
+                targets.append(flat_N[start - flat_slice.start : stop - flat_slice.start])
+                sources.append(
+                    gradient.view(-1)[start - param_range.start : stop - param_range.start]
+                )
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        return flat_N
+
+    def zero_grad(self) -> None:
+        """Clear the gradients after a step."""
+        self._has_sum = [False] * len(self.param_slices)
+        for param_slice in self.param_slices:
+            param_slice.parameter.grad = None
+
+    def release(self) -> None:
+        """Clear the gradients of a skipped step and free the sums.
+
+        A retry of the step then has the same memory.
+        """
+        self.zero_grad()
+        if self._flat_E is None:
+            self._sums = [None] * len(self.param_slices)

@@ -1,0 +1,61 @@
+"""Timing of CUDA graph replays compared with kernel launches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class GraphTimer:
+    """Measure launch and replay times of a run, without synchronization."""
+
+    def __init__(self) -> None:
+        self._launch_s = math.inf
+        self._replay_s_per_token = math.inf
+        self._pending: tuple[int, torch.cuda.Event, torch.cuda.Event] | None = None
+
+    def record_launch(self, seconds: float) -> None:
+        """Record the host time of an eager pack.
+
+        The minimum counts: the first packs compile kernels, and a busy device blocks launches.
+        """
+        self._launch_s = min(self._launch_s, seconds)
+
+    @contextmanager
+    def time_replay(self, num_tokens: int) -> Iterator[None]:
+        """Measure the replay of a graph without the vision encoder in the context.
+
+        The minimum per token counts, because the device may run other work.
+        """
+        self._poll()
+        if self._pending is not None:
+            yield
+            return
+        start, end = _create_event(), _create_event()
+        start.record()
+        yield
+        end.record()
+        self._pending = num_tokens, start, end
+
+    def _poll(self) -> None:
+        if self._pending is None:
+            return
+        num_tokens, start, end = self._pending
+        if end.query():  # type: ignore[no-untyped-call]
+            self._replay_s_per_token = min(
+                self._replay_s_per_token, start.elapsed_time(end) / 1000 / num_tokens
+            )
+            self._pending = None
+
+    def is_replay_faster(self, num_tokens: int) -> bool | None:
+        """Compare a replay with the launches of a pack; return None before both are measured."""
+        self._poll()
+        is_measured = math.isfinite(self._replay_s_per_token) and math.isfinite(self._launch_s)
+        return num_tokens * self._replay_s_per_token < self._launch_s if is_measured else None
+
+
+def _create_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -1,0 +1,269 @@
+"""Metrics of a run: `metrics.jsonl`, trackers and console."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finesight.evaluate.eval_case import note_lines
+from finesight.model.moe import MoeExperts
+from finesight.model.quant.base import find_quantized_weights
+from finesight.model.quant.quantize import count_unquantized_layers
+from finesight.model.trainable import get_part
+from finesight.report.histograms import HistogramCounts, count_half_octaves
+from finesight.track.tracker_manager import TrackerManager
+from finesight.train.anomaly import AnomalyDetector
+from finesight.train.console import StepProgress, TrainingConsole
+from finesight.train.data_wait import DataWait
+from finesight.train.dataset_stats import SampleStats
+from finesight.train.evaluation import EvalResult, peak_memory_gb
+from finesight.train.finalize import RunResult
+from finesight.train.setup import TrainState, library_versions
+from finesight.train.step import StepOutput, record_event
+from finesight.train.tracking_events import TrackingEvents
+from finesight.train.vision_cache import VisionCacheResult
+
+
+class StepTimer:
+    """Measure the time between the ends of consecutive steps on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.restart()
+
+    def restart(self) -> None:
+        """Restart the timer."""
+        self._wall, self._event = time.perf_counter(), record_event(self._device)
+
+    def lap(self, event: torch.cuda.Event | None) -> float:
+        """Return the seconds since the previous lap, until `event` on a GPU or now."""
+        now = time.perf_counter()
+        seconds = now - self._wall
+        if event is not None and self._event is not None:
+            seconds = self._event.elapsed_time(event) / 1000
+        self._wall, self._event = now, event
+        return max(seconds, 1e-9)
+
+
+class MetricsLogger:
+    """Log finished steps with a delay of one step, so that the device stays busy."""
+
+    def __init__(
+        self, state: TrainState, console: TrainingConsole, tracking: TrackerManager
+    ) -> None:
+        self._state, self._console = state, console
+        self._tracking_events = TrackingEvents(state, tracking)
+        self._anomaly_detector = AnomalyDetector(state, console.log)
+        self._pending: tuple[StepOutput, DataWait] | None = None
+        self._step_progress: StepProgress | None = None
+        self._timer = StepTimer(state.hardware.device)
+
+    def log_start(self, seconds: float) -> None:
+        """Record the start of a process of the run, with hardware, data and setup time."""
+        state, hardware = self._state, self._state.hardware
+        data_by_split = {"train": state.train_data, "eval": state.validation_data}
+        entry = {
+            "step": state.progress.step,
+            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "setup_s": seconds,
+            "working_dir": str(Path.cwd()),
+            "size_histograms": build_size_histograms(state.train_data.stats.sample_stats),
+        }
+        facts = {
+            "total_steps": len(state.sampler),
+            "device": get_device_name(hardware.device),
+            "precision": hardware.precision,
+            "num_workers": hardware.num_workers,
+            "world_size": hardware.process_group.world_size,
+            "peak_tflops": hardware.peak_flops / 1e12,
+            "versions": library_versions(),
+            "data": {
+                name: {
+                    "num_samples": len(data.stats.sample_indices),
+                    "num_tokens": data.stats.num_tokens,
+                    "fingerprint": data.corpus.fingerprint,
+                }
+                for name, data in data_by_split.items()
+                if data is not None
+            },
+        }
+        state.run_dir.append_metrics(entry | facts)
+        self._tracking_events.log_start(facts)
+
+    def log_vision_cache(self, seconds: float, result: VisionCacheResult) -> None:
+        """Log the vision cache and the time to build it."""
+        self._console.log(result.reason)
+        timing = {"vision_cache_s": seconds} if result.cache is not None else {}
+        step = self._state.progress.step
+        self._state.run_dir.append_metrics({"step": step, **timing, **result.as_json()})
+
+    @contextmanager
+    def show_progress(self, total: int) -> Iterator[None]:
+        """Show a progress bar within the context."""
+        with self._console.step_progress(total, self._state.progress.step) as step_progress:
+            self._step_progress = step_progress
+            self.restart_timer()
+            try:
+                yield
+            finally:
+                self._step_progress = None
+
+    def restart_timer(self) -> None:
+        """Restart the step timer."""
+        self._timer.restart()
+
+    def log_step(self, step_output: StepOutput, data_wait: DataWait) -> None:
+        """Log the previous step, and hold this one until the device has finished."""
+        self.flush()
+        self._pending = step_output, data_wait
+        if step_output.event is None:
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait for the pending step and log it.
+
+        Raises:
+            UserError: The limit of non-finite steps or corrupt images is exceeded.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        step_output, data_wait = pending
+        metrics = self._build_metrics(step_output, data_wait)
+        self._state.run_dir.append_metrics(metrics)
+        self._tracking_events.log_step(metrics)
+        for skipped in step_output.global_stats.skipped:
+            self._console.log(f"skipped {skipped.id}: {skipped.reason}")
+        if self._step_progress is not None:
+            self._step_progress.update(metrics)
+        self._anomaly_detector.raise_if_exceeded()
+
+    def _build_metrics(self, step_output: StepOutput, data_wait: DataWait) -> dict[str, Any]:
+        step_check = self._anomaly_detector.check_step(step_output)
+        seconds = self._timer.lap(step_output.event)
+        state, step_batch, global_stats = (
+            self._state,
+            step_output.step_batch,
+            step_output.global_stats,
+        )
+        position = min(
+            (step_batch.step_index + 1) * state.recipe.train.batch_size, state.sampler.num_samples
+        )
+        return {
+            "step": step_batch.step_index + 1,
+            "epoch": round(position / state.sampler.epoch_length, 4),
+            "loss": step_check.loss,
+            "grad_norm": step_check.grad_norm,
+            "lr": state.optimizer.learning_rates(step_output.lr_factor),
+            "num_samples": global_stats.num_samples,
+            "num_tokens": global_stats.num_tokens,
+            "num_supervised_tokens": global_stats.num_supervised_tokens,
+            "num_packs": len(step_batch.packs),
+            **step_output.budget.model_dump(),
+            "skipped_samples": [skipped.id for skipped in global_stats.skipped],
+            "skipped_steps": state.loss_scaler.num_skipped + state.progress.nonfinite_steps,
+            "nonfinite_samples": step_check.nonfinite_samples,
+            "loss_spike_samples": step_check.spike_samples,
+            "step_s": seconds,
+            "data_wait_s": data_wait.seconds,
+            "samples_per_s": global_stats.num_samples / seconds,
+            "tokens_per_s": global_stats.num_tokens / seconds,
+            # None for the transformers backend, whose FLOPs are unknown.
+            "mfu": step_output.flops / seconds / state.hardware.peak_flops or None,
+            "peak_memory_gb": peak_memory_gb(state.hardware.device),
+        }
+
+    def log_evaluation(self, eval_result: EvalResult, name: str, seconds: float) -> None:
+        """Log an evaluation, whose predictions are in the file of this name."""
+        self._state.run_dir.append_metrics(eval_result.as_json() | {"eval_s": seconds})
+        self._tracking_events.log_evaluation(eval_result, name)
+        summary = "  ".join(f"{score} {value:.4f}" for score, value in eval_result.scores.items())
+        interval = eval_result.intervals.get(eval_result.primary_metric or "")
+        if interval is not None:
+            summary += (
+                f"  ({eval_result.primary_metric}: 95 % interval {interval.low:.4f} to"
+                f" {interval.high:.4f})"
+            )
+        self._console.log(
+            f"after {eval_result.step} steps: validation loss {eval_result.validation_loss:.4f}"
+            f"  {summary}"
+        )
+        for line in note_lines(eval_result.notes) if not eval_result.step else ():
+            self._console.log(line)
+
+    def log_result(self, result: RunResult) -> None:
+        """Send the result to the trackers."""
+        self._tracking_events.log_result(result)
+
+
+def build_size_histograms(sample_stats: Sequence[SampleStats]) -> dict[str, HistogramCounts]:
+    """Count tokens and patches of the scanned training samples."""
+    return {
+        "tokens": count_half_octaves(sample.num_tokens for sample in sample_stats),
+        "patches": count_half_octaves(
+            h * w for sample in sample_stats for _, h, w in sample.grid_thw
+        ),
+    }
+
+
+def get_device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or a description of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def describe_run(state: TrainState) -> str:
+    """Describe the run in one line."""
+    recipe, hardware = state.recipe, state.hardware
+    tune = recipe.tune
+    modes = {
+        "vision": tune.vision,
+        "merger": tune.merger,
+        "language": tune.language,
+        "embeddings": tune.embeddings,
+    }
+    trainable_modes = ", ".join(
+        f"{part} {mode}" for part, mode in modes.items() if mode != "frozen"
+    )
+    num_trainable = state.parallel.num_trainable_params
+    num_params = sum(parameter.numel() for parameter in state.model.parameters())
+    quantized = find_quantized_weights(state.model)
+    num_params += sum(weight.num_elements for weight in quantized.values())
+    epochs = state.sampler.num_samples / state.sampler.epoch_length
+    return (
+        f"training {trainable_modes}: {num_trainable:,} of {num_params:,} parameters"
+        f"{_describe_frozen_weights(state, quantized)};"
+        f" {len(state.sampler)} steps of {recipe.train.batch_size} samples ({epochs:.2f} epochs)"
+        f" in {hardware.precision} on {hardware.device}, {hardware.num_workers} data loader workers"
+    )
+
+
+def _describe_frozen_weights(state: TrainState, quantized: Collection[str]) -> str:
+    """Describe quantized and FP8 weights."""
+    tune, notes = state.recipe.tune, []
+    if tune.quantize.nf4:
+        notes.append(f"weights of {' and '.join(tune.quantize.nf4)} in NF4")
+    if tune.quantize.fp8:
+        num_unquantized = count_unquantized_layers(state.model, tune.quantize.fp8)
+        exception = (
+            f", except {num_unquantized} layers with unsupported sizes" if num_unquantized else ""
+        )
+        notes.append(f"frozen weights of {' and '.join(tune.quantize.fp8)} in FP8{exception}")
+    requested = (*(tune.quantize.nf4 or ()), *(tune.quantize.fp8 or ()))
+    prequantized = dict.fromkeys(
+        get_part(name) for name in quantized if get_part(name) not in requested
+    )
+    if prequantized:
+        notes.append(f"weights of {' and '.join(prequantized)} in 4 bits, as published")
+    has_experts = any(isinstance(module, MoeExperts) for module in state.model.modules())
+    if tune.language == "lora" and has_experts:
+        notes.append("experts have no adapters and are frozen")
+    return "".join(f" ({note})" for note in notes)

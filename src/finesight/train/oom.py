@@ -1,0 +1,204 @@
+"""GPU out-of-memory recovery: reduce the memory budget and repeat the step."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from finesight.encode.packing import PackedBatch
+from finesight.errors import UserError
+
+T = TypeVar("T")
+
+MIN_SPLIT_PACKS = 4
+"""Minimum length of split samples, in packs."""
+
+
+def max_unsplit_packs(world_size: int) -> int:
+    """Return the length in packs above which a sample is split over all ranks.
+
+    Each rank then has at least one pack of computation, which outweighs the communication.
+    """
+    return max(MIN_SPLIT_PACKS, world_size)
+
+
+class MemoryBudget(BaseModel):
+    """Maximum tokens of a pack, and fraction of layers with activation checkpointing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pack_tokens: int
+    activation_checkpointing: float
+
+    def min_with(self, other: MemoryBudget) -> MemoryBudget:
+        """Combine the smaller settings of both budgets."""
+        return MemoryBudget(
+            pack_tokens=min(self.pack_tokens, other.pack_tokens),
+            activation_checkpointing=max(
+                self.activation_checkpointing, other.activation_checkpointing
+            ),
+        )
+
+    def next_smaller(
+        self, batch: PackedBatch, is_training: bool, world_size: int = 1
+    ) -> MemoryBudget | None:
+        """Return the next budget after this batch ran out of memory, or None.
+
+        In order: half of the pack's tokens; activation checkpointing for a single sample; splitting
+        the
+        sample over the ranks.
+        """
+        if len(batch.sample_ids) > 1:
+            num_tokens = min(self.pack_tokens, sum(batch.lengths))
+            return self.model_copy(update={"pack_tokens": max(1, num_tokens // 2)})
+        if is_training and self.activation_checkpointing < 1.0:
+            return self.model_copy(update={"activation_checkpointing": 1.0})
+        if is_training and world_size > 1 and batch.context_shard is None:
+            split_tokens = (sum(batch.lengths) - 1) // max_unsplit_packs(world_size)
+            if 1 < split_tokens < self.pack_tokens:
+                return self.model_copy(update={"pack_tokens": split_tokens})
+        return None
+
+    def describe_change(self, previous: MemoryBudget) -> str:
+        """Describe the change from a previous budget, with the equivalent settings."""
+        if self == previous:
+            return "the same packs without CUDA graphs"
+        if self.pack_tokens != previous.pack_tokens:
+            return (
+                f"packs of at most {self.pack_tokens:,} tokens instead of {previous.pack_tokens:,}"
+                f" (train.pack_tokens={self.pack_tokens})"
+            )
+        return "activation checkpointing (train.activation_checkpointing=true)"
+
+
+class GpuOutOfMemoryError(UserError):
+    """A pack exceeded the GPU memory; no parameter was updated.
+
+    `next_budget` is the budget to retry with: the same one if CUDA graphs were freed, or None if
+    the run
+    must end.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str = "",
+        expected: str = "",
+        remedy: str = "",
+        next_budget: MemoryBudget | None = None,
+    ) -> None:
+        super().__init__(what, where=where, expected=expected, remedy=remedy)
+        self.next_budget = next_budget
+
+
+def build_pack_oom_error(
+    error: torch.OutOfMemoryError,
+    batch: PackedBatch,
+    budget: MemoryBudget,
+    is_training: bool,
+    world_size: int = 1,
+    *,
+    has_freed_memory: bool = False,
+) -> GpuOutOfMemoryError:
+    """Convert an out-of-memory error of a pack.
+
+    With `has_freed_memory`, the pack may be retried with the same budget.
+    """
+    num_samples, first = len(batch.sample_ids), batch.sample_ids[0]
+    location = (
+        f"sample {first:.80}" if num_samples == 1 else f"{num_samples} samples from {first:.80} on"
+    )
+    return GpuOutOfMemoryError(
+        f"the GPU memory is full: {first_error_line(error)}",
+        where=f"{location}, {sum(batch.lengths):,} tokens and {len(batch.patches_ND):,} patches",
+        expected="sufficient memory for one sample at a time"
+        + (" with activation checkpointing" if is_training else ""),
+        remedy="end other programs on this GPU and start again with --resume, or start a new run"
+        " with smaller images, a lower data.max_length, a lower tune.lora.rank, or 4-bit frozen"
+        " weights (tune.quantize.nf4=[language])",
+        next_budget=budget
+        if has_freed_memory
+        else budget.next_smaller(batch, is_training, world_size),
+    )
+
+
+def build_generation_oom_error(error: torch.OutOfMemoryError) -> GpuOutOfMemoryError:
+    """Convert an out-of-memory error during generation."""
+    return GpuOutOfMemoryError(
+        f"the GPU memory is full: {first_error_line(error)}",
+        where="evaluation",
+        expected="sufficient memory for one answer at a time",
+        remedy="end other programs on this GPU, or lower eval.max_new_tokens, and start again"
+        " with --resume; or start a new run with smaller images",
+    )
+
+
+def retry_on_oom(
+    budget: MemoryBudget,
+    device: torch.device,
+    log: Callable[[str], None],
+    fn: Callable[[MemoryBudget], T],
+) -> T:
+    """Call a function with a memory budget, and reduce the budget on out-of-memory errors.
+
+    The function must continue from its own progress when it is called again.
+
+    Raises:
+        GpuOutOfMemoryError: No smaller budget is left.
+    """
+    while True:
+        try:
+            return fn(budget)
+        except GpuOutOfMemoryError as oom_error:
+            if oom_error.next_budget is None:
+                raise
+            previous, budget, reason = budget, oom_error.next_budget, oom_error.what
+        # torch appends memory statistics on the same line.
+        summary = ". ".join(reason.split(". ")[:2]).removesuffix(".")
+        log(f"{summary}; continuing with {budget.describe_change(previous)}")
+        # Outside the except block, whose traceback holds tensors.
+        release_memory(device)
+
+
+@contextmanager
+def translate_oom_errors() -> Iterator[None]:
+    """Convert out-of-memory errors in the context to a UserError with advice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU memory is full: {first_error_line(error)}",
+            where="training",
+            expected="model, gradients and optimizer state within the GPU memory",
+            remedy="end other programs on this GPU, quantize frozen weights to 4 bits"
+            " (tune.quantize.nf4=[language]), train fewer parameters (LoRA instead of full, a lower"
+            " tune.lora.rank), or use a smaller optimizer state (train.optimizer=adamw_8bit)",
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(
+            "the CPU memory is full: " + (str(error) or "allocation in Python").splitlines()[0],
+            where="training",
+            expected="model, gradients and optimizer state within the CPU memory",
+            remedy="end other programs, train fewer parameters (a lower tune.lora.rank), use"
+            " smaller packs (train.pack_tokens) or images, or lower eval.max_new_tokens",
+        ) from error
+
+
+def release_memory(device: torch.device) -> None:
+    """Release unused memory to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def first_error_line(error: torch.OutOfMemoryError) -> str:
+    """Return the first line of a torch error, without its advice."""
+    return str(error).splitlines()[0]

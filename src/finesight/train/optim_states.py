@@ -1,0 +1,135 @@
+"""AdamW optimizer states in fp32, or block-wise quantized to 8 bits.
+
+The quantization follows Dettmers et al. 2022 (arXiv:2110.02861).
+
+Shapes: E flat elements of a parameter group, M elements of a slice of complete blocks, B = E / 256
+blocks of N = 256 elements.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK_SIZE = 256
+"""Elements that share a scale; each parameter starts at a block boundary."""
+
+NUM_DECADES = 7
+"""Powers of ten that an 8-bit value covers below one."""
+
+ADAM_EPS = 1e-8
+"""Epsilon of torch.optim.AdamW."""
+
+
+class AdamWHyperparams(NamedTuple):
+    """Hyperparameters of an AdamW step."""
+
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+
+    @property
+    def decay_factor(self) -> float:
+        """Factor of the weights for decoupled weight decay."""
+        return 1 - self.lr * self.weight_decay
+
+    def step_size(self, num_steps: int) -> float:
+        """Return the learning rate with bias correction of the first moment."""
+        return self.lr / (1 - self.betas[0] ** num_steps)
+
+    def bias_correction2_sqrt(self, num_steps: int) -> float:
+        """Return the square root of the bias correction of the second moment."""
+        return float((1 - self.betas[1] ** num_steps) ** 0.5)
+
+
+class OptimState:
+    """fp32 optimizer state of a parameter group, `values_E`, initialized with zeros."""
+
+    values_E: Tensor
+    scale_B: Tensor | None = None
+
+    def __init__(self, num_elements: int, device: torch.device) -> None:
+        self.values_E = torch.zeros(num_elements, dtype=torch.float32, device=device)
+
+    def read(self, flat_slice: slice) -> Tensor:
+        """Return a slice in fp32 [M]; pass it to `write` after changing it."""
+        return self.values_E[flat_slice]
+
+    def write(self, values_M: Tensor, flat_slice: slice) -> None:
+        """Store a slice that `read` returned and the caller changed."""
+
+    def state_tensors(self, flat_slice: slice, shape: torch.Size) -> dict[str, Tensor]:
+        """Return views of a parameter's state for a checkpoint, by key suffix."""
+        return {"": self.values_E[flat_slice].view(shape)}
+
+
+class OptimState8bit(OptimState):
+    """8-bit optimizer state with one scale per block.
+
+    Each byte selects one of 256 levels between zero and the largest magnitude of its block,
+    `scale_B`,
+    or the negative of it where `signed`.
+    """
+
+    scale_B: Tensor
+
+    def __init__(self, num_elements: int, device: torch.device, signed: bool) -> None:
+        assert num_elements % BLOCK_SIZE == 0, (
+            f"{num_elements} elements are not a multiple of the block size"
+        )
+        self.signed = signed
+        self._levels = create_dynamic_map(signed).to(device)
+        self._boundaries = (self._levels[1:] + self._levels[:-1]) / 2
+        if not signed:
+            # Non-zero values never round to zero, because the update divides by them.
+            self._boundaries[0] = 0.0
+        zero = int((self._levels == 0).nonzero())
+        self.values_E = torch.full((num_elements,), zero, dtype=torch.uint8, device=device)
+        self.scale_B = torch.zeros(num_elements // BLOCK_SIZE, device=device)
+
+    def read(self, flat_slice: slice) -> Tensor:
+        """Dequantize a slice of complete blocks to fp32 [M]."""
+        values_M = self._levels.index_select(0, self.values_E[flat_slice].int())
+        values_M.view(-1, BLOCK_SIZE).mul_(self.scale_B[_block_slice(flat_slice), None])
+        return values_M
+
+    def write(self, values_M: Tensor, flat_slice: slice) -> None:
+        """Quantize a slice of complete blocks to the nearest levels."""
+        values_BN = values_M.view(-1, BLOCK_SIZE)
+        scale_B1 = values_BN.abs().amax(1, keepdim=True)
+        # Avoid division by the scale of a zero block.
+        scaled_BN = values_BN / scale_B1.clamp(min=torch.finfo(torch.float32).tiny)
+        codes_BN = torch.bucketize(scaled_BN, self._boundaries, out_int32=True)
+        self.values_E[flat_slice].view(-1, BLOCK_SIZE).copy_(codes_BN)
+        self.scale_B[_block_slice(flat_slice)].copy_(scale_B1.squeeze(1))
+
+    def state_tensors(self, flat_slice: slice, shape: torch.Size) -> dict[str, Tensor]:
+        """Return views of the codes and scales of all blocks of a parameter."""
+        blocks = _block_slice(flat_slice)
+        codes = self.values_E[blocks.start * BLOCK_SIZE : blocks.stop * BLOCK_SIZE]
+        return {"": codes, "_scale": self.scale_B[blocks]}
+
+
+def _block_slice(flat_slice: slice) -> slice:
+    """Convert an element slice to the slice of its blocks."""
+    return slice(flat_slice.start // BLOCK_SIZE, -(-flat_slice.stop // BLOCK_SIZE))
+
+
+@lru_cache
+def create_dynamic_map(signed: bool) -> Tensor:
+    """Create the 256 levels of dynamic tree quantization, ascending (section 1.3 of the paper).
+
+    Each decade below one has two times as many evenly spaced levels as the decade below it, plus
+    zero
+    and one.
+    """
+    levels: list[Tensor] = [torch.zeros(1), torch.ones(1)]
+    for decade in range(NUM_DECADES):
+        num_levels = 2 ** (decade if signed else decade + 1)
+        edges = torch.linspace(0.1, 1.0, num_levels + 1)
+        midpoints = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade + 1 - NUM_DECADES)
+        levels += [midpoints, -midpoints] if signed else [midpoints]
+    return torch.cat(levels).sort().values

@@ -1,0 +1,350 @@
+"""Triton kernels of the optimizer step, fused over a parameter group.
+
+Each gradient is a separate tensor of autograd. A program processes a tile of one parameter and
+finds its gradient in a table of addresses.
+
+Shapes: P parameters, T tiles of R rows of N = 256 elements; E flat elements of a group. Requires
+Triton.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from finesight.train.master_weights import SplitBf16Master
+from finesight.train.optim_states import ADAM_EPS, BLOCK_SIZE, AdamWHyperparams, OptimState
+
+TILE_ROWS = 8
+"""Rows of a tile."""
+
+NUM_WARPS = 4
+
+ALIGNED_ELEMENTS = 16
+"""Parameter sizes that are multiples of this allow vectorized loads."""
+
+
+class ParamTiles:
+    """Assignment of tiles of a parameter group to programs.
+
+    `param_index_T` is the parameter of each tile. `param_table_P3` contains the first tile, offset
+    and
+    size of each parameter.
+    """
+
+    def __init__(self, flat_slices: Sequence[slice], device: torch.device) -> None:
+        sizes = [flat_slice.stop - flat_slice.start for flat_slice in flat_slices]
+        tile_counts = [triton.cdiv(size, TILE_ROWS * BLOCK_SIZE) for size in sizes]
+        param_indices_P = torch.arange(len(flat_slices), dtype=torch.int32)
+        self.param_index_T = param_indices_P.repeat_interleave(torch.tensor(tile_counts)).to(device)
+        first_tiles = [sum(tile_counts[:n]) for n in range(len(tile_counts))]
+        rows = [
+            list(row)
+            for row in zip(first_tiles, (p.start for p in flat_slices), sizes, strict=True)
+        ]
+        self.param_table_P3 = torch.tensor(rows, dtype=torch.int64).to(device)
+        self.is_aligned = all(size % ALIGNED_ELEMENTS == 0 for size in sizes)
+
+    def data_pointers(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """Return the addresses of gradients [P] on the device, zero for None.
+
+        The tensors must stay allocated until the kernel is launched. The copy does not synchronize.
+        """
+        pointers = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
+        table_P = torch.tensor(pointers, dtype=torch.int64)
+        if self.param_table_P3.is_cuda:
+            table_P = table_P.pin_memory()
+        return table_P.to(self.param_table_P3.device, non_blocking=True)
+
+
+def _align_gradients(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Copy gradients that are not aligned to 16 bytes, such as slices."""
+    return [g.clone() if g is not None and g.data_ptr() % 16 else g for g in gradients]
+
+
+@triton.jit
+def _locate_tile(param_index_T, param_table_P3, is_aligned: tl.constexpr, rows: tl.constexpr):
+    """Return parameter index, offsets in parameter and group, element offsets and mask [R, N]."""
+    t = tl.program_id(0)
+    p = tl.load(param_index_T + t)
+    row = param_table_P3 + p * 3
+    size = tl.load(row + 2)
+    param_offset = tl.multiple_of(tl.load(row + 1), 64)
+    if is_aligned:
+        size = tl.multiple_of(size, 16)
+    first = (t - tl.load(row)) * (rows * 256)
+    offset_RN = tl.arange(0, rows)[:, None] * 256 + tl.arange(0, 256)[None, :]
+    return p, first, param_offset + first, offset_RN, first + offset_RN < size
+
+
+@triton.jit
+def _load_gradient(pointers_P, p, first, offset_RN, mask_RN, like):
+    """Load a gradient tile in fp32, zero without a gradient."""
+    address = tl.load(pointers_P + p)
+    grad_RN = tl.zeros_like(offset_RN).to(tl.float32)
+    if address != 0:
+        pointer = tl.multiple_of(address.to(like.dtype), 16)
+        grad_RN = tl.load(pointer + first + offset_RN, mask=mask_RN, other=0.0).to(tl.float32)
+    return grad_RN
+
+
+@triton.jit
+def _accumulate_kernel(
+    param_index_T, param_table_P3, gradients_P, sums_P, previous_P, grad_like, sum_like,
+    is_aligned: tl.constexpr, rows: tl.constexpr,
+):  # fmt: skip
+    p, first, _, offset_RN, mask_RN = _locate_tile(param_index_T, param_table_P3, is_aligned, rows)
+    if tl.load(gradients_P + p) != 0:
+        grad_RN = _load_gradient(gradients_P, p, first, offset_RN, mask_RN, grad_like)
+        grad_RN += _load_gradient(previous_P, p, first, offset_RN, mask_RN, sum_like)
+        sums = tl.multiple_of(tl.load(sums_P + p).to(sum_like.dtype), 16)
+        tl.store(sums + first + offset_RN, grad_RN, mask=mask_RN)
+
+
+def accumulate_gradients(
+    tiles: ParamTiles,
+    gradients: Sequence[Tensor | None],
+    sums: Sequence[Tensor],
+    has_sum: Sequence[bool],
+) -> None:
+    """Add gradients to existing fp32 sums, and initialize the other sums."""
+    gradients = _align_gradients(gradients)
+    like = next(gradient for gradient in gradients if gradient is not None)
+    previous = [sum_ if is_set else None for sum_, is_set in zip(sums, has_sum, strict=True)]
+    _accumulate_kernel[(len(tiles.param_index_T),)](
+        tiles.param_index_T, tiles.param_table_P3, tiles.data_pointers(gradients),
+        tiles.data_pointers(sums), tiles.data_pointers(previous), like, sums[0],
+        is_aligned=tiles.is_aligned, rows=TILE_ROWS, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _squared_norm_kernel(
+    param_index_T, param_table_P3, gradients_P, sums_T, like, is_aligned: tl.constexpr,
+    rows: tl.constexpr,
+):  # fmt: skip
+    p, first, _, offset_RN, mask_RN = _locate_tile(param_index_T, param_table_P3, is_aligned, rows)
+    grad_RN = _load_gradient(gradients_P, p, first, offset_RN, mask_RN, like)
+    tl.store(sums_T + tl.program_id(0), tl.sum(tl.sum(grad_RN * grad_RN, 1), 0))
+
+
+def squared_norm(tiles: ParamTiles, gradients: Sequence[Tensor | None]) -> Tensor:
+    """Return the sum of squares of all gradients, a fp32 scalar in deterministic order.
+
+    At least one gradient must exist.
+    """
+    gradients = _align_gradients(gradients)
+    like = next(gradient for gradient in gradients if gradient is not None)
+    sums_T = torch.empty(len(tiles.param_index_T), device=like.device)
+    _squared_norm_kernel[(len(sums_T),)](
+        tiles.param_index_T, tiles.param_table_P3, tiles.data_pointers(gradients), sums_T, like,
+        is_aligned=tiles.is_aligned, rows=TILE_ROWS, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return sums_T.sum()
+
+
+@triton.jit
+def _dequantize(codes, scale, signed: tl.constexpr):
+    """Dequantize codes to the levels of `create_dynamic_map`.
+
+    The levels of a decade are linear in their codes, and higher decades are steeper, so the level
+    is the
+    maximum over the lines of all decades.
+    """
+    if signed:
+        m = tl.abs(codes.to(tl.int32) - 127).to(tl.float32) + 0.5
+    else:
+        m = codes.to(tl.float32) + 1.5
+    slope: tl.constexpr = 9e-7 if signed else 4.5e-7
+    level = m * slope - 8e-7
+    for decade in tl.static_range(1, 7):
+        level = tl.maximum(level, m * (slope * 5**decade) - 8e-7 * 10**decade)
+    # Zero and one are the ends of the lines.
+    level = tl.minimum(tl.maximum(level, 0.0), 1.0) * scale
+    if signed:
+        level = tl.where(codes.to(tl.int32) < 127, -level, level)
+    return level
+
+
+@triton.jit
+def _quantize(values, scale, signed: tl.constexpr):
+    """Quantize values to the nearest levels: the inverse of `_dequantize`, with the minimum of the
+    lines."""
+    # Avoid division by the scale of a zero block.
+    scaled = tl.abs(values) * (1.0 / tl.maximum(scale, 1.1754943508222875e-38))
+    slope: tl.constexpr = 9e-7 if signed else 4.5e-7
+    m = scaled * (1.0 / slope) + 8e-7 / slope
+    for decade in tl.static_range(1, 7):
+        m = tl.minimum(m, scaled * (1.0 / (slope * 5**decade)) + 8e-7 / slope * 2**decade)
+    # Decades start at powers of two; the midpoint between two decades is slightly higher.
+    below = m - 0.2
+    crossed = m.to(tl.int32, bitcast=True) ^ below.to(tl.int32, bitcast=True)
+    level_index = tl.where(crossed > 0x7FFFFF, below, m).to(tl.int32)
+    top: tl.constexpr = 128 if signed else 256
+    level_index = tl.where(m > top - 0.25, top, level_index)
+    if signed:
+        # Minus one is not a level.
+        code = tl.where(values < 0.0, tl.maximum(127 - level_index, 0), 127 + level_index)
+    else:
+        # Non-zero values never round to zero.
+        code = tl.where(scaled > 0.0, tl.maximum(level_index - 1, 1), 0)
+    return code.to(tl.uint8)
+
+
+@triton.jit
+def _load_master(weights, residual, offset, mask, residual_bytes: tl.constexpr):
+    """Load fp32 master weights; `residual_bytes` gives the storage of `SplitBf16Master`."""
+    if residual_bytes == 4:
+        master = tl.load(residual + offset, mask=mask, other=0.0)
+    elif residual_bytes == 2:
+        upper = tl.load(weights + offset, mask=mask, other=0).to(tl.int32) << 16
+        lower = tl.load(residual + offset, mask=mask, other=0).to(tl.int32)
+        master = (upper + lower).to(tl.float32, bitcast=True)
+    else:
+        master = tl.load(weights + offset, mask=mask, other=0.0)
+    return master
+
+
+@triton.jit
+def _store_master(master, weights, residual, offset, mask, residual_bytes: tl.constexpr):
+    if residual_bytes == 2:
+        bits = master.to(tl.int32, bitcast=True)
+        tl.store(residual + offset, bits.to(tl.int16), mask=mask)
+        tl.store(weights + offset, ((bits + 0x8000) >> 16).to(tl.int16), mask=mask)
+    else:
+        if residual_bytes == 4:
+            tl.store(residual + offset, master, mask=mask)
+        tl.store(weights + offset, master.to(weights.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_state(
+    codes, scales, offset, blocks, mask, block_mask, is_8bit: tl.constexpr, signed: tl.constexpr,
+):  # fmt: skip
+    if is_8bit:
+        code = tl.load(codes + offset, mask=mask, other=127 if signed else 0)
+        scale = tl.load(scales + blocks, mask=block_mask, other=0.0)
+        state = _dequantize(code, scale[:, None], signed)
+    else:
+        state = tl.load(codes + offset, mask=mask, other=0.0)
+    return state
+
+
+@triton.jit
+def _store_state(
+    state, codes, scales, offset, blocks, mask, block_mask, is_8bit: tl.constexpr,
+    signed: tl.constexpr,
+):  # fmt: skip
+    if is_8bit:
+        scale = tl.max(tl.abs(state), axis=1)
+        tl.store(codes + offset, _quantize(state, scale[:, None], signed), mask=mask)
+        tl.store(scales + blocks, scale, mask=block_mask)
+    else:
+        tl.store(codes + offset, state, mask=mask)
+
+
+@triton.jit
+def _adamw_kernel(
+    param_index_T, param_table_P3, pointers_P, like, weights, residual, exp_avg, exp_avg_scale,
+    exp_avg_sq, exp_avg_sq_scale, grad_factor_ptr, num_steps, next_num_steps, log_beta_1,
+    log_beta_2, decay_factor, lr, one_minus_beta_1, beta_2, one_minus_beta_2, epsilon,
+    residual_bytes: tl.constexpr, is_8bit: tl.constexpr, is_aligned: tl.constexpr,
+    rows: tl.constexpr,
+):  # fmt: skip
+    grad_factor = tl.load(grad_factor_ptr)
+    previous_steps = tl.load(num_steps)
+    if tl.program_id(0) == 0:
+        tl.store(
+            next_num_steps,
+            tl.where(grad_factor == grad_factor, previous_steps + 1.0, previous_steps),
+        )
+    if grad_factor != grad_factor:
+        return
+    # Bias corrections; one minus a value near one needs 64 bits.
+    step_size = (lr / (1.0 - tl.exp((previous_steps + 1.0) * log_beta_1))).to(tl.float32)
+    bias_correction = (1.0 / tl.sqrt(1.0 - tl.exp((previous_steps + 1.0) * log_beta_2))).to(
+        tl.float32
+    )
+    p, start, param_offset, offset_RN, mask_RN = _locate_tile(
+        param_index_T, param_table_P3, is_aligned, rows
+    )
+    grad_RN = _load_gradient(pointers_P, p, start, offset_RN, mask_RN, like) * grad_factor
+    blocks_R = param_offset // 256 + tl.arange(0, rows)
+    block_mask_R = start + tl.arange(0, rows) * 256 < tl.load(param_table_P3 + p * 3 + 2)
+    offset_RN += param_offset
+    exp_avg_RN = _load_state(
+        exp_avg, exp_avg_scale, offset_RN, blocks_R, mask_RN, block_mask_R, is_8bit, True
+    )
+    exp_avg_sq_RN = _load_state(
+        exp_avg_sq, exp_avg_sq_scale, offset_RN, blocks_R, mask_RN, block_mask_R, is_8bit, False
+    )
+    exp_avg_RN += one_minus_beta_1 * (grad_RN - exp_avg_RN)
+    exp_avg_sq_RN = exp_avg_sq_RN * beta_2 + one_minus_beta_2 * grad_RN * grad_RN
+    master_RN = _load_master(weights, residual, offset_RN, mask_RN, residual_bytes) * decay_factor
+    # The update uses the moments before rounding.
+    master_RN -= step_size * (exp_avg_RN / (tl.sqrt(exp_avg_sq_RN) * bias_correction + epsilon))
+    _store_master(master_RN, weights, residual, offset_RN, mask_RN, residual_bytes)
+    _store_state(
+        exp_avg_RN,
+        exp_avg,
+        exp_avg_scale,
+        offset_RN,
+        blocks_R,
+        mask_RN,
+        block_mask_R,
+        is_8bit,
+        True,
+    )
+    _store_state(
+        exp_avg_sq_RN,
+        exp_avg_sq,
+        exp_avg_sq_scale,
+        offset_RN,
+        blocks_R,
+        mask_RN,
+        block_mask_R,
+        is_8bit,
+        False,
+    )
+
+
+def adamw_step(
+    tiles: ParamTiles,
+    gradients: Sequence[Tensor | None],
+    master_weights: SplitBf16Master,
+    states: tuple[OptimState, OptimState],
+    grad_factor: Tensor,
+    step_counts: tuple[Tensor, Tensor],
+    hparams: AdamWHyperparams,
+) -> None:
+    """Apply an AdamW step to one group, skipped if `grad_factor` is NaN.
+
+    Args:
+        tiles: Tiles of the group.
+        gradients: Gradient of each parameter.
+        master_weights: Weights, updated in-place.
+        states: First and second moments, updated in-place.
+        grad_factor: Factor of the gradients, a device scalar.
+        step_counts: Number of previous steps, and output for the next count.
+        hparams: Hyperparameters.
+    """
+    params_E, residual_E = master_weights.params_E, master_weights.residual_E
+    gradients = _align_gradients(gradients)
+    like = next((gradient for gradient in gradients if gradient is not None), params_E)
+    residual_bytes = 0 if residual_E is None else residual_E.itemsize
+    beta_1, beta_2 = hparams.betas
+    exp_avg, exp_avg_sq = states
+    logs = [math.log(beta) if beta else -math.inf for beta in hparams.betas]
+    _adamw_kernel[(len(tiles.param_index_T),)](
+        tiles.param_index_T, tiles.param_table_P3, tiles.data_pointers(gradients), like,
+        params_E.view(torch.int16) if residual_bytes == 2 else params_E, residual_E,
+        exp_avg.values_E, exp_avg.scale_B, exp_avg_sq.values_E, exp_avg_sq.scale_B, grad_factor,
+        *step_counts, *logs, hparams.decay_factor, hparams.lr, 1 - beta_1, beta_2, 1 - beta_2,
+        ADAM_EPS, residual_bytes=residual_bytes, is_8bit=exp_avg.scale_B is not None,
+        is_aligned=tiles.is_aligned, rows=TILE_ROWS, num_warps=NUM_WARPS,
+    )  # fmt: skip

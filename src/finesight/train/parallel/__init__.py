@@ -1,0 +1,1 @@
+"""Distributed training: data parallelism, sharding, context parallelism."""

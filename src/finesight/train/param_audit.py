@@ -1,0 +1,242 @@
+"""Parameter audit: detect which parameters a run has changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import fsum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from finesight.errors import UserError
+from finesight.model.quant.base import find_quantized_weights
+from finesight.model.trainable import MODEL_PARTS, ModelPart, get_part
+from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
+
+_INT_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+"""Integer dtypes by size in bytes."""
+
+CHECKSUM_CHUNK_ELEMENTS = 1 << 24
+"""Elements per chunk of a checksum."""
+
+SAMPLE_SIZE = 16384
+"""Number of evenly spaced elements of a tensor whose initial values are stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParamChange:
+    """Changes of the frozen or trainable parameters of a model part.
+
+    Attributes:
+        part: Model part.
+        is_trained: Whether the parameters are trainable.
+        num_tensors: Number of tensors.
+        num_params: Number of parameters.
+        num_changed: Tensors with at least one changed bit.
+        num_with_grad: Tensors that received a non-zero gradient; weight decay changes others, too.
+        relative_change: Norm of the change divided by the norm of the initial values, on a sample.
+    """
+
+    part: ModelPart
+    is_trained: bool
+    num_tensors: int
+    num_params: int
+    num_changed: int
+    num_with_grad: int
+    relative_change: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Return an entry of `param_audit.json`."""
+        return asdict(self)
+
+
+class ParamAudit:
+    """Record the initial parameters: checksums of all, and sampled values of trainable ones."""
+
+    def __init__(self, model: nn.Module, master_weights: Mapping[str, Tensor]) -> None:
+        # Parameters, not tensors: the data of a weight may be reallocated.
+        self._frozen = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if name not in master_weights and not _is_sharded_trainable(parameter)
+        }
+        self._quantized = find_quantized_weights(model)
+        self._master_weights = master_weights
+        frozen = {name: _local_tensor(tensor).numel() for name, tensor in self._frozen.items()}
+        frozen |= {name: weight.num_elements for name, weight in self._quantized.items()}
+        trained = {name: tensor.numel() for name, tensor in master_weights.items()}
+        self._param_counts = {True: trained, False: frozen}
+        self._sums = self._compute_checksums()
+        self._start_samples = {
+            name: _sample_values(tensor).clone() for name, tensor in master_weights.items()
+        }
+
+    def _compute_checksums(self) -> dict[str, int]:
+        frozen = {
+            name: _local_tensor(parameter.detach()) for name, parameter in self._frozen.items()
+        }
+        sums = compute_checksums(frozen) | compute_checksums(self._master_weights)
+        for name, weight in self._quantized.items():
+            sums[name] = sum(compute_checksums(dict(weight.named_buffers())).values())
+        return sums
+
+    def compute_changes(
+        self, params_with_grad: Collection[str], process_group: ProcessGroup = SINGLE_PROCESS
+    ) -> list[ParamChange]:
+        """Compare all parameters with their initial values.
+
+        Args:
+            params_with_grad: Names of parameters that received a gradient.
+            process_group: Ranks of a sharded model, which must all call this method.
+        """
+        payloads = process_group.all_gather_str(
+            json.dumps(self._audit_tensors(params_with_grad, process_group))
+        )
+        changes_by_name: dict[str, _TensorChange] = {}
+        for tensor_changes in map(json.loads, payloads):
+            for name, tensor_change in tensor_changes.items():
+                changes_by_name[name] = changes_by_name.get(name, _TensorChange()).merge(
+                    _TensorChange(*tensor_change)
+                )
+        param_changes = []
+        for part in MODEL_PARTS:
+            for is_trained in self._param_counts:
+                part_changes = [
+                    tensor_change
+                    for name, tensor_change in changes_by_name.items()
+                    if get_part(name) == part and tensor_change.is_trained == is_trained
+                ]
+                if part_changes:
+                    param_changes.append(_summarize_part(part, is_trained, part_changes))
+        return param_changes
+
+    def _audit_tensors(
+        self, params_with_grad: Collection[str], process_group: ProcessGroup
+    ) -> dict[str, _TensorChange]:
+        current, changes = self._compute_checksums(), {}
+        for is_trained, param_counts in self._param_counts.items():
+            for name, num_params in param_counts.items():
+                change_sq, start_sq = self._sampled_change(name) if is_trained else (0.0, 0.0)
+                if name in self._quantized and not process_group.is_main:
+                    # Quantized weights are replicated on every rank.
+                    num_params = 0
+                is_changed = current[name] != self._sums[name]
+                changes[name] = _TensorChange(
+                    is_trained,
+                    num_params,
+                    is_changed,
+                    name in params_with_grad,
+                    change_sq,
+                    start_sq,
+                )
+        return changes
+
+    def _sampled_change(self, name: str) -> tuple[float, float]:
+        start = self._start_samples[name]
+        change = _sample_values(self._master_weights[name]) - start
+        return float(change.square().sum()), float(start.square().sum())
+
+
+class _TensorChange(NamedTuple):
+    """Change of a parameter or shard.
+
+    The last two fields are squared norms of the sampled change and of the initial values.
+    """
+
+    is_trained: bool = False
+    num_params: int = 0
+    is_changed: bool = False
+    has_grad: bool = False
+    change_sq: float = 0.0
+    start_sq: float = 0.0
+
+    def merge(self, other: _TensorChange) -> _TensorChange:
+        """Combine two shards."""
+        return _TensorChange(
+            self.is_trained or other.is_trained,
+            self.num_params + other.num_params,
+            self.is_changed or other.is_changed,
+            self.has_grad or other.has_grad,
+            self.change_sq + other.change_sq,
+            self.start_sq + other.start_sq,
+        )
+
+
+def _summarize_part(
+    part: ModelPart, is_trained: bool, tensor_changes: Sequence[_TensorChange]
+) -> ParamChange:
+    change_norm, start_norm = (
+        fsum(squares) ** 0.5
+        for squares in zip(*(tensor_change[-2:] for tensor_change in tensor_changes), strict=True)
+    )
+    return ParamChange(
+        part=part,
+        is_trained=is_trained,
+        num_tensors=len(tensor_changes),
+        num_params=sum(tensor_change.num_params for tensor_change in tensor_changes),
+        num_changed=sum(tensor_change.is_changed for tensor_change in tensor_changes),
+        num_with_grad=sum(tensor_change.has_grad for tensor_change in tensor_changes),
+        relative_change=change_norm / start_norm
+        if start_norm
+        else float("inf")
+        if change_norm
+        else 0.0,
+    )
+
+
+def _local_tensor(tensor: Tensor) -> Tensor:
+    """Return the local shard of a DTensor, or the tensor; DTensor is slow to import."""
+    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def _is_sharded_trainable(parameter: nn.Parameter) -> bool:
+    """Check for a trainable DTensor without local rows."""
+    return hasattr(parameter, "to_local") and parameter.requires_grad
+
+
+def compute_checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Sum the bits of each tensor as integers; any single change is detected."""
+    sums = [
+        _checksum(tensor.reshape(-1).view(_INT_DTYPES[tensor.itemsize]))
+        for tensor in tensors.values()
+    ]
+    return dict(zip(tensors, torch.stack(sums).tolist(), strict=True)) if sums else {}
+
+
+def _checksum(bits_E: Tensor) -> Tensor:
+    # In chunks, because torch first converts to int64.
+    chunks = torch.split(bits_E, CHECKSUM_CHUNK_ELEMENTS)
+    return torch.stack([chunk.sum(dtype=torch.int64) for chunk in chunks]).sum()
+
+
+def _sample_values(tensor: Tensor) -> Tensor:
+    flat_E = tensor.reshape(-1)
+    return flat_E[:: max(1, len(flat_E) // SAMPLE_SIZE)]
+
+
+def check_param_changes(param_changes: Iterable[ParamChange]) -> None:
+    """Verify that frozen parts are unchanged and trainable parts changed.
+
+    Raises:
+        RuntimeError: A frozen part changed, which is a bug.
+        UserError: A trainable part did not change.
+    """
+    for change in param_changes:
+        if not change.is_trained and change.num_changed:
+            raise RuntimeError(
+                f"{change.num_changed} of {change.num_tensors} frozen tensors of {change.part}"
+                " changed"
+            )
+        if change.is_trained and not (change.num_changed and change.num_with_grad):
+            problem = "no gradient reached" if change.num_changed else "training did not change"
+            raise UserError(
+                f"{problem} the {change.num_tensors} trainable tensors of {change.part}",
+                where=f"tune.{change.part}",
+                expected="updates of all trainable parts",
+                remedy=f"add samples that use it (images, for vision and merger), increase"
+                f" train.learning_rate.{change.part}, or set tune.{change.part}=frozen",
+            )

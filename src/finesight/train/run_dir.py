@@ -1,0 +1,259 @@
+"""Run directory: files of a run, and the lock for writing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticSerializationError
+
+from finesight.bounded_files import parse_json, read_bytes, read_lines
+from finesight.child_processes import FileLock
+from finesight.config import MAX_COUNT, Recipe
+from finesight.errors import UserError
+from finesight.evaluate import custom_metric
+from finesight.manifest import MANIFEST_FILE, Manifest
+from finesight.recipe import dump_recipe
+from finesight.run_files import (
+    ADAPTER_FOLDER,
+    CHECKPOINTS_FOLDER,
+    IMAGES_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    PREDICTIONS_FOLDER,
+    RECIPE_FILE,
+    REPORT_FILE,
+    RESULT_FILE,
+    SKIPPED_SAMPLES_FILE,
+)
+from finesight.storage import (
+    append_line,
+    flush_file,
+    make_folder,
+    remove_partial_files,
+    translate_os_errors,
+    truncate_file,
+    write_file,
+)
+
+_LINE_EXPECTED = "a line of metrics as `finesight train` wrote it"
+_LINE_REMEDY = "restore the file from a copy, or truncate it before the corrupt line"
+
+
+class RunDir:
+    """Directory of a run; other commands read the same paths."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint_dir = path / CHECKPOINTS_FOLDER
+        self.predictions_dir = path / PREDICTIONS_FOLDER
+        self.adapter_dir = path / ADAPTER_FOLDER
+        self.model_dir = path / MODEL_FOLDER
+        self.metrics_path = path / METRICS_FILE
+        self.report_path = path / REPORT_FILE
+        self.images_path = path / IMAGES_FILE
+
+    @property
+    def is_started(self) -> bool:
+        """Return True if a run has started here."""
+        return (self.path / MANIFEST_FILE).exists()
+
+    def check_available(self, resume: bool) -> None:
+        """Verify that the directory is empty, or contains the run to resume.
+
+        Raises:
+            UserError: The directory contains other files or another run.
+        """
+        with translate_os_errors(self.path):
+            is_started = self.is_started
+        if is_started and not resume:
+            raise UserError(
+                f"{self.path.name} contains another run",
+                where=str(self.path),
+                expected="a new folder, or a run that is resumed",
+                remedy="add --resume (in Python, resume=True) to continue it, or set another"
+                f" folder: output_dir={self.path}-2",
+            )
+        if self.path.is_symlink() and not self.path.exists():
+            raise UserError(
+                f"{self.path.name} is a broken link",
+                where=str(self.path),
+                expected="a folder, or a path that does not exist",
+                remedy="remove the link, or set another output_dir",
+            )
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(
+                f"{self.path.name} is a file",
+                where=str(self.path),
+                expected="a folder, or a path that does not exist",
+                remedy="set another output_dir",
+            )
+        entries = [] if is_started or not self.path.is_dir() else list(self.path.iterdir())
+        visible = sorted(path.name for path in entries if not path.name.startswith("."))
+        if visible:
+            raise UserError(
+                f"contains {', '.join(visible[:5])}, but no run",
+                where=str(self.path),
+                expected="an empty folder, or a path that does not exist",
+                remedy="set another output_dir",
+            )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Lock the directory for writing within the context.
+
+        Raises:
+            UserError: Another process holds the lock.
+        """
+        make_folder(self.path)
+        with translate_os_errors(self.path):
+            lock = FileLock(self.path)
+        with lock:
+            try:
+                lock.acquire(wait=False)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another process is training in {self.path.name}",
+                    where=str(self.path),
+                    expected="one training process per run",
+                    remedy="wait for it, stop it, or set another output_dir",
+                ) from error
+            except OSError:
+                # Some network file systems do not support locks; the user is responsible there.
+                pass
+            yield
+
+    def initialize(self, recipe: Recipe, manifest: Manifest) -> None:
+        """Write manifest and recipe.
+
+        The manifest is the first file; a directory without it is not a run.
+        """
+        remove_partial_files(self.path)
+        try:
+            text = manifest.model_dump_json(indent=1)
+        except PydanticSerializationError as error:
+            raise UserError(
+                "a path of the recipe is not valid UTF-8, which the manifest requires",
+                where=str(self.path),
+                expected="UTF-8 paths of model, data and output_dir",
+                remedy="rename the folder; `finesight data import` renames images",
+            ) from error
+        write_file(self.path / MANIFEST_FILE, f"{text}\n".encode())
+        write_file(self.path / RECIPE_FILE, dump_recipe(recipe).encode())
+
+    def copy_metric(self, recipe: Recipe) -> None:
+        """Copy the recipe's custom metric, if any."""
+        source = custom_metric.parse_metric_path(recipe.eval.metric) if recipe.eval else None
+        if source is not None and source[0].is_file():
+            write_file(self.path / custom_metric.METRIC_COPY_FILE, source[0].read_bytes())
+
+    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Append a line to `metrics.jsonl`: JSON, with NaN for non-finite values."""
+        append_line(self.metrics_path, json.dumps(metrics))
+
+    def flush(self) -> None:
+        """Flush the metrics to disk."""
+        flush_file(self.metrics_path)
+
+    def write(self, name: str, content: object) -> None:
+        """Write a JSON file."""
+        write_file(self.path / name, (json.dumps(content, indent=1) + "\n").encode())
+
+    def write_skipped_samples(self, skipped: Iterable[tuple[str, str]]) -> None:
+        """Write the samples that are skipped from the start, (id, reason), to
+        `skipped_samples.jsonl`."""
+        lines = [json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in skipped]
+        write_file(self.path / SKIPPED_SAMPLES_FILE, "".join(lines).encode())
+
+    def write_result(self, result: object) -> None:
+        """Write the result, which completes the run."""
+        self.flush()
+        self.write(RESULT_FILE, result)
+
+    def read_result(self) -> bytes | None:
+        """Read the result; return None for an unfinished run."""
+        path = self.path / RESULT_FILE
+        if not path.exists():
+            return None
+        return read_bytes(
+            path,
+            expected="the file as `finesight train` wrote it",
+            remedy="delete it; --resume then writes it again",
+        )
+
+    def truncate_metrics(self, step: int, last_eval_step: int) -> None:
+        """Remove an incomplete last line, and the lines that a resumed run repeats."""
+        if self.metrics_path.exists():
+            num_bytes = 0
+            for size, metrics in _read_lines(self.metrics_path):
+                if metrics["step"] > (last_eval_step if "validation_loss" in metrics else step):
+                    break
+                num_bytes += size
+            truncate_file(self.metrics_path, num_bytes)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of `metrics.jsonl`."""
+        return list(self.iter_metrics())
+
+    def iter_metrics(self) -> Iterator[dict[str, Any]]:
+        """Iterate over the lines of `metrics.jsonl`, which may exceed the memory."""
+        if self.metrics_path.exists():
+            yield from (metrics for _, metrics in _read_lines(self.metrics_path))
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Iterate over complete lines and their sizes, up to the first incomplete one.
+
+    Raises:
+        UserError: The file is not a regular file, or a value of a line has a wrong type.
+    """
+    lines = read_lines(path, expected=_LINE_EXPECTED, remedy=_LINE_REMEDY)
+    for line_number, line in enumerate(lines, start=1):
+        try:
+            metrics = parse_json(line)
+        except ValueError:
+            return
+        if not isinstance(metrics, dict) or not line.endswith(b"\n"):
+            return
+        _check_types(metrics, f"{path}:{line_number}")
+        yield len(line), metrics
+
+
+class _MetricsLine(BaseModel):
+    """Types of the values that a resumed run reads from a metrics line."""
+
+    model_config = ConfigDict(strict=True)
+
+    step: Annotated[int, Field(ge=0, le=MAX_COUNT)]
+    loss: float | None = None
+    validation_loss: float | None = None
+    scores: dict[str, float] = {}
+    primary_metric: str | None = None
+    intervals: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)] | None] = {}
+    details: dict[str, Any] = {}
+    skipped_samples: list[Any] = []
+    nonfinite_samples: list[str] = []
+
+    @model_validator(mode="after")
+    def _check_primary_metric(self) -> _MetricsLine:
+        if self.primary_metric is not None and self.primary_metric not in self.scores:
+            raise ValueError(f"the primary metric {self.primary_metric!r:.80} is not a score")
+        return self
+
+
+def _check_types(metrics: dict[str, Any], where: str) -> None:
+    try:
+        _MetricsLine.model_validate(metrics)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "the line"
+        raise UserError(
+            f"{key}: {first['msg']}, got {first['input']!r:.60}",
+            where=where,
+            expected=_LINE_EXPECTED,
+            remedy=_LINE_REMEDY,
+        ) from error

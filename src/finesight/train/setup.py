@@ -1,0 +1,505 @@
+"""Setup of a training run: load and check everything before a file is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finesight import __version__
+from finesight.config import Recipe
+from finesight.digests import sha256_file
+from finesight.encode.packing import PackedBatch, pad_batch
+from finesight.encode.renderer import Renderer
+from finesight.evaluate import custom_metric
+from finesight.evaluate.task_metrics import get_task_metric
+from finesight.infer.model_loader import resolve_device, resolve_precision
+from finesight.manifest import Manifest
+from finesight.model.auto_model import AnyModel, load_auto_model
+from finesight.model.families.qwen_vl import QwenVisionEncoder
+from finesight.model.hf_backend import LIMITATIONS, HfModel
+from finesight.model.lora.layer import stacked_row_counts
+from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE as ADAPTER_WEIGHTS
+from finesight.model.lora.peft_io import load_trainable_adapter
+from finesight.model.quant.fp8 import require_fp8_support
+from finesight.model.quant.nf4 import import_bitsandbytes
+from finesight.model.trainable import configure_tuning
+from finesight.model.vlm import VisionLanguageModel
+from finesight.train.base_model import BaseModelRef, resolve_base_model
+from finesight.train.checkpoint import (
+    CheckpointManager,
+    CheckpointState,
+    TensorSource,
+    TrainProgress,
+    check_resume_config,
+)
+from finesight.train.console import TrainingConsole
+from finesight.train.cuda_graphs import CudaGraphRunner
+from finesight.train.dataloader import ContextParallelSampler, StepDataset
+from finesight.train.dataloader_workers import default_num_workers
+from finesight.train.distributed_sampler import build_rank_sampler
+from finesight.train.flops import FlopCounter, NullFlopCounter, measure_peak_flops
+from finesight.train.image_record import (
+    ImageStates,
+    check_images,
+    collect_reported_errors,
+    load_image_record,
+)
+from finesight.train.lr_schedule import LRSchedule
+from finesight.train.oom import MemoryBudget
+from finesight.train.optimizer import LossScaler, MasterWeightOptimizer
+from finesight.train.parallel.ddp import ParallelStrategy, parallelize_model
+from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
+from finesight.train.param_audit import ParamAudit
+from finesight.train.run_dir import RunDir
+from finesight.train.sampler import SequentialSampler, TrainSampler
+from finesight.train.training_data import TrainingData, load_training_data
+
+MUTABLE_SETTINGS = {
+    *("num_workers", "vision_cache", "parallel", "pack_tokens", "activation_checkpointing"),
+    *("keep_checkpoints", "save_every", "device", "precision"),
+}
+"""Settings of `train` that may change on resume.
+
+They do not affect the computation, except that `pack_tokens` changes the dropout masks.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """Device, dtype, data loader workers and process group of a run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    num_workers: int
+    peak_flops: float
+    process_group: ProcessGroup = SINGLE_PROCESS
+
+    @property
+    def precision(self) -> str:
+        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+        return names[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainState:
+    """State of a training run."""
+
+    recipe: Recipe
+    run_dir: RunDir
+    hardware: Hardware
+    base_model: BaseModelRef
+    renderer: Renderer
+    train_data: TrainingData
+    validation_data: TrainingData | None
+    sampler: TrainSampler
+    step_dataset: StepDataset
+    model: AnyModel
+    parallel: ParallelStrategy
+    optimizer: MasterWeightOptimizer
+    graph_runner: CudaGraphRunner
+    param_audit: ParamAudit
+    loss_scaler: LossScaler
+    lr_schedule: LRSchedule
+    flop_counter: FlopCounter | NullFlopCounter
+    resume_config: dict[str, Any]
+    progress: TrainProgress
+
+    def check_ranks_match(self) -> None:
+        """Verify that all ranks have the same configuration.
+
+        Raises:
+            UserError: The configurations differ.
+        """
+        train_settings = self.recipe.train.model_dump(mode="json")
+        shared_settings = {
+            name: train_settings[name]
+            for name in ("parallel", "pack_tokens", "activation_checkpointing")
+        }
+        images = {split: states.digest for split, states in self.images().items()}
+        self.hardware.process_group.check_identical(
+            self.resume_config | shared_settings | {"images": images}
+        )
+
+    def images(self) -> dict[str, ImageStates]:
+        """Return the image fingerprints of each split."""
+        return _images(self.train_data, self.validation_data)
+
+    @property
+    def shard_group(self) -> ProcessGroup:
+        """Process group over which the model is sharded; a single process without sharding."""
+        return self.hardware.process_group if self.parallel.is_sharded else SINGLE_PROCESS
+
+    @property
+    def max_unsplit_tokens(self) -> int | None:
+        """Length of the longest sample that is not split over the ranks; None without splitting."""
+        sampler = self.step_dataset.with_pack_tokens(self.progress.budget.pack_tokens).sampler
+        return sampler.max_unsplit_tokens if isinstance(sampler, ContextParallelSampler) else None
+
+    def build_validation_dataset(self, pack_tokens: int) -> StepDataset | None:
+        """Build the validation batches of this rank.
+
+        They do not use shared prefixes: at inference, some families compute a token depending on
+        the length
+        of its sample (`model.families.qwen_decoder`).
+        """
+        if self.validation_data is None:
+            return None
+        own_indices = self.hardware.process_group.shard(self.validation_data.stats.sample_indices)
+        sampler = SequentialSampler(own_indices, self.recipe.train.batch_size)
+        return self.validation_data.build_step_dataset(
+            self.renderer, sampler, pack_tokens, self.recipe.data
+        )
+
+    def to_device(self, packed_batch: PackedBatch) -> PackedBatch:
+        """Move a batch to the device, padded where that is faster."""
+        packed_batch = self.parallel.prepare_batch(packed_batch)
+        if (
+            self.pads_shapes
+            and packed_batch.context_shard is None
+            and not isinstance(self.model, HfModel)
+        ):
+            return pad_batch(packed_batch, padding_merge_size(self.model))
+        return packed_batch.to(self.hardware.device)
+
+    @property
+    def pads_shapes(self) -> bool:
+        """Return True if shapes are padded: on a CPU in 16 bits.
+
+        oneDNN compiles a kernel for every new shape.
+        """
+        return self.hardware.device.type == "cpu" and self.hardware.dtype != torch.float32
+
+    def zero_grad(self) -> None:
+        """Discard the gradients of a skipped step."""
+        self.optimizer.zero_grad()
+        self.parallel.zero_grad()
+
+    def load_state(
+        self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]
+    ) -> None:
+        """Restore weights and optimizer state from a checkpoint."""
+        self.optimizer.load_state(
+            self.parallel.shard_state(weights), self.parallel.shard_state(optimizer_state)
+        )
+        self.parallel.sync_params()
+
+    def apply_budget(self, budget: MemoryBudget) -> None:
+        """Use this memory budget from the next step on."""
+        self.progress.budget = budget
+        self.model.activation_checkpointing = budget.activation_checkpointing
+
+    def checkpoint_state(self) -> CheckpointState:
+        """Build the state that a checkpoint stores in addition to tensors."""
+        step = self.progress.step
+        return CheckpointState(
+            step=step,
+            consumed_samples=min(step * self.recipe.train.batch_size, self.sampler.num_samples),
+            last_eval_step=self.progress.last_eval_step,
+            best=self.progress.best,
+            loss_scale=self.loss_scaler.state_dict(),
+            budget=self.progress.budget,
+            nonfinite_steps=self.progress.nonfinite_steps,
+            consecutive_nonfinite_steps=self.progress.consecutive_nonfinite_steps,
+            resume_config=self.resume_config,
+        )
+
+    def build_manifest(self) -> Manifest:
+        """Build the manifest for evaluation, prediction and merging."""
+        return Manifest(
+            family=self.base_model.folder.family,
+            base_model=self.base_model.name,
+            base_fingerprint=self.base_model.folder.fingerprint(),
+            image_rule=self.renderer.image_rule,
+            system_prompt=self.renderer.system_prompt,
+            eos_token=self.renderer.tokenizer.id_to_token(self.renderer.end_ids[0]),
+            tune=self.recipe.tune,
+            versions=library_versions(),
+        )
+
+
+def padding_merge_size(model: VisionLanguageModel) -> int | None:
+    """Return the merge size for image padding; None for encoders with a fixed image size."""
+    return None if isinstance(model.visual, QwenVisionEncoder) else model.config.vision.merge_size
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and the main libraries."""
+    return {
+        "finesight": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def build_train_state(
+    recipe: Recipe,
+    run_dir: RunDir,
+    console: TrainingConsole,
+    resume: bool,
+    process_group: ProcessGroup = SINGLE_PROCESS,
+) -> TrainState:
+    """Load and check everything, and restore the newest checkpoint when resuming.
+
+    Small files are read first, so that errors appear before the weights are loaded.
+    """
+    if recipe.tune.quantize.nf4:
+        import_bitsandbytes("tune.quantize.nf4")
+    hardware = _detect_hardware(recipe, process_group)
+    if recipe.tune.quantize.fp8:
+        require_fp8_support(hardware.device, "tune.quantize.fp8")
+    base_model = resolve_base_model(recipe)
+    renderer = base_model.build_renderer(recipe)
+    if recipe.eval is not None and recipe.data.eval:
+        get_task_metric(
+            custom_metric.resolve_metric_path(recipe.eval.metric, recipe.output_dir)
+        )  # reports an invalid metric first
+    train_data, validation_data = load_training_data(
+        recipe, renderer, hardware.num_workers, console
+    )
+    sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, recipe.train)
+    lr_schedule = LRSchedule(recipe.train, len(sampler))
+    resume_config = _build_resume_config(
+        recipe, hardware, base_model, renderer, train_data, validation_data
+    )
+    checkpoint_manager = CheckpointManager(run_dir.checkpoint_dir, recipe.train.keep_checkpoints)
+    checkpoint = _load_latest_checkpoint(
+        checkpoint_manager, hardware.process_group, resume, console
+    )
+    if checkpoint is not None:
+        with hardware.process_group.sync_errors():
+            if hardware.process_group.is_main:
+                _check_images(
+                    run_dir, checkpoint[0], resume_config, train_data, validation_data, console
+                )
+        _check_resume(checkpoint[0], resume_config, checkpoint_manager)
+    model = _load_model(recipe, hardware, base_model, console)
+    flop_counter = NullFlopCounter() if isinstance(model, HfModel) else FlopCounter(model)
+    sample_stats = (
+        train_data.build_sample_stats(renderer, recipe.data)
+        if train_data.stats.is_complete
+        else None
+    )
+    rank_sampler = build_rank_sampler(
+        sampler, hardware.process_group, sample_stats, flop_counter, recipe.train.pack_tokens
+    )
+    stacked_rows = stacked_row_counts(model)
+    parallel = parallelize_model(recipe, model, hardware.dtype, hardware.process_group)
+    optimizer = MasterWeightOptimizer(parallel.trainable_params, recipe.train, stacked_rows)
+    if not (hardware.process_group.is_single_process or parallel.is_sharded):
+        optimizer.use_flat_gradients()
+    budget = MemoryBudget(
+        pack_tokens=recipe.train.pack_tokens,
+        activation_checkpointing=recipe.train.activation_checkpointing,
+    )
+    state = TrainState(
+        recipe=recipe,
+        run_dir=run_dir,
+        hardware=hardware,
+        base_model=base_model,
+        renderer=renderer,
+        train_data=train_data,
+        validation_data=validation_data,
+        sampler=sampler,
+        step_dataset=train_data.build_step_dataset(
+            renderer,
+            rank_sampler,
+            recipe.train.pack_tokens,
+            recipe.data,
+            use_shared_prefix=not isinstance(model, HfModel),
+        ),
+        model=model.train(),
+        parallel=parallel,
+        optimizer=optimizer,
+        graph_runner=CudaGraphRunner(
+            model, list(parallel.trainable_params.values()), is_local=not parallel.is_sharded
+        ),
+        param_audit=ParamAudit(model, optimizer.master_weights()),
+        loss_scaler=LossScaler(is_enabled=hardware.dtype == torch.float16),
+        lr_schedule=lr_schedule,
+        flop_counter=flop_counter,
+        resume_config=resume_config,
+        progress=TrainProgress(budget),
+    )
+    state.apply_budget(budget)
+    if checkpoint is not None:
+        _restore_checkpoint(state, *checkpoint)
+    _log_overrides(state, budget, console)
+    return state
+
+
+def _images(
+    train_data: TrainingData, validation_data: TrainingData | None
+) -> dict[str, ImageStates]:
+    splits = {"train": train_data.stats.images}
+    return splits if validation_data is None else splits | {"eval": validation_data.stats.images}
+
+
+def _check_images(
+    run_dir: RunDir,
+    checkpoint_state: CheckpointState,
+    resume_config: Mapping[str, Any],
+    train_data: TrainingData,
+    validation_data: TrainingData | None,
+    console: TrainingConsole,
+) -> None:
+    """Verify that the images are those of the start of the run.
+
+    Raises:
+        UserError: Images have changed.
+    """
+    if not run_dir.images_path.exists():
+        console.log(
+            f"{run_dir.images_path} is missing: images are not compared with the start of the run"
+        )
+        return
+    recorded, reported_errors = (
+        load_image_record(run_dir.images_path),
+        collect_reported_errors(run_dir.iter_metrics()),
+    )
+    for split, data in (("train", train_data), ("eval", validation_data)):
+        # Other data have other sample indices and are rejected by their fingerprint.
+        name = f"data.{split}"
+        if (
+            data
+            and split in recorded
+            and checkpoint_state.resume_config.get(name) == resume_config[name]
+        ):
+            current = data.stats.images
+            where = recorded[split], run_dir.images_path, reported_errors
+            check_images(split, data.corpus, current, *where, console.log)
+
+
+def _check_resume(
+    checkpoint_state: CheckpointState,
+    resume_config: Mapping[str, Any],
+    checkpoint_manager: CheckpointManager,
+) -> None:
+    """Verify that the run started with the same configuration.
+
+    Raises:
+        UserError: The configurations differ.
+    """
+    folder = checkpoint_manager.step_dir(checkpoint_state.step)
+    check_resume_config(checkpoint_state.resume_config, resume_config, folder)
+
+
+def _log_overrides(state: TrainState, requested: MemoryBudget, console: TrainingConsole) -> None:
+    """Log memory settings of the checkpoint that differ from the recipe."""
+    if state.progress.budget != requested:
+        change = state.progress.budget.describe_change(requested)
+        console.log(f"continuing with {change}: a resumed run keeps its reduced memory budget")
+    max_tokens = state.max_unsplit_tokens
+    if max_tokens is not None and any(
+        sample.num_packed_tokens > max_tokens for sample in state.train_data.stats.sample_stats
+    ):
+        console.log(f"samples of more than {max_tokens:,} tokens are split over all ranks")
+
+
+def _load_model(
+    recipe: Recipe, hardware: Hardware, base_model: BaseModelRef, console: TrainingConsole
+) -> AnyModel:
+    """Load the base model and set up its trainable and frozen parts."""
+    nf4, fp8 = recipe.tune.quantize.nf4 or (), recipe.tune.quantize.fp8 or ()
+    model = load_auto_model(base_model.folder, hardware.dtype, hardware.device, nf4, fp8_parts=fp8)
+    configure_tuning(model, recipe.tune, recipe.train.seed)
+    if base_model.adapter is not None:
+        load_trainable_adapter(model, base_model.adapter, base_folder=base_model.folder)
+    if isinstance(model, HfModel):
+        console.log(f"{base_model.folder.family} {LIMITATIONS}")
+    return model
+
+
+def _load_latest_checkpoint(
+    checkpoint_manager: CheckpointManager,
+    process_group: ProcessGroup,
+    resume: bool,
+    console: TrainingConsole,
+) -> tuple[CheckpointState, TensorSource, TensorSource] | None:
+    """Load the checkpoint to resume from; only the main process verifies its digests."""
+    checkpoint = None
+    with process_group.sync_errors():
+        if process_group.is_main and resume:
+            checkpoint = checkpoint_manager.load_latest(console.log)
+    step_text = process_group.all_gather_str("" if checkpoint is None else str(checkpoint[0].step))[
+        0
+    ]
+    if step_text and not process_group.is_main:
+        checkpoint = checkpoint_manager.load_unverified(int(step_text), "start again with --resume")
+    return checkpoint
+
+
+def _restore_checkpoint(
+    state: TrainState,
+    checkpoint_state: CheckpointState,
+    weights: TensorSource,
+    optimizer_state: TensorSource,
+) -> None:
+    state.load_state(weights, optimizer_state)
+    state.loss_scaler.load_state_dict(checkpoint_state.loss_scale)
+    progress = state.progress
+    progress.step, progress.last_eval_step, progress.best = (
+        checkpoint_state.step,
+        checkpoint_state.last_eval_step,
+        checkpoint_state.best,
+    )
+    progress.nonfinite_steps, progress.consecutive_nonfinite_steps = (
+        checkpoint_state.nonfinite_steps,
+        checkpoint_state.consecutive_nonfinite_steps,
+    )
+    state.apply_budget(checkpoint_state.budget.min_with(progress.budget))
+
+
+def _detect_hardware(recipe: Recipe, process_group: ProcessGroup) -> Hardware:
+    device = process_group.select_device(resolve_device(recipe.train.device))
+    dtype = resolve_precision(recipe.train.precision, device)
+    num_workers = recipe.train.num_workers
+    return Hardware(
+        device=device,
+        dtype=dtype,
+        num_workers=default_num_workers(device, process_group.local_world_size)
+        if num_workers is None
+        else num_workers,
+        peak_flops=measure_peak_flops(device, dtype),
+        process_group=process_group,
+    )
+
+
+def _build_resume_config(
+    recipe: Recipe,
+    hardware: Hardware,
+    base_model: BaseModelRef,
+    renderer: Renderer,
+    train_data: TrainingData,
+    validation_data: TrainingData | None,
+) -> dict[str, Any]:
+    """Collect all settings and fingerprints that must be the same on resume."""
+    settings = {
+        "model": base_model.folder.fingerprint(),
+        "adapter": sha256_file(base_model.adapter / ADAPTER_WEIGHTS)
+        if base_model.adapter
+        else None,
+        "image": renderer.image_rule.model_dump(mode="json"),
+        "data.system_prompt": renderer.system_prompt,
+        "data.max_length": recipe.data.max_length,
+        "data.on_invalid_sample": recipe.data.on_invalid_sample,
+        "train.precision": hardware.precision,
+    }
+    for name, data in (("train", train_data), ("eval", validation_data)):
+        signature = data.index_signature if data else ""
+        settings[f"data.{name}"] = data.corpus.fingerprint if data else None
+        settings[f"samples of data.{name}"] = hashlib.sha256(signature.encode()).hexdigest()
+    tune = recipe.tune.model_dump(mode="json")
+    settings |= {f"tune.{name}": value for name, value in tune.items()}
+    train_settings = recipe.train.model_dump(mode="json")
+    settings |= {
+        f"train.{name}": v for name, v in train_settings.items() if name not in MUTABLE_SETTINGS
+    }
+    resume_config: dict[str, Any] = json.loads(json.dumps(settings))
+    return resume_config

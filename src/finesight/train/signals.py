@@ -1,0 +1,82 @@
+"""Graceful stop on signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from finesight.errors import TrainingInterrupted
+
+PREEMPTION_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that job schedulers send before the time limit (`sbatch --signal=USR1@300`)."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *PREEMPTION_SIGNALS)
+
+
+class StopRequest:
+    """Stop request of a run, set by a signal."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._has_arrived = False
+
+    @contextmanager
+    def install_handlers(self) -> Iterator[None]:
+        """Handle the first signal within the context.
+
+        A second signal has its previous effect, except for preemption signals, which are ignored.
+        Only the
+        main thread can install handlers.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous_handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
+
+        def handle_signal(signal_number: int, frame: FrameType | None) -> None:
+            # A signal relayed by another rank does not count as the first one.
+            if not self._has_arrived:
+                self._has_arrived = True
+                self.request(signal_number)
+                return
+            if signal_number in PREEMPTION_SIGNALS:
+                return
+            signal.signal(
+                signal_number, previous_handlers[signal.Signals(signal_number)] or signal.SIG_DFL
+            )
+            os.kill(os.getpid(), signal_number)
+
+        for signum in SIGNALS:
+            signal.signal(signum, handle_signal)
+        try:
+            yield
+        finally:
+            for signum, handler in previous_handlers.items():
+                signal.signal(signum, handler or signal.SIG_DFL)
+
+    @property
+    def is_requested(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def signal_number(self) -> int:
+        """Number of the signal, or 0."""
+        return 0 if self.signal is None else int(self.signal)
+
+    def request(self, signal_number: int) -> None:
+        """Accept a signal that another rank received; 0 is none."""
+        if signal_number and self.signal is None:
+            self.signal = signal.Signals(signal_number)
+
+    def raise_if_requested(self) -> None:
+        """Check for a stop request.
+
+        Raises:
+            TrainingInterrupted: A signal has arrived.
+        """
+        if self.signal is not None:
+            raise TrainingInterrupted(f"{self.signal.name} has arrived")

@@ -1,0 +1,342 @@
+"""Vision cache builder: encodes chunks of images and stores their features.
+
+Shapes: N patches, M image tokens of a chunk, A image tokens of all images, K features per token, D
+width.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from finesight.data.image_header import CorruptImageError
+from finesight.encode.packing import pad_patches
+from finesight.encode.renderer import Renderer
+from finesight.encode.tokenized_sample import TokenizedSample
+from finesight.errors import UserError
+from finesight.model.vlm import VisionLanguageModel
+from finesight.train.dataloader import TensorBlock
+from finesight.train.dataloader_workers import catch_user_error, prefetch_items
+from finesight.train.setup import TrainState, padding_merge_size
+from finesight.train.vision_cache_index import ImageChunk, ImageIndex
+from finesight.train.vision_cache_tier import CacheTier
+from finesight.train.vision_store import (
+    VisionCache,
+    VisionDiskReader,
+    VisionIndexReader,
+    VisionRamReader,
+)
+from finesight.train.vision_store_files import StoredChunk, VisionFileStore
+from finesight.vision.patches import concat_patches, concat_shape
+
+MAX_PENDING_CHUNKS = 8
+"""Maximum number of chunks in the write queue; bounds memory."""
+
+NUM_WRITER_THREADS = 2
+"""Threads that write chunks to disk."""
+
+
+CorruptImages = Mapping[int, CorruptImageError]
+"""Errors of corrupt images by image index."""
+
+
+class ChunkFeatures(NamedTuple):
+    """Features of a chunk, zero for corrupt images."""
+
+    chunk: ImageChunk
+    features_MKD: Tensor
+    corrupt_images: CorruptImages
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedChunk:
+    """Patches of the valid images of a chunk."""
+
+    chunk: ImageChunk
+    patches: TensorBlock
+    corrupt_images: CorruptImages
+
+    @property
+    def valid_indices(self) -> list[int]:
+        """Indices of the valid images."""
+        image_indices = range(self.chunk.start, self.chunk.stop)
+        return [
+            image_index for image_index in image_indices if image_index not in self.corrupt_images
+        ]
+
+    def pin_memory(self) -> DecodedChunk:
+        """Copy the patches to pinned memory; called by the data loader."""
+        return replace(self, patches=self.patches.pin_memory())
+
+
+class _ChunkDataset(Dataset[DecodedChunk | UserError]):
+    """Dataset of chunks with decoded images."""
+
+    def __init__(
+        self,
+        image_index: ImageIndex,
+        chunks: Sequence[ImageChunk],
+        renderer: Renderer,
+        on_invalid_sample: Literal["skip", "fail"],
+    ) -> None:
+        self._image_index, self._chunks = image_index, chunks
+        self._renderer, self._on_invalid_sample = renderer, on_invalid_sample
+
+    def __getitem__(self, index: int) -> DecodedChunk | UserError:
+        return catch_user_error(lambda: self._decode_chunk(self._chunks[index]))
+
+    def _decode_chunk(self, chunk: ImageChunk) -> DecodedChunk:
+        patches, corrupt_images = [], {}
+        for index in range(chunk.start, chunk.stop):
+            try:
+                patches.append(self._decode_patches(index))
+            except CorruptImageError as error:
+                if self._on_invalid_sample == "fail":
+                    raise
+                corrupt_images[index] = error
+        if not patches:
+            return DecodedChunk(
+                chunk,
+                TensorBlock(((torch.uint8, (0, 0)),), torch.empty(0, dtype=torch.uint8)),
+                corrupt_images,
+            )
+        block = TensorBlock.allocate((torch.uint8, concat_shape(patches)))
+        concat_patches(patches, next(block.tensors()).numpy())
+        return DecodedChunk(chunk, block, corrupt_images)
+
+    def _decode_patches(self, index: int) -> NDArray[np.uint8]:
+        # A sample with this image and no text.
+        empty_ids_T = np.empty(0, dtype=np.int32)
+        position_ids = np.empty((3, 0), dtype=np.int32)
+        span = self._image_index.image_refs[index].span
+        tokenized = TokenizedSample(
+            span.files[0].name, empty_ids_T, empty_ids_T > 0, position_ids, (span,)
+        )
+        return self._renderer.load_patches(tokenized).patches_ND
+
+
+def read_image_chunks(
+    state: TrainState, image_index: ImageIndex, chunks: Sequence[ImageChunk]
+) -> Generator[DecodedChunk, None, None]:
+    """Decode chunks in worker processes; close the generator to end the workers.
+
+    Raises:
+        UserError: An image is corrupt and `on_invalid_sample` is `fail`.
+    """
+    source = _ChunkDataset(image_index, chunks, state.renderer, state.recipe.data.on_invalid_sample)
+    num_workers, pin_memory = state.hardware.num_workers, state.hardware.device.type == "cuda"
+    decoded_chunks: Iterator[DecodedChunk] = prefetch_items(
+        source, range(len(chunks)), min(num_workers, len(chunks)), pin_memory
+    )
+    return (chunk for chunk in decoded_chunks)
+
+
+class FeatureWriter:
+    """Write chunks to disk in background threads; must be closed."""
+
+    def __init__(self, store: VisionFileStore, on_error: Callable[[UserError], None]) -> None:
+        """Start the threads; the first error is passed to `on_error` and disables writing."""
+        self._store, self._on_error, self._is_active = store, on_error, True
+        self._pool = ThreadPoolExecutor(NUM_WRITER_THREADS)
+        self._pending: deque[tuple[ImageChunk, Future[StoredChunk]]] = deque()
+        self._stored: dict[ImageChunk, StoredChunk] = {}
+
+    def write(self, chunk: ImageChunk, features_MKD: Tensor, name: str) -> None:
+        """Queue the features of a chunk, on the CPU, for writing."""
+        if self._is_active:
+            self._pending.append((chunk, self._pool.submit(self._store.write, name, features_MKD)))
+        if len(self._pending) > MAX_PENDING_CHUNKS:
+            self._wait_oldest()
+
+    def flush(self) -> Mapping[ImageChunk, StoredChunk]:
+        """Wait for all writes and return the written files."""
+        while self._pending:
+            self._wait_oldest()
+        return self._stored
+
+    def close(self) -> None:
+        """End the threads and discard queued chunks."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _wait_oldest(self) -> None:
+        chunk, future = self._pending.popleft()
+        try:
+            self._stored[chunk] = future.result()
+        except UserError as error:
+            if self._is_active:
+                self._is_active = False
+                self._on_error(error)
+
+
+class VisionCacheBuilder:
+    """Collect the features of all chunks in a storage tier.
+
+    `load_chunk` reads from disk; `encode_chunk` and `store_chunk` compute missing chunks.
+    """
+
+    def __init__(self, state: TrainState, image_index: ImageIndex, tier: CacheTier) -> None:
+        model, hardware = state.model, state.hardware
+        assert isinstance(model, VisionLanguageModel), (
+            "a vision encoder without native implementation"
+        )
+        self._state, self._model, self._image_index, self._tier = state, model, image_index, tier
+        self._feature_offsets_P1 = image_index.feature_offsets_P1
+        self._feature_shape = model.visual.features_per_token, model.config.decoder.hidden_size
+        self._corrupt_images: dict[int, CorruptImageError] = {}
+        self._loaded_chunks: dict[ImageChunk, StoredChunk] = {}
+        self._pending: tuple[ChunkFeatures, torch.cuda.Event | None] | None = None
+        num_features = 0 if tier == "disk" else int(self._feature_offsets_P1[-1])
+        device = hardware.device if tier == "gpu" else torch.device("cpu")
+        self._features_AKD = torch.empty(
+            (num_features, *self._feature_shape), dtype=hardware.dtype, device=device
+        )
+
+    def load_chunk(self, store: VisionFileStore, chunk: ImageChunk) -> bool:
+        """Load a chunk from disk, and return False if it is missing or corrupt."""
+        reads_directly = self._tier == "memory"
+        shape = (self._count_features(chunk), *self._feature_shape)
+        buffer = (
+            self._chunk_view(chunk)
+            if reads_directly
+            else torch.empty(shape, dtype=self._features_AKD.dtype)
+        )
+        stored = store.read(chunk.name, buffer)
+        if stored is None:
+            return False
+        if self._tier == "gpu":
+            self._chunk_view(chunk).copy_(buffer)
+        self._loaded_chunks[chunk] = stored
+        return True
+
+    @torch.no_grad()
+    def encode_chunk(self, decoded_chunk: DecodedChunk) -> ChunkFeatures:
+        """Encode the images of a chunk."""
+        return ChunkFeatures(
+            decoded_chunk.chunk, self._encode_features(decoded_chunk), decoded_chunk.corrupt_images
+        )
+
+    def allocate_chunk(self, chunk: ImageChunk) -> ChunkFeatures:
+        """Allocate a chunk that another rank encodes."""
+        device, dtype = self._state.hardware.device, self._features_AKD.dtype
+        shape = (self._count_features(chunk), *self._feature_shape)
+        return ChunkFeatures(chunk, torch.empty(shape, dtype=dtype, device=device), {})
+
+    def store_all(self, results: Iterable[ChunkFeatures], writer: FeatureWriter | None) -> None:
+        """Store several chunks."""
+        for result in results:
+            self.store_chunk(result, writer)
+
+    def store_chunk(self, result: ChunkFeatures, writer: FeatureWriter | None) -> None:
+        """Start storing a chunk, and finish the previous one while the device is busy."""
+        features_MKD = result.features_MKD
+        self._corrupt_images |= result.corrupt_images
+        event = None
+        if self._tier == "gpu":
+            self._chunk_view(result.chunk).copy_(features_MKD)
+        if features_MKD.is_cuda and (self._tier != "gpu" or writer is not None):
+            features_MKD = features_MKD.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        self.flush(writer)
+        self._pending = result._replace(features_MKD=features_MKD), event
+
+    def flush(self, writer: FeatureWriter | None) -> None:
+        """Finish storing the last chunk."""
+        if self._pending is None:
+            return
+        ((chunk, features_MKD, corrupt_images), event), self._pending = self._pending, None
+        if event is not None:
+            event.synchronize()
+        if self._tier == "memory":
+            features_MKD = self._chunk_view(chunk).copy_(features_MKD)
+        # Incomplete chunks are private to this run; other runs must detect corrupt images.
+        name = chunk.name + "-corrupt" * bool(corrupt_images)
+        if writer is not None and (not corrupt_images or self._tier == "disk"):
+            writer.write(chunk, features_MKD, name)
+
+    def build(self, written: Mapping[ImageChunk, StoredChunk]) -> VisionCache:
+        """Create the vision cache after all chunks are stored."""
+        image_index, device = self._mark_corrupt_samples(), self._state.hardware.device
+        if self._tier == "gpu":
+            return VisionCache(
+                VisionIndexReader(image_index, self._feature_offsets_P1), device, self._features_AKD
+            )
+        if self._tier == "memory":
+            return VisionCache(
+                VisionRamReader(image_index, self._feature_offsets_P1, self._features_AKD), device
+            )
+        stored = {**self._loaded_chunks, **written}
+        chunks = sorted(stored, key=lambda chunk: chunk.start)
+        first_images = np.array([chunk.start for chunk in chunks])
+        store = [stored[chunk] for chunk in chunks]
+        dtype = self._features_AKD.dtype
+        return VisionCache(
+            VisionDiskReader(
+                image_index,
+                self._feature_offsets_P1,
+                store,
+                first_images,
+                self._feature_shape,
+                dtype,
+            ),
+            device,
+        )
+
+    def _mark_corrupt_samples(self) -> ImageIndex:
+        """Mark the samples that contain a corrupt image."""
+        corrupt_samples = {
+            sample: self._corrupt_images[image_index]
+            for sample, image_indices in self._image_index.images_by_sample.items()
+            for image_index in image_indices
+            if image_index in self._corrupt_images
+        }
+        return replace(
+            self._image_index,
+            corrupt_samples={**self._image_index.corrupt_samples, **corrupt_samples},
+        )
+
+    def _encode_features(self, decoded_chunk: DecodedChunk) -> Tensor:
+        """Compute features [M, K, D] on the device, zero for corrupt images."""
+        state, image_refs, valid_indices = (
+            self._state,
+            self._image_index.image_refs,
+            decoded_chunk.valid_indices,
+        )
+        shape = (self._count_features(decoded_chunk.chunk), *self._feature_shape)
+        device, dtype = state.hardware.device, self._features_AKD.dtype
+        if not valid_indices:
+            return torch.zeros(shape, dtype=dtype, device=device)
+        (patches_ND,) = decoded_chunk.patches.tensors()
+        grids = tuple(image_refs[image_index].span.grid_thw for image_index in valid_indices)
+        merge_size = padding_merge_size(self._model)
+        if state.pads_shapes and merge_size is not None:
+            patches_ND, grids = pad_patches(patches_ND, grids, merge_size)
+        features_MKD = self._model.encode_images(patches_ND.to(device, non_blocking=True), grids)
+        if len(valid_indices) == decoded_chunk.chunk.stop - decoded_chunk.chunk.start:
+            return features_MKD[: shape[0]]
+        padded_MKD = torch.zeros(shape, dtype=dtype, device=device)
+        counts = [image_refs[image_index].num_features for image_index in valid_indices]
+        first_offset = self._feature_offsets_P1[decoded_chunk.chunk.start]
+        # Without the features of padding patches.
+        image_features = torch.split(features_MKD[: sum(counts)], counts)
+        for image_index, features in zip(valid_indices, image_features, strict=True):
+            start = int(self._feature_offsets_P1[image_index] - first_offset)
+            padded_MKD[start : start + len(features)] = features
+        return padded_MKD
+
+    def _count_features(self, chunk: ImageChunk) -> int:
+        return int(self._feature_offsets_P1[chunk.stop] - self._feature_offsets_P1[chunk.start])
+
+    def _chunk_view(self, chunk: ImageChunk) -> Tensor:
+        return self._features_AKD[
+            self._feature_offsets_P1[chunk.start] : self._feature_offsets_P1[chunk.stop]
+        ]

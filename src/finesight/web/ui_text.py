@@ -1,0 +1,117 @@
+"""Texts of the chat page in English and Chinese."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+UiLanguage = Literal["en", "zh"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UiText:
+    """Texts of the page in one language."""
+
+    language: UiLanguage
+    other_language: str
+    question_label: str
+    question_placeholder: str
+    welcome: str
+    regenerate: str
+    undo: str
+    new_chat: str
+    export: str
+    compare: str
+    settings: str
+    max_new_tokens: str
+    temperature: str
+    temperature_hint: str
+    question: str
+    image: str
+    reasoning: str
+    boxes: str
+    tokens: str
+    finish_length: str
+    finish_cancelled: str
+    empty_reply: str
+    error_title: str
+    too_many_images: str
+    message_too_long: str
+    disk_full: str
+    server_error: str
+
+
+ENGLISH = UiText(
+    language="en",
+    other_language="中文",
+    question_label="Your question",
+    question_placeholder="Ask about images. Drop or paste them here.",
+    welcome="Drop or paste an image below and ask about it.",
+    regenerate="Regenerate",
+    undo="Undo",
+    new_chat="New chat",
+    export="Export",
+    compare="Ask the base model too",
+    settings="Settings",
+    max_new_tokens="Maximum tokens per answer",
+    temperature="Temperature",
+    temperature_hint="0: greedy decoding",
+    question="Question {}",
+    image="Image {}: {}",
+    reasoning="Reasoning",
+    boxes="boxes: {}",
+    tokens="tokens: {}",
+    finish_length="truncated at the maximum length",
+    finish_cancelled="stopped",
+    empty_reply="no answer; following prompts omit this turn",
+    error_title="Request failed",
+    too_many_images="{} images; at most {} per question and {} per chat.",
+    message_too_long="{} characters; at most {} per question.",
+    disk_full="The server has no disk space for more images. Start a new chat, or try again later.",
+    server_error="The answer ended with a server error. See the terminal of the server.",
+)
+
+CHINESE = UiText(
+    language="zh",
+    other_language="English",
+    question_label="你的问题",
+    question_placeholder="就图像提问，可拖入或粘贴图像。",
+    welcome="在下方拖入或粘贴图像，然后提问。",
+    regenerate="重新回答",
+    undo="撤销",
+    new_chat="新对话",
+    export="导出",
+    compare="同时询问基础模型",
+    settings="设置",
+    max_new_tokens="每个回答的最大 token 数",
+    temperature="温度",
+    temperature_hint="0：贪心解码",
+    question="问题 {}",
+    image="图像 {}：{}",
+    reasoning="思考过程",
+    boxes="框：{}",
+    tokens="token：{}",
+    finish_length="已达最大长度，被截断",
+    finish_cancelled="已停止",
+    empty_reply="没有回答：后续对话不包含此轮",
+    error_title="未能完成",
+    too_many_images="共 {} 张图像；每个问题最多 {} 张，每次对话最多 {} 张。",
+    message_too_long="共 {} 个字符；每个问题最多 {} 个。",
+    disk_full="服务器没有空间存放更多图像。请开始新对话，或稍后再试。",
+    server_error="服务器出错，回答中断；详情见其终端。",
+)
+
+
+def select_ui_text(accept_language: str) -> UiText:
+    """Return the texts of the first supported language in an Accept-Language header."""
+    for entry in accept_language.lower().split(","):
+        language = entry.split(";")[0].strip()
+        for ui_text in (ENGLISH, CHINESE):
+            if language.split("-")[0] == ui_text.language:
+                return ui_text
+    return ENGLISH
+
+
+def get_other_language(ui_text: UiText) -> UiText:
+    """Return the texts of the other language."""
+    return CHINESE if ui_text is ENGLISH else ENGLISH

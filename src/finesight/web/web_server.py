@@ -1,0 +1,230 @@
+"""Web server of the chat page. It uses and contacts no other servers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from fastapi import FastAPI
+from fastapi.responses import FileResponse, Response, StreamingResponse
+
+from finesight.errors import UserError
+from finesight.infer.inference_service import InferenceService
+from finesight.web.access_middleware import AccessMiddleware
+from finesight.web.chat_html import render_sign_in_page
+from finesight.web.disk_budget import DiskBudget
+from finesight.web.ui_text import CHINESE, select_ui_text
+from finesight.web.web_limits import MAX_IMAGE_BYTES
+from finesight.web.web_sessions import WebSession, WebSessionStore
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+STATIC_FOLDER = Path(__file__).parent / "static"
+UPLOADS_FOLDER, CHATS_FOLDER = "uploads", "chats"
+FONTS = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans", "Noto Sans CJK SC", "sans-serif")
+MONOSPACE_FONTS = ("ui-monospace", "Menlo", "Consolas", "monospace")
+
+
+def run_web_server(
+    service: InferenceService, listener: socket.socket, password: str | None, loopback_only: bool
+) -> None:
+    """Serve the page at a bound socket until a signal stops it."""
+    import uvicorn
+
+    with create_private_folder() as folder:
+        config = uvicorn.Config(
+            make_app(
+                create_session_store(folder, service),
+                folder / UPLOADS_FOLDER,
+                password,
+                loopback_only,
+            ),
+            log_level="critical",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=1,
+        )
+        # uvicorn raises the signal again at its end, after which the folder must be deleted.
+        with contextlib.suppress(KeyboardInterrupt), _handle_sigterm_as_interrupt():
+            uvicorn.Server(config).run(sockets=[listener])
+
+
+@contextmanager
+def _handle_sigterm_as_interrupt() -> Iterator[None]:
+    """Handle SIGTERM like Ctrl-C within the block."""
+    previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous_handler)
+
+
+@contextmanager
+def bind_socket(host: str, port: int) -> Iterator[socket.socket]:
+    """Return a bound socket. Raises UserError if the address is not available."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise UserError(
+                f"cannot listen on {host}:{port} ({error})",
+                where="--host, --port",
+                expected="a local address and a free port",
+                remedy="Choose another --port.",
+            ) from error
+        yield listener
+
+
+@contextmanager
+def create_private_folder() -> Iterator[Path]:
+    """Create a temporary folder for uploads and chats, accessible by this user only."""
+    with tempfile.TemporaryDirectory(
+        prefix="finesight-web-", ignore_cleanup_errors=True
+    ) as temporary_folder:
+        folder = Path(temporary_folder)
+        (folder / UPLOADS_FOLDER).mkdir()
+        (folder / CHATS_FOLDER).mkdir()
+        with _configure_gradio(folder / UPLOADS_FOLDER):
+            yield folder
+
+
+def create_session_store(folder: Path, service: InferenceService) -> WebSessionStore:
+    """Create an empty session store in a private folder."""
+    return WebSessionStore(
+        service, folder / CHATS_FOLDER, DiskBudget(folder / UPLOADS_FOLDER, folder / CHATS_FOLDER)
+    )
+
+
+def make_app(
+    session_store: WebSessionStore, upload_folder: Path, password: str | None, loopback_only: bool
+) -> AccessMiddleware:
+    """Build the page with its access middleware. Uploads are stored in `upload_folder`."""
+    # Imported here, because Gradio reads its environment variables at import.
+    import gradio as gr
+
+    from finesight.web.chat_page import ChatPage
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    _add_file_routes(app, session_store)
+    page = ChatPage(session_store)
+    mounted_app = gr.mount_gradio_app(
+        app,
+        page.blocks,
+        path="/",
+        theme=_build_theme(),
+        css=(STATIC_FOLDER / "page.css").read_text(encoding="utf-8"),
+        js=(STATIC_FOLDER / "page.js").read_text(encoding="utf-8"),
+        max_file_size=MAX_IMAGE_BYTES,
+        allowed_paths=[],
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        enable_monitoring=False,
+        show_error=False,
+    )
+
+    def render_sign_in(is_rejected: bool, languages: str) -> str:
+        return render_sign_in_page(
+            STATIC_FOLDER / "sign-in.html", is_rejected, select_ui_text(languages) is CHINESE
+        )
+
+    return AccessMiddleware(
+        mounted_app,
+        upload_folder,
+        session_store.budget,
+        page.inputs,
+        lambda name: name in page.blocks._queue.pending_messages_per_session,
+        render_sign_in,
+        password,
+        loopback_only,
+    )
+
+
+@contextmanager
+def _configure_gradio(folder: Path) -> Iterator[None]:
+    """Set environment variables of Gradio within the block.
+
+    Gradio stores its files in `folder` and sends no analytics. Components that are created by
+    events read the variables as well.
+    """
+    variables = {
+        "GRADIO_TEMP_DIR": str(folder),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    previous_values = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in previous_values.items():
+            os.environ.pop(name)
+            os.environ.update({} if value is None else {name: value})
+
+
+def _build_theme() -> gr.themes.Base:
+    """Build a theme with system fonts. Gradio themes load fonts from other servers."""
+    import gradio as gr
+
+    return gr.themes.Base(
+        primary_hue="teal",
+        neutral_hue="slate",
+        radius_size="lg",
+        font=FONTS,
+        font_mono=MONOSPACE_FONTS,
+    )
+
+
+def _add_file_routes(app: FastAPI, session_store: WebSessionStore) -> None:
+    @app.get("/page.css")
+    def get_style() -> Response:
+        return FileResponse(STATIC_FOLDER / "page.css", media_type="text/css")
+
+    @app.get("/images/{token}/{number}")
+    def get_image(token: str, number: int) -> Response:
+        session = session_store.find_by_token(token)
+        images = [] if session is None else [*session.images.values()]
+        browser_copy = next(
+            (image.display_path for image in images if image.number == number), None
+        )
+        if browser_copy is None or not browser_copy.is_file():
+            return Response("no such image", 404)
+        headers = {"cache-control": "private, max-age=3600"}
+        return FileResponse(browser_copy, media_type="image/webp", headers=headers)
+
+    @app.get("/export/{token}/chat.zip")
+    def export_chat(token: str) -> Response:
+        session: WebSession | None = session_store.find_by_token(token)
+        if session is None:
+            return Response("no such chat", 404)
+        try:
+            archive = session.export_archive()
+        except UserError as error:
+            return Response(str(error), 409, media_type="text/plain")
+        size = os.fstat(archive.fileno()).st_size
+        headers = {
+            "content-disposition": 'attachment; filename="chat.zip"',
+            "content-length": str(size),
+        }
+        return StreamingResponse(
+            _iter_chunks(archive), headers=headers, media_type="application/zip"
+        )
+
+
+def _iter_chunks(archive: IO[bytes]) -> Iterator[bytes]:
+    with archive:
+        while chunk := archive.read(1 << 16):
+            yield chunk

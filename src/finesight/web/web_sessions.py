@@ -1,0 +1,194 @@
+"""Chat sessions of the page, with their private files."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+import tempfile
+import threading
+import weakref
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from finesight.data.jsonl import write_samples
+from finesight.errors import UserError
+from finesight.infer.chat_session import ChatSession
+from finesight.infer.inference_service import InferenceService
+from finesight.vision.image_decoding import load_image
+from finesight.web.disk_budget import DiskBudget, DiskFullError
+from finesight.web.ui_text import ENGLISH, UiText
+from finesight.web.web_limits import (
+    MAX_IMAGES_PER_CHAT,
+    MAX_IMAGES_PER_MESSAGE,
+    MAX_MESSAGE_CHARS,
+    MAX_SESSIONS,
+)
+
+MAX_DISPLAY_SIDE = 1600
+"""Longer side of displayed images in pixels."""
+
+MAX_DISPLAY_BYTES = 4 << 20
+"""Maximum file size of a displayed image."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatImage:
+    """Image of a chat: original size, and a display copy without metadata."""
+
+    name: str
+    number: int
+    width: int
+    height: int
+    display_path: Path
+
+
+@dataclass(slots=True)
+class WebSession:
+    """Chat with a private folder.
+
+    Attributes:
+        token: Secret part of the URLs of its images and export.
+    """
+
+    chat: ChatSession
+    folder: Path
+    budget: DiskBudget
+    ui_text: UiText = ENGLISH
+    token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    images: dict[Path, ChatImage] = field(default_factory=dict)
+    _upload_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add_uploads(self, text: str, uploads: Sequence[Path]) -> list[Path]:
+        """Copy uploaded images into the session, after validation of header and pixels.
+
+        Raises:
+            UserError: A file is not an image, or a limit is exceeded.
+        """
+        num_images = len(self.images) + len(uploads)
+        if len(uploads) > MAX_IMAGES_PER_MESSAGE or num_images > MAX_IMAGES_PER_CHAT:
+            message = self.ui_text.too_many_images.format(
+                len(uploads), MAX_IMAGES_PER_MESSAGE, MAX_IMAGES_PER_CHAT
+            )
+            raise UserError(message)
+        if len(text) > MAX_MESSAGE_CHARS:
+            raise UserError(self.ui_text.message_too_long.format(len(text), MAX_MESSAGE_CHARS))
+        size = sum(path.stat().st_size for path in uploads if path.exists())
+        try:
+            reservation = self.budget.reserve(size + MAX_DISPLAY_BYTES * len(uploads))
+        except DiskFullError as error:
+            raise UserError(self.ui_text.disk_full) from error
+        image_paths: list[Path] = []
+        try:
+            # The lock prevents duplicate image IDs.
+            with reservation, self._upload_lock:
+                for upload in uploads:
+                    image_paths.append(self._save_upload(upload))
+        except BaseException:
+            self.remove_images(image_paths)
+            raise
+        return image_paths
+
+    def remove_images(self, image_paths: Sequence[Path]) -> None:
+        """Delete images that no turn uses."""
+        in_use = {path for turn in self.chat.turns for path in turn.image_paths}
+        for path in set(image_paths) - in_use:
+            self.images.pop(path).display_path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+    def export_archive(self) -> IO[bytes]:
+        """Export the chat and its images as a zip archive in the sample format.
+
+        The archive is an anonymous temporary file, which is deleted when its handle is closed.
+
+        Raises:
+            UserError: The chat has no answer, or the disk space is exhausted.
+        """
+        archive_names = {
+            path: f"images/{image.number}-{path.name.partition('-')[2]}"
+            for path, image in self.images.items()
+        }
+        samples = self.chat.to_samples(lambda path: archive_names[path])
+        if not samples:
+            raise UserError(f"chat is empty: {len(self.chat.turns)} turns, none with an answer")
+        jsonl_path = self.folder / "chat.jsonl"
+        write_samples(jsonl_path, samples)
+        try:
+            size = sum(path.stat().st_size for path in (jsonl_path, *archive_names))
+            reservation = self.budget.reserve(size)
+        except DiskFullError as error:
+            raise UserError(self.ui_text.disk_full) from error
+        with contextlib.ExitStack() as on_failure:
+            on_failure.enter_context(reservation)
+            archive = on_failure.enter_context(tempfile.TemporaryFile(dir=self.folder))
+            with zipfile.ZipFile(archive, "w") as file:
+                file.write(jsonl_path, "chat/chat.jsonl")
+                for path, name in archive_names.items():
+                    file.write(path, f"chat/{name}")
+            archive.seek(0)
+            on_failure.pop_all()
+        # The budget cannot count an anonymous file, so its reservation lasts until it is closed.
+        weakref.finalize(archive, reservation.release)
+        return archive
+
+    def _save_upload(self, upload: Path) -> Path:
+        number = 1 + max((existing.number for existing in self.images.values()), default=0)
+        image = load_image(upload)
+        width, height = image.size
+        image.thumbnail((MAX_DISPLAY_SIDE, MAX_DISPLAY_SIDE))
+        display_path = self.folder / f"display-{number}.webp"
+        image.save(display_path, format="WEBP", quality=90)
+        image_path = self.folder / f"{number}-{upload.name[-80:]}"
+        shutil.copyfile(upload, image_path)
+        self.images[image_path] = ChatImage(upload.name, number, width, height, display_path)
+        return image_path
+
+
+class WebSessionStore:
+    """Sessions by Gradio session ID. A new session may evict the least recently used."""
+
+    def __init__(self, service: InferenceService, folder: Path, budget: DiskBudget) -> None:
+        self.service, self._folder, self.budget = service, folder, budget
+        self._sessions: dict[str, WebSession] = {}
+        # Events of one session may run in several threads.
+        self._lock = threading.RLock()
+
+    def get_or_create(self, session_id: str) -> WebSession:
+        """Return the session of an ID, created on first use."""
+        with self._lock:
+            web_session = self._sessions.pop(session_id, None)
+            if web_session is None:
+                while len(self._sessions) >= MAX_SESSIONS:
+                    self.close(next(iter(self._sessions)))
+                folder = self._folder / secrets.token_hex(16)
+                folder.mkdir()
+                web_session = WebSession(ChatSession(self.service), folder, self.budget)
+            self._sessions[session_id] = web_session
+        return web_session
+
+    def close(self, session_id: str) -> None:
+        """Close a session: cancel its answers and delete its files."""
+        with self._lock:
+            web_session = self._sessions.pop(session_id, None)
+        if web_session is not None:
+            while web_session.chat.undo():
+                pass
+            shutil.rmtree(web_session.folder, ignore_errors=True)
+
+    def list_sessions(self) -> list[WebSession]:
+        """Return all sessions, least recently used first."""
+        with self._lock:
+            return [*self._sessions.values()]
+
+    def find_by_token(self, token: str) -> WebSession | None:
+        """Return the session with a secret token, compared in constant time."""
+        given = token.encode()
+        matching = (
+            session
+            for session in self.list_sessions()
+            if secrets.compare_digest(session.token.encode(), given)
+        )
+        return next(matching, None)

@@ -1,0 +1,197 @@
+"""Local API server with the bundled model."""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import contextlib
+import http.client
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from openai import OpenAI
+from PIL import Image
+
+from finesight.encode.native_renderer import NativeRenderer
+from finesight.infer.inference_service import InferenceService, ServiceStats
+from finesight.infer.model_loader import InferenceModel
+from finesight.model.vlm import VisionLanguageModel
+from finesight.serve.api_app import make_app
+from finesight.serve.api_server import ApiServer, bind_socket, create_worker_pool
+from finesight.serve.formats import DEFAULT_IMAGE_FORMATS
+from finesight.serve.image_fetcher import ImageFetcher
+from finesight.serve.request_middleware import RequestMiddleware
+from finesight.serve.server_limits import ServerLimits
+from finesight.worker_pool import WorkerPool
+
+LIMITS = ServerLimits(max_num_seqs=8, max_waiting=64)
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """Running server on loopback."""
+
+    port: int
+    service: InferenceService
+    app: RequestMiddleware
+    server: ApiServer
+    folder: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, key: str = "none needed", **given: Any) -> OpenAI:
+        """Return an OpenAI client without retries."""
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **given)
+
+
+def make_service(
+    inference_model: InferenceModel, limits: ServerLimits = LIMITS
+) -> InferenceService:
+    """Create a service with a small KV cache."""
+    return InferenceService(
+        inference_model,
+        max_num_seqs=limits.max_num_seqs,
+        max_waiting=limits.max_waiting,
+        kv_cache_bytes=1 << 26,
+    )
+
+
+@cache
+def get_worker_pool(renderer: NativeRenderer, vocabulary: int) -> WorkerPool:
+    """Return worker processes shared by all servers of the test process."""
+    workers = create_worker_pool(renderer, vocabulary, LIMITS)
+    workers.start()
+    atexit.register(workers.close)
+    return workers
+
+
+@contextlib.contextmanager
+def run_server(
+    inference_model: InferenceModel,
+    folder: Path,
+    *,
+    keys: Sequence[str] = (),
+    limits: ServerLimits = LIMITS,
+    fetcher: ImageFetcher | None = None,
+    formats: Sequence[str] = DEFAULT_IMAGE_FORMATS,
+) -> Iterator[RunningServer]:
+    """Run a server in a thread within the block."""
+    service = make_service(inference_model, limits)
+    assert isinstance(inference_model.renderer, NativeRenderer)
+    assert isinstance(inference_model.model, VisionLanguageModel)
+    vocabulary = inference_model.model.config.decoder.vocab_size
+    app = make_app(
+        service,
+        get_worker_pool(inference_model.renderer, vocabulary),
+        vocabulary,
+        folder,
+        api_keys=keys,
+        limits=limits,
+        fetcher=fetcher,
+        image_formats=formats,
+    )
+    listener = bind_socket("127.0.0.1", 0, keys)
+    ready = threading.Event()
+    server = ApiServer(app, replace(limits, shutdown_timeout_s=10.0), ready.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    assert ready.wait(30), "the server has not begun to listen"
+    try:
+        yield RunningServer(listener.getsockname()[1], service, app, server, folder)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        service.close(wait_for_running=False)
+
+
+def make_noise_png(width: int = 64, height: int = 48, seed: int = 0) -> bytes:
+    """Make a small noise image."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def make_data_url(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def make_image_part(url: str) -> dict[str, Any]:
+    """Make an image part of a message."""
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def make_messages(*parts: str | dict[str, Any]) -> list[Any]:
+    """Make the messages of one user turn from texts and parts."""
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return [{"role": "user", "content": content}]
+
+
+KEY = "first-key-0123456789"
+PROMPT = "What is in the picture?"
+ENDLESS_REQUEST: dict[str, Any] = {
+    "max_tokens": 2000,
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {
+            "name": "numbers",
+            "schema": {"type": "array", "items": {"type": "integer"}, "minItems": 9999},
+        },
+    },
+}
+"""Request whose answer does not end by itself."""
+
+
+def wait_until_idle(server: RunningServer, seconds: float = 20.0) -> ServiceStats:
+    """Wait until the service is idle and return its statistics."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        facts = server.service.get_stats()
+        if not facts.num_running and not facts.num_waiting:
+            return facts
+        time.sleep(0.02)
+    raise AssertionError(f"still busy after {seconds} seconds: {server.service.get_stats()}")
+
+
+def send_request(
+    server: RunningServer,
+    method: str,
+    path: str,
+    body: Any = None,
+    headers: dict[str, str] | None = None,
+    chunked: bool = False,
+) -> tuple[int, dict[str, Any], http.client.HTTPResponse]:
+    """Send a raw request. Returns status, JSON and the response."""
+    there = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    with contextlib.closing(there):
+        given = {"Content-Type": "application/json", **(headers or {})}
+        there.request(method, path, body, given, encode_chunked=chunked)
+        answer = there.getresponse()
+        content = answer.read()
+    kind = answer.headers.get("content-type", "")
+    return answer.status, json.loads(content) if "json" in kind else {}, answer
+
+
+def make_auth_header(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def make_request_body(server: RunningServer, *parts: Any, **given: Any) -> str:
+    """Make the body of a request."""
+    body = {
+        "model": server.service.model_names[0],
+        "messages": make_messages(*parts),
+        "max_tokens": 4,
+        **given,
+    }
+    return json.dumps(body)

@@ -1,0 +1,174 @@
+"""Server process for load tests, with memory measurement and concurrent attackers."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hostile_requests import (
+    CHAT,
+    HostileRequest,
+    make_chat_body,
+    make_image_content,
+    make_small_image,
+)
+
+MODEL = "finesight-tiny"
+MIB = 1 << 20
+
+
+@dataclass
+class AttackStats:
+    """Statistics of an attack: durations, statuses, and memory in bytes."""
+
+    health: list[float] = field(default_factory=list)
+    ordinary: list[tuple[float, int]] = field(default_factory=list)
+    hostile: Counter[tuple[str, int]] = field(default_factory=Counter)
+    slowest: float = 0.0
+    largest_process: int = 0
+
+    def __str__(self) -> str:
+        health, ordinary = sorted(self.health), sorted(seconds for seconds, _ in self.ordinary)
+        lines = [f"  {name}: {status} x {n}" for (name, status), n in sorted(self.hostile.items())]
+        return "\n".join(
+            [
+                f"hostile requests: {sum(self.hostile.values())}, slowest {self.slowest:.1f} s",
+                *lines,
+                f"health: {len(health)} requests, median {health[len(health) // 2]:.3f} s,"
+                f" slowest {health[-1]:.3f} s",
+                f"ordinary: {len(ordinary)} requests, median {ordinary[len(ordinary) // 2]:.2f} s,"
+                f" slowest {ordinary[-1]:.2f} s",
+                f"largest process: {self.largest_process >> 20} MiB",
+            ]
+        )
+
+
+@dataclass
+class AttackedServer:
+    """Process of `finesight serve` with the bundled model and its workers."""
+
+    process: subprocess.Popen[str]
+    port: int
+    log: Path
+
+    def read_memory(self) -> dict[int, int]:
+        """Return the resident bytes of the server and its descendants by process."""
+        found = {}
+        for pid in _process_tree(self.process.pid):
+            with contextlib.suppress(OSError):
+                pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+                found[pid] = pages * os.sysconf("SC_PAGE_SIZE")
+        return found
+
+    def request(self, method: str, path: str, body: bytes | None = None) -> tuple[float, int]:
+        """Send a request and return its duration and status."""
+        began = time.monotonic()
+        there = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        with contextlib.closing(there):
+            there.request(method, path, body, {"Content-Type": "application/json"})
+            answer = there.getresponse()
+            answer.read()
+        return time.monotonic() - began, answer.status
+
+    def make_ordinary_body(self, number: int) -> bytes:
+        """Make an ordinary request. Every second one contains an image."""
+        text = {"type": "text", "text": f"What is number {number}?"}
+        return make_chat_body(
+            MODEL, [make_image_content(make_small_image("PNG")), text] if number % 2 else [text]
+        )
+
+
+@contextlib.contextmanager
+def start_server_process(folder: Path) -> Iterator[AttackedServer]:
+    """Start the server, and stop it at the end of the block."""
+    log = folder / "server.log"
+    command = [sys.executable, "-m", "finesight", "serve", MODEL, "--port", "0", "--device", "cpu"]
+    with open(log, "w") as errors:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert "http://" in line, f"the server has not started: {log.read_text()}"
+        yield AttackedServer(process, int(line.rsplit(":", 1)[1].split("/")[0]), log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(90)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def run_attack(
+    server: AttackedServer, requests: Iterable[HostileRequest], clients: int
+) -> AttackStats:
+    """Send requests from concurrent clients, in parallel to ordinary requests."""
+    stats, waiting, lock = AttackStats(), iter(requests), threading.Lock()
+    over = threading.Event()
+
+    def send() -> None:
+        while True:
+            with lock:
+                request = next(waiting, None)
+            if request is None:
+                return
+            began = time.monotonic()
+            status = request.send(server.port, 300)
+            with lock:
+                stats.hostile[request.name, status] += 1
+                stats.slowest = max(stats.slowest, time.monotonic() - began)
+
+    def check_health() -> None:
+        stats.health.append(server.request("GET", "/health")[0])
+
+    def ask() -> None:
+        number = len(stats.ordinary)
+        stats.ordinary.append(server.request("POST", CHAT, server.make_ordinary_body(number)))
+
+    def measure_memory() -> None:
+        stats.largest_process = max(stats.largest_process, *server.read_memory().values())
+
+    def repeat(work: Callable[[], None], seconds: float) -> None:
+        while not over.is_set():
+            work()
+            over.wait(seconds)
+
+    ordinary_requests = [
+        threading.Thread(target=repeat, args=args)
+        for args in ((check_health, 0.05), (ask, 0.1), (measure_memory, 0.3))
+    ]
+    attackers = [threading.Thread(target=send) for _ in range(clients)]
+    for thread in (*ordinary_requests, *attackers):
+        thread.start()
+    for thread in attackers:
+        thread.join()
+    over.set()
+    for thread in ordinary_requests:
+        thread.join()
+    return stats
+
+
+def _process_tree(pid: int) -> set[int]:
+    """Return a process and all of its descendants."""
+    parents = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                stat = Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()
+                parents[int(entry)] = int(stat[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found

@@ -1,0 +1,128 @@
+"""What samples show together: repeated, contradicting, mostly the same, held out and trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from check_fixtures import count_codes, issues_by_line, make_record, run_check, write_records
+from PIL import Image
+from shape_images import write_shape_images
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_shape_images(tmp_path / "scenes", 12, seed=4)
+    return tmp_path
+
+
+def image_name(number: int) -> str:
+    return f"scenes/images/{number:04}.png"
+
+
+def check_records(folder: Path, *records):
+    return run_check(write_records(folder / "data.jsonl", records))
+
+
+def test_repeated_sample_is_reported_as_duplicate(folder):
+    copy = folder / "copy.png"
+    copy.write_bytes((folder / image_name(0)).read_bytes())
+    result = check_records(
+        folder, make_record(image_name(0)), make_record(image_name(1)), make_record("copy.png")
+    )
+    assert count_codes(result) == {"duplicate-sample": 1}
+    finding = issues_by_line(result, "duplicate-sample")[3]
+    assert (finding.severity, finding.fix) == ("note", "skipped")
+    assert finding.what.endswith("data.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "contradict"),
+    [
+        ("Yes", "No", True),
+        ("yes.", "Yes", False),
+        ("7", "9", True),
+        ("A long description of what is there, and then of this.", "A quite other one.", True),
+    ],
+)
+def test_contradicting_answers(folder, one, other, contradict):
+    result = check_records(
+        folder, *(make_record(image_name(0), "How?", answer) for answer in (one, other))
+    )
+    assert count_codes(result) == ({"contradictory-answers": 1} if contradict else {})
+
+
+@pytest.mark.parametrize(
+    ("other", "contradict"),
+    [([10, 10, 50, 50], False), ([11, 9, 50, 52], False), ([60, 60, 100, 100], True)],
+)
+def test_contradicting_boxes(folder, other, contradict):
+    records = [make_record(image_name(0), "Where?", None, box) for box in ([10, 10, 50, 50], other)]
+    kind = {"duplicate-sample": 1} if other == [10, 10, 50, 50] else {}
+    assert count_codes(check_records(folder, *records)) == (
+        {"contradictory-answers": 1} if contradict else kind
+    )
+
+
+def test_different_question_or_image_is_no_contradiction(folder):
+    records = [
+        make_record(image_name(0), "Which colour?", "red"),
+        make_record(image_name(0), "Which shape?", "square"),
+        make_record(image_name(1), "Which colour?", "blue"),
+    ]
+    assert count_codes(check_records(folder, *records)) == {}
+
+
+def test_several_captions_per_image_are_valid(folder):
+    answers = [f"The same picture told in other words, number {n} of them." for n in range(4)]
+    records = [make_record(image_name(p), "Describe.", a) for p in range(8) for a in answers]
+    wrong = [make_record(image_name(p), "Count.", f"{n}") for p, n in ((0, 1), (1, 2), (0, 3))]
+    result = check_records(folder, *records, *wrong)
+    assert count_codes(result) == {"contradictory-answers": 1}
+    assert issues_by_line(result, "contradictory-answers").keys() == {35}
+
+
+def test_several_answers_of_one_row_are_valid(folder):
+    rows = [{"image": image_name(n), "texts": ["one word", "another"]} for n in range(3)]
+    table = write_records(folder / "rows.jsonl", rows)
+    columns = {"image": "image", "answer": "texts"}
+    result = run_check(table, format="table", columns=columns, prompt="What?")
+    assert (result.num_samples, count_codes(result)) == (6, {})
+
+
+def test_dominant_answer_is_reported(folder):
+    answers = ["yes"] * 15 + [f"no, {n}" for n in range(10)]
+    records = [
+        make_record(image_name(0), f"Question {n}?", answer) for n, answer in enumerate(answers)
+    ]
+    result = check_records(folder, *records)
+    assert count_codes(result) == {"dominant-answer": 1}
+    assert "15 of 25 answers are 'yes'" in result.issues[0].what
+
+
+def test_eval_images_in_training_file_are_reported(folder):
+    (folder / "copy.png").write_bytes((folder / image_name(1)).read_bytes())
+    Image.open(folder / image_name(2)).resize((150, 150)).save(folder / "anew.jpg", quality=80)
+    train = [make_record(image_name(n)) for n in (0, 3, 4)]
+    train += [
+        make_record("copy.png"),
+        make_record("anew.jpg"),
+        make_record(image_name(0), "Another?"),
+    ]
+    held_out = write_records(folder / "eval.jsonl", [make_record(image_name(n)) for n in (0, 1, 2)])
+    result = run_check(write_records(folder / "train.jsonl", train), held_out)
+    assert issues_by_line(result, "leaked-image").keys() == {1, 4, 6}
+    assert issues_by_line(result, "leaked-image-reencoded").keys() == {5}
+    finding = issues_by_line(result, "leaked-image-reencoded")[5]
+    assert [shown.path.name for shown in finding.images] == ["anew.jpg", "0002.png"]
+    assert finding.what.endswith("eval.jsonl:3")
+    assert result.sources[0].is_validation, "held-out sources are read first"
+
+
+def test_shared_blank_image_is_no_leak(folder):
+    Image.new("L", (50, 50), 255).save(folder / "blank.png")
+    held_out = write_records(folder / "eval.jsonl", [make_record("blank.png")])
+    result = run_check(
+        write_records(folder / "train.jsonl", [make_record("blank.png", "Another?")]), held_out
+    )
+    assert count_codes(result) == {}

@@ -1,0 +1,140 @@
+"""A check of many samples: order, counts, what is kept, and who is told."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from check_fixtures import make_record, write_records
+from image_fixtures import write_gray_image
+from PIL import Image
+
+from finesight.check.check_inputs import inputs_from_files, is_recipe
+from finesight.check.check_issues import ISSUE_TYPES, CheckIssue
+from finesight.check.data_checker import BoxClaimCollector, DataChecker
+from finesight.check.image_catalog import ImageCatalog
+from finesight.check.parallel_executor import MIN_PARALLEL_SAMPLES, open_executor
+from finesight.data.boxes import BoxConvention
+from finesight.data.formats.dataset_format import RawBox
+from finesight.data.import_source import ImportOptions, UnvalidatedRow
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_gray_image(tmp_path / "a.png", 100, 60)
+    return tmp_path
+
+
+def test_parallel_check_reports_the_same_issues(folder):
+    records = [
+        make_record("a.png" if n % 10 else f"gone-{n}.png", f"Question {n}?", f"answer {n}")
+        for n in range(MIN_PARALLEL_SAMPLES + 30)
+    ]
+    source = write_records(folder / "data.jsonl", records)
+    result: list[CheckIssue] = []
+    done: list[int] = []
+    (folder / "saved").mkdir()
+    check = DataChecker(
+        inputs_from_files([source], [], ImportOptions()),
+        folder / "saved",
+        max_issues=5,
+    )
+    found, album = check.run(result.append, done.append)
+    gone = range(1, MIN_PARALLEL_SAMPLES + 31, 10)
+    assert [finding.where for finding in result] == [f"{source}:{line}" for line in gone]
+    assert list(found.issues) == result[:5]
+    assert found.issue_counts == {"image-missing": len(gone)} == found.affected_samples
+    assert check.num_rows == MIN_PARALLEL_SAMPLES + 30 == sum(done)
+    assert len(album) == 1 + len(gone)
+
+
+def test_unguarded_script_can_run_check(folder):
+    source = write_records(
+        folder / "data.jsonl",
+        [make_record("a.png", f"{n}?") for n in range(MIN_PARALLEL_SAMPLES + 1)],
+    )
+    script = folder / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from finesight.check.data_checker import check_sources\n"
+        "from finesight.check.check_inputs import inputs_from_files\n"
+        "from finesight.data.import_source import ImportOptions\n"
+        f"subjects = inputs_from_files([Path({str(source)!r})], [], ImportOptions())\n"
+        "print(check_sources(subjects).num_samples)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{MIN_PARALLEL_SAMPLES + 1}\n"
+
+
+def test_most_severe_issues_come_first(folder):
+    records = [
+        make_record("a.png", "Where?", None, [0, 0, 100, 60]),
+        make_record("a.png", "One?", "yes"),
+        make_record("a.png", "One?", "no"),
+        make_record("gone.png"),
+    ]
+    (folder / "saved").mkdir()
+    source = write_records(folder / "data.jsonl", records)
+    found, _ = DataChecker(inputs_from_files([source], [], ImportOptions()), folder / "saved").run()
+    assert list(found.issue_counts) == [
+        "image-missing",
+        "contradictory-answers",
+        "box-covers-image",
+    ]
+    assert [finding.code for finding in found.issues] == list(found.issue_counts)
+    assert found.affected_samples == {
+        "image-missing": 1,
+        "contradictory-answers": 1,
+        "box-covers-image": 1,
+    }
+    assert set(found.issue_counts) <= set(ISSUE_TYPES)
+
+
+def test_thousandth_boxes_are_reported_for_the_source(folder):
+    records = []
+    for number in range(40):
+        size = (600 + 7 * number, 300 + 5 * number)
+        Image.new("L", size, number).save(folder / f"{number}.png")
+        box = [100 + number, 200, 900 + number, 950]
+        records.append(make_record(f"{number}.png", f"Where is {number}?", None, box))
+    (folder / "saved").mkdir()
+    source = write_records(folder / "data.jsonl", records)
+    found, _ = DataChecker(inputs_from_files([source], [], ImportOptions()), folder / "saved").run()
+    first = found.issues[0]
+    assert (first.code, first.where, first.sample_id) == ("boxes-thousandths", str(source), "")
+    assert first.evidence, "without a reason"
+    assert found.affected_samples["boxes-thousandths"] == 0
+
+
+def test_excess_boxes_are_subsampled_evenly(folder):
+    path = str(folder / "a.png")
+    with open_executor(0) as pool:
+        album = ImageCatalog(pool)
+        list(album.process_groups([[path]], lambda group: group))
+        claims = BoxClaimCollector(max_claims=100)
+        for row in range(1000):
+            box = RawBox((float(row), 0.0, 1.0, 1.0), Path(path), BoxConvention())
+            claims.add_row(UnvalidatedRow(f"line {row}", row, (), (box, box)), f"data:{row}", album)
+    rows = sorted({int(claim.coordinates[0]) for claim in claims.claims})
+    assert 20 <= len(rows) <= 50
+    steps = {later - earlier for earlier, later in itertools.pairwise(rows)}
+    assert len(steps) == 1, f"the rows that are kept are {rows}"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "recipe"),
+    [
+        ("recipe.yaml", "model: x\ndata: {train: a.jsonl}\n", True),
+        ("broken.yml", "model: [", True),
+        ("data.yaml", "train: images\nnames: [cat, dog]\n", False),
+        ("rows.jsonl", "{}", False),
+        ("mistyped.yaml", None, True),
+    ],
+)
+def test_is_recipe_detection(tmp_path, name, text, recipe):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    assert is_recipe(tmp_path / name) is recipe

@@ -1,0 +1,79 @@
+"""Foreign rows that cannot be read are told by what is wrong with them, not by who noticed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from check_fixtures import count_codes, run_check
+from image_fixtures import write_gray_image, write_jsonl
+
+
+def make_conversation_row(question: str, answer: str = "A square.", **more):
+    output = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"conversations": output, **more}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_gray_image(tmp_path / "a.png", 100, 60)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("record", "code"),
+    [
+        (make_conversation_row("<image>\nWhat?", image="a.png"), None),
+        (
+            make_conversation_row("<image>\n<image>\nWhat?", image="a.png"),
+            "placeholder-count-mismatch",
+        ),
+        (make_conversation_row("What?", image="a.png"), "placeholder-count-mismatch"),
+        (make_conversation_row("<image>\nWhat?", image="gone.png"), "image-missing"),
+        (
+            make_conversation_row("<image>\nWhat?", image="https://pictures/a.png"),
+            "image-missing",
+        ),
+        (
+            make_conversation_row("<image>\nWhat?<|image_pad|>", image="a.png"),
+            "placeholder-in-text",
+        ),
+        (make_conversation_row("<image>\nWhat?", "", image="a.png"), "empty-answer"),
+        (
+            make_conversation_row("<image>\nWhat?", "A square.<|im_end|>", image="a.png"),
+            "special-token-in-text",
+        ),
+        (
+            {"conversations": make_conversation_row("<image>")["conversations"][:1]},
+            "placeholder-count-mismatch",
+        ),
+        (
+            {"conversations": make_conversation_row("What?")["conversations"][:1]},
+            "invalid-role-order",
+        ),
+        ({"conversations": [{"from": "human"}]}, "invalid-row"),
+    ],
+)
+def test_invalid_conversation_row(folder, record, code):
+    source = write_jsonl(folder / "rows.jsonl", [record])
+    found = run_check(source, format="llava")
+    assert count_codes(found) == ({code: 1} if code else {}), json.dumps(record)
+
+
+@pytest.mark.parametrize("answer", ["", "  ", None])
+def test_table_row_without_answer(folder, answer):
+    source = write_jsonl(folder / "rows.jsonl", [{"image": "a.png", "text": answer}])
+    columns = {"image": "image", "answer": "text"}
+    found = run_check(source, format="table", columns=columns, prompt="What?")
+    assert count_codes(found) == {"empty-answer": 1}
+
+
+def test_box_issues_of_table_rows(folder):
+    rows = [{"image": "a.png", "box": box} for box in ([50, 10, 60, 20], [90, 10, 200, 20])]
+    source = write_jsonl(folder / "rows.jsonl", rows)
+    columns = {"image": "image", "box": "box"}
+    found = run_check(source, format="table", columns=columns, prompt="Where?")
+    assert count_codes(found) == {"box-outside": 1}
+    assert found.issues[0].where == f"{source}:2"
+    assert found.issues[0].images[0].boxes == ((90, 10, 200, 20),)

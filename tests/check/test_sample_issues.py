@@ -1,0 +1,213 @@
+"""What a sample shows by itself, through the whole check."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from check_fixtures import count_codes, issues_by_line, make_record, run_check, write_records
+from image_fixtures import write_gray_image
+from PIL import Image
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in range(4):
+        write_gray_image(tmp_path / f"{number}.png", 100, 60, gray_level=number)
+    return tmp_path
+
+
+def check_records(folder: Path, *records):
+    return run_check(write_records(folder / "data.jsonl", records))
+
+
+def test_valid_samples_have_no_issues(folder):
+    result = check_records(
+        folder, make_record("0.png"), make_record("1.png", "Where?", None, [1, 2, 50, 40])
+    )
+    assert count_codes(result) == {}
+    assert (result.num_samples, result.num_images, result.num_unique_images) == (2, 2, 2)
+    assert result.severity is None
+
+
+def test_invalid_image_kinds_are_distinguished(folder):
+    full = (folder / "0.png").read_bytes()
+    (folder / "cut.png").write_bytes(full[:-30])
+    (folder / "no.png").write_text("not an image")
+    (folder / "empty.png").write_bytes(b"")
+    Image.new("1", (9000, 8000)).save(folder / "large.png")
+    Image.new("1", (1000, 4)).save(folder / "thin.png")
+    (folder / "folder.png").mkdir()
+    names = ("gone.png", "cut.png", "no.png", "empty.png", "large.png", "thin.png", "folder.png")
+    result = check_records(folder, *(make_record(name, f"What is {name}?") for name in names))
+    locations = {code: sorted(issues_by_line(result, code)) for code in result.issue_counts}
+    assert locations == {
+        "image-missing": [1],
+        "image-truncated": [2],
+        "image-corrupt": [3, 4, 7],
+        "image-too-large": [5, 6],
+    }
+    finding = issues_by_line(result, "image-missing")[1]
+    assert finding.images[0].path == folder / "gone.png"
+    assert finding.sample_id == "s1"
+
+
+def test_named_pipe_is_not_an_image(folder):
+    os.mkfifo(folder / "pipe.png")  # who opened it to read would wait for ever
+    finding = issues_by_line(check_records(folder, make_record("pipe.png")), "image-corrupt")[1]
+    assert finding.what == f"{folder / 'pipe.png'}: a pipe or a device, not a file"
+
+
+def test_image_paths_resolve_as_in_training(folder, monkeypatch):
+    # A path of a sample starts at its file's folder and nowhere else, and is taken as it is.
+    write_gray_image(folder / "here" / "4.png", 100, 60)
+    monkeypatch.chdir(folder / "here")
+    result = check_records(folder, make_record("4.png"), make_record("here\\4.png", "Why?"))
+    assert count_codes(result) == {"image-missing": 2}
+    assert issues_by_line(result, "image-missing")[1].what == str(folder / "4.png")
+
+
+def test_linked_and_copied_images_count_as_one_content(folder):
+    (folder / "copy.png").write_bytes((folder / "0.png").read_bytes())
+    (folder / "link.png").symlink_to(folder / "0.png")
+    names = ("0.png", "copy.png", "link.png", "1.png")
+    result = check_records(folder, *(make_record(name, f"What is {name}?") for name in names))
+    assert (result.num_images, result.num_unique_images) == (4, 2)
+
+
+def test_video_frame_issues(folder):
+    write_gray_image(folder / "other.png", 50, 60)
+    frames = [["0.png", "1.png"], ["0.png", "other.png"], ["0.png", "gone.png"]]
+    videos = [{"type": "video", "frames": names} for names in frames]
+    records = [make_record(None, f"Video {n}?") for n in range(3)]
+    for record, video in zip(records, videos, strict=True):
+        record["messages"][0]["content"].insert(0, video)
+    result = check_records(folder, *records)
+    assert count_codes(result) == {"video-frame-sizes-differ": 1, "image-missing": 1}
+    assert list(issues_by_line(result, "video-frame-sizes-differ")) == [2]
+
+
+@pytest.mark.parametrize("answer", [None, "", " \n"])
+def test_empty_answer(folder, answer):
+    assert count_codes(check_records(folder, make_record("0.png", "What?", answer))) == {
+        "empty-answer": 1
+    }
+
+
+def test_empty_question(folder):
+    assert count_codes(check_records(folder, make_record(None, " "))) == {"empty-question": 1}
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [("user",), ("assistant",), ("user", "user"), ("user", "system", "assistant"), ("system",)],
+)
+def test_roles_out_of_order(folder, roles):
+    record = {"messages": [{"role": role, "content": "words"} for role in roles]}
+    assert count_codes(check_records(folder, record)) == {"invalid-role-order": 1}
+
+
+def test_image_in_answer(folder):
+    record = make_record("0.png")
+    record["messages"][1]["content"].append({"type": "image", "image": "1.png"})
+    assert count_codes(check_records(folder, record)) == {"image-in-answer": 1}
+
+
+def test_row_that_is_no_sample(folder):
+    result = check_records(folder, {"messages": [{"role": "user", "content": [{"type": "sound"}]}]})
+    assert count_codes(result) == {"invalid-row": 1}
+    assert result.num_samples == 0
+
+
+BOXES = {
+    "box-outside": ([0, 0, 102, 60], [-5, 0, 50, 50], [200, 200, 300, 300], [100, 10, 101, 20]),
+    "box-inverted": ([90, 10, 20, 50], [20, 50, 90, 10], [90, 55, 80, 50]),
+    "box-empty": ([10, 10, 10, 40], [10, 10, 40, 10], [5, 5, 5, 5]),
+    "box-at-edge": ([0, 0, 100.5, 60], [-1, 5, 50, 61]),
+    "box-tiny": ([10, 10, 11, 40],),
+    "box-covers-image": ([0, 0, 100, 60], [0, 0, 99.9, 59.9]),
+}
+
+
+@pytest.mark.parametrize(("code", "box"), [(c, box) for c, boxes in BOXES.items() for box in boxes])
+def test_invalid_box(folder, code, box):
+    result = check_records(folder, make_record("0.png", "Where?", None, box, [1, 2, 50, 40]))
+    assert count_codes(result) == {code: 1}
+    shown = result.issues[0].images[0]
+    assert (shown.path, shown.image_index) == (folder / "0.png", 0)
+    assert shown.boxes == (tuple(map(float, box)),)
+
+
+@pytest.mark.parametrize(
+    ("box", "certain"),
+    [
+        ([90, 55, 80, 50], True),  # 90 + 80 lies beyond the picture, so 80 is no width
+        ([40, 30, 20, 10], False),  # might be a corner with a size
+        ([90, 10, 20, 70], False),  # outside of the picture in any order
+    ],
+)
+def test_when_reversed_corners_can_be_fixed(folder, box, certain):
+    result = check_records(folder, make_record("0.png", "Where?", None, box))
+    assert issues_by_line(result, "box-inverted")[1].fix == ("reordered" if certain else None)
+
+
+@pytest.mark.parametrize(
+    ("text", "certain"),
+    [("<image>\nWhat?", True), ("What?<image>", True), ("What does <image> mean in SVG?", False)],
+)
+def test_when_typed_placeholder_can_be_fixed(folder, text, certain):
+    result = check_records(folder, make_record("0.png", text))
+    fix = issues_by_line(result, "placeholder-in-text")[1].fix
+    assert fix == ("placeholders removed" if certain else None)
+
+
+def test_box_without_image(folder):
+    record = make_record("0.png", "Where?", None, [1, 2, 50, 40])
+    record["messages"][1]["content"][0]["image"] = 1
+    assert count_codes(check_records(folder, record)) == {"box-without-image": 1}
+
+
+def test_boxes_of_missing_image_are_not_checked(folder):
+    result = check_records(folder, make_record("gone.png", "Where?", None, [50, 2, 1, 40]))
+    assert count_codes(result) == {"image-missing": 1}
+
+
+TEXTS = {
+    "placeholder-count-mismatch": (
+        "<image><image> What?",
+        "Picture 1: <img>a.jpg</img>\n<image> What?",
+    ),
+    "placeholder-in-text": (
+        "<image>\nWhat?",
+        "a <|image_pad|> b",
+        "<|video_pad|>",
+        "<video>",
+        "<imgpad>",
+    ),
+    "special-token-in-text": ("What?<|im_end|>", "<|endoftext|>", "<|fim_prefix|>", "<|extra_7|>"),
+    "box-in-text": ("<ref>a dog</ref>", "<box>(1,2),(3,4)</box>", '{"bbox_2d": [1, 2, 3, 4]}'),
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "text"), [(c, text) for c, texts in TEXTS.items() for text in texts]
+)
+def test_forbidden_text(folder, code, text):
+    assert count_codes(check_records(folder, make_record("0.png", text))) == {code: 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a < b and c > d",
+        "<|not a token|>",
+        "<b>bold</b>",
+        "{'a': [1, 2]}",
+        "<|user|>",
+        "<p>",
+        "<p><video><source src='a.mp4'></video> <audio></audio></p>",
+    ],
+)
+def test_allowed_text(folder, text):
+    assert count_codes(check_records(folder, make_record("0.png", text))) == {}

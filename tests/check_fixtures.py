@@ -1,0 +1,76 @@
+"""Records of samples in few words, for tests of the check."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from finesight.check.check_inputs import ModelRequirements, inputs_from_files
+from finesight.check.check_issues import CheckIssue, CheckResult
+from finesight.check.data_checker import DataChecker
+from finesight.check.dataset_fixer import FixResult
+from finesight.data.import_source import ImportOptions
+from finesight.storage import write_folder
+
+SampleRecord = dict[str, Any]
+
+
+def make_record(
+    image: str | Path | None, question: str = "What?", answer: str | None = "A square.", *boxes: Any
+) -> SampleRecord:
+    """A question about a picture and its answer; each box is four numbers."""
+    user_content: list[SampleRecord] = (
+        [] if image is None else [{"type": "image", "image": str(image)}]
+    )
+    user_content.append({"type": "text", "text": question})
+    assistant_content: list[SampleRecord] = (
+        [] if answer is None else [{"type": "text", "text": answer}]
+    )
+    assistant_content += [{"type": "box", "image": 0, "xyxy": list(box)} for box in boxes]
+    turns = [
+        {"role": "user", "content": user_content},
+        {"role": "assistant", "content": assistant_content},
+    ]
+    return {"messages": turns}
+
+
+def write_records(path: Path, records: Iterable[SampleRecord]) -> Path:
+    """A file of samples named by their lines."""
+    text = "".join(json.dumps({"id": f"s{n}", **r}) + "\n" for n, r in enumerate(records, 1))
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def run_check(
+    train: Path, validation: Path | None = None, model: ModelRequirements | None = None, **read: Any
+) -> CheckResult:
+    """What a check of one source, or of two sides, finds."""
+    saved = train.parent / f"saved {train.name}"
+    saved.mkdir()
+    request = ImportOptions(**{"format": "samples", **read})
+    subjects = inputs_from_files([train], [validation] if validation else [], request)
+    return DataChecker(subjects, saved, model).run()[0]
+
+
+def run_fix(
+    train: Path, out: Path, validation: Path | None = None, request: ImportOptions | None = None
+) -> FixResult:
+    """A check whose findings are mended into `out`."""
+    request = request or ImportOptions(format="samples")
+    subjects = inputs_from_files([train], [validation] if validation else [], request)
+    with write_folder(out) as staging:
+        check = DataChecker(subjects, staging)
+        _, album = check.run()
+        return check.fixer.write(staging, out, album, check.sources)
+
+
+def issues_by_line(found: CheckResult, code: str) -> dict[int, CheckIssue]:
+    """The findings of one fault by the lines that they are about."""
+    return {int(f.where.rsplit(":", 1)[1]): f for f in found.issues if f.code == code}
+
+
+def count_codes(found: CheckResult) -> dict[str, int]:
+    """How often each fault was found."""
+    return dict(found.issue_counts)

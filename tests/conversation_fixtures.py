@@ -1,0 +1,188 @@
+"""Conversations to encode, made from a seed, and the folder of a small model to encode them for."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
+from finesight.model.tiny import create_tiny_model
+
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+
+WORDS = (
+    "a cat sits on the table, and it's 42 years old.",
+    "What is written here?",
+    "请描述这张图片。",
+    "图中有三只猫!",
+    "\\frac { a } { b } = 3 . 1 4",
+    "naïve café e\u0301",
+    "😀 smile",
+    " leading space",
+    "trailing space ",
+    "line\nbreak",
+    "two\n\nbreaks\r\n",
+    "\ttab",
+    "x",
+    "1234567890",
+    "{'a': [1, 2]}",
+    "<b>bold</b> <|not a token|>",
+    "DON'T",
+    "...\n",
+    "\n",
+    "  \n  ",
+    "日本語のテキスト",
+    "русский текст",
+)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A folder of pictures and frames with their sizes, by name."""
+
+    folder: Path
+    sizes: dict[str, tuple[int, int]]
+    videos: list[tuple[str, ...]]
+
+
+def make_images(folder: Path, seed: int = 0) -> ImageSet:
+    """Forty pictures of all shapes and kinds of pixels, and twelve videos of 1 to 9 frames."""
+    rng = np.random.default_rng(seed)
+    sizes: dict[str, tuple[int, int]] = {}
+    for number in range(40):
+        height, width = (int(side) for side in rng.integers(4, 220, 2))
+        mode = ("RGB", "L", "RGBA", "P")[number % 4]
+        pixels = rng.integers(0, 256, (height, width, 4), dtype=np.uint8)
+        image = Image.fromarray(pixels).convert(mode)
+        name = f"{number}.{'jpg' if mode == 'RGB' else 'png'}"
+        image.save(folder / name)
+        sizes[name] = (height, width)
+    videos = []
+    for number in range(12):
+        height, width = (int(side) for side in rng.integers(20, 120, 2))
+        frames = tuple(f"v{number}-{frame}.png" for frame in range(1 + number % 9))
+        for frame in frames:
+            pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / frame)
+            sizes[frame] = (height, width)
+        videos.append(frames)
+    return ImageSet(folder, sizes, videos)
+
+
+def make_conversation(number: int, images: ImageSet, *, videos: bool = False) -> LocatedSample:
+    """Conversation `number`: 1 to 4 rounds, pictures anywhere in user turns, boxes in answers."""
+    chance = random.Random(number)
+    messages = []
+    if chance.random() < 0.4:
+        messages.append(Message(role="system", content=(_random_text(chance),)))
+    shown: list[str] = []
+    for _ in range(chance.randint(1, 4)):
+        messages.append(
+            Message(role="user", content=_random_question(chance, images, shown, videos))
+        )
+        messages.append(Message(role="assistant", content=_random_answer(chance, images, shown)))
+    sample = Sample(id=f"conversation {number}", messages=tuple(messages))
+    return LocatedSample(sample, images.folder)
+
+
+def _random_text(chance: random.Random) -> TextPart:
+    return TextPart(text="".join(chance.choices(WORDS, k=chance.randint(1, 4))))
+
+
+def _random_question(
+    chance: random.Random, images: ImageSet, shown: list[str], videos: bool
+) -> tuple[TextPart | ImagePart | VideoPart, ...]:
+    parts: list[TextPart | ImagePart | VideoPart] = []
+    for _ in range(chance.randint(1, 4)):
+        drawn = chance.random()
+        if drawn < 0.4:
+            stills = [name for name in images.sizes if not name.startswith("v")]
+            shown.append(chance.choice(stills))
+            parts.append(ImagePart(image=shown[-1]))
+        elif videos and drawn < 0.7:
+            fps = chance.choice((0.3, 0.7, 1.0, 2.0, 3.0, 7.0, 24.0, 29.97))
+            parts.append(VideoPart(frames=chance.choice(images.videos), fps=fps))
+        else:
+            parts.append(_random_text(chance))
+    return tuple(parts)
+
+
+def _random_answer(
+    chance: random.Random, images: ImageSet, shown: list[str]
+) -> tuple[TextPart | BoxPart, ...]:
+    # An answer that starts with white space and a line break is the one case in which the
+    # reference merges tokens across the prompt's end; it has a test of its own.
+    parts: list[TextPart | BoxPart] = [TextPart(text=chance.choice(("Yes", "图", "x = ", "{")))]
+    for _ in range(chance.randint(0, 3)):
+        if shown and chance.random() < 0.6:
+            image = chance.randrange(len(shown))
+            height, width = images.sizes[shown[image]]
+            x1, y1 = chance.uniform(0, width - 1), chance.uniform(0, height - 1)
+            corners = (x1, y1, chance.uniform(x1 + 0.5, width), chance.uniform(y1 + 0.5, height))
+            label = chance.choice((None, "cat", '猫 "quoted"', "a\\b", "two words"))
+            parts.append(BoxPart(image=image, label=label, xyxy=corners))
+        else:
+            parts.append(_random_text(chance))
+    return tuple(parts)
+
+
+def make_folder(folder: Path, family: str) -> Path:
+    """A model's folder without weights, its byte-level BPE trained on WORDS; of the first Qwen-VL
+    a small model."""
+    if family == "qwen":
+        return create_tiny_model(folder / "tiny", "qwen")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    split = (
+        r"'s|'t|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    frame = ("system\n", "user\n", "assistant\n", "\n\n", '{"bbox_2d": [1, 2, 3, 4], "label": "')
+    tokenizer.train_from_iterator([*WORDS, *frame] * 4, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    patch = 16 if family.startswith("qwen3_vl") else 14
+    config = {
+        "model_type": family,
+        "image_token_id": tokenizer.token_to_id("<|image_pad|>"),
+        "video_token_id": tokenizer.token_to_id("<|video_pad|>"),
+        "vision_config": {"patch_size": patch, "spatial_merge_size": 2, "tokens_per_second": 2},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    preprocessor = {"min_pixels": 3136, "max_pixels": 50176, "patch_size": patch}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return folder

@@ -1,0 +1,173 @@
+"""Files that are a configuration, and all the others."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+from convert_fixtures import (
+    LLAMA_FACTORY_SETTINGS,
+    SWIFT_SETTINGS,
+    convert_script,
+    convert_settings,
+    load_converted_recipe,
+    notes_by_setting,
+)
+
+from finesight.convert import llama_factory_rules, ms_swift_rules
+from finesight.convert.recipe_converter import convert_config
+from finesight.errors import UserError
+
+START = "swift sft --model Qwen/Qwen2-VL-2B-Instruct --dataset a.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.yaml", "", "has no named settings"),
+        ("a.yaml", "- 1\n- 2\n", "has no named settings"),
+        ("a.yaml", "a: [1\n", "cannot be read"),
+        ("a.json", "{", "cannot be read"),
+        ("a.json", "[" * 100_000, "cannot be read"),
+        ("a.yaml", "learning_rate: 1\nfoo: 2\n", "is not a known configuration: learning_rate"),
+        (
+            "a.yaml",
+            "model: finesight-tiny\ndata: {train: a}\noutput_dir: b\n",
+            "is a finesight recipe already",
+        ),
+        ("a.sh", "python train.py\n", "no command of ms-swift or LLaMA-Factory"),
+        ("a.sh", "swift rlhf --rlhf_type dpo\n", r"preference .* \(DPO"),
+        ("a.sh", "megatron sft --model a\n", "with Megatron"),
+        ("a.sh", "swift pt --model a\n", "plain text"),
+        ("a.sh", "llamafactory-cli export a.yaml\n", "finesight merge"),
+        ("a.sh", "swift sft --model 'a\n", "quotation mark"),
+        ("a.sh", "llamafactory-cli train missing.yaml\n", "file does not exist"),
+        ("a.sh", "swift sft\n", "no settings"),
+    ],
+)
+def test_files_without_settings_are_rejected(name, text, words, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=words):
+        convert_config(tmp_path / name, tmp_path / "recipe.yaml")
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_unreadable_files_are_rejected(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"model: \xff\n")
+    for source in (tmp_path / "binary.yaml", tmp_path / "none.yaml", tmp_path, Path("/dev/zero")):
+        with pytest.raises(UserError):
+            convert_config(source, tmp_path / "recipe.yaml")
+
+
+def test_recipe_is_never_overwritten(tmp_path):
+    convert_settings(tmp_path, SWIFT_SETTINGS)
+    before = (tmp_path / "recipe.yaml").read_text()
+    with pytest.raises(UserError, match="never overwritten"):
+        convert_config(tmp_path / "a.yaml", tmp_path / "recipe.yaml")
+    assert (tmp_path / "recipe.yaml").read_text() == before
+
+
+def test_script_is_parsed_like_a_shell(tmp_path):
+    script = f"""#!/bin/bash
+    set -e
+    # swift sft --model commented-out
+    export MAX_PIXELS=$((1280 * 28 * 28)) MIN_PIXELS=50176
+    RANK=16
+    more="--lora_alpha 64 --lora_dropout 0"
+    unused=1
+    mkdir -p out && cd out; NPROC_PER_NODE=2 MAX_PIXELS=401408 {START} \\
+        --lora_rank $RANK $more --system "Say 'it' --briefly
+in two lines" \\
+        --learning_rate=${{RATE:-3e-5}} --freeze_vit false \\
+        --warmup_steps 5 2>&1 | tee train.log &
+    """
+    done = convert_script(tmp_path, script)
+    made = load_converted_recipe(tmp_path)
+    lora = made.tune.lora
+    assert (lora.rank, lora.alpha, lora.dropout) == (16, 64.0, 0.0)
+    assert made.data.system_prompt == "Say 'it' --briefly in two lines"
+    assert (made.train.learning_rate.default, made.train.warmup) == (3e-5, 5)
+    assert (made.image.min_pixels, made.image.max_pixels) == (50_176, 401_408)
+    assert made.tune.vision == "lora"
+    assert "8 accumulation steps x 2 GPUs" in notes_by_setting(done, "note")["batch"]
+    assert not notes_by_setting(done, "unknown")
+    assert "unused" not in str(done.notes)
+
+
+def test_values_known_only_at_run_time_are_reported(tmp_path):
+    done = convert_script(
+        tmp_path, f"{START} --output_dir out/$(date +%s) --system $WORDS\n{START}\n"
+    )
+    unknown = notes_by_setting(done, "unknown")
+    assert set(unknown) == {"output_dir", "system", "also in the file"}
+    with pytest.raises(UserError, match="MAX_PIXELS"):
+        convert_script(tmp_path, f"MAX_PIXELS=$(cat size) {START}")
+    stray = notes_by_setting(
+        convert_script(tmp_path, START.replace("--model", "stray --model")), "unknown"
+    )
+    assert set(stray) == {"arguments without an option"}
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "/opt/bin/swift sft",
+        "python -m swift.cli.sft",
+        "torchrun --nproc_per_node=2 /opt/swift/cli/sft.py",
+        "nohup env A=1 swift sft",
+        "for i in 1; do swift sft",
+    ],
+)
+def test_start_commands_are_recognized(start, tmp_path):
+    convert_script(tmp_path, START.replace("swift sft", start) + " --gradient_accumulation_steps 3")
+    assert load_converted_recipe(tmp_path).train.batch_size == (6 if "torchrun" in start else 3)
+
+
+def test_video_settings_are_reported(tmp_path):
+    done = convert_script(tmp_path, f"FPS_MAX_FRAMES=12 VIDEO_MAX_PIXELS=50176 {START}")
+    assert set(notes_by_setting(done, "differs")) == {"FPS_MAX_FRAMES", "VIDEO_MAX_PIXELS"}
+
+
+VALUES: list[object] = [
+    *(None, True, False, 0, 1, -1, 3, 0.5, 1e-5, 1e308, float("nan"), 10**30, 2**40),
+    *("", "true", "none", "null", "auto", "all", "lora", "full", "zero3", "1e-4", "a,b", "{", "[]"),
+    *("\x1b[31m", "# not a comment", "a: b", "é\n- x", "$X", "../..", "x" * 5000),
+    *([], ["a"], [1, None], {}, {"a": 1}, {"zero_optimization": {"stage": []}}, [["a"]]),
+]
+
+
+@pytest.mark.parametrize("program", ["ms-swift", "LLaMA-Factory"])
+def test_random_settings_raise_no_traceback(program, tmp_path, monkeypatch):
+    """Each recipe that is written loads, whatever stood there; everything else is refused."""
+    monkeypatch.chdir(tmp_path)
+    base = SWIFT_SETTINGS if program == "ms-swift" else LLAMA_FACTORY_SETTINGS
+    keys = ms_swift_rules if program == "ms-swift" else llama_factory_rules
+    chance = random.Random(7)
+    names = [*keys.RULES, *keys.ALIASES, "ENV", "made up", "é"]
+    written = 0
+    for turn in range(160):
+        count = 1 if turn < 110 else chance.randint(2, 6)
+        drawn = {name: chance.choice(VALUES) for name in chance.sample(names, count)}
+        try:
+            done = convert_settings(tmp_path, base | drawn)
+        except UserError:
+            continue
+        written += 1
+        load_converted_recipe(tmp_path)
+        assert yaml.safe_load(done.recipe_text)
+    assert written > 40
+
+
+def test_random_scripts_raise_no_traceback(tmp_path):
+    chance = random.Random(8)
+    pieces = [*START.split(), "--lora_rank", "8", "\n", "\\\n", "$X", "$(", ")", "`", "'", '"', ";"]
+    pieces += ["|", "&&", "#", ">", "2>&1", "A=1", "${A", "export", "--", "-", "é", "{", "}"]
+    for _ in range(100):
+        text = f"{START} {' '.join(chance.choices(pieces, k=12))}"
+        try:
+            convert_script(tmp_path, text)
+        except UserError:
+            continue
+        load_converted_recipe(tmp_path)

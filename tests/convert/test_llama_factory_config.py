@@ -1,0 +1,321 @@
+"""LLaMA-Factory's settings, each against what LLaMA-Factory 0.9.5 does with it."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+from convert_fixtures import (
+    LLAMA_FACTORY_SETTINGS,
+    check_conversion,
+    convert_script,
+    convert_settings,
+    convert_to_recipe,
+    load_converted_recipe,
+    notes_by_setting,
+)
+
+from finesight.convert.llama_factory_rules import RULES
+from finesight.convert.setting_rules import MappedSetting
+from finesight.errors import UserError
+
+recipe = partial(convert_to_recipe, LLAMA_FACTORY_SETTINGS)
+
+
+def test_defaults_match_llama_factory(tmp_path):
+    made = recipe(tmp_path)
+    lora, train = made.tune.lora, made.train
+    assert (lora.rank, lora.alpha, lora.dropout, lora.target_modules) == (8, 16.0, 0.0, None)
+    assert (made.tune.vision, made.tune.merger, made.tune.language) == ("frozen", "frozen", "lora")
+    assert (train.epochs, train.batch_size, train.learning_rate.default) == (3.0, 8, 5e-5)
+    assert (train.lr_schedule, train.warmup, train.weight_decay) == ("linear", 0, 0.0)
+    assert (train.betas, train.max_grad_norm, train.optimizer) == ((0.9, 0.999), 1.0, "adamw")
+    assert (train.seed, train.data_seed, train.save_every) == (42, 42, 500)
+    assert made.image.model_dump() == {"min_pixels": 3136, "max_pixels": 589_824}
+    assert (made.data.max_length, made.track, made.eval) == (2048, (), None)
+
+
+EXAMPLES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "per_device_train_batch_size": ({"per_device_train_batch_size": 3}, {"train.batch_size": 3}),
+    "gradient_accumulation_steps": ({"gradient_accumulation_steps": 4}, {"train.batch_size": 32}),
+    "learning_rate": ({"learning_rate": "2e-4"}, {"train.learning_rate.default": 2e-4}),
+    "num_train_epochs": ({"num_train_epochs": 1.5}, {"train.epochs": 1.5}),
+    "max_steps": ({"max_steps": 70}, {"train.steps": 70, "train.epochs": None}),
+    "lr_scheduler_type": (
+        {"lr_scheduler_type": "constant", "warmup_ratio": 0.1},
+        {"train.lr_schedule": "constant", "train.warmup": 0},
+    ),
+    "warmup_ratio": ({"warmup_ratio": 0.1}, {"train.warmup": 0.1}),
+    "warmup_steps": ({"warmup_steps": 20, "warmup_ratio": 0.1}, {"train.warmup": 20}),
+    "weight_decay": ({"weight_decay": 0.01}, {"train.weight_decay": 0.01}),
+    "adam_beta1": ({"adam_beta1": 0.8}, {"train.betas": [0.8, 0.999]}),
+    "adam_beta2": ({"adam_beta2": 0.95}, {"train.betas": [0.9, 0.95]}),
+    "max_grad_norm": ({"max_grad_norm": 0}, {"train.max_grad_norm": None}),
+    "optim": ({"optim": "paged_adamw_8bit"}, {"train.optimizer": "adamw_8bit"}),
+    "bf16": ({"bf16": True}, {"train.precision": "bf16"}),
+    "fp16": ({"fp16": True}, {"train.precision": "fp16"}),
+    "pure_bf16": ({"pure_bf16": True}, {"train.precision": "bf16"}),
+    "use_cpu": ({"use_cpu": True}, {"train.device": "cpu"}),
+    "seed": ({"seed": 7}, {"train.seed": 7, "train.data_seed": 7}),
+    "data_seed": ({"data_seed": 8}, {"train.seed": 42, "train.data_seed": 8}),
+    "save_steps": ({"save_steps": 0.2}, {"train.save_every": 0.2}),
+    "save_strategy": (
+        {"save_strategy": "epoch", "num_train_epochs": 4},
+        {"train.save_every": 0.25},
+    ),
+    "save_total_limit": ({"save_total_limit": 5}, {"train.keep_checkpoints": 5}),
+    "deepspeed": (
+        {"deepspeed": "examples/deepspeed/ds_z3_offload_config.json"},
+        {"train.parallel": "fsdp_offload"},
+    ),
+    "fsdp": ({"fsdp": "full_shard auto_wrap"}, {"train.parallel": "fsdp"}),
+    "report_to": ({"report_to": ["wandb", "mlflow"]}, {"track.0.kind": "wandb"}),
+    "use_swanlab": ({"use_swanlab": True}, {"track.0.kind": "swanlab"}),
+    "swanlab_project": (
+        {"use_swanlab": True, "swanlab_project": "mine"},
+        {"track.0.project": "mine"},
+    ),
+    "output_dir": ({"output_dir": "saves/a"}, {"output_dir": "saves/a"}),
+    "model_name_or_path": (
+        {"model_name_or_path": "Qwen/Qwen3-VL-4B-Instruct"},
+        {"model": "Qwen/Qwen3-VL-4B-Instruct", "image.min_pixels": 65_536},
+    ),
+    "model_revision": ({"model_revision": "v1"}, {"model": "Qwen/Qwen2.5-VL-3B-Instruct@v1"}),
+    "adapter_name_or_path": ({"adapter_name_or_path": "saves/a"}, {"adapter": "saves/a"}),
+    "dataset": (
+        {"dataset": "a, b"},
+        {"data.train.0.path": "samples/a/data.jsonl", "data.train.1.path": "samples/b/data.jsonl"},
+    ),
+    "eval_dataset": ({"eval_dataset": "b"}, {"data.eval.0.path": "samples/b/data.jsonl"}),
+    "val_size": (
+        {"val_size": 0.1},
+        {
+            "data.train.0.path": "samples/tickets/train.jsonl",
+            "data.eval.0.path": "samples/tickets/eval.jsonl",
+        },
+    ),
+    "default_system": ({"default_system": "Be brief."}, {"data.system_prompt": "Be brief."}),
+    "cutoff_len": ({"cutoff_len": 4096}, {"data.max_length": 4096}),
+    "image_max_pixels": ({"image_max_pixels": 262_144}, {"image.max_pixels": 262_144}),
+    "image_min_pixels": ({"image_min_pixels": 50_000}, {"image.min_pixels": 50_000}),
+    "finetuning_type": (
+        {"finetuning_type": "full"},
+        {"tune.language": "full", "tune.embeddings": "full", "tune.vision": "frozen"},
+    ),
+    "freeze_vision_tower": (
+        {"freeze_vision_tower": False},
+        {"tune.vision": "lora", "tune.merger": "frozen"},
+    ),
+    "freeze_multi_modal_projector": (
+        {"finetuning_type": "full", "freeze_multi_modal_projector": False},
+        {"tune.merger": "full", "tune.vision": "frozen"},
+    ),
+    "freeze_language_model": (
+        {
+            "finetuning_type": "full",
+            "freeze_language_model": True,
+            "freeze_multi_modal_projector": False,
+        },
+        {"tune.language": "frozen", "tune.embeddings": "frozen", "tune.merger": "full"},
+    ),
+    "lora_target": (
+        {"lora_target": "q_proj,v_proj"},
+        {"tune.lora.target_modules": ["q_proj", "v_proj"]},
+    ),
+    "additional_target": ({"additional_target": "embed_tokens"}, {"tune.embeddings": "full"}),
+    "lora_rank": ({"lora_rank": 32}, {"tune.lora.rank": 32, "tune.lora.alpha": 64.0}),
+    "lora_alpha": ({"lora_alpha": 5}, {"tune.lora.alpha": 5.0}),
+    "lora_dropout": ({"lora_dropout": 0.1}, {"tune.lora.dropout": 0.1}),
+    # The scale alpha / sqrt(rank) of rank 16 and alpha 8 is 2, that of alpha 32 here.
+    "use_rslora": (
+        {"use_rslora": True, "lora_rank": 16, "lora_alpha": 8},
+        {"tune.lora.alpha": 32.0},
+    ),
+    "quantization_bit": (
+        {"quantization_bit": 4},
+        {"tune.quantize.nf4": ["vision", "merger", "language"]},
+    ),
+    "use_muon": ({"use_muon": True}, {"train.optimizer": "muon"}),
+}
+"""What one setting becomes, the others at their defaults."""
+
+ELSEWHERE = {"stage", "dataset_dir", "media_dir", "max_samples"} | {
+    "quantization_method",
+    "quantization_type",
+    "double_quantization",
+}
+"""What has a test of its own below."""
+
+
+def test_every_convertible_setting_has_an_example():
+    becoming = {key for key, rule in RULES.items() if isinstance(rule, MappedSetting)}
+    assert becoming == set(EXAMPLES) | ELSEWHERE
+
+
+@pytest.mark.parametrize("key", EXAMPLES)
+def test_setting_is_converted(key: str, tmp_path: Path) -> None:
+    check_conversion(LLAMA_FACTORY_SETTINGS, tmp_path, *EXAMPLES[key])
+
+
+def test_all_targets_exclude_the_merger(tmp_path):
+    """`all` collects names of layers outside of the merger: those of Qwen2.5-VL's merger are not
+    among them, those of Qwen3-VL's are if the tower's are."""
+    free = {"freeze_vision_tower": False, "freeze_multi_modal_projector": False}
+    done = convert_settings(tmp_path, LLAMA_FACTORY_SETTINGS | free)
+    assert load_converted_recipe(tmp_path).tune.merger == "frozen"
+    assert "matches none" in notes_by_setting(done, "note")["freeze_multi_modal_projector"]
+    qwen3 = {"model_name_or_path": "Qwen/Qwen3-VL-4B-Instruct"}
+    assert recipe(tmp_path, **free, **qwen3).tune.merger == "lora"
+    only = {"freeze_multi_modal_projector": False}
+    assert recipe(tmp_path, **only, **qwen3).tune.merger == "frozen"
+
+
+def test_lora_target_matches_part_of_layer_name(tmp_path):
+    made = recipe(tmp_path, lora_target="proj", freeze_vision_tower=False)
+    assert made.tune.vision == "lora"
+    assert set(made.tune.lora.target_modules) >= {"q_proj", "proj", "gate_proj", "down_proj"}
+    assert recipe(tmp_path, lora_target="qkv,q_proj").tune.vision == "frozen"
+    done = convert_settings(tmp_path, LLAMA_FACTORY_SETTINGS | {"lora_target": "q_proj,W_pack"})
+    assert load_converted_recipe(tmp_path).tune.lora.target_modules == ("q_proj",)
+    assert "no linear layer" in notes_by_setting(done, "differs")["lora_target"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"quantization_bit": 8}, "8 by bnb"),
+        ({"quantization_bit": 4, "quantization_method": "hqq"}, "4 by hqq"),
+        ({"quantization_bit": 4, "quantization_type": "fp4"}, "fp4"),
+        ({"quantization_bit": 4, "double_quantization": False}, "without double"),
+    ],
+)
+def test_unsupported_quantization_is_reported(settings, word, tmp_path):
+    done = convert_settings(tmp_path, LLAMA_FACTORY_SETTINGS | settings)
+    assert any(word in r.value for r in done.notes if r.kind == "differs")
+
+
+def test_datasets_are_resolved_from_dataset_info(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sets").mkdir()
+    info = {
+        "tickets": {"file_name": "t/tickets.json", "formatting": "sharegpt"},
+        "odd": {"file_name": "odd.json", "columns": {"prompt": "ask", "images": "images"}},
+        "online": {"hf_hub_url": "owner/name", "subset": "small", "num_samples": 50},
+        "twice": {"hf_hub_url": "owner/a", "ms_hub_url": "owner/b"},
+        "liked": {"file_name": "liked.json", "ranking": True},
+    }
+    (tmp_path / "sets" / "dataset_info.json").write_text(json.dumps(info))
+    base = LLAMA_FACTORY_SETTINGS | {"dataset_dir": "sets"}
+    done = convert_settings(
+        tmp_path, base | {"dataset": "tickets,odd,online,twice", "val_size": 20}
+    )
+    assert done.import_commands == (
+        "finesight data import sets/t/tickets.json samples/tickets --eval-last 20",
+        "finesight data import sets/odd.json samples/odd --eval-last 20",
+        "finesight data import hf:owner/name:small/train samples/online --limit 50 --eval-last 20",
+        "finesight data import hf:owner/a samples/twice --eval-last 20",
+    )
+    assert notes_by_setting(done, "note")["odd: columns"]
+    assert "random ones" in notes_by_setting(done, "differs")["online: num_samples"]
+    limited = convert_settings(tmp_path, base | {"max_samples": 30})
+    assert limited.import_commands[0].endswith("tickets --limit 30")
+    away = convert_settings(tmp_path, base | {"media_dir": "pictures"})
+    assert "paths" in notes_by_setting(away, "note")["media_dir"]
+    for name, words in (("liked", "preference learning"), ("none", "does not contain none")):
+        with pytest.raises(UserError, match=words):
+            convert_settings(tmp_path, base | {"dataset": name})
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 200_000, None])
+def test_descriptions_that_cannot_be_read_are_refused(content, tmp_path, monkeypatch):
+    """Without content: a named pipe, which must not be waited for."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "dataset_info.json"
+    os.mkfifo(path) if content is None else path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        convert_settings(tmp_path, LLAMA_FACTORY_SETTINGS)
+    assert caught.value.where == "data/dataset_info.json"
+    assert caught.value.expected == "descriptions of data sets by name"
+
+
+def test_missing_dataset_info_gives_guessed_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = convert_settings(tmp_path, LLAMA_FACTORY_SETTINGS)
+    assert done.import_commands == ("finesight data import data/tickets.json samples/tickets",)
+    assert "does not exist" in notes_by_setting(done, "note")["dataset_dir"]
+    online = convert_settings(
+        tmp_path, LLAMA_FACTORY_SETTINGS | {"dataset_dir": "ONLINE", "dataset": "owner/name"}
+    )
+    assert online.import_commands == ("finesight data import hf:owner/name samples/name",)
+
+
+def test_command_gives_the_gpu_count(tmp_path):
+    convert_settings(tmp_path, LLAMA_FACTORY_SETTINGS, "inner.yaml")
+    start = "llamafactory-cli train inner.yaml learning_rate=3e-5"
+    for before, batch in (
+        ("", 8),
+        ("FORCE_TORCHRUN=1 NNODES=2 NPROC_PER_NODE=4", 64),
+        ("CUDA_VISIBLE_DEVICES=0,2,3", 24),
+    ):
+        convert_script(tmp_path, f"{before} {start}\n")
+        made = load_converted_recipe(tmp_path)
+        assert (made.train.batch_size, made.train.learning_rate.default) == (batch, 3e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"stage": "dpo"}, "preference learning"),
+        ({"stage": "rm"}, "a reward model"),
+        ({"stage": "pt"}, "plain text"),
+        ({"stage": "ppo"}, "reinforcement"),
+        ({"finetuning_type": "freeze"}, "some layers"),
+        ({"finetuning_type": "oft"}, "adapter type"),
+        ({"model_name_or_path": "meta-llama/Llama-3-8B", "template": "llama3"}, "Qwen vision"),
+        ({"model_name_or_path": "Qwen/Qwen2.5-7B-Instruct", "template": "qwen"}, "Qwen vision"),
+        ({"do_train": False, "do_predict": True}, "is not a training"),
+        ({"do_train": None, "export_dir": "out"}, "is not a training"),
+        ({"lora_rank": "many"}, "lora_rank is 'many'"),
+        ({"lora_rank": 0}, "lora_rank"),
+        ({"bf16": "perhaps"}, "bf16 is 'perhaps'"),
+        ({"freeze_language_model": True}, "every part is frozen"),
+        ({"dataset": None}, "dataset"),
+        ({"val_size": 1.5}, "val_size"),
+        ({"image_max_pixels": 5}, "image_max_pixels"),
+        ({"warmup_ratio": 1.5}, "warmup_ratio"),
+        ({"learning_rate": -1}, "learning_rate"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size"),
+    ],
+)
+def test_unsupported_training_is_rejected(settings, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        convert_settings(tmp_path, LLAMA_FACTORY_SETTINGS | settings)
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_ignored_settings_are_reported(tmp_path):
+    settings = {"use_dora": True, "neat_packing": True, "flash_attn": "fa2", "made_up": 3}
+    settings |= {"mask_history": True, "neftune_noise_alpha": 5, "template": "default"}
+    done = convert_settings(
+        tmp_path, LLAMA_FACTORY_SETTINGS | settings | {"swanlab_api_key": "s3cret"}
+    )
+    differing = {"use_dora", "neat_packing", "mask_history", "neftune_noise_alpha", "template"}
+    assert set(notes_by_setting(done, "differs")) == differing
+    assert set(notes_by_setting(done, "unknown")) == {"made_up"}
+    assert {"flash_attn", "swanlab_api_key"} <= set(notes_by_setting(done, "ignored"))
+    assert "s3cret" not in str(done)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"save_strategy": "no"}, {"save_strategy": "epoch", "max_steps": 9}],
+    ids=["no", "epochs-of-steps"],
+)
+def test_unsupported_checkpoint_schedule_is_reported(settings, tmp_path):
+    done = convert_settings(tmp_path, LLAMA_FACTORY_SETTINGS | settings)
+    assert load_converted_recipe(tmp_path).train.save_every is None
+    assert "four checkpoints" in notes_by_setting(done, "note")["save_strategy"]

@@ -1,0 +1,138 @@
+"""One scene in every format of boxes: the same questions and the same answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from box_fixtures import import_samples, list_answers, list_questions, write_box_image
+
+from finesight.data.exporter import export_dataset
+from finesight.data.jsonl import LocatedSample
+from finesight.errors import UserError
+
+WHITE = (12, 3, 32, 17)
+
+
+def coco(root: Path) -> Path:
+    boxes = [(1, [12, 3, 20, 14]), (2, [0, 0, 40, 20]), (1, [4, 5, 8, 8])]
+    annotations = [{"image_id": 1, "category_id": kind, "bbox": box} for kind, box in boxes]
+    document = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 20}],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "lawn"}],
+    }
+    (root / "set.json").write_text(json.dumps(document), encoding="utf-8")
+    return root / "set.json"
+
+
+def yolo(root: Path) -> Path:
+    (root / "classes.txt").write_text("dog\nlawn\n", encoding="utf-8")
+    lines = ("0 0.55 0.5 0.5 0.7", "1 0.5 0.5 1 1", "0 0.2 0.45 0.2 0.4")
+    (root / "a.txt").write_text("\n".join(lines), encoding="utf-8")
+    return root
+
+
+def voc(root: Path) -> Path:
+    boxes = [("dog", 13, 4, 32, 17), ("lawn", 1, 1, 40, 20), ("dog", 5, 6, 12, 13)]
+    objects = "".join(
+        f"<object><name>{name}</name><bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin>"
+        f"<xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+        for name, x1, y1, x2, y2 in boxes
+    )
+    text = f"<annotation><filename>a.png</filename>{objects}</annotation>"
+    (root / "a.xml").write_text(text, encoding="utf-8")
+    return root
+
+
+def labelme(root: Path) -> Path:
+    boxes = [("dog", 12, 3, 32, 17), ("lawn", 40, 20, 0, 0), ("dog", 12, 5, 4, 13)]
+    shapes = [
+        {"label": name, "shape_type": "rectangle", "points": [[x1, y1], [x2, y2]]}
+        for name, x1, y1, x2, y2 in boxes
+    ]
+    record = {"imagePath": "a.png", "shapes": shapes, "imageHeight": 20, "imageWidth": 40}
+    (root / "a.json").write_text(json.dumps(record), encoding="utf-8")
+    return root
+
+
+@pytest.fixture(params=[coco, yolo, voc, labelme])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    make: Callable[[Path], Path] = request.param
+    write_box_image(tmp_path / "set" / "a.png", WHITE)
+    return make(tmp_path / "set")
+
+
+def test_detection(source: Path, tmp_path: Path) -> None:
+    samples, _ = import_samples(source, tmp_path / "out")
+    dogs = [("dog", WHITE), ("dog", (4, 5, 12, 13))]
+    assert list_answers(samples) == [[*dogs, ("lawn", (0, 0, 40, 20))]]
+    requested = "Locate every object of these classes in the picture: dog, lawn."
+    assert list_questions(samples) == [requested]
+    assert samples[0].id == "a"
+
+
+def test_grounding(source: Path, tmp_path: Path) -> None:
+    samples, _ = import_samples(
+        source, tmp_path / "out", box_task="grounding", prompt="The {label}?"
+    )
+    assert list_answers(samples) == [
+        [("dog", WHITE), ("dog", (4, 5, 12, 13))],
+        [("lawn", (0, 0, 40, 20))],
+    ]
+    assert list_questions(samples) == ["The dog?", "The lawn?"]
+    assert [sample.id for sample in samples] == ["a-dog", "a-lawn"]
+
+
+@pytest.mark.parametrize("to", ["coco", "yolo", "voc", "labelme"])
+@pytest.mark.parametrize("ask", ["detection", "grounding"])
+def test_conversion_between_all_box_formats(
+    source: Path, tmp_path: Path, to: str, ask: str
+) -> None:
+    samples, _ = import_samples(source, tmp_path / "out", box_task=ask)
+    located_sample = [LocatedSample(sample, tmp_path / "out") for sample in samples]
+    export_dataset(located_sample, tmp_path / "exported", to, copy_images=True)
+    location = tmp_path / "exported" / ("annotations.json" if to == "coco" else "")
+    again, summary = import_samples(location, tmp_path / "again", box_task=ask)
+    assert summary.format == to
+    assert (list_questions(again), list_answers(again)) == (
+        list_questions(samples),
+        list_answers(samples),
+    )
+    assert [sample.id for sample in again] == [sample.id for sample in samples]
+
+
+@pytest.mark.parametrize("to", ["coco", "voc", "labelme"])
+def test_images_can_be_referenced_in_export(source: Path, tmp_path: Path, to: str) -> None:
+    samples, _ = import_samples(source, tmp_path / "out")
+    located_sample = [LocatedSample(sample, tmp_path / "out") for sample in samples]
+    export_dataset(located_sample, tmp_path / "exported", to, copy_images=False)
+    location = tmp_path / "exported" / ("annotations.json" if to == "coco" else "")
+    again, _ = import_samples(location, tmp_path / "again")
+    assert list_answers(again) == list_answers(samples)
+    assert not list((tmp_path / "exported").rglob("*.png"))
+
+
+def test_image_with_only_skipped_objects_is_not_empty(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        write_box_image(tmp_path / "set" / name, WHITE)
+    source = labelme(tmp_path / "set")
+    circle = {"label": "dog", "shape_type": "circle", "points": [[4, 5], [6, 5]]}
+    record = {"imagePath": "b.png", "shapes": [circle]}
+    (tmp_path / "set" / "b.json").write_text(json.dumps(record), encoding="utf-8")
+    samples, summary = import_samples(source, tmp_path / "out")
+    assert [sample.id for sample in samples] == ["a"]
+    assert summary.skipped_rows == {"images whose objects are all of unsupported types": 1}
+    assert summary.source_notes == {"shapes of type circle (skipped)": 1}
+
+
+def test_class_question_needs_class_names(tmp_path: Path) -> None:
+    write_box_image(tmp_path / "set" / "a.png", WHITE)
+    record = {"imagePath": "a.png", "shapes": []}
+    (tmp_path / "set" / "a.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(UserError, match="no object of the source has a class"):
+        import_samples(tmp_path / "set", tmp_path / "out")
+    samples, _ = import_samples(tmp_path / "set", tmp_path / "out", prompt="What is there?")
+    assert list_answers(samples) == [["none"]]

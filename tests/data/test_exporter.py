@@ -1,0 +1,418 @@
+"""Samples go out as a foreign format and come back the same, pictures and boxes included."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from image_fixtures import write_gray_image
+from PIL import Image
+
+from finesight import storage
+from finesight.data.exporter import export_dataset
+from finesight.data.formats import FORMATS
+from finesight.data.import_source import ImportOptions
+from finesight.data.importer import import_dataset
+from finesight.data.jsonl import LocatedSample, read_samples, sample_from_dict
+from finesight.data.sample import Sample
+from finesight.digests import verify_folder
+from finesight.errors import UserError
+
+IMAGE_PART = {"type": "image", "image": "in/a.png"}
+SECOND = {"type": "image", "image": "in/b.png"}
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+def box(*xyxy: float, label: str | None = None, image: int = 0) -> dict[str, Any]:
+    return {"type": "box", "image": image, "label": label, "xyxy": xyxy}
+
+
+def turns(*contents: object, system: str | None = None) -> list[dict[str, Any]]:
+    output = [{"role": ("user", "assistant")[n % 2], "content": c} for n, c in enumerate(contents)]
+    return ([{"role": "system", "content": system}] if system else []) + output
+
+
+def make_located_samples(
+    folder: Path, *conversations: list[dict[str, Any]], **more: Any
+) -> list[LocatedSample]:
+    """Samples about a.png of 40 x 20 pixels and b.png of 1000 x 500, in `folder`/in."""
+    write_gray_image(folder / "in" / "a.png", 40, 20)
+    write_gray_image(folder / "in" / "b.png", 1000, 500, gray_level=1)
+    return [
+        LocatedSample(sample_from_dict({"id": f"s{n}", "messages": messages, **more}, ""), folder)
+        for n, messages in enumerate(conversations)
+    ]
+
+
+ONE_IMAGE = (
+    turns([IMAGE_PART, text("What is this?")], "A house."),
+    turns([IMAGE_PART, text("What is this?")], [box(2.5, 3, 30, 17, label="door")]),
+    turns(
+        [IMAGE_PART, text("What is this?")],
+        [text("Two: "), box(1, 2, 3, 4), box(4, 5.25, 6, 7), text(".\nReally.")],
+    ),
+)
+ROUNDS = (
+    turns(
+        [IMAGE_PART, text("What is this?")],
+        [text("A house: "), box(1, 2, 30, 14, label="house")],
+        "And its colour?",
+        "Red.",
+        system="Be brief.",
+    ),
+)
+SEVERAL = (
+    turns([text("Is "), IMAGE_PART, text(" or "), SECOND, text(" larger?")], "The second."),
+    turns([IMAGE_PART, text("\nFirst.")], "Yes.", [text("And this?"), SECOND], "No."),
+)
+TEXT_ONLY = (turns("Hello", "Hi"),)
+IN_EACH = (
+    turns(
+        [IMAGE_PART, SECOND, text("?")],
+        [box(900, 400, 1000, 500, image=1, label="x"), text(" and "), box(0, 0, 40, 20)],
+        [text("Left of "), box(1, 2, 3, 4), text(" is?")],
+        "Nothing.",
+    ),
+)
+ON_THE_GRID = (
+    turns(
+        [IMAGE_PART, text("Where?")], [box(4, 2, 20, 10, label="door"), box(8, 4, 12, 6, label="x")]
+    ),
+    turns(
+        [IMAGE_PART, text("?")],
+        [box(4, 2, 20, 10)],
+        [SECOND, text("?")],
+        [box(1, 1, 999, 250, image=1)],
+    ),
+)
+
+CASES = {
+    "samples": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *TEXT_ONLY, *IN_EACH),
+    "ms-swift": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *TEXT_ONLY, *IN_EACH),
+    "llama-factory": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *TEXT_ONLY),
+    "openai": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *TEXT_ONLY),
+    "query-response": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *TEXT_ONLY),
+    "conversations": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *TEXT_ONLY),
+    "llava": (*ONE_IMAGE, *TEXT_ONLY),
+    "image-path": ONE_IMAGE,
+    "table": ONE_IMAGE,
+    "qwen-vl": (*SEVERAL, *TEXT_ONLY, *ON_THE_GRID),
+}
+WISHES = {
+    "image-path": ImportOptions(prompt="What is this?"),
+    "table": ImportOptions(columns={n: n for n in ("image", "question", "answer", "box", "label")}),
+}
+
+
+def data_file(out: Path) -> Path:
+    return next(path for path in out.iterdir() if path.stem == "data")
+
+
+def with_image_contents(samples: list[Sample], folder: Path) -> list[Sample]:
+    """The samples with each picture's pixels in place of its path."""
+    return [
+        sample.map_paths(lambda name: Image.open(folder / name).tobytes().hex())
+        for sample in samples
+    ]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("copy", [False, True])
+def test_roundtrip(tmp_path: Path, name: str, copy: bool) -> None:
+    samples = make_located_samples(tmp_path, *CASES[name])
+    done = export_dataset(samples, tmp_path / "deep" / "out", name, copy_images=copy)
+    verify_folder(tmp_path / "deep" / "out")
+    source = data_file(tmp_path / "deep" / "out")
+    request = WISHES.get(name, ImportOptions())
+    assert import_dataset(source, tmp_path / "back", request).format == name
+    back = read_samples(tmp_path / "back" / "data.jsonl")
+    expected = with_image_contents([one.sample for one in samples], tmp_path)
+    assert with_image_contents(back, tmp_path / "back") == expected
+    assert (done.format, done.num_samples, done.lost_counts) == (name, len(samples), {})
+    images = tmp_path / "deep" / "out" / "images"
+    assert [path.name for path in sorted(images.glob("*"))] == (
+        ["a.png", "b.png"][: done.num_images] if copy else []
+    )
+
+
+def test_every_row_format_has_a_roundtrip_case() -> None:
+    assert {form.name for form in FORMATS if form.open_dataset is None} == set(CASES)
+    assert all(form.write_files is not None for form in FORMATS)
+
+
+def export_first_row(
+    tmp_path: Path, name: str, *conversations: list[dict[str, Any]], **more: Any
+) -> Any:
+    export_dataset(
+        make_located_samples(tmp_path, *conversations, **more),
+        tmp_path / "out",
+        name,
+        copy_images=False,
+    )
+    content = data_file(tmp_path / "out").read_text(encoding="utf-8")
+    return json.loads(content if content.startswith("[") else content.splitlines()[0])
+
+
+def test_ms_swift_boxes_are_real_pixels(tmp_path: Path) -> None:
+    row = export_first_row(tmp_path, "ms-swift", *IN_EACH)
+    assert row["messages"][1]["content"] == "<ref-object><bbox> and <bbox>"
+    assert row["messages"][2]["content"] == "Left of <bbox> is?"
+    assert row["images"] == ["../in/a.png", "../in/b.png"]
+    assert row["objects"] == {
+        "ref": ["x"],
+        "bbox": [[900, 400, 1000, 500], [0, 0, 40, 20], [1, 2, 3, 4]],
+        "image_id": [1, 0, 0],
+    }
+
+
+def test_llama_factory_dataset_info(tmp_path: Path) -> None:
+    row = export_first_row(tmp_path, "llama-factory", *ROUNDS)
+    assert [turn["from"] for turn in row["conversations"]] == [
+        *("system", "human", "gpt", "human", "gpt")
+    ]
+    assert row["conversations"][1]["value"] == "<image>What is this?"
+    assert row["conversations"][2]["value"] == (
+        'A house: {"bbox_2d": [1, 2, 30, 14], "label": "house"}'
+    )
+    info = json.loads((tmp_path / "out" / "dataset_info.json").read_text())
+    assert info["finesight"]["file_name"] == "data.jsonl"
+    assert info["finesight"]["columns"] == {"messages": "conversations", "images": "images"}
+
+
+def test_llava_line_break_after_image(tmp_path: Path) -> None:
+    (row,) = export_first_row(tmp_path, "llava", ONE_IMAGE[0])
+    assert row["conversations"][0] == {"from": "human", "value": "<image>\nWhat is this?"}
+    assert row["image"] == "../in/a.png"
+
+
+def test_qwen_vl_boxes_on_grid(tmp_path: Path) -> None:
+    row = export_first_row(tmp_path, "qwen-vl", *ON_THE_GRID)
+    assert row["conversations"][0]["value"] == "Picture 1: <img>../in/a.png</img>\nWhere?"
+    assert row["conversations"][1]["value"] == (
+        "<ref>door</ref><box>(100,100),(500,500)</box><ref>x</ref><box>(200,200),(300,300)</box>"
+    )
+
+
+def test_boxes_off_grid_are_counted(tmp_path: Path) -> None:
+    samples = make_located_samples(tmp_path, turns([IMAGE_PART, text("?")], [box(0.01, 0, 40, 20)]))
+    done = export_dataset(samples, tmp_path / "out", "qwen-vl", copy_images=False)
+    assert done.lost_counts == {"exact box corners (rounded to a grid of 1000)": 1}
+    assert "(0,0),(999,999)" in (tmp_path / "out" / "data.jsonl").read_text()
+
+
+def test_unsupported_fields_are_counted(tmp_path: Path) -> None:
+    more = {"references": ["One.", "Two."], "meta": {"source": "book", "images": 3, "id": "x"}}
+    samples = make_located_samples(tmp_path, ONE_IMAGE[0], **more)
+    done = export_dataset(samples, tmp_path / "out", "ms-swift", copy_images=False)
+    assert done.lost_counts == {"references": 2, "metadata with a key that the format uses": 2}
+    row = json.loads((tmp_path / "out" / "data.jsonl").read_text())
+    assert (row["id"], row["source"]) == ("s0", "book")
+    done = export_dataset(samples, tmp_path / "same", "samples", copy_images=False)
+    assert done.lost_counts == {}
+    assert read_samples(tmp_path / "same" / "data.jsonl")[0].references == ("One.", "Two.")
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("table", "--map answer=answer --map question=question --map box=box --map label=label"),
+        ("image-path", "--prompt 'What is this?'"),
+        ("llama-factory", "LLaMA-Factory trains on these coordinates unchanged"),
+        ("llava", "the boxes of 2 samples are JSON in the answers, in pixels of the original"),
+        ("ms-swift", "ROOT_IMAGE_DIR"),
+    ],
+)
+def test_export_notes(tmp_path: Path, name: str, note: str) -> None:
+    done = export_dataset(
+        make_located_samples(tmp_path, *ONE_IMAGE), tmp_path / "out", name, copy_images=False
+    )
+    assert note in " ".join(done.notes)
+
+
+def test_exif_rotated_images_with_boxes_are_reported(tmp_path: Path) -> None:
+    samples = make_located_samples(tmp_path, ONE_IMAGE[1])
+    turned = Image.new("L", (20, 40))
+    turned.getexif()[0x0112] = 6
+    (tmp_path / "in" / "a.png").unlink()
+    turned.save(tmp_path / "in" / "a.png", exif=turned.getexif())
+    done = export_dataset(samples, tmp_path / "out", "ms-swift", copy_images=False)
+    assert "1 images with boxes have an EXIF orientation" in done.notes[0]
+
+
+VIDEO = {"type": "video", "frames": ["in/a.png", "in/b.png"]}
+BOX = [IMAGE_PART, text("?")], [box(1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "conversation", "what"),
+    [
+        ("ms-swift", turns([VIDEO, text("?")], "x"), "a video in a question"),
+        ("ms-swift", turns("What is <image>?", "x"), "the placeholder '<image>'"),
+        (
+            "ms-swift",
+            turns(BOX[0], [box(1, 2, 3, 4, label="x"), box(1, 2, 3, 4)]),
+            "without a label",
+        ),
+        ("openai", turns([VIDEO, text("?")], "x"), "a video in a question"),
+        ("openai", turns([IMAGE_PART, box(1, 2, 3, 4)], "x"), "a box in a question"),
+        ("llama-factory", IN_EACH[0], "boxes that are ambiguous"),
+        ("conversations", turns([IMAGE_PART, text("?")], "bbox_2d it is"), "outside of JSON"),
+        ("query-response", turns(BOX[0], [text("["), *BOX[1], text("]")]), "are ambiguous"),
+        ("llava", SEVERAL[0], "2 images"),
+        ("llava", ROUNDS[0], "turns of system"),
+        ("image-path", SEVERAL[0], "a question of text, image"),
+        ("image-path", TEXT_ONLY[0], "a question of text"),
+        ("table", ROUNDS[0], "turns of system"),
+        ("table", SEVERAL[0], "an image after text"),
+        ("qwen-vl", IN_EACH[0], "a box in image"),
+        ("qwen-vl", turns([IMAGE_PART, text("a <ref>")], "x"), "markup in"),
+        ("qwen-vl", turns(BOX[0], [box(1, 2, 1.01, 4)]), "smaller than a grid cell"),
+    ],
+)
+def test_unsupported_content_error_has_reason(
+    tmp_path: Path, name: str, conversation: list[dict[str, Any]], what: str
+) -> None:
+    samples = make_located_samples(tmp_path, turns([IMAGE_PART, text("?")], "fine"), conversation)
+    with pytest.raises(UserError, match=what) as caught:
+        export_dataset(samples, tmp_path / "out", name, copy_images=False)
+    assert "the sample 's1'" in caught.value.what
+    assert caught.value.expected
+    assert caught.value.remedy
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "conversations", "what"),
+    [
+        ("image-path", [turns([IMAGE_PART, text(q)], "x") for q in "ab"], "the question 'b'"),
+        (
+            "table",
+            [turns([IMAGE_PART, *t], "x") for t in ([], [text("?")])],
+            "mix of samples with and without questions",
+        ),
+    ],
+)
+def test_conflicting_prompts_are_rejected(
+    tmp_path: Path, name: str, conversations: list[Any], what: str
+) -> None:
+    with pytest.raises(UserError, match=what):
+        export_dataset(
+            make_located_samples(tmp_path, *conversations),
+            tmp_path / "out",
+            name,
+            copy_images=False,
+        )
+
+
+def test_table_without_questions(tmp_path: Path) -> None:
+    done = export_dataset(
+        make_located_samples(tmp_path, turns([IMAGE_PART], "x")),
+        tmp_path / "o",
+        "table",
+        copy_images=False,
+    )
+    assert done.notes[-1].endswith('--map image=image --map answer=answer --prompt ""')
+
+
+def test_missing_image(tmp_path: Path) -> None:
+    samples = make_located_samples(tmp_path, ONE_IMAGE[0])
+    (tmp_path / "in" / "a.png").unlink()
+    with pytest.raises(UserError, match="no such image") as caught:
+        export_dataset(samples, tmp_path / "out", "ms-swift", copy_images=False)
+    assert "'s0'" in caught.value.where
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_format(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown format 'swift'") as caught:
+        export_dataset(
+            make_located_samples(tmp_path, ONE_IMAGE[0]),
+            tmp_path / "out",
+            "swift",
+            copy_images=False,
+        )
+    assert caught.value.where == "--to"
+    assert caught.value.remedy == "did you mean ms-swift?"
+
+
+def test_existing_folder_is_unchanged(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        export_dataset(
+            make_located_samples(tmp_path, ONE_IMAGE[0]),
+            tmp_path / "out",
+            "llava",
+            copy_images=False,
+        )
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+class FullDisk(storage.FileSystem):
+    def write(self, file: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, "no space")
+
+
+def test_full_disk_leaves_no_files(tmp_path: Path) -> None:
+    samples = make_located_samples(tmp_path, ONE_IMAGE[0])
+    before = sorted(tmp_path.iterdir())
+    with storage.use_file_system(FullDisk()), pytest.raises(UserError, match="cannot be written"):
+        export_dataset(samples, tmp_path / "out", "llava", copy_images=False)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_real_boxes_roundtrip(shared: Path, tmp_path: Path) -> None:
+    source = shared / "data" / "grounding" / "grounding.jsonl"
+    columns = {"image": "image", "question": "question", "box": "bbox_xyxy"}
+    import_dataset(source, tmp_path / "one", ImportOptions(columns=columns))
+    samples = read_samples(tmp_path / "one" / "data.jsonl")
+    where = [LocatedSample(sample, tmp_path / "one") for sample in samples]
+    for name in ("ms-swift", "llama-factory", "llava", "query-response", "conversations"):
+        export_dataset(where, tmp_path / name, name, copy_images=False)
+        summary = import_dataset(
+            data_file(tmp_path / name), tmp_path / f"{name}-2", ImportOptions()
+        )
+        assert (summary.format, summary.num_clipped_boxes) == (name, 0)
+        assert read_samples(tmp_path / f"{name}-2" / "data.jsonl") == samples
+
+
+@pytest.mark.parametrize(
+    "form", ["ms-swift", "llama-factory", "query-response", "conversations", "qwen-vl"]
+)
+def test_metadata_never_becomes_a_prompt(tmp_path: Path, form: str) -> None:
+    samples = make_located_samples(
+        tmp_path, ONE_IMAGE[0], meta={"system": "x", "history": [["a", "b"]]}
+    )
+    done = export_dataset(samples, tmp_path / "out", form, copy_images=True)
+    assert done.lost_counts == {"metadata with a key that the format uses": 2}
+    import_dataset(tmp_path / "out" / "data.jsonl", tmp_path / "back", ImportOptions(format=form))
+    (back,) = read_samples(tmp_path / "back" / "data.jsonl")
+    assert [message.role for message in back.messages] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize("form", ["coco", "folder"])
+def test_stripped_whitespace_is_counted(tmp_path: Path, form: str) -> None:
+    samples = make_located_samples(tmp_path, turns([IMAGE_PART, text("?")], "A house.\n"))
+    done = export_dataset(samples, tmp_path / "out", form, copy_images=True)
+    assert done.lost_counts["white space around answers"] == 1
+
+
+@pytest.mark.parametrize(
+    ("form", "answer"), [("yolo", [box(1, 2, 3, 4, label="x")]), ("folder", "A")]
+)
+def test_image_text_file_name_collision_is_rejected(
+    tmp_path: Path, form: str, answer: object
+) -> None:
+    shown = [{"type": "image", "image": name} for name in ("in/a.png", "in/a.jpg")]
+    samples = make_located_samples(
+        tmp_path, *(turns([picture, text("?")], answer) for picture in shown)
+    )
+    write_gray_image(tmp_path / "in" / "a.jpg", 40, 20)
+    with pytest.raises(UserError, match=r"two images with the text file images/a\.txt"):
+        export_dataset(samples, tmp_path / "out", form, copy_images=True)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,113 @@
+"""Sizes of pictures from their headers, and what is refused before a pixel is decoded."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+from edge_case_images import build_tiled_tiff
+from image_fixtures import write_gray_image
+from PIL import Image
+
+from finesight.data.image_header import (
+    MAX_IMAGE_BYTES,
+    MAX_IMAGE_PIXELS,
+    CorruptImageError,
+    ImageTooLargeError,
+    read_image_size,
+)
+
+
+def test_height_precedes_width(tmp_path: Path) -> None:
+    assert read_image_size(write_gray_image(tmp_path / "a.png", width=40, height=20)) == (20, 40)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_exif_rotation_swaps_sides(tmp_path: Path, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / f"a.{suffix}"
+    Image.new("RGB", (40, 20)).save(path, exif=exif)
+    assert read_image_size(path) == (40, 20)
+
+
+def test_pixels_are_not_decoded(tmp_path: Path) -> None:
+    path = write_gray_image(tmp_path / "a.png", width=300, height=200, gray_level=7)
+    path.write_bytes(path.read_bytes()[:60])
+    assert read_image_size(path) == (200, 300)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_decompression_bomb_is_rejected(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.png"
+    Image.new("1", (10_000, 10_000)).save(path)
+    assert path.stat().st_size < 13_000
+    with pytest.raises(CorruptImageError, match="100000000 pixels") as caught:
+        read_image_size(path)
+    assert caught.value.where == str(path)
+    assert str(MAX_IMAGE_PIXELS) in caught.value.expected
+    assert read_image_size(path, max_pixels=100_000_000) == (10_000, 10_000)
+
+
+def test_pillow_pixel_limit(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.png"
+    Image.new("1", (20_000, 10_000)).save(path)
+    with pytest.raises(CorruptImageError, match="178 million"):
+        read_image_size(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (None, "no such image"),
+        (b"", "an empty file"),
+        (b"hello, I am text", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+    ],
+)
+def test_non_image_files_are_rejected(tmp_path: Path, content: bytes | None, what: str) -> None:
+    path = tmp_path / "a.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CorruptImageError, match=what) as caught:
+        read_image_size(path)
+    assert caught.value.where == str(path)
+    assert caught.value.expected
+    assert caught.value.remedy
+
+
+def test_folder_and_pipe_are_rejected(tmp_path: Path) -> None:
+    with pytest.raises(CorruptImageError, match="a folder"):
+        read_image_size(tmp_path)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(CorruptImageError, match="a pipe or a device"):
+        read_image_size(tmp_path / "pipe.png")
+
+
+def test_damaged_image_error_is_picklable(tmp_path: Path) -> None:
+    with pytest.raises(CorruptImageError) as caught:
+        read_image_size(tmp_path / "missing.png")
+    returned = pickle.loads(pickle.dumps(caught.value))
+    assert isinstance(returned, CorruptImageError)
+    assert str(returned) == str(caught.value)
+
+
+def test_oversized_tiff_tile_is_rejected(tmp_path: Path) -> None:
+    """Ten pixels a side, in one tile of 20,000: unpacked whole it took 400 MB."""
+    path = tmp_path / "a.tif"
+    path.write_bytes(build_tiled_tiff(10, 10, 20_000, b""))
+    with pytest.raises(ImageTooLargeError, match="tiles of 400000000 pixels"):
+        read_image_size(path)
+    path.write_bytes(build_tiled_tiff(10, 10, 16, b""))
+    assert read_image_size(path) == (10, 10)
+
+
+def test_oversized_file_is_rejected(tmp_path: Path) -> None:
+    path = write_gray_image(tmp_path / "a.png")
+    os.truncate(path, MAX_IMAGE_BYTES)
+    assert read_image_size(path) == (20, 40)
+    os.truncate(path, MAX_IMAGE_BYTES + 1)
+    with pytest.raises(ImageTooLargeError, match=f"{MAX_IMAGE_BYTES + 1} bytes"):
+        read_image_size(path)

@@ -1,0 +1,133 @@
+"""Pictures of foreign rows: found, saved out of tables, told apart by content, copied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from image_fixtures import write_gray_image
+
+from finesight.data.image_header import CorruptImageError
+from finesight.data.image_resolver import ImageResolver, encode_data_url, hash_images, name_images
+from finesight.errors import UserError
+
+
+def test_path_is_relative_to_row_folder(tmp_path: Path) -> None:
+    image = write_gray_image(tmp_path / "in" / "a.png", 40, 20)
+    (tmp_path / "rows").mkdir()
+    images = ImageResolver(tmp_path / "rows", tmp_path / "out")
+    for value in ("../in/a.png", str(image), f"file://{image}", {"path": str(image)}):
+        assert images.resolve(value) == image
+    assert images.image_size(image) == (20, 40)
+
+
+def test_bytes_are_saved_once_with_format_suffix(tmp_path: Path) -> None:
+    data = write_gray_image(tmp_path / "a.png").read_bytes()
+    other = write_gray_image(tmp_path / "a.jpg", gray_level=9).read_bytes()
+    images = ImageResolver(tmp_path, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    first = images.resolve({"bytes": data, "path": "elsewhere.png"})
+    assert images.resolve(data) == first == tmp_path / "out" / "images" / "000001.png"
+    assert images.resolve(other) == tmp_path / "out" / "images" / "000002.jpg"
+    assert first.read_bytes() == data
+
+
+def test_invalid_image_bytes(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CorruptImageError, match="the image of 4 bytes: not an image") as caught:
+        ImageResolver(tmp_path, tmp_path / "out").resolve({"bytes": b"text", "path": None})
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_data_urls_are_saved(tmp_path: Path) -> None:
+    data = write_gray_image(tmp_path / "a.png").read_bytes()
+    (tmp_path / "out").mkdir()
+    images = ImageResolver(tmp_path, tmp_path / "out")
+    url = encode_data_url(tmp_path / "a.png")
+    assert url.startswith("data:image/png;base64,")
+    saved = images.resolve(url)
+    assert saved == tmp_path / "out" / "images" / "000001.png"
+    assert saved.read_bytes() == data
+    assert images.resolve({"bytes": data}) == saved
+    for broken in ("data:image/png;base64,*", "data:image/png,abc", "data:"):
+        with pytest.raises(CorruptImageError, match="the data URL"):
+            images.resolve(broken)
+    (tmp_path / "b.png").write_text("text")
+    with pytest.raises(UserError, match="data URLs do not support"):
+        encode_data_url(tmp_path / "b.png")
+
+
+def test_unchecked_images_are_accepted(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("text")
+    (tmp_path / "out").mkdir()
+    images = ImageResolver(tmp_path, tmp_path / "out", validate=False)
+    assert images.resolve("a.png") == tmp_path / "a.png"
+    assert images.resolve("in/b.png") == tmp_path / "in" / "b.png"
+    assert images.resolve(b"text").read_bytes() == b"text"
+    with pytest.raises(CorruptImageError, match="a web URL"):
+        images.resolve("https://example.com/a.png")
+
+
+def test_path_may_be_relative_to_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # data/train.jsonl with ./data/train/1.png in it: a tutorial's script ran one folder higher.
+    image = write_gray_image(tmp_path / "data" / "train" / "1.png")
+    monkeypatch.chdir(tmp_path)
+    images = ImageResolver(Path("data"), Path("out"))
+    assert images.resolve("./data/train/1.png") == image
+    nearer = write_gray_image(tmp_path / "data" / "data" / "train" / "1.png")
+    assert ImageResolver(Path("data"), Path("out")).resolve("./data/train/1.png") == nearer
+    with pytest.raises(CorruptImageError, match="no such image") as caught:
+        images.resolve("train/2.png")
+    assert f"{tmp_path / 'data'}, the folder of the data file" in caught.value.expected
+    assert f"or at {tmp_path}, the current one" in caught.value.expected
+
+
+def test_parent_path_of_symlink_is_resolved(tmp_path: Path) -> None:
+    image = write_gray_image(tmp_path / "real" / "a.png")
+    (tmp_path / "real" / "rows").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "rows")
+    assert ImageResolver(tmp_path / "link", tmp_path).resolve("../a.png") == image
+    assert ImageResolver(tmp_path, tmp_path).resolve("link/../a.png") == image
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "a\0/b.png", "A" * 50_000, "a" * 300 + "/b.png"])
+def test_invalid_file_name_error_is_short(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CorruptImageError, match="no such image") as caught:
+        ImageResolver(tmp_path, tmp_path).resolve(name)
+    assert len(caught.value.where) <= 200
+
+
+def test_equal_content_is_one_image(tmp_path: Path) -> None:
+    first = write_gray_image(tmp_path / "a.bmp", gray_level=1)
+    same = write_gray_image(tmp_path / "other" / "b.bmp", gray_level=1)
+    differs = write_gray_image(tmp_path / "c.bmp", gray_level=2)
+    longer = write_gray_image(tmp_path / "d.png", 400, 200)
+    link = tmp_path / "e.png"
+    link.symlink_to(longer)
+    assert first.stat().st_size == differs.stat().st_size
+    keys = hash_images([first, same, differs, longer, link])
+    assert keys[first] == keys[same]
+    assert keys[longer] == keys[link]
+    assert len(set(keys.values())) == 3
+
+
+def test_equal_file_names_get_suffixes(tmp_path: Path) -> None:
+    one, two = (
+        write_gray_image(tmp_path / "1" / "a.png", gray_level=1),
+        write_gray_image(tmp_path / "2" / "a.png", gray_level=2),
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    copies = name_images([one, two], out, out, copy=True)
+    assert list(copies.values()) == ["images/a.png", "images/a-2.png"]
+    assert all((out / copy).read_bytes() == path.read_bytes() for path, copy in copies.items())
+
+
+def test_windows_path_separators(tmp_path: Path) -> None:
+    image = write_gray_image(tmp_path / "in" / "a.png")
+    images = ImageResolver(tmp_path, tmp_path / "out")
+    assert images.resolve("in\\a.png") == images.resolve(".\\in\\a.png") == image
+    own = write_gray_image(tmp_path / "in\\a.png", gray_level=1)
+    assert ImageResolver(tmp_path, tmp_path / "out").resolve("in\\a.png") == own

@@ -1,0 +1,130 @@
+"""A source read leniently, faults and all, and what an opened source refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from image_fixtures import write_gray_image, write_jsonl
+
+from finesight.data.boxes import BoxConvention, InvalidBoxError
+from finesight.data.import_source import ImportOptions, UnvalidatedRow, open_unvalidated
+from finesight.data.importer import import_dataset
+from finesight.data.sample import BoxPart, ImagePart
+from finesight.errors import UserError
+
+
+def read_unvalidated(source: Path, **wishes: Any) -> list[UnvalidatedRow]:
+    (source.parent / "saved").mkdir(exist_ok=True)
+    drafts = open_unvalidated(source, ImportOptions(**wishes), source.parent / "saved")
+    rows = list(drafts)
+    assert len(drafts) == len(rows)
+    again = [row.samples for row in drafts]
+    assert again == [row.samples for row in rows], "a second reading differs"
+    return rows
+
+
+def sample(*answer: dict[str, Any], image: str = "a.png") -> dict[str, Any]:
+    requested = [{"type": "image", "image": image}, {"type": "text", "text": "?"}]
+    messages = [
+        {"role": "user", "content": requested},
+        {"role": "assistant", "content": list(answer)},
+    ]
+    return {"id": "1", "messages": messages}
+
+
+def box(*xyxy: float, **more: Any) -> dict[str, Any]:
+    return {"type": "box", "xyxy": xyxy, **more}
+
+
+def test_invalid_samples_are_preserved(tmp_path: Path) -> None:
+    image = write_gray_image(tmp_path / "a.png", 40, 20)
+    rows = [
+        sample(box(30, 2, 1, 14, label="reversed")),
+        sample(box(-5, -5, 900, 900)),
+        sample(box(1, 2, 3, 4, image=1)),
+        sample(),
+        {
+            "id": "2",
+            "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}],
+        },
+        {"id": "3", "messages": [{"role": "nobody", "content": ""}]},
+    ]
+    found = read_unvalidated(write_jsonl(tmp_path / "data.jsonl", rows))
+    assert [row.location for row in found] == [f"line {n}" for n in range(1, 7)]
+    assert [len(row.samples) for row in found] == [1, 1, 1, 1, 1, 0]
+    assert [row.error is None for row in found] == [True] * 5 + [False]
+    (reversed_box,) = found[0].boxes
+    assert (reversed_box.coordinates, reversed_box.label) == ((30, 2, 1, 14), "reversed")
+    assert (reversed_box.image_path, reversed_box.convention) == (image, BoxConvention())
+    outside = found[1].samples[0].messages[-1].content[0]
+    assert isinstance(outside, BoxPart)
+    assert outside.xyxy == (-5, -5, 900, 900)
+
+
+def test_missing_images_remain_in_the_sample(tmp_path: Path) -> None:
+    (tmp_path / "b.png").write_text("no picture")
+    rows = [sample(box(1, 2, 3, 4), image=name) for name in ("gone/a.png", "b.png")]
+    found = read_unvalidated(write_jsonl(tmp_path / "data.jsonl", rows))
+    parts = [row.samples[0].messages[0].content[0] for row in found]
+    assert parts == [
+        ImagePart(image=str(tmp_path / "gone" / "a.png")),
+        ImagePart(image=str(tmp_path / "b.png")),
+    ]
+    assert [len(row.boxes) for row in found] == [1, 1]
+
+
+def test_foreign_source_gives_raw_boxes_and_corners(tmp_path: Path) -> None:
+    image = write_gray_image(tmp_path / "a.png", 40, 20)
+    rows = [
+        {"image": "a.png", "query": "?", "response": f'{{"bbox_2d": {numbers}}}'}
+        for numbers in ([10, 5, 2, 3], [1, 2, 3], [500, 500, 100, 100])
+    ]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    first, broken, _ = read_unvalidated(source, box_format="xywh")
+    assert first.samples[0].messages[-1].content == (BoxPart(xyxy=(10, 5, 12, 8)),)
+    assert first.boxes[0].coordinates == (10, 5, 2, 3)
+    assert first.boxes[0].convention == BoxConvention("xywh", "pixel")
+    assert isinstance(broken.error, InvalidBoxError)
+    *_, shares = read_unvalidated(source, box_units="1000")
+    assert shares.boxes[0].image_path == image
+    assert shares.samples[0].messages[-1].content == (BoxPart(xyxy=(20, 10, 4, 2)),)
+
+
+def test_only_selected_rows(tmp_path: Path) -> None:
+    write_gray_image(tmp_path / "a.png")
+    source = write_jsonl(tmp_path / "data.jsonl", [sample() for _ in range(5)])
+    assert [row.number for row in read_unvalidated(source, row_range=(1, None), limit=2)] == [2, 3]
+
+
+def test_embedded_images_are_saved_unchanged(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"image": {"bytes": data, "path": None}, "n": 1} for data in (b"text", b"\xff\xd8cut")]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = read_unvalidated(
+        tmp_path / "rows.parquet", columns={"image": "image", "answer": "n"}, prompt="?"
+    )
+    names = [Path(row.samples[0].messages[0].content[0].image) for row in found]
+    assert [path.read_bytes() for path in names] == [b"text", b"\xff\xd8cut"]
+
+
+def test_unknown_folder_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "notes.bin").write_text("x")
+    with pytest.raises(UserError, match="a folder without a known dataset format") as caught:
+        import_dataset(tmp_path / "data", tmp_path / "out", ImportOptions())
+    assert "yolo" in caught.value.expected
+    with pytest.raises(UserError, match="no coco dataset is found there"):
+        import_dataset(tmp_path / "data", tmp_path / "out", ImportOptions(format="coco"))
+
+
+def test_column_option_for_folder_is_rejected(tmp_path: Path) -> None:
+    write_gray_image(tmp_path / "set" / "a.png")
+    (tmp_path / "set" / "a.txt").write_text("A house.")
+    with pytest.raises(UserError, match=r"the format folder .* does not support it") as caught:
+        import_dataset(
+            tmp_path / "set", tmp_path / "out", ImportOptions(columns={"image": "image"})
+        )
+    assert caught.value.where == "--map"

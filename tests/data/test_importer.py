@@ -1,0 +1,395 @@
+"""A foreign file becomes a folder of samples, whole or not at all, with every row accounted for."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from image_fixtures import write_gray_image, write_jsonl
+
+from finesight import storage
+from finesight.config import TrainFileSettings
+from finesight.data.corpus import load_corpus
+from finesight.data.import_source import ImportOptions
+from finesight.data.importer import (
+    REASON_IMAGE_IN_EVAL,
+    REASON_NOT_SELECTED,
+    ImportSummary,
+    import_dataset,
+)
+from finesight.data.jsonl import read_samples
+from finesight.data.sample import BoxPart, ImagePart, Sample
+from finesight.digests import verify_folder
+from finesight.errors import UserError
+
+ANSWERS = ImportOptions(columns={"image": "image", "answer": "answer"}, prompt="?")
+
+
+def table(folder: Path, *images: str, **more: Any) -> Path:
+    """rows.jsonl with a row for each letter; equal letters show the same picture."""
+    for shade, letter in enumerate(sorted(set(images))):
+        write_gray_image(folder / "in" / f"{letter}.png", gray_level=shade)
+    rows = [
+        {"image": f"in/{letter}.png", "answer": f"{letter}{n}", **more}
+        for n, letter in enumerate(images)
+    ]
+    return write_jsonl(folder / "rows.jsonl", rows)
+
+
+def words(path: Path) -> list[str]:
+    """The last words of every sample."""
+    return [sample.messages[-1].content[-1].text for sample in read_samples(path)]
+
+
+def list_image_paths(samples: list[Sample], folder: Path) -> list[Path]:
+    parts = (part for sample in samples for part in sample.iter_parts())
+    return [folder / part.image for part in parts if isinstance(part, ImagePart)]
+
+
+def check_row_counts(summary: ImportSummary) -> bool:
+    used = sum(written.num_rows for written in summary.output_files)
+    return summary.num_rows == used + sum(summary.skipped_rows.values())
+
+
+def test_one_file_without_eval_split(tmp_path: Path) -> None:
+    summary = import_dataset(table(tmp_path, *"abc"), tmp_path / "out", ANSWERS)
+    assert words(tmp_path / "out" / "data.jsonl") == ["a0", "b1", "c2"]
+    assert (summary.format, summary.detected_by, summary.num_images) == ("table", "--map", 3)
+    assert summary.skipped_rows == {}
+    assert check_row_counts(summary)
+    verify_folder(tmp_path / "out")
+
+
+def test_paths_are_relative_to_output_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = table(tmp_path, "a")
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
+    monkeypatch.chdir(tmp_path)
+    for out in (Path("one"), tmp_path / "two" / "three", Path("link") / "four"):
+        import_dataset(Path("rows.jsonl"), out, ANSWERS)
+        samples = read_samples(out / "data.jsonl")
+        assert not os.path.isabs(samples[0].messages[0].content[0].image)
+        assert list_image_paths(samples, out)[0].samefile(tmp_path / "in" / "a.png")
+    assert source.exists()
+
+
+def test_rows_and_limit(tmp_path: Path) -> None:
+    source = table(tmp_path, *"abcdefgh")
+
+    def chosen(name: str, **request: Any) -> list[str]:
+        request = {"columns": ANSWERS.columns, "prompt": "?", **request}
+        summary = import_dataset(source, tmp_path / name, ImportOptions(**request))
+        assert check_row_counts(summary)
+        assert summary.skipped_rows[REASON_NOT_SELECTED] == 8 - summary.output_files[0].num_rows
+        return words(tmp_path / name / "data.jsonl")
+
+    assert chosen("1", limit=2) == ["a0", "b1"]
+    assert chosen("2", row_range=(2, 5)) == ["c2", "d3", "e4"]
+    assert chosen("3", row_range=(5, None), limit=2) == ["f5", "g6"]
+    assert chosen("4", row_range=(-2, None)) == ["g6", "h7"]
+    with pytest.raises(UserError, match="no rows are selected of 8"):
+        chosen("5", row_range=(8, 9))
+
+
+def test_eval_rows_and_their_images_leave_training(tmp_path: Path) -> None:
+    request = ImportOptions(columns=ANSWERS.columns, prompt="?", eval_last=2)
+    summary = import_dataset(table(tmp_path, *"abdcad"), tmp_path / "out", request)
+    assert words(tmp_path / "out" / "train.jsonl") == ["b1", "c3"]
+    assert words(tmp_path / "out" / "eval.jsonl") == ["a4", "d5"]
+    assert summary.skipped_rows == {REASON_IMAGE_IN_EVAL: 2}
+    assert check_row_counts(summary)
+
+
+def test_image_copies_count_as_same_image(tmp_path: Path) -> None:
+    source = table(tmp_path, *"abc")
+    write_gray_image(tmp_path / "in" / "c.png", gray_level=0)  # now like a.png, under its own name
+    request = ImportOptions(columns=ANSWERS.columns, prompt="?", eval_last=1)
+    import_dataset(source, tmp_path / "out", request)
+    assert words(tmp_path / "out" / "train.jsonl") == ["b1"]
+
+
+def test_all_rows_in_eval_write_no_training_file(tmp_path: Path) -> None:
+    request = ImportOptions(columns=ANSWERS.columns, prompt="?", eval_last=2)
+    summary = import_dataset(table(tmp_path, *"ab"), tmp_path / "out", request)
+    assert [written.file.name for written in summary.output_files] == ["eval.jsonl"]
+    assert not (tmp_path / "out" / "train.jsonl").exists()
+
+
+def test_split_by_image(tmp_path: Path) -> None:
+    request = ImportOptions(columns=ANSWERS.columns, prompt="?", train_fraction=0.75, seed=3)
+    summary = import_dataset(table(tmp_path, *"aabbccdd"), tmp_path / "out", request)
+    train, held_out = (
+        {word[0] for word in words(tmp_path / "out" / name)}
+        for name in ("train.jsonl", "eval.jsonl")
+    )
+    assert len(train) == 3
+    assert len(held_out) == 1
+    assert not train & held_out
+    assert check_row_counts(summary)
+
+
+def test_answers_become_samples_or_references(tmp_path: Path) -> None:
+    source = table(tmp_path, *"ab", answers=["x", "y", "z"])
+    request = ImportOptions(
+        columns={"image": "image", "answer": "answers"}, prompt="?", eval_last=1
+    )
+    summary = import_dataset(source, tmp_path / "out", request)
+    assert words(tmp_path / "out" / "train.jsonl") == ["x", "y", "z"]
+    (sample,) = read_samples(tmp_path / "out" / "eval.jsonl")
+    assert sample.messages[-1].content[0].text == "x"
+    assert sample.references == ("y", "z")
+    assert [(w.num_rows, w.num_samples) for w in summary.output_files] == [(1, 3), (1, 1)]
+    assert summary.unused_columns == ("answer",)
+
+
+def test_copied_images(tmp_path: Path) -> None:
+    request = ImportOptions(columns=ANSWERS.columns, prompt="?", copy_images=True)
+    import_dataset(table(tmp_path, *"aba"), tmp_path / "out", request)
+    names = sorted(path.name for path in (tmp_path / "out" / "images").iterdir())
+    assert names == ["a.png", "b.png"]
+    samples = read_samples(tmp_path / "out" / "data.jsonl")
+    assert {sample.messages[0].content[0].image for sample in samples} == {
+        "images/a.png",
+        "images/b.png",
+    }
+
+
+def test_embedded_parquet_images(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    data = [write_gray_image(tmp_path / f"{n}.png", 40 + n, 20).read_bytes() for n in range(3)]
+    rows = [
+        {"image": {"bytes": data[n], "path": f"{n}.png"}, "bbox": [1.0, 2.0, 30.0, 4.0]}
+        for n in (0, 1, 1, 2)
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    request = ImportOptions(
+        columns={"image": "image", "box": "bbox"}, prompt="?", box_format="xywh", eval_last=1
+    )
+    summary = import_dataset(tmp_path / "rows.parquet", tmp_path / "out", request)
+    assert summary.num_images == 3
+    train = read_samples(tmp_path / "out" / "train.jsonl")
+    held_out = read_samples(tmp_path / "out" / "eval.jsonl")
+    found = list_image_paths(train + held_out, tmp_path / "out")
+    assert [path.read_bytes() for path in found] == [data[0], data[1], data[1], data[2]]
+    assert train[0].messages[-1].content == (BoxPart(xyxy=(1, 2, 31, 6)),)
+    verify_folder(tmp_path / "out")
+
+
+def test_ids_are_made_unique(tmp_path: Path) -> None:
+    source = write_jsonl(
+        tmp_path / "rows.jsonl",
+        [{"id": name, "query": "q", "response": "r"} for name in ("x", "y", "x")],
+    )
+    import_dataset(source, tmp_path / "out", ImportOptions())
+    assert [s.id for s in read_samples(tmp_path / "out" / "data.jsonl")] == [
+        "x-row1",
+        "y",
+        "x-row3",
+    ]
+
+
+def test_imported_file_can_be_imported_again(tmp_path: Path) -> None:
+    import_dataset(table(tmp_path, *"ab"), tmp_path / "one", ANSWERS)
+    first = tmp_path / "one" / "data.jsonl"
+    summary = import_dataset(first, tmp_path / "two" / "deeper", ImportOptions())
+    assert summary.format == "samples"
+    again = tmp_path / "two" / "deeper" / "data.jsonl"
+    paths = [
+        list_image_paths([located_sample.sample], located_sample.folder)[0].resolve()
+        for located_sample in load_corpus(
+            (TrainFileSettings(path=first), TrainFileSettings(path=again))
+        ).read_samples()
+    ]
+    assert paths[:2] == paths[2:]
+
+
+def test_clipped_boxes_are_counted(tmp_path: Path) -> None:
+    source = table(tmp_path, *"ab", box=[0, 0, 40.5, 20])
+    request = ImportOptions(columns={"image": "image", "box": "box"}, prompt="?")
+    assert import_dataset(source, tmp_path / "out", request).num_clipped_boxes == 2
+
+
+def test_invalid_rows_are_listed_and_no_output_is_written(tmp_path: Path) -> None:
+    source = table(tmp_path, *"abcdefgh")
+    for letter in "abcdef":
+        (tmp_path / "in" / f"{letter}.png").unlink()
+    (tmp_path / "in" / "g.png").write_text("text")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError) as caught:
+        import_dataset(source, tmp_path / "out", ANSWERS)
+    error = caught.value
+    assert error.where == str(source)
+    assert "7 of 8 rows are invalid" in error.what
+    assert "line 1: in/a.png: no such image" in error.what
+    assert "line 5" in error.what
+    assert "line 6" not in error.what
+    assert "and 2 more" in error.what
+    assert error.expected
+    assert error.remedy
+    assert sorted(tmp_path.iterdir()) == before
+
+
+class FullDisk(storage.FileSystem):
+    def write(self, file: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, "no space")
+
+
+def test_full_disk_leaves_no_files(tmp_path: Path) -> None:
+    source = table(tmp_path, *"ab")
+    before = sorted(tmp_path.iterdir())
+    with storage.use_file_system(FullDisk()), pytest.raises(UserError, match="cannot be written"):
+        import_dataset(source, tmp_path / "out", ANSWERS)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_existing_folder_is_unchanged(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        import_dataset(table(tmp_path, "a"), tmp_path / "out", ANSWERS)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_unknown_format_suggests_closest_one(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"image_path": "a.png", "caption": "x"}])
+    with pytest.raises(UserError, match="image_path, caption") as caught:
+        import_dataset(source, tmp_path / "out", ImportOptions())
+    assert "--map image=image_path --map answer=caption" in caught.value.remedy
+    assert "qwen-vl" in caught.value.expected
+    source = write_jsonl(tmp_path / "b.jsonl", [{"conversations": [{"from": "a", "text": "x"}]}])
+    with pytest.raises(UserError) as caught:
+        import_dataset(source, tmp_path / "out", ImportOptions())
+    assert "the closest is conversations" in caught.value.remedy
+    source = write_jsonl(tmp_path / "c.jsonl", [{"query": "a", "answer": "x"}])
+    with pytest.raises(UserError) as caught:
+        import_dataset(source, tmp_path / "out", ImportOptions())
+    assert "the closest is query" in caught.value.remedy
+    source = write_jsonl(tmp_path / "d.jsonl", [{"image": "a.png", "text": "x"}])
+    with pytest.raises(UserError) as caught:
+        import_dataset(source, tmp_path / "out", ImportOptions())
+    assert "--map image=image --map answer=text" in caught.value.remedy
+
+
+def test_format_option_overrides_detection(tmp_path: Path) -> None:
+    turns = [{"from": "user", "value": "see a.png?"}, {"from": "assistant", "value": "x"}]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"conversations": turns}])
+    summary = import_dataset(source, tmp_path / "out", ImportOptions(format="conversations"))
+    assert summary.detected_by == "--format"
+    with pytest.raises(UserError, match="no such image"):
+        import_dataset(source, tmp_path / "2", ImportOptions(format="image-path", prompt="?"))
+    with pytest.raises(UserError, match="unknown format 'conversation'") as caught:
+        import_dataset(source, tmp_path / "3", ImportOptions(format="conversation"))
+    assert caught.value.remedy == "did you mean conversations?"
+    with pytest.raises(UserError, match="1 of 1 rows are invalid") as caught:
+        import_dataset(source, tmp_path / "4", ImportOptions(format="ms-swift"))
+    assert caught.value.remedy.startswith("give --format conversations: line 1 has turns")
+
+
+def test_rows_of_other_format_suggest_it(tmp_path: Path) -> None:
+    write_gray_image(tmp_path / "a.png")
+    rows: list[dict[str, Any]] = [{"messages": captured_text("Hello")}] * 100
+    rows.append({"messages": captured_text("<image>House?"), "images": ["a.png"]})
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match="1 of 101 rows are invalid") as caught:
+        import_dataset(source, tmp_path / "out", ImportOptions())
+    assert caught.value.remedy.startswith("give --format ms-swift: line 101 has messages")
+    summary = import_dataset(source, tmp_path / "out", ImportOptions(format="ms-swift"))
+    assert summary.output_files[0].num_samples == 101
+
+
+def captured_text(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": "Yes."}]
+
+
+@pytest.mark.parametrize(
+    ("request_", "where"),
+    [
+        (ImportOptions(columns={"picture": "image"}), "columns"),
+        (ImportOptions(format="table"), "--format table"),
+        (ImportOptions(format="query-response", columns={"image": "image"}), "--map"),
+        (ImportOptions(format="samples", prompt="?"), "--prompt"),
+        (ImportOptions(format="samples", box_format="xywh"), "--box-format or --box-units"),
+        (ImportOptions(columns={"image": "image"}, prompt="?", train_fraction=1.0), "split"),
+        (
+            ImportOptions(columns={"image": "image"}, prompt="?", train_fraction=0.5, eval_last=1),
+            "split",
+        ),
+        (
+            ImportOptions(columns={"image": "image", "answer": "answer"}, prompt="?", eval_last=9),
+            "the last rows, held out",
+        ),
+    ],
+)
+def test_inapplicable_options_are_rejected(
+    tmp_path: Path, request_: ImportOptions, where: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        import_dataset(table(tmp_path, *"ab"), tmp_path / "out", request_)
+    assert caught.value.where == where
+    assert caught.value.expected
+    assert caught.value.remedy
+    assert not (tmp_path / "out").exists()
+
+
+def test_real_captions(shared: Path, tmp_path: Path) -> None:
+    source = shared / "data" / "captions" / "captions.jsonl"
+    columns = {"image": "image", "answer": "captions"}
+    request = ImportOptions(columns=columns, prompt="COCO Yes:")
+    summary = import_dataset(source, tmp_path / "train", request)
+    assert (summary.num_rows, summary.skipped_rows) == (101, {})
+    assert [(w.num_rows, w.num_samples) for w in summary.output_files] == [(101, 505)]
+    request = ImportOptions(columns=columns, prompt="COCO Yes:", eval_last=101)
+    summary = import_dataset(source, tmp_path / "eval", request)
+    assert [(w.num_rows, w.num_samples) for w in summary.output_files] == [(101, 101)]
+    originals = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    samples = read_samples(tmp_path / "eval" / "eval.jsonl")
+    for sample, original in zip(samples, originals, strict=True):
+        answers = (sample.messages[-1].content[0].text, *sample.references)
+        assert list(answers) == original["captions"]
+    assert all(path.is_file() for path in list_image_paths(samples, tmp_path / "eval"))
+
+
+@pytest.mark.parametrize("form", ["xyxy", "xywh"])
+def test_real_boxes(shared: Path, tmp_path: Path, form: str) -> None:
+    source = shared / "data" / "grounding" / "grounding.jsonl"
+    columns = {"image": "image", "question": "question", "box": f"bbox_{form}"}
+    summary = import_dataset(
+        source, tmp_path / "out", ImportOptions(columns=columns, box_format=form)
+    )
+    assert (summary.num_rows, summary.skipped_rows, summary.num_clipped_boxes) == (534, {}, 0)
+    assert [(w.num_rows, w.num_samples) for w in summary.output_files] == [(534, 534)]
+    originals = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    for sample, original in zip(
+        read_samples(tmp_path / "out" / "data.jsonl"), originals, strict=True
+    ):
+        assert list(sample.messages[-1].content[0].xyxy) == original["bbox_xyxy"]
+
+
+def test_real_boxes_with_undeclared_format_are_rejected(shared: Path, tmp_path: Path) -> None:
+    source = shared / "data" / "grounding" / "grounding.jsonl"
+    columns = {"image": "image", "question": "question", "box": "bbox_xywh"}
+    with pytest.raises(UserError, match="of 534 rows are invalid") as caught:
+        import_dataset(source, tmp_path / "out", ImportOptions(columns=columns))
+    assert "--box-format xywh" in caught.value.remedy
+
+
+def test_real_formulas(shared: Path, tmp_path: Path) -> None:
+    source = shared / "data" / "latex_ocr" / "latex_ocr.jsonl"
+    columns = {"image": "image", "answer": "latex"}
+    summary = import_dataset(
+        source,
+        tmp_path / "out",
+        ImportOptions(columns=columns, prompt="LaTeX?", train_fraction=0.9),
+    )
+    assert (summary.num_rows, summary.skipped_rows) == (1000, {})
+    assert sum(written.num_samples for written in summary.output_files) == 1000
+    train = list_image_paths(read_samples(tmp_path / "out" / "train.jsonl"), tmp_path / "out")
+    held_out = list_image_paths(read_samples(tmp_path / "out" / "eval.jsonl"), tmp_path / "out")
+    assert not {p.read_bytes() for p in train} & {p.read_bytes() for p in held_out}
+    assert abs(len(held_out) - 100) <= 1

@@ -1,0 +1,108 @@
+"""Indices of large files: kept, mapped, and never taken for those of another file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finesight.data import index_cache
+from finesight.data.line_index import IndexedLines, index_lines
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where indices lie; every file is a large one."""
+    monkeypatch.setattr(
+        index_cache, "MIN_INDEXED_BYTES", dict.fromkeys(index_cache.MIN_INDEXED_BYTES, 1)
+    )
+    monkeypatch.setattr(index_cache, "index_cache_folder", lambda: tmp_path / "index")
+    return tmp_path / "index"
+
+
+def is_same_index(one: IndexedLines, other: IndexedLines) -> bool:
+    pairs = zip(one.index, other.index, strict=True)
+    return (
+        all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+        and one.file_state == other.file_state
+    )
+
+
+def test_index_is_built_once_and_reloaded(
+    tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"one\n\ntwo\n  \nthree")
+    lines = index_lines(path)
+    assert len(list(cache_folder.iterdir())) == 1
+    monkeypatch.setattr("finesight.data.line_index._build_index", None)
+    again = index_lines(path)
+    assert is_same_index(lines, again)
+    assert [again[i] for i in range(3)] == [b"one\n", b"two\n", b"three"]
+    assert again.location(2) == f"{path}:5"
+    assert len(again.take(2)) == 2
+
+
+def test_changed_file_is_indexed_again(tmp_path: Path, cache_folder: Path) -> None:
+    """Written to in place, its time set back, or another one under its name."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"a\nb\n")
+    first = index_lines(path)
+    times = path.stat()
+    path.write_bytes(b"abc\n")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    second = index_lines(path)
+    assert (len(first), len(second)) == (2, 1)
+    (tmp_path / "b").write_bytes(b"abcd")
+    os.utime(tmp_path / "b", ns=(times.st_atime_ns, times.st_mtime_ns))
+    (tmp_path / "b").replace(path)
+    third = index_lines(path)
+    assert third[0] == b"abcd"
+    assert len({one.index.digest for one in (first, second, third)}) == 3
+    assert len(list(cache_folder.iterdir())) == 1, "one for each path"
+
+
+@pytest.mark.parametrize("cut", [0, 5, 40, 104, -8, -1])
+def test_damaged_index_is_rebuilt(tmp_path: Path, cache_folder: Path, cut: int) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"a\nb\n")
+    lines = index_lines(path)
+    (file,) = cache_folder.iterdir()
+    full = file.read_bytes()
+    flipped = bytes([full[cut] ^ 1])
+    spoilt = full[:cut] + flipped + full[cut:][1:]
+    for content in (full[:cut], spoilt):
+        file.write_bytes(content)
+        assert is_same_index(index_lines(path), lines)
+        assert file.read_bytes() == full
+
+
+def test_works_without_cache_folder(tmp_path: Path, cache_folder: Path) -> None:
+    cache_folder.write_bytes(b"no folder")
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"a\nb\n")
+    assert len(index_lines(path)) == 2
+
+
+def test_unused_indices_are_removed(tmp_path: Path, cache_folder: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_bytes(b"1\n")
+        index_lines(tmp_path / name)
+    for file in cache_folder.iterdir():
+        os.utime(file, (0, 0))
+    index_lines(tmp_path / "a.jsonl")
+    (tmp_path / "c.jsonl").write_bytes(b"1\n")
+    index_cache._remove_stale.cache_clear()
+    index_lines(tmp_path / "c.jsonl")
+    assert len(list(cache_folder.iterdir())) == 2
+
+
+def test_small_files_are_not_cached(
+    tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_cache, "MIN_INDEXED_BYTES", {"lines": 4})
+    (tmp_path / "a.jsonl").write_bytes(b"1\n")
+    index_lines(tmp_path / "a.jsonl")
+    assert not cache_folder.exists()

@@ -1,0 +1,94 @@
+"""Lines by their places: any of them, in any order, as an editor numbers them."""
+
+from __future__ import annotations
+
+import os
+import threading
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from finesight.data.line_index import IndexedLines, UnreadableFileError, index_lines, read_lines
+
+
+def write_and_index(path: Path, content: bytes) -> IndexedLines:
+    path.write_bytes(content)
+    return index_lines(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"one\n\ntwo \n   \nthree\n",
+        b"one\n\ntwo \n   \nthree",
+        b"\xef\xbb\xbfone\n\ntwo \n\t\nthree\n\n\n",
+        b"one\r\n\r\ntwo \r\n\r\nthree\r\n",
+    ],
+    ids=["plain", "no last end", "byte order mark", "carriage returns"],
+)
+def test_blank_lines_are_skipped_but_counted(tmp_path: Path, content: bytes) -> None:
+    lines = write_and_index(tmp_path / "a.jsonl", content)
+    assert len(lines) == 3
+    assert [lines[i].strip() for i in (2, 0, 1)] == [b"three", b"one", b"two"]
+    assert [lines.location(i).rpartition(":")[2] for i in range(3)] == ["1", "3", "5"]
+    assert list(read_lines(lines.path)) == [(lines[i], lines.location(i)) for i in range(3)]
+
+
+def test_take_limits_the_lines(tmp_path: Path) -> None:
+    lines = write_and_index(tmp_path / "a.jsonl", b"1\n2\n3\n")
+    assert [lines.take(2)[i].strip() for i in range(len(lines.take(2)))] == [b"1", b"2"]
+    assert len(lines.take(9)) == len(lines.take(None)) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n \n"])
+def test_empty_file(tmp_path: Path, content: bytes) -> None:
+    assert len(write_and_index(tmp_path / "a.jsonl", content)) == 0
+    assert list(read_lines(tmp_path / "a.jsonl")) == []
+
+
+def test_missing_file_error_suggests_name(tmp_path: Path) -> None:
+    lines = write_and_index(tmp_path / "train.jsonl", b"1\n")
+    (tmp_path / "train.jsonl").rename(tmp_path / "trains.jsonl")
+    with pytest.raises(UnreadableFileError, match=r"did you mean .*trains\.jsonl"):
+        _ = lines[0]
+    with pytest.raises(UnreadableFileError, match="cannot be read"):
+        index_lines(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"x\ny\nz\n", b"a\nb\n", b"a\nb\nc\nd\n"])
+def test_changed_file_is_detected(tmp_path: Path, content: bytes) -> None:
+    """Written anew with lines as long, cut off, or with one more: no line is read any more."""
+    path = tmp_path / "a.jsonl"
+    lines = write_and_index(path, b"a\nb\nc\n")
+    os.utime(path, ns=(0, 0))
+    lines = index_lines(path)
+    assert lines[1] == b"b\n"
+    path.write_bytes(content)
+    with pytest.raises(UnreadableFileError, match=r"a\.jsonl: has changed[\s\S]*--resume"):
+        _ = lines[1]
+
+
+def test_pipe_is_read_once(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writing = threading.Thread(target=pipe.write_bytes, args=(b"a\n\nb\n",))
+    writing.start()
+    assert list(read_lines(pipe)) == [(b"a\n", f"{pipe}:1"), (b"b\n", f"{pipe}:3")]
+    writing.join()
+
+
+def test_index_memory_per_line_is_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n' * 200_000)
+    tracemalloc.start()
+    lines = index_lines(path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 80 * len(lines)
+    assert lines[199_999] == b'{"a": 1}\n'
+
+
+def test_endless_device_is_rejected() -> None:
+    with pytest.raises(UnreadableFileError, match="a device, not a regular file"):
+        index_lines(Path("/dev/zero"))

@@ -1,0 +1,143 @@
+"""Rows of JSON, JSON Lines, CSV and Parquet files."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from image_fixtures import write_jsonl
+
+from finesight.data.row_reader import SourceRow, open_row_file
+from finesight.errors import UserError
+
+RECORDS = [{"id": n, "text": f'row {n}, \u2028 "quoted"\nline'} for n in range(5)]
+
+
+def read_all(path: Path) -> list[SourceRow]:
+    rows = open_row_file(path)
+    return list(rows.iter_range(0, rows.num_rows))
+
+
+def as_csv(path: Path, records: list[dict[str, Any]], delimiter: str = ",") -> Path:
+    def cell(value: object) -> str:
+        return '"' + str(value).replace('"', '""') + '"'
+
+    lines = [records[0].keys(), *(record.values() for record in records)]
+    text = "".join(delimiter.join(map(cell, line)) + "\r\n" for line in lines)
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    return path
+
+
+def as_parquet(path: Path, records: list[dict[str, Any]], group: int = 2) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(records), path, row_group_size=group)
+    return path
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    rows = read_all(write_jsonl(tmp_path / "a.jsonl", RECORDS))
+    assert [row.record for row in rows] == RECORDS
+    assert (rows[1].number, rows[1].location, rows[1].id) == (2, "line 2", "1")
+
+
+def test_blank_lines_count_as_lines_but_not_as_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": 2}\n')
+    rows = read_all(path)
+    assert [(row.location, row.id) for row in rows] == [("line 1", "a-1"), ("line 3", "a-3")]
+
+
+def test_lines_are_streamed(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ({"text": "x" * 1000, "n": n} for n in range(5000)))
+    rows = open_row_file(path)
+    tracemalloc.start()
+    assert sum(row.record["n"] for row in rows.iter_range(0, rows.num_rows)) == 5000 * 4999 / 2
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < path.stat().st_size / 10, f"{peak} bytes for a file of {path.stat().st_size}"
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_json_array_with_any_suffix(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.write_text(json.dumps(RECORDS, indent=2))
+    rows = read_all(path)
+    assert [row.record for row in rows] == RECORDS
+    assert rows[1].location == "row 2"
+
+
+@pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tsv", "\t")])
+def test_csv(tmp_path: Path, suffix: str, delimiter: str) -> None:
+    rows = read_all(as_csv(tmp_path / f"a.{suffix}", RECORDS, delimiter))
+    assert [row.record for row in rows] == [{**r, "id": str(r["id"])} for r in RECORDS]
+    assert rows[4].location == "row 5"
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 5), (1, 4), (3, 4), (4, 5), (2, 2)])
+def test_parquet_row_groups(tmp_path: Path, start: int, stop: int) -> None:
+    rows = open_row_file(as_parquet(tmp_path / "a.parquet", RECORDS))
+    assert rows.num_rows == 5
+    chosen = list(rows.iter_range(start, stop))
+    assert [row.record for row in chosen] == RECORDS[start:stop]
+    assert [row.location for row in chosen] == [f"row {n + 1}" for n in range(start, stop)]
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="needs pyarrow") as caught:
+        open_row_file(tmp_path / "a.parquet")
+    assert caught.value.remedy == "pip install 'finesight[hub]'"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where", "what"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', "a.jsonl:2", "broken JSON"),
+        ("a.json", b'[{"a": 1},\n {"a": }]', "a.json:2", "broken JSON"),
+        ("a.json", b'{"a": 1}\n\xff', "a.json:2", "not UTF-8"),
+        ("a.jsonl", b'{"a": 1}\n"b"\n', "a.jsonl, line 2", "holds str 'b'"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\\ud83d!"}', "a.jsonl:2", "a lone surrogate"),
+        ("a.json", b"[" * 100_000, "a.json:1", "broken JSON"),
+        ("a.csv", b"a,b\n1,2\n1,2,3\n", "a.csv:3", "more or fewer cells"),
+        ("a.csv", b"a,b\n1,2\n1\n", "a.csv:3", "more or fewer cells"),
+        ("a.csv", b"a,b\n1," + b"x" * 200_000, "a.csv:2", "broken CSV"),
+        ("a.csv", b'a,b\n1,"2\n3,4\n', "a.csv:3", "broken CSV: unexpected end"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "a.csv:1", "duplicate column name 'a'"),
+        ("a.csv", b"a,b\n", "a.csv", "contains no rows"),
+        ("a.json", b"[]", "a.json", "contains no rows"),
+        ("a.json", b'{\n"data": [{"a": 1}]}', "a.json", "one object with the keys data"),
+        ("a.json", b'{\n"data": [{"a": 1}]', "a.json:1", "broken JSON"),
+        ("a.jsonl", b"\n", "a.jsonl", "contains no rows"),
+        ("a.parquet", b"nonsense", "a.parquet", "cannot be read as Parquet"),
+        ("a.xlsx", b"", "a.xlsx", "a file of type .xlsx"),
+        ("a", b"", "a", "a file of type (no suffix)"),
+    ],
+)
+def test_invalid_files_are_rejected(
+    tmp_path: Path, name: str, content: bytes, where: str, what: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        open_row_file(tmp_path / name)
+    assert what in caught.value.what
+    assert caught.value.where == str(tmp_path / where)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])
+def test_missing_file(tmp_path: Path, suffix: str) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        open_row_file(tmp_path / f"a.{suffix}")
+
+
+def test_csv_with_semicolons(tmp_path: Path) -> None:
+    path = as_csv(tmp_path / "a.csv", RECORDS, ";")
+    assert [row.record for row in read_all(path)] == [{**r, "id": str(r["id"])} for r in RECORDS]
+    path.write_text("a,b;c\n1,2\n")
+    assert read_all(path)[0].record == {"a": "1", "b;c": "2"}

@@ -1,0 +1,101 @@
+"""What tests of `finesight doctor` plant faults with: environments, packages, and shells."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from finesight.doctor.diagnosis import Diagnosis
+
+ROOT = Path(__file__).parents[1]
+
+
+def find_diagnosis(findings: Iterable[Diagnosis], code: str) -> Diagnosis:
+    """The one finding of that code."""
+    (found,) = [one for one in findings if one.code == code]
+    return found
+
+
+def list_codes(findings: Iterable[Diagnosis], severity: str = "error") -> list[str]:
+    """The codes of all findings that are as severe."""
+    return [one.code for one in findings if one.severity == severity]
+
+
+def write_package_metadata(
+    site: Path, name: str, version: str, requires: Iterable[str] = ()
+) -> Path:
+    """The metadata of an installed package, as an installer leaves them."""
+    info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    info.joinpath("METADATA").write_text(_metadata(name, version, requires))
+    info.joinpath("INSTALLER").write_text("pip\n")
+    names = [f"{info.name}/{file}" for file in ("METADATA", "INSTALLER", "RECORD")]
+    info.joinpath("RECORD").write_text("".join(f"{file},,\n" for file in names))
+    return info
+
+
+def _metadata(name: str, version: str, requires: Iterable[str]) -> str:
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    return "\n".join([*lines, *(f"Requires-Dist: {text}" for text in requires), ""])
+
+
+def make_wheel(folder: Path, name: str, version: str) -> None:
+    """A package without any file, for pip to install."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{name.replace('-', '_')}-{version}"
+    info = f"{stem}.dist-info"
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", _metadata(name, version, ()))
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+class VirtualEnvironment:
+    """A virtual environment that sees every package of the one that runs the tests, and before
+    them its own, into which `pip` installs from `wheels` alone."""
+
+    def __init__(self, folder: Path) -> None:
+        venv.create(folder, symlinks=True)
+        self.python = folder / "bin" / "python"
+        (self.site,) = folder.glob("lib/python*/site-packages")
+        own = [path for path in sys.path if path.endswith("site-packages")]
+        # After the environment's own, which it shadows so.
+        (self.site / "beside.pth").write_text("\n".join(own) + "\n")
+        self.wheels = folder / "wheels"
+        self.wheels.mkdir()
+
+    def shell(self, command: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """A line typed into a shell, in which `pip` reaches nothing but `wheels`."""
+        local = {
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": self.wheels.as_uri(),
+            "PIP_NO_CACHE_DIR": "1",
+        }
+        return run_shell(command, local | {"PYTHONPATH": str(ROOT / "src")} | more)
+
+
+def run_shell(command: str, more: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """A line typed into a shell, with these variables as well."""
+    return subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **more},
+        cwd=ROOT,
+    )
+
+
+def run_remedy(remedy: str, variables: Mapping[str, str]) -> dict[str, str]:
+    """The variables `before`, and what typing the remedy into a shell makes of them."""
+    done = subprocess.run(
+        ["bash", "-c", f"{remedy} && env -0"], capture_output=True, check=True, env=dict(variables)
+    )
+    pairs = [pair.partition("=") for pair in done.stdout.decode().split("\0") if pair]
+    return {name: value for name, _, value in pairs if name not in ("_", "SHLVL", "OLDPWD")}

@@ -1,0 +1,81 @@
+"""Rows of time, height and width, against transformers where it keeps to the published rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from chat_reference import build_rope_model
+
+from finesight.encode.qwen2_5_vl import Qwen25VL
+from finesight.encode.qwen2_vl import Qwen2VL
+from finesight.encode.rope_index import get_rope_index
+from finesight.encode.tokenized_sample import VisualSpan
+
+FPS = (0.1, 0.3, 0.5, 0.7, 1.0, 1.3, 2.0, 2.5, 3.0, 6.0, 7.0, 11.0, 12.0, 23.976, 24.0, 29.97, 60.0)
+
+
+def span(
+    start: int, grid: tuple[int, int, int], kind: Literal["image", "video"] = "image"
+) -> VisualSpan:
+    t, h, w = grid
+    stop = start + t * h * w // 4
+    return VisualSpan(kind, start, stop, grid, (Path("a"),), (h, w), (h * 14, w * 14))
+
+
+def test_text_positions_are_sequential() -> None:
+    assert get_rope_index(4, [], [], 2).tolist() == [[0, 1, 2, 3]] * 3
+
+
+def test_image_between_texts() -> None:
+    found = get_rope_index(10, [span(2, (1, 4, 6))], [np.array([0])], 2)
+    assert found.tolist() == [
+        [0, 1, 2, 2, 2, 2, 2, 2, 5, 6],
+        [0, 1, 2, 2, 2, 3, 3, 3, 5, 6],
+        [0, 1, 2, 3, 4, 2, 3, 4, 5, 6],
+    ]
+
+
+def test_two_adjacent_images() -> None:
+    spans = [span(0, (1, 2, 4)), span(2, (1, 4, 2))]
+    found = get_rope_index(5, spans, [np.array([0])] * 2, 2)
+    assert found.tolist() == [[0, 0, 2, 2, 4], [0, 0, 2, 3, 4], [0, 1, 2, 2, 4]]
+
+
+def test_text_after_long_video_continues_after_its_time() -> None:
+    # transformers 5.23 would go on at 1, on a position that the video's third group holds.
+    found = get_rope_index(4, [span(0, (3, 2, 2), "video")], [np.array([0, 2, 4])], 2)
+    assert found.tolist() == [[0, 2, 4, 5], [0, 0, 0, 5], [0, 0, 0, 5]]
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("fps", FPS)
+def test_time_steps_match_transformers(family: str, fps: float) -> None:
+    groups, side = 400, 1600
+    grid = torch.tensor([[groups, 2, 2 * side]])
+    # transformers gets the seconds as a tensor, which is in single precision.
+    seconds = {"second_per_grid_ts": torch.tensor([2 / fps])} if family == "qwen2_5_vl" else {}
+    ids = torch.zeros(1, groups * side, dtype=torch.long)
+    model = build_rope_model(family)
+    theirs, _ = model.get_rope_index(ids, torch.full_like(ids, 2), video_grid_thw=grid, **seconds)
+    expected = theirs[0, 0].view(groups, side)[:, 0].tolist()
+    ours = Qwen2VL() if family == "qwen2_vl" else Qwen25VL(tokens_per_second=2)
+    assert ours.temporal_position_ids(groups, 2 / fps).tolist() == expected
+
+
+def test_only_qwen2_5_vl_scales_time_by_seconds() -> None:
+    assert Qwen2VL().temporal_position_ids(4, 0.7).tolist() == [0, 1, 2, 3]
+    assert Qwen25VL(tokens_per_second=2).temporal_position_ids(4, 1.0).tolist() == [0, 2, 4, 6]
+    assert Qwen25VL(tokens_per_second=2).temporal_position_ids(4, 0.7).tolist() == [0, 1, 2, 4]
+    assert Qwen25VL(tokens_per_second=25).temporal_position_ids(3, 1.0).tolist() == [0, 25, 50]
+
+
+def test_wrong_placeholder_count_raises() -> None:
+    with pytest.raises(AssertionError, match="2 temporal ids for 1 frame groups"):
+        get_rope_index(2, [span(0, (1, 2, 2))], [np.array([0, 1])], 2)
+    wrong = VisualSpan("image", 0, 3, (1, 2, 2), (Path("a"),), (28, 28), (28, 28))
+    with pytest.raises(AssertionError, match="has not 1 placeholders"):
+        get_rope_index(3, [wrong], [np.array([0])], 2)

@@ -1,0 +1,126 @@
+"""The first Qwen's tokenizer: the ids of the published code, and what is read of a file."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import sys
+import zlib
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizer_strings import TextPiece, make_strings
+
+from finesight.encode.tiktoken_tokenizer import SPECIAL_TOKENS, TiktokenTokenizer
+from finesight.errors import UserError
+
+pytest.importorskip("tiktoken")
+ASSETS = Path(__file__).resolve().parents[3] / "shared" / "qwen_assets" / "Qwen-VL-Chat"
+STORED = json.loads((Path(__file__).parent / "qwen_vl_ids.json").read_text(encoding="utf-8"))
+NUM_IMAGE_IDS = 256
+
+
+@pytest.fixture(scope="module")
+def published() -> TiktokenTokenizer:
+    if not ASSETS.is_dir():
+        pytest.skip("no folder with published files beside the repository")
+    return TiktokenTokenizer(ASSETS / "qwen.tiktoken")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    words = [*(bytes([byte]) for byte in range(256)), b"ab", b"abc", " 图".encode()]
+    lines = [f"{base64.b64encode(word).decode()} {rank}\n" for rank, word in enumerate(words)]
+    path = tmp_path / "qwen.tiktoken"
+    path.write_text("".join(lines), encoding="ascii")
+    return path
+
+
+def _ids(tokenizer: TiktokenTokenizer, pieces: list[TextPiece]) -> Iterator[int]:
+    for kind, group in groupby(pieces, key=itemgetter(0)):
+        texts = [text for _, text in group]
+        if kind == "text":
+            yield from tokenizer.encode("".join(texts))
+        elif kind == "special":
+            yield from map(tokenizer.token_to_id, texts)
+        for text in texts if kind == "picture" else ():
+            # The published code writes a picture's path, a byte an id, where its features will be.
+            name = text.encode()
+            yield tokenizer.token_to_id("<img>")
+            yield from [*name, *[tokenizer.token_to_id("<imgpad>")] * (NUM_IMAGE_IDS - len(name))]
+            yield tokenizer.token_to_id("</img>")
+
+
+def test_ids_match_published_code(published: TiktokenTokenizer) -> None:
+    for number, pieces in enumerate(make_strings(500, 7)):
+        ids = np.array(list(_ids(published, pieces)), "<i4")
+        assert [len(ids), zlib.crc32(ids.tobytes())] == STORED["strings"][number], pieces
+
+
+def test_special_ids_follow_the_vocabulary(published: TiktokenTokenizer) -> None:
+    names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<ref>", "<box>", "<img>", "<imgpad>")
+    found = [published.token_to_id(name) for name in names]
+    assert found == [151643, 151644, 151645, 151851, 151853, 151857, 151859]
+    assert published.list_special_tokens() == SPECIAL_TOKENS
+
+
+def test_decode_inverts_encode(published: TiktokenTokenizer) -> None:
+    text = "Zürich 你好 😀\n\n  x_1 <|im_end|>"
+    ids = [*published.encode(text), published.token_to_id("<|im_end|>")]
+    assert published.decode(ids, skip_special_tokens=True) == text
+    assert published.decode(ids, skip_special_tokens=False) == f"{text}<|im_end|>"
+
+
+def test_user_text_never_becomes_a_special_token(published: TiktokenTokenizer) -> None:
+    for token in SPECIAL_TOKENS:
+        ids = published.encode(f"a {token} b")
+        assert max(ids) < published.token_to_id("<|endoftext|>"), token
+
+
+def test_small_vocabulary_file(small: Path) -> None:
+    tokenizer = pickle.loads(pickle.dumps(TiktokenTokenizer(small)))
+    assert tokenizer.encode("abcab 图") == (257, 256, 258)
+    assert tokenizer.encode("") == ()
+    assert tokenizer.token_to_id("<|endoftext|>") == 259
+    assert tokenizer.decode([257, 0xE5, 10**6], skip_special_tokens=True) == "abc\ufffd"
+    names = [tokenizer.id_to_token(number) for number in (257, 0xE5, 261, 10**6)]
+    assert names == ["abc", r"\xe5", "<|im_end|>", ""]
+    with pytest.raises(UserError, match="no token <"):
+        tokenizer.token_to_id("<|vision_start|>")
+
+
+@pytest.mark.parametrize(
+    ("content", "output"),
+    [
+        ("", "the byte 0 is not a token"),
+        ("IQ== 0\nIg== 2\n", "are not consecutive"),
+        ("IQ== zero\n", "invalid literal"),
+        ("I%== 0\n", "not a tokenizer"),
+        ("version https://git-lfs.github.com/spec/v1\n", "not a tokenizer"),
+    ],
+)
+def test_invalid_file_is_rejected(tmp_path: Path, content: str, output: str) -> None:
+    path = tmp_path / "qwen.tiktoken"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=output):
+        TiktokenTokenizer(path)
+
+
+def test_missing_tiktoken_names_the_extra(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(UserError, match="which is not installed") as caught:
+        TiktokenTokenizer(small)
+    assert caught.value.remedy == "pip install 'finesight[qwen-vl]'"
+
+
+def test_token_bytes_equal_text_bytes(small: Path) -> None:
+    tokenizer = TiktokenTokenizer(small)
+    text = "abc 图 😀\n\xad"
+    assert b"".join(map(tokenizer.id_to_bytes, tokenizer.encode(text))).decode() == text
+    assert tokenizer.id_to_bytes(tokenizer.token_to_id("<box>")) == b"<box>"
+    assert tokenizer.id_to_bytes(10**6) == b""

@@ -1,0 +1,275 @@
+"""Pictures and questions made on the spot, answers token by token, and the slow way to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import (
+    BoxPart,
+    ContentPart,
+    ImagePart,
+    Message,
+    Sample,
+    TextPart,
+    VideoPart,
+)
+from finesight.encode.packing import pack
+from finesight.encode.tokenized_sample import EncodedSample
+from finesight.errors import UserError
+from finesight.infer.block_manager import hash_images
+from finesight.infer.engine import CPU_BLOCK_SIZE, Engine
+from finesight.infer.model_runner import ModelRunner, PromptState
+from finesight.infer.request import (
+    DecodingConstraint,
+    EngineEvent,
+    FinishReason,
+    GeneratedToken,
+    GenerationRequest,
+)
+from finesight.model.attention import PackedAttention, Segments
+from finesight.model.fused_linear import FusedLinear
+from finesight.model.lora.layer import LoraConfig, LoraLinear
+from finesight.model.lora.multi import MultiLora
+from finesight.model.vlm import VisionLanguageModel
+
+
+def write_noise_image(path: Path, width: int, height: int, seed: int = 0) -> Path:
+    """A PNG of coloured noise: every patch differs from every other."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def make_sample(
+    name: str,
+    folder: Path,
+    *content: str | tuple[str, ...],
+    answer: str | BoxPart | None = None,
+) -> LocatedSample:
+    """A sample from file names (ending in .png), frames of videos and texts, and its answer."""
+    parts = tuple(map(_to_part, content))
+    messages = [Message(role="user", content=parts)]
+    if answer is not None:
+        part = TextPart(text=answer) if isinstance(answer, str) else answer
+        messages.append(Message(role="assistant", content=(part,)))
+    return LocatedSample(Sample(id=name, messages=tuple(messages)), folder)
+
+
+def _to_part(piece: str | tuple[str, ...]) -> ContentPart:
+    if isinstance(piece, tuple):
+        return VideoPart(frames=piece, fps=2.0)
+    return ImagePart(image=piece) if piece.endswith(".png") else TextPart(text=piece)
+
+
+def make_mixed_questions(folder: Path) -> list[LocatedSample]:
+    """Questions of different lengths about no, one and two pictures of several sizes."""
+    sizes = {"a.png": (84, 56), "b.png": (56, 140), "c.png": (112, 112)}
+    for seed, (name, (width, height)) in enumerate(sizes.items()):
+        write_noise_image(folder / name, width, height, seed)
+    return [
+        make_sample("one", folder, "a.png", "What is in the picture?"),
+        make_sample("text", folder, "Why?"),
+        make_sample("two", folder, "b.png", "and then", "c.png", "which is larger?"),
+        make_sample("tall", folder, "b.png", "Read it."),
+        make_sample(
+            "again", folder, "c.png", "Where is the text? Answer with a box, please, and say why."
+        ),
+        make_sample("words", folder, "Tell me about the weather in three lines of plain text."),
+    ]
+
+
+class ForcedTokens(DecodingConstraint):
+    """A constraint that allows one token after another, whatever the model would say."""
+
+    def __init__(self, tokens: Sequence[int], vocab_size: int) -> None:
+        self._tokens, self._num_words = list(tokens), -(-vocab_size // 32)
+        self.accepted: list[int] = []
+
+    def compute_bitmask(self) -> NDArray[np.int32]:
+        bits = np.zeros(self._num_words, dtype=np.uint32)
+        # A card asks once more after the last token, before it knows that it was the last one.
+        token = self._tokens[min(len(self.accepted), len(self._tokens) - 1)]
+        bits[token // 32] = 1 << token % 32
+        return bits.view(np.int32)
+
+    def accept_token(self, token: int) -> None:
+        self.accepted.append(token)
+
+
+@dataclass
+class RequestEvents:
+    """What an engine has told of a request."""
+
+    tokens: list[GeneratedToken] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: UserError | None = None
+    num_cached_tokens: int = 0
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.id for token in self.tokens]
+
+    def add_event(self, event: EngineEvent) -> None:
+        """Nothing may come after the end."""
+        assert self.finish_reason is None, f"{event} after the end"
+        assert self.error is None, f"{event} after an error"
+        if event.token is not None:
+            self.tokens.append(event.token)
+        self.finish_reason, self.error, self.num_cached_tokens = (
+            event.finish_reason,
+            event.error,
+            event.num_cached_tokens,
+        )
+
+
+def run_engine(engine: Engine, events_by_ticket: dict[int, RequestEvents]) -> None:
+    """Step until the engine has nothing to do, and note what it tells, by ticket."""
+    while engine.has_work:
+        for event in engine.step():
+            events_by_ticket.setdefault(event.request_id, RequestEvents()).add_event(event)
+
+
+@dataclass
+class Generated:
+    """An answer's tokens and the logits [V] behind each."""
+
+    tokens: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+
+def install_adapters(model: VisionLanguageModel) -> None:
+    """Adapters as one trains them, on every layer of the decoder: the same ones each time."""
+    generator = torch.Generator().manual_seed(0)
+    model.requires_grad_(False)
+    for path, group in list(model.named_modules()):
+        if isinstance(group, FusedLinear) and path.startswith("model.layers"):
+            layers = dict.fromkeys(group.output_sizes, LoraConfig(4, 4.0))
+            group.adapter = LoraLinear(group, layers, 0.0, model.lm_head_weight.dtype)
+            for parameter in group.adapter.parameters():
+                drawn = torch.randn(parameter.shape, generator=generator) * 0.2
+                parameter.data = drawn.to(parameter)
+    model.eval()
+
+
+def install_request_adapters(model: VisionLanguageModel) -> None:
+    """The same, as one of those that are chosen for each question; it is for the next pass."""
+    install_adapters(model)
+    bank = MultiLora(model)
+    bank.collect_adapter()
+    model.lora_routing = bank.install()
+    assert model.lora_routing is not None
+    model.lora_routing.set_mask(model.lora_routing.build_mask(0))
+
+
+@torch.inference_mode()
+def generate_cached(
+    model: VisionLanguageModel,
+    prompts: Sequence[EncodedSample],
+    steps: int,
+    *,
+    chunk: int | None = None,
+    drop_after: int | None = None,
+    forced_tokens: Sequence[Sequence[int]] | None = None,
+) -> list[Generated]:
+    """Answers by the cache, all at once, with the model's first adapter, if it has some by request:
+    prompts are read `chunk` tokens at a time; after `drop_after` steps every second row leaves;
+    `spoken` tokens are said in place of the most probable ones."""
+    needed = [-(-(prompt.tokenized.num_tokens + steps) // CPU_BLOCK_SIZE) for prompt in prompts]
+    rows = ModelRunner(
+        model, max_num_seqs=len(prompts), num_blocks=sum(needed) + 1, block_size=CPU_BLOCK_SIZE
+    )
+    # In no order: what belongs together lies anywhere.
+    free = (np.random.default_rng(0).permutation(sum(needed)) + 1).tolist()
+    adapter = None if model.lora_routing is None else 0
+    requests = [
+        PromptState(prompt, [free.pop() for _ in range(number)], adapter, hash_images(prompt))
+        for prompt, number in zip(prompts, needed, strict=True)
+    ]
+    found = [Generated() for _ in prompts]
+
+    def append_token(index: int, logits_V: Tensor) -> Tensor:
+        answer = found[index]
+        token = (
+            int(logits_V.argmax())
+            if forced_tokens is None
+            else forced_tokens[index][len(answer.tokens)]
+        )
+        answer.tokens.append(token)
+        answer.logits.append(logits_V.clone())
+        return torch.tensor([token], device=logits_V.device)
+
+    owner: list[int] = []
+    while unread := [
+        n for n, prompt in enumerate(requests) if prompt.num_computed_tokens < prompt.num_tokens
+    ]:
+        unfinished = [requests[n] for n in unread]
+        stops = [
+            min(p.num_tokens, p.num_computed_tokens + (chunk or p.num_tokens)) for p in unfinished
+        ]
+        logits_RV = rows.prefill(unfinished, stops)
+        done = [n for n in unread if requests[n].num_computed_tokens == requests[n].num_tokens]
+        for who, logits_V in zip(done, () if logits_RV is None else logits_RV, strict=True):
+            rows.start_sequence(len(owner), requests[who], append_token(who, logits_V))
+            owner.append(who)
+    for step in range(1, steps):
+        if step - 1 == drop_after:
+            for row in reversed(range(0, len(owner), 2)):
+                last = owner.pop()
+                rows.remove_sequence(row, len(owner))
+                if row < len(owner):
+                    owner[row] = last
+        longest = max(requests[who].num_tokens for who in owner) + step
+        logits_RV = rows.decode(len(owner), longest)
+        for row, who in enumerate(owner):
+            rows.ids_R[row : row + 1] = append_token(who, logits_RV[row])
+    return found
+
+
+@torch.no_grad()
+def generate_uncached(model: VisionLanguageModel, prompt: EncodedSample, steps: int) -> Generated:
+    """The most probable tokens, the whole sequence run anew for each."""
+    generated = Generated()
+    for _ in range(steps):
+        batch = pack([_extend_prompt(prompt, generated.tokens)]).to(model.lm_head_weight.device)
+        segments = Segments(batch.lengths, batch.cu_seqlens_S1, max(batch.lengths))
+        h_TD = model.forward_hidden(batch, PackedAttention(segments))
+        generated.logits.append(model.compute_logits(model.apply_final_norm(h_TD[-1:]))[0])
+        generated.tokens.append(int(generated.logits[-1].argmax()))
+    return generated
+
+
+def _extend_prompt(prompt: EncodedSample, tokens: Sequence[int]) -> EncodedSample:
+    """The prompt with answer tokens after it: text, each one position on in all three rows."""
+    outline = prompt.tokenized
+    following = outline.position_ids_3T.max() + 1 + np.arange(len(tokens), dtype=np.int32)
+    extended = replace(
+        outline,
+        ids_T=np.concatenate([outline.ids_T, np.array(tokens, dtype=np.int32)]),
+        loss_mask_T=np.concatenate([outline.loss_mask_T, np.zeros(len(tokens), dtype=bool)]),
+        position_ids_3T=np.concatenate(
+            [outline.position_ids_3T, np.tile(following, (3, 1))], axis=1
+        ),
+    )
+    return replace(prompt, tokenized=extended)
+
+
+def make_request(prompt: EncodedSample, tokens: int = 9) -> GenerationRequest:
+    """A greedy request for so many tokens."""
+    return GenerationRequest(prompt=prompt, max_new_tokens=tokens)
+
+
+def run_requests(engine: Engine, *prompts: EncodedSample, tokens: int = 9) -> list[RequestEvents]:
+    """What the engine tells of these prompts, asked all at once."""
+    tickets = [engine.add_request(make_request(prompt, tokens)) for prompt in prompts]
+    events_by_ticket: dict[int, RequestEvents] = {}
+    run_engine(engine, events_by_ticket)
+    return [events_by_ticket[ticket] for ticket in tickets]

@@ -1,0 +1,375 @@
+"""A merged finesight-tiny answers as its adapter does, in transformers too, or is not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from hf_reference import CPU
+from lora_fixtures import tune_with_lora
+from PIL import Image
+
+from finesight.config import Device, Precision, TuneSettings
+from finesight.digests import verify_folder
+from finesight.errors import UserError
+from finesight.export import verified_merge
+from finesight.export.hf_files import find_missing_files
+from finesight.export.verified_merge import VerifiedMerge, merge_and_verify
+from finesight.infer.model_loader import load_inference_model, resolve_model_source
+from finesight.infer.prediction import build_questions, predict
+from finesight.manifest import Manifest
+from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE, save_adapter
+from finesight.model.weights_io import load_model
+from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, ModelFolder
+
+PARTS = {"language": "lora", "vision": "lora", "merger": "lora"}
+TUNE: dict[str, Any] = PARTS | {"lora": {"rank": 4, "alpha": 4}}
+PROMPT = "Describe the picture."
+
+
+class MergeableRun(NamedTuple):
+    """A run with an adapter on the language model, the tower and the merger of finesight-tiny."""
+
+    folder: Path
+    image: Path
+
+    def merge(self, out: Path, **how: Any) -> VerifiedMerge:
+        output: list[str] = []
+        how = {"num_samples": 3, "device": "cpu", "log": output.append} | how
+        return merge_and_verify(
+            str(self.folder), resolve_model_source(str(self.folder)), out, **how
+        )
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def run_template(tmp_path_factory: pytest.TempPathFactory) -> MergeableRun:
+    folder = tmp_path_factory.mktemp("made")
+    base = ModelFolder(TINY_MODEL_FOLDER)
+    model = tune_with_lora(load_model(base, torch.float32, CPU), TUNE)
+    adapter = folder / "run" / "adapter"
+    adapter.mkdir(parents=True)
+    save_adapter(adapter, model, base_model=TINY_MODEL, base_fingerprint=base.fingerprint())
+    # Half of it: enough to change answers, not to make them noise.
+    from safetensors.torch import load_file, save_file
+
+    tensors = {
+        key: 0.5 * tensor for key, tensor in load_file(adapter / ADAPTER_WEIGHTS_FILE).items()
+    }
+    save_file(tensors, adapter / ADAPTER_WEIGHTS_FILE)
+    manifest = Manifest(
+        family="qwen2_vl",
+        base_model=str(TINY_MODEL_FOLDER),
+        base_fingerprint=base.fingerprint(),
+        image_rule={"min_pixels": 3136, "max_pixels": 50176},
+        system_prompt="You are a helpful assistant.",
+        eos_token="<|im_end|>",
+        tune=TuneSettings.model_validate(TUNE),
+        versions={},
+    )
+    (folder / "run" / "manifest.json").write_text(manifest.model_dump_json())
+    image = folder / "picture.png"
+    Image.linear_gradient("L").convert("RGB").resize((120, 90)).save(image)
+    return MergeableRun(folder / "run", image)
+
+
+@pytest.fixture
+def run(run_template: MergeableRun, tmp_path: Path) -> MergeableRun:
+    """A copy for the test alone."""
+    shutil.copytree(run_template.folder, tmp_path / "run")
+    return MergeableRun(tmp_path / "run", run_template.image)
+
+
+@pytest.fixture(scope="module")
+def merged(run_template: MergeableRun, tmp_path_factory: pytest.TempPathFactory) -> VerifiedMerge:
+    return run_template.merge(tmp_path_factory.mktemp("merged") / "tiny", precision="fp32")
+
+
+def run_predict(source: Path, image: Path) -> str:
+    """What `finesight predict` says in fp32."""
+    answerer = load_inference_model(str(source), "cpu", "fp32")
+    requested = build_questions([image], PROMPT)
+    result = predict(answerer.model, answerer.renderer, requested, max_new_tokens=24, batch_size=1)
+    return result[0].raw_text
+
+
+def test_fp32_merge_is_exact_up_to_rounding(merged: VerifiedMerge) -> None:
+    verify_folder(merged.folder)
+    parity = merged.parity
+    assert (parity.num_prompts, parity.num_equal, parity.divergences) == (3, 3, ())
+    assert (parity.compute_precision, parity.weight_precision, parity.rounding_change) == (
+        "fp32",
+        "fp32",
+        None,
+    )
+    assert parity.adapter_change > 1e-2, "an adapter that changes nothing proves nothing"
+    assert parity.merge_change <= 1e-5
+    assert parity.reload_difference <= 1e-6
+
+
+def test_merged_model_answers_like_its_run(
+    merged: VerifiedMerge, run_template: MergeableRun
+) -> None:
+    output = run_predict(merged.folder, run_template.image)
+    assert output == run_predict(run_template.folder, run_template.image)
+    assert output != run_predict(TINY_MODEL_FOLDER, run_template.image)
+
+
+def test_transformers_generates_the_same_tokens(
+    merged: VerifiedMerge, run_template: MergeableRun
+) -> None:
+    import transformers
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+        merged.folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(merged.folder)
+    images = Qwen2VLImageProcessorPil.from_pretrained(merged.folder)
+    seen = images(images=[Image.open(run_template.image)], return_tensors="pt")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}],
+        add_generation_prompt=True,
+        tokenize=False,
+        chat_template=ModelFolder(merged.folder).chat_template,
+    )
+    count = int(seen["image_grid_thw"].prod()) // 4
+    text = text.replace("<|image_pad|>", "<|image_pad|>" * count)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    kinds = (ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")).int()
+    # No word of how to generate: the folder's own settings are greedy, and end with the turn.
+    with torch.no_grad():
+        result = model.eval().generate(
+            input_ids=ids, mm_token_type_ids=kinds, **seen, max_new_tokens=24
+        )
+    output = tokenizer.decode(result[0, ids.shape[1] :], skip_special_tokens=False)
+    assert output == run_predict(merged.folder, run_template.image)
+
+
+def test_bf16_rounding_error_is_measured(run_template: MergeableRun, tmp_path: Path) -> None:
+    proved = run_template.merge(tmp_path / "merged")
+    parity = proved.parity
+    assert (proved.precision, parity.compute_precision) == ("bf16", "fp32")
+    assert parity.rounding_change is not None
+    assert 1e-6 < parity.rounding_change < parity.adapter_change
+    assert parity.merge_change <= 1e-5
+    assert parity.reload_difference <= 1e-6, "the file holds the rounded sum, to the last bit"
+    assert parity.num_equal + len(parity.divergences) == 3
+    assert all(parting.is_tie for parting in parity.divergences)
+
+
+@pytest.mark.parametrize(
+    "how", [{"num_samples": 1}, {"precision": "fp16"}, {"max_shard_bytes": 3e6}]
+)
+def test_merge_options(run_template: MergeableRun, tmp_path: Path, how: dict[str, Any]) -> None:
+    proved = run_template.merge(tmp_path / "merged", **how)
+    assert proved.parity.num_prompts == how.get("num_samples", 3)
+    assert proved.precision == how.get("precision", "bf16")
+    files = ModelFolder(proved.folder).weight_files()
+    largest = max(file.stat().st_size for file in files)
+    if "max_shard_bytes" in how:
+        index = json.loads((proved.folder / "model.safetensors.index.json").read_text())
+        assert len(files) > 3
+        assert largest < 3.1e6
+        assert set(index["weight_map"].values()) == {file.name for file in files}
+    else:
+        assert len(files) == 1
+
+
+def test_validation_samples_of_run_are_compared(run: MergeableRun, tmp_path: Path) -> None:
+    shutil.copy(run.image, tmp_path / "p.png")
+    lines = []
+    for i in range(5):
+        content = [{"type": "text", "text": f"{i}?"}]
+        if i != 1:
+            content.insert(0, {"type": "image", "image": "p.png"})
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]
+        lines.append(json.dumps({"id": f"s{i}", "messages": turns}) + "\n")
+    (tmp_path / "eval.jsonl").write_text("".join(lines))
+    data = {"train": str(tmp_path / "eval.jsonl"), "eval": str(tmp_path / "eval.jsonl")}
+    recipe = {"model": TINY_MODEL, "data": data, "tune": TUNE, "output_dir": str(run.folder)}
+    run.recipe.write_text(yaml.safe_dump(recipe))
+    proved = run.merge(tmp_path / "merged")
+    assert (proved.parity.origin, proved.parity.num_prompts) == ("validation images", 3)
+    assert "validation images" in (proved.folder / "README.md").read_text()
+    for file in proved.folder.iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), f"{file.name} tells where data lay"
+
+    (tmp_path / "eval.jsonl").unlink()
+    again = run.merge(tmp_path / "again")
+    assert again.parity.origin == "generated images"
+
+
+def test_model_card_reports_the_measurements(run: MergeableRun, tmp_path: Path) -> None:
+    run.recipe.write_text(
+        yaml.safe_dump({"model": TINY_MODEL, "data": {"train": "/secret/place/train.jsonl"}})
+    )
+    measured = {"step": 9, "validation_loss": 1.25, "primary_metric": "exact"}
+    result = {
+        "run": "x",
+        "steps": 9,
+        "before": measured | {"scores": {"exact": 0.25}},
+        "after": measured
+        | {"scores": {"exact": 0.875}, "intervals": {"exact": [0.75, 1.0]}, "validation_loss": 0.5},
+    }
+    (run.folder / "result.json").write_text(json.dumps(result))
+    start = {"step": 0, "started_at": "now", "data": {"train": {"num_samples": 1234}}}
+    (run.folder / "metrics.jsonl").write_text(json.dumps(start) + "\n")
+    requested = ["Read it."] * 3 + ["Read\nthat."] * 2 + ["a", "a", "b", "c"]
+    (run.folder / "predictions").mkdir()
+    lines = "".join(json.dumps({"prompt": one}) + "\n" for one in requested)
+    (run.folder / "predictions" / "after.jsonl").write_text(lines + "damaged\n")
+    card = (run.merge(tmp_path / "merged").folder / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["license"] == "apache-2.0"
+    assert front["pipeline_tag"] == "image-text-to-text"
+    for output in (
+        "# merged",
+        "finesight-tiny (family qwen2_vl)",
+        "1,234 training samples",
+        "> Read it.\n\n> Read\n> that.\n\n> a\n\nAnd 2 similar ones.",
+        "| exact | 0.2500 | 0.8750 | 0.7500 to 1.0000 |",
+        "| validation_loss | 1.2500 | 0.5000 | - |",
+        "finesight serve merged",
+        "train: train.jsonl",
+        "Merged model equals trained model",
+        "vllm serve merged",
+        "sglang.launch_server --model-path merged",
+        "(apache-2.0)",
+    ):
+        assert output in card
+    assert "/secret" not in card
+
+
+def test_harmful_generation_settings_are_dropped(run: MergeableRun, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(TINY_MODEL_FOLDER, base)
+    (base / "sha256.json").unlink()
+    settings = json.loads((base / "generation_config.json").read_text())
+    settings |= {"repetition_penalty": 1.05, "top_p": 0.001, "do_sample": True, "eos_token_id": 7}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    proved = merge_and_verify(
+        str(run.folder),
+        resolve_model_source(str(run.folder), str(base)),
+        tmp_path / "merged",
+        num_samples=1,
+        device="cpu",
+    )
+    assert proved.dropped_sampling == {"repetition_penalty": 1.05, "top_p": 0.001}
+    written = json.loads((proved.folder / "generation_config.json").read_text())
+    assert (written["repetition_penalty"], written["top_k"]) == (1.0, 1)
+    assert "top_p" not in written
+    ends = load_inference_model(str(proved.folder), "cpu").renderer.end_ids
+    assert written["eos_token_id"] == [*ends, 7]
+    assert "repetition_penalty" in (proved.folder / "README.md").read_text()
+
+
+def test_merged_folder_is_complete(merged: VerifiedMerge) -> None:
+    assert merged.missing_files == ()
+    assert find_missing_files(ModelFolder(merged.folder)) == []
+    config = json.loads((merged.folder / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2VLForConditionalGeneration"]
+    assert len({path.stat().st_mode for path in merged.folder.iterdir()}) == 1, "who may read it"
+
+
+def test_missing_files_are_listed(tmp_path: Path) -> None:
+    shutil.copytree(TINY_MODEL_FOLDER, tmp_path / "model")
+    for name in ("tokenizer_config.json", "chat_template.json", "preprocessor_config.json"):
+        (tmp_path / "model" / name).unlink()
+    found = find_missing_files(ModelFolder(tmp_path / "model"))
+    assert [lack.split()[0] for lack in found] == [
+        "tokenizer_config.json",
+        "preprocessor_config.json",
+        "a",
+    ]
+
+
+def has_no_leftovers(folder: Path) -> bool:
+    return not [path for path in folder.iterdir() if "merged" in path.name]
+
+
+def test_fp16_overflow_is_rejected(run: MergeableRun, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = run.folder / "adapter" / ADAPTER_WEIGHTS_FILE
+    tensors = load_file(file)
+    name = next(key for key in tensors if key.endswith("o_proj.lora_B.weight"))
+    tensors[name] = torch.full_like(tensors[name], 1e7)
+    save_file(tensors, file)
+    with pytest.raises(
+        UserError, match=r"o_proj.weight reaches \d.*\n.*the largest of torch.float16"
+    ):
+        run.merge(tmp_path / "merged", precision="fp16")
+    assert has_no_leftovers(tmp_path)
+
+
+def test_inconsistent_config_is_rejected(
+    run: MergeableRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault of finesight as users have met them elsewhere: settings that came out as others."""
+
+    def damaged(folder: Path, *arguments: Any) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 10000.0}))
+
+    monkeypatch.setattr(verified_merge, "complete_hf_folder", damaged)
+    with pytest.raises(UserError, match="saving and loading the folder changes"):
+        run.merge(tmp_path / "merged")
+    assert has_no_leftovers(tmp_path)
+
+
+def test_changed_image_size_is_rejected(
+    run: MergeableRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(folder: Path, *arguments: Any) -> None:
+        text = (folder / "manifest.json").read_text()
+        (folder / "manifest.json").write_text(text.replace("50176", "12544"))
+
+    monkeypatch.setattr(verified_merge, "complete_hf_folder", damaged)
+    with pytest.raises(UserError, match="the merged folder encodes generated 2 as"):
+        run.merge(tmp_path / "merged")
+    assert has_no_leftovers(tmp_path)
+
+
+def test_disk_space_is_checked_first(
+    run: MergeableRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=20_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"9\d,\d{3},\d{3} bytes are required, 20,000,000 are free"):
+        run.merge(tmp_path / "deep" / "merged")
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_interrupted_merge_leaves_no_files(
+    run: MergeableRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise stop
+
+    monkeypatch.setattr(verified_merge, "write_model_card", interrupted)
+    with pytest.raises(stop):
+        run.merge(tmp_path / "merged")
+    assert has_no_leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+def test_low_memory_uses_the_weight_dtype(
+    run: MergeableRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
+) -> None:
+    monkeypatch.setattr(verified_merge, "_get_available_memory", lambda: 1e9)
+    device: Device = "cpu"
+    parity = run.merge(tmp_path / "merged", precision=precision, device=device).parity
+    assert (parity.compute_precision, parity.rounding_change) == ("bf16", None)
+    assert parity.merge_change <= 0.1
+    assert parity.reload_difference <= 1e-6

@@ -1,0 +1,80 @@
+"""Images that become corrupt or vanish during a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_task import TinyTask
+
+from finesight.errors import UserError
+from finesight.train import trainer
+from finesight.train.dataloader import StepBatch
+from finesight.train.setup import TrainState
+from finesight.train.step import StepOutput
+
+SETTINGS = ("train.vision_cache=never", "train.epochs=4", "train.save_every=1")
+
+
+@contextmanager
+def before_step(number: int, happens: Callable[[], object]) -> Iterator[None]:
+    """Within the block it happens while a run is at its step of this number, counted from 1."""
+    real = trainer.train_step
+
+    def taking(session: TrainState, step: StepBatch, *rest: Any) -> StepOutput:
+        if step.step_index + 1 == number:
+            happens()
+        return real(session, step, *rest)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trainer, "train_step", taking)
+        yield
+
+
+def test_image_corrupted_during_run_is_skipped_and_counted(task: TinyTask) -> None:
+    """Corrupt an image after the start; only its sample is skipped, and reported."""
+    broken = task.folder / "train5.png"
+    full = broken.read_bytes()
+    with before_step(2, lambda: broken.write_bytes(full[:-30])):
+        result = task.run(*SETTINGS)
+    lines = [line for line in task.read_metrics() if "loss" in line]
+    dropped = [line["step"] for line in lines if line["skipped_samples"] == ["train5"]]
+    assert len(dropped) >= 2
+    assert min(dropped) > 2
+    assert result.skipped_samples == len(dropped)
+    assert "skipped train5" in task.console_output
+    assert [line["num_samples"] for line in lines if line["step"] in dropped] == [3] * len(dropped)
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert result.steps == len(lines) == 11
+
+
+def test_vanished_image_folder_ends_the_run(task: TinyTask) -> None:
+    """Remove all images; the run ends with an error, and resumes after restoring them."""
+    images: dict[Path, bytes] = {}
+
+    def vanish() -> None:
+        for path in task.folder.glob("train*.png"):
+            images[path] = path.read_bytes()
+            path.unlink()
+
+    with (
+        before_step(4, vanish),
+        pytest.raises(UserError, match="of 11 samples have corrupt images") as one,
+    ):
+        task.run(*SETTINGS)
+    assert "--resume" in one.value.remedy
+    assert len(images) == 11
+    lines = [line for line in task.read_metrics() if "loss" in line]
+    assert [line["loss"] is None for line in lines] == [line["num_samples"] == 0 for line in lines]
+    assert lines[-1]["step"] < 11
+    for path, content in images.items():
+        path.write_bytes(content)
+    assert task.run(*SETTINGS, resume=True).steps == 11
+    again = [line for line in task.read_metrics() if "loss" in line]
+    assert [line["step"] for line in again] == [*range(1, 12)]
+    assert again[-1]["num_samples"] == 4
+    assert not again[-1]["skipped_samples"]

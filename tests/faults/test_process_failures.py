@@ -1,0 +1,113 @@
+"""Data loader workers, ranks and runs that die, hang or are stopped."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
+
+from finesight.digests import verify_folder
+from finesight.train import trainer
+from finesight.train.dataloader import StepBatch
+from finesight.train.setup import TrainState
+from finesight.train.step import StepOutput
+
+TESTS = Path(__file__).parents[1]
+
+
+def wait_until(come: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait for it, as long as the process lives."""
+    while not come():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
+def test_killed_data_worker_is_restarted(
+    task: TinyTask, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Kill the data loader worker repeatedly; the run is bit-identical."""
+    settings = ("train.num_workers=1", "train.epochs=4", "train.save_every=30")
+    task.run(*settings, name="whole")
+    real = trainer.train_step
+
+    def taking(session: TrainState, step: StepBatch, *rest: Any) -> StepOutput:
+        if step.step_index in (1, 5):
+            (reader,) = multiprocessing.active_children()
+            reader.kill()
+            reader.join()
+        return real(session, step, *rest)
+
+    monkeypatch.setattr(trainer, "train_step", taking)
+    task.run(*settings)
+    assert sum("is restarted" in message for message in caplog.messages) == 2
+    assert read_final_files(task.folder / "run") == read_final_files(task.folder / "whole")
+    assert read_losses(task.folder / "run") == read_losses(task.folder / "whole")
+
+
+def start_ranks(task: TinyTask, count: int) -> list[subprocess.Popen[str]]:
+    """Processes that learn together, without a launcher that would end the others."""
+    recipe = task.recipe | {"output_dir": str(task.folder / "run")}
+    path = write_recipe(task.folder / "recipe.yaml", recipe, epochs=500)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    result = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    result |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(TESTS / "hung_rank.py"), str(path)],
+            env=os.environ | result | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def test_hung_rank_is_named(task: TinyTask) -> None:
+    """Stop one of two ranks in a step; the other saves a checkpoint and names it."""
+    first, second = start_ranks(task, 2)
+    try:
+        wait_until(lambda: len(read_losses(task.folder / "run")) > 2, first)
+        second.send_signal(signal.SIGSTOP)
+        output, _ = first.communicate(timeout=120)
+    finally:
+        second.kill()
+        second.communicate()
+        first.kill()
+    assert first.returncode == 2, output
+    assert "rank 1 of 2 did not respond within 0:00:03" in output
+    last = max(step for step, _ in read_losses(task.folder / "run"))
+    verify_folder(task.folder / "run" / "checkpoints" / f"step-{last}")
+
+
+def test_stop_signal_saves_a_checkpoint(task: TinyTask, every_point: bool) -> None:
+    """Breaks: a job's time is over. Survive: a checkpoint of the last step, and exit code 75."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)[: 3 if every_point else 1]:
+        run = task.folder / number.name
+        recipe = task.recipe | {"output_dir": str(run)}
+        path = write_recipe(task.folder / "recipe.yaml", recipe, epochs=500)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "finesight", "train", str(path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        wait_until(lambda run=run: len(read_losses(run)) > 2, process)
+        process.send_signal(number)
+        output, _ = process.communicate()
+        assert process.returncode == 75, output
+        last = max(step for step, _ in read_losses(run))
+        assert f"stopped by {number.name}, checkpoint of step {last} written" in output
+        verify_folder(run / "checkpoints" / f"step-{last}")

@@ -1,0 +1,245 @@
+"""Small random models of families without native code, made on the spot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+
+from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import Sample
+from finesight.model.tiny import create_tiny_model
+
+CHAT_TEMPLATE = """\
+{%- for turn in messages -%}
+{{ '<|im_start|>' + turn['role'] + '\\n' }}
+{%- for part in turn['content'] -%}
+{{ '<|image_pad|>' if part['type'] == 'image' else part['text'] }}
+{%- endfor -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{{ '<|im_start|>assistant\\n' if add_generation_prompt else '' }}"""
+
+IMAGE_SIZE, PATCH = 28, 14
+
+VISION_CONFIG = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH,
+}
+LLAMA_CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+def make_llava(folder: Path, template: str = CHAT_TEMPLATE, tied: bool = False) -> Path:
+    """A LLaVA: a CLIP tower of two layers, a projector, a Llama of two."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    try:
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    except ImportError:  # where it still was the only one
+        from transformers import CLIPImageProcessor as CLIPImageProcessorPil
+
+    tokenizer = make_tokenizer(folder)
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    config = LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **VISION_CONFIG},
+        text_config={**LLAMA_CONFIG, "vocab_size": len(tokenizer)},
+        image_token_index=image,
+        tie_word_embeddings=tied,
+        vision_feature_layer=-1,
+    )
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size=size, crop_size=size),
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<|image_pad|>",
+        chat_template=template,
+    )
+    torch.manual_seed(0)
+    save_model(folder, LlavaForConditionalGeneration(config), processor)
+    return folder
+
+
+def make_tokenizer(folder: Path) -> Any:
+    """The small tokenizer of the native tests, for transformers."""
+    from transformers import PreTrainedTokenizerFast
+
+    create_tiny_model(folder.parent / f"{folder.name} tokenizer")
+    file = folder.parent / f"{folder.name} tokenizer" / "tokenizer.json"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_file(str(file)),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+
+
+@torch.no_grad()
+def save_model(folder: Path, model: Any, processor: Any) -> None:
+    """Write both, the weights so wide that pictures and words matter to the answers."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0.0, 1.5 * parameter[0].numel() ** -0.5)
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def make_sample(
+    folder: Path, *turns: tuple[str, str], num_images: int = 1, name: str = "s"
+) -> LocatedSample:
+    """A conversation of (question, answer) pairs, its pictures in the first turn; the last answer
+    may be empty, for none."""
+    messages = []
+    for at, (question, answer) in enumerate(turns):
+        shown = [
+            {"type": "image", "image": write_image(folder, n)}
+            for n in range(0 if at else num_images)
+        ]
+        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
+        if answer:
+            messages.append({"role": "assistant", "content": answer})
+    return LocatedSample(
+        Sample.model_validate_json(json.dumps({"id": name, "messages": messages})), folder
+    )
+
+
+def write_image(folder: Path, number: int) -> str:
+    """A picture of one colour."""
+    name = f"{number}.png"
+    Image.new("RGB", (40 + 10 * number, 30), (250 - 90 * number, 80 * number, 20)).save(
+        folder / name
+    )
+    return name
+
+
+def make_idefics3(folder: Path) -> Path:
+    """An Idefics3, as SmolVLM is one: large pictures are read in pieces, each between tokens."""
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
+
+    try:
+        from transformers.models.idefics3.image_processing_pil_idefics3 import (
+            Idefics3ImageProcessorPil,
+        )
+    except ImportError:
+        from transformers import Idefics3ImageProcessor as Idefics3ImageProcessorPil
+
+    tokenizer = make_tokenizer(folder)
+    marks = ["<image>", "<fake_token_around_image>", "<global-img>"]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    config = Idefics3Config(
+        text_config={**LLAMA_CONFIG, "vocab_size": len(tokenizer)},
+        vision_config={**VISION_CONFIG},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    processor = Idefics3Processor(
+        image_processor=Idefics3ImageProcessorPil(
+            size={"longest_edge": 2 * IMAGE_SIZE}, max_image_size={"longest_edge": IMAGE_SIZE}
+        ),
+        tokenizer=tokenizer,
+        image_seq_len=1,
+        chat_template=CHAT_TEMPLATE.replace("<|image_pad|>", "<image>"),
+    )
+    torch.manual_seed(0)
+    save_model(folder, Idefics3ForConditionalGeneration(config), processor)
+    return folder
+
+
+QWEN3_5_CHAT_TEMPLATE = """\
+{%- for turn in messages -%}
+{{ '<|im_start|>' + turn['role'] + '\\n' }}
+{%- if turn['role'] == 'assistant' and loop.last -%}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}
+{%- for part in turn['content'] -%}
+{%- if part['type'] == 'image' -%}
+{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- else -%}
+{{ part['text'] }}
+{%- endif -%}
+{%- endfor -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_start|>assistant\\n<think>\\n' }}
+{{- '\\n</think>\\n\\n' if enable_thinking is defined and enable_thinking is false }}
+{%- endif -%}
+"""
+"""Like those of published models that think: an earlier answer loses its empty thought."""
+
+
+def make_qwen3_5(folder: Path, experts: int = 0) -> Path:
+    """A Qwen3.5 of four layers, three of which attend linearly; with so many experts, if any. Needs
+    torchvision, as its processor does."""
+    import transformers
+
+    tokenizer = make_tokenizer(folder)
+    text: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 1024,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [1, 1, 0],
+            "mrope_interleaved": True,
+            "partial_rotary_factor": 0.25,
+        },
+    }
+    if experts:
+        text |= {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        text |= {"shared_expert_intermediate_size": 24}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+    vision |= {"patch_size": PATCH, "out_hidden_size": 32, "num_position_embeddings": 16}
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in {
+            "image": "image_pad",
+            "video": "video_pad",
+            "vision_start": "vision_start",
+            "vision_end": "vision_end",
+        }.items()
+    }
+    configuration, model = (
+        (transformers.Qwen3_5MoeConfig, transformers.Qwen3_5MoeForConditionalGeneration)
+        if experts
+        else (transformers.Qwen3_5Config, transformers.Qwen3_5ForConditionalGeneration)
+    )
+    processor = transformers.Qwen3VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(
+            patch_size=PATCH, size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+        ),
+        tokenizer=tokenizer,
+        video_processor=transformers.Qwen3VLVideoProcessor(),
+        chat_template=QWEN3_5_CHAT_TEMPLATE,
+    )
+    torch.manual_seed(0)
+    config = configuration(text_config=text, vision_config=vision, **ids)
+    save_model(folder, model(config), processor)
+    return folder

@@ -1,0 +1,327 @@
+"""The reference models of transformers, small and random, and packs that both sides can read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from finesight.encode.packing import PackedBatch
+from finesight.encode.tokenized_sample import GridTHW
+from finesight.model.config import ConfigReader
+from finesight.model.vlm import VisionLanguageModel, build_model
+from finesight.model.weights_io import hub_tensors
+from finesight.model_folder import PREPROCESSOR_DEFAULTS
+
+IMAGE, VIDEO, START, END = 96, 97, 98, 99
+CPU = torch.device("cpu")
+
+
+def make_config(family: str, **changes: Any) -> dict[str, Any]:
+    """A small config.json in the hub's style; `vision` holds changes of its vision_config."""
+    if family == "qwen3_vl":
+        return _nested(changes)
+    if family == "qwen3_vl_moe":
+        experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        return _nested(experts | {"norm_topk_prob": True} | changes) | {"model_type": family}
+    vision = {"depth": 2, "num_heads": 2, "in_chans": 3, "patch_size": 14} | {
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    if family == "qwen2_vl":
+        vision |= {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2}
+    else:
+        vision |= {"hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 52} | {
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
+            "hidden_act": "silu",
+        }
+    return {
+        "model_type": family,
+        "vocab_size": 100,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]},
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+        "vision_start_token_id": START,
+        "vision_end_token_id": END,
+        "vision_config": vision | changes.pop("vision", {}),
+    } | changes
+
+
+def _nested(changes: dict[str, Any]) -> dict[str, Any]:
+    """The same for Qwen3-VL, whose language model's keys stand in `text_config`."""
+    vision = {
+        "depth": 3,
+        "num_heads": 2,
+        "in_channels": 3,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "hidden_size": 32,
+        "out_hidden_size": 48,
+        "intermediate_size": 52,
+        "hidden_act": "gelu_pytorch_tanh",
+        "num_position_embeddings": 49,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    text = {
+        "vocab_size": 100,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 5000000.0,
+        "rope_scaling": {
+            "rope_type": "default",
+            "mrope_interleaved": True,
+            "mrope_section": [4, 2, 2],
+        },
+    }
+    vision |= changes.pop("vision", {})
+    top = {"tie_word_embeddings": changes.pop("tie_word_embeddings", True)}
+    return top | {
+        "model_type": "qwen3_vl",
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+        "vision_start_token_id": START,
+        "vision_end_token_id": END,
+        "text_config": text | changes,
+        "vision_config": vision,
+    }
+
+
+def make_reference_model(settings: dict[str, Any], seed: int = 0, attention: str = "sdpa") -> Any:
+    """The transformers model of this config.json, every parameter random, in fp32."""
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLMoeConfig,
+        Qwen3VLMoeForConditionalGeneration,
+    )
+
+    kinds = {
+        "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
+        "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+        "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+        "qwen3_vl_moe": (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration),
+    }
+    kind, model_kind = kinds[settings["model_type"]]
+    typed = kind.from_dict(deepcopy(settings))
+    typed._attn_implementation = attention
+    model = model_kind(typed).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0.0, 0.15, generator=generator)
+            if parameter.ndim == 1 and name.endswith("weight"):
+                parameter.add_(1.0)
+    return model
+
+
+def make_native_model(settings: dict[str, Any], weights: nn.Module) -> VisionLanguageModel:
+    """The native model of this config.json with the reference's weights."""
+    dtype = next(weights.parameters()).dtype
+    device = next(weights.parameters()).device
+    model = build_model(ConfigReader(settings), ConfigReader(PREPROCESSOR_DEFAULTS), dtype, device)
+    wanted = {tensor.name: tensor for tensor in hub_tensors(model)}
+    found = to_published_layout(model, {name: p.detach() for name, p in weights.named_parameters()})
+    assert wanted.keys() == found.keys(), sorted(wanted.keys() ^ found.keys())
+    for name, tensor in wanted.items():
+        assert tensor.shape == tuple(found[name].shape), name
+        tensor.data.copy_(found[name].reshape(tensor.data.shape))
+    return model
+
+
+def to_published_layout(
+    model: VisionLanguageModel, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The reference's tensors by native name; it holds experts outputs first."""
+    named = {model.architecture.to_native_name(name): tensor for name, tensor in tensors.items()}
+    return {name: t.mT if ".experts." in name else t for name, t in named.items()}
+
+
+ConversationPart = int | tuple[str, GridTHW]
+"""So many text tokens, or a picture or video of this grid."""
+
+
+@dataclass(frozen=True)
+class ConversationSpec:
+    """What is talked about, for any family to read."""
+
+    seed: int
+    parts: tuple[ConversationPart, ...]
+
+    def build_for(self, model: Any) -> RandomConversation:
+        """As the reference model's family reads it: Qwen3-VL takes the pairs of frames of a video
+        one by one, with text before each."""
+        newest = model.config.model_type.startswith("qwen3_vl")
+        parts = _split_video_frames(self.parts) if newest else self.parts
+        return _draw_conversation(self.seed, parts, side=16 if newest else 14)
+
+
+def make_conversation(seed: int, *parts: ConversationPart) -> ConversationSpec:
+    """The parts in order, pictures between their start and end tokens."""
+    return ConversationSpec(seed, parts)
+
+
+@dataclass(frozen=True)
+class RandomConversation:
+    """Random tokens with random pictures among them; `kinds_T` is 0 text, 1 image, 2 video."""
+
+    ids_T: Tensor
+    kinds_T: Tensor
+    media: tuple[tuple[str, GridTHW], ...]
+    patches: tuple[Tensor, ...]
+
+    def pixels(self, kind: str) -> Tensor | None:
+        """Normalised patches of all pictures or videos, as the reference's processor makes them."""
+        chosen = [p for (k, _), p in zip(self.media, self.patches, strict=True) if k == kind]
+        if not chosen:
+            return None
+        mean, std = (
+            torch.tensor(PREPROCESSOR_DEFAULTS[key], dtype=torch.float64)[:, None]
+            for key in ("image_mean", "image_std")
+        )
+        unit = torch.cat(chosen).unflatten(1, (3, -1)).double() / 255
+        return ((unit - mean) / std).flatten(1).float()
+
+    def grids(self, kind: str) -> Tensor | None:
+        chosen = [grid for k, grid in self.media if k == kind]
+        return torch.tensor(chosen) if chosen else None
+
+
+def _draw_conversation(
+    seed: int, parts: Sequence[ConversationPart], side: int
+) -> RandomConversation:
+    rng = np.random.default_rng(seed)
+    ids: list[int] = []
+    kinds: list[int] = []
+    media, patches = [], []
+    for part in parts:
+        if isinstance(part, int):
+            ids += rng.integers(0, IMAGE, part).tolist()
+            kinds += [0] * part
+            continue
+        kind, (t, h, w) = part
+        count = t * h * w // 4
+        ids += [START, *[IMAGE if kind == "image" else VIDEO] * count, END]
+        kinds += [0, *[1 if kind == "image" else 2] * count, 0]
+        media.append(part)
+        patches.append(
+            torch.from_numpy(rng.integers(0, 256, (t * h * w, 6 * side**2), dtype=np.uint8))
+        )
+    return RandomConversation(torch.tensor(ids), torch.tensor(kinds), tuple(media), tuple(patches))
+
+
+def _split_video_frames(parts: Sequence[ConversationPart]) -> list[ConversationPart]:
+    """Videos as pairs of frames with two tokens of text before each."""
+    apart: list[ConversationPart] = []
+    for part in parts:
+        if isinstance(part, int) or part[0] == "image":
+            apart.append(part)
+        else:
+            t, h, w = part[1]
+            apart += [2, ("video", (1, h, w))] * t
+    return apart
+
+
+def reference_position_ids(model: Any, sample: RandomConversation) -> Tensor:
+    """The reference's own rope index, [3, T]."""
+    if not sample.media:
+        return torch.arange(len(sample.ids_T)).expand(3, -1)
+    index, _ = model.model.get_rope_index(
+        sample.ids_T[None],
+        mm_token_type_ids=sample.kinds_T[None],
+        image_grid_thw=sample.grids("image"),
+        video_grid_thw=sample.grids("video"),
+    )
+    return index[:, 0]
+
+
+def reference_logits(model: Any, spec: ConversationSpec) -> Tensor:
+    """Logits [T, V] of one sample alone."""
+    sample = spec.build_for(model)
+    device = next(model.parameters()).device
+
+    def to_device(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device)
+
+    output = model(
+        input_ids=sample.ids_T[None].to(device),
+        position_ids=reference_position_ids(model, sample)[:, None].to(device),
+        mm_token_type_ids=sample.kinds_T[None].to(device),
+        pixel_values=to_device(sample.pixels("image")),
+        pixel_values_videos=to_device(sample.pixels("video")),
+        image_grid_thw=to_device(sample.grids("image")),
+        video_grid_thw=to_device(sample.grids("video")),
+        use_cache=False,
+    )
+    return output.logits[0]
+
+
+def pack_conversations(model: Any, specs: Sequence[ConversationSpec]) -> PackedBatch:
+    """The samples end to end, every token asked for its logits."""
+    samples = [spec.build_for(model) for spec in specs]
+    lengths = tuple(len(sample.ids_T) for sample in samples)
+    ids_T = torch.cat([sample.ids_T for sample in samples])
+    kinds_T = torch.cat([sample.kinds_T for sample in samples])
+    patches = [patch for sample in samples for patch in sample.patches]
+    every_T = torch.arange(len(ids_T))
+    return PackedBatch(
+        sample_ids=tuple(str(number) for number in range(len(samples))),
+        lengths=lengths,
+        grid_thw=tuple(grid for sample in samples for _, grid in sample.media),
+        ids_T=ids_T,
+        position_ids_3T=torch.cat(
+            [reference_position_ids(model, sample) for sample in samples], dim=1
+        ),
+        cu_seqlens_S1=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        patches_ND=torch.cat(patches) if patches else torch.empty(0, 6, dtype=torch.uint8),
+        visual_indices_M=(kinds_T > 0).nonzero().squeeze(1),
+        logit_indices_L=every_T,
+        labels_L=ids_T,
+    )
+
+
+def max_relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference relative to the largest expected value."""
+    found, expected = found.detach().double(), expected.detach().double()
+    difference = (found - expected).abs().max()
+    return float(difference / expected.abs().max())
+
+
+def collect_gradients(model: VisionLanguageModel) -> dict[str, Tensor]:
+    """The gradient of every parameter by its hub name, in the hub's shape."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.data = parameter.grad
+    return {tensor.name: tensor.data.view(tensor.shape) for tensor in hub_tensors(model)}

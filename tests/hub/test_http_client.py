@@ -1,0 +1,106 @@
+"""Answers of servers that are wrong, endless or large: refused in words, never a crash."""
+
+from __future__ import annotations
+
+import gzip
+import threading
+import tracemalloc
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from finesight.errors import UserError
+from finesight.hub import http_client
+from finesight.hub.http_client import HttpClient, HttpSite
+from finesight.hub.transfer import RemoteFile, download_file
+
+
+class Server(ThreadingHTTPServer):
+    """Answers everything alike: `reply` is the status, the headers and the body."""
+
+    daemon_threads = True
+    reply: tuple[int, dict[str, str], bytes] = (200, {}, b"")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/x?Signature=secret"
+
+
+class Answers(BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Nothing on the screen."""
+
+    def do_GET(self) -> None:
+        status, headers, body = self.server.reply
+        self.send_response(status)
+        for header in headers.items():
+            self.send_header(*header)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(http_client, "RETRY_DELAYS_S", ())
+    serving = Server(("127.0.0.1", 0), Answers)
+    threading.Thread(target=serving.serve_forever, args=(0.02,), daemon=True).start()
+    yield serving
+    serving.shutdown()
+    serving.server_close()
+
+
+def site() -> HttpSite:
+    return HttpSite(lambda response, said: UserError(f"status {response.status_code}: {said[:9]}"))
+
+
+def test_endless_error_body_is_bounded(server: Server) -> None:
+    server.reply = (404, {"Content-Encoding": "gzip"}, gzip.compress(bytes(100_000_000)))
+    tracemalloc.start()
+    with HttpClient(site()) as requested, pytest.raises(UserError, match="status 404"):
+        requested.get_json(server.url)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("location", ["http://[::1", "https://a..b/", f"https://{'a' * 70}.com/"])
+def test_invalid_redirect_target(server: Server, location: str) -> None:
+    server.reply = (302, {"Location": location}, b"")
+    with (
+        HttpClient(site()) as requested,
+        pytest.raises(UserError, match="not an allowed address") as raised,
+    ):
+        requested.get_json(server.url)
+    assert "secret" not in str(raised.value)
+
+
+def test_invalid_retry_after_header(server: Server, tmp_path: Path) -> None:
+    server.reply = (503, {"Retry-After": "\xb2"}, b"")
+    with HttpClient(site()) as requested, pytest.raises(UserError, match="no response: status 503"):
+        requested.get_json(server.url)
+    chunked = {"Transfer-Encoding": "chunked"}
+    server.reply = (206, {**chunked, "Content-Range": f"bytes 0-1/{'9' * 5000}"}, CHUNKS)
+    assert fetched(server, tmp_path) == b"ab"
+
+
+def test_missing_content_length(server: Server, tmp_path: Path) -> None:
+    server.reply = (200, {}, b"ab")
+    with pytest.raises(UserError, match="does not send the size of a") as raised:
+        fetched(server, tmp_path)
+    assert "secret" not in str(raised.value)
+    assert not list(tmp_path.glob("a"))
+    server.reply = (200, {"Transfer-Encoding": "chunked"}, CHUNKS)
+    assert fetched(server, tmp_path) == b"ab"
+
+
+CHUNKS = b"2\r\nab\r\n0\r\n\r\n"
+
+
+def fetched(server: Server, folder: Path) -> bytes:
+    with HttpClient(site()) as requested:
+        file = RemoteFile("a", server.url)
+        download_file(file, folder / "a", requested, lambda count: None, threading.Event())
+    return (folder / "a").read_bytes()

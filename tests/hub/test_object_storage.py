@@ -1,0 +1,149 @@
+"""Object storage, by the one that fsspec keeps in memory: fetched once, whole, or refused."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from container_fixtures import write_tar_shards
+from fsspec.implementations.memory import MemoryFileSystem
+from tiny_task import TinyTask, read_losses
+
+from finesight.config import TrainFileSettings
+from finesight.data.corpus import load_corpus
+from finesight.digests import verify_folder
+from finesight.errors import UserError
+from finesight.hub import object_storage
+from finesight.hub.object_storage import fetch_objects
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(object_storage, "get_objects_folder", lambda: tmp_path / "objects")
+    return tmp_path / "objects"
+
+
+@pytest.fixture
+def bucket() -> Iterator[MemoryFileSystem]:
+    system = MemoryFileSystem()
+    yield system
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+
+
+def test_object_is_cached_until_it_changes(
+    bucket: MemoryFileSystem, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.pipe("/b/1.tar", b"one")
+    (first,) = fetch_objects("memory://b/1.tar")
+    assert first.read_bytes() == b"one"
+    assert first.name == "1.tar"
+    verify_folder(first.parent)
+    with monkeypatch.context() as patch:
+        patch.setattr(bucket, "get_file", None)
+        patch.setattr(MemoryFileSystem, "get_file", None)
+        assert fetch_objects("memory://b/1.tar") == [first]
+    bucket.pipe("/b/1.tar", b"other")
+    (second,) = fetch_objects("memory://b/1.tar")
+    assert (first.read_bytes(), second.read_bytes()) == (b"one", b"other")
+
+
+def test_glob_pattern_is_sorted_by_name(bucket: MemoryFileSystem) -> None:
+    for name in ("2.tar", "10.tar", "1.tar", "other.txt"):
+        bucket.pipe(f"/b/x/{name}", name.encode())
+    assert [file.name for file in fetch_objects("memory://b/x/*.tar")] == [
+        "1.tar",
+        "10.tar",
+        "2.tar",
+    ]
+    with pytest.raises(UserError, match=r"memory://b/\*\.tar: no file matches"):
+        fetch_objects("memory://b/*.tar")
+
+
+def test_concurrent_downloads_fetch_once(
+    bucket: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.pipe("/b/1.tar", b"one")
+    requested: list[str] = []
+    full = MemoryFileSystem.get_file
+
+    def counting(system: MemoryFileSystem, name: str, *more: Any) -> None:
+        requested.append(name)
+        full(system, name, *more)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", counting)
+    with ThreadPoolExecutor(4) as pool:
+        files = list(pool.map(fetch_objects, ["memory://b/1.tar"] * 4))
+    assert len({file for (file,) in files}) == 1
+    assert requested == ["/b/1.tar"]
+
+
+@pytest.mark.parametrize("how", ["short", "broken", "changed"])
+def test_partial_download_is_never_used(
+    bucket: MemoryFileSystem, cache_folder: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    bucket.pipe("/b/1.tar", b"one")
+
+    def spoilt(system: MemoryFileSystem, name: str, target: str, *more: Any) -> None:
+        Path(target).write_bytes(b"on" if how == "short" else b"one")
+        if how == "broken":
+            raise ConnectionResetError("line is down")
+        if how == "changed":
+            system.pipe(name, b"two")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "get_file", spoilt)
+        with pytest.raises(UserError, match="line is down" if how == "broken" else "file changed"):
+            fetch_objects("memory://b/1.tar")
+    assert [path.suffix for path in cache_folder.iterdir()] == [".lock"]
+    (file,) = fetch_objects("memory://b/1.tar")
+    assert file.read_bytes() == (b"two" if how == "changed" else b"one")
+
+
+@pytest.mark.parametrize(
+    ("address", "output"),
+    [
+        ("memory://b/none.tar", "download failed .FileNotFoundError"),
+        ("https://host/1.tar", r"an address of the web[\s\S]*--allow-host"),
+        ("nothing://b/1.tar", "no package for nothing"),
+    ],
+)
+def test_missing_objects_are_reported(address: str, output: str) -> None:
+    with pytest.raises(UserError, match=output):
+        fetch_objects(address)
+
+
+def test_missing_storage_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(address: str) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    with pytest.raises(UserError, match=r"no package for s3: Install s3fs"):
+        fetch_objects("s3://b/1.tar")
+
+
+def test_missing_fsspec_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(UserError, match=r"finesight\[objects\]"):
+        fetch_objects("memory://b/1.tar")
+
+
+def test_files_without_images_are_rejected() -> None:
+    with pytest.raises(UserError, match=r"neither \.tar nor \.parquet"):
+        load_corpus((TrainFileSettings(path="memory://b/train.jsonl"),))
+
+
+def test_run_trains_from_object_storage(tmp_path: Path, bucket: MemoryFileSystem) -> None:
+    task = TinyTask(tmp_path)
+    write_tar_shards(tmp_path / "train.jsonl", tmp_path / "shards", each=4)
+    for shard in sorted((tmp_path / "shards").iterdir()):
+        bucket.pipe(f"/bucket/{shard.name}", shard.read_bytes())
+    task.run(name="plain", data={"train": str(tmp_path / "train.jsonl")})
+    task.run(name="stored", data={"train": "memory://bucket/*.tar"})
+    assert read_losses(tmp_path / "stored") == read_losses(tmp_path / "plain")
+    recipe = (tmp_path / "stored" / "recipe.yaml").read_text()
+    assert "memory://bucket/*.tar" in recipe

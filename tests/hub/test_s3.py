@@ -1,0 +1,141 @@
+"""Object storage as S3 speaks it, by moto's server: what is fetched, refused, and cut off."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from container_fixtures import write_parquet, write_tar_shards
+from flaky_proxy import FlakyProxy
+from tiny_task import TinyTask, read_losses
+
+from finesight.errors import UserError
+from finesight.hub import object_storage
+from finesight.hub.object_storage import fetch_objects
+
+server = pytest.importorskip("moto.server", reason="moto is not installed")
+s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    store = server.ThreadedMotoServer(port=0, verbose=False)
+    store.start()
+    yield store.get_host_and_port()[1]
+    store.stop()
+
+
+@pytest.fixture(autouse=True)
+def bucket(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setattr(object_storage, "get_objects_folder", lambda: tmp_path / "objects")
+    result = {"ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "key", "DEFAULT_REGION": "us-east-1"}
+    for name, value in result.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    at(port, monkeypatch)
+    address = {"endpoint_url": f"http://127.0.0.1:{port}", "skip_instance_cache": True}
+    system = s3fs.S3FileSystem(key="id", secret="key", **address)
+    system.mkdir("bucket")
+    yield system
+    system.rm("bucket", recursive=True)
+
+
+def at(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The storage is at that port of this machine, from now on."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_run_trains_from_s3(tmp_path: Path, bucket: Any) -> None:
+    task = TinyTask(tmp_path)
+    write_tar_shards(tmp_path / "train.jsonl", tmp_path / "shards", each=4)
+    for shard in sorted((tmp_path / "shards").iterdir()):
+        bucket.put(str(shard), f"bucket/shards/{shard.name}")
+    bucket.put(
+        str(write_parquet(tmp_path / "eval.jsonl", tmp_path / "e.parquet")), "bucket/e.parquet"
+    )
+    task.run(name="plain")
+    data = {"train": "s3://bucket/shards/*.tar", "eval": "s3://bucket/e.parquet"}
+    task.run(name="stored", data=data)
+    assert read_losses(tmp_path / "stored") == read_losses(tmp_path / "plain")
+
+
+def test_changed_object_is_downloaded_again(bucket: Any) -> None:
+    bucket.pipe("bucket/1.tar", b"one")
+    (first,) = fetch_objects("s3://bucket/1.tar")
+    assert fetch_objects("s3://bucket/1.tar") == [first]
+    bucket.pipe("bucket/1.tar", b"two")
+    s3fs.S3FileSystem.clear_instance_cache()
+    (second,) = fetch_objects("s3://bucket/1.tar")
+    assert (first.read_bytes(), second.read_bytes()) == (b"one", b"two")
+
+
+@pytest.mark.parametrize(
+    ("address", "output"),
+    [
+        ("s3://bucket/none.tar", r"FileNotFoundError[\s\S]*check the address"),
+        ("s3://bucket/none/*.tar", "no file matches"),
+        ("s3://none/1.tar", r"FileNotFoundError[\s\S]*check the address"),
+        ("s3://*.tar", "download failed"),
+    ],
+)
+def test_missing_object(address: str, output: str) -> None:
+    with pytest.raises(UserError, match=output):
+        fetch_objects(address)
+
+
+@pytest.mark.parametrize("name", ["1.tar", "*.tar"])
+def test_missing_credentials(name: str, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket.pipe("bucket/1.tar", b"one")
+    for variable in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(f"AWS_{variable}")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(UserError, match=r"NoCredentialsError[\s\S]*credentials"):
+        fetch_objects(f"s3://bucket/{name}")
+
+
+@pytest.mark.parametrize("name", ["1.tar", "*.tar"])
+def test_wrong_credentials(name: str, bucket: Any) -> None:
+    from moto.core import set_initial_no_auth_action_count
+
+    bucket.pipe("bucket/1.tar", b"one")
+    s3fs.S3FileSystem.clear_instance_cache()
+    refused = set_initial_no_auth_action_count(0)(fetch_objects)
+    with pytest.raises(UserError, match=r"PermissionError[\s\S]*check the credentials"):
+        refused(f"s3://bucket/{name}")
+
+
+def test_unreachable_storage(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        missing = free.getsockname()[1]
+    at(missing, monkeypatch)
+    with pytest.raises(UserError, match=r"download failed[\s\S]*connection"):
+        fetch_objects("s3://bucket/1.tar")
+
+
+def test_interrupted_connection(
+    port: int, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Now and then: what is missing comes afterwards. Always: nothing of it is kept."""
+    content = bytes(range(256)) * 20_000
+    bucket.pipe("bucket/1.tar", content)
+    with FlakyProxy(port, after=1_000_000, times=2) as cutting:
+        at(cutting.port, monkeypatch)
+        (file,) = fetch_objects("s3://bucket/1.tar")
+        assert file.read_bytes() == content
+        assert cutting.remaining_cuts == 0
+    bucket.pipe("bucket/2.tar", content)
+    with FlakyProxy(port, after=100_000, times=1000) as cutting:
+        at(cutting.port, monkeypatch)
+        with pytest.raises(UserError, match=r"2\.tar: download failed[\s\S]*start again"):
+            fetch_objects("s3://bucket/2.tar")
+    retained = [path for path in (tmp_path / "objects").rglob("*") if path.suffix != ".lock"]
+    assert {path.name for path in retained if path.is_file()} == {"1.tar", "sha256.json"}
+    at(port, monkeypatch)
+    assert fetch_objects("s3://bucket/2.tar")[0].read_bytes() == content
+    assert threading.active_count() < 50

@@ -1,0 +1,139 @@
+"""Hubs on this machine in place of the real ones, for tests of what asks them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fake_hub_servers import (
+    FakeHubServer,
+    HubHandler,
+    HuggingFaceHandler,
+    ModelScopeHandler,
+    run_hub_server,
+)
+from huggingface_hub import constants
+from PIL import Image
+
+from finesight.hub import http_client
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, no tokens, and no waiting between attempts."""
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "cache" / "assets"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "cache" / "token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(http_client, "RETRY_DELAYS_S", (0.0, 0.0, 0.0))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def huggingface(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHubServer]:
+    """Hugging Face's hub, for this process."""
+    with run_hub_server(HuggingFaceHandler) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield hub
+
+
+@pytest.fixture
+def modelscope(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHubServer]:
+    """ModelScope's hub."""
+    with run_hub_server(ModelScopeHandler) as hub:
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
+        yield hub
+
+
+class FileHandler(HubHandler):
+    """/NAME is the file; /to/URL redirects."""
+
+    def respond(self, path: str, query: dict[str, list[str]]) -> None:
+        if path.startswith("/to/"):
+            self.send(302, b"", {"Location": path.removeprefix("/to/")})
+        elif path.strip("/") in self.server.repositories["files"]:
+            data = self.server.repositories["files"][path.strip("/")]
+            tag = f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
+            if self.headers.get("If-None-Match") == tag:
+                self.send(304)
+            else:
+                self.send_file(path.strip("/"), data, {"ETag": tag})
+        else:
+            self.send(404)
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for localhost and 127.0.0.1, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    folder = tmp_path_factory.mktemp("certificate")
+    key, made = folder / "key.pem", folder / "made.pem"
+    names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    command += ["-keyout", str(key), "-out", str(made), "-subj", "/CN=localhost", "-addext", names]
+    subprocess.run(command, check=True, capture_output=True)
+    return made, key
+
+
+@pytest.fixture
+def web_server(
+    certificate: tuple[Path, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FakeHubServer]:
+    """A server of files over HTTPS."""
+    made, key = certificate
+    monkeypatch.setenv("SSL_CERT_FILE", str(made))
+    serving = FakeHubServer(FileHandler)
+    serving.repositories["files"] = {}
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(made, key)
+    serving.socket = context.wrap_socket(serving.socket, server_side=True)
+    threading.Thread(target=serving.serve_forever, args=(0.02,), daemon=True).start()
+    yield serving
+    serving.shutdown()
+    serving.server_close()
+
+
+@pytest.fixture
+def without_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to connect, or to look a name up, fails the test."""
+
+    def refuse(*arguments: Any) -> None:
+        pytest.fail(f"the network was touched: {arguments[1:]}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect_ex", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def make_png(gray_level: int, width: int = 64, height: int = 48) -> bytes:
+    """A PNG, different for each shade."""
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (gray_level % 256, gray_level // 256, 7)).save(file, "PNG")
+    return file.getvalue()
+
+
+def make_parquet(rows: Sequence[dict[str, Any]]) -> bytes:
+    """A Parquet file as the library datasets writes it: pictures as {bytes, path}."""
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows)), file)
+    return file.getvalue()
+
+
+def make_image_cell(shade: int) -> dict[str, Any]:
+    """A cell of an Image column."""
+    return {"bytes": make_png(shade), "path": f"{shade}.png"}

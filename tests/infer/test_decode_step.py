@@ -1,0 +1,196 @@
+"""Steps in few kernels compute what the layers compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from engine_fixtures import (
+    generate_uncached,
+    install_adapters,
+    install_request_adapters,
+    make_mixed_questions,
+)
+
+from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.tokenized_sample import EncodedSample
+from finesight.infer.decode_step import supports_fused_decode
+from finesight.infer.engine import Engine
+from finesight.infer.request import GenerationRequest
+from finesight.model.rope import RotaryCosSin, apply_rotary_pos_emb
+from finesight.model.tiny import create_tiny_model
+from finesight.model.vlm import VisionLanguageModel
+from finesight.model.weights_io import load_model
+from finesight.model_folder import ModelFolder
+
+STEPS = 24
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor, bound: float) -> bool:
+    """Both in fp32, by the length of their difference."""
+    found, wanted = found.float(), wanted.float()
+    return bool((found - wanted).norm() <= bound * wanted.norm())
+
+
+def random_tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+
+@NARROW
+@pytest.mark.parametrize("inputs", [96, 1536, 5000])
+@pytest.mark.parametrize("outputs", [40, 3100, 70000])
+def test_fused_gemv_with_norm_bias_and_residual(
+    dtype: torch.dtype, inputs: int, outputs: int
+) -> None:
+    from finesight.infer import decode_kernels
+
+    x_1I, norm_I = random_tensor(1, inputs, dtype=dtype), random_tensor(inputs, dtype=dtype)
+    w_OI = random_tensor(outputs, inputs, dtype=dtype) * inputs**-0.5
+    bias_O, added_1O = random_tensor(outputs, dtype=dtype), random_tensor(1, outputs, dtype=dtype)
+    normed = F.rms_norm(x_1I.double(), (inputs,), norm_I.double(), 1e-6)
+    wide = w_OI.double()
+    found = decode_kernels.fused_gemv(x_1I, w_OI, norm_I=norm_I, eps=1e-6, bias_O=bias_O)
+    assert relative_error(found, F.linear(normed, wide, bias_O.double()), 4e-3)
+    found = decode_kernels.fused_gemv(x_1I, w_OI, residual_1O=added_1O)
+    assert relative_error(found, F.linear(x_1I.double(), wide) + added_1O.double(), 4e-3)
+    gate, up = F.linear(normed, wide).chunk(2, dim=-1)
+    found = decode_kernels.fused_gemv(x_1I, w_OI, norm_I=norm_I, eps=1e-6, is_gated=True)
+    assert relative_error(found, F.silu(gate) * up, 4e-3)
+    ups_OS, share_1S = random_tensor(outputs, 12, dtype=dtype), random_tensor(1, 12, dtype=dtype)
+    low = decode_kernels.fused_gemv(
+        x_1I, w_OI[:12].contiguous(), norm_I=norm_I, eps=1e-6, output_scale_1O=share_1S
+    )
+    assert relative_error(low, F.linear(normed, wide[:12]) * share_1S, 4e-3)
+    update = decode_kernels.GemvLoraDelta(low, ups_OS)
+    more = F.linear(low.double(), ups_OS.double())
+    found = decode_kernels.fused_gemv(x_1I, w_OI, lora_delta=update, residual_1O=added_1O)
+    assert relative_error(found, F.linear(x_1I.double(), wide) + more + added_1O.double(), 4e-3)
+    gate, up = (F.linear(normed, wide) + more).chunk(2, dim=-1)
+    found = decode_kernels.fused_gemv(
+        x_1I, w_OI, norm_I=norm_I, eps=1e-6, lora_delta=update, is_gated=True
+    )
+    assert relative_error(found, F.silu(gate) * up, 4e-3)
+
+
+@NARROW
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotary_and_cache_write_are_fused(dtype: torch.dtype, rows: int, normed: bool) -> None:
+    from finesight.infer import decode_kernels
+
+    heads, key_heads, width = 6, 2, 24
+    joint = random_tensor(rows, (heads + 2 * key_heads) * width, dtype=dtype)
+    q_RHD, k_RKD, v_RKD = (
+        x.unflatten(1, (-1, width))
+        for x in joint.split([heads * width, key_heads * width, key_heads * width], 1)
+    )
+    angles = random_tensor(rows, width // 2, dtype=torch.float32)
+    for kind in (dtype, torch.float32):
+        rotation = RotaryCosSin.from_angles(angles, kind)
+        norms = (random_tensor(width, dtype=dtype), random_tensor(width, dtype=dtype) * 2, 1e-6)
+        keys, values = (torch.zeros(3, 16, key_heads, width, dtype=dtype).cuda() for _ in range(2))
+        at_R = torch.tensor([3, 20, 47, 16, 1][:rows], device="cuda")
+        found = decode_kernels.rope_and_cache(
+            q_RHD, k_RKD, v_RKD, norms if normed else None, rotation.cos_T1D, rotation.sin_T1D,
+            at_R, keys, values,
+        )  # fmt: skip
+        q, k = q_RHD, k_RKD
+        if normed:
+            q, k = (F.rms_norm(x, (width,), norms[n], 1e-6) for n, x in enumerate((q, k)))
+        assert relative_error(found, apply_rotary_pos_emb(q, rotation), 2e-3)
+        assert relative_error(keys.flatten(0, 1)[at_R], apply_rotary_pos_emb(k, rotation), 2e-3)
+        assert torch.equal(values.flatten(0, 1)[at_R], v_RKD)
+        assert int(values.flatten(0, 1).any(-1).any(-1).sum()) == rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "heads", "key_heads", "width", "page"),
+    [(1, 12, 2, 128, 64), (3, 4, 2, 16, 16), (70, 28, 4, 128, 64), (2, 7, 1, 80, 64)],
+)
+def test_paged_attention_matches_reference(
+    dtype: torch.dtype, rows: int, heads: int, key_heads: int, width: int, page: int
+) -> None:
+    from finesight.infer import paged_attention_kernels
+
+    pages, blocks = 40, 7
+    keys, values = (random_tensor(pages, page, key_heads, width, dtype=dtype) + n for n in range(2))
+    q_RHD = random_tensor(rows, heads, width, dtype=dtype)
+    generator = torch.Generator().manual_seed(rows)
+    table = torch.stack([torch.randperm(pages, generator=generator)[:blocks] for _ in range(rows)])
+    lengths = torch.randint(1, blocks * page + 1, (rows,), generator=generator)
+    found = paged_attention_kernels.paged_attention(
+        q_RHD, keys, values, table.int().cuda(), lengths.cuda()
+    )
+    for row in range(rows):
+        k, v = (x[table[row].cuda()].flatten(0, 1)[: lengths[row]] for x in (keys, values))
+        k, v = (x.double().repeat_interleave(heads // key_heads, 1) for x in (k, v))
+        scores = torch.einsum("hd,mhd->hm", q_RHD[row].double(), k) / width**0.5
+        wanted = torch.einsum("hm,mhd->hd", scores.softmax(-1), v)
+        assert relative_error(found[row], wanted, 1e-5 if dtype == torch.float32 else 8e-3)
+
+
+def generate_tokens(
+    model: VisionLanguageModel, prompts: list[EncodedSample], rows: int, record: bool = True
+) -> list[list[int]]:
+    engine = Engine(model, (), max_num_seqs=rows, num_cache_tokens=5000, use_cuda_graphs=record)
+    number = None if model.lora_routing is None else 0
+    tickets = [
+        engine.add_request(
+            GenerationRequest(prompt=prompt, max_new_tokens=STEPS, adapter_index=number)
+        )
+        for prompt in prompts
+    ]
+    answers: dict[int, list[int]] = {ticket: [] for ticket in tickets}
+    while engine.has_work:
+        for event in engine.step():
+            if event.token is not None:
+                answers[event.request_id].append(event.token.id)
+    assert engine.num_free_blocks == engine.num_blocks
+    return [answers[ticket] for ticket in tickets]
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("change", [None, install_adapters, install_request_adapters])
+def test_fused_decode_matches_uncached_generation(
+    family: str,
+    dtype: torch.dtype,
+    change: Callable[[VisionLanguageModel], None] | None,
+    tmp_path: Path,
+) -> None:
+    """Equal in fp32; in 16 bits up to a first token that was as good as tied."""
+    tiny = ModelFolder(create_tiny_model(tmp_path / "tiny", family))
+    model = load_model(tiny, dtype, torch.device("cuda")).eval()
+    if change is not None:
+        change(model)
+    assert supports_fused_decode(model) == (dtype != torch.float32 and family != "qwen")
+    prompts = [
+        NativeRenderer(tiny).encode_prompt(question) for question in make_mixed_questions(tmp_path)
+    ]
+    wanted = [generate_uncached(model, prompt, STEPS) for prompt in prompts]
+    for rows, record in ((6, True), (6, False), (1, True), (3, True)):
+        for found, generated in zip(
+            generate_tokens(model, prompts, rows, record), wanted, strict=True
+        ):
+            ids, logits = generated.tokens, generated.logits
+            if dtype == torch.float32:
+                assert found == ids
+                continue
+            apart = next((n for n, (a, b) in enumerate(zip(found, ids, strict=True)) if a != b), -1)
+            if apart >= 0:
+                logits_V = logits[apart].float()
+                gap = logits_V[ids[apart]] - logits_V[found[apart]]
+                bound = 0.05 if dtype == torch.bfloat16 else 0.01
+                assert gap <= bound * logits_V.abs().max(), (rows, record, apart)

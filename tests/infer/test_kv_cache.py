@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from finesight.infer.kv_cache import (
+    DecodeAttention,
+    KVCache,
+    PrefillAttention,
+    PrefillChunk,
+    get_kv_bytes_per_token,
+)
+from finesight.model.attention import PackedAttention, Segments
+from finesight.model.tiny_config import TINY_PRESETS
+
+LAYERS, HEADS, KEY_HEADS, WIDTH = 2, 4, 2, 8
+CPU = torch.device("cpu")
+SIZE = SimpleNamespace(num_layers=LAYERS, num_heads=HEADS, num_kv_heads=KEY_HEADS, head_dim=WIDTH)
+
+
+def _cache(rows: int, pages: int, page: int, device: torch.device = CPU, **kind) -> KVCache:
+    kind = {"dtype": torch.float32} | kind
+    return KVCache(
+        SIZE, num_blocks=pages, block_size=page, max_num_seqs=rows, device=device, **kind
+    )
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + seed))
+
+
+def _scatter_blocks(
+    lengths: tuple[int, ...], page: int, more: int = 0
+) -> tuple[list[list[int]], int]:
+    """Pages for rows of these lengths, in no order, and how many there are with page 0."""
+    needed = [-(-(length + more) // page) for length in lengths]
+    free = (np.random.default_rng(1).permutation(sum(needed)) + 1).tolist()
+    return [[free.pop() for _ in range(number)] for number in needed], sum(needed) + 1
+
+
+def _start(cache: KVCache, pages: list[list[int]], lengths: tuple[int, ...]) -> None:
+    for row, (own, length) in enumerate(zip(pages, lengths, strict=True)):
+        cache.block_table_RB[row, : len(own)] = torch.tensor(own, dtype=torch.int32)
+        cache.seq_lens_R[row] = cache.prompt_lens_R[row] = length
+        cache.active_R[row] = 1
+
+
+def _reference_attention(q_HD: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, head by head, in fp64."""
+    group = len(q_HD) // k_MKD.shape[1]
+    found = []
+    for head, q_D in enumerate(q_HD.double()):
+        weights = (k_MKD[:, head // group].double() @ q_D / q_D.shape[0] ** 0.5).softmax(0)
+        found.append(weights @ v_MKD[:, head // group].double())
+    return torch.stack(found)
+
+
+def test_chunk_slots_follow_its_block_table():
+    chunk = PrefillChunk(block_ids=[5, 2, 7], start=3, stop=10, prompt_length=11)
+    assert chunk.compute_slot_mapping(4, chunk.start).tolist() == [23, 8, 9, 10, 11, 28, 29]
+    assert chunk.compute_slot_mapping(4, 0)[:4].tolist() == [20, 21, 22, 23]
+
+
+def _prefill(lengths: tuple[int, ...], page: int, chunk: int) -> tuple[KVCache, list[Tensor]]:
+    """What prompts read `chunk` tokens at a time see, each prompt's own, and the cache after."""
+    pages, number = _scatter_blocks(lengths, page)
+    cache = _cache(len(lengths), number, page)
+    # What was there before does not matter.
+    cache.keys_LPSKD.fill_(3.0)
+    cache.values_LPSKD.fill_(3.0)
+    q, k, v = ([_random(n, heads, WIDTH, seed=s) for n in lengths] for s, heads in _HEADS)
+    seen: list[list[Tensor]] = [[] for _ in lengths]
+    for start in range(0, max(lengths), chunk):
+        here = [n for n, length in enumerate(lengths) if length > start]
+        chunks = [
+            PrefillChunk(pages[n], start, min(start + chunk, lengths[n]), lengths[n]) for n in here
+        ]
+        attention = PrefillAttention(cache, chunks)
+        contexts = [lengths[n] for n, c in zip(here, chunks, strict=True) for _ in _tokens(c)]
+        assert attention.context_lengths_T.tolist() == contexts
+        inputs = [
+            torch.cat([x[n][c.start : c.stop] for n, c in zip(here, chunks, strict=True)])
+            for x in (q, k, v)
+        ]
+        found = torch.split(attention(1, *inputs), [c.stop - c.start for c in chunks])
+        for n, piece in zip(here, found, strict=True):
+            seen[n].append(piece)
+    return cache, [torch.cat(pieces) for pieces in seen]
+
+
+_HEADS = ((0, HEADS), (1, KEY_HEADS), (2, KEY_HEADS))
+
+
+def _tokens(chunk: PrefillChunk) -> range:
+    return range(chunk.start, chunk.stop)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 9, 13])
+def test_chunked_prefill_matches_full_attention(chunk):
+    lengths = (3, 13, 8, 1)
+    _, found = _prefill(lengths, 4, chunk)
+    for n, length in enumerate(lengths):
+        q, k, v = (_random(length, heads, WIDTH, seed=s) for s, heads in _HEADS)
+        for at in range(length):
+            wanted = _reference_attention(q[at], k[: at + 1], v[: at + 1])
+            torch.testing.assert_close(found[n][at].double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_write_only_to_their_blocks():
+    lengths = (3, 13)
+    cache, _ = _prefill(lengths, 4, 5)
+    pages, _ = _scatter_blocks(lengths, 4)
+    untouched = torch.ones(cache.keys_LPSKD.shape[1] * 4, dtype=torch.bool)
+    for own, length in zip(pages, lengths, strict=True):
+        at = torch.from_numpy(PrefillChunk(own, 0, length, length).compute_slot_mapping(4, 0))
+        assert torch.equal(cache.flat_keys(1)[at], _random(length, KEY_HEADS, WIDTH, seed=1))
+        assert torch.equal(cache.flat_values(1)[at], _random(length, KEY_HEADS, WIDTH, seed=2))
+        untouched[at] = False
+    for store in (cache.flat_keys(1)[untouched], cache.flat_values(1)[untouched]):
+        assert bool((store == 3.0).all())
+    assert bool((cache.flat_keys(0) == 3.0).all())
+
+
+@pytest.mark.parametrize("stale", [0.0, 3.0, float("nan"), float("inf")])
+def test_decode_attends_only_to_its_sequence(stale):
+    """Whatever an earlier answer has left in its pages, even numbers that overflowed."""
+    lengths, page = (3, 5, 8), 4
+    pages, number = _scatter_blocks(lengths, page, more=2)
+    cache = _cache(4, number, page)
+    cache.keys_LPSKD.fill_(stale)
+    cache.values_LPSKD.fill_(stale)
+    _start(cache, pages, lengths)
+    k, v = ([_random(n + 2, KEY_HEADS, WIDTH, seed=s) for n in lengths] for s in (1, 2))
+    for own, length, k_TKD, v_TKD in zip(pages, lengths, k, v, strict=True):
+        at = torch.from_numpy(PrefillChunk(own, 0, length, length).compute_slot_mapping(page, 0))
+        cache.write(0, at, k_TKD[:length], v_TKD[:length])
+    for generated in (1, 2):
+        attention = DecodeAttention(cache, len(lengths), max(lengths) + generated)
+        q_RHD = _random(len(lengths), HEADS, WIDTH, seed=generated)
+        at = [length + generated - 1 for length in lengths]
+        now = [torch.stack([x[n] for x, n in zip(xs, at, strict=True)]) for xs in (k, v)]
+        found = attention(0, q_RHD, *now)
+        assert cache.seq_lens_R.tolist() == [n + generated for n in lengths] + [0]
+        assert attention.context_lengths_T.tolist() == list(lengths)
+        for row, length in enumerate(lengths):
+            wanted = _reference_attention(
+                q_RHD[row], k[row][: length + generated], v[row][: length + generated]
+            )
+            torch.testing.assert_close(found[row].double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_inactive_slot_does_not_advance_and_writes_to_block_0():
+    cache = _cache(2, 4, 4)
+    _start(cache, [[2]], (3,))
+    DecodeAttention(cache, 2, 4)(1, *(_random(2, heads, WIDTH) for _, heads in _HEADS))
+    assert cache.seq_lens_R.tolist() == [4, 0]
+    written = cache.flat_keys(1).flatten(1).any(1).nonzero().flatten()
+    assert written.tolist() == [0, 11]
+
+
+def test_context_lengths_of_packed_attention():
+    packed = PackedAttention(Segments.from_lengths((2, 3), CPU))
+    assert packed.context_lengths_T.tolist() == [2, 2, 3, 3, 3]
+
+
+def test_bytes_per_cached_token():
+    assert TINY_PRESETS["test"].num_layers == LAYERS
+    cache = _cache(1, 3, 4, dtype=torch.bfloat16)
+    taken = cache.keys_LPSKD.nbytes + cache.values_LPSKD.nbytes
+    assert get_kv_bytes_per_token(SIZE, torch.bfloat16) * 12 == taken
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("stale", [0.0, float("nan")])
+@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize(("heads", "key_heads", "width"), [(12, 2, 128), (4, 4, 64), (5, 1, 40)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)]
+)
+def test_paged_kernel_matches_reference(stale, page, heads, key_heads, width, dtype, bound):
+    """Lengths around the borders of pages, of one row and of many, so that rows are cut into many
+    shares, few and none."""
+    from finesight.infer.paged_attention_kernels import paged_attention
+
+    card = torch.device("cuda")
+    for lengths in ((1,), (page,), (page + 1,), (40 * page + 3,), (1, 7, page, 3 * page - 1) * 64):
+        pages, number = _scatter_blocks(lengths, page)
+        shape = number, page, key_heads, width
+        keys, values = (torch.full(shape, stale, dtype=dtype, device=card) for _ in range(2))
+        table = torch.zeros(len(lengths), number, dtype=torch.int32)
+        own = [_random(2, n, key_heads, width, seed=r) for r, n in enumerate(lengths)]
+        for row, (mine, length) in enumerate(zip(pages, lengths, strict=True)):
+            table[row, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
+            at = torch.from_numpy(
+                PrefillChunk(mine, 0, length, length).compute_slot_mapping(page, 0)
+            ).to(card)
+            for store, x in zip((keys, values), own[row], strict=True):
+                store.flatten(0, 1).index_copy_(0, at, x.to(card, dtype))
+        q_RHD = _random(len(lengths), heads, width).to(card, dtype)
+        lengths_R = torch.tensor(lengths, device=card)
+        found = paged_attention(q_RHD, keys, values, table.to(card), lengths_R).double().cpu()
+        for row in {0, len(lengths) // 2, len(lengths) - 1}:
+            k, v = (x.to(dtype) for x in own[row])
+            wanted = _reference_attention(q_RHD[row].cpu(), k, v)
+            assert (found[row] - wanted).abs().max() <= bound * max(1.0, wanted.abs().max())

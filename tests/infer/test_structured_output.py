@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finesight.encode.native_renderer import NativeRenderer
+from finesight.errors import UserError
+from finesight.infer.structured_output import GrammarCompiler, GrammarConstraint
+from finesight.model.tiny import create_tiny_model
+from finesight.model_folder import ModelFolder
+
+FAMILIES = ["qwen", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+VOCABULARY = 3000
+"""More than any of the small tokenizers has, as published models have more rows than tokens."""
+
+TICKET = {
+    "type": "object",
+    "properties": {
+        "seat": {"type": "string", "maxLength": 5},
+        "row": {"type": "integer", "minimum": 1, "maximum": 99},
+        "class": {"enum": ["first", "second"]},
+    },
+    "required": ["seat", "row", "class"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def renderers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NativeRenderer]:
+    folder = tmp_path_factory.mktemp("models")
+    made = [create_tiny_model(folder / family, family=family) for family in FAMILIES]
+    return {path.name: NativeRenderer(ModelFolder(path)) for path in made}
+
+
+def allowed(constraint: GrammarConstraint) -> list[int]:
+    bits = constraint.compute_bitmask().view(np.uint8)
+    return np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist()
+
+
+def walk(
+    renderer: NativeRenderer, constraint: GrammarConstraint, seed: int, hurry: int = 40
+) -> str:
+    """A random answer that the constraint allows, ended as soon as it may after `hurry` tokens."""
+    rng, ids = random.Random(seed), []
+    for _ in range(2000):
+        choices = allowed(constraint)
+        assert choices, "no token may come"
+        assert max(choices) < VOCABULARY
+        ends = [token for token in choices if token in renderer.end_ids]
+        token = rng.choice(ends if ends and len(ids) >= hurry else choices)
+        constraint.accept_token(token)
+        ids.append(token)
+        if token in renderer.end_ids:
+            return renderer.tokenizer.decode(ids[:-1], skip_special_tokens=False)
+    raise AssertionError(f"no end after {len(ids)} tokens")
+
+
+def follows(renderer: NativeRenderer, constraint: GrammarConstraint, text: str) -> bool:
+    """Whether the text may come, special tokens by their names, in the largest tokens allowed (how
+    a forced piece is parted into tokens is llguidance's choice), and then the end."""
+    rest = text.encode()
+    while rest:
+        spelled = {token: renderer.tokenizer.id_to_bytes(token) for token in allowed(constraint)}
+        fitting = [token for token, word in spelled.items() if word and rest.startswith(word)]
+        if not fitting:
+            return False
+        token = max(fitting, key=lambda token: len(spelled[token]))
+        constraint.accept_token(token)
+        rest = rest[len(spelled[token]) :]
+    return renderer.end_ids[0] in allowed(constraint)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_constrained_output_matches_schema(renderers, family):
+    grammars = GrammarCompiler(renderers[family], VOCABULARY)
+    for seed in range(3):
+        value = json.loads(walk(renderers[family], grammars.compile_json_schema(TICKET), seed))
+        assert set(value) == {"seat", "row", "class"}
+        assert 1 <= value["row"] <= 99
+        assert value["class"] in ("first", "second")
+    assert isinstance(json.loads(_object(renderers[family], grammars)), dict)
+
+
+def _object(renderer: NativeRenderer, grammars: GrammarCompiler) -> str:
+    constraint = grammars.compile_json_object()
+    text = '{"a": [1, "b\\n", null], "c": {}}'
+    assert follows(renderer, constraint, text)
+    return text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_boxes_in_the_format_of_the_family(renderers, family):
+    renderer = renderers[family]
+    grammars = GrammarCompiler(renderer, VOCABULARY)
+    texts = {
+        "qwen": "<ref>dog</ref><box>(0,10),(500,999)</box><box>(1,1),(22,22)</box>",
+        "qwen2_vl": "<|object_ref_start|>dog<|object_ref_end|><|box_start|>(0,10),(500,1000)"
+        "<|box_end|><|box_start|>(1,1),(22,22)<|box_end|>",
+        "qwen2_5_vl": '[{"bbox_2d": [0, 10, 5000, 999], "label": "a"}, {"bbox_2d": [1, 1, 2, 2]}]',
+        "qwen3_vl": '[{"bbox_2d": [0, 10, 500, 1000], "label": "a"}, {"bbox_2d": [1, 1, 2, 2]}]',
+    }
+    assert follows(renderer, grammars.compile_boxes(), texts[family])
+    wrong = "A dog at " + texts[family]
+    assert not follows(renderer, grammars.compile_boxes(), wrong)
+    beyond = {"qwen": "999", "qwen2_vl": "1000", "qwen2_5_vl": "5000", "qwen3_vl": "1000"}
+    too_far = texts[family].replace(beyond[family], "123456")
+    assert not follows(renderer, grammars.compile_boxes(), too_far)
+    for seed in range(3):
+        text = walk(renderer, grammars.compile_boxes(), seed)
+        boxes = renderer.family.read_boxes(text, (100, 100), (100, 100))
+        marks = text.count("bbox_2d") + text.count("<box>") + text.count("<|box_start|>")
+        assert len(boxes) == marks
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_tool_call_of_a_listed_function(renderers, family):
+    renderer = renderers[family]
+    grammars = GrammarCompiler(renderer, VOCABULARY)
+    functions = [("book", TICKET), ("stop", None)]
+    called = (
+        '<tool_call>\n{"name": "book", "arguments": {"seat": "1A", "row": 7, "class": "first"}}'
+    )
+    assert follows(renderer, grammars.compile_tool_calls(functions), called + "\n</tool_call>")
+    other = called.replace("book", "steal")
+    assert not follows(renderer, grammars.compile_tool_calls(functions), other + "\n</tool_call>")
+
+
+def test_unsupported_schemas_are_rejected(renderers):
+    grammars = GrammarCompiler(renderers["qwen2_vl"], VOCABULARY)
+    for schema in (
+        {"type": "strange"},
+        {"$ref": "https://example.com/schema.json"},
+        {"$ref": "file:///etc/passwd"},
+    ):
+        with pytest.raises(UserError, match="cannot be compiled") as raised:
+            grammars.compile_json_schema(schema)
+        assert all((raised.value.where, raised.value.expected, raised.value.remedy))
+
+
+def test_whitespace_is_bounded(renderers):
+    renderer = renderers["qwen2_vl"]
+    constraint = GrammarCompiler(renderer, VOCABULARY).compile_json_object()
+    assert not follows(renderer, constraint, "{" + " " * 100 + "}")
+
+
+def test_published_tokenizers(shared: Path):
+    for name, word in (("Qwen2.5-VL-7B-Instruct", "<tool_call>"), ("Qwen-VL-Chat", "<box>")):
+        renderer = NativeRenderer(ModelFolder(shared / "qwen_assets" / name))
+        grammars = GrammarCompiler(renderer, 151936)
+        assert len(grammars.compile_json_object().compute_bitmask()) == 151936 // 32
+        constraint = grammars.compile_json_object()
+        for token in (*renderer.tokenizer.encode('{"größe": "12 ½"}'), renderer.end_ids[0]):
+            assert token in allowed(constraint)
+            constraint.accept_token(token)
+        assert renderer.tokenizer.encode(word)
+    called = '<tool_call>\n{"name": "book", "arguments": {}}\n</tool_call>'
+    newer = NativeRenderer(ModelFolder(shared / "qwen_assets" / "Qwen2.5-VL-7B-Instruct"))
+    # One token of its own here, several with older families.
+    assert len(newer.tokenizer.encode("<tool_call>")) == 1
+    assert follows(
+        newer, GrammarCompiler(newer, 151936).compile_tool_calls([("book", None)]), called
+    )
+
+
+def test_reasoning_is_unconstrained_and_answer_is_constrained(renderers, tmp_path):
+    folder = create_tiny_model(tmp_path / "thinks", family="qwen3_vl")
+    template = folder / "chat_template.json"
+    content = json.loads(template.read_text())
+    content["chat_template"] += "{# opens a thought: <think> #}"
+    template.write_text(json.dumps(content))
+    renderer = NativeRenderer(ModelFolder(folder))
+    assert renderer.has_reasoning
+    grammars = GrammarCompiler(renderer, VOCABULARY)
+    assert follows(renderer, grammars.compile_json_object(), 'so {a\nor }</think>\n\n{"a": 1}')
+    assert not follows(renderer, grammars.compile_json_object(), '{"a": 1}')
+    assert not follows(renderer, grammars.compile_json_object(), "so</think>\n\nand more")

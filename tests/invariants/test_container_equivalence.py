@@ -1,0 +1,58 @@
+"""The same samples out of JSONL, tars and Parquet teach the same, to the last bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from container_fixtures import write_parquet, write_tar_shards
+from huggingface_hub import constants
+from tiny_task import TinyTask, read_losses
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyTask:
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    return TinyTask(tmp_path)
+
+
+@pytest.mark.parametrize("cache", ["never", "disk"])
+def test_containers_give_identical_training(task: TinyTask, tmp_path: Path, cache: str) -> None:
+    """Also where features of pictures are kept, which a picture finds by its content."""
+    table = tmp_path / "train.jsonl"
+    sources = {
+        "jsonl": str(table),
+        "tars": write_tar_shards(table, tmp_path / "shards", each=4),
+        "parquet": str(write_parquet(table, tmp_path / "train.parquet")),
+    }
+    tune = {"language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}
+    for name, source in sources.items():
+        data = {"train": source, "eval": str(tmp_path / "eval.jsonl")}
+        train = task.recipe["train"] | {"vision_cache": cache, "num_workers": 2}
+        task.run(name=name, data=data, tune=tune, train=train)
+        found = "9 of them loaded from" in task.console_output
+        assert found == (cache == "disk" and name != "jsonl")
+    for name in ("tars", "parquet"):
+        assert read_losses(tmp_path / name) == read_losses(tmp_path / "jsonl")
+        assert weights(tmp_path / name) == weights(tmp_path / "jsonl") != {}
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    """The tensors of the last checkpoint; beside them it says which data they come from."""
+    return {path.name: path.read_bytes() for path in run.glob("checkpoints/step-6/*.safetensors")}
+
+
+def test_tar_eval_samples_are_evaluated_and_shown(task: TinyTask, tmp_path: Path) -> None:
+    held_out = write_tar_shards(tmp_path / "eval.jsonl", tmp_path / "held-out", each=2)
+    data = {"train": str(tmp_path / "train.jsonl"), "eval": held_out}
+    measuring = {"metric": "qa", "max_new_tokens": 4}
+    baseline = task.run(name="plain", eval=measuring)
+    packed = task.run(name="packed", data=data, eval=measuring)
+    assert baseline.after is not None
+    assert packed.after is not None
+    assert packed.after.validation_loss == baseline.after.validation_loss
+    page = (tmp_path / "packed" / "report.html").read_text()
+    assert page.count("data:image/") == (tmp_path / "plain" / "report.html").read_text().count(
+        "data:image/"
+    )
+    assert page.count("data:image/") > 0

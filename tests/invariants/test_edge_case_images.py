@@ -1,0 +1,132 @@
+"""Odd pictures: each is trained on or refused with a reason; none crashes or takes the memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import edge_case_images
+import numpy as np
+import pytest
+from edge_case_images import EdgeCaseImage, encode_image, make_noise_image, write_samples
+from PIL import Image
+from tiny_task import make_task, write_recipe
+
+from finesight.cli.app import run_command
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ODDS = edge_case_images.list_edge_case_images()
+NUM_VALID = 400
+REFUSED = {odd.name for odd in ODDS if odd.expected == "refused"}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What became of each picture in a process of its own, whose memory is looked at."""
+    done = subprocess.run(
+        [sys.executable, edge_case_images.__file__, str(tmp_path_factory.mktemp("odd"))],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_enough_images_of_every_kind() -> None:
+    assert len(ODDS) >= 300
+    assert len(REFUSED) >= 100
+    assert len(ODDS) - len(REFUSED) >= 150
+
+
+def test_each_image_is_encoded_or_rejected_with_reason(outcomes: list[dict[str, Any]]) -> None:
+    assert [one["name"] for one in outcomes] == [odd.name for odd in ODDS]
+    for one in outcomes:
+        assert bool(one["reason"]) == (one["fate"] == "refused"), one
+        assert not one["reason"] or f"/{one['name']}: " in one["reason"], one
+
+
+def test_data_check_agrees_with_training(outcomes: list[dict[str, Any]]) -> None:
+    for one in outcomes:
+        assert (one["fault"] is None) == (one["fate"] == "taken"), one
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is counted in kilobytes")
+def test_headers_do_not_exhaust_memory(outcomes: list[dict[str, Any]]) -> None:
+    """Some files name 3.6 billion pixels, or unpack to 100 MB: not one picture took 30."""
+    for one in outcomes:
+        assert one["megabytes"] < 30, one
+    assert sum(one["megabytes"] for one in outcomes) < 120
+
+
+def test_run_trains_on_valid_images_only(tmp_path: Path) -> None:
+    """The very command: whatever is no picture is left out by name, before a step or in it. Where
+    more than a tenth of the pictures are none, a run ends: so many are added."""
+    task = make_task(tmp_path / "task")
+    valid = [
+        EdgeCaseImage(f"sound-{n}.png", encode_image(make_noise_image(), "PNG"), "taken")
+        for n in range(NUM_VALID)
+    ]
+    data = write_samples(tmp_path / "task", [*ODDS, *valid], "odd.jsonl")
+    task["data"] = {"train": str(data)}
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        task | {"output_dir": str(tmp_path / "run")},
+        epochs=1,
+        batch_size=64,
+    )
+    assert run_command(["train", str(recipe)]) == 0
+    before = (tmp_path / "run" / "skipped_samples.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    late = [name for line in steps for name in line.get("skipped_samples", [])]
+    dropped = [json.loads(line) for line in before]
+    assert all(one["reason"] for one in dropped)
+    assert {one["id"] for one in dropped} | set(late) == REFUSED
+    supervised = sum(line["num_samples"] for line in steps if "loss" in line)
+    assert supervised == len(ODDS) - len(REFUSED) + NUM_VALID
+
+
+def test_data_check_reports_invalid_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_samples(tmp_path, ODDS, "odd.jsonl")
+    assert run_command(["data", "check", str(data), "--json"]) == 2
+    *findings, _ = map(json.loads, capsys.readouterr().out.splitlines())
+    errors = {one["sample_id"] for one in findings if one["severity"] == "error"}
+    assert errors == REFUSED
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is counted in kilobytes")
+@pytest.mark.parametrize("mode", ["F", "I", "I;16", "RGBA", "LA"])
+def test_high_bit_depth_conversion_is_memory_bounded(mode: str, tmp_path: Path) -> None:
+    """16 million pixels: 12 bytes a pixel at the most, where whole copies took 16, and 25
+    of fractions; and the same bits."""
+    values = np.random.default_rng(0).integers(0, 60_000, (4096, 4096))
+    kinds = {"F": np.float32, "I": np.int32, "I;16": np.uint16}
+    if mode in kinds:
+        image = Image.fromarray(values.astype(kinds[mode]))
+    else:
+        image = Image.fromarray((values % 256).astype(np.uint8)).convert(mode)
+        image.putalpha(Image.fromarray((values // 256).astype(np.uint8)))
+    image.save(tmp_path / "large.tif")
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from finesight.vision import image_decoding\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
+        "image = image_decoding.load_image(Path(sys.argv[1]))\n"
+        "used = peak() - before\n"
+        "image_decoding.MAX_BAND_PIXELS = 1 << 60\n"
+        "assert image.tobytes() == image_decoding.load_image(Path(sys.argv[1])).tobytes()\n"
+        "print(used * 1024 / 4096**2)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "large.tif")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 12

@@ -1,0 +1,312 @@
+"""Spoilt data and recipes: read, or refused with a message; never a traceback."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_bounded_yaml import LAUGHS, MERGED
+from tiny_task import make_task
+
+from finesight.cli.app import run_command
+from finesight.config import DataSettings, PixelRange, TrainFileSettings
+from finesight.data.corpus import load_corpus
+from finesight.data.jsonl import read_samples, write_samples
+from finesight.encode.native_renderer import NativeRenderer
+from finesight.errors import UserError
+from finesight.model_folder import ModelFolder
+from finesight.recipe import dump_recipe, load_recipe
+from finesight.train.dataset_stats import compute_dataset_stats
+
+LINES, RECIPES, COMMANDS = 1500, 600, 20
+
+REPLACEMENT_VALUES = (
+    None,
+    True,
+    0,
+    -1,
+    0.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    10**400,
+    2**63,
+    [],
+    {},
+    [[]],
+)
+TEXTS = ("", "NaN", "\0", "a\0b", "\ud800", "\u202e", "1", "x" * 300, "a" * 100_000, "..", ".", "/")
+PATHS = ("/dev/zero", "/etc/passwd", "/proc/self/mem", "~", "file:///x", "train0.png\0")
+MARKS = ("<|im_end|>", "<|image_pad|>", "<|vision_start|>")
+WEIRD = (*REPLACEMENT_VALUES, *TEXTS, *PATHS, *MARKS)
+
+SAMPLE = {
+    "id": "a",
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": "train0.png"},
+                {"type": "text", "text": "Where? \u00e9\u2028"},
+                {"type": "video", "frames": ["train0.png", "train0.png"], "fps": 2.0},
+            ],
+        },
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "box", "image": 0, "label": "cat", "xyxy": [1, 2, 20, 21]},
+                {"type": "text", "text": "ok"},
+            ],
+        },
+    ],
+    "references": ["x"],
+    "meta": {"k": [1, {"b": None}]},
+}
+
+VALUES = (
+    *("null", "true", "0", "-1", "1e308", ".nan", "-.inf", "9" * 400, "9" * 5000, "0x_", "1:30"),
+    *("[]", "{}", "[[[]]]", "''", '"\\0"', '"\\ud800"', "a" * 100_000, "2020-13-45", "1e-4", "~"),
+    *("!!binary aGk=", "!!set {a, b}", "!!int x", "!!python/name:os.system x", "&a [*a]", "*no"),
+    *("{path: a, weight: .nan}", "{1: 2}", "{[1]: 2}", "/dev/zero", '"x.py:f"', "100%", "yes"),
+)
+FILE_CONTENTS = (
+    *(b"", b"\0", b"\xff\xfem\0", b"\xef\xbb\xbfmodel: x", b"--- a\n--- b", b"%YAML 9.9\n---\na"),
+    *(LAUGHS.encode(), MERGED.encode(), b"a: &a [*a, *a]", b"<<: [1]", b"=: x", b"? [a]\n: b"),
+    *(b"[" * 20_000, b"{a: " * 20_000, b"- " * 20_000, b"null: 2", b"1.5: x", b"a: 1\na: 2"),
+)
+NAMES = (
+    "model",
+    "train.batch_size",
+    "train.learning_rate.default",
+    "data.train.0.path",
+    "data..x",
+    "",
+)
+
+
+def list_value_paths(node: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The ways to all values inside of one."""
+    yield path
+    inner = node.items() if isinstance(node, dict) else ()
+    for key, value in enumerate(node) if isinstance(node, list) else inner:
+        yield from list_value_paths(value, (*path, key))
+
+
+def at(node: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        node = node[key]
+    return node
+
+
+def corrupt_record(rng: random.Random, record: dict[str, Any]) -> dict[str, Any]:
+    """A copy with a few values exchanged, lost, added or wrapped."""
+    record = json.loads(json.dumps(record))
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        ways = [path for path in list_value_paths(record) if path]
+        if not ways:
+            break
+        *above, key = rng.choice(ways)
+        holder = at(record, tuple(above))
+        match rng.randrange(5):
+            case 0 | 1:
+                holder[key] = rng.choice(WEIRD)
+            case 2:
+                del holder[key]
+            case 3:
+                holder[key] = [holder[key]]
+            case _:
+                holder[key] = json.loads(json.dumps(at(record, rng.choice(ways))))
+    return record
+
+
+def corrupt_bytes(rng: random.Random, content: bytes) -> bytes:
+    """Bytes changed, lost or repeated."""
+    found = bytearray(content or b"x")
+    for _ in range(rng.choice((1, 2, 5, 20))):
+        location = rng.randrange(len(found))
+        match rng.randrange(4):
+            case 0:
+                found[location] = rng.randrange(256)
+            case 1:
+                found[location] = rng.choice(b":-{}[]&*!|>'\"%@`#,? \n\t\0")
+            case 2:
+                del found[location : location + rng.randrange(1, 20)]
+                found = found or bytearray(b"x")
+            case _:
+                found[location:location] = found[rng.randrange(len(found)) :][:20]
+    return bytes(found)
+
+
+def corrupt_line(rng: random.Random, good: dict[str, Any]) -> bytes:
+    """A line of a data file that something is wrong with, mostly."""
+    record = corrupt_record(rng, rng.choice((SAMPLE, good)))
+    text = json.dumps(record, ensure_ascii=rng.random() < 0.5)
+    content = text.encode("utf-8", "surrogatepass")
+    match rng.randrange(12):
+        case 0 | 1 | 2 | 3 | 4:
+            return content
+        case 5 | 6:
+            return corrupt_bytes(rng, content)
+        case 7:
+            return content[: rng.randrange(len(content))]
+        case 8:
+            return rng.choice((b"[", b'{"a":')) * rng.choice((10, 1000, 100_000)) + content
+        case 9:
+            deep = b"[" * 20_000 + b"]" * 20_000
+            return content.replace(b'"meta": {', b'"meta": {"deep": ' + deep + b", ", 1)
+        case 10:
+            return content.replace(b'"id":', b'"id": "b", "id":', 1)
+        case _:
+            return rng.choice((b"\xef\xbb\xbf" + content, text.encode("utf-16", "surrogatepass")))
+
+
+def corrupt_recipe(rng: random.Random, good: str) -> bytes:
+    match rng.randrange(6):
+        case 0:
+            return rng.choice(FILE_CONTENTS)
+        case 1 | 2:
+            return corrupt_bytes(rng, good.encode())
+        case _:
+            lines = good.splitlines()
+            for _ in range(rng.choice((1, 1, 2, 4))):
+                location = rng.randrange(len(lines))
+                key, colon, _ = lines[location].partition(":")
+                changed = f"{key}{colon or ':'} {rng.choice(VALUES)}"
+                updated = " " * rng.randrange(5) + lines[location].lstrip()
+                doubled = f"{lines[location]}\n{rng.choice(lines)}"
+                lines[location] = rng.choice(
+                    (changed, changed, updated, doubled, f"\t{lines[location]}")
+                )
+            return "\n".join(lines).encode()
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task, and a recipe that names `spoilt.jsonl`."""
+    folder = tmp_path_factory.mktemp("task")
+    recipe = make_task(folder)
+    recipe["data"] = {"train": str(folder / "spoilt.jsonl")}
+    recipe["output_dir"] = str(folder / "run")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def good_line(folder: Path) -> dict[str, Any]:
+    line: dict[str, Any] = json.loads((folder / "train.jsonl").read_text().splitlines()[0])
+    return line
+
+
+def check_messages(refused: list[UserError]) -> None:
+    """Each can be written to a terminal, and says where."""
+    for error in refused:
+        assert error.where
+        assert str(error).encode()
+
+
+def test_corrupt_lines_are_read_or_rejected(task: Path) -> None:
+    """By the path of training, to the patches; what is read comes back as it was written."""
+    rng, path = random.Random(0), task / "spoilt.jsonl"
+    rule = PixelRange(min_pixels=784, max_pixels=7056)
+    renderer, good = NativeRenderer(ModelFolder(task / "tiny"), rule), good_line(task)
+    taken, refused = 0, list[UserError]()
+    for _ in range(LINES):
+        path.write_bytes(corrupt_line(rng, good) + b"\n")
+        files = (TrainFileSettings(path=path),)
+        try:
+            samples = read_samples(path)
+            write_samples(task / "again.jsonl", samples)
+            assert repr(read_samples(task / "again.jsonl")) == repr(samples)
+            corpus = load_corpus(files)
+            for index in compute_dataset_stats(
+                corpus, renderer, DataSettings(train=files), 0
+            ).sample_indices:
+                assert renderer.encode(corpus[index]).tokenized.num_supervised_tokens
+            taken += 1
+        except UserError as error:
+            refused.append(error)
+    check_messages(refused)
+    assert min(taken, len(refused)) > LINES // 25
+
+
+def test_corrupt_recipes_are_read_or_rejected(task: Path) -> None:
+    rng, path = random.Random(0), task / "spoilt.yaml"
+    shipped = (Path(__file__).parents[2] / "recipes").glob("*.yaml")
+    goods = [dump_recipe(load_recipe(task / "recipe.yaml")), *(p.read_text() for p in shipped)]
+    taken, refused = 0, list[UserError]()
+    for _ in range(RECIPES):
+        path.write_bytes(corrupt_recipe(rng, rng.choice(goods)))
+        name, value = rng.choice(NAMES), rng.choice(VALUES)
+        try:
+            settings = load_recipe(path, [f"{name}={value}"] if rng.random() < 0.3 else [])
+            path.write_text(dump_recipe(settings))
+            assert load_recipe(path) == settings
+            taken += 1
+        except UserError as error:
+            refused.append(error)
+    check_messages(refused)
+    assert min(taken, len(refused)) > RECIPES // 50
+
+
+def codes(commands: list[list[str]], capsys: pytest.CaptureFixture[str]) -> set[int]:
+    """The exit codes of these commands, each of which says what is wrong if anything is."""
+    found = set()
+    for command in commands:
+        code = run_command(command)
+        output = capsys.readouterr()
+        assert (output.out + output.err).encode()
+        assert code != 2 or "error" in output.out + output.err, command
+        found.add(code)
+    return found
+
+
+def test_commands_exit_cleanly_on_corrupt_data(
+    task: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng, good = random.Random(1), good_line(task)
+    path, recipe = task / "spoilt.jsonl", str(task / "recipe.yaml")
+    found: set[int] = set()
+    for number in range(COMMANDS):
+        lines = [json.dumps(good).encode(), corrupt_line(rng, good), json.dumps(good).encode()]
+        path.write_bytes(b"\n".join(lines if number % 2 else lines[1:2]) + b"\n")
+        more = ["train.steps=1", "train.epochs=null", f"output_dir={task / f'run{number}'}"]
+        found |= codes(
+            [
+                ["train", recipe, *more],
+                ["data", "check", str(path), "--fix", str(task / f"fixed{number}")],
+                ["data", "show", recipe],
+                ["data", "import", str(path), str(task / f"imported{number}")],
+                ["data", "export", str(path), str(task / f"out{number}"), "--to", "ms-swift"],
+            ],
+            capsys,
+        )
+    assert {0, 2} <= found <= {0, 2, 3}
+
+
+def test_commands_exit_cleanly_on_corrupt_recipes(
+    task: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No hub is asked for what a model's name has become."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(task)
+    rng, good = random.Random(2), (task / "recipe.yaml").read_text()
+    (task / "spoilt.jsonl").write_bytes((task / "train.jsonl").read_bytes())
+    found: set[int] = set()
+    for number in range(COMMANDS):
+        path = task / "spoilt.yaml"
+        path.write_bytes(corrupt_recipe(rng, good) if number else good.encode())
+        own = [f"output_dir={task / f'tuned{number}'}", "train.epochs=null", "train.steps=1"]
+        found |= codes(
+            [
+                ["train", str(path), *own, "train.num_workers=0", "train.batch_size=2"],
+                ["data", "check", str(path)],
+                ["data", "plan", str(path)],
+            ],
+            capsys,
+        )
+    assert {0, 2} <= found <= {0, 2, 3}

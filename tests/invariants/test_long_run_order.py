@@ -1,0 +1,109 @@
+"""A day of training on ten million samples, simulated: only the order is computed, nothing learned.
+
+Runs are stopped with a checkpoint or killed without one, at random steps, and go on with another
+number of processes. Each life computes the order anew, as a new process does.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finesight.config import TrainSettings
+from finesight.data.corpus import Corpus
+from finesight.data.index_cache import SampleIndex
+from finesight.data.jsonl import JsonlSamples
+from finesight.data.line_index import IndexedLines
+from finesight.data.sample_order import SampleOrder
+from finesight.train.distributed_sampler import DistributedSampler
+from finesight.train.parallel.distributed import ProcessGroup
+from finesight.train.sampler import TrainSampler
+
+SIZES, WEIGHTS = (7_000_000, 3_000_000), (1.0, 1.0)
+SAMPLES = sum(SIZES)
+BATCH = 256
+SAVE_EVERY = 500
+LIVES = 6
+EPOCHS = 1.02
+"""118 samples a second are a day's; a little more, so that the border of epochs is crossed."""
+
+CHECKED = 10
+"""Steps of each life whose shares are computed in every process."""
+
+
+def make_sampler() -> TrainSampler:
+    """As a process that starts or goes on makes it, out of the files' sizes and the settings."""
+    empty = np.empty(0, np.int64)
+    # Every line begins at byte 0: they are counted and never read.
+    indices = [SampleIndex(np.broadcast_to(np.int64(0), size + 1), empty, "") for size in SIZES]
+    files = [JsonlSamples(IndexedLines(Path(), index, (0, 0))) for index in indices]
+    corpus = Corpus(tuple(files), WEIGHTS, "fingerprint")
+    train = TrainSettings(batch_size=BATCH, epochs=EPOCHS, data_seed=11)
+    return TrainSampler(corpus, range(SAMPLES), train)
+
+
+@dataclass(slots=True)
+class SimulatedDay:
+    """What was learned from in every step so far; steps that a kill has undone are done again."""
+
+    taken_SB: NDArray[np.int64]
+    step: int = 0
+    again: int = 0
+
+    def live(self, until: int, killed: bool, ranks: int, rng: random.Random) -> None:
+        """One process group, from the newest checkpoint to step `until`."""
+        course = make_sampler()
+        start = self.step
+        shown = {rng.randrange(start, until) for _ in range(CHECKED)} | {start, until - 1}
+        for step in range(start, until):
+            members = course.batch_indices(step)
+            row = self.taken_SB[step]
+            if row[0] >= 0:
+                assert row[: len(members)].tolist() == members, "another order after a kill"
+                self.again += 1
+            row[: len(members)] = members
+            if step in shown:
+                assert_shared(course, step, ranks)
+        self.step = until // SAVE_EVERY * SAVE_EVERY if killed else until
+
+
+def cost(index: int) -> float:
+    return float(1 + index * 2_654_435_761 % 97)
+
+
+def assert_shared(course: TrainSampler, step: int, count: int) -> None:
+    """Each sample of the step goes to one process, and none has much more to do than another."""
+    shares = [
+        DistributedSampler(course, ProcessGroup(rank, count), cost, None, 1).batch_indices(step)
+        for rank in range(count)
+    ]
+    assert sorted(index for share in shares for index in share) == sorted(
+        course.batch_indices(step)
+    )
+    costs = [sum(map(cost, share)) for share in shares]
+    assert max(costs) - min(costs) <= max(map(cost, course.batch_indices(step)))
+
+
+def test_elastic_restarts_visit_each_sample_once_per_epoch() -> None:
+    rng = random.Random(5)
+    steps = len(make_sampler())
+    day = SimulatedDay(np.full((steps, BATCH), -1, np.int64))
+    stops = sorted(rng.sample(range(SAVE_EVERY + 1, steps), LIVES - 1))
+    for number, until in enumerate([*stops, steps]):
+        last = until == steps
+        day.live(until, not last and number % 2 == 0, rng.choice([1, 2, 3, 8, 64]), rng)
+    assert day.step == steps
+    assert day.again > 0, "no kill has undone a step"
+
+    row = day.taken_SB[day.taken_SB >= 0]
+    order = SampleOrder(SIZES, WEIGHTS, seed=11)
+    first, second = order.epoch_indices(0), order.epoch_indices(1)
+    assert len(row) == round(EPOCHS * SAMPLES)
+    counts = np.bincount(row[:SAMPLES], minlength=SAMPLES)
+    assert counts.min() == counts.max() == 1, "a sample twice in the epoch, or never"
+    assert np.array_equal(row, np.concatenate([first, second])[: len(row)])
+    assert not np.array_equal(first, second)

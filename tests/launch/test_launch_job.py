@@ -1,0 +1,62 @@
+"""What a job is made of, and what is refused before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finesight.errors import UserError
+from finesight.launch.launch_job import LaunchJob, NodeSpec
+
+MACHINES = NodeSpec(1, 1, 8)
+
+
+def recipe(folder: Path, output: str = "runs/first") -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(f"model: some/model\ndata: {{train: a.jsonl}}\noutput_dir: {output}\n")
+    return path
+
+
+@pytest.mark.parametrize(("nodes", "range_"), [("1", (1, 1)), ("4", (4, 4)), ("2:16", (2, 16))])
+def test_node_counts(nodes: str, range_: tuple[int, int]) -> None:
+    machines = NodeSpec.parse(nodes, 8)
+    assert (machines.min_nodes, machines.max_nodes) == range_
+    assert machines.is_elastic == (range_[0] < range_[1])
+
+
+@pytest.mark.parametrize("nodes", ["", "0", "-1", "2:1", "1:", ":2", "1:2:3", "two", "1 ", "9" * 9])
+def test_invalid_node_counts_are_rejected(nodes: str) -> None:
+    with pytest.raises(UserError, match="invalid number of nodes") as caught:
+        NodeSpec.parse(nodes, 8)
+    assert caught.value.where == "--nodes"
+
+
+def test_job_name_is_derived_from_output(tmp_path: Path) -> None:
+    for output, name in (
+        ("runs/Qwen2-VL_2B", "qwen2-vl-2b"),
+        ("runs/2024", "finesight"),
+        ("'x'", "x"),
+        ("'été 3'", "t-3"),
+        ("a" * 100, "a" * 63),
+        ("'7-b-'", "b"),
+    ):
+        assert LaunchJob.from_recipe(recipe(tmp_path, output), (), None, MACHINES).name == name
+    assert LaunchJob.from_recipe(recipe(tmp_path), (), "mine", MACHINES).name == "mine"
+
+
+@pytest.mark.parametrize("name", ["", "A", "a_b", "-a", "a-", "1a", "a b", "a" * 64, "a\n"])
+def test_invalid_job_names_are_rejected(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="the name") as caught:
+        LaunchJob.from_recipe(recipe(tmp_path), (), name, MACHINES)
+    assert caught.value.where == "--name"
+
+
+def test_recipe_errors_are_raised_first(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.bach"):
+        LaunchJob.from_recipe(recipe(tmp_path), ("train.bach=8",), None, MACHINES)
+
+
+def test_recipe_path_starting_with_dash(tmp_path: Path) -> None:
+    job = LaunchJob("x", Path("-r.yaml"), (), Path("run"), tmp_path, MACHINES)
+    assert job.python_arguments == "-m finesight train ./-r.yaml --resume"

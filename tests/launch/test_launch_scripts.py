@@ -1,0 +1,181 @@
+"""Scripts for torchrun and Slurm: sound shell, safe quotes, and what they do when they are run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launch_fixtures import TUNE, make_job, run_job_script, wait_for_steps
+from tiny_task import TinyTask, read_losses
+
+from finesight.errors import UserError
+from finesight.launch.launch_job import LaunchJob, NodeSpec
+from finesight.launch.launch_scripts import SlurmOptions, build_slurm_script, build_torchrun_script
+
+NASTY = 'it\'s; $(touch stolen) `id` "x" \n *'
+
+
+def job(
+    folder: Path, machines: NodeSpec, python: str = sys.executable, output: str = "run"
+) -> LaunchJob:
+    recipe, overrides = Path(f"{NASTY}.yaml"), (f"data.system_prompt={NASTY}",)
+    return LaunchJob("run", recipe, overrides, folder / output, folder, machines, python)
+
+
+def scripts(folder: Path, python: str = sys.executable) -> dict[str, str]:
+    one, many = NodeSpec(1, 1, 2), NodeSpec(2, 4, 8)
+    return {
+        "torchrun": build_torchrun_script(job(folder, one, python)),
+        "torchrun of many": build_torchrun_script(job(folder, many, python)),
+        "slurm": build_slurm_script(job(folder, one, python), SlurmOptions()),
+        "slurm of many": build_slurm_script(
+            job(folder, many, python), SlurmOptions("gpu,long", "me", "1-12:00:00")
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["torchrun", "torchrun of many", "slurm", "slurm of many"])
+def test_scripts_are_valid_bash(name: str, tmp_path: Path) -> None:
+    text = scripts(tmp_path / NASTY)[name]
+    checked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    assert not checked.stderr
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("name", ["torchrun", "torchrun of many", "slurm", "slurm of many"])
+def test_shellcheck_has_no_warnings(name: str, tmp_path: Path) -> None:
+    text = scripts(tmp_path)[name]
+    # Its notes are about quotes that are meant to be as they are.
+    command = ["shellcheck", "--severity=warning", "-"]
+    checked = subprocess.run(command, input=text, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize("name", ["torchrun", "torchrun of many", "slurm", "slurm of many"])
+def test_arguments_are_quoted_safely(name: str, tmp_path: Path) -> None:
+    """Whatever stands in a path, a setting or a folder's name: nothing of it is carried out."""
+    folder = tmp_path / NASTY
+    folder.mkdir()
+    python = folder / "python"
+    code = "import json, os, sys; json.dump([sys.argv[1:], dict(os.environ)], open('seen', 'w'))"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
+    python.chmod(0o755)
+    done = run_job_script(tmp_path, scripts(folder, str(python))[name], 1)
+    output, _ = done.communicate(timeout=60)
+    assert done.returncode == (75 if "slurm" in name else 0), output
+    words, environment = json.loads((folder / "seen").read_text())
+    last = ["-m", "finesight", "train", f"{NASTY}.yaml", f"data.system_prompt={NASTY}", "--resume"]
+    assert words[-6:] == last
+    assert not [*tmp_path.rglob("stolen")]
+    if name == "torchrun of many":
+        assert words[:3] == ["-m", "torch.distributed.run", "--nnodes=2:4"]
+        assert "--rdzv-endpoint=127.0.0.1:29400" in words
+    elif name == "torchrun":
+        assert words[2:5] == ["--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    else:
+        assert environment["MASTER_ADDR"] == "127.0.0.1"
+        assert [environment[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["0", "1", "0"]
+
+
+def test_multi_node_script_needs_master_addr(tmp_path: Path) -> None:
+    text = build_torchrun_script(job(tmp_path, NodeSpec(2, 2, 1)))
+    done = subprocess.run(
+        ["bash"], input=text, capture_output=True, text=True, env={"PATH": os.environ["PATH"]}
+    )
+    assert done.returncode
+    assert "MASTER_ADDR: must be the name of one node" in done.stderr
+
+
+def test_slurm_directives(tmp_path: Path) -> None:
+    text = scripts(tmp_path)["slurm of many"]
+    directives = [line for line in text.splitlines() if line.startswith("#SBATCH ")]
+    assert directives == [
+        "#SBATCH --job-name=run",
+        "#SBATCH --output=run-%j.log",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --nodes=2-4",
+        "#SBATCH --ntasks-per-node=8",
+        "#SBATCH --gpus-per-node=8",
+        "#SBATCH --requeue",
+        "#SBATCH --signal=B:USR1@300",
+        "#SBATCH --partition=gpu,long",
+        "#SBATCH --account=me",
+        "#SBATCH --time=1-12:00:00",
+    ]
+
+
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="Slurm is not installed")
+@pytest.mark.parametrize("name", ["slurm", "slurm of many"])
+def test_sbatch_accepts_the_script(name: str, tmp_path: Path) -> None:
+    """It reads all directives before it asks the cluster, which may have no such machines."""
+    file = tmp_path / "run.sbatch"
+    for text, known in (
+        (scripts(tmp_path)[name], True),
+        (scripts(tmp_path)[name].replace("--requeue", "--requeued"), False),
+    ):
+        file.write_text(text)
+        command = ["sbatch", "--test-only", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        taken = done.returncode == 0 or "allocation failure" in done.stderr
+        assert taken is known, done.stderr
+
+
+@pytest.mark.parametrize("value", ["a b", "a\n#SBATCH --uid=0", "", "$(id)", "-x", "a'"])
+def test_invalid_directive_values_are_rejected(value: str) -> None:
+    with pytest.raises(UserError, match="is not a name") as caught:
+        SlurmOptions(partition=value).format_directives()
+    assert caught.value.where == "--partition"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bash and processes as on clusters")
+def test_slurm_warning_requeues_and_run_completes(tmp_path: Path) -> None:
+    """Two processes learn until the warning, three after it: as if one had learned alone."""
+    task = TinyTask(tmp_path / "task")
+    text = build_slurm_script(make_job(task, "run", 2, epochs=20), SlurmOptions())
+    folder, result = task.folder / "run", tmp_path / "slurm" / "told"
+    process = run_job_script(tmp_path, text, 2)
+    wait_for_steps(folder, 4, process)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "stopped by SIGUSR1, checkpoint of step" in output
+    stopped = max(step for step, _ in read_losses(folder))
+    assert stopped < 55
+    assert (folder / "checkpoints" / f"step-{stopped}").is_dir()
+    assert result.read_text().splitlines()[-1] == f"scontrol requeue {os.getpid()}"
+    result.unlink()
+    process = run_job_script(tmp_path, text, 3)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert f"resuming after step {stopped} of 55" in output
+    assert "scontrol requeue" not in result.read_text()
+    assert json.loads((folder / "result.json").read_text())["steps"] == 55
+    alone = task.run("train.epochs=20", "train.learning_rate=1e-3", name="alone", tune=TUNE)
+    assert alone.steps == 55
+    assert dict(read_losses(folder)) == pytest.approx(
+        dict(read_losses(task.folder / "alone")), rel=1e-5
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bash and processes as on clusters")
+def test_failed_or_cancelled_jobs_are_not_requeued(tmp_path: Path) -> None:
+    result = tmp_path / "slurm" / "told"
+    python = tmp_path / "python"
+    for code, ends in ((2, 2), (75, 75), (1, 1)):
+        python.write_text(f"#!/bin/sh\nexit {code}\n")
+        python.chmod(0o755)
+        process = run_job_script(
+            tmp_path,
+            build_slurm_script(job(tmp_path, NodeSpec(1, 1, 2), str(python)), SlurmOptions()),
+            2,
+        )
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == ends, output
+    assert "scontrol requeue" not in result.read_text()

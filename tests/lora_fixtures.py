@@ -1,0 +1,110 @@
+"""Random adapters of tiny models and modified adapter files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hf_reference import make_config, make_native_model, make_reference_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from finesight.config import TuneSettings
+from finesight.model.fused_linear import FusedLinear
+from finesight.model.lora.layer import hub_name, iter_adapters
+from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, save_adapter
+from finesight.model.trainable import configure_tuning
+from finesight.model.vlm import VisionLanguageModel
+
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+LORA = {"rank": 4, "alpha": 6, "dropout": 0.1}
+TUNE_SETTINGS: dict[str, dict[str, Any]] = {
+    "language": {"language": "lora", "lora": LORA},
+    "all parts": {"language": "lora", "vision": "lora", "merger": "lora", "lora": LORA},
+    "some targets": {
+        "language": "lora",
+        "lora": LORA | {"target_modules": ["gate_proj", "v_proj"]},
+    },
+    "merger, vision encoder frozen": {"language": "frozen", "merger": "lora", "lora": LORA},
+}
+GROUP_WIDTHS = {"q_proj": 5, "k_proj": 3, "v_proj": 4}
+
+
+def make_group(
+    widths: dict[str, int] = GROUP_WIDTHS, inputs: int = 6, dtype: torch.dtype = torch.float32
+) -> FusedLinear:
+    """Return a frozen fused linear with random weights."""
+    torch.manual_seed(0)
+    group = FusedLinear(inputs, widths, bias=True).to(dtype)
+    for parameter in group.parameters():
+        nn.init.normal_(parameter)
+    return group.requires_grad_(False)
+
+
+@torch.no_grad()
+def randomize_parameters(parameters: Iterable[nn.Parameter]) -> None:
+    """Randomize factors; B is nonzero so that a missing B changes results."""
+    generator = torch.Generator().manual_seed(5)
+    for parameter in parameters:
+        parameter.normal_(0.0, 0.1, generator=generator)
+
+
+def tune_with_lora(model: VisionLanguageModel, tune: dict[str, Any]) -> VisionLanguageModel:
+    """Add random adapters to the model and set evaluation mode."""
+    configure_tuning(model, TuneSettings.model_validate(tune), seed=0)
+    randomize_parameters(
+        factor for _, _, adapter in iter_adapters(model) for factor in adapter.parameters()
+    )
+    return model.eval()
+
+
+@torch.no_grad()
+def install_random_adapter(
+    model: VisionLanguageModel, seed: int, tune: dict[str, Any]
+) -> VisionLanguageModel:
+    """Install an adapter of random values, large enough to change generations."""
+    configure_tuning(model, TuneSettings.model_validate(tune), seed=0)
+    generator = torch.Generator().manual_seed(seed)
+    for _, _, adapter in iter_adapters(model):
+        for factor in adapter.parameters():
+            factor.normal_(0.0, 0.3, generator=generator)
+    return model.eval()
+
+
+def list_adapted_layers(model: VisionLanguageModel) -> set[str]:
+    """Return the names of the layers with an adapter."""
+    return {hub_name(path, output) for path, _, a in iter_adapters(model) for output in a.configs}
+
+
+def write_random_adapter(
+    folder: Path, family: str = "qwen2_vl", tune_name: str = "language"
+) -> Path:
+    """Write a random adapter of the tiny model to files."""
+    model = make_native_model(make_config(family), make_reference_model(make_config(family)))
+    save_adapter(folder, tune_with_lora(model, TUNE_SETTINGS[tune_name]), base_model="some/base")
+    return folder
+
+
+def rename_adapter_keys(folder: Path, change: Callable[[str], str]) -> Path:
+    """Rename the adapter's keys and drop those that `change` maps to an empty string."""
+    tensors = {
+        change(key): tensor for key, tensor in load_file(folder / ADAPTER_WEIGHTS_FILE).items()
+    }
+    tensors.pop("", None)
+    save_file(tensors, folder / ADAPTER_WEIGHTS_FILE)
+    return folder
+
+
+def edit_adapter_config(folder: Path, **settings: Any) -> Path:
+    """Change settings in the adapter's config."""
+    content = json.loads((folder / ADAPTER_CONFIG_FILE).read_text()) | settings
+    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(content))
+    return folder
+
+
+def to_transformers4_name(key: str) -> str:
+    """Return the key that peft writes with transformers 4."""
+    return key.replace(".model.language_model.", ".model.").replace(".model.visual.", ".visual.")

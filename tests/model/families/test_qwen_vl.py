@@ -1,0 +1,151 @@
+"""Qwen-VL: published sizes and names, rejected configs, and rules beyond the network."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from qwen_vl_reference import CONFIGS
+
+from finesight.errors import UserError
+from finesight.model.config import ConfigReader, ModelConfig, parse_pixel_normalization
+from finesight.model.families.qwen_decoder import count_ntk_doublings, logn_scale, ntk_base
+from finesight.model.families.qwen_vl import sincos_positions
+from finesight.model.trainable import MODEL_PARTS, get_part
+from finesight.model.vlm import ARCHITECTURES, VisionLanguageModel
+from finesight.model.weights_io import HubTensor, hub_tensors, init_random_model
+from finesight.model_folder import PREPROCESSOR_DEFAULTS
+
+ASSETS = Path(__file__).resolve().parents[4] / "shared" / "qwen_assets" / "Qwen-VL-Chat"
+ARCHITECTURE = ARCHITECTURES["qwen"]
+CPU = torch.device("cpu")
+
+
+def _small(**changes: Any) -> dict[str, Any]:
+    config = CONFIGS["few queries"]
+    return config | {"visual": config["visual"] | changes.pop("visual", {})} | changes
+
+
+def _refused(config: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        init_random_model(config, 0, torch.float32, CPU)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def published() -> list[HubTensor]:
+    if not ASSETS.is_dir():
+        pytest.skip("no folder with published files next to the repository")
+    config = ConfigReader(json.loads((ASSETS / "config.json").read_text(encoding="utf-8")))
+    with torch.device("meta"):
+        visual = ARCHITECTURE.build_vision_encoder(
+            config, parse_pixel_normalization(ConfigReader(PREPROCESSOR_DEFAULTS))
+        )
+        geometry = ModelConfig(ARCHITECTURE.parse_decoder_config(config), visual.config)
+        return list(hub_tensors(VisionLanguageModel(ARCHITECTURE, geometry, visual)))
+
+
+def test_published_model_tensor_count_and_size(published: list[HubTensor]) -> None:
+    # The sizes in the index that its weights were published with.
+    assert len(published) == 853
+    assert 2 * sum(tensor.data.numel() for tensor in published) == 19_313_870_336
+
+
+def test_published_name_mapping_roundtrip(published: list[HubTensor]) -> None:
+    names = {tensor.name: ARCHITECTURE.to_hub_name(tensor.name) for tensor in published}
+    assert all(ARCHITECTURE.to_native_name(theirs) == ours for ours, theirs in names.items())
+    shapes = {names[tensor.name]: tensor.shape for tensor in published}
+    expected = {
+        "lm_head.weight": (151936, 4096),
+        "transformer.wte.weight": (151936, 4096),
+        "transformer.ln_f.weight": (4096,),
+        "transformer.h.31.attn.c_attn.weight": (12288, 4096),
+        "transformer.h.0.attn.c_attn.bias": (12288,),
+        "transformer.h.0.attn.c_proj.weight": (4096, 4096),
+        "transformer.h.0.mlp.w1.weight": (11008, 4096),
+        "transformer.h.0.mlp.w2.weight": (11008, 4096),
+        "transformer.h.0.mlp.c_proj.weight": (4096, 11008),
+        "transformer.visual.conv1.weight": (1664, 3, 14, 14),
+        "transformer.visual.positional_embedding": (256, 1664),
+        "transformer.visual.ln_pre.bias": (1664,),
+        "transformer.visual.transformer.resblocks.47.attn.in_proj.weight": (4992, 1664),
+        "transformer.visual.transformer.resblocks.0.mlp.c_fc.weight": (8192, 1664),
+        "transformer.visual.attn_pool.query": (256, 4096),
+        "transformer.visual.attn_pool.pos_embed": (256, 4096),
+        "transformer.visual.attn_pool.kv_proj.weight": (4096, 1664),
+        "transformer.visual.attn_pool.attn.in_proj_weight": (12288, 4096),
+        "transformer.visual.attn_pool.attn.out_proj.bias": (4096,),
+        "transformer.visual.ln_post.weight": (4096,),
+        "transformer.visual.proj": (4096, 4096),
+    }
+    assert expected == {name: shapes[name] for name in expected}
+
+
+def test_every_tensor_belongs_to_a_part(published: list[HubTensor]) -> None:
+    size = dict.fromkeys(MODEL_PARTS, 0)
+    for tensor in published:
+        size[get_part(tensor.name)] += tensor.data.numel()
+    millions = {part: round(numbers / 1e6) for part, numbers in size.items()}
+    assert millions == {"vision": 1843, "merger": 93, "language": 6477, "embeddings": 1245}
+
+
+@pytest.mark.parametrize(
+    ("side", "width", "products"),
+    [
+        (4, 128, [42.32709791, 12.605224, -19.32134915]),
+        (16, 4096, [-481.36742857, 433.45265425, 666.47308018]),
+    ],
+)
+def test_resampler_positions_match_published(side: int, width: int, products: list[float]) -> None:
+    found = sincos_positions(side, width)
+    vectors = np.random.RandomState(5).standard_normal((3, found.size))
+    assert np.abs(vectors @ found.flatten() - products).max() < 1e-3
+    model = init_random_model(_small(), 0, torch.float32, CPU)
+    table = model.get_buffer("visual.merger.attn_pool.pos_embed")
+    assert torch.equal(table, torch.from_numpy(sincos_positions(4, 256)))
+
+
+def test_ntk_base_increases_with_length() -> None:
+    lengths = torch.tensor([1, 2048, 2049, 4096, 4097, 8192, 8193])
+    assert count_ntk_doublings(lengths, 2048).tolist() == [0, 0, 1, 1, 2, 2, 3]
+    assert ntk_base(1e4, 128, 0) == 1e4
+    assert ntk_base(1e4, 128, 1) == pytest.approx(1e4 * 3 ** (128 / 126))
+
+
+def test_logn_scale_of_queries() -> None:
+    found = logn_scale(torch.tensor([0, 2047, 2048, 8191]), 2048)
+    assert found.tolist() == pytest.approx(
+        [1.0, 1.0, math.log(2049, 2048), math.log(8192, 2048)], abs=1e-7
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"visual": {"image_size": 120}}, "visual.image_size is 120"),
+        ({"visual": {"image_size": 84}}, "visual.image_size is 84"),
+        ({"visual": {"n_queries": 15}}, "expected: a multiple of 14 x 3"),
+        ({"visual": {"heads": 5}}, "visual.heads is 5"),
+        ({"visual": {"output_dim": 200}}, "visual.output_dim is 200"),
+        ({"visual": {"output_dim": 128}}, "image features have 128 dimensions"),
+        ({"kv_channels": 32}, "kv_channels is 32"),
+        ({"rotary_pct": 0.5}, "rotary_pct is 0.5"),
+        ({"no_bias": False}, "no_bias is False"),
+        ({"intermediate_size": 191}, "intermediate_size is 191"),
+        ({"seq_length": None}, "seq_length is missing"),
+        ({"seq_length": 1}, "seq_length is 1"),
+    ],
+)
+def test_unsupported_configs_are_rejected(changes: dict[str, Any], message: str) -> None:
+    assert message in _refused(_small(**changes))
+
+
+def test_text_only_model_is_rejected() -> None:
+    config = _small()
+    del config["visual"]
+    assert "visual is missing" in _refused(config)

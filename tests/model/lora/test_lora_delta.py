@@ -1,0 +1,175 @@
+"""Small LoRA deltas survive rounding when added to base products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from lora_fixtures import make_group
+from torch import Tensor, nn
+
+from finesight.model.fused_linear import FusedLinear
+from finesight.model.lora.fused_matmul import LoraMatmul
+from finesight.model.lora.layer import LoraConfig, LoraLinear
+from finesight.model.lora.lora_delta import add_lora_delta
+from finesight.model.lora.multi import MultiLora
+from finesight.model.quant.base import QuantizedWeight
+from finesight.model.quant.fp8 import Fp8Weight
+from finesight.model.quant.rowwise_quant import Fp8Matrix, Int8Matrix
+
+WIDTHS = {"gate_proj": 320, "up_proj": 192}
+Kind = Callable[[FusedLinear], None] | None
+RANK = 16
+ON_CARD = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_CARD)]
+NARROW = [torch.bfloat16, torch.float16]
+SMALL = {torch.bfloat16: 2.0**-12, torch.float16: 2.0**-15}
+"""Delta relative to the base product, near the precision of each dtype."""
+
+
+def to_nf4(group: FusedLinear) -> None:
+    values_OI = group.weight.data.split(list(WIDTHS.values()))
+    group.set_quantized_weight(Int8Matrix)
+    fill(group, values_OI)
+
+
+def to_fp8(group: FusedLinear) -> None:
+    values_OI = group.weight.data.split(list(WIDTHS.values()))
+    group.set_quantized_weight(Fp8Matrix, Fp8Weight)
+    fill(group, values_OI)
+
+
+def fill(group: FusedLinear, values_OI: tuple[Tensor, ...]) -> None:
+    assert isinstance(group.weight, QuantizedWeight)
+    for matrix, some in zip(group.weight.matrices, values_OI, strict=True):
+        matrix.tensor_specs()[0].load(some)
+
+
+def make_adapted_layer(
+    names: list[str], bias: bool, kind: Kind, device: str, dtype: torch.dtype = torch.bfloat16
+) -> tuple[FusedLinear, Tensor]:
+    """Return a fused linear with small deltas in the named layers, and an input."""
+    if kind is to_fp8 and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("a card that does not multiply in FP8")
+    group = make_group(WIDTHS, 256, dtype)
+    if not bias:
+        group.bias = None
+    if kind is not None:
+        kind(group)
+    low = dict.fromkeys(names, LoraConfig(RANK, float(RANK)))
+    adapter = LoraLinear(group, low, 0.0, dtype)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapter.parameters():
+        parameter.data.normal_(generator=generator)
+    for b_OR in adapter.lora_B.values():
+        b_OR.data.mul_(SMALL[dtype] * RANK**-0.5)
+    group.adapter = adapter
+    x_TI = torch.randn(400, 256, generator=generator).to(dtype)
+    return group.train().to(device), x_TI.to(device)
+
+
+def preserved_fraction(group: FusedLinear, x_TI: Tensor, found: list[Tensor]) -> float:
+    """Return the preserved fraction of all deltas, 1 without rounding loss."""
+    adapter = group.adapter
+    assert isinstance(adapter, LoraLinear)
+    group.adapter = None
+    bare = dict(zip(group.output_sizes, group(x_TI), strict=True))
+    mine = dict(zip(group.output_sizes, found, strict=True))
+    along = full = 0.0
+    for name, (a_RI, b_OR) in adapter.factors().items():
+        update_TO = (x_TI @ a_RI.T).double() @ b_OR.double().T
+        assert update_TO.abs().mean() < 2**-8 * bare[name].abs().mean(), "no small update"
+        along += float(((mine[name].double() - bare[name].double()) * update_TO).sum())
+        full += float((update_TO * update_TO).sum())
+    return along / full
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", [["gate_proj", "up_proj"], ["up_proj"]], ids=len)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [None, to_nf4, to_fp8])
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_small_lora_delta_is_not_lost_to_rounding(
+    names: list[str], bias: bool, kind: Kind, dtype: torch.dtype, device: str
+) -> None:
+    group, x_TI = make_adapted_layer(names, bias, kind, device, dtype)
+    found = group(x_TI)
+    assert preserved_fraction(group, x_TI, list(found)) == pytest.approx(1.0, abs=0.1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [None, to_nf4, to_fp8])
+@pytest.mark.parametrize("device", DEVICES)
+def test_layer_without_adapter_is_unchanged(kind: Kind, device: str) -> None:
+    group, x_TI = make_adapted_layer(["up_proj"], True, kind, device)
+    gate_TO, _ = group(x_TI)
+    group.adapter = None
+    assert torch.equal(gate_TO, group(x_TI)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [None, to_nf4])
+@pytest.mark.parametrize("device", DEVICES)
+def test_multi_lora_delta_is_not_lost_to_rounding(bias: bool, kind: Kind, device: str) -> None:
+    group, x_TI = make_adapted_layer(list(WIDTHS), bias, kind, device)
+    trained, bank = group.adapter, MultiLora(nn.ModuleDict({"gate_up_proj": group.eval()}))
+    bank.collect_adapter()
+    readers = bank.install()
+    assert readers is not None
+    readers.set_mask(readers.build_mask(0))
+    found = list(group(x_TI))
+    readers.set_mask(readers.build_mask(None))
+    base = list(group(x_TI))
+    group.adapter = trained
+    assert preserved_fraction(group, x_TI, found) == pytest.approx(1.0, abs=0.1)
+    # A CPU rounds the sum with a bias again.
+    if device == "cuda" or not bias:
+        assert all(map(torch.equal, base, group(x_TI)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("kind", [None, to_nf4, to_fp8])
+@pytest.mark.parametrize("device", [DEVICES[1]])
+def test_fused_layer_delta_is_not_lost_to_rounding(apart: bool, kind: Kind, device: str) -> None:
+    group, x_TI = make_adapted_layer(list(WIDTHS), True, kind, device)
+    group.is_sharded = apart
+    adapter = group.adapter
+    assert isinstance(adapter, LoraLinear)
+    wide, low_TS = LoraMatmul.from_linear(group), x_TI @ adapter.lora_A.T
+    x_TJ = torch.nn.functional.pad(
+        torch.cat([x_TI, low_TS], 1), (0, wide.padding - low_TS.shape[1])
+    )
+    y_TO = wide.forward(x_TJ if wide.padding else x_TI, low_TS)
+    found = list(y_TO.split(list(WIDTHS.values()), 1))
+    assert preserved_fraction(group, x_TI, found) == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("device", [DEVICES[1]])
+def test_stochastic_rounding_depends_on_value_and_column(dtype: torch.dtype, device: str) -> None:
+    """Rows are independent of the batch; non-finite values and zero deltas are unchanged."""
+    generator = torch.Generator(device).manual_seed(2)
+    y_TO, low_TR, b_OR = (
+        torch.randn(*shape, device=device, generator=generator).to(dtype)
+        for shape in ((200, 300), (200, 24), (300, 24))
+    )
+    y_TO[:3, 0] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    alone_TO = torch.cat(
+        [add_lora_delta(y_TO[t : t + 1].clone(), low_TR[t : t + 1], b_OR, 0.5) for t in range(200)]
+    )
+    # Slices of wider tensors, as in a fused linear.
+    wide_TO, wide_TR, wide_OR = (torch.cat([part] * 2, 1) for part in (y_TO, low_TR, b_OR))
+    found_TO = add_lora_delta(wide_TO[:, :300], wide_TR[:, 24:], wide_OR[:, 24:], 0.5)
+    torch.testing.assert_close(found_TO, alone_TO, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(wide_TO[:, 300:], y_TO, rtol=0, atol=0, equal_nan=True)
+    assert not alone_TO[:3, 0].isfinite().any()
+    assert alone_TO[:, 1:].isfinite().all()
+    empty_TR = torch.zeros_like(low_TR[1:])
+    assert torch.equal(add_lora_delta(y_TO[1:, 1:].clone(), empty_TR, b_OR[1:]), y_TO[1:, 1:])

@@ -1,0 +1,352 @@
+"""FP8 matmuls: errors of outputs and gradients, batch independence, saved tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from gptq_fixtures import with_untied_head
+from hf_reference import CPU
+from torch import Tensor, nn
+
+from finesight.errors import UserError
+from finesight.model.fused_linear import FusedLinear, linear_concat, linear_concat_backward
+from finesight.model.lora.layer import LoraConfig, LoraLinear
+from finesight.model.quant import fp8
+from finesight.model.quant.base import QuantizedWeight, find_quantized_weights
+from finesight.model.quant.fp8 import Fp8Weight, quantize_fp8, require_fp8_support
+from finesight.model.quant.quantize import count_unquantized_layers
+from finesight.model.quant.rowwise_quant import Fp8Matrix
+from finesight.model.tiny import TINY_PRESETS, create_tiny_model
+from finesight.model.trainable import get_part
+from finesight.model.weights_io import load_model
+from finesight.model_folder import ModelFolder
+
+WIDTHS = {"q_proj": 64, "k_proj": 16, "v_proj": 16}
+INPUTS = 80
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+OFF = 1 / 16
+"""Largest relative error of an FP8 element with three mantissa bits."""
+
+on_card = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=on_card)]
+
+
+def random_values(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_layer(
+    dtype: torch.dtype = torch.float32, device: str = "cpu", scale: int = 1
+) -> FusedLinear:
+    """Return a fused QKV projection with FP8 weights."""
+    widths = {name: scale * width for name, width in WIDTHS.items()}
+    group = FusedLinear(scale * INPUTS, widths, bias=True).to(device, dtype)
+    group.requires_grad_(False)
+    assert group.bias is not None
+    group.bias.copy_(random_values(tuple(group.bias.shape), 1))
+    group.set_quantized_weight(Fp8Matrix, Fp8Weight)
+    assert isinstance(group.weight, Fp8Weight)
+    group.to(device)
+    for number, matrix in enumerate(group.weight.matrices):
+        (piece,) = matrix.tensor_specs()
+        piece.load(random_values(piece.shape, 2 + number) * 0.1 * (1 + number))
+    return group
+
+
+def get_fp8_weight(group: FusedLinear) -> Fp8Weight:
+    assert isinstance(group.weight, Fp8Weight)
+    return group.weight
+
+
+def random_rows(shape: tuple[int, int], seed: int = 9) -> Tensor:
+    """Return rows with a wide range of magnitudes, between and within rows."""
+    rows = random_values((shape[0], 1), seed + 1).mul(3).exp()
+    return random_values(shape, seed) * rows * random_values((1, shape[1]), seed + 2).exp()
+
+
+def compute_fused(group: FusedLinear, x: Tensor) -> Tensor:
+    return torch.cat(group(x), -1)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e30])
+def test_quantization_error_is_bounded(size: float) -> None:
+    x_TI = random_rows((50, 70))
+    x_TI = x_TI / x_TI.abs().max() * size
+    x_TI[3] = 0
+    by_I = random_values((70,), 5).abs()
+    for by, exact in ((None, x_TI), (by_I, x_TI * by_I)):
+        codes_TI, scales_T1 = quantize_fp8(x_TI, by)
+        off = (codes_TI.float() * scales_T1 - exact).abs()
+        bound = torch.maximum(exact.abs() * OFF, scales_T1 * 2**-10) * (1 + 1e-5)
+        assert bool((off <= bound).all())
+        assert not codes_TI[3].float().any()
+
+
+def test_row_maximum_is_exact() -> None:
+    """Beyond the largest code there is only NaN."""
+    x_TI = random_rows((4096, 16))
+    codes_TI, scales_T1 = quantize_fp8(x_TI)
+    found = (codes_TI.float() * scales_T1).abs().amax(1)
+    torch.testing.assert_close(found, x_TI.abs().amax(1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("device", DEVICES)
+def test_non_finite_values_stay_in_their_row(wrong: float, device: str) -> None:
+    group = make_layer(torch.bfloat16, device)
+    x_TI = random_values((3, INPUTS)).to(device, torch.bfloat16)
+    x_TI[1, 7] = wrong
+    found = compute_fused(group, x_TI).isfinite().all(1)
+    assert found.tolist() == [True, False, True]
+    back = (
+        linear_concat_backward(compute_fused(group, x_TI), get_fp8_weight(group)).isfinite().all(1)
+    )
+    assert back.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_output_and_gradient_errors_are_bounded(dtype: torch.dtype, device: str) -> None:
+    """Check the bound for two operands off by a sixteenth, and 4 % in total."""
+    group = make_layer(dtype, device)
+    x_TI = random_rows((40, INPUTS)).to(device, dtype).requires_grad_()
+    y_TO = compute_fused(group, x_TI)
+    dy_TO = random_rows(tuple(y_TO.shape), 20).to(device, dtype)
+    y_TO.backward(dy_TO)
+    assert x_TI.grad is not None
+    assert (y_TO.dtype, x_TI.grad.dtype) == (dtype, dtype)
+    w_OI, bias = dequantized_weight().to(device), group.bias
+    assert bias is not None
+    forward = y_TO.detach().double() - bias.double(), x_TI.detach().double(), w_OI.T
+    back = x_TI.grad.double(), dy_TO.double(), w_OI
+    for found, left, right in (forward, back):
+        exact = left @ right
+        # With row scales, GPUs return bf16 only.
+        given = torch.bfloat16 if device == "cuda" else dtype
+        rounded = torch.finfo(given).eps * (exact.abs() + bias.abs().max())
+        worst = (2 * OFF + OFF**2) * (left.abs() @ right.abs())
+        assert bool(((found - exact).abs() <= worst * 1.1 + 4 * rounded).all())
+        assert float((found - exact).norm() / exact.norm()) < 0.04
+
+
+def dequantized_weight() -> Tensor:
+    """Return the weights before FP8 quantization."""
+    shapes = ((width, INPUTS) for width in WIDTHS.values())
+    parts = [random_values(shape, 2 + n) * 0.1 * (1 + n) for n, shape in enumerate(shapes)]
+    return torch.cat(parts).double()
+
+
+def test_backward_uses_the_forward_codes() -> None:
+    """Only the gradient is rounded."""
+    group = make_layer()
+    dy_TO = random_rows((30, sum(WIDTHS.values())))
+    rows = quantize_fp8(dy_TO, torch.cat([m.scales_O for m in get_fp8_weight(group)._fp8_matrices]))
+    codes_OI = torch.cat([m.codes_OI for m in get_fp8_weight(group)._fp8_matrices]).double()
+    exact = rows.scales_T1.double() * (rows.codes_TI.double() @ codes_OI)
+    found = linear_concat_backward(dy_TO, get_fp8_weight(group)).double()
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_are_independent_of_batch(device: str) -> None:
+    """Bit-exact for FP8 codes, and up to the summation order of the matmul."""
+    x_TI = random_rows((300, 64)).to(device, torch.bfloat16)
+    alone = [quantize_fp8(x_TI[[n]]) for n in range(300)]
+    for found, expected in zip(quantize_fp8(x_TI), zip(*alone, strict=True), strict=True):
+        assert torch.equal(found, torch.cat(expected))
+    group = make_layer(device=device)
+    x_TI = random_rows((9, INPUTS)).to(device)
+    few, many = compute_fused(group, x_TI[2:5]), compute_fused(group, x_TI)[2:5]
+    # Sums of large values may be small.
+    largest_T1 = few.abs().amax(1, keepdim=True)
+    torch.testing.assert_close(many / largest_T1, few / largest_T1, rtol=0.0, atol=5e-7)
+
+
+def test_fused_layers_match_separate_layers() -> None:
+    """Includes inputs with more dimensions."""
+    group = make_layer()
+    x_TI = random_rows((12, INPUTS))
+    joint_TO = linear_concat(x_TI, get_fp8_weight(group), group.bias)
+    assert torch.equal(joint_TO, compute_fused(group, x_TI))
+    shaped = [tuple(y.shape) for y in group(x_TI.view(3, 4, INPUTS))]
+    assert shaped == [(3, 4, width) for width in WIDTHS.values()]
+    assert torch.equal(compute_fused(group, x_TI.view(3, 4, INPUTS)).view(12, -1), joint_TO)
+    assert [len(y) for y in group(x_TI[:0])] == [0, 0, 0]
+
+
+def test_inputs_and_gradients_are_quantized_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group = make_layer()
+    shapes = []
+
+    def counted(x_TI: Tensor, by_I: Tensor | None = None) -> fp8.Fp8Rows:
+        shapes.append((tuple(x_TI.shape), by_I is None))
+        return quantize_fp8(x_TI, by_I)
+
+    monkeypatch.setattr(fp8, "quantize_fp8", counted)
+    x_TI = random_rows((7, INPUTS)).requires_grad_()
+    compute_fused(group, x_TI).sum().backward()
+    assert shapes == [((7, INPUTS), True), ((7, sum(WIDTHS.values())), False)]
+
+
+def test_evaluation_quantizes_only_weights() -> None:
+    group, x_TI = make_layer().eval(), random_rows((12, INPUTS)).requires_grad_()
+    dense_OI = torch.cat(list(get_fp8_weight(group).dequantize_layers()))
+    found = compute_fused(group, x_TI)
+    assert torch.equal(found, torch.nn.functional.linear(x_TI, dense_OI, group.bias))
+    found.sum().backward()
+    assert x_TI.grad is not None
+    expected = torch.ones_like(found) @ dense_OI
+    torch.testing.assert_close(x_TI.grad, expected, rtol=1e-5, atol=1e-5)
+    joint_TO = linear_concat(x_TI.detach(), get_fp8_weight(group), group.bias)
+    torch.testing.assert_close(joint_TO, found.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_adapter_uses_unquantized_inputs(training: bool) -> None:
+    """Adapter gradients equal those with dense weights; its input gradient is unrounded."""
+    group, x_TI = make_layer().train(training), random_rows((20, INPUTS))
+    adapter = LoraLinear(group, dict.fromkeys(WIDTHS, LoraConfig(3, 8.0)), 0.0).train(training)
+    for seed, factor in enumerate(adapter.parameters()):
+        factor.data.copy_(random_values(tuple(factor.shape), 10 + seed))
+    baseline = compute_fused(group, x_TI)
+    dy_TO = random_rows(tuple(baseline.shape), 30)
+    low_SI = torch.zeros(baseline.shape[1], INPUTS)
+    for name, (a_RI, b_OR) in adapter.factors().items():
+        low_SI[adapter.slices[name].output_slice] = (8.0 / 3 * b_OR @ a_RI).detach()
+    found = {}
+    for own in (group.weight, nn.Parameter(low_SI, requires_grad=False)):
+        x = x_TI.clone().requires_grad_()
+        adapter.zero_grad()
+        y_TO = torch.cat(adapter(x, own, None), 1)
+        y_TO.backward(dy_TO)
+        found[type(own)] = [p.grad.clone() for p in adapter.parameters() if p.grad is not None]
+        assert x.grad is not None
+        if isinstance(own, Fp8Weight):
+            expected = linear_concat_backward(dy_TO, own) + dy_TO @ low_SI
+            torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-4)
+            base = linear_concat(x_TI, own, None) + x_TI @ low_SI.T
+            torch.testing.assert_close(y_TO.detach(), base, rtol=1e-4, atol=1e-4)
+    assert len(found[Fp8Weight]) == 4
+    for mine, dense in zip(found[Fp8Weight], found[nn.Parameter], strict=True):
+        assert torch.equal(mine, dense)
+
+
+def test_transposed_weight_is_created_by_first_backward() -> None:
+    """Layers without a backward pass never create it; the codes are views."""
+    group = make_layer()
+    weight, x_TI = get_fp8_weight(group), random_rows((5, INPUTS))
+    total = sum(WIDTHS.values())
+    linear_concat(x_TI, weight, None)
+    assert weight._backward_codes is None
+    assert sum(buffer.nbytes for buffer in weight.buffers()) == total * INPUTS + 4 * total
+    assert len({buffer.untyped_storage().data_ptr() for buffer in weight.buffers()}) == 2
+    back_TI = linear_concat_backward(random_values((5, total)), weight)
+    assert weight._backward_codes is not None
+    assert weight._backward_codes.codes.nbytes == total * INPUTS
+    group.to(CPU)
+    assert weight._backward_codes is None
+    assert torch.equal(linear_concat_backward(random_values((5, total)), weight), back_TI)
+
+
+def test_layers_with_unsupported_sizes_are_unchanged(tmp_path: Path) -> None:
+    """Only linear layers of the selected parts are quantized."""
+    odd = dataclasses.replace(TINY_PRESETS["test"], intermediate_size=136)
+    folder = create_tiny_model(tmp_path / "tiny", "qwen2_5_vl", preset=odd)
+    (folder / "sha256.json").unlink()
+    base = with_untied_head(ModelFolder(folder))
+    usual = load_model(base, torch.float32, CPU)
+    model = load_model(base, torch.float32, CPU, ("embeddings",), fp8_parts=("vision", "language"))
+    groups = {
+        f"{path}.weight": module
+        for path, module in usual.named_modules()
+        if isinstance(module, FusedLinear)
+    }
+    sizes = {
+        name: (group.in_features, *group.output_sizes.values()) for name, group in groups.items()
+    }
+    own = {name for name in groups if get_part(name) in ("vision", "language")}
+    fitting = {name for name in own if not any(size % 16 for size in sizes[name])}
+    few = find_quantized_weights(model)
+    assert {name for name, weight in few.items() if isinstance(weight, Fp8Weight)} == fitting
+    assert few.keys() - fitting == {"lm_head.weight"}
+    assert fitting < own
+    assert count_unquantized_layers(model, ("vision", "language")) == 6
+    assert count_unquantized_layers(model, ("vision",)) == 0
+    language = {name for name in fitting if get_part(name) == "language"}
+    alone = load_model(base, torch.float32, CPU, fp8_parts=("language",))
+    assert find_quantized_weights(alone).keys() == language
+
+
+def test_other_quantization_has_priority(tmp_path: Path) -> None:
+    folder = ModelFolder(create_tiny_model(tmp_path / "tiny"))
+    model = load_model(folder, torch.float32, CPU, (), "int8", ("vision", "language"))
+    few = find_quantized_weights(model)
+    assert {get_part(name) for name in few} == {"language"}
+    assert {type(weight) for weight in few.values()} == {QuantizedWeight}
+
+
+@pytest.mark.parametrize("able", [(7, 5), (8, 0), (8, 6)])
+def test_unsupported_gpu_is_rejected(
+    able: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: able)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    with pytest.raises(UserError, match=rf"compute capability {able[0]}\.{able[1]}") as refused:
+        require_fp8_support(torch.device("cuda"), "tune.quantize.fp8")
+    assert refused.value.where == "tune.quantize.fp8"
+    require_fp8_support(CPU, "tune.quantize.fp8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    require_fp8_support(torch.device("cuda"), "tune.quantize.fp8")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("inputs", [16, 1536, 8960, 16384, 17920])
+def test_quantize_kernel_matches_eager(dtype: torch.dtype, inputs: int) -> None:
+    """Includes strided rows and rows longer than a program's registers."""
+    x_TI = random_rows((37, inputs + 8)).clamp(-6e4, 6e4).to(dtype)[:, :inputs]
+    x_TI[4] = 0
+    for by in (None, random_values((inputs,), 6).abs()):
+        expected = quantize_fp8(x_TI, by)
+        found = quantize_fp8(x_TI.cuda(), None if by is None else by.cuda())
+        assert torch.equal(found.scales_T1.cpu(), expected.scales_T1)
+        ours, theirs = found.codes_TI.cpu().double(), expected.codes_TI.double()
+        exact = x_TI.double() if by is None else x_TI.double() * by.double()
+        exact /= expected.scales_T1.double()
+        off = ours != theirs
+        # In fp32 a value halfway between two codes may be rounded either way.
+        halfway = (ours + theirs) / 2
+        assert bool(((exact - halfway).abs() <= 1e-6 * halfway.abs())[off].all())
+        assert float(off.double().mean()) < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("rows", [1, 33, 2000])
+@pytest.mark.parametrize("scale", [1, 16])
+def test_gpu_products_match_the_codes(rows: int, scale: int) -> None:
+    """Compared with fp64, up to truncated GPU accumulation and one rounding to bf16."""
+    group = make_layer(torch.bfloat16, "cuda", scale)
+    weight = get_fp8_weight(group)
+    x_TI = random_rows((rows, scale * INPUTS)).cuda().bfloat16()
+    dy_TO = random_rows((rows, scale * sum(WIDTHS.values())), 40).cuda().bfloat16()
+    w_OI = torch.cat(list(weight.dequantize_layers())).double()
+    scales_O = torch.cat([layer.scales_O for layer in weight._fp8_matrices])
+    forward = quantize_fp8(x_TI), w_OI.T, linear_concat(x_TI, weight, None)
+    back = (
+        quantize_fp8(dy_TO, scales_O),
+        w_OI / scales_O[:, None],
+        linear_concat_backward(dy_TO, weight),
+    )
+    for rows_TI, right, found in (forward, back):
+        exact = (rows_TI.codes_TI.double() * rows_TI.scales_T1) @ right
+        assert float((found.double() - exact).norm() / exact.norm()) < 4e-3

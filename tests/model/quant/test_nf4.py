@@ -1,0 +1,242 @@
+"""NF4 weights: codes equal to bitsandbytes, outputs and gradients equal to dequantized weights."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from finesight.errors import UserError
+from finesight.model.fused_linear import FusedLinear
+from finesight.model.lora.layer import LoraConfig, LoraLinear
+from finesight.model.quant import nf4
+from finesight.model.quant.base import QuantizedWeight, find_quantized_weights
+from finesight.model.quant.nf4 import Nf4Matrix, import_bitsandbytes
+
+SHAPES = [(80, 48), (5, 6), (7, 3), (128, 128), (33, 66), (96, 3420), (1, 1), (300, 64)]
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+WIDTHS = {"q_proj": 40, "k_proj": 12, "v_proj": 12}
+INPUTS = 48
+
+on_card = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=on_card)]
+
+
+def random_values(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def quantize(values: Tensor) -> Nf4Matrix:
+    matrix = Nf4Matrix(*values.shape).to(values.device)
+    matrix.quantize(values)
+    return matrix
+
+
+def dequantize_reference(matrix: Nf4Matrix) -> Tensor:
+    """Dequantize to fp32 by table lookup."""
+    functional = import_bitsandbytes("test").functional
+    scales_B = functional.create_dynamic_map().to(matrix.codes.device)[matrix.absmax_B.long()]
+    coarse_B = matrix.nested_absmax.repeat_interleave(256)[: len(scales_B)]
+    scales_E = (scales_B * coarse_B + matrix.absmax_mean).repeat_interleave(64)[
+        : matrix.num_elements
+    ]
+    pairs = torch.stack([matrix.codes >> 4, matrix.codes & 15], 1).flatten()[: matrix.num_elements]
+    values_16 = functional.get_4bit_type("nf4", device=matrix.codes.device)
+    return (values_16[pairs.long()] * scales_E).view(matrix.out_features, matrix.in_features)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_codes_match_bitsandbytes_linear4bit(
+    shape: tuple[int, int], dtype: torch.dtype, device: str
+) -> None:
+    values = random_values(shape, dtype)
+    kind = import_bitsandbytes("test").nn.Linear4bit
+    theirs = kind(shape[1], shape[0], bias=False, compress_statistics=True, quant_type="nf4")
+    theirs.load_state_dict({"weight": values})
+    theirs = theirs.to(device)
+    ours = quantize(values.to(device))
+    state = theirs.weight.quant_state
+    assert torch.equal(ours.codes, theirs.weight.data)
+    assert torch.equal(ours.absmax_B, state.absmax)
+    assert torch.equal(ours.nested_absmax, state.state2.absmax)
+    assert torch.equal(ours.absmax_mean, state.offset)
+
+
+def test_chunked_quantization_matches(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = random_values((96, 3420))
+    full = quantize(values)
+    monkeypatch.setattr(nf4, "CHUNK_ELEMENTS", 64 * 100)
+    pieces = dict(quantize(values).named_buffers())
+    for name, buffer in full.named_buffers():
+        assert torch.equal(pieces[name], buffer)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dequantize_matches_reference(shape: tuple[int, int], device: str) -> None:
+    """Includes rows that are no multiple of a block, where bitsandbytes fails on a CPU."""
+    matrix = quantize(random_values(shape).to(device))
+    expected = dequantize_reference(matrix)
+    for dtype in TYPES:
+        dense = matrix.dequantize(dtype)
+        assert dense.dtype == dtype
+        # A multiplication and an addition in fp32, which a kernel may round once less.
+        bound = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+        torch.testing.assert_close(dense.float(), expected, rtol=bound, atol=1e-6)
+
+
+def test_quantization_error_is_about_ten_percent() -> None:
+    """Normally distributed values are off by about a tenth of their size, as published."""
+    values = random_values((512, 512))
+    off = quantize(values).dequantize(torch.float32) - values
+    assert 0.085 < float(off.norm() / values.norm()) < 0.1
+
+
+def test_memory_per_weight_is_about_four_bits() -> None:
+    matrix = quantize(random_values((512, 1024), torch.bfloat16))
+    taken = sum(buffer.nbytes for buffer in matrix.buffers())
+    # 4 for the code, 8 / 64 for the scale, 32 / (64 * 256) for the nested scale.
+    assert 8 * taken / matrix.num_elements == pytest.approx(4 + 0.125 + 0.002, abs=0.001)
+    assert matrix.num_elements == 512 * 1024
+
+
+def groups(
+    dtype: torch.dtype, adapted: bool, dropout: float = 0.0, device: str = "cpu"
+) -> tuple[FusedLinear, FusedLinear]:
+    """Return a fused linear in NF4, and one with its dequantized weights."""
+    pair = []
+    for four_bits in (True, False):
+        group = FusedLinear(INPUTS, WIDTHS, bias=True).to(device, dtype)
+        group.requires_grad_(False)
+        assert group.bias is not None
+        group.bias.copy_(random_values(tuple(group.bias.shape), seed=1))
+        if four_bits:
+            group.set_quantized_weight(Nf4Matrix)
+            assert isinstance(group.weight, QuantizedWeight)
+            group.to(device)
+            for number, matrix in enumerate(group.weight.matrices):
+                matrix.quantize(random_values((matrix.out_features, INPUTS), seed=number))
+        else:
+            (first,) = pair
+            assert isinstance(group.weight, torch.nn.Parameter)
+            group.weight.copy_(torch.cat(list(first.weight.dequantize_layers())))
+        if adapted:
+            group.adapter = LoraLinear(group, dict.fromkeys(WIDTHS, LoraConfig(3, 8.0)), dropout)
+            for seed, factor in enumerate(group.adapter.parameters()):
+                factor.data.copy_(random_values(tuple(factor.shape), seed=10 + seed))
+        pair.append(group)
+    return pair[0], pair[1]
+
+
+def run_layer(group: FusedLinear, x: Tensor) -> list[Tensor]:
+    """Return outputs, and gradients of the input and of the adapter."""
+    x = x.clone().requires_grad_()
+    torch.manual_seed(3)
+    outputs = group(x)
+    torch.stack([(y.float() ** 2).sum() for y in outputs]).sum().backward()
+    supervised = [] if group.adapter is None else [p.grad for p in group.adapter.parameters()]
+    return [*(y.detach() for y in outputs), x.grad, *supervised]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(7, INPUTS), (2, 3, INPUTS), (1, INPUTS)], ids=str)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_output_and_gradients_match_dequantized(
+    dtype: torch.dtype, shape: tuple[int, ...], adapted: bool
+) -> None:
+    """Bit-exact on a CPU, where both compute the same matmuls."""
+    four_bits, dense = groups(dtype, adapted, dropout=0.3)
+    x = random_values(shape, dtype)
+    for found, expected in zip(run_layer(four_bits, x), run_layer(dense, x), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 8, 40, 2000])
+@pytest.mark.parametrize("inputs", [48, 128])
+def test_gpu_products_match_dequantized(dtype: torch.dtype, rows: int, inputs: int) -> None:
+    matrix = quantize(random_values((256, inputs), torch.bfloat16).cuda())
+    x = random_values((rows, inputs), dtype, seed=2).cuda().requires_grad_()
+    y = matrix(x, None)
+    y.float().square().sum().backward()
+    dense = matrix.dequantize(torch.float32).double()
+    expected = x.detach().double() @ dense.T
+    bound = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    assert float((y - expected).abs().max() / expected.abs().max()) < bound
+    back = (2 * y.detach()).double() @ dense
+    assert x.grad is not None
+    assert float((x.grad - back).abs().max() / back.abs().max()) < bound
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_no_dense_weight_is_saved_for_backward(adapted: bool) -> None:
+    group, _ = groups(torch.float32, adapted)
+    retained: list[tuple[int, ...]] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        retained.append(tuple(tensor.shape))
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        group(torch.ones(5, INPUTS, requires_grad=True))
+    assert not [
+        shape for shape in retained if shape in {(width, INPUTS) for width in WIDTHS.values()}
+    ]
+    assert bool(retained) is adapted
+
+
+def test_quantized_weights_have_parameter_names() -> None:
+    group, dense = groups(torch.float32, adapted=True)
+    model = torch.nn.ModuleDict({"qkv_proj": group, "other": dense})
+    assert list(find_quantized_weights(model)) == ["qkv_proj.weight"]
+    assert find_quantized_weights(model)["qkv_proj.weight"].num_elements == 64 * INPUTS
+    names = dict(model.named_parameters())
+    assert "other.weight" in names
+    assert "qkv_proj.weight" not in names
+    assert "qkv_proj.adapter.lora_A" in names
+
+
+def test_missing_bitsandbytes_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise ImportError("No module named 'bitsandbytes'")
+
+    monkeypatch.setattr(nf4, "_import_bitsandbytes", missing)
+    with pytest.raises(
+        UserError, match=r"tune\.quantize\.nf4: [\s\S]*pip install 'finesight\[quant\]'"
+    ):
+        import_bitsandbytes("tune.quantize.nf4")
+
+
+def test_bitsandbytes_downloads_no_kernels(tmp_path: Path) -> None:
+    """An installed package `kernels` would download code for bitsandbytes."""
+    (tmp_path / "kernels.py").write_text(
+        "print('imported')\ndef get_kernel(*_, **__):\n    print('fetched')\n    raise OSError\n"
+    )
+    code = (
+        "import sys\nfrom finesight.model.quant.nf4 import import_bitsandbytes\n"
+        "assert import_bitsandbytes('x').functional\nassert 'kernels' not in sys.modules\n"
+        "import kernels\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "imported\n", "")

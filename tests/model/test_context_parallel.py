@@ -1,0 +1,153 @@
+"""Context parallelism: shards of a long sample give the results of one process."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conversation_fixtures import make_conversation, make_images
+from fake_dist import FakeProcessGroup
+from torch import Tensor
+
+from finesight.config import PixelRange
+from finesight.encode.context_shard import ContextShard
+from finesight.encode.packing import PackedBatch, pack
+from finesight.encode.renderer import build_renderer
+from finesight.encode.tokenized_sample import EncodedSample
+from finesight.model import context_parallel
+from finesight.model.context_parallel import select_shard_features
+from finesight.model.tiny import create_tiny_model
+from finesight.model.vlm import VisionLanguageModel
+from finesight.model.weights_io import load_model
+from finesight.model_folder import ModelFolder
+from finesight.train.loss import fused_linear_cross_entropy
+
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return create_tiny_model(tmp_path_factory.mktemp(request.param) / "tiny", request.param)
+
+
+def long_sample(folder: Path, tiny: Path) -> EncodedSample:
+    """Return a sample of images, text, and a video if the family supports it."""
+    images = make_images(folder)
+    found = ModelFolder(tiny)
+    videos = found.family != "qwen"
+    rule = PixelRange(min_pixels=784, max_pixels=7056) if videos else None
+    renderer = build_renderer(found, rule, None)
+    return renderer.encode(make_conversation(4, images, videos=videos))
+
+
+def make_shards(encoded: EncodedSample, number: int, count: int) -> PackedBatch:
+    share = ContextShard.from_sample(encoded.tokenized, number, count)
+    own = encoded.patches_ND[slice(*share.patch_range)]
+    return share.shard_batch(pack([replace(encoded, patches_ND=own)]))
+
+
+def compute_loss_and_gradients(
+    model: VisionLanguageModel, batch: PackedBatch, known_MKD: Tensor | None = None
+) -> list[Tensor]:
+    """Return the loss and the gradients of all parameters."""
+    model = deepcopy(model)
+    h_LD = model(batch, known_MKD)
+    loss = fused_linear_cross_entropy(
+        h_LD, model.lm_head_weight, batch.labels_L, torch.ones((), device=h_LD.device)
+    )
+    loss.backward()
+    made = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return [loss.detach(), *made]
+
+
+def assert_same(shares: list[list[Tensor]], full: list[Tensor]) -> None:
+    for ours, theirs in zip(zip(*shares, strict=True), full, strict=True):
+        added = torch.stack(ours).sum(0)
+        assert (added - theirs).norm() <= 2e-6 * max(theirs.norm().item(), 1e-3)
+
+
+@pytest.mark.parametrize("count", [2, 30])
+def test_context_shards_sum_to_the_full_sample(
+    tiny: Path, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Use fp32 with encoded or cached features, with and without activation checkpointing."""
+    encoded = long_sample(tmp_path, tiny)
+    assert len(encoded.tokenized.spans) > 1
+    assert all(ContextShard.from_sample(encoded.tokenized, 0, count).features_per_rank) == (
+        count == 2
+    )
+    model = load_model(ModelFolder(tiny), torch.float32, torch.device("cpu")).train()
+    batch = pack([encoded])
+    full = compute_loss_and_gradients(model, batch)
+    barrier = FakeProcessGroup(count, monkeypatch)
+    for recompute in (0.0, 1.0):
+        model.activation_checkpointing = recompute
+        assert_same(
+            barrier.run_all(
+                lambda n: compute_loss_and_gradients(model, make_shards(encoded, n, count))
+            ),
+            full,
+        )
+    with torch.no_grad():
+        known_MKD = model.encode_images(batch.patches_ND, batch.grid_thw)
+
+    def of_known(number: int) -> list[Tensor]:
+        batch = make_shards(encoded, number, count)
+        assert batch.context_shard is not None
+        return compute_loss_and_gradients(
+            model,
+            replace(batch, grid_thw=()),
+            select_shard_features(known_MKD, batch.context_shard),
+        )
+
+    assert_same(barrier.run_all(of_known), compute_loss_and_gradients(model, batch, known_MKD))
+
+
+def test_each_token_and_frame_has_one_rank(tiny: Path, tmp_path: Path) -> None:
+    encoded = long_sample(tmp_path, tiny)
+    outline = encoded.tokenized
+    for count in (2, 3, 8, 100):
+        shares = [ContextShard.from_sample(outline, number, count) for number in range(count)]
+        tokens = [token for share in shares for a, b in share.token_ranges for token in range(a, b)]
+        assert sorted(tokens) == list(range(outline.num_packed_tokens))
+        frames = [frame for share in shares for frame in range(*share.patch_range)]
+        assert frames == list(range(outline.num_patches))
+        assert sum(shares[0].features_per_rank) == sum(
+            span.stop - span.start for span in outline.spans
+        )
+        cuts = [make_shards(encoded, number, count) for number in range(count)]
+        assert sum(batch.num_supervised_tokens for batch in cuts) == outline.num_supervised_tokens
+        assert sum(batch.num_samples for batch in cuts) == 1
+        wanted = [
+            place for share in shares for a, b in share.feature_ranges for place in range(a, b)
+        ]
+        assert sorted(wanted) == list(range(sum(shares[0].features_per_rank)))
+
+
+def test_context_shards_are_balanced(tiny: Path, tmp_path: Path) -> None:
+    """Balanced are query-key pairs of causal attention."""
+    outline = long_sample(tmp_path, tiny).tokenized
+    shares = [ContextShard.from_sample(outline, number, 4) for number in range(4)]
+    pairs = [sum(b * (b + 1) - a * (a + 1) for a, b in share.token_ranges) for share in shares]
+    assert max(pairs) <= 1.2 * min(pairs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gpu_kernels_support_context_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both chunks of a sample in one process, with collectives on itself."""
+    monkeypatch.setattr(context_parallel, "ALLGATHER", Tensor.copy_)
+    monkeypatch.setattr(context_parallel, "REDUCE_SCATTER", Tensor.copy_)
+    tiny = create_tiny_model(tmp_path / "tiny")
+    encoded = long_sample(tmp_path, tiny)
+    device = torch.device("cuda")
+    model = load_model(ModelFolder(tiny), torch.bfloat16, device).train()
+    full = compute_loss_and_gradients(model, pack([encoded]).to(device))
+    share = compute_loss_and_gradients(model, make_shards(encoded, 0, 1).to(device))
+    for ours, theirs in zip(share, full, strict=True):
+        assert (ours - theirs).norm() <= 0.03 * max(theirs.norm().item(), 1e-3)

@@ -1,0 +1,317 @@
+"""Fused decoder layers: outputs and gradients as close to fp32 as those of unfused layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from finesight.model import fused_decoder
+from finesight.model.attention import PackedAttention, Segments
+from finesight.model.config import DecoderConfig
+from finesight.model.decoder import DecoderLayer
+from finesight.model.fused_linear import FusedLinear
+from finesight.model.lora import fused_matmul
+from finesight.model.lora.layer import LoraConfig, LoraLinear
+from finesight.model.quant.fp8 import Fp8Weight
+from finesight.model.quant.rowwise_quant import Fp8Matrix
+from finesight.model.rope import RotaryCosSin
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+CUDA = torch.device("cuda")
+LENGTHS = (140, 3, 271, 64)
+TOKENS = sum(LENGTHS)
+IN_ORDER = (140, 3, 200, 135)
+"""The same number of tokens in sequences for which the native kernels are deterministic; torch's
+kernels for longer ones are not.
+"""
+GEOMETRY = DecoderConfig(
+    vocab_size=64,
+    hidden_size=384,
+    intermediate_size=1088,
+    num_layers=1,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=64,
+    use_qk_norm=False,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    mrope_axes=(0,) * 32,
+    max_position_embeddings=1024,
+    tie_word_embeddings=True,
+)
+ONLY = torch.tensor([2, 139, 141, 200, 413])
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """Output and gradients of one pass, in fp32."""
+
+    y: Tensor
+    grads: Mapping[str, Tensor]
+
+
+def layer(rank: int | None, dropout: float = 0.0, *, trainable: bool = False) -> DecoderLayer:
+    made = DecoderLayer(GEOMETRY, 0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in made.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+        parameter.requires_grad_(trainable)
+    for group in groups(made):
+        if rank is not None:
+            layers = {name: LoraConfig(rank, 2.0 * rank) for name in group.output_sizes}
+            group.adapter = LoraLinear(group, layers, dropout)
+            for parameter in group.adapter.parameters():
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    return made.to(CUDA).train()
+
+
+def to_fp8(made: DecoderLayer) -> DecoderLayer:
+    """Return the layer with FP8 weights."""
+    for group in groups(made):
+        weights = torch.split(group.weight.detach(), list(group.output_sizes.values()))
+        group.set_quantized_weight(Fp8Matrix, Fp8Weight)
+        assert isinstance(group.weight, Fp8Weight)
+        group.weight.to(CUDA)
+        for matrix, weight in zip(group.weight.matrices, weights, strict=True):
+            (piece,) = matrix.tensor_specs()
+            piece.load(weight)
+    return made
+
+
+def groups(made: DecoderLayer) -> list[FusedLinear]:
+    return [module for module in made.modules() if isinstance(module, FusedLinear)]
+
+
+def run_pass(
+    made: DecoderLayer,
+    dtype: torch.dtype,
+    only: Tensor | None,
+    seed: int = 7,
+    lengths: tuple[int, ...] = LENGTHS,
+) -> PassResult:
+    generator = torch.Generator().manual_seed(1)
+    x = (
+        torch.randn(TOKENS, GEOMETRY.hidden_size, generator=generator)
+        .to(CUDA, dtype)
+        .requires_grad_()
+    )
+    angles = torch.randn(TOKENS, 32, generator=generator).to(CUDA)
+    rotation = RotaryCosSin.from_angles(angles, dtype)
+    segments = Segments.from_lengths(lengths, CUDA)
+    attention = PackedAttention(segments, torch.tensor([seed], dtype=torch.int32, device=CUDA))
+    for parameter in made.parameters():
+        parameter.data = parameter.data.to(dtype)
+    y = made(x, rotation, attention, only)
+    weights = torch.randn(y.shape, generator=generator).to(CUDA, dtype)
+    named = {name: p for name, p in made.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(y, [x, *named.values()], weights)
+    grads_by_name = dict(zip(["x", *named], (grad.float() for grad in grads), strict=True))
+    return PassResult(y.detach().float(), grads_by_name)
+
+
+def relative_error(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("only", [None, ONLY], ids=["all", "labels"])
+@pytest.mark.parametrize("rank", ["all trainable", None, 4, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("apart", [False, True], ids=["beside", "apart"])
+def test_fused_layer_error_is_bounded(
+    rank: int | Literal["all trainable"] | None,
+    dtype: torch.dtype,
+    only: Tensor | None,
+    apart: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    only = None if only is None else only.to(CUDA)
+    made = layer(None, trainable=True) if rank == "all trainable" else layer(rank)
+    for group in groups(made):
+        group.is_sharded = apart
+    fused = run_pass(made, dtype, only)
+    monkeypatch.setattr(fused_decoder, "supports_fused_layers", lambda *_: False)
+    baseline = run_pass(made, dtype, only)
+    exact = run_pass(made, torch.float32, only)
+    assert fused.grads.keys() == exact.grads.keys()
+    assert len(fused.grads) == {"all trainable": 8, None: 1}.get(rank, 12)
+    assert relative_error(fused.y, exact.y) <= 1.2 * relative_error(baseline.y, exact.y)
+    for name, grad in exact.grads.items():
+        assert relative_error(fused.grads[name], grad) <= 1.3 * relative_error(
+            baseline.grads[name], grad
+        ), name
+    assert not torch.equal(fused.y, baseline.y), "the same path twice"
+
+
+def test_fused_layer_is_deterministic() -> None:
+    made = layer(16, dropout=0.3)
+    one, other = (run_pass(made, torch.bfloat16, None, lengths=IN_ORDER) for _ in range(2))
+    assert torch.equal(one.y, other.y)
+    assert all(torch.equal(one.grads[name], other.grads[name]) for name in one.grads)
+    another = run_pass(made, torch.bfloat16, None, seed=8, lengths=IN_ORDER)
+    assert not torch.equal(one.y, another.y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rank", "share"), [(None, 0.0), (16, 0.0), (16, 0.3)])
+def test_fused_fp8_norms_match_unfused(
+    rank: int | None, share: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit-exact in both passes, and close to fp32."""
+    exact = run_pass(layer(rank), torch.float32, None, lengths=IN_ORDER)
+    made = to_fp8(layer(rank, share).to(dtype))
+    codes = run_pass(made, dtype, None, lengths=IN_ORDER)
+    monkeypatch.setattr(fused_matmul, "accepts_fp8_input", lambda _: False)
+    own = run_pass(made, dtype, None, lengths=IN_ORDER)
+    assert torch.equal(codes.y, own.y)
+    assert all(torch.equal(codes.grads[name], own.grads[name]) for name in own.grads)
+    assert share or relative_error(codes.y, exact.y) < 0.05
+
+
+def test_dropout_mean_matches_no_dropout() -> None:
+    """The mean output over many seeds equals that without dropout where the layer is linear."""
+    from finesight.model.kernels import lora_gemm as lora_gemm_kernels
+    from finesight.model.kernels.dropout import SeededDropout
+
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(300, 384, generator=generator).to(CUDA, torch.bfloat16)
+    a = torch.randn(24, 384, generator=generator).to(CUDA, torch.bfloat16)
+    total = torch.zeros(300, 24, device=CUDA)
+    for seed in range(400):
+        seeds = torch.tensor([seed], dtype=torch.int32, device=CUDA)
+        total += lora_gemm_kernels.lora_down(x, a, SeededDropout(seeds, 5, 0.25, 1 / 0.75), 0)[
+            1
+        ].float()
+    exact = x.float() @ a.float().T
+    # Over 400 draws, the mean is off by sqrt(0.25 / 0.75 / 400) per row and column.
+    expected = (x.float().square() @ a.float().square().T).sqrt() * (1 / 3 / 400) ** 0.5
+    z = (total / 400 - exact) / expected
+    assert float(z.abs().max()) < 6.0
+    assert float(z.square().mean()) == pytest.approx(1.0, abs=0.15)
+
+
+def test_backward_uses_the_forward_dropout_mask() -> None:
+    """Several kernels recompute the mask: input gradients are zero exactly at dropped elements."""
+    from finesight.model.kernels import lora_gemm as lora_gemm_kernels
+    from finesight.model.kernels import norm as norm_kernels
+    from finesight.model.kernels import swiglu as swiglu_kernels
+    from finesight.model.kernels.dropout import SeededDropout
+
+    seeds = torch.tensor([11], dtype=torch.int32, device=CUDA)
+    drop = SeededDropout(seeds, salt=1, p=0.4, scale=1.0)
+    ones = torch.ones(200, 128, device=CUDA, dtype=torch.bfloat16)
+    eye = torch.eye(128, device=CUDA, dtype=torch.bfloat16)
+    full, forward = lora_gemm_kernels.lora_down(ones, eye, drop, 192)
+    assert torch.equal(full, torch.cat([ones, forward, torch.zeros_like(ones[:, :64])], 1))
+    back, by_a = lora_gemm_kernels.lora_down_backward(
+        ones, None, torch.zeros_like(ones), ones, eye, drop
+    )
+    assert torch.equal(back, forward)
+    assert torch.equal(by_a, ones.T @ forward)
+    buffer = torch.empty(200, 192, device=CUDA, dtype=torch.bfloat16)
+    dropped, scales = norm_kernels.rms_norm_dropout(ones, ones[0], 0.0, buffer[:, :128], drop)
+    assert torch.equal(dropped, forward)
+    assert torch.equal(buffer[:, :128], ones)
+    norm = lora_gemm_kernels.RmsNormStats(ones[0], scales)
+    assert torch.equal(lora_gemm_kernels.lora_A_grad(ones, norm, ones, eye, drop), by_a)
+    # silu(gate) up with gates so large that it equals their product.
+    both = torch.cat([64 * ones, ones / 64], 1)
+    gated, low = swiglu_kernels.swiglu_lora(both, eye, drop, 128)
+    assert torch.equal(gated[:, :128], ones)
+    assert low is not None
+    assert torch.equal(low, forward)
+    grads = swiglu_kernels.swiglu_lora_backward(
+        both.clone(), eye, torch.zeros_like(ones), ones, drop
+    )
+    assert torch.equal(grads.gate_up_TF2[:, 128:], 64 * forward)
+    assert grads.lora_A_RF is not None
+    assert torch.equal(grads.lora_A_RF, ones.T @ forward)
+    assert set(forward.unique().tolist()) == {0.0, 1.0}
+    assert float(forward.float().mean()) == pytest.approx(0.6, abs=0.02)
+    by_row, by_column = forward.float().mean(1), forward.float().mean(0)
+    assert float(by_row.std()) == pytest.approx((0.24 / 128) ** 0.5, rel=0.3)
+    assert float(by_column.std()) == pytest.approx((0.24 / 200) ** 0.5, rel=0.3)
+
+
+def test_dropout_masks_are_uncorrelated() -> None:
+    """Masks of adjacent rows, columns and layers agree as often as by chance."""
+    from finesight.model.kernels import norm as norm_kernels
+    from finesight.model.kernels.dropout import SeededDropout
+
+    ones = torch.ones(2048, 1536, device=CUDA, dtype=torch.bfloat16)
+
+    def mask(seed: int, salt: int) -> Tensor:
+        seeds = torch.tensor([seed], dtype=torch.int32, device=CUDA)
+        drop = SeededDropout(seeds, salt, p=0.5, scale=1.0)
+        stored, _ = norm_kernels.rms_norm_dropout(ones, ones[0], 0.0, torch.empty_like(ones), drop)
+        return stored.double() * 2 - 1
+
+    own = mask(1, 0)
+    spread = own.numel() ** -0.5
+    neighbours = (own.roll(1, 0), own.roll(1, 1), own.roll(64, 0), mask(2, 0), mask(1, 1))
+    for other in neighbours:
+        assert abs(float((own * other).mean())) < 5 * spread
+    for rows, columns in ((1, 1), (1, 2), (2, 64), (16, 256)):
+        square = own * own.roll(rows, 0) * own.roll(columns, 1) * own.roll((rows, columns), (0, 1))
+        assert abs(float(square.mean())) < 5 * spread
+
+
+def test_updated_adapter_is_used_in_next_pass() -> None:
+    from finesight.model.lora.fused_weight import FusedWeightSync
+
+    made, laying = layer(16).to(torch.bfloat16), FusedWeightSync()
+    first = run_pass(made, torch.bfloat16, None)
+    for group in groups(made):
+        assert isinstance(group.adapter, LoraLinear)
+        for parameter in group.adapter.lora_B.values():
+            # Its address changes as well.
+            parameter.data = parameter.data * -1.5
+    laying.copy_up_projections(fused_decoder.fuse_lora_weights(groups(made)))
+    second = run_pass(made, torch.bfloat16, None)
+    for group in groups(made):
+        group.weight = torch.nn.Parameter(group.weight.detach().contiguous(), requires_grad=False)
+    again = run_pass(made, torch.bfloat16, None)
+    assert not torch.equal(first.y, second.y)
+    assert torch.equal(second.y, again.y)
+
+
+def test_second_backward_raises() -> None:
+    made = layer(16)
+    x = torch.randn(
+        TOKENS, GEOMETRY.hidden_size, device=CUDA, dtype=torch.bfloat16, requires_grad=True
+    )
+    rotation = RotaryCosSin.from_angles(torch.randn(TOKENS, 32, device=CUDA), torch.bfloat16)
+    made.to(torch.bfloat16)
+    y = made(x, rotation, PackedAttention(Segments.from_lengths(LENGTHS, CUDA)))
+    y.sum().backward(retain_graph=True)
+    with pytest.raises(AssertionError, match="backward can run only once"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["rank", "scale", "part"])
+def test_unsupported_layers_fall_back(kind: str) -> None:
+    made = layer(16)
+    group = made.self_attn.qkv_proj
+    if kind == "rank":
+        layers = {
+            name: LoraConfig(8 if name == "q_proj" else 4, 8.0) for name in group.output_sizes
+        }
+        group.adapter = LoraLinear(group, layers, 0.0)
+    if kind == "scale":
+        layers = {
+            name: LoraConfig(8, 8.0 if name == "q_proj" else 4.0) for name in group.output_sizes
+        }
+        group.adapter = LoraLinear(group, layers, 0.0)
+    if kind == "part":
+        group.adapter = LoraLinear(group, {"q_proj": LoraConfig(8, 8.0)}, 0.0)
+    made.to(CUDA)
+    found = run_pass(made, torch.bfloat16, None)
+    assert all(grad.isfinite().all() for grad in found.grads.values())

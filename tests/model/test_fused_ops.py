@@ -1,0 +1,143 @@
+"""Elementwise operations: values, gradients, and kernels against eager torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finesight.model.fused_ops import (
+    RmsNormFunction,
+    apply_rotary,
+    dropout,
+    dropout_matmul,
+    quick_gelu,
+    rms_norm,
+    swiglu,
+)
+
+SHAPES = [(5, 3, 16), (1, 1, 80), (260, 12, 128), (77, 32, 80), (3, 5, 6)]
+
+
+def random_values(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return drawn.to(dtype)
+
+
+def angles(tokens: int, width: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    angle = random_values(tokens, 1, width // 2, seed=1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rotary_matches_complex_product(shape: tuple[int, int, int]) -> None:
+    x, (cos, sin) = random_values(*shape), angles(shape[0], shape[2])
+    half = shape[2] // 2
+    as_complex = torch.complex(x[..., :half], x[..., half:])
+    expected = as_complex * torch.complex(cos[..., :half], sin[..., half:])
+    torch.testing.assert_close(
+        apply_rotary(x, cos, sin), torch.cat([expected.real, expected.imag], -1)
+    )
+
+
+def test_values_match_torch() -> None:
+    x, y = random_values(7, 9), random_values(7, 9, seed=2)
+    torch.testing.assert_close(quick_gelu(x), x * torch.sigmoid(1.702 * x))
+    torch.testing.assert_close(swiglu(x, y), F.silu(x) * y)
+
+
+def test_gradients_match_finite_differences() -> None:
+    x, y = random_values(4, 3, 6).requires_grad_(), random_values(4, 3, 6, seed=2).requires_grad_()
+    cos, sin = angles(4, 6)
+    assert torch.autograd.gradcheck(lambda x: apply_rotary(x, cos, sin), (x,))
+    assert torch.autograd.gradcheck(quick_gelu, (x,))
+    assert torch.autograd.gradcheck(swiglu, (x, y))
+    weight = random_values(6, seed=3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, w: RmsNormFunction.apply(x, w, 1e-6), (x, weight))
+
+
+def test_rms_norm_matches_torch_and_rounds_once() -> None:
+    x, weight = random_values(7, 64), random_values(64, seed=3)
+    expected = F.rms_norm(x, (64,), weight, 1e-6)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-6), expected)
+    torch.testing.assert_close(RmsNormFunction.apply(x, weight, 1e-6), expected)
+    narrow = x.bfloat16(), weight.bfloat16()
+    exact = F.rms_norm(narrow[0].double(), (64,), narrow[1].double(), 1e-6)
+    found = rms_norm(*narrow, 1e-6)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_dropout_rate_and_scaling(share: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = random_values(301, 333, dtype=dtype) + 10
+    dropped, locations = dropout(x, share)
+    gone = dropped == 0
+    # Six standard deviations of a binomial fraction.
+    assert abs(gone.double().mean() - share) < 6 * (share * (1 - share) / x.numel()) ** 0.5
+    torch.testing.assert_close(dropped[~gone], x[~gone] / (1 - share))
+    equal = dropout_matmul(x, torch.eye(333, dtype=dtype), locations, share)
+    assert torch.equal(equal == 0, gone)
+    torch.testing.assert_close(equal, dropped)
+    # Adjacent elements are uncorrelated although they come from the same draw: six standard
+    # deviations of a mean product of independent values.
+    centred = gone.double().flatten() - share
+    for lag in (1, 2, 3):
+        together = (centred[lag:] * centred[:-lag]).mean()
+        assert abs(together) < 6 * share * (1 - share) / (x.numel() - lag) ** 0.5
+    assert not torch.equal(dropout(x, share)[0], dropped)
+
+
+def test_strided_inputs() -> None:
+    wide, (cos, sin) = random_values(6, 9, 8), angles(6, 8)
+    torch.testing.assert_close(
+        apply_rotary(wide[:, 2:5], cos, sin), apply_rotary(wide[:, 2:5].clone(), cos, sin)
+    )
+
+
+def run_both(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return value and gradients of the 16-bit kernel and of fp64 eager torch."""
+    found = _with_gradients(function, [x.detach().requires_grad_(x.requires_grad) for x in inputs])
+    exact = [x.detach().double().cpu().requires_grad_(x.requires_grad) for x in inputs]
+    return found, _with_gradients(function, exact)
+
+
+def _with_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    y = function(*inputs)
+    weight = random_values(*y.shape, seed=3).to(y)
+    supervised = [x for x in inputs if x.requires_grad]
+    return [y.detach(), *torch.autograd.grad((y * weight).sum(), supervised)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_round_like_eager(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Within a few 16-bit roundings of fp64, on contiguous tensors and slices."""
+    tokens, heads, width = shape
+    x = random_values(tokens, heads + 2, width, dtype=dtype).cuda()[:, 1:-1].requires_grad_()
+    y = random_values(*shape, dtype=dtype, seed=2).cuda().requires_grad_()
+    step = torch.finfo(dtype).eps
+    for kind in (torch.float32, dtype):
+        cos, sin = (a.cuda() for a in angles(tokens, width, kind))
+        for found, exact in zip(*run_both(apply_rotary, x, cos, sin), strict=True):
+            assert float((found.double().cpu() - exact).abs().max()) < 2 * step * 6
+    for function, inputs in ((quick_gelu, (x,)), (swiglu, (x, y))):
+        for found, exact in zip(*run_both(function, *inputs), strict=True):
+            error = (found.double().cpu() - exact).abs()
+            assert float((error - 4 * step * exact.abs()).max()) < 4 * step
+    assert run_both(swiglu, x, y)[0][0].dtype == dtype
+
+
+def test_tiny_dropout_rate_keeps_all_values() -> None:
+    x = torch.ones(100, 60)
+    dropped, locations = dropout(x, 1e-300)
+    assert len(locations) == 0
+    assert torch.equal(dropped, x)

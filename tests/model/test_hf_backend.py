@@ -1,0 +1,157 @@
+"""Models of other families through transformers: equal results, and rejected models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hf_models
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from finesight.config import TuneSettings
+from finesight.encode.packing import PackedBatch, pack
+from finesight.encode.renderer import build_renderer
+from finesight.errors import UserError
+from finesight.model.auto_model import load_auto_model
+from finesight.model.hf_backend import HfModel, load_hf_model
+from finesight.model.lora.layer import iter_adapters
+from finesight.model.lora.peft_io import load_adapter, save_adapter
+from finesight.model.trainable import configure_tuning, get_part, trainable_parameters
+from finesight.model_folder import ModelFolder
+from finesight.train.loss import fused_linear_cross_entropy
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hf_models.make_llava(tmp_path_factory.mktemp("models") / "llava")
+
+
+@pytest.fixture
+def model(folder: Path) -> HfModel:
+    found = load_auto_model(ModelFolder(folder), torch.float32, CPU)
+    assert isinstance(found, HfModel)
+    return found
+
+
+@pytest.fixture
+def batch(folder: Path, tmp_path: Path) -> PackedBatch:
+    located_sample = hf_models.make_sample(
+        tmp_path, ("Which?", "red and blue"), ("Sure?", "yes"), num_images=2
+    )
+    return pack([build_renderer(ModelFolder(folder)).encode(located_sample)])
+
+
+def test_loss_and_gradients_match_transformers(
+    model: HfModel, folder: Path, batch: PackedBatch
+) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    theirs = AutoModelForImageTextToText.from_pretrained(folder)
+    labels = torch.full_like(batch.ids_T, -100)
+    labels[batch.logit_indices_L + 1] = batch.labels_L
+    expected = theirs(**model.prepare_inputs(batch), labels=labels[None]).loss
+    share = torch.tensor(1 / batch.num_supervised_tokens)
+    loss = fused_linear_cross_entropy(model(batch), model.lm_head_weight, batch.labels_L, share)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    gradients = {name.removeprefix("inner."): p.grad for name, p in model.named_parameters()}
+    for name, parameter in theirs.named_parameters():
+        # The vision encoder ends before a norm that LLaVA does not use.
+        assert (parameter.grad is None) == (gradients[name] is None)
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_each_part_follows_its_tune_setting(model: HfModel) -> None:
+    parts = {get_part(name) for name, _ in model.named_parameters()}
+    assert parts == {"vision", "merger", "language", "embeddings"}
+    configure_tuning(model, TuneSettings(vision="lora", merger="full", language="frozen"), seed=0)
+    learning = list(trainable_parameters(model))
+    assert {get_part(name) for name in learning} == {"vision", "merger"}
+    assert all(".adapter." in name for name in learning if get_part(name) == "vision")
+
+
+def test_adapter_roundtrip(
+    model: HfModel, folder: Path, batch: PackedBatch, tmp_path: Path
+) -> None:
+    configure_tuning(model, TuneSettings(vision="lora", merger="lora", language="lora"), seed=0)
+    model.eval()
+    with torch.no_grad():
+        for _, _, adapter in iter_adapters(model):
+            for parameter in adapter.parameters():
+                parameter.normal_(0.0, 0.1)
+        expected = model(batch)
+        (tmp_path / "adapter").mkdir()
+        save_adapter(tmp_path / "adapter", model, base_model=str(folder))
+        again = load_hf_model(ModelFolder(folder), torch.float32, CPU)
+        baseline = again(batch)
+        load_adapter(again, tmp_path / "adapter", base_folder=ModelFolder(folder))
+        assert torch.equal(again(batch), expected)
+    assert not torch.allclose(baseline, expected, atol=1e-2)
+
+
+def test_post_processed_logits_are_rejected(model: HfModel, batch: PackedBatch) -> None:
+    model.inner.lm_head.register_forward_hook(lambda _, __, logits: 9 * torch.tanh(logits / 9))
+    with pytest.raises(UserError, match="logits of llava differ"):
+        model(batch)
+
+
+def test_unknown_parameters_are_rejected(model: HfModel) -> None:
+    model.inner.model.audio_tower = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"model\.audio_tower\.weight belongs to no known part"):
+        configure_tuning(model, TuneSettings(), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("model.visual.blocks.0.attn.qkv.weight", "vision"),
+        ("model.visual.merger.mlp.0.weight", "merger"),
+        ("model.language_model.layers.3.linear_attn.in_proj_qkv.weight", "language"),
+        ("model.language_model.embed_tokens.weight", "embeddings"),
+        ("lm_head.weight", "embeddings"),
+        ("model.connector.modality_projection.proj.weight", "merger"),
+        ("model.text_model.norm.weight", "language"),
+        ("model.vision_model.encoder.layers.0.layer_norm1.bias", "vision"),
+        ("language_model.model.layers.0.mlp.up_proj.weight", "language"),
+        ("model.image_newline", "merger"),
+    ],
+)
+def test_parts_are_recognized_by_hf_names(name: str, part: str) -> None:
+    assert get_part(f"inner.{name}") == part
+
+
+@pytest.mark.parametrize("how", ["missing", "another shape"])
+def test_mismatched_tensors_are_rejected(folder: Path, tmp_path: Path, how: str) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
+    if how == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name][:5].clone()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"1 tensors are missing or of another shape.*up_proj"):
+        load_hf_model(ModelFolder(tmp_path), torch.float32, CPU)
+
+
+def test_pickled_weights_are_converted_and_verified(
+    model: HfModel, folder: Path, batch: PackedBatch, tmp_path: Path
+) -> None:
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    again = load_hf_model(ModelFolder(tmp_path), torch.float32, CPU)
+    assert torch.equal(again(batch), model(batch))
+    (converted,) = ModelFolder(tmp_path).weight_files()
+    content = bytearray(converted.read_bytes())
+    content[-1] ^= 1
+    converted.write_bytes(content)
+    with pytest.raises(UserError, match="has changed since it was written"):
+        load_hf_model(ModelFolder(tmp_path), torch.float32, CPU)

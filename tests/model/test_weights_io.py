@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_reference import (
+    CPU,
+    make_config,
+    make_conversation,
+    make_native_model,
+    make_reference_model,
+    max_relative_error,
+    pack_conversations,
+    reference_logits,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finesight.errors import UserError
+from finesight.model.lora.merge import merge_to_folder
+from finesight.model.tiny import create_tiny_model
+from finesight.model.vlm import VisionLanguageModel
+from finesight.model.weights_io import (
+    hub_tensors,
+    init_random_model,
+    load_model,
+    save_model,
+    stored_precision,
+)
+from finesight.model_folder import ModelFolder
+from finesight.storage import write_folder
+
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
+SAMPLES = [make_conversation(1, 3, ("image", (1, 10, 12)), 4), make_conversation(2, 9)]
+
+
+def logits(model: VisionLanguageModel, theirs: Any) -> Tensor:
+    with torch.no_grad():
+        return model.compute_logits(model(pack_conversations(theirs, SAMPLES)))
+
+
+def expected_logits(theirs: Any) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([reference_logits(theirs, sample) for sample in SAMPLES])
+
+
+def published(folder: Path, settings: dict[str, Any], theirs: Any) -> ModelFolder:
+    """Write a folder in the hub's format: flat config, published names, two shards."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**settings, "torch_dtype": "float32"}))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "preprocessor_config.json").write_text("{}")
+    (folder / "merges.txt").write_text("a b\n")
+    (folder / "LICENSE").write_text("as you like\n")
+    (folder / "modeling.py").write_text("raise SystemExit\n")
+    save_model(
+        make_native_model(settings, theirs), ModelFolder(folder), folder, torch.float32, 60_000
+    )
+    return ModelFolder(folder)
+
+
+@pytest.fixture(params=FAMILIES)
+def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return make_config(request.param)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("most", [5e9, 200_000])
+def test_saved_model_loads_in_transformers(
+    tmp_path: Path, settings: dict[str, Any], tied: bool, most: float
+) -> None:
+    settings = settings | {"tie_word_embeddings": tied}
+    theirs = make_reference_model(settings)
+    source = published(tmp_path / "source", settings, theirs)
+    target = tmp_path / "target"
+    target.mkdir()
+    save_model(load_model(source, torch.float32, CPU), source, target, torch.float32, most)
+    again = type(theirs).from_pretrained(target, local_files_only=True).eval()
+    assert max_relative_error(expected_logits(again), expected_logits(theirs)) == 0
+    files = ModelFolder(target).weight_files()
+    assert (len(files) > 2) == (most < 1e6)
+    assert all(sum(t.nbytes for t in load_file(file).values()) <= most for file in files)
+    names = {name for file in files for name in load_file(file)}
+    ours = make_native_model(settings, theirs)
+    own = {ours.architecture.to_hub_name(tensor.name) for tensor in hub_tensors(ours)}
+    assert names == own
+    if settings["model_type"].startswith("qwen3_vl"):
+        assert names == set(again.state_dict()) - ({"lm_head.weight"} if tied else set())
+    assert ("lm_head.weight" in names) != tied
+    assert {path.name for path in target.iterdir() if path.suffix != ".safetensors"} == {
+        *("config.json", "preprocessor_config.json", "tokenizer.json", "merges.txt", "LICENSE"),
+        *(["model.safetensors.index.json"] if most < 1e6 else []),
+    }
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_model_loads(tmp_path: Path, settings: dict[str, Any], tied: bool) -> None:
+    settings = settings | {"tie_word_embeddings": tied}
+    theirs = make_reference_model(settings)
+    theirs.save_pretrained(tmp_path, max_shard_size="60KB")
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    assert len(ModelFolder(tmp_path).weight_files()) > 1
+    ours = load_model(ModelFolder(tmp_path), torch.float32, CPU)
+    assert ours.config.decoder.tie_word_embeddings == tied
+    assert max_relative_error(logits(ours, theirs), expected_logits(theirs)) <= 1e-5
+
+
+def test_published_and_transformers_5_names_are_equivalent(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    theirs = make_reference_model(settings)
+    source = published(tmp_path / "source", settings, theirs)
+    expected = logits(load_model(source, torch.float32, CPU), theirs)
+    tensors = {n: t for file in source.weight_files() for n, t in load_file(file).items()}
+    old = {"visual.": "model.visual.", "model.": "model.language_model."}
+    if settings["model_type"].startswith("qwen3_vl"):
+        # Published as transformers 5 writes them; finesight reads the shorter names as well.
+        old = {new: short for short, new in old.items()}
+    starts = {n: next(start for start in old if n.startswith(start)) for n in tensors}
+    renamed = {old[starts[n]] + n.removeprefix(starts[n]): t for n, t in tensors.items()}
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(settings))
+    (other / "preprocessor_config.json").write_text("{}")
+    save_file(renamed, other / "model.safetensors")
+    found = load_model(ModelFolder(other), torch.float32, CPU)
+    assert torch.equal(logits(found, theirs), expected)
+
+
+@pytest.mark.parametrize("inner", [16, 24, 48])
+@pytest.mark.parametrize("outputs_first", [True, False])
+def test_expert_weights_load_in_either_layout(
+    tmp_path: Path, inner: int, outputs_first: bool
+) -> None:
+    """Includes a layer with one square stack, where only the other shows the layout."""
+    settings = make_config("qwen3_vl_moe", moe_intermediate_size=inner)
+    theirs = make_reference_model(settings)
+    source = published(tmp_path / "source", settings, theirs)
+    for file in source.weight_files():
+        tensors = load_file(file)
+        turned = {n: t.mT.contiguous() for n, t in tensors.items() if t.dim() == 3}
+        save_file(tensors | turned if outputs_first else tensors, file)
+    found = logits(load_model(source, torch.float32, CPU), theirs)
+    assert max_relative_error(found, expected_logits(theirs)) <= 1e-5
+
+
+def test_tiny_model_expert_shapes_are_unambiguous(tmp_path: Path) -> None:
+    folder = ModelFolder(create_tiny_model(tmp_path / "tiny", "qwen3_vl_moe"))
+    shapes = [t.shape for file in folder.weight_files() for t in load_file(file).values()]
+    stacks = [shape for shape in shapes if len(shape) == 3]
+    assert len(stacks) == 4
+    assert all(inputs != outputs for _, inputs, outputs in stacks)
+
+
+def test_tied_lm_head_may_be_stored(tmp_path: Path, settings: dict[str, Any]) -> None:
+    theirs = make_reference_model(settings)
+    source = published(tmp_path / "source", settings, theirs)
+    change(source, lambda tensors: {**tensors, "lm_head.weight": torch.zeros(100, 48)})
+    assert (
+        max_relative_error(
+            logits(load_model(source, torch.float32, CPU), theirs), expected_logits(theirs)
+        )
+        <= 1e-5
+    )
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_dtypes_are_converted_while_loading(
+    tmp_path: Path, settings: dict[str, Any], stored: torch.dtype
+) -> None:
+    theirs = make_reference_model(settings)
+    source = published(tmp_path / "source", settings, theirs)
+    target = tmp_path / "target"
+    target.mkdir()
+    save_model(load_model(source, torch.float32, CPU), source, target, stored)
+    assert {t.dtype for t in load_file(target / "model.safetensors").values()} == {stored}
+    written = json.loads((target / "config.json").read_text())
+    assert written["torch_dtype"] == str(stored).removeprefix("torch.")
+    loaded = {t.name: t.data for t in hub_tensors(load_model(source, stored, CPU))}
+    again = load_model(ModelFolder(target), torch.float32, CPU)
+    assert all(torch.equal(t.data, loaded[t.name].float()) for t in hub_tensors(again))
+
+
+def change(folder: ModelFolder, how: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+    """Rewrite the first weight file."""
+    file = folder.weight_files()[0]
+    save_file(how(load_file(file)), file)
+    return file
+
+
+NAME = "visual.patch_embed.proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        (
+            lambda tensors: {n: t for n, t in tensors.items() if n != NAME},
+            f"1 tensors are missing: {NAME}",
+        ),
+        (
+            lambda tensors: {**tensors, **{f"score.{i}": torch.zeros(1) for i in range(6)}},
+            "6 tensors are unknown to this model: score.0, score.1, score.2, score.3, score.4, ...",
+        ),
+        (
+            lambda tensors: {**tensors, f"model.{NAME}": torch.zeros_like(tensors[NAME])},
+            f"2 tensors are duplicates: model.{NAME}, {NAME}",
+        ),
+        (
+            lambda tensors: {**tensors, "model.norm.weight": torch.ones(48)},
+            "2 tensors are duplicates: model.norm.weight, model.norm.weight",
+        ),
+        (
+            lambda tensors: {**tensors, NAME: tensors[NAME][:-1].contiguous()},
+            f"1 tensors are of another shape: {NAME} (31, 3, 2, 14, 14) not (32, 3, 2, 14, 14)",
+        ),
+        (
+            lambda tensors: {**tensors, NAME: tensors[NAME].to(torch.int8)},
+            f"1 tensors are of another type: {NAME} I8",
+        ),
+    ],
+    ids=["missing", "unknown", "twice in a file", "twice in two", "shape", "type"],
+)
+def test_mismatched_weight_file_is_rejected(tmp_path: Path, how: Any, what: str) -> None:
+    settings = make_config("qwen2_vl")
+    source = published(tmp_path / "source", settings, make_reference_model(settings))
+    change(source, how)
+    with pytest.raises(UserError) as refused:
+        load_model(source, torch.float32, CPU)
+    assert refused.value.what == what
+    assert str(source.path) in refused.value.where
+    assert refused.value.expected
+    assert refused.value.remedy
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_truncated_file_is_rejected(tmp_path: Path, keep: int) -> None:
+    settings = make_config("qwen2_vl")
+    source = published(tmp_path / "source", settings, make_reference_model(settings))
+    file = source.weight_files()[1]
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(UserError, match="not a complete safetensors file") as refused:
+        load_model(source, torch.float32, CPU)
+    assert refused.value.where == str(file)
+
+
+def test_bit_flip_is_rejected(tmp_path: Path) -> None:
+    settings = make_config("qwen2_vl")
+    source = published(tmp_path / "source", settings, make_reference_model(settings))
+    with write_folder(tmp_path / "merged") as folder:
+        save_model(load_model(source, torch.float32, CPU), source, folder, torch.float32)
+    load_model(ModelFolder(tmp_path / "merged"), torch.float32, CPU)
+    file = tmp_path / "merged" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="changed since it was written") as refused:
+        load_model(ModelFolder(tmp_path / "merged"), torch.float32, CPU)
+    assert refused.value.where == str(file)
+
+
+def test_quantized_weights_are_rejected(tmp_path: Path) -> None:
+    settings = make_config("qwen2_vl")
+    source = published(tmp_path / "source", settings, make_reference_model(settings))
+    quantised = settings | {"quantization_config": {"quant_method": "awq"}}
+    (source.path / "config.json").write_text(json.dumps(quantised))
+    for read in (lambda s: load_model(s, torch.float32, CPU), stored_precision):
+        with pytest.raises(UserError, match=r"unsupported quantization.*awq"):
+            read(ModelFolder(source.path))
+
+
+def test_stored_precision(tmp_path: Path) -> None:
+    settings = make_config("qwen2_vl")
+    source = published(tmp_path / "source", settings, make_reference_model(settings))
+    assert stored_precision(source) == "fp32"
+    for file in source.weight_files():
+        save_file({n: t.bfloat16() for n, t in load_file(file).items()}, file)
+    assert stored_precision(source) == "bf16"
+    for other in (torch.float16, torch.float32):
+        change(source, lambda tensors, to=other: {n: t.to(to) for n, t in tensors.items()})
+        assert stored_precision(source) == "fp32"
+    for file in source.weight_files():
+        save_file({n: t.to(torch.int8) for n, t in load_file(file).items()}, file)
+    with pytest.raises(UserError, match="weights of type I8"):
+        stored_precision(source)
+    for file in source.weight_files():
+        save_file({}, file)
+    with pytest.raises(UserError, match="weights of type none"):
+        stored_precision(source)
+
+
+def test_mixed_dtypes_are_indexed_correctly(tmp_path: Path) -> None:
+    """4-bit weights are written as published, the others in the dtype of the run."""
+    settings = make_config("qwen2_vl")
+    base = published(tmp_path / "base", settings, make_reference_model(settings))
+    (tmp_path / "saved").mkdir()
+    model = load_model(base, torch.float16, CPU, ["language"])
+    save_model(model, base, tmp_path / "saved", torch.float16, max_shard_bytes=80_000)
+    saved = ModelFolder(tmp_path / "saved")
+    tensors = [list(load_file(file).values()) for file in saved.weight_files()]
+    sizes = [sum(tensor.nbytes for tensor in some) for some in tensors]
+    index = json.loads((saved.path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert max(sizes) <= 80_000
+    assert {t.dtype for some in tensors for t in some} == {torch.float16, torch.float32}
+    assert saved.config["torch_dtype"] == "float32"
+    assert merge_to_folder(saved, None, tmp_path / "merged").precision == "fp32"
+
+
+def test_saving_with_adapter_raises(tmp_path: Path) -> None:
+    settings = make_config("qwen2_vl")
+    model = make_native_model(settings, make_reference_model(settings))
+    model.model.layers[0].mlp.down_proj.adapter = torch.nn.Identity()
+    with pytest.raises(AssertionError, match="1 linear layers still have an adapter"):
+        save_model(model, ModelFolder(tmp_path), tmp_path, torch.float32)
+
+
+def test_random_model_depends_on_seed(settings: dict[str, Any]) -> None:
+    first, same, other = (
+        init_random_model(settings, seed, torch.bfloat16, CPU).state_dict() for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    weight = "model.layers.0.self_attn.qkv_proj.weight"
+    assert not torch.equal(first[weight], other[weight])
+    assert first[weight].float().std().item() == pytest.approx(0.02, rel=0.05)
+    assert set(first["model.norm.weight"].tolist()) == {1.0}
+    norm = "norm" if settings["model_type"].startswith("qwen3_vl") else "ln_q"
+    assert first[f"visual.merger.{norm}.weight"].unique().tolist() == [1.0]

@@ -1,0 +1,62 @@
+"""Steps with non-finite losses or gradients; also a rank of a distributed run.
+
+Usage: python nonfinite_step.py KIND STEP[,STEP...] RECIPE [--resume]
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
+
+from finesight.recipe import load_recipe
+from finesight.train import rank_worker, trainer
+from finesight.train.dataloader import StepBatch
+from finesight.train.setup import TrainState
+from finesight.train.step import StepOutput, train_step
+from finesight.train.trainer import train
+
+CorruptionKind = Literal["loss", "gradient", "jump"]
+
+
+@contextmanager
+def corrupt_steps(kind: CorruptionKind, steps: Collection[int]) -> Iterator[None]:
+    """Corrupt the loss or gradient of these steps, counted from 1, within the context.
+
+    The kinds are a NaN loss, an infinite gradient, and a much higher loss.
+    """
+
+    def corrupted_train_step(session: TrainState, step: StepBatch, *rest: Any) -> StepOutput:
+        if step.step_index + 1 not in steps:
+            return train_step(session, step, *rest)
+        if kind == "gradient":
+            first = session.optimizer.param_groups[0].param_slices[0].parameter
+            hook = first.register_hook(lambda gradient: gradient * math.inf)
+        else:
+            by = math.nan if kind == "loss" else -100.0
+            hook = session.model.register_forward_hook(lambda *called: called[-1] * by)
+        try:
+            return train_step(session, step, *rest)
+        finally:
+            hook.remove()
+
+    with (
+        patch.object(trainer, "train_step", corrupted_train_step),
+        patch.object(rank_worker, "train_step", corrupted_train_step),
+    ):
+        yield
+
+
+def main() -> None:
+    kind, steps, recipe, *words = sys.argv[1:]
+    assert kind in ("loss", "gradient", "jump"), kind
+    with corrupt_steps(kind, [int(step) for step in steps.split(",")]):
+        train(load_recipe(Path(recipe)), resume="--resume" in words)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Cards by name, however they are spelled."""
+
+from __future__ import annotations
+
+import pytest
+
+from finesight.errors import UserError
+from finesight.plan.gpu_specs import GPU_SPECS, find_gpu_spec
+
+
+@pytest.mark.parametrize(
+    ("spelled", "name"),
+    [
+        ("h200", "H200"),
+        ("NVIDIA H200", "H200"),
+        ("Tesla T4", "T4"),
+        ("rtx4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("4090", "RTX 4090"),
+        ("A100 80GB", "A100-80GB"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("l40s", "L40S"),
+    ],
+)
+def test_gpu_name_spellings(spelled: str, name: str) -> None:
+    assert find_gpu_spec(spelled).name == name
+
+
+def test_unknown_gpu_suggests_similar_names() -> None:
+    with pytest.raises(UserError) as caught:
+        find_gpu_spec("RTX 4095")
+    assert caught.value.where == "--gpu"
+    assert "'RTX 4095'" in caught.value.what
+    assert "RTX 4090" in caught.value.expected
+    with pytest.raises(UserError, match=r"T4.*B200"):
+        find_gpu_spec("abacus")
+
+
+def test_gpu_specs_are_unique_and_plausible() -> None:
+    assert len({card.name for card in GPU_SPECS}) == len(GPU_SPECS)
+    for one in GPU_SPECS:
+        assert find_gpu_spec(one.name) is one
+        assert 8 <= one.memory_gb <= 300
+        assert 20 <= one.tflops <= 3000
+        # Nothing that is sold does less than 50 or more than 500 operations for a byte.
+        assert 50 <= one.tflops * 1000 / one.gb_per_s <= 500
+    assert not find_gpu_spec("T4").supports_bf16
+    assert find_gpu_spec("A10").supports_bf16

@@ -1,5 +1,0 @@
-"""The hubs on this machine, for every test here."""
-
-from hubs import cache, certificate, huggingface, modelscope, web_server, without_sockets
-
-__all__ = ["cache", "certificate", "huggingface", "modelscope", "web_server", "without_sockets"]

@@ -1,0 +1,138 @@
+"""Tests of chart scales, downsampling and smoothing."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+
+from finesight.report.charts import (
+    HEIGHT,
+    MARGIN_BOTTOM,
+    MARGIN_LEFT,
+    MARGIN_RIGHT,
+    MARGIN_TOP,
+    WIDTH,
+    ChartSeries,
+    build_chart,
+    compute_ticks,
+    downsample,
+    filter_finite,
+    format_compact,
+    format_exact,
+    smooth_points,
+)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.0013, 6.26, [0, 2, 4, 6, 8]),
+        (-1.0, 3.0, [-1, 0, 1, 2, 3]),
+        (1e-5, 8e-4, [0, 2e-4, 4e-4, 6e-4, 8e-4]),
+        (0.995, 0.9953, [0.995, 0.9951, 0.9952, 0.9953]),
+        (0.0, 0.0, [-1, -0.5, 0, 0.5, 1]),
+        (40.0, 40.0 + 1e-14, [20, 30, 40, 50, 60]),
+    ],
+)
+def test_ticks_are_round_and_cover_the_values(low: float, high: float, ticks: list[float]) -> None:
+    assert compute_ticks(low, high, 5, include_ends=True) == pytest.approx(ticks)
+
+
+def test_step_ticks_are_integers() -> None:
+    assert compute_ticks(1, 7, 6, integer_only=True) == [1, 2, 3, 4, 5, 6, 7]
+    assert compute_ticks(0, 2, 6, integer_only=True) == [0, 1, 2]
+    assert compute_ticks(1, 1200, 6, integer_only=True) == [200, 400, 600, 800, 1000, 1200]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *((0, "0"), (0.05, "0.05"), (2e-4, "2e-4"), (2.5e-5, "2.5e-5"), (1200, "1,200")),
+        *((12000, "12k"), (2.5e6, "2.5M"), (-3.0, "-3")),
+    ],
+)
+def test_tick_labels_are_short(value: float, text: str) -> None:
+    assert format_compact(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.123456, "0.1235"), (1.5e-5, "1.500e-05"), (12345.67, "12,345.7"), (0.0, "0")],
+)
+def test_values_have_four_digits(value: float, text: str) -> None:
+    assert format_exact(value) == text
+
+
+def test_long_series_are_downsampled_with_spikes() -> None:
+    points = [(float(step), math.sin(step / 900)) for step in range(100_000)]
+    points[54_321] = (54_321.0, 50.0)
+    points[7] = (7.0, -50.0)
+    retained = downsample(points)
+    assert len(retained) == 1000
+    assert {points[54_321], points[7]} < set(retained)
+    assert retained == sorted(retained)
+    assert set(retained) < set(points)
+    assert downsample(points[:1000]) == points[:1000]
+
+
+def test_constant_series_is_downsampled() -> None:
+    retained = downsample([(float(step), 1.0) for step in range(5000)])
+    assert len(retained) == 500
+    assert len(set(retained)) == 500
+
+
+def test_smoothing_has_no_initial_lag() -> None:
+    flat = smooth_points([(float(step), 2.0) for step in range(400)])
+    assert [y for _, y in flat] == pytest.approx([2.0] * 400)
+    zigzag = smooth_points([(float(step), 1.0 + (-1) ** step) for step in range(400)])
+    assert all(0.8 < y < 1.2 for _, y in zigzag[50:])
+    assert smooth_points([(float(step), 1.0) for step in range(19)]) == []
+
+
+def test_non_finite_points_are_dropped() -> None:
+    assert filter_finite(
+        [(1, 0.5), (2, None), (3, math.nan), (4, math.inf), (None, 1), ("5", 1)]
+    ) == [(1.0, 0.5)]
+
+
+def _parse_coordinates(path: str) -> list[float]:
+    return [float(number) for number in re.findall(r"-?[\d.]+", path)]
+
+
+def test_chart_stays_within_its_frame() -> None:
+    points = [(float(step), 3.0 - step / 10) for step in range(1, 31)]
+    drawing = build_chart("Loss", [ChartSeries("training", points)])
+    assert drawing is not None
+    values = _parse_coordinates(drawing.lines[0].path)
+    across, up = values[::2], values[1::2]
+    assert (min(across), max(across)) == (MARGIN_LEFT, WIDTH - MARGIN_RIGHT)
+    assert min(up) >= MARGIN_TOP
+    assert max(up) <= HEIGHT - MARGIN_BOTTOM
+    assert up == sorted(up), "falling values go down the page"
+    assert drawing.data["series"][0]["points"][0] == (1.0, 2.9, "2.9")
+    assert drawing.summary == "Loss: training 2.9 at step 1, 0 at step 30"
+    assert [tick.label for tick in drawing.y_ticks] == ["0", "1", "2", "3"]
+
+
+def test_markers_and_error_bars_have_positions() -> None:
+    drawing = build_chart(
+        "s", [ChartSeries("s", [(0, 0.5), (10, 0.75)], "marks", [(10, 0.25, 1.0)])]
+    )
+    assert drawing is not None
+    (line,) = drawing.lines
+    assert len(line.markers) == 2
+    ((x, high, low),) = line.error_bars
+    assert x == line.markers[1][0]
+    assert high < line.markers[1][1] < low
+    assert (drawing.data["y"][0], drawing.data["y"][1]) == (0.2, 1.0)
+
+
+def test_single_point_is_a_marker() -> None:
+    drawing = build_chart("s", [ChartSeries("s", [(5, 1.0)]), ChartSeries("none", [])])
+    assert drawing is not None
+    assert len(drawing.lines) == 1
+    assert drawing.lines[0].markers
+    assert build_chart("s", [ChartSeries("s", [])]) is None

@@ -1,0 +1,189 @@
+"""Tests of self-contained pages and of escaping."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.resources
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from browser import DESKTOP_WIDTH, PHONE_WIDTH, XSS_PAYLOADS, Browser
+from jinja2 import UndefinedError
+
+from finesight.errors import UserError
+from finesight.report.html import render_page, write_page
+
+TEMPLATES = Path(str(importlib.resources.files("finesight.report"))) / "templates"
+
+
+class PageParser(HTMLParser):
+    """Parses elements with attributes, and script texts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self._in_script = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._in_script = tag == "script"
+        if self._in_script:
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_script = False
+
+    def handle_data(self, data: str) -> None:
+        if self._in_script:
+            self.scripts[-1] += data
+
+
+def page_of(*texts: str) -> str:
+    return render_page("base", [*texts], title=" ".join(texts))
+
+
+def test_embedded_data_roundtrips() -> None:
+    data = {"texts": [*XSS_PAYLOADS, "a & b", "]]>", "é😀"], "numbers": [1, 2.5, None, True]}
+    page = PageParser(render_page("base", data, title="x"))
+    assert json.loads(page.scripts[0]) == data
+
+
+def test_texts_add_no_elements() -> None:
+    baseline, hostile = PageParser(page_of("x")), PageParser(page_of(*XSS_PAYLOADS))
+    names = [[tag for tag, _ in page.elements] for page in (baseline, hostile)]
+    assert names[0] == names[1]
+    assert baseline.scripts[1] == hostile.scripts[1]
+    for page in (baseline, hostile):
+        for tag, attributes in page.elements:
+            assert not any(name.startswith("on") for name in attributes), (tag, attributes)
+
+
+def test_content_security_policy_allows_only_its_script() -> None:
+    page = PageParser(page_of("x"))
+    (policy,) = (
+        attributes["content"]
+        for _, attributes in page.elements
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy is not None
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
+    assert rules == {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "style-src": "'unsafe-inline'",
+        "script-src": f"'sha256-{digest}'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    locations = [
+        value
+        for _, attributes in page.elements
+        for name, value in attributes.items()
+        if name in ("src", "href") and value is not None
+    ]
+    assert locations
+    assert all(url.startswith(("#", "data:")) for url in locations), locations
+
+
+def test_templates_do_not_parse_html() -> None:
+    forbidden = re.compile(
+        r"innerHTML|outerHTML|insertAdjacentHTML|createContextualFragment|DOMParser|document\.write"
+        r"|\beval\(|new Function|setTimeout\(\s*[\"']|\|\s*safe\b|autoescape|@import|url\("
+    )
+    files = sorted(TEMPLATES.iterdir())
+    assert {"base.html", "base.js", "base.css"} <= {file.name for file in files}
+    for file in files:
+        found = forbidden.search(file.read_text(encoding="utf-8"))
+        assert found is None, f"{file.name}: {found}"
+
+
+def brightness(colour: str) -> float:
+    """Return the relative luminance of #rrggbb (WCAG 2.2)."""
+    shares = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_text_contrast() -> None:
+    style = (TEMPLATES / "base.css").read_text()
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block))
+        for block in re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    )
+    for colours in (light, dark):
+        grounds = ("paper", "card", "field", "tint")
+        pairs = [(text, on) for text in ("ink", "soft", "accent") for on in grounds]
+        pairs += [(text, "card") for text in ("bad", "warn", "good")] + [("on-accent", "accent")]
+        for text, ground in pairs:
+            a, b = sorted((brightness(colours[text]), brightness(colours[ground])))
+            assert (b + 0.05) / (a + 0.05) >= 4.5, f"{text} on {ground}: {colours}"
+
+
+def test_invalid_page_data_raises() -> None:
+    with pytest.raises(ValueError, match="float values"):
+        render_page("base", [float("nan")], title="x")
+    with pytest.raises(UndefinedError, match="title"):
+        render_page("base", [])
+
+
+def test_undecodable_file_names() -> None:
+    assert "caf?.png" in page_of("caf\udce9.png").encode().decode()
+
+
+def test_page_replaces_only_pages(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "page.html"
+    for title in ("one", "two"):
+        write_page(file, page_of(title))
+        assert f"<title>{title} · finesight</title>" in file.read_text()
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text("{}\n")
+    for taken in (labels, tmp_path):
+        with pytest.raises(UserError, match="exists and is not a page"):
+            write_page(taken, page_of("x"))
+    assert labels.read_text() == "{}\n"
+
+
+def test_browser_fixture_detects_violations(browser: Browser, tmp_path: Path) -> None:
+    """Other tests depend on the detection of violations."""
+    file = tmp_path / "open.html"
+    wide = "<img src=gone.png><div style='width: 3000px'>x</div><h4>x</h4>"
+    file.write_text(f"<!doctype html><meta charset=utf-8>{wide}{'<p>'.join(XSS_PAYLOADS)}")
+    browser.open(file, PHONE_WIDTH)
+    browser.settle()
+    assert len(set(browser.executed_payloads())) >= 12, browser.executed_payloads()
+    assert browser.overflow_width() > 2000
+    assert (tmp_path / "gone.png").as_uri() in browser.requests()
+    assert any("gone.png" in message for message in browser.messages())
+    assert len(browser.unlabeled_elements()) >= 4
+
+
+def test_content_security_policy_blocks_injected_scripts(browser: Browser, tmp_path: Path) -> None:
+    file = tmp_path / "holed.html"
+    file.write_text(page_of("x").replace("<noscript>", f"{''.join(XSS_PAYLOADS[7:])}<noscript>"))
+    browser.open(file)
+    browser.settle()
+    assert browser.executed_payloads() == []
+    assert any("Content Security Policy" in message for message in browser.messages())
+
+
+@pytest.mark.parametrize("width", [PHONE_WIDTH, DESKTOP_WIDTH])
+@pytest.mark.parametrize("dark", [False, True])
+def test_empty_page_opens(browser: Browser, tmp_path: Path, width: int, dark: bool) -> None:
+    file = tmp_path / "page.html"
+    write_page(file, page_of("a heading", "w" * 300, *XSS_PAYLOADS))
+    browser.open(file, width, dark=dark)
+    assert browser.messages() == []
+    assert browser.requests() == [file.as_uri()]
+    assert browser.overflow_width() == 0
+    assert browser.unlabeled_elements() == []
+    assert browser.executed_payloads() == []
+    paper = browser.run("return getComputedStyle(document.body).backgroundColor;")
+    (brightness, *_) = (int(number) for number in re.findall(r"\d+", paper))
+    assert (brightness < 100) == dark

@@ -1,0 +1,142 @@
+"""Tests that the Chinese table covers all page texts, and contains no others."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from comparison_fixtures import RECIPE, make_run, make_sign_answers, start_record
+from run_dir_fixtures import FakeRunDir
+
+from finesight.report import i18n, run_reader, run_status
+from finesight.report.compare_page import compare_runs, render_compare_page
+from finesight.report.html import render_page
+from finesight.report.i18n import (
+    detect_language,
+    get_translations,
+    translate,
+    translate_markup,
+    use_language,
+)
+from finesight.report.run_page import render_run_page
+
+SOURCES = Path(i18n.__file__).parent
+TRANSLATE_CALL = re.compile(r'\btranslate\(\s*"((?:[^"\\]|\\.)*)"')
+SAME = {"", "CER", "WER", "F1", "AP", "BLEU", "ANLS", "CIDEr-D", "ROUGE-L"}
+"""Texts that are equal in both languages."""
+
+PUT_TOGETHER = {
+    *("errors", "warnings", "notes"),
+}
+"""Texts that are composed at run time."""
+
+
+def list_placeholders(text: str) -> list[str]:
+    return re.findall(r"\{[^}]*\}", text)
+
+
+def test_every_page_text_is_translated() -> None:
+    with use_language("zh"):
+        known = get_translations()
+    show = SOURCES.parent / "cli" / "data_show.py"
+    files = [*SOURCES.glob("*.py"), *(SOURCES / "templates").iterdir(), show]
+    found = {
+        text.replace('\\"', '"')
+        for file in files
+        if file.suffix in (".py", ".html", ".js")
+        for text in TRANSLATE_CALL.findall(file.read_text(encoding="utf-8"))
+    }
+    assert len(found) > 150
+    assert found - SAME - set(known) == set()
+
+
+def test_translation_table_has_no_unused_text() -> None:
+    modules = ("bootstrap", "metric_difference", "detection_metrics")
+    notes = (f"evaluate/{name}.py" for name in modules)
+    names = ("check/check_issues.py", "cli/data_show.py", *notes)
+    extra = [SOURCES.parent / name for name in names]
+    files = [*SOURCES.glob("*.py"), *(SOURCES / "templates").iterdir(), *extra]
+    joined = "".join(
+        # Strings that are broken over lines are one.
+        re.sub(r'"\s*\n\s*"', "", file.read_text(encoding="utf-8"))
+        for file in files
+        if file.suffix in (".py", ".html", ".js")
+    )
+    with use_language("zh"):
+        for text, output in get_translations().items():
+            assert text in joined or text in PUT_TOGETHER, text
+            assert list_placeholders(text) == list_placeholders(output), text
+
+
+def test_dynamic_page_texts_are_translated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Covers texts of tables, which are not arguments of `translate` in the sources."""
+    missed = set()
+
+    class Watched(dict[str, str]):
+        def get(self, key: str, default: object = None) -> object:  # type: ignore[override]
+            missed.update({key} - set(self))
+            return super().get(key, default)
+
+    with use_language("zh"):
+        known = Watched(get_translations())
+        monkeypatch.setattr(i18n, "get_translations", lambda: known)
+        first = make_run(tmp_path / "first", make_sign_answers(tmp_path, [0.5, 1.0] * 4)).folder
+        recipe = RECIPE | {"eval": {"metric": "qa", "max_new_tokens": 9}}
+        other = make_run(
+            tmp_path / "other",
+            make_sign_answers(tmp_path, [1.0] * 8),
+            recipe=recipe,
+            start=start_record(500, "x" * 64) | {"world_size": 2},
+        )
+        render_compare_page(compare_runs([first, other.folder]))
+        render_run_page(first)
+        for name in ("result.json", "param_audit.json"):
+            (other.folder / name).unlink()
+        for going in (False, True):
+            assert run_status.get_run_status(run_reader.read_run(other.folder), going).description
+        render_run_page(other.folder)
+        render_run_page(FakeRunDir(tmp_path / "new").folder)
+    assert missed - SAME == set()
+
+
+def test_page_language(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", make_sign_answers(tmp_path, [0.5] * 8)).folder
+    with use_language("zh"):
+        page = render_run_page(run)
+    assert '<html lang="zh-Hans">' in page
+    assert ">结果</h2>" in page
+    assert '<html lang="en">' in render_run_page(run)
+
+
+def test_values_are_escaped_and_not_translated() -> None:
+    with use_language("zh"):
+        assert translate_markup("{} only", "<b>{}</b>") == "仅有&lt;b&gt;{}&lt;/b&gt;"
+        assert translate("{} only", "{}{0}") == "仅有{}{0}"
+    assert translate("a text that no table has") == "a text that no table has"
+    assert json.dumps(dict(get_translations())) == "{}"
+    with use_language("zh"):
+        page = render_page("base", title="x")
+    assert "跳到正文" in page
+
+
+@pytest.mark.parametrize(
+    ("variables", "chosen"),
+    [
+        ({"LANG": "zh_CN.UTF-8"}, "zh"),
+        ({"LC_ALL": "", "LANG": "zh_TW"}, "zh"),
+        ({"LC_ALL": "C.UTF-8", "LANG": "zh_CN.UTF-8"}, "en"),
+        ({"LC_MESSAGES": "zh", "LANG": "de_DE.UTF-8"}, "zh"),
+        ({"LANG": "de_DE.UTF-8"}, "en"),
+        ({}, "en"),
+    ],
+)
+def test_locale_selects_the_language(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], chosen: str
+) -> None:
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert detect_language() == chosen

@@ -1,0 +1,118 @@
+"""Tests of the conversion of generated formulas to safe MathML."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import XSS_PAYLOADS
+
+from finesight.report.mathml import (
+    ALLOWED_ATTRIBUTES,
+    ALLOWED_ELEMENTS,
+    MAX_FORMULA_CHARS,
+    FormulaConverter,
+    MathMLTree,
+)
+
+pytest.importorskip("latex2mathml", reason="the extra `latex` is not installed")
+
+
+def pieces(tree: MathMLTree) -> Iterator[MathMLTree]:
+    """Yield an element and its descendants."""
+    yield tree
+    for child in tree[2:]:
+        if isinstance(child, list):
+            yield from pieces(child)
+
+
+def texts(tree: MathMLTree) -> str:
+    return "".join(child for one in pieces(tree) for child in one[2:] if isinstance(child, str))
+
+
+def convert(source: str) -> MathMLTree:
+    tree = FormulaConverter().convert(source)
+    assert tree is not None, source
+    return tree
+
+
+def names(tree: MathMLTree) -> list[object]:
+    return [one[0] for one in pieces(tree)]
+
+
+@pytest.mark.parametrize(
+    "source", [r"\frac{a}{b}", r"$\frac{a}{b}$", r"$$\frac ab$$", r"\[\frac{a}{b}\]"]
+)
+def test_latex_becomes_mathml(source: str) -> None:
+    tree = convert(source)
+    assert tree[:2] == ["math", {"displaystyle": "true"}]
+    assert "mfrac" in names(tree)
+    assert texts(tree) == "ab"
+
+
+def test_symbols_become_characters() -> None:
+    assert texts(convert(r"\alpha \leq \infty")) == "α≤∞"
+
+
+def test_all_real_formulas_are_converted(shared: Path) -> None:
+    file = shared / "data" / "latex_ocr" / "latex_ocr.jsonl"
+    sources = [json.loads(line)["latex"] for line in file.read_text().splitlines()]
+    formulas = FormulaConverter()
+    missing = [source for source in sources if formulas.convert(source) is None]
+    assert len(sources) == 1000
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("", "   ", r"\frac{", r"\left( x", "x^2^2", r"\begin{array}{c} 1", "{" * 500),
+        "x" * (MAX_FORMULA_CHARS + 1),
+        r"\newcommand{\a}{\b\b}\newcommand{\b}{xx}\a",
+        r"\def\a{\a\a}\a",
+        r"\let\x=\y",
+        "x^{" * 200 + "}" * 200,
+    ],
+)
+def test_invalid_latex_returns_none(source: str) -> None:
+    assert FormulaConverter().convert(source) is None
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        r"\href{javascript:alert(1)}{x}",
+        r"\style{background:url(javascript:alert(1))}{x}",
+        r"\class{x\" onload=\"alert(1)}{x}",
+        r"\color{red;background:url(x)}{x}",
+        r"\textcolor{expression(alert(1))}{x}",
+        r"\hspace{99999em}",
+        r"\raise{999em}{x}",
+        *(rf"\text{{{payload}}}" for payload in XSS_PAYLOADS),
+        *XSS_PAYLOADS,
+    ],
+)
+def test_only_mathml_elements_and_attributes(source: str) -> None:
+    tree = FormulaConverter().convert(source)
+    for name, attributes, *_ in pieces(tree) if tree else ():
+        assert name in ALLOWED_ELEMENTS
+        assert isinstance(attributes, dict)
+        for key, value in attributes.items():
+            assert ALLOWED_ATTRIBUTES[key].fullmatch(value), (key, value)
+    assert "href" not in json.dumps([one[1] for one in pieces(tree)] if tree else "")
+
+
+def test_random_input_does_not_crash() -> None:
+    chance = random.Random(0)
+    words = [*r"\{}[]()^_&$#%~'|<>", r"\frac", r"\left", r"\right", r"\begin{array}", r"\\"]
+    words += [r"\end{array}", r"\sqrt", r"\text{", r"\color", r"\hspace", r"\not", "x", "1", " "]
+    formulas = FormulaConverter()
+    found = [
+        formulas.convert("".join(chance.choices(words, k=chance.randint(1, 40))))
+        for _ in range(500)
+    ]
+    assert any(found)
+    assert not all(found)

@@ -1,0 +1,142 @@
+"""Tests of metric rows and their descriptions."""
+
+from __future__ import annotations
+
+import pytest
+from run_dir_fixtures import make_evaluation_line
+
+from finesight.evaluate.metric_difference import MetricDifference
+from finesight.report.metrics import (
+    MetricRow,
+    build_metric_rows,
+    describe_change,
+    format_change,
+    format_interval,
+    format_metric_name,
+    format_notes,
+    format_value,
+    get_note,
+    read_interval,
+)
+
+NONE = "no clear change"
+
+
+def row(low: float | None, high: float | None, verdict: str = "better") -> MetricRow:
+    scores = 0.2, 0.9, low, high
+    difference = MetricDifference("similarity", *scores, verdict)  # type: ignore[arg-type]
+    found = build_metric_rows(
+        [make_evaluation_line(0, 0.2), make_evaluation_line(9, 0.9)], {"similarity": difference}
+    )
+    assert found[0].name == "similarity"
+    return found[0]
+
+
+def test_primary_score_is_first_and_loss_is_last() -> None:
+    before = make_evaluation_line(0, 0.2, scores={"stopped": 0.5, "similarity": 0.2})
+    after = make_evaluation_line(9, 0.9, scores={"stopped": 1.0, "similarity": 0.9, "new": 1.0})
+    found = build_metric_rows([before, after], {})
+    assert [one.name for one in found] == ["similarity", "stopped", "new", "validation_loss"]
+    assert [one.is_primary for one in found] == [True, False, False, False]
+    assert [one.lower_is_better for one in found] == [False, False, False, True]
+    assert found[0].before_interval == pytest.approx((0.15, 0.25))
+    assert [one.verdict for one in found] == ["better", "better", "", "better"]
+    assert found[2].before is None
+    assert found[2].change is None
+
+
+def test_lower_loss_is_better() -> None:
+    lines = [make_evaluation_line(0, 0.9), make_evaluation_line(9, 0.2)]
+    assert build_metric_rows(lines, {})[-1].verdict_text == "worse"
+    assert build_metric_rows(lines[::-1], {})[-1].verdict_text == "better"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict", "words", "output"),
+    [
+        (
+            0.6,
+            0.8,
+            "better",
+            "better",
+            "increased by 0.7000, more than expected by chance: the 95 %",
+        ),
+        (
+            -0.1,
+            0.8,
+            NONE,
+            NONE,
+            "which may be due to chance: the 95 % interval of the difference is −0.1",
+        ),
+        (0.1, 0.8, NONE, NONE, "on too few samples for a verdict"),
+        (None, None, "better", "better", "The confidence interval of the difference is unknown"),
+    ],
+)
+def test_verdict_of_comparison_is_used(
+    low: float | None, high: float | None, verdict: str, words: str, output: str
+) -> None:
+    found = row(low, high, verdict)
+    assert found.verdict_text == words
+    assert output in describe_change(found)
+
+
+def test_unchanged_score_is_reported() -> None:
+    found = build_metric_rows([make_evaluation_line(0, 0.2), make_evaluation_line(9, 0.2)], {})
+    assert {one.verdict_text for one in found if one.name != "stopped"} == {"no change"}
+    assert describe_change(found[0]) == "The similarity did not change."
+
+
+def test_single_evaluation_has_no_verdict() -> None:
+    found = build_metric_rows([make_evaluation_line(0, 0.2)], {})
+    assert (found[0].before, found[0].after, found[0].verdict) == (0.2, None, "")
+    assert "evaluated once" in describe_change(found[0])
+    assert build_metric_rows([], {}) == []
+
+
+@pytest.mark.parametrize("ends", [None, "ab", [1], [1, 2, 3], [None, 1], [1, float("nan")], 7])
+def test_invalid_interval_is_hidden(ends: object) -> None:
+    assert read_interval({"intervals": {"similarity": ends}}, "similarity") is None
+    assert read_interval({}, "similarity") is None
+    assert format_interval(None) == ""
+
+
+def test_signs_and_digits() -> None:
+    assert [format_change(value) for value in (0.5, -0.5, 0.0, -123.45)] == [
+        *("+0.5000", "−0.5000", "+0.0000", "−123.5")
+    ]
+    assert format_interval((0.12345, 12.0)) == "0.123 to 12.0"
+    assert [format_value(value) for value in (0.12345, 46.55, 560.12)] == [
+        "0.1235",
+        "46.55",
+        "560.1",
+    ]
+
+
+def test_metric_display_names() -> None:
+    assert [format_metric_name(name) for name in ("validation_loss", "bleu_2", "my_own")] == [
+        *("validation loss", "BLEU-2", "my_own")
+    ]
+
+
+def test_missing_primary_score_is_reported() -> None:
+    lines = [make_evaluation_line(step, 0.2, scores={}) for step in (0, 9)]
+    found = build_metric_rows(lines, {})[0]
+    assert (found.before, found.after) == (None, None)
+    assert describe_change(found) == "The similarity could not be computed from these answers."
+
+
+def test_notes_are_grouped_by_scores() -> None:
+    biased, few = "biased upwards", "no interval: fewer than 6 samples"
+    line = make_evaluation_line(0, 0.2) | {"scores": {"ap": 0.5, "ap_50": 0.7, "exact": 0.5}}
+    line |= {"notes": {"ap": biased, "ap_50": biased}}
+    after = line | {"step": 9}
+    difference = MetricDifference("exact", 0.5, 0.5, None, None, "no clear change", few)
+    found = build_metric_rows([line, after], {"exact": difference})
+    output = format_notes((row.name, note) for row in found for note in row.notes)
+    assert output == [
+        f"AP, AP at IoU 0.5: {biased}",
+        f"exact match: {few}",
+        "validation loss: no interval: only the sum over all samples is known",
+    ]
+    for notes in (None, [], "ap", {"ap": None}):
+        assert get_note({"notes": notes}, "ap_50") == ""

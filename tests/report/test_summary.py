@@ -1,0 +1,229 @@
+"""Tests of the run summary, also for runs of older versions."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from run_dir_fixtures import (
+    MANIFEST,
+    START_RECORD,
+    FakeRunDir,
+    make_evaluation_line,
+    make_step_line,
+)
+
+from finesight.report import summary
+from finesight.report.run_reader import RunRecord, read_run
+
+
+def run(folder: Path) -> FakeRunDir:
+    return FakeRunDir(folder / "run")
+
+
+def record(made: FakeRunDir) -> RunRecord:
+    return read_run(made.folder)
+
+
+@pytest.fixture
+def finished_record(tmp_path: Path) -> RunRecord:
+    made = run(tmp_path)
+    made.write_metrics()
+    made.write_finished()
+    return record(made)
+
+
+@pytest.fixture
+def old_version_record(tmp_path: Path) -> RunRecord:
+    """Run of an old version without a start event."""
+    made = run(tmp_path)
+    made.write_metrics(start=None)
+    return record(made)
+
+
+def test_run_summary_text(finished_record: RunRecord) -> None:
+    assert summary.summarize_run(finished_record) == (
+        "Qwen/Qwen2-VL-2B-Instruct fine-tuned on 950 samples, 2 epochs: language with LoRA of"
+        " rank 4; merger with full fine-tuning. The run is finished after 60 steps."
+    )
+
+
+def test_quantized_frozen_weights_are_reported(tmp_path: Path) -> None:
+    made = run(tmp_path)
+    manifest = json.loads(json.dumps(MANIFEST))
+    manifest["tune"]["quantize"] = {"nf4": ["vision", "language"]}
+    made.write("manifest.json", json.dumps(manifest))
+    assert summary.describe_trained_parts(record(made)).endswith(
+        "merger with full fine-tuning; frozen weights of vision and language in NF4"
+    )
+    manifest["tune"]["quantize"] = {"nf4": None, "fp8": ["language"]}
+    made.write("manifest.json", json.dumps(manifest))
+    assert summary.describe_trained_parts(record(made)).endswith(
+        "merger with full fine-tuning; frozen weights of language multiplied in FP8"
+    )
+
+
+def test_old_run_is_counted_by_epochs(old_version_record: RunRecord) -> None:
+    assert summary.count_training_samples(old_version_record) == 480
+    assert "not finished: 60 steps so far" in summary.summarize_run(old_version_record)
+    assert dict(summary.list_versions(old_version_record))["device"] == "not recorded"
+    assert dict(summary.list_versions(old_version_record))["torch"] == "2.13.0"
+    assert dict(summary.list_checksums(old_version_record))["training data"] == "not recorded"
+    assert dict(summary.summarize_cost(old_version_record))["starts"] == "not recorded"
+
+
+def test_interrupted_run_reports_progress_and_resume_command(tmp_path: Path) -> None:
+    made = run(tmp_path)
+    made.write_lines(
+        "metrics.jsonl",
+        [START_RECORD, make_evaluation_line(0, 0.1), *map(make_step_line, range(1, 21))],
+    )
+    found = record(made)
+    assert summary.describe_progress(found) == "not finished: 20 of 60 steps so far"
+    commands = dict(summary.list_commands(found, "What?"))
+    assert commands["Resume"] == f"finesight train {made.folder}/recipe.yaml --resume"
+    assert "Predict" not in commands
+
+
+def test_run_before_first_step(tmp_path: Path) -> None:
+    found = record(run(tmp_path))
+    assert "not finished: 0 steps so far" in summary.summarize_run(found)
+    assert summary.summarize_cost(found) == [("training steps", "none yet")]
+    assert summary.compute_phases(found) == []
+    assert ("trained weights", "not written yet") in summary.list_checksums(found)
+
+
+def test_early_stopping_and_best_weights_are_reported(tmp_path: Path) -> None:
+    made = run(tmp_path)
+    made.write_metrics()
+    made.write_finished(stopped_early=True, weights_step=40)
+    text = summary.describe_progress(record(made))
+    assert text == (
+        "finished after 60 steps, stopped early because the score did not improve;"
+        " the saved weights are from step 40, the best"
+    )
+
+
+def test_time_is_split_into_phases(finished_record: RunRecord) -> None:
+    phases = summary.compute_phases(finished_record)
+    assert [(one.name, one.seconds) for one in phases] == [
+        ("setup", 12.5),
+        ("training steps", 30.0),
+        ("evaluation", 8.0),
+    ]
+    assert sum(one.fraction for one in phases) == pytest.approx(1.0)
+    assert phases[1].duration_text == "30.0 s"
+
+
+def test_throughput_and_memory_cover_all_steps(finished_record: RunRecord) -> None:
+    cost = dict(summary.summarize_cost(finished_record))
+    assert cost["samples/s"] == "32"
+    assert cost["tokens/s"] == "2,000"
+    assert cost["MFU"] == "40 %"
+    assert cost["peak memory"] == "11.5 GB"
+    assert cost["median step"] == "500 ms"
+    assert cost["processed samples"] == "960"
+
+
+def test_data_wait_is_reported_with_advice(tmp_path: Path) -> None:
+    made = run(tmp_path)
+    start = START_RECORD | {"num_workers": 4}
+    made.write_lines(
+        "metrics.jsonl", [start, *(make_step_line(n, data_wait_s=0.01) for n in range(1, 21))]
+    )
+    calm = record(made)
+    assert dict(summary.summarize_cost(calm))["data wait"] == "2 %"
+    assert summary.list_remarks(calm) == []
+    made.write_lines(
+        "metrics.jsonl", [start, *(make_step_line(n, data_wait_s=0.125) for n in range(1, 21))]
+    )
+    starved = record(made)
+    assert dict(summary.summarize_cost(starved))["data wait"] == "25 %"
+    (remark,) = summary.list_remarks(starved)
+    assert remark.startswith("Data wait is 25 % of the step time. To reduce it, increase")
+    assert "train.num_workers (now 4)" in remark
+
+
+def test_out_of_memory_recovery_is_reported(tmp_path: Path) -> None:
+    made = run(tmp_path)
+    made.write("recipe.yaml", "train: {pack_tokens: 4096, activation_checkpointing: false}\n")
+    budgets = [(4096, False), (4096, False), (2048, False), (1024, False), (1024, True)]
+    lines = [
+        make_step_line(n, pack_tokens=tokens, activation_checkpointing=is_checkpointing)
+        for n, (tokens, is_checkpointing) in enumerate(budgets, 1)
+    ]
+    made.write_lines("metrics.jsonl", [START_RECORD, *lines])
+    assert summary.list_remarks(record(made)) == [
+        "The run ran out of GPU memory and continued with less: packs of at most 2,048 tokens"
+        " from step 3, packs of at most 1,024 tokens from step 4 and activation checkpointing from"
+        " step 5."
+    ]
+    made.write_lines("metrics.jsonl", [START_RECORD, *lines[:2]])
+    assert summary.list_remarks(record(made)) == []
+
+
+def test_missing_values_of_old_versions(finished_record: RunRecord) -> None:
+    assert dict(summary.summarize_cost(finished_record))["data wait"] == "not recorded"
+    assert summary.list_remarks(finished_record) == []
+
+
+def test_vision_cache_time_is_a_phase(tmp_path: Path) -> None:
+    outcome = {"step": 0, "vision_cache_s": 10.0, "images": 950}
+    made = run(tmp_path)
+    made.write_lines("metrics.jsonl", [START_RECORD, outcome, *map(make_step_line, range(1, 21))])
+    found = record(made)
+    assert [(one.name, one.seconds) for one in summary.compute_phases(found)] == [
+        ("setup", 12.5),
+        ("vision cache", 10.0),
+        ("training steps", 10.0),
+    ]
+    cost = dict(summary.summarize_cost(found))
+    assert (cost["samples/s"], cost["tokens/s"]) == ("16", "1,000")
+    assert cost["median step"] == "500 ms"
+
+
+def test_skipped_samples_are_grouped_by_reason(tmp_path: Path) -> None:
+    made = run(tmp_path)
+    cut = "cut off: the file ends before its picture does"
+    reasons = [f"over {8192} tokens"] * 7 + [f"images/{i}.png: {cut}" for i in range(2)]
+    made.write_lines(
+        "skipped_samples.jsonl", [{"id": f"s{i}", "reason": r} for i, r in enumerate(reasons)]
+    )
+    made.write_lines("metrics.jsonl", [make_step_line(1, skipped_samples=["late"])])
+    found = summary.list_skipped_samples(record(made))
+    assert [(one.reason, one.count) for one in found] == [
+        ("over 8192 tokens", 7),
+        (cut, 2),
+        ("images that could not be decoded during training", 1),
+    ]
+    assert found[0].ids == "s0, s1, s2, s3, s4, …"
+    assert found[1].ids == "s7, s8"
+
+
+def test_checksums_of_inputs_and_outputs(finished_record: RunRecord) -> None:
+    sums = dict(summary.list_checksums(finished_record))
+    assert sums["base model"] == "ba5e" * 16
+    assert sums["training data"] == "7ra1" * 16
+    assert sums["validation data"] == "e7a1" * 16
+    assert len(sums["adapter/adapter_model.safetensors"]) == 64
+
+
+def test_commands_are_shell_quoted(tmp_path: Path) -> None:
+    made = FakeRunDir(tmp_path / "a run; rm -rf x")
+    made.write_finished()
+    prompt = 'What\'s "this" $(x)?\n`y`'
+    for name, command in summary.list_commands(record(made), prompt):
+        words = shlex.split(command)
+        assert words[0] == "finesight", name
+        assert any(str(made.folder) in word for word in words), command
+    assert shlex.split(summary.list_commands(record(made), prompt)[0][1])[-1] == prompt
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.25, "250 ms"), (12.34, "12.3 s"), (100, "1 min 40 s"), (3599.6, "1 h 00 min")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert summary.format_duration(seconds) == text

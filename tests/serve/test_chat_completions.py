@@ -1,0 +1,355 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Literal
+
+import pytest
+from api_server_fixtures import (
+    PROMPT,
+    make_data_url,
+    make_image_part,
+    make_messages,
+    make_noise_png,
+)
+from openai import APIError, AsyncOpenAI, BadRequestError, NotFoundError
+from pydantic import BaseModel, Field
+
+from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import ImagePart, Message, Sample, TextPart
+from finesight.infer.prediction import predict
+
+
+def test_list_models(client, server):
+    names = [model.id for model in client.models.list()]
+    assert names == list(server.service.model_names)
+    assert client.models.retrieve(names[0]).id == names[0]
+    with pytest.raises(NotFoundError):
+        client.models.retrieve("other")
+
+
+def test_answer_matches_predict(ask_about_scene, client, inference_model, scenes):
+    parts = (ImagePart(image=scenes[0].name), TextPart(text=PROMPT))
+    messages = (Message(role="user", content=parts),)
+    sample = LocatedSample(Sample(id="a", messages=messages), scenes[0].parent)
+    (expected,) = predict(
+        inference_model.model, inference_model.renderer, [sample], max_new_tokens=30, batch_size=1
+    )
+    found = ask_about_scene(client)
+    (choice,) = found.choices
+    assert choice.message.content == expected.answer
+    assert choice.message.role == "assistant"
+    assert choice.finish_reason == ("stop" if expected.stopped else "length")
+    assert found.usage.completion_tokens == expected.num_tokens
+    assert found.usage.total_tokens == found.usage.prompt_tokens + expected.num_tokens
+    extra = choice.message.model_extra
+    assert extra["raw_text"] == expected.raw_text
+    assert extra["boxes"] == expected.as_json()["boxes"]
+
+
+def test_stream_matches_response_with_usage(ask_about_scene, client, server):
+    full = ask_about_scene(client)
+    chunks = list(ask_about_scene(client, stream=True, stream_options={"include_usage": True}))
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == full.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    ends = [c.choices[0].finish_reason for c in chunks if c.choices]
+    assert ends[-1] == full.choices[0].finish_reason
+    assert set(ends[:-1]) == {None}
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == full.usage.completion_tokens
+    assert len({chunk.id for chunk in chunks}) == 1
+    without = list(ask_about_scene(client, stream=True))
+    assert all(chunk.usage is None for chunk in without)
+
+
+def test_several_choices_and_seeds(ask_about_scene, client, server):
+    given = {"n": 3, "temperature": 8.0, "seed": 7, "max_tokens": 8}
+    first, again = ask_about_scene(client, **given), ask_about_scene(client, **given)
+    texts = [choice.message.content for choice in first.choices]
+    assert [choice.index for choice in first.choices] == [0, 1, 2]
+    assert texts == [choice.message.content for choice in again.choices]
+    assert len(set(texts)) > 1
+    streamed = ["", "", ""]
+    for chunk in ask_about_scene(client, **given, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == texts
+    alone = ask_about_scene(client, **{**given, "n": 1, "seed": 8})
+    assert alone.choices[0].message.content == texts[1]
+
+
+def test_logprobs(ask_about_scene, client, server):
+    found = ask_about_scene(client, logprobs=True, top_logprobs=3, max_tokens=6)
+    rows = found.choices[0].logprobs.content
+    assert len(rows) == found.usage.completion_tokens
+    for row in rows:
+        assert row.logprob <= 0
+        assert len(row.top_logprobs) == 3
+        # Greedy: the token is the most probable one.
+        assert row.token == row.top_logprobs[0].token
+        assert row.logprob == pytest.approx(row.top_logprobs[0].logprob)
+    output = b"".join(bytes(row.bytes) for row in rows).decode()
+    assert output.startswith(found.choices[0].message.content)
+    chunks = list(ask_about_scene(client, logprobs=True, max_tokens=6, stream=True))
+    streamed = [row for c in chunks for x in c.choices if x.logprobs for row in x.logprobs.content]
+    assert [row.token for row in streamed] == [row.token for row in rows]
+    assert all(row.top_logprobs == [] for row in streamed)
+
+
+def test_stop_strings(ask_about_scene, client, server):
+    full = ask_about_scene(client).choices[0].message.content
+    assert len(full) > 6, "the answer is too short to stop within"
+    stop = full[4:6]
+    found = ask_about_scene(client, stop=[stop, "never said"]).choices[0]
+    assert found.message.content == full[: full.index(stop)]
+    assert found.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_json_schema_response(ask_about_scene, client, server, stream):
+    schema = {
+        "type": "object",
+        "properties": {
+            "row": {"type": "integer", "minimum": 1, "maximum": 9},
+            "kind": {"enum": ["a", "b"]},
+        },
+        "required": ["row", "kind"],
+        "additionalProperties": False,
+    }
+    shape = {
+        "type": "json_schema",
+        "json_schema": {"name": "ticket", "strict": True, "schema": schema},
+    }
+    found = ask_about_scene(client, response_format=shape, max_tokens=60, stream=stream)
+    if stream:
+        text = "".join(c.choices[0].delta.content or "" for c in found)
+    else:
+        text = found.choices[0].message.content
+    value = json.loads(text)
+    assert set(value) == {"row", "kind"}
+    assert 1 <= value["row"] <= 9
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_oversized_schema_is_rejected(ask_about_scene, client, stream):
+    properties = {f"p{number}": {"type": "string"} for number in range(3000)}
+    schema = {"type": "object", "properties": properties}
+    shape = {"type": "json_schema", "json_schema": {"name": "many", "schema": schema}}
+    with pytest.raises(APIError, match="exceeds a limit"):
+        list(ask_about_scene(client, response_format=shape, stream=stream))
+
+
+class Ticket(BaseModel):
+    row: int = Field(ge=1, le=9)
+    kind: Literal["a", "b"]
+
+
+def test_parsed_python_objects(client, server):
+    found = client.chat.completions.parse(
+        model=server.service.model_names[0],
+        messages=make_messages("Book a seat."),
+        response_format=Ticket,
+        max_tokens=120,
+        seed=1,
+        temperature=1.0,
+        stop=None,
+    )
+    assert isinstance(found.choices[0].message.parsed, Ticket)
+
+
+def test_async_client(server):
+    async def both() -> list[str]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+            given = {
+                "model": server.service.model_names[0],
+                "messages": make_messages("Who?"),
+                "max_tokens": 5,
+            }
+            full = await client.chat.completions.create(**given)
+            stream = await client.chat.completions.create(**given, stream=True)
+            output = [chunk.choices[0].delta.content or "" async for chunk in stream]
+            return [full.choices[0].message.content, "".join(output)]
+
+    full, streamed = asyncio.run(both())
+    assert full == streamed
+
+
+def test_json_object_response(ask_about_scene, client, server):
+    schema = {"type": "object", "properties": {}, "additionalProperties": False}
+    shape = {"type": "json_schema", "json_schema": {"name": "none", "schema": schema}}
+    assert (
+        json.loads(ask_about_scene(client, response_format=shape).choices[0].message.content) == {}
+    )
+    started = ask_about_scene(client, response_format={"type": "json_object"}, max_tokens=5)
+    assert started.choices[0].message.content.startswith("{")
+
+
+def test_box_response(ask_about_scene, client, scenes):
+    messages = make_messages(
+        make_image_part(make_data_url(scenes[3].read_bytes())), "Locate each hollow gray hexagon."
+    )
+    free = ask_about_scene(client, messages=messages, max_tokens=60).choices[0].message
+    # OpenAI's client knows no such format; it takes it as an extra of the body.
+    shape = {"response_format": {"type": "boxes"}}
+    held = (
+        ask_about_scene(client, messages=messages, max_tokens=60, extra_body=shape)
+        .choices[0]
+        .message
+    )
+    assert held.model_extra == free.model_extra
+    (box,) = held.model_extra["boxes"]
+    assert box["label"] == "hollow gray hexagon"
+    # What was drawn: 80, 88, 108, 120.
+    assert box["xyxy"] == pytest.approx([80, 88, 108, 120], abs=8)
+    assert "<|box_start|>" in held.model_extra["raw_text"]
+    caption = ask_about_scene(client, extra_body=shape).choices[0].message
+    assert caption.model_extra["raw_text"].startswith(
+        ("<|box_start|>", "<|object_ref_start|>", "<|im_e")
+    )
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "book",
+            "parameters": {
+                "type": "object",
+                "properties": {"row": {"type": "integer", "minimum": 1, "maximum": 9}},
+                "required": ["row"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "stop", "parameters": {
+        "type": "object", "properties": {}, "additionalProperties": False}}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "book"}}])
+def test_tool_call_and_result(ask_about_scene, client, server, choice):
+    found = ask_about_scene(client, tools=TOOLS, tool_choice=choice, max_tokens=80).choices[0]
+    assert found.finish_reason == "tool_calls"
+    assert found.message.content is None
+    (call,) = found.message.tool_calls
+    assert call.type == "function"
+    assert call.function.name in ({"book"} if choice != "required" else {"book", "stop"})
+    assert isinstance(json.loads(call.function.arguments), dict)
+    chunks = list(
+        ask_about_scene(client, tools=TOOLS, tool_choice=choice, max_tokens=80, stream=True)
+    )
+    streamed = [c for k in chunks for x in k.choices for c in x.delta.tool_calls or []]
+    assert [c.function.name for c in streamed] == [call.function.name]
+    assert streamed[0].index == 0
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    messages = [
+        *make_messages("Book a seat."),
+        found.message,
+        {"role": "tool", "tool_call_id": call.id, "content": "done"},
+    ]
+    answered = ask_about_scene(client, messages=messages, tools=TOOLS, max_tokens=4)
+    assert answered.usage.completion_tokens >= 1
+
+
+def test_conversation_with_system_prompt(ask_about_scene, client, server):
+    first = make_messages("Who are you?")
+    output = ask_about_scene(client, messages=first, max_tokens=6).choices[0].message
+    more = [{"role": "system", "content": "Be short."}, *first, output, *make_messages("And now?")]
+    found = ask_about_scene(client, messages=more, max_tokens=6)
+    assert found.usage.prompt_tokens > 20
+    joined = ask_about_scene(
+        client, messages=[*make_messages("Who are"), *make_messages("you?")], max_tokens=1
+    )
+    assert joined.usage.prompt_tokens > 5
+
+
+def test_repeated_image_uses_prefix_cache(ask_about_scene, client, server):
+    messages = make_messages(
+        make_image_part(make_data_url(make_noise_png(168, 168, seed=99))),
+        "What does the picture show, please?",
+    )
+    ask_about_scene(client, messages=messages, max_tokens=1)
+    again = ask_about_scene(client, messages=messages, max_tokens=1)
+    assert again.usage.prompt_tokens_details.cached_tokens <= again.usage.prompt_tokens
+
+
+def test_uploaded_files(ask_about_scene, client, server, scenes):
+    input_image = scenes[0].read_bytes()
+    retained = client.files.create(file=("../../evil.png", input_image), purpose="vision")
+    assert retained.filename == "../../evil.png"
+    assert retained.bytes == len(input_image)
+    # The name is not a path: the file is in the folder of the server under its ID.
+    inside = [path.name for path in (server.folder / "files").iterdir()]
+    assert retained.id in inside
+    assert not any("evil" in path.name for path in server.folder.parent.rglob("*"))
+    assert retained.id in [file.id for file in client.files.list()]
+    assert client.files.retrieve(retained.id).bytes == len(input_image)
+    part = {"type": "file", "file": {"file_id": retained.id}}
+    found = ask_about_scene(client, messages=make_messages(part, PROMPT))
+    assert found.choices[0].message.content == ask_about_scene(client).choices[0].message.content
+    assert client.files.delete(retained.id).deleted
+    with pytest.raises(NotFoundError):
+        client.files.retrieve(retained.id)
+    with pytest.raises(NotFoundError) as raised:
+        ask_about_scene(client, messages=make_messages(part, PROMPT))
+    assert raised.value.body["param"] == "messages.0.content.0"
+    with pytest.raises(BadRequestError, match="not an image"):
+        client.files.create(file=("a.png", b"no picture"), purpose="vision")
+    with pytest.raises(BadRequestError, match="purpose"):
+        client.files.create(file=("a.png", input_image), purpose="batch")
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"temperature": -1}, None),
+        ({"top_p": 0}, None),
+        ({"n": 9}, "n"),
+        ({"max_tokens": 10**9}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["a"] * 20}, "stop"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"frequency_penalty": 1.0}, "frequency_penalty"),
+        ({"logit_bias": {"1": 1}}, "logit_bias"),
+        ({"extra_body": {"no_such_field": 1}}, "no_such_field"),
+        ({"extra_body": {"top_k": -1}}, None),
+        ({"response_format": {"type": "json_schema", "json_schema": {
+            "name": "a", "schema": {"type": "strange"}}}}, "response_format"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
+        ({"messages": [*make_messages("a"), {"role": "assistant", "content": "b"}]}, "messages"),
+        ({"messages": make_messages("a" * 1_000_001)}, "messages"),
+        ({"messages": make_messages("word " * 190_000)}, "messages"),
+        ({"messages": make_messages(*[make_image_part("data:,")] * 33)}, "messages"),
+    ],
+)  # fmt: skip
+def test_invalid_requests_are_rejected(ask_about_scene, client, server, given, param):
+    with pytest.raises(BadRequestError) as raised:
+        ask_about_scene(client, **given)
+    body = raised.value.body
+    assert set(body) == {"message", "type", "param", "code"}
+    assert body["type"] == "invalid_request_error"
+    assert (body["param"] or "").split(".")[0] == (param or "")
+    assert body["message"]
+
+
+def test_unknown_model(ask_about_scene, client, server):
+    with pytest.raises(NotFoundError) as raised:
+        ask_about_scene(client, model="other")
+    assert raised.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+def test_empty_assistant_message_is_accepted(ask_about_scene, client, empty):
+    """Clients send back the empty answer of a model that generated an end token first."""
+    messages = [*make_messages("a"), {"role": "assistant", "content": empty}, *make_messages("b")]
+    found = ask_about_scene(client, messages=messages, max_tokens=4)
+    both = ask_about_scene(
+        client, messages=[*make_messages("a"), *make_messages("b")], max_tokens=4
+    )
+    assert found.choices[0].message.content == both.choices[0].message.content

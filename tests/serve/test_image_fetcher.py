@@ -1,0 +1,421 @@
+"""Tests of image fetching: allowed hosts, addresses, and limits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import io
+import ipaddress
+import json
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from api_server_fixtures import (
+    make_data_url,
+    make_image_part,
+    make_messages,
+    make_noise_png,
+    make_request_body,
+    run_server,
+    send_request,
+)
+from hub_fixtures import certificate
+
+from finesight.errors import UserError
+from finesight.hub.http_client import is_public_address
+from finesight.serve.image_fetcher import ImageFetcher
+
+__all__ = ["certificate"]
+
+OUTSIDE, INSIDE = "127.0.0.2", "127.0.0.1"
+"""Addresses that represent the public network and the local network."""
+
+IMAGE_BYTES = make_noise_png()
+
+
+class TlsServer(ThreadingHTTPServer):
+    """TLS server that records path and host of its `requests`."""
+
+    daemon_threads = True
+
+    def __init__(self, address: str, port: int, made: Path, key: Path) -> None:
+        super().__init__((address, port), Answers)
+        self.requests: list[tuple[str, str]] = []
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(made, key)
+        self.socket = context.wrap_socket(self.socket, server_side=True)
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Ignore disconnects of clients."""
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Handler of /a.png, /to/URL, /large, /endless, /slow, /text."""
+
+    server: TlsServer
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Disable logging."""
+
+    def do_GET(self) -> None:
+        self.server.requests.append((self.path, self.headers["Host"]))
+        name = self.path.split("/")[1]
+        if name == "to":
+            self._send(302, b"", {"Location": self.path.removeprefix("/to/")})
+        elif name == "text":
+            self._send(200, b"<html>", {"Content-Type": "text/html"})
+        elif name == "missing":
+            self._send(404, b"", {"Content-Type": "image/png"})
+        elif name == "large":
+            self._send(200, b"x", {"Content-Type": "image/png", "Content-Length": "999999"})
+        elif name in ("endless", "slow"):
+            self.send_response(200)
+            self.send_header("Content-Type", "image/png")
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(bytes(1000) if name == "endless" else b"x")
+                    time.sleep(0 if name == "endless" else 0.05)
+        else:
+            self._send(200, IMAGE_BYTES, {"Content-Type": "image/png"})
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for header in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(*header)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def public_and_local_servers(
+    certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[TlsServer, TlsServer]]:
+    """Two servers at the same port: a public one, and a local one that must not be contacted."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    outside, inside = _at_one_port(certificate)
+    yield outside, inside
+    for web in (outside, inside):
+        web.shutdown()
+        web.server_close()
+
+
+def _at_one_port(certificate: tuple[Path, Path]) -> tuple[TlsServer, TlsServer]:
+    """Start two servers at a port that is free at both addresses."""
+    while True:
+        outside = TlsServer(OUTSIDE, 0, *certificate)
+        try:
+            return outside, TlsServer(INSIDE, outside.server_address[1], *certificate)
+        except OSError as error:
+            outside.shutdown()
+            outside.server_close()
+            if error.errno != errno.EADDRINUSE:
+                raise
+
+
+class FakeResolver:
+    """Resolver that returns its answers in order and repeats the last one."""
+
+    def __init__(self, *answers: list[str]) -> None:
+        self._answers = list(answers)
+        self.lookups: list[str] = []
+
+    async def __call__(self, host: str, port: int) -> list[str]:
+        self.lookups.append(host)
+        return self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+
+
+def fetcher(names: FakeResolver, **given: float) -> ImageFetcher:
+    limits = {"seconds": 5.0, "most": 100_000, **given}
+    return ImageFetcher(
+        ["localhost"],
+        timeout_s=limits["seconds"],
+        max_bytes=int(limits["most"]),
+        resolve=names,
+        is_allowed_address=lambda address: str(address) == OUTSIDE,
+    )
+
+
+def fetch_bytes(fetcher: ImageFetcher, url: str) -> bytes:
+    file = io.BytesIO()
+    asyncio.run(fetcher.fetch(url, file))
+    return file.getvalue()
+
+
+def test_image_from_allowed_host(public_and_local_servers):
+    outside, inside = public_and_local_servers
+    port = outside.server_address[1]
+    names = FakeResolver([OUTSIDE])
+    assert fetch_bytes(fetcher(names), f"https://localhost:{port}/a.png?sign=1") == IMAGE_BYTES
+    # The Host header is the name, the connection uses the address.
+    assert outside.requests == [("/a.png?sign=1", f"localhost:{port}")]
+    assert names.lookups == ["localhost"]
+    assert fetch_bytes(fetcher(names), f"https://LOCALHOST:{port}/to//a.png") == IMAGE_BYTES
+    assert not inside.requests
+
+
+def test_dns_rebinding_is_blocked(public_and_local_servers):
+    outside, inside = public_and_local_servers
+    port = outside.server_address[1]
+    names = FakeResolver([OUTSIDE], [INSIDE])
+    # Whatever it would mean a moment later: the address that was checked is connected to.
+    assert fetch_bytes(fetcher(names), f"https://localhost:{port}/a.png") == IMAGE_BYTES
+    assert names.lookups == ["localhost"]
+    names = FakeResolver([OUTSIDE], [INSIDE])
+    with pytest.raises(UserError, match="no public address"):
+        fetch_bytes(fetcher(names), f"https://localhost:{port}/to/https://localhost:{port}/a.png")
+    for found in ([OUTSIDE, INSIDE], [INSIDE, OUTSIDE], [INSIDE], []):
+        with pytest.raises(UserError, match="no public address"):
+            fetch_bytes(fetcher(FakeResolver(found)), f"https://localhost:{port}/a.png")
+    assert not inside.requests
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "http://localhost/a.png",
+        "https://127.0.0.1:{port}/a.png",
+        "https://[::1]:{port}/a.png",
+        "https://169.254.169.254/latest/meta-data",
+        "https://evil.example/a.png",
+        "https://localhost.evil.example/a.png",
+        "https://user@localhost:{port}/a.png",
+        "file:///etc/passwd",
+        "ftp://localhost/a.png",
+        "https://localhost:0/",
+        "https://localhost:99999/",
+        "https://[::1",
+        "//evil.example/a.png",
+    ],
+)
+def test_forbidden_urls(public_and_local_servers, location):
+    outside, inside = public_and_local_servers
+    port = outside.server_address[1]
+    location = location.format(port=port)
+    with pytest.raises(UserError, match="is not allowed"):
+        fetch_bytes(fetcher(FakeResolver([OUTSIDE])), location)
+    with pytest.raises(UserError, match="is not allowed"):
+        fetch_bytes(fetcher(FakeResolver([OUTSIDE])), f"https://localhost:{port}/to/{location}")
+    assert [path for path, _ in outside.requests] == [f"/to/{location}"]
+    assert not inside.requests
+
+
+def test_redirect_loop(public_and_local_servers):
+    port = public_and_local_servers[0].server_address[1]
+    location = f"https://localhost:{port}/"
+    with pytest.raises(UserError, match="redirects"):
+        fetch_bytes(fetcher(FakeResolver([OUTSIDE])), location + f"to/{location}" * 9)
+    assert len(public_and_local_servers[0].requests) == 6
+
+
+@pytest.mark.parametrize(
+    ("path", "output"),
+    [
+        ("large", "999999 bytes"),
+        ("endless", "expected at most 100000"),
+        ("slow", "timeout after 0.3 seconds"),
+        ("text", "content type 'text/html'"),
+        ("missing", "status 404"),
+    ],
+)
+def test_invalid_responses(public_and_local_servers, path, output):
+    port = public_and_local_servers[0].server_address[1]
+    patience = 0.3 if path == "slow" else 5.0
+    with pytest.raises(UserError, match=output):
+        fetch_bytes(
+            fetcher(FakeResolver([OUTSIDE]), seconds=patience), f"https://localhost:{port}/{path}"
+        )
+
+
+def test_certificate_of_another_host(public_and_local_servers):
+    port = public_and_local_servers[0].server_address[1]
+    other = ImageFetcher(
+        ["other.example"],
+        timeout_s=5,
+        max_bytes=1000,
+        resolve=FakeResolver([OUTSIDE]),
+        is_allowed_address=lambda address: True,
+    )
+    with pytest.raises(UserError, match="could not be fetched"):
+        fetch_bytes(other, f"https://other.example:{port}/a.png")
+    assert not public_and_local_servers[0].requests
+
+
+def test_offline_mode_sends_no_requests(public_and_local_servers, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    port = public_and_local_servers[0].server_address[1]
+    with pytest.raises(UserError, match="image URLs are disabled"):
+        fetch_bytes(fetcher(FakeResolver([OUTSIDE])), f"https://localhost:{port}/a.png")
+    assert not public_and_local_servers[0].requests
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("93.184.215.14", True),
+        ("2606:2800:21f:cb07:6820:80da:af6b:8b2c", True),
+        ("127.0.0.1", False),
+        ("0.0.0.0", False),
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("100.64.0.1", False),
+        ("169.254.169.254", False),
+        ("224.0.0.1", False),
+        ("240.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::1", False),
+        ("::", False),
+        ("::127.0.0.1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:93.184.215.14", False),
+        ("64:ff9b::7f00:1", False),
+        ("2002:7f00:1::", False),
+        ("2001:0:7f00:1::", False),
+        ("fe80::1", False),
+        ("fe80::1%eth0", False),
+        ("fec0::1", False),
+        ("fc00::1", False),
+        ("fd00:ec2::254", False),
+        ("ff02::1", False),
+        # Special-purpose networks that Python 3.11 takes for public ones.
+        ("192.0.0.8", False),
+        ("192.0.0.9", False),
+        ("192.0.0.170", False),
+        ("192.31.196.1", False),
+        ("192.52.193.1", False),
+        ("192.88.99.1", False),
+        ("192.175.48.1", False),
+        ("64:ff9b:1::a00:1", False),
+        ("100::1", False),
+        ("100:0:0:1::1", False),
+        ("2001:1::1", False),
+        ("2001:4:112::1", False),
+        ("2001:20::1", False),
+        ("2001:30::1", False),
+        ("2001:db8::1", False),
+        ("2620:4f:8000::1", False),
+        ("3fff::1", False),
+        ("3fff:fff:ffff::1", False),
+        ("5f00::1", False),
+        # Not allocated: nobody's.
+        ("4000::1", False),
+        ("8000::1", False),
+        # Adjacent addresses.
+        ("192.0.1.1", True),
+        ("192.88.98.255", True),
+        ("192.88.100.0", True),
+        ("198.17.255.255", True),
+        ("2001:200::1", True),
+        ("2003::1", True),
+        ("3ffe:ffff::1", True),
+        ("2620:4f:8001::1", True),
+    ],
+)
+def test_public_address_detection(address, expected):
+    assert is_public_address(ipaddress.ip_address(address)) is expected
+
+
+@pytest.fixture(scope="module")
+def open_server(inference_model, tmp_path_factory):
+    """Server whose fetcher accepts local addresses."""
+    hosts = ["localhost", "127.0.0.1", "::1", "[::1]", "169.254.169.254", "2130706433"]
+    there = ImageFetcher(hosts, timeout_s=5, max_bytes=100_000)
+    with run_server(inference_model, tmp_path_factory.mktemp("open"), fetcher=there) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd",
+        "file://localhost/etc/passwd",
+        "FILE:///etc/passwd",
+        "/etc/passwd",
+        "../../../etc/passwd",
+        "picture-1",
+        "http://127.0.0.1:{port}/a.png",
+        "https://127.0.0.1:{port}/a.png",
+        "https://localhost:{port}/a.png",
+        "https://[::1]:{port}/a.png",
+        "https://[::ffff:127.0.0.1]:{port}/a.png",
+        "https://2130706433:{port}/a.png",
+        "https://169.254.169.254/latest/meta-data",
+        "https://10.0.0.1/a.png",
+        "gopher://127.0.0.1:{port}/",
+        "data:text/plain,hello",
+        "data:image/png,hello",
+        "data:image/png;base64,#",
+        "data:image/png;base64," + "A" * 40,
+        "",
+    ],
+)
+def test_local_urls_are_rejected(open_server, public_and_local_servers, url):
+    url = url.format(port=public_and_local_servers[0].server_address[1])
+    body = make_request_body(open_server, make_image_part(url), "What?")
+    status, output, _ = send_request(open_server, "POST", "/v1/chat/completions", body)
+    assert status == 400, output
+    assert output["error"]["param"] == "messages.0.content.0"
+    # Where the server keeps what it was sent is nobody's business.
+    assert str(open_server.folder) not in output["error"]["message"]
+    assert not public_and_local_servers[0].requests
+    assert not public_and_local_servers[1].requests
+    assert list((open_server.folder / "requests").iterdir()) == []
+
+
+def test_question_about_web_image(inference_model, public_and_local_servers, tmp_path):
+    outside, inside = public_and_local_servers
+    url = f"https://localhost:{outside.server_address[1]}/a.png"
+    with run_server(inference_model, tmp_path, fetcher=fetcher(FakeResolver([OUTSIDE]))) as server:
+        found = [
+            send_request(
+                server,
+                "POST",
+                "/v1/chat/completions",
+                make_request_body(server, make_image_part(at), "What?"),
+            )
+            for at in (url, make_data_url(IMAGE_BYTES))
+        ]
+    assert [status for status, _, _ in found] == [200, 200]
+    contents = [output["choices"][0]["message"]["content"] for _, output, _ in found]
+    assert contents[0] == contents[1]
+    assert len(outside.requests) == 1
+    assert not inside.requests
+
+
+def test_image_files_are_deleted_after_request(server):
+    body = make_request_body(
+        server,
+        make_image_part(make_data_url(IMAGE_BYTES)),
+        make_image_part(make_data_url(make_noise_png(seed=1))),
+        "Which?",
+    )
+    status, _, _ = send_request(server, "POST", "/v1/chat/completions", body)
+    assert status == 200
+    assert list((server.folder / "requests").iterdir()) == []
+    for folder in ("requests", "files"):
+        assert (server.folder / folder).stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("file_id", ["../../../etc/passwd", "/etc/passwd", "file-0", ""])
+def test_file_ids_are_not_paths(server, file_id):
+    part = {"type": "file", "file": {"file_id": file_id}}
+    body = make_request_body(server, part, "What?")
+    assert send_request(server, "POST", "/v1/chat/completions", body)[0] == 404
+
+
+def test_images_are_allowed_only_in_user_messages(server):
+    messages = [
+        {"role": "system", "content": [make_image_part(make_data_url(IMAGE_BYTES))]},
+        *make_messages("What?"),
+    ]
+    given = json.dumps({"model": server.service.model_names[0], "messages": messages})
+    assert send_request(server, "POST", "/v1/chat/completions", given)[0] == 400

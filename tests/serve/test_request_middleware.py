@@ -1,0 +1,382 @@
+"""Tests of authentication, size limits and timeouts."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import resource
+import socket
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from api_server_fixtures import (
+    ENDLESS_REQUEST,
+    KEY,
+    LIMITS,
+    RunningServer,
+    make_auth_header,
+    make_data_url,
+    make_image_part,
+    make_noise_png,
+    make_request_body,
+    run_server,
+    send_request,
+    wait_until_idle,
+)
+
+from finesight.errors import UserError
+from finesight.serve import api_keys as area
+from finesight.serve.api_keys import ApiKeys, check_exposure, is_loopback, read_api_keys
+from finesight.serve.api_server import bind_socket
+
+OTHER = "second-key-0123456789"
+
+
+@pytest.fixture(scope="module")
+def server_with_keys(inference_model, tmp_path_factory) -> Iterator[RunningServer]:
+    with run_server(inference_model, tmp_path_factory.mktemp("locked"), keys=[KEY, OTHER]) as there:
+        yield there
+
+
+def routes(server: RunningServer) -> list[tuple[str, str]]:
+    """Return all routes by method and path, and unknown paths."""
+    found = [
+        (method, route.path.replace("{name:path}", "a").replace("{name}", "a"))
+        for route in server.app._app.routes
+        for method in route.methods
+    ]
+    assert ("POST", "/v1/chat/completions") in found
+    return [*found, ("GET", "/"), ("GET", "/docs"), ("GET", "/openapi.json"), ("PUT", "/v1/none")]
+
+
+def test_every_route_requires_a_key(server_with_keys):
+    assert len(routes(server_with_keys)) > 10
+    wrong = [
+        {},
+        make_auth_header("wrong-key-0123456789"),
+        make_auth_header(""),
+        {"Authorization": KEY},
+    ]
+    wrong += [
+        {"Authorization": f"Basic {KEY}"},
+        make_auth_header(KEY[:-1]),
+        make_auth_header(KEY + "a"),
+    ]
+    for method, path in routes(server_with_keys):
+        for headers in wrong:
+            status, output, answer = send_request(server_with_keys, method, path, headers=headers)
+            assert status == 401, (method, path, headers)
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert method == "HEAD" or output["error"]["code"] == "invalid_api_key"
+        for key in (KEY, OTHER):
+            assert send_request(server_with_keys, method, path, headers=make_auth_header(key))[
+                0
+            ] not in (401, 403)
+
+
+def test_body_is_not_read_before_authentication(server_with_keys):
+    with socket.create_connection(("127.0.0.1", server_with_keys.port), timeout=10) as there:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n"
+        there.sendall(head.encode())
+        assert b"401" in there.recv(100)
+
+
+def test_keys_are_compared_in_constant_time(monkeypatch):
+    compared: list[tuple[bytes, bytes]] = []
+
+    def counted(a: bytes, b: bytes) -> bool:
+        compared.append((a, b))
+        return constant_time(a, b)
+
+    constant_time = hmac.compare_digest
+    keys = ApiKeys([KEY, OTHER, "third-key-0123456789"])
+    monkeypatch.setattr(area.hmac, "compare_digest", counted)
+    for given in (KEY, OTHER, "x", ""):
+        compared.clear()
+        keys.authenticate(f"Bearer {given}")
+        assert len(compared) == 3
+        # Digests: neither length nor content decides how long it takes.
+        assert {len(value) for pair in compared for value in pair} == {32}
+
+
+def test_files_belong_to_their_key(server_with_keys):
+    first, second = server_with_keys.client(KEY), server_with_keys.client(OTHER)
+    retained = first.files.create(file=("a.png", make_noise_png()), purpose="vision")
+    assert retained.id in [file.id for file in first.files.list()]
+    assert retained.id not in [file.id for file in second.files.list()]
+    status, output, _ = send_request(
+        server_with_keys, "GET", f"/v1/files/{retained.id}", headers=make_auth_header(OTHER)
+    )
+    assert (status, output["error"]["type"]) == (404, "not_found_error")
+    part = {"type": "file", "file": {"file_id": retained.id}}
+    body = make_request_body(server_with_keys, part, "What?")
+    assert (
+        send_request(
+            server_with_keys, "POST", "/v1/chat/completions", body, make_auth_header(OTHER)
+        )[0]
+        == 404
+    )
+    assert (
+        send_request(server_with_keys, "POST", "/v1/chat/completions", body, make_auth_header(KEY))[
+            0
+        ]
+        == 200
+    )
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.com", "localhost.a.de"])
+def test_public_host_requires_a_key(host):
+    with pytest.raises(UserError, match="there is no API key") as raised:
+        bind_socket(host, 0, [])
+    assert all((raised.value.where, raised.value.expected, raised.value.remedy))
+    check_exposure(host, [KEY])
+
+
+def test_loopback_detection():
+    assert all(map(is_loopback, ["127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost"]))
+    assert not any(map(is_loopback, ["0.0.0.0", "::", "10.0.0.1", "127.0.0.1.example.com", ""]))
+
+
+def test_occupied_port():
+    with (
+        bind_socket("127.0.0.1", 0, []) as taken,
+        pytest.raises(UserError, match="cannot listen on"),
+    ):
+        bind_socket("127.0.0.1", taken.getsockname()[1], [])
+
+
+def test_key_files(tmp_path, monkeypatch):
+    file = tmp_path / "keys"
+    file.write_text(f"# ours\n{KEY}\n\n  {OTHER}\n")
+    assert read_api_keys(file) == [KEY, OTHER]
+    monkeypatch.setenv("FINESIGHT_KEY", KEY)
+    assert read_api_keys(None) == [KEY]
+    monkeypatch.delenv("FINESIGHT_KEY")
+    assert read_api_keys(None) == []
+    for content in ("", "# none\n", "short\n", f"{KEY} with spaces\n", f"{KEY}\u00e9\n"):
+        file.write_text(content)
+        with pytest.raises(UserError) as raised:
+            read_api_keys(file)
+        assert KEY not in str(raised.value)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_api_keys(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Host": "127.0.0.1.evil.example:80"},
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Host": "["},
+        {"Origin": "http://["},
+    ],
+)
+def test_cross_origin_requests_are_rejected_without_key(server, headers):
+    assert send_request(server, "GET", "/v1/models", headers=headers)[0] == 403
+    assert (
+        send_request(server, "GET", "/v1/models", headers={"Origin": "http://localhost:3"})[0]
+        == 200
+    )
+
+
+def test_body_of_100_mb_is_rejected(server):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    size = 100 * 10**6
+    status, output, _ = send_request(
+        server, "POST", "/v1/chat/completions", _zeros(size), _length(size)
+    )
+    assert (status, output["error"]["type"]) == (413, "invalid_request_error")
+    # Without a Content-Length header.
+    sent = _zeros(size)
+    status, _, _ = send_request(server, "POST", "/v1/chat/completions", sent, chunked=True)
+    assert status == 413
+    for length in ("-1", "1e3", "99999999999999999999", "\xb2"):
+        assert send_request(server, "POST", "/v1/files", headers={"Content-Length": length})[0] in (
+            400,
+            413,
+        )
+    generated = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    # What was held up to the limit, once as pieces and once joined.
+    assert generated < 300_000, f"{generated} KiB"
+    assert send_request(server, "GET", "/health")[0] == 200
+
+
+def _zeros(size: int) -> Iterator[bytes]:
+    for _ in range(size // 10**5):
+        yield bytes(10**5)
+
+
+def _length(size: int) -> dict[str, str]:
+    return {"Content-Length": str(size)}
+
+
+def test_total_body_size_limit(inference_model, tmp_path):
+    limits = replace(LIMITS, max_body_bytes=1000, max_total_body_bytes=1500, body_timeout_s=5.0)
+    with (
+        run_server(inference_model, tmp_path, limits=limits) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        for _ in range(2):
+            there = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+            stack.enter_context(there)
+            there.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
+            there.sendall(b"Content-Length: 900\r\n\r\n" + bytes(800))
+        assert b" 503 " in there.recv(100)
+
+
+@pytest.mark.parametrize("value", ["1", "[]", '{"a":1}', '"a"'])
+def test_body_with_many_small_values_is_rejected(server, value):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    many = ",".join([value] * 1_000_000)
+    body = f'{{"model": "a", "messages": [{many}]}}'.encode()
+    status, output, _ = send_request(server, "POST", "/v1/chat/completions", body)
+    assert (status, output["error"]["type"]) == (400, "invalid_request_error")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def test_ten_thousand_images_are_rejected(server):
+    body = make_request_body(server, *[make_image_part(make_data_url(b"no picture"))] * 10_000)
+    status, output, _ = send_request(server, "POST", "/v1/chat/completions", body)
+    assert status == 400
+    assert "10000 images" in output["error"]["message"]
+
+
+def _bomb(side: int) -> bytes:
+    """Return a 1-bit PNG of black pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes((1 + (side + 7) // 8) * side), 9)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
+
+
+def test_decompression_bomb_is_rejected(server):
+    bomb = _bomb(10_000)
+    assert len(bomb) < 20_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    body = make_request_body(server, make_image_part(make_data_url(bomb)), "What?")
+    status, output, _ = send_request(server, "POST", "/v1/chat/completions", body)
+    assert status == 400
+    assert "100000000 pixels" in output["error"]["message"]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000
+
+
+@pytest.mark.parametrize("body", ["", "{", "[]", "null", '{"a": 1}', "[" * 100_000, "\xff\xfe"])
+def test_invalid_bodies(server, body):
+    status, output, _ = send_request(server, "POST", "/v1/chat/completions", body.encode("latin-1"))
+    assert (status, output["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_invalid_paths_and_methods(server):
+    for method, path, expected in (
+        ("GET", "/v1/chat/completions", 405),
+        ("GET", "/v1/files/../../../etc/passwd", 404),
+        ("GET", "/v1/files/%2e%2e%2f%2e%2e%2fetc%2fpasswd", 404),
+        ("DELETE", "/v1/files/..%2frequests", 404),
+        ("GET", "/docs", 404),
+        ("GET", "/openapi.json", 404),
+    ):
+        status, output, _ = send_request(server, method, path)
+        assert status == expected, path
+        assert output["error"]["message"]
+
+
+SHORT_TIMEOUT_LIMITS = replace(
+    LIMITS, header_timeout_s=0.4, body_timeout_s=0.4, keep_alive_timeout_s=1.0, send_timeout_s=0.5
+)
+
+
+@pytest.fixture(scope="module")
+def short_timeout_server(inference_model, tmp_path_factory) -> Iterator[RunningServer]:
+    limits = replace(SHORT_TIMEOUT_LIMITS, max_connections=8)
+    with run_server(inference_model, tmp_path_factory.mktemp("impatient"), limits=limits) as there:
+        yield there
+
+
+def wait_until_closed(there: socket.socket) -> bool:
+    """Read until the server has closed the connection."""
+    with contextlib.suppress(ConnectionResetError):
+        while there.recv(100):
+            pass
+    return True
+
+
+def test_header_timeout(short_timeout_server):
+    address = ("127.0.0.1", short_timeout_server.port)
+    with socket.create_connection(address, timeout=10) as silent:
+        assert wait_until_closed(silent)
+    with socket.create_connection(address, timeout=10) as slow:
+        slow.settimeout(0.05)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(200):
+                # A byte now and then, which never makes a head.
+                slow.sendall(b"G")
+                with contextlib.suppress(TimeoutError):
+                    if wait_until_closed(slow):
+                        break
+            else:
+                raise AssertionError("still open")
+
+
+def test_body_timeout(short_timeout_server):
+    with socket.create_connection(("127.0.0.1", short_timeout_server.port), timeout=10) as there:
+        there.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
+        there.sendall(b"Content-Length: 900\r\n\r\n{")
+        assert b" 408 " in there.recv(100)
+
+
+def test_keep_alive_timeout(short_timeout_server):
+    with socket.create_connection(("127.0.0.1", short_timeout_server.port), timeout=10) as there:
+        there.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b" 200 " in there.recv(1000)
+        there.sendall(b"GET /hea")
+        assert wait_until_closed(there)
+
+
+def test_connection_limit(short_timeout_server):
+    address = ("127.0.0.1", short_timeout_server.port)
+    with contextlib.ExitStack() as stack:
+        many = [
+            stack.enter_context(socket.create_connection(address, timeout=10)) for _ in "1" * 20
+        ]
+        time.sleep(0.1)
+        shut = 0
+        for there in many:
+            there.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                shut += wait_until_closed(there)
+        assert shut >= 12
+    time.sleep(0.2)
+    assert send_request(short_timeout_server, "GET", "/health")[0] == 200
+
+
+def test_stalled_client_is_disconnected(short_timeout_server):
+    before = short_timeout_server.service.get_stats().completion_tokens
+    shape = json.loads(json.dumps(ENDLESS_REQUEST))
+    # Long lines, so that what the sockets hold is soon full.
+    more = {"stream": True, "n": 4, "logprobs": True, "top_logprobs": 20}
+    body = make_request_body(short_timeout_server, "Count.", **{**shape, **more})
+    there = socket.socket()
+    with contextlib.closing(there):
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        there.connect(("127.0.0.1", short_timeout_server.port))
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        there.sendall(head.encode() + body.encode())
+        while not short_timeout_server.service.get_stats().num_running:
+            time.sleep(0.01)
+        wait_until_idle(short_timeout_server, seconds=60)
+    generated = short_timeout_server.service.get_stats().completion_tokens - before
+    assert generated < 4 * 2000, "the answers went on to their end"

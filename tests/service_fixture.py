@@ -1,0 +1,54 @@
+"""Inference service of the bundled model, with a random adapter and images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from lora_fixtures import TUNE_SETTINGS, tune_with_lora
+
+from finesight.infer.inference_service import InferenceService
+from finesight.infer.model_loader import load_inference_model, load_multi_adapter_model
+from finesight.model.lora.layer import iter_adapters
+from finesight.model.lora.peft_io import save_adapter
+from finesight.model.vlm import VisionLanguageModel
+from finesight.model_folder import TINY_MODEL
+from finesight.synth.tasks import SyntheticTask, iter_samples_of_kind
+
+
+def write_random_adapter(folder: Path) -> Path:
+    """Write a random adapter of the bundled model, which changes its answers."""
+    model = load_inference_model(TINY_MODEL, "cpu", "fp32").model
+    assert isinstance(model, VisionLanguageModel), type(model)
+    tune_with_lora(model, TUNE_SETTINGS["all parts"])
+    with torch.no_grad():
+        for _, _, adapter in iter_adapters(model):
+            for factor in adapter.parameters():
+                factor.mul_(5.0)
+    folder.mkdir()
+    save_adapter(folder, model, base_model=TINY_MODEL)
+    return folder
+
+
+@contextmanager
+def run_service(run_or_model: str) -> Iterator[InferenceService]:
+    """Run the service within the block."""
+    service = InferenceService(
+        load_multi_adapter_model(run_or_model, (), "cpu", "fp32"), max_num_seqs=8
+    )
+    try:
+        yield service
+    finally:
+        service.close()
+
+
+def write_shape_image(folder: Path, seed: int) -> tuple[Path, str]:
+    """Write an image of colored shapes. Returns a question whose answer is a box."""
+    for index, drawn in iter_samples_of_kind(SyntheticTask("scene"), 7, "find_shapes"):
+        if index >= seed:
+            path = folder / f"shapes-{index}.png"
+            drawn.image.save(path)
+            return path, "".join(part for part in drawn.question if isinstance(part, str))
+    raise AssertionError(f"no picture from number {seed} on")

@@ -1,0 +1,250 @@
+"""Model folders: what is read of them, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from finesight.errors import UserError
+from finesight.hub import repository
+from finesight.hub.address import HubAddress
+from finesight.model_folder import (
+    PREPROCESSOR_DEFAULTS,
+    TINY_MODEL,
+    TINY_MODEL_FOLDER,
+    ModelFolder,
+    get_portable_name,
+    locate_model,
+    resolve_model_path,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+def shard(path: Path, *names: str) -> None:
+    save_file({name: np.zeros(2, dtype=np.float32) for name in names}, path)
+
+
+def index(folder: Path, **names: str) -> Path:
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": names}))
+    return path
+
+
+def test_local_folder_needs_no_network(folder: Path) -> None:
+    found = locate_model(str(folder))
+    assert found == ModelFolder(folder)
+    assert found.config == {"model_type": "qwen2_vl"}
+    assert found.family == "qwen2_vl"
+    assert found.tokenizer_file == folder / "tokenizer.json"
+    assert found.preprocessor_config == dict(PREPROCESSOR_DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["./none", "/none", "a/b/c", "none", "../a/b", "a b/c", "", "~nobody-at-all/a", "a" * 5000],
+)
+def test_missing_folder_is_reported(name: str) -> None:
+    with pytest.raises(UserError, match="no folder") as raised:
+        locate_model(name)
+    assert name in raised.value.what
+    assert TINY_MODEL in raised.value.expected
+
+
+def test_bundled_model_is_found_by_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(TINY_MODEL_FOLDER)
+    for path in (TINY_MODEL_FOLDER, tmp_path / "link", TINY_MODEL_FOLDER / ".." / TINY_MODEL):
+        assert get_portable_name(ModelFolder(path)) == TINY_MODEL
+    monkeypatch.chdir(tmp_path)
+    assert get_portable_name(ModelFolder(Path("model"))) == str(folder.resolve())
+    assert resolve_model_path(TINY_MODEL) == TINY_MODEL_FOLDER
+    assert (
+        resolve_model_path(f"./{TINY_MODEL}")
+        == resolve_model_path(f"{TINY_MODEL}/")
+        == Path(TINY_MODEL)
+    )
+    assert resolve_model_path("~/a") == Path.home() / "a"
+
+
+def test_file_is_not_a_model_folder(folder: Path) -> None:
+    with pytest.raises(UserError, match="is a file") as raised:
+        locate_model(str(folder / "config.json"))
+    assert str(folder) in raised.value.remedy
+
+
+def test_hub_name_without_connection(tmp_path: Path) -> None:
+    # In a process of its own: huggingface_hub reads these settings when it is imported.
+    code = """
+from finesight.errors import UserError
+from finesight.model_folder import locate_model
+try:
+    locate_model("Nobody/no-such-model")
+except UserError as error:
+    print(error.what)
+"""
+    surroundings = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=surroundings, capture_output=True, text=True, check=True
+    )
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("Nobody/no-such-model is not a local folder and cannot be downloaded")
+
+
+def test_hub_model_is_downloaded_without_code(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requested = []
+
+    def open_model(address: HubAddress, wanted: tuple[str, ...]) -> repository.HubRepository:
+        requested.append((str(address), wanted))
+        return repository.HubRepository(address, "0123456", (), folder)
+
+    monkeypatch.setattr(repository, "open_model_repository", open_model)
+    assert locate_model("Qwen/Qwen2-VL-2B-Instruct") == ModelFolder(folder)
+    assert locate_model("modelscope:Qwen/Qwen2-VL-2B-Instruct@v1") == ModelFolder(folder)
+    names = [name for name, _ in requested]
+    assert names == ["hf:Qwen/Qwen2-VL-2B-Instruct", "modelscope:Qwen/Qwen2-VL-2B-Instruct@v1"]
+    assert any(fnmatch("qwen.tiktoken", pattern) for _, wanted in requested for pattern in wanted)
+    for unwanted in ("modeling_qwen.py", "pytorch_model.bin", "model.pt", "notebook.ipynb"):
+        assert not any(fnmatch(unwanted, pattern) for _, wanted in requested for pattern in wanted)
+
+
+def test_symlinks_and_text_links_are_followed(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    real = tmp_path / "other" / "preprocessor_config.json"
+    real.write_text('{"min_pixels": 4000}')
+    link = folder / "preprocessor_config.json"
+    link.symlink_to(real)
+    assert ModelFolder(folder).preprocessor_config["min_pixels"] == 4000
+    link.unlink()
+    link.write_text("../other/preprocessor_config.json")
+    assert ModelFolder(folder).find_file(link.name) == folder / "../other" / link.name
+    assert ModelFolder(folder).preprocessor_config["min_pixels"] == 4000
+    link.write_text("../gone/preprocessor_config.json")
+    with pytest.raises(UserError, match="not readable as JSON"):
+        _ = ModelFolder(folder).preprocessor_config
+    assert ModelFolder(folder).find_file("none.json") is None
+
+
+def test_preprocessor_of_transformers_4_and_5(folder: Path) -> None:
+    path = folder / "preprocessor_config.json"
+    path.write_text('{"size": {"shortest_edge": 100, "longest_edge": 200}, "min_pixels": null}')
+    found = ModelFolder(folder).preprocessor_config
+    assert (found["min_pixels"], found["max_pixels"], found["patch_size"]) == (100, 200, 14)
+    path.write_text('{"size": {"shortest_edge": 100, "longest_edge": 200}, "max_pixels": 300}')
+    found = ModelFolder(folder).preprocessor_config
+    assert (found["min_pixels"], found["max_pixels"]) == (100, 300)
+    path.write_text('{"patch_size": "14"}')
+    with pytest.raises(UserError, match="patch_size is '14'"):
+        _ = ModelFolder(folder).preprocessor_config
+    path.write_text('{"min_pixels": 9, "max_pixels": 8}')
+    with pytest.raises(UserError, match="min_pixels 9 is above max_pixels 8"):
+        _ = ModelFolder(folder).preprocessor_config
+
+
+def test_qwen_vl_image_settings_are_read_from_config(folder: Path) -> None:
+    visual = {"image_size": 448, "patch_size": 14}
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen", "visual": visual}))
+    (folder / "preprocessor_config.json").write_text('{"patch_size": 16}')
+    found = ModelFolder(folder).preprocessor_config
+    names = ("image_size", "patch_size", "merge_size", "temporal_patch_size", "max_pixels")
+    assert [found[name] for name in names] == [448, 14, 2, 1, 448**2]
+    visual["image_size"] = -1
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen", "visual": visual}))
+    with pytest.raises(UserError, match=r"visual\.image_size is -1"):
+        _ = ModelFolder(folder).preprocessor_config
+
+
+@pytest.mark.parametrize("content", ['{"model_type": 3}', "{}", '{"model_type": null}'])
+def test_config_without_model_type(folder: Path, content: str) -> None:
+    (folder / "config.json").write_text(content)
+    with pytest.raises(UserError, match="model_type is"):
+        _ = ModelFolder(folder).family
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "not readable"), ("[]", "contains a list"), ("\x80", "holds|not")],
+)
+def test_broken_json(folder: Path, content: str, message: str) -> None:
+    (folder / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=message) as raised:
+        _ = ModelFolder(folder).config
+    assert raised.value.where == str(folder / "config.json")
+
+
+def test_missing_files(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        _ = ModelFolder(folder).tokenizer_file
+    (folder / "config.json").write_text('{"model_type": "qwen"}')
+    with pytest.raises(UserError, match=r"no qwen\.tiktoken"):
+        _ = ModelFolder(folder).tokenizer_file
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        _ = ModelFolder(folder).config
+
+
+def test_weights_by_index_or_single_file(folder: Path) -> None:
+    with pytest.raises(UserError, match="a model folder without weights") as raised:
+        ModelFolder(folder).weight_files()
+    assert raised.value.where == str(folder)
+    shard(folder / "model.safetensors", "a")
+    assert ModelFolder(folder).weight_files() == [folder / "model.safetensors"]
+    index(folder, b="two.safetensors", a="one.safetensors", c="two.safetensors")
+    shard(folder / "one.safetensors", "a")
+    with pytest.raises(UserError, match=r"no two\.safetensors"):
+        ModelFolder(folder).weight_files()
+    shard(folder / "two.safetensors", "b", "c")
+    expected = [folder / "one.safetensors", folder / "two.safetensors"]
+    assert ModelFolder(folder).weight_files() == expected
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{}", '{"weight_map": {}}', '{"weight_map": {"a": "../b"}}', '{"weight_map": {"a": 1}}'],
+)
+def test_invalid_index(folder: Path, content: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match="weight_map is"):
+        ModelFolder(folder).weight_files()
+
+
+def test_fingerprint_covers_headers_and_index(folder: Path) -> None:
+    index(folder, a="one.safetensors", b="two.safetensors")
+    shard(folder / "one.safetensors", "a")
+    shard(folder / "two.safetensors", "b")
+    first = ModelFolder(folder).fingerprint()
+    assert len(first) == 64
+    assert ModelFolder(folder).fingerprint() == first
+    shard(folder / "two.safetensors", "bb")
+    assert ModelFolder(folder).fingerprint() != first
+    shard(folder / "two.safetensors", "b")
+    assert ModelFolder(folder).fingerprint() == first
+    index(folder, b="one.safetensors", a="two.safetensors")
+    assert ModelFolder(folder).fingerprint() != first
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs", b"\xff" * 9, bytes(8)])
+def test_damaged_weight_file(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="do not start with a safetensors header") as raised:
+        ModelFolder(folder).fingerprint()
+    assert raised.value.where == str(folder / "model.safetensors")

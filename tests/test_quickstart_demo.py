@@ -1,0 +1,147 @@
+"""The quickstart at a size that takes seconds: every stage, the printed commands, going on."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shlex
+import sys
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from finesight.cli.app import run_command
+from finesight.errors import UserError
+from finesight.model.tiny import create_tiny_model
+from finesight.model_folder import TINY_MODEL
+from finesight.quickstart_demo import NUM_SHOWN_PREDICTIONS, QuickstartSettings, run_quickstart
+
+
+@pytest.fixture(scope="module")
+def small_settings(tmp_path_factory):
+    """A plan of two steps with random weights."""
+    model = create_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+    return QuickstartSettings(num_images=20, num_eval_rows=4, steps=2, model=str(model))
+
+
+@pytest.fixture(scope="module")
+def finished_quickstart(small_settings, tmp_path_factory):
+    """Folder (of a name that needs quoting), result and what was printed of a small quickstart."""
+    out = tmp_path_factory.mktemp("quick") / "a start: #1"
+    console = Console(file=io.StringIO(), width=200)
+    result = run_quickstart(out, console, small_settings)
+    return out, result, console.file.getvalue()
+
+
+def test_every_stage_writes_its_files(finished_quickstart):
+    out, _, _ = finished_quickstart
+    names = {path.name for path in out.iterdir()}
+    assert names == {"recipe.yaml", "tickets", "data", "run"}
+    assert len((out / "data" / "train.jsonl").read_text().splitlines()) == 16
+    assert (out / "run" / "adapter" / "adapter_model.safetensors").exists()
+    assert (out / "run" / "report.html").exists()
+
+
+def test_result_is_evaluated_before_and_after(finished_quickstart):
+    out, result, _ = finished_quickstart
+    assert (result.result.before.step, result.result.after.step) == (0, 2)
+    assert result.result.after.primary_metric == "f1"
+    for name in ("before", "after"):
+        assert len((out / "run" / "predictions" / f"{name}.jsonl").read_text().splitlines()) == 4
+    assert {part.part for part in result.result.param_changes if part.is_trained} == {
+        "vision",
+        "merger",
+        "language",
+    }
+
+
+def test_predictions_are_shown_with_references(finished_quickstart):
+    out, result, printed = finished_quickstart
+    with (out / "tickets" / "tickets.csv").open(encoding="utf-8") as table:
+        rows = list(csv.DictReader(table))
+    assert len(result.predictions) == NUM_SHOWN_PREDICTIONS
+    for answer, row in zip(result.predictions, rows[-4:], strict=True):
+        assert {"image": f"images/{answer.image.name}", **json.loads(answer.reference)} == row
+        assert answer.image.samefile(out / "tickets" / row["image"])
+        assert f"{answer.image.name}  label   {answer.reference}" in printed
+
+
+def test_data_check_result_is_printed(finished_quickstart):
+    out, _, printed = finished_quickstart
+    assert f"{out / 'data' / 'train.jsonl'}: 16 rows, 16 samples" in printed
+    assert "no issues found" in printed
+
+
+def _commands(printed: str) -> list[list[str]]:
+    lines = [line.strip() for line in printed.splitlines()]
+    return [shlex.split(line[2:])[1:] for line in lines if line.startswith("$ finesight")]
+
+
+def test_printed_commands_reproduce_the_result(finished_quickstart, tmp_path, capsys, monkeypatch):
+    out, _, printed = finished_quickstart
+    first, *others = _commands(printed)
+    assert first[:2] == ["data", "import"]
+    first[3] = str(tmp_path / "again")
+    assert run_command(first) == 0
+    answers = [
+        [json.loads(line)["messages"][-1] for line in file.read_text().splitlines()]
+        for file in (out / "data" / "eval.jsonl", tmp_path / "again" / "eval.jsonl")
+    ]
+    assert answers[0] == answers[1]
+    names = [command[0] for command in others]
+    assert names == ["data", "train", "data", "predict", "eval", "chat", "merge", "data"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    for command in others:
+        if command[0] == "train":
+            command.append("--resume")
+        if command[0] == "merge":
+            command[2] = str(tmp_path / "merged")
+        capsys.readouterr()
+        assert run_command(command) == 0, command
+        shown = capsys.readouterr()
+        assert shown.out or command[0] == "train", command
+
+
+def test_finished_quickstart_is_not_repeated(small_settings, finished_quickstart):
+    out, first, _ = finished_quickstart
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    second = run_quickstart(out, Console(file=io.StringIO()), small_settings)
+    assert second.result == first.result
+    assert second.predictions == first.predictions
+    assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+
+
+def test_foreign_folder_is_rejected(tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="not from a quickstart of this version"):
+        run_quickstart(tmp_path, Console(file=io.StringIO()))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_images": 21}, {"num_eval_rows": 5}, {"steps": 3}, {"seed": 1}, {"model": TINY_MODEL}],
+)
+def test_changed_settings_are_rejected(small_settings, finished_quickstart, change):
+    with pytest.raises(UserError, match="not from a quickstart of this version"):
+        run_quickstart(
+            finished_quickstart[0], Console(file=io.StringIO()), replace(small_settings, **change)
+        )
+
+
+def test_seed_changes_the_tickets(small_settings, finished_quickstart, tmp_path):
+    out = finished_quickstart[0]
+    other = run_quickstart(
+        tmp_path / "other", Console(file=io.StringIO()), replace(small_settings, seed=1)
+    )
+    assert other.predictions[0].reference != finished_quickstart[1].predictions[0].reference
+    tables = [(folder / "tickets" / "tickets.csv") for folder in (out, tmp_path / "other")]
+    assert tables[0].read_bytes() != tables[1].read_bytes()
+
+
+def test_json_result(finished_quickstart):
+    record = json.loads(json.dumps(finished_quickstart[1].as_json()))
+    assert set(record) == {"result", "predictions", "total_s"}
+    assert set(record["predictions"][0]) == {"image", "reference", "before", "after"}

@@ -1,0 +1,113 @@
+"""Tests of redaction in settings, texts and a complete run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from tracking_fixtures import PLANTED_SECRETS, TrackedRun
+
+from finesight.config import TrackerSettings
+from finesight.track.redaction import REDACTED, redact, redact_tree
+from finesight.track.tracker_records import RECORD_ADAPTER, AlertRecord, StartRecord, TrackedImage
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("s3://me:planted@store/data.jsonl", "s3://store/data.jsonl"),
+        ("https://planted@host/x", "https://host/x"),
+        ("http://h/?X-Amz-Signature=planted&n=2", f"http://h/?X-Amz-Signature={REDACTED}&n=2"),
+        ("https://h/x?a=1&access_token=planted", f"https://h/x?a=1&access_token={REDACTED}"),
+        ("use hf_abcdefghijklmnopqrstuvwx now", f"use {REDACTED} now"),
+        ("sk-proj-abcdefghijklmnopqrst", REDACTED),
+        ("ghp_abcdefghijklmnopqrstuv", REDACTED),
+        ("AKIAABCDEFGHIJKLMNOP", REDACTED),
+        ("Authorization: Bearer planted.planted", f"Authorization: Bearer {REDACTED}"),
+        ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJl", REDACTED),
+        ("/home/alice/data/x.png", "~/data/x.png"),
+        ("file:/Users/alice/x", "file:~/x"),
+        ("'/home/alice'", "'~'"),
+    ],
+)  # fmt: skip
+def test_secret_patterns_are_redacted(text: str, left: str) -> None:
+    assert redact(text) == left
+    assert redact(left) == left
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a cat, 3 > 2", "/data/home/x.png", "Qwen/Qwen2-VL-2B-Instruct", r"\frac{a}{b}", "me@host",
+     "max_new_tokens=512", "http://host:5000/#/runs"],
+)  # fmt: skip
+def test_other_texts_are_unchanged(text: str) -> None:
+    assert redact(text) == text
+
+
+def test_secret_environment_values_are_redacted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "0123456789abcdef-and-more")
+    monkeypatch.setenv("MY_PASSWORD", "short")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "parallelism")
+    monkeypatch.setenv("HOME", "/srv/people/bob")
+    assert redact("0123456789abcdef-and-more 0123456789abcdef") == f"{REDACTED} {REDACTED}"
+    assert redact("short parallelism") == "short parallelism"
+    assert redact("/srv/people/bob/x /srv/people/bobby") == "~/x /srv/people/bobby"
+
+
+def test_secret_settings_are_redacted() -> None:
+    tree = {
+        "api_key": "planted",
+        "deep": [{"Password": "planted", "max_new_tokens": 4, "path": "/home/alice/x"}],
+        "pack_tokens": 100,
+        "seen": True,
+        "none": None,
+    }
+    assert redact_tree(tree) == {
+        "api_key": REDACTED,
+        "deep": [{"Password": REDACTED, "max_new_tokens": 4, "path": "~/x"}],
+        "pack_tokens": 100,
+        "seen": True,
+        "none": None,
+    }
+
+
+def test_records_contain_no_secrets() -> None:
+    secret = "hf_abcdefghijklmnopqrstuvwx"
+    records = [
+        StartRecord(
+            tracker=TrackerSettings(kind="tensorboard"),
+            name=secret,
+            folder=Path("x"),
+            settings={"a": {"b": [secret]}},
+        ),
+        AlertRecord(step=1, level="info", title=secret, text=secret),
+    ]
+    for record in records:
+        sent = record.model_dump_json()
+        assert secret not in sent
+        assert RECORD_ADAPTER.validate_json(sent) == record
+    assert TrackedImage(jpeg=b"", caption=secret).caption == REDACTED
+
+
+LOGS_OF_THEIR_OWN = re.compile(r"\.(log|swanlab)$")
+"""They name the files that they write, on this machine, and are sent to nobody; SwanLab's
+transaction log is read by `swanlab sync`, which sends what is in those files."""
+
+
+def test_tracker_files_contain_no_secrets(tracked_run: TrackedRun) -> None:
+    locations = [tracked_run.run / "track", Path(tracked_run.mlflow), Path(tracked_run.trackio)]
+    files = [file for folder in locations for file in folder.rglob("*") if file.is_file()]
+    assert len(files) > 10
+    marked = 0
+    for file in files:
+        content = file.read_bytes()
+        marked += REDACTED.encode() in content
+        for name, secret in PLANTED_SECRETS.items():
+            assert secret.encode() not in content, f"the {name} is in {file}"
+        if not LOGS_OF_THEIR_OWN.search(file.name):
+            assert b"/alice" not in content, f"whose home it is stands in {file}"
+    assert marked, "the settings with the secrets are there, without them"

@@ -1,0 +1,344 @@
+"""Distributed training: equality with single-process training, and failures of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from multi_process_run import rewind_to_checkpoint, run_to_completion, start_run
+from safetensors.torch import load_file
+from tiny_task import TinyTask, read_losses, write_recipe
+from torch import Tensor
+
+from finesight.encode.context_shard import SampleShape
+from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE
+from finesight.train.dataset_stats import SampleStats
+from finesight.train.distributed_sampler import DistributedSampler, build_rank_sampler
+from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, max_unsplit_packs
+from finesight.train.parallel.distributed import (
+    PeerFailedError,
+    ProcessGroup,
+    RankCommand,
+    RankMonitor,
+)
+
+
+def read_trained_state(folder: Path) -> dict[str, Tensor]:
+    """Weights, and means of gradients and of their squares, after the last step."""
+    last = folder / "checkpoints" / "step-6"
+    return load_file(last / WEIGHTS_FILE) | load_file(last / OPTIMIZER_FILE)
+
+
+def assert_close(folder: Path, other: Path) -> None:
+    """Compare tensors by their root mean square error.
+
+    AdamW takes full steps for gradients that consist of rounding errors, so single elements may
+    differ.
+    """
+    assert dict(read_losses(folder)) == pytest.approx(dict(read_losses(other)), rel=1e-6)
+    ours, theirs = read_trained_state(folder), read_trained_state(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert (tensor - theirs[name]).square().mean().sqrt() <= 1e-6, name
+
+
+def run_ranks(works: Sequence[Callable[[], None]]) -> list[BaseException | None]:
+    """Return the exceptions of several ranks, here threads, in a collective context."""
+    store = dist.HashStore()
+
+    def go(number: int) -> BaseException | None:
+        ranks = ProcessGroup(number, len(works), monitor=RankMonitor(store, number, len(works)))
+        try:
+            with ranks.sync_errors():
+                works[number]()
+        except Exception as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        return list(pool.map(go, range(len(works))))
+
+
+def fails(error: Exception) -> None:
+    raise error
+
+
+def full(below: MemoryBudget | None) -> Callable[[], None]:
+    return partial(fails, GpuOutOfMemoryError("full", next_budget=below))
+
+
+def no_op() -> None:
+    pass
+
+
+def test_out_of_memory_reduces_budget_on_all_ranks() -> None:
+    """The least that any of them needs; an end for all where one sample is too much for one."""
+    less = [
+        MemoryBudget(pack_tokens=tokens, activation_checkpointing=share)
+        for tokens, share in ((64, 0.5), (512, 1))
+    ]
+    both = MemoryBudget(pack_tokens=64, activation_checkpointing=1)
+    raised = run_ranks([full(less[0]), no_op, full(less[1])])
+    assert [error.next_budget for error in raised if isinstance(error, GpuOutOfMemoryError)] == [
+        both
+    ] * 3
+    assert "rank 0, 2" in str(raised[1])
+    first, second = run_ranks([full(None), full(less[0])])
+    assert isinstance(first, GpuOutOfMemoryError)
+    assert first.next_budget is None
+    assert isinstance(second, PeerFailedError)
+    assert "rank 0 of 2" in str(second)
+    first, second = run_ranks([partial(fails, ValueError("mine")), full(less[0])])
+    assert isinstance(first, ValueError)
+    assert isinstance(second, PeerFailedError)
+    assert run_ranks([no_op, no_op]) == [None, None]
+
+
+def test_mismatched_collectives_are_detected() -> None:
+    """A rank in another collective is reported to the main process."""
+    store = dist.HashStore()
+    first, second = (ProcessGroup(n, 2, monitor=RankMonitor(store, n, 2)) for n in range(2))
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(second.sync_command, RankCommand.WAIT)
+        with pytest.raises(PeerFailedError, match="rank 1 of 2"), first.sync_errors():
+            pass
+        assert waits.result().command is RankCommand.WAIT
+        waits = pool.submit(second.sync_command, RankCommand.WAIT)
+        assert first.sync_command(RankCommand.SHUTDOWN).command is RankCommand.SHUTDOWN
+        assert waits.result().command is RankCommand.SHUTDOWN
+        for signal_number in (0, 15):
+            fails = pool.submit(second.sync_command, RankCommand.FAILED, signal=signal_number)
+            with pytest.raises(PeerFailedError, match="rank 1 of 2"):
+                first.sync_command(RankCommand.SAVE)
+            assert fails.result().command is RankCommand.SAVE
+
+
+def test_training_is_equal_for_any_world_size(tmp_path: Path) -> None:
+    """The last step has two samples for four ranks; each run resumes with another world size."""
+    task = TinyTask(tmp_path / "task")
+    alone, two, four = (run_to_completion(task, count, f"run{count}") for count in (1, 2, 4))
+    assert_close(two, alone)
+    assert_close(four, alone)
+    for folder, count in ((two, 1), (alone, 2), (four, 2)):
+        before = read_losses(folder)
+        run_to_completion(task, count, rewind_to_checkpoint(folder).name, "--resume")
+        assert [step for step, _ in read_losses(folder)] == [step for step, _ in before]
+        assert dict(read_losses(folder)) == pytest.approx(dict(before), rel=1e-6)
+    assert_close(two, alone)
+    assert_close(four, alone)
+    started = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
+    assert [line["world_size"] for line in started if "world_size" in line] == [2, 1]
+
+
+def test_evaluation_is_distributed(tmp_path: Path) -> None:
+    """Three held-out samples, one of them damaged: of four processes some have none to answer, and
+    what is measured and written is what one process does. The first process alone tracks."""
+    task = TinyTask(tmp_path / "task")
+    task.recipe["track"] = ["tensorboard"]
+    broken = task.folder / "eval1.png"
+    broken.write_bytes(broken.read_bytes()[:-30])
+    task.recipe["eval"] = {"metric": "ocr", "max_new_tokens": 8}
+    folders = [run_to_completion(task, count, f"run{count}", epochs=1) for count in (1, 2, 4)]
+    assert [len(list((one / "track" / "tensorboard").iterdir())) for one in folders] == [1, 1, 1]
+    for name in ("before", "after"):
+        alone, *others = [(run_ / "predictions" / f"{name}.jsonl").read_text() for run_ in folders]
+        assert alone.count("\n") == 2
+        assert others == [alone, alone]
+    first, *others = [json.loads((one / "result.json").read_text())["after"] for one in folders]
+    for other in others:
+        assert other["scores"] == first["scores"]
+        assert other["intervals"] == first["intervals"]
+        assert other["validation_loss"] == pytest.approx(first["validation_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "muon"])
+def test_other_optimizers_match_single_process(tmp_path: Path, optimizer: str) -> None:
+    task = TinyTask(tmp_path / "task")
+    folders = [
+        run_to_completion(task, count, f"run{count}", optimizer=optimizer) for count in (1, 2)
+    ]
+    one, two = (dict(read_losses(folder)) for folder in folders)
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_failing_rank_ends_all_ranks(tmp_path: Path) -> None:
+    """A corrupt image on one rank ends the run on all ranks; the repaired run resumes."""
+    task = TinyTask(tmp_path / "task")
+    full_value = run_to_completion(task, 2, "whole", epochs=1)
+    for number in (3, 4):
+        broken = task.folder / f"train{number}.png"
+        content = broken.read_bytes()
+        broken.write_bytes(content[:60])
+        # Nothing else falls due at that step.
+        process = start_run(
+            task, 2, f"run{number}", "data.on_invalid_sample=fail", epochs=1, save_every=100
+        )
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode
+        assert f"train{number}.png" in output
+        assert not (task.folder / f"run{number}" / "result.json").exists()
+        broken.write_bytes(content)
+    words = "--resume", "data.on_invalid_sample=fail"
+    # The first process does not know what another one has read.
+    (task.folder / "run4" / "images.safetensors").unlink()
+    resumed = run_to_completion(task, 2, "run4", *words, epochs=1, save_every=100)
+    assert dict(read_losses(resumed)) == pytest.approx(dict(read_losses(full_value)), rel=1e-6)
+
+
+@pytest.mark.parametrize("pack_tokens", [100, 10])
+def test_corrupt_image_is_skipped_on_all_ranks(tmp_path: Path, pack_tokens: int) -> None:
+    """Also where all processes learn each sample together, from features that each has."""
+    task = TinyTask(tmp_path / "task")
+    broken = task.folder / "train3.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    settings = {"pack_tokens": pack_tokens}
+    folders = [
+        run_to_completion(task, n, f"run{n}", "data.on_invalid_sample=skip", **settings)
+        for n in (1, 2)
+    ]
+    dropped = []
+    for folder in folders:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        dropped.append([line["skipped_samples"] for line in lines if "skipped_samples" in line])
+    assert dropped[0] == dropped[1]
+    assert_close(folders[1], folders[0])
+
+
+def make_ranks(folder: Path, rank: int) -> Iterator[int]:
+    """Those that learn in this folder as this one of several."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                surroundings = (entry / "environ").read_text().split("\0")
+            except OSError:
+                continue
+            if {f"RUN_OF_TEST={folder}", f"RANK={rank}"} <= {*surroundings}:
+                yield int(entry.name)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_stop_signal_on_one_rank_stops_all(tmp_path: Path, rank: int) -> None:
+    task = TinyTask(tmp_path / "task")
+    process = start_run(task, 2, "run", epochs=200)
+    folder = task.folder / "run"
+    deadline = time.monotonic() + 120
+    while not read_losses(folder):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (number,) = make_ranks(folder, rank)
+    os.kill(number, signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert "stopped by SIGTERM" in output
+    # The launcher tells of the exit code in a traceback of its own.
+    assert "/finesight/" not in output
+    last = max(step for step, _ in read_losses(folder))
+    assert (folder / "checkpoints" / f"step-{last}").is_dir()
+
+
+def test_context_shards_cover_every_sample() -> None:
+    class FixedSampler:
+        def __len__(self) -> int:
+            return 50
+
+        def batch_indices(self, step: int) -> list[int]:
+            return random.Random(step).sample(range(1000), 13)
+
+    def cost(index: int) -> float:
+        return float(1 + index % 97)
+
+    def tokens(index: int) -> int:
+        return 41 if index % 7 == 0 else 40
+
+    for count in (1, 2, 3, 4, 20):
+        ranks = [ProcessGroup(number, count) for number in range(count)]
+        size = 40 // max_unsplit_packs(count)
+        shares = [
+            DistributedSampler(FixedSampler(), one, cost, tokens, 50).with_pack_tokens(size)
+            for one in ranks
+        ]
+        assert {len(share) for share in shares} == {50}
+        for step in range(50):
+            own = [list(share.batch_indices(step)) for share in shares]
+            members = [index for index in FixedSampler().batch_indices(step) if tokens(index) <= 40]
+            split = [index for index in FixedSampler().batch_indices(step) if tokens(index) > 40]
+            assert all(share.split_indices(step) == split for share in shares)
+            assert sorted(chain.from_iterable(own)) == sorted(members)
+            assert all(sorted(one, key=members.index) == one for one in own)
+            loads = [sum(map(cost, one)) for one in own]
+            assert max(loads) <= sum(loads) / count + 97
+
+
+def test_batch_split_is_balanced_by_tokens() -> None:
+    """What a sample costs, and whether it is split."""
+
+    class SingleBatchSampler:
+        def __len__(self) -> int:
+            return 1
+
+        def batch_indices(self, step: int) -> list[int]:
+            return [0, 1, 2]
+
+    class Seen(dict[int, SampleStats]):
+        prefix_length = 5
+
+    class Counting:
+        def __init__(self) -> None:
+            self.requested: list[tuple[int, ...]] = []
+
+        def count(self, load: SampleShape) -> float:
+            self.requested.append(load.lengths)
+            return 1.0
+
+    most, counting = 50 * max_unsplit_packs(2), Counting()
+    needed = {0: most, 1: most + 1, 2: 10}
+    glances = {n: SampleStats(str(n), k + 2, k, 3, (), (), frozenset()) for n, k in needed.items()}
+    share: Any = build_rank_sampler(
+        SingleBatchSampler(), ProcessGroup(0, 2), Seen(glances), counting, 50
+    )  # type: ignore[arg-type]
+    assert list(share.split_indices(0)) == [1]
+    assert len(share.batch_indices(0)) == 1
+    assert counting.requested == [(most - 5,), (5,)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "output"),
+    [
+        ("RANK", None, "RANK is not set"),
+        ("MASTER_ADDR", None, "MASTER_ADDR is not set"),
+        ("WORLD_SIZE", "two", "WORLD_SIZE is two, and WORLD_SIZE is not a number"),
+        ("LOCAL_RANK", "", "LOCAL_RANK is not a number"),
+    ],
+)
+def test_incomplete_launch_environment_is_rejected(
+    tmp_path: Path, name: str, value: str | None, output: str
+) -> None:
+    task = TinyTask(tmp_path / "task")
+    recipe = write_recipe(tmp_path / "r.yaml", task.recipe | {"output_dir": str(tmp_path / "run")})
+    result = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    result |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    result = {n: v for n, v in (result | {name: value}).items() if v is not None}
+    done = subprocess.run(
+        [sys.executable, "-m", "finesight", "train", str(recipe)],
+        env={n: v for n, v in os.environ.items() if n != name} | result,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    # The screen breaks lines.
+    assert output in " ".join(done.stderr.split())
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,165 @@
+"""Sharded training: equality with single-process training."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from multi_process_run import TUNE, rewind_to_checkpoint, run_to_completion
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_task import TinyTask, read_losses, write_recipe
+from torch import Tensor
+
+from finesight.digests import verify_folder
+from finesight.errors import UserError
+from finesight.infer.model_loader import resolve_model_source
+from finesight.model.auto_model import load_auto_model
+from finesight.recipe import load_recipe
+from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE, CheckpointManager
+from finesight.train.parallel.ddp import parallelize_model
+from finesight.train.parallel.distributed import ProcessGroup
+
+FULL_FINETUNE = dict.fromkeys(("vision", "merger", "language", "embeddings"), "full")
+
+
+def make_mixed_task(folder: Path) -> TinyTask:
+    """Create a task with images, videos and text, where some ranks have no image in a step."""
+    task = TinyTask(folder)
+    lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    for number, line in enumerate(lines):
+        requested = line["messages"][0]["content"]
+        if number % 3 == 0:
+            del requested[0]
+        elif number % 5 == 1:
+            with Image.open(folder / requested[0]["image"]) as image:
+                image.resize((56, 56)).save(folder / f"frame{number}.png")
+            requested[0] = {"type": "video", "frames": [f"frame{number}.png"] * 4}
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return task
+
+
+def run_training(task: TinyTask, count: int, name: str, *words: str, **train: Any) -> Path:
+    return run_to_completion(task, count, name, *words, tune=FULL_FINETUNE, **train)
+
+
+def read_trained_state(folder: Path) -> dict[str, Tensor]:
+    """Weights and moments of the last checkpoint, put together of as many files as it has."""
+    _, values, moments = CheckpointManager(folder / "checkpoints", 2).load(6, "")
+    return {**dict(values), **dict(moments)}
+
+
+def assert_close(folder: Path, other: Path) -> None:
+    """Compare weights by root mean square error, for tensors with significant gradients.
+
+    A key bias has only rounding errors as gradients, but AdamW takes full steps for it.
+    """
+    assert dict(read_losses(folder)) == pytest.approx(dict(read_losses(other)), rel=1e-6)
+    ours, theirs = read_trained_state(folder), read_trained_state(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.shape == theirs[name].shape, name
+        squares = theirs.get(f"exp_avg_sq.{name}", torch.ones(()))
+        far = (tensor - theirs[name]).where(squares > 1e-14, 0)
+        assert far.square().mean().sqrt() <= 1e-6, name
+
+
+def read_param_audit(folder: Path) -> list[tuple[Any, ...]]:
+    rows = json.loads((folder / "param_audit.json").read_text())
+    return [
+        tuple(row[n] for n in ("part", "num_tensors", "num_params", "num_changed", "num_with_grad"))
+        for row in rows
+    ]
+
+
+def test_single_process_does_not_import_fsdp(tmp_path: Path) -> None:
+    """The import of FSDP takes a second."""
+    task = TinyTask(tmp_path / "task")
+    recipe = task.recipe | {"output_dir": str(tmp_path / "run")}
+    file = write_recipe(tmp_path / "recipe.yaml", recipe, epochs=1)
+    code = (
+        "import sys\n"
+        "from finesight.cli.app import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print(*sys.modules, file=open('modules.txt', 'w'))\n"
+    )
+    words = [sys.executable, "-c", code, "train", str(file)]
+    subprocess.run(words, check=True, cwd=tmp_path, capture_output=True)
+    loaded = set((tmp_path / "modules.txt").read_text().split())
+    assert "finesight.train.parallel.ddp" in loaded
+    assert not loaded & {"torch.distributed.tensor", "torch.distributed.fsdp", "sympy"}
+
+
+def test_training_is_equal_for_1_2_and_4_ranks(tmp_path: Path) -> None:
+    """Each run is gone on with by another number of processes, or another way to share, and in
+    smaller packs: some samples are then too long for one process."""
+    task = make_mixed_task(tmp_path / "task")
+    alone = run_training(task, 1, "alone")
+    two = run_training(task, 2, "two", parallel="fsdp")
+    four = run_training(task, 4, "four", parallel="zero2")
+    for folder in (two, four):
+        assert_close(folder, alone)
+        assert read_param_audit(folder) == read_param_audit(alone)
+        published, values = (
+            load_file(folder / "model" / "model.safetensors"),
+            read_trained_state(folder),
+        )
+        for name, tensor in load_file(alone / "model" / "model.safetensors").items():
+            ours, (before, is_key, _) = published[name], name.partition("k_proj.bias")
+            if is_key:
+                # It moves with rounding alone (see `assert_alike`): what this run has learned.
+                start = len(published[f"{before}q_proj.bias"])
+                tensor = values[f"{before}qkv_proj.bias"][start : start + len(ours)]
+                assert torch.equal(ours, tensor), name
+            assert (ours - tensor).square().mean().sqrt() <= 1e-5, name
+    last = two / "checkpoints" / "step-6"
+    verify_folder(last)
+    for name in (WEIGHTS_FILE, OPTIMIZER_FILE):
+        parts = sorted(last.glob(f"{Path(name).stem}-*-of-00002.safetensors"))
+        assert len(parts) == 2
+        assert not (last / name).exists()
+    for folder, count, how in ((two, 1, "ddp"), (alone, 2, "fsdp"), (four, 2, "ddp")):
+        before = read_losses(folder)
+        settings = {"parallel": how, "pack_tokens": 10}
+        run_training(task, count, rewind_to_checkpoint(folder).name, "--resume", **settings)
+        assert [step for step, _ in read_losses(folder)] == [step for step, _ in before]
+        assert dict(read_losses(folder)) == pytest.approx(dict(before), rel=1e-6)
+        assert_close(folder, alone if folder is not alone else two)
+
+
+def test_lora_training_is_equal_when_sharded(tmp_path: Path) -> None:
+    """The base model is frozen, the merger fully trained; the fp32 results are equal."""
+    task = make_mixed_task(tmp_path / "task")
+    alone, two = (
+        run_to_completion(task, 1, "alone"),
+        run_to_completion(task, 2, "two", parallel="fsdp"),
+    )
+    frozen = run_to_completion(
+        task, 2, "frozen", tune=TUNE | {"merger": "frozen"}, parallel="zero2", epochs=1
+    )
+    assert "the vision encoder is sharded" in (frozen / "metrics.jsonl").read_text()
+    assert_close(two, alone)
+    assert read_param_audit(two) == read_param_audit(alone)
+    for name in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
+        ours, theirs = load_file(two / name), load_file(alone / name)
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            assert (tensor - theirs[key]).square().mean().sqrt() <= 1e-5, key
+
+
+def test_unsupported_sharding_is_rejected(tmp_path: Path) -> None:
+    task = TinyTask(tmp_path / "task")
+    path = write_recipe(tmp_path / "recipe.yaml", task.recipe | {"output_dir": "run"})
+    recipe = load_recipe(path, ["train.parallel=fsdp", "train.optimizer=muon"])
+    model = load_auto_model(
+        resolve_model_source(recipe.model).folder, torch.float32, torch.device("cpu")
+    )
+    with pytest.raises(UserError, match="does not support") as error:
+        parallelize_model(recipe, model, torch.float32, ProcessGroup(0, 2))
+    assert "train.optimizer=muon" in error.value.what
+    assert "train.parallel=ddp" in error.value.remedy

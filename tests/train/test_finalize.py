@@ -1,0 +1,180 @@
+"""End of a run: exported weights and logged comparison."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from tiny_task import TinyTask
+
+from finesight.errors import UserError
+from finesight.evaluate.bootstrap import REASON_FEW_SAMPLES
+from finesight.evaluate.eval_inputs import load_eval_inputs
+from finesight.evaluate.metric_difference import REASON_NO_PREDICTIONS, REASON_UNSAMPLED
+from finesight.train.finalize import RunResult
+
+CONSTANT = "def same(case):\n    return 0.0\n"
+# Best at the second of the measurements on the way: as many answers' files are there by then.
+RISES_AND_FALLS = """
+from pathlib import Path
+
+def score(case):
+    done = len(list((Path(__file__).parent / "run" / "predictions").glob("*.jsonl")))
+    return {"score": -abs(done - 2.0), "length": len(case.answer)}
+"""
+
+FALLS = """
+from pathlib import Path
+
+def score(case):
+    return -float(len(list((Path(__file__).parent / "run" / "predictions").glob("*.jsonl"))))
+"""
+
+
+def _eval(task: TinyTask, text: str, function: str, **more: Any) -> dict[str, Any]:
+    (task.folder / "mine.py").write_text(text)
+    metric = f"{task.folder / 'mine.py'}:{function}"
+    return {"metric": metric, "every": 1, "max_new_tokens": 3} | more
+
+
+def _weights(run: Path, step: int) -> dict[str, Any]:
+    return load_file(run / "checkpoints" / f"step-{step}" / "trainable.safetensors")
+
+
+def test_worsening_run_stops_early(task: TinyTask) -> None:
+    result = task.run(eval=_eval(task, FALLS, "score", patience=3))
+    assert (result.steps, result.stopped_early, result.samples) == (4, True, 16)
+    assert "stopping after step 4 of 6: 3 evaluations without a better score" in task.console_output
+    assert [line["step"] for line in task.read_metrics() if "loss" in line] == [1, 2, 3, 4]
+    assert result.weights_step == 1
+    assert task.run(eval=_eval(task, FALLS, "score", patience=3), resume=True) == result
+
+
+def test_best_checkpoint_weights_are_restored(task: TinyTask) -> None:
+    # By the score it is step 2, though the loss goes on falling.
+    result = task.run(
+        "train.keep_checkpoints=1",
+        "train.save_every=1",
+        eval=_eval(task, RISES_AND_FALLS, "score", patience=2),
+    )
+    run = task.folder / "run"
+    assert (result.weights_step, result.steps, result.stopped_early) == (2, 4, True)
+    assert result.best_eval is not None
+    assert (
+        result.best_eval.step,
+        result.best_eval.primary_metric,
+        result.best_eval.primary_score,
+    ) == (2, "score", 0.0)
+    assert result.after is not None
+    assert result.after.step == 2
+    stored = _weights(run, 2)
+    model = load_file(run / "model" / "model.safetensors")
+    name = next(name for name in stored if name in model)
+    assert (model[name] == stored[name]).all()
+    assert not (model[name] == _weights(run, 4)[name]).all()
+    answers = [(run / "predictions" / f"{name}.jsonl").read_text() for name in ("after", "step-2")]
+    assert answers[0] == answers[1]
+    assert "restoring the weights of step 2" in task.console_output
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-2", "step-4"]
+
+
+def test_last_weights_compete_with_best(task: TinyTask) -> None:
+    result = task.run(eval=_eval(task, CONSTANT, "same", patience=50, every=4))
+    # All scores are the same, so that the lowest loss decides: the last one.
+    assert (result.weights_step, result.steps, result.stopped_early) == (6, 6, False)
+    names = sorted(path.name for path in (task.folder / "run" / "predictions").iterdir())
+    assert names == ["after.jsonl", "before.jsonl", "step-4.jsonl", "step-6.jsonl"]
+
+
+def test_without_patience_last_weights_are_used(task: TinyTask) -> None:
+    result = task.run("train.keep_checkpoints=1", eval=_eval(task, RISES_AND_FALLS, "score"))
+    assert (result.weights_step, result.stopped_early) == (6, False)
+    assert result.best_eval is not None
+    assert result.best_eval.step == 2
+    assert "The score was better after step 2 (0.0000); its checkpoint is " in task.console_output
+    steps = sorted(path.name for path in (task.folder / "run" / "checkpoints").iterdir())
+    assert steps == ["step-2", "step-6"]
+
+
+def test_final_comparison_has_intervals(task: TinyTask) -> None:
+    result = task.run(eval={"metric": "ocr", "max_new_tokens": 3})
+    names = [one.name for one in result.metric_differences]
+    assert names[:2] == ["validation_loss", "similarity"]
+    loss, similarity, exact = result.metric_differences[:3]
+    assert (loss.low, loss.high, loss.note) == (None, None, REASON_UNSAMPLED)
+    # Of so few samples, only a difference of two proportions has an interval.
+    assert (similarity.low, similarity.high, similarity.note) == (None, None, REASON_FEW_SAMPLES)
+    assert exact.low is not None
+    assert exact.high is not None
+    assert exact.low <= exact.after - exact.before <= exact.high
+    assert result.after is not None
+    assert result.after.intervals.keys() == result.after.scores.keys()
+    stored = json.loads((task.folder / "run" / "result.json").read_text())
+    assert RunResult.model_validate_json(json.dumps(stored)) == result
+    assert "similarity*" in task.console_output
+    assert "95 % interval" in task.console_output
+    assert f"validation_loss: {REASON_UNSAMPLED}" in task.console_output
+    assert f"similarity, cer, wer: {REASON_FEW_SAMPLES}" in task.console_output
+
+
+def test_result_of_older_version_is_read(task: TinyTask) -> None:
+    task.run()
+    path = task.folder / "run" / "result.json"
+    stored = json.loads(path.read_text())
+    for name in ("metric_differences", "best_eval", "weights_step", "stopped_early"):
+        del stored[name]
+    for name in ("before", "after"):
+        del stored[name]["intervals"], stored[name]["details"], stored[name]["notes"]
+    result = RunResult.model_validate_json(json.dumps(stored))
+    assert (result.metric_differences, result.stopped_early) == ((), False)
+
+
+def test_missing_predictions_drop_only_the_intervals(task: TinyTask) -> None:
+    settings = {"metric": "ocr", "max_new_tokens": 3}
+    task.recipe["eval"] = settings
+    run = task.rewind_to_checkpoint()
+    (run / "predictions" / "before.jsonl").unlink()
+    result = task.run(resume=True)
+    assert {one.low for one in result.metric_differences} == {None}
+    assert {one.note for one in result.metric_differences} == {
+        REASON_UNSAMPLED,
+        REASON_NO_PREDICTIONS,
+    }
+    assert "similarity" in [one.name for one in result.metric_differences]
+
+
+def test_missing_best_predictions_drop_only_the_intervals(task: TinyTask) -> None:
+    settings = _eval(task, FALLS, "score", patience=2)
+    task.run(eval=settings)
+    run = task.folder / "run"
+    (run / "result.json").unlink()
+    for path in (run / "predictions").glob("*.jsonl"):
+        path.unlink()
+    result = task.run(eval=settings, resume=True)
+    assert result.stopped_early
+    assert {one.low for one in result.metric_differences} == {None}
+
+
+def test_custom_metric_is_copied_into_run(task: TinyTask) -> None:
+    settings = _eval(task, CONSTANT, "same", every=None)
+    task.run(eval=settings)
+    run = task.folder / "run"
+    assert (run / "metric.py").read_text() == CONSTANT
+    assert [line["primary_metric"] for line in task.read_metrics() if "primary_metric" in line] == [
+        "same"
+    ] * 2
+    (task.folder / "mine.py").unlink()
+    assert load_eval_inputs(str(run))[1].metric == f"{run / 'metric.py'}:same"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("def other(case): return 1\n", "no function 'same'"), ("def same(x) return", "SyntaxError")],
+)
+def test_broken_metric_is_rejected_before_writing(task: TinyTask, text: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        task.run(eval=_eval(task, text, "same"))
+    assert not (task.folder / "run").exists()

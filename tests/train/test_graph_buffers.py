@@ -1,0 +1,205 @@
+"""Static buffers of CUDA graphs: padding does not change results, and shapes are few."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_graph_fixtures import (
+    CPU,
+    FULL_FINETUNE,
+    encode_images,
+    encode_samples,
+    make_model,
+    make_pack,
+    pack_shared_prefix,
+)
+from tiny_task import make_task
+
+from finesight.encode.packing import PackedBatch, compute_context_lengths, pack
+from finesight.encode.tokenized_sample import EncodedSample
+from finesight.train.graph_buffers import GraphInputs, GraphShape
+from finesight.train.graph_vision_buffers import GraphVisionShape
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recorded")
+    make_task(folder)
+    return folder
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("packed", [pack, pack_shared_prefix])
+def test_pack_padding_does_not_change_results(
+    folder: Path,
+    packed: Callable[[Sequence[EncodedSample]], PackedBatch],
+    shared: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_model(torch.float32, CPU).eval()
+    samples = encode_samples(folder)
+    batch = packed(samples[:5])
+    features = encode_images(model, batch)
+    kind = GraphShape.from_batch(batch)
+    if shared:
+        monkeypatch.setattr("finesight.train.graph_buffers.MAX_PADDING_DIVISOR", 1)
+        larger = GraphShape.from_batch(packed(samples[:9]))
+        kind = kind.widen([larger])
+        assert kind.fits(larger)
+        assert kind != GraphShape.from_batch(batch)
+    held = GraphInputs.allocate(kind, batch, features, model.visual)
+    most = max(compute_context_lengths(batch.lengths, batch.prefix_length))
+    assert (
+        max(compute_context_lengths(held.batch.lengths, held.batch.prefix_length))
+        == held.shape.max_seqlen
+        >= most
+    )
+    assert held.batch.prefix_length == batch.prefix_length
+    # Another one was there before.
+    other = packed(samples[5:9])
+    held.copy_from(other, encode_images(model, other), torch.tensor(2.0), model.visual)
+    held.copy_from(batch, features, torch.tensor(0.5), model.visual)
+    lengths = held.batch.cu_seqlens_S1.diff().tolist()
+    assert len(lengths) == held.shape.num_sequences
+    assert lengths[: len(batch.lengths)] == list(batch.lengths)
+    # Without a kernel for segments of any length, empty ones have to be left out.
+    full = [length for length in lengths if length]
+    bounds_S1 = held.batch.cu_seqlens_S1[: len(full) + 1]
+    filled = replace(held.batch, lengths=tuple(full), cu_seqlens_S1=bounds_S1)
+    found = model(filled, held.features_MKD)[: batch.num_supervised_tokens]
+    torch.testing.assert_close(found, model(batch, features))
+    assert torch.equal(held.batch.labels_L[: batch.num_supervised_tokens], batch.labels_L)
+    assert set(held.batch.labels_L[batch.num_supervised_tokens :].tolist()) <= {-1}
+    assert held.loss_weight.item() == 0.5
+
+
+def test_padding_stays_within_graph_shape(folder: Path) -> None:
+    """Padding sequences continue from the shared prefix as well."""
+    model, chance = make_model(torch.float32, CPU), random.Random(0)
+    some = pack(encode_samples(folder)[:2])
+    for _ in range(300):
+        prefix = chance.choice([0, 15, 200, 400])
+        own = chance.choice([5, 40, 140, 300])
+        count = chance.randint(2, min(60, 16_000 // own))
+        lengths = [chance.randint(1, own) for _ in range(count)]
+        lengths = [prefix, *lengths] if prefix else lengths
+        batch = make_pack(some, lengths, prefix, some.num_supervised_tokens)
+        kind = GraphShape.from_batch(batch)
+        held = GraphInputs.allocate(kind, batch, None, model.visual)
+        held.copy_from(batch, None, torch.tensor(1.0), model.visual)
+        packed_value = held.batch.cu_seqlens_S1.diff()
+        assert packed_value[: len(lengths)].tolist() == lengths
+        assert int(packed_value.sum()) == kind.num_tokens
+        assert int(packed_value.min()) >= 0
+        assert int(packed_value[prefix > 0 :].max()) + prefix <= kind.max_seqlen
+
+
+def test_few_graph_shapes_are_used(folder: Path) -> None:
+    samples = encode_samples(folder)
+    packs = [pack(samples[start : start + 4]) for start in range(8)]
+    kinds = {GraphShape.from_batch(batch) for batch in packs}
+    assert len(kinds) < len({len(batch.ids_T) for batch in packs})
+    for batch in packs:
+        kind = GraphShape.from_batch(batch)
+        assert kind.num_tokens > len(batch.ids_T)
+        assert kind.num_sequences > len(batch.lengths)
+        assert kind.max_seqlen >= max(batch.lengths)
+        assert kind.num_features >= len(batch.visual_indices_M)
+        assert kind.num_labels >= batch.num_supervised_tokens
+
+
+def test_merged_graph_shape_accepts_its_packs(folder: Path) -> None:
+    model, chance = make_model(torch.float32, CPU), random.Random(0)
+    some, taken = pack(encode_samples(folder)[:2]), 0
+    for _ in range(100):
+        prefix, most = chance.choice([0, 15, 200]), chance.choice([40, 140, 300])
+        count = chance.randint(3, 20)
+        packs = []
+        for _ in range(6):
+            lengths = [chance.randint(most // 2, most) for _ in range(count + chance.randint(0, 2))]
+            lengths = [prefix, *lengths] if prefix else lengths
+            labels = chance.randint(count, 3 * count)
+            packs.append(make_pack(some, lengths, prefix, labels))
+        kinds = [GraphShape.from_batch(one) for one in packs]
+        kind = kinds[0].widen(kinds[1:])
+        assert kind.fits(kinds[0])
+        assert kind.num_tokens <= kinds[0].num_tokens * 9 // 8
+        held = GraphInputs.allocate(kind, packs[0], None, model.visual)
+        for own, batch in zip(kinds, packs, strict=True):
+            if not kind.fits(own):
+                continue
+            taken += own != kind
+            held.copy_from(batch, None, torch.tensor(1.0), model.visual)
+            packed_value, count = held.batch.cu_seqlens_S1.diff(), len(batch.lengths)
+            assert packed_value[:count].tolist() == list(batch.lengths)
+            assert int(packed_value.sum()) == kind.num_tokens
+            assert int(packed_value.min()) >= 0
+            assert int(packed_value[prefix > 0 :].max()) + prefix <= kind.max_seqlen
+            assert len(held.batch.labels_L) >= batch.num_supervised_tokens
+    assert taken > 100
+
+
+def test_graph_rejects_incompatible_packs(folder: Path) -> None:
+    samples = encode_samples(folder)
+    kind = GraphShape.from_batch(pack(samples[:4]))._replace(num_tokens=1024, num_sequences=16)
+    assert kind.fits(kind)
+    for other in (
+        kind._replace(prefix_length=8),
+        kind._replace(vision_shape=GraphVisionShape(256, 588, ((8, 64),))),
+        kind._replace(num_features=0),
+        kind._replace(num_tokens=kind.num_tokens * 7 // 8),
+        kind._replace(num_tokens=kind.num_tokens + 64),
+        # What fills it up is a sequence more.
+        kind._replace(num_tokens=kind.num_tokens - 64),
+        kind._replace(num_labels=kind.num_labels // 3),
+        kind._replace(num_labels=kind.num_labels + 64),
+        kind._replace(max_seqlen=kind.max_seqlen + 256),
+        kind._replace(num_features=kind.num_features + 64),
+        kind._replace(num_sequences=kind.num_sequences + 1),
+        kind._replace(num_sequences=kind.num_sequences // 2 - 1),
+    ):
+        assert not kind.fits(other), other
+    assert kind.fits(kind._replace(num_tokens=kind.num_tokens - 64, num_sequences=15))
+    long = kind._replace(max_seqlen=1024)
+    assert not long.fits(kind), "they have other kernels"
+    assert long.fits(long._replace(max_seqlen=512))
+
+
+def test_merged_graph_shape_covers_all_shapes(folder: Path) -> None:
+    kind = GraphShape.from_batch(pack(encode_samples(folder)[:4]))._replace(
+        num_tokens=1024, num_features=512, num_labels=128
+    )
+    for other in (
+        kind._replace(num_features=768),
+        kind._replace(num_labels=192),
+        kind._replace(num_tokens=1088),
+        kind._replace(num_sequences=kind.num_sequences + 8),
+    ):
+        wider = kind.widen([other])
+        assert wider.fits(other)
+        assert wider.fits(kind)
+    assert kind.widen([kind._replace(num_tokens=2048), kind._replace(prefix_length=4)]) == kind
+
+
+def test_feature_gradients_reach_the_encoder(folder: Path) -> None:
+    model = make_model(torch.float32, CPU, FULL_FINETUNE)
+    batch = pack(encode_samples(folder)[:5])
+    features = model.encode_images(batch.patches_ND, batch.grid_thw)
+    held = GraphInputs.allocate(GraphShape.from_batch(batch), batch, features, model.visual)
+    held.copy_from(batch, features, torch.tensor(1.0), model.visual)
+    ((packed_value, back),) = held.trainable_features
+    assert torch.equal(packed_value[: len(features)], features)
+    # What a pack of nothing was filled up with has no way back.
+    back.copy_(torch.arange(back.numel()).view_as(back) / back.numel())
+    held.backward_features(features)
+    parameters = list(model.visual.parameters())
+    found = [parameter.grad for parameter in parameters]
+    again = model.encode_images(batch.patches_ND, batch.grid_thw)
+    expected = torch.autograd.grad((again * back[: len(again)]).sum(), parameters)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

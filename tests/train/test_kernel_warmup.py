@@ -1,0 +1,120 @@
+"""Kernel warm-up before the first step: it does not change the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_task import TinyTask
+
+from finesight.train import kernel_warmup as module
+from finesight.train.dataloader import StepDataset
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+TUNES: dict[str, dict[str, Any]] = {
+    "lora": {"language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}},
+    "nf4": {"quantize": {"nf4": ["language"]}, "lora": {"rank": 4, "alpha": 8}},
+    "fp8": {"quantize": {"fp8": ["vision", "language"]}, "lora": {"rank": 4, "alpha": 8}},
+    "full": dict.fromkeys(("vision", "merger", "language", "embeddings"), "full"),
+}
+
+
+def losses(task: TinyTask, tune: dict[str, Any], name: str) -> list[float]:
+    task.run("train.device=cuda", "train.precision=bf16", name=name, tune=tune)
+    return [line["loss"] for line in task.read_metrics(name) if "loss" in line]
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("tune", TUNES)
+def test_warmup_does_not_update_parameters(
+    tune: str, task: TinyTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "is_compile_cache_empty", lambda: False)
+    baseline = losses(task, TUNES[tune], "plain")
+    monkeypatch.setattr(module, "is_compile_cache_empty", lambda: True)
+    assert losses(task, TUNES[tune], "rehearsed") == pytest.approx(baseline, rel=2e-3)
+
+
+@pytest.mark.gpu
+@GPU
+def test_compilation_launches_no_kernel(tmp_path: Path) -> None:
+    from finesight.model.kernels import elementwise
+    from finesight.model.kernels.parallel_compile import compile_in_parallel
+
+    kernels = {id(k): k for k in vars(elementwise).values() if hasattr(k, "device_caches")}
+    for kernel in kernels.values():
+        # Of what other tests have launched in this process.
+        kernel.device_caches[0][0].clear()
+    x_TD = torch.randn(7, 48, device="cuda", dtype=torch.bfloat16)
+    expected = elementwise.quick_gelu(x_TD)
+
+    def compiled() -> int:
+        return sum(len(kernel.device_caches[0][0]) for kernel in kernels.values())
+
+    wide_TD, before = x_TD.half(), compiled()
+    torch.cuda.empty_cache()
+    with compile_in_parallel(torch.device("cuda")):
+        for _ in range(3):
+            elementwise.quick_gelu(wide_TD)
+    assert compiled() == before + 1
+    found = elementwise.quick_gelu(wide_TD)
+    assert compiled() == before + 1
+    torch.testing.assert_close(found.float(), expected.float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@GPU
+def test_pending_compilation_holds_no_memory() -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from finesight.model.kernels import elementwise
+    from finesight.model.kernels.parallel_compile import (
+        _dummy_argument,
+        _specialization_key,
+        compile_in_parallel,
+    )
+
+    held = torch.zeros(1 << 24, device="cuda", dtype=torch.bfloat16)
+    for tensor in (held, held[1:], held[8:], held.float(), held.float()[1:], held.byte()[3:]):
+        assert _specialization_key(_dummy_argument(tensor)) == _specialization_key(tensor)
+        assert _dummy_argument(tensor).nbytes <= 16
+    if torch.cuda.get_device_capability() >= (9, 0):
+        described = TensorDescriptor.from_tensor(held.view(-1, 64), [128, 64])
+        assert _specialization_key(_dummy_argument(described)) == _specialization_key(described)
+        assert _dummy_argument(described).base.nbytes == 128 * 64 * held.itemsize
+        assert _specialization_key(
+            TensorDescriptor.from_tensor(held.view(-1, 64), [64, 64])
+        ) != _specialization_key(described)
+        del described
+    del held, tensor
+    before = torch.cuda.memory_allocated()
+    with compile_in_parallel(torch.device("cuda")):
+        elementwise.quick_gelu(torch.zeros(1 << 24, device="cuda", dtype=torch.float16))
+        assert torch.cuda.memory_allocated() - before < 1 << 16
+
+
+@pytest.mark.gpu
+@GPU
+def test_compilation_errors_are_raised_at_the_end() -> None:
+    triton: Any = pytest.importorskip("triton")
+    from finesight.model.kernels.parallel_compile import compile_in_parallel
+
+    def wrong(x, block):  # type: ignore[no-untyped-def]
+        x + no_such_name  # type: ignore[name-defined]  # noqa: F821
+
+    kernel = triton.jit(wrong)
+    x_D = torch.zeros(16, device="cuda")
+    with pytest.raises(Exception, match="no_such_name"), compile_in_parallel(x_D.device):
+        kernel[(1,)](x_D, 16)
+
+
+def test_cpu_needs_no_kernel_warmup(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("a step was read for its kernels")
+
+    monkeypatch.setattr(StepDataset, "get_step", never)
+    task.run()
+    assert len([line for line in task.read_metrics() if "loss" in line]) == 6

@@ -1,0 +1,148 @@
+"""What a run notes of itself, and the page that is made of it on the way and at the end."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_task import TinyTask
+
+from finesight.errors import TrainingInterrupted
+from finesight.storage import FileSystem, use_file_system
+from finesight.train.console import TrainingConsole
+from finesight.train.finalize import write_run_report
+from finesight.train.logging import get_device_name
+from finesight.train.run_dir import RunDir
+
+METRIC = {"metric": "ocr", "every": 2, "max_new_tokens": 4}
+
+
+class RecordingDisk(FileSystem):
+    """A disk that keeps every version of a report, and may refuse to take one."""
+
+    def __init__(self, refuse: bool = False) -> None:
+        self.refuse = refuse
+        self.pages: list[str] = []
+
+    def rename(self, source: Path, target: Path) -> None:
+        if target.name == "report.html":
+            if self.refuse:
+                raise RuntimeError("a fault of the report's own")
+            self.pages.append(source.read_text())
+        super().rename(source, target)
+
+
+def read_status(page: str) -> str:
+    """Return the run status of a report page."""
+    found = re.search(r"The run is ([^.]+)\.", page)
+    assert found is not None, "the page does not say where the run stands"
+    return found[1]
+
+
+def test_report_at_every_evaluation_and_at_the_end(task: TinyTask) -> None:
+    with use_file_system(disk := RecordingDisk()):
+        task.run(eval=METRIC)
+    assert [read_status(page) for page in disk.pages] == [
+        *(f"not finished: {step} of 6 steps so far" for step in (0, 2, 4)),
+        "finished after 6 steps",
+    ]
+    assert f"Report:  {task.folder / 'run' / 'report.html'}" in task.console_output
+    last = disk.pages[-1]
+    assert "3 validation samples" in last
+    assert (
+        "11 samples, 2 epochs: language with LoRA of rank 4; merger with full fine-tuning" in last
+    )
+    assert '"problem"' not in last, "every picture was found"
+
+
+def test_interrupted_run_has_a_report(task: TinyTask) -> None:
+    class Stopping(RecordingDisk):
+        def rename(self, source: Path, target: Path) -> None:
+            super().rename(source, target)
+            if target.name == "step-2":
+                os.kill(os.getpid(), 15)
+
+    with use_file_system(disk := Stopping()), pytest.raises(TrainingInterrupted):
+        task.run(eval={"metric": "ocr", "max_new_tokens": 4})
+    assert read_status(disk.pages[-1]).startswith("not finished: ")
+    task.run(resume=True, eval={"metric": "ocr", "max_new_tokens": 4})
+    page = (task.folder / "run" / "report.html").read_text()
+    assert read_status(page) == "finished after 6 steps"
+    starts = [line for line in task.read_metrics() if "started_at" in line]
+    assert len(starts) == 2
+    assert starts[0]["step"] == 0
+
+
+def test_run_survives_report_errors(task: TinyTask) -> None:
+    with use_file_system(RecordingDisk(refuse=True)):
+        result = task.run(eval=METRIC)
+    assert result.steps == 6
+    assert (
+        task.console_output.count(
+            "writing the report failed (RuntimeError: a fault of the report's"
+        )
+        == 4
+    )
+    assert f"`finesight report {task.folder / 'run'}` creates it later" in task.console_output
+    assert not (task.folder / "run" / "report.html").exists()
+
+
+def test_user_file_is_not_overwritten(task: TinyTask) -> None:
+    run = task.rewind_to_checkpoint()
+    (run / "report.html").write_text("precious")
+    assert task.run(resume=True).steps == 6
+    assert "exists and is not a page of finesight" in task.console_output
+    assert (run / "report.html").read_text() == "precious"
+
+
+def test_missing_report_is_written_on_resume(task: TinyTask) -> None:
+    task.run()
+    page = task.folder / "run" / "report.html"
+    page.unlink()
+    task.run(resume=True)
+    assert read_status(page.read_text()) == "finished after 6 steps"
+
+
+def test_no_report_without_run(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    write_run_report(RunDir(tmp_path), TrainingConsole(Console(file=shown, width=200)))
+    assert "writing the report failed (UserError: " in shown.getvalue()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def history(task: TinyTask) -> list[dict[str, Any]]:
+    task.run(eval=METRIC)
+    return task.read_metrics()
+
+
+def test_start_record_has_versions_and_devices(history: list[dict[str, Any]]) -> None:
+    start = history[0]
+    assert (start["step"], start["total_steps"], start["num_workers"]) == (0, 6, 0)
+    assert start["precision"] == "fp32"
+    assert start["versions"]["torch"] == torch.__version__
+    assert start["data"]["train"]["num_samples"] == 11
+    assert start["data"]["eval"]["num_samples"] == 3
+    assert len(start["data"]["train"]["fingerprint"]) == 64
+    assert sum(start["size_histograms"]["tokens"].values()) == 11
+    assert sum(start["size_histograms"]["patches"].values()) == 11
+    assert Path(start["working_dir"]) == Path.cwd()
+    assert start["setup_s"] > 0
+    json.dumps(start, allow_nan=False)
+
+
+def test_evaluation_records_have_durations(history: list[dict[str, Any]]) -> None:
+    seconds = [line["eval_s"] for line in history if "validation_loss" in line]
+    assert len(seconds) == 4
+    assert all(value > 0 for value in seconds)
+
+
+def test_cpu_device_name() -> None:
+    assert f"{torch.get_num_threads()} threads" in get_device_name(torch.device("cpu"))

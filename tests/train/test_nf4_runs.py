@@ -1,0 +1,225 @@
+"""Runs whose frozen weights are in four bits: what they write, and what reads it again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from gptq_fixtures import GptqConfig, with_untied_head, write_quantized_model
+from hf_reference import CPU
+from safetensors import safe_open
+from tiny_task import TinyTask
+
+from finesight.config import TuneSettings
+from finesight.errors import UserError
+from finesight.infer.model_loader import load_inference_model, resolve_model_source
+from finesight.model.lora.merge import merge_to_folder
+from finesight.model.quant import nf4
+from finesight.model.quant.base import find_quantized_weights
+from finesight.model.tiny import create_tiny_model
+from finesight.model.trainable import configure_tuning
+from finesight.model.weights_io import load_model
+from finesight.model_folder import ModelFolder
+from finesight.train.flops import FlopCounter
+from finesight.train.param_audit import ParamAudit
+
+LORA = {"language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}
+LANGUAGE = LORA | {"quantize": {"nf4": ["language"]}}
+MIXED = LORA | {"merger": "full", "quantize": {"nf4": ["vision", "language"]}}
+
+
+def answers(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "predictions" / "after.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("tune", [LANGUAGE, MIXED], ids=["adapter", "adapter on a whole model"])
+def test_saved_run_reloads_its_nf4_weights(task: TinyTask, tune: dict[str, Any]) -> None:
+    """Its held-out loss, measured through what the run has written, is the one that it noted."""
+    result = task.run(tune=tune)
+    run = task.folder / "run"
+    assert (
+        json.loads((run / "manifest.json").read_text())["tune"]["quantize"]["nf4"]
+        == tune["quantize"]["nf4"]
+    )
+    assert f"(weights of {' and '.join(tune['quantize']['nf4'])} in NF4)" in task.console_output
+    assert resolve_model_source(str(run)).nf4_parts == tuple(tune["quantize"]["nf4"])
+    base = ModelFolder(task.folder / "tiny")
+    expected = dict(load_model(base, torch.float32, CPU, tune["quantize"]["nf4"]).named_buffers())
+    found = dict(load_inference_model(str(run), "cpu").model.named_buffers())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    again = task.run("train.steps=1", "train.epochs=null", tune=tune, name="again", model=str(run))
+    assert again.before is not None
+    assert result.after is not None
+    assert again.before.validation_loss == pytest.approx(result.after.validation_loss, rel=1e-6)
+
+
+def test_full_model_has_published_weights(task: TinyTask) -> None:
+    task.run("train.precision=bf16", tune=MIXED)
+    names = {}
+    for folder in (task.folder / "tiny", task.folder / "run" / "model"):
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            names[folder.name] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    own, written = names["tiny"], names["model"]
+    assert own.keys() == written.keys()
+    for name, tensor in own.items():
+        if name.startswith(("model.layers.", "visual.blocks.")) and tensor.dim() == 2:
+            assert torch.equal(written[name], tensor), name
+    assert not torch.equal(written["visual.merger.mlp.0.weight"], own["visual.merger.mlp.0.weight"])
+
+
+def test_nf4_loss_matches_bf16(task: TinyTask) -> None:
+    losses = []
+    for number, nf4_parts in enumerate((None, ["vision", "merger", "language"])):
+        tune = LORA | {"quantize": {"nf4": nf4_parts}}
+        result = task.run("train.epochs=6", tune=tune, name=f"run{number}")
+        assert result.before is not None
+        assert result.after is not None
+        losses.append((result.before.validation_loss, result.after.validation_loss))
+    (before, after), (before_4, after_4) = losses
+    assert before != before_4
+    assert after < before - 0.3
+    assert after_4 < before_4 - 0.3
+    assert after_4 == pytest.approx(after, abs=0.15)
+
+
+def test_activation_checkpointing_is_bit_exact(task: TinyTask) -> None:
+    tune = MIXED | {"lora": LORA["lora"] | {"dropout": 0.1}}
+    retained = task.run(tune=tune, name="baseline")
+    again = task.run("train.activation_checkpointing=true", tune=tune, name="recomputed")
+    assert retained.loss == again.loss
+    assert retained.after == again.after
+
+
+def test_missing_bitsandbytes_is_reported_early(
+    task: TinyTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise ImportError("No module named 'bitsandbytes'")
+
+    monkeypatch.setattr(nf4, "_import_bitsandbytes", missing)
+    with pytest.raises(UserError, match=r"pip install 'finesight\[quant\]'"):
+        task.run("data.train=nowhere.jsonl", tune=LANGUAGE)
+    assert not (task.folder / "run").exists()
+    # What needs it not does without it.
+    task.run("train.optimizer=adamw_8bit", tune=LORA)
+
+
+def test_nf4_with_experts_is_rejected(task: TinyTask) -> None:
+    """Four bits are refused for their part, and adapters leave them as they are."""
+    folder = create_tiny_model(task.folder / "experts", "qwen3_vl_moe")
+    with pytest.raises(UserError, match="experts, which remain in 16 bits") as refused:
+        task.run(tune=LANGUAGE, model=str(folder))
+    assert refused.value.where == "tune.quantize.nf4"
+    task.run("train.steps=1", "train.epochs=null", tune=LORA, model=str(folder), name="adapted")
+    assert "(experts have no adapters and are frozen)" in task.console_output
+    task.run("train.steps=1", "train.epochs=null", tune=LORA, name="dense")
+    assert "(experts" not in task.console_output
+
+
+def test_resumed_run_keeps_nf4(task: TinyTask) -> None:
+    task.rewind_to_checkpoint()
+    with pytest.raises(UserError, match=r"tune\.quantize is {'nf4': \['language'\].* now"):
+        task.run("tune.quantize.nf4=[language]", resume=True)
+
+
+def test_recipe_is_normalized(task: TinyTask) -> None:
+    task.run("tune.quantize.nf4=language", "train.optimizer=adamw_8bit", tune=LORA)
+    recipe = yaml.safe_load((task.folder / "run" / "recipe.yaml").read_text())
+    assert recipe["tune"]["quantize"]["nf4"] == ["language"]
+    assert recipe["train"]["optimizer"] == "adamw_8bit"
+
+
+def test_merged_model_loads_unquantized(task: TinyTask) -> None:
+    task.run(tune=LANGUAGE)
+    parts = resolve_model_source(str(task.folder / "run"))
+    assert parts.adapter is not None
+    merged = merge_to_folder(
+        parts.folder, parts.adapter, task.folder / "merged", manifest=parts.manifest
+    )
+    again = resolve_model_source(str(merged.folder))
+    assert (again.nf4_parts, again.adapter) == ((), None)
+    assert not find_quantized_weights(load_inference_model(str(merged.folder), "cpu").model)
+
+
+@pytest.mark.parametrize("tune", [LORA, {"language": "frozen", "merger": "full"}])
+def test_flops_match_dense_weights(tmp_path: Path, tune: dict[str, Any]) -> None:
+    folder = ModelFolder(create_tiny_model(tmp_path / "tiny", "qwen2_5_vl"))
+    counts = []
+    for parts in ((), ("vision", "language")):
+        model = load_model(folder, torch.float32, CPU, parts)
+        configure_tuning(model, TuneSettings.model_validate(tune), 0)
+        counts.append(vars(FlopCounter(model)) | {"_geometry": None})
+    assert counts[0] == counts[1]
+
+
+def test_bit_flip_in_frozen_codes_is_detected(tmp_path: Path) -> None:
+    folder = ModelFolder(create_tiny_model(tmp_path / "tiny"))
+    dense = load_model(folder, torch.float32, CPU)
+    model = load_model(folder, torch.float32, CPU, ("language",))
+    watch = ParamAudit(model, {})
+    rows = {row.part: row for row in watch.compute_changes(())}
+    expected = {row.part: row for row in ParamAudit(dense, {}).compute_changes(())}
+    assert rows == expected
+    assert rows["language"].num_changed == 0
+    matrix = find_quantized_weights(model)["model.layers.1.mlp.gate_up_proj.weight"].matrices[1]
+    matrix.codes[7] ^= 1
+    assert {row.part: row.num_changed for row in watch.compute_changes(())} == {
+        "vision": 0,
+        "merger": 0,
+        "language": 1,
+        "embeddings": 0,
+    }
+
+
+def test_run_on_gptq_base_model(task: TinyTask) -> None:
+    """Adapters on frozen quantized weights, and a fully trained merger."""
+    four, dense = write_quantized_model(
+        ModelFolder(task.folder / "tiny"), task.folder, GptqConfig(act_order=True)
+    )
+    tune = LORA | {"merger": "full"}
+    results = [
+        task.run(tune=tune, model=str(folder.path), name=folder.path.name + "-run")
+        for folder in (dense, four)
+    ]
+    assert "(weights of language in 4 bits, as published)" in task.console_output
+    assert results[0].loss == results[1].loss
+    assert results[0].after == results[1].after
+    run = task.folder / "int4-run"
+    found = load_inference_model(str(run), "cpu").model
+    base = find_quantized_weights(load_model(four, torch.float32, CPU))
+    retained = find_quantized_weights(found)
+    assert retained.keys() == base.keys()
+    for name, weight in base.items():
+        for bits, expected in zip(retained[name].buffers(), weight.buffers(), strict=True):
+            assert torch.equal(bits, expected)
+    with pytest.raises(UserError, match="language is full, but the model has 4-bit weights"):
+        task.run(tune={"language": "full"}, model=str(four.path), name="whole")
+
+
+def test_run_with_quantized_lm_head(task: TinyTask) -> None:
+    tune = LORA | {"quantize": {"nf4": ["language", "embeddings"]}}
+    with pytest.raises(UserError, match="head of this model is tied to the embedding table"):
+        task.run(tune=tune, name="tied")
+    _, dense = write_quantized_model(ModelFolder(task.folder / "tiny"), task.folder, GptqConfig())
+    base = with_untied_head(dense)
+    result = task.run("train.epochs=4", tune=tune, model=str(base.path))
+    assert result.before is not None
+    assert result.after is not None
+    assert result.after.validation_loss < result.before.validation_loss
+    model = load_inference_model(str(task.folder / "run"), "cpu").model
+    assert "lm_head.weight" in find_quantized_weights(model)
+    again = task.run(
+        "train.steps=1",
+        "train.epochs=null",
+        tune=tune,
+        name="again",
+        model=str(task.folder / "run"),
+    )
+    assert again.before is not None
+    assert again.before.validation_loss == pytest.approx(result.after.validation_loss, rel=1e-6)

@@ -1,0 +1,177 @@
+"""Optimizer kernels on a GPU compared with the CPU implementation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finesight.train import optim_states
+from finesight.train.adamw import AdamW
+from finesight.train.grad_accumulation import GradientAccumulator, ParamSlice
+from finesight.train.master_weights import SplitBf16Master
+from finesight.train.optim_states import BLOCK_SIZE, OptimState8bit
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = [(5000 * 16, 256, 4096), (5003, 77)]
+"""Numbers of parameters: of which threads read several at once, and of which they cannot."""
+
+
+class OptimizerSetup:
+    """A group of parameters, its gradients and its optimiser, on one device."""
+
+    def __init__(
+        self, sizes: tuple[int, ...], dtype: torch.dtype, eight_bits: bool, device: str
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.pieces, end = [], 0
+        for number, size in enumerate(sizes):
+            values = torch.randn(size, generator=generator).to(device, dtype)
+            self.pieces.append(
+                ParamSlice(str(number), nn.Parameter(values), slice(end, end + size))
+            )
+            end += -(-size // BLOCK_SIZE) * BLOCK_SIZE
+        narrow_E = torch.zeros(end, dtype=dtype, device=device)
+        for piece in self.pieces:
+            piece.view(narrow_E).copy_(piece.parameter.detach())
+        self.masters = SplitBf16Master(narrow_E)
+        self.gradients = GradientAccumulator(self.pieces, end)
+        self.grad_scale, self.nan_scale = torch.tensor([0.37, math.nan], device=device)
+        self.adamw = AdamW(self.masters, self.gradients, (0.9, 0.999), eight_bits)
+
+    def receive(self, number: int, gradient: Tensor) -> None:
+        parameter = self.pieces[number].parameter
+        parameter.grad = gradient.to(parameter)
+
+    def step(self) -> None:
+        self.gradients.per_parameter()
+        self.adamw.step(self.grad_scale, 1e-2, 0.1)
+        self.gradients.zero_grad()
+
+    def read_state(self) -> tuple[Tensor, Tensor, Tensor]:
+        location = slice(0, len(self.masters))
+        retained = (self.masters, self.adamw.exp_avg, self.adamw.exp_avg_sq)
+        return tuple(part.read(location).cpu() for part in retained)
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_gpu_step_matches_cpu(sizes: tuple[int, ...], dtype: torch.dtype, eight_bits: bool) -> None:
+    """One and several micro-batches, with parameters without gradients."""
+    sides = [OptimizerSetup(sizes, dtype, eight_bits, device) for device in ("cpu", "cuda")]
+    assert sides[1].gradients.tiles is not None
+    generator = torch.Generator().manual_seed(1)
+    for step in range(6):
+        for micro in range(1 + step % 2 * 2):
+            for side in sides:
+                if micro:
+                    side.gradients.accumulate()
+            for number, size in enumerate(sizes):
+                if number != 1 or step >= 2:
+                    drawn = torch.randn(size, generator=generator) ** 3
+                    for side in sides:
+                        side.receive(number, drawn)
+        for side in sides:
+            side.step()
+        for found, expected in zip(*(side.read_state() for side in sides), strict=True):
+            off = (found - expected).abs()
+            if not eight_bits:
+                assert float(off.max()) < 1e-6 * float(expected.abs().max())
+            else:
+                # A number in the middle between two levels goes to one or the other.
+                assert float((off > 1e-6 * expected.abs().max()).float().mean()) < 5e-3
+                assert float(off.norm() / expected.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_match_the_level_table(signed: bool) -> None:
+    """Through a step that leaves moments as they come: of any gradient, every level is met."""
+    side = OptimizerSetup((1 << 18,), torch.float32, True, "cuda")
+    generator = torch.Generator().manual_seed(2)
+    exponents = torch.rand(1 << 18, generator=generator) * (-8 if signed else -4)
+    drawn = 10**exponents * (torch.randint(0, 2, (1 << 18,), generator=generator) * 2 - 1)
+    drawn[::BLOCK_SIZE] = 1.0
+    side.receive(0, drawn)
+    side.step()
+    moment = side.adamw.exp_avg if signed else side.adamw.exp_avg_sq
+    assert isinstance(moment, OptimState8bit)
+    expected = OptimState8bit(1 << 18, torch.device("cpu"), signed)
+    grad = drawn * 0.37
+    wide = 0.1 * grad if signed else (1 - 0.999) * grad * grad
+    expected.write(wide, slice(0, 1 << 18))
+    torch.testing.assert_close(moment.scale_B.cpu(), expected.scale_B)
+    found, codes = moment.values_E.cpu().int(), expected.values_E.int()
+    assert float((found != codes).float().mean()) < 2e-3
+    assert int((found - codes).abs().max()) <= 1
+    assert len(codes.unique()) > (220 if signed else 240)
+    levels = optim_states.create_dynamic_map(signed)
+    torch.testing.assert_close(
+        moment.read(slice(0, 1 << 18)).cpu(),
+        levels[found] * expected.scale_B.repeat_interleave(BLOCK_SIZE),
+        rtol=2e-6,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_skipped_step_changes_no_state(dtype: torch.dtype, eight_bits: bool) -> None:
+    """The other steps do not synchronize with the device."""
+    broken, full = (OptimizerSetup(SIZES[1], dtype, eight_bits, "cuda") for _ in range(2))
+    generator = torch.Generator().manual_seed(3)
+    for step in range(4):
+        for number, size in enumerate(SIZES[1]):
+            drawn = torch.randn(size, generator=generator)
+            broken.receive(number, drawn)
+            full.receive(number, drawn)
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            full.step()
+            broken.step()
+            broken.receive(0, broken.pieces[0].parameter.detach() * math.nan)
+            broken.adamw.step(broken.nan_scale, 1e-2, 0.1)
+            broken.gradients.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert broken.adamw.num_steps == full.adamw.num_steps == 4
+    for found, expected in zip(broken.read_state(), full.read_state(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_unaligned_gradient_is_read() -> None:
+    sides = [OptimizerSetup((4096,), torch.bfloat16, False, device) for device in ("cpu", "cuda")]
+    for side in sides:
+        wide = torch.arange(4099.0).to(side.masters.params_E)
+        side.pieces[0].parameter.grad = wide[3:]
+        side.step()
+    for found, expected in zip(*(side.read_state() for side in sides), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=["even", "odd"])
+def test_grad_norm_matches(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    side = OptimizerSetup((*sizes, 4096), dtype, False, "cuda")
+    assert side.gradients.squared_norm() == 0
+    generator = torch.Generator().manual_seed(1)
+    given = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+    for number, gradient in enumerate(given):
+        side.receive(number, gradient)
+    expected = sum(float(gradient.double().square().sum()) for gradient in given)
+    assert side.gradients.squared_norm().item() == pytest.approx(expected, rel=1e-5)
+    # Once summed up with those of another micro-batch, too.
+    side.gradients.accumulate()
+    side.receive(0, given[0])
+    expected += 3 * float(given[0].double().square().sum())
+    assert side.gradients.squared_norm().item() == pytest.approx(expected, rel=1e-5)
+    given[-1][-1] = math.inf
+    side.gradients.zero_grad()
+    side.receive(len(sizes) - 1, given[-1])
+    assert side.gradients.squared_norm() == math.inf

@@ -1,0 +1,120 @@
+"""Run directory: one run, one process, no partial lines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finesight.errors import UserError
+from finesight.train.run_dir import RunDir
+
+
+def test_new_or_empty_folder_is_accepted(tmp_path: Path) -> None:
+    RunDir(tmp_path / "new").check_available(resume=False)
+    RunDir(tmp_path).check_available(resume=False)
+
+
+def test_existing_run_is_rejected_unless_resumed(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(UserError, match=r"contains another run[\s\S]*--resume"):
+        RunDir(tmp_path).check_available(resume=False)
+    RunDir(tmp_path).check_available(resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_foreign_files_are_not_touched(tmp_path: Path, resume: bool) -> None:
+    (tmp_path / "thesis.tex").touch()
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(UserError, match=r"contains recipe\.yaml, thesis\.tex, but no run"):
+        RunDir(tmp_path).check_available(resume)
+    with pytest.raises(UserError, match="is a file"):
+        RunDir(tmp_path / "thesis.tex").check_available(resume)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_dangling_symlink_is_rejected(tmp_path: Path, resume: bool) -> None:
+    for target in ("nowhere", "link"):
+        link = tmp_path / "link"
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / target)
+        with pytest.raises(UserError, match="a broken link"):
+            RunDir(link).check_available(resume)
+
+
+def test_user_recipe_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(UserError, match=r"contains recipe\.yaml, but no run"):
+        RunDir(tmp_path).check_available(resume=False)
+
+
+def test_invalid_folder_name_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"file name too long[\s\S]*shorter output"):
+        RunDir(tmp_path / ("long" * 100)).check_available(resume=False)
+
+
+def test_run_folder_is_locked(tmp_path: Path) -> None:
+    script = f"""
+from pathlib import Path
+from finesight.errors import UserError
+from finesight.train.run_dir import RunDir
+try:
+    with RunDir(Path({str(tmp_path)!r})).lock():
+        print("entered")
+except UserError as error:
+    print(error.what)
+"""
+    with RunDir(tmp_path).lock():
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.stdout.strip() == f"another process is training in {tmp_path.name}", done.stderr
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "entered", done.stderr
+
+
+def make_run(folder: Path) -> RunDir:
+    run = RunDir(folder)
+    for step in range(5):
+        if step % 2 == 0:
+            run.append_metrics({"step": step, "validation_loss": 1.0})
+        run.append_metrics({"step": step + 1, "loss": 0.5})
+    return run
+
+
+def test_metrics_after_checkpoint_are_removed(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.truncate_metrics(step=3, last_eval_step=2)
+    assert [(line["step"], "loss" in line) for line in run.read_metrics()] == [
+        (0, False),
+        (1, True),
+        (2, True),
+        (2, False),
+        (3, True),
+    ]
+
+
+def test_evaluation_after_checkpoint_is_removed(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.truncate_metrics(step=2, last_eval_step=0)
+    assert [(line["step"], "loss" in line) for line in run.read_metrics()][-1] == (2, True)
+
+
+@pytest.mark.parametrize("truncated", ['{"step": 6, "lo', '{"step": 6}', "7\n", "\x00\x00"])
+def test_truncated_last_line_is_removed(tmp_path: Path, truncated: str) -> None:
+    run = make_run(tmp_path)
+    with run.metrics_path.open("a") as file:
+        file.write(truncated)
+    assert len(run.read_metrics()) == 8
+    run.truncate_metrics(step=100, last_eval_step=100)
+    run.append_metrics({"step": 6, "loss": 0.1})
+    lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 4, 5, 6]
+
+
+def test_result_file_marks_the_end(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert run.read_result() is None
+    run.write_result({"steps": 3})
+    assert json.loads(run.read_result() or "") == {"steps": 3}

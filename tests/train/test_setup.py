@@ -1,0 +1,109 @@
+"""What a run starts from, and what it refuses before anything is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny_task import TinyTask
+
+from finesight.errors import UserError
+from finesight.train.oom import translate_oom_errors
+
+
+def test_training_continues_from_run_and_adapter(task: TinyTask) -> None:
+    lora = {"language": "lora", "lora": {"rank": 2, "dropout": 0.0}}
+    first = task.run(tune=lora, name="first")
+    assert first.after is not None
+    for number, start in enumerate(
+        (
+            {"model": str(task.folder / "first")},
+            {"adapter": str(task.folder / "first")},
+            {"adapter": str(task.folder / "first" / "adapter")},
+        )
+    ):
+        result = task.run(tune=lora, name=f"second{number}", **start)
+        assert result.before is not None
+        assert result.before.validation_loss == pytest.approx(first.after.validation_loss, rel=1e-6)
+    with pytest.raises(UserError, match="rank 2"):
+        task.run(tune={"language": "lora"}, name="third", adapter=str(task.folder / "first"))
+    assert not (task.folder / "third").exists()
+    with pytest.raises(UserError, match=r"no adapter_config\.json"):
+        task.run(name="fourth", adapter=str(task.folder / "tiny"))
+    with pytest.raises(UserError, match=r"already has an adapter[\s\S]*remove adapter"):
+        task.run(
+            tune=lora, name="fifth", model=str(task.folder / "first"), adapter=str(task.folder)
+        )
+
+
+@pytest.mark.parametrize("setting", ["model", "adapter"])
+def test_continued_run_keeps_image_size_and_prompt(task: TinyTask, setting: str) -> None:
+    lora = {"language": "lora", "lora": {"rank": 2}}
+    task.run(
+        "data.system_prompt=Name colours.", "image={height: 56, width: 28}", tune=lora, name="one"
+    )
+    start = {setting: str(task.folder / "one"), "image": None}
+    task.run(tune=lora, name="two", **start)
+    task.run(
+        "data.system_prompt=Speak.", "image={longest_side: 56}", tune=lora, name="three", **start
+    )
+    manifests = [
+        json.loads((task.folder / name / "manifest.json").read_text())
+        for name in ("one", "two", "three")
+    ]
+    assert manifests[1]["image_rule"] == manifests[0]["image_rule"] == {"height": 56, "width": 28}
+    assert manifests[1]["system_prompt"] == manifests[0]["system_prompt"] == "Name colours."
+    assert manifests[2]["image_rule"] == {"longest_side": 56}
+    assert manifests[2]["system_prompt"] == "Speak."
+
+
+def test_images_in_both_splits_are_reported(task: TinyTask) -> None:
+    task.run()
+    assert "are also in data.train" not in task.console_output
+    task.run(f"data.eval={task.folder / 'train.jsonl'}", name="leaky")
+    assert "11 images of data.eval are also in data.train" in task.console_output
+
+
+def test_resume_rejects_changed_settings_and_data(task: TinyTask) -> None:
+    run = task.rewind_to_checkpoint()
+    with pytest.raises(UserError) as caught:
+        task.run("train.batch_size=5", "tune.lora.rank=4", "train.weight_decay=0.5", resume=True)
+    assert "train.batch_size is 5 now" in caught.value.what
+    assert "train.weight_decay=0.01" in caught.value.expected
+    assert str(run / "checkpoints" / "step-4") in caught.value.where
+    with (task.folder / "train.jsonl").open("a") as file:
+        file.write((task.folder / "train.jsonl").read_text().splitlines()[0].replace("0", "1"))
+    with pytest.raises(UserError, match=r"data\.train is"):
+        task.run(resume=True)
+
+
+def test_eval_without_data_is_rejected(task: TinyTask) -> None:
+    data = {"train": task.recipe["data"]["train"]}
+    with pytest.raises(UserError, match=r"data\.eval"):
+        task.run(data=data, eval={"metric": "ocr"})
+    assert task.run(data=data).before is None
+
+
+def test_unreadable_adapter_path(task: TinyTask) -> None:
+    with pytest.raises(UserError, match=r"no adapter_config\.json"):
+        task.run(adapter="a" * 5000)
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: torch.empty(1 << 60, dtype=torch.uint8),
+        lambda: bytearray(1 << 62),
+    ],
+    ids=["tensor", "bytes"],
+)
+def test_host_out_of_memory_is_reported(allocate: Callable[[], object]) -> None:
+    with pytest.raises(UserError, match="the CPU memory is full"), translate_oom_errors():
+        allocate()
+
+
+def test_other_errors_pass_through() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), translate_oom_errors():
+        raise RuntimeError("shapes")

@@ -1,0 +1,369 @@
+"""Complete runs of the tiny task: files, errors and console output."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_task import TinyTask, read_losses
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from finesight import digests, storage
+from finesight.data.image_header import CorruptImageError
+from finesight.errors import UserError
+from finesight.infer.model_loader import load_inference_model
+from finesight.model.tiny import create_tiny_model
+from finesight.recipe import load_recipe
+from finesight.train import trainer
+from finesight.train.dataloader import StepBatch
+from finesight.train.finalize import RunResult
+from finesight.train.run_dir import RunDir
+from finesight.train.setup import TrainState
+from finesight.train.step import StepOutput
+
+
+def test_run_folder_contents(task: TinyTask) -> None:
+    result = task.run(eval={"metric": "ocr", "every": 4, "max_new_tokens": 6})
+    run = task.folder / "run"
+    assert sorted(path.name for path in run.iterdir()) == [
+        *("adapter", "checkpoints", "images.safetensors", "manifest.json"),
+        *(
+            "metrics.jsonl",
+            "model",
+            "param_audit.json",
+            "predictions",
+            "recipe.yaml",
+            "report.html",
+            "result.json",
+            "skipped_samples.jsonl",
+        ),
+    ]
+    for folder in (run / "adapter", run / "model", run / "checkpoints" / "step-6"):
+        digests.verify_folder(folder)
+    names = sorted(path.name for path in (run / "predictions").iterdir())
+    assert names == ["after.jsonl", "before.jsonl", "step-4.jsonl"]
+    assert load_recipe(run / "recipe.yaml").train.batch_size == 4
+    assert RunResult.model_validate_json((run / "result.json").read_text()) == result
+    assert result.before is not None
+    assert result.after is not None
+    assert result.after.validation_loss < result.before.validation_loss
+    assert (result.steps, result.samples, result.skipped_samples) == (6, 22, 0)
+    assert "similarity" in task.console_output
+    assert (
+        "training merger full, language lora: 33,024 of 193,152 parameters; 6 steps"
+        in task.console_output
+    )
+    assert re.search(r"step 6/6  loss .* samples/s .* tokens/s .* % MFU .* GB", task.console_output)
+    load_inference_model(str(run), "cpu")
+
+
+def test_metrics_of_each_step(task: TinyTask) -> None:
+    task.run()
+    lines = [line for line in task.read_metrics() if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["num_samples"] for line in lines] == [4, 4, 4, 4, 4, 2]
+    assert lines[2]["epoch"] == pytest.approx(12 / 11, abs=1e-3)
+    for line in lines:
+        assert line["lr"].keys() == {"merger", "language"}
+        assert line["num_tokens"] > line["num_supervised_tokens"] > 0
+        assert line["samples_per_s"] == pytest.approx(line["num_samples"] / line["step_s"])
+        assert line["mfu"] > 0
+        assert line["peak_memory_gb"] > 0
+    assert lines[-1]["lr"]["merger"] < lines[1]["lr"]["merger"]
+    measured = [line["step"] for line in task.read_metrics() if "validation_loss" in line]
+    assert measured == [0, 2, 4, 6]
+
+
+def test_per_part_learning_rates(task: TinyTask) -> None:
+    rates = {"default": 0.01, "merger": 1e-6}
+    train_settings = task.recipe["train"] | {"learning_rate": rates, "lr_schedule": "constant"}
+    result = task.run(train=train_settings)
+    changed = {row.part: row.relative_change for row in result.param_changes if row.is_trained}
+    assert changed["merger"] < changed["language"] / 100
+    first = next(line for line in task.read_metrics() if "lr" in line)
+    assert first["lr"] == {"merger": 1e-6, "language": 0.01}
+
+
+def test_lora_writes_adapter_and_full_writes_model(task: TinyTask) -> None:
+    task.run(tune={"language": "lora", "lora": {"rank": 2}}, name="a")
+    assert not (task.folder / "a" / "model").exists()
+    task.run(tune={"language": "frozen", "vision": "full"}, name="b")
+    assert not (task.folder / "b" / "adapter").exists()
+    before = load_file(task.folder / "tiny" / "model.safetensors")
+    after = load_file(task.folder / "b" / "model" / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith("visual.") and "merger" not in name for name in changed)
+
+
+def test_mixed_run_uses_adapter_and_full_parts(task: TinyTask) -> None:
+    """The adapter applies to the fully trained parts of the same run."""
+    task.run()
+    answerer = load_inference_model(str(task.folder / "run"), "cpu")
+    values = load_file(task.folder / "run" / "checkpoints" / "step-6" / "trainable.safetensors")
+    parameters = dict(answerer.model.named_parameters())
+    assert len(values) > 20
+    for name, value in values.items():
+        assert torch.equal(parameters[name].detach(), value), name
+
+
+def test_existing_run_is_rejected(task: TinyTask) -> None:
+    first = task.run()
+    with pytest.raises(UserError, match="contains another run"):
+        task.run()
+    before = (task.folder / "run" / "metrics.jsonl").read_bytes()
+    assert task.run(resume=True) == first
+    assert "the run is already complete" in task.console_output
+    assert (task.folder / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_allows_non_numeric_settings(task: TinyTask) -> None:
+    task.rewind_to_checkpoint()
+    result = task.run(
+        "train.num_workers=1", "train.keep_checkpoints=5", "train.save_every=1", resume=True
+    )
+    assert result.steps == 6
+    assert [step for step, _ in read_losses(task.folder / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: (folder / "optimizer.safetensors").unlink(), "optimizer.safetensors"),
+        (
+            lambda folder: (folder / "trainable.safetensors").write_bytes(b"x"),
+            "trainable.safetensors",
+        ),
+    ],
+)
+def test_resume_from_damaged_checkpoint(task: TinyTask, spoil: Any, words: str) -> None:
+    task.recipe["train"]["keep_checkpoints"] = 3
+    run = task.rewind_to_checkpoint()
+    spoil(run / "checkpoints" / "step-4")
+    assert task.run(resume=True).steps == 6
+    assert words in task.console_output
+    assert "resuming from step 2" in task.console_output
+    assert (run / "checkpoints" / "corrupt-step-4").is_dir()
+    spoil(run / "checkpoints" / "step-2")
+    (run / "result.json").unlink()
+    for step in (4, 6):
+        storage.remove_folder(run / "checkpoints" / f"step-{step}")
+    with pytest.raises(UserError) as caught:
+        task.run(resume=True)
+    assert words in str(caught.value)
+    assert "to restart the run from step 0" in caught.value.remedy
+
+
+def test_corrupt_images_are_counted_and_run_continues(task: TinyTask) -> None:
+    (task.folder / "train2.png").write_bytes(b"no picture")
+    full = (task.folder / "train5.png").read_bytes()
+    (task.folder / "train5.png").write_bytes(full[:-30])
+    result = task.run()
+    dropped = [name for line in task.read_metrics() for name in line.get("skipped_samples", [])]
+    assert dropped == ["train5", "train5"]
+    listed = (task.folder / "run" / "skipped_samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in listed] == ["train2"]
+    assert result.skipped_samples == 3
+    assert "skipped train2" in task.console_output
+    assert "skipped train5" in task.console_output
+    with pytest.raises(CorruptImageError, match=r"train2\.png"):
+        task.run("data.on_invalid_sample=fail", name="strict")
+    assert not (task.folder / "strict").exists()
+
+
+def test_corrupt_validation_images_are_counted(task: TinyTask) -> None:
+    for number in range(3):
+        path = task.folder / f"eval{number}.png"
+        path.write_bytes(path.read_bytes()[:-30])
+        if number == 0:
+            task.run()
+            assert "1 validation samples skipped, eval0: " in task.console_output
+    with pytest.raises(UserError, match="none of 3 samples has decodable images"):
+        task.run(name="blind")
+    with pytest.raises(CorruptImageError, match=r"eval0\.png"):
+        task.run("data.on_invalid_sample=fail", name="strict")
+
+
+def test_damaged_result_is_rewritten(task: TinyTask) -> None:
+    first = task.run()
+    (task.folder / "run" / "result.json").write_text("{")
+    with pytest.raises(UserError, match=r"not a valid result[\s\S]*delete it"):
+        task.run(resume=True)
+    (task.folder / "run" / "result.json").unlink()
+    assert task.run(resume=True) == first
+
+
+def test_out_of_memory_error_has_advice(task: TinyTask) -> None:
+    def refuse(module: torch.nn.Module, inputs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    hook = register_module_forward_pre_hook(refuse)
+    try:
+        with pytest.raises(
+            UserError, match=r"memory is full[\s\S]*tune\.quantize\.nf4=\[language\]"
+        ):
+            task.run()
+    finally:
+        hook.remove()
+
+
+def test_concurrent_run_is_rejected(task: TinyTask) -> None:
+    task.rewind_to_checkpoint()
+    run = RunDir(task.folder / "run")
+    half_written = run.checkpoint_dir / ".step-6.partial"
+    with run.lock():
+        half_written.mkdir()
+        with pytest.raises(UserError, match="another process is training"):
+            task.run(resume=True)
+        assert half_written.exists()
+
+
+def test_run_created_meanwhile_is_not_overwritten(task: TinyTask) -> None:
+    class RacingDisk(storage.FileSystem):
+        """Another process starts the same run just before this one creates the folder."""
+
+        def make_folder(self, path: Path) -> None:
+            super().make_folder(path)
+            if path.name == "run":
+                (path / "manifest.json").write_text("its own")
+
+    with (
+        storage.use_file_system(RacingDisk()),
+        pytest.raises(UserError, match="contains another run"),
+    ):
+        task.run()
+    assert [path.name for path in (task.folder / "run").iterdir()] == ["manifest.json"]
+
+
+def test_part_without_gradients_is_reported(task: TinyTask) -> None:
+    """Text-only samples give the merger no gradients."""
+    turns = [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": "red"}]
+    lines = [json.dumps({"id": str(i), "messages": turns}) for i in range(4)]
+    (task.folder / "train.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"no gradient reached the 6 trainable tensors of merger"):
+        task.run()
+    assert re.search(r"merger +trained +6 ", task.console_output)
+    assert not (task.folder / "run" / "model").exists()
+
+
+def test_diverged_run_keeps_last_good_checkpoint(task: TinyTask) -> None:
+    settings = task.recipe["train"] | {
+        "learning_rate": 1e20,
+        "max_grad_norm": None,
+        "save_every": 1,
+        "lr_schedule": "constant",
+        "warmup": 3,
+    }
+    with pytest.raises(UserError, match=r"(loss|gradient norm) of step|(validation loss)"):
+        task.run(train=settings)
+    for folder in (task.folder / "run" / "checkpoints").glob("step-*"):
+        values = load_file(folder / "trainable.safetensors")
+        assert all(value.isfinite().all() for value in values.values())
+
+
+def test_full_disk_at_checkpoint_is_reported(task: TinyTask) -> None:
+    class FullDisk(storage.FileSystem):
+        def sync_path(self, path: Path) -> None:
+            if path.name == "optimizer.safetensors":
+                raise OSError(28, "No space left on device")
+            super().sync_path(path)
+
+    with storage.use_file_system(FullDisk()), pytest.raises(UserError, match="no space left"):
+        task.run()
+    assert list((task.folder / "run" / "checkpoints").iterdir()) == []
+    assert task.run(resume=True).steps == 6
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_training(task: TinyTask, precision: str) -> None:
+    result = task.run(f"train.precision={precision}")
+    assert result.before is not None
+    assert result.after is not None
+    assert result.after.validation_loss < result.before.validation_loss
+    stored = load_file(task.folder / "run" / "model" / "model.safetensors")
+    expected = torch.bfloat16 if precision == "bf16" else torch.float16
+    assert {tensor.dtype for tensor in stored.values()} == {expected}
+
+
+def test_bf16_with_equal_image_sizes(task: TinyTask) -> None:
+    """16 patches per image, and packs with an odd number of tokens."""
+    folder = create_tiny_model(task.folder / "square", "qwen")
+    config = json.loads((folder / "config.json").read_text())
+    config["visual"]["image_size"] = 56
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "sha256.json").unlink()
+    one = ("train.precision=bf16", "train.steps=1", "train.epochs=null", "train.pack_tokens=130")
+    assert task.run(*one, model=str(folder), image=None).steps == 1
+
+
+@pytest.mark.parametrize(
+    "tune",
+    [
+        {"vision": "lora", "merger": "lora", "language": "lora", "embeddings": "full"},
+        {"vision": "full", "merger": "full", "language": "full", "embeddings": "full"},
+        {"merger": "full", "language": "lora"},
+    ],
+    ids=["adapters everywhere", "all whole", "vision frozen"],
+)
+def test_activation_checkpointing_changes_only_memory(task: TinyTask, tune: dict[str, Any]) -> None:
+    tune = tune | {"lora": {"rank": 2, "dropout": 0.2}}
+    task.run(name="plain", tune=tune)
+    task.run("train.activation_checkpointing=true", name="recomputed", tune=tune)
+    task.run("train.activation_checkpointing=0.5", name="half", tune=tune)
+    names = ("plain", "recomputed", "half")
+    assert len({tuple(read_losses(task.folder / name)) for name in names}) == 1
+    weights = {
+        (task.folder / name / "checkpoints" / "step-6" / "trainable.safetensors").read_bytes()
+        for name in names
+    }
+    assert len(weights) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_run_with_workers_resumes(task: TinyTask) -> None:
+    settings = ("train.device=cuda", "train.precision=bf16", "train.num_workers=2")
+    first = task.run(*settings)
+    assert first.before is not None
+    assert first.after is not None
+    assert first.after.validation_loss < first.before.validation_loss
+    full = read_losses(task.folder / "run")
+    (task.folder / "run" / "result.json").unlink()
+    storage.remove_folder(task.folder / "run" / "checkpoints" / "step-6")
+    task.run(*settings, resume=True)
+    again = read_losses(task.folder / "run")
+    assert [step for step, _ in again] == [1, 2, 3, 4, 5, 6]
+    assert again[:4] == full[:4]
+    # What is restored is exact; kernels that add in no fixed order are not.
+    assert [loss for _, loss in again] == pytest.approx([loss for _, loss in full], rel=0.02)
+    assert all(line["step_s"] > 0 for line in task.read_metrics() if "loss" in line)
+
+
+def test_changed_data_file_ends_with_checkpoint(
+    task: TinyTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends with a checkpoint, and resumes after the file is restored."""
+    file = task.folder / "train.jsonl"
+    content, changed = file.read_bytes(), file.stat()
+    real = trainer.train_step
+
+    def taking(session: TrainState, step: StepBatch, *rest: Any) -> StepOutput:
+        if step.step_index == 2:
+            file.write_bytes(content + b"\n")
+        return real(session, step, *rest)
+
+    monkeypatch.setattr(trainer, "train_step", taking)
+    with pytest.raises(UserError, match="has changed"):
+        task.run(train=task.recipe["train"] | {"save_every": 6})
+    assert [path.name for path in (task.folder / "run" / "checkpoints").iterdir()] == ["step-3"]
+    file.write_bytes(content)
+    os.utime(file, ns=(changed.st_atime_ns, changed.st_mtime_ns))
+    monkeypatch.undo()
+    assert task.run(train=task.recipe["train"] | {"save_every": 6}, resume=True).steps == 6

@@ -1,0 +1,220 @@
+"""Vision cache decision: conditions, and messages about obstacles."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+from rich.console import Console
+from tiny_task import TinyTask
+from vision_cache_fixtures import (
+    CONSOLE,
+    LORA,
+    build_vision_store,
+    decide_vision_cache,
+    make_train_state,
+    read_all_features,
+)
+
+from finesight.errors import TrainingInterrupted, UserError
+from finesight.train import vision_cache
+from finesight.train.console import TrainingConsole
+from finesight.train.signals import StopRequest
+
+
+def screen() -> tuple[TrainingConsole, Callable[[], str]]:
+    shown = io.StringIO()
+    return TrainingConsole(Console(file=shown, width=300)), shown.getvalue
+
+
+@pytest.mark.parametrize("part", ["merger", "vision"])
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_trainable_encoder_disables_the_vision_cache(tmp_path: Path, part: str, mode: str) -> None:
+    outcome = decide_vision_cache(make_train_state(tmp_path / "task", LORA | {part: mode}))
+    assert outcome.cache is None
+    assert outcome.reason == "images are encoded in every step: the vision encoder is trainable"
+
+
+def test_single_epoch_disables_the_vision_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless all of their features are on disk already."""
+    session = make_train_state(tmp_path / "task", epochs=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(vision_cache, "index_images", None)
+        outcome = decide_vision_cache(session)
+    assert outcome.cache is None
+    assert vision_cache.REASON_SINGLE_USE in outcome.reason
+    build_vision_store(make_train_state(tmp_path / "task", epochs=2))
+    outcome = decide_vision_cache(session)
+    assert outcome.num_from_disk == outcome.num_images == 9
+    Image.new("RGB", (56, 56), (1, 2, 3)).save(tmp_path / "task" / "train0.png")
+    assert decide_vision_cache(make_train_state(tmp_path / "task", epochs=1)).cache is None
+
+
+def test_repeated_images_enable_the_vision_cache(tmp_path: Path) -> None:
+    folder = tmp_path / "task"
+    make_train_state(folder)
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    duplicate_requests = [line.replace("Which colour?", "What colour is it?") for line in lines]
+    (folder / "train.jsonl").write_text("\n".join([*lines, *duplicate_requests]) + "\n")
+    session = make_train_state(folder, epochs=1)
+    assert session.train_data.stats.num_images == 22
+    assert session.train_data.stats.num_unique_images == 11
+    assert decide_vision_cache(session).num_images == 9, "two pairs of files are equal"
+
+
+def test_samples_without_images(tmp_path: Path) -> None:
+    task = TinyTask(tmp_path)
+    data = tmp_path / "train.jsonl"
+    samples = [json.loads(line) for line in data.read_text().splitlines()]
+    for sample in samples:
+        del sample["messages"][0]["content"][0]
+    data.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    task.run(tune=LORA)
+    assert "images are encoded in every step: the data contain no images" in task.console_output
+
+
+def test_features_that_fit_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = make_train_state(tmp_path / "task")
+    monkeypatch.setattr(vision_cache, "available_memory", lambda: 2_000_000)
+    monkeypatch.setattr(vision_cache, "free_gpu_memory", lambda device: None)
+    assert decide_vision_cache(session).tier == "memory"
+    monkeypatch.setattr(vision_cache, "available_memory", lambda: 1000)
+    assert decide_vision_cache(session).tier == "disk"
+    limited = decide_vision_cache(make_train_state(tmp_path / "task", vision_cache="memory"))
+    assert limited.cache is None
+    assert "but only 0.00 MB in memory" in limited.reason
+    assert "(train.vision_cache=memory)" in limited.reason
+
+
+def test_changed_image_is_encoded_again(tmp_path: Path, assets: Path) -> None:
+    """Also where size and time of its file are what they were."""
+    folder = tmp_path / "task"
+    before = build_vision_store(make_train_state(folder))
+    path = folder / "train0.png"
+    stat, colour = path.stat(), Image.open(path).getpixel((0, 0))
+    size = Image.open(path).size
+    Image.new("RGB", size, (9, 99, 199)).save(path)
+    assert colour != (9, 99, 199)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    outcome = decide_vision_cache(make_train_state(folder))
+    assert outcome.cache is not None
+    assert outcome.num_from_disk < outcome.num_images
+    for file in assets.rglob("*.safetensors"):
+        file.unlink()
+    session = make_train_state(folder)
+    fresh = read_all_features(session, build_vision_store(session))
+    assert torch.equal(read_all_features(session, outcome.cache), fresh)
+    assert not torch.equal(read_all_features(session, before), fresh)
+
+
+def test_encoder_or_size_change_invalidates_the_cache(tmp_path: Path) -> None:
+    folder = tmp_path / "task"
+    first = decide_vision_cache(make_train_state(folder))
+    assert decide_vision_cache(make_train_state(folder)).num_from_disk == first.num_images
+    recipe = json.loads((folder / "task.json").read_text())
+    smaller = recipe | {"image": {"min_pixels": 784, "max_pixels": 3136}}
+    (folder / "task.json").write_text(json.dumps(smaller))
+    assert decide_vision_cache(make_train_state(folder)).num_from_disk < first.num_images
+    (folder / "task.json").write_text(json.dumps(recipe))
+    session = make_train_state(folder)
+    with torch.no_grad():
+        session.model.visual.merger.mlp["2"].bias[3] += 1e-3
+    assert decide_vision_cache(session).num_from_disk == 0
+    assert decide_vision_cache(make_train_state(folder, precision="bf16")).num_from_disk == 0
+
+
+@pytest.mark.parametrize("fault", ["a bit", "cut off", "empty", "no safetensors", "other shape"])
+@pytest.mark.parametrize("cache", ["auto", "disk"])
+def test_damaged_cache_files_are_rebuilt(
+    tmp_path: Path, assets: Path, fault: str, cache: str
+) -> None:
+    session = make_train_state(tmp_path / "task", vision_cache=cache)
+    expected = read_all_features(session, build_vision_store(session))
+    first, *others = sorted(assets.rglob("*.safetensors"))
+    full = first.read_bytes()
+    bad: dict[str, Any] = {
+        "a bit": full[:-9] + bytes([full[-9] ^ 1]) + full[-8:],
+        "cut off": full[:-1],
+        "empty": b"",
+        "no safetensors": b"\xff" * len(full),
+        "other shape": others[0].read_bytes(),
+    }
+    first.write_bytes(bad[fault])
+    console, shown = screen()
+    outcome = decide_vision_cache(make_train_state(tmp_path / "task", vision_cache=cache), console)
+    assert f"1 of {1 + len(others)} vision cache files in " in shown()
+    assert " were corrupt and are computed again" in shown()
+    assert outcome.cache is not None
+    assert 0 < outcome.num_from_disk < outcome.num_images
+    assert torch.equal(read_all_features(session, outcome.cache), expected)
+    assert decide_vision_cache(session).num_from_disk == outcome.num_images
+    assert first.read_bytes() == full
+
+
+def test_unwritable_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(blocked))
+    console, shown = screen()
+    assert decide_vision_cache(make_train_state(tmp_path / "task"), console).tier == "memory"
+    assert "the vision cache does not use the disk" in shown()
+    with pytest.raises(UserError, match="cannot be written"):
+        decide_vision_cache(make_train_state(tmp_path / "task", vision_cache="disk"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ESTALE])
+@pytest.mark.parametrize("cache", ["auto", "disk"])
+def test_cache_disk_full_during_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str, number: int
+) -> None:
+    def full(*inputs: Any, **more: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    session = make_train_state(tmp_path / "task", vision_cache=cache)
+    monkeypatch.setattr("finesight.train.vision_store_files.save_file", full)
+    console, shown = screen()
+    if cache == "disk":
+        with pytest.raises(UserError, match="cannot be written"):
+            decide_vision_cache(session, console)
+    else:
+        assert decide_vision_cache(session, console).tier == "memory"
+        assert shown().count("the vision cache does not use the disk") == 1
+
+
+def test_concurrent_runs_share_the_cache(tmp_path: Path) -> None:
+    """Concurrent runs with the same images do not interfere."""
+    sessions = [
+        make_train_state(tmp_path / "task", vision_cache=cache) for cache in ("disk", "auto")
+    ]
+    together = threading.Barrier(2)
+
+    def encode(number: int) -> torch.Tensor:
+        together.wait(timeout=60)
+        return read_all_features(sessions[number], build_vision_store(sessions[number]))
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(encode, range(2))
+    assert torch.equal(first, second)
+    outcome = decide_vision_cache(sessions[0])
+    assert outcome.num_from_disk == outcome.num_images
+
+
+def test_signal_interrupts_cache_build(tmp_path: Path) -> None:
+    stop = StopRequest()
+    stop.signal = signal.SIGTERM
+    with pytest.raises(TrainingInterrupted):
+        decide_vision_cache(make_train_state(tmp_path / "task"), CONSOLE, stop)

@@ -1,0 +1,515 @@
+"""Tests of the access middleware without a browser."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import secrets
+import socket
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from web_server_fixture import RunningWebPage, ScriptedService, run_web_page
+
+from finesight.web import access_middleware, disk_budget
+from finesight.web.access_middleware import SESSION_COOKIE
+from finesight.web.web_limits import (
+    MAX_IMAGE_BYTES,
+    MAX_MESSAGE_BYTES,
+    MAX_UPLOAD_BYTES,
+    UPLOAD_TTL_S,
+)
+
+PASSWORD = "right-password"
+
+
+def _echo(text: str) -> tuple[str, tuple[()]]:
+    return text, ()
+
+
+@pytest.fixture(scope="module")
+def page_without_password() -> Iterator[RunningWebPage]:
+    with run_web_page(ScriptedService(_echo)) as location:
+        yield location
+
+
+@pytest.fixture(scope="module")
+def page_with_password() -> Iterator[RunningWebPage]:
+    with run_web_page(ScriptedService(_echo), password=PASSWORD, loopback=False) as location:
+        yield location
+
+
+def _ask(
+    location: RunningWebPage, method: str, path: str, body: bytes | None = None, **headers: str
+) -> tuple[int, dict[str, str], bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", location.port, timeout=20)
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    try:
+        connection.request(method, path, body, named)
+        answer = connection.getresponse()
+        given = {name.lower(): value for name, value in answer.getheaders()}
+        stream = given.get("content-type", "").startswith("text/event-stream")
+        return answer.status, given, b"" if stream else answer.read()
+    finally:
+        connection.close()
+
+
+def _upload(location: RunningWebPage, name: str, content: bytes) -> tuple[int, str]:
+    body = (
+        f'--x\r\ncontent-disposition: form-data; name="files"; filename="{name}"\r\n'
+        "content-type: image/png\r\n\r\n"
+    ).encode() + content + b"\r\n--x--\r\n"  # fmt: skip
+    kind = "multipart/form-data; boundary=x"
+    status, _, output = _ask(location, "POST", "/gradio_api/upload", body, content_type=kind)
+    return status, json.loads(output)[0] if status == 200 else ""
+
+
+def _join(location: RunningWebPage, path: Any) -> int:
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    return _send_event(location, [{"text": "What?", "files": [file]}, False, 9, 0])[0]
+
+
+def _event_id(location: RunningWebPage, inputs: int) -> int:
+    """Return the ID of the event with a number of inputs."""
+    config = json.loads(_ask(location, "GET", "/config")[2])
+    return next(one["id"] for one in config["dependencies"] if len(one["inputs"]) == inputs)
+
+
+def _send_event(location: RunningWebPage, data: Any, **other: Any) -> tuple[int, bytes]:
+    body = {"data": data, "fn_index": _event_id(location, 4), "session_hash": "abc"} | other
+    status, _, output = _ask(
+        location, "POST", "/gradio_api/queue/join", json.dumps(body).encode(),
+        content_type="application/json",
+    )  # fmt: skip
+    return status, output
+
+
+def _routes(location: RunningWebPage) -> list[tuple[str, str]]:
+    """Return all routes of Gradio and the page, with parameters."""
+
+    def below(routes: Any, prefix: str) -> Iterator[tuple[str, str]]:
+        for route in routes:
+            inner = getattr(route, "routes", None) or getattr(
+                getattr(route, "original_router", None), "routes", None
+            )
+            path = prefix + getattr(route, "path", "")
+            if inner:
+                yield from below(inner, path.rstrip("/"))
+            for method in getattr(route, "methods", None) or ():
+                yield method, re.sub(r"\{[^}]*\}", "1", path)
+
+    return sorted(set(below(location.app.app.routes, "")))
+
+
+def test_every_route_requires_the_password(page_with_password):
+    routes = _routes(page_with_password)
+    assert len(routes) > 60, "the walk finds no routes"
+    for method, path in [*routes, ("GET", "/assets/x.js"), ("PUT", "/"), ("OPTIONS", "/config")]:
+        status, headers, body = _ask(page_with_password, method, path)
+        if path == "/page.css":
+            continue
+        assert status in (303, 401, 404), f"{method} {path}: {status}"
+        assert body in (b"", b"sign-in required", b"not found"), f"{method} {path}"
+        assert headers.get("location", "sign-in") == "sign-in"
+
+
+def test_unneeded_routes_are_closed(page_without_password):
+    closed = [
+        (m, p)
+        for m, p in _routes(page_without_password)
+        if _ask(page_without_password, m, p)[2] == b"not found"
+    ]
+    for method, path in (
+        ("GET", "/gradio_api/proxy=1"),
+        ("GET", "/gradio_api/file/1"),
+        ("GET", "/monitoring"),
+        ("GET", "/gradio_api/openapi.json"),
+        ("POST", "/gradio_api/run/1"),
+        ("POST", "/gradio_api/call/1"),
+        ("POST", "/gradio_api/process_recording"),
+        ("POST", "/login"),
+    ):
+        assert (method, path) in closed, f"{method} {path}"
+
+
+def test_wrong_password_or_cookie_is_rejected(page_with_password):
+    wrong = _ask(page_with_password, "POST", "/sign-in", b"password=wrong")
+    assert wrong[0] == 401
+    assert "set-cookie" not in wrong[1]
+    for value in ("", "x", PASSWORD, "é"):
+        cookie = f"{SESSION_COOKIE}={value}".encode().decode("latin-1")
+        assert _ask(page_with_password, "GET", "/config", cookie=cookie)[0] == 401
+    right = _ask(page_with_password, "POST", "/sign-in", f"password={PASSWORD}".encode())
+    assert right[0] == 303
+    cookie = right[1]["set-cookie"]
+    assert {"HttpOnly", "SameSite=strict"} <= set(cookie.split("; "))
+    assert _ask(page_with_password, "GET", "/config", cookie=cookie.split(";")[0])[0] == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:1", "", "[::2]:80", "["])
+def test_invalid_host_headers_are_rejected(page_without_password, host):
+    assert _ask(page_without_password, "GET", "/config", host=host)[0] in (400, 403)
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1"])
+def test_cross_origin_requests_are_rejected(page_without_password, origin):
+    body = b"{}"
+    assert (
+        _ask(page_without_password, "POST", "/gradio_api/queue/join", body, origin=origin)[0] == 403
+    )
+    assert _ask(page_without_password, "POST", "/gradio_api/upload", body, origin=origin)[0] == 403
+
+
+def test_only_uploaded_files_are_served(page_without_password, tmp_path):
+    own = tmp_path / "secret.png"
+    own.write_bytes(b"secret")
+    status, path = _upload(page_without_password, "a.png", b"picture")
+    assert status == 200
+    served_file = _ask(page_without_password, "GET", f"/gradio_api/file={quote(path)}")
+    assert (served_file[0], served_file[2]) == (200, b"picture")
+    assert "sandbox" in served_file[1]["content-security-policy"]
+    uploads = page_without_password.folder / "uploads"
+    (uploads / "link").symlink_to(tmp_path)
+    for outside in (
+        str(own),
+        "/etc/hosts",
+        f"{uploads}/../chats",
+        f"{uploads}/link/secret.png",
+        f"{path}/../../../../../../etc/hosts",
+        "http://127.0.0.1:9/x.png",
+        "file:///etc/hosts",
+        "\0",
+        "",
+    ):
+        requested = _ask(page_without_password, "GET", f"/gradio_api/file={quote(outside)}")
+        assert requested[0] in (400, 404), outside
+        assert _join(page_without_password, outside) == 403, outside
+    for odd in (None, 7, ["x"], {"path": path}):
+        assert _join(page_without_password, odd) == 422, odd
+
+
+def test_upload_names_cannot_escape_the_folder(page_without_password, tmp_path):
+    for name in ("../../../x.png", "/etc/x.png", "..", "a/../../x.png", "\\..\\x.png"):
+        status, path = _upload(page_without_password, name, b"picture")
+        assert status in (200, 400)
+        if path:
+            assert Path(path).resolve().is_relative_to(page_without_password.folder / "uploads")
+
+
+def test_request_body_limits(page_without_password):
+    much = b"x" * (MAX_MESSAGE_BYTES + 1)
+    assert _ask(page_without_password, "POST", "/gradio_api/queue/join", much)[0] == 413
+    length = str(100 << 20)
+    assert MAX_UPLOAD_BYTES > 100 << 20, "the rejection below depends on the Content-Length only"
+    result = {"content_length": str(MAX_UPLOAD_BYTES + 1), "content_type": "multipart/form-data"}
+    assert _ask(page_without_password, "POST", "/gradio_api/upload", b"", **result)[0] == 413
+    assert (
+        _ask(page_without_password, "POST", "/gradio_api/cancel", b"", content_length=length)[0]
+        == 413
+    )
+    assert _upload(page_without_password, "large.png", bytes(MAX_IMAGE_BYTES + 1))[0] == 413
+    before = [*(page_without_password.folder / "uploads").rglob("large.png")]
+    assert before == []
+
+
+def test_unused_uploads_are_removed(page_without_password):
+    old, new = (
+        Path(_upload(page_without_password, f"{name}.png", name.encode())[1])
+        for name in ("old", "new")
+    )
+    assert old.exists()
+    past = time.time() - UPLOAD_TTL_S - 60
+    os.utime(old, (past, past))
+    assert _upload(page_without_password, "next.png", b"next")[0] == 200
+    assert (old.exists(), new.exists()) == (False, True)
+    # The same again is as new.
+    again = Path(_upload(page_without_password, "old.png", b"old")[1])
+    assert _upload(page_without_password, "next.png", b"next")[0] == 200
+    assert again.exists()
+
+
+def test_chunked_body_is_limited(page_without_password):
+    connection = http.client.HTTPConnection("127.0.0.1", page_without_password.port, timeout=20)
+    chunks = iter([b"x" * 65536] * (MAX_MESSAGE_BYTES // 65536 + 2))
+    try:
+        connection.request("POST", "/gradio_api/queue/join", chunks, encode_chunked=True)
+        status = connection.getresponse().status
+    except (BrokenPipeError, ConnectionResetError):
+        status = 413
+    finally:
+        connection.close()
+    assert status == 413
+
+
+def test_images_and_exports_need_secret_urls(page_without_password):
+    for path in (
+        "/images/x/1",
+        "/export/x/chat.zip",
+        "/images/x/..%2f..%2fx",
+        "/images/%C3%A9/1",
+    ):
+        assert _ask(page_without_password, "GET", path)[0] in (404, 422), path
+
+
+def test_every_response_has_security_headers(page_without_password):
+    for path in ("/", "/config", "/theme.css", "/page.css", "/no", "/gradio_api/file=/etc/hosts"):
+        headers = _ask(page_without_password, "GET", path)[1]
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["x-frame-options"] == "DENY"
+        assert "default-src 'none'" in headers["content-security-policy"]
+    first, second = (
+        _ask(page_without_password, "GET", "/")[1]["content-security-policy"] for _ in range(2)
+    )
+    assert "nonce-" in first
+    assert first != second
+    assert "unsafe-inline" not in first.partition("script-src")[2].partition(";")[0]
+
+
+def test_page_loads_no_external_resources(page_without_password):
+    page = _ask(page_without_password, "GET", "/")[2].decode()
+    fetched = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"(https?:[^\"]*)", page)
+    assert fetched == []
+    assert "fonts.g" not in page + _ask(page_without_password, "GET", "/theme.css")[2].decode()
+
+
+def test_server_opens_no_external_connections():
+    tried: list[Any] = []
+    watching = [True]
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
+            tried.append(arguments[-1] if event == "socket.connect" else arguments[0])
+
+    sys.addaudithook(watch)  # for the rest of the process; `watching` turns it off
+    try:
+        with run_web_page(ScriptedService(_echo)) as location:
+            assert _ask(location, "GET", "/")[0] == 200
+            assert _join(location, "http://93.184.216.34/x.png") == 403
+    finally:
+        watching.clear()
+    hosts = {one[0] if isinstance(one, tuple) else one for one in tried}
+    assert hosts, "the watch saw nothing, not even the test's own requests"
+    assert hosts <= {"127.0.0.1", "localhost", "::1"}, hosts
+
+
+def test_uploads_are_stored_in_a_private_temp_folder():
+    with run_web_page(ScriptedService(_echo)) as location:
+        assert _upload(location, "a.png", b"picture")[0] == 200
+        folder = location.folder
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert not folder.exists()
+
+
+QUESTION = {"text": "What?", "files": []}
+
+MALFORMED: dict[str, dict[str, Any]] = {
+    "no data": {"data": None},
+    "data of another kind": {"data": {}},
+    "too few inputs": {"data": [QUESTION]},
+    "too many inputs": {"data": [QUESTION, False, 9, 0, 1]},
+    "unknown event": {"fn_index": 99},
+    "negative event": {"fn_index": -1},
+    "huge event": {"fn_index": 10**3000},
+    "no event": {"fn_index": None},
+    "no session": {"session_hash": None},
+    "empty session": {"session_hash": ""},
+    "long session": {"session_hash": "a" * 65},
+    "session with a surrogate": {"session_hash": "\ud800"},
+    "odd trigger": {"trigger_id": "x"},
+    "no question": {"data": [None, False, 9, 0]},
+    "question as a text": {"data": ["What?", False, 9, 0]},
+    "question as a list": {"data": [[], False, 9, 0]},
+    "text as a number": {"data": [{"text": 1, "files": []}, False, 9, 0]},
+    "text with a surrogate": {"data": [{"text": "\ud800", "files": []}, False, 9, 0]},
+    "files as a text": {"data": [{"text": "", "files": "x"}, False, 9, 0]},
+    "files without a path": {"data": [{"text": "", "files": [{}]}, False, 9, 0]},
+    "comparison as a text": {"data": [QUESTION, "x", 9, 0]},
+    "length of no number": {"data": [QUESTION, False, "x", 0]},
+    "length below one": {"data": [QUESTION, False, 0, 0]},
+    "length beyond the most": {"data": [QUESTION, False, 1e308, 0]},
+    "length that is not finite": {"data": [QUESTION, False, float("nan"), 0]},
+    "negative temperature": {"data": [QUESTION, False, 9, -1]},
+    "no temperature": {"data": [QUESTION, False, 9, None]},
+    "deep": {"data": json.loads("[" * 500 + "]" * 500)},
+}
+
+
+@pytest.mark.parametrize("change", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_event_is_refused_without_a_traceback(page_without_password, change, capfd):
+    status, output = _send_event(
+        page_without_password, **({"data": [QUESTION, False, 9, 0]} | change)
+    )
+    assert (status, json.loads(output)) == (422, {"detail": "malformed event"})
+    # Gradio answers first, and fails later.
+    assert _converse(page_without_password, "still there") == "still there"
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"null", b"[" * 100_000, b"9" * 5000])
+@pytest.mark.parametrize("path", ["queue/join", "cancel", "reset"])
+def test_malformed_json_is_refused_without_a_traceback(page_without_password, path, body, capfd):
+    assert _ask(page_without_password, "POST", f"/gradio_api/{path}", body)[0] == 422
+    odd = json.dumps({"event_id": "\ud800", "session_hash": "a", "fn_index": 1}).encode()
+    assert _ask(page_without_password, "POST", f"/gradio_api/{path}", odd)[0] == 422
+    assert capfd.readouterr().err == ""
+
+
+def test_malformed_requests_are_refused_without_a_traceback(page_without_password, capfd):
+    field = b'--x\r\ncontent-disposition: form-data; name="files"\r\n\r\nabc\r\n--x--\r\n'
+    kind = "multipart/form-data; boundary=x"
+    for status, method, path, body, headers in (
+        (422, "POST", "/gradio_api/upload", field, {"content_type": kind}),
+        (400, "POST", "/gradio_api/upload", b"x", {"content_type": "multipart/form-data"}),
+        (404, "GET", "/gradio_api/queue/data?session_hash=%00%ff", None, {}),
+        (404, "GET", "/gradio_api/queue/data?session_hash=nobody", None, {}),
+        (404, "GET", "/gradio_api/queue/data", None, {}),
+        (404, "GET", "/static/" + "a" * 5000, None, {}),
+        (404, "GET", "/gradio_api/file=" + "a" * 5000, None, {}),
+    ):
+        assert _ask(page_without_password, method, path, body, **headers)[0] == status, path
+    assert capfd.readouterr().err == ""
+
+
+def test_client_that_leaves_during_an_upload_leaves_no_traceback(page_without_password, capfd):
+    with socket.create_connection(("127.0.0.1", page_without_password.port)) as link:
+        link.sendall(_partial_upload(page_without_password, 1000) + b"x" * 100)
+    assert _converse(page_without_password, "still there") == "still there"
+    assert capfd.readouterr().err == ""
+
+
+def _converse(location: RunningWebPage, text: str) -> str:
+    """Submit a question like the page, and read the answer from the event stream."""
+    session = secrets.token_hex(8)
+    question = {"text": text, "files": []}
+    assert _send_event(location, [question, False, 9, 0], session_hash=session)[0] == 200
+    connection = http.client.HTTPConnection("127.0.0.1", location.port, timeout=20)
+    try:
+        connection.request("GET", f"/gradio_api/queue/data?session_hash={session}")
+        for line in connection.getresponse():
+            event = json.loads(line.removeprefix(b"data: ")) if line.startswith(b"data: ") else {}
+            if event.get("msg") == "process_completed":
+                assert event["success"], event
+                visitor = next(v for v in location.visitors.list_sessions() if v.chat.turns)
+                answer = visitor.chat.turns[-1].replies[0].text
+                location.visitors.close(session)
+                return answer
+    finally:
+        connection.close()
+    raise AssertionError("the stream has ended without an answer")
+
+
+def _partial_upload(location: RunningWebPage, size: int) -> bytes:
+    """Return the start of an upload request with a given content length."""
+    head = b'--x\r\ncontent-disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    request = (
+        f"POST /gradio_api/upload HTTP/1.1\r\nhost: 127.0.0.1:{location.port}\r\n"
+        f"content-type: multipart/form-data; boundary=x\r\ncontent-length: {size}\r\n\r\n"
+    )
+    return request.encode() + head
+
+
+def test_concurrent_uploads_keep_the_limit(monkeypatch):
+    monkeypatch.setattr(disk_budget, "MAX_STORED_BYTES", 1_000_000)
+    size = 300_000
+    with run_web_page(ScriptedService(_echo)) as location, contextlib.ExitStack() as stack:
+        links = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", location.port), timeout=20))
+            for _ in range(8)
+        ]
+        for link in links:
+            link.sendall(_partial_upload(location, size) + secrets.token_bytes(size // 2))
+        # All start before the first one ends.
+        statuses = []
+        for link in links:
+            link.settimeout(1)
+            with contextlib.suppress(TimeoutError):
+                statuses.append(int(link.recv(12).split()[1]))
+        assert statuses == [507] * 5
+        stack.close()
+        retained = sum(
+            f.stat().st_size for f in (location.folder / "uploads").rglob("*") if f.is_file()
+        )
+        assert retained < 1_000_000
+        # What was reserved for those that have left is free again.
+        deadline = time.monotonic() + 20
+        while _upload(location, "a.png", b"x" * 500_000)[0] != 200:
+            assert time.monotonic() < deadline, "the space of aborted uploads stays reserved"
+            time.sleep(0.05)
+
+
+def test_upload_that_stops_is_ended(monkeypatch):
+    monkeypatch.setattr(access_middleware, "UPLOAD_IDLE_TIMEOUT_S", 0.2)
+    with (
+        run_web_page(ScriptedService(_echo)) as location,
+        socket.create_connection(("127.0.0.1", location.port), timeout=20) as link,
+    ):
+        link.sendall(_partial_upload(location, 1000))
+        assert b" 408 " in link.recv(100)
+
+
+BEHIND_PROXY = {"host": "chat.example.com", "origin": "https://chat.example.com"}
+
+
+def test_page_works_behind_a_proxy_with_tls():
+    with run_web_page(ScriptedService(_echo), password=PASSWORD) as location:
+        right = _ask(location, "POST", "/sign-in", f"password={PASSWORD}".encode(), **BEHIND_PROXY)
+        assert right[0] == 303
+        cookie, *marks = right[1]["set-cookie"].split("; ")
+        assert {"HttpOnly", "SameSite=strict", "Secure"} <= set(marks)
+        headers = BEHIND_PROXY | {"cookie": cookie}
+        assert _ask(location, "GET", "/", **headers)[0] == 200
+        body = {"event_id": "x"}
+        status = _ask(location, "POST", "/gradio_api/reset", json.dumps(body).encode(), **headers)[
+            0
+        ]
+        assert status == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("chat.example.com", "https://chat.example.com", 303),
+        ("chat.example.com:443", "https://chat.example.com", 303),
+        ("chat.example.com:8443", "https://chat.example.com:8443", 303),
+        ("chat.example.com", "http://chat.example.com", 303),
+        ("[2001:db8::1]:7860", "http://[2001:db8::1]:7860", 303),
+        ("chat.example.com", "https://evil.example", 403),
+        ("chat.example.com", "https://chat.example.com:8443", 403),
+        ("chat.example.com", "https://chat.example.com.evil.example", 403),
+        ("chat.example.com", "https://evil.example/chat.example.com", 403),
+        ("chat.example.com", "https://chat.example.com@evil.example", 403),
+        ("chat.example.com", "https://evil.example@chat.example.com", 403),
+        ("chat.example.com", "ftp://chat.example.com", 403),
+        ("chat.example.com", "null", 403),
+        ("chat.example.com", "", 403),
+        ("127.0.0.1:7860", "https://chat.example.com", 403),
+    ],
+)
+def test_origin_must_have_the_host_and_port_of_the_request(
+    page_with_password, host, origin, status
+):
+    for forwarded in ({}, {"x_forwarded_host": "evil.example", "x_forwarded_proto": "https"}):
+        body = f"password={PASSWORD}".encode()
+        headers = {"host": host, "origin": origin} | forwarded
+        assert _ask(page_with_password, "POST", "/sign-in", body, **headers)[0] == status
+
+
+def test_forwarding_headers_are_not_believed(page_without_password):
+    forged = {"x_forwarded_host": "evil.example", "x_gradio_server": "http://evil.example"}
+    for path in ("/", "/config"):
+        assert b"evil.example" not in _ask(page_without_password, "GET", path, **forged)[2]
+
+
+def test_other_names_are_refused_without_a_password_alone(page_without_password):
+    result = _ask(page_without_password, "GET", "/", **BEHIND_PROXY)
+    assert result[0] == 403
+    assert b"password" in result[2]

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from engine_fixtures import write_noise_image
+from PIL import Image
+from web_server_fixture import ScriptedService
+
+from finesight.data.image_header import CorruptImageError, ImageTooLargeError
+from finesight.errors import UserError
+from finesight.infer.chat_session import ChatReply
+from finesight.infer.request import GenerationOptions
+from finesight.web import disk_budget
+from finesight.web import web_sessions as module
+from finesight.web.web_limits import (
+    MAX_IMAGES_PER_CHAT,
+    MAX_IMAGES_PER_MESSAGE,
+    MAX_MESSAGE_CHARS,
+    MAX_SESSIONS,
+)
+from finesight.web.web_server import create_session_store
+from finesight.web.web_sessions import MAX_DISPLAY_SIDE, WebSession, WebSessionStore
+
+
+@pytest.fixture
+def visitors(tmp_path: Path) -> WebSessionStore:
+    (tmp_path / "chats").mkdir()
+    return create_session_store(tmp_path, ScriptedService(lambda text: (text, ())))
+
+
+@pytest.fixture
+def visitor(visitors: WebSessionStore) -> WebSession:
+    return visitors.get_or_create("one")
+
+
+def test_session_is_thread_safe(visitors):
+    one = visitors.get_or_create("one")
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            same = threads.map(
+                lambda _: all(visitors.get_or_create("one") is one for _ in range(50_000)), range(3)
+            )
+            assert all(same)
+    finally:
+        sys.setswitchinterval(before)
+
+
+async def _consume_reply(reply: ChatReply) -> None:
+    async for _ in reply:
+        pass
+
+
+def test_images_over_the_disk_limit_are_rejected(visitors, tmp_path, monkeypatch):
+    """Chats contain copies of uploads, so small uploads count as well."""
+    (tmp_path / "uploads").mkdir()
+    upload = tmp_path / "uploads" / "a.png"
+    write_noise_image(upload, 400, 400)
+    monkeypatch.setattr(module, "MAX_DISPLAY_BYTES", 0)
+    monkeypatch.setattr(disk_budget, "MAX_STORED_BYTES", 4 * upload.stat().st_size)
+    visitor = visitors.get_or_create("one")
+    for _ in range(20):
+        with contextlib.suppress(UserError):
+            visitor.add_uploads("", [upload])
+    with pytest.raises(UserError, match="no disk space"):
+        visitor.add_uploads("", [upload])
+    retained = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    assert retained <= disk_budget.MAX_STORED_BYTES
+    assert 1 <= len(visitor.images) <= 3
+    visitors.close("one")
+    visitors.get_or_create("two").add_uploads("", [upload])
+
+
+def test_exports_count_until_they_are_closed(visitors, tmp_path, monkeypatch):
+    (tmp_path / "uploads").mkdir()
+    upload = tmp_path / "uploads" / "a.png"
+    write_noise_image(upload, 400, 400)
+    visitor = visitors.get_or_create("one")
+    turn = visitor.chat.send("What?", visitor.add_uploads("", [upload]), [GenerationOptions()])
+    asyncio.run(_consume_reply(turn.replies[0]))
+    size = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    monkeypatch.setattr(disk_budget, "MAX_STORED_BYTES", size + 2 * upload.stat().st_size)
+    archive = visitor.export_archive()
+    with pytest.raises(UserError, match="no disk space"):
+        visitor.export_archive()
+    archive.close()
+    del archive
+    visitor.export_archive().close()
+
+
+def test_each_session_has_its_own_chat_and_folder(visitors):
+    one, two = visitors.get_or_create("one"), visitors.get_or_create("two")
+    assert visitors.get_or_create("one") is one
+    assert one.token != two.token
+    assert one.folder != two.folder
+    assert visitors.find_by_token(two.token) is two
+    assert visitors.find_by_token("no") is None
+    visitors.close("one")
+    assert not one.folder.exists()
+    assert visitors.get_or_create("one") is not one
+
+
+def test_least_recently_used_session_is_evicted(visitors):
+    first = visitors.get_or_create("0")
+    second = visitors.get_or_create("1")
+    for number in range(2, MAX_SESSIONS):
+        visitors.get_or_create(str(number))
+    visitors.get_or_create("0")
+    visitors.get_or_create("another")
+    assert len(visitors.list_sessions()) == MAX_SESSIONS
+    assert first.folder.exists()
+    assert not second.folder.exists()
+
+
+def test_images_are_stored_original_and_shown_without_metadata(visitor, tmp_path):
+    image = Image.new("RGB", (2 * MAX_DISPLAY_SIDE, 40), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010E] = "a secret place"
+    image.save(tmp_path / "a.jpg", exif=exif)
+    [retained] = visitor.add_uploads("What?", [tmp_path / "a.jpg"])
+    assert retained.read_bytes() == (tmp_path / "a.jpg").read_bytes()
+    shown = visitor.images[retained]
+    assert (shown.width, shown.height) == (40, 2 * MAX_DISPLAY_SIDE)
+    with Image.open(shown.display_path) as copy:
+        assert copy.size == (20, MAX_DISPLAY_SIDE)
+        assert not copy.getexif()
+    assert b"secret" not in shown.display_path.read_bytes()
+
+
+def test_equal_image_names_do_not_collide(visitor, tmp_path):
+    (tmp_path / "b").mkdir()
+    one, two = (
+        write_noise_image(tmp_path / "a.png", 30, 30),
+        write_noise_image(tmp_path / "b" / "a.png", 30, 30, seed=1),
+    )
+    retained = visitor.add_uploads("What?", [one, two])
+    assert [path.read_bytes() for path in retained] == [one.read_bytes(), two.read_bytes()]
+
+
+def test_oversized_questions_are_rejected(visitor, tmp_path):
+    image = write_noise_image(tmp_path / "a.png", 30, 30)
+    with pytest.raises(UserError, match=f"{MAX_IMAGES_PER_MESSAGE + 1} images"):
+        visitor.add_uploads("What?", [image] * (MAX_IMAGES_PER_MESSAGE + 1))
+    with pytest.raises(UserError, match=f"{MAX_MESSAGE_CHARS + 1} characters"):
+        visitor.add_uploads("x" * (MAX_MESSAGE_CHARS + 1), [])
+    for _ in range(MAX_IMAGES_PER_CHAT):
+        visitor.add_uploads("What?", [image])
+    with pytest.raises(UserError, match="1 images"):
+        visitor.add_uploads("What?", [image])
+
+
+def test_decompression_bomb_is_rejected_by_header(visitor, tmp_path):
+    (tmp_path / "bomb.png").write_bytes(_bomb(10_000))
+    assert (tmp_path / "bomb.png").stat().st_size < 20_000
+    with pytest.raises(ImageTooLargeError, match="100000000"):
+        visitor.add_uploads("What?", [tmp_path / "bomb.png"])
+    (tmp_path / "text.png").write_text("<svg onload=alert(1)>")
+    with pytest.raises(CorruptImageError, match="not an image"):
+        visitor.add_uploads(
+            "What?", [write_noise_image(tmp_path / "a.png", 30, 30), tmp_path / "text.png"]
+        )
+    assert [*visitor.folder.iterdir()] == []
+
+
+def test_unreferenced_images_are_removed(visitor, tmp_path):
+    retained = visitor.add_uploads("What?", [write_noise_image(tmp_path / "a.png", 30, 30)])
+    turn = visitor.chat.send("What?", retained, [GenerationOptions()])
+    visitor.remove_images(turn.image_paths)
+    assert retained[0].exists()
+    visitor.chat.undo()
+    visitor.remove_images(turn.image_paths)
+    assert [*visitor.folder.iterdir()] == []
+    assert visitor.images == {}
+
+
+def test_empty_chat_cannot_be_exported(visitor):
+    with pytest.raises(UserError, match="0 turns"):
+        visitor.export_archive()
+
+
+def _bomb(side: int) -> bytes:
+    """Return a small PNG with `side` x `side` pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(side * (side // 8 + 1)), 9)
+    ends = chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + ends

@@ -1,0 +1,117 @@
+"""Chat page on loopback in a thread, with a scripted model."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvicorn
+
+from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import BoxPart, ImagePart, TextPart
+from finesight.errors import UserError
+from finesight.infer.prediction import Prediction
+from finesight.infer.request import CompletionDelta, FinishReason, GenerationOptions
+from finesight.web.access_middleware import AccessMiddleware
+from finesight.web.web_server import (
+    UPLOADS_FOLDER,
+    bind_socket,
+    create_private_folder,
+    create_session_store,
+    make_app,
+)
+from finesight.web.web_sessions import WebSessionStore
+
+AnswerFunction = Callable[[str], tuple[str, tuple[BoxPart, ...]]]
+"""Returns the answer to a question, and its boxes."""
+
+
+@dataclass
+class ScriptedGeneration:
+    """Generation with a fixed text, optionally repeated until canceled."""
+
+    located: LocatedSample
+    text: str
+    boxes: tuple[BoxPart, ...]
+    is_endless: bool
+    generated_text: str = ""
+    finish_reason: FinishReason | None = None
+
+    async def __aiter__(self) -> AsyncIterator[CompletionDelta]:
+        while self.finish_reason is None:
+            self.generated_text += self.text
+            yield CompletionDelta(self.text, ())
+            if not self.is_endless:
+                self.finish_reason = "stop"
+            await asyncio.sleep(0.02)
+
+    def cancel(self) -> None:
+        self.finish_reason = "cancelled"
+
+    def build_prediction(self) -> Prediction:
+        image_parts = [p for p in self.located.sample.iter_parts() if isinstance(p, ImagePart)]
+        images = tuple(Path(part.image) for part in image_parts)
+        return Prediction(
+            "", images, "", self.generated_text, self.generated_text, self.boxes, 1, True
+        )
+
+
+@dataclass
+class ScriptedService:
+    """Fake inference service that answers with `answer`."""
+
+    answer: AnswerFunction
+    model_names: tuple[str, ...] = ("parrot", "base")
+    is_endless: bool = False
+    requests: list[GenerationOptions] = field(default_factory=list)
+
+    def submit(
+        self, located_sample: LocatedSample, options: GenerationOptions
+    ) -> ScriptedGeneration:
+        self.requests.append(options)
+        questions = [m for m in located_sample.sample.messages if m.role == "user"]
+        parts = questions[-1].content
+        text = "".join(part.text for part in parts if isinstance(part, TextPart))
+        if text == "refuse":
+            raise UserError("<b>refused</b>", where="parrot", expected="another", remedy="ask it")
+        return ScriptedGeneration(located_sample, *self.answer(text), self.is_endless)
+
+
+@dataclass(frozen=True)
+class RunningWebPage:
+    """URL and sessions of a running page."""
+
+    address: str
+    port: int
+    visitors: WebSessionStore
+    folder: Path
+    app: AccessMiddleware
+
+
+@contextmanager
+def run_web_page(
+    service: object, password: str | None = None, loopback: bool = True
+) -> Iterator[RunningWebPage]:
+    """Run the page within the block."""
+    with bind_socket("127.0.0.1", 0) as listener, create_private_folder() as folder:
+        visitors = create_session_store(folder, service)  # type: ignore[arg-type]
+        app = make_app(visitors, folder / UPLOADS_FOLDER, password, loopback)
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+        )
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not server.started:
+                assert thread.is_alive(), "the server has ended"
+                time.sleep(0.02)
+            port = listener.getsockname()[1]
+            yield RunningWebPage(f"http://127.0.0.1:{port}/", port, visitors, folder, app)
+        finally:
+            server.should_exit = True
+            thread.join()

@@ -1,8 +1,7 @@
-"""How Sphinx makes the documentation: `make docs` builds both languages, warnings being errors.
+"""Sphinx configuration of the documentation. `make docs` builds both languages.
 
-Pages of a language lie in the folder of its name. What the code says by itself (every command,
-every module) is one page for both: English stands in git, and a language's folder gets its own page
-of the same name when it is built.
+Each language has a folder of pages. tools/generate_docs.py writes the pages of commands and source
+files into this folder before the build. Warnings are errors.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from sphinx.search.en import SearchEnglish
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tools"))
 
-import pages  # noqa: E402 (found by the line above)
+import generate_docs  # noqa: E402 (found by the line above)
 
 import finesight  # noqa: E402
 
@@ -29,17 +28,17 @@ myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
-# What stands in single marks in docstrings is code.
+# Single backticks in docstrings are code.
 default_role = "literal"
-# A block without a language is what a program printed.
+# Code blocks without a language are program output.
 highlight_language = "text"
 exclude_patterns: list[str] = []
-# The theme's own words in Chinese; Sphinx knows its own.
+# Chinese texts of the theme; Sphinx contains its own translations.
 locale_dirs = [str(HERE / "locale")]
 html_theme = "furo"
-# A little smaller than the theme's, so that commands of 90 characters are seen whole.
+# Smaller than the default, so that commands of 90 characters fit.
 html_theme_options = {"light_css_variables": {"code-font-size": "0.78em"}}
-# The theme's own for the dark underlines modules as if they were links.
+# The dark style of the theme underlines module names like links.
 pygments_dark_style = "github-dark"
 html_title = f"finesight {version}"
 html_show_copyright = False
@@ -54,14 +53,14 @@ html_sidebars = {
 
 
 class SearchChinese(SearchEnglish):
-    """Chinese is found by its characters and pairs of neighbours, without a list of its words.
+    """Search for Chinese text by characters and character pairs, without a word list.
 
-    In place of Sphinx's own, which finds no Chinese without such a list, and whose page ends with
-    an error: it names a stemmer that is not there.
+    Replaces the Chinese search of Sphinx, which requires a word list and refers to a missing
+    stemmer.
     """
 
     lang = "zh"
-    # What is looked for is cut into pairs, as most words are two characters long.
+    # Queries are split into pairs, because most words have two characters.
     js_splitter_code = r"""
 var splitQuery = (query) =>
   query.match(/\p{Script=Han}{1,2}|(?:(?!\p{Script=Han})[\p{L}\p{N}_])+/gu) ?? [];
@@ -74,17 +73,19 @@ var splitQuery = (query) =>
 
 
 def setup(app: Sphinx) -> None:
-    """Write the pages that are made, before any is read."""
+    """Write the generated pages before Sphinx reads the sources."""
     folder = Path(app.srcdir)
-    for name, text in pages.built(folder.name).items():
+    for name, text in generate_docs.build_pages(folder.name).items():
         path = folder / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
     app.add_search_language(SearchChinese)
-    app.connect("html-page-context", _with_levels, priority=900)
+    app.connect("html-page-context", _add_heading_levels, priority=900)
 
 
-def _with_levels(_app: Sphinx, _page: str, _file: str, context: dict[str, Any], _tree: Any) -> None:
-    """The captions of lists of pages are headings to Sphinx, which leaves out of which level."""
+def _add_heading_levels(
+    _app: Sphinx, _page: str, _file: str, context: dict[str, Any], _tree: Any
+) -> None:
+    """Add the missing aria-level to toctree captions, which Sphinx marks as headings."""
     for part in {"body", "furo_navigation_tree"} & context.keys():
         context[part] = context[part].replace('role="heading"', 'role="heading" aria-level="2"')

@@ -383,28 +383,34 @@ def test_real_gpu_out_of_memory(task: TinyTask, monkeypatch: pytest.MonkeyPatch)
     settings = (*card, "train.pack_tokens=16384", "train.batch_size=11", "train.epochs=6")
     large = {"min_pixels": 784_000, "max_pixels": 800_000}
     tune = {"merger": "full", "language": "lora", "lora": {"rank": 4, "dropout": 0.0}}
-    taking_all: list[torch.Tensor] = []
+    is_limited = False
 
-    def fill(session: TrainState, step: StepBatch) -> None:
-        if taking_all:
+    def limit_memory(session: TrainState, step: StepBatch) -> None:
+        nonlocal is_limited
+        if is_limited:
             return
         torch.cuda.synchronize()
         used = torch.cuda.memory_allocated()
         needed = torch.cuda.max_memory_allocated() - used
         torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info()
-        taking_all.append(torch.empty(free - needed // 2, dtype=torch.uint8, device="cuda"))
+        # Limit this process only: other tests may share the GPU.
+        limit = torch.cuda.memory_reserved() + needed // 2
+        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
+        is_limited = True
 
     torch.cuda.reset_peak_memory_stats()
-    task.run(*settings, image=large, tune=tune, name="roomy")
-    from_third_step(monkeypatch, fill)
-    task.run(*settings, image=large, tune=tune)
-    assert len(taking_all) == 1
-    taking_all.clear()
-    torch.cuda.empty_cache()  # others may share the card
+    task.run(*settings, image=large, tune=tune, name="unlimited")
+    from_third_step(monkeypatch, limit_memory)
+    try:
+        task.run(*settings, image=large, tune=tune)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert is_limited
     budgets = [line["pack_tokens"] for line in steps_of(task)]
     assert budgets[0] == budgets[1] == 16384 > 2 * budgets[-1]
-    roomy = read_losses(task.folder / "roomy")
+    unlimited = read_losses(task.folder / "unlimited")
     # Kernels that add in no fixed order.
-    for (step, loss), (_, expected) in zip(read_losses(task.folder / "run"), roomy, strict=True):
+    for (step, loss), (_, expected) in zip(
+        read_losses(task.folder / "run"), unlimited, strict=True
+    ):
         assert loss == pytest.approx(expected, rel=0.02), step

@@ -225,7 +225,7 @@ def list_warnings(reference_run: ComparedRun, other_run: ComparedRun) -> list[st
         reference_run.predictions
     ) != len(other_run.predictions):
         text = (
-            "Average precision decreases with the size of a data set. {} and {} answered {:,} and"
+            "Average precision decreases with the size of a dataset. {} and {} answered {:,} and"
             " {:,} samples, so their AP values are not comparable. The differences use the samples"
             " that both answered."
         )

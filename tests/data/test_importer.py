@@ -322,7 +322,7 @@ def captured_text(question: str) -> list[dict[str, str]]:
         ),
         (
             ImportOptions(columns={"image": "image", "answer": "answer"}, prompt="?", eval_last=9),
-            "the last rows, held out",
+            "validation rows",
         ),
     ],
 )

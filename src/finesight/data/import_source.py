@@ -204,7 +204,8 @@ def _check_options(options: ImportOptions) -> None:
         )
     if options.train_fraction is not None and options.eval_last is not None:
         raise UserError(
-            f"a split of {options.train_fraction:g} and the last {options.eval_last} held-out rows",
+            f"a split of {options.train_fraction:g} and the last {options.eval_last} rows for"
+            " validation",
             where="split",
             expected="one split option",
             remedy="remove one of the two",

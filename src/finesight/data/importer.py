@@ -465,9 +465,9 @@ def _split_rows(rows: list[RowExamples], options: ImportOptions) -> list[_Output
             raise UserError(
                 f"{part.name} would contain no samples: its {len(part.rows)} rows have no"
                 " training content",
-                where="held-out rows",
+                where="validation rows",
                 expected="rows with answers in both files",
-                remedy="hold out other rows, or another fraction",
+                remedy="use other rows for validation, or another fraction",
             )
     return splits
 

@@ -30,13 +30,20 @@ BoxTask = Literal["detection", "grounding"]
 """Task of a box dataset: one question about all boxes of an image, or one per label."""
 
 IMAGE_KEYS = ("image", "images")
+VIDEO_KEYS = ("video", "videos")
 UNSUPPORTED_KEYS = (
-    *("video", "videos", "audio", "audios"),
+    *(*VIDEO_KEYS, "audio", "audios"),
     *("tools", "objects", "history", "kto_tag"),
     *("chosen", "rejected", "rejected_response", "rejected_messages"),
 )
 """Conversation keys of other programs whose content the import cannot represent: media, tools,
 boxes, history, and rejected answers."""
+
+_VIDEO_REMEDY = (
+    "extract the frames, and write these rows as samples (--format samples) with the content part"
+    ' {"type": "video", "frames": ["0.jpg", "1.jpg"], "fps": 2.0}; see "Videos" on the page "Data"'
+    " of the documentation"
+)
 
 _PLACEHOLDERS = re.compile(
     r"<\|(?:vision|image|video|box|object_ref)_\w+\|>|<img>|<(?:box|quad)>\s*\("
@@ -308,10 +315,13 @@ def reject_unsupported_keys(record: Record, keys: Iterable[str] = UNSUPPORTED_KE
     """Raise UnsupportedKeyError if one of `keys` has a value."""
     present_keys = sorted(key for key in keys if key in record and has_value(record[key]))
     if present_keys:
+        key = present_keys[0]
         raise UnsupportedKeyError(
-            f"the key {present_keys[0]!r} with {str(record[present_keys[0]])[:60]}",
+            f"the key {key!r} with {str(record[key])[:60]}",
             expected="a conversation of text, images and boxes",
-            remedy="write these rows as samples, or remove the key",
+            remedy=_VIDEO_REMEDY
+            if key in VIDEO_KEYS
+            else "write these rows as samples, or remove the key",
         )
 
 

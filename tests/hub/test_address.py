@@ -53,7 +53,7 @@ def test_dataset_addresses(text: str, address: HubAddress) -> None:
 
 @pytest.mark.parametrize("text", ["a/b", "hf:a", "hf:models/a/b", "hf:a/b:../c", "hf:/a/b"])
 def test_invalid_dataset_addresses(text: str) -> None:
-    with pytest.raises(UserError, match="is not the address of a data set") as raised:
+    with pytest.raises(UserError, match="is not the address of a dataset") as raised:
         parse_dataset_address(text)
     assert text in raised.value.what
 

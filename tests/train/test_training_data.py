@@ -53,7 +53,7 @@ def test_statistics_of_large_dataset_are_estimates(task: TinyTask) -> None:
         in task.console_output
     )
     assert "data.eval: 3 samples, " in task.console_output
-    assert "the data set is too large for a full scan" in task.console_output
+    assert "the dataset is too large for a full scan" in task.console_output
     steps = [line for line in task.read_metrics() if "loss" in line]
     assert sum(line["num_samples"] for line in steps) == 2 * SAMPLES
     estimate = task.read_metrics()[0]["data"]["train"]["num_tokens"]

@@ -27,7 +27,7 @@ from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
 from finesight.infer.block_manager import hash_images
 from finesight.infer.engine import CPU_BLOCK_SIZE, Engine
-from finesight.infer.model_runner import ModelRunner, PromptState
+from finesight.infer.model_runner import ModelRunner
 from finesight.infer.request import (
     DecodingConstraint,
     EngineEvent,
@@ -35,6 +35,7 @@ from finesight.infer.request import (
     GeneratedToken,
     GenerationRequest,
 )
+from finesight.infer.scheduler import PromptState
 from finesight.model.attention import PackedAttention, Segments
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora.layer import LoraConfig, LoraLinear

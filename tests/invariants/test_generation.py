@@ -22,7 +22,7 @@ from engine_fixtures import (
 from finesight.data.jsonl import LocatedSample
 from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
-from finesight.infer import engine as engine_area
+from finesight.infer import scheduler as scheduler_area
 from finesight.infer.engine import Engine
 from finesight.infer.generate import generate
 from finesight.infer.inference_service import InferenceService
@@ -116,8 +116,8 @@ def test_chunked_prefill_equals_full_prefill(setup, uncached, chunk):
 
 @pytest.mark.parametrize("budgets", [(1, 1), (7, 3), (40, 16), (64, 5), (200, 200)])
 def test_prefill_budget_does_not_change_answers(setup, uncached, budgets, monkeypatch):
-    monkeypatch.setattr(engine_area, "MAX_PREFILL_TOKENS", budgets[0])
-    monkeypatch.setattr(engine_area, "MAX_MIXED_PREFILL_TOKENS", budgets[1])
+    monkeypatch.setattr(scheduler_area, "MAX_PREFILL_TOKENS", budgets[0])
+    monkeypatch.setattr(scheduler_area, "MAX_MIXED_PREFILL_TOKENS", budgets[1])
     found = generate(setup.model, setup.prompts, max_new_tokens=STEPS, end_ids=())
     assert found == [grown.tokens for grown in uncached]
 
@@ -217,7 +217,7 @@ def test_mixed_requests_match_single_requests(setup, rows, tokens, late):
                 assert [id_ for id_, _ in token.top_logprobs] == [
                     id_ for id_, _ in other.top_logprobs
                 ]
-    assert engine.block_manager.num_free_blocks == engine.block_manager.num_blocks - 1
+    assert engine.num_free_blocks == engine.num_blocks
 
 
 def test_streamed_equals_non_streamed(setup):

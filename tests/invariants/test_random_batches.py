@@ -14,7 +14,7 @@ from lora_fixtures import TUNE_SETTINGS, install_random_adapter
 from finesight.data.jsonl import LocatedSample
 from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
-from finesight.infer import engine as engine_area
+from finesight.infer import scheduler as scheduler_area
 from finesight.infer.engine import Engine
 from finesight.infer.prediction import predict
 from finesight.infer.request import GenerationRequest, SamplingParams
@@ -126,8 +126,10 @@ def test_random_request_mixes_equal_single_requests(
             ticket = engine.add_request(_request(loaded_model, setting))
             run_engine(engine, result)
             alone.append(result[ticket])
-        monkeypatch.setattr(engine_area, "MAX_PREFILL_TOKENS", chance.choice([64, 1000, 8192]))
-        monkeypatch.setattr(engine_area, "MAX_MIXED_PREFILL_TOKENS", chance.choice([17, 300, 2048]))
+        monkeypatch.setattr(scheduler_area, "MAX_PREFILL_TOKENS", chance.choice([64, 1000, 8192]))
+        monkeypatch.setattr(
+            scheduler_area, "MAX_MIXED_PREFILL_TOKENS", chance.choice([17, 300, 2048])
+        )
         needed = [
             len(loaded_model.prompts[s.conversation].tokenized.ids_T) + s.tokens for s in settings
         ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from finesight.infer.kv_cache import (
     PrefillChunk,
     has_paged_kernels,
 )
+from finesight.infer.scheduler import PromptState
 from finesight.model.length_buckets import copy_to_device
 from finesight.model.vlm import VisionLanguageModel
 from finesight.vision.patches import concat_patches
@@ -39,33 +39,6 @@ GPU_FEATURE_CACHE_BYTES = 1 << 28
 
 CPU_FEATURE_CACHE_BYTES = 1 << 26
 """Size of the image-feature cache on CPU."""
-
-
-@dataclass(slots=True)
-class PromptState:
-    """A prompt with its KV-cache blocks.
-
-    Attributes:
-        image_hashes: Pixel hash of each visual span.
-        num_computed_tokens: Number of prompt tokens in the KV cache.
-        features: Vision features that the rest of the prompt needs, by span.
-    """
-
-    encoded: EncodedSample
-    block_ids: list[int]
-    adapter_index: int | None
-    image_hashes: tuple[bytes, ...]
-    num_computed_tokens: int = 0
-    features: list[Tensor | None] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.encoded.tokenized.num_tokens
-
-    @property
-    def max_position(self) -> int:
-        """Largest position id in any axis; M-RoPE continues from it in all axes."""
-        return int(self.encoded.tokenized.position_ids_3T.max())
 
 
 class ModelRunner:

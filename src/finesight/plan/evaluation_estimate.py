@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finesight.config import EvalSettings, Recipe
-from finesight.infer.engine import KV_CACHE_BYTES, MAX_PREFILL_TOKENS
+from finesight.infer.engine import KV_CACHE_BYTES
 from finesight.infer.kv_cache import get_kv_bytes_per_token
+from finesight.infer.scheduler import MAX_PREFILL_TOKENS
 from finesight.plan.planned_model import PlannedModel
 from finesight.plan.planned_pack import build_planned_pack
 from finesight.plan.target_device import TargetDevice

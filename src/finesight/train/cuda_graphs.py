@@ -25,6 +25,7 @@ from finesight.infer.cuda_graph_cache import CudaGraphCache
 from finesight.model.attention import supports_varlen_attention
 from finesight.model.auto_model import AnyModel
 from finesight.model.decoder import DecoderLayer
+from finesight.model.quant.base import HAS_TRITON
 from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.graph_buffers import (
@@ -111,7 +112,8 @@ def _is_capturable(model: AnyModel, device: torch.device) -> bool:
     device.
     """
     if (
-        device.type != "cuda"
+        not HAS_TRITON
+        or device.type != "cuda"
         or not isinstance(model, VisionLanguageModel)
         or not model.supports_cuda_graphs
     ):

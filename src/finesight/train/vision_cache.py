@@ -412,7 +412,13 @@ class _VisionCacheCoordinator:
             self._process_group,
             write_to_disk and self._process_group.local_rank == 0,
         )
-        writer = FeatureWriter(self.store, self._disable_disk) if self.store and is_writer else None
+
+        def handle_write_error(error: UserError) -> None:
+            self._disable_disk(error)
+            if builder.tier == "disk":
+                raise _CacheUnavailable(f"{error.where}: {error.what}")
+
+        writer = FeatureWriter(self.store, handle_write_error) if self.store and is_writer else None
         with (
             closing(
                 read_image_chunks(self._state, image_index, process_group.shard(chunks))

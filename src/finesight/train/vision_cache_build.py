@@ -202,7 +202,7 @@ class VisionCacheBuilder:
         assert isinstance(model, VisionLanguageModel), (
             "a vision encoder without native implementation"
         )
-        self._state, self._model, self._image_index, self._tier = state, model, image_index, tier
+        self._state, self._model, self._image_index, self.tier = state, model, image_index, tier
         self._feature_offsets_P1 = image_index.feature_offsets_P1
         self._feature_shape = model.visual.features_per_token, model.config.decoder.hidden_size
         self._corrupt_images: dict[int, CorruptImageError] = {}
@@ -219,7 +219,7 @@ class VisionCacheBuilder:
 
         Returns False if the file is missing or corrupt.
         """
-        reads_directly = self._tier == "memory"
+        reads_directly = self.tier == "memory"
         shape = (self._count_features(chunk), *self._feature_shape)
         buffer = (
             self._chunk_view(chunk)
@@ -229,7 +229,7 @@ class VisionCacheBuilder:
         stored = store.read(chunk.name, buffer)
         if stored is None:
             return False
-        if self._tier == "gpu":
+        if self.tier == "gpu":
             self._chunk_view(chunk).copy_(buffer)
         self._loaded_chunks[chunk] = stored
         return True
@@ -264,9 +264,9 @@ class VisionCacheBuilder:
         features_MKD = result.features_MKD
         self._corrupt_images |= result.corrupt_images
         event = None
-        if self._tier == "gpu":
+        if self.tier == "gpu":
             self._chunk_view(result.chunk).copy_(features_MKD)
-        if features_MKD.is_cuda and (self._tier != "gpu" or writer is not None):
+        if features_MKD.is_cuda and (self.tier != "gpu" or writer is not None):
             features_MKD = features_MKD.to("cpu", non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
@@ -280,11 +280,11 @@ class VisionCacheBuilder:
         ((chunk, features_MKD, corrupt_images), event), self._pending = self._pending, None
         if event is not None:
             event.synchronize()
-        if self._tier == "memory":
+        if self.tier == "memory":
             features_MKD = self._chunk_view(chunk).copy_(features_MKD)
         # Incomplete chunks are private to this run; other runs must detect corrupt images.
         name = chunk.name + "-corrupt" * bool(corrupt_images)
-        if writer is not None and (not corrupt_images or self._tier == "disk"):
+        if writer is not None and (not corrupt_images or self.tier == "disk"):
             writer.write(chunk, features_MKD, name)
 
     def build(self, written: Mapping[ImageChunk, StoredChunk]) -> VisionCache:
@@ -294,11 +294,11 @@ class VisionCacheBuilder:
             written: Files of the chunks that were encoded in this run.
         """
         image_index, device = self._mark_corrupt_samples(), self._state.hardware.device
-        if self._tier == "gpu":
+        if self.tier == "gpu":
             return VisionCache(
                 VisionIndexReader(image_index, self._feature_offsets_P1), device, self._features_AKD
             )
-        if self._tier == "memory":
+        if self.tier == "memory":
             return VisionCache(
                 VisionRamReader(image_index, self._feature_offsets_P1, self._features_AKD), device
             )

@@ -1,4 +1,4 @@
-"""Model folders in the hub layout: config, tokenizer, preprocessor and weights."""
+"""Local model folders in the hub layout: config, tokenizer, preprocessor and weights."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ DOWNLOAD_PATTERNS = (
     *("*.json", "*.safetensors", "*.jinja", "*.txt", "*.tiktoken"),
     *("LICENSE*", "NOTICE*", "README.md"),
 )
-"""Files to download from a hub repository: data files, never code. The model card is included
-because the digests of finesight folders list it."""
+"""Patterns of the files to download from a hub repository: data files, never code. The model card
+is included because the digests of finesight folders list it."""
 
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
-"""Index of pickled weights of models without safetensors; see `finesight.pickle_conversion`."""
+"""Index of weights stored as pickles, for models without safetensors; see
+`finesight.pickle_conversion`."""
 
 CONVERTED_FOLDER = "finesight-safetensors"
-"""Subfolder of the model folder with pickled weights converted to safetensors."""
+"""Subfolder of a model folder for pickled weights that were converted to safetensors."""
 
 PREPROCESSOR_DEFAULTS: Mapping[str, Any] = {
     "patch_size": 14,
@@ -45,23 +46,23 @@ to 0..1."""
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
-"""File of transformers 5 with the preprocessor settings under `image_processor`."""
+"""Processor file of transformers 5, with the preprocessor settings under `image_processor`."""
 
 _QWEN_VL_FAMILY = "qwen"
 _FAMILIES_WITH_DEFAULTS = ("qwen2_vl", "qwen2_5_vl")
 
 TINY_MODEL = "finesight-tiny"
-"""Name of the bundled model: `model: finesight-tiny` in a recipe."""
+"""Name of the bundled model, as in `model: finesight-tiny` in a recipe."""
 
 TINY_MODEL_FOLDER = Path(__file__).resolve().parent / "assets" / TINY_MODEL
-"""Path of the bundled model."""
+"""Path of the bundled model's folder."""
 
 MAX_HEADER_BYTES = 100_000_000
-"""Limit of the safetensors format for the header of a file, in bytes."""
+"""Maximum size of the header of a safetensors file in bytes, as defined by the format."""
 
 MAX_LAYERS = 1000
-"""Maximum number of layers. The largest models have about a hundred; each takes milliseconds to
-build."""
+"""Maximum number of layers in a config. The largest models have about a hundred; each takes
+milliseconds to build."""
 
 _LAYERS = re.compile(r"(.*_)?(layers?|depths?)")
 
@@ -74,19 +75,25 @@ _EXPECTED_MODEL = (
 
 
 def _fetch_none() -> None:
-    """Skip the download: local folders are complete."""
+    """Download no weights, since local folders are complete."""
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A local folder in the hub layout. Files are read, and weights downloaded, on access."""
+    """Model folder on the local disk, in the hub layout.
+
+    Files are read on access. `fetch_weights` downloads the weights of a hub model on access.
+    """
 
     path: Path
     fetch_weights: Callable[[], object] = field(default=_fetch_none, repr=False, compare=False)
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """`config.json`. Raises UserError if it is missing, invalid, or has too many layers."""
+        """Content of `config.json`.
+
+        Raises UserError if it is missing, invalid, or has too many layers.
+        """
         content = self._read_json_file("config.json")
         for key, count in _iter_layer_counts(content):
             if count > MAX_LAYERS:
@@ -100,7 +107,7 @@ class ModelFolder:
 
     @cached_property
     def family(self) -> str:
-        """The `model_type` of the config, independent of the folder name."""
+        """Model family: `model_type` in the config, independent of the folder name."""
         family = self.config.get("model_type")
         if not isinstance(family, str):
             raise UserError(
@@ -115,9 +122,10 @@ class ModelFolder:
     def preprocessor_config(self) -> dict[str, Any]:
         """Image preprocessor settings, with PREPROCESSOR_DEFAULTS for missing keys.
 
-        They are in a file of their own, or within the processor file of transformers 5. Pixel
-        limits are under `min_pixels` and `max_pixels`, or under `size`. Raises UserError for a
-        folder without settings, unless all models of the family have the same.
+        They are read from preprocessor_config.json, or from the processor file of transformers 5.
+        Pixel limits may be stored under `min_pixels` and `max_pixels`, or under `size`. Raises
+        UserError for a folder without settings, unless all models of the family have the same
+        settings.
         """
         name, settings = self._read_image_settings()
         size = settings.get("size")
@@ -160,7 +168,7 @@ class ModelFolder:
         return PREPROCESSOR_FILE, {}
 
     def _fixed_size_settings(self) -> dict[str, Any]:
-        """Image settings of the first Qwen-VL: square images of `image_size` pixels."""
+        """Return the image settings of the first Qwen-VL: square images of `image_size` pixels."""
         section = self.config.get("visual")
         visual = section if isinstance(section, dict) else {}
         values = {"image_size": 0, "patch_size": 0, "n_queries": 256}
@@ -186,7 +194,7 @@ class ModelFolder:
 
     @cached_property
     def chat_template(self) -> str:
-        """The chat template of the first file that contains one, else empty."""
+        """Chat template of the first file that contains one, else an empty string."""
         template = self.find_file("chat_template.jinja")
         if template is not None:
             return read_text(template, expected="a Jinja template", remedy=_DOWNLOAD_AGAIN)
@@ -202,19 +210,22 @@ class ModelFolder:
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        """`generation_config.json`, empty without the file."""
+        """Content of `generation_config.json`, empty if the file is missing."""
         name = "generation_config.json"
         return self._read_json_file(name) if self.find_file(name) is not None else {}
 
     @cached_property
     def tokenizer_file(self) -> Path:
-        """`tokenizer.json`, or `qwen.tiktoken` for the first Qwen. Raises UserError without it."""
+        """Path of `tokenizer.json`, or of `qwen.tiktoken` for the first Qwen-VL.
+
+        Raises UserError if the file is missing.
+        """
         return self._require_file(
             "qwen.tiktoken" if self.family == _QWEN_VL_FAMILY else "tokenizer.json"
         )
 
     def find_file(self, name: str) -> Path | None:
-        """Return the path with the content of the file `name`, None without the file.
+        """Return the path with the content of a file, or None if it is missing.
 
         Some folders share files through symbolic links. Checkouts without link support (git on
         Windows, some archives) contain a small text file with the target path instead, which is
@@ -233,10 +244,10 @@ class ModelFolder:
         return path.parent / text if is_link and (path.parent / text).is_file() else path
 
     def weight_files(self) -> list[Path]:
-        """The safetensors files with the weights, by the index or the single file.
+        """Return the safetensors files with the weights, from the index if there is one.
 
-        Hub models are downloaded on access. Pickled weights are converted into CONVERTED_FOLDER,
-        again if they changed.
+        The weights of hub models are downloaded on access. Pickled weights are converted into
+        CONVERTED_FOLDER, and again if they changed.
 
         Raises:
             UserError: There are no weights, an index lists a missing file, or a pickle contains
@@ -262,10 +273,10 @@ class ModelFolder:
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 over the index and the headers of the weight files.
+        """Return a SHA-256 fingerprint of the model, from the headers of its weight files.
 
-        The headers contain names, dtypes, shapes and offsets without the weights, so it takes
-        milliseconds.
+        It covers the index and names, dtypes, shapes and offsets of all tensors, but not their
+        values, so that it takes milliseconds.
         """
         sha256 = hashlib.sha256()
         index = self._find_index()
@@ -318,10 +329,10 @@ class ModelFolder:
 def locate_model(name_or_path: str) -> ModelFolder:
     """Return the bundled model, a local model folder, or a hub model.
 
-    The small files of a hub model are downloaded at once, its weights of the same commit on access.
-    The bare name `finesight-tiny` is always the bundled model, so that recipes and runs do not
-    depend on the working directory; a folder of that name is `./finesight-tiny`. An existing folder
-    takes precedence over a hub model of the same name, without network access.
+    The small files of a hub model are downloaded at once, its weights (of the same commit) on
+    access. The bare name `finesight-tiny` is always the bundled model, so that recipes and runs do
+    not depend on the working directory; a folder of that name is `./finesight-tiny`. An existing
+    folder takes precedence over a hub model of the same name, without network access.
 
     Raises:
         UserError: The folder is missing, or the model is unavailable (unknown, gated, offline, not
@@ -358,7 +369,7 @@ def locate_model(name_or_path: str) -> ModelFolder:
 
 
 def resolve_model_path(name_or_path: str) -> Path:
-    """Return the path of a model name, which need not exist.
+    """Return the local path of a model name, which need not exist.
 
     The bare name `finesight-tiny` is the bundled folder; `~` is the home folder.
     """
@@ -368,10 +379,10 @@ def resolve_model_path(name_or_path: str) -> Path:
 
 
 def get_portable_name(folder: ModelFolder) -> str:
-    """Return a name that finds the folder from any working directory.
+    """Return a model name that is valid in any working directory.
 
-    It is the absolute path or, for the bundled model, whose path differs between installations,
-    `finesight-tiny`.
+    It is the absolute path, or `finesight-tiny` for the bundled model, whose path differs between
+    installations.
     """
     path = folder.path.resolve()
     return TINY_MODEL if path == TINY_MODEL_FOLDER.resolve() else str(path)
@@ -407,7 +418,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _iter_layer_counts(content: object, at: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the layer counts in all sections of a config with their full keys."""
+    """Yield all layer counts in a config, with their full keys.
+
+    Nested sections are included.
+    """
     if not isinstance(content, dict):
         return
     for key, value in content.items():
@@ -419,7 +433,7 @@ def _iter_layer_counts(content: object, at: str = "") -> Iterator[tuple[str, flo
 
 
 def _read_header(path: Path) -> bytes:
-    """Read the header of a safetensors file: 8 bytes of length, little endian, then JSON."""
+    """Read the JSON header of a safetensors file, which follows its length in 8 bytes."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length) if length <= MAX_HEADER_BYTES else b""

@@ -195,6 +195,14 @@ def test_ids_are_made_unique(tmp_path: Path) -> None:
     ]
 
 
+def test_made_ids_differ_from_ids_of_other_rows(tmp_path: Path) -> None:
+    rows = [{"id": name, "query": "q", "response": "r"} for name in ("a", "a", "a", "a-row1")]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    import_dataset(source, tmp_path / "out", ImportOptions())
+    ids = [sample.id for sample in read_samples(tmp_path / "out" / "data.jsonl")]
+    assert ids == ["a-row1-copy", "a-row2", "a-row3", "a-row1"]
+
+
 def test_imported_file_can_be_imported_again(tmp_path: Path) -> None:
     import_dataset(table(tmp_path, *"ab"), tmp_path / "one", ANSWERS)
     first = tmp_path / "one" / "data.jsonl"

@@ -462,16 +462,19 @@ def _make_ids_unique(rows: list[RowExamples]) -> list[RowExamples]:
     id_counts = Counter(example.id for examples in rows for example in examples)
     if len(id_counts) == sum(map(len, rows)):
         return rows
-    row_counter = itertools.count(1)
-    return [
-        [
-            example
-            if id_counts[example.id] == 1
-            else example._replace(id=f"{example.id}-row{row_number}")
-            for example, row_number in zip(examples, row_counter, strict=False)
-        ]
-        for examples in rows
-    ]
+    used_ids, numbers = set(id_counts), itertools.count(1)
+
+    def rename(example: _SpooledExample) -> _SpooledExample:
+        number = next(numbers)
+        if id_counts[example.id] == 1:
+            return example
+        name = f"{example.id}-row{number}"
+        while name in used_ids:
+            name += "-copy"
+        used_ids.add(name)
+        return example._replace(id=name)
+
+    return [[rename(example) for example in examples] for examples in rows]
 
 
 def _split_rows(rows: list[RowExamples], options: ImportOptions) -> list[_OutputSplit]:

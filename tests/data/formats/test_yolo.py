@@ -101,6 +101,15 @@ def test_val_split_becomes_last_rows(root: Path, tmp_path: Path) -> None:
     assert '"val"' not in (tmp_path / "out" / "train.jsonl").read_text(encoding="utf-8")
 
 
+def test_empty_lines_of_classes_txt_keep_the_class_ids(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    write_box_image(root / "a.png", WHITE)
+    (root / "a.txt").write_text(LINE.replace("1", "2", 1), encoding="utf-8")
+    (root / "classes.txt").write_text("person\n\ndog\n\n", encoding="utf-8")
+    samples, _ = import_samples(root, tmp_path / "out")
+    assert list_answers(samples) == [[("dog", WHITE)]]
+
+
 def test_flat_folder_with_classes_txt(tmp_path: Path) -> None:
     root = tmp_path / "set"
     write_box_image(root / "a.png", WHITE)

@@ -32,7 +32,7 @@ SNIFF_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class FolderListing:
-    """All files below a folder, sorted by path.
+    """Sorted paths of the files in a folder and its subfolders.
 
     Hidden files and the checksum file of finesight are excluded.
     """

@@ -309,7 +309,8 @@ def _open_from_class_names(source: Path) -> _YoloDataset | None:
     for name in CLASS_NAME_FILES:
         if (source / name).is_file():
             name_lines = _list_of_names(source / name)
-            names = dict(enumerate(text.strip() for text in name_lines if text.strip()))
+            # The class ID is the line number, also after an empty line.
+            names = {n: text.strip() for n, text in enumerate(name_lines) if text.strip()}
             known_by = f"label files with class IDs, {name}"
             return _YoloDataset(names, tuple(("", path) for path in images), False, known_by)
     raise UserError(

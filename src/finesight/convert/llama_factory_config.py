@@ -153,8 +153,9 @@ def _set_tune(
 
 
 def _expand_all_targets(family: FamilySettings, trainable: TrainableParts) -> tuple[str, ...]:
-    """Return the layer names that `all` matches; merger layers only if the vision encoder has the
-    name.
+    """Return the layer names that `all` matches.
+
+    A merger layer matches only if the vision encoder has a layer of the same name.
     """
     return (*family.language_layers, *(family.vision_layers if trainable.vision else ()))
 

@@ -10,6 +10,7 @@ from itertools import product
 
 import pytest
 import torch
+from decoder_fixtures import SMALL_DECODER
 from memory_profile import MemoryProfile, profile_memory
 from stub_kernels import stub_triton_kernels
 from torch import nn
@@ -26,23 +27,8 @@ from finesight.plan.fused_layer_memory import FusedLayerMemory
 from finesight.plan.layer_stack import compute_layer_memory
 from finesight.plan.saved_activations import ComputeConfig, LayerInputShape
 
-SMALL = DecoderConfig(
-    vocab_size=64,
-    hidden_size=192,
-    intermediate_size=640,
-    num_layers=1,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=32,
-    use_qk_norm=False,
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
-    mrope_axes=(0,) * 16,
-    max_position_embeddings=4096,
-    tie_word_embeddings=True,
-)
 LARGE = replace(
-    SMALL,
+    SMALL_DECODER,
     hidden_size=1536,
     intermediate_size=8960,
     num_heads=12,
@@ -206,7 +192,7 @@ def test_estimated_bytes_match_allocated_bytes(
     case: LayerCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub_triton_kernels(monkeypatch)
-    layer = MeasuredLayer(case, SMALL, (140, 3, 250, 64, 171, 90), BARE)
+    layer = MeasuredLayer(case, SMALL_DECODER, (140, 3, 250, 64, 171, 90), BARE)
     # The first pass makes what stays.
     layer.measure_bytes()
     assert layer.measure_bytes() == layer.estimated_bytes()
@@ -218,7 +204,7 @@ def test_extra_weight_columns_are_allocated_once(
 ) -> None:
     stub_triton_kernels(monkeypatch)
     for tune in ("dropped", "adapted", "one adapted", "all learns"):
-        layer = MeasuredLayer(LayerCase(tune, True, False), SMALL, (20, 30), BARE)
+        layer = MeasuredLayer(LayerCase(tune, True, False), SMALL_DECODER, (20, 30), BARE)
         layer.measure_bytes()
         weights = [group.weight for group in layer.layer.fusible_linears]
         extra = 0
@@ -235,7 +221,7 @@ def test_fp8_codes_are_duplicated_if_gradients_pass(
     reached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub_triton_kernels(monkeypatch)
-    layer = MeasuredLayer(LayerCase("fp8", reached, False), SMALL, (20, 30), BARE)
+    layer = MeasuredLayer(LayerCase("fp8", reached, False), SMALL_DECODER, (20, 30), BARE)
     layer.measure_bytes()
     made = 0
     for group in layer.layer.fusible_linears:
@@ -267,7 +253,7 @@ def test_shared_prefix_kv_copies_are_counted(
 ) -> None:
     """Keys and values as attention keeps them, where sequences are too long for its own kernel."""
     stub_triton_kernels(monkeypatch)
-    layer = MeasuredLayer(CASES[0], SMALL, (64, 60, 3), BARE)
+    layer = MeasuredLayer(CASES[0], SMALL_DECODER, (64, 60, 3), BARE)
     output = layer.estimate
     for trunk, copied in ((15, False), (300, True)):
         lengths = trunk, 60, 30
@@ -275,7 +261,9 @@ def test_shared_prefix_kv_copies_are_counted(
         attention = SharedPrefixAttention(
             Segments.from_lengths(lengths, BARE.device), num_tokens=tokens
         )
-        k_TKD = torch.zeros(tokens, SMALL.num_kv_heads, SMALL.head_dim, dtype=BARE.dtype)
+        k_TKD = torch.zeros(
+            tokens, SMALL_DECODER.num_kv_heads, SMALL_DECODER.head_dim, dtype=BARE.dtype
+        )
         one = attention._expand(k_TKD).nbytes
         branched = LayerInputShape(attention.full_segments.lengths, tokens, tokens)
         baseline = LayerInputShape(lengths, tokens, tokens)

@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 from hf_reference import CPU
-from safetensors import safe_open
 from tiny_task import TinyTask
 
 from finesight.errors import UserError
@@ -95,15 +94,7 @@ def test_activation_checkpointing_is_bit_exact(task: TinyTask) -> None:
 
 def test_full_model_has_published_weights(task: TinyTask) -> None:
     task.run("train.precision=bf16", tune=BOTH | {"merger": "full"})
-    names = {}
-    for folder in (task.folder / "tiny", task.folder / "run" / "model"):
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            names[folder.name] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    own, written = names["tiny"], names["model"]
-    assert own.keys() == written.keys()
-    for name, tensor in own.items():
-        if name.startswith(("model.layers.", "visual.blocks.")) and tensor.dim() == 2:
-            assert torch.equal(written[name], tensor), name
+    task.assert_layers_unchanged()
 
 
 def test_merged_model_has_published_weights(task: TinyTask) -> None:

@@ -11,7 +11,6 @@ import torch
 import yaml
 from gptq_fixtures import GptqConfig, with_untied_head, write_quantized_model
 from hf_reference import CPU
-from safetensors import safe_open
 from tiny_task import TinyTask
 
 from finesight.config import TuneSettings
@@ -61,16 +60,9 @@ def test_saved_run_reloads_its_nf4_weights(task: TinyTask, tune: dict[str, Any])
 
 def test_full_model_has_published_weights(task: TinyTask) -> None:
     task.run("train.precision=bf16", tune=MIXED)
-    names = {}
-    for folder in (task.folder / "tiny", task.folder / "run" / "model"):
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            names[folder.name] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    own, written = names["tiny"], names["model"]
-    assert own.keys() == written.keys()
-    for name, tensor in own.items():
-        if name.startswith(("model.layers.", "visual.blocks.")) and tensor.dim() == 2:
-            assert torch.equal(written[name], tensor), name
-    assert not torch.equal(written["visual.merger.mlp.0.weight"], own["visual.merger.mlp.0.weight"])
+    base, trained = task.assert_layers_unchanged()
+    name = "visual.merger.mlp.0.weight"
+    assert not torch.equal(trained[name], base[name])
 
 
 def test_nf4_loss_matches_bf16(task: TinyTask) -> None:

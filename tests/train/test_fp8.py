@@ -30,7 +30,7 @@ ADAPTED = LORA | {"vision": "lora", "quantize": {"fp8": ["vision", "language"]}}
 
 @pytest.mark.parametrize("tune", [BOTH, MIXED], ids=["adapter", "adapter on a whole model"])
 def test_saved_run_reloads_its_fp8_weights(task: TinyTask, tune: dict[str, Any]) -> None:
-    """Its held-out loss, measured through what the run has written, is the one that it noted."""
+    """The reloaded model has the validation loss that the run recorded."""
     result = task.run(tune=tune)
     run = task.folder / "run"
     assert (

@@ -38,14 +38,16 @@ def answers(run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("tune", [LANGUAGE, MIXED], ids=["adapter", "adapter on a whole model"])
 def test_saved_run_reloads_its_nf4_weights(task: TinyTask, tune: dict[str, Any]) -> None:
-    """Its held-out loss, measured through what the run has written, is the one that it noted."""
+    """The reloaded model has the validation loss that the run recorded."""
     result = task.run(tune=tune)
     run = task.folder / "run"
     assert (
         json.loads((run / "manifest.json").read_text())["tune"]["quantize"]["nf4"]
         == tune["quantize"]["nf4"]
     )
-    assert f"(weights of {' and '.join(tune['quantize']['nf4'])} in NF4)" in task.console_output
+    assert (
+        f"(frozen weights of {' and '.join(tune['quantize']['nf4'])} in NF4)" in task.console_output
+    )
     assert resolve_model_source(str(run)).nf4_parts == tuple(tune["quantize"]["nf4"])
     base = ModelFolder(task.folder / "tiny")
     expected = dict(load_model(base, torch.float32, CPU, tune["quantize"]["nf4"]).named_buffers())

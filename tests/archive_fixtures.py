@@ -1,4 +1,4 @@
-"""Data sets in archives, and imports by the command, for tests of where data come from."""
+"""Datasets in archives, and imports by the command, for tests of where data come from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures with one white rectangle, and data sets taken there and back, for the box formats."""
+"""Pictures with one white rectangle, and datasets taken there and back, for the box formats."""
 
 from __future__ import annotations
 

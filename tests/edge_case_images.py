@@ -362,8 +362,6 @@ def write_samples(folder: Path, odds: Iterable[EdgeCaseImage], name: str) -> Pat
 
 
 def main() -> None:
-    import resource
-
     from finesight.check.image_catalog import inspect_images
     from finesight.config import PixelRange, TrainFileSettings
     from finesight.data.corpus import load_corpus
@@ -381,7 +379,8 @@ def main() -> None:
     corpus = load_corpus((TrainFileSettings(path=write_samples(folder, odds, "odd.jsonl")),))
 
     def peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        # In contrast to ru_maxrss, VmHWM does not include the peak of the parent process.
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
 
     for index, odd in enumerate(odds):
         before, reason = peak(), ""

@@ -357,10 +357,10 @@ def test_out_of_range_values_are_rejected(tmp_path, setting):
 
 def test_missing_recipe_suggests_closest_name(tmp_path):
     path = _write_recipe(tmp_path, SHORTEST)
-    with pytest.raises(UserError, match="no such recipe") as caught:
+    with pytest.raises(UserError, match="no such file") as caught:
         load_recipe(path.with_name("recipes.yaml"))
     assert str(path) in caught.value.remedy
-    with pytest.raises(UserError, match="no such recipe"):
+    with pytest.raises(UserError, match="no such file"):
         load_recipe(tmp_path / "no" / "where.yaml")
 
 

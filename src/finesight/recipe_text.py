@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from finesight.bounded_files import translate_os_errors
 from finesight.bounded_yaml import ComposedYaml, TooManyValuesError
-from finesight.errors import UserError, suggest_similar_path
+from finesight.errors import UserError
 
 MAX_RECIPE_BYTES = 2**20
 """Maximum size of a recipe in bytes; typical recipes have a few thousand."""
@@ -29,44 +30,29 @@ def format_key(key: SettingKey) -> str:
 
 def read_recipe_text(path: Path) -> str:
     """Read a recipe file. Raises UserError if it is missing or not text."""
-    try:
+    remedy = "check the path and its permissions"
+    with translate_os_errors(path, expected="a YAML file", remedy=remedy):
         if path.is_char_device():  # such as /dev/zero, without an end
             raise UserError(
-                "is a device",
-                where=str(path),
-                expected="a YAML file",
-                remedy="check the path",
+                "is a device", where=str(path), expected="a YAML file", remedy="check the path"
             )
         with path.open("rb") as file:  # a pipe, too: <(envsubst < recipe.yaml)
             content = file.read(MAX_RECIPE_BYTES + 1)
-        if len(content) > MAX_RECIPE_BYTES:
-            raise UserError(
-                f"has more than {MAX_RECIPE_BYTES:,} bytes",
-                where=str(path),
-                expected="a YAML file of settings",
-                remedy=_TOO_LARGE_REMEDY,
-            )
-        return content.decode()
-    except FileNotFoundError as error:
+    if len(content) > MAX_RECIPE_BYTES:
         raise UserError(
-            "no such recipe",
+            f"has more than {MAX_RECIPE_BYTES:,} bytes",
             where=str(path),
-            expected="a YAML file",
-            remedy=suggest_similar_path(path),
-        ) from error
+            expected="a YAML file of settings",
+            remedy=_TOO_LARGE_REMEDY,
+        )
+    try:
+        return content.decode()
     except UnicodeDecodeError as error:
         raise UserError(
             f"byte {error.start} is not UTF-8 text",
             where=str(path),
             expected="a YAML file in UTF-8",
             remedy="save the file as UTF-8",
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"cannot be read: {error.strerror}",
-            where=str(path),
-            expected="a YAML file",
-            remedy="check the path and its permissions",
         ) from error
 
 

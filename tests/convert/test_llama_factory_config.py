@@ -239,7 +239,7 @@ def test_descriptions_that_cannot_be_read_are_refused(content, tmp_path, monkeyp
     with pytest.raises(UserError) as caught:
         convert_settings(tmp_path, LLAMA_FACTORY_SETTINGS)
     assert caught.value.where == "data/dataset_info.json"
-    assert caught.value.expected == "descriptions of data sets by name"
+    assert caught.value.expected == "descriptions of datasets by name"
 
 
 def test_missing_dataset_info_gives_guessed_commands(tmp_path, monkeypatch):

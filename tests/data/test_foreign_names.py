@@ -1,4 +1,4 @@
-"""Data sets whose files are called in GBK, as unzip leaves them, from import to training."""
+"""Datasets whose files are called in GBK, as unzip leaves them, from import to training."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ configs:
 - config_name: small
   data_files: small/*.parquet
 ---
-# A data set
+# A dataset
 """
 FILES = [
     *("README.md", "data/train-0.parquet", "full/train-0.parquet", "full/train-1.parquet"),

@@ -318,19 +318,22 @@ def captured_text(question: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("request_", "where"),
     [
-        (ImportOptions(columns={"picture": "image"}), "columns"),
+        (ImportOptions(columns={"picture": "image"}), "--map"),
         (ImportOptions(format="table"), "--format table"),
         (ImportOptions(format="query-response", columns={"image": "image"}), "--map"),
         (ImportOptions(format="samples", prompt="?"), "--prompt"),
         (ImportOptions(format="samples", box_format="xywh"), "--box-format or --box-units"),
-        (ImportOptions(columns={"image": "image"}, prompt="?", train_fraction=1.0), "split"),
+        (
+            ImportOptions(columns={"image": "image"}, prompt="?", train_fraction=1.0),
+            "--train-fraction",
+        ),
         (
             ImportOptions(columns={"image": "image"}, prompt="?", train_fraction=0.5, eval_last=1),
-            "split",
+            "--train-fraction, --eval-last",
         ),
         (
             ImportOptions(columns={"image": "image", "answer": "answer"}, prompt="?", eval_last=9),
-            "the last rows, held out",
+            "--eval-last 9",
         ),
     ],
 )

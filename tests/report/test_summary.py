@@ -61,7 +61,7 @@ def test_quantized_frozen_weights_are_reported(tmp_path: Path) -> None:
     manifest["tune"]["quantize"] = {"nf4": None, "fp8": ["language"]}
     made.write("manifest.json", json.dumps(manifest))
     assert summary.describe_trained_parts(record(made)).endswith(
-        "merger with full fine-tuning; frozen weights of language multiplied in FP8"
+        "merger with full fine-tuning; frozen weights of language in FP8"
     )
 
 

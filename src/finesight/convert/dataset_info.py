@@ -1,4 +1,4 @@
-"""Read data sets of LLaMA-Factory from its dataset_info.json."""
+"""Read datasets of LLaMA-Factory from its dataset_info.json."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _STANDARD_COLUMNS = {
 def read_dataset_sources(
     config: ExternalConfig, draft: RecipeDraft, key: str
 ) -> list[DatasetSource]:
-    """Return the data sets listed in a setting. Raises UserError for an unknown name."""
+    """Return the datasets listed in a setting. Raises UserError for an unknown name."""
     names = config.get_list(key)
     folder = config.get_str("dataset_dir") or "data"
     if not names:
@@ -77,7 +77,7 @@ def _load_dataset_info(
     for candidate in candidates:
         path = candidate / DATASET_INFO_FILE
         if os.path.exists(path):
-            expected = "descriptions of data sets by name"
+            expected = "descriptions of datasets by name"
             return candidate, read_json_object(path, expected=expected, remedy="correct the file")
     return None
 
@@ -119,7 +119,7 @@ def _build_source(
         raise _build_error(
             str(folder / DATASET_INFO_FILE),
             f"{name} has no file_name",
-            "a file, or the name of a data set on a hub",
+            "a file, or the name of a dataset on a hub",
         )
     media = config.get_str("media_dir")
     if media is not None and Path(media) != (folder / file).parent:

@@ -90,9 +90,7 @@ class ExternalConfig:
         return None if number is None else int(number)
 
     def get_list(self, key: str) -> tuple[str, ...]:
-        """Return a setting as a list, separated by commas in LLaMA-Factory and by spaces in
-        ms-swift.
-        """
+        """Return a setting as a list; split text at commas for LLaMA-Factory."""
         value = self.get_value(key)
         if is_empty(value):
             return ()

@@ -10,14 +10,14 @@ from pathlib import Path
 from finesight.convert.recipe_draft import RecipeDraft
 
 SAMPLES_FOLDER = "samples"
-"""Folder of all imported data sets."""
+"""Folder of all imported datasets."""
 
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """Data set for `finesight data import`.
+    """Dataset for `finesight data import`.
 
-    `limit` is the number of rows, None for all. `title` is the name of the data set, if it has one.
+    `limit` is the number of rows, None for all. `title` is the name of the dataset, if it has one.
     """
 
     name: str
@@ -40,7 +40,7 @@ _GENERIC_NAMES = ("data", "train", "dataset")
 
 @dataclass(frozen=True)
 class ValidationSource:
-    """Validation data: separate data sets, or import options that split each data set."""
+    """Validation data: separate datasets, or import options that split each dataset."""
 
     sources: tuple[DatasetSource, ...] = ()
     options: tuple[str, ...] = ()

@@ -77,7 +77,7 @@ def _require_training(config: ExternalConfig) -> None:
 def _set_data(config: ExternalConfig, draft: RecipeDraft) -> None:
     sources = read_dataset_sources(config, draft, "dataset")
     if not sources:
-        raise config.build_error("dataset", "data set names")
+        raise config.build_error("dataset", "dataset names")
     validation_sources = read_dataset_sources(config, draft, "eval_dataset")
     val_size = config.get_float("val_size") or 0.0
     options: tuple[str, ...] = ()
@@ -88,7 +88,7 @@ def _set_data(config: ExternalConfig, draft: RecipeDraft) -> None:
         text = (
             "split by image"
             if val_size < 1
-            else "the last rows of each data set are the validation split"
+            else "the last rows of each dataset are the validation split"
         )
         draft.add_note("val_size", f"{val_size:g}", f"{text}; LLaMA-Factory draws random rows")
     set_data_files(draft, sources, ValidationSource(tuple(validation_sources), options))
@@ -153,8 +153,9 @@ def _set_tune(
 
 
 def _expand_all_targets(family: FamilySettings, trainable: TrainableParts) -> tuple[str, ...]:
-    """Return the layer names that `all` matches; merger layers only if the vision encoder has the
-    name.
+    """Return the layer names that `all` matches.
+
+    A merger layer matches only if the vision encoder has a layer of the same name.
     """
     return (*family.language_layers, *(family.vision_layers if trainable.vision else ()))
 

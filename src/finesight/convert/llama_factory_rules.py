@@ -154,7 +154,7 @@ RULES: dict[str, SettingRule] = {
         "finesight trains on the answers of all turns only", "mask_history", "train_on_prompt"
     ),
     **unsupported(
-        "import the data sets separately, and set their weights in data.train",
+        "import the datasets separately, and set their weights in data.train",
         "mix_strategy",
         "interleave_probs",
         equivalent_values=("concat",),

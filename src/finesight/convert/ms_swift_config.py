@@ -78,7 +78,7 @@ def _default_hub(config: ExternalConfig) -> str:
 def _set_data(config: ExternalConfig, draft: RecipeDraft, family: FamilySettings) -> None:
     sources = [_build_source(config, draft, item) for item in config.get_list("dataset")]
     if not sources:
-        raise config.build_error("dataset", "data sets")
+        raise config.build_error("dataset", "datasets")
     validation_sources = [
         _build_source(config, draft, item) for item in config.get_list("val_dataset")
     ]

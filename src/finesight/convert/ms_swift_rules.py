@@ -223,7 +223,7 @@ RULES: dict[str, SettingRule] = {
         equivalent_values=(0.0,),
     ),
     **unsupported(
-        "import the data sets separately: `finesight data import`",
+        "import the datasets separately: `finesight data import`",
         "cached_dataset",
         "cached_val_dataset",
         "custom_dataset_info",

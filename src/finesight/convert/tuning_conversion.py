@@ -65,9 +65,7 @@ def set_lora_config(config: ExternalConfig, draft: RecipeDraft, alpha: float) ->
 
 
 def set_modules_to_save(draft: RecipeDraft, key: str, names: tuple[str, ...]) -> None:
-    """Set modules that are fully trained in addition to LoRA; only embeddings and head are
-    supported.
-    """
+    """Set full training of the embeddings and the head; report other modules as unsupported."""
     embedding_modules = {"embed_tokens", "lm_head", "all-embedding", "wte"}
     if set(names) & embedding_modules:
         draft.set("tune.embeddings", "full", f"{key}: embeddings and head are trained together")
@@ -97,7 +95,7 @@ def set_lora_targets(
     targets: tuple[str, ...],
     match_suffix: bool,
 ) -> None:
-    """Set LoRA on the named layers of the trainable parts; parts without a match are frozen.
+    """Set LoRA on the named layers of the trainable parts; freeze the other parts.
 
     A name matches layers that end with it, or with `match_suffix` False layers that contain it.
     """
@@ -133,7 +131,7 @@ def set_lora_targets(
 
 
 def _match_layers(family: FamilySettings, target: str, match_suffix: bool) -> dict[str, set[str]]:
-    """Return the linear layers of each part that match a target, by the last name components."""
+    """Return the linear layers of each part whose last name component matches a target."""
     layers_by_part = {
         "vision": family.vision_layers,
         "merger": family.merger_layers,

@@ -45,8 +45,8 @@ class ImportOptions:
         prompt: Question or prompt template from the user.
         row_range: Slice bounds of the rows, 0-based. None means the first or last row.
         limit: Maximum number of rows within `row_range`.
-        eval_last: Number of rows at the end that are held out for validation.
-        train_fraction: Fraction of the rows for training; the rest is held out for validation.
+        eval_last: Number of rows at the end for validation.
+        train_fraction: Fraction of the rows for training; the rest is for validation.
         seed: Seed of the random split by `train_fraction`.
         box_task: Whether box datasets become detection or grounding questions.
         on_invalid_row: Fail at invalid rows, or skip them.
@@ -220,21 +220,21 @@ def _check_options(options: ImportOptions) -> None:
         matches = difflib.get_close_matches(unknown[0], table_format.MAPPABLE_COLUMNS, n=1)
         raise UserError(
             f"unknown role {unknown[0]!r}",
-            where="columns",
+            where="--map",
             expected=f"one of {', '.join(table_format.MAPPABLE_COLUMNS)}",
             remedy=f"did you mean {matches[0]}?" if matches else "remove the column",
         )
     if options.train_fraction is not None and options.eval_last is not None:
         raise UserError(
-            f"a split of {options.train_fraction:g} and the last {options.eval_last} held-out rows",
-            where="split",
-            expected="one split option",
+            f"both are set: {options.train_fraction:g} and {options.eval_last}",
+            where="--train-fraction, --eval-last",
+            expected="one of the two options",
             remedy="remove one of the two",
         )
     if options.train_fraction is not None and not 0 < options.train_fraction < 1:
         raise UserError(
-            f"a split of {options.train_fraction:g}",
-            where="split",
+            f"{options.train_fraction:g} is out of range",
+            where="--train-fraction",
             expected="the fraction of training rows, between 0 and 1 (exclusive)",
             remedy="for example 0.9",
         )

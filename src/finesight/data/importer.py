@@ -198,7 +198,7 @@ class _OutputSplit:
 
 
 def import_dataset(path: Path, out: Path, options: ImportOptions) -> ImportSummary:
-    """Import a dataset to `out`/data.jsonl, or to train.jsonl and eval.jsonl if rows are held out.
+    """Import a dataset to `out`/data.jsonl, or to train.jsonl and eval.jsonl with a split.
 
     Image paths in these files are relative to `out`. Images stay where they are, except that copied
     images and images embedded in a table are saved in `out`/images.
@@ -480,7 +480,7 @@ def _make_ids_unique(rows: list[RowExamples]) -> list[RowExamples]:
 def _split_rows(rows: list[RowExamples], options: ImportOptions) -> list[_OutputSplit]:
     """Assign the rows to output files.
 
-    Without held-out rows there is one file, data.jsonl, otherwise train.jsonl and eval.jsonl.
+    Without a split there is one file, data.jsonl, otherwise train.jsonl and eval.jsonl.
     """
     if options.eval_last is None and options.train_fraction is None:
         return [_OutputSplit("data.jsonl", rows)]
@@ -490,7 +490,7 @@ def _split_rows(rows: list[RowExamples], options: ImportOptions) -> list[_Output
     if options.train_fraction is not None:
         train, validation = split_by_image(image_keys, options.train_fraction, options.seed)
     else:
-        assert options.eval_last is not None, "neither split nor eval_last"
+        assert options.eval_last is not None, "neither train_fraction nor eval_last"
         train, validation = split_last_rows(image_keys, options.eval_last)
     splits = [
         _OutputSplit("train.jsonl", [rows[row_index] for row_index in train]),
@@ -502,9 +502,9 @@ def _split_rows(rows: list[RowExamples], options: ImportOptions) -> list[_Output
             raise UserError(
                 f"{part.name} would contain no samples: its {len(part.rows)} rows have no"
                 " training content",
-                where="held-out rows",
+                where="--train-fraction" if options.eval_last is None else "--eval-last",
                 expected="rows with answers in both files",
-                remedy="hold out other rows, or another fraction",
+                remedy="choose another fraction or number of rows",
             )
     return splits
 

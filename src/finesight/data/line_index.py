@@ -18,9 +18,10 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.bounded_files import translate_os_errors
 from finesight.data.index_cache import SampleIndex, load_or_build_index
-from finesight.errors import UserError, suggest_similar_path
-from finesight.regular_file import SpecialFileError, open_regular_file
+from finesight.errors import UserError
+from finesight.regular_file import open_regular_file
 
 UTF8_BOM = b"\xef\xbb\xbf"
 """Byte order mark of UTF-8, which some editors write at the start of a file."""
@@ -214,24 +215,13 @@ def open_data_file(path: Path, *, may_be_pipe: bool = False) -> Iterator[BinaryI
         UnreadableFileError: The file is missing, unreadable, a device, or a pipe that is not
             accepted.
     """
-    try:
-        with path.open("rb") if may_be_pipe and path.is_fifo() else open_regular_file(path) as file:
-            yield file
-    except SpecialFileError as error:
-        raise UnreadableFileError(
-            error.what, where=error.where, expected=error.expected, remedy=error.remedy
-        ) from error
-    except FileNotFoundError as error:
-        raise UnreadableFileError(
-            "no such file",
-            where=str(path),
-            expected="an existing data file",
-            remedy=suggest_similar_path(path),
-        ) from error
-    except OSError as error:
-        raise UnreadableFileError(
-            f"cannot be read: {error.strerror or error}",
-            where=str(path),
+    with (
+        translate_os_errors(
+            path,
             expected="a data file",
             remedy="check the path and its permissions",
-        ) from error
+            error_class=UnreadableFileError,
+        ),
+        path.open("rb") if may_be_pipe and path.is_fifo() else open_regular_file(path) as file,
+    ):
+        yield file

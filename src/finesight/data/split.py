@@ -14,22 +14,22 @@ ImageKeys = frozenset[str]
 
 
 def split_last_rows(rows: Sequence[ImageKeys], num_eval_rows: int) -> tuple[list[int], list[int]]:
-    """Hold out the last rows, and remove training rows that share an image with them.
+    """Split off the last rows for validation; remove training rows that share an image.
 
     Returns:
         Indices of the training rows and of the validation rows. There are no training rows if all
-            rows are held out.
+            rows are for validation.
 
     Raises:
-        UserError: There are fewer rows, or every other row shares an image with the held-out rows.
+        UserError: There are fewer rows, or every other row shares an image with the last ones.
     """
     num_other_rows = len(rows) - num_eval_rows
     if num_other_rows < 0:
         raise UserError(
-            f"{num_eval_rows} rows of {len(rows)}",
-            where="the last rows, held out",
+            f"there are {len(rows)} rows",
+            where=f"--eval-last {num_eval_rows}",
             expected=f"at most {len(rows)}",
-            remedy="hold out fewer rows",
+            remedy="use fewer rows for validation",
         )
     eval_images = frozenset[str]().union(*rows[num_other_rows:])
     train = [row_index for row_index in range(num_other_rows) if not rows[row_index] & eval_images]
@@ -37,9 +37,9 @@ def split_last_rows(rows: Sequence[ImageKeys], num_eval_rows: int) -> tuple[list
         raise UserError(
             f"each of the other {num_other_rows} rows shares an image with the last"
             f" {num_eval_rows}",
-            where="the last rows, held out",
+            where=f"--eval-last {num_eval_rows}",
             expected="training rows with other images",
-            remedy="hold out another number of rows, or a fraction",
+            remedy="use another number of rows, or --train-fraction",
         )
     return train, list(range(num_other_rows, len(rows)))
 
@@ -72,7 +72,7 @@ def split_by_image(
     if not eval_rows or len(eval_rows) == len(rows):
         raise UserError(
             f"{len(rows)} rows in {len(groups)} groups without shared images",
-            where=f"split {train_fraction:g}",
+            where=f"--train-fraction {train_fraction:g}",
             expected=f"enough groups for training and {num_eval_rows} validation rows",
             remedy="import more rows, or choose another fraction",
         )

@@ -103,6 +103,6 @@ def round_up_hundredth(value: float) -> float:
 
 
 def get_num_workers(run_record: RunRecord) -> int | None:
-    """Return the data loading workers of the last training process, or None if unknown."""
+    """Return the data loader workers of the last training process, or None if unknown."""
     value = get_last_start(run_record).get("num_workers")
     return value if isinstance(value, int) else None

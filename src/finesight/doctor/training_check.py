@@ -59,7 +59,7 @@ MIN_WEIGHT_CHANGE = 0.05
 """Relative weight change below which a flat loss is attributed to small updates."""
 
 MAX_USEFUL_WORKERS = 12
-"""Maximum number of data loading workers that a diagnosis suggests."""
+"""Maximum number of data loader workers that a diagnosis suggests."""
 
 MIN_LOSS_SPIKES = 3
 """Minimum number of loss spikes for a warning."""
@@ -345,7 +345,7 @@ def _check_data_wait(run_record: RunRecord) -> Iterator[Diagnosis]:
     yield make_warning(
         "data-wait",
         f"{wait_fraction:.0%} of the step time is data wait",
-        why=f"{num_workers if num_workers is not None else 'the'} data loading workers are too"
+        why=f"{num_workers if num_workers is not None else 'the'} data loader workers are too"
         " few, or the images are too large: a smaller image size (image) also loads"
         " faster",
         remedy=rerun_command(run_record, *overrides)

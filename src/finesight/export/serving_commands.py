@@ -136,8 +136,9 @@ def _list_notes(
 
 
 def _compute_context_length(folder: ModelFolder, max_pixels: int) -> int:
-    """Return a context length for the largest image and text, a power of two within the model's
-    limit.
+    """Compute the context length for an image of `max_pixels` and text.
+
+    It is a power of two, or the limit of the model if that is lower.
     """
     preprocessor_config = folder.preprocessor_config
     token_size: int = preprocessor_config["patch_size"] * preprocessor_config["merge_size"]

@@ -241,7 +241,10 @@ def _load_model(
 def _run_quantized(
     model_source: ModelSource, questions: _ParityQuestions, target: _ComputeTarget, log: LogFn
 ) -> ModelOutputs | None:
-    """Generate with the quantized base of the run; None if it is not quantized or not available."""
+    """Generate with the quantized base of the run.
+
+    Returns None if the base is not quantized or cannot be loaded.
+    """
     if not model_source.quantization_summary:
         return None
     try:

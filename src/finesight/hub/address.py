@@ -25,7 +25,7 @@ _ADDRESS_PATTERN = re.compile(
 class HubAddress:
     """Address of a repository on a hub.
 
-    `revision` None means the latest. `part` selects a split, SUBSET/SPLIT, or a file of a data set.
+    `revision` None means the latest. `part` selects a split, SUBSET/SPLIT, or a file of a dataset.
     """
 
     hub: HubName
@@ -56,14 +56,14 @@ def parse_model_address(text: str) -> HubAddress | None:
 
 
 def parse_dataset_address(text: str) -> HubAddress:
-    """Parse the address of a data set: hf:OWNER/NAME[@REVISION][:PART], or with modelscope:.
+    """Parse the address of a dataset: hf:OWNER/NAME[@REVISION][:PART], or with modelscope:.
 
     Raises UserError for anything else.
     """
     address = _parse(text, "dataset")
     if address is None or address.repo_type == "model" or not is_hub_address(text):
         raise UserError(
-            f"{text!r} is not the address of a data set",
+            f"{text!r} is not the address of a dataset",
             where="SOURCE",
             expected="hf:OWNER/NAME or modelscope:OWNER/NAME, optionally with @REVISION and :SPLIT",
             remedy="for example hf:jrzhang/TextVQA_GT_bbox:train",
@@ -72,7 +72,7 @@ def parse_dataset_address(text: str) -> HubAddress:
 
 
 def parse_address(text: str) -> HubAddress:
-    """Parse the address of a model, or of a data set with the prefix datasets/.
+    """Parse the address of a model, or of a dataset with the prefix datasets/.
 
     Raises UserError for anything else.
     """
@@ -82,7 +82,7 @@ def parse_address(text: str) -> HubAddress:
             f"{text!r} is not the address of a repository",
             where="SOURCE",
             expected="[hf:|modelscope:]OWNER/NAME for a model, hf:datasets/OWNER/NAME or"
-            " modelscope:datasets/OWNER/NAME for a data set, optionally with @REVISION",
+            " modelscope:datasets/OWNER/NAME for a dataset, optionally with @REVISION",
             remedy="for example hf:Qwen/Qwen2-VL-2B-Instruct or"
             " hf:datasets/jrzhang/TextVQA_GT_bbox",
         )

@@ -23,7 +23,7 @@ from finesight.hub.transfer import RemoteFile
 
 DEFAULT_REVISION = "master"
 PAGE_SIZE = 200
-"""Page size of the listing of a data set; a shorter page is the last one."""
+"""Page size of the listing of a dataset; a shorter page is the last one."""
 
 MAX_MODEL_ENTRIES = 3000
 """Number of entries at which the hub truncates the listing of a model without an error."""
@@ -173,7 +173,7 @@ def _build_refusal_error(address: HubAddress, response: httpx2.Response, message
             where=repo_url,
             expected="a public repository, or a token (MODELSCOPE_API_TOKEN) with read access",
             remedy="check the name (the main branch is called master), and whether it is a model"
-            " or a data set",
+            " or a dataset",
         )
     return UserError(
         f"the hub rejects the request for {address} with status {status}: {message[:200]!r}",

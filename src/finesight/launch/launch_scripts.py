@@ -19,7 +19,10 @@ CHECKPOINT_TIMEOUT_S = 3600
 
 
 def build_torchrun_script(job: LaunchJob) -> str:
-    """Build a script to run on each node; with several, MASTER_ADDR is the name of one."""
+    """Build a torchrun script that the user starts on each node.
+
+    With several nodes, MASTER_ADDR must be the name of one of them.
+    """
     node_spec = job.node_spec
     lines = [
         "#!/bin/bash",

@@ -183,7 +183,7 @@ def _format_overheads(plan: RunPlan) -> Iterator[str]:
             f" {_format_seconds(cached_step_s)}, {plan.batch_size / cached_step_s:.4g}"
             " samples/s"
         )
-    yield f"precision {plan.precision}, {plan.num_workers} data loading workers"
+    yield f"precision {plan.precision}, {plan.num_workers} data loader workers"
 
 
 def _format_verdict(plan: RunPlan) -> Iterator[str]:

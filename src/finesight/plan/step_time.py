@@ -114,7 +114,7 @@ class StepTime:
 
     The device (`matmul_s` and `memory_s`) and the host, which launches kernels (`host_s`), work
     concurrently, so that the slower one determines the time. `is_loading_blocking` is true without
-    data loading workers.
+    data loader workers.
     """
 
     matmul_s: float

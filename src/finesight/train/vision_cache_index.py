@@ -1,4 +1,4 @@
-"""Index of the unique images of a data set, split into chunks for encoding."""
+"""Index of the unique images of a dataset, split into chunks for encoding."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ImageChunk:
 
 @dataclass(frozen=True, slots=True)
 class ImageIndex:
-    """Unique images of a data set.
+    """Unique images of a dataset.
 
     Attributes:
         image_refs: Unique images in the order of their keys.
@@ -98,7 +98,7 @@ class ImageIndex:
         )
 
     def split_chunks(self) -> list[ImageChunk]:
-        """Split the images into content-defined chunks, so that other data sets can reuse them.
+        """Split the images into content-defined chunks, so that other datasets can reuse them.
 
         A chunk ends after an image whose key ends in 0 (one of 16), or at `CHUNK_PATCHES` patches.
         An added or removed image changes only its own chunk. The last bits of the features of an

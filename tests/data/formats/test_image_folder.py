@@ -1,4 +1,4 @@
-"""Folders: pictures with texts beside them, and folders that are no data set."""
+"""Folders: pictures with texts beside them, and folders that are no dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LLaVA's data sets (its "Finetune LLaVA on Custom Datasets")."""
+"""LLaVA's datasets (its "Finetune LLaVA on Custom Datasets")."""
 
 from __future__ import annotations
 

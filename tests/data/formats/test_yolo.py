@@ -1,4 +1,4 @@
-"""YOLO data sets as Ultralytics documents them, and those with classes.txt."""
+"""YOLO datasets as Ultralytics documents them, and those with classes.txt."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def make_png(gray_level: int, width: int = 64, height: int = 48) -> bytes:
 
 
 def make_parquet(rows: Sequence[dict[str, Any]]) -> bytes:
-    """A Parquet file as the library datasets writes it: pictures as {bytes, path}."""
+    """Make a Parquet file as the library datasets writes it: images as {bytes, path}."""
     file = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(list(rows)), file)
     return file.getvalue()

@@ -318,7 +318,7 @@ def import_data(
             a comma-separated list of columns for a JSON answer.
         prompt: Question for each image.
         train_fraction: Fraction of the rows for training.
-        eval_last: Number of rows at the end that are held out.
+        eval_last: Number of rows at the end for validation.
         limit: Import only the first rows.
         format: Dataset format; detected by default.
 

@@ -44,7 +44,7 @@ MAX_SHOWN_ISSUES = 3
 _COLUMNS = {"image": "image", "fields": ",".join(TICKET_FIELDS)}
 
 _RECIPE_TEMPLATE = """\
-# Made by `finesight quickstart`: {num_images} train tickets, the last {num_eval_rows} held out.
+# Made by `finesight quickstart`: {num_images} train tickets, {num_eval_rows} for validation.
 # A small model is fine-tuned to read them as JSON.
 model: {model}
 data:
@@ -129,7 +129,7 @@ def run_quickstart(
         write_tickets(table.parent, settings.num_images, settings.seed)
     log(_read_head(table))
     log(
-        f"2. Import them, the last {settings.num_eval_rows} held out\n   $"
+        f"2. Import them, the last {settings.num_eval_rows} for validation\n   $"
         f" {_import_table(table, out, settings)}"
     )
     log(f"3. Check the data\n   $ {_format_command('data', 'check', recipe)}")

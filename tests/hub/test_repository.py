@@ -396,7 +396,7 @@ def test_huggingface_hub_cache_is_reused(
     for name in MODEL:
         if name != "model.safetensors":
             (folder / name).write_bytes(MODEL[name])
-    assert locate_model("Some/model").path != folder, "a model would lie in two places"
+    assert locate_model("Some/model").path != folder, "the model would be stored twice"
     (folder / "model.safetensors").write_bytes(WEIGHTS)
     huggingface.requests.clear()
     assert locate_model("Some/model").weight_files() == [folder / "model.safetensors"]

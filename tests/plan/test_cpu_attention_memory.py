@@ -12,7 +12,7 @@ from finesight.plan.cpu_attention_memory import CpuAttentionMemory
 CPU = torch.device("cpu")
 WIDTH = 64
 CLOSE, NEAR = 0.01, 0.08
-"""Of what oneDNN makes for itself only what is large is counted, on the way back, and roughly."""
+"""Tolerances: of the allocations of oneDNN, only large ones of the backward pass are counted."""
 
 # Two sequences of a length at least: where heads are not grouped, one alone is a view of what
 # others copy.
@@ -34,8 +34,8 @@ def test_estimated_bytes_match_allocated_bytes(
     widths = heads * WIDTH, kv_heads * WIDTH
     output = CpuAttentionMemory(*widths, heads, causal, tokens, runs)
     # Once for all layers.
-    held = [x for count in {heads, kv_heads} for x in runs.head_rows(count) if x is not None]
-    assert output.index_bytes == sum(x.nbytes for x in held)
+    buffers = [x for count in {heads, kv_heads} for x in runs.head_rows(count) if x is not None]
+    assert output.index_bytes == sum(x.nbytes for x in buffers)
     with profile_memory() as forward:
         o_THD = varlen_attention(q_THD, k_TKD, v_TKD, segments, causal=causal)
     do_THD = torch.randn_like(o_THD)

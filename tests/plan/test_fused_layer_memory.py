@@ -82,11 +82,11 @@ def to_int8(layer: DecoderLayer) -> None:
 
 
 TUNES: dict[str, Callable[[DecoderLayer], object]] = {
-    "dropped": with_adapters(16, 0.05),
+    "dropout": with_adapters(16, 0.05),
     "adapted": with_adapters(72),
     "one adapted": with_one_adapter,
     "frozen": lambda layer: layer.requires_grad_(False),
-    "all learns": lambda layer: layer.requires_grad_(True),
+    "all trainable": lambda layer: layer.requires_grad_(True),
     "fp8": to_fp8,
     "int8": to_int8,
 }
@@ -217,7 +217,7 @@ def test_extra_weight_columns_are_allocated_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stub_triton_kernels(monkeypatch)
-    for tune in ("dropped", "adapted", "one adapted", "all learns"):
+    for tune in ("dropout", "adapted", "one adapted", "all trainable"):
         layer = MeasuredLayer(LayerCase(tune, True, False), SMALL, (20, 30), BARE)
         layer.measure_bytes()
         weights = [group.weight for group in layer.layer.fusible_linears]
@@ -226,7 +226,7 @@ def test_extra_weight_columns_are_allocated_once(
             assert isinstance(weight, nn.Parameter), f"a {type(weight).__name__}"
             extra += weight.untyped_storage().nbytes() - weight.nbytes
         assert layer.estimate.persistent_bytes == extra
-        assert (extra > 0) == (tune != "all learns")
+        assert (extra > 0) == (tune != "all trainable")
 
 
 @pytest.mark.skipif(HAS_TRITON, reason="where Triton is, kernels are launched")
@@ -269,8 +269,8 @@ def test_shared_prefix_kv_copies_are_counted(
     stub_triton_kernels(monkeypatch)
     layer = MeasuredLayer(CASES[0], SMALL, (64, 60, 3), BARE)
     output = layer.estimate
-    for trunk, copied in ((15, False), (300, True)):
-        lengths = trunk, 60, 30
+    for prefix_length, copied in ((15, False), (300, True)):
+        lengths = prefix_length, 60, 30
         tokens = sum(lengths)
         attention = SharedPrefixAttention(
             Segments.from_lengths(lengths, BARE.device), num_tokens=tokens

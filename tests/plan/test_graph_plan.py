@@ -1,4 +1,4 @@
-"""What recordings are said to hold against what they do."""
+"""Planned memory of CUDA graphs against the allocations of a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from finesight.plan.peak_memory import (
 )
 from finesight.plan.planned_pack import PlannedPack
 from finesight.plan.saved_activations import ComputeConfig
-from finesight.train import cuda_graphs as train_recorded
+from finesight.train import cuda_graphs
 from finesight.train.cuda_graphs import MAX_GRAPHS
 from finesight.train.graph_buffers import MAX_GRAPH_TOKENS, GraphInputs, GraphShape
 from finesight.train.graph_vision_buffers import GraphVisionShape
@@ -40,12 +40,12 @@ CARD = ComputeConfig(is_cuda=True, element_size=2, has_varlen_attention=True)
 LORA = {"language": "lora", "lora": {"rank": 8}}
 SEEING = LORA | {"vision": "lora"}
 WATCHING = SEEING | {"lora": {"rank": 8, "dropout": 0.0}}
-"""Of a tower that draws nothing, and is recorded, too."""
+"""Tuning of a vision encoder without random numbers, which is captured too."""
 
 
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory: pytest.TempPathFactory) -> PackedBatch:
-    folder = tmp_path_factory.mktemp("recorded")
+    folder = tmp_path_factory.mktemp("graphs")
     make_task(folder)
     renderer = NativeRenderer(
         locate_model("finesight-tiny"), PixelRange(min_pixels=784, max_pixels=7056)
@@ -68,15 +68,17 @@ def load_of(batch: PackedBatch) -> PlannedPack:
 def test_graph_buffer_sizes_match_a_run(batch: PackedBatch, tune: dict[str, object]) -> None:
     model = make_model(tune)
     features = model.encode_images(batch.patches_ND, batch.grid_thw)
-    held = GraphInputs.allocate(GraphShape.from_batch(batch), batch, features, model.visual)
+    static_inputs = GraphInputs.allocate(
+        GraphShape.from_batch(batch), batch, features, model.visual
+    )
     found = plan_graph(model, CARD, 0.0, load_of(batch))
     assert found is not None
-    assert found.shape == held.shape
-    assert found.padded_pack.num_tokens == held.shape.num_tokens
-    values = [getattr(held.batch, field.name) for field in fields(held.batch)]
+    assert found.shape == static_inputs.shape
+    assert found.padded_pack.num_tokens == static_inputs.shape.num_tokens
+    values = [getattr(static_inputs.batch, field.name) for field in fields(static_inputs.batch)]
     tensors = [
         value
-        for value in (*values, held.features_MKD, held.features_grad_MKD)
+        for value in (*values, static_inputs.features_MKD, static_inputs.features_grad_MKD)
         if isinstance(value, Tensor)
     ]
     assert found.buffer_bytes == sum(tensor.nbytes for tensor in tensors)
@@ -90,20 +92,20 @@ def test_vision_graph_buffer_sizes_match_a_run(
     model = load_model(ModelFolder(tmp_path / family), torch.bfloat16, CPU).train()
     configure_tuning(model, TuneSettings.model_validate(WATCHING), 0)
     kind = GraphShape.from_batch(batch, GraphVisionShape.from_batch(batch, model.visual))
-    held = GraphInputs.allocate(kind, batch, None, model.visual)
+    static_inputs = GraphInputs.allocate(kind, batch, None, model.visual)
     found = plan_graph(model, CARD, 0.0, load_of(batch))
     assert found is not None
     assert found.shape == kind
-    assert held.vision_inputs is not None
+    assert static_inputs.vision_inputs is not None
     assert (found.padded_pack.num_tokens, found.padded_pack.num_patches) == (
         kind.num_tokens,
-        held.vision_inputs.shape.num_patches,
+        static_inputs.vision_inputs.shape.num_patches,
     )
-    values = [getattr(held.batch, field.name) for field in fields(held.batch)]
-    own = held.vision_inputs.layout
+    values = [getattr(static_inputs.batch, field.name) for field in fields(static_inputs.batch)]
+    own = static_inputs.vision_inputs.layout
     ways = {id(way): way.cu_seqlens_S1 for way in own.segments}.values()
     values += [
-        held.vision_inputs.patches_NB,
+        static_inputs.vision_inputs.patches_NB,
         own.position_ids_N2,
         own.window_index_M,
         own.reverse_index_M,
@@ -132,14 +134,14 @@ def test_only_small_packs_are_captured(batch: PackedBatch, monkeypatch: pytest.M
         is None
     )
     assert plan_graph(make_model(SEEING), CARD, 0.0, load) is not None
-    monkeypatch.setattr(train_recorded, "MAX_TRAINABLE_PARAMS", 1000)
+    monkeypatch.setattr(cuda_graphs, "MAX_TRAINABLE_PARAMS", 1000)
     assert plan_graph(frozen, CARD, 0.0, load) is None
 
 
-def peak(model: VisionLanguageModel, loads: list[PlannedPack], recompute: float) -> PeakMemory:
+def peak(model: VisionLanguageModel, loads: list[PlannedPack], checkpointed: float) -> PeakMemory:
     stays, activations = (
         compute_persistent_memory(model, TrainSettings(), CARD),
-        ActivationMemory(model, CARD, recompute),
+        ActivationMemory(model, CARD, checkpointed),
     )
     return compute_peak_memory(stays, activations, loads, CARD, 588, has_multiple_packs=False)
 
@@ -162,7 +164,7 @@ def test_cuda_graph_memory_includes_gradients(batch: PackedBatch) -> None:
 
 
 def test_trainable_encoder_runs_outside_the_graph(batch: PackedBatch) -> None:
-    """It keeps what it needs for its way back while the decoder goes forth and back."""
+    """Check that the encoder stores its activations during both passes of the decoder."""
     load = load_of(batch)
     frozen, seeing = make_model(LORA), make_model(SEEING)
     both = [ActivationMemory(model, CARD, 0.0) for model in (frozen, seeing)]

@@ -54,7 +54,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batch_of(task: Path, *, once: bool = False) -> PackedBatch:
-    """What all samples begin with is laid `once`, or as often."""
+    """Pack the samples; `once` computes the shared prefix once."""
     renderer = NativeRenderer(
         ModelFolder(task / "deep"), PixelRange(min_pixels=784, max_pixels=7056)
     )

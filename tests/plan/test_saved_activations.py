@@ -49,7 +49,7 @@ TUNES: dict[str, dict[str, Any]] = {
     "all": {"language": "full", "vision": "full", "merger": "full", "embeddings": "full"},
 }
 CLOSE = 0.03
-"""Runs of one picture are views of what others copy, and a mean in 16 bits is half as wide."""
+"""Relative tolerance: segments of one image are views, and a 16-bit mean is half as wide."""
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +81,9 @@ def saved_bytes(model: VisionLanguageModel, batch: PackedBatch) -> int:
     the pack itself."""
     inputs = (batch.ids_T, batch.position_ids_3T, batch.cu_seqlens_S1, batch.patches_ND)
     inputs += (batch.visual_indices_M, batch.logit_indices_L, batch.labels_L)
-    # Held: weights that are laid elsewhere would make room for what is counted.
-    held = [t.untyped_storage() for t in (*model.parameters(), *model.buffers(), *inputs)]
-    own = {memory.data_ptr() for memory in held}
+    # References keep the storages alive; freed memory could be reused by counted tensors.
+    references = [t.untyped_storage() for t in (*model.parameters(), *model.buffers(), *inputs)]
+    own = {memory.data_ptr() for memory in references}
     found: dict[int, int] = {}
     alive: list[Tensor] = []
 
@@ -215,7 +215,7 @@ def test_frozen_vision_encoder_memory(
     )
     for embeds in (True, False):
         if not embeds:
-            # Of so narrow a tower, the embedding of patches is the most.
+            # In such a narrow vision encoder, the patch embedding dominates.
             x_ND = torch.zeros(load.num_patches, model.config.vision.hidden_size)
             monkeypatch.setattr(model.visual.patch_embed, "forward", lambda _, x_ND=x_ND: x_ND)
             monkeypatch.setattr(ActivationMemory, "_patch_embed_bytes", lambda *_: 0)

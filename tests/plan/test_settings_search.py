@@ -79,7 +79,7 @@ def test_activation_checkpointing_is_disabled_if_memory_allows(folder: Path) -> 
 
 
 def test_cuda_graphs_never_cause_activation_checkpointing(folder: Path) -> None:
-    """A run that has no room for them launches its packs, which takes the host longer."""
+    """Check that a run without enough memory for CUDA graphs runs eagerly, with more host time."""
     steps = steps_of(3, 1000)
     roomy = chooser(folder, 141, steps).estimate(WRITTEN)
     assert roomy.peak.cuda_graphs > 0

@@ -31,7 +31,7 @@ ADAPTED = LORA | {"vision": "lora", "quantize": {"fp8": ["vision", "language"]}}
 
 @pytest.mark.parametrize("tune", [BOTH, MIXED], ids=["adapter", "adapter on a whole model"])
 def test_saved_run_reloads_its_fp8_weights(task: TinyTask, tune: dict[str, Any]) -> None:
-    """Its held-out loss, measured through what the run has written, is the one that it noted."""
+    """Check that the validation loss of the saved model equals the logged one."""
     result = task.run(tune=tune)
     run = task.folder / "run"
     assert (
@@ -88,7 +88,7 @@ def test_fp8_loss_matches_bf16(task: TinyTask) -> None:
 def test_activation_checkpointing_is_bit_exact(task: TinyTask) -> None:
     tune = ADAPTED | {"lora": LORA["lora"] | {"dropout": 0.1}}
     retained = task.run(tune=tune, name="baseline")
-    again = task.run("train.activation_checkpointing=true", tune=tune, name="recomputed")
+    again = task.run("train.activation_checkpointing=true", tune=tune, name="checkpointed")
     assert retained.loss == again.loss
     assert retained.after == again.after
 

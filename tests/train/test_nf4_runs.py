@@ -39,7 +39,7 @@ def answers(run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("tune", [LANGUAGE, MIXED], ids=["adapter", "adapter on a whole model"])
 def test_saved_run_reloads_its_nf4_weights(task: TinyTask, tune: dict[str, Any]) -> None:
-    """Its held-out loss, measured through what the run has written, is the one that it noted."""
+    """Check that the validation loss of the saved model equals the logged one."""
     result = task.run(tune=tune)
     run = task.folder / "run"
     assert (
@@ -91,7 +91,7 @@ def test_nf4_loss_matches_bf16(task: TinyTask) -> None:
 def test_activation_checkpointing_is_bit_exact(task: TinyTask) -> None:
     tune = MIXED | {"lora": LORA["lora"] | {"dropout": 0.1}}
     retained = task.run(tune=tune, name="baseline")
-    again = task.run("train.activation_checkpointing=true", tune=tune, name="recomputed")
+    again = task.run("train.activation_checkpointing=true", tune=tune, name="checkpointed")
     assert retained.loss == again.loss
     assert retained.after == again.after
 

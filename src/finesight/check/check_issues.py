@@ -10,7 +10,7 @@ from typing import Any, Literal
 from finesight.data.boxes import Box
 
 Severity = Literal["error", "warning", "note"]
-"""error: The sample is unusable or invalidates the evaluation. warning: Most likely a mistake.
+"""error: The sample is invalid or invalidates the evaluation. warning: Most likely a mistake.
 note: Worth a review.
 """
 

@@ -34,7 +34,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class CorruptImageError(UserError):
-    """An unusable image: missing, not an image, truncated, or above the pixel limit."""
+    """An invalid image: missing, not an image, truncated, or above the pixel limit."""
 
 
 class MissingImageError(CorruptImageError):
@@ -61,7 +61,7 @@ def open_image_header(
         raise CorruptImageError(
             "a folder" if os.path.isdir(path) else "a pipe or a device, not a file",
             where=str(path),
-            expected="a picture's file",
+            expected="an image file",
             remedy="correct the path",
         )
     try:

@@ -20,8 +20,8 @@ from finesight.file_name_encoding import is_utf8, iter_spellings, to_readable_na
 from finesight.storage import translate_os_errors
 
 if TYPE_CHECKING:
-    # Not needed but for imports from the web, and slow to import.
-    from finesight.hub.web_files import RemoteImages as WebPictures
+    # Slow to import, and required only by imports from the web.
+    from finesight.hub.web_files import RemoteImages
 
 IMAGES_FOLDER = "images"
 """Subfolder of the output for images that an import saves or copies."""
@@ -55,7 +55,7 @@ class ImageResolver:
         *,
         validate: bool = True,
         exact_paths: bool = False,
-        web_images: WebPictures | None = None,
+        web_images: RemoteImages | None = None,
         allowed_root: Path | None = None,
     ) -> None:
         self._folder, self._images_folder = folder, output_folder / IMAGES_FOLDER
@@ -158,7 +158,7 @@ class ImageResolver:
             self._resolved[folder] = os.path.realpath(folder)
         return os.path.join(self._resolved[folder], path.name)
 
-    def _fetch_image(self, web_images: WebPictures, url: str) -> Path:
+    def _fetch_image(self, web_images: RemoteImages, url: str) -> Path:
         if url.startswith("file://"):
             return self._resolve_path(url)
         try:

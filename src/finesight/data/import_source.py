@@ -28,8 +28,8 @@ from finesight.data.webdataset import is_tar_file, open_webdataset
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
-    # Not needed but for imports from the web, and slow to import.
-    from finesight.hub.web_files import RemoteImages as WebPictures
+    # Slow to import, and required only by imports from the web.
+    from finesight.hub.web_files import RemoteImages
 
 NUM_DETECTION_ROWS = 100
 """Number of records used for format detection."""
@@ -41,7 +41,7 @@ class ImportOptions:
 
     Attributes:
         row_range: Slice bounds of the rows of the source, 0-based; `limit` keeps the first of them.
-        eval_last: Number of rows at the end that are held out.
+        eval_last: Number of rows at the end for validation.
         train_fraction: Fraction of the rows for training.
         box_task: Task of box datasets.
         on_invalid_row: Fail at invalid rows, or skip them.
@@ -64,7 +64,7 @@ class ImportOptions:
     box_task: BoxTask = "detection"
     on_invalid_row: Literal["fail", "skip"] = "fail"
     row_files: tuple[Path, ...] = ()
-    web_images: WebPictures | None = None
+    web_images: RemoteImages | None = None
     allowed_root: Path | None = None
 
 
@@ -204,7 +204,8 @@ def _check_options(options: ImportOptions) -> None:
         )
     if options.train_fraction is not None and options.eval_last is not None:
         raise UserError(
-            f"a split of {options.train_fraction:g} and the last {options.eval_last} held-out rows",
+            f"a split of {options.train_fraction:g} and a validation split of the last"
+            f" {options.eval_last} rows",
             where="split",
             expected="one split option",
             remedy="remove one of the two",

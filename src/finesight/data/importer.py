@@ -175,7 +175,7 @@ class _OutputSplit:
 
 
 def import_dataset(path: Path, out: Path, options: ImportOptions) -> ImportSummary:
-    """Import `path` to `out`/data.jsonl, or to train.jsonl and eval.jsonl with held-out rows.
+    """Import `path` to `out`/data.jsonl, or to train.jsonl and eval.jsonl with a split.
 
     Paths in these files are relative to `out`. Images are referenced at their location, unless they
     are copied or embedded in a table: then they are saved in `out`/images.
@@ -442,7 +442,7 @@ def _make_ids_unique(rows: list[RowExamples]) -> list[RowExamples]:
 
 
 def _split_rows(rows: list[RowExamples], options: ImportOptions) -> list[_OutputSplit]:
-    """Split the rows into output files: one file without held-out rows, else train.jsonl and
+    """Split the rows into output files: one file without a split, else train.jsonl and
     eval.jsonl.
     """
     if options.eval_last is None and options.train_fraction is None:
@@ -465,9 +465,9 @@ def _split_rows(rows: list[RowExamples], options: ImportOptions) -> list[_Output
             raise UserError(
                 f"{part.name} would contain no samples: its {len(part.rows)} rows have no"
                 " training content",
-                where="held-out rows",
+                where="validation rows",
                 expected="rows with answers in both files",
-                remedy="hold out other rows, or another fraction",
+                remedy="use other rows for validation, or another fraction",
             )
     return splits
 

@@ -14,21 +14,21 @@ ImageKeys = frozenset[str]
 
 
 def split_last_rows(rows: Sequence[ImageKeys], num_eval_rows: int) -> tuple[list[int], list[int]]:
-    """Hold out the last rows, and remove training rows that share an image with them.
+    """Use the last rows for validation, and remove training rows that share an image with them.
 
     Returns:
-        Row indices (train, validation). The training indices are empty if all rows are held out.
+        Row indices (train, validation). The training indices are empty if validation uses all rows.
 
     Raises:
-        UserError: There are fewer rows, or every other row shares an image with the held-out rows.
+        UserError: There are fewer rows, or every other row shares an image with a validation row.
     """
     num_other_rows = len(rows) - num_eval_rows
     if num_other_rows < 0:
         raise UserError(
             f"{num_eval_rows} rows of {len(rows)}",
-            where="the last rows, held out",
+            where="validation rows",
             expected=f"at most {len(rows)}",
-            remedy="hold out fewer rows",
+            remedy="use fewer rows for validation",
         )
     eval_images = frozenset[str]().union(*rows[num_other_rows:])
     train = [row_index for row_index in range(num_other_rows) if not rows[row_index] & eval_images]
@@ -36,9 +36,9 @@ def split_last_rows(rows: Sequence[ImageKeys], num_eval_rows: int) -> tuple[list
         raise UserError(
             f"each of the other {num_other_rows} rows shares an image with the last"
             f" {num_eval_rows}",
-            where="the last rows, held out",
+            where="validation rows",
             expected="training rows with other images",
-            remedy="hold out another number of rows, or a fraction",
+            remedy="use another number of rows for validation, or a fraction",
         )
     return train, list(range(num_other_rows, len(rows)))
 

@@ -49,7 +49,7 @@ class FusedLinear(nn.Module):
     ) -> None:
         """Replace the weight by empty quantized matrices of `matrix_type`.
 
-        The weight's values are dropped; its dtype remains the compute dtype. `weight_type` wraps
+        The weight's values are discarded; its dtype remains the compute dtype. `weight_type` wraps
         the matrices.
         """
         matrices = [matrix_type(size, self.in_features) for size in self.output_sizes.values()]

@@ -167,7 +167,7 @@ class SettingsSearch:
         build_model: Builds the model with the given NF4 parts.
         steps: Steps of the run.
         memory_bytes: Memory of the target.
-        quantization_choices: Choices of NF4 parts, beginning with those of the recipe.
+        quantization_choices: Choices of NF4 parts, starting with those of the recipe.
         prefer_large_packs: Whether larger packs are faster, as on a GPU.
         """
         self._build_model, self._steps, self._quantization_choices, self._prefer_large_packs = (

@@ -161,7 +161,7 @@ class StepTimeEstimator:
 
         Args:
             packs: Packs of the step.
-            activation_checkpointing: Fraction of recomputed layers.
+            activation_checkpointing: Fraction of checkpointed layers.
             has_cached_features: Whether image features are cached.
             use_graphs: Whether CUDA graphs are used where possible.
         """
@@ -171,7 +171,7 @@ class StepTimeEstimator:
             flops += self._effective_flops(
                 self._flop_counter.count_by_part(pack), has_cached_features
             )
-            flops += self._flop_counter.count_recompute(pack, activation_checkpointing)
+            flops += self._flop_counter.count_checkpointing(pack, activation_checkpointing)
             memory_bytes += (
                 efficiency.traffic_per_saved_byte
                 * self._activations.saved_bytes(pack)

@@ -86,10 +86,12 @@ def _build_primary_metric_chart(run_record: RunRecord) -> list[Chart | None]:
 
 def _build_lr_series(steps: Sequence[JsonObject]) -> list[ChartSeries]:
     """Return one line per part, or one line for parts with equal learning rates."""
-    rates = [(line.get("step"), line["lr"]) for line in steps if isinstance(line.get("lr"), dict)]
-    parts = dict.fromkeys(part for _, lr_by_part in rates for part in lr_by_part)
+    points_by_part = [
+        (line.get("step"), line["lr"]) for line in steps if isinstance(line.get("lr"), dict)
+    ]
+    parts = dict.fromkeys(part for _, lr_by_part in points_by_part for part in lr_by_part)
     lines = {
-        part: filter_finite((step, lr_by_part.get(part)) for step, lr_by_part in rates)
+        part: filter_finite((step, lr_by_part.get(part)) for step, lr_by_part in points_by_part)
         for part in parts
     }
     groups: list[tuple[list[str], list[tuple[float, float]]]] = []

@@ -135,7 +135,7 @@ class FlopCounter:
             *self._count_attention(batch.lengths, batch.grid_thw, batch.prefix_length),
         )
 
-    def count_recompute(self, batch: PackShape, fraction: float) -> float:
+    def count_checkpointing(self, batch: PackShape, fraction: float) -> float:
         """Count the FLOPs of activation checkpointing for a fraction of the layers."""
         flops = self.count_by_part(batch)
         num_patches = sum(t * h * w for t, h, w in batch.grid_thw)

@@ -1,4 +1,4 @@
-"""Folders: pictures with texts beside them, and folders that are no data set."""
+"""Image folders: images with text files beside them, and folders that are no data set."""
 
 from __future__ import annotations
 

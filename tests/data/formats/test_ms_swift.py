@@ -1,4 +1,4 @@
-"""ms-swift's data sets: boxes under `objects`, pictures under `images` (its "Custom Dataset")."""
+"""ms-swift data sets: boxes in `objects`, images in `images` (its "Custom Dataset")."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ Labels are next to the image, or in the path with `images` replaced by `labels`.
 An empty label file is an image without objects; an image without a label file is skipped and
 counted. Lines with polygon corners become the bounding box and are counted. With `kpt_shape` in
 data.yaml, the values after the box are keypoints and ignored. Splits are ordered train, test, val,
-so that --eval-last holds out the last one, and are stored in the meta of each sample.
+so that --eval-last uses the last one, and are stored in the meta of each sample.
 """
 
 from __future__ import annotations

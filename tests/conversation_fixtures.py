@@ -43,7 +43,7 @@ WORDS = (
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A folder of pictures and frames with their sizes, by name."""
+    """A folder of images and frames with their sizes, by name."""
 
     folder: Path
     sizes: dict[str, tuple[int, int]]
@@ -51,7 +51,7 @@ class ImageSet:
 
 
 def make_images(folder: Path, seed: int = 0) -> ImageSet:
-    """Forty pictures of all shapes and kinds of pixels, and twelve videos of 1 to 9 frames."""
+    """Write forty images of all shapes and pixel formats, and twelve videos of 1 to 9 frames."""
     rng = np.random.default_rng(seed)
     sizes: dict[str, tuple[int, int]] = {}
     for number in range(40):
@@ -75,7 +75,7 @@ def make_images(folder: Path, seed: int = 0) -> ImageSet:
 
 
 def make_conversation(number: int, images: ImageSet, *, videos: bool = False) -> LocatedSample:
-    """Conversation `number`: 1 to 4 rounds, pictures anywhere in user turns, boxes in answers."""
+    """Make conversation `number`: 1 to 4 rounds with images in user turns and boxes in answers."""
     chance = random.Random(number)
     messages = []
     if chance.random() < 0.4:

@@ -1,4 +1,4 @@
-"""No picture on both sides."""
+"""Splits without images on both sides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finesight.errors import UserError
 
 
 def keys(*rows: str) -> list[frozenset[str]]:
-    """One row for each word, one picture for each letter."""
+    """Make one row for each word, and one image for each letter."""
     return [frozenset(row) for row in rows]
 
 

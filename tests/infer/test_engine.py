@@ -114,7 +114,7 @@ def test_float16_overflow_is_reported(tiny, tmp_path):
 
 
 def test_overflow_does_not_affect_other_requests(loaded_model, tmp_path, monkeypatch):
-    """Neither beside it nor after it, in the pages that it leaves."""
+    """Check the KV cache blocks of concurrent and later requests."""
     model, renderer = loaded_model
     questions = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
     wanted = [
@@ -193,7 +193,7 @@ def test_random_requests_leak_no_blocks(loaded_model, tmp_path, seed, late, monk
 
 
 def test_repeated_prompt_reuses_cached_blocks(loaded_model, tmp_path):
-    """Every full page but that of its last token."""
+    """Count the full blocks without that of the last token."""
     model, renderer = loaded_model
     prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
     engine = Engine(model, (), max_num_seqs=4, num_cache_tokens=1024)
@@ -252,7 +252,7 @@ def test_different_prompt_shares_only_the_common_prefix(loaded_model, tiny, tmp_
     """And is answered as without the cache."""
     model, renderer = loaded_model
     write_noise_image(tmp_path / "a.png", 84, 56, 0)
-    texts = ("a.png", "What is in the picture? " * 3)
+    texts = ("a.png", "What is in the image? " * 3)
     engine = Engine(model, (), max_num_seqs=2, num_cache_tokens=1024)
     first = renderer.encode_prompt(make_sample("one", tmp_path, *texts))
     (result,) = run_requests(engine, first)

@@ -186,7 +186,7 @@ def test_vision_cache_time_is_a_phase(tmp_path: Path) -> None:
 
 def test_skipped_samples_are_grouped_by_reason(tmp_path: Path) -> None:
     made = run(tmp_path)
-    cut = "cut off: the file ends before its picture does"
+    cut = "cut off: the file ends before its image does"
     reasons = [f"over {8192} tokens"] * 7 + [f"images/{i}.png: {cut}" for i in range(2)]
     made.write_lines(
         "skipped_samples.jsonl", [{"id": f"s{i}", "reason": r} for i, r in enumerate(reasons)]

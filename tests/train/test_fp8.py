@@ -87,7 +87,7 @@ def test_fp8_loss_matches_bf16(task: TinyTask) -> None:
 def test_activation_checkpointing_is_bit_exact(task: TinyTask) -> None:
     tune = ADAPTED | {"lora": LORA["lora"] | {"dropout": 0.1}}
     retained = task.run(tune=tune, name="baseline")
-    again = task.run("train.activation_checkpointing=true", tune=tune, name="recomputed")
+    again = task.run("train.activation_checkpointing=true", tune=tune, name="checkpointed")
     assert retained.loss == again.loss
     assert retained.after == again.after
 

@@ -76,7 +76,7 @@ def test_invalid_samples_are_found_while_reading(task: TinyTask) -> None:
 
 def test_fail_mode_raises(task: TinyTask) -> None:
     corrupt_samples(task)
-    with pytest.raises(UserError, match=r"broken JSON|roles are|tokens|not a picture"):
+    with pytest.raises(UserError, match=r"broken JSON|roles are|tokens|not an image"):
         task.run("data.max_length=100", "data.on_invalid_sample=fail")
 
 

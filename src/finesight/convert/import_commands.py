@@ -98,5 +98,5 @@ def _unwrap_single(items: list[str]) -> str | list[object]:
 
 
 def split_options(fraction: float) -> tuple[str, ...]:
-    """Return the import options that hold out a fraction of the images."""
+    """Return the import options that use a fraction of the images for validation."""
     return ("--train-fraction", f"{round(1 - fraction, 6):g}")

@@ -71,7 +71,7 @@ def open_image_header(
         raise CorruptImageError(
             "a folder" if os.path.isdir(path) else "a pipe or a device, not a file",
             where=str(path),
-            expected="a picture's file",
+            expected="an image file",
             remedy="correct the path",
         )
     try:

@@ -61,7 +61,7 @@ class ImageResolver:
         *,
         validate: bool = True,
         exact_paths: bool = False,
-        web_images: WebPictures | None = None,
+        web_images: RemoteImages | None = None,
         allowed_root: Path | None = None,
     ) -> None:
         self._folder, self._images_folder = folder, output_folder / IMAGES_FOLDER
@@ -164,7 +164,7 @@ class ImageResolver:
             self._resolved[folder] = os.path.realpath(folder)
         return os.path.join(self._resolved[folder], path.name)
 
-    def _fetch_image(self, web_images: WebPictures, url: str) -> Path:
+    def _fetch_image(self, web_images: RemoteImages, url: str) -> Path:
         if url.startswith("file://"):
             return self._resolve_path(url)
         try:

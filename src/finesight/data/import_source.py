@@ -69,7 +69,7 @@ class ImportOptions:
     box_task: BoxTask = "detection"
     on_invalid_row: Literal["fail", "skip"] = "fail"
     row_files: tuple[Path, ...] = ()
-    web_images: WebPictures | None = None
+    web_images: RemoteImages | None = None
     allowed_root: Path | None = None
 
 

@@ -1,6 +1,6 @@
 """Asynchronous device-to-host copies of sampled tokens.
 
-Shapes: R batch rows, S rows that are sampled instead of decoded greedily, N listed log
+Shapes: R batch rows, S sampled (not greedily decoded) rows, N listed log
 probabilities.
 """
 

@@ -112,7 +112,7 @@ while :; do
 done
 [ "$code" -eq 0 ] && [ -e {result} ] && exit 0
 if [ -n "$warned" ]; then
-    # However it ended: from the newest checkpoint it goes on.
+    # The requeued job resumes from the newest checkpoint, for any exit code.
     scontrol requeue "$SLURM_JOB_ID"
     exit 75
 fi

@@ -185,7 +185,7 @@ class StepTimeEstimator:
             flops += self._effective_flops(
                 self._flop_counter.count_by_part(pack), has_cached_features
             )
-            flops += self._flop_counter.count_recompute(pack, activation_checkpointing)
+            flops += self._flop_counter.count_checkpointing(pack, activation_checkpointing)
             memory_bytes += (
                 efficiency.traffic_per_saved_byte
                 * self._activations.saved_bytes(pack)

@@ -104,16 +104,16 @@ class ImageIndex:
         An added or removed image changes only its own chunk. The last bits of the features of an
         image may depend on the other images in the batch, so chunks make features reproducible.
         """
-        bounds, num_patches = [0], 0
+        chunk_ends, num_patches = [0], 0
         for position, image_ref in enumerate(self.image_refs, 1):
             num_patches += image_ref.num_patches
             last = position == len(self.image_refs)
             if last or image_ref.key[-1] == "0" or num_patches >= CHUNK_PATCHES:
-                bounds.append(position)
+                chunk_ends.append(position)
                 num_patches = 0
         return [
             ImageChunk(self._hash_keys(start, stop), start, stop)
-            for start, stop in pairwise(bounds)
+            for start, stop in pairwise(chunk_ends)
         ]
 
     def _hash_keys(self, start: int, stop: int) -> str:

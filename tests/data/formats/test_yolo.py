@@ -62,7 +62,7 @@ def test_detection(root: Path, tmp_path: Path) -> None:
         ["none"],
         [("red car", (0, 0, 40, 20))],
     ]
-    requested = "Locate every object of these classes in the picture: person, dog, red car."
+    requested = "Locate every object of these classes in the image: person, dog, red car."
     assert list_questions(samples) == [requested] * 3
     assert [sample.meta["split"] for sample in samples] == ["train", "train", "val"]
     assert summary.detected_by == "names in data.yaml: 3 classes, images: train 3, val 1"
@@ -78,9 +78,9 @@ def test_box_matches_known_pixels(root: Path, tmp_path: Path) -> None:
 def test_grounding(root: Path, tmp_path: Path) -> None:
     samples, summary = import_samples(root, tmp_path / "out", box_task="grounding")
     assert list_questions(samples) == [
-        "Locate every dog in the picture.",
-        "Locate every person in the picture.",
-        "Locate every red car in the picture.",
+        "Locate every dog in the image.",
+        "Locate every person in the image.",
+        "Locate every red car in the image.",
     ]
     assert [sample.id for sample in samples] == ["a-dog", "a-person", "c-red car"]
     assert summary.output_files[0].num_rows == 2

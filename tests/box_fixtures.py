@@ -1,4 +1,4 @@
-"""Pictures with one white rectangle, and datasets taken there and back, for the box formats."""
+"""Images with one white rectangle, and round trips of datasets through the box formats."""
 
 from __future__ import annotations
 

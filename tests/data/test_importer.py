@@ -318,7 +318,7 @@ def captured_text(question: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("request_", "where"),
     [
-        (ImportOptions(columns={"picture": "image"}), "--map"),
+        (ImportOptions(columns={"photo": "image"}), "--map"),
         (ImportOptions(format="table"), "--format table"),
         (ImportOptions(format="query-response", columns={"image": "image"}), "--map"),
         (ImportOptions(format="samples", prompt="?"), "--prompt"),

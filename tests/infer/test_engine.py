@@ -174,8 +174,8 @@ def test_random_requests_leak_no_blocks(loaded_model, tmp_path, seed, late, monk
         for event in engine.step():
             result.setdefault(event.request_id, RequestEvents()).add_event(event)
         running = [*engine._scheduler.prefilling, *engine._scheduler.decoding]
-        held = {page for sequence in running for page in sequence.prompt.block_ids}
-        assert engine.num_free_blocks == engine.num_blocks - len(held)
+        used = {block for sequence in running for block in sequence.prompt.block_ids}
+        assert engine.num_free_blocks == engine.num_blocks - len(used)
     run_engine(engine, result)
     assert engine.num_free_blocks == engine.num_blocks
     assert (engine.num_running, engine.num_waiting) == (0, 0)

@@ -55,7 +55,7 @@ class MeasuredRun:
     """Whether the image features were cached."""
     prefix_length: int = 0
     """Tokens of the shared prefix."""
-    calls: str = "beginnings_once"
+    calls: str = "shared_prefix"
     """Key of the runs with a shared prefix in the report."""
 
 
@@ -64,7 +64,7 @@ QWEN_VL = ("Qwen-VL-Chat", SCRIPT, 4, 512, 235, (1, 32, 32), 2, 1.0)
 CAPTIONS = (QWEN2, LORA, 64, 140, 14, (1, 20, 20))
 CAPTIONS_138 = (QWEN2, LORA, 64, 138, 14, (1, 20, 20))
 NEEDED_ALONE: Any = {"prefix_length": 15, "calls": "needed_alone"}
-ADAPTERS_WAY_BACK: Any = {"prefix_length": 15, "calls": "adapters_way_back"}
+LORA_BACKWARD: Any = {"prefix_length": 15, "calls": "lora_backward"}
 RUNS = (
     MeasuredRun("captions_2b_batch64", QWEN2, LORA, 64, 140, 14, (1, 20, 20)),
     MeasuredRun("captions_2b", QWEN2, LORA, 16, 140, 14, (1, 20, 20)),
@@ -99,15 +99,13 @@ RUNS = (
         uses_vision_cache=True,
         fp8=("language", "vision"),
     ),
-    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **ADAPTERS_WAY_BACK),
-    MeasuredRun(
-        "captions_2b_batch64", *CAPTIONS_138, **ADAPTERS_WAY_BACK, fp8=("language", "vision")
-    ),
-    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **ADAPTERS_WAY_BACK, uses_vision_cache=True),
+    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **LORA_BACKWARD),
+    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **LORA_BACKWARD, fp8=("language", "vision")),
+    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **LORA_BACKWARD, uses_vision_cache=True),
     MeasuredRun(
         "captions_2b_batch64",
         *CAPTIONS_138,
-        **ADAPTERS_WAY_BACK,
+        **LORA_BACKWARD,
         uses_vision_cache=True,
         fp8=("language", "vision"),
     ),

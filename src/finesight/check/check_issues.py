@@ -12,7 +12,7 @@ from finesight.data.boxes import Box
 Severity = Literal["error", "warning", "note"]
 """Severity of an issue.
 
-- error: The sample is unusable or invalidates the evaluation.
+- error: The sample cannot be used or invalidates the evaluation.
 - warning: Most likely a mistake.
 - note: Worth a review.
 """

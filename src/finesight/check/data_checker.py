@@ -35,7 +35,7 @@ from finesight.data.unvalidated_samples import open_unvalidated_samples
 from finesight.errors import UserError
 
 ROWS_PER_GROUP = 32
-"""Number of rows whose images are submitted to the worker processes together."""
+"""Number of rows whose images are submitted to the worker processes in one task."""
 
 MAX_BOX_CLAIMS = 40_000
 """Approximate maximum number of boxes per file for detecting the box convention.

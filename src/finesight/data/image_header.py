@@ -41,7 +41,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class CorruptImageError(UserError):
-    """Raised when an image is unusable: missing, not an image, truncated, or too large."""
+    """Raised when an image cannot be used: missing, not an image, truncated, or too large."""
 
 
 class MissingImageError(CorruptImageError):

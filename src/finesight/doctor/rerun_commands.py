@@ -83,10 +83,10 @@ def lower_learning_rates(run_record: RunRecord) -> list[str]:
     )
 
 
-def round_to_digit(rate: float) -> float:
+def round_to_digit(learning_rate: float) -> float:
     """Round a learning rate to one significant digit."""
-    power = math.floor(math.log10(rate))
-    return float(round(rate / 10.0**power) * 10.0**power)
+    power = math.floor(math.log10(learning_rate))
+    return float(round(learning_rate / 10.0**power) * 10.0**power)
 
 
 def scale_duration(run_record: RunRecord, factor: float) -> list[str]:

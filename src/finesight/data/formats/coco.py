@@ -55,7 +55,7 @@ from finesight.data.sample import ContentPart, Message
 from finesight.errors import UserError
 from finesight.file_name_encoding import find_existing
 
-CAPTION_PROMPT = "Describe the picture."
+CAPTION_PROMPT = "Describe the image."
 """Default question about images with captions; `--prompt` overrides it."""
 
 COCO_BOX_CONVENTION = BoxConvention(format="xywh")

@@ -37,10 +37,10 @@ from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import BoxPart, ContentPart, Message, TextPart
 from finesight.errors import UserError
 
-DETECTION_PROMPT = "Locate every object of these classes in the picture: {labels}."
+DETECTION_PROMPT = "Locate every object of these classes in the image: {labels}."
 """Default question for `--box-task detection`; `--prompt` overrides it."""
 
-GROUNDING_PROMPT = "Locate every {label} in the picture."
+GROUNDING_PROMPT = "Locate every {label} in the image."
 """Default question for `--box-task grounding`; `--prompt` overrides it."""
 
 NO_OBJECTS_ANSWER = "none"

@@ -8,7 +8,8 @@ with `images` replaced by `labels`.
 An empty label file is an image without objects; an image without a label file is skipped and
 counted. Lines with polygon corners become their bounding box and are counted. If data.yaml has
 `kpt_shape`, the values after the box are keypoints and ignored. Splits are ordered train, test,
-val, so that --eval-last holds out the last one, and are stored in the metadata of each sample.
+val, so that --eval-last uses the last one for validation. The metadata of each sample contains its
+split.
 """
 
 from __future__ import annotations

@@ -408,7 +408,7 @@ class ProcessGroup:
 
     @contextmanager
     def sync_errors(self) -> Iterator[None]:
-        """Exchange errors at the end of the context, so that all ranks fail together.
+        """Exchange errors at the end of the context, so that all ranks fail at the same point.
 
         Raises:
             PeerFailedError: The context succeeded on this rank and failed on another one.

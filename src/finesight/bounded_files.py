@@ -6,16 +6,15 @@ Only regular files are read, since named pipes block and devices can be infinite
 from __future__ import annotations
 
 import errno
-import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pydantic_core import from_json
 
 from finesight.errors import UserError, suggest_similar_path
+from finesight.regular_file import SpecialFileError, open_regular_file
 
 MAX_FILE_BYTES = 40 * 2**20
 """Maximum size in bytes of a file that is read at once.
@@ -37,7 +36,10 @@ def read_bytes(
     Raises:
         UserError: The file is unreadable; the error contains `expected` and `remedy`.
     """
-    with _translate_os_errors(path, expected, remedy), _open_regular_file(path) as file:
+    with (
+        translate_os_errors(path, expected=expected, remedy=remedy),
+        open_regular_file(path) as file,
+    ):
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise UserError(
@@ -119,7 +121,10 @@ def read_lines(
     Raises:
         UserError: The file is unreadable; the error contains `expected` and `remedy`.
     """
-    with _translate_os_errors(path, expected, remedy), _open_regular_file(path) as file:
+    with (
+        translate_os_errors(path, expected=expected, remedy=remedy),
+        open_regular_file(path) as file,
+    ):
         while line := file.readline(max_bytes):
             yield line
             while len(line) == max_bytes and not line.endswith(b"\n"):
@@ -127,30 +132,19 @@ def read_lines(
 
 
 @contextmanager
-def _translate_os_errors(path: Path, expected: str, remedy: str) -> Iterator[None]:
-    """Convert an OSError within the `with` block to a UserError about `path`."""
+def translate_os_errors(
+    path: Path, *, expected: str, remedy: str, error_class: type[UserError] = UserError
+) -> Iterator[None]:
+    """Convert an OSError or a SpecialFileError to an `error_class` about `path`."""
     try:
         yield
+    except SpecialFileError as error:
+        raise error_class(error.what, where=str(path), expected=expected, remedy=remedy) from error
     except OSError as error:
         missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
-        raise UserError(
+        raise error_class(
             "no such file" if missing else f"cannot be read: {error.strerror or error}",
             where=str(path),
             expected=expected,
             remedy=suggest_similar_path(path) if missing else remedy,
         ) from error
-
-
-def _open_regular_file(path: Path) -> BinaryIO:
-    """Open a regular file without blocking on named pipes. Raises OSError for other file types."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except ValueError as error:  # a null character in the name
-        raise OSError(errno.EINVAL, str(error)) from error
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISREG(mode):
-        return os.fdopen(fd, "rb")
-    os.close(fd)
-    if stat.S_ISDIR(mode):
-        raise OSError(errno.EISDIR, "it is a folder")
-    raise OSError(errno.EINVAL, "it is not a regular file")

@@ -1,7 +1,4 @@
-"""Locate and read model folders: configuration, tokenizer, image processor and weights.
-
-Folders have the layout of Hugging Face repositories.
-"""
+"""Local model folders in the hub layout: config, tokenizer, preprocessor and weights."""
 
 from __future__ import annotations
 
@@ -24,13 +21,12 @@ DOWNLOAD_PATTERNS = (
     *("*.json", "*.safetensors", "*.jinja", "*.txt", "*.tiktoken"),
     *("LICENSE*", "NOTICE*", "README.md"),
 )
-"""Patterns of the files to download from a model repository: data files, never code.
-
-The model card is included because the digests of finesight folders list it.
-"""
+"""Patterns of the files to download from a hub repository: data files, never code. The model card
+is included because the digests of finesight folders list it."""
 
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
-"""Index of pickled weights, for models without safetensors (see `finesight.pickle_conversion`)."""
+"""Index of weights stored as pickles, for models without safetensors; see
+`finesight.pickle_conversion`."""
 
 CONVERTED_FOLDER = "finesight-safetensors"
 """Subfolder of a model folder for pickled weights that were converted to safetensors."""
@@ -44,33 +40,29 @@ PREPROCESSOR_DEFAULTS: Mapping[str, Any] = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
-"""Image processor settings of the published Qwen2-VL and Qwen2.5-VL, for folders without them.
-
+"""Preprocessor settings of the published Qwen2-VL and Qwen2.5-VL folders, for folders without them.
 Mean and standard deviation per channel are those of CLIP (Radford et al. 2021), for pixels scaled
-to 0..1.
-"""
+to 0..1."""
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
-"""File of transformers 5 that contains the image processor settings under `image_processor`."""
+"""Processor file of transformers 5, with the preprocessor settings under `image_processor`."""
 
 _QWEN_VL_FAMILY = "qwen"
 _FAMILIES_WITH_DEFAULTS = ("qwen2_vl", "qwen2_5_vl")
 
 TINY_MODEL = "finesight-tiny"
-"""Name of the bundled model in recipes and commands."""
+"""Name of the bundled model, as in `model: finesight-tiny` in a recipe."""
 
 TINY_MODEL_FOLDER = Path(__file__).resolve().parent / "assets" / TINY_MODEL
-"""Folder of the bundled model in the installed package."""
+"""Path of the bundled model's folder."""
 
 MAX_HEADER_BYTES = 100_000_000
-"""Maximum size in bytes of the header of a safetensors file, as in the safetensors library."""
+"""Maximum size of the header of a safetensors file in bytes, as defined by the format."""
 
 MAX_LAYERS = 1000
-"""Maximum number of layers in a model configuration.
-
-The largest models have about a hundred. Building a layer takes milliseconds.
-"""
+"""Maximum number of layers in a config. The largest models have about a hundred; each takes
+milliseconds to build."""
 
 _LAYERS = re.compile(r"(.*_)?(layers?|depths?)")
 
@@ -83,14 +75,14 @@ _EXPECTED_MODEL = (
 
 
 def _fetch_none() -> None:
-    """Download nothing, for local model folders."""
+    """Download no weights, since local folders are complete."""
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model folder on disk, whose files are read when an attribute is first used.
+    """Model folder on the local disk, in the hub layout.
 
-    The weights of a hub model are downloaded at that time, too.
+    Files are read on access. `fetch_weights` downloads the weights of a hub model on access.
     """
 
     path: Path
@@ -100,7 +92,7 @@ class ModelFolder:
     def config(self) -> dict[str, Any]:
         """Content of `config.json`.
 
-        Raises UserError if the file is missing or invalid, or if it has too many layers.
+        Raises UserError if it is missing, invalid, or has too many layers.
         """
         content = self._read_json_file("config.json")
         for key, count in _iter_layer_counts(content):
@@ -115,7 +107,7 @@ class ModelFolder:
 
     @cached_property
     def family(self) -> str:
-        """Model family: `model_type` of the configuration."""
+        """Model family: `model_type` in the config, independent of the folder name."""
         family = self.config.get("model_type")
         if not isinstance(family, str):
             raise UserError(
@@ -128,11 +120,12 @@ class ModelFolder:
 
     @cached_property
     def preprocessor_config(self) -> dict[str, Any]:
-        """Image processor settings, with PREPROCESSOR_DEFAULTS for missing keys.
+        """Image preprocessor settings, with PREPROCESSOR_DEFAULTS for missing keys.
 
         They are read from preprocessor_config.json, or from the processor file of transformers 5.
-        The result always has the pixel limits under `min_pixels` and `max_pixels`. Raises UserError
-        for a folder without settings, unless all models of the family have the same settings.
+        Pixel limits may be stored under `min_pixels` and `max_pixels`, or under `size`. Raises
+        UserError for a folder without settings, unless all models of the family have the same
+        settings.
         """
         name, settings = self._read_image_settings()
         size = settings.get("size")
@@ -175,7 +168,7 @@ class ModelFolder:
         return PREPROCESSOR_FILE, {}
 
     def _fixed_size_settings(self) -> dict[str, Any]:
-        """Image processor settings of Qwen-VL (2023): square images of `image_size` pixels."""
+        """Return the image settings of the first Qwen-VL: square images of `image_size` pixels."""
         section = self.config.get("visual")
         visual = section if isinstance(section, dict) else {}
         values = {"image_size": 0, "patch_size": 0, "n_queries": 256}
@@ -201,7 +194,7 @@ class ModelFolder:
 
     @cached_property
     def chat_template(self) -> str:
-        """Chat template from the first file that contains one, or an empty text."""
+        """Chat template of the first file that contains one, else an empty string."""
         template = self.find_file("chat_template.jinja")
         if template is not None:
             return read_text(template, expected="a Jinja template", remedy=_DOWNLOAD_AGAIN)
@@ -217,13 +210,13 @@ class ModelFolder:
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        """Content of `generation_config.json`, or an empty dict without the file."""
+        """Content of `generation_config.json`, empty if the file is missing."""
         name = "generation_config.json"
         return self._read_json_file(name) if self.find_file(name) is not None else {}
 
     @cached_property
     def tokenizer_file(self) -> Path:
-        """Path of `tokenizer.json`, or of `qwen.tiktoken` for Qwen-VL (2023).
+        """Path of `tokenizer.json`, or of `qwen.tiktoken` for the first Qwen-VL.
 
         Raises UserError if the file is missing.
         """
@@ -232,7 +225,7 @@ class ModelFolder:
         )
 
     def find_file(self, name: str) -> Path | None:
-        """Return the path of a file of the model, or None if it is missing.
+        """Return the path with the content of a file, or None if it is missing.
 
         Some folders share files through symbolic links. Checkouts without link support (git on
         Windows, some archives) contain a small text file with the target path instead, which is
@@ -251,10 +244,10 @@ class ModelFolder:
         return path.parent / text if is_link and (path.parent / text).is_file() else path
 
     def weight_files(self) -> list[Path]:
-        """Return the safetensors files with the weights: those of the index, or the single file.
+        """Return the safetensors files with the weights, from the index if there is one.
 
-        The weights of a hub model are downloaded first. Pickled weights are converted into
-        CONVERTED_FOLDER, again if they changed.
+        The weights of hub models are downloaded on access. Pickled weights are converted into
+        CONVERTED_FOLDER, and again if they changed.
 
         Raises:
             UserError: There are no weights, an index lists a missing file, or a pickle contains
@@ -280,10 +273,10 @@ class ModelFolder:
         )
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 over the index and the headers of the weight files.
+        """Return a SHA-256 fingerprint of the model, from the headers of its weight files.
 
-        The headers contain names, dtypes, shapes and offsets, but no weights, so that it takes
-        milliseconds.
+        It covers the index and names, dtypes, shapes and offsets of all tensors, but not their
+        values, so that it takes milliseconds.
         """
         sha256 = hashlib.sha256()
         index = self._find_index()
@@ -334,12 +327,12 @@ class ModelFolder:
 
 
 def locate_model(name_or_path: str) -> ModelFolder:
-    """Find a model by name: the bundled model, a local folder, or a hub model.
+    """Return the bundled model, a local model folder, or a hub model.
 
-    The small files of a hub model are downloaded at once, the weights of the same commit when they
-    are first used. The bare name `finesight-tiny` is always the bundled model, so that recipes and
-    runs do not depend on the working directory; a folder of that name is `./finesight-tiny`. An
-    existing folder takes precedence over a hub model of the same name, without network access.
+    The small files of a hub model are downloaded at once, its weights (of the same commit) on
+    access. The bare name `finesight-tiny` is always the bundled model, so that recipes and runs do
+    not depend on the working directory; a folder of that name is `./finesight-tiny`. An existing
+    folder takes precedence over a hub model of the same name, without network access.
 
     Raises:
         UserError: The folder is missing, or the model is unavailable (unknown, gated, offline, not
@@ -376,9 +369,9 @@ def locate_model(name_or_path: str) -> ModelFolder:
 
 
 def resolve_model_path(name_or_path: str) -> Path:
-    """Convert a model name or path to a path, which need not exist.
+    """Return the local path of a model name, which need not exist.
 
-    The bare name `finesight-tiny` is the bundled model; `~` is the home folder.
+    The bare name `finesight-tiny` is the bundled folder; `~` is the home folder.
     """
     return (
         TINY_MODEL_FOLDER if name_or_path == TINY_MODEL else Path(os.path.expanduser(name_or_path))
@@ -386,7 +379,7 @@ def resolve_model_path(name_or_path: str) -> Path:
 
 
 def get_portable_name(folder: ModelFolder) -> str:
-    """Return a name of a model folder that is valid in any working directory.
+    """Return a model name that is valid in any working directory.
 
     It is the absolute path, or `finesight-tiny` for the bundled model, whose path differs between
     installations.
@@ -425,7 +418,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _iter_layer_counts(content: object, at: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the key and value of each number of layers in a model configuration."""
+    """Yield all layer counts in a config, with their full keys.
+
+    Nested sections are included.
+    """
     if not isinstance(content, dict):
         return
     for key, value in content.items():
@@ -437,7 +433,7 @@ def _iter_layer_counts(content: object, at: str = "") -> Iterator[tuple[str, flo
 
 
 def _read_header(path: Path) -> bytes:
-    """Read the header of a safetensors file: its length as 8 little-endian bytes, then JSON."""
+    """Read the JSON header of a safetensors file, which follows its length in 8 bytes."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length) if length <= MAX_HEADER_BYTES else b""

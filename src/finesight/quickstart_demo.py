@@ -44,8 +44,8 @@ MAX_SHOWN_ISSUES = 3
 _COLUMNS = {"image": "image", "fields": ",".join(TICKET_FIELDS)}
 
 _RECIPE_TEMPLATE = """\
-# Made by `finesight quickstart`: {num_images} train tickets, {num_eval_rows} for validation.
-# A small model is fine-tuned to read them as JSON.
+# Made by `finesight quickstart`: {num_images} train tickets.
+# The last {num_eval_rows} are for validation. A small model is fine-tuned to read them as JSON.
 model: {model}
 data:
   train: {train}

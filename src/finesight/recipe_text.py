@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from finesight.bounded_files import translate_os_errors
 from finesight.bounded_yaml import ComposedYaml, TooManyValuesError
-from finesight.errors import UserError, suggest_similar_path
+from finesight.errors import UserError
 from finesight.run_files import RECIPE_FILE
 
 MAX_RECIPE_BYTES = 2**20
@@ -33,52 +35,37 @@ def read_recipe_text(path: Path) -> str:
 
     Raises UserError if the file is missing, too large, or not UTF-8 text.
     """
-    try:
-        if path.is_char_device():  # such as /dev/zero, without an end
-            raise UserError(
-                "is a device",
-                where=str(path),
-                expected="a YAML file",
-                remedy="check the path",
-            )
-        with path.open("rb") as file:  # a pipe, too: <(envsubst < recipe.yaml)
-            content = file.read(MAX_RECIPE_BYTES + 1)
-        if len(content) > MAX_RECIPE_BYTES:
-            raise UserError(
-                f"has more than {MAX_RECIPE_BYTES:,} bytes",
-                where=str(path),
-                expected="a YAML file of settings",
-                remedy=_TOO_LARGE_REMEDY,
-            )
-        return content.decode()
-    except FileNotFoundError as error:
-        raise UserError(
-            "no such recipe",
-            where=str(path),
-            expected="a YAML file",
-            remedy=suggest_similar_path(path),
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"byte {error.start} is not UTF-8 text",
-            where=str(path),
-            expected="a YAML file in UTF-8",
-            remedy="save the file as UTF-8",
-        ) from error
-    except IsADirectoryError as error:
+    if os.path.isdir(path):
         recipe = path / RECIPE_FILE
         raise UserError(
             "is a folder",
             where=str(path),
             expected="a YAML file",
             remedy=f"give the recipe of this run: {recipe}" if recipe.is_file() else "give a file",
-        ) from error
-    except OSError as error:
+        )
+    remedy = "check the path and its permissions"
+    with translate_os_errors(path, expected="a YAML file", remedy=remedy):
+        if path.is_char_device():  # such as /dev/zero, without an end
+            raise UserError(
+                "is a device", where=str(path), expected="a YAML file", remedy="check the path"
+            )
+        with path.open("rb") as file:  # a pipe, too: <(envsubst < recipe.yaml)
+            content = file.read(MAX_RECIPE_BYTES + 1)
+    if len(content) > MAX_RECIPE_BYTES:
         raise UserError(
-            f"cannot be read: {error.strerror}",
+            f"has more than {MAX_RECIPE_BYTES:,} bytes",
             where=str(path),
-            expected="a YAML file",
-            remedy="check the path and its permissions",
+            expected="a YAML file of settings",
+            remedy=_TOO_LARGE_REMEDY,
+        )
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"byte {error.start} is not UTF-8 text",
+            where=str(path),
+            expected="a YAML file in UTF-8",
+            remedy="save the file as UTF-8",
         ) from error
 
 

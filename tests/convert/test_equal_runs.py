@@ -1,4 +1,4 @@
-"""A converted run is the run that the other program would do: its rates, and its parts."""
+"""Converted runs equal those of the other program in learning rates and trainable parts."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def test_converted_lr_schedule_matches_transformers(kind, warmup, tmp_path):
     rising = warmup.get("warmup_steps", math.ceil(warmup.get("warmup_ratio", 0) * STEPS))
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     theirs = get_scheduler(kind, optimizer, rising, STEPS)
-    rates = []
+    learning_rates = []
     for _ in range(STEPS + 1):
-        rates.append(theirs.get_last_lr()[0])
+        learning_rates.append(theirs.get_last_lr()[0])
         optimizer.step()
         theirs.step()
     flat = 0 if kind == "constant" else rising
     for step in range(STEPS):
-        expected = rates[step + 1] if step < flat else rates[step]
+        expected = learning_rates[step + 1] if step < flat else learning_rates[step]
         assert ours.lr_factor(step) == pytest.approx(expected, abs=1e-9), step
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 _WORD_TEXT = r"""
-the The THE picture shows isn't we'll I'd dogs' naïve café Zürich schön straße x_1 f(x)=2x+1
+the The THE image shows isn't we'll I'd dogs' naïve café Zürich schön straße x_1 f(x)=2x+1
 http://a.b/c?d=e&f 3.14159 1,000,000 007 2023-08-31 camelCase snake_case __init__
 \frac{a}{b} $\alpha_i$ {"bbox":[1,2]} e=mc² ½ № Ⅻ ﬁ antidisestablishmentarianism 你好 世界
 图中的狗是什么品种？ 请框出“重庆”。
@@ -37,7 +37,7 @@ IMAGE_NAMES = (
 )
 
 TextPiece = tuple[str, str]
-"""A kind, "text" or "special" or "picture", and what it says."""
+"""A kind, "text", "special" or "image", and its content."""
 
 
 def random_text(rng: random.Random) -> str:
@@ -50,14 +50,14 @@ def random_text(rng: random.Random) -> str:
 
 
 def random_markup(rng: random.Random) -> list[TextPiece]:
-    """Pictures, references, boxes and text that spells no special token."""
+    """Make images, references, boxes, and text without special tokens."""
     pieces: list[TextPiece] = []
     for _ in range(rng.randrange(1, 6)):
         kind = rng.randrange(4)
         if kind == 0:
             pieces += [
                 ("text", f"Picture {rng.randrange(1, 30)}: "),
-                ("picture", rng.choice(IMAGE_NAMES)),
+                ("image", rng.choice(IMAGE_NAMES)),
             ]
             pieces += [("text", "\n")]
         elif kind == 1:

@@ -29,11 +29,11 @@ from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, ModelFolder
 
 PARTS = {"language": "lora", "vision": "lora", "merger": "lora"}
 TUNE: dict[str, Any] = PARTS | {"lora": {"rank": 4, "alpha": 4}}
-PROMPT = "Describe the picture."
+PROMPT = "Describe the image."
 
 
 class MergeableRun(NamedTuple):
-    """A run with an adapter on the language model, the tower and the merger of finesight-tiny."""
+    """Make a run with an adapter on all parts of finesight-tiny."""
 
     folder: Path
     image: Path
@@ -76,7 +76,7 @@ def run_template(tmp_path_factory: pytest.TempPathFactory) -> MergeableRun:
         versions={},
     )
     (folder / "run" / "manifest.json").write_text(manifest.model_dump_json())
-    image = folder / "picture.png"
+    image = folder / "image.png"
     Image.linear_gradient("L").convert("RGB").resize((120, 90)).save(image)
     return MergeableRun(folder / "run", image)
 

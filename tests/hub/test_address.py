@@ -1,4 +1,4 @@
-"""Names of repositories, as they are typed."""
+"""Addresses of models and datasets."""
 
 from __future__ import annotations
 
@@ -23,8 +23,18 @@ from finesight.hub.address import (
         ("hf:datasets/a/b", None),
         ("hf:a/b:train", None),
         *(
-            (bad, None)
-            for bad in ("a", "a/b/c", "models/a/b", "./a/b", "a b/c", "hf:", "gs:a/b", "a/b@..", "")
+            (text, None)
+            for text in (
+                "a",
+                "a/b/c",
+                "models/a/b",
+                "./a/b",
+                "a b/c",
+                "hf:",
+                "gs:a/b",
+                "a/b@..",
+                "",
+            )
         ),
     ],
 )

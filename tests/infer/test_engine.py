@@ -22,7 +22,7 @@ from engine_fixtures import (
 from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
-from finesight.infer import engine as area
+from finesight.infer import scheduler as scheduler_area
 from finesight.infer.block_manager import append_tokens
 from finesight.infer.engine import CPU_BLOCK_SIZE, Engine, compute_cache_capacity
 from finesight.infer.generate import generate
@@ -114,7 +114,7 @@ def test_float16_overflow_is_reported(tiny, tmp_path):
 
 
 def test_overflow_does_not_affect_other_requests(loaded_model, tmp_path, monkeypatch):
-    """Neither beside it nor after it, in the pages that it leaves."""
+    """Check the KV cache blocks of concurrent and later requests."""
     model, renderer = loaded_model
     questions = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
     wanted = [
@@ -151,8 +151,8 @@ def test_random_requests_leak_no_blocks(loaded_model, tmp_path, seed, late, monk
     model, renderer = loaded_model
     prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
     rng = random.Random(seed)
-    monkeypatch.setattr(area, "MAX_PREFILL_TOKENS", rng.choice([8, 50, 8192]))
-    monkeypatch.setattr(area, "MAX_MIXED_PREFILL_TOKENS", rng.choice([1, 20, 2048]))
+    monkeypatch.setattr(scheduler_area, "MAX_PREFILL_TOKENS", rng.choice([8, 50, 8192]))
+    monkeypatch.setattr(scheduler_area, "MAX_MIXED_PREFILL_TOKENS", rng.choice([1, 20, 2048]))
     end_ids = {token for token in range(400) if rng.random() < 0.1}
     alone = [
         run_requests(Engine(model, tuple(end_ids), max_num_seqs=1, num_cache_tokens=512), prompt)[0]
@@ -173,10 +173,9 @@ def test_random_requests_leak_no_blocks(loaded_model, tmp_path, seed, late, monk
             gone.add(ticket)
         for event in engine.step():
             result.setdefault(event.request_id, RequestEvents()).add_event(event)
-        held = {
-            page for a in [*engine._prefilling, *engine._decoding] for page in a.prompt.block_ids
-        }
-        assert engine.num_free_blocks == engine.num_blocks - len(held)
+        running = [*engine._scheduler.prefilling, *engine._scheduler.decoding]
+        used = {block for sequence in running for block in sequence.prompt.block_ids}
+        assert engine.num_free_blocks == engine.num_blocks - len(used)
     run_engine(engine, result)
     assert engine.num_free_blocks == engine.num_blocks
     assert (engine.num_running, engine.num_waiting) == (0, 0)
@@ -194,7 +193,7 @@ def test_random_requests_leak_no_blocks(loaded_model, tmp_path, seed, late, monk
 
 
 def test_repeated_prompt_reuses_cached_blocks(loaded_model, tmp_path):
-    """Every full page but that of its last token."""
+    """Count the full blocks without that of the last token."""
     model, renderer = loaded_model
     prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
     engine = Engine(model, (), max_num_seqs=4, num_cache_tokens=1024)
@@ -237,7 +236,7 @@ def test_answer_is_cached_for_next_turn(loaded_model, tmp_path, tokens):
 
 
 def test_cancelled_partial_prefill_is_not_cached(loaded_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(area, "MAX_PREFILL_TOKENS", 20)
+    monkeypatch.setattr(scheduler_area, "MAX_PREFILL_TOKENS", 20)
     model, renderer = loaded_model
     prompt = renderer.encode_prompt(make_mixed_questions(tmp_path)[4])
     engine = Engine(model, (), max_num_seqs=1, num_cache_tokens=512)
@@ -253,7 +252,7 @@ def test_different_prompt_shares_only_the_common_prefix(loaded_model, tiny, tmp_
     """And is answered as without the cache."""
     model, renderer = loaded_model
     write_noise_image(tmp_path / "a.png", 84, 56, 0)
-    texts = ("a.png", "What is in the picture? " * 3)
+    texts = ("a.png", "What is in the image? " * 3)
     engine = Engine(model, (), max_num_seqs=2, num_cache_tokens=1024)
     first = renderer.encode_prompt(make_sample("one", tmp_path, *texts))
     (result,) = run_requests(engine, first)
@@ -322,8 +321,8 @@ def _run_with_cancellation(
 @pytest.mark.parametrize("steps", range(12))
 def test_request_can_be_cancelled_at_any_step(loaded_model, tmp_path, steps, late, monkeypatch):
     """While it waits, is read in chunks, grows, and after its end."""
-    monkeypatch.setattr(area, "MAX_PREFILL_TOKENS", 30)
-    monkeypatch.setattr(area, "MAX_MIXED_PREFILL_TOKENS", 30)
+    monkeypatch.setattr(scheduler_area, "MAX_PREFILL_TOKENS", 30)
+    monkeypatch.setattr(scheduler_area, "MAX_MIXED_PREFILL_TOKENS", 30)
     model, renderer = loaded_model
     prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)[:3]]
     wanted = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import signal
@@ -29,7 +30,7 @@ from vision_cache_fixtures import (
 )
 
 from finesight.errors import TrainingInterrupted, UserError
-from finesight.train import vision_cache
+from finesight.train import vision_cache, vision_store_files
 from finesight.train.console import TrainingConsole
 from finesight.train.signals import StopRequest
 
@@ -195,15 +196,39 @@ def test_cache_disk_full_during_build(
         assert shown().count("the vision cache does not use the disk") == 1
 
 
+@pytest.mark.parametrize("num_written", [0, 1])
+def test_write_error_of_the_disk_tier_disables_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_written: int
+) -> None:
+    """Without the missing files, training would read features that do not exist."""
+    session = make_train_state(tmp_path / "task", vision_cache="auto")
+    save_file, num_saved = vision_store_files.save_file, itertools.count()
+
+    def fill_disk(*args: Any, **kwargs: Any) -> None:
+        if next(num_saved) >= num_written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save_file(*args, **kwargs)
+
+    monkeypatch.setattr(vision_store_files, "save_file", fill_disk)
+    monkeypatch.setattr(vision_cache, "choose_cache_tier", lambda *args: "disk")
+    monkeypatch.setattr("finesight.train.vision_cache_index.CHUNK_PATCHES", 1)
+    console, shown = screen()
+    result = decide_vision_cache(session, console)
+    assert result.cache is None
+    assert result.tier is None
+    assert "no space left on device" in result.reason
+    assert shown().count("the vision cache does not use the disk") == 1
+
+
 def test_concurrent_runs_share_the_cache(tmp_path: Path) -> None:
     """Concurrent runs with the same images do not interfere."""
     sessions = [
         make_train_state(tmp_path / "task", vision_cache=cache) for cache in ("disk", "auto")
     ]
-    together = threading.Barrier(2)
+    barrier = threading.Barrier(2)
 
     def encode(number: int) -> torch.Tensor:
-        together.wait(timeout=60)
+        barrier.wait(timeout=60)
         return read_all_features(sessions[number], build_vision_store(sessions[number]))
 
     with ThreadPoolExecutor(2) as pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -53,7 +54,7 @@ def train(
     from finesight.evaluate.metric_trust import check_recipe_metric
     from finesight.recipe import load_recipe
 
-    if recipe.is_dir():
+    if os.path.isdir(recipe):  # False for an invalid path, which load_recipe reports
         recipe = _find_run_recipe(recipe, overrides or ())
     settings = load_recipe(recipe, overrides or ())
     check_recipe_metric(settings, recipe, overrides or (), trust=trust_metric)

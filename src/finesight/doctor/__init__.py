@@ -1,1 +1,4 @@
-"""Diagnose a machine, model, recipe or run, and suggest a command for each problem."""
+"""Diagnose a machine, model, recipe or run (`finesight doctor`).
+
+Each reported problem has a reason and a command that fixes it.
+"""

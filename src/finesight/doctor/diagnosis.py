@@ -12,16 +12,25 @@ from finesight.errors import UserError, escape_unprintable
 DiagnosisSeverity = Literal["error", "warning", "ok"]
 """Severity of a diagnosis.
 
-error: does not work, or gives wrong results. warning: works, but can be improved. ok: no problem.
+- `error`: something does not work or gives wrong results.
+- `warning`: something works but can be improved.
+- `ok`: no problem.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """Result of one check.
+    """Result of one check of `finesight doctor`.
 
-    `code` identifies the check, and `remedy` is a shell command. Create it with `make_error`,
-    `make_warning` or `make_ok`, which require a reason and a remedy for each problem.
+    Create it with `make_error`, `make_warning` or `make_ok`, which require a reason and a remedy
+    for each problem.
+
+    Attributes:
+        code: Identifier of the check.
+        severity: Severity of the result.
+        what: Description of the result.
+        why: Reason or consequence of the problem. Empty if there is no problem.
+        remedy: Shell command that fixes the problem. Empty if there is no problem.
     """
 
     code: str
@@ -31,13 +40,13 @@ class Diagnosis:
     remedy: str = ""
 
     def as_json(self) -> dict[str, str]:
-        """Convert to a JSON object."""
+        """Convert the diagnosis to a JSON object."""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class DiagnosisSection:
-    """Diagnoses of one subject."""
+    """Diagnoses of one subject, such as the packages or the GPUs, with a title."""
 
     title: str
     diagnoses: tuple[Diagnosis, ...]
@@ -51,7 +60,7 @@ def make_error(code: str, what: str, *, why: str, remedy: str) -> Diagnosis:
 
 
 def make_warning(code: str, what: str, *, why: str, remedy: str) -> Diagnosis:
-    """Create a diagnosis of something that can be improved."""
+    """Create a diagnosis of something that works but can be improved."""
     return Diagnosis(
         code,
         "warning",
@@ -62,17 +71,17 @@ def make_warning(code: str, what: str, *, why: str, remedy: str) -> Diagnosis:
 
 
 def make_ok(code: str, what: str) -> Diagnosis:
-    """Create a diagnosis without a problem."""
+    """Create a diagnosis that reports no problem."""
     return Diagnosis(code, "ok", escape_unprintable(what))
 
 
 def user_error_to_diagnosis(code: str, error: UserError, remedy: str) -> Diagnosis:
-    """Convert a UserError to an error.
+    """Convert a UserError to a diagnosis of severity error.
 
     Args:
         code: Code of the diagnosis.
-        error: Error of the failed operation; its own remedy becomes part of the reason.
-        remedy: Shell command that fixes it.
+        error: Error of the failed operation. Its own remedy becomes part of the reason.
+        remedy: Shell command that fixes the problem.
     """
     what = f"{error.where}: {error.what}" if error.where else error.what
     why = f"expected: {error.expected}" if error.expected else ""
@@ -80,12 +89,12 @@ def user_error_to_diagnosis(code: str, error: UserError, remedy: str) -> Diagnos
 
 
 def format_command(*words: str) -> str:
-    """Format a command for the shell."""
+    """Quote and join the words of a shell command."""
     return shlex.join(words)
 
 
 def count_errors(sections: Iterable[DiagnosisSection]) -> int:
-    """Count the errors in all sections."""
+    """Count the diagnoses of severity error in all sections."""
     return sum(
         diagnosis.severity == "error" for section in sections for diagnosis in section.diagnoses
     )
@@ -99,7 +108,7 @@ _SEVERITY_LABELS: dict[DiagnosisSeverity, str] = {
 
 
 def format_diagnoses(sections: Sequence[DiagnosisSection]) -> list[str]:
-    """Format diagnoses for the console, with `$` before each command."""
+    """Format diagnoses as console lines, with `$` before each shell command."""
     lines = []
     for section in sections:
         lines.append(section.title)
@@ -120,7 +129,7 @@ def _format_count(kind: str, count: int) -> str:
 
 
 def diagnoses_to_dict(sections: Sequence[DiagnosisSection]) -> dict[str, Any]:
-    """Convert diagnoses to a JSON object."""
+    """Convert diagnoses to a JSON object (`finesight doctor --json`)."""
     return {
         "num_errors": count_errors(sections),
         "diagnoses": [

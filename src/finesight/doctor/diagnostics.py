@@ -1,4 +1,4 @@
-"""Run all checks of a machine, a run, a recipe or a model."""
+"""Run all checks of `finesight doctor` on a machine, run, recipe or model."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def diagnose_machine(
     hub: hub_check.HubService | None = None,
     run_smoke_test: bool = True,
 ) -> list[DiagnosisSection]:
-    """Check this machine and its installed packages.
+    """Check this machine: hardware, packages, environment variables and a short training run.
 
     Args:
         environment: Environment variables.
-        hub: Hub to connect to; without it, no request leaves the machine.
-        run_smoke_test: Whether to train the small model on each device.
+        hub: Hub to connect to. None sends no requests.
+        run_smoke_test: Whether to train the small test model on each device.
     """
     packages = package_check.list_packages()
     torch_info = gpu_check.probe_torch()
@@ -70,9 +70,13 @@ def diagnose_machine(
 
 
 def diagnose(subject: str) -> list[DiagnosisSection]:
-    """Check a run, a recipe, or the folder of an adapter or model.
+    """Check a run, a recipe, a model folder or an adapter folder.
 
-    Raises UserError for anything else.
+    Args:
+        subject: Path of the run, recipe or folder.
+
+    Raises:
+        UserError: The path is none of these.
     """
     path = resolve_model_path(subject)
     if path.is_file() and path.suffix.lower() in (".yaml", ".yml"):
@@ -95,7 +99,7 @@ def diagnose(subject: str) -> list[DiagnosisSection]:
 
 
 def diagnose_run(folder: Path) -> list[DiagnosisSection]:
-    """Check a run from its records, without loading the model."""
+    """Check a run from its recorded files, without loading the model."""
     run_record = read_run(folder)
     return [
         _build_section("run end", run_end_check.check_run_end(run_record)),
@@ -105,7 +109,7 @@ def diagnose_run(folder: Path) -> list[DiagnosisSection]:
 
 
 def diagnose_recipe(path: Path) -> list[DiagnosisSection]:
-    """Check a recipe against this machine."""
+    """Check that this machine meets the requirements of a recipe."""
     recipe = recipe_check.load_or_diagnose(path)
     if isinstance(recipe, Diagnosis):
         return [_build_section("recipe", [recipe])]

@@ -1,4 +1,4 @@
-"""Check environment variables: proxies, tokens, hub addresses and certificates."""
+"""Check environment variables for proxies, tokens, hub addresses and certificates."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ ENDPOINT_VARIABLES = ("HF_ENDPOINT", "MODELSCOPE_ENDPOINT")
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN")
 CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
-"""Supported proxy schemes."""
+"""URL schemes of supported proxies."""
 
 
 def check_environment(
     environment: Mapping[str, str], packages: InstalledPackages
 ) -> list[Diagnosis]:
-    """Check the environment variables. Secret values are never shown."""
+    """Check the environment variables. Diagnoses never contain secret values."""
     diagnoses = [
         *_check_proxies(environment, packages),
         *_check_endpoints(environment),
@@ -69,7 +69,10 @@ def _check_proxies(
 
 
 def _get_host(value: str) -> str:
-    """Return host and port of an address without secrets; empty if it has none."""
+    """Return the host and port of an address without its credentials.
+
+    Returns an empty string if the address has no host.
+    """
     try:
         parts = urlsplit(value if "://" in value else f"//{value}")
         return f"{parts.hostname}:{parts.port}" if parts.port else parts.hostname or ""

@@ -1,4 +1,4 @@
-"""Check the extras of the package, and list what each one adds."""
+"""Check the optional dependencies (extras) of the package."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ EXTRA_DESCRIPTIONS: Mapping[str, str] = {
     "synth": "formulas and additional fonts in generated tasks",
     "web": "chat UI in the browser",
 }
-"""Description of each extra for users."""
+"""Description of each extra for users, by name."""
 
 
 def find_missing_packages(packages: InstalledPackages) -> dict[str, list[str]]:
-    """Return the missing packages of each extra; an empty list if it is complete.
+    """Return the packages that each extra requires and that are not installed.
 
-    Extras that the installed metadata do not list are omitted.
+    The list of a complete extra is empty. Extras that the metadata of the installed finesight do
+    not declare are omitted.
     """
     own_packages = packages.by_name.get(PACKAGE_NAME, ())[:1]
     known_extras = {name for package in own_packages for name in package.extras}
@@ -49,12 +50,12 @@ def find_missing_packages(packages: InstalledPackages) -> dict[str, list[str]]:
 
 
 def install_extra_command(packages: InstalledPackages, *names: str) -> str:
-    """Return the command that installs extras."""
+    """Return the shell command that installs extras."""
     return packages.install_command(f"{PACKAGE_NAME}[{','.join(names)}]")
 
 
 def check_extras(packages: InstalledPackages) -> list[Diagnosis]:
-    """Check each extra, and whether the installed metadata are outdated."""
+    """Check that extras are complete and that the installed metadata declare all of them."""
     missing_by_extra = find_missing_packages(packages)
     diagnoses = []
     for name, missing_names in missing_by_extra.items():

@@ -1,4 +1,4 @@
-"""Check NVIDIA GPUs, their driver, and the torch build."""
+"""Check NVIDIA GPUs, their driver, and the build of torch."""
 
 from __future__ import annotations
 
@@ -19,37 +19,38 @@ from finesight.doctor.diagnosis import Diagnosis, format_command, make_error, ma
 from finesight.doctor.package_check import PIP_COMMAND, InstalledPackages
 
 TORCH_TIMEOUT_S = 120.0
-"""Timeout for importing torch from a slow disk."""
+"""Seconds to import torch in a child process. A slow disk needs many of them."""
 
 NVIDIA_VENDOR_ID = "0x10de"
 """Vendor ID of NVIDIA on the PCI bus."""
 
 MIN_BF16_CAPABILITY = (8, 0)
-"""Minimum compute capability for bf16 matrix products."""
+"""Minimum CUDA compute capability for bf16 matrix products."""
 
 MAX_USED_FRACTION = 0.1
-"""Fraction of GPU memory used by other processes that triggers a warning."""
+"""Fraction of GPU memory in use by other processes above which a warning is given."""
 
 CUDA_VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 C_COMPILERS = ("gcc", "clang")
-"""Compilers that Triton searches if CC is unset."""
+"""Compilers that Triton searches if the environment variable CC is unset."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuSystem:
-    """GPU information from the operating system.
+    """GPU information from the operating system, collected without torch.
 
     Attributes:
         num_pci_gpus: Number of NVIDIA GPUs on the PCI bus.
-        driver_version: Version of the loaded kernel module.
-        driver_cuda_version: Newest CUDA version (major, minor) that the driver supports.
-        has_nvidia_smi: Whether nvidia-smi is in PATH.
-        visible_devices: CUDA_VISIBLE_DEVICES; None if unset.
-        os_id: ID in os-release.
-        is_container: Whether this is a container.
-        gpu_processes: Processes on the GPUs, from nvidia-smi.
-        missing_build_tools: Build tools that Triton needs and that are missing.
+        driver_version: Version of the loaded kernel module. None if no driver is loaded.
+        driver_cuda_version: Newest CUDA version (major, minor) that the driver supports. None
+            without the driver library.
+        has_nvidia_smi: True if nvidia-smi is in PATH.
+        visible_devices: Value of CUDA_VISIBLE_DEVICES. None if unset.
+        os_id: Field `ID` of /etc/os-release.
+        is_container: True in a Docker or Podman container.
+        gpu_processes: Processes on the GPUs, as listed by nvidia-smi.
+        missing_build_tools: Build tools that Triton needs and that are not installed.
     """
 
     num_pci_gpus: int
@@ -65,9 +66,14 @@ class GpuSystem:
 
 @dataclass(frozen=True, slots=True)
 class GpuInfo:
-    """GPU as torch sees it.
+    """GPU properties that torch reports.
 
-    `free_bytes` is None if the query failed. `error` is the error of the first matrix product.
+    Attributes:
+        name: Name of the GPU model.
+        capability: CUDA compute capability, major and minor.
+        total_bytes: GPU memory.
+        free_bytes: Free GPU memory. None if the query failed.
+        error: Error of a test matrix product. Empty if it succeeded.
     """
 
     name: str
@@ -79,17 +85,17 @@ class GpuInfo:
 
 @dataclass(frozen=True, slots=True)
 class TorchInfo:
-    """torch installation and its GPUs.
+    """Installed torch and its GPUs.
 
     Attributes:
         version: Version of torch.
         module_file: File that was imported.
-        cuda_version: CUDA version of the build; None for a CPU build.
-        arch_list: GPU architectures of the build.
-        cuda_warnings: Warnings about unavailable GPUs.
+        cuda_version: CUDA version of the build. None for a CPU build.
+        arch_list: GPU architectures for which the build has kernels.
+        cuda_warnings: Warnings of torch about unavailable GPUs.
         gpus: Available GPUs.
-        broken_packages: Packages that fail to import, with the error.
-        error: Error of importing torch; all other attributes are empty then.
+        broken_packages: Other packages that fail to import, with the error.
+        error: Error of importing torch. All other attributes are empty then.
     """
 
     version: str = ""
@@ -103,7 +109,12 @@ class TorchInfo:
 
 
 def inspect_gpu_system(environment: Mapping[str, str], root: Path = Path("/")) -> GpuSystem:
-    """Inspect the PCI bus, the driver and its library without using a GPU."""
+    """Inspect the PCI bus, the driver and its library without using a GPU.
+
+    Args:
+        environment: Environment variables.
+        root: Root of the file system.
+    """
     os_release = root / "etc" / "os-release"
     os_release_text = os_release.read_text(encoding="utf-8") if os_release.is_file() else ""
     entries = dict(line.split("=", 1) for line in os_release_text.splitlines() if "=" in line)
@@ -174,7 +185,11 @@ def _read_driver_cuda_version() -> tuple[int, int] | None:
 
 
 def probe_torch(extra_env: Mapping[str, str] | None = None) -> TorchInfo:
-    """Import torch in a child process and query its GPUs."""
+    """Import torch in a child process and query its GPUs.
+
+    Args:
+        extra_env: Additional environment variables of the child process.
+    """
     result = probe_process.run_probe(
         "finesight.doctor.torch_probe", [], TORCH_TIMEOUT_S, extra_env or {}
     )
@@ -200,9 +215,9 @@ def check_gpus(
     packages: InstalledPackages,
     environment: Mapping[str, str],
 ) -> list[Diagnosis]:
-    """Check torch and each GPU, up to the first matrix product.
+    """Check torch and each GPU, including the result of a small matrix product.
 
-    The first problem found explains later ones.
+    Checks that depend on a failed one are omitted.
     """
     if torch_info.error:
         return [_diagnose_broken_torch(torch_info, environment)]
@@ -247,7 +262,7 @@ def _diagnose_broken_torch(torch_info: TorchInfo, environment: Mapping[str, str]
 def _check_shadowed_torch(
     torch_info: TorchInfo, packages: InstalledPackages
 ) -> Iterator[Diagnosis]:
-    """Detect a torch module in another folder that shadows the installed one."""
+    """Detect a torch module in another folder that hides the installed package."""
     installed = packages.by_name.get("torch")
     if not installed or not torch_info.module_file:
         return
@@ -291,7 +306,7 @@ def _check_gpu(index: int, gpu_system: GpuSystem, torch_info: TorchInfo) -> list
 
 
 def _check_build_tools(gpu_system: GpuSystem, packages: InstalledPackages) -> Iterator[Diagnosis]:
-    """Check for the compiler with which Triton builds its kernel launcher."""
+    """Check for the C compiler and headers that Triton needs to build its kernel launcher."""
     if not gpu_system.missing_build_tools or "triton" not in packages.by_name:
         return
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -313,7 +328,10 @@ def _check_build_tools(gpu_system: GpuSystem, packages: InstalledPackages) -> It
 def _diagnose_busy_gpu(
     index: int, used_fraction: float, gpu_system: GpuSystem, torch_info: TorchInfo
 ) -> Diagnosis:
-    """Report a GPU used by other processes, and suggest the least used one."""
+    """Report a GPU that other processes use, and suggest another one.
+
+    The GPU with the most free memory is suggested.
+    """
     free_bytes = [gpu.free_bytes or 0 for gpu in torch_info.gpus]
     least_used = free_bytes.index(max(free_bytes))
     remedy = f"export {CUDA_VISIBLE_DEVICES}={list_visible_devices(len(free_bytes))[least_used]}"
@@ -331,7 +349,10 @@ def _diagnose_busy_gpu(
 
 
 def install_torch_command() -> str:
-    """Return the command that installs the torch build for the driver. uv selects the build."""
+    """Return the shell command that installs torch for the driver of this machine.
+
+    The package installer uv selects the build.
+    """
     uv_install = (sys.executable, "-m", "uv", "pip", "install", "--python", sys.executable)
     install = format_command(
         *uv_install, "--reinstall-package", "torch", "--torch-backend=auto", "torch>=2.11"
@@ -362,10 +383,14 @@ def _diagnose_failing_gpu(index: int, gpu: GpuInfo, torch_info: TorchInfo) -> Di
 
 
 def _supports_capability(arch: str, capability: tuple[int, int]) -> bool:
-    """Return whether code for an architecture (sm_90, sm_90a, compute_90) runs on a GPU.
+    """Return whether code for an architecture runs on a GPU.
 
-    Machine code runs on GPUs of the same major version and the same or a later minor version;
-    intermediate code runs on all later GPUs.
+    Machine code (`sm_90`, `sm_90a`) runs on GPUs of the same major version with the same or a later
+    minor version. Intermediate code (`compute_90`) runs on all later GPUs.
+
+    Args:
+        arch: Architecture as torch names it.
+        capability: CUDA compute capability of the GPU.
     """
     code_kind, _, number = arch.partition("_")
     digits = "".join(filter(str.isdigit, number))
@@ -391,7 +416,7 @@ def _check_nvidia_smi(gpu_system: GpuSystem) -> list[Diagnosis]:
 
 
 def _diagnose_no_gpu(gpu_system: GpuSystem, torch_info: TorchInfo) -> Diagnosis:
-    """Explain why torch finds no GPU."""
+    """Report the reason for which torch finds no GPU."""
     has_gpu = gpu_system.num_pci_gpus or gpu_system.driver_version or gpu_system.driver_cuda_version
     if not has_gpu:
         return make_ok(
@@ -439,7 +464,7 @@ _DRIVER_COMMANDS: Mapping[str, Sequence[str]] = {
     "fedora": ("sudo dnf install akmod-nvidia", "sudo reboot"),
     "arch": ("sudo pacman -S nvidia", "sudo reboot"),
 }
-"""Commands by ID in os-release."""
+"""Shell commands that install a GPU driver, by `ID` of /etc/os-release."""
 
 
 def _diagnose_missing_driver(gpu_system: GpuSystem) -> Diagnosis:
@@ -461,7 +486,7 @@ def _diagnose_missing_driver(gpu_system: GpuSystem) -> Diagnosis:
 
 
 def list_visible_devices(num_devices: int) -> list[str]:
-    """Return CUDA_VISIBLE_DEVICES for each visible GPU separately."""
+    """Return the value of CUDA_VISIBLE_DEVICES that selects each visible GPU alone."""
     names = [
         name.strip() for name in os.environ.get(CUDA_VISIBLE_DEVICES, "").split(",") if name.strip()
     ]

@@ -1,6 +1,6 @@
-"""Check the connection to a hub: with the proxy, without it, and with the token.
+"""Check the connection to a model hub, with and without the proxy and the token.
 
-This is the only part of `doctor` that sends requests, and only to the selected hub.
+This is the only check of `finesight doctor` that sends requests, and only to the selected hub.
 """
 
 from __future__ import annotations
@@ -23,29 +23,36 @@ from finesight.hub.http_client import is_offline
 HubService = Literal["huggingface", "modelscope"]
 
 TIMEOUT_S = 10.0
-"""Timeout of each request in seconds."""
+"""Timeout of each request to the hub in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class HubResponse:
-    """HTTP status of a response, or the error."""
+    """HTTP status of a response of the hub, or the error if there is none."""
 
     status: int | None
     error: str = ""
 
     @property
     def is_ok(self) -> bool:
-        """True if the hub responded, including 404."""
+        """True if the hub responded without an error. Status 404 is no error."""
         return self.status is not None and (self.status < 400 or self.status == 404)
 
 
 @dataclass(frozen=True, slots=True)
 class HubReachability:
-    """Responses of a hub: with proxies, without them, and with the token.
+    """Results of the test requests to a hub.
 
-    `direct_response` is None without proxies, and `token_response` without a token.
-    `proxy_variables` are the proxy variables in use; `endpoint_variable` sets the hub address,
-    empty for the default.
+    Attributes:
+        url: Address of the hub.
+        response: Response with the proxies of the environment, if any.
+        direct_response: Response without proxies. None if no request without proxies was sent.
+        token_response: Response to a request with the token. None if there is no token.
+        token_source: Environment variable or file that contains the token.
+        proxy_variables: Environment variables that set a proxy.
+        hub: Name of the hub.
+        endpoint_variable: Environment variable that sets the address. Empty for the default
+            address.
     """
 
     url: str
@@ -59,7 +66,7 @@ class HubReachability:
 
 
 def probe_hub(hub: HubService, environment: Mapping[str, str]) -> HubReachability | None:
-    """Send up to three requests to the hub. Returns None in offline mode."""
+    """Send up to three test requests to a hub. Returns None in offline mode."""
     if is_offline():
         return None
     url, probe_url, token, token_source = (
@@ -108,14 +115,12 @@ def _modelscope_probe() -> tuple[str, str, str | None, str]:
 
 
 def _send_request(url: str, headers: Mapping[str, str], *, use_proxies: bool) -> HubResponse:
-    """Send one GET request.
+    """Send one GET request. A redirect counts as a response and is not followed.
 
     Args:
-        url: Address.
+        url: Address of the request.
         headers: Headers of the request.
         use_proxies: Whether to use the proxies of the environment.
-
-    Redirects count as a response and are not followed.
     """
     request_headers = {"User-Agent": f"finesight/{__version__}", **headers}
     try:
@@ -129,7 +134,11 @@ def _send_request(url: str, headers: Mapping[str, str], *, use_proxies: bool) ->
 
 
 def check_hub(reachability: HubReachability | None) -> list[Diagnosis]:
-    """Diagnose the connection between this machine and the hub."""
+    """Diagnose the connection to a hub from the responses to the test requests.
+
+    Args:
+        reachability: Result of `probe_hub`. None in offline mode.
+    """
     if reachability is None:
         return [
             make_warning(
@@ -197,7 +206,10 @@ def _diagnose_unreachable(reachability: HubReachability) -> Diagnosis:
 
 
 def _logout_command() -> str:
-    """Return the logout command of the hub, from the current environment if installed there."""
+    """Return the shell command that deletes the stored token of Hugging Face.
+
+    It uses the `hf` program of the current Python environment if it exists.
+    """
     hf_program = Path(sys.executable).with_name("hf")
     return format_command(str(hf_program) if hf_program.exists() else "hf", "auth", "logout")
 

@@ -1,4 +1,4 @@
-"""Check memory, disk space, and process limits of the machine."""
+"""Check memory, disk space and process limits of the machine."""
 
 from __future__ import annotations
 
@@ -16,22 +16,28 @@ from finesight.host_memory import available_memory, num_allowed_cpus, total_memo
 
 GB = 1_000_000_000
 MIN_FREE_BYTES = 50_000_000
-"""Minimum free bytes of any location."""
+"""Minimum free disk space of each write location in bytes. Less is an error."""
 
 RECOMMENDED_FREE_BYTES = {"models": 10 * GB, "temporary files": GB, "current folder": 2 * GB}
-"""Recommended free bytes of each location.
+"""Recommended free disk space of each write location in bytes. Less is a warning.
 
-A model with 2 billion parameters has 4.4 GB; checkpoints of a small run have a few hundred MB.
+A model with 2 billion parameters has 4.4 GB. Checkpoints of a small run have a few hundred MB.
 """
 
 MIN_MEMORY_BYTES, LOW_MEMORY_BYTES = GB, 6 * GB
-"""Available memory below which runs fail, and below which a 2B model cannot be loaded."""
+"""Available memory in bytes below which an error or a warning is reported.
+
+Below the first value, runs fail. Below the second, a model with 2 billion parameters does not fit.
+"""
 
 MIN_SHM_BYTES, LOW_SHM_BYTES = 16_000_000, 128_000_000
-"""Free bytes of /dev/shm below which data loading fails, always or with large images."""
+"""Free space of /dev/shm in bytes below which an error or a warning is reported.
+
+Below the first value, data loading always fails. Below the second, it fails with large images.
+"""
 
 MIN_OPEN_FILES = 256
-"""Minimum limit of open files per process."""
+"""Minimum limit of the system on open files per process."""
 
 _VIRTUAL_FILE_SYSTEMS = (
     "proc",
@@ -47,9 +53,13 @@ _VIRTUAL_FILE_SYSTEMS = (
 
 @dataclass(frozen=True, slots=True)
 class WriteLocation:
-    """Location that finesight writes to.
+    """Folder to which finesight writes. It may not exist yet.
 
-    `folder` is the location or its nearest existing parent.
+    Attributes:
+        role: Purpose of the folder, such as `models`.
+        folder: Path of the folder.
+        free_bytes: Free disk space of the folder or its nearest existing parent.
+        is_writable: True if the folder or its nearest existing parent is writable.
     """
 
     role: str
@@ -60,10 +70,14 @@ class WriteLocation:
 
 @dataclass(frozen=True, slots=True)
 class MachineInfo:
-    """Facts about the machine, sizes in bytes.
+    """Hardware and limits of a machine. Sizes are in bytes.
 
-    `free_shm` is None without /dev/shm. `largest_location` is the writable location with the most
-    free space.
+    Attributes:
+        num_cpus: Number of CPU cores that this process may use.
+        free_shm: Free space of /dev/shm. None if it does not exist.
+        max_open_files: Limit on open files per process.
+        locations: Folders to which finesight writes.
+        largest_location: Writable folder on the disk with the most free space.
     """
 
     python_version: str
@@ -78,7 +92,12 @@ class MachineInfo:
 
 
 def inspect_machine(environment: Mapping[str, str], working_dir: Path) -> MachineInfo:
-    """Inspect this machine without writing files."""
+    """Inspect the hardware and limits of this machine without writing files.
+
+    Args:
+        environment: Environment variables, which may set folders for models and temporary files.
+        working_dir: Current folder.
+    """
     shm_path = Path("/dev/shm")
     locations = [
         inspect_location("models", _get_hub_cache(environment)),
@@ -101,14 +120,14 @@ def inspect_machine(environment: Mapping[str, str], working_dir: Path) -> Machin
 
 
 def _get_hub_cache(environment: Mapping[str, str]) -> Path:
-    """Return the model cache of huggingface_hub."""
+    """Return the cache folder of huggingface_hub."""
     hf_home = environment.get("HF_HOME")
     cache_home = environment.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.path.expanduser(hf_home or os.path.join(cache_home, "huggingface")))
 
 
 def inspect_location(role: str, folder: Path) -> WriteLocation:
-    """Inspect the location of an existing or future folder."""
+    """Inspect the free disk space and permissions of a folder that may not exist yet."""
     folder = folder.absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     is_writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
@@ -133,7 +152,7 @@ def _find_largest_location(locations: Sequence[WriteLocation]) -> WriteLocation 
 
 
 def check_machine(machine: MachineInfo) -> list[Diagnosis]:
-    """Compare memory, disks and limits with the requirements of finesight."""
+    """Compare the memory, disk space and limits of a machine with recommended values."""
     diagnoses = [
         make_ok(
             "machine",
@@ -170,7 +189,10 @@ def _check_free_space(location: WriteLocation, largest_location: WriteLocation |
 
 
 def _relocate_command(location: WriteLocation, largest_location: WriteLocation | None) -> str:
-    """Return a command that moves a location to a larger disk, or lists large files."""
+    """Return a shell command that selects a folder on a disk with more free space.
+
+    If no disk has enough space, the command lists the largest folders of the full disk.
+    """
     if (
         largest_location is None
         or largest_location.free_bytes < RECOMMENDED_FREE_BYTES[location.role]
@@ -186,7 +208,7 @@ def _relocate_command(location: WriteLocation, largest_location: WriteLocation |
 
 
 def largest_files_command(folder: Path) -> str:
-    """Return the command that lists the largest folders of a disk."""
+    """Return the shell command that lists the largest folders within a folder."""
     return f"du -xh --max-depth=2 {format_command(str(folder))} | sort -h | tail -n 20"
 
 
@@ -208,7 +230,7 @@ def _check_limits(machine: MachineInfo) -> Iterator[Diagnosis]:
         yield make_diagnosis(
             "low-shared-memory",
             f"/dev/shm has {machine.free_shm / 1e6:.3g} MB free",
-            why="data loading workers exchange images there and crash if it is full",
+            why="data loader workers exchange images there and crash if it is full",
             remedy="sudo mount -o remount,size=8G /dev/shm   # for a container: docker run"
             " --shm-size=8g; or train with train.num_workers=0",
         )
@@ -216,6 +238,6 @@ def _check_limits(machine: MachineInfo) -> Iterator[Diagnosis]:
         yield make_error(
             "low-open-files-limit",
             f"a process may open only {machine.max_open_files} files",
-            why="data shards, data loading workers and the server need more",
+            why="data shards, data loader workers and the server need more",
             remedy="ulimit -n 4096",
         )

@@ -1,4 +1,4 @@
-"""Check the folder of a model or adapter: missing files, corrupt files, missing extras."""
+"""Check the folder of a model or adapter for missing files, corrupt files and extras."""
 
 from __future__ import annotations
 
@@ -25,18 +25,24 @@ from finesight.errors import UserError
 from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder
 
 LFS_POINTER_PREFIX = b"version https://git-lfs.github.com/spec/"
-"""First bytes of a Git LFS pointer."""
+"""First bytes of a Git LFS pointer, a small text file instead of the weights."""
 
 PARTIAL_FILE_PATTERNS = ("*.incomplete", "*.partial", "*.part", "*.aria2", "*.crdownload")
 
 QWEN_VL_FAMILY = "qwen"
 
 ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-"""File names of PEFT. Importing `finesight.model` here would fail with a broken torch."""
+"""File names of PEFT adapters.
+
+They are repeated here because importing `finesight.model` would fail with a broken torch.
+"""
 
 
 def check_model(path: Path, packages: InstalledPackages) -> list[Diagnosis]:
-    """Check a model folder. Reads all of it if it has digests."""
+    """Check a model folder.
+
+    If the folder has recorded digests, all of its files are read.
+    """
     redownload = _redownload_command(path)
     diagnoses = [*_check_lfs_pointers(path, redownload), *_check_partial_files(path, redownload)]
     if any(diagnosis.severity == "error" for diagnosis in diagnoses):
@@ -61,7 +67,7 @@ def check_model(path: Path, packages: InstalledPackages) -> list[Diagnosis]:
 
 
 def check_adapter(path: Path) -> list[Diagnosis]:
-    """Check an adapter folder of finesight or PEFT."""
+    """Check the folder of a LoRA adapter that finesight or PEFT has written."""
     redownload = format_command("ls", "-l", str(path))
     weights = path / ADAPTER_WEIGHTS_FILE
     try:
@@ -75,7 +81,10 @@ def check_adapter(path: Path) -> list[Diagnosis]:
 
 
 def find_hub_source(path: Path) -> str | None:
-    """Return the hub name of a model in a cache; None for other folders."""
+    """Return the hub name of a model in a download cache.
+
+    Returns None for other folders.
+    """
     hub_cache_match = re.search(r"models--([^/]+?)--([^/]+)", str(path))
     if hub_cache_match:
         return f"{hub_cache_match[1]}/{hub_cache_match[2]}"
@@ -88,9 +97,10 @@ def find_hub_source(path: Path) -> str | None:
 
 
 def _redownload_command(path: Path) -> str:
-    """Return the command that downloads the model again.
+    """Return the shell command that downloads a model again.
 
-    A model in a cache is replaced; for another folder, the copy is a new folder next to it.
+    A model in a cache is replaced. The model of another folder is downloaded to a new folder next
+    to it.
     """
     source = find_hub_source(path)
     if path.resolve() == TINY_MODEL_FOLDER.resolve():
@@ -212,7 +222,11 @@ def _check_weights(folder: ModelFolder, redownload: str) -> Iterator[Diagnosis]:
 
 
 def _read_tensor_names(file: Path) -> frozenset[str]:
-    """Return the tensor names of a file after comparing its length with its header."""
+    """Return the tensor names in a safetensors file.
+
+    Raises:
+        UserError: The file is missing or truncated.
+    """
     try:
         with safe_open(file, framework="numpy") as weights:
             return frozenset(weights.keys())

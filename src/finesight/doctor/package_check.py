@@ -1,4 +1,4 @@
-"""Check installed packages: version conflicts, missing and duplicate packages."""
+"""Check installed packages for version conflicts, missing and duplicate packages."""
 
 from __future__ import annotations
 
@@ -20,18 +20,29 @@ from finesight.doctor.diagnosis import Diagnosis, format_command, make_error, ma
 PACKAGE_NAME = "finesight"
 
 SITE_FOLDERS = ("site-packages", "dist-packages")
-"""Folders managed by an installer; other folders may have user files that start with ~."""
+"""Names of folders that only a package installer writes to.
+
+In other folders, files that start with ~ may belong to the user.
+"""
 
 DEV_EXTRAS = ("dev",)
-"""Extras for development only."""
+"""Extras for the development of finesight, which are not checked."""
 
 PIP_COMMAND = (sys.executable, "-m", "pip")
-"""pip of the Python interpreter that runs this process."""
+"""Command that runs pip of the current Python interpreter."""
 
 
 @dataclass(frozen=True, slots=True)
 class InstalledPackage:
-    """One distribution from its metadata."""
+    """Installed distribution, from its metadata.
+
+    Attributes:
+        name: Name of the distribution.
+        version: Version of the distribution.
+        folder: Folder that contains its modules.
+        requires: Requirements (PEP 508).
+        extras: Names of its extras.
+    """
 
     name: str
     version: str
@@ -42,13 +53,14 @@ class InstalledPackage:
 
 @dataclass(frozen=True, slots=True)
 class InstalledPackages:
-    """Installed packages of this Python interpreter.
+    """Installed packages of the current Python interpreter.
 
     Attributes:
-        by_name: Distributions by canonical name; the imported one is first.
+        by_name: Distributions by canonical name. The first one of a name is the one that is
+            imported.
         leftovers: Files of interrupted installations.
-        has_pip: Whether pip is installed.
-        is_managed: Whether the system manages this Python interpreter (PEP 668).
+        has_pip: True if pip is installed.
+        is_managed: True if the operating system manages this Python interpreter (PEP 668).
     """
 
     by_name: Mapping[str, tuple[InstalledPackage, ...]]
@@ -57,17 +69,21 @@ class InstalledPackages:
     is_managed: bool = False
 
     def get_version(self, name: str) -> str | None:
-        """Return the version of the imported distribution; None if it is not installed."""
+        """Return the version of an imported package, or None if it is not installed."""
         installed = self.by_name.get(canonicalize_name(name))
         return installed[0].version if installed else None
 
     def install_command(self, *requirements: str) -> str:
-        """Return the command that installs requirements for this Python interpreter."""
+        """Return the shell command that installs requirements for this Python interpreter."""
         return format_command(*PIP_COMMAND, "install", *requirements)
 
 
 def list_packages(path: Sequence[str] | None = None) -> InstalledPackages:
-    """List the distributions in `path`, by default sys.path. Imports no package."""
+    """List the installed packages without importing them.
+
+    Args:
+        path: Folders to search, by default `sys.path`.
+    """
     search_path = list(sys.path if path is None else path)
     packages_by_name: dict[str, list[InstalledPackage]] = {}
     seen: set[tuple[str, str, Path]] = set()
@@ -97,7 +113,7 @@ def _is_externally_managed() -> bool:
 
 
 def check_packages(packages: InstalledPackages) -> list[Diagnosis]:
-    """Check the packages and suggest fixes."""
+    """Check the installed packages against the requirements of finesight."""
     diagnoses = [
         *_check_python(packages),
         *_check_unmet(packages),
@@ -136,7 +152,13 @@ def _check_python(packages: InstalledPackages) -> Iterator[Diagnosis]:
 
 @dataclass(frozen=True, slots=True)
 class _Dependency:
-    """A requirement, its origin, and whether only an extra needs it."""
+    """Requirement of an installed package.
+
+    Attributes:
+        required_by: Package that has the requirement.
+        requirement: Required package and its version bounds.
+        is_optional: True if only an extra of finesight leads to this requirement.
+    """
 
     required_by: str
     requirement: Requirement
@@ -149,13 +171,13 @@ class _Dependency:
 
 
 def _resolve_dependencies(packages: InstalledPackages) -> list[_Dependency]:
-    """Resolve direct and transitive requirements of finesight, each once.
+    """Return all direct and transitive requirements of finesight.
 
-    Extras whose packages are installed are included, since finesight uses them.
+    Requirements of extras are included if the required package is installed, since finesight uses
+    it then.
     """
     own_packages = packages.by_name.get(PACKAGE_NAME, ())[:1]
-    # Tuples of requiring package, requirement, requested extras, and whether only an extra needs
-    # it.
+    # Each entry: requiring package, requirement, requested extras, and whether it is optional.
     queue: list[tuple[str, str, tuple[str, ...], bool]] = []
     for package in own_packages:
         queue += [(PACKAGE_NAME, text, (), False) for text in package.requires]
@@ -195,7 +217,7 @@ def _parse_requirement(text: str) -> Requirement | None:
 
 
 def _is_applicable(requirement: Requirement, extras: Iterable[str]) -> bool:
-    """Return whether a requirement applies to this machine, with or without these extras."""
+    """Return whether a requirement applies to this machine, given the requested extras."""
     if requirement.marker is None:
         return True
     marker_environment = {key: str(value) for key, value in default_environment().items()}
@@ -213,7 +235,10 @@ def _group_by_name(packages: InstalledPackages) -> dict[str, list[_Dependency]]:
 
 
 def _combine_bounds(name: str, dependencies: Sequence[_Dependency]) -> str:
-    """Combine all version bounds of a package, so that fixing one conflict causes no other."""
+    """Combine the version bounds of a package from all requirements.
+
+    Installing a version within these bounds causes no other conflict.
+    """
     bounds = sorted(
         {str(spec) for dependency in dependencies for spec in dependency.requirement.specifier}
     )
@@ -221,7 +246,7 @@ def _combine_bounds(name: str, dependencies: Sequence[_Dependency]) -> str:
 
 
 def _check_unmet(packages: InstalledPackages) -> Iterator[Diagnosis]:
-    """Report unmet requirements, one diagnosis per package.
+    """Report missing packages and version conflicts, one diagnosis per package.
 
     Duplicate packages are reported separately, since their effective version is unknown.
     """
@@ -262,7 +287,7 @@ def _diagnose_unmet(
 
 
 def _list_duplicates(packages: InstalledPackages, name: str) -> list[InstalledPackage]:
-    """Return distributions in the same folder as the imported one."""
+    """Return the distributions of a package in the same folder as the imported one."""
     packages_of_name = packages.by_name.get(name, ())
     return [package for package in packages_of_name if package.folder == packages_of_name[0].folder]
 

@@ -1,4 +1,7 @@
-"""Check predictions of a run: lower scores, unfinished completions, box conventions."""
+"""Check the validation predictions of a run.
+
+Detects lower scores, unfinished completions and mismatched box conventions.
+"""
 
 from __future__ import annotations
 
@@ -31,23 +34,27 @@ from finesight.report.run_reader import RunRecord, read_json_lines
 from finesight.report.summary import get_last_start
 
 MAX_UNFINISHED_FRACTION = 0.05
-"""Maximum fraction of completions without an end token."""
+"""Maximum fraction of completions without an end token. More are an error."""
 
 REPETITION_PATTERN = re.compile(r"(.{1,60}?)\1{3,}.{0,60}$", re.DOTALL)
-"""End of a completion that repeats itself."""
+"""Pattern of a completion that ends with a repeated text."""
 
 MIN_BOXES = 8
-"""Minimum number of boxes to compare conventions."""
+"""Minimum number of predicted boxes for the comparison of box conventions."""
 
 LOW_IOU, GOOD_IOU, MIN_IOU_GAIN = 0.5, 0.5, 0.2
-"""Mean IoU of wrong boxes (below), of a matching convention (above), and minimum gain."""
+"""Thresholds of the mean IoU for the comparison of box conventions.
+
+They are the value below which boxes count as wrong, the minimum of a matching convention, and its
+minimum gain over the current convention.
+"""
 
 DEFAULT_MAX_NEW_TOKENS = 512
-"""Default maximum number of new tokens."""
+"""Limit on new tokens of a run whose recipe has no evaluation settings."""
 
 
 class SavedPrediction(BaseModel):
-    """Completion with its reference."""
+    """Validation prediction of a run with its reference, from a prediction file."""
 
     id: str = ""
     image: str | None = None
@@ -59,7 +66,7 @@ class SavedPrediction(BaseModel):
 
 
 class RecordedDifference(BaseModel):
-    """Metric before and after training."""
+    """Difference of a metric before and after training, from the result of a run."""
 
     name: str
     before: FiniteFloat
@@ -73,7 +80,7 @@ RecordT = TypeVar("RecordT", bound=BaseModel)
 
 
 def _parse_line(model_type: type[RecordT], line: object) -> RecordT | None:
-    """Parse a line; None if it is corrupt."""
+    """Convert a JSON line to a model, or return None if it is corrupt."""
     try:
         return model_type.model_validate(line)
     except ValidationError:
@@ -81,7 +88,7 @@ def _parse_line(model_type: type[RecordT], line: object) -> RecordT | None:
 
 
 def check_predictions(run_record: RunRecord) -> list[Diagnosis]:
-    """Check the predictions on the validation samples, and their scores."""
+    """Check the validation predictions of a run and their scores."""
     if not run_record.evaluations:
         return [
             make_warning(
@@ -90,7 +97,7 @@ def check_predictions(run_record: RunRecord) -> list[Diagnosis]:
                 why="the effect of training is unknown; set validation samples (data.eval)"
                 " and a metric",
                 remedy=rerun_command(
-                    run_record, "data.eval=HELD_OUT.jsonl", "eval.metric=captions"
+                    run_record, "data.eval=VALIDATION.jsonl", "eval.metric=captions"
                 ),
             )
         ]
@@ -118,7 +125,7 @@ def check_predictions(run_record: RunRecord) -> list[Diagnosis]:
 
 
 def _check_primary_metric(run_record: RunRecord) -> Iterator[Diagnosis]:
-    """Compare the primary metric before and after training."""
+    """Report the change of the primary metric between the start and the end of training."""
     primary_metric = next(
         (line.get("primary_metric") for line in reversed(run_record.evaluations)), None
     )
@@ -192,7 +199,7 @@ def _diagnose_unclear(
 def _check_unfinished(
     run_record: RunRecord, predictions: Sequence[SavedPrediction]
 ) -> Iterator[Diagnosis]:
-    """Detect completions that reached the token limit."""
+    """Detect completions that reached the token limit without an end token."""
     unfinished = [prediction for prediction in predictions if not prediction.stopped]
     if not predictions or len(unfinished) <= MAX_UNFINISHED_FRACTION * len(predictions):
         return
@@ -230,7 +237,11 @@ def _check_unfinished(
 def _check_box_frames(
     run_record: RunRecord, predictions: Sequence[SavedPrediction]
 ) -> Iterator[Diagnosis]:
-    """Detect boxes that match under another convention for predictions or labels."""
+    """Detect predicted boxes or labels that follow another box convention.
+
+    If the boxes barely overlap, the coordinates of one side are converted from other conventions. A
+    convention that makes them overlap is reported.
+    """
     predicted_claims, label_claims = _collect_claims(run_record, predictions)
     if len(predicted_claims) < MIN_BOXES:
         return
@@ -269,7 +280,7 @@ def _check_box_frames(
 def _collect_claims(
     run_record: RunRecord, predictions: Sequence[SavedPrediction]
 ) -> tuple[list[BoxClaim], list[BoxClaim]]:
-    """Collect pairs of predicted and labelled boxes.
+    """Collect the coordinates of predicted boxes and of their labels.
 
     Only predictions with the expected number of boxes and an existing image are used.
     """
@@ -317,10 +328,10 @@ def _compute_ious(
 def _list_hypotheses(
     run_record: RunRecord, claims: BoxClaimTable, reference: BoxClaimTable
 ) -> list[BoxHypothesis]:
-    """List conventions that the coordinates may follow.
+    """List the box conventions that coordinates may follow.
 
-    These are another order, thousandths, fractions, pixels of the resized image of the recipe, and
-    pixels of a copy with a constant scale.
+    These are another order of the values, thousandths, fractions, pixels of the resized image of
+    the recipe, and pixels of a copy with a constant scale.
     """
     hypotheses = [BoxHypothesis("xywh"), BoxHypothesis("cxcywh")]
     hypotheses += [BoxHypothesis("xyxy", BoxFrame("fixed", side, side)) for side in (1000.0, 1.0)]

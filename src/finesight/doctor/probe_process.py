@@ -1,4 +1,4 @@
-"""Run checks that may crash in a child process."""
+"""Run checks in a child process, because they may crash."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """Output of a process, and its error; empty on success."""
+    """Standard output of a child process, and its error. The error is empty on success."""
 
     stdout: str
     error: str
@@ -21,7 +21,14 @@ class ProbeResult:
 def run_probe(
     module: str, arguments: Sequence[str], timeout_s: float, extra_env: Mapping[str, str]
 ) -> ProbeResult:
-    """Run `python -m module` with arguments and additional environment variables."""
+    """Run `python -m MODULE` in a child process.
+
+    Args:
+        module: Module to run.
+        arguments: Command-line arguments.
+        timeout_s: Seconds after which the process is killed.
+        extra_env: Additional environment variables.
+    """
     command = [sys.executable, "-m", module, *arguments]
     try:
         completed = subprocess.run(

@@ -1,4 +1,7 @@
-"""Check a recipe against this machine: extras, precision, files and disk space."""
+"""Check that this machine meets the requirements of a recipe.
+
+The checks cover extras, precision, files and disk space.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +34,18 @@ from finesight.recipe import load_recipe
 from finesight.track.tracker_registry import TRACKER_EXTRAS
 
 MIN_FP8_CAPABILITY = (8, 9)
-"""Minimum compute capability for FP8 matrix products."""
+"""Minimum CUDA compute capability for FP8 matrix products."""
 
 MIN_OUTPUT_BYTES = GB
-"""Minimum free bytes of the output folder for checkpoints, predictions and report."""
+"""Minimum free disk space of the output folder in bytes.
+
+A run writes checkpoints, predictions and a report.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class RecipeContext:
-    """Installed packages, torch, and output location."""
+    """State of the machine against which a recipe is checked."""
 
     packages: InstalledPackages
     torch_info: TorchInfo
@@ -47,7 +53,7 @@ class RecipeContext:
 
 
 def load_or_diagnose(path: Path) -> Recipe | Diagnosis:
-    """Load a recipe, or return the diagnosis of its error."""
+    """Load a recipe, or return a diagnosis if it is invalid."""
     try:
         return load_recipe(path)
     except UserError as error:
@@ -57,7 +63,13 @@ def load_or_diagnose(path: Path) -> Recipe | Diagnosis:
 
 
 def check_recipe(path: Path, recipe: Recipe, context: RecipeContext) -> list[Diagnosis]:
-    """Detect problems that would stop `finesight train` on this machine."""
+    """Detect problems that would stop `finesight train` on this machine.
+
+    Args:
+        path: Path of the recipe.
+        recipe: Content of the recipe.
+        context: State of the machine.
+    """
     diagnoses = [
         *_check_extras(recipe, context.packages),
         *_check_precision(path, recipe, context.torch_info),
@@ -86,7 +98,7 @@ def _check_extras(recipe: Recipe, packages: InstalledPackages) -> Iterator[Diagn
 
 
 def _list_required_extras(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Iterate over required extras and the setting that requires each."""
+    """Yield (extra, setting) pairs for the extras that the settings of a recipe require."""
     if recipe.tune.quantize.nf4:
         yield "quant", "tune.quantize.nf4"
     for tracker in recipe.track:

@@ -1,4 +1,4 @@
-"""Build commands that resume a run or repeat it with other settings."""
+"""Build shell commands that resume a run or repeat it with other settings."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ from finesight.report.summary import get_last_start
 from finesight.run_files import RECIPE_FILE
 
 MAX_SAFE_LEARNING_RATE = 1e-3
-"""Learning rate that is safe for small adapters."""
+"""Maximum learning rate that diagnoses suggest. It is safe for small adapters."""
 
 
 def resume_command(run_record: RunRecord, *overrides: str) -> str:
-    """Return the command that resumes from the newest checkpoint."""
+    """Return the shell command that resumes a run from its newest checkpoint."""
     return format_command(
         "finesight", "train", str(run_record.folder / RECIPE_FILE), *overrides, "--resume"
     )
 
 
 def rerun_command(run_record: RunRecord, *overrides: str) -> str:
-    """Return the command that repeats the run in a new folder with overrides."""
+    """Return the shell command that repeats a run in a new folder.
+
+    Args:
+        run_record: Content of the run directory.
+        *overrides: Recipe overrides, such as `train.steps=100`.
+    """
     recipe_path = str(run_record.folder / RECIPE_FILE)
     return format_command(
         "finesight",
@@ -37,7 +42,7 @@ def rerun_command(run_record: RunRecord, *overrides: str) -> str:
 
 
 def next_free_folder(folder: Path) -> Path:
-    """Return an unused folder name with a number."""
+    """Return the first unused folder name with a number, such as `run-2` for `run`."""
     suffix = 2
     while (candidate := folder.with_name(f"{folder.name}-{suffix}")).exists():
         suffix += 1
@@ -45,7 +50,7 @@ def next_free_folder(folder: Path) -> Path:
 
 
 def load_run_recipe(run_record: RunRecord) -> Recipe:
-    """Load the recipe of a run; default settings if it cannot be read."""
+    """Load the recipe of a run. Default settings are used if it cannot be read."""
     try:
         return Recipe.model_validate(run_record.recipe)
     except ValidationError:
@@ -54,35 +59,38 @@ def load_run_recipe(run_record: RunRecord) -> Recipe:
 
 
 def get_learning_rates(run_record: RunRecord) -> dict[str, float]:
-    """Return the learning rates in the recipe, `default` first."""
+    """Return the learning rates of a run by part of the model, `default` first."""
     rates_by_part = load_run_recipe(run_record).train.learning_rate.model_dump()
-    return {part: rate for part, rate in rates_by_part.items() if rate is not None}
+    return {part: value for part, value in rates_by_part.items() if value is not None}
 
 
 def scale_learning_rates(run_record: RunRecord, factor: float) -> list[str]:
-    """Return overrides that scale every learning rate."""
+    """Return the overrides that multiply every learning rate of a run by a factor."""
     scaled = {
-        part: f"{round_to_digit(rate * factor):g}"
-        for part, rate in get_learning_rates(run_record).items()
+        part: f"{round_to_digit(value * factor):g}"
+        for part, value in get_learning_rates(run_record).items()
     }
-    return [f"train.learning_rate.{part}={rate}" for part, rate in scaled.items()]
+    return [f"train.learning_rate.{part}={value}" for part, value in scaled.items()]
 
 
 def lower_learning_rates(run_record: RunRecord) -> list[str]:
-    """Return overrides with a tenth of each learning rate, at most `MAX_SAFE_LEARNING_RATE`."""
+    """Return the overrides that divide every learning rate of a run by ten or more.
+
+    The results are at most `MAX_SAFE_LEARNING_RATE`.
+    """
     return scale_learning_rates(
         run_record, min(0.1, MAX_SAFE_LEARNING_RATE / max(get_learning_rates(run_record).values()))
     )
 
 
-def round_to_digit(rate: float) -> float:
-    """Round to one significant digit."""
-    power = math.floor(math.log10(rate))
-    return float(round(rate / 10.0**power) * 10.0**power)
+def round_to_digit(learning_rate: float) -> float:
+    """Round a learning rate to one significant digit."""
+    power = math.floor(math.log10(learning_rate))
+    return float(round(learning_rate / 10.0**power) * 10.0**power)
 
 
 def scale_duration(run_record: RunRecord, factor: float) -> list[str]:
-    """Return overrides that scale the duration of a run."""
+    """Return the overrides that multiply the number of steps or epochs by a factor."""
     train = load_run_recipe(run_record).train
     if train.steps is not None:
         return [f"train.steps={max(1, math.ceil(train.steps * factor))}"]
@@ -90,11 +98,11 @@ def scale_duration(run_record: RunRecord, factor: float) -> list[str]:
 
 
 def round_up_hundredth(value: float) -> float:
-    """Round up to a hundredth."""
+    """Round a number of epochs up to two decimals."""
     return math.ceil(100 * value - 1e-9) / 100
 
 
 def get_num_workers(run_record: RunRecord) -> int | None:
-    """Return the number of data loading workers at the last start."""
+    """Return the data loader workers of the last training process, or None if unknown."""
     value = get_last_start(run_record).get("num_workers")
     return value if isinstance(value, int) else None

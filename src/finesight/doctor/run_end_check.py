@@ -1,4 +1,4 @@
-"""Check how a run ended, and whether it can be resumed."""
+"""Check the end of a run, and that its files permit inference and resuming."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from finesight.report.summary import (
     count_training_samples,
     describe_progress,
     get_last_step,
-    list_remarks,
+    list_memory_remarks,
     list_skipped_samples,
 )
 from finesight.run_files import (
@@ -38,14 +38,14 @@ from finesight.run_files import (
 )
 
 MAX_NONFINITE_STEPS = 5
-"""Consecutive non-finite steps after which a run stops."""
+"""Number of consecutive steps with a non-finite loss after which a run stops."""
 
 MAX_SKIPPED_FRACTION = 0.05
-"""Fraction of skipped samples that is an error."""
+"""Fraction of skipped samples above which an error is reported."""
 
 
 def check_run_end(run_record: RunRecord) -> list[Diagnosis]:
-    """Check whether a run finished, and whether its files are complete."""
+    """Check that a run has finished and that its files are complete."""
     process_id = _find_running_process(run_record.folder)
     diagnoses = [
         *_check_nonfinite_steps(run_record),
@@ -67,7 +67,10 @@ def check_run_end(run_record: RunRecord) -> list[Diagnosis]:
 
 
 def _find_running_process(folder: Path) -> int | None:
-    """Return the process that holds the lock of a run; None if unknown. Takes no lock."""
+    """Return the ID of the process that holds the lock of a run directory.
+
+    Returns None if there is none or if it is unknown. The function takes no lock itself.
+    """
     locks = Path("/proc/locks")
     if not locks.is_file():
         return None
@@ -81,7 +84,7 @@ def _find_running_process(folder: Path) -> int | None:
 
 
 def _check_nonfinite_steps(run_record: RunRecord) -> Iterator[Diagnosis]:
-    """Detect steps with a non-finite loss, which were not applied."""
+    """Detect steps with a non-finite loss, which the optimizer has not applied."""
     is_nonfinite = [bool(line.get("nonfinite_samples")) for line in run_record.steps]
     if not any(is_nonfinite):
         return
@@ -117,7 +120,10 @@ def _check_nonfinite_steps(run_record: RunRecord) -> Iterator[Diagnosis]:
 
 
 def _check_unfinished(run_record: RunRecord, diagnoses: list[Diagnosis]) -> Iterator[Diagnosis]:
-    """Report the last step and the resume command, unless another error explains the end."""
+    """Report the last step of an unfinished run and the command that resumes it.
+
+    A run that stopped because of non-finite steps is omitted, since another diagnosis reports it.
+    """
     if any(
         diagnosis.code == "not-finite" and diagnosis.severity == "error" for diagnosis in diagnoses
     ):
@@ -139,7 +145,7 @@ def _check_unfinished(run_record: RunRecord, diagnoses: list[Diagnosis]) -> Iter
 
 
 def _describe_end(run_record: RunRecord, checkpoint_steps: list[int]) -> str:
-    """Describe the recorded reason. A killed process has none."""
+    """Describe the recorded reason for the end of a run. A killed run has none."""
     status = get_run_status(run_record)
     num_lost_steps = (
         get_last_step(run_record) - checkpoint_steps[-1]
@@ -166,7 +172,7 @@ def _list_checkpoint_steps(folder: Path) -> list[int]:
 def _check_newest_checkpoint(
     run_record: RunRecord, checkpoint_steps: list[int]
 ) -> Iterator[Diagnosis]:
-    """Check whether the newest checkpoint is complete and another one fits the disk."""
+    """Check that the newest checkpoint is complete and that the disk has space for another."""
     newest = run_record.folder / CHECKPOINTS_FOLDER / f"step-{checkpoint_steps[-1]}"
     try:
         verify_folder(newest)
@@ -195,7 +201,7 @@ def _check_newest_checkpoint(
 
 
 def _check_base_model(run_record: RunRecord) -> Iterator[Diagnosis]:
-    """Check whether the base model of the run is unchanged."""
+    """Check that the base model of a run exists and is unchanged."""
     base_model, expected = (
         run_record.manifest.get("base_model"),
         run_record.manifest.get("base_fingerprint"),
@@ -290,7 +296,7 @@ def _check_skipped_samples(run_record: RunRecord) -> Iterator[Diagnosis]:
 
 
 def _fix_command(run_record: RunRecord, reason: str) -> str:
-    """Return the command for samples skipped with this reason."""
+    """Return the shell command that fixes samples skipped for the given reason."""
     length_match = re.fullmatch(r"over (\d+) tokens", reason)
     if length_match:
         return rerun_command(run_record, f"data.max_length={2 * int(length_match[1])}")
@@ -307,21 +313,15 @@ def _fix_command(run_record: RunRecord, reason: str) -> str:
 
 
 def _check_memory(run_record: RunRecord) -> Iterator[Diagnosis]:
-    for remark in list_remarks(run_record):
-        if remark.startswith("The run ran out of GPU memory"):
-            pack_tokens = [
-                line["pack_tokens"] for line in run_record.steps if line.get("pack_tokens")
-            ]
-            overrides = [f"train.pack_tokens={int(num_tokens)}" for num_tokens in pack_tokens[-1:]]
-            overrides += (
-                ["train.activation_checkpointing=true"]
-                if run_record.steps[-1].get("activation_checkpointing")
-                else []
-            )
-            yield make_warning(
-                "gpu-out-of-memory",
-                remark,
-                why="each step that ran out of memory was repeated; start the next run with"
-                " these settings",
-                remedy=rerun_command(run_record, *overrides),
-            )
+    for remark in list_memory_remarks(run_record):
+        pack_tokens = [line["pack_tokens"] for line in run_record.steps if line.get("pack_tokens")]
+        overrides = [f"train.pack_tokens={int(num_tokens)}" for num_tokens in pack_tokens[-1:]]
+        if run_record.steps[-1].get("activation_checkpointing"):
+            overrides.append("train.activation_checkpointing=true")
+        yield make_warning(
+            "gpu-out-of-memory",
+            remark,
+            why="each step that ran out of memory was repeated; start the next run with these"
+            " settings",
+            remedy=rerun_command(run_record, *overrides),
+        )

@@ -1,4 +1,4 @@
-"""Smoke test of each device: create samples, train, and generate."""
+"""Run a smoke test on each device: create samples, train, and generate."""
 
 from __future__ import annotations
 
@@ -16,12 +16,21 @@ from finesight.doctor.gpu_check import CUDA_VISIBLE_DEVICES, TorchInfo, list_vis
 STAGES = ("load", "data", "train", "generate")
 
 TIMEOUT_S = 180.0
-"""Timeout per device. The test takes about 10 seconds, more if kernels are compiled."""
+"""Timeout of the smoke test per device in seconds.
+
+The test takes about 10 seconds, and longer if kernels are compiled.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class SmokeStage:
-    """A stage that passed."""
+    """Stage of the smoke test that has passed.
+
+    Attributes:
+        stage: Name of the stage.
+        seconds: Duration of the stage.
+        what: Description of the result.
+    """
 
     stage: str
     seconds: float
@@ -30,7 +39,14 @@ class SmokeStage:
 
 @dataclass(frozen=True, slots=True)
 class SmokeResult:
-    """Passed stages of a device, and the error of the next one."""
+    """Result of the smoke test on one device.
+
+    Attributes:
+        device: Display name of the device.
+        visible_device: Value of CUDA_VISIBLE_DEVICES that selects the GPU. None for the CPU.
+        stages: Stages that have passed.
+        error: Error of the stage after them. Empty if all stages have passed.
+    """
 
     device: str
     visible_device: str | None
@@ -39,7 +55,7 @@ class SmokeResult:
 
 
 def run_smoke_tests(torch_info: TorchInfo) -> list[SmokeResult]:
-    """Test the CPU and each GPU, and delete the files afterwards."""
+    """Run the smoke test on the CPU and on each GPU. Temporary files are deleted."""
     gpus = [
         (f"GPU {index}", name)
         for index, name in enumerate(list_visible_devices(len(torch_info.gpus)))
@@ -66,7 +82,7 @@ def _run_smoke_test(device: str, visible_device: str | None) -> SmokeResult:
 
 
 def check_smoke_tests(results: Sequence[SmokeResult]) -> list[Diagnosis]:
-    """Return a diagnosis for each device."""
+    """Convert the result of each smoke test to a diagnosis."""
     working_devices = [
         result.visible_device
         for result in results

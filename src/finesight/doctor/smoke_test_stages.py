@@ -1,7 +1,7 @@
-"""Run the smoke test on one device, and print a JSON line for each stage.
+"""Run the smoke test on one device and print a JSON line for each stage.
 
-Usage: `python -m finesight.doctor.smoke_test_stages cpu|cuda FOLDER`. `doctor` runs it in a child
-process, so that a crash does not stop `doctor`.
+Usage: `python -m finesight.doctor.smoke_test_stages cpu|cuda FOLDER`. `finesight doctor` runs it in
+a child process, so that a crash does not stop `finesight doctor`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Literal
 
 STEPS, BATCH_SIZE, NUM_TICKETS = 6, 2, 12
 MAX_NEW_TOKENS = 24
-"""Maximum number of generated tokens."""
+"""Maximum number of tokens that the smoke test generates."""
 
 RECIPE_TEMPLATE = """\
 model: finesight-tiny
@@ -36,11 +36,11 @@ output_dir: {run}
 
 
 def main() -> None:
-    """Run the stages in order and stop at the first failure."""
+    """Run the stages of the smoke test in order. The first failure stops the process."""
     device: Literal["cpu", "cuda"] = "cuda" if sys.argv[1] == "cuda" else "cpu"
     folder = Path(sys.argv[2])
     with _time_stage("load"):
-        from finesight.train.trainer import train  # noqa: F401 (what takes time is the import)
+        from finesight.train.trainer import train  # noqa: F401 (times the import)
     with _time_stage("data") as details:
         data_file = _create_samples(folder)
         details["what"] = f"{NUM_TICKETS} images created and imported"
@@ -52,7 +52,10 @@ def main() -> None:
 
 @contextmanager
 def _time_stage(name: str) -> Iterator[dict[str, str]]:
-    """Print the duration of a stage and its result if it passes."""
+    """Time a stage and print a JSON line with its duration if it passes.
+
+    The caller adds the result of the stage to the yielded dictionary.
+    """
     start, details = time.perf_counter(), {"what": ""}
     yield details
     stage_record = {"stage": name, "seconds": round(time.perf_counter() - start, 2), **details}
@@ -60,7 +63,7 @@ def _time_stage(name: str) -> Iterator[dict[str, str]]:
 
 
 def _create_samples(folder: Path) -> Path:
-    """Create samples of a few train tickets."""
+    """Create images of train tickets, import them, and return the data file."""
     from finesight.data.import_source import ImportOptions
     from finesight.data.importer import import_dataset
     from finesight.synth.tickets import TABLE_FILE, TICKET_FIELDS, write_tickets
@@ -73,7 +76,7 @@ def _create_samples(folder: Path) -> Path:
 
 
 def _train_model(device: str, folder: Path, data_file: Path) -> str:
-    """Train for a few steps and check that the loss falls."""
+    """Train for a few steps, check that the loss falls, and describe the result."""
     from rich.console import Console
 
     from finesight.recipe import load_recipe
@@ -95,7 +98,7 @@ def _train_model(device: str, folder: Path, data_file: Path) -> str:
 
 
 def _generate_answer(device: Literal["cpu", "cuda"], folder: Path) -> str:
-    """Load the saved adapter and generate for one image."""
+    """Load the trained adapter, generate a completion for one image, and describe the result."""
     from finesight.infer.model_loader import load_inference_model
     from finesight.infer.prediction import build_questions, predict
 

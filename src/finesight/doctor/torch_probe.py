@@ -1,7 +1,7 @@
-"""Print torch and GPU properties as a JSON line.
+"""Print properties of torch and its GPUs as a JSON line.
 
-`doctor` runs `python -m finesight.doctor.torch_probe` in a child process, since an incompatible
-torch may crash.
+`finesight doctor` runs `python -m finesight.doctor.torch_probe` in a child process, since an
+incompatible torch may crash.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import warnings
 from typing import Any
 
 COMPILED_PACKAGES = ("numpy", "PIL", "safetensors", "tokenizers", "triton.language", "bitsandbytes")
-"""Packages with compiled code that may be incompatible; missing ones are ignored."""
+"""Modules with compiled code that may be incompatible. Missing ones are ignored."""
 
 
 def main() -> None:
-    """Print the properties."""
+    """Print the properties of torch and its GPUs as a JSON line."""
     print(json.dumps(_collect_torch_info()))
 
 
@@ -61,7 +61,7 @@ def _probe_gpu(index: int) -> dict[str, Any]:
 
 
 def _find_broken_packages() -> dict[str, str]:
-    """Return installed packages that fail to import, with their error."""
+    """Return the installed modules that fail to import, each with its error."""
     broken = {}
     for name in COMPILED_PACKAGES:
         try:

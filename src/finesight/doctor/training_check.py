@@ -1,4 +1,4 @@
-"""Check the training of a run: loss, spikes, overfitting, and data wait."""
+"""Check the training of a run: loss curve, loss spikes, overfitting and data wait."""
 
 from __future__ import annotations
 
@@ -23,51 +23,61 @@ from finesight.report.run_reader import JsonObject, RunRecord, is_finite
 from finesight.report.summary import MAX_DATA_WAIT_FRACTION
 
 MIN_STEPS = 12
-"""Minimum number of steps for loss checks."""
+"""Minimum number of steps for the checks of the loss curve."""
 
 NUM_WINDOWS = 10
-"""Number of windows whose medians are compared."""
+"""Maximum number of windows into which the loss curve is divided."""
 
 RISE_RATIO = 1.25
-"""Ratio to the minimum above which the loss has risen."""
+"""Ratio of the final loss to the minimum above which the loss has risen."""
 
 SPIKE_RATIO = 1.5
-"""Ratio to the first loss above which a spike is not batch noise."""
+"""Ratio of the maximum loss to the first loss above which the loss has spiked.
+
+Smaller increases may be noise between batches.
+"""
 
 FLAT_FRACTION = 0.02
-"""Minimum relative decrease of the loss."""
+"""Relative decrease of the loss below which the loss is flat."""
 
 VANISHED_GRAD_RATIO = 0.1
-"""Ratio to the first gradient norm below which gradients have vanished."""
+"""Ratio of the final to the initial gradient norm below which gradients have vanished."""
 
 CONVERGED_LOSS_RATIO = 0.5
-"""Ratio to the first loss below which a constant loss has converged."""
+"""Ratio of the final to the initial loss below which training has converged."""
 
 MIN_LEARNABLE_LOSS = 0.05
-"""Loss in nats per token below which training has no effect."""
+"""Initial loss in nats per token below which training has little effect."""
 
 LOW_LEARNING_RATE = 5e-5
-"""Learning rates below it are low, for adapters and full fine-tuning."""
+"""Learning rate below which a flat loss is attributed to the learning rate.
+
+It applies to adapters and to full fine-tuning.
+"""
 
 MIN_WEIGHT_CHANGE = 0.05
-"""Relative weight change below which a flat loss has too few updates."""
+"""Relative weight change below which a flat loss is attributed to small updates."""
 
 MAX_USEFUL_WORKERS = 12
-"""Maximum number of data loading workers to suggest."""
+"""Maximum number of data loader workers that a diagnosis suggests."""
 
 MIN_LOSS_SPIKES = 3
 """Minimum number of loss spikes for a warning."""
 
 OVERFIT_RATIO = 1.05
-"""Ratio to the best validation loss above which a run has overfitted."""
+"""Ratio of the last to the best validation loss above which a run has overfitted."""
 
 
 @dataclass(frozen=True, slots=True)
 class LossCurve:
-    """Loss of a run as medians of windows.
+    """Training loss of a run, as medians of windows of consecutive steps.
 
-    Contains the loss of the first step, the noise around the medians, and the gradient norms of the
-    first and the last window.
+    Attributes:
+        first_loss: Loss of the first step.
+        window_medians: Median loss of each window.
+        noise: Standard deviation of the loss within windows, estimated from the median deviation.
+        initial_grad_norm: Median gradient norm at the start of training.
+        final_grad_norm: Median gradient norm at the end of training.
     """
 
     first_loss: float
@@ -78,7 +88,10 @@ class LossCurve:
 
     @classmethod
     def from_steps(cls, steps: Sequence[JsonObject]) -> LossCurve | None:
-        """Build from steps with finite values; None if there are too few."""
+        """Build the loss curve from steps with finite values.
+
+        Returns None if there are fewer than `MIN_STEPS`.
+        """
         losses = [line["loss"] for line in steps if is_finite(line.get("loss"))]
         norms = [line["grad_norm"] for line in steps if is_finite(line.get("grad_norm"))]
         if len(losses) < MIN_STEPS or len(norms) < MIN_STEPS:
@@ -113,7 +126,7 @@ class LossCurve:
 
     @property
     def has_risen(self) -> bool:
-        """True if the final loss is clearly above the minimum."""
+        """True if the final loss is clearly above the minimum loss."""
         return (
             self.final > RISE_RATIO * self.min_loss and self.final - self.min_loss > 4 * self.noise
         )
@@ -124,7 +137,7 @@ class LossCurve:
 
     @property
     def has_spiked(self) -> bool:
-        """True if the loss was far above the first loss."""
+        """True if the loss was far above the first loss during training."""
         return (
             self.max_loss > SPIKE_RATIO * self.first_loss
             and self.max_loss - self.first_loss > 6 * self.noise
@@ -132,7 +145,7 @@ class LossCurve:
 
     @property
     def has_vanished_gradients(self) -> bool:
-        """True if gradients vanished while the loss stays high."""
+        """True if the gradients vanished while the loss stayed high."""
         is_flat = (
             abs(self.window_medians[len(self.window_medians) // 2] - self.final)
             < FLAT_FRACTION * self.initial
@@ -142,7 +155,7 @@ class LossCurve:
 
     @property
     def is_flat(self) -> bool:
-        """True if the loss did not fall by more than its noise."""
+        """True if the loss decreased by less than its noise."""
         return self.initial - self.final < max(FLAT_FRACTION * self.initial, self.noise)
 
 
@@ -153,7 +166,7 @@ def _split_windows(values: Sequence[float]) -> list[Sequence[float]]:
 
 
 def check_training(run_record: RunRecord) -> list[Diagnosis]:
-    """Check the metrics of training steps and evaluations."""
+    """Check the recorded metrics of training steps and evaluations."""
     curve = LossCurve.from_steps(run_record.steps)
     diagnoses = [
         *_check_loss(run_record, curve),
@@ -184,7 +197,7 @@ def _check_loss(run_record: RunRecord, curve: LossCurve | None) -> Iterator[Diag
             ),
         )
         return
-    rates_text = ", ".join(f"{rate:g}" for rate in get_learning_rates(run_record).values())
+    rates_text = ", ".join(f"{value:g}" for value in get_learning_rates(run_record).values())
     if curve.has_risen:
         yield make_error(
             "learning-rate-too-high",
@@ -229,11 +242,11 @@ def _diagnose_flat_loss(run_record: RunRecord, curve: LossCurve, rates_text: str
                 "finesight", "data", "show", str(run_record.folder / "recipe.yaml")
             ),
         )
-    rate, weight_change = (
+    learning_rate, weight_change = (
         max(get_learning_rates(run_record).values()),
         _max_weight_change(run_record),
     )
-    if rate < LOW_LEARNING_RATE or weight_change < MIN_WEIGHT_CHANGE:
+    if learning_rate < LOW_LEARNING_RATE or weight_change < MIN_WEIGHT_CHANGE:
         change_note = (
             f"; the trained weights changed by {weight_change:.1%}"
             if weight_change < MIN_WEIGHT_CHANGE
@@ -246,7 +259,7 @@ def _diagnose_flat_loss(run_record: RunRecord, curve: LossCurve, rates_text: str
             remedy=rerun_command(
                 run_record,
                 *scale_learning_rates(
-                    run_record, 1e-4 / rate if rate < LOW_LEARNING_RATE else 10.0
+                    run_record, 1e-4 / learning_rate if learning_rate < LOW_LEARNING_RATE else 10.0
                 ),
             ),
         )
@@ -260,7 +273,7 @@ def _diagnose_flat_loss(run_record: RunRecord, curve: LossCurve, rates_text: str
 
 
 def _max_weight_change(run_record: RunRecord) -> float:
-    """Return the largest relative change of a trained part; infinity if unknown."""
+    """Return the largest relative weight change of a trained part; infinity if unknown."""
     rows = [row for row in run_record.param_changes or () if row.get("is_trained")]
     changes = [row["relative_change"] for row in rows if is_finite(row.get("relative_change"))]
     return max(changes, default=math.inf)
@@ -284,7 +297,7 @@ def _check_loss_spikes(run_record: RunRecord) -> Iterator[Diagnosis]:
 
 
 def _check_overfitting(run_record: RunRecord) -> Iterator[Diagnosis]:
-    """Detect a rising validation loss while the training loss falls."""
+    """Detect overfitting: the validation loss rises while the training loss falls."""
     evaluations = [
         line for line in run_record.evaluations if is_finite(line.get("validation_loss"))
     ]
@@ -332,7 +345,7 @@ def _check_data_wait(run_record: RunRecord) -> Iterator[Diagnosis]:
     yield make_warning(
         "data-wait",
         f"{wait_fraction:.0%} of the step time is data wait",
-        why=f"{num_workers if num_workers is not None else 'the'} data loading workers are too"
+        why=f"{num_workers if num_workers is not None else 'the'} data loader workers are too"
         " few, or the images are too large: a smaller image size (image) also loads"
         " faster",
         remedy=rerun_command(run_record, *overrides)

@@ -1,4 +1,4 @@
-"""Conversion of box markup in answers between four formats.
+"""Conversion of boxes in answers between the box formats of four model families.
 
 qwen_vl      <ref>dog</ref><box>(88,99),(500,700)</box>, thousandths of the image, below 1000
 qwen2_vl     the same with <|object_ref_start|>, <|box_start|> and their end tokens, 0 to 1000
@@ -31,12 +31,12 @@ from finesight.errors import UserError
 
 BOX_FORMATS = ("qwen_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PIXEL_BOX_FORMAT = "qwen2_5_vl"
-"""Format whose coordinates depend on the resized image size."""
+"""Box format with coordinates in pixels of the resized image."""
 
 _JSON_FORMATS = ("qwen2_5_vl", "qwen3_vl")
 
 FRAME_TOLERANCE = 1.0
-"""Units by which a box may exceed its frame, as a result of rounding."""
+"""Distance by which a box may exceed its coordinate frame because of rounding."""
 
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _POINT = rf"\({_NUMBER},{_NUMBER}\)"
@@ -53,7 +53,10 @@ _FORMAT_PATTERNS = {
 
 @dataclass(frozen=True, slots=True)
 class ParsedBox:
-    """A box in its format's coordinates; `shares_label` repeats the previous label."""
+    """A box parsed from an answer, in the coordinates of the source format.
+
+    `shares_label` is True if the label is written only once, before an earlier adjacent box.
+    """
 
     label: str | None
     xyxy: BoxCorners
@@ -62,13 +65,13 @@ class ParsedBox:
 
 @dataclass(frozen=True, slots=True)
 class LabelReference:
-    """A label reference without a box."""
+    """A label in reference tokens that is not followed by a box."""
 
     text: str
 
 
 FrameSizes = Callable[[], tuple[ImageSize, ImageSize]]
-"""Returns the source and target frame (height, width)."""
+"""Function that returns the source and the target coordinate frame (height, width)."""
 
 
 def convert_boxes(
@@ -76,10 +79,13 @@ def convert_boxes(
 ) -> tuple[str, int]:
     """Convert the boxes of an answer from one format to another.
 
-    Between two JSON formats only the coordinates change; otherwise a code fence around the JSON is
-    removed.
+    Between two JSON formats, only the coordinates change. Other conversions remove a code fence
+    around the JSON.
 
     Args:
+        text: Answer.
+        source_format: Current box format, one of `BOX_FORMATS`.
+        target_format: New box format.
         get_frames: Returns source and target frame; called only if there are boxes.
 
     Returns:
@@ -255,7 +261,7 @@ def _clamp_below_1000(box: ImageBox) -> ImageBox:
 
 
 def _join_pieces(pieces: Sequence[PromptPiece], target_format: str) -> str:
-    """Join pieces, with the special-token names of the target format."""
+    """Join prompt pieces to text, with the special tokens of the target format."""
     token_names = BOX_TOKENS if target_format == "qwen_vl" else {}
     return "".join(
         token_names.get(piece.token, piece.token) if isinstance(piece, SpecialToken) else piece

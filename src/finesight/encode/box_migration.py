@@ -1,8 +1,8 @@
-"""Migration of conversation files from one box format to another.
+"""Conversion of dataset files from the box format of one model family to another.
 
-Input is any JSON: an array of records, JSONL, or one record. Answers are assistant turns
-(`from`/`role`), the values of `response`, `output` and similar keys, and `history`. All other text
-is unchanged, byte for byte.
+The input is a JSON array of records, a single JSON record, or JSONL. Boxes are converted in
+answers: assistant turns (`from` or `role`), values of `response`, `output` and similar keys, and
+answers in `history`. All other text is copied byte for byte.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ ROLE_BY_KEY: dict[str, MessageRole] = {
     **dict.fromkeys(("chosen", "rejected", "answer"), "assistant"),
     "system": "system",
 }
-"""Keys of a record or round that determine the role of their value."""
+"""Message role of the texts below a JSON key of a record."""
 
 IMAGE_KEYS = ("image", "images", "image_url")
 POINT_KEY = "point_2d"
-"""Key of points in Qwen2.5-VL data, in the same pixels as boxes; points are not converted."""
+"""Key of points in Qwen2.5-VL data. They are in pixels like boxes, but are not converted."""
 
 NON_PATH_KEYS = ("type", "detail")
 MAX_LISTED_ERRORS = 5
-"""Maximum number of invalid records in an error message."""
+"""Maximum number of answers listed in an error message."""
 
 _IMAGE_TAG = re.compile(
     r"<img>([^<]*)</img>|<\|vision_start\|>((?:(?!<\|vision_).)*)<\|vision_end\|>", re.DOTALL
@@ -57,7 +57,12 @@ _BOX_FORMAT_REQUEST = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class ResizeSpec:
-    """Resize rule of Qwen2.5-VL images, and the factor that sides are multiples of."""
+    """Image resizing of a Qwen2.5-VL model, which determines the pixels of its boxes.
+
+    Attributes:
+        image_rule: Resize rule.
+        factor: Both sides of a resized image are multiples of this.
+    """
 
     image_rule: ImageRule
     factor: int
@@ -65,11 +70,12 @@ class ResizeSpec:
 
 @dataclass(frozen=True, slots=True)
 class MigrationResult:
-    """Result of a migration.
+    """Result of converting the boxes of a file with `migrate_box_file`.
 
     Attributes:
-        unconverted: Locations of questions that mention a box format, of answers with points, and
-            of other texts with boxes. They are unchanged and may contradict the converted answers.
+        unconverted: Locations of records with unchanged text that may contradict the converted
+            answers: questions that mention a box format, answers with points, and other texts with
+            boxes.
     """
 
     file: Path
@@ -81,12 +87,18 @@ class MigrationResult:
 
 
 class _JsonObject(list[tuple[str, Any]]):
-    """A JSON object as a list of its pairs, including duplicate keys."""
+    """A JSON object as a list of (key, value) pairs, which retains duplicate keys."""
 
 
 @dataclass(frozen=True, slots=True)
 class _TextNode:
-    """A text of a record with its role and the index of its string literal."""
+    """A string value of a JSON record.
+
+    Attributes:
+        literal_index: Index among all string literals of the JSON text.
+        role: Role of the message that contains the text; None if it is not part of a message.
+        is_image: Whether the string is the name of an image.
+    """
 
     literal_index: int
     text: str
@@ -96,7 +108,7 @@ class _TextNode:
 
 @dataclass(slots=True)
 class _MigrationState:
-    """Counters and errors of a migration."""
+    """Counters and errors of a running conversion."""
 
     convert: Callable[[str, list[object]], tuple[str, int]]
     num_boxes: int = 0
@@ -113,10 +125,14 @@ def migrate_box_file(
     target_format: str,
     resize_spec: ResizeSpec | None = None,
 ) -> MigrationResult:
-    """Convert the boxes of a file and write the result to `out`.
+    """Convert the boxes of a dataset file from one box format to another.
 
     Args:
-        resize_spec: Required if and only if one format is qwen2_5_vl, whose boxes are pixels of
+        file: Input file, JSON or JSONL.
+        out: New output file.
+        source_format: Box format of the input, one of `BOX_FORMATS`.
+        target_format: Box format of the output.
+        resize_spec: Required if and only if one format is qwen2_5_vl, whose boxes are in pixels of
             the resized image of the record.
 
     Raises:
@@ -196,7 +212,11 @@ def _check_arguments(
 def _get_resized_size(
     image_names: list[object], images: ImageResolver, resize_spec: ResizeSpec
 ) -> ImageSize:
-    """Return the resized size of the only image of a record."""
+    """Return the resized size of the only image of a record.
+
+    Raises:
+        UserError: The record does not have exactly one image.
+    """
     if len(image_names) != 1:
         raise UserError(
             f"a box in a record of {len(image_names)} images",
@@ -222,7 +242,10 @@ def _read_text(file: Path) -> str:
 
 
 def _split_json(text: str, file: Path) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
-    """Yield JSON chunks of the file with the locations and data of their records."""
+    """Yield the JSON chunks of a file, with the location and content of their records.
+
+    A chunk is one line of JSONL, or the complete text of a JSON file.
+    """
     try:
         document = json.loads(text, object_pairs_hook=_JsonObject)
     except (ValueError, RecursionError):
@@ -250,7 +273,7 @@ def _split_json(text: str, file: Path) -> Iterator[tuple[str, list[tuple[str, An
 
 
 def _convert_chunk(text: str, records: list[tuple[str, Any]], state: _MigrationState) -> str:
-    """Return a JSON chunk with converted answers."""
+    """Convert the answers of a JSON chunk, and record counts and errors in `state`."""
     literal_indices = itertools.count()
     changes: dict[int, str] = {}
     for location, record in records:
@@ -283,7 +306,7 @@ def _convert_chunk(text: str, records: list[tuple[str, Any]], state: _MigrationS
 
 
 def _replace_literals(text: str, changes: dict[int, str]) -> str:
-    """Replace string literals by index, with the escaping of the original."""
+    """Replace string literals of a JSON text by index, with the escaping of the original."""
     literals = itertools.count()
 
     def replace_literal(match: re.Match[str]) -> str:
@@ -301,7 +324,11 @@ def _iter_texts(
     role: MessageRole | None = None,
     is_image: bool = False,
 ) -> Iterator[_TextNode]:
-    """Yield all strings below `value` in file order; object keys count as literals."""
+    """Yield all string values of parsed JSON data in file order.
+
+    Object keys are not yielded, but advance `literal_indices`, because they are string literals,
+    too.
+    """
     if isinstance(value, str):
         yield _TextNode(next(literal_indices), value, role, is_image)
     elif isinstance(value, _JsonObject):
@@ -322,7 +349,7 @@ def _iter_texts(
 
 
 def _iter_history(value: Any, literal_indices: Iterator[int]) -> Iterator[_TextNode]:
-    """Yield the texts of earlier rounds: [question, answer] pairs or objects."""
+    """Yield the texts of the key `history`: [question, answer] pairs or objects."""
     rounds = value if isinstance(value, list) else [value]
     for pair in rounds:
         if isinstance(pair, _JsonObject) or not isinstance(pair, list):
@@ -333,7 +360,7 @@ def _iter_history(value: Any, literal_indices: Iterator[int]) -> Iterator[_TextN
 
 
 def _collect_image_names(texts: list[_TextNode]) -> list[object]:
-    """Return the unique images of a record, from keys and from tags in texts."""
+    """Return the unique image names of a record, from JSON keys and image tags."""
     image_names: dict[str, None] = {}
     for node in texts:
         if node.is_image:

@@ -26,7 +26,7 @@ IndexRange = tuple[int, int]
 
 
 class SampleShape(NamedTuple):
-    """Token length, visual grids and supervised tokens that determine the compute of a sample."""
+    """Sizes of a sample that determine its compute: tokens, patch grids, supervised tokens."""
 
     lengths: tuple[int, ...]
     grid_thw: tuple[GridTHW, ...]
@@ -39,7 +39,7 @@ class SampleShape(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    """A temporal step of a visual, encoded separately by the vision encoder."""
+    """Temporal step of an image or video, which the vision encoder encodes separately."""
 
     visual_index: int
     grid_thw: GridTHW
@@ -53,14 +53,14 @@ class _Frame(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ContextShard:
-    """Shard of one sample for one rank.
+    """Part of a sample that one rank processes under context parallelism.
 
     Attributes:
-        token_ranges: Token ranges of this rank.
-        patch_range: Patches that this rank encodes.
+        token_ranges: The two token ranges of this rank.
+        patch_range: Range of patches that this rank encodes.
         grid_thw: Grids of these patches.
         features_per_rank: Number of vision features that each rank computes.
-        feature_ranges: Ranges of all vision features that the tokens of this rank need.
+        feature_ranges: Ranges of all vision features that the two token ranges of this rank need.
     """
 
     rank: int
@@ -74,7 +74,7 @@ class ContextShard:
 
     @classmethod
     def from_sample(cls, tokenized: TokenizedSample, rank: int, world_size: int) -> ContextShard:
-        """Create the shard of a sample for one rank."""
+        """Create the shard of a tokenized sample for one rank."""
         grid_thw = tuple(span.grid_thw for span in tokenized.spans)
         frames = [*_iter_frames(tokenized)]
         frame_ranges = _balance_ranges([frame.num_patches for frame in frames], world_size)
@@ -106,12 +106,12 @@ class ContextShard:
 
     @property
     def num_tokens(self) -> int:
-        """Packed tokens of the full sample."""
+        """Number of packed tokens of the full sample."""
         return self.sample_shape.lengths[0]
 
     @property
     def lengths(self) -> list[int]:
-        """Lengths of the token ranges of this rank."""
+        """Lengths of the two token ranges of this rank."""
         return [stop - start for start, stop in self.token_ranges]
 
     @property
@@ -120,7 +120,10 @@ class ContextShard:
         return -(-self.num_tokens // (2 * self.world_size))
 
     def shard_batch(self, batch: PackedBatch) -> PackedBatch:
-        """Return the shard of a batch with this sample only; its patches are already sharded."""
+        """Return the part of a packed batch that this rank processes.
+
+        The batch must contain only this sample, with the patches of this rank.
+        """
         token_indices_T = torch.cat(
             [torch.arange(*token_range) for token_range in self.token_ranges]
         )
@@ -167,7 +170,7 @@ def _iter_frames(tokenized: TokenizedSample) -> Iterator[_Frame]:
 
 
 def _balance_ranges(costs: list[int], world_size: int) -> list[IndexRange]:
-    """Split consecutive items into one range per rank with balanced costs."""
+    """Split items with costs into one consecutive range per rank, with balanced costs."""
     middles = [end - cost / 2 for end, cost in zip(accumulate(costs), costs, strict=True)]
     total_cost = sum(costs)
     starts = [bisect_left(middles, total_cost * rank / world_size) for rank in range(world_size)]
@@ -175,7 +178,7 @@ def _balance_ranges(costs: list[int], world_size: int) -> list[IndexRange]:
 
 
 def _merge_frame_grids(frames: list[_Frame]) -> Iterator[GridTHW]:
-    """Yield the grids of consecutive frames; frames of one video share a grid."""
+    """Yield one patch grid per image or video of consecutive frames."""
     for _, group in groupby(frames, lambda frame: frame.visual_index):
         group_frames = [*group]
         _, height, width = group_frames[0].grid_thw

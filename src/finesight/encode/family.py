@@ -26,49 +26,71 @@ class ModelFamily(Protocol):
 
     @property
     def name(self) -> str:
-        """`model_type` of the model config."""
+        """Name of the model family: `model_type` of config.json."""
 
     @property
     def system_prompt(self) -> str | None:
-        """The system prompt of the published chat template; None for no system turn."""
+        """System prompt of the published chat template; None if it has no system turn."""
 
     @property
     def has_reasoning(self) -> bool:
-        """True if completions start with reasoning (see `encode.reasoning`)."""
+        """True if the model generates reasoning before its answer (see `encode.reasoning`)."""
 
     @property
     def uses_1d_positions(self) -> bool:
-        """True for 1D position ids instead of M-RoPE."""
+        """True if the decoder uses 1D position ids instead of M-RoPE."""
 
     @property
     def splits_role_tokens(self) -> bool:
-        """True if role, newline and content of a turn are tokenized separately."""
+        """True if role name, newline and content of a chat turn are tokenized separately."""
 
     @property
     def token_id_keys(self) -> Mapping[str, str]:
-        """Dotted config.json keys that repeat the id of a token, by token."""
+        """Keys of config.json (dotted paths) that store the ids of special tokens, by token.
+
+        The renderer checks that these ids match the tokenizer.
+        """
 
     def visual_markers(self, kind: Literal["image", "video"], visual_number: int) -> VisualMarkers:
-        """Return the markup around the image or video with this 1-based number."""
+        """Return the special tokens and text around an image or video in the prompt.
+
+        Args:
+            kind: Type of the input.
+            visual_number: 1-based number of the image or video in the conversation.
+        """
 
     def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
-        """Format adjacent boxes (at least one) in the format of the family."""
+        """Format one or more adjacent boxes in the box format of the family."""
 
     def read_boxes(
         self, text: str, original_size: ImageSize, resized_size: ImageSize
     ) -> list[PredictedBox]:
-        """Parse the boxes of an answer with special tokens, in pixels of the original image."""
+        """Parse the boxes of a generated answer.
+
+        Args:
+            text: Answer, including its special tokens.
+            original_size: Size of the original image. The returned boxes are in its pixels.
+            resized_size: Size of the resized image that the model received.
+        """
 
     def split_video(
         self, num_frames: int, fps: float, temporal_patch_size: int
     ) -> list[VideoSegment]:
-        """Split a video with `fps` frames per second into segments of the prompt.
+        """Split a video into the segments that the prompt contains separately.
 
-        Each patch covers `temporal_patch_size` frames.
+        Args:
+            num_frames: Number of frames of the video.
+            fps: Frames per second.
+            temporal_patch_size: Number of frames that each patch covers.
         """
 
     def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:
-        """Return temporal position ids, from 0, of frame groups `seconds_per_grid` apart."""
+        """Return the temporal position id of each frame group of a video, starting at 0.
+
+        Args:
+            grid_t: Number of frame groups (patches along time).
+            seconds_per_grid: Time between consecutive frame groups.
+        """
 
 
 FAMILIES: Mapping[str, Callable[[ModelFolder], ModelFamily]] = {
@@ -78,11 +100,11 @@ FAMILIES: Mapping[str, Callable[[ModelFolder], ModelFamily]] = {
     "qwen3_vl_moe": qwen3_vl.from_folder,
     "qwen": qwen_vl.from_folder,
 }
-"""Constructors by `model_type` of config.json. Add new families here."""
+"""Constructors of native families by `model_type` of config.json. Add new families here."""
 
 
 def load_family(folder: ModelFolder) -> ModelFamily:
-    """Create the family of a model folder.
+    """Create the `ModelFamily` of the model in a folder.
 
     Raises:
         UserError: The family is not supported.

@@ -13,15 +13,18 @@ BoxCorners = tuple[float, float, float, float]
 """A box as left, top, right, bottom."""
 
 FRAME_1000: ImageSize = (1000, 1000)
-"""Frame of box coordinates in thousandths, independent of the image size."""
+"""Coordinate frame (height, width) of boxes in thousandths of the image size."""
 
 QWEN_VL_MAX_COORDINATE = 999
-"""Largest box coordinate of Qwen-VL."""
+"""Largest box coordinate of Qwen-VL, whose boxes are in thousandths of the image size."""
 
 
 @dataclass(frozen=True, slots=True)
 class SpecialToken:
-    """A special token by name; a string is never parsed for special tokens."""
+    """A special token of a prompt, given by its text, for example `<|im_end|>`.
+
+    Strings in a prompt are always tokenized as text, even if they contain a special token.
+    """
 
     token: str
 
@@ -31,7 +34,7 @@ PromptPiece = str | SpecialToken
 
 @dataclass(frozen=True, slots=True)
 class VisualMarkers:
-    """Markup before and after an image, and its placeholder token."""
+    """Prompt pieces around an image or video, and the placeholder token of its features."""
 
     prefix: tuple[PromptPiece, ...]
     placeholder: str
@@ -42,14 +45,17 @@ VISION_TOKEN_ID_KEYS: Mapping[str, str] = {
     "<|image_pad|>": "image_token_id",
     "<|video_pad|>": "video_token_id",
 }
-"""config.json keys that repeat the id of a token, since Qwen2-VL."""
+"""Keys of config.json with the ids of image and video tokens (Qwen2-VL and later)."""
 
 
 @dataclass(frozen=True, slots=True)
 class VideoSegment:
-    """Consecutive frames of a video in the prompt, with a timestamp before them.
+    """Consecutive frames of a video that the prompt contains as one unit.
 
-    `seconds_per_grid` is the time between frame groups.
+    Attributes:
+        timestamp_text: Text before the frames; empty without a timestamp.
+        frame_slice: Frames of the segment.
+        seconds_per_grid: Time between consecutive frame groups of the segment.
     """
 
     timestamp_text: str
@@ -59,7 +65,10 @@ class VideoSegment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen2VLBase:
-    """Common parts of families since Qwen2-VL, without boxes and times; see `encode.family`."""
+    """Base class of Qwen2-VL and later families.
+
+    Subclasses add the box format and the temporal positions; see `encode.family.ModelFamily`.
+    """
 
     name: str
     system_prompt: str | None = "You are a helpful assistant."
@@ -69,24 +78,24 @@ class Qwen2VLBase:
 
     @property
     def token_id_keys(self) -> Mapping[str, str]:
-        """Placeholder tokens of images and videos."""
+        """Keys of config.json with the ids of the image and video placeholder tokens."""
         return VISION_TOKEN_ID_KEYS
 
     def visual_markers(self, kind: Literal["image", "video"], visual_number: int) -> VisualMarkers:
-        """Return the vision start and end tokens."""
+        """Return the vision start and end tokens and the placeholder of an image or video."""
         start, end = SpecialToken("<|vision_start|>"), SpecialToken("<|vision_end|>")
         return VisualMarkers((start,), f"<|{kind}_pad|>", (end,))
 
     def split_video(
         self, num_frames: int, fps: float, temporal_patch_size: int
     ) -> list[VideoSegment]:
-        """Return one segment for the full video."""
+        """Return one segment that contains all frames of the video."""
         return [VideoSegment("", slice(0, num_frames), temporal_patch_size / fps)]
 
 
 @dataclass(frozen=True, slots=True)
 class PredictedBox:
-    """A box parsed from an answer, in pixels of the original image."""
+    """A bounding box parsed from a generated answer, in pixels of the original image."""
 
     label: str | None
     xyxy: BoxCorners
@@ -94,7 +103,7 @@ class PredictedBox:
 
 @dataclass(frozen=True, slots=True)
 class ImageBox:
-    """A box to format, in pixels of the original image."""
+    """A bounding box of a sample before formatting, in pixels of the original image."""
 
     label: str | None
     xyxy: BoxCorners
@@ -103,14 +112,14 @@ class ImageBox:
 
 
 def scale_box(xyxy: BoxCorners, source_frame: ImageSize, target_frame: ImageSize) -> BoxCorners:
-    """Scale corners from one frame (height, width) to another."""
+    """Scale box corners from one coordinate frame (height, width) to another."""
     scale_x, scale_y = target_frame[1] / source_frame[1], target_frame[0] / source_frame[0]
     x1, y1, x2, y2 = xyxy
     return x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y
 
 
 def round_to_frame(xyxy: BoxCorners, frame: ImageSize) -> tuple[int, int, int, int]:
-    """Round corners to integers (halves up) and clamp them to the frame."""
+    """Round box corners to integers (halves up) and clamp them to a frame (height, width)."""
     height, width = frame
     x1, y1, x2, y2 = (math.floor(value + 0.5) for value in xyxy)
     return (

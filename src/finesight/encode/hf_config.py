@@ -1,4 +1,4 @@
-"""Configs of families without native code, loaded by transformers.
+"""Loading of model configs with transformers, for families without native code.
 
 Code from model repositories is never executed: only classes of transformers itself are used.
 """
@@ -14,17 +14,17 @@ from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 
 FROM_PRETRAINED_OPTIONS = {"local_files_only": True, "trust_remote_code": False}
-"""Options of `from_pretrained`: no downloads, no code from the model folder."""
+"""Arguments of `from_pretrained`: no downloads, and no code from the model folder."""
 
 
 def is_native(folder: ModelFolder) -> bool:
-    """Return whether the model family has native code."""
+    """Return whether finesight has its own implementation of the model family."""
     return folder.family in FAMILIES
 
 
 @lru_cache
 def import_transformers() -> Any:
-    """Import transformers.
+    """Import transformers, with hub kernels and progress bars disabled.
 
     Raises:
         UserError: transformers is not installed.
@@ -79,7 +79,7 @@ def load_hf_config(folder: ModelFolder) -> Any:
         )
     try:
         config = package.AutoConfig.from_pretrained(str(folder.path), **FROM_PRETRAINED_OPTIONS)
-    except Exception as error:  # each family checks its own way
+    except Exception as error:  # families raise different exceptions
         raise UserError(
             f"invalid config of the family {folder.family} for transformers"
             f" {package.__version__} ({str(error).strip().splitlines()[-1].strip():.200})",

@@ -37,7 +37,10 @@ NO_RESIZE_RULE = PixelRange(min_pixels=1, max_pixels=MAX_IMAGE_PIXELS)
 
 @dataclass(frozen=True, slots=True)
 class HfTokenizedSample(TokenizedSample):
-    """A tokenized sample with its messages, from which images are processed again."""
+    """A tokenized sample of the transformers backend.
+
+    Stores the messages, from which `HfRenderer.load_patches` processes the images again.
+    """
 
     messages: tuple[Message, ...]
     folder: Path
@@ -46,7 +49,7 @@ class HfTokenizedSample(TokenizedSample):
 
 @dataclass(frozen=True, slots=True)
 class _ProcessorOutput:
-    """Token ids [T] and all other model inputs by name."""
+    """Output of a transformers processor: token ids [T] and other model inputs by name."""
 
     ids_T: NDArray[np.int32]
     hf_inputs: dict[str, Tensor]
@@ -57,8 +60,8 @@ class HfRenderer:
 
     The chat template renders the turns, with `enable_thinking=False` if it supports that.
     Supervised tokens are those of each assistant turn after its generation prompt, up to and
-    including the first end token. The tokens of the generation prompt must be a prefix of all
-    tokens; templates that rewrite earlier turns are rejected.
+    including the first end token. The tokens of the prompt must be a prefix of the tokens of the
+    full conversation. Samples are rejected if the chat template rewrites earlier turns.
 
     Images are resized by the recipe's rule and then by the processor. Boxes and videos are not
     supported, because their format depends on the family.
@@ -72,11 +75,12 @@ class HfRenderer:
         image_rule: ImageRule | None = None,
         system_prompt: str | None = None,
     ) -> None:
-        """Load the processor.
+        """Load the tokenizer and the processor of a model folder.
 
         Args:
-            image_rule: Image rule of the recipe; None for the processor's own.
-            system_prompt: System prompt of the recipe; None for the template's default.
+            folder: Model folder.
+            image_rule: Image rule of the recipe; None for the resizing of the processor.
+            system_prompt: System prompt of the recipe; None for the default of the chat template.
         """
         self._init_args = (folder, image_rule, system_prompt)
         self._lock = Lock()
@@ -109,7 +113,7 @@ class HfRenderer:
         return self.encode(located_sample).tokenized
 
     def encode(self, located_sample: LocatedSample) -> EncodedSample:
-        """Encode a sample with its image inputs."""
+        """Encode a sample as model inputs, including its processed images."""
         return self._encode_messages(
             located_sample.sample.id,
             self._get_messages(located_sample),
@@ -118,11 +122,18 @@ class HfRenderer:
         )
 
     def encode_without_patches(self, located_sample: LocatedSample) -> EncodedSample:
-        """Raise AssertionError: transformers computes image features in every step."""
+        """Raise AssertionError, because the transformers backend has no vision cache.
+
+        It computes image features in every step.
+        """
         raise AssertionError(f"image features of {located_sample.sample.id} cannot be cached")
 
     def tokenize_prompt(self, located_sample: LocatedSample) -> TokenizedSample:
-        """Tokenize all turns before the last assistant turn, with the generation prompt."""
+        """Tokenize the prompt of a sample for generation.
+
+        The prompt contains all turns except a final assistant turn, followed by the generation
+        prompt.
+        """
         messages = self._get_messages(located_sample)
         prompt_messages = messages[:-1] if messages[-1].role == "assistant" else messages
         return self._encode_messages(
@@ -130,7 +141,7 @@ class HfRenderer:
         ).tokenized
 
     def load_patches(self, tokenized: TokenizedSample) -> EncodedSample:
-        """Process the images of a sample that this renderer tokenized."""
+        """Process the images of a sample that an `HfRenderer` tokenized."""
         assert isinstance(tokenized, HfTokenizedSample), (
             f"sample {tokenized.id} was tokenized by another renderer"
         )
@@ -140,7 +151,10 @@ class HfRenderer:
         return EncodedSample(tokenized, _EMPTY_PATCHES, output.hf_inputs)
 
     def decode_completion(self, ids: Sequence[int]) -> DecodedCompletion:
-        """Decode a completion up to its end token; `raw_text` has all tokens."""
+        """Decode the token ids of a completion up to its end token.
+
+        `raw_text` is decoded from all ids and contains special tokens.
+        """
         stop_positions = (position for position, token in enumerate(ids) if token in self.end_ids)
         text = self.tokenizer.decode(
             ids[: next(stop_positions, len(ids))], skip_special_tokens=True
@@ -150,7 +164,7 @@ class HfRenderer:
     def parse_boxes(
         self, raw_text: str, spans: Sequence[VisualSpan], image_index: int = 0
     ) -> list[PredictedBox]:
-        """Return no boxes: the box format of the family is unknown."""
+        """Return an empty list, because the box format of the family is unknown."""
         return []
 
     def _get_messages(self, located_sample: LocatedSample) -> tuple[Message, ...]:
@@ -206,9 +220,10 @@ class HfRenderer:
         folder: Path,
         sample_id: str,
     ) -> int:
-        """Return the token index at which the answer `messages[index]` starts.
+        """Return the index of the first token of the answer `messages[index]`.
 
-        Without later images the index is computed from the end with text-only tokenization.
+        If no image follows, text-only tokenization determines the length of the remaining tokens,
+        so that images are not processed again.
         """
         has_later_images = any(
             isinstance(part, ImagePart) for message in messages[index:] for part in message.content
@@ -235,7 +250,7 @@ class HfRenderer:
         return len(prompt_ids_T)
 
     def _check_images_rendered(self, messages: Sequence[Message], sample_id: str) -> None:
-        """Reject messages whose last image the chat template omits."""
+        """Raise UserError if the chat template omits the last image of a conversation."""
         reduced = _drop_last_image(messages)
         if reduced is not None and self._render_text(
             messages, False, sample_id
@@ -250,7 +265,7 @@ class HfRenderer:
     def _tokenize_text(
         self, messages: Sequence[Message], add_generation_prompt: bool, sample_id: str
     ) -> list[int]:
-        """Tokenize messages with one placeholder per image, not expanded to its features."""
+        """Tokenize rendered messages with a single placeholder token per image."""
         text = self._render_text(messages, add_generation_prompt, sample_id)
         ids: list[int] = self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
@@ -294,7 +309,7 @@ class HfRenderer:
                     **kwargs,
                     **self._template_kwargs,
                 )
-        except Exception as error:  # templates and processors raise anything
+        except Exception as error:  # templates and processors raise arbitrary exceptions
             raise UserError(
                 f"the processor of {self.family} failed: {type(error).__name__}: {error}",
                 where=f"sample {sample_id:.80}",
@@ -303,7 +318,7 @@ class HfRenderer:
             ) from error
 
     def _find_answer_span(self, ids_T: NDArray[np.int32], start: int, sample_id: str) -> slice:
-        """Return the slice of an answer up to and including its end token."""
+        """Return the token slice of the answer at `start`, including its end token."""
         is_special = np.isin(ids_T[start:], [*self._special_ids, *self.end_ids])
         end_positions = start + np.flatnonzero(is_special)
         if not len(end_positions) or int(ids_T[end_positions[0]]) not in self.end_ids:
@@ -344,7 +359,7 @@ class HfRenderer:
         return _ProcessorOutput(ids_T, hf_inputs)
 
     def _to_chat_part(self, part: ContentPart, folder: Path, sample_id: str) -> dict[str, Any]:
-        """Convert a content part to the format of chat templates."""
+        """Convert a content part to the dict that transformers chat templates expect."""
         if isinstance(part, ImagePart):
             return {"type": "image", "image": self._load_image(folder / part.image)}
         assert isinstance(part, TextPart), f"a {part.type} in sample {sample_id}"
@@ -368,7 +383,7 @@ class HfRenderer:
 
 
 def _drop_last_image(messages: Sequence[Message]) -> list[Message] | None:
-    """Return the messages without their last image, or None without images."""
+    """Return the messages without their last image, or None if they have no image."""
     for index in reversed(range(len(messages))):
         parts = messages[index].content
         image_positions = [
@@ -410,7 +425,7 @@ def _load_processor(folder: ModelFolder) -> Any:
 
 
 def _read_end_ids(folder: ModelFolder, tokenizer: Any) -> tuple[int, ...]:
-    """Return the end tokens of the tokenizer and of generation_config.json."""
+    """Return the ids of the end tokens from the tokenizer and generation_config.json."""
     eos_token_id = folder.generation_config.get("eos_token_id")
     ids = [
         tokenizer.eos_token_id,

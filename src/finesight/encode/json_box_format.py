@@ -1,4 +1,7 @@
-"""Boxes as JSON, `{"bbox_2d": [x1, y1, x2, y2], "label": ...}`, in a family-specific frame."""
+"""JSON box format of Qwen2.5-VL and Qwen3-VL: `{"bbox_2d": [x1, y1, x2, y2], "label": ...}`.
+
+The coordinate frame depends on the family.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,13 @@ _ONLY_VALUES = re.compile(r"(?:```(?:json)?)?[\s\d\[\],.-]*(?:```)?\s*")
 def write_json_boxes(
     boxes: Sequence[ImageBox], get_frame: Callable[[ImageBox], ImageSize]
 ) -> list[PromptPiece]:
-    """Format one box as a JSON object, several boxes as a list.
+    """Format one box as a JSON object, or several boxes as a list.
 
-    Corners are integers in the frame (height, width) of each box.
+    Corners are rounded to integers.
+
+    Args:
+        boxes: Boxes in pixels of their original images.
+        get_frame: Returns the coordinate frame (height, width) of a box.
     """
     items = [_to_json_item(box, get_frame(box)) for box in boxes]
     return [json.dumps(items[0] if len(items) == 1 else items, ensure_ascii=False)]
@@ -59,7 +66,10 @@ def _to_json_item(box: ImageBox, frame: ImageSize) -> dict[str, Any]:
 
 
 def _iter_json_boxes(text: str) -> Iterator[tuple[str | None, BoxCorners | None]]:
-    """Yield label and corners of every JSON object with a `bbox_2d`."""
+    """Yield the label and corners of every JSON object with the key `bbox_2d`.
+
+    Corners are None if they are invalid.
+    """
     # Parse single objects: the surrounding list may be truncated.
     for found in iter_json_values(text, "{"):
         yield from _iter_nested_boxes(found.value)
@@ -83,7 +93,7 @@ def _iter_nested_boxes(value: object) -> Iterator[tuple[str | None, BoxCorners |
 
 
 def _parse_corners(values: object) -> BoxCorners | None:
-    """Return four finite values, or None for any other input."""
+    """Convert a JSON list of four finite values to box corners; None for other input."""
     if not isinstance(values, list | tuple) or len(values) != 4:
         return None
     try:

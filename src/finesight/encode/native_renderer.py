@@ -1,4 +1,7 @@
-"""Renderer of native families: samples to tokens and patches, for training and inference."""
+"""Renderer of native model families, used in training and inference.
+
+Converts samples to tokens and image patches, and completions to text and boxes.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True, slots=True)
 class DecodedCompletion:
-    """Decoded completion.
+    """Text of a generated completion, separated into reasoning and answer.
 
     Attributes:
         text: Answer without special tokens.
@@ -64,7 +67,7 @@ class DecodedCompletion:
 
 @dataclass(frozen=True, slots=True)
 class _VisualInput:
-    """An image or video segment before tokenization."""
+    """An image or video segment of a sample, before tokenization."""
 
     kind: Literal["image", "video"]
     timestamp_text: str
@@ -77,12 +80,15 @@ class _VisualInput:
 
 @dataclass(frozen=True, slots=True)
 class _RenderState:
-    """Tokens and visual spans of a sample during rendering.
+    """State of the token builder while a sample is rendered.
 
     Attributes:
-        pending_visuals: Visual inputs of the remaining image and video parts.
-        images: All images of the sample, including those of later turns, which boxes may
-            reference.
+        pending_visuals: Images or video segments of each image and video part that is not rendered
+            yet.
+        images: All images of the sample, including those of later turns, because boxes may refer to
+            any image.
+        spans: Images and video segments rendered so far.
+        temporal_ids: Temporal position ids of each span.
     """
 
     sample_id: str
@@ -97,16 +103,16 @@ class NativeRenderer:
     """Converts samples to tokens and patches for one model, image rule and system prompt.
 
     Each turn is `<|im_start|>role`, a newline, the content, `<|im_end|>` and a newline, as in the
-    published chat template. The system turn is that of the sample, `system_prompt`, or the default
-    of the family. An image is `<|vision_start|>`, one `<|image_pad|>` per merged patch, and
+    published chat template. The system turn is that of the sample, else `system_prompt`, else the
+    default of the family. An image is `<|vision_start|>`, one `<|image_pad|>` per merged patch, and
     `<|vision_end|>`. Adjacent boxes are formatted by the family. For models with reasoning, only
     the reasoning of the last answer is rendered.
 
-    Supervised tokens are the content of assistant turns and their `<|im_end|>`, without the
-    newline after it. Answers are tokenized separately from the `assistant` header, because the
-    prompt ends there during generation: the tokens of `encode_prompt` are always a prefix of the
-    tokens of `encode`. Tokenizing the full template text gives the same ids, except for answers
-    that start with whitespace and a newline, which would merge with the newline of the prompt.
+    Supervised tokens are the content of assistant turns and their `<|im_end|>`, without the newline
+    after it. Answers are tokenized separately from the `assistant` header, because the prompt ends
+    there during generation: the tokens of `encode_prompt` are always a prefix of the tokens of
+    `encode`. Tokenizing the full template text gives the same ids, except for answers that start
+    with whitespace and a newline, which would merge with the newline of the prompt.
     """
 
     def __init__(
@@ -115,11 +121,12 @@ class NativeRenderer:
         image_rule: ImageRule | None = None,
         system_prompt: str | None = None,
     ) -> None:
-        """Load the tokenizer and check token ids.
+        """Load the tokenizer and check its token ids against config.json.
 
         Args:
-            image_rule: Image rule of the recipe; None for the model's default.
-            system_prompt: System prompt; None for the family's default.
+            folder: Model folder.
+            image_rule: Image rule of the recipe; None for the default of the model.
+            system_prompt: System prompt of the recipe; None for the default of the family.
         """
         self.family: ModelFamily = load_family(folder)
         self.patch_config = load_patch_config(folder)
@@ -132,11 +139,11 @@ class NativeRenderer:
 
     @property
     def has_reasoning(self) -> bool:
-        """True if completions start with reasoning."""
+        """True if the model generates reasoning before its answer."""
         return self.family.has_reasoning
 
     def tokenize(self, located_sample: LocatedSample) -> TokenizedSample:
-        """Tokenize a sample from its text and image headers.
+        """Tokenize a sample from its text and image headers, without decoding pixels.
 
         Raises:
             CorruptImageError: An image cannot be used, or its aspect ratio exceeds 200.
@@ -147,35 +154,39 @@ class NativeRenderer:
         )
 
     def encode(self, located_sample: LocatedSample) -> EncodedSample:
-        """Tokenize a sample and load its patches."""
+        """Tokenize a sample and decode its images and videos into patches."""
         return self.load_patches(self.tokenize(located_sample))
 
     def encode_without_patches(self, located_sample: LocatedSample) -> EncodedSample:
-        """Tokenize a sample without patches, for cached vision features."""
+        """Encode a sample with empty patches, for training with a vision cache."""
         empty = np.empty((0, self.patch_config.patch_dim), dtype=np.uint8)
         return EncodedSample(self.tokenize(located_sample), empty)
 
     def encode_prompt(self, located_sample: LocatedSample) -> EncodedSample:
-        """Encode all turns before the last assistant turn, with the generation prompt.
+        """Encode the prompt of a sample for generation.
 
-        No token is supervised. A sample that ends with a user turn is encoded completely.
+        The prompt contains all turns except a final assistant turn, followed by the generation
+        prompt. No token is supervised.
         """
         return self.load_patches(self.tokenize_prompt(located_sample))
 
     def tokenize_prompt(self, located_sample: LocatedSample) -> TokenizedSample:
-        """Tokenize the prompt of `encode_prompt` without patches."""
+        """Tokenize the prompt of a sample for generation, without decoding pixels.
+
+        See `encode_prompt` for the content of the prompt.
+        """
         messages = located_sample.sample.messages
         prompt_messages = messages[:-1] if messages[-1].role == "assistant" else messages
         return self._tokenize_messages(located_sample, prompt_messages, add_generation_prompt=True)
 
     def encode_question(self, image_paths: Sequence[Path], prompt: str) -> EncodedSample:
-        """Encode one user turn: images, then text."""
+        """Encode a prompt of one user turn with images followed by text."""
         parts = [ImagePart(image=str(path)) for path in image_paths]
         message = Message(role="user", content=(*parts, TextPart(text=prompt)))
         return self.encode_prompt(LocatedSample(Sample(id=prompt, messages=(message,)), Path()))
 
     def load_patches(self, tokenized: TokenizedSample) -> EncodedSample:
-        """Decode the images of a tokenized sample into patches."""
+        """Decode the images and videos of a tokenized sample into patches."""
         empty = np.empty((0, self.patch_config.patch_dim), dtype=np.uint8)
         return EncodedSample(
             tokenized,
@@ -183,7 +194,10 @@ class NativeRenderer:
         )
 
     def decode_completion(self, ids: Sequence[int]) -> DecodedCompletion:
-        """Decode a completion up to its end token; `raw_text` omits the reasoning only."""
+        """Decode the token ids of a completion up to its end token.
+
+        `raw_text` is decoded from all ids and contains special tokens, but not the reasoning.
+        """
         stop_positions = (position for position, token in enumerate(ids) if token in self.end_ids)
         text = self.tokenizer.decode(
             ids[: next(stop_positions, len(ids))], skip_special_tokens=True
@@ -197,9 +211,16 @@ class NativeRenderer:
     def parse_boxes(
         self, raw_text: str, spans: Sequence[VisualSpan], image_index: int = 0
     ) -> list[PredictedBox]:
-        """Parse the boxes of an answer, in pixels of the original image `image_index`.
+        """Parse the boxes of an answer, in pixels of an original image.
 
-        Answers do not name an image. Without images there are no boxes.
+        Args:
+            raw_text: Answer with special tokens.
+            spans: Images and videos of the prompt.
+            image_index: Index of the image that the boxes refer to, because answers do not name an
+                image.
+
+        Returns:
+            Parsed boxes; empty for a prompt without images.
         """
         images = [span for span in spans if span.kind == "image"]
         if not images:
@@ -268,9 +289,10 @@ class NativeRenderer:
     def _add_reasoning(
         self, state: _RenderState, message: Message, *, is_last: bool
     ) -> tuple[ContentPart, ...]:
-        """Render the reasoning of the last answer and return the answer parts.
+        """Append the reasoning of the last message, and return the answer of any message.
 
-        An answer without reasoning is trained with empty reasoning.
+        Reasoning of earlier messages is omitted. A last answer without reasoning is rendered with
+        an empty reasoning section.
         """
         parts = split_reasoning(message.content)
         if is_last:
@@ -282,7 +304,7 @@ class NativeRenderer:
     def _add_content(
         self, state: _RenderState, content: Sequence[ContentPart], *, is_supervised: bool
     ) -> None:
-        """Render the parts of a turn."""
+        """Append the content parts of a turn; adjacent boxes are formatted together."""
         token_builder = state.token_builder
         adjacent_boxes: list[ImageBox] = []
         for part in (*content, None):
@@ -328,7 +350,7 @@ class NativeRenderer:
     def _build_visuals(
         self, part: ImagePart | VideoPart, located_sample: LocatedSample
     ) -> list[_VisualInput]:
-        """Return the visual inputs of an image, or of a video split into segments."""
+        """Return the input of an image, or one input per segment of a video."""
         if isinstance(part, ImagePart):
             path = located_sample.resolve_path(part.image)
             return [
@@ -388,7 +410,7 @@ class NativeRenderer:
 
 
 def _get_nested(config: Mapping[str, Any], key: str) -> object:
-    """Return the value of a dotted key, or None."""
+    """Return the config value of a dotted key such as `visual.image_start_id`, or None."""
     *sections, last = key.split(".")
     for section in sections:
         inner = config.get(section)
@@ -401,10 +423,10 @@ def _list_visual_parts(sample: Sample) -> list[ImagePart | VideoPart]:
 
 
 def _to_image_box(box: BoxPart, images: Sequence[_VisualInput], sample_id: str) -> ImageBox:
-    """Add the image sizes to a box.
+    """Convert a box of a sample to an `ImageBox` with the sizes of its image.
 
     Raises:
-        UserError: The box exceeds the image, or the image does not exist.
+        UserError: The box exceeds its image, or the image does not exist.
     """
     if box.image >= len(images):
         raise UserError(

@@ -21,22 +21,27 @@ if TYPE_CHECKING:
     from finesight.encode.context_shard import ContextShard
 
 PAD_MULTIPLE = 64
-"""`pad_batch` pads sizes to a multiple of this."""
+"""Multiple to which `pad_batch` pads the token, patch and logit dimensions."""
 
 PREFIX_MULTIPLE = 4
-"""Shared prefix lengths are multiples of this where texts diverge, to limit the number of shapes.
+"""Length multiple to which a shared prefix is truncated if the samples diverge after it.
+
+This limits the number of distinct prefix lengths.
 """
 
 MIN_PREFIX_SAVING = 50
-"""A prefix is shared if that saves at least one in this many tokens."""
+"""A prefix is shared only if this saves at least 1 / MIN_PREFIX_SAVING of the tokens."""
 
 MAX_CONTEXT_RATIO = 4
-"""Maximum ratio of context tokens to packed tokens; attention copies prefix keys per sequence."""
+"""Maximum ratio of context tokens, including the shared prefix, to packed tokens.
+
+Attention copies the keys of the shared prefix for each sequence.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Packed sequences with the patches of all images, in token order.
+    """Packed batch of concatenated sequences, with the patches of all images in token order.
 
     A sequence is one sample. With a shared prefix, the first sequence is the prefix of all samples
     and the other sequences continue it.
@@ -44,14 +49,15 @@ class PackedBatch:
     Attributes:
         lengths: Number of tokens of each sequence.
         cu_seqlens_S1: Cumulative sequence lengths, starting at 0 (int32).
-        patches_ND: Patches; one frame each if all frames of every patch are equal, as for images.
+        patches_ND: Patches. They store a single frame if all frames of every patch are equal, as
+            for images.
         visual_indices_M: Token index of each merged vision feature.
-        logit_indices_L: Token indices whose logits predict a supervised token. Padding added by
+        logit_indices_L: Indices of tokens whose logits predict a supervised token. Padding added by
             `pad_batch` has no label.
-        labels_L: Supervised token ids.
+        labels_L: Ids of the supervised tokens.
         hf_inputs: Other model inputs by name, for a batch of one sample of a non-native family.
-        context_shard: Shard of a sample under context parallelism; all other fields are sharded,
-            too.
+        context_shard: Shard of a sample under context parallelism, else None. All other fields are
+            sharded, too.
         prefix_length: Length of the shared prefix; 0 without one.
     """
 
@@ -105,11 +111,11 @@ class PackedBatch:
 
 
 class SharedPrefix(NamedTuple):
-    """Common prefix of samples.
+    """Common token prefix of one or more samples, which a packed batch contains only once.
 
     Attributes:
         ids_P: Token ids of the prefix.
-        min_length: Smallest sharable length of any sample.
+        min_length: Smallest prefix length that any of the samples can share.
     """
 
     ids_P: NDArray[np.int32]
@@ -117,10 +123,10 @@ class SharedPrefix(NamedTuple):
 
     @classmethod
     def from_sample(cls, tokenized: TokenizedSample) -> SharedPrefix:
-        """Return the sharable prefix of a sample: before its first image and first supervised
-        token.
+        """Return the longest prefix that a sample can share with other samples.
 
-        Position ids of these tokens are independent of the rest of the sample.
+        It ends before the first image and before the token that predicts the first supervised
+        token. Position ids of its tokens are independent of the rest of the sample.
         """
         first_supervised = (
             int(tokenized.loss_mask_T.argmax())
@@ -132,7 +138,7 @@ class SharedPrefix(NamedTuple):
         return cls(ids_P, len(ids_P))
 
     def intersect(self, other: SharedPrefix) -> SharedPrefix:
-        """Return the common prefix of both."""
+        """Return the common prefix of two groups of samples."""
         min_length = min(self.min_length, other.min_length)
         end = min(len(self.ids_P), len(other.ids_P))
         mismatches = np.flatnonzero(self.ids_P[:end] != other.ids_P[:end])
@@ -140,7 +146,10 @@ class SharedPrefix(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Length to share; a multiple of PREFIX_MULTIPLE if the texts diverge."""
+        """Number of prefix tokens to share.
+
+        A multiple of PREFIX_MULTIPLE if the samples diverge after it.
+        """
         common_length = len(self.ids_P)
         return (
             common_length
@@ -150,7 +159,12 @@ class SharedPrefix(NamedTuple):
 
 
 def effective_prefix_length(prefix_length: int, lengths: Sequence[int]) -> int:
-    """Return the prefix length, or 0 if sharing saves too few tokens."""
+    """Return the shared prefix length, or 0 if sharing saves too few tokens.
+
+    Args:
+        prefix_length: Length of the common prefix.
+        lengths: Number of tokens of each sample, including the prefix.
+    """
     return (
         prefix_length
         if prefix_length * (len(lengths) - 1) * MIN_PREFIX_SAVING >= sum(lengths)
@@ -159,7 +173,7 @@ def effective_prefix_length(prefix_length: int, lengths: Sequence[int]) -> int:
 
 
 def find_shared_prefix_length(tokenized_samples: Sequence[TokenizedSample]) -> int:
-    """Return the number of prefix tokens to share among these samples."""
+    """Return the number of prefix tokens that a packed batch of these samples should share."""
     if not tokenized_samples:
         return 0
     common_length = reduce(
@@ -171,7 +185,10 @@ def find_shared_prefix_length(tokenized_samples: Sequence[TokenizedSample]) -> i
 
 
 def compute_context_lengths(lengths: Sequence[int], prefix_length: int) -> tuple[int, ...]:
-    """Return the context length of each sequence, including the shared prefix."""
+    """Return the number of context tokens of each sequence, including the shared prefix.
+
+    The first of `lengths` is that of the shared prefix itself.
+    """
     prefix, *others = lengths
     return prefix, *(prefix_length + length for length in others)
 
@@ -181,14 +198,16 @@ def pack(
     patch_buffer: NDArray[np.uint8] | None = None,
     prefix_length: int = 0,
 ) -> PackedBatch:
-    """Pack samples on CPU, in the given order, without tokens that cannot affect the loss.
+    """Concatenate samples to a packed batch on CPU, in the given order.
 
-    A supervised token is predicted by the previous token of its sample; the first token of a
-    sample is never supervised. Ids, positions and indices are int64, `cu_seqlens_S1` is int32 (as
-    variable-length attention requires), patches are uint8.
+    Trailing tokens that cannot affect the loss are omitted. A supervised token is predicted by the
+    previous token of its sample; the first token of a sample is never supervised. Token ids,
+    position ids and indices are int64, `cu_seqlens_S1` is int32 (as variable-length attention
+    requires), patches are uint8.
 
     Args:
-        patch_buffer: Output array for the patches.
+        samples: Encoded samples, at least one.
+        patch_buffer: Output array for the patches; None to allocate one.
         prefix_length: Number of shared prefix tokens, see `find_shared_prefix_length`.
     """
     assert samples, "cannot pack 0 samples"
@@ -226,15 +245,17 @@ def pack(
         labels.append(one.ids_T[start + 1 + supervised])
     visual_indices = [
         np.arange(start + span.start, start + span.stop)
-        for start, outline in zip(sample_offsets, tokenized_samples, strict=True)
-        for span in outline.spans
+        for start, tokenized in zip(sample_offsets, tokenized_samples, strict=True)
+        for span in tokenized.spans
     ]
     empty = np.empty(0, dtype=np.int64)
     position_ids_3T = np.concatenate([one.position_ids_3T[:, a:b] for one, a, b in token_ranges], 1)
     return PackedBatch(
-        sample_ids=tuple(outline.id for outline in tokenized_samples),
+        sample_ids=tuple(tokenized.id for tokenized in tokenized_samples),
         lengths=tuple(lengths),
-        grid_thw=tuple(span.grid_thw for outline in tokenized_samples for span in outline.spans),
+        grid_thw=tuple(
+            span.grid_thw for tokenized in tokenized_samples for span in tokenized.spans
+        ),
         ids_T=torch.from_numpy(ids_T.astype(np.int64)),
         position_ids_3T=torch.from_numpy(position_ids_3T.astype(np.int64)),
         cu_seqlens_S1=torch.from_numpy(cu_seqlens.astype(np.int32)),
@@ -252,12 +273,13 @@ def pack(
 def pad_batch(batch: PackedBatch, merge_size: int | None) -> PackedBatch:
     """Append a dummy sequence so that batch dimensions are multiples of PAD_MULTIPLE.
 
-    Pads the number of tokens, of patches and of logit indices. The dummy sequence continues the
-    shared prefix and has no labels, so `logit_indices_L` is longer than `labels_L`.
+    Pads the tokens, patches and logit indices. The dummy sequence continues the shared prefix and
+    has no labels, so `logit_indices_L` is longer than `labels_L`.
 
     Args:
-        merge_size: Patches per token side; None for a vision encoder with a fixed image size,
-            whose patches are not padded.
+        batch: Packed batch.
+        merge_size: Number of patches per side of a merged token; None for a vision encoder with a
+            fixed image size, whose patches are not padded.
     """
     patches_ND, grid_thw = batch.patches_ND, batch.grid_thw
     if merge_size is not None:
@@ -279,8 +301,11 @@ def append_dummy_image(
 ) -> PackedBatch:
     """Append a dummy sequence with a blank image to a batch without images.
 
+    With sharded parameters, all ranks must run the vision encoder in the same steps.
+
     Args:
-        dummy_grid: Grid of the image.
+        batch: Packed batch without images.
+        dummy_grid: Patch grid of the image (time, height, width).
         num_features: Number of vision features of the image.
         patch_dim: Values per patch.
     """
@@ -290,7 +315,7 @@ def append_dummy_image(
 
 
 def dummy_batch() -> PackedBatch:
-    """Return a batch with one dummy token that predicts itself."""
+    """Return a packed batch with one dummy token that predicts itself."""
     zeros = torch.zeros(1, dtype=torch.int64)
     return PackedBatch(
         sample_ids=(),
@@ -313,7 +338,7 @@ def _append_dummy_sequence(
     patches_ND: Tensor,
     grid_thw: tuple[GridTHW, ...],
 ) -> PackedBatch:
-    """Append a sequence of dummy tokens; the first `num_features` are those of the added images."""
+    """Append a dummy sequence whose first `num_features` tokens are image placeholders."""
     end, dummy_ids = len(batch.ids_T), batch.ids_T.new_zeros(num_tokens)
     offsets = torch.arange(num_tokens, device=dummy_ids.device)
     return replace(
@@ -331,7 +356,7 @@ def _append_dummy_sequence(
 def pad_patches(
     patches_ND: Tensor, grid_thw: tuple[GridTHW, ...], merge_size: int
 ) -> tuple[Tensor, tuple[GridTHW, ...]]:
-    """Append a dummy image so that the number of patches is a multiple of PAD_MULTIPLE."""
+    """Append a dummy image that pads the number of patches to a multiple of PAD_MULTIPLE."""
     num_merged = -len(patches_ND) % math.lcm(PAD_MULTIPLE, merge_size**2) // merge_size**2
     dummy_grids = ((1, merge_size, num_merged * merge_size),) if num_merged else ()
     return F.pad(patches_ND, (0, 0, 0, num_merged * merge_size**2)), grid_thw + dummy_grids
@@ -340,11 +365,11 @@ def pad_patches(
 def plan_packs(
     lengths: Sequence[int], token_budget: int, prefix_length: int = 0
 ) -> list[list[int]]:
-    """Assign samples to packs of at most `token_budget` tokens, first fit in the given order.
+    """Assign samples to packs of at most `token_budget` tokens by first-fit packing.
 
-    A pure function of its arguments. Packs and their samples keep the given order. A sample longer
-    than the budget is packed alone. A shared prefix counts once per pack, but each sample counts
-    as at least 1 / MAX_CONTEXT_RATIO of its tokens.
+    The result depends on the arguments only. Packs, and the samples within a pack, keep the given
+    order. A sample longer than the budget is packed alone. A shared prefix counts once per pack,
+    but each sample counts as at least 1 / MAX_CONTEXT_RATIO of its tokens.
 
     Returns:
         Sample indices of each pack.

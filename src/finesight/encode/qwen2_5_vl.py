@@ -1,4 +1,7 @@
-"""Qwen2.5-VL: JSON boxes in pixels of the resized image; temporal positions in time units."""
+"""Model family Qwen2.5-VL: JSON boxes in pixels of the resized image.
+
+Temporal positions of video tokens are proportional to time.
+"""
 
 from __future__ import annotations
 
@@ -26,29 +29,30 @@ class Qwen25VL(Qwen2VLBase):
     name: str = "qwen2_5_vl"
 
     def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
-        """Format boxes as JSON in integer pixels of the resized image."""
+        """Format boxes as JSON with coordinates in integer pixels of the resized image."""
         return json_box_format.write_json_boxes(boxes, lambda box: box.resized_size)
 
     def read_boxes(
         self, text: str, original_size: ImageSize, resized_size: ImageSize
     ) -> list[PredictedBox]:
-        """Parse JSON boxes and scale them to the original image."""
+        """Parse the JSON boxes of an answer and scale them to the original image."""
         return json_box_format.read_json_boxes(text, resized_size, original_size)
 
     def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:
         """Return the temporal position of each frame group, rounded down.
 
-        Computed in fp32 and in the published order of operations, so that rounding is identical.
+        The computation uses fp32 and the operation order of the published code, so that rounding is
+        identical.
         """
         times = np.arange(grid_t, dtype=np.float32) * np.float32(seconds_per_grid)
         return (times * np.float32(self.tokens_per_second)).astype(np.int64)
 
 
 def from_folder(folder: ModelFolder) -> Qwen25VL:
-    """Create the family with the config's `tokens_per_second`.
+    """Create the Qwen2.5-VL family with `tokens_per_second` from config.json.
 
     Raises:
-        UserError: The value is not a positive number.
+        UserError: `tokens_per_second` is not a positive value.
     """
     vision = folder.config.get("vision_config")
     value = vision.get("tokens_per_second", 2) if isinstance(vision, dict) else 2

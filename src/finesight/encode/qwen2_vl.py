@@ -1,4 +1,7 @@
-"""Qwen2-VL: boxes between special tokens in thousandths; temporal positions are frame groups."""
+"""Model family Qwen2-VL: special-token boxes in thousandths of the image size.
+
+The temporal position of a video token is the index of its frame group.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class Qwen2VL(Qwen2VLBase):
     name: str = "qwen2_vl"
 
     def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
-        """Format boxes with special tokens, in thousandths of the image (section 2.2.1)."""
+        """Format boxes with special tokens in thousandths of the image size (section 2.2.1)."""
         pieces: list[PromptPiece] = []
         for box in boxes:
             if box.label is not None:
@@ -54,10 +57,10 @@ class Qwen2VL(Qwen2VLBase):
     def read_boxes(
         self, text: str, original_size: ImageSize, resized_size: ImageSize
     ) -> list[PredictedBox]:
-        """Parse boxes and scale them to the original image.
+        """Parse the boxes of an answer and scale them to pixels of the original image.
 
-        Missing special tokens, spaces and fractions are accepted. A box without a label directly
-        after another box has the label of that box, because the family writes a shared label once.
+        Missing special tokens, spaces and fractions are accepted. An unlabeled box directly after
+        another box gets the label of that box, because the family writes a shared label once.
         """
         boxes: list[PredictedBox] = []
         label, end = None, 0
@@ -73,10 +76,10 @@ class Qwen2VL(Qwen2VLBase):
         return boxes
 
     def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:
-        """Return the index of each frame group, independent of time."""
+        """Return the index of each frame group, independent of the frame rate."""
         return np.arange(grid_t, dtype=np.int64)
 
 
 def from_folder(folder: ModelFolder) -> Qwen2VL:
-    """Create the family; it has no model-specific settings."""
+    """Create the Qwen2-VL family, which has no model-specific settings."""
     return Qwen2VL()

@@ -1,4 +1,7 @@
-"""Qwen3-VL: JSON boxes in thousandths of the image, text timestamps of videos, reasoning."""
+"""Model family Qwen3-VL: JSON boxes in thousandths of the image size.
+
+Videos have text timestamps, and Thinking models generate reasoning before the answer.
+"""
 
 from __future__ import annotations
 
@@ -23,29 +26,29 @@ from finesight.model_folder import ModelFolder
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen3VL(Qwen2VLBase):
-    """Box format and video timestamps of Qwen3-VL, dense or MoE (Bai et al. 2025, Qwen3-VL
-    Technical Report).
+    """Box format and video timestamps of Qwen3-VL models, dense or MoE.
 
-    `has_reasoning` is True for the Thinking edition.
+    See the Qwen3-VL Technical Report (Bai et al. 2025). `has_reasoning` is True for Thinking
+    models.
     """
 
     name: str = "qwen3_vl"
     system_prompt: str | None = None
 
     def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
-        """Format boxes as JSON in integer thousandths of the image."""
+        """Format boxes as JSON with coordinates in integer thousandths of the image size."""
         return json_box_format.write_json_boxes(boxes, lambda box: FRAME_1000)
 
     def read_boxes(
         self, text: str, original_size: ImageSize, resized_size: ImageSize
     ) -> list[PredictedBox]:
-        """Parse JSON boxes and scale them to the original image."""
+        """Parse the JSON boxes of an answer and scale them to the original image."""
         return json_box_format.read_json_boxes(text, FRAME_1000, original_size)
 
     def split_video(
         self, num_frames: int, fps: float, temporal_patch_size: int
     ) -> list[VideoSegment]:
-        """Return one segment per frame group, with the timestamp of its middle.
+        """Return one segment per frame group, with the timestamp of the middle of the group.
 
         An incomplete last group is padded with the last frame.
         """
@@ -64,10 +67,10 @@ class Qwen3VL(Qwen2VLBase):
         return segments
 
     def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:
-        """Return zeros: each frame group is a separate image."""
+        """Return zeros, because each frame group is a separate segment with a text timestamp."""
         return np.zeros(grid_t, dtype=np.int64)
 
 
 def from_folder(folder: ModelFolder) -> Qwen3VL:
-    """Create the family; the chat template of the Thinking edition contains `<think>`."""
+    """Create the Qwen3-VL family; a chat template with `<think>` marks a Thinking model."""
     return Qwen3VL(has_reasoning="<think>" in folder.chat_template, name=folder.family)

@@ -1,4 +1,4 @@
-"""Qwen-VL: numbered images, boxes between special tokens in thousandths below 1000."""
+"""Model family Qwen-VL: numbered images, and special-token boxes with coordinates 0 to 999."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ BOX_TOKENS = {
     "<|box_start|>": "<box>",
     "<|box_end|>": "</box>",
 }
-"""Box tokens of Qwen2-VL and the corresponding tokens of Qwen-VL."""
+"""Special tokens of Qwen2-VL boxes, mapped to the corresponding tokens of Qwen-VL."""
 
 
 @dataclass(frozen=True, slots=True)
 class QwenVL:
     """Image markup and box format of Qwen-VL (Bai et al. 2023, arXiv 2308.12966).
 
-    The published prompt contains the image path between `<img>` and `</img>`, padded to 256 tokens
-    that image features replace. Here these tokens are `<imgpad>`, independent of the path.
+    The published prompt contains the image path between `<img>` and `</img>`, padded to 256 tokens,
+    whose embeddings are replaced by image features. This class uses `<imgpad>` tokens instead, so
+    that the tokens do not depend on the path.
     """
 
     name: str = "qwen"
@@ -53,15 +54,15 @@ class QwenVL:
     )
 
     def visual_markers(self, kind: Literal["image", "video"], visual_number: int) -> VisualMarkers:
-        """Return `Picture 1: <img>`, the placeholder, `</img>` and a newline.
+        """Return the markup of an image: `Picture 1: <img>`, placeholder, `</img>` and newline.
 
-        The number counts the images of the conversation.
+        The number is the 1-based position of the image in the conversation.
         """
         prefix = (f"Picture {visual_number}: ", SpecialToken("<img>"))
         return VisualMarkers(prefix, "<imgpad>", (SpecialToken("</img>"), "\n"))
 
     def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
-        """Format boxes with special tokens, in thousandths of the image below 1000."""
+        """Format boxes with special tokens and coordinates in thousandths, from 0 to 999."""
         pieces: list[PromptPiece] = []
         for box in boxes:
             if box.label is not None:
@@ -74,7 +75,10 @@ class QwenVL:
     def read_boxes(
         self, text: str, original_size: ImageSize, resized_size: ImageSize
     ) -> list[PredictedBox]:
-        """Parse boxes as leniently as Qwen2-VL, in pixels of the original image."""
+        """Parse the boxes of an answer and scale them to pixels of the original image.
+
+        Accepts the same deviations from the box format as `Qwen2VL.read_boxes`.
+        """
         for qwen2_token, qwen_token in BOX_TOKENS.items():
             text = text.replace(qwen_token, qwen2_token)
         return Qwen2VL().read_boxes(text, original_size, resized_size)
@@ -82,7 +86,7 @@ class QwenVL:
     def split_video(
         self, num_frames: int, fps: float, temporal_patch_size: int
     ) -> list[VideoSegment]:
-        """Raise UserError: the family has no video input."""
+        """Raise UserError, because Qwen-VL does not support videos."""
         raise UserError(
             f"a video of {num_frames} frames",
             where="sample",
@@ -91,12 +95,12 @@ class QwenVL:
         )
 
     def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:
-        """Return zeros; 1D positions do not use them."""
+        """Return zeros, because 1D position ids have no temporal component."""
         return np.zeros(grid_t, dtype=np.int64)
 
 
 def from_folder(folder: ModelFolder) -> QwenVL:
-    """Create the family.
+    """Create the Qwen-VL family for a model folder.
 
     Raises:
         UserError: The model is a text-only Qwen, which has the same `model_type`.

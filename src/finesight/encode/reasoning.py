@@ -1,8 +1,8 @@
-"""Separation of reasoning and answer of reasoning models.
+"""Splitting of assistant turns into reasoning and answer, for models with reasoning.
 
-A turn is `<think>`, newline, reasoning, newline, `</think>`, two newlines, answer (chat template
-of Qwen3-VL Thinking). The prompt ends after `<think>` and its newline. If `</think>` occurs
-several times, the answer starts after the last one, as in the template.
+A turn is `<think>`, newline, reasoning, newline, `</think>`, two newlines, answer (chat template of
+Qwen3-VL Thinking). The prompt ends after `<think>` and its newline. If `</think>` occurs several
+times, the answer starts after the last one, as in the template.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ _THINK_TAG, _THINK_END_TAG = "<think>", "</think>"
 
 @dataclass(frozen=True, slots=True)
 class ReasoningAndAnswer:
-    """Content parts of reasoning and answer; `reasoning` is None without `</think>`."""
+    """Content parts of an assistant turn, split into reasoning and answer.
+
+    `reasoning` is None if the turn contains no `</think>`.
+    """
 
     reasoning: tuple[ContentPart, ...] | None
     answer: tuple[ContentPart, ...]
@@ -56,9 +59,10 @@ def _has_end_tag(part: TextPart) -> bool:
 
 
 def parse_reasoning(text: str) -> tuple[str, str]:
-    """Split generated text after an open `<think>` into reasoning and answer.
+    """Split the text of a completion into reasoning and answer.
 
-    Without `</think>` the answer is empty.
+    The text starts within the reasoning, because the prompt already contains `<think>`. Without
+    `</think>`, the answer is empty.
     """
     reasoning, end_tag, answer = text.rpartition(_THINK_END_TAG)
     return (reasoning.strip("\n"), answer.lstrip("\n")) if end_tag else (text.strip("\n"), "")

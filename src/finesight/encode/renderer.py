@@ -1,4 +1,4 @@
-"""Common interface of renderers."""
+"""Interface of renderers, and the function that creates the renderer of a model."""
 
 from __future__ import annotations
 
@@ -56,7 +56,12 @@ class Renderer(Protocol):
 def build_renderer(
     folder: ModelFolder, image_rule: ImageRule | None = None, system_prompt: str | None = None
 ) -> Renderer:
-    """Create the native renderer of the model family, or the transformers renderer.
+    """Create the native renderer of a model family, or else the transformers renderer.
+
+    Args:
+        folder: Model folder.
+        image_rule: Image rule of the recipe; None for the default of the model.
+        system_prompt: System prompt of the recipe; None for the default of the model.
 
     Raises:
         UserError: The family is not supported.

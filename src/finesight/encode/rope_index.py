@@ -17,15 +17,23 @@ def get_rope_index(
     temporal_ids: Sequence[NDArray[np.int64]],
     merge_size: int,
 ) -> NDArray[np.int32]:
-    """Compute position ids [3, T]: time, height and width (Wang et al. 2024, section 2.1).
+    """Compute M-RoPE position ids [3, T] of time, height and width.
 
-    Text positions are equal in all rows. Placeholder tokens of an image or video start at the next
-    text position and add the temporal id, row and column. Text after them continues at the largest
-    position in any row plus one, as in transformers 4.45 to 5.2, the official fine-tuning code,
-    vLLM and SGLang. transformers 5.3 and later continue after the larger side of the grid. With a
-    video that is longer than its frames are wide, text then reuses positions of the video, while
-    generation continues from the largest position. Both rules agree if time is the smallest
-    dimension (tests/export/test_video_in_transformers.py).
+    See Wang et al. 2024 (Qwen2-VL), section 2.1. A text token has the same position in all three
+    rows. The placeholder tokens of an image or video start at the next text position, to which
+    their temporal id, row and column are added. Later text continues at the largest position in any
+    row plus one, as in transformers 4.45 to 5.2, the official fine-tuning code, vLLM and SGLang.
+
+    transformers 5.3 and later continue after the larger side of the grid instead. If a video is
+    longer than its frames are wide, text then reuses positions of the video, while generation
+    continues from the largest position. Both rules agree if time is the smallest dimension
+    (tests/export/test_video_in_transformers.py).
+
+    Args:
+        num_tokens: Number of tokens of the sample.
+        spans: Images and videos in token order.
+        temporal_ids: Temporal position ids of the frame groups of each span, starting at 0.
+        merge_size: Number of patches per side of a merged token.
     """
     position_ids_3T = np.empty((3, num_tokens), dtype=np.int32)
     num_filled, next_position = 0, 0
@@ -49,5 +57,5 @@ def get_rope_index(
 
 @lru_cache(maxsize=256)
 def _grid_rows_columns(t: int, h: int, w: int) -> NDArray[np.int32]:
-    """Return row and column of each placeholder token, [2, t x h x w]."""
+    """Return the row and column of each placeholder token of a grid: [2, t x h x w]."""
     return np.indices((t, h, w), dtype=np.int32)[1:].reshape(2, -1)

@@ -10,7 +10,7 @@ from finesight.errors import UserError
 
 
 class CountedSample(Protocol):
-    """A sample with its token counts."""
+    """Interface of samples with known token counts."""
 
     @property
     def id(self) -> str: ...
@@ -39,7 +39,7 @@ class FilteredSamples:
 def filter_samples(
     samples: Iterable[CountedSample], max_length: int, on_invalid_sample: Literal["skip", "fail"]
 ) -> FilteredSamples:
-    """Select samples of at most `max_length` tokens with supervised tokens.
+    """Select the samples that have supervised tokens and at most `max_length` tokens.
 
     Samples are never truncated, because a truncated sample loses its answer or part of an image.
     `samples` is iterated once and not stored.
@@ -77,7 +77,7 @@ def filter_samples(
 
 
 def find_sample_error(sample: CountedSample, max_length: int) -> UserError | None:
-    """Return the reason why a sample cannot be trained on, or None."""
+    """Return an error if a sample cannot be used for training, else None."""
     if sample.num_tokens > max_length:
         return _build_length_error(sample.id, sample.num_tokens, max_length)
     return None if sample.num_supervised_tokens else _build_no_answer_error(sample.id)

@@ -1,4 +1,4 @@
-"""Tokenizer of Qwen-VL: a tiktoken rank file."""
+"""Tokenizer of Qwen-VL, whose vocabulary is a tiktoken rank file."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from finesight.bounded_files import read_bytes
 from finesight.encode.tokenizer import (
     LARGEST_ID,
+    CachedTokenizer,
     TextTokenizer,
-    TokenCache,
     Tokenizer,
     check_tokenizer_file,
 )
@@ -34,17 +34,20 @@ SPECIAL_TOKENS = (
     *(f"<|extra_{number}|>" for number in range(205)),
     *("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>"),
 )
-"""Special tokens in the order of their ids, which follow the ranks; no file lists them."""
+"""Special tokens of Qwen-VL in the order of their ids.
+
+The ids follow those of the rank file. No file of the model lists the special tokens.
+"""
 
 
-class TiktokenTokenizer:
-    """Tokenizer of a `qwen.tiktoken` file that never parses special tokens in text.
+class TiktokenTokenizer(CachedTokenizer):
+    """Tokenizer loaded from `qwen.tiktoken` that never parses special tokens in text.
 
-    Same interface as `encode.tokenizer.Tokenizer`.
+    Implements the interface `encode.tokenizer.TextTokenizer`.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         ranks = _read_ranks(path)
         self._special_ids = {t: len(ranks) + n for n, t in enumerate(SPECIAL_TOKENS)}
         self._special_tokens_by_id = {
@@ -52,19 +55,6 @@ class TiktokenTokenizer:
         }
         self._bytes_by_id = {number: token_bytes for token_bytes, number in ranks.items()}
         self.encoding = _build_encoding(ranks, self._special_ids, path)
-        self._cached_tokenize = TokenCache(self._tokenize)
-
-    def __reduce__(self) -> tuple[type[TiktokenTokenizer], tuple[Path]]:
-        # Spawned worker processes load the file again.
-        return TiktokenTokenizer, (self.path,)
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Tokenize text; special tokens in it are treated as text."""
-        return self._cached_tokenize(text) if text else ()
-
-    def clear_cache(self) -> None:
-        """Clear the token cache."""
-        self._cached_tokenize.clear()
 
     def token_to_id(self, token: str) -> int:
         """Return the id of a special token.
@@ -87,7 +77,10 @@ class TiktokenTokenizer:
         return SPECIAL_TOKENS
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Decode ids; an incomplete character becomes U+FFFD, an unknown id is ignored."""
+        """Decode token ids to text.
+
+        Incomplete UTF-8 characters become U+FFFD, and unknown ids are ignored.
+        """
         special_tokens = {} if skip_special_tokens else self._special_tokens_by_id
         pieces = (
             self._bytes_by_id.get(token_id) or special_tokens.get(token_id, "").encode()
@@ -96,7 +89,10 @@ class TiktokenTokenizer:
         return b"".join(pieces).decode(errors="replace")
 
     def id_to_token(self, token_id: int) -> str:
-        """Return a special token or escaped bytes; an empty string for an unknown id."""
+        """Return the text of a special token, or the escaped bytes of another token.
+
+        An unknown id gives an empty string.
+        """
         token_bytes = self._bytes_by_id.get(token_id)
         return (
             self._special_tokens_by_id.get(token_id, "")
@@ -105,7 +101,7 @@ class TiktokenTokenizer:
         )
 
     def id_to_bytes(self, token_id: int) -> bytes:
-        """Return the bytes of a token; empty for an unknown id."""
+        """Return the UTF-8 bytes of a token id; empty for an unknown id."""
         token_bytes = self._bytes_by_id.get(token_id)
         return (
             self._special_tokens_by_id.get(token_id, "").encode()
@@ -118,7 +114,7 @@ class TiktokenTokenizer:
 
 
 def load_tokenizer(folder: ModelFolder) -> TextTokenizer:
-    """Load the tokenizer of a model folder."""
+    """Load the tokenizer of a native model from `qwen.tiktoken` or `tokenizer.json`."""
     path = folder.tokenizer_file
     if path.suffix == ".tiktoken":
         return TiktokenTokenizer(path)
@@ -131,7 +127,7 @@ def load_tokenizer(folder: ModelFolder) -> TextTokenizer:
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
-    """Read byte strings and ranks: one base64 string and one rank per line."""
+    """Read a tiktoken rank file: a base64 byte string and its rank per line."""
     try:
         content = read_bytes(path, expected="the qwen.tiktoken of a Qwen-VL model")
         lines = (line.split() for line in content.splitlines() if line)

@@ -1,4 +1,4 @@
-"""Incremental construction of token ids and loss mask."""
+"""Incremental construction of the token ids and the loss mask of a sample."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from finesight.encode.tokenizer import TextTokenizer
 
 
 class TokenBuilder:
-    """Builds token ids and loss mask; adjacent text is tokenized jointly.
+    """Builds the token ids and loss mask of a sample from text and special tokens.
 
-    Byte pairs merge across part boundaries ("user" + newline + a caption that starts with a
-    newline), as in the published template. Supervised and unsupervised text is never merged: an
-    answer is tokenized as in generation, after a prompt that ends before it.
+    Adjacent texts are tokenized together, so that byte pairs merge across their boundaries as in
+    the published chat template (for example, the newline after "user" with a newline at the start
+    of a caption). Supervised and unsupervised text is never merged: during generation, the prompt
+    ends before the answer, so the answer is tokenized separately.
     """
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
@@ -28,12 +29,12 @@ class TokenBuilder:
 
     @property
     def length(self) -> int:
-        """Number of tokens so far; tokenizes pending text."""
+        """Number of tokens added so far. Reading it tokenizes pending text."""
         self._tokenize_pending()
         return len(self._ids)
 
     def add_text(self, text: str, *, is_supervised: bool) -> None:
-        """Append text; special tokens in it are treated as text."""
+        """Append text; special tokens in it are tokenized as ordinary text."""
         if is_supervised != self._is_pending_supervised:
             self._tokenize_pending()
             self._is_pending_supervised = is_supervised
@@ -46,7 +47,7 @@ class TokenBuilder:
         self._loss_mask += [is_supervised] * count
 
     def add_pieces(self, pieces: Iterable[PromptPiece], *, is_supervised: bool) -> None:
-        """Append text and special tokens."""
+        """Append prompt pieces, each of which is text or a special token."""
         for piece in pieces:
             if isinstance(piece, SpecialToken):
                 self.add_special_token(piece.token, is_supervised=is_supervised)
@@ -54,11 +55,11 @@ class TokenBuilder:
                 self.add_text(piece, is_supervised=is_supervised)
 
     def flush(self) -> None:
-        """Tokenize pending text separately from later text."""
+        """Tokenize pending text now, so that it does not merge with later text."""
         self._tokenize_pending()
 
     def to_arrays(self) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Return token ids and loss mask, both [T]."""
+        """Return the token ids and the loss mask of all added pieces, both [T]."""
         self._tokenize_pending()
         return np.array(self._ids, dtype=np.int32), np.array(self._loss_mask, dtype=np.bool_)
 

@@ -1,4 +1,4 @@
-"""Per-token table of an encoded sample, as text and JSON."""
+"""Per-token table of a tokenized sample, as text and JSON."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from finesight.encode.tokenized_sample import TokenizedSample, VisualSpan
 from finesight.encode.tokenizer import TextTokenizer
 
 PositionTHW = tuple[int, int, int]
-"""Time, height and width position."""
+"""Position ids of a token: time, height and width."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """A token, or all placeholder tokens of one image: tokens [start, stop) with one id."""
+    """Row of a token table: tokens [start, stop), which all have the same id.
+
+    A row is a single token, or all placeholder tokens of one image or video (`span`).
+    """
 
     start: int
     stop: int
@@ -29,7 +32,7 @@ class TokenRow:
 
 
 def iter_token_rows(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> Iterator[TokenRow]:
-    """Yield the tokens of a sample; placeholders of an image are one row."""
+    """Yield the token table rows of a sample, with one row per image or video."""
     spans = {span.start: span for span in tokenized.spans}
     index = 0
     while index < tokenized.num_tokens:
@@ -50,7 +53,11 @@ def iter_token_rows(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> Ite
 
 
 def format_token_table(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> Iterator[str]:
-    """Format a text table: token, id, supervised (marked with a star), positions, text."""
+    """Yield the lines of a text table with the tokens of a sample.
+
+    The columns are token index, token id, loss (a star marks supervised tokens), position ids and
+    text.
+    """
     visual_counts = Counter(span.kind for span in tokenized.spans)
     video_summary = f", video segments: {visual_counts['video']}" if visual_counts["video"] else ""
     visual_summary = (
@@ -77,7 +84,7 @@ def format_token_table(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> 
 
 
 def token_table_to_dict(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> dict[str, Any]:
-    """Return the table as JSON data: counts, images, and one object per row."""
+    """Convert the token table of a sample to JSON data: token counts, images and rows."""
     return {
         "id": tokenized.id,
         "num_tokens": tokenized.num_tokens,
@@ -94,7 +101,7 @@ def token_table_to_dict(tokenized: TokenizedSample, tokenizer: TextTokenizer) ->
 
 
 def _token_text(token_id: int, tokenizer: TextTokenizer) -> str:
-    """Return the text of a token, or its vocabulary entry for a partial character."""
+    """Return the text of a token, or the vocabulary entry of a partial character."""
     text = tokenizer.decode([token_id], skip_special_tokens=False)
     return tokenizer.id_to_token(token_id) if "\ufffd" in text else text
 

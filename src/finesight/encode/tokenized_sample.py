@@ -1,4 +1,4 @@
-"""Tokenized and encoded samples.
+"""Data classes of tokenized samples, and of encoded samples with image patches.
 
 Shapes: T tokens of a sequence, N patches, D values per patch.
 """
@@ -25,7 +25,15 @@ GridTHW = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class VisualSpan:
-    """Image or video of a sample; its placeholder tokens are [start, stop)."""
+    """An image or video of a tokenized sample, and the range of its placeholder tokens.
+
+    Attributes:
+        start: Index of the first placeholder token.
+        stop: Index after the last placeholder token.
+        files: Image file, or the frames of a video.
+        original_size: Size of the image or frames before resizing.
+        resized_size: Size after resizing for the model.
+    """
 
     kind: Literal["image", "video"]
     start: int
@@ -40,10 +48,10 @@ class VisualSpan:
 class TokenizedSample:
     """Token ids, loss mask and position ids of a sample.
 
-    Computed from text and image headers only.
+    Built from the text and the image headers; pixels are not decoded.
 
     Attributes:
-        loss_mask_T: Tokens that contribute to the loss.
+        loss_mask_T: True for tokens that contribute to the loss.
         position_ids_3T: M-RoPE positions: time, height and width (Wang et al. 2024, Qwen2-VL,
             section 2.1).
     """
@@ -60,15 +68,18 @@ class TokenizedSample:
 
     @property
     def num_supervised_tokens(self) -> int:
-        """Number of tokens that contribute to the loss, without the first token."""
+        """Number of tokens that contribute to the loss.
+
+        The first token is not counted, because no earlier token predicts it.
+        """
         return int(self.loss_mask_T[1:].sum())
 
     @property
     def num_packed_tokens(self) -> int:
-        """Number of tokens that a packed batch contains.
+        """Number of tokens of this sample that a packed batch contains.
 
         Tokens after the last image and after the token that predicts the last supervised token do
-        not affect the loss. Without supervised tokens all tokens are packed.
+        not affect the loss and are not packed. Without supervised tokens, all tokens are packed.
         """
         predicting = np.flatnonzero(self.loss_mask_T[1:])
         if not len(predicting):
@@ -82,12 +93,13 @@ class TokenizedSample:
 
 @dataclass(frozen=True, slots=True)
 class EncodedSample:
-    """A tokenized sample with its patches.
+    """A tokenized sample with the pixel patches of its images and videos.
 
     Attributes:
-        patches_ND: uint8 patches of all images in the order of the reference processor: grouped by
-            merge block, D = channels x frames x patch_size x patch_size. Samples with images only
-            store one frame, which the reference repeats (`vision.patches.repeat_still_frames`).
+        patches_ND: uint8 patches of all images and videos in the order of the transformers image
+            processor: grouped by merge block, D = channels x frames x patch_size x patch_size.
+            Samples with images only store one frame, which the processor repeats
+            (`vision.patches.repeat_still_frames`).
         hf_inputs: Processor outputs by name for families without native code, which have no
             patches.
     """

@@ -1,16 +1,17 @@
-"""Tokenizer wrapper that never parses special tokens in user text."""
+"""Tokenizer wrapper for `tokenizer.json` that never parses special tokens in user text."""
 
 from __future__ import annotations
 
 import base64
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import tokenizers
 
@@ -18,21 +19,21 @@ from finesight.bounded_files import read_json_object
 from finesight.errors import UserError
 
 CACHE_BYTES = 16 << 20
-"""Memory limit of the token cache of a tokenizer: prompts recur in sample after sample."""
+"""Memory limit of the token cache of a tokenizer. Datasets repeat prompts in many samples."""
 
 MAX_TEXT_SHARE = 16
-"""A text that takes more than one such part of the cache is not cached."""
+"""Texts that need more than 1 / MAX_TEXT_SHARE of the cache memory are not cached."""
 
 _ID_BYTES = 28
-"""Size of a Python int."""
+"""Size of a Python int in bytes."""
 
 
 class TokenCache:
-    """LRU cache of token ids by text, limited in bytes.
+    """LRU cache of the token ids of texts, with a memory limit.
 
     Args:
-        tokenize: Function that computes the ids of a text.
-        max_bytes: Memory that texts and ids may take.
+        tokenize: Function that tokenizes a text.
+        max_bytes: Memory limit for the cached texts and their token ids.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class TokenCache:
         self.bytes = 0
 
     def __call__(self, text: str) -> tuple[int, ...]:
-        """Look up the ids of a text, or compute them."""
+        """Return the token ids of a text, from the cache if possible."""
         with self._lock:
             found = self._ids.get(text)
             if found is not None:
@@ -61,7 +62,7 @@ class TokenCache:
         return ids
 
     def clear(self) -> None:
-        """Remove all texts."""
+        """Remove all entries from the cache."""
         with self._lock:
             self._ids.clear()
             self.bytes = 0
@@ -72,7 +73,10 @@ def _estimate_bytes(text: str, ids: tuple[int, ...]) -> int:
 
 
 def _build_byte_decoder() -> dict[str, int]:
-    """Return the byte-level BPE alphabet: byte by character (Radford et al. 2019, GPT-2)."""
+    """Return the byte of each character in the byte-level BPE alphabet of GPT-2.
+
+    The alphabet represents bytes as printable characters (Radford et al. 2019).
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     unprintable = [byte for byte in range(256) if byte not in printable]
     byte_by_char = {chr(byte): byte for byte in printable}
@@ -83,17 +87,17 @@ _BYTE_DECODER = _build_byte_decoder()
 
 
 class TextTokenizer(Protocol):
-    """Interface of tokenizers, independent of the file format."""
+    """Interface of tokenizers, independent of the tokenizer file format."""
 
     @property
     def path(self) -> Path:
-        """Tokenizer file."""
+        """Path of the tokenizer file."""
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Tokenize text; special tokens in it are treated as text."""
+        """Tokenize text; special tokens in it are tokenized as ordinary text."""
 
     def clear_cache(self) -> None:
-        """Clear the token cache."""
+        """Remove all cached token ids."""
 
     def token_to_id(self, token: str) -> int:
         """Return the id of a special token.
@@ -106,25 +110,49 @@ class TextTokenizer(Protocol):
         """Return all special tokens in the order of their ids."""
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Decode ids; an incomplete character becomes U+FFFD."""
+        """Decode token ids to text; an incomplete UTF-8 character becomes U+FFFD."""
 
     def id_to_token(self, token_id: int) -> str:
-        """Return the vocabulary entry of an id, or an empty string for an unknown id."""
+        """Return the vocabulary entry of a token id; empty for an unknown id."""
 
     def id_to_bytes(self, token_id: int) -> bytes:
-        """Return the bytes of a token; empty for an unknown id."""
+        """Return the UTF-8 bytes of a token id; empty for an unknown id."""
 
 
-class Tokenizer:
-    """Tokenizer of a `tokenizer.json` that never parses special tokens in text.
-
-    Otherwise `<|im_end|>` or `<|image_pad|>` in a caption would end a turn or claim a missing
-    image. Special token ids come only from `token_to_id`. Added tokens that are not special, such
-    as `<tool_call>`, remain single tokens.
-    """
+class CachedTokenizer(ABC):
+    """Base of tokenizers that are loaded from a file: token cache, and pickling by path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._cached_tokenize = TokenCache(self._tokenize)
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+        # Spawned worker processes load the file again; pickling would lose encode_special_tokens.
+        return type(self), (self.path,)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Tokenize text; special tokens in it are tokenized as ordinary text."""
+        return self._cached_tokenize(text) if text else ()
+
+    def clear_cache(self) -> None:
+        """Remove all cached token ids."""
+        self._cached_tokenize.clear()
+
+    @abstractmethod
+    def _tokenize(self, text: str) -> tuple[int, ...]:
+        """Tokenize text without the cache."""
+
+
+class Tokenizer(CachedTokenizer):
+    """Tokenizer loaded from `tokenizer.json` that never parses special tokens in text.
+
+    Otherwise, `<|im_end|>` in a caption would end the turn, and `<|image_pad|>` would refer to a
+    missing image. Ids of special tokens are available only through `token_to_id`. Added tokens that
+    are not special, such as `<tool_call>`, remain single tokens.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
         with _translate_library_errors(path, Exception):  # the library raises Exception
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         # tokenizer.json may enable truncation and padding, which would silently change texts.
@@ -132,19 +160,6 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self._added_token_ids = frozenset(self._tokenizer.get_added_tokens_decoder())
-        self._cached_tokenize = TokenCache(self._tokenize)
-
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
-        # Pickling loses encode_special_tokens; spawned worker processes load the file again.
-        return Tokenizer, (self.path,)
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Tokenize text; special tokens in it are treated as text."""
-        return self._cached_tokenize(text) if text else ()
-
-    def clear_cache(self) -> None:
-        """Clear the token cache."""
-        self._cached_tokenize.clear()
 
     def token_to_id(self, token: str) -> int:
         """Return the id of a token.
@@ -170,16 +185,16 @@ class Tokenizer:
         )
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Decode ids; an incomplete character becomes U+FFFD."""
+        """Decode token ids to text; an incomplete UTF-8 character becomes U+FFFD."""
         with _translate_library_errors(self.path):
             return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def id_to_token(self, token_id: int) -> str:
-        """Return the vocabulary entry of an id, or an empty string for an unknown id."""
+        """Return the vocabulary entry of a token id; empty for an unknown id."""
         return self._tokenizer.id_to_token(token_id) or ""
 
     def id_to_bytes(self, token_id: int) -> bytes:
-        """Return the bytes of a token; empty for an unknown id."""
+        """Return the UTF-8 bytes of a token id; empty for an unknown id."""
         name = self.id_to_token(token_id)
         if token_id in self._added_token_ids or not set(name) <= set(_BYTE_DECODER):
             return name.encode()
@@ -191,23 +206,29 @@ class Tokenizer:
 
 
 LARGEST_ID = 2**31
-"""Limit of 32-bit ids."""
+"""Exclusive upper bound of token ids, which are stored as int32."""
 
 ALLOWED_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
-"""Normalizers of native families: Unicode forms, which do not truncate or extend texts."""
+"""Normalizers that a `tokenizer.json` of a native family may use.
+
+They change the Unicode form only; other normalizers could truncate or extend texts.
+"""
 
 _EXPECTED = "the tokenizer.json of the tokenizers library"
 _REMEDY = "download the model's tokenizer.json again"
 
 
 def check_tokenizer_file(path: Path, *, is_native_family: bool, vocabulary: int) -> None:
-    """Reject a `tokenizer.json` that would crash the process, change texts or exceed the embedding.
+    """Validate a `tokenizer.json` before it is loaded.
+
+    A damaged file can crash the process, a normalizer can change texts, and a token id can exceed
+    the embedding.
 
     Args:
-        path: The file.
+        path: Path of the `tokenizer.json`.
         is_native_family: Whether the family has a byte-level vocabulary, so that only
             ALLOWED_NORMALIZERS are accepted.
-        vocabulary: Number of rows of the embedding; token ids must be below.
+        vocabulary: Number of rows of the token embedding; all token ids must be smaller.
 
     Raises:
         UserError: The file is not JSON, its normalizer is damaged or not allowed, or an id is too
@@ -243,7 +264,10 @@ def check_tokenizer_file(path: Path, *, is_native_family: bool, vocabulary: int)
 
 
 def _iter_largest_ids(content: dict[str, Any]) -> Iterator[tuple[object, int]]:
-    """Yield the vocabulary token with the largest id, and all added tokens."""
+    """Yield (token, id) of the last vocabulary token and of all added tokens.
+
+    The last vocabulary token is that with the largest id.
+    """
     model, added = content.get("model"), content.get("added_tokens")
     words = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(words, dict) and words:
@@ -255,7 +279,7 @@ def _iter_largest_ids(content: dict[str, Any]) -> Iterator[tuple[object, int]]:
 
 
 def _iter_normalizers(tree: object) -> Iterator[dict[str, object]]:
-    """Yield the normalizers of a file, those of sequences one by one."""
+    """Yield the normalizers of a `tokenizer.json`, including those nested in sequences."""
     if not isinstance(tree, dict):
         return
     parts = tree.get("normalizers")
@@ -267,7 +291,10 @@ def _iter_normalizers(tree: object) -> Iterator[dict[str, object]]:
 
 
 def _is_valid_charsmap(charsmap: object) -> bool:
-    """Return True if the trie has its declared length, which the library allocates."""
+    """Return True if a base64-encoded charsmap contains a trie of the declared length.
+
+    The tokenizers library allocates memory of the declared length.
+    """
     try:
         content = base64.b64decode(str(charsmap), validate=True)
     except ValueError:
@@ -292,5 +319,8 @@ def _translate_library_errors(
 
 
 def is_rust_panic(error: BaseException) -> bool:
-    """Return True for a panic of a Rust library, whose exception cannot be imported."""
+    """Return True if an exception is a panic of a Rust library.
+
+    The check compares the class name, because the exception class cannot be imported.
+    """
     return type(error).__name__ == "PanicException"

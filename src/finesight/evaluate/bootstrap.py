@@ -36,7 +36,7 @@ ResampleWeights = FloatArray
 """Weight of each of N samples in each of R resamples: shape (R, N)."""
 
 WeightedSumsFn = Callable[[ResampleWeights], FloatArray]
-"""Computes K weighted sums over the samples for each resample: shape (R, K)."""
+"""Function that computes K weighted sums over the samples for each resample: shape (R, K)."""
 
 ScoreBounds = tuple[float, float]
 
@@ -47,13 +47,15 @@ UNBOUNDED: ScoreBounds = (-math.inf, math.inf)
 NUM_RESAMPLES = 2000
 SEED = 0
 MAX_CHUNK_ELEMENTS = 4_000_000
-"""Maximum number of weights in memory."""
+"""Maximum number of resample weights that are in memory at a time."""
 
 PSEUDO_WEIGHT = 0.5
-"""Weight of the pseudo-observation; samples have weight 1 on average."""
+"""Weight of the pseudo-observation; the average weight of a sample is 1."""
 
 MIN_SAMPLES = 6
-"""Minimum number of samples for the interval of a difference; five agree by chance in 1 of 16 sets.
+"""Minimum number of samples for the interval of a difference.
+
+Five samples change in the same direction by chance in 1 of 16 sets.
 """
 
 MIN_SAMPLES_UNBOUNDED = 20
@@ -62,7 +64,7 @@ MIN_SAMPLES_UNBOUNDED = 20
 MIN_SAMPLES_PER_CLASS = 5
 """Minimum number of samples of each class or field for the interval of a macro mean."""
 
-# String literals: reports translate them by lookup.
+# String literals, so that reports can look up their translations.
 REASON_FEW_SAMPLES = "no interval: fewer than 6 samples"
 REASON_FEW_SAMPLES_UNBOUNDED = "no interval: fewer than 20 samples"
 REASON_RARE_CLASS = "no interval: a class or field is in fewer than 5 samples"
@@ -73,7 +75,7 @@ REASON_NO_CHANGE = "no interval: no sample changed, on a scale without bounds"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoreEstimator:
-    """A score of a set of N samples, computed from K sums.
+    """Estimator of a score of N samples, computed from K sums over the samples.
 
     Attributes:
         weighted_sums: Computes the sums of each resample.
@@ -84,10 +86,11 @@ class ScoreEstimator:
         pseudo_slope: Change of these sums per unit of rate, shape (K,).
         pseudo_rates: Rates of the pseudo-observations for the lower and the upper bound.
         is_bounded: Whether `pseudo_rates` are bounds of the score instead of estimates.
-        is_biased: Whether the score of a set is biased, so that the interval must be corrected.
-        successes_and_trials: Successes and trials of each sample if the score is a proportion, (2,
-            N).
-        reported_score: Score of the set if it is not `score_from_sums` of its sums.
+        is_biased: Whether the score is biased on small sets, so that the interval is
+            bias-corrected.
+        successes_and_trials: Successes and trials of each sample, shape (2, N), if the score is a
+            proportion.
+        reported_score: Score of the set if it differs from `score_from_sums` of its sums.
         undefined_reason: Reason why neither the score nor a difference has an interval.
         note: Warning to display with the score.
     """
@@ -107,12 +110,12 @@ class ScoreEstimator:
 
     @property
     def score(self) -> float:
-        """Score of the set."""
+        """Reported score of the set of samples."""
         return self.plug_in_score if self.reported_score is None else self.reported_score
 
     @property
     def plug_in_score(self) -> float:
-        """Score computed from the sums of the set."""
+        """Plug-in estimate: the score computed from the sums over all samples."""
         return float(
             self.score_from_sums(self.weighted_sums(np.ones((1, len(self.sample_rates)))))[0]
         )
@@ -127,11 +130,11 @@ class ScoreEstimator:
         )
 
     def get_pseudo_sums(self, rate: float) -> FloatArray:
-        """Return the sums of a typical sample of this rate: shape (K,)."""
+        """Return the sums of the pseudo-observation with the given rate: shape (K,)."""
         return self.pseudo_sums + rate * self.pseudo_slope
 
     def get_missing_reason(self) -> str:
-        """Return the reason why the score has no interval, or an empty string."""
+        """Return the reason why the score has no confidence interval, or an empty string."""
         if self.undefined_reason or self.is_bounded or self.successes_and_trials is not None:
             return self.undefined_reason
         if len(self.sample_rates) < MIN_SAMPLES_UNBOUNDED:
@@ -142,10 +145,10 @@ class ScoreEstimator:
 def estimate_ratio(
     numerator: FloatArray, denominator: FloatArray, bounds: ScoreBounds = BOUNDED
 ) -> ScoreEstimator:
-    """Return the estimator of a ratio of sums over the samples.
+    """Return the estimator of a ratio of two sums over the samples.
 
     The ratio is 0 if both sums are 0. The size of the typical sample is the root mean square of
-    `denominator`, so that a few large samples count. Without an upper bound, the
+    `denominator`, which weights large samples more than the mean does. Without an upper bound, the
     pseudo-observation has rate 1 (an error in every character) or that of the worst sample,
     whichever is larger.
 
@@ -175,10 +178,14 @@ def estimate_ratio(
 
 
 def estimate_mean(values: FloatArray, bounds: ScoreBounds = BOUNDED) -> ScoreEstimator:
-    """Return the estimator of the mean of a value per sample, shape (N,).
+    """Return the estimator of the mean of one value per sample.
 
-    Without bounds, the pseudo-observation exceeds the samples by half their range. Values 0 and 1
-    are a proportion, unless `bounds` declares them counts.
+    Without bounds, the pseudo-observation exceeds the samples by half their range. If all values
+    are 0 or 1, the mean is treated as a proportion, unless `bounds` is NON_NEGATIVE.
+
+    Args:
+        values: Value of each sample, shape (N,).
+        bounds: Bounds of the values.
     """
     ones = np.ones_like(values)
     columns = np.stack([values, ones], axis=1)
@@ -199,7 +206,7 @@ def estimate_mean(values: FloatArray, bounds: ScoreBounds = BOUNDED) -> ScoreEst
 
 
 class SampleGroup(NamedTuple):
-    """Indices (M,) and values (M, V) of the samples of a class or field."""
+    """Indices (M,) and values (M, V) of the samples that contain a class or field."""
 
     sample_indices: NDArray[np.int64]
     values: FloatArray
@@ -208,8 +215,9 @@ class SampleGroup(NamedTuple):
 def typical_classes(counts: Sequence[int], num_samples: int) -> tuple[FloatArray, str]:
     """Return the share of each class in a typical sample, for a macro mean.
 
-    This is the share of the class or field in the samples. If one sample of the rarest class
-    affects the mean more than such a sample, it is the rarest class only.
+    By default, it is the fraction of samples that contain the class or field. If one sample of the
+    rarest class affects the macro mean more than such a typical sample, the typical sample consists
+    of the rarest class only.
 
     Args:
         counts: Number of samples of each class, shape (C,).
@@ -227,7 +235,10 @@ def typical_classes(counts: Sequence[int], num_samples: int) -> tuple[FloatArray
 
 
 def build_grouped_sums(groups: Sequence[SampleGroup], num_samples: int) -> WeightedSumsFn:
-    """Return a function of V sums per group, concatenated: (R, N) -> (R, groups * V)."""
+    """Return a function that computes weighted sums of the values of each sample group.
+
+    It maps resample weights (R, N) to the V sums of each group, concatenated: (R, groups * V).
+    """
     # For large groups a dense matrix product is faster than indexing the weights.
     dense = {
         index: _to_dense(group, num_samples)
@@ -261,7 +272,7 @@ def _is_proportion(numerator: FloatArray, denominator: FloatArray) -> bool:
 
 
 def iter_resample_weights(num_samples: int) -> Iterator[tuple[ResampleWeights, FloatArray]]:
-    """Yield the resamples of a set in chunks; every call yields the same resamples.
+    """Yield the bootstrap resamples of a set of samples in chunks, equal in every call.
 
     Yields:
         Sample weights (R, N), exponentially distributed with mean 1, and the weight of the
@@ -279,7 +290,7 @@ def iter_resample_weights(num_samples: int) -> Iterator[tuple[ResampleWeights, F
 def compute_intervals(
     estimators: Mapping[str, ScoreEstimator],
 ) -> dict[str, ConfidenceInterval | None]:
-    """Return the 95 % intervals of scores of the same samples, None if undefined."""
+    """Return the 95 % confidence intervals of scores of the same samples; None if undefined."""
     result: dict[str, ConfidenceInterval | None] = dict.fromkeys(estimators)
     statistics: dict[str, BoundStatistic] = {}
     for name, one in estimators.items():
@@ -299,9 +310,9 @@ def compute_intervals(
 def compute_difference_intervals(
     before: Mapping[str, ScoreEstimator], after: Mapping[str, ScoreEstimator]
 ) -> dict[str, ConfidenceInterval | None]:
-    """Return the 95 % intervals of differences (after - before), None if undefined.
+    """Return the 95 % intervals of score differences (after - before); None if undefined.
 
-    The samples must be the same and in the same order.
+    Both evaluations must have the same samples in the same order.
     """
     shared = [name for name in before if name in after]
     result: dict[str, ConfidenceInterval | None] = dict.fromkeys(shared)
@@ -325,7 +336,7 @@ def compute_difference_intervals(
 
 
 def get_missing_difference_reason(before: ScoreEstimator, after: ScoreEstimator) -> str:
-    """Return the reason why a difference has no interval, or an empty string."""
+    """Return the reason why a score difference has no interval, or an empty string."""
     undefined = before.undefined_reason or after.undefined_reason
     if undefined or _count_discordant_pairs(before, after) is not None:
         return undefined
@@ -338,7 +349,11 @@ def get_missing_difference_reason(before: ScoreEstimator, after: ScoreEstimator)
 def _count_discordant_pairs(
     before: ScoreEstimator, after: ScoreEstimator
 ) -> tuple[float, float, float] | None:
-    """Return gained and lost samples and all trials of two proportions of the same trials."""
+    """Count the trials that only one of two evaluations passes.
+
+    Returns:
+        Gained, lost and all trials, or None if the scores are not proportions of the same trials.
+    """
     if before.successes_and_trials is None or after.successes_and_trials is None:
         return None
     (old, trials), (new, others) = before.successes_and_trials, after.successes_and_trials
@@ -348,14 +363,19 @@ def _count_discordant_pairs(
 
 
 class _ResampleChunk:
-    """A chunk of resamples with cached sums."""
+    """A chunk of bootstrap resamples with cached weighted sums."""
 
     def __init__(self, weights: ResampleWeights, pseudo_weights: FloatArray) -> None:
         self._weights, self._pseudo_weights = weights, pseudo_weights
         self._sums: dict[WeightedSumsFn, FloatArray] = {}
 
     def compute_scores(self, estimator: ScoreEstimator, rate: float | None = None) -> FloatArray:
-        """Return the score of each resample with a pseudo-observation of this rate: shape (R,)."""
+        """Return the score of each resample, shape (R,).
+
+        Args:
+            estimator: Estimator of the score.
+            rate: Rate of the pseudo-observation; None for no pseudo-observation.
+        """
         if estimator.weighted_sums not in self._sums:
             self._sums[estimator.weighted_sums] = estimator.weighted_sums(self._weights)
         sums = self._sums[estimator.weighted_sums]
@@ -367,8 +387,10 @@ class _ResampleChunk:
 
 
 Values = tuple[FloatArray, FloatArray, FloatArray | None]
-"""Values for the lower and the upper bound of each resample, and values without pseudo-observation
-for bias correction."""
+"""Values of each resample: for the lower bound, for the upper bound, and for bias correction.
+
+The last are computed without pseudo-observation; None for an unbiased score.
+"""
 
 BoundStatistic = Callable[[_ResampleChunk], Values]
 
@@ -386,9 +408,10 @@ def _score_bounds(estimator: ScoreEstimator, resamples: _ResampleChunk) -> Value
 def _change_bounds(
     before: ScoreEstimator, after: ScoreEstimator, resamples: _ResampleChunk
 ) -> Values:
-    """Return bounds with a pseudo-observation that changes as much as any sample.
+    """Return the score differences of resamples for the lower and the upper bound.
 
-    If no sample changed, it changes by the full scale.
+    The pseudo-observation changes as much as the sample with the largest change. If no sample
+    changed, it changes by the full scale.
     """
     least, most = (
         min(before.pseudo_rates[0], after.pseudo_rates[0]),
@@ -413,7 +436,7 @@ def _change_bounds(
 def _compute_quantile_intervals(
     statistics: Mapping[str, BoundStatistic], samples: int
 ) -> dict[str, list[FloatArray]]:
-    """Return the values of all resamples by statistic."""
+    """Return the values of each statistic for all resamples, from which quantiles are computed."""
     if not statistics:
         return {}
     chunks: dict[str, list[Values]] = {name: [] for name in statistics}
@@ -434,10 +457,10 @@ def _compute_quantile_intervals(
 def _interval(
     values: Sequence[FloatArray], plug_in: float, score: float, ends: ScoreBounds
 ) -> ConfidenceInterval:
-    """Return the bias-corrected quantiles, clipped to the ends and extended to the score.
+    """Return the interval between bias-corrected quantiles of the resamples.
 
-    The correction is 2 x bias: on average, resamples exceed the set by as much as the set exceeds
-    the population.
+    The interval is clipped to `ends` and extended to contain the score. The correction is 2 x bias:
+    on average, resamples exceed the set by as much as the set exceeds the population.
     """
     lows, highs, *unshifted = values
     shift = 2 * (float(unshifted[0].mean()) - plug_in) if unshifted else 0.0
@@ -451,5 +474,5 @@ def _count_samples(estimators: Mapping[str, ScoreEstimator]) -> int:
 
 
 def safe_divide(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
-    """Return the quotients, or 0 if the denominator is 0."""
+    """Divide elementwise, with 0 as the quotient if the denominator is 0."""
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator != 0)

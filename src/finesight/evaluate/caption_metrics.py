@@ -32,7 +32,7 @@ _BLEU_TINY, _BLEU_SMALL = 1e-15, 1e-9
 
 
 def score_captions(cases: Sequence[EvalCase]) -> MetricResult:
-    """Compute CIDEr-D, ROUGE-L and BLEU-1 to BLEU-4; the first two also per sample."""
+    """Compute CIDEr-D, ROUGE-L and BLEU-1 to BLEU-4; CIDEr-D and ROUGE-L also per sample."""
     candidates = [tokenize_caption(case.answer) for case in cases]
     references = [[tokenize_caption(reference) for reference in case.references] for case in cases]
     rouge = [
@@ -60,7 +60,7 @@ def compute_corpus_bleu(
 def count_bleu_statistics(
     candidates: Sequence[WordSequence], references: Sequence[Sequence[WordSequence]]
 ) -> FloatArray:
-    """Return the statistics that BLEU sums up, one row per candidate.
+    """Count the n-gram statistics of corpus BLEU, one row per candidate.
 
     Columns: matched n-grams (4 orders), candidate n-grams (4 orders), candidate length, and the
     length of the closest reference (the shorter one of two).
@@ -83,7 +83,10 @@ def count_bleu_statistics(
 
 
 def estimate_bleu(counts: FloatArray, order: int) -> ScoreEstimator:
-    """Return the estimator of BLEU up to this order, from rows of `count_bleu_statistics`."""
+    """Return the estimator of corpus BLEU with n-grams up to `order`.
+
+    `counts` are the rows of `count_bleu_statistics`.
+    """
     matched, offered = counts[:, :MAX_NGRAM_ORDER], counts[:, MAX_NGRAM_ORDER : 2 * MAX_NGRAM_ORDER]
     worst = counts.mean(axis=0)
     slope = np.zeros_like(worst)
@@ -113,7 +116,7 @@ def _compute_bleu(totals: FloatArray, order: int) -> FloatArray:
 
 
 def compute_rouge_l(candidate: WordSequence, references: Sequence[WordSequence]) -> float:
-    """Compute the F-measure of the longest common subsequence, in [0, 1].
+    """Compute ROUGE-L, the F-measure of the longest common subsequence, in [0, 1].
 
     Uses the best precision and the best recall over the references, with recall weighted by beta
     1.2 squared. A text without words counts as one empty word, as in the COCO evaluation.
@@ -137,7 +140,7 @@ def compute_cider_d(
     """Compute CIDEr-D of each candidate, in [0, 10]; the corpus score is the mean.
 
     The weight of an n-gram decreases with the number of images whose references contain it. The
-    score of one image depends on the others and is 0 for a single image.
+    score of an image depends on the other images and is 0 for a set of one image.
     """
     reference_counts = [
         [_count_all_ngrams(reference) for reference in truths] for truths in references
@@ -175,9 +178,9 @@ _TfIdfWeights = list[dict[NGram, float]]
 def _compute_tf_idf(
     counts: NGramCounts, idf: dict[NGram, float], default_idf: float
 ) -> tuple[_TfIdfWeights, list[float], int]:
-    """Return TF-IDF weights and their norms by order, and the length in bigrams.
+    """Return the TF-IDF weights of a sentence by n-gram order, their norms, and its length.
 
-    The COCO evaluation measures length in bigrams.
+    The length is the number of bigrams, as in the COCO evaluation.
     """
     weights: _TfIdfWeights = [{} for _ in range(MAX_NGRAM_ORDER)]
     for ngram, count in counts.items():

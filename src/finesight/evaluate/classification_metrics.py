@@ -25,13 +25,13 @@ from finesight.evaluate.ocr_metrics import fold_text
 OTHER_CLASS = "(something else)"
 
 MAX_CONFUSION_PAIRS = 200
-"""Maximum number of confusion pairs in `details`, the most frequent ones."""
+"""Maximum number of confusion matrix entries in `details`, the most frequent ones."""
 
 
 def score_classification(cases: Sequence[EvalCase]) -> MetricResult:
     """Compute accuracy and macro F1.
 
-    `details["confusion"]` contains [reference class, predicted class, count].
+    `details["confusion"]` lists [reference class, predicted class, count].
     """
     references = [[fold_text(reference) for reference in case.references] for case in cases]
     classes = sorted({truth for several in references for truth in several})

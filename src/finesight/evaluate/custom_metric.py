@@ -27,7 +27,7 @@ from finesight.evaluate.eval_case import (
 )
 
 METRIC_COPY_FILE = "metric.py"
-"""File name of the copy in a run folder."""
+"""Name of the copy of a metric file in a run folder."""
 
 EXPECTED_FUNCTION = "a function of one case that returns a finite number or a dict of them"
 
@@ -39,9 +39,13 @@ def parse_metric_path(metric: str) -> tuple[Path, str] | None:
 
 
 def resolve_metric_path(metric: str, run_dir: Path, *, prefer_copy: bool = False) -> str:
-    """Return the metric, or its copy in a run folder if the file is missing.
+    """Return a metric setting with its file replaced by the copy in a run folder.
+
+    By default, the copy is used only if the file is missing. A task name is returned unchanged.
 
     Args:
+        metric: Task name, or `FILE.py:FUNCTION`.
+        run_dir: Run folder.
         prefer_copy: Use the copy whenever it exists.
     """
     path_and_function = parse_metric_path(metric)
@@ -53,10 +57,17 @@ def resolve_metric_path(metric: str, run_dir: Path, *, prefer_copy: bool = False
 
 
 def load_custom_metric(file: Path, function: str) -> MetricFn:
-    """Load the scoring function of a file.
+    """Load a custom metric from a Python file.
+
+    Args:
+        file: Python file, which is executed.
+        function: Name of the function that scores one case.
+
+    Returns:
+        A function that scores a list of cases. It raises UserError if the custom function fails.
 
     Raises:
-        UserError: The file or, later, the function fails; names the line.
+        UserError: The file fails, or the function does not exist.
     """
     namespace = _run_file(file)
     metric_fn = namespace.get(function)
@@ -77,7 +88,7 @@ def load_custom_metric(file: Path, function: str) -> MetricFn:
 
 
 def require_metric_file(file: Path) -> None:
-    """Raise UserError unless the file is there; it is not executed."""
+    """Raise UserError if a metric file does not exist; the file is not executed."""
     if not os.path.isfile(file):
         raise UserError(
             "no such file",
@@ -143,7 +154,7 @@ def _build_invalid_result_error(problem: str, file: Path) -> UserError:
 
 
 def _build_function_error(error: BaseException, file: Path, context: str) -> UserError:
-    """Build the error of an exception in the user's file, with its line."""
+    """Build the error for an exception in a metric file, with the line number."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(file)]
     line = lines[-1] if lines else None

@@ -34,18 +34,18 @@ IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_LEVELS = np.linspace(0.0, 1.0, 101)
 ROUNDING = 1e-9
 MAX_DETECTIONS = 100
-"""Maximum number of boxes per class and image, as in COCO."""
+"""Maximum number of predicted boxes per class and image, as in COCO."""
 
 NOTE_BIASED = "biased upwards on small sets: compare it on the same samples only"
 
 
 @dataclass(frozen=True, slots=True)
 class ClassDetections:
-    """Boxes of one class over N samples.
+    """Predicted and reference boxes of one class over N samples.
 
     Attributes:
         sample_indices: Sample of each of D predicted boxes, in rank order.
-        is_correct: Whether each predicted box is correct at each of 10 thresholds, (10, D).
+        is_correct: Whether each predicted box is correct at each of 10 IoU thresholds, (10, D).
         num_references: Number of reference boxes of each sample, (N,).
     """
 
@@ -57,8 +57,8 @@ class ClassDetections:
 def score_detection(cases: Sequence[EvalCase]) -> MetricResult:
     """Compute F1, precision and recall at IoU 0.5, average precision, mean IoU and parse rate.
 
-    Average precision is computed over ten thresholds, at 0.5 and at 0.75, as a mean over the
-    classes of the references. Labels must match, ignoring case.
+    Average precision is the mean over the classes of the references. It is reported as the mean
+    over ten IoU thresholds, at 0.5 and at 0.75. Labels must match, ignoring case.
     """
     classes = match_detections(cases)
     num_predicted, num_correct, num_references = (np.zeros(len(cases)) for _ in range(3))
@@ -90,8 +90,8 @@ def score_detection(cases: Sequence[EvalCase]) -> MetricResult:
 def match_detections(cases: Sequence[EvalCase]) -> list[ClassDetections]:
     """Match predicted and reference boxes of each class, as in COCO.
 
-    Each predicted box in turn takes the free reference box with the highest IoU, if it exceeds the
-    threshold.
+    Predicted boxes are matched in order. Each is matched with the unmatched reference box of the
+    highest IoU, if that IoU reaches the threshold.
     """
     names = sorted(
         {normalize_label(box) for case in cases for box in (*case.boxes, *case.reference_boxes)}
@@ -124,7 +124,7 @@ def match_detections(cases: Sequence[EvalCase]) -> list[ClassDetections]:
 
 
 def _group_by_class(boxes: Sequence[BoxPart]) -> dict[tuple[int, str], list[BoxPart]]:
-    """Group boxes by image and label."""
+    """Group boxes by image index and label."""
     grouped: dict[tuple[int, str], list[BoxPart]] = defaultdict(list)
     for box in boxes:
         grouped[box.image, normalize_label(box)].append(box)
@@ -134,13 +134,13 @@ def _group_by_class(boxes: Sequence[BoxPart]) -> dict[tuple[int, str], list[BoxP
 def _match_at_thresholds(
     predicted: Sequence[BoxPart], references: Sequence[BoxPart]
 ) -> list[NDArray[np.bool_]]:
-    """Return for each predicted box whether it matches, at each threshold."""
+    """Return whether each predicted box matches a reference box at each IoU threshold."""
     overlaps = [[iou(box.xyxy, reference.xyxy) for reference in references] for box in predicted]
     is_correct = np.zeros((len(predicted), len(IOU_THRESHOLDS)), np.bool_)
     for t, threshold in enumerate(IOU_THRESHOLDS):
         free_references = set(range(len(references)))
         for i, row in enumerate(overlaps):
-            # For equal overlaps the later reference box, as in COCO.
+            # If overlaps are equal, the later reference box is matched, as in COCO.
             best = max(free_references, key=lambda j: (row[j], j), default=None)
             if best is not None and row[best] >= threshold:
                 free_references.remove(best)
@@ -153,11 +153,11 @@ def build_average_precision_fn(
 ) -> dict[str, ScoreEstimator]:
     """Return the estimators of COCO average precision over ten thresholds, at 0.5 and at 0.75.
 
-    For each class and threshold it is the mean over 101 recall levels of the best precision at
-    that recall or above, then the mean over the classes of the references. Taking the maximum is
-    biased upwards on small sets. Because all boxes have equal scores, precision does not depend on
-    recall, and on large sets average precision is precision times recall. The interval is that of
-    this product, which depends on counts only.
+    Average precision is the mean over 101 recall levels of the best precision at that recall or
+    above, for each class and threshold, and then the mean over the classes of the references.
+    Taking the maximum is biased upwards on small sets. Because all boxes have equal scores,
+    precision does not depend on recall, and on large sets average precision is precision times
+    recall. The interval is that of this product, which depends on counts only.
     """
     wanted_classes = [one for one in classes if one.num_references.any()]
     groups = [_count_boxes(one) for one in wanted_classes]
@@ -192,7 +192,10 @@ def build_average_precision_fn(
 
 
 def _count_boxes(one: ClassDetections) -> SampleGroup:
-    """Count predicted, reference and correct boxes per threshold of each sample of a class."""
+    """Count predicted, reference and correct boxes of one class in each sample.
+
+    Correct boxes are counted at each IoU threshold.
+    """
     counts = np.zeros((len(one.num_references), 2 + len(IOU_THRESHOLDS)))
     counts[:, 1] = one.num_references
     np.add.at(counts[:, 0], one.sample_indices, 1.0)
@@ -202,7 +205,7 @@ def _count_boxes(one: ClassDetections) -> SampleGroup:
 
 
 def _compute_sample_f1(groups: Sequence[SampleGroup], samples: int) -> FloatArray:
-    """Return the F1 of each sample at each threshold: (N, 10)."""
+    """Return the F1 of each sample at each IoU threshold: (N, 10)."""
     boxes, right = np.zeros((samples, 1)), np.zeros((samples, len(IOU_THRESHOLDS)))
     for group in groups:
         boxes[group.sample_indices, 0] += group.values[:, :2].sum(axis=1)
@@ -223,7 +226,7 @@ def _asymptotic_precision(sums: FloatArray, thresholds: slice, width: int) -> Fl
 
 
 def _compute_class_average_precision(detections: ClassDetections) -> FloatArray:
-    """Return the average precision of a class at each threshold: (10,)."""
+    """Return the average precision of a class at each IoU threshold: (10,)."""
     result = np.zeros(len(IOU_THRESHOLDS))
     num_references = detections.num_references.sum()
     for t, is_correct in enumerate(detections.is_correct):

@@ -1,4 +1,4 @@
-"""Evaluation cases (prediction and references) and metric results."""
+"""Data classes of evaluation cases (prediction and references) and metric results."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ ReferenceAnswer = tuple[tuple[str, ...], tuple[BoxPart, ...]]
 
 @dataclass(frozen=True, slots=True)
 class EvalCase:
-    """A prediction with its references.
+    """Prediction and references of one evaluated sample.
 
     Attributes:
+        answer: Predicted text.
+        boxes: Predicted boxes.
         references: Reference texts; any of them is correct.
         reference_boxes: Reference boxes; all of them are expected.
         id: Id of the sample.
@@ -51,9 +53,8 @@ class MetricResult:
 
     Attributes:
         per_sample: Scores of each prediction.
-        estimators: Estimators of the scores of the set.
-        details: Additional machine-readable results, such as a confusion matrix or scores by
-            field.
+        estimators: Estimators of the scores over all predictions, by name.
+        details: Additional machine-readable results, such as a confusion matrix or scores by field.
     """
 
     per_sample: list[MetricValues]
@@ -62,15 +63,15 @@ class MetricResult:
 
     @property
     def scores(self) -> MetricValues:
-        """Scores of the set."""
+        """Scores over all predictions, by name."""
         return {name: one.score for name, one in self.estimators.items()}
 
     def intervals(self) -> dict[str, ConfidenceInterval | None]:
-        """Return the 95 % interval of each score, None if undefined."""
+        """Return the 95 % confidence interval of each score; None if undefined."""
         return compute_intervals(self.estimators)
 
     def notes(self) -> dict[str, str]:
-        """Return warnings and reasons for missing intervals, by score."""
+        """Return warnings and reasons for missing intervals, by the name of the score."""
         notes = {
             name: one.get_missing_reason() or one.note for name, one in self.estimators.items()
         }
@@ -78,7 +79,7 @@ class MetricResult:
 
 
 def note_lines(notes: Mapping[str, str]) -> list[str]:
-    """Format one line per note, preceded by the names of its scores."""
+    """Format one line per distinct note, preceded by the names of its scores."""
     names: dict[str, list[str]] = {}
     for name, note in notes.items():
         names.setdefault(note, []).append(name)
@@ -86,7 +87,7 @@ def note_lines(notes: Mapping[str, str]) -> list[str]:
 
 
 MetricFn = Callable[[Sequence[EvalCase]], MetricResult]
-"""Scores one or more predictions."""
+"""Function that scores one or more predictions."""
 
 
 def mean_metrics(
@@ -94,11 +95,12 @@ def mean_metrics(
     names: Mapping[str, str] | None = None,
     bounds: Mapping[str, ScoreBounds] | ScoreBounds = BOUNDED,
 ) -> dict[str, ScoreEstimator]:
-    """Return estimators of means over the samples.
+    """Return the estimators of the means of per-sample scores.
 
     Args:
         per_sample: Scores of each sample.
-        names: Per-sample score by the name of its mean; by default all, with the same names.
+        names: Name of the per-sample score by the name of its mean; by default, all scores with the
+            same names.
         bounds: Bounds of all scores, or of some by name; others are in [0, 1].
     """
     source_by_metric = names or {name: name for name in per_sample[0]}
@@ -114,7 +116,7 @@ def mean_metrics(
 def get_reference_answer(sample: Sample, *, has_reasoning: bool = False) -> ReferenceAnswer:
     """Return the reference texts and boxes of a sample.
 
-    The first text is the last turn, followed by the other references. With `has_reasoning`,
+    The first text is that of the last turn, followed by `sample.references`. With `has_reasoning`,
     reasoning before the answer is removed.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Evaluation data and settings from arguments and the recipe of a run."""
+"""Loading of evaluation data and settings, from arguments and the recipe of a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load_eval_inputs(
     batch_size: int | None = None,
     max_new_tokens: int | None = None,
 ) -> tuple[list[LocatedSample], EvalSettings]:
-    """Return the samples and settings of an evaluation.
+    """Load the samples and settings of an evaluation.
 
     For a run folder, arguments that are None default to its recipe; a custom metric is loaded from
     the copy in the run folder.

@@ -1,4 +1,4 @@
-"""Evaluation by generation on validation samples."""
+"""Evaluation by generation on validation samples, with task metrics and intervals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from finesight.model.auto_model import AnyModel
 from finesight.storage import write_file
 
 MAX_LISTED_DETAILS = 10
-"""Maximum number of detail lines in a table."""
+"""Maximum number of confusions and of fields listed in a text table."""
 
 
 PredictOutput = tuple[list[Prediction], dict[int, str]]
@@ -34,15 +34,15 @@ PredictFn = Callable[[Sequence[LocatedSample]], PredictOutput]
 
 @dataclass(frozen=True, slots=True)
 class GenerationEvalResult:
-    """Scores and predictions of a validation set.
+    """Scores and predictions of an evaluation by generation.
 
     Attributes:
         primary_metric: Name of the primary score (higher is better).
         scores: Scores of the task, and `stopped`, the share of completions with an end token.
         corrupt_samples: (sample id, reason) of samples with unreadable images, which are excluded.
-        intervals: 95 % interval of each score, None if undefined.
+        intervals: 95 % confidence interval of each score; None if undefined.
         details: Additional results of the task metric.
-        notes: Warnings and reasons for missing intervals, by score.
+        notes: Warnings and reasons for missing intervals, by the name of the score.
     """
 
     metric: MetricSpec
@@ -95,14 +95,14 @@ def _between(interval: ConfidenceInterval | None) -> str:
 
 
 def _build_truncation_note(predictions: Sequence[Prediction]) -> list[str]:
-    """Report completions that ended before their reasoning did."""
+    """Return a line that counts completions that ended within their reasoning, if any."""
     num_truncated = sum(bool(p.reasoning) and not p.answer and not p.stopped for p in predictions)
     end = "ended within the reasoning: raise eval.max_new_tokens (--max-new-tokens)"
     return [f"{num_truncated} of {len(predictions)} completions {end}"] if num_truncated else []
 
 
 def _format_details(details: dict[str, Any]) -> list[str]:
-    """Format the most frequent confusions and the fields with the lowest F1."""
+    """Format the most frequent confusions, and the fields with the lowest F1."""
     confusions = [(r, s, n) for r, s, n in details.get("confusion", []) if r != s][
         :MAX_LISTED_DETAILS
     ]
@@ -131,11 +131,16 @@ def evaluate(
     Uses the first `settings.limit` samples and restores the model's training mode.
 
     Args:
+        model: Model to evaluate.
+        renderer: Renderer of the model.
+        samples: Validation samples with reference answers.
+        settings: Metric, sample limit, batch size and maximum completion length.
         predictions_file: Output file of predictions with scores, one JSON object per line.
         on_progress: Called after each step with the number of finished completions; an exception
             stops the evaluation.
         on_batch_reduced: Called with the new batch size after the GPU runs out of memory.
-        distribute: Distributes the prediction function over several ranks.
+        distribute: Wraps the prediction function so that it distributes the samples over several
+            ranks; None for one process.
 
     Raises:
         UserError: There are no samples, samples have no reference answer for the metric, or no

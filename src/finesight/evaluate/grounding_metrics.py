@@ -26,9 +26,9 @@ def match_boxes(
 ) -> list[tuple[int, int, float]]:
     """Match predicted and reference boxes one-to-one.
 
-    Greedy by descending IoU, as in detection benchmarks; only boxes of the same image match.
-    Labels must match (ignoring case) only if the references have several labels, because the
-    question already names a single target.
+    Pairs are selected greedily by descending IoU, as in detection benchmarks. Only boxes of the
+    same image match. Labels must match (ignoring case) only if the references have several labels,
+    because the question already names a single target.
 
     Returns:
         (predicted index, reference index, IoU) of each pair.
@@ -54,12 +54,12 @@ def match_boxes(
 def compute_box_scores(
     predicted: Sequence[BoxPart], references: Sequence[BoxPart]
 ) -> dict[str, float]:
-    """Compute `parsed` (any box), `iou`, `hit` and `hit_at_0.75` of one answer.
+    """Compute the box scores of one answer: `parsed`, `iou`, `hit` and `hit_at_0.75`.
 
-    The last three are sums over the pairs of `match_boxes` (IoU, IoU of at least 0.5 and 0.75),
-    divided by the larger number of boxes: missing and additional boxes cost the same. With one
-    reference box and one predicted box they are the IoU and accuracy of referring expressions.
-    Without reference boxes the correct answer has no boxes.
+    `parsed` is 1 if the answer has a box. The other scores are sums over the pairs of `match_boxes`
+    (IoU, IoU of at least 0.5 and 0.75), divided by the larger number of boxes: missing and
+    additional boxes cost the same. With one reference box and one predicted box they are the IoU
+    and accuracy of referring expressions. Without reference boxes the correct answer has no boxes.
     """
     max_boxes = max(len(predicted), len(references))
     if max_boxes == 0:

@@ -34,10 +34,10 @@ JsonForm = dict[str, Any] | list[Any]
 """Nested dicts and lists of strings in canonical form: without empty values, lists sorted."""
 
 FieldCounts = Counter[tuple[str, str]]
-"""Number of occurrences of each (field, value) pair."""
+"""Number of occurrences of each (field, value) pair in a JSON document."""
 
 MAX_DEPTH = 64
-"""Maximum nesting depth of an answer."""
+"""Maximum nesting depth of an answer; a deeper answer is invalid."""
 
 MAX_LISTED_FIELDS = 200
 """Maximum number of fields in `details`, the most frequent ones."""
@@ -117,7 +117,7 @@ def parse_form(text: str) -> JsonForm | None:
 
 
 def count_fields(form: JsonForm) -> FieldCounts:
-    """Count the (field, value) pairs of a form."""
+    """Count the (field, value) pairs of a JSON document in canonical form."""
     return Counter(_iter_leaves(form, ""))
 
 
@@ -126,7 +126,7 @@ def _reject_constant(constant: str) -> NoReturn:
 
 
 def _normalize_value(value: Any, depth: int) -> Any:
-    """Return the canonical form of a value; empty for an empty value."""
+    """Return the canonical form of a JSON value; empty for an empty value."""
     if depth > MAX_DEPTH:
         raise ValueError(f"deeper than {MAX_DEPTH} levels")
     if isinstance(value, dict):
@@ -164,7 +164,7 @@ def _compute_f1(predicted: FieldCounts, reference: FieldCounts) -> float:
 
 
 def _count_by_field(pairs: Sequence[tuple[FieldCounts, FieldCounts]]) -> dict[str, SampleGroup]:
-    """Return correct, predicted and reference counts of each field."""
+    """Count the correct, predicted and reference values of each field in each sample."""
     rows: dict[str, dict[int, list[int]]] = defaultdict(dict)
     for i, (predicted, reference) in enumerate(pairs):
         for column, fields in enumerate((predicted & reference, predicted, reference)):
@@ -179,7 +179,7 @@ def _count_by_field(pairs: Sequence[tuple[FieldCounts, FieldCounts]]) -> dict[st
 
 
 def _compute_f1_macro(counts: dict[str, SampleGroup], rates: FloatArray) -> ScoreEstimator:
-    """Return the estimator of the mean F1 over fields.
+    """Return the estimator of macro F1, the mean of F1 over the fields.
 
     Each group has the correct, predicted and reference values of a field. The typical sample
     predicts as many values as the references have.

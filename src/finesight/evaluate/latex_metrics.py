@@ -66,8 +66,8 @@ def compare_renderings(
 ) -> list[float | None]:
     """Return whether each answer renders like one of its references: 1, 0 or None.
 
-    None means that no reference can be rendered. Formulas with equal tokens are not rendered. An
-    answer that cannot be rendered counts as 0.
+    None means that no reference can be rendered. An answer that cannot be rendered counts as 0. An
+    answer with the same tokens as a reference is not rendered.
     """
     formulas = [
         [strip_math_delimiters(text) for text in (case.answer, *case.references)] for case in cases
@@ -107,7 +107,7 @@ def tokenize_latex(formula: str) -> list[str]:
 
 
 def strip_math_delimiters(formula: str) -> str:
-    """Remove math delimiters around a formula."""
+    """Remove the math delimiters around a formula, such as `$` and `$$`."""
     formula = formula.strip()
     for left, right in (("$$", "$$"), ("$", "$"), (r"\[", r"\]"), (r"\(", r"\)")):
         inner = formula[len(left) : len(formula) - len(right)]
@@ -123,7 +123,7 @@ def strip_math_delimiters(formula: str) -> str:
 
 
 def _drop_whitespace(pieces: list[str]) -> list[str]:
-    """Remove whitespace outside text arguments."""
+    """Remove whitespace tokens outside the arguments of text commands."""
     tokens: list[str] = []
     depth = text_from = 0
     for piece in pieces:
@@ -179,7 +179,10 @@ def _order_scripts(tokens: list[str]) -> list[str]:
 
 
 def _find_argument_ends(tokens: list[str]) -> list[int]:
-    """Return for each token the index after it, or after the group that it opens."""
+    """Return the end index of the argument that starts at each token.
+
+    The argument is the token itself, or the brace group that it opens.
+    """
     ends = list(range(1, len(tokens) + 1))
     open_positions: list[int] = []
     for i, token in enumerate(tokens):

@@ -21,7 +21,9 @@ from importlib import util
 from types import FrameType
 
 MAX_FORMULA_LENGTH = 4000
-"""Maximum number of characters to render. Formulas of published datasets have at most about 1,000.
+"""Maximum number of characters of a formula that is rendered.
+
+Formulas of published datasets have at most about 1,000.
 """
 
 RENDER_CPU_SECONDS = 2
@@ -34,7 +36,7 @@ MAX_MEMORY_BYTES = 2 * 10**9
 MAX_RENDER_PROCESSES = 4
 
 _digest_cache: dict[str, str | None] = {}
-"""Digests by formula, so that references are rendered once per process."""
+"""Digests by formula, so that a process renders each reference only once."""
 
 _MAX_CACHED_DIGESTS = 200_000
 
@@ -45,7 +47,10 @@ def is_ziamath_installed() -> bool:
 
 
 def render_digests(formulas: Iterable[str]) -> dict[str, str | None]:
-    """Return the digest of each rendered formula; equal digests look equal. None on failure."""
+    """Render formulas and return the digest of each rendering; None on failure.
+
+    Formulas with equal digests look equal.
+    """
     requested = set(formulas)
     if len(_digest_cache) > _MAX_CACHED_DIGESTS:
         _digest_cache.clear()
@@ -60,7 +65,10 @@ def render_digests(formulas: Iterable[str]) -> dict[str, str | None]:
 
 
 def _render_chunk(formulas: list[str]) -> list[str | None]:
-    """Return digests in order; a crashed or unresponsive child process is replaced."""
+    """Return the digest of each formula, in order.
+
+    A child process that crashes or does not respond is replaced.
+    """
     digests: list[str | None] = []
     while len(digests) < len(formulas):
         with _start_render_process() as process:
@@ -126,7 +134,7 @@ def _render_digest(formula: str) -> str | None:
 
 
 def _run_render_process() -> None:
-    """Run the child process: render formulas from stdin."""
+    """Run the child process, which renders formulas from stdin."""
     import resource
 
     # Not supported on all platforms.

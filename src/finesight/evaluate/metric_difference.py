@@ -34,7 +34,7 @@ REASON_NO_PREDICTIONS = "no interval: the answers are gone"
 
 @dataclass(frozen=True, slots=True)
 class MetricDifference:
-    """A score before and after, with the 95 % interval of the difference.
+    """A score of two evaluations, with the 95 % confidence interval of the difference.
 
     Attributes:
         low: Lower bound of after - before; None, like `high`, without an interval.
@@ -55,7 +55,8 @@ def compare_cases(
 ) -> list[MetricDifference]:
     """Compare the scores of two sets of predictions for the same samples.
 
-    Predictions are paired by sample id (in order for repeated ids); unpaired ones are ignored.
+    Predictions are paired by sample id, and in order for repeated ids. Unpaired predictions are
+    ignored.
 
     Raises:
         UserError: The sets have no sample in common.
@@ -74,14 +75,14 @@ def compare_cases(
 
 
 def compare_results(before: MetricResult, after: MetricResult) -> list[MetricDifference]:
-    """Compare the scores of predictions for the same samples in the same order."""
+    """Compare two metric results of the same samples in the same order."""
     return compare_estimators(before.estimators, after.estimators)
 
 
 def compare_estimators(
     before: Mapping[str, ScoreEstimator], after: Mapping[str, ScoreEstimator]
 ) -> list[MetricDifference]:
-    """Compare estimators of the same samples in the same order."""
+    """Compare score estimators of the same samples in the same order."""
     differences = []
     for name, interval in compute_difference_intervals(before, after).items():
         before_score, after_score = before[name], after[name]
@@ -101,7 +102,7 @@ def compare_estimators(
 def compare_prediction_files(
     metric: MetricSpec, before: Path, after: Path
 ) -> list[MetricDifference]:
-    """Compare two prediction files of evaluations."""
+    """Compare the scores of two prediction files."""
     before_predictions, after_predictions = read_predictions(before), read_predictions(after)
     return compare_cases(
         metric,
@@ -113,7 +114,10 @@ def compare_prediction_files(
 def build_unsampled_difference(
     name: str, before: float, after: float, note: str = REASON_UNSAMPLED
 ) -> MetricDifference:
-    """Compare scores without per-sample values, such as the validation loss, by value only."""
+    """Compare two values of a score without per-sample values, such as the validation loss.
+
+    The verdict depends on the values only, because there is no interval.
+    """
     change = after - before
     return MetricDifference(
         name,
@@ -158,7 +162,11 @@ def format_differences(
 
 
 def align_columns(rows: Sequence[Sequence[str]], num_left: int) -> str:
-    """Align rows in columns: the first `num_left` left, the others right, the last one unpadded."""
+    """Format rows as text with aligned columns.
+
+    The first `num_left` columns are left-aligned, the others right-aligned. The last column is not
+    padded.
+    """
     *widths, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
     alignments = ["<" if column_index < num_left else ">" for column_index in range(len(widths))]
     return "\n".join(
@@ -191,7 +199,7 @@ def _match_cases(
 def index_by_sample(
     items: Sequence[T], get_sample_id: Callable[[T], str]
 ) -> dict[tuple[str, int], T]:
-    """Index items by sample id and the number of previous items with this id."""
+    """Index items by (sample id, occurrence); occurrences of an id are counted from 0."""
     id_counts: Counter[str] = Counter()
     item_by_key = {}
     for item in items:

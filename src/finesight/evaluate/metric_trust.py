@@ -99,7 +99,7 @@ def check_recipe_metric(
 
 
 def in_run_folder(file: Path) -> bool:
-    """Return True for a file in a run folder, directly or through a link."""
+    """Return True if a file is in a run folder, directly or through a link."""
     folders = (file.parent, file.resolve().parent)
     return any((f / MANIFEST_FILE).is_file() and (f / RECIPE_FILE).is_file() for f in folders)
 

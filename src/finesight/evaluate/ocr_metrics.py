@@ -15,7 +15,8 @@ def score_ocr(cases: Sequence[EvalCase]) -> MetricResult:
     """Compute similarity, exact match, and character and word error rates.
 
     Similarity is 1 - edits / length of the longer text, for the nearest reference. Exact match is
-    computed with and without text folding. Error rates are over the concatenated set.
+    computed with and without text folding. Error rates are the sum of all edits divided by the sum
+    of all reference lengths.
     """
     per_sample: list[MetricValues] = []
     character_errors, word_errors = [], []
@@ -53,7 +54,7 @@ def normalize_text(text: str) -> str:
 
 
 def fold_text(text: str) -> str:
-    """Normalize text and ignore case, Unicode width and surrounding punctuation.
+    """Normalize text for comparison without case, Unicode width and outer punctuation.
 
     Text that is only punctuation is retained.
     """
@@ -65,7 +66,11 @@ def fold_text(text: str) -> str:
 def find_nearest_reference(
     candidate: Sequence[str], references: Sequence[Sequence[str]]
 ) -> tuple[int, int, int]:
-    """Return edits, length of the longer text, and reference length for the nearest reference."""
+    """Find the reference with the smallest edit distance, relative to the longer text.
+
+    Returns:
+        Edit distance, length of the longer text, and length of the reference.
+    """
     distances = [
         (
             compute_edit_distance(candidate, reference),
@@ -78,10 +83,10 @@ def find_nearest_reference(
 
 
 def compute_edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
-    """Compute the Levenshtein distance.
+    """Compute the Levenshtein distance of two token sequences.
 
-    Hyyrö's (2003) version of the bit-vector algorithm of Myers (1999): a column of the table is
-    two integers of len(a) bits, so the cost is len(b) operations on them.
+    Hyyrö's (2003) version of the bit-vector algorithm of Myers (1999): a column of the table is two
+    integers of len(a) bits, so the cost is len(b) operations on them.
     """
     if not a:
         return len(b)
@@ -109,7 +114,7 @@ def compute_edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def _build_error_rate_fn(edits: Sequence[tuple[int, int]]) -> ScoreEstimator:
-    """Return the estimator of summed edits over summed lengths."""
+    """Return the estimator of an error rate: summed edits over summed reference lengths."""
     edit_counts, lengths = np.array(edits, np.float64).T
     lengths = lengths if lengths.any() else np.full_like(lengths, 1 / len(lengths))
     return estimate_ratio(edit_counts, lengths, NON_NEGATIVE)

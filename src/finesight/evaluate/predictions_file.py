@@ -26,7 +26,7 @@ class ScoredPrediction:
 
 
 def format_prediction_line(prediction: Prediction, case: EvalCase, scores: MetricValues) -> str:
-    """Format one line of a prediction file."""
+    """Format a prediction with its references and scores as one line of JSON."""
     gold, *references = case.references
     record = prediction.as_json() | {
         # Boxes are not rounded, so that scores computed from the file are identical.
@@ -42,10 +42,10 @@ def format_prediction_line(prediction: Prediction, case: EvalCase, scores: Metri
 
 
 def read_predictions(path: Path) -> list[ScoredPrediction]:
-    """Read a prediction file.
+    """Read the predictions, references and scores of a prediction file.
 
     Raises:
-        UserError: A line is invalid; names the line.
+        UserError: A line is invalid. The message contains the line number.
     """
     predictions = []
     lines = read_lines(path, expected="predictions in the format of `finesight eval --out`")
@@ -77,7 +77,7 @@ def _box_to_record(box: BoxPart) -> dict[str, Any]:
 
 
 class _PredictionRecord(BaseModel):
-    """Validated fields of a line."""
+    """Validated fields of one line of a prediction file."""
 
     id: str
     answer: str

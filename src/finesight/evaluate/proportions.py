@@ -23,7 +23,7 @@ class ConfidenceInterval(NamedTuple):
 
 
 def clopper_pearson_interval(successes: float, trials: float) -> ConfidenceInterval:
-    """Return the exact interval of a proportion (Clopper and Pearson 1934).
+    """Compute the exact 95 % interval of a proportion (Clopper and Pearson 1934).
 
     Its coverage is at least 95 % for every proportion and number of trials.
     """
@@ -35,7 +35,7 @@ def clopper_pearson_interval(successes: float, trials: float) -> ConfidenceInter
 
 
 def tango_interval(num_gained: float, num_lost: float, num_trials: float) -> ConfidenceInterval:
-    """Return the score interval of the difference of two paired proportions (Tango 1998).
+    """Compute the 95 % score interval of the difference of two paired proportions (Tango 1998).
 
     Args:
         num_gained: Pairs that fail before and succeed after.
@@ -95,7 +95,7 @@ def _continued_fraction(x: float, a: float, b: float) -> float:
 
 
 def _bisect_root(decreasing_fn: Callable[[float], float], low: float, high: float) -> float:
-    """Return the root of a decreasing function between `low` and `high` by bisection."""
+    """Find the root of a decreasing function between `low` and `high` by bisection."""
     for _ in range(_NUM_BISECTIONS):
         middle = (low + high) / 2
         if decreasing_fn(middle) > 0:

@@ -128,7 +128,7 @@ _ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'
 
 
 def tokenize_caption(caption: str) -> list[str]:
-    """Split a caption into lower-case Penn Treebank words without most punctuation."""
+    """Split a caption into lower-case Penn Treebank tokens, without most punctuation."""
     tokens: list[str] = []
     start = 0
     for tag in _MARKUP_TAG.finditer(caption):
@@ -152,7 +152,7 @@ def _tokenize_text(text: str) -> Iterator[str]:
 
 @lru_cache(maxsize=100_000)
 def _tokenize_run(piece: str, lookahead: str) -> tuple[str, ...]:
-    """Tokenize text without whitespace, with `lookahead` after it."""
+    """Tokenize text without whitespace; some rules depend on the `lookahead` after it."""
     text, end = piece + lookahead, len(piece)
     tokens, position = [], 0
     while position < end:
@@ -165,7 +165,7 @@ def _tokenize_run(piece: str, lookahead: str) -> tuple[str, ...]:
 
 
 def _normalize_token(token: str) -> str:
-    """Return the token as written by PTBTokenizer; empty if it is dropped."""
+    """Return a token as written by PTBTokenizer; empty if the evaluation drops it."""
     if len(token) == 1:
         if token in _CHAR_REPLACEMENTS:
             return _CHAR_REPLACEMENTS[token]

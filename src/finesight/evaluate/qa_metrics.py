@@ -21,7 +21,7 @@ _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def score_qa(cases: Sequence[EvalCase]) -> MetricResult:
-    """Compute mean ANLS, exact match and F1, each also per sample."""
+    """Compute ANLS, exact match and word F1 with the best reference, also per sample."""
     per_sample: list[MetricValues] = [
         {
             "anls": max(compute_anls(case.answer, reference) for reference in case.references),
@@ -37,12 +37,12 @@ def score_qa(cases: Sequence[EvalCase]) -> MetricResult:
 
 
 def normalize_answer(text: str) -> str:
-    """Lower-case text without ASCII punctuation, English articles and extra spaces."""
+    """Convert text to lower case without ASCII punctuation, English articles and extra spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
 
 
 def compute_word_f1(answer: str, reference: str) -> float:
-    """Compute the F1 of the words of normalized texts; 1 if both are empty."""
+    """Compute the word F1 of two texts after normalization; 1 if both are empty."""
     answer_words, reference_words = (
         normalize_answer(answer).split(),
         normalize_answer(reference).split(),
@@ -54,7 +54,10 @@ def compute_word_f1(answer: str, reference: str) -> float:
 
 
 def compute_anls(answer: str, reference: str) -> float:
-    """Compute the normalized Levenshtein similarity, in {0} and [0.5, 1]; 1 if both are empty."""
+    """Compute the average normalized Levenshtein similarity (ANLS) of one answer.
+
+    The result is 0 or in [0.5, 1], and 1 if both texts are empty.
+    """
     answer_text, reference_text = (" ".join(text.lower().split()) for text in (answer, reference))
     similarity = 1.0 - compute_edit_distance(answer_text, reference_text) / max(
         1, len(answer_text), len(reference_text)

@@ -1,7 +1,7 @@
 """Registry of task metrics with their primary scores.
 
-A new metric is a module with `score(cases) -> MetricResult`, an entry in TASK_METRICS, and its
-name in config.TaskName.
+A new metric is a module with a function `score_NAME(cases) -> MetricResult`, an entry in
+TASK_METRICS, and its name in config.TaskName.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from finesight.evaluate.eval_case import (
 
 @dataclass(frozen=True, slots=True)
 class TaskMetric:
-    """A task metric.
+    """Scoring function of a task, with its primary score and the references it requires.
 
     Attributes:
         primary_metric: Primary score (higher is better); None for the first score.
+        score_fn: Computes the scores of predictions.
         reference_kind: Content that references must have.
     """
 
@@ -61,11 +62,11 @@ TASK_METRICS: dict[TaskName, TaskMetric] = {
 }
 
 LOWER_IS_BETTER = frozenset({"edit_distance", "cer", "wer", "validation_loss"})
-"""Scores for which lower is better."""
+"""Names of scores for which lower is better."""
 
 
 def get_task_metric(metric: MetricSpec) -> TaskMetric:
-    """Return the metric of a task, or load a custom metric.
+    """Return the task metric of a setting; a custom metric is loaded from its file.
 
     Raises:
         UserError: The file of the custom metric is invalid.
@@ -79,7 +80,7 @@ def get_task_metric(metric: MetricSpec) -> TaskMetric:
 
 
 def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) -> None:
-    """Reject references without the content that the metric compares.
+    """Reject references without the content that a metric compares.
 
     Without reference boxes, for example, an answer without boxes would be a perfect grounding
     result.
@@ -108,7 +109,7 @@ def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) 
 
 
 def _dry_run_metric(metric: MetricSpec, metric_fn: MetricFn, reference: ReferenceAnswer) -> None:
-    """Run a custom metric on a reference and on an empty answer.
+    """Score a reference and an empty answer with a custom metric.
 
     Errors then occur before generation.
     """
@@ -138,7 +139,7 @@ def _has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool
 
 
 def compute_metrics(metric: MetricSpec, cases: Sequence[EvalCase]) -> MetricResult:
-    """Compute the scores of a task, and the share of completions with an end token."""
+    """Compute the scores of a task and the share of completions with an end token."""
     assert cases, "no cases to score"
     metric_result = get_task_metric(metric).score_fn(cases)
     stopped_fn = mean_metrics([{"stopped": float(case.stopped)} for case in cases])
@@ -146,6 +147,6 @@ def compute_metrics(metric: MetricSpec, cases: Sequence[EvalCase]) -> MetricResu
 
 
 def get_primary_metric(metric: MetricSpec, scores: MetricValues) -> str:
-    """Return the name of the primary score; for a custom metric the first one."""
+    """Return the name of the primary score; for a custom metric, the first score."""
     matching = [task for name, task in TASK_METRICS.items() if name == metric]
     return (matching[0].primary_metric if matching else None) or next(iter(scores))

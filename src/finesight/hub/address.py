@@ -25,7 +25,7 @@ _ADDRESS_PATTERN = re.compile(
 class HubAddress:
     """Address of a repository on a hub.
 
-    `revision` None means the latest. `part` selects a split, SUBSET/SPLIT, or a file of a data set.
+    `revision` None means the latest. `part` selects a split, SUBSET/SPLIT, or a file of a dataset.
     """
 
     hub: HubName
@@ -56,7 +56,7 @@ def parse_model_address(text: str) -> HubAddress | None:
 
 
 def parse_dataset_address(text: str) -> HubAddress:
-    """Parse the address of a data set: hf:OWNER/NAME[@REVISION][:PART], or with modelscope:.
+    """Parse the address of a dataset: hf:OWNER/NAME[@REVISION][:PART], or with modelscope:.
 
     Raises UserError for anything else.
     """
@@ -72,7 +72,7 @@ def parse_dataset_address(text: str) -> HubAddress:
 
 
 def parse_address(text: str) -> HubAddress:
-    """Parse the address of a model, or of a data set with the prefix datasets/.
+    """Parse the address of a model, or of a dataset with the prefix datasets/.
 
     Raises UserError for anything else.
     """

@@ -28,7 +28,7 @@ from finesight.hub.transfer import (
 )
 
 MAX_PARALLEL_DOWNLOADS = 4
-"""Maximum number of parallel downloads; data sets may have many small files."""
+"""Maximum number of parallel downloads; datasets may have many small files."""
 
 
 def download_files(

@@ -23,7 +23,7 @@ from finesight.hub.transfer import RemoteFile
 
 DEFAULT_REVISION = "master"
 PAGE_SIZE = 200
-"""Page size of the listing of a data set; a shorter page is the last one."""
+"""Page size of the listing of a dataset; a shorter page is the last one."""
 
 MAX_MODEL_ENTRIES = 3000
 """Number of entries at which the hub truncates the listing of a model without an error."""

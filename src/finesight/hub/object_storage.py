@@ -71,7 +71,7 @@ def _build_fetch_error(url: str, error: Exception) -> UserError:
 
 
 def _open_file_system(url: str) -> tuple[Any, str]:
-    """Open the file system of an address, and return it with the path of the file."""
+    """Return the file system of an address and the path of its file."""
     scheme = url.partition("://")[0].lower()
     if scheme in WEB_SCHEMES:
         raise UserError(

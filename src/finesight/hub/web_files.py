@@ -97,7 +97,7 @@ def _build_refusal_error(response: httpx2.Response, message: str) -> UserError:
 
 
 class RemoteImages:
-    """Single images from the web in rows, cached in a folder and revalidated by each import."""
+    """Download cache of images that rows reference by URL; each import revalidates it."""
 
     def __init__(self, hosts: Sequence[str], folder: Path) -> None:
         self._allowed_hosts = frozenset(host.lower() for host in hosts)

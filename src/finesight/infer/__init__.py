@@ -1,1 +1,1 @@
-"""Generation, and questions answered."""
+"""Inference: model loading, generation engine, predictions and chat sessions."""

@@ -1,6 +1,6 @@
 """Asynchronous device-to-host copies of sampled tokens.
 
-Shapes: R batch rows, S rows that are sampled instead of decoded greedily, N listed log
+Shapes: R batch rows, S sampled (not greedily decoded) rows, N listed log
 probabilities.
 """
 
@@ -18,11 +18,11 @@ from finesight.infer.token_sampler import SampledTokens
 
 @dataclass(frozen=True, slots=True)
 class AsyncTokens:
-    """Sampled tokens with a pending copy to pinned host memory.
+    """Sampled tokens of a decoding step with a pending copy to pinned host memory.
 
     Attributes:
         ids_R: Token id of each batch row.
-        sampled: Sampler output and the index within it, by batch row.
+        sampled: Sampler output and the index within it, by batch row, without greedy rows.
         is_finite_R: Whether the logits of each row are finite.
         ready: CUDA event recorded after the copies; None on CPU.
     """
@@ -39,7 +39,7 @@ class AsyncTokens:
         sampled: Mapping[int, tuple[SampledTokens, int]],
         is_finite_R: Tensor,
     ) -> AsyncTokens:
-        """Start copies of device tensors on the current CUDA stream."""
+        """Start to copy sampled tokens to pinned host memory on the current CUDA stream."""
         host_copies = {id(tokens): _copy_to_host(tokens) for tokens, _ in sampled.values()}
         on_host = {row: (host_copies[id(one)], index) for row, (one, index) in sampled.items()}
         if not ids_R.is_cuda:
@@ -50,7 +50,7 @@ class AsyncTokens:
         return cls(ids_R, on_host, is_finite_R, ready)
 
     def wait_tokens(self, logprobs: Sequence[int | None]) -> list[GeneratedToken | None]:
-        """Wait for the copies and return one token per row.
+        """Wait for the copies and return one token per batch row.
 
         Args:
             logprobs: Number of log probabilities that each row requested; None for no log

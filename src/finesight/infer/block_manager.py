@@ -21,7 +21,7 @@ from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
 from finesight.vision.patches import first_frame
 
 BlockHash = bytes
-"""Hash of a prompt up to the end of a block."""
+"""Hash of a prompt from its start to the end of a KV-cache block."""
 
 
 class BlockManager:
@@ -46,7 +46,11 @@ class BlockManager:
         return len(self._free_blocks) + len(self._evictable)
 
     def acquire_cached(self, block_hashes: Iterable[BlockHash]) -> list[int]:
-        """Acquire the cached blocks of the longest matching prefix."""
+        """Add a reference to each cached block of the longest matching prompt prefix.
+
+        Returns:
+            Ids of these blocks.
+        """
         block_ids: list[int] = []
         for block_hash in block_hashes:
             if block_hash not in self._block_by_hash:
@@ -58,7 +62,7 @@ class BlockManager:
         return block_ids
 
     def allocate(self, count: int) -> list[int]:
-        """Allocate `count` writable blocks, and evict cached blocks if necessary."""
+        """Allocate `count` writable blocks; evict cached blocks if necessary."""
         assert count <= self.num_free_blocks, (
             f"{count} blocks requested, {self.num_free_blocks} free"
         )
@@ -74,7 +78,10 @@ class BlockManager:
         return allocated
 
     def cache_blocks(self, block_hashes: Sequence[BlockHash], block_ids: Sequence[int]) -> None:
-        """Add blocks to the prefix cache; an existing block with the same hash takes precedence."""
+        """Add full prompt blocks to the prefix cache.
+
+        If a block with the same hash is already cached, it takes precedence.
+        """
         for block_hash, block_id in zip(block_hashes, block_ids, strict=True):
             if block_hash not in self._block_by_hash and block_id not in self._hash_by_block:
                 self._block_by_hash[block_hash], self._hash_by_block[block_id] = (
@@ -83,7 +90,10 @@ class BlockManager:
                 )
 
     def release(self, block_ids: Iterable[int]) -> None:
-        """Drop one reference to each block."""
+        """Drop one reference to each block.
+
+        A block without references becomes free, or evictable if it is in the prefix cache.
+        """
         # Release in reverse order, so that prefixes are evicted last.
         for block_id in reversed(list(block_ids)):
             self._ref_counts[block_id] -= 1
@@ -98,13 +108,13 @@ class BlockManager:
 def compute_block_hashes(
     tokenized: TokenizedSample, image_hashes: Sequence[bytes], block_size: int, cache_salt: str
 ) -> list[BlockHash]:
-    """Compute the hash of each full block of a prompt.
+    """Compute the hash of each full block of a prompt, for prefix caching.
 
     Args:
         tokenized: Prompt tokens.
-        image_hashes: Pixel hash of each visual span.
+        image_hashes: Pixel hash of each image or video.
         block_size: Tokens per block.
-        cache_salt: Adapter and model state that change the keys and values.
+        cache_salt: Identifies the adapter and the model state, which change the keys and values.
     """
     block_hashes: list[BlockHash] = []
     parent_hash = hashlib.sha256(cache_salt.encode()).digest()
@@ -122,7 +132,10 @@ def compute_block_hashes(
 
 
 def append_tokens(tokenized: TokenizedSample, ids: Sequence[int]) -> TokenizedSample:
-    """Append completion tokens to a prompt; text positions continue after the largest position."""
+    """Append completion tokens to a tokenized prompt.
+
+    Their positions continue after the largest position of the prompt.
+    """
     next_position = tokenized.position_ids_3T.max() + 1
     positions = np.arange(
         next_position, next_position + len(ids), dtype=tokenized.position_ids_3T.dtype
@@ -150,8 +163,8 @@ def hash_images(prompt: EncodedSample) -> tuple[bytes, ...]:
 def get_span_patches(prompt: EncodedSample, span_index: int) -> NDArray[np.uint8]:
     """Return the patches of one image or video of a prompt.
 
-    Patches of an image have one frame, also in a prompt with videos, so that its hash and its
-    cached features do not depend on the other content.
+    Patches of an image have one frame, even if the prompt also contains videos. The hash of an
+    image and its cached features are then independent of the other content.
     """
     spans = prompt.tokenized.spans
     patch_counts = [math.prod(span.grid_thw) for span in spans]

@@ -1,4 +1,4 @@
-"""Annotated copies of images with predicted boxes."""
+"""Drawing of predicted boxes on copies of images."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ BOX_COLORS = (
 
 
 def save_annotated_images(predictions: Sequence[Prediction], out_dir: Path) -> list[Path]:
-    """Write one annotated PNG per image of each prediction to `out_dir`.
+    """Write one PNG with drawn boxes per image of each prediction to `out_dir`.
 
-    An existing file name gets a numeric suffix; no file is overwritten.
+    Existing files are not overwritten: a new file gets a numeric suffix.
 
     Returns:
-        The written files, in order.
+        Paths of the written files, in order.
     """
     make_folder(out_dir)
     paths = []
@@ -52,7 +52,7 @@ def annotate_image(prediction: Prediction, image_index: int) -> Image.Image:
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[BoxPart]) -> Image.Image:
-    """Return a copy of an RGB image with boxes and labels.
+    """Draw boxes and their labels on a copy of an RGB image.
 
     Args:
         image: RGB image.
@@ -81,7 +81,7 @@ def _draw_label(
     corners: tuple[float, float, float, float],
     color: str,
 ) -> None:
-    """Draw the label above the box, or inside it at the image border."""
+    """Draw a label above its box, or inside the box at the upper image border."""
     _, _, width, height = draw.textbbox((0, 0), label, font=font)
     x, y = corners[0], corners[1]
     top = y - height if y >= height else y

@@ -1,7 +1,7 @@
-"""Chat sessions of `finesight chat` and `finesight web`.
+"""Chat sessions with one or more models, for `finesight chat` and `finesight web`.
 
-A turn is sent to one model or to several models in parallel. Each model continues from its own
-replies. If a model gave no reply to a turn, it continues from the reply of the first model.
+A user message is sent to one model, or to several models in parallel. Each model continues from its
+own replies. If a model gave no reply to a turn, it continues from the reply of the first model.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _SPECIAL_TOKENS = re.compile(r"</?(?:ref|box|quad)>|<\|[a-z_]+\|>")
 
 
 class ChatReply:
-    """Streamed reply of one model to a turn.
+    """Streamed reply of one model to a user message.
 
     Iterate over it (synchronously or asynchronously) to receive text deltas. `prediction`,
     `finish_reason` and `content` are set when the stream ends.
 
     Attributes:
         model: Name of the model.
-        image_path: Image that predicted boxes refer to.
+        image_path: Image that predicted boxes refer to; None without an image.
         text: Text received so far.
     """
 
@@ -78,7 +78,7 @@ class ChatReply:
 
     @property
     def boxes(self) -> tuple[BoxPart, ...]:
-        """Boxes of the finished reply, in pixels of the image."""
+        """Boxes of the finished reply in pixels of its image; empty until the stream ends."""
         return () if self.prediction is None else self.prediction.boxes
 
     def _finalize(self) -> None:
@@ -102,7 +102,10 @@ class ChatTurn:
 
 @dataclass(slots=True)
 class ChatSession:
-    """Turns of a conversation; turns with an empty reply are not sent or saved."""
+    """A conversation with one or more models of an inference service.
+
+    Turns with an empty reply are not sent to the model and not saved.
+    """
 
     service: InferenceService
     turns: list[ChatTurn] = field(default_factory=list)
@@ -115,7 +118,7 @@ class ChatSession:
         Images are read in the calling thread. After an error the session is unchanged.
 
         Raises:
-            UserError: The message is empty, an image is unusable, or the service rejects the
+            UserError: The message is empty, an image is invalid, or the service rejects the
                 request.
         """
         assert options, f"no models requested: options are {options!r}"
@@ -141,7 +144,7 @@ class ChatSession:
         return turn
 
     def undo(self) -> ChatTurn | None:
-        """Remove the last turn, cancel its replies, and return it; None without turns."""
+        """Remove and return the last turn, and cancel its replies; None without turns."""
         if not self.turns:
             return None
         turn = self.turns.pop()
@@ -173,7 +176,7 @@ class ChatSession:
         """Convert the conversation to one sample per model.
 
         Args:
-            name_image: Returns the path to write for an image file.
+            name_image: Returns the path to store in the sample for an image file.
 
         Returns:
             Samples; `meta["truncated_turns"]` lists turns whose reply did not end with the end
@@ -199,7 +202,7 @@ class ChatSession:
         return samples
 
     def save(self, file: Path) -> int:
-        """Write the conversation as JSONL with absolute image paths.
+        """Write the conversation as JSONL, one sample per model, with absolute image paths.
 
         Returns:
             Number of samples.
@@ -220,13 +223,13 @@ class ChatSession:
         return len(samples)
 
     def save_annotated_image(self, file: Path | None = None) -> Path:
-        """Write the image of the last reply with its boxes as PNG.
+        """Write the image of the last reply as PNG, with the predicted boxes drawn.
 
         Args:
             file: Output file; by default `<image>-boxes.png` in the working directory.
 
         Returns:
-            The written file.
+            Path of the written file.
 
         Raises:
             UserError: There is no image, or the file exists.
@@ -292,9 +295,10 @@ def _build_messages(turns: Sequence[ChatTurn], model: str) -> Iterator[Message]:
 
 
 def build_answer_parts(prediction: Prediction, image_path: Path | None) -> tuple[ContentPart, ...]:
-    """Convert a prediction to sample content: reasoning, then text and boxes of image 0.
+    """Convert a prediction to the content parts of an assistant message.
 
-    Boxes that cannot be separated from the text, or that exceed the image, are left as text.
+    Reasoning precedes text and boxes, and boxes refer to image 0. If the boxes cannot be located in
+    the text, or one exceeds the image, the answer is a single text part.
 
     Returns:
         Content parts; empty for an empty answer.
@@ -308,7 +312,7 @@ def build_answer_parts(prediction: Prediction, image_path: Path | None) -> tuple
 
 
 def _split_text_and_boxes(prediction: Prediction, image_path: Path | None) -> list[ContentPart]:
-    """Split an answer into text and box parts; empty if there are no valid boxes."""
+    """Split an answer into text and box parts; empty if boxes are missing or invalid."""
     if image_path is None or not prediction.boxes:
         return []
     if not all(_is_inside(box, image_path) for box in prediction.boxes):
@@ -328,7 +332,7 @@ def _split_text_and_boxes(prediction: Prediction, image_path: Path | None) -> li
 
 
 def _split_at_boxes(prediction: Prediction) -> Iterator[str | int]:
-    """Yield the texts of an answer, and between them the number of boxes."""
+    """Yield the texts of an answer and, between them, the number of adjacent boxes."""
     raw = prediction.raw_text
     if BOX_KEY in raw:
         for piece in split_at_boxes(strip_code_fences(prediction.answer)):

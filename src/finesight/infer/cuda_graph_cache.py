@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class CudaGraphCache:
-    """CUDA graphs by key, one for each static batch shape.
+    """Cache of captured CUDA graphs, one per key (static batch shape).
 
-    The first call of a key runs eagerly as warm-up, the second call captures, later calls replay.
+    The first call with a key runs eagerly as warm-up, the second call captures, later calls replay.
     The function is passed with each call instead of being stored: a stored bound method would keep
     its owner and the KV cache alive.
     """
@@ -25,9 +25,9 @@ class CudaGraphCache:
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, key: int, function: Callable[[], Tensor]) -> Tensor:
-        """Run `function` eagerly, or capture and replay it.
+        """Run `function` eagerly on the first call with a key, later as a CUDA graph.
 
-        The next replay overwrites the result.
+        The returned tensor is a static buffer, which the next replay overwrites.
         """
         if key not in self._warmed_up:
             self._warmed_up.add(key)
@@ -39,7 +39,7 @@ class CudaGraphCache:
         return result
 
     def contains(self, key: int) -> bool:
-        """Return whether the next run of this key replays a captured graph."""
+        """Return whether the next `run` with this key replays a captured graph."""
         return key in self._graphs
 
     def _capture(self, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -69,10 +69,10 @@ class CudaGraphCache:
 
 
 def _reset_failed_capture(device: torch.device, pool: tuple[int, int]) -> None:
-    """Restore torch's CUDA state after an invalidated capture.
+    """Restore the CUDA state of torch after a failed graph capture.
 
-    The default generator remains registered with the graph, and the allocator retains memory of
-    the capture streams. Both are reset.
+    The default random generator remains registered with the graph, and the allocator still
+    allocates from its memory pool. Both are reset.
     """
     with torch.cuda.device(device):
         device_index = torch.cuda.current_device()

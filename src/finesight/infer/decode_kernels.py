@@ -1,13 +1,14 @@
 """Triton kernels of the fused decoding step.
 
-Two kinds of operations are fused between reads of the weights: a matrix-vector product with the
-norm before it and the gate or residual addition after it, and RoPE of new queries and keys with
-the write to the KV cache. For more than one row the matrix products of torch are equally fast.
+Two groups of operations are fused: a matrix-vector product with the RMSNorm before it and the
+SwiGLU gate or residual addition after it, and RoPE of new queries and keys with the write to the KV
+cache. The matrix-vector kernel is used for a batch of one row. For larger batches, the matrix
+products of torch are equally fast.
 
-Sums are fp32. Intermediate results that eager layers round to 16 bits are rounded once less.
-Imported only if Triton is available.
+Sums are computed in fp32. Intermediate results that eager layers round to 16 bits are rounded once
+less. Import this module only if Triton is available.
 
-Shapes: R rows, I inputs, O outputs, S ranks of an adapter, H query heads, K key heads, D head_dim.
+Shapes: R rows, I inputs, O outputs, S LoRA rank, H query heads, K key heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _gemv_kernel(
 
 @dataclass(frozen=True)
 class GemvTiling:
-    """Block sizes and number of warps of a matrix-vector product."""
+    """Block sizes and number of warps of the matrix-vector product (GEMV) kernel."""
 
     block_o: int
     block_i: int
@@ -86,7 +87,7 @@ class GemvTiling:
 
 
 def choose_gemv_tiling(out_features: int, *, is_gated: bool, has_residual: bool) -> GemvTiling:
-    """Return the fastest tiling measured on an H200 for the shapes of published models."""
+    """Return the fastest GEMV tiling measured on an H200 for shapes of published models."""
     if out_features < 1024:
         # LoRA down-projection: fewer outputs than streaming multiprocessors.
         return GemvTiling(1, 2048, 4)
@@ -110,18 +111,22 @@ def fused_gemv(
     output_scale_1O: Tensor | None = None, residual_1O: Tensor | None = None,
     is_gated: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Compute norm(x) W^T + bias + LoRA delta of one row, with optional fused operations.
+    """Compute norm(x) W^T + bias + LoRA delta for a single row.
 
     Args:
+        x_1I: Input row.
+        w_OI: Weight matrix.
         norm_I: Weight of an RMSNorm applied to the input.
+        eps: Epsilon of the RMSNorm.
+        bias_O: Bias of the outputs.
         lora_delta: LoRA factors to add.
-        output_scale_1O: Factor of each output.
-        residual_1O: Added last.
+        output_scale_1O: Scale of each output.
+        residual_1O: Residual, which is added last.
         is_gated: Whether the first half of the outputs is the SiLU gate of the second half; the
             result then has half as many outputs.
 
     Returns:
-        [1, O]
+        Output row [1, O].
     """
     assert len(x_1I) == 1, f"{len(x_1I)} rows"
     out_features = len(w_OI) // 2 if is_gated else len(w_OI)
@@ -199,10 +204,10 @@ def rope_and_cache(
     cos_R1D: Tensor, sin_R1D: Tensor, slot_mapping_R: Tensor, keys_PSKD: Tensor,
     values_PSKD: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Apply QK norm and RoPE, write keys and values to the cache.
+    """Apply QK norm and RoPE, and write keys and values to the KV cache.
 
     Args:
-        qk_norms: Weights of both norms and their eps.
+        qk_norms: Weights of the query and key norms and their epsilon; None without norms.
         slot_mapping_R: Cache slot of each row.
 
     Returns:
@@ -234,7 +239,7 @@ def _swiglu_kernel(gate_up, y, half, block: tl.constexpr):
 
 
 def swiglu(gate_up_RX: Tensor) -> Tensor:
-    """Compute silu(first half) * second half of each row."""
+    """Compute SwiGLU for each row: silu(first half) * second half."""
     num_rows, half = gate_up_RX.shape[0], gate_up_RX.shape[1] // 2
     y_RI = torch.empty(num_rows, half, dtype=gate_up_RX.dtype, device=gate_up_RX.device)
     _swiglu_kernel[(triton.cdiv(half, 1024), num_rows)](gate_up_RX, y_RI, half, block=1024)

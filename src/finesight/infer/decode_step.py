@@ -35,7 +35,10 @@ if _HAS_TRITON:
 
 
 def supports_fused_decode(model: VisionLanguageModel) -> bool:
-    """Return whether the model decodes in 16 bits on a GPU with supported layers."""
+    """Return whether `fused_decode_step` supports a model.
+
+    It requires Triton, a CUDA GPU, 16-bit weights and standard decoder layers.
+    """
     weight = model.model.embed_tokens.weight
     is_16_bit = weight.dtype in (torch.bfloat16, torch.float16)
     has_known_layers = all(isinstance(layer, DecoderLayer) for layer in model.model.layers)
@@ -45,7 +48,7 @@ def supports_fused_decode(model: VisionLanguageModel) -> bool:
 def fused_decode_step(
     model: VisionLanguageModel, ids_R: Tensor, position_ids_3R: Tensor, attention: DecodeAttention
 ) -> Tensor:
-    """Compute the logits [R, V] of one decoding step."""
+    """Compute the next-token logits [R, V] of one decoding step with fused kernels."""
     decoder = model.model
     x_RD = decoder.embed(ids_R)
     rotary = decoder.compute_rotary(position_ids_3R, attention, x_RD.dtype)
@@ -116,7 +119,7 @@ def _swiglu_mlp(norm: RmsNorm, mlp: GatedMlp, x_RD: Tensor) -> Tensor:
 
 
 def _norm_linear(linear: FusedLinear, x_RD: Tensor, norm: RmsNorm) -> Tensor:
-    """Compute the concatenated outputs of a fused linear layer of norm(x)."""
+    """Apply RMSNorm and a fused linear layer, and return the concatenated outputs."""
     if len(x_RD) == 1:
         return _linear_single_row(linear, x_RD, norm=norm)
     normed_RD = norm(x_RD)
@@ -127,7 +130,7 @@ def _norm_linear(linear: FusedLinear, x_RD: Tensor, norm: RmsNorm) -> Tensor:
 
 
 def _linear_add(linear: FusedLinear, x_RI: Tensor, residual_RD: Tensor) -> Tensor:
-    """Compute residual + x W^T."""
+    """Apply a linear layer and add the residual: residual + x W^T."""
     if not _supports_gemv(linear) or linear.bias is not None:
         return residual_RD + single_output(linear(x_RI))
     if len(x_RI) == 1:
@@ -154,7 +157,7 @@ def _linear_single_row(
     residual: Tensor | None = None,
     is_gated: bool = False,
 ) -> Tensor:
-    """Compute a fused linear layer of one row, plus its multi-LoRA delta."""
+    """Apply a fused linear layer and its multi-LoRA delta to a single row."""
     norm_kwargs: dict[str, Any] = {}
     if norm is not None:
         norm_kwargs = {"norm_I": norm.weight, "eps": _get_norm_eps(norm)}
@@ -188,7 +191,10 @@ def _linear_4bit(
     norm: RmsNorm | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """Compute a 4-bit fused linear layer of one row: one packing kernel, one kernel per matrix."""
+    """Apply a fused linear layer with 4-bit weights to a single row.
+
+    One kernel packs the input, and one kernel per matrix computes the product.
+    """
     rms_norm = None if norm is None else RmsNormParams(norm.weight, _get_norm_eps(norm))
     matrices = [matrix for matrix in weight.matrices if isinstance(matrix, Packed4BitMatrix)]
     output_sizes = [matrix.out_features for matrix in matrices]
@@ -211,7 +217,10 @@ def _get_norm_eps(norm: RmsNorm) -> float:
 
 
 def _supports_gemv(linear: FusedLinear) -> bool:
-    """Return True for full-precision or packed 4-bit weights without a training adapter."""
+    """Return True if the GEMV kernels support a linear layer.
+
+    They support unquantized and packed 4-bit weights without a training adapter.
+    """
     if linear.adapter is not None and not isinstance(linear.adapter, MultiLoraLinear):
         return False
     weight = linear.weight

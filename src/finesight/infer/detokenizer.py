@@ -11,13 +11,13 @@ _REPLACEMENT_CHAR = "�"
 """Decoder output for bytes of an incomplete character."""
 
 _MIN_REDECODED, _MAX_REDECODED = 8, 64
-"""Minimum and maximum number of tokens with invalid bytes that are decoded again."""
+"""Bounds of the number of tokens with invalid bytes that are decoded again."""
 
 _REASONING_END = THINK_END.strip("\n")
 
 
 class IncrementalDetokenizer:
-    """Convert a token stream to text until an end token or a stop string.
+    """Incremental detokenizer of one completion, up to an end token or a stop string.
 
     A token may end within a character or within a stop string. Text is emitted only when later
     tokens cannot change it. Each call decodes only the tokens since the last emitted text and the
@@ -43,18 +43,18 @@ class IncrementalDetokenizer:
         """Whether a stop string was found."""
 
     def add_token(self, token: int) -> str:
-        """Add a token and return the text that is now final."""
+        """Add a token and return the new text that later tokens cannot change."""
         if token in self._end_ids or self.has_stopped:
             return ""
         self._token_ids.append(token)
         return self._emit(self._decode_new_text(is_last=False), is_last=False)
 
     def flush(self) -> str:
-        """Return the withheld text after the last token."""
+        """Return the remaining withheld text at the end of the completion."""
         return self._emit(self._decode_new_text(is_last=True), is_last=True)
 
     def _decode_new_text(self, *, is_last: bool) -> str:
-        """Decode the new text, without an incomplete last character."""
+        """Return the newly decoded text, without an incomplete last character."""
         decoded = self._decode(self._token_ids[self._prefix_offset :])
         complete = decoded if is_last else decoded.removesuffix(_REPLACEMENT_CHAR)
         new_text = complete[self._num_emitted_chars :]
@@ -67,7 +67,7 @@ class IncrementalDetokenizer:
         return new_text
 
     def _drop_invalid_prefix(self, decoded: str) -> None:
-        """Drop old tokens with invalid bytes if the remaining text is unaffected."""
+        """Stop decoding old tokens with invalid bytes again if the text is unaffected."""
         split_at = len(self._token_ids) - _MIN_REDECODED
         if split_at - self._prefix_offset < _MAX_REDECODED:
             return
@@ -107,7 +107,7 @@ class IncrementalDetokenizer:
         return emitted
 
     def _count_partial_stop(self) -> int:
-        """Return the length of the longest suffix that is a prefix of a stop string."""
+        """Return the length of the longest pending suffix that may start a stop string."""
         lengths = (
             length
             for text in self._stop_strings

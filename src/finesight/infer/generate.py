@@ -18,12 +18,14 @@ def generate(
     end_ids: Sequence[int],
     on_progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """Generate greedy completions of all prompts.
+    """Generate a greedy completion of each prompt with continuous batching.
 
     A completion ends with one of `end_ids` (included), after `max_new_tokens` tokens, or at the
     last position of the model. Except for rounding, completions do not depend on the batch.
 
     Args:
+        model: Model in evaluation mode.
+        prompts: Encoded prompts.
         max_new_tokens: Maximum length of a completion, at least 1.
         end_ids: Token ids that end a completion.
         on_progress: Called after each step with the number of completions that ended in it; an

@@ -27,9 +27,9 @@ def generate_hf(
     end_ids: Sequence[int],
     on_progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """Generate greedy completions, one prompt at a time.
+    """Generate greedy completions with transformers, one prompt at a time.
 
-    Same arguments and results as `infer.generate.generate`.
+    Arguments and results are those of `infer.generate.generate`.
     """
     report_progress = on_progress or _ignore_progress
 
@@ -60,12 +60,14 @@ def generate_hf(
 
 
 def _ignore_progress(num_finished: int) -> None:
-    """Default callback."""
+    """Ignore a progress update."""
 
 
 class HfEngine:
-    """Drop-in replacement of `Engine` for transformers models: greedy, one full completion per
-    step."""
+    """Engine of the transformers backend, with the interface of `infer.engine.Engine`.
+
+    It decodes greedily and generates one full completion per step.
+    """
 
     num_free_blocks = num_blocks = block_size = 0
 
@@ -83,7 +85,7 @@ class HfEngine:
 
     @property
     def num_running(self) -> int:
-        """Always 0 between two steps."""
+        """Number of running requests; always 0 between two steps."""
         return 0
 
     @property
@@ -126,7 +128,7 @@ class HfEngine:
             self._events.append(EngineEvent(request_id, finish_reason="cancelled"))
 
     def step(self) -> list[EngineEvent]:
-        """Generate the completion of the next request."""
+        """Generate the full completion of the next request and return its events."""
         if self._waiting and not self._events:
             request_id, request = self._waiting.popleft()
             (ids,) = generate_hf(

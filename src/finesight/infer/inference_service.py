@@ -42,20 +42,25 @@ DEFAULT_MAX_WAITING = 256
 
 CPU_KV_CACHE_BYTES = 1 << 30
 GPU_MEMORY_FRACTION = 0.6
-"""Share of free GPU memory that the KV cache uses; the rest is for activations of prompts and
-images."""
+"""Fraction of free GPU memory for the KV cache.
+
+The rest is for the activations of prompts and images.
+"""
 
 DEFAULT_MAX_NEW_TOKENS = 4096
-"""Maximum completion length of requests without a limit; the KV cache reserves all of it."""
+"""Maximum completion length of requests without a limit.
+
+The KV cache reserves blocks for the maximum length.
+"""
 
 
 class ServiceBusyError(UserError):
-    """The request queue is full, or the service is closing."""
+    """Raised when the request queue is full or the service is closing."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceStats:
-    """Running and waiting requests, KV-cache blocks, and token counters of a service."""
+    """Statistics of an inference service: requests, KV-cache blocks and token counts."""
 
     num_running: int
     num_waiting: int
@@ -94,7 +99,7 @@ class GenerationStream:
         self._num_cached_tokens = 0
         self.output_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
-        """Reason for the end of the completion; None while it runs."""
+        """Reason why generation ended; None while it is running."""
 
     def __iter__(self) -> Iterator[CompletionDelta]:
         while True:
@@ -145,7 +150,7 @@ class GenerationStream:
         return TokenUsage(self._tokenized.num_tokens, self._num_cached_tokens, len(self.output_ids))
 
     def build_prediction(self) -> Prediction:
-        """Return the finished completion as a prediction, truncated at a stop string."""
+        """Build the prediction of the finished completion, truncated at a stop string."""
         assert self.finish_reason is not None, "the completion has not ended"
         prediction = build_prediction(
             self._service.renderer, self._located_sample, self._tokenized, self.output_ids
@@ -160,7 +165,8 @@ class GenerationStream:
         """Process an engine event in the service thread.
 
         Returns:
-            Whether a stop string was found, which the engine does not detect.
+            True if a stop string was found before the engine ended the request. The caller then
+            cancels the request, because the engine does not detect stop strings.
         """
         if event.token is not None:
             self.output_ids.append(event.token.id)
@@ -238,7 +244,7 @@ class InferenceService:
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """Names that `GenerationOptions.model` accepts; the first is the default."""
+        """Model names that `GenerationOptions.model` accepts; the first is the default."""
         return tuple(self._adapters)
 
     @property
@@ -254,9 +260,13 @@ class InferenceService:
         options: GenerationOptions,
         prompt: EncodedSample | None = None,
     ) -> GenerationStream:
-        """Start a completion of the last turn of a sample.
+        """Queue a request for the completion of a sample's prompt and return its stream.
 
-        The prompt, including images, is encoded in the calling thread unless `prompt` is given.
+        Args:
+            located_sample: Sample whose turns, except a final assistant turn, are the prompt.
+            options: Generation options.
+            prompt: Encoded prompt. If None, the prompt, including images, is encoded in the calling
+                thread.
 
         Raises:
             UserError: The sample is invalid, the prompt is too long, or the model is unknown.
@@ -303,7 +313,7 @@ class InferenceService:
         return not self._is_closing and self._thread.is_alive()
 
     def get_stats(self) -> ServiceStats:
-        """Return current statistics."""
+        """Return the current request, KV-cache and token statistics."""
         with self._lock:
             engine, counts = self._engine, self._counts
             return ServiceStats(
@@ -319,7 +329,7 @@ class InferenceService:
             )
 
     def close(self, wait_for_running: bool = False) -> None:
-        """Reject new requests and wait for the running ones.
+        """Reject new requests, wait for running requests and stop the thread.
 
         Args:
             wait_for_running: Whether to finish running requests instead of cancelling them.

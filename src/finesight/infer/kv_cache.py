@@ -75,7 +75,10 @@ class KVCache:
         return self.keys_LPSKD.device
 
     def write(self, layer_index: int, slot_mapping_T: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
-        """Write keys and values of one layer at slots block id * S + offset."""
+        """Write the keys and values of new tokens to the cache of one layer.
+
+        `slot_mapping_T` is the cache slot of each token: block id * S + offset in the block.
+        """
         self.flat_keys(layer_index).index_copy_(0, slot_mapping_T, k_TKD)
         self.flat_values(layer_index).index_copy_(0, slot_mapping_T, v_TKD)
 
@@ -89,7 +92,7 @@ class KVCache:
 
 
 def get_kv_bytes_per_token(decoder_config: DecoderConfig, dtype: torch.dtype) -> int:
-    """Return the bytes of the keys and values of one token."""
+    """Return the KV-cache size of one token in bytes, over all layers."""
     num_elements = (
         2 * decoder_config.num_layers * decoder_config.num_kv_heads * decoder_config.head_dim
     )
@@ -98,7 +101,12 @@ def get_kv_bytes_per_token(decoder_config: DecoderConfig, dtype: torch.dtype) ->
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """Tokens [start, stop) of a prompt of `prompt_length` tokens, cached in `block_ids`."""
+    """Tokens [start, stop) of a prompt, which one prefill step processes.
+
+    Attributes:
+        block_ids: KV-cache blocks of the prompt.
+        prompt_length: Number of tokens of the full prompt.
+    """
 
     block_ids: Sequence[int]
     start: int
@@ -108,7 +116,7 @@ class PrefillChunk:
     def compute_slot_mapping(
         self, block_size: int, start: int
     ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Return the cache slots of tokens [start, self.stop)."""
+        """Return the KV-cache slots of tokens [start, self.stop)."""
         positions = np.arange(start, self.stop)
         return (
             np.asarray(self.block_ids, dtype=np.int64)[positions // block_size] * block_size
@@ -119,7 +127,7 @@ class PrefillChunk:
 class PrefillAttention:
     """Causal attention of packed prompt chunks over the chunk and the cached prefix.
 
-    Writes keys and values of the chunks to the cache.
+    Calls write the keys and values of the chunks to the KV cache.
     """
 
     def __init__(self, cache: KVCache, chunks: Sequence[PrefillChunk]) -> None:
@@ -137,12 +145,12 @@ class PrefillAttention:
 
     @property
     def context_lengths_T(self) -> Tensor:
-        """Full prompt length of each token, independent of chunking."""
+        """Full prompt length for each token, independent of chunking."""
         lengths = [c.prompt_length for c in self._chunks for _ in range(c.stop - c.start)]
         return torch.tensor(lengths, device=self._cache.device)
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        """Compute attention: [T, H, D] to [T, H, D]."""
+        """Write the new keys and values, then compute attention: [T, H, D] to [T, H, D]."""
         cache = self._cache
         cache.write(layer_index, self._slot_mapping_T, k_TKD, v_TKD)
         if self._is_first_chunk:
@@ -177,8 +185,9 @@ class PrefillAttention:
 class DecodeAttention:
     """Attention of one new token per sequence over its cached tokens.
 
-    Created before each step: the constructor increments the sequence lengths on the device.
-    `max_seq_len`, the length of the longest sequence, is used only without kernels.
+    Create an object for each decoding step: the constructor increments the sequence lengths on the
+    device. `max_seq_len` is the length of the longest sequence. It is used only if the paged
+    attention kernels are not available.
     """
 
     def __init__(self, cache: KVCache, num_seqs: int, max_seq_len: int) -> None:
@@ -211,7 +220,7 @@ class DecodeAttention:
         return self.attend(layer_index, q_THD)
 
     def attend(self, layer_index: int, q_RHD: Tensor) -> Tensor:
-        """Compute attention with the new keys and values already cached."""
+        """Compute attention [R, H, D] after the new keys and values have been cached."""
         cache = self.cache
         keys_PSKD, values_PSKD = cache.keys_LPSKD[layer_index], cache.values_LPSKD[layer_index]
         if self._use_kernels:
@@ -220,7 +229,7 @@ class DecodeAttention:
                 q_RHD, keys_PSKD, values_PSKD, *block_args
             )
             return o_RHD
-        # Grouped-query attention: the G query heads of a key head are its queries.
+        # Grouped-query attention: the G query heads of a key head are computed as G queries.
         q_RKGD = q_RHD.view(self.num_seqs, keys_PSKD.shape[2], -1, q_RHD.shape[-1])
         k_RKMD, v_RKMD = (self._select_blocks(x) for x in (keys_PSKD, values_PSKD))
         mask = self._mask_R11M.expand(-1, *q_RKGD.shape[1:3], -1)
@@ -235,5 +244,8 @@ class DecodeAttention:
 
 
 def has_paged_kernels(cache: KVCache) -> bool:
-    """Return whether paged attention kernels, which need no host-side lengths, are available."""
+    """Return whether the Triton kernels of paged attention are available.
+
+    With them, decoding needs no sequence lengths on the host.
+    """
     return _HAS_TRITON and cache.device.type == "cuda"

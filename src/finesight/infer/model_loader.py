@@ -1,4 +1,4 @@
-"""Load a run, model folder, adapter or hub model for inference."""
+"""Loading of a run, model folder, adapter or hub model for inference."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class InferenceModel:
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Files to load for inference.
+    """Files of a model for inference, located by `resolve_model_source`.
 
     Attributes:
         folder: Base model or full fine-tuned weights.
-        adapter: LoRA adapter to load on top.
-        manifest: Manifest of the run.
+        adapter: LoRA adapter to load on top; None without one.
+        manifest: Manifest of the run; None if the model is not a run.
         nf4_parts: Parts quantized to NF4.
         fp8_parts: Parts quantized to FP8.
     """
@@ -70,15 +70,15 @@ def load_inference_model(
     precision: Precision = "auto",
     weight_format: WeightFormat = "auto",
 ) -> InferenceModel:
-    """Load the model of `finesight predict` and `finesight eval`.
+    """Load a single model for inference, as in `finesight predict` and `finesight eval`.
 
     Args:
-        run_or_model: Run folder (its manifest sets image size, system prompt and base model),
-            model folder in Hugging Face layout, PEFT adapter folder with a base model, or hub
-            name.
+        run_or_model: Run folder (its manifest sets image size, system prompt and base model), model
+            folder in Hugging Face layout, PEFT adapter folder with a base model, or hub name.
+        device: Device of the model; `auto` is CUDA if available.
         precision: `auto` is bf16 on GPUs that support it, fp16 on older GPUs, fp32 on CPU.
-        weight_format: `auto` is the stored format, or the format of the training run. Other
-            formats are converted while loading.
+        weight_format: `auto` is the stored format, or the format of the training run. Other formats
+            are converted while loading.
 
     Raises:
         UserError: Files are missing or incomplete, or the base model differs from that of the run.
@@ -122,7 +122,12 @@ def load_multi_adapter_model(
 ) -> InferenceModel:
     """Load a model with several LoRA adapters that requests select by name.
 
-    The names are the folder name of `run_or_model`, those of `extra_adapters`, and `base`.
+    The name of a model is its folder name. The name `base` selects the base model. Other arguments
+    are those of `load_inference_model`.
+
+    Args:
+        run_or_model: First adapter, or the base model.
+        extra_adapters: Other adapters of the same base model.
 
     Raises:
         UserError: As `load_inference_model`; also if an adapter has another base model or a
@@ -164,7 +169,7 @@ def _check_same_base(
     base_source: ModelSource,
     existing_names: Mapping[str, int | None],
 ) -> None:
-    """Raise UserError unless the adapter can be served together with the first one."""
+    """Raise UserError unless an adapter can be served together with the first one."""
     if source.folder.path.resolve() != base_source.folder.path.resolve():
         raise UserError(
             f"{run_or_adapter} has the base model {source.folder.path}",
@@ -196,7 +201,7 @@ def _check_same_base(
 
 
 def _get_model_name(run_or_model: str) -> str:
-    """Return the folder name, without the owner of a hub name."""
+    """Return the model name for requests: the folder name, or a hub name without owner."""
     return Path(run_or_model).name or Path(run_or_model).resolve().name
 
 
@@ -211,7 +216,7 @@ def select_cpu_precision() -> Literal["bf16", "fp32"]:
 
 
 def resolve_device(device: Device) -> torch.device:
-    """Resolve `auto` to CUDA if available.
+    """Return the torch device of a setting; `auto` is CUDA if available, else CPU.
 
     Raises:
         UserError: CUDA is requested but not available.
@@ -229,9 +234,10 @@ def resolve_device(device: Device) -> torch.device:
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
-    """Return the compute dtype.
+    """Return the compute dtype of a precision setting.
 
-    `auto` is bf16 from compute capability 8.0, fp16 below, and fp32 on CPU.
+    `auto` is bf16 on GPUs with compute capability 8.0 or higher, fp16 on older GPUs, and fp32 on
+    CPU.
     """
     if precision != "auto":
         return DTYPES[precision]
@@ -241,9 +247,10 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
 
 
 def resolve_model_source(run_or_model: str, base: str | None = None) -> ModelSource:
-    """Find the files of a run, adapter or model without loading them.
+    """Locate the files of a run, adapter or model without loading the weights.
 
     Args:
+        run_or_model: Run folder, adapter folder, model folder or hub name.
         base: Current location of the base model of a run or adapter, if it has changed.
 
     Raises:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,52 +25,28 @@ from finesight.infer.kv_cache import (
     PrefillChunk,
     has_paged_kernels,
 )
+from finesight.infer.scheduler import PromptState
 from finesight.model.length_buckets import copy_to_device
 from finesight.model.vlm import VisionLanguageModel
 from finesight.vision.patches import concat_patches
 
 MAX_ENCODER_PATCHES = 1 << 15
-"""Maximum number of patches per vision-encoder pass over several images; bounds activation memory.
+"""Maximum number of patches per vision-encoder pass over several images.
+
+This limits activation memory.
 """
 
 GPU_FEATURE_CACHE_BYTES = 1 << 28
-"""Size of the image-feature cache on a GPU: 37 images of 1,000 tokens for the 7B models."""
+"""Size of the image-feature cache on a GPU: 37 images of 1,000 tokens for 7B models."""
 
 CPU_FEATURE_CACHE_BYTES = 1 << 26
 """Size of the image-feature cache on CPU."""
 
 
-@dataclass(slots=True)
-class PromptState:
-    """A prompt with its KV-cache blocks.
-
-    Attributes:
-        image_hashes: Pixel hash of each visual span.
-        num_computed_tokens: Number of prompt tokens in the KV cache.
-        features: Vision features that the rest of the prompt needs, by span.
-    """
-
-    encoded: EncodedSample
-    block_ids: list[int]
-    adapter_index: int | None
-    image_hashes: tuple[bytes, ...]
-    num_computed_tokens: int = 0
-    features: list[Tensor | None] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.encoded.tokenized.num_tokens
-
-    @property
-    def max_position(self) -> int:
-        """Largest position id in any axis; M-RoPE continues from it in all axes."""
-        return int(self.encoded.tokenized.position_ids_3T.max())
-
-
 class ModelRunner:
     """Runs a model with its KV cache and the device state of the decoding batch.
 
-    Rows 0 to num_seqs - 1 are in use. No method synchronizes with the device.
+    Rows 0 to num_seqs - 1 of the batch are in use. No method synchronizes with the device.
     """
 
     def __init__(
@@ -113,7 +88,12 @@ class ModelRunner:
             )
 
     def prefill(self, prompts: Sequence[PromptState], stops: Sequence[int]) -> Tensor | None:
-        """Prefill each prompt up to its stop; all prompts use the same adapter.
+        """Run one prefill step of prompts that use the same adapter.
+
+        Args:
+            prompts: Prompts to process, starting at their first token without cached keys and
+                values.
+            stops: Index of the token before which each prompt stops in this step.
 
         Returns:
             Next-token logits [n, V] of the n prompts that are complete, or None.
@@ -177,7 +157,7 @@ class ModelRunner:
         cache.block_table_RB[batch_index, : len(prompt.block_ids)] = block_ids
 
     def remove_sequence(self, batch_index: int, last_index: int) -> None:
-        """Remove a sequence and replace it by the last one."""
+        """Remove a sequence from the decoding batch; the last sequence takes its row."""
         cache = self.cache
         buffers = (
             cache.seq_lens_R,
@@ -214,7 +194,7 @@ class ModelRunner:
         )[:num_seqs]
 
     def _decode_step(self, num_seqs: int, max_seq_len: int) -> Tensor:
-        """Run the step; all results except the logits are written to static buffers."""
+        """Run a decoding step; all results except the logits are written to static buffers."""
         position_ids_R = self._position_ids_R[:num_seqs]
         position_ids_R += self.cache.active_R[:num_seqs]
         if self.model.lora_routing is not None:
@@ -234,12 +214,12 @@ class ModelRunner:
 
 
 def pad_num_seqs(num_seqs: int) -> int:
-    """Round up to a captured batch size: 1, 2, 4 and multiples of 8."""
+    """Round a batch size up to a size with a CUDA graph: 1, 2, 4 and multiples of 8."""
     return next((size for size in (1, 2, 4) if num_seqs <= size), -(-num_seqs // 8) * 8)
 
 
 class _ImageFeatureCache:
-    """LRU cache of image features by adapter and pixel hash, limited in bytes."""
+    """LRU cache of vision features by adapter and pixel hash, with a memory limit."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -247,14 +227,14 @@ class _ImageFeatureCache:
         self._num_bytes = 0
 
     def get(self, adapter_index: int | None, image_hash: bytes) -> Tensor | None:
-        """Return the cached features [M, K, W], or None."""
+        """Return the cached features [M, K, W] of an image, or None."""
         features = self._features.get((adapter_index, image_hash))
         if features is not None:
             self._features.move_to_end((adapter_index, image_hash))
         return features
 
     def put(self, adapter_index: int | None, image_hash: bytes, features_MKW: Tensor) -> None:
-        """Add features and evict the least recently used ones above the limit."""
+        """Add the features of an image, and evict the least recently used above the limit."""
         if (adapter_index, image_hash) in self._features:
             return
         # Copy: a view would keep the features of the full encoder batch alive.
@@ -268,7 +248,10 @@ class _ImageFeatureCache:
 def load_image_features(
     model: VisionLanguageModel, prompts: Sequence[PromptState], feature_cache: _ImageFeatureCache
 ) -> None:
-    """Set the features of images that each prompt still needs; encode missing ones in batches."""
+    """Set the vision features that prompts still need, from the cache or the encoder.
+
+    Missing features are encoded in batches of images.
+    """
     missing: list[tuple[PromptState, int, bytes]] = []
     for prompt in prompts:
         if prompt.features or not prompt.encoded.tokenized.spans:
@@ -304,7 +287,7 @@ def load_image_features(
 def _encode_images(
     model: VisionLanguageModel, images: Sequence[tuple[EncodedSample, int]]
 ) -> Sequence[Tensor]:
-    """Encode images in one pass and return the features [M, K, W] of each."""
+    """Encode images in one vision-encoder pass and return the features [M, K, W] of each."""
     patches = [get_span_patches(encoded, span_index) for encoded, span_index in images]
     spans = [encoded.tokenized.spans[number] for encoded, number in images]
     device = model.model.embed_tokens.weight.device
@@ -317,7 +300,7 @@ def _encode_images(
 def _pack_chunks(
     prompts: Sequence[PromptState], chunks: Sequence[PrefillChunk]
 ) -> tuple[PackedBatch, Tensor | None]:
-    """Pack prompt chunks with the features of their images."""
+    """Pack prompt chunks into a batch with the vision features of their image tokens."""
     tokenized_prompts = [prompt.encoded.tokenized for prompt in prompts]
     slices = [slice(chunk.start, chunk.stop) for chunk in chunks]
     lengths = tuple(chunk.stop - chunk.start for chunk in chunks)

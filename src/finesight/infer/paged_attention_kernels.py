@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 _TARGET_PROGRAMS = 512
-"""Number of programs that saturates a GPU; sequences are split to reach it."""
+"""Number of Triton programs that saturates a GPU; sequences are split to reach it."""
 
 _MAX_SPLITS = 64
 
@@ -112,7 +112,7 @@ def paged_attention(
     Computed in fp32. An empty sequence gives NaN, which callers ignore.
 
     Returns:
-        [R, H, D]
+        Attention outputs [R, H, D].
     """
     num_seqs, num_heads, head_dim = q_RHD.shape
     _, block_size, num_kv_heads, _ = keys_PSKD.shape

@@ -34,14 +34,16 @@ NUM_READER_THREADS = 4
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Prediction for one sample.
+    """Generated answer for one sample, with parsed boxes.
 
     Attributes:
-        images: Images of the sample without videos; `BoxPart.image` indexes these.
+        images: Image files of the sample without videos; `BoxPart.image` is an index into them.
+        prompt: Text of the last user turn.
         answer: Text without special tokens.
         raw_text: Text with special tokens, including the end token.
         boxes: Parsed boxes in pixels of the original images.
-        stopped: Whether the completion ended with an end token.
+        num_tokens: Number of generated tokens.
+        stopped: Whether the completion ended with an end token or a stop string.
         reasoning: Reasoning of a thinking model; None for other models.
     """
 
@@ -61,7 +63,7 @@ class Prediction:
         return self.answer
 
     def as_json(self) -> dict[str, Any]:
-        """Return the record of `finesight predict --json`.
+        """Return the prediction as a record of `finesight predict --json`.
 
         `image` is a path, a list of several paths, or None.
         """
@@ -78,7 +80,7 @@ class Prediction:
         }
 
     def as_text(self) -> str:
-        """Format the prediction for the console, one line per box."""
+        """Format the prediction for the console, with one line per box."""
         head = "".join(f"{path}: " for path in self.images)
         truncation_note = "" if self.stopped else f" [cut off after {self.num_tokens} tokens]"
         boxes = [
@@ -91,13 +93,13 @@ class Prediction:
 
 
 def box_to_dict(box: BoxPart) -> dict[str, Any]:
-    """Convert a box to JSON data, rounded to 0.01 pixels."""
+    """Convert a box to JSON data, with corners rounded to 0.01 pixels."""
     corners = [round(number, 2) for number in box.xyxy]
     return {"image": box.image, "label": box.label, "xyxy": corners}
 
 
 def build_question(image_paths: Sequence[Path], prompt: str, sample_id: str) -> LocatedSample:
-    """Build a sample with one user turn: images, then text.
+    """Build a sample with one user turn that contains images followed by text.
 
     Raises:
         CorruptImageError: An image is missing or unreadable.
@@ -110,7 +112,7 @@ def build_question(image_paths: Sequence[Path], prompt: str, sample_id: str) -> 
 
 
 def build_questions(image_paths: Sequence[Path], prompt: str) -> list[LocatedSample]:
-    """Build one sample per image with the same prompt, or a text-only sample without images.
+    """Build one sample per image with the same prompt; without images, a text-only sample.
 
     Raises:
         CorruptImageError: An image is missing or unreadable.
@@ -131,15 +133,21 @@ def predict(
     on_corrupt_image: Callable[[int, CorruptImageError], None] | None = None,
     on_batch_reduced: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
-    """Generate predictions for the last turn of each sample, in the order of the samples.
+    """Generate a prediction for each sample, in the order of the samples.
 
-    The model's training mode is restored.
+    The prompt of a sample contains all turns except a final assistant turn. The model's training
+    mode is restored.
 
     Args:
+        model: Model.
+        renderer: Renderer of the model.
+        samples: Samples to predict.
+        max_new_tokens: Maximum length of a completion in tokens.
+        batch_size: Maximum number of concurrent sequences.
         on_progress: Called after each step with the number of finished completions; an exception
             stops generation.
-        on_corrupt_image: Called with index and error of a sample with an unreadable image, which
-            is skipped. Without it the error is raised.
+        on_corrupt_image: Called with index and error of a sample with an unreadable image, which is
+            skipped. Without it the error is raised.
         on_batch_reduced: Called with the new batch size after the GPU runs out of memory.
 
     Raises:
@@ -173,7 +181,7 @@ def predict(
 
 
 CompletionIterator = Iterator[tuple[int, TokenizedSample, list[int]]]
-"""Sample index, prompt without patches, and completion token ids."""
+"""Iterator of (sample index, tokenized prompt, token ids of the completion)."""
 
 
 def _generate_with_oom_retry(
@@ -185,7 +193,7 @@ def _generate_with_oom_retry(
     on_progress: Callable[[int], None] | None,
     on_batch_reduced: Callable[[int], None] | None,
 ) -> CompletionIterator:
-    """Generate with the engine; halve the batch size after an out-of-memory error."""
+    """Generate with the engine, and halve the batch size after each out-of-memory error."""
     while True:
         try:
             for index, prompt, output_ids in _generate_with_engine(
@@ -198,7 +206,7 @@ def _generate_with_oom_retry(
             batch_size = min(batch_size, len(prompt_reader.remaining)) // 2
             if not batch_size:
                 raise
-        # The exception no longer references the frames that hold GPU memory.
+        # After the except block, no exception references the frames that hold GPU memory.
         gc.collect()
         if on_batch_reduced is not None:
             on_batch_reduced(batch_size)
@@ -299,7 +307,7 @@ class _PromptReader:
         self._pool.shutdown(cancel_futures=True)
 
     def iter_prompts(self, num_prefetched: int) -> Iterator[tuple[int, EncodedSample]]:
-        """Yield prompts with their sample index and prefetch `num_prefetched` more."""
+        """Yield sample indices and encoded prompts; prefetch `num_prefetched` more prompts."""
         remaining = iter(self.remaining.items())
         pending: deque[tuple[int, Future[EncodedSample]]] = deque()
         while True:
@@ -311,7 +319,7 @@ class _PromptReader:
             yield from self._collect_results([(i, future.result)]).items()
 
     def _collect_results(self, calls: Iterable[tuple[int, Callable[[], T]]]) -> dict[int, T]:
-        """Return the results by index without the calls that raise CorruptImageError."""
+        """Return the results of calls by sample index; skip calls with a CorruptImageError."""
         results: dict[int, T] = {}
         for i, call in calls:
             try:
@@ -330,7 +338,7 @@ def build_prediction(
     prompt: TokenizedSample,
     output_ids: Sequence[int],
 ) -> Prediction:
-    """Decode a completion and parse its boxes."""
+    """Decode a completion, parse its boxes and build the prediction of a sample."""
     completion = renderer.decode_completion(output_ids)
     sample = located_sample.sample
     image_index = _get_target_image(sample)
@@ -357,8 +365,8 @@ def build_prediction(
 def _get_target_image(sample: Sample) -> int:
     """Return the index of the image that predicted boxes refer to.
 
-    Box formats do not name an image: use that of the reference boxes if it is unique, else the
-    first.
+    Box formats do not name an image. If all boxes of the reference answer refer to the same image,
+    that image is used, else the first.
     """
     boxes = [part for part in sample.messages[-1].content if isinstance(part, BoxPart)]
     image_indices = (

@@ -17,10 +17,10 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class DecodingConstraint(Protocol):
-    """Restricts the next token of one sequence, for example by a grammar."""
+    """Interface that restricts the next token of a sequence, for example by a grammar."""
 
     def start(self) -> None:
-        """Start to compute the first bitmask asynchronously."""
+        """Start the computation of the first bitmask in the background."""
         return
 
     def wait_bitmask(self, timeout_s: float) -> bool:
@@ -41,9 +41,9 @@ class SamplingParams:
     """Sampling parameters of a request.
 
     Attributes:
-        temperature: 0 selects the most probable token.
-        top_p: Nucleus sampling: smallest set of tokens with this probability (Holtzman et al.
-            2020).
+        temperature: Softmax temperature; 0 selects the most probable token.
+        top_p: Nucleus sampling: sample from the smallest set of tokens with this probability
+            (Holtzman et al. 2020).
         top_k: Number of most probable tokens to sample from; 0 for all.
         seed: Random seed; equal seeds give equal completions in any batch.
         repetition_penalty: Divides positive and multiplies negative logits of tokens in the prompt
@@ -77,7 +77,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """True if the most probable token is selected."""
+        """True if decoding is greedy: the most probable token is selected."""
         return self.temperature == 0.0
 
 
@@ -86,12 +86,14 @@ GREEDY_SAMPLING = SamplingParams()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationOptions:
-    """Options of one request.
+    """Generation options of one request to `InferenceService`.
 
     Attributes:
-        max_new_tokens: Maximum completion length; None for the available KV cache.
+        max_new_tokens: Maximum completion length; None for the default limit of the service.
+        sampling_params: Sampling parameters; greedy by default.
         stop_strings: Strings that end the completion, excluded from it.
-        logprobs: Number of alternative tokens with log probabilities.
+        logprobs: Number of alternative tokens with log probabilities; None for no log
+            probabilities.
         constraint: Decoding constraint for this request only.
         model: Name of an adapter or model; None for the default.
     """
@@ -115,7 +117,14 @@ class GenerationOptions:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedToken:
-    """A token with its log probability before temperature and the most probable alternatives."""
+    """A generated token with its log probability, if requested.
+
+    Log probabilities are computed from the raw logits, before sampling parameters and constraints.
+
+    Attributes:
+        logprob: Log probability of the token; None if not requested.
+        top_logprobs: (token id, log probability) of the most probable tokens.
+    """
 
     id: int
     logprob: float | None = None
@@ -124,7 +133,13 @@ class GeneratedToken:
 
 @dataclass(frozen=True, slots=True)
 class TokenUsage:
-    """Token counts of a request; `cached_tokens` are prompt tokens from the prefix cache."""
+    """Token counts of a request.
+
+    Attributes:
+        prompt_tokens: Number of prompt tokens.
+        cached_tokens: Number of prompt tokens whose keys and values were in the prefix cache.
+        completion_tokens: Number of generated tokens.
+    """
 
     prompt_tokens: int
     cached_tokens: int
@@ -133,7 +148,7 @@ class TokenUsage:
 
 @dataclass(frozen=True, slots=True)
 class CompletionDelta:
-    """New final text of a completion and the tokens since the last delta.
+    """Increment of a streamed completion: new text, and tokens since the last delta.
 
     Text may lag behind the tokens at incomplete characters and possible stop strings.
     """
@@ -144,11 +159,11 @@ class CompletionDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """Request to the engine.
+    """Request to the inference engine to complete an encoded prompt.
 
     Attributes:
         adapter_index: Index of a loaded adapter; None for the base model.
-        image_hashes: Pixel hash of each visual span; computed if None.
+        image_hashes: Pixel hash of each image or video; computed if None.
     """
 
     prompt: EncodedSample
@@ -162,7 +177,13 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class EngineEvent:
-    """New token or end of a request; `error` if the request failed."""
+    """Event of a request in an engine step: a new token, the end of the request, or both.
+
+    Attributes:
+        finish_reason: Reason for the end of the request; None while it runs.
+        error: Error of a failed request.
+        num_cached_tokens: Number of prompt tokens from the prefix cache.
+    """
 
     request_id: int
     token: GeneratedToken | None = None

@@ -32,11 +32,14 @@ BITMASK_WORD_BITS = 32
 """Bits per word of a token bitmask."""
 
 MAX_LEXER_STATES = 50_000
-"""Limit per grammar, 1 to 2 kB each: schemas are untrusted input."""
+"""Maximum number of lexer states per grammar; a state takes 1 to 2 kB.
+
+The limit is necessary because schemas are untrusted input.
+"""
 
 MAX_LABEL_LENGTH = 200
 MAX_PIXEL_COORDINATE = 99_999
-"""Largest pixel coordinate in a box of Qwen2.5-VL."""
+"""Largest coordinate in a Qwen2.5-VL box, which is in pixels."""
 
 # Bounded whitespace: with unlimited whitespace a model may generate only spaces.
 _WHITESPACE_OPTIONS = {"x-guidance": {"whitespace_pattern": r"[ \n\t]{1,24}"}}
@@ -52,7 +55,7 @@ _ANY_OBJECT_SCHEMA: JsonSchema = {"type": "object"}
 
 
 class GrammarCompiler:
-    """Compiles decoding constraints for one model."""
+    """Compiles grammars to decoding constraints for one model."""
 
     def __init__(self, renderer: NativeRenderer, vocab_size: int) -> None:
         self._renderer, self._vocab_size = renderer, vocab_size
@@ -60,7 +63,9 @@ class GrammarCompiler:
         self._ll_tokenizer: LLTokenizer | None = None
 
     def load_tokenizer(self) -> None:
-        """Load the llguidance tokenizer ahead of the first request, which takes one second.
+        """Load the llguidance tokenizer in advance.
+
+        Loading takes one second and would delay the first request.
 
         Raises:
             UserError: llguidance is not installed.
@@ -92,7 +97,11 @@ class GrammarCompiler:
     def compile_tool_calls(
         self, functions: Sequence[tuple[str, JsonSchema | None]]
     ) -> GrammarConstraint:
-        """Compile a constraint for one call of one function, with arguments by its schema."""
+        """Compile a constraint for one tool call of one of the given functions.
+
+        Args:
+            functions: Name and JSON schema of the arguments of each function; None for any object.
+        """
         open_tag, close_tag = self._token_symbol("<tool_call>"), self._token_symbol("</tool_call>")
         alternatives = " | ".join(f"call_{number}" for number in range(len(functions)))
         rules = [f'answer: {open_tag} "\\n" ({alternatives}) "\\n" {close_tag}']
@@ -110,9 +119,11 @@ class GrammarCompiler:
         return self._compile("\n".join(rules) + "\n")
 
     def _build_token_box_grammar(self, token_names: Mapping[str, str]) -> str:
-        """Build the grammar of boxes delimited by special tokens, with coordinates in thousandths.
+        """Build the grammar of boxes in special tokens, with coordinates in thousandths.
 
-        `token_names` are the token names of Qwen-VL, whose coordinates are below 1000.
+        Args:
+            token_names: Mapping from Qwen2-VL to Qwen-VL tokens, whose coordinates are below 1000;
+                empty for Qwen2-VL.
         """
         ref, ref_end, box, box_end = (
             self._token_symbol(token_names.get(token, token)) for token in BOX_TOKENS
@@ -146,7 +157,7 @@ class GrammarCompiler:
         return GrammarConstraint(matcher, self._vocab_size, self._renderer.end_ids)
 
     def _token_symbol(self, text: str) -> str:
-        """Return the grammar symbol of a special token, or its text as a literal."""
+        """Return the grammar symbol of a special token; for other text, a string literal."""
         tokenizer = self._get_ll_tokenizer()
         ids = tokenizer.tokenize_str(text, parse_special=True)
         is_single_token = len(ids) == 1 and tokenizer.is_special_token(ids[0])
@@ -163,7 +174,7 @@ class GrammarCompiler:
 
 
 class GrammarConstraint(DecodingConstraint):
-    """Decoding constraint that follows a grammar.
+    """Decoding constraint that follows a compiled grammar.
 
     Compilation and `compute_bitmask` have no time limit. Untrusted grammars must run in a worker
     process (see `serve`).
@@ -186,7 +197,7 @@ class GrammarConstraint(DecodingConstraint):
         return mask
 
     def accept_token(self, token: int) -> None:
-        """Advance the grammar by a token."""
+        """Advance the grammar by a sampled token."""
         self._matcher.consume_token(token)
 
     @property
@@ -196,7 +207,7 @@ class GrammarConstraint(DecodingConstraint):
 
 
 def build_bitmask(token_ids: Sequence[int], num_words: int) -> NDArray[np.int32]:
-    """Build a bitmask of `num_words` 32-bit words that allows only these tokens."""
+    """Build a bitmask of `num_words` 32-bit words that allows only the given tokens."""
     bits = np.zeros(num_words, dtype=np.uint32)
     for token in token_ids:
         bits[token // BITMASK_WORD_BITS] |= np.uint32(1 << token % BITMASK_WORD_BITS)

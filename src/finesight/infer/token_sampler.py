@@ -22,7 +22,7 @@ _MIN_TEMPERATURE = 1e-30
 
 
 class TokenSampler:
-    """Sampling parameters and state of one sequence."""
+    """Sampling parameters and sampling state of one sequence."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class TokenSampler:
             self._bitmask = self.constraint.compute_bitmask()
 
     def pop_bitmask(self) -> NDArray[np.int32]:
-        """Return the bitmask of the next token and reset it."""
+        """Return and reset the bitmask of the next token; compute it if necessary."""
         if self._bitmask is None:
             self.prepare_bitmask()
         bitmask, self._bitmask = self._bitmask, None
@@ -60,11 +60,11 @@ class TokenSampler:
         return bitmask
 
     def draw_uniform(self) -> float:
-        """Draw from [0, 1) with the random generator of this sequence."""
+        """Draw a uniform value in [0, 1) from the random generator of this sequence."""
         return float(self._rng.random())
 
     def apply_repetition_penalty(self, logits_V: Tensor) -> Tensor:
-        """Penalize tokens of the prompt and the completion."""
+        """Apply the repetition penalty to tokens that occur in the prompt or completion."""
         penalty = self.sampling_params.repetition_penalty
         if penalty == 1.0:
             return logits_V
@@ -77,14 +77,17 @@ class TokenSampler:
         return torch.where(self._seen_V, penalized_V, logits_V)
 
     def record_token(self, id_1: Tensor) -> None:
-        """Record a sampled token, which is still on the device."""
+        """Record a sampled token for the repetition penalty; its id remains on the device."""
         if self._seen_V is not None:
             self._seen_V.index_fill_(0, id_1, True)
 
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """Sampled ids [S], their log probabilities [S], and the most probable tokens [S, N]."""
+    """Sampled ids [S], their log probabilities [S], and the most probable tokens [S, N].
+
+    Log probabilities are None if no row requested them.
+    """
 
     ids_S: Tensor
     logprobs_S: Tensor | None
@@ -93,7 +96,10 @@ class SampledTokens:
 
 
 def sample_tokens(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> SampledTokens:
-    """Sample the next token of each row; results are independent of the other rows."""
+    """Sample the next token of each row.
+
+    The result of a row is independent of the other rows.
+    """
     raw_SV = logits_SV.float()
     processed_SV = _apply_constraints(_apply_penalties(raw_SV, samplers), samplers)
     ids_S = processed_SV.argmax(-1)
@@ -101,13 +107,14 @@ def sample_tokens(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Sample
         row for row, sampler in enumerate(samplers) if not sampler.sampling_params.is_greedy
     ]
     filtered_rows = [row for row in stochastic_rows if _has_filter(samplers[row].sampling_params)]
-    for rows, draw_ids in (
+    for selected_rows, draw_ids in (
         (filtered_rows, _sample_filtered),
         (sorted({*stochastic_rows} - {*filtered_rows}), _sample_full),
     ):
-        if rows:
-            rows_S = copy_to_device(np.array(rows), logits_SV.device)
-            ids = draw_ids(processed_SV.index_select(0, rows_S), [samplers[row] for row in rows])
+        if selected_rows:
+            rows_S = copy_to_device(np.array(selected_rows), logits_SV.device)
+            selected_samplers = [samplers[row] for row in selected_rows]
+            ids = draw_ids(processed_SV.index_select(0, rows_S), selected_samplers)
             ids_S = ids_S.index_copy(0, rows_S, ids)
     for row, sampler in enumerate(samplers):
         sampler.record_token(ids_S[row : row + 1])
@@ -127,12 +134,12 @@ def _apply_penalties(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Ten
 
 
 def _apply_constraints(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
-    rows = [row for row, sampler in enumerate(samplers) if sampler.constraint is not None]
-    if not rows:
+    constrained_rows = [row for row, c in enumerate(samplers) if c.constraint is not None]
+    if not constrained_rows:
         return logits_SV
     bitmasks = [c.pop_bitmask() for c in samplers if c.constraint is not None]
     bits_SW = copy_to_device(np.stack(bitmasks), logits_SV.device)
-    rows_S = copy_to_device(np.array(rows), logits_SV.device)
+    rows_S = copy_to_device(np.array(constrained_rows), logits_SV.device)
     bit_positions_32 = torch.arange(32, device=logits_SV.device, dtype=torch.int32)
     allowed_SV = (bits_SW.unsqueeze(-1) >> bit_positions_32 & 1).flatten(1).bool()
     vocab_size = logits_SV.shape[1]
@@ -157,7 +164,10 @@ def _compute_probs(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tenso
 
 
 def _sample_inverse_cdf(probs_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
-    """Sample from unnormalized probabilities by inverse transform, one generator per row."""
+    """Sample from unnormalized probabilities by inverse transform sampling.
+
+    Each row uses the random generator of its sequence.
+    """
     cdf_SV = probs_SV.double().cumsum(-1)
     uniforms_S1 = _to_column([c.draw_uniform() for c in samplers], probs_SV).double()
     sampled_S = torch.searchsorted(cdf_SV, uniforms_S1 * cdf_SV[:, -1:], right=True).squeeze(1)

@@ -1,1 +1,1 @@
-"""Native models: layers, families, adapters, weights in and out."""
+"""Native model implementations: layers, model families, LoRA, quantization and weight files."""

@@ -1,4 +1,4 @@
-"""Cache of array results, limited in bytes."""
+"""LRU cache for functions that return NumPy arrays, limited by memory."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ Given = ParamSpec("Given")
 Arrays = TypeVar("Arrays", bound=NDArray[Any] | tuple[NDArray[Any], ...])
 
 CACHE_BYTES = 64 << 20
-"""Memory limit per function: enough for hundreds of image sizes of a thousand tokens."""
+"""Default memory limit of one cached function, in bytes: enough for the results of hundreds of
+image sizes with a thousand tokens each."""
 
 
 def array_cache(
     max_bytes: int = CACHE_BYTES,
 ) -> Callable[[Callable[Given, Arrays]], Callable[Given, Arrays]]:
-    """Cache results by their arguments and evict the least recently used ones.
+    """Cache the arrays that a function returns, keyed by its arguments.
 
-    `functools.lru_cache` limits the number of results, not their memory. Results are shared:
-    callers must not modify them.
+    The least recently used results are evicted when the cached arrays exceed `max_bytes` in total;
+    `functools.lru_cache` limits only the number of results. Callers share the arrays and must not
+    modify them.
     """
 
     def decorate(function: Callable[Given, Arrays]) -> Callable[Given, Arrays]:

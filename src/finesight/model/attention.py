@@ -1,7 +1,9 @@
-"""Attention over packed sequences.
+"""Attention backends for packed sequences, used by the decoder and the vision encoders.
 
-Shapes: T tokens of the packed batch, K keys, H heads, D head dimension, S sequences, N sequences of
-one length, L that length.
+`varlen_attention` selects an implementation by device, dtype and segment lengths.
+
+Shapes: T tokens of the packed batch, H query heads, K key heads, D head dimension, S sequences, N
+sequences of one length, L that length, M rows of a batch with an expanded prefix, P prefix tokens.
 """
 
 from __future__ import annotations
@@ -32,24 +34,26 @@ if HAS_TRITON:
     from finesight.model.kernels import vision_attention as vision_kernels
 
 MAX_TRITON_SEQLEN = 256
-"""Longest segment in tokens for which `varlen_kernels` are the fastest on an H200."""
+"""Maximum segment length, in tokens, for which the kernels of `kernels.varlen_attention` are the
+fastest on an H200."""
 
 _TORCH_VERSION = tuple(int(piece) for piece in torch.__version__.split(".")[:2])
 
 
 class AttentionBackend(Protocol):
-    """Attention of the decoder layers over a packed batch or a KV cache."""
+    """Interface of the decoder's attention over a packed batch or a KV cache."""
 
     @property
     def context_lengths_T(self) -> Tensor:
-        """Context length of each new token's sequence (integers on the tensors' device).
+        """Context length of the sequence of each new token, [T] on the device.
 
-        During generation this is the length of the prompt.
+        During generation this is the length of the prompt. Decoders whose rotary base depends on
+        the context length use it.
         """
         ...
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        """Compute attention of the new tokens in one layer.
+        """Compute the attention of the new tokens in one decoder layer.
 
         Args:
             layer_index: Index of the decoder layer.
@@ -65,10 +69,14 @@ class AttentionBackend(Protocol):
 
 @dataclass(frozen=True)
 class Segments:
-    """Boundaries of packed sequences.
+    """Boundaries of the attention segments in a packed tensor.
 
-    `cu_seqlens_S1` holds the cumulative `lengths` starting at 0 (int32, on the tensors' device),
-    and `max_seqlen` is the longest of them.
+    A segment is a sequence of the decoder, or a frame or window of the vision encoder.
+
+    Attributes:
+        lengths: Length of each segment in tokens or patches.
+        cu_seqlens_S1: Cumulative lengths, starting at 0 (int32, on the device).
+        max_seqlen: Length of the longest segment.
     """
 
     lengths: tuple[int, ...]
@@ -84,26 +92,27 @@ class Segments:
 
     @cached_property
     def context_lengths_T(self) -> Tensor:
-        """Segment length of each token."""
+        """Length of the segment that each token belongs to, [T]."""
         lengths_S = self.cu_seqlens_S1.diff()
         return lengths_S.repeat_interleave(lengths_S, output_size=sum(self.lengths))
 
     @cached_property
     def length_buckets(self) -> LengthBuckets:
-        """Segments grouped by length."""
+        """Segments grouped into buckets of equal length."""
         return bucket_by_length(self.lengths, self.cu_seqlens_S1.device)
 
     @cached_property
     def padded_buckets(self) -> LengthBuckets:
-        """Segments of similar length, grouped and padded."""
+        """Segments grouped into buckets of similar length, with padding."""
         return bucket_with_padding(self.lengths, self.cu_seqlens_S1.device)
 
 
 @dataclass(frozen=True)
 class PackedAttention:
-    """Causal attention within each packed sequence, for training and for scoring without a cache.
+    """Causal attention within each sequence of a packed batch, without a KV cache.
 
-    `dropout_seed_1` (int32, on the device) seeds the LoRA dropout of `fused_decoder`.
+    Used in training and to score completions. `dropout_seed_1` (int32, on the device) seeds the
+    LoRA dropout of the fused decoder layers.
     """
 
     segments: Segments
@@ -111,22 +120,24 @@ class PackedAttention:
 
     @property
     def context_lengths_T(self) -> Tensor:
-        """Sequence length of each token; implements `AttentionBackend`."""
+        """Length of the sequence that each token belongs to, [T]."""
         return self.segments.context_lengths_T
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        """Compute packed attention; implements `AttentionBackend`."""
+        """Compute causal attention within each sequence; see `AttentionBackend`."""
         return varlen_attention(q_THD, k_TKD, v_TKD, self.segments, causal=True)
 
 
 class SharedPrefixIndices(NamedTuple):
-    """Indices that expand packed rows so that each sequence contains the shared prefix.
+    """Indices that expand a packed batch so that each sequence contains the shared prefix.
 
-    P packed rows become M expanded rows.
+    The packed batch has T rows and stores the prefix of P tokens once. In the expanded batch of M
+    rows, each sequence starts with a copy of the prefix.
 
-    `source_indices_M` is the packed row of each expanded position, `position_indices_T` the
-    expanded position of each packed row. `prefix_indices_SP` are the expanded positions of the
-    prefix, for each sequence.
+    Attributes:
+        source_indices_M: Packed row that each expanded row is copied from.
+        position_indices_T: Expanded row of each packed row.
+        prefix_indices_SP: Expanded rows of the prefix in each sequence.
     """
 
     source_indices_M: Tensor
@@ -135,7 +146,10 @@ class SharedPrefixIndices(NamedTuple):
 
 
 class _ExpandSharedPrefix(torch.autograd.Function):
-    """Copy rows [T, ...] to their expanded positions [M, ...]."""
+    """Autograd function that copies packed rows [T, ...] to expanded rows [M, ...].
+
+    The backward pass sums the gradients of all copies of the prefix.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_TX: Tensor, indices: SharedPrefixIndices) -> Tensor:
@@ -150,7 +164,7 @@ class _ExpandSharedPrefix(torch.autograd.Function):
             dy_MX.index_select(0, position_indices_T),
             (*prefix_indices_SP.shape, *dy_MX.shape[1:]),
         )
-        # Prefix gradients of all sequences are summed in fp32 and rounded once.
+        # Sum the prefix gradients of all sequences in fp32 and round once.
         prefix_grads_SPX = dy_MX.index_select(0, prefix_indices_SP.flatten()).view(shape)
         wide_dtype = torch.promote_types(dy_MX.dtype, torch.float32)
         dx_TX[: shape[1]] = prefix_grads_SPX.sum(0, dtype=wide_dtype)
@@ -161,19 +175,19 @@ class _ExpandSharedPrefix(torch.autograd.Function):
 class SharedPrefixAttention(PackedAttention):
     """Causal attention of sequences that share a prefix, which is computed once.
 
-    The first segment is the prefix; every other segment attends to the prefix and to its own
-    tokens. `num_tokens` is the total number of packed tokens.
+    The first segment is the prefix. The tokens of each other segment attend to the prefix and to
+    earlier tokens of their own segment. `num_tokens` is the total number of packed tokens.
     """
 
     num_tokens: int
 
     @property
     def context_lengths_T(self) -> Tensor:
-        """Not available: prefix tokens belong to several sequences."""
+        """Unavailable, since a prefix token belongs to several sequences."""
         raise AssertionError("prefix tokens belong to several sequences and have no context length")
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        """Compute attention with the shared prefix; implements `AttentionBackend`."""
+        """Compute attention with the shared prefix; see `AttentionBackend`."""
         segments, full_segments = self.segments, self.full_segments
         if _use_triton_attention(q_THD, full_segments):
             cu_seqlens = varlen_kernels.CuSeqlens(
@@ -200,7 +214,7 @@ class SharedPrefixAttention(PackedAttention):
 
     @cached_property
     def full_segments(self) -> Segments:
-        """Segments of the expanded batch, in which each sequence contains the prefix."""
+        """Segments of the expanded batch, in which each sequence starts with the prefix."""
         first, *others = self.segments.lengths
         lengths, cu_seqlens_S1 = (first, *(first + n for n in others)), self.segments.cu_seqlens_S1
         num_prefixes_S1 = torch.arange(-1, len(others) + 1, device=cu_seqlens_S1.device).clamp_(
@@ -211,14 +225,14 @@ class SharedPrefixAttention(PackedAttention):
 
     @cached_property
     def length_buckets(self) -> LengthBuckets:
-        """Sequences including their prefix, grouped by length."""
+        """Sequences including their prefix, grouped into padded buckets for a CPU."""
         return bucket_shared_prefix(self.segments.lengths)
 
     @cached_property
     def indices(self) -> SharedPrefixIndices:
-        """Expansion indices, computed on the device.
+        """Row indices of the expanded batch, computed on the device.
 
-        Inside a CUDA graph the sequence lengths are known on the device only.
+        When a CUDA graph is replayed, the sequence lengths are known on the device only.
         """
         (cu_seqlens_S1, full_cu_seqlens_S1), prefix_length = (
             (self.segments.cu_seqlens_S1, self.full_segments.cu_seqlens_S1),
@@ -253,16 +267,20 @@ def varlen_attention(
 ) -> Tensor:
     """Compute softmax(q k^T / sqrt(D)) v within each segment.
 
-    Uses one variable-length kernel where the device supports it.
+    Uses FlashAttention or Triton kernels for variable lengths where the device supports them,
+    explicit matmuls or one SDPA call per segment length otherwise.
 
     Args:
-        q_THD: Queries.
-        k_TKD: Keys.
-        v_TKD: Values.
-        segments: Segments of the queries.
-        causal: Mask later keys.
-        key_segments: Segments of the keys if they are longer; the queries are then the last tokens
-            of their segments.
+        q_THD: Queries of all segments.
+        k_TKD: Keys of all segments.
+        v_TKD: Values of all segments.
+        segments: Segments of the queries, and of the keys without `key_segments`.
+        causal: Mask the keys after each query.
+        key_segments: Segments of the keys if there are more keys than queries. The queries are then
+            the last tokens of each segment.
+
+    Returns:
+        Attention output of each query, [T, H, D].
     """
     if key_segments is not None and supports_varlen_attention(q_THD):
         return _flash_attention(q_THD, k_TKD, v_TKD, segments, key_segments, causal)
@@ -282,10 +300,10 @@ def varlen_attention(
 
 
 def _use_cpu_attention(q_THD: Tensor, segments: Segments) -> bool:
-    """Return True if explicit matmuls are faster than torch's fused kernel.
+    """Return True if explicit matmuls are faster than torch's fused CPU attention.
 
-    Without a backward pass, on CPUs with AMX, the fused kernel is faster: by a factor of 2 on a
-    Xeon, for a vision encoder.
+    Without gradients on a CPU with AMX, the fused kernel is faster (twice as fast for a vision
+    encoder on a Xeon).
     """
     if q_THD.device.type != "cpu" or q_THD.dtype != torch.bfloat16:
         return False
@@ -294,12 +312,12 @@ def _use_cpu_attention(q_THD: Tensor, segments: Segments) -> bool:
 
 @lru_cache
 def has_amx_bf16() -> bool:
-    """Return True if the CPU has bf16 tile instructions (AMX)."""
+    """Return True if the CPU has AMX instructions for bf16 matrix products."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def _use_triton_attention(q_THD: Tensor, segments: Segments) -> bool:
-    """Return True if the Triton kernels of `varlen_attention` support these inputs."""
+    """Return True if the Triton kernels for short segments support these queries."""
     return (
         HAS_TRITON and segments.max_seqlen <= MAX_TRITON_SEQLEN and supports_varlen_attention(q_THD)
     )
@@ -310,7 +328,7 @@ def _kernel_cu_seqlens(segments: Segments) -> varlen_kernels.CuSeqlens:
 
 
 class _TritonAttention(torch.autograd.Function):
-    """Causal attention for short segments, with Triton kernels in both passes."""
+    """Autograd function of causal attention for short segments, with Triton kernels."""
 
     @staticmethod
     def forward(
@@ -350,7 +368,7 @@ def _flash_attention(
     # Imported lazily: this loads torch's compiler, which takes as long as importing torch.
     from torch.nn.attention.varlen import varlen_attn
 
-    # The window is aligned to the segment ends if there are fewer queries than keys.
+    # If a segment has fewer queries than keys, the causal mask is aligned to its last key.
     window = (-1, 0) if causal else (-1, -1)
     cu_seqlens = (
         query_segments.cu_seqlens_S1,
@@ -362,7 +380,7 @@ def _flash_attention(
     if _TORCH_VERSION >= (2, 12):
         o_THD = varlen_attn(*arguments, window_size=window, enable_gqa=True)
     else:
-        # The kernel supports grouped heads; only later releases require the flag.
+        # Earlier releases support grouped-query attention without a flag.
         o_THD = varlen_attn(*arguments, window_size=window)
     assert isinstance(o_THD, Tensor), f"varlen_attn returned {type(o_THD)}"
     return o_THD
@@ -371,7 +389,10 @@ def _flash_attention(
 def _suffix_attention(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, query_segments: Segments, key_segments: Segments
 ) -> Tensor:
-    """Attention of the last queries of each segment, without a variable-length kernel."""
+    """Compute causal attention of the last tokens of each segment with SDPA.
+
+    Fallback without a variable-length kernel: one call per segment, with an explicit mask.
+    """
     enable_gqa = q_THD.shape[1] > k_TKD.shape[1]
     outputs = []
     for q_LHD, k_LKD, v_LKD in zip(
@@ -389,7 +410,7 @@ def _suffix_attention(
 
 
 def supports_varlen_attention(q_THD: Tensor) -> bool:
-    """Return True if variable-length flash attention supports these queries.
+    """Return True if variable-length FlashAttention supports these queries.
 
     It requires a 16-bit dtype, a head dimension divisible by 8 and compute capability 8.0 or newer.
     """
@@ -399,7 +420,10 @@ def supports_varlen_attention(q_THD: Tensor) -> bool:
 def bucketed_attention(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, buckets: LengthBuckets, causal: bool
 ) -> Tensor:
-    """Compute attention without a variable-length kernel, one call for each segment length."""
+    """Compute attention with SDPA, one call per segment length.
+
+    Fallback without a variable-length kernel.
+    """
     # The fused kernels for CPU and older GPUs require as many key heads as query heads.
     repeats = q_THD.shape[1] // k_TKD.shape[1]
     if repeats > 1:

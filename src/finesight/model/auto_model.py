@@ -1,4 +1,4 @@
-"""Loading and saving of models of any family, native or through transformers."""
+"""Loading and saving of models of any family, with native code or through transformers."""
 
 from __future__ import annotations
 
@@ -26,16 +26,19 @@ def load_auto_model(
     weight_format: WeightFormat = "auto",
     fp8_parts: Collection[ModelPart] = (),
 ) -> AnyModel:
-    """Load the model of a folder.
+    """Load the model of a folder with native code or, for other families, transformers.
 
-    Raises UserError as `load_model` and `load_hf_model`.
+    Arguments and errors are those of `load_model` and `load_hf_model`.
     """
     loader = load_model if is_native(folder) else load_hf_model
     return loader(folder, dtype, device, nf4_parts, weight_format, fp8_parts)
 
 
 def save_auto_model(model: AnyModel, folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:
-    """Write the weights of a model without adapters from `folder` to `target`."""
+    """Write the weights of a model without adapters to `target`.
+
+    Config and tokenizer files are copied from `folder`, which the model was loaded from.
+    """
     if isinstance(model, HfModel):
         save_hf_model(model, folder, target, dtype)
     else:

@@ -1,7 +1,8 @@
-"""Model configuration, read from config.json in the hub's format or in that of transformers 5.
+"""Model configuration, parsed from config.json.
 
-The hub's files keep the language model's keys at the top level. transformers 5 writes them to
-`text_config` and merges `rope_theta` and `rope_scaling` into `rope_parameters`.
+Two layouts are supported. Published files keep the language model's keys at the top level.
+transformers 5 writes them to `text_config` and merges `rope_theta` and `rope_scaling` into
+`rope_parameters`.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from typing import NoReturn, TypeGuard
 from finesight.errors import UserError
 
 MAX_INT = 2**31 - 1
-"""Upper limit of an integer size: vocabularies have fewer than a million tokens."""
+"""Upper limit of the integers in a config, far above any vocabulary size."""
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    """Return True for a finite number that fp32 can hold."""
+    """Return True for a number that is finite in fp32."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 3.4e38
 
 
 class ConfigReader:
-    """Typed access to a JSON object of a config file.
+    """Typed access to the keys of a JSON config.
 
     Missing or invalid values raise a UserError that names the full key. A null value counts as
     missing.
@@ -34,7 +35,7 @@ class ConfigReader:
         self._values, self.file, self._key_prefix = values, file, key_prefix
 
     def raise_invalid(self, key: str, expected: str) -> NoReturn:
-        """Raise a UserError with the value of `key` and the expected one."""
+        """Raise a UserError with the current and the expected value of `key`."""
         value = self._values.get(key)
         raise UserError(
             f"{self._key_prefix}{key} is {'missing' if value is None else f'{value!r:.80}'}",
@@ -44,14 +45,14 @@ class ConfigReader:
         )
 
     def has(self, key: str) -> bool:
-        """Return True if `key` has a value."""
+        """Return True if `key` is present and not null."""
         return self._values.get(key) is not None
 
     def _get(self, key: str, default: object) -> object:
         return self._values[key] if self.has(key) else default
 
     def section(self, key: str) -> ConfigReader:
-        """Return the object under `key`."""
+        """Return a reader of the JSON object stored under `key`."""
         value = self._values.get(key)
         if not isinstance(value, Mapping):
             self.raise_invalid(key, "an object")
@@ -79,7 +80,7 @@ class ConfigReader:
         return value
 
     def get_ints(self, key: str) -> tuple[int, ...]:
-        """Return a list of integers of at least 0."""
+        """Return the list of non-negative integers stored under `key`."""
         value = self._values.get(key)
         if not isinstance(value, list | tuple):
             self.raise_invalid(key, "a list of integers")
@@ -89,7 +90,7 @@ class ConfigReader:
         return ints
 
     def get_floats(self, key: str, length: int) -> tuple[float, ...]:
-        """Return a list of `length` finite floats."""
+        """Return the list of `length` finite floats stored under `key`."""
         value = self._values.get(key)
         if not isinstance(value, list | tuple) or len(value) != length:
             self.raise_invalid(key, f"a list of {length} values")
@@ -99,21 +100,30 @@ class ConfigReader:
         return floats
 
     def get_str(self, key: str) -> str:
-        """Return a string."""
+        """Return the string stored under `key`."""
         value = self._values.get(key)
         if not isinstance(value, str):
             self.raise_invalid(key, "a string")
         return value
 
     def require_supported(self, key: str, default: object, supported: tuple[object, ...]) -> None:
-        """Raise a UserError if `key` has a value whose computation is not implemented."""
+        """Raise a UserError unless the value of `key` is one of `supported`.
+
+        Rejects configs whose computation is not implemented. A missing key has the value `default`.
+        """
         if self._get(key, default) not in supported:
             self.raise_invalid(key, " or ".join(repr(value) for value in supported))
 
 
 @dataclass(frozen=True)
 class MoeConfig:
-    """Mixture-of-experts config: number of experts, experts per token, intermediate size."""
+    """Mixture-of-experts config of the decoder.
+
+    Attributes:
+        num_experts: Number of experts per layer.
+        num_experts_per_tok: Number of experts that process each token.
+        intermediate_size: Intermediate size of one expert.
+    """
 
     num_experts: int
     num_experts_per_tok: int
@@ -124,10 +134,13 @@ class MoeConfig:
 class DecoderConfig:
     """Decoder config.
 
-    Queries and keys have a bias, or a norm of each head with `use_qk_norm`. `mrope_axes` maps each
-    rotary frequency of a head to a position axis (0 time, 1 height, 2 width).
-    `max_position_embeddings` is the context length of the base model. With `tie_word_embeddings`
-    the head shares the embedding's weight. `moe` replaces the MLPs by experts.
+    Attributes:
+        use_qk_norm: Normalize each head of queries and keys, as in Qwen3. Otherwise queries, keys
+            and values have a bias, as in Qwen2.
+        mrope_axes: Position axis of each rotary frequency of a head (0 time, 1 height, 2 width).
+        max_position_embeddings: Context length of the base model.
+        tie_word_embeddings: The head shares the weight of the token embedding.
+        moe: Config of the experts that replace the MLPs; None for a dense model.
     """
 
     vocab_size: int
@@ -146,9 +159,10 @@ class DecoderConfig:
     moe: MoeConfig | None = None
 
     def prefix_cache_key(self, num_tokens: int) -> str:
-        """Return the prefix-cache key of a prompt of `num_tokens` tokens.
+        """Return a key that separates prompts which cannot share KV cache entries.
 
-        Prompts with equal keys have equal keys and values for a shared prefix.
+        Prompts of `num_tokens` tokens with equal keys have equal keys and values for a shared
+        prefix. Configs whose rotary base depends on the prompt length override this.
         """
         return ""
 
@@ -157,9 +171,9 @@ class DecoderConfig:
 class VisionConfig:
     """Vision encoder config.
 
-    Patches cover `temporal_patch_size` frames of `patch_size` x `patch_size` pixels. Each square of
-    `merge_size` x `merge_size` patches becomes one feature of the decoder's hidden
-    size.
+    A patch covers `temporal_patch_size` frames of `patch_size` x `patch_size` pixels. The merger
+    combines each square of `merge_size` x `merge_size` patches into one feature with the hidden
+    size of the decoder.
     """
 
     hidden_size: int
@@ -179,7 +193,10 @@ class VisionConfig:
 
     @property
     def patch_shape(self) -> tuple[int, ...]:
-        """Input shape of the patch convolution, with a frame axis for several frames."""
+        """Shape of one patch as input of the published convolution weight.
+
+        Includes a frame axis if a patch covers several frames.
+        """
         frames = (self.temporal_patch_size,) if self.temporal_patch_size > 1 else ()
         return (self.in_channels, *frames, self.patch_size, self.patch_size)
 
@@ -190,7 +207,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class PixelNormalization:
-    """Normalization of image bytes: (byte x scale - mean) / std for each channel."""
+    """Pixel normalization of a preprocessor: (byte x rescale_factor - mean) / std per channel."""
 
     rescale_factor: float
     mean: tuple[float, ...]
@@ -199,14 +216,17 @@ class PixelNormalization:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Configs of the decoder and the vision encoder."""
+    """Configs of the decoder and the vision encoder of a model."""
 
     decoder: DecoderConfig
     vision: VisionConfig
 
 
 def sequential_mrope_axes(sections: tuple[int, ...]) -> tuple[int, ...]:
-    """Assign frequencies to time, then height, then width."""
+    """Assign rotary frequencies to the axes time, height and width in consecutive sections.
+
+    `sections` holds the number of frequencies per axis.
+    """
     return tuple(row for row, size in enumerate(sections) for _ in range(size))
 
 
@@ -217,18 +237,21 @@ def parse_decoder_config(
     use_qk_norm: bool = False,
     mrope_axes: Callable[[tuple[int, ...]], tuple[int, ...]] = sequential_mrope_axes,
 ) -> DecoderConfig:
-    """Read the decoder config from either format of config.json.
+    """Parse the decoder config from config.json.
 
-    `mrope_axes` assigns the rotary frequencies of a head to the position axes, with the counts of
-    `mrope_section`. The head dimension is the hidden size divided by the number of heads unless
-    `head_dim` is given.
+    Args:
+        hf_config: Content of config.json in either layout.
+        head_dim: Head dimension; by default the hidden size divided by the number of heads.
+        use_qk_norm: Normalize each head of queries and keys.
+        mrope_axes: Function that assigns rotary frequencies to position axes, given the number of
+            frequencies per axis (`mrope_section`).
     """
     text = get_text_config(hf_config)
     text.require_supported("hidden_act", "silu", ("silu",))
     text.require_supported("use_sliding_window", False, (False,))
     text.require_supported("attention_dropout", 0.0, (0.0,))
     rope = get_rope_config(text)
-    # Published files have type mrope; transformers 5 adds rope_type default.
+    # Published files have `type: mrope`; transformers 5 adds `rope_type: default`.
     rope.require_supported("type", "mrope", ("mrope", "default"))
     rope.require_supported("rope_type", "default", ("mrope", "default"))
     hidden_size, num_heads = text.get_int("hidden_size"), text.get_int("num_attention_heads")
@@ -263,7 +286,8 @@ def parse_decoder_config(
         rope_theta=(rope if rope.has("rope_theta") else text).get_float("rope_theta"),
         mrope_axes=mrope_axes(sections),
         max_position_embeddings=text.get_int("max_position_embeddings", 32768),
-        # The top-level value has precedence: the class of the text part has other defaults.
+        # The top-level value takes precedence: the config class of the text part has another
+        # default.
         tie_word_embeddings=hf_config.get_bool(
             "tie_word_embeddings", text.get_bool("tie_word_embeddings", False)
         ),
@@ -271,12 +295,12 @@ def parse_decoder_config(
 
 
 def get_text_config(hf_config: ConfigReader) -> ConfigReader:
-    """Return the section with the language model's keys."""
+    """Return the section of config.json with the language model's keys."""
     return hf_config.section("text_config") if hf_config.has("text_config") else hf_config
 
 
 def get_rope_config(text: ConfigReader) -> ConfigReader:
-    """Return the section with the rotary embedding's keys."""
+    """Return the section of the text config with the rotary embedding's keys."""
     return text.section("rope_parameters" if text.has("rope_parameters") else "rope_scaling")
 
 
@@ -287,7 +311,11 @@ def parse_vision_config(
     out_hidden_size_key: str = "out_hidden_size",
     intermediate_size: int | None = None,
 ) -> VisionConfig:
-    """Read the vision encoder config; families with other key names pass them."""
+    """Parse the vision encoder config.
+
+    The key arguments are the names of settings that differ between families. `intermediate_size` is
+    read from the config if None.
+    """
     if intermediate_size is None:
         intermediate_size = vision.get_int("intermediate_size")
     rope_theta = 10000.0
@@ -317,7 +345,7 @@ def parse_vision_config(
 def parse_pixel_normalization(
     preprocessor: ConfigReader, num_channels: int = 3
 ) -> PixelNormalization:
-    """Read scale, mean and standard deviation from preprocessor_config.json."""
+    """Parse the pixel normalization from preprocessor_config.json."""
     preprocessor.require_supported("do_normalize", True, (True,))
     preprocessor.require_supported("do_rescale", True, (True,))
     if min(preprocessor.get_floats("image_std", num_channels)) <= 0:

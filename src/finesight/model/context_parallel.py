@@ -1,10 +1,10 @@
-"""Context parallelism: attention over a sequence that is sharded across ranks.
+"""Context parallelism: attention over one sequence that is sharded across ranks.
 
-Each rank computes its own queries and all-gathers keys and values (Llama Team 2024,
-arXiv:2407.21783, section 3.3.2). With grouped-query attention keys and values are small.
+Each rank computes the attention of its own queries and all-gathers keys and values (Llama Team
+2024, arXiv:2407.21783, section 3.3.2), which are small with grouped-query attention.
 
 Shapes: T tokens of this rank, R rows, S tokens of a chunk, P ranks, W tokens of the full sequence,
-H heads, K key heads, D head dimension, M image features, F features of each.
+H heads, K key heads, D head dimension, M image tokens, F features of each.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from finesight.encode.context_shard import ContextShard
 from finesight.model.attention import PackedAttention, Segments, varlen_attention
 from finesight.model.length_buckets import copy_to_device
 
-# Names in torch 2.13 and later, and before.
+# Names since torch 2.13 and in earlier releases.
 ALLGATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -40,16 +40,16 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grads_PR: Tensor) -> tuple[Tensor, None]:
-        # Summed in fp32 and rounded once, as in a single process.
+        # Sum in fp32 and round once, as in a single process.
         local_R = grads_PR.new_empty(grads_PR.shape[1:], dtype=torch.float32)
         REDUCE_SCATTER(local_R, grads_PR.float().flatten(0, 1))
         return local_R.to(grads_PR.dtype), None
 
 
 def all_gather_rows(rows_R: Tensor, world_size: int) -> Tensor:
-    """Gather the same number of rows from each rank, [P, R, ...].
+    """Gather rows from all ranks by an all-gather, [P, R, ...].
 
-    The backward pass reduce-scatters the gradients.
+    Every rank must pass the same number of rows. The backward pass reduce-scatters the gradients.
     """
     apply: Callable[..., Tensor] = _AllGather.apply
     return apply(rows_R, world_size)
@@ -57,18 +57,21 @@ def all_gather_rows(rows_R: Tensor, world_size: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ContextParallelAttention(PackedAttention):
-    """Causal attention of one rank's context shard over the full sequence."""
+    """Causal attention of one rank's tokens over a sequence sharded across ranks."""
 
     context_shard: ContextShard
 
     @property
     def context_lengths_T(self) -> Tensor:
-        """Length of the full sequence, for each token."""
+        """Length of the full sequence, repeated for each token of this rank."""
         cu_seqlens_S1 = self.segments.cu_seqlens_S1
         return cu_seqlens_S1.new_full((sum(self.segments.lengths),), self.context_shard.num_tokens)
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        """Compute context-parallel attention; all ranks must call it for the same layer."""
+        """Compute the attention output of this rank's tokens.
+
+        This is a collective operation: all ranks must call it for the same layer.
+        """
         k_WKD, v_WKD = self._all_gather_kv(torch.stack([k_TKD, v_TKD], dim=1)).unbind(1)
         queries = torch.split(q_THD, self.context_shard.lengths)
         outputs = [
@@ -89,7 +92,10 @@ class ContextParallelAttention(PackedAttention):
 
     @cached_property
     def _chunk_segments(self) -> tuple[tuple[Segments, Segments], ...]:
-        """Query and key segments of each chunk; the keys include all earlier tokens."""
+        """Query and key segments of each chunk of this rank.
+
+        The keys of a chunk are all tokens of the sequence up to the end of the chunk.
+        """
         device = self.segments.cu_seqlens_S1.device
         return tuple(
             (Segments.from_lengths([stop - start], device), Segments.from_lengths([stop], device))
@@ -103,18 +109,20 @@ class ContextParallelAttention(PackedAttention):
             pad_rows(chunk, shard.max_range_length) for chunk in torch.split(kv_T2KD, shard.lengths)
         ]
         all_PR2KD = all_gather_rows(torch.cat(padded_chunks), shard.world_size)
-        # First chunks of the ranks in order, then second chunks in reverse order of ranks.
+        # The sequence consists of the first chunks in rank order and the second chunks in reverse
+        # order.
         front, back = torch.split(all_PR2KD, shard.max_range_length, dim=1)
         full_T2KD = torch.cat([front.flatten(0, 1), back.flip(0).flatten(0, 1)])
         return full_T2KD[: shard.num_tokens]
 
 
 def exchange_features(features_MFD: Tensor, shard: ContextShard) -> Tensor:
-    """Exchange image features between ranks and return those of this rank's tokens.
+    """Exchange image features so that each rank has those of its own image tokens.
 
-    Each rank encodes its own frames. All ranks must call this.
+    Each rank encodes a part of the frames, which may belong to tokens of other ranks. This is a
+    collective operation that all ranks must call.
     """
-    # At least one row: features of dummy images keep the encoder in the autograd graph.
+    # At least one row, so that the features of a dummy image remain in the autograd graph.
     max_features = max(1, *shard.features_per_rank)
     local_MFD = features_MFD[: shard.features_per_rank[shard.rank]]
     all_PMFD = all_gather_rows(pad_rows(local_MFD, max_features), shard.world_size)
@@ -130,10 +138,10 @@ def exchange_features(features_MFD: Tensor, shard: ContextShard) -> Tensor:
 
 
 def select_shard_features(features_M: Tensor, shard: ContextShard) -> Tensor:
-    """Select the features of this rank's tokens from the features of the full sample."""
+    """Select the features of this rank's image tokens from those of the full sample."""
     return torch.cat([features_M[start:stop] for start, stop in shard.feature_ranges])
 
 
 def pad_rows(x: Tensor, num_rows: int) -> Tensor:
-    """Pad with zero rows up to `num_rows`."""
+    """Pad a tensor with zero rows to `num_rows` rows."""
     return F.pad(x, (0, 0) * (x.ndim - 1) + (0, num_rows - len(x))) if len(x) < num_rows else x

@@ -1,14 +1,13 @@
 """Attention over short sequences as explicit matmuls, for bf16 on a CPU.
 
-torch's fused CPU kernel is several times slower than matmuls (on Zen 5: 3 times for forward and
-backward at 125 tokens) as long as the scores of a sequence fit the caches. For the forward pass
-alone this holds only on CPUs without AMX. Scores and softmax are computed in fp32: bf16 would save
-a sixth of the time but lose precision for peaked attention. The attention weights are rounded to
-bf16.
+As long as the scores of a sequence fit into the CPU caches, matmuls are several times faster than
+torch's fused attention (3 times on Zen 5, forward and backward at 125 tokens). On CPUs with AMX
+this holds only in training. Scores and softmax are computed in fp32: bf16 would save a sixth of the
+time but lose precision for peaked attention. The attention weights are rounded to bf16.
 
-Shapes: T tokens, H query heads, K key heads, D head dimension, X rows of all heads of the batches,
-N sequences of a batch, L their length, B = N K matrices, G = H/K query heads per key head, Q = G L
-queries of one matrix, C queries of a block, S keys of a block.
+Shapes: T tokens, H query heads, K key heads, D head dimension, X rows (heads of tokens) of all
+batches, N sequences of a batch, L their length, B = N K matrices, G = H/K query heads per key head,
+Q = G L queries of one matrix, C queries of a block, S keys of a block.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from torch.autograd.function import once_differentiable
 from finesight.model.length_buckets import HeadRowIndices, LengthBuckets
 
 MAX_CPU_SEQLEN = 512
-"""Longest sequence in tokens for which matmuls are faster."""
+"""Maximum sequence length, in tokens, for which matmuls are faster than torch's fused attention."""
 
 QUERY_BLOCK = 64
-"""Queries of a head whose scores are computed together; causal attention skips later keys."""
+"""Number of queries per block of scores. Causal attention skips the keys after a block."""
 
 
 def cpu_attention(
@@ -34,8 +33,8 @@ def cpu_attention(
 ) -> Tensor:
     """Compute softmax(q k^T / sqrt(D)) v within each segment.
 
-    Padded buckets require causal attention, because no query attends to the padding. For duplicated
-    tokens the output of one copy is returned.
+    Padded `buckets` require causal attention, so that no query attends to the padding. For tokens
+    with duplicates (a shared prefix) the output of one copy is returned.
     """
     assert causal or buckets.padding_P is None, "padded buckets require causal attention"
     o_THD: Tensor = _CpuAttention.apply(  # type: ignore[no-untyped-call]
@@ -99,7 +98,7 @@ class _CpuAttention(torch.autograd.Function):
 
 
 def _attention_weights(q_BQD: Tensor, k_BLD: Tensor, scale: float, causal: bool) -> Tensor:
-    """Compute softmax(scale q k^T) in fp32 or wider, rounded to the dtype of `q`."""
+    """Compute softmax(scale q k^T) in at least fp32, rounded to the dtype of `q_BQD`."""
     length, head_dim = k_BLD.shape[1:]
     q_BGLD = q_BQD.view(len(k_BLD), -1, length, head_dim)
     weights_BGLL = q_BQD.new_empty(*q_BGLD.shape[:3], length)
@@ -124,7 +123,10 @@ def _attention_weights(q_BQD: Tensor, k_BLD: Tensor, scale: float, causal: bool)
 def _scaled_softmax(
     q_BGCD: Tensor, k_BSD: Tensor, scale: float, causal_mask_CC: Tensor | None = None
 ) -> Tensor:
-    """Compute the softmax of the scores and add `causal_mask_CC` to those of the last keys."""
+    """Compute the softmax of the attention scores of one query block.
+
+    `causal_mask_CC` is added to the scores of the last C keys.
+    """
     scores_BGCS = q_BGCD.new_empty(*q_BGCD.shape[:3], k_BSD.shape[1])
     # With beta 0 the first operand is only a buffer; its content is not read.
     scores_BGCS.flatten(1, 2).baddbmm_(q_BGCD.flatten(1, 2), k_BSD.mT, beta=0, alpha=scale)
@@ -134,7 +136,7 @@ def _scaled_softmax(
 
 
 def _score_gradients(do_BQD: Tensor, v_BLD: Tensor, weights_BQL: Tensor) -> Tensor:
-    """Compute the gradients of the scores."""
+    """Compute the gradients of the attention scores before the softmax."""
     dscores_BQL = torch.bmm(do_BQD, v_BLD.mT)
     torch.ops.aten._softmax_backward_data.out(
         dscores_BQL, weights_BQL, -1, weights_BQL.dtype, grad_input=dscores_BQL
@@ -151,7 +153,7 @@ def _restore_rows(x_XD: Tensor, rows: HeadRowIndices) -> Tensor:
 
 
 def _sum_duplicates(dx_XD: Tensor, rows: HeadRowIndices) -> Tensor:
-    """Restore the row order and sum the gradients of duplicated rows in fp32."""
+    """Restore the packed row order and sum the gradients of duplicated rows in fp32."""
     dx_YD = _restore_rows(dx_XD, rows)
     if rows.copies_RC is not None:
         count, num_copies = rows.copies_RC.shape
@@ -162,7 +164,10 @@ def _sum_duplicates(dx_XD: Tensor, rows: HeadRowIndices) -> Tensor:
 
 
 def _split_batches(x_XD: Tensor, buckets: LengthBuckets, num_kv_heads: int) -> Iterator[Tensor]:
-    """Split into batches of matrices [B, Q, D], one matrix per key head."""
+    """Yield one batch of matrices [B, Q, D] per bucket.
+
+    Each matrix holds the rows of one key head of one sequence.
+    """
     num_heads = len(x_XD) // buckets.num_positions
     parts = torch.split(x_XD, [num_heads * length * count for length, count in buckets.shapes])
     for (_, count), x in zip(buckets.shapes, parts, strict=True):

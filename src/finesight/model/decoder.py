@@ -1,6 +1,8 @@
-"""Decoder of Qwen2 and Qwen3, which differ in the treatment of queries and keys.
+"""Decoder of Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
 
-Shapes: T tokens, D hidden size, H heads, K key heads, M image features.
+Qwen2 decoders have a bias on queries, keys and values; Qwen3 decoders normalize queries and keys.
+
+Shapes: T tokens, D hidden size, H heads, K key heads, M image tokens.
 """
 
 from __future__ import annotations
@@ -31,21 +33,26 @@ from finesight.model.rope import RotaryCosSin, apply_rotary_pos_emb, compute_mro
 class DeepstackFeatures:
     """Image features added to hidden states after the first layers (DeepStack, Meng et al. 2024).
 
-    Row k is added after layer k, at the token positions `visual_indices_M`.
+    Attributes:
+        visual_indices_M: Indices of the image tokens in the packed batch.
+        features_MKD: Features of each image token; the k-th is added after layer k.
     """
 
     visual_indices_M: Tensor
     features_MKD: Tensor
 
     def add_after_layer(self, layer_index: int, x_TD: Tensor) -> Tensor:
-        """Add the features of layer `layer_index` to the hidden states."""
+        """Add the features of one layer to the hidden states of the image tokens.
+
+        Layers without features return `x_TD` unchanged.
+        """
         if layer_index >= self.features_MKD.shape[1]:
             return x_TD
         return x_TD.index_add(0, self.visual_indices_M, self.features_MKD[:, layer_index])
 
 
 class DecoderAttention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023).
+    """Grouped-query attention of a decoder layer (Ainslie et al. 2023).
 
     Qwen2 adds a bias to queries, keys and values; Qwen3 normalizes each head of queries and keys.
     """
@@ -75,7 +82,7 @@ class DecoderAttention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm transformer layer: attention, then the MLP."""
+    """Pre-norm decoder layer: attention, then an MLP or a mixture of experts."""
 
     def __init__(self, config: DecoderConfig, layer_index: int) -> None:
         super().__init__()
@@ -95,7 +102,10 @@ class DecoderLayer(nn.Module):
         attention: AttentionBackend,
         logit_indices_L: Tensor | None = None,
     ) -> Tensor:
-        """Map [T, D] to [T, D], or to [L, D] for the tokens `logit_indices_L`."""
+        """Map hidden states [T, D] to [T, D].
+
+        With `logit_indices_L`, only these tokens pass the MLP and are returned, [L, D].
+        """
         if isinstance(attention, PackedAttention) and self.can_fuse(x_TD):
             return self._forward_fused(x_TD, rotary, attention, logit_indices_L)
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotary, attention)
@@ -105,12 +115,12 @@ class DecoderLayer(nn.Module):
         return y_TD
 
     def can_fuse(self, x_TD: Tensor) -> bool:
-        """Return True if `fused_decoder` can compute the layer."""
+        """Return True if `fused_decoder` can compute this layer for these hidden states."""
         return bool(self.fusible_linears) and fused_decoder.supports_fused_layers(x_TD)
 
     @property
     def fusible_linears(self) -> tuple[FusedLinear, ...]:
-        """Linear layers of a layer that `fused_decoder` supports; empty otherwise."""
+        """Linear layers that `fused_decoder` computes; empty if it does not support this layer."""
         mlp, attn = self.mlp, self.self_attn
         if not isinstance(mlp, GatedMlp) or attn.q_norm is not None:
             return ()
@@ -148,10 +158,10 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings and decoder layers, without the final norm.
+    """Token embeddings and decoder layers, without the final norm.
 
-    The final norm is a separate step so that it runs only on the tokens that need logits. Families
-    with other layers pass `layer_class` and override `compute_rotary`.
+    Callers apply the final norm separately, only to the tokens that need logits. Families with
+    other layers pass `layer_class` and override `compute_rotary`.
     """
 
     def __init__(
@@ -168,11 +178,11 @@ class Decoder(nn.Module):
     def compute_rotary(
         self, position_ids_3T: Tensor, attention: AttentionBackend, dtype: torch.dtype
     ) -> object:
-        """Compute the rotary embeddings of queries and keys."""
+        """Compute the rotary embeddings of the tokens, which all layers receive."""
         return compute_mrope(position_ids_3T, self.config, dtype)
 
     def embed(self, ids_T: Tensor) -> Tensor:
-        """Embed token ids to [T, D]."""
+        """Embed token ids, [T] to [T, D]."""
         return F.embedding(ids_T, self.embed_tokens.weight)
 
     def forward(
@@ -192,9 +202,9 @@ class Decoder(nn.Module):
             attention: Attention backend.
             activation_checkpointing: Fraction of layers that are checkpointed, counted from the
                 first.
-            logit_indices_L: Tokens to return; the others skip the last MLP.
-            deepstack: Image features to add after the first layers. Nothing is added after the last
-                one.
+            logit_indices_L: Indices of the tokens to return; the others skip the last MLP. None
+                returns all tokens.
+            deepstack: Image features to add after the first layers, but never after the last layer.
 
         Returns:
             Hidden states [T, D], or [L, D] with `logit_indices_L`.
@@ -220,5 +230,8 @@ class Decoder(nn.Module):
 
 
 def _uses_rng(layer: nn.Module, x_TD: Tensor) -> bool:
-    """Return True if the layer uses torch's RNG; fused kernels hash a seed instead."""
+    """Return True if recomputing the layer requires torch's RNG state.
+
+    Fused layers derive their dropout mask from a seed instead.
+    """
     return not (isinstance(layer, DecoderLayer) and layer.can_fuse(x_TD))

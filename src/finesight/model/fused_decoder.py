@@ -1,12 +1,13 @@
 """Fused forward and backward pass of a decoder layer over a packed batch.
 
-Linear layers are trainable, or frozen with LoRA adapters or without. `model.decoder` defines the
-computation; this module computes it with kernels that read each large tensor once. Saved for the
-backward pass are the layer input, the fused projections, the attention output and the LoRA
-activations; norms, SwiGLU outputs and dropout masks are recomputed.
+`model.decoder` defines the computation; this module performs it with Triton kernels that read each
+large tensor once. Linear layers are trainable, frozen, or frozen with a LoRA adapter. The layer
+input, the fused projections, the attention output and the LoRA activations are saved for the
+backward pass; norms, SwiGLU outputs and dropout masks are recomputed.
 
-Shapes: T tokens, D hidden size, E columns of the fused QKV projection, F intermediate size, S ranks
-of a fused linear, R ranks of a layer, J input columns including the LoRA padding.
+Shapes: T tokens, D hidden size, E columns of the fused QKV projection, F intermediate size, I
+inputs of a linear, S LoRA ranks of all layers of a fused linear, R LoRA rank of one layer, J input
+columns including the LoRA padding.
 """
 
 from __future__ import annotations
@@ -38,13 +39,14 @@ if HAS_TRITON:
     from finesight.model.kernels.rotary import QkvLayout
 
 MAX_RANK = 128
-"""Largest LoRA rank that the kernels' accumulators support."""
+"""Maximum LoRA rank of a layer that the accumulators of the kernels support."""
 
 
 def is_fusible(linear: FusedLinear) -> bool:
-    """Return True if the kernels support the adapter of this linear.
+    """Return True if the fused kernels support the adapter of a linear.
 
-    Supported are no adapter, or a LoRA adapter of all layers with one rank and scale.
+    Supported are linears without an adapter, and LoRA adapters of all layers of the linear with
+    equal rank and alpha.
     """
     if linear.adapter is None:
         return True
@@ -57,24 +59,30 @@ def is_fusible(linear: FusedLinear) -> bool:
 
 
 def fuse_lora_weights(linears: Iterable[FusedLinear]) -> list[FusedLoraWeight]:
-    """Return the fused weights of these linears; create those that are missing."""
+    """Return the fused LoRA weights of these linears, and create missing ones.
+
+    Linears that cannot be fused are omitted.
+    """
     return [fused for fused in map(get_fused_weight, linears) if fused is not None]
 
 
 def supports_fused_layers(x_TD: Tensor) -> bool:
-    """Return True if kernels are available for this device and dtype."""
+    """Return True if the fused kernels support the device and dtype of the hidden states."""
     return HAS_TRITON and len(x_TD) > 0 and supports_varlen_attention(x_TD.unsqueeze(0))
 
 
 def _lora_parameters(linear: FusedLinear) -> tuple[Tensor | None, ...]:
-    """Return lora_A and each lora_B of the adapter, or as many None values."""
+    """Return lora_A and each lora_B of a linear, or None values without an adapter."""
     if not isinstance(linear.adapter, LoraLinear):
         return (None,) * (1 + len(linear.output_sizes))
     return linear.adapter.lora_A, *linear.adapter.lora_B.values()
 
 
 def _build_dropout(linear: FusedLinear, dropout_seed_1: Tensor | None, salt: int) -> SeededDropout:
-    """Build the dropout of the adapter's input for this forward pass."""
+    """Build the dropout of the adapter's input for one forward pass.
+
+    `salt` is distinct for each linear of the decoder.
+    """
     adapter = linear.adapter
     if not isinstance(adapter, LoraLinear):
         return SeededDropout(None, salt, 0.0, 1.0)
@@ -86,7 +94,7 @@ def _build_dropout(linear: FusedLinear, dropout_seed_1: Tensor | None, salt: int
 
 @dataclass(frozen=True, slots=True)
 class _NormQkvRopeArgs:
-    """Constant arguments of the fused norm, QKV projection and rotary embedding."""
+    """Arguments without gradients of the fused norm, QKV projection and rotary embedding."""
 
     qkv: LoraMatmul
     eps: float
@@ -96,13 +104,19 @@ class _NormQkvRopeArgs:
 
 
 class LayerDropout(NamedTuple):
-    """LoRA dropout of one layer in one forward pass: layer index and seed."""
+    """Seed of the LoRA dropout of one decoder layer in one forward pass.
+
+    `dropout_seed_1` may be None if no adapter uses dropout.
+    """
 
     layer_index: int
     dropout_seed_1: Tensor | None
 
     def for_linear(self, linear: FusedLinear, linear_index: int) -> SeededDropout:
-        """Build the dropout for linear `linear_index` of the layer."""
+        """Build the dropout of one linear's adapter.
+
+        `linear_index` is 0 for QKV, 1 for the output projection, 2 for gate and up, 3 for down.
+        """
         return _build_dropout(linear, self.dropout_seed_1, 4 * self.layer_index + linear_index)
 
 
@@ -114,10 +128,10 @@ def norm_qkv_rope(
     rotary: RotaryCosSin,
     layer_dropout: LayerDropout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Apply RMS norm, QKV projection and rotary embedding.
+    """Apply RMS norm, QKV projection and rotary embedding of a decoder layer.
 
     Returns:
-        The input for the residual connection, queries [T, H, D], keys and values [T, K, D].
+        The layer input for the residual connection, queries [T, H, D], keys and values [T, K, D].
     """
     num_heads, num_kv_heads, _ = (size // head_dim for size in qkv.output_sizes.values())
     layout = QkvLayout(num_heads, num_kv_heads, head_dim)
@@ -199,10 +213,10 @@ def _rms_norm_lora(
     lora_A_SD: Tensor | None,
     dropout: SeededDropout,
 ) -> tuple[Tensor | Fp8Rows, Tensor, Tensor | None]:
-    """Compute the RMS norm, the scale of each row and the LoRA down-projection.
+    """Compute the RMS norm, the reciprocal RMS of each row and the LoRA activations.
 
-    The norm has padding columns, which hold the down-projection if the weights are fused. It is
-    quantized to FP8 if the linear accepts that.
+    With a fused LoRA weight, the norm has padding columns that hold the LoRA activations. The norm
+    is quantized to FP8 if the linear accepts FP8 input.
     """
     if matmul.accepts_fp8_input:
         fp8_rows = empty_fp8_rows(x_TD)
@@ -221,7 +235,7 @@ def _rms_norm_lora(
 def _lora_down(
     d_TI: Tensor, lora_A_SI: Tensor, dropout: SeededDropout, padded_TJ: Tensor | None
 ) -> Tensor:
-    """Compute the LoRA down-projection; also write it to the padding columns of `padded_TJ`."""
+    """Compute LoRA activations; also write them to the padding columns of `padded_TJ`."""
     low_TS = d_TI.new_empty(len(d_TI), len(lora_A_SI))
     torch.addmm(low_TS, d_TI, lora_A_SI.T, beta=0, alpha=dropout.scale, out=low_TS)
     if padded_TJ is not None and padded_TJ.shape[1] > lora_A_SI.shape[1]:
@@ -238,9 +252,11 @@ def _lora_down_backward(
     lora_A_SI: Tensor | None,
     dropout: SeededDropout,
 ) -> tuple[Tensor, Tensor | None]:
-    """Add the LoRA gradient to the input gradient and compute the gradient of lora_A.
+    """Compute the backward pass of the LoRA down-projection.
 
-    Both `grads` may be views of one tensor, which is freed if there are no other references.
+    Adds the LoRA gradient to the input gradient and computes the gradient of lora_A. `grads` are
+    the gradients of the input from the base product and of the LoRA activations. Both may be views
+    of one tensor, which is freed if there are no other references.
     """
     dn_TI, dlow_TS = grads
     if dlow_TS is None or lora_A_SI is None:
@@ -252,7 +268,7 @@ def _lora_down_backward(
 
 @dataclass(frozen=True, slots=True)
 class _OutProjMlpArgs:
-    """Constant arguments of the fused output projection and MLP."""
+    """Arguments without gradients of the fused output projection and MLP."""
 
     out: LoraMatmul
     out_dropout: SeededDropout
@@ -272,7 +288,10 @@ def out_proj_mlp(
     down: FusedLinear,
     layer_dropout: LayerDropout,
 ) -> Tensor:
-    """Compute x + out(o) and add the gated MLP of its norm."""
+    """Compute the output projection, the residual additions and the MLP of a decoder layer.
+
+    With y = x + out(o), returns y plus the gated MLP of the RMS norm of y.
+    """
     args = _OutProjMlpArgs(
         LoraMatmul.from_linear(out),
         layer_dropout.for_linear(out, 1),
@@ -333,7 +352,7 @@ class _OutProjMlp(torch.autograd.Function):
         low_out, low_gate_up, low_down, out_a, gate_up_a, down_a = lora_grads
         args: _OutProjMlpArgs = ctx.args
         out, gate_up, down = args.out, args.gate_up, args.down
-        # The tensors saved by the forward pass are overwritten here.
+        # The backward pass overwrites saved tensors.
         assert not ctx.is_consumed, "backward can run only once"
         ctx.is_consumed = True
         dy_TD = dy_TD.contiguous()
@@ -343,7 +362,7 @@ class _OutProjMlp(torch.autograd.Function):
             gate_up_TF2, down_a, dh_TF, dlow_down, args.down_dropout, recompute_h=down.is_trainable
         )
         ddown = down.parameter_grads(dy_TD, h_TF)
-        # May be views of the full gradients.
+        # Free the tensors early: they may be views of larger gradients.
         del dh_TF, dlow_down, h_TF
         dgate_up, norm_stats = gate_up.parameter_grads(gate_up_TF2, n_TD), RmsNormStats(w_D, rstd_T)
         dn_TD, dgate_up_a = _lora_down_backward(

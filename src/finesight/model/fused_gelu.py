@@ -1,6 +1,8 @@
 """Linear layers followed by GELU, as one fused kernel if available.
 
-Fusing the residual addition as well was no faster on an H200 than the fused add-and-norm kernel.
+Vision encoders use this. The kernel requires that gradients are disabled. Fusing the residual
+addition as well was no faster on an H200 than the fused add-and-norm kernel.
+
 Shapes: N rows, D inputs, F outputs.
 """
 
@@ -27,9 +29,10 @@ if HAS_TRITON:
 
 @dataclass(frozen=True)
 class FusedGelu:
-    """GELU approximation x sigmoid(linear x + cubic x^3).
+    """GELU approximation of the form x sigmoid(linear x + cubic x^3).
 
-    Hendrycks & Gimpel 2016, arXiv:1606.08415.
+    See Hendrycks & Gimpel 2016, arXiv:1606.08415. `eager` computes the same function without the
+    fused kernel.
     """
 
     linear: float
@@ -52,7 +55,11 @@ TANH_GELU = FusedGelu(_TANH_SCALE, _TANH_SCALE * 0.044715, partial(F.gelu, appro
 
 
 def _kernel_operands(linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> tuple[Tensor, Tensor] | None:
-    """Return rows and weight if a kernel can compute both steps without gradients, else None."""
+    """Return the operands of the fused kernel, or None if it cannot be used.
+
+    The kernel requires 16-bit dense rows and weight without gradients or an adapter, a Hopper GPU
+    and a sufficiently large matmul.
+    """
     w_FD = linear.weight
     if linear.adapter is not None or torch.is_grad_enabled():
         return None
@@ -69,11 +76,11 @@ def _kernel_operands(linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> tuple[Tenso
 
 
 def _is_tma_aligned(x: Tensor) -> bool:
-    """Return True if the rows are aligned for TMA copies."""
+    """Return True if the rows of a matrix are aligned for TMA copies."""
     return x.stride(1) == 1 and x.stride(0) % ALIGNMENT == 0 and x.data_ptr() % 16 == 0
 
 
 @lru_cache
 def _is_hopper(device: torch.device) -> bool:
-    """Return True on Hopper GPUs; the kernel is untested on newer tensor cores."""
+    """Return True for Hopper GPUs; the fused kernel is untested on newer tensor cores."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)

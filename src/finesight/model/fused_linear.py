@@ -14,18 +14,23 @@ from finesight.model.quant.fp8 import Fp8Rows, Fp8Weight, accepts_fp8_input
 
 
 def single_output(outputs: tuple[Tensor, ...]) -> Tensor:
-    """Return the output of a fused linear with one layer."""
+    """Return the only output of a `FusedLinear` with a single layer."""
     (y,) = outputs
     return y
 
 
 class FusedLinear(nn.Module):
-    """Linear layers with the same input, concatenated along their outputs.
+    """Linear layers with the same input, fused into one weight.
 
-    `output_sizes` maps the last component of each layer's hub name to its width, in order: a fused
-    q_proj, k_proj and v_proj has one weight of shape [sum of widths, in_features]. A single layer
-    keeps its own name as the module's name. `adapter` is set by `model.lora` and computes the base
-    product together with the LoRA delta. A frozen weight may be quantized.
+    For example, q_proj, k_proj and v_proj share one weight of shape [sum of widths, in_features]. A
+    fused linear with a single layer has the name of this layer as its module name. A frozen weight
+    may be quantized.
+
+    Attributes:
+        output_sizes: Output width of each layer, in the order of the rows of the weight. The keys
+            are the last components of the layers' hub names.
+        adapter: Module set by `model.lora` that computes the base product together with the LoRA
+            delta, or None.
     """
 
     weight: nn.Parameter | QuantizedWeight
@@ -38,26 +43,30 @@ class FusedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.adapter: nn.Module | None = None
         self.fused_lora_weight: object = None
-        """Fused weight and up-projections, see `model.lora.fused_weight`."""
+        """Frozen weight fused with LoRA up-projections (`model.lora.fused_weight`), or None."""
         self.is_sharded = False
-        """True if FSDP shards the weight; it cannot be fused then."""
+        """True if FSDP shards the weight, which then cannot be fused with LoRA up-projections."""
 
     def set_quantized_weight(
         self,
         matrix_type: Callable[[int, int], QuantizedMatrix],
         weight_type: type[QuantizedWeight] = QuantizedWeight,
     ) -> None:
-        """Replace the weight by empty quantized matrices of `matrix_type`.
+        """Replace the weight by empty quantized matrices, one per layer.
 
-        The weight's values are dropped; its dtype remains the compute dtype. `weight_type` wraps
-        the matrices.
+        The values of the weight are dropped; its dtype remains the compute dtype.
+
+        Args:
+            matrix_type: Constructor of a matrix, with the numbers of outputs and inputs as
+                arguments.
+            weight_type: Class of the module that holds the matrices.
         """
         matrices = [matrix_type(size, self.in_features) for size in self.output_sizes.values()]
         self._replace_weight(weight_type(matrices, self.weight.dtype))
 
     @torch.no_grad()
     def dequantize(self) -> None:
-        """Replace a quantized weight by its dense values."""
+        """Replace a quantized weight by its dequantized values."""
         if isinstance(self.weight, QuantizedWeight):
             self._replace_weight(nn.Parameter(torch.cat(list(self.weight.dequantize_layers()))))
 
@@ -68,13 +77,16 @@ class FusedLinear(nn.Module):
 
     @property
     def accepts_fp8_input(self) -> bool:
-        """True if the input may be quantized to FP8: no adapter and no gradient need it."""
+        """True if callers may quantize the input to FP8.
+
+        The weight must use FP8 matmuls, and neither an adapter nor a gradient may need the input.
+        """
         return (
             self.adapter is None and not torch.is_grad_enabled() and accepts_fp8_input(self.weight)
         )
 
     def forward(self, x: Tensor | Fp8Rows) -> tuple[Tensor, ...]:
-        """Map [..., in_features] to one [..., width] per layer."""
+        """Map [..., in_features] to one output [..., width] per layer."""
         if self.adapter is not None:
             return tuple(self.adapter(x, self.weight, self.bias))
         return linear_per_layer(x, self.weight, self.bias, tuple(self.output_sizes.values()))
@@ -88,8 +100,8 @@ def linear_per_layer(
 ) -> tuple[Tensor, ...]:
     """Compute x W_i^T + bias_i for each layer, [..., in_features] to [..., width].
 
-    Separate products give contiguous outputs. Later kernels read those several times faster than
-    slices of a fused product, and the backward pass need not concatenate gradients.
+    Separate matmuls give contiguous outputs. Later kernels read those several times faster than
+    slices of one output, and the backward pass need not concatenate gradients.
     """
     if isinstance(weight, Fp8Weight):
         return weight.linear_per_layer(x, bias)
@@ -110,9 +122,10 @@ def linear_with_deltas(
     output_sizes: Sequence[int],
     deltas: Sequence[LoraDelta],
 ) -> tuple[Tensor, ...]:
-    """Compute each layer's product and add the LoRA deltas, without autograd.
+    """Compute x W_i^T + bias_i for each layer and add the LoRA deltas, without autograd.
 
-    GPUs compute product by product, CPUs compute the deltas first.
+    GPUs add the deltas to the base products, CPUs the base products to the deltas; see
+    `model.lora.lora_delta`.
     """
     if x_TI.is_cuda:
         ys_TO = linear_per_layer(x_TI, weight, bias, output_sizes)
@@ -139,7 +152,7 @@ def linear_with_deltas(
 def add_input_gradient(
     dx_TI: Tensor, dys_TO: Sequence[Tensor], weight: Tensor | QuantizedWeight
 ) -> None:
-    """Add the input gradient, the sum of dy_i W_i, to `dx`."""
+    """Add the input gradient of fused linear layers, the sum of dy_i W_i, to `dx_TI`."""
     if isinstance(weight, QuantizedWeight):
         weight.add_input_gradient(dx_TI, dys_TO)
         return
@@ -156,7 +169,7 @@ def _require_dense_input(x: Tensor | Fp8Rows) -> Tensor:
 def linear_concat(
     x: Tensor | Fp8Rows, weight: Tensor | QuantizedWeight, bias: Tensor | None
 ) -> Tensor:
-    """Compute x W^T + bias of all layers, concatenated to [T, sum of widths]."""
+    """Compute x W^T + bias of all fused layers, concatenated to [T, sum of widths]."""
     if isinstance(weight, Fp8Weight):
         return weight.linear_concat(x, bias)
     x = _require_dense_input(x)
@@ -166,5 +179,5 @@ def linear_concat(
 
 
 def linear_concat_backward(dy: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
-    """Compute dy W, the input gradient of `linear_concat`."""
+    """Compute the input gradient of `linear_concat`, dy W."""
     return dy @ weight if isinstance(weight, Tensor) else weight.linear_concat_backward(dy)

@@ -1,7 +1,8 @@
-"""Elementwise operations of the layers: fused Triton kernels if available, else eager torch.
+"""Elementwise operations of transformer layers: fused Triton kernels, or eager torch.
 
-Each operation saves only its inputs for the backward pass. Shapes: T tokens or patches, H heads, D
-width.
+Each operation saves only its inputs for the backward pass.
+
+Shapes: T tokens or patches, H heads, D width.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ if HAS_TRITON:
 def apply_rotary(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
     """Apply rotary embeddings: x cos + swap(x) sin.
 
-    `swap` exchanges the halves of a head; `sin` is negative in the first half. Computed in the
-    wider of both dtypes and returned in the dtype of `x`.
+    `swap` exchanges the halves of a head; `sin` is negative in the first half. The computation uses
+    the wider of both dtypes and the result has the dtype of `x_THD`.
     """
     y_THD: Tensor = _ApplyRotary.apply(x_THD, cos_T1D, sin_T1D)  # type: ignore[no-untyped-call]
     return y_THD
 
 
 def quick_gelu(x_TD: Tensor) -> Tensor:
-    """Compute x sigmoid(1.702 x)."""
+    """Compute quick GELU, x sigmoid(1.702 x)."""
     y_TD: Tensor = _QuickGelu.apply(x_TD)  # type: ignore[no-untyped-call]
     return y_TD
 
 
 def swiglu(gate_TD: Tensor, up_TD: Tensor) -> Tensor:
-    """Compute silu(gate) up (Shazeer 2020)."""
+    """Compute SwiGLU, silu(gate) * up (Shazeer 2020)."""
     y_TD: Tensor = _Swiglu.apply(gate_TD, up_TD)  # type: ignore[no-untyped-call]
     return y_TD
 
@@ -49,17 +50,21 @@ def swiglu(gate_TD: Tensor, up_TD: Tensor) -> Tensor:
 def swiglu_concat(gate_up_TF2: Tensor, padding: int) -> Tensor:
     """Compute SwiGLU of concatenated gate and up projections, with `padding` zero columns appended.
 
-    Requires Triton kernels. The backward pass overwrites the input.
+    Requires Triton kernels. The backward pass overwrites `gate_up_TF2`.
     """
     y_TJ: Tensor = _SwigluConcat.apply(gate_up_TF2, padding)  # type: ignore[no-untyped-call]
     return y_TJ
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Compute x / sqrt(mean(x^2) + eps) weight (Zhang & Sennrich 2019), rounded once."""
+    """Compute RMS norm, x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019).
+
+    The result is rounded once.
+    """
     if x_TD.is_cuda or x_TD.dtype not in _KERNEL_TYPES:
         return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
-    # For 16-bit dtypes on a CPU, torch saves an fp32 copy of each step for the backward pass.
+    # For 16-bit dtypes on a CPU, torch saves fp32 copies of intermediate results for the backward
+    # pass.
     y_TD: Tensor = RmsNormFunction.apply(x_TD, weight_D, eps)  # type: ignore[no-untyped-call]
     return y_TD
 
@@ -68,7 +73,8 @@ def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """Apply dropout with probability `p` (Srivastava et al. 2014).
 
     Returns:
-        The scaled output and the mask that `dropout_matmul` applies to gradients.
+        The scaled output, and the mask that `dropout_matmul` applies to gradients: flags of the
+        retained elements on a GPU, indices of the dropped elements on a CPU.
     """
     if x.is_cuda:
         return torch.native_dropout(x, p, True)
@@ -77,7 +83,7 @@ def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
 
 def dropout_matmul(x_TS: Tensor, y_SD: Tensor, dropout_mask: Tensor, p: float) -> Tensor:
-    """Compute x y with the dropout mask and scale of an earlier `dropout`."""
+    """Compute the matmul x y and apply the mask and scale of an earlier `dropout`."""
     scale = 1.0 / (1.0 - p)
     if dropout_mask.dtype == torch.bool:
         z: Tensor = torch.ops.aten.native_dropout_backward(x_TS @ y_SD, dropout_mask, scale)
@@ -87,16 +93,17 @@ def dropout_matmul(x_TS: Tensor, y_SD: Tensor, dropout_mask: Tensor, p: float) -
 
 
 def _sample_dropped_indices(num_elements: int, p: float) -> Tensor:
-    """Sample the ascending indices of dropped elements.
+    """Sample the indices of dropped elements in ascending order.
 
-    On a CPU torch draws one random value per element. Here each draw is the gap to the next dropped
-    element.
+    On a CPU torch draws one random value per element. Here each random value is the gap to the next
+    dropped element.
     """
     expected = num_elements * p
-    # Eight standard deviations of slack: falling short has probability 1e-14, and would only
+    # Eight standard deviations of slack. Too few values have a probability of 1e-14 and would only
     # retain the last few elements.
     draws = int(expected + 8 * expected**0.5) + 16
-    # Below 1e-12 no tensor that fits into memory has a dropped element; log1p would become 0.
+    # With p below 1e-12, no tensor that fits into memory has a dropped element; log1p would become
+    # 0.
     gaps = torch.rand(draws).neg_().log1p_().div_(math.log1p(-max(p, 1e-12)))
     indices = gaps.long().add_(1).cumsum(0).sub_(1)
     return indices[: int(torch.searchsorted(indices, num_elements))]
@@ -109,7 +116,10 @@ def _zero_indices(x: Tensor, indices: Tensor) -> Tensor:
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Return True for 16-bit tensors on a GPU, whose elementwise kernels are memory-bound."""
+    """Return True if Triton is installed and a tensor has 16-bit elements on a GPU.
+
+    The fused elementwise kernels require this.
+    """
     return HAS_TRITON and x.is_cuda and x.dtype in _KERNEL_TYPES
 
 
@@ -130,7 +140,7 @@ class _ApplyRotary(torch.autograd.Function):
 def _rotate(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, sign: float) -> Tensor:
     if has_kernels(x_THD):
         return elementwise.apply_rotary(x_THD, cos_T1D, sin_T1D, sign)
-    # Converted once: mixed dtypes would be converted in every operation.
+    # Convert once: with mixed dtypes every operation would convert.
     wide_THD = x_THD.to(torch.promote_types(x_THD.dtype, cos_T1D.dtype))
     y_THD = wide_THD * cos_T1D
     halves = (x.chunk(2, dim=-1) for x in (wide_THD, sin_T1D, y_THD))
@@ -201,7 +211,7 @@ class _SwigluConcat(torch.autograd.Function):
 
 
 class RmsNormFunction(torch.autograd.Function):
-    """RMS norm computed in fp32, or in fp64 for fp64 inputs."""
+    """Autograd function of RMS norm, computed in fp32 (fp64 for fp64 inputs)."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -1,4 +1,7 @@
-"""Models of other families through their transformers class, one sample at a time."""
+"""Backend that runs models without a native implementation through transformers.
+
+It processes one sample at a time.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +31,16 @@ LIMITATIONS = (
     "tokens; FLOPs are not counted; boxes, videos, tune.quantize and `finesight merge` are not "
     "supported; experts of a mixture are trained completely or not at all"
 )
-"""Message logged at the start of a run."""
+"""Limitations of this backend, logged after the family name at the start of a run."""
 
 NUM_COMPARED_TOKENS = 64
-"""Tokens of the first sample whose logits are compared."""
+"""Number of tokens whose logits are compared to check the output head."""
 
 
 class HfLinear(FusedLinear):
-    """Linear layer of a transformers model with an optional adapter.
+    """Linear layer of a transformers model that supports an adapter.
 
-    It shares the parameters of the replaced layer.
+    It replaces an `nn.Linear` and shares its parameters.
     """
 
     def __init__(self, layer: nn.Linear, name: str) -> None:
@@ -50,18 +53,19 @@ class HfLinear(FusedLinear):
             self.register_parameter(key, parameter)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Map [..., in_features] to [..., out_features], as transformers expects."""
+        """Map [..., in_features] to one tensor [..., out_features], as transformers expects."""
         return single_output(super().forward(x))
 
 
 class HfModel(nn.Module):
     """Wrapper of a transformers model (`inner`) for training and inference.
 
+    Linear layers except the output head are replaced by `HfLinear`, which supports adapters.
     Parameter names are those of transformers with the prefix `inner.`.
     """
 
     adapter_key_mappings: tuple[KeyMapping, ...] = (((HF_PREFIX, ""),),)
-    """Mapping of adapter layer names to native names."""
+    """Supported mappings between native layer names and PEFT module names."""
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
@@ -70,19 +74,19 @@ class HfModel(nn.Module):
         self._activation_checkpointing = 0.0
         head = inner.get_output_embeddings()
         for path, module in list(inner.named_modules()):
-            # Subclasses of nn.Linear are used by other code than their forward.
+            # Other code uses subclasses of nn.Linear without calling their forward.
             if type(module) is nn.Linear and module is not head:
                 parent, _, name = path.rpartition(".")
                 inner.get_submodule(parent).register_module(name, HfLinear(module, name))
 
     @property
     def adapter_key_mapping(self) -> KeyMapping:
-        """Mapping of native layer names to published adapter names."""
+        """Mapping from native layer names to PEFT module names for saving adapters."""
         return self.adapter_key_mappings[0]
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """Head weight [V, D]; the embedding weight if tied."""
+        """Weight of the output head, [V, D]; the embedding weight if tied."""
         weight: Tensor = self.inner.get_output_embeddings().weight
         return weight
 
@@ -93,7 +97,10 @@ class HfModel(nn.Module):
 
     @property
     def activation_checkpointing(self) -> float:
-        """Fraction of checkpointed layers; transformers checkpoints all layers or none."""
+        """Fraction of layers with activation checkpointing.
+
+        transformers checkpoints all layers for any fraction above 0.
+        """
         return self._activation_checkpointing
 
     @activation_checkpointing.setter
@@ -103,7 +110,10 @@ class HfModel(nn.Module):
             self.inner.gradient_checkpointing_enable({"use_reentrant": False})
 
     def prepare_inputs(self, batch: PackedBatch) -> dict[str, Tensor]:
-        """Build the model inputs, with pixel values in the model's dtype."""
+        """Build the keyword arguments of the transformers model for a packed batch.
+
+        Pixel values are converted to the model's dtype.
+        """
         dtype = self.inner.dtype
         extra_inputs = {
             name: value.to(dtype) if value.is_floating_point() else value
@@ -114,9 +124,9 @@ class HfModel(nn.Module):
     def forward(self, batch: PackedBatch, features_MKD: Tensor | None = None) -> Tensor:
         """Compute the normalized hidden states [L, D] of the tokens that need logits.
 
-        The packed batch must hold one sample, and image features cannot be passed. The first call
-        checks that the head alone maps these states to the model's logits; raises UserError
-        otherwise.
+        The packed batch must hold one sample, and cached image features are not supported. The
+        first call checks that the output head alone maps the hidden states to the model's logits,
+        and raises UserError otherwise.
         """
         assert features_MKD is None, "cached image features are not supported"
         if not self._head_checked:
@@ -131,9 +141,10 @@ class HfModel(nn.Module):
 
     @torch.no_grad()
     def _check_head(self, batch: PackedBatch) -> None:
-        """Check that the logits are hidden states times head weight.
+        """Check that the model's logits are hidden states times head weight.
 
-        Some families scale, cap or shift the logits, which changes the loss.
+        The loss is computed from this product. Some families scale, cap or shift the logits in
+        addition; they raise UserError.
         """
         if self.inner.base_model is self.inner or self.inner.get_output_embeddings() is None:
             raise UserError(
@@ -145,7 +156,7 @@ class HfModel(nn.Module):
         was_training = self.training
         self.eval()
         token_indices = batch.logit_indices_L[:NUM_COMPARED_TOKENS]
-        # Nearly all classes can skip the other logits, which may be gigabytes.
+        # Nearly all classes can skip the logits of other tokens, which may be gigabytes.
         supports_logits_to_keep = "logits_to_keep" in signature(self.inner.forward).parameters
         logits_kwargs = {"logits_to_keep": token_indices} if supports_logits_to_keep else {}
         model_logits_CV = (
@@ -163,7 +174,7 @@ class HfModel(nn.Module):
         relative_error = (
             model_logits_CV - head_logits_CV
         ).abs().max() / model_logits_CV.abs().max().clamp(min=1e-6)
-        # Both are rounded once to the model's dtype.
+        # The tolerance allows for the rounding of both results to the model's dtype.
         if not relative_error <= max(1e-4, 2 * torch.finfo(self.inner.dtype).eps):
             family = self.inner.config.model_type
             raise UserError(
@@ -186,8 +197,9 @@ def load_hf_model(
 ) -> HfModel:
     """Load the model of a folder with its transformers class.
 
-    Raises UserError for unsupported families, missing tensors or wrong shapes, folders changed
-    since finesight wrote them, and quantized parts.
+    Raises:
+        UserError: The family is unsupported, a tensor is missing or has a wrong shape, the folder
+            was changed since finesight wrote it, or quantization is requested.
     """
     if nf4_parts or fp8_parts or weight_format != "auto":
         where, requested = "--weight-format", f"weights in {weight_format}"
@@ -208,7 +220,8 @@ def load_hf_model(
     inner, loading_info = import_transformers().AutoModelForImageTextToText.from_pretrained(
         str(weights_folder),
         config=config,
-        # Decoding is greedy, regardless of the folder: penalties damage correct repetitions.
+        # Ignore the folder's settings: decoding is greedy, and penalties damage correct
+        # repetitions.
         generation_config=import_transformers().GenerationConfig(),
         dtype=dtype,
         use_safetensors=True,
@@ -232,15 +245,16 @@ def load_hf_model(
 
 
 def save_hf_model(model: HfModel, folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:
-    """Write the model to `target` in the transformers format, with tokenizer and processor files.
+    """Write the model to `target` in the transformers format.
 
-    Adapters must be removed before. The other files are copied from `folder`.
+    Tokenizer, processor and other small files are copied from `folder`. Adapters must be removed
+    before.
     """
     copy_model_files(folder, target, dtype)
     state = model.inner.state_dict()
     copies_by_pointer: dict[int, Tensor] = {}
     for tensor in state.values():
-        # A tied tensor is stored once, so that it remains tied; each has its own memory.
+        # Copy a tied tensor once, so that it remains tied; every other tensor has its own memory.
         copies_by_pointer.setdefault(tensor.data_ptr(), tensor.to("cpu", dtype, copy=True))
     copies = {name: copies_by_pointer[tensor.data_ptr()] for name, tensor in state.items()}
     (target / "config.json").unlink()

@@ -30,16 +30,16 @@ if HAS_TRITON:
 
 
 ALIGNMENT = 8
-"""Row alignment of tensor cores, in 16-bit elements."""
+"""Row alignment that tensor cores require, in 16-bit elements."""
 
 
 def num_checkpointed_layers(fraction: float, num_layers: int) -> int:
-    """Return the number of checkpointed layers, counted from the first.
+    """Return the number of layers with activation checkpointing, counted from the first.
 
     The first layers are chosen because the backward pass recomputes them after the activations of
     the last ones have been freed.
     """
-    # Rounded first: 0.28 x 25 is slightly more than 7.
+    # Round first: in floating point, 0.28 x 25 is slightly more than 7.
     return math.ceil(round(fraction * num_layers, 6))
 
 
@@ -48,7 +48,7 @@ def run_layer(
 ) -> Any:
     """Run a layer, with activation checkpointing if `checkpointed`.
 
-    The recomputation uses the same RNG state if `preserve_rng_state`.
+    With `preserve_rng_state` the recomputation uses the RNG state of the forward pass.
     """
     if checkpointed and torch.is_grad_enabled():
         return checkpoint(
@@ -58,7 +58,7 @@ def run_layer(
 
 
 def empty_embedding(num_embeddings: int, embedding_dim: int) -> nn.Embedding:
-    """Create an embedding without initializing its weight.
+    """Create an embedding layer without initializing its weight.
 
     Random initialization on the meta device would import torch's compiler, which takes as long as
     importing torch.
@@ -74,7 +74,7 @@ class RmsNorm(nn.RMSNorm):
     """RMS norm with a trainable weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize [..., width]."""
+        """Normalize the last dimension of [..., width]."""
         assert self.eps is not None, "a norm without eps"
         return rms_norm(x, self.weight, self.eps)
 
@@ -82,7 +82,12 @@ class RmsNorm(nn.RMSNorm):
 def add_norm(
     x_ND: Tensor, y_ND: Tensor | None, norm: nn.Module, next_linear: FusedLinear
 ) -> tuple[Tensor, Tensor | Fp8Rows]:
-    """Return x + y and its norm, in FP8 if `next_linear` accepts that."""
+    """Add the output of a block to the residual stream and normalize the sum.
+
+    Returns:
+        The sum x + y (x if `y_ND` is None), and its norm, quantized to FP8 if `next_linear` accepts
+        that.
+    """
     if y_ND is not None:
         if has_kernels(x_ND) and not torch.is_grad_enabled():
             fused = _fused_add_norm(x_ND, y_ND, norm, to_fp8=next_linear.accepts_fp8_input)
@@ -96,7 +101,7 @@ def add_norm(
 def _fused_add_norm(
     x_ND: Tensor, y_ND: Tensor, norm: nn.Module, *, to_fp8: bool
 ) -> tuple[Tensor, Tensor | Fp8Rows] | None:
-    """Compute `add_norm` in one kernel; None if there is none for this norm."""
+    """Compute `add_norm` in one kernel; return None for an unsupported norm."""
     if not isinstance(norm, nn.LayerNorm | RmsNorm) or norm.eps is None:
         return None
     is_layer_norm = isinstance(norm, nn.LayerNorm)
@@ -108,12 +113,15 @@ def _fused_add_norm(
 
 
 class FeedForward(nn.Module, ABC):
-    """MLP that exposes the linear which reads its input."""
+    """MLP that exposes its first linear layer.
+
+    The preceding norm is quantized to FP8 if this layer accepts that.
+    """
 
     @property
     @abstractmethod
     def input_linear(self) -> FusedLinear:
-        """Linear that reads the input of the MLP."""
+        """First linear layer, which reads the input of the MLP."""
 
 
 class GatedMlp(FeedForward):
@@ -131,7 +139,7 @@ class GatedMlp(FeedForward):
         return self.gate_up_proj
 
     def forward(self, x_TD: Tensor | Fp8Rows) -> Tensor:
-        """Map [T, width] to [T, width]."""
+        """Apply the MLP, [T, width] to [T, width]."""
         if self.padding_columns and isinstance(x_TD, Tensor) and has_kernels(x_TD):
             return self._forward_padded(x_TD)
         gate, up = self.gate_up_proj(x_TD)
@@ -139,9 +147,9 @@ class GatedMlp(FeedForward):
 
     @property
     def padding_columns(self) -> int:
-        """Padding columns of the down-projection on a GPU, if its rows are not aligned.
+        """Number of padding columns that align the rows of `down_proj` for tensor cores.
 
-        Zero with adapters or quantized weights.
+        Zero if the rows are aligned, and with adapters or quantized weights.
         """
         down = self.down_proj
         linears = self.gate_up_proj, down
@@ -157,9 +165,9 @@ class GatedMlp(FeedForward):
         )
 
     def _forward_padded(self, x_TD: Tensor) -> Tensor:
-        """Compute the MLP with a padded down-projection weight.
+        """Compute the MLP with zero-padded rows of the `down_proj` weight.
 
-        Needed for intermediate sizes that are not aligned for tensor cores, such as 3420 in
+        Required for intermediate sizes that are not aligned for tensor cores, such as 3420 in
         Qwen2.5-VL's vision encoder.
         """
         gate_up, down = self.gate_up_proj, self.down_proj
@@ -176,9 +184,10 @@ class GatedMlp(FeedForward):
 
 
 def _must_copy(linear: FusedLinear) -> bool:
-    """Return True if the weight cannot be replaced by a padded copy.
+    """Return True if padding must copy the weight in each forward pass.
 
-    Trainable weights are views of master buffers.
+    Trainable weights are views of master buffers and sharded weights are managed by FSDP, so
+    neither can be replaced by a padded weight.
     """
     return linear.is_sharded or (
         isinstance(linear.weight, nn.Parameter) and linear.weight.requires_grad
@@ -186,10 +195,10 @@ def _must_copy(linear: FusedLinear) -> bool:
 
 
 class PatchEmbed(nn.Module):
-    """Projection of patch bytes to the vision encoder's hidden size.
+    """Projection of the pixels of a patch to the hidden size of the vision encoder.
 
-    The published weight is a 3-D convolution whose stride equals its kernel size. On patches this
-    is a linear layer, which is much faster.
+    The published weight is a convolution whose stride equals its kernel size. On patches this is a
+    linear layer, which is much faster.
     """
 
     def __init__(
@@ -200,9 +209,10 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Linear(config.patch_dim, config.hidden_size, bias=bias)
 
     def forward(self, patches_ND: Tensor) -> Tensor:
-        """Map uint8 [N, channels x frames x patch x patch] to [N, width].
+        """Normalize uint8 patches and project them to [N, width].
 
-        [N, channels x patch x patch] stands for identical frames.
+        Patches have the shape [N, channels x frames x patch x patch]. Without the frames, [N,
+        channels x patch x patch], they are repeated for all frames.
         """
         scale, mean, std = (
             self.normalization.rescale_factor,
@@ -210,7 +220,8 @@ class PatchEmbed(nn.Module):
             self.normalization.std,
         )
         channels = patches_ND.chunk(len(mean), dim=1)
-        # Python scalars convert the bytes to fp32 without a copy to the device.
+        # With Python scalars torch converts the bytes to fp32 without copying constants to the
+        # device.
         dtype = self.proj.weight.dtype
         normalized = [
             (x * (scale / std[c])).sub_(mean[c] / std[c]).to(dtype) for c, x in enumerate(channels)
@@ -221,7 +232,7 @@ class PatchEmbed(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Full attention between the patches of a segment."""
+    """Full attention between the patches of a segment, such as a frame or a window."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -230,7 +241,7 @@ class VisionAttention(nn.Module):
         self.proj = FusedLinear(hidden_size, {"proj": hidden_size}, bias=True)
 
     def forward(self, x_ND: Tensor | Fp8Rows, rotary: RotaryCosSin, segments: Segments) -> Tensor:
-        """Map [N, width] to [N, width]."""
+        """Apply attention to patches, [N, width] to [N, width]."""
         num_heads = self.num_heads
         qkv_NE = single_output(self.qkv(x_ND))
         qk_NHD, v_NHD = torch.split(
@@ -265,12 +276,12 @@ class VisionBlock(nn.Module):
 
         Args:
             x_ND: Residual stream.
-            y_ND: Output of the previous block, not yet added to the stream.
+            y_ND: Output of the previous block that is not yet added to the stream, or None.
             rotary: Rotary embedding of the patches.
             segments: Attention segments.
 
         Returns:
-            The same pair for the next block, so that additions and norms are fused.
+            Residual stream and MLP output. The next block adds them, fused with its first norm.
         """
         x_ND, n_ND = add_norm(x_ND, y_ND, self.norm1, self.attn.qkv)
         o_ND = self.attn(n_ND, rotary, segments)
@@ -279,7 +290,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """Merger of merge x merge adjacent patches into one feature."""
+    """Merger of `merge_size` x `merge_size` adjacent patches into one feature."""
 
     def __init__(self, config: VisionConfig, norm: nn.Module) -> None:
         super().__init__()
@@ -293,6 +304,9 @@ class PatchMerger(nn.Module):
         )
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Map [N, width], with the patches of a square adjacent, to [M, out_width]."""
+        """Map patches [N, width] to features [M, out_width].
+
+        The patches of each merged square must be adjacent.
+        """
         hidden = single_output(self.mlp["0"](self.ln_q(x_ND).view(-1, self.merged_size)))
         return single_output(self.mlp["2"](F.gelu(hidden)))

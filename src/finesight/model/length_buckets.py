@@ -1,4 +1,6 @@
-"""Batches of packed segments of equal length, or of similar length with padding.
+"""Buckets of packed segments with equal or similar length, for batched attention.
+
+Attention without a variable-length kernel processes each bucket as one batch.
 
 Shapes: T tokens of the packed batch, P positions of the concatenated buckets, X positions of all
 heads, Y a subset of them.
@@ -17,14 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 MAX_LENGTH_RATIO, LENGTH_MULTIPLE = 2, 64
-"""Segments share a padded bucket if the longest is at most MAX_LENGTH_RATIO times the shortest.
-Lengths are padded to a multiple of LENGTH_MULTIPLE: few distinct sizes, which recur between packed
-batches. A CPU rebuilds its kernels for each new size, which costs more than the padding.
+"""Maximum length ratio of the segments in a padded bucket, and divisor of its padded length.
+
+Few distinct lengths remain, which recur between packed batches. A CPU rebuilds its kernels for each
+new size, which costs more than the padding.
 """
 
 
 def copy_to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """Copy an array to `device` asynchronously."""
+    """Copy a NumPy array to `device`, asynchronously on a GPU."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
@@ -32,9 +35,14 @@ def copy_to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
 class HeadRowIndices(NamedTuple):
     """Row indices that group the heads of each segment.
 
-    A row is one head of one token. `order_X` maps rows to bucket positions, `inverse_Y` maps them
-    back. `padding_Y` are the positions of padding and duplicates. Each of the first rows has
-    duplicates at the positions in its row of `copies_RC`. Both are None if empty.
+    A row is one head of one token.
+
+    Attributes:
+        order_X: Row at each bucket position.
+        inverse_Y: Bucket position of each row.
+        padding_Y: Positions of padding and duplicates; None if there are none.
+        copies_RC: Positions of the C duplicates of each of the first R rows; None without
+            duplicates.
     """
 
     order_X: Tensor
@@ -45,11 +53,14 @@ class HeadRowIndices(NamedTuple):
 
 @dataclass(frozen=True)
 class LengthBuckets:
-    """Concatenated buckets of segments as `(length, count)` pairs.
+    """Buckets of segments, concatenated to one sequence of positions.
 
-    `order_T` maps tokens to bucket positions and `inverse_T` maps them back; both are None if the
-    order is unchanged. `padding_P` marks padding after the end of a segment (filled with any
-    token), and `duplicate_P` marks copies of tokens. Both are None if empty.
+    Attributes:
+        shapes: Segment length and number of segments of each bucket.
+        order_T: Token at each position, any token for padding; None if the order is unchanged.
+        inverse_T: Position of each token; None if the order is unchanged, or with a shared prefix.
+        padding_P: Flags of positions after the end of a segment; None without padding.
+        duplicate_P: Flags of positions with copies of tokens; None without duplicates.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -120,7 +131,7 @@ def bucket_by_length(lengths: Sequence[int], device: torch.device) -> LengthBuck
 
 
 def bucket_with_padding(lengths: Sequence[int], device: torch.device) -> LengthBuckets:
-    """Group segments of similar length and pad each bucket to one length."""
+    """Group segments of similar length into buckets and pad each bucket to one length."""
     lengths_S = np.array(lengths)
     by_length = np.argsort(lengths_S, kind="stable")
     sorted_S = lengths_S[by_length]
@@ -146,8 +157,8 @@ def bucket_with_padding(lengths: Sequence[int], device: torch.device) -> LengthB
 def bucket_shared_prefix(lengths: Sequence[int]) -> LengthBuckets:
     """Build padded buckets of sequences with a shared prefix, on the CPU.
 
-    Each sequence contains the prefix. Its tokens are real in the first sequence after the prefix
-    and duplicates in all others.
+    `lengths` starts with that of the prefix. Every sequence contains a copy of the prefix tokens,
+    which are marked as duplicates in all sequences except the first.
     """
     prefix_length, *suffix_lengths = lengths
     full_lengths = [prefix_length + length for length in suffix_lengths]
@@ -178,7 +189,10 @@ def _run_lengths(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
 def _source_indices(
     lengths_S: NDArray[np.int64], by_length: NDArray[np.int64], padded_S: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Return the source token of each position, with segments in the order `by_length`."""
+    """Return the source token of each bucket position.
+
+    Segments are in the order `by_length` and have the lengths `padded_S`.
+    """
     starts = np.cumsum(lengths_S) - lengths_S
     padded_starts = np.cumsum(padded_S) - padded_S
     order: NDArray[np.int64] = np.repeat(starts[by_length] - padded_starts, padded_S)

@@ -1,4 +1,4 @@
-"""Mixture of experts in place of a decoder's MLP.
+"""Mixture of experts that replaces the MLP of a decoder layer.
 
 Shapes: T tokens, D hidden size, E experts, K experts per token, P = T x K token-expert pairs, I
 intermediate size of an expert.
@@ -15,13 +15,17 @@ from finesight.model.fused_ops import swiglu
 
 
 def requires_host_sync(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return True if torch loops over experts and reads their row counts from the device."""
+    """Return True if the matmuls of the experts synchronize the host with the device.
+
+    Without a grouped matmul, torch loops over the experts and reads their row counts from the
+    device, which prevents CUDA graphs.
+    """
     has_grouped_mm = dtype == torch.bfloat16 and device.type == "cuda"
     return not has_grouped_mm or torch.cuda.get_device_capability(device) < (9, 0)
 
 
 class MoeExperts(nn.Module):
-    """Stacked weights of all experts in the published layout: inputs before outputs."""
+    """Experts with stacked weights in the published layout, inputs before outputs."""
 
     def __init__(self, hidden_size: int, moe_config: MoeConfig) -> None:
         super().__init__()
@@ -32,9 +36,9 @@ class MoeExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
 
     def forward(self, x_PD: Tensor, expert_offsets_E: Tensor) -> Tensor:
-        """Apply the experts to [P, D] rows sorted by expert.
+        """Apply the experts to rows [P, D] that are sorted by expert.
 
-        `expert_offsets_E` (int32) are the end rows of each expert.
+        `expert_offsets_E` (int32) holds the end row of each expert.
         """
         gate_up_PE = F.grouped_mm(x_PD, self.gate_up_proj, offs=expert_offsets_E)
         gate_PI, up_PI = (half.contiguous() for half in gate_up_PE.chunk(2, dim=-1))
@@ -43,9 +47,10 @@ class MoeExperts(nn.Module):
 
 
 class SparseMoeBlock(nn.Module):
-    """Router and experts: the top-k experts of each token, weighted by their router probabilities.
+    """Sparse mixture of experts: a router and experts.
 
-    See Yang et al. 2025, Qwen3 Technical Report, section 2.
+    Each token is processed by its top-k experts, whose outputs are weighted by the normalized
+    router probabilities. See Yang et al. 2025, Qwen3 Technical Report, section 2.
     """
 
     def __init__(self, hidden_size: int, moe_config: MoeConfig) -> None:
@@ -55,7 +60,7 @@ class SparseMoeBlock(nn.Module):
         self.experts = MoeExperts(hidden_size, moe_config)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """Map [T, D] to [T, D]."""
+        """Apply the experts to tokens, [T, D] to [T, D]."""
         router_probs_TE = self.gate(x_TD).softmax(-1, dtype=torch.float32)
         expert_weights_TK, expert_ids_TK = router_probs_TE.topk(self.top_k, dim=-1)
         expert_weights_TK = (expert_weights_TK / expert_weights_TK.sum(-1, keepdim=True)).to(

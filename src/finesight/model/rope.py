@@ -20,7 +20,7 @@ from finesight.model.fused_ops import apply_rotary
 
 @dataclass(frozen=True)
 class RotaryCosSin:
-    """Cosines and signed sines of each token, shared by all heads.
+    """Cosines and signed sines of the rotation angles of each token, shared by all heads.
 
     The rotation is x cos + swap(x) sin, where swap exchanges the halves of a head and sin is
     negative in the first half.
@@ -31,7 +31,7 @@ class RotaryCosSin:
 
     @classmethod
     def from_angles(cls, angles_TF: Tensor, dtype: torch.dtype) -> RotaryCosSin:
-        """Build from fp32 angles in radians, rounded once to `dtype`."""
+        """Compute cosines and sines of fp32 angles in radians, rounded once to `dtype`."""
         cos_TF, sin_TF = angles_TF.cos(), angles_TF.sin()
         cos_TD = torch.cat([cos_TF, cos_TF], -1)
         sin_TD = torch.cat([-sin_TF, sin_TF], -1)
@@ -39,9 +39,9 @@ class RotaryCosSin:
 
 
 def apply_rotary_pos_emb(x_THD: Tensor, rotary: RotaryCosSin) -> Tensor:
-    """Rotate each head by its token's angles, in the wider of both dtypes.
+    """Rotate each head by the angles of its token, in the wider of both dtypes.
 
-    The result has the dtype of `x`.
+    The result has the dtype of `x_THD`.
     """
     return apply_rotary(x_THD, rotary.cos_T1D, rotary.sin_T1D)
 
@@ -50,10 +50,10 @@ def apply_rotary_pos_emb(x_THD: Tensor, rotary: RotaryCosSin) -> Tensor:
 def compute_mrope(
     position_ids_3T: Tensor, config: DecoderConfig, dtype: torch.dtype
 ) -> RotaryCosSin:
-    """Compute M-RoPE (Wang et al. 2024, Qwen2-VL, section 2.1).
+    """Compute multimodal rotary embeddings (M-RoPE; Wang et al. 2024, Qwen2-VL, section 2.1).
 
-    Each frequency uses one of the position axes time, height and width. Rounded to `dtype`, as in
-    training of the base models.
+    Each frequency uses one of the position axes time, height and width. Cosines and sines are
+    rounded to `dtype`, as in the training of the base models.
     """
     device = position_ids_3T.device
     axes_F = _axis_tensor(config.mrope_axes, device)
@@ -65,7 +65,7 @@ def compute_mrope(
 
 @torch.no_grad()
 def compute_vision_rope(position_ids_N2: Tensor, config: VisionConfig) -> RotaryCosSin:
-    """Compute 2-D rotary embeddings of patches in fp32: half of the frequencies per axis."""
+    """Compute 2-D rotary embeddings of patches in fp32, with half of the frequencies per axis."""
     inv_freq_F = inverse_frequencies(
         config.head_dim // 2, config.rope_theta, position_ids_N2.device
     )
@@ -75,8 +75,9 @@ def compute_vision_rope(position_ids_N2: Tensor, config: VisionConfig) -> Rotary
 
 @lru_cache
 def inverse_frequencies(head_dim: int, rope_theta: float, device: torch.device) -> Tensor:
-    """Return theta^(-2 i / head_dim) for each pair i of a head, in fp32."""
-    # A tensor cached during generation must remain valid for a later backward pass.
+    """Return the rotary frequencies theta^(-2 i / head_dim) of a head in fp32."""
+    # Created outside inference mode: a tensor cached during generation may be used in a backward
+    # pass.
     with torch.inference_mode(False):
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         return (1.0 / rope_theta**exponents).to(device)

@@ -17,7 +17,10 @@ _REMEDY = "download the model again"
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Header entry of one tensor, with its published `name` and its native name."""
+    """Header entry of a tensor in a safetensors file.
+
+    `name` is the published name of the tensor and `native_name` its name in the native model.
+    """
 
     file: Path
     name: str
@@ -27,12 +30,15 @@ class TensorHeader:
 
     @property
     def layer_name(self) -> str:
-        """Name of the layer that owns the tensor."""
+        """Native name of the layer that owns the tensor."""
         return self.native_name.rpartition(".")[0]
 
 
 def read_header(file: Path, to_native_name: Callable[[str], str] = str) -> list[TensorHeader]:
-    """Read the header entries of a file; `to_native_name` maps published names."""
+    """Read the header entries of a safetensors file.
+
+    `to_native_name` maps published tensor names to native names.
+    """
     with open_safetensors(file) as file_handle:
         pieces = {name: file_handle.get_slice(name) for name in file_handle.keys()}  # noqa: SIM118
         return [
@@ -44,7 +50,7 @@ def read_header(file: Path, to_native_name: Callable[[str], str] = str) -> list[
 
 
 def tensor_error(names: list[str], problem: str, expected: str, where: Path) -> UserError:
-    """Build a UserError that lists the affected tensors."""
+    """Build a UserError that lists up to five affected tensors."""
     listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     return UserError(
         f"{len(names)} tensors are {problem}: {listed}",

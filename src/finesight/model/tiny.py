@@ -1,7 +1,7 @@
 """Tiny models with random weights and their own tokenizer.
 
-Pretraining starts from them and the tests use them. The folder has the hub's layout and loads like
-a published model.
+Pretraining starts from them, and tests use them. The folder of a tiny model has the hub layout and
+loads like a published model.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-"""In the order of the published tokenizers, with consecutive ids."""
+"""Special tokens in the order of the published tokenizers, with consecutive ids."""
 
 _DEFAULT_SYSTEM_TEMPLATE = """\
 {%- if messages[0]['role'] != 'system' -%}
@@ -89,10 +89,10 @@ def create_tiny_model(
     preset: TinyPreset | TinyConfig = "test",
     corpus: Iterable[str] | None = None,
 ) -> Path:
-    """Create a model folder with random fp32 weights.
+    """Create a folder with a tiny model and random fp32 weights.
 
     The same arguments give the same files. The tokenizer is trained on `corpus`, or on a built-in
-    one. Raises UserError if `target` exists.
+    one if None. Raises UserError if `target` exists.
     """
     config = TINY_PRESETS[preset] if isinstance(preset, str) else preset
     with write_folder(target) as folder:
@@ -131,8 +131,8 @@ def _write_model_files(
 def rescale_weights(model: nn.Module) -> None:
     """Rescale linear weights to a standard deviation of 1 / sqrt(in_features).
 
-    The published models' 0.02 suits wide layers: narrow layers would pass on almost no image
-    information and train many times slower.
+    The initialization uses 0.02, as published models do, which suits wide layers. Narrow layers
+    would then transmit almost no image information and train many times slower.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | FusedLinear):
@@ -155,8 +155,9 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _build_tokenizer(vocab_size: int, corpus: Iterable[str]) -> Tokenizer:
     """Train a byte-level BPE tokenizer (Sennrich et al. 2016).
 
-    Non-ASCII characters and the most frequent words become tokens; all other words are spelled. A
-    small model reads text letter by letter, and partial merges would hide the letters.
+    Non-ASCII characters and the most frequent words become tokens; all other words are encoded
+    letter by letter. A small model reads text letter by letter, and partial merges would hide the
+    letters.
     """
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_PATTERN), behavior="isolated")
     texts = list(corpus)
@@ -173,7 +174,7 @@ def _build_tokenizer(vocab_size: int, corpus: Iterable[str]) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = list(dict.fromkeys([*alphabet, *map("".join, merges), *frequent_words]))[:vocab_size]
     ids = {token: number for number, token in enumerate(tokens)}
-    # In order, so that the parts of each merge exist.
+    # Retain the order, so that the parts of each merge exist.
     valid_merges = [pair for pair in merges if "".join(pair) in ids]
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=valid_merges, ignore_merges=True))
     tokenizer.normalizer = normalizers.NFC()
@@ -207,12 +208,12 @@ def tokenizer_corpus() -> list[str]:
         f" a {colour} {shape} at the {position}, and a {shape} on {colour} in the {position}"
         for colour, shape, position in product(colours, shapes, positions)
     ]
-    # Repeated so that the chat's words win merges against the many scenes.
+    # Repeated so that the words of the chat are more frequent than those of the scenes.
     return chat * 200 + scenes
 
 
 def _hf_config(family: TinyFamily, tiny_config: TinyConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Build config.json in the hub's format: flat, except for Qwen3-VL's text_config."""
+    """Build config.json in the hub layout: flat, except for Qwen3-VL's text_config."""
     shared = {
         "architectures": [_ARCHITECTURES[family]],
         "model_type": family,
@@ -317,7 +318,7 @@ def _vision_config(family: TinyFamily, tiny_config: TinyConfig) -> dict[str, Any
 
 
 def _preprocessor_config(family: TinyFamily) -> dict[str, Any]:
-    """Published preprocessor values of each family with a smaller pixel limit."""
+    """Return the published preprocessor settings of a family, with a smaller pixel limit."""
     processor = _ARCHITECTURES[family].replace("ForConditionalGeneration", "Processor")
     shared = {"merge_size": 2, "temporal_patch_size": 2, "processor_class": processor}
     if family in _QWEN3_FAMILIES:

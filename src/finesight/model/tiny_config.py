@@ -1,4 +1,4 @@
-"""Presets of tiny model sizes."""
+"""Sizes of tiny models, with presets."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ TinyPreset = Literal["test", "small", "finesight-tiny"]
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """Sizes of a tiny model; `vocab_size` excludes special tokens and is an upper limit.
+    """Sizes of a tiny model.
 
-    The head dimension must be a multiple of 4 in the vision encoder and of 8 in the decoder.
+    `vocab_size` is an upper limit that excludes special tokens. The head dimension must be a
+    multiple of 4 in the vision encoder and of 8 in the decoder.
+
     `rope_theta` is the base of the decoder's rotary embedding (1e6 in published models). A small
     base rotates rows and columns of small images by larger angles, so that AdamW learns positions
     faster; but then no element of a head is nearly constant across positions, which makes retrieval
@@ -36,4 +38,4 @@ TINY_PRESETS: dict[TinyPreset, TinyConfig] = {
     "small": TinyConfig(512, 256, 3, 4, 2, 1152, 192, 2, 4, rope_theta=4.0),
     "finesight-tiny": TinyConfig(2034, 320, 5, 5, 1, 896, 256, 6, 4),
 }
-"""`test`: 0.2 M parameters; `small`: 5 M; `finesight-tiny`: 12.6 M."""
+"""Presets by name: `test` has 0.2 M parameters, `small` 5 M and `finesight-tiny` 12.6 M."""

@@ -1,4 +1,4 @@
-"""Config and tokenizer files of a tiny first-generation Qwen-VL, see `model.tiny`."""
+"""Config and tokenizer files of tiny models of the first Qwen-VL family, see `model.tiny`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from finesight.model.families.qwen_vl import RESAMPLER_HEAD_DIM
 from finesight.model.tiny_config import TinyConfig
 
 IMAGE_SIZE, NUM_QUERIES = 112, 16
-"""Image side in pixels and number of features; each covers 2 x 2 patches as in the published model.
-"""
+"""Image side in pixels, and number of image features. Each feature covers 2 x 2 patches, as in the
+published model."""
 
 
 def write_qwen_vl_files(folder: Path, tiny_config: TinyConfig, tokenizer: Tokenizer) -> None:
-    """Write config and tokenizer files.
+    """Write the config and tokenizer files of a tiny Qwen-VL model.
 
     The family has neither a chat template nor a preprocessor config. The vocabulary is written in
     the family's own tokenizer format.
@@ -38,7 +38,10 @@ def write_qwen_vl_files(folder: Path, tiny_config: TinyConfig, tokenizer: Tokeni
 
 
 def _language_config(tiny_config: TinyConfig, vocab_size: int) -> dict[str, Any]:
-    """Build the language config, adjusted to the resampler's head dimension."""
+    """Build the language model's keys of config.json.
+
+    The hidden size is rounded up to a multiple of the resampler's head dimension.
+    """
     hidden_size = -(-tiny_config.hidden_size // RESAMPLER_HEAD_DIM) * RESAMPLER_HEAD_DIM
     num_heads = (
         tiny_config.num_heads if hidden_size % tiny_config.num_heads == 0 else hidden_size // 64
@@ -87,7 +90,7 @@ def _vision_config(
 
 
 def _tiktoken_ranks(tokenizer: Tokenizer) -> str:
-    """Convert a byte-level tokenizer to `qwen.tiktoken`, in the order of token ids."""
+    """Convert a byte-level tokenizer to the content of `qwen.tiktoken`, ordered by token id."""
     bytes_of = {letter: byte for byte, letter in enumerate(_byte_alphabet())}
     vocab = tokenizer.get_vocab(with_added_tokens=False)
     lines = []
@@ -98,7 +101,7 @@ def _tiktoken_ranks(tokenizer: Tokenizer) -> str:
 
 
 def _byte_alphabet() -> list[str]:
-    """Return the byte-level BPE letter of each byte (Radford et al. 2019).
+    """Return the byte-level BPE character of each byte (Radford et al. 2019).
 
     Printable bytes map to themselves, the others to characters from U+0100 on.
     """

@@ -1,4 +1,4 @@
-"""Trainable parts of a model and the tuning modes of a recipe."""
+"""Model parts (vision, merger, language, embeddings) and their tuning modes in a recipe."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ EMBEDDING_SUFFIXES = (
     *(".pos_embed", ".pos_embed.weight", ".positional_embedding", ".query", ".cls_token"),
     *(".position_embedding", ".position_embedding.weight", ".position_embeddings"),
 )
-"""Name suffixes of additive embedding parameters. The token embedding table is handled separately.
-"""
+"""Name suffixes of additive embedding parameters, such as position embeddings. The token embedding
+table is handled separately."""
 
 HF_PREFIX = "inner."
-"""Parameter name prefix of models computed by transformers."""
+"""Parameter name prefix of models that run through transformers."""
 
 _HF_PATTERNS: tuple[tuple[ModelPart, str], ...] = (
     (
@@ -57,7 +57,7 @@ _HF_PATTERNS: tuple[tuple[ModelPart, str], ...] = (
     ("embeddings", r".*\.(embed_tokens|embed_tokens_per_layer|lm_head|wte|embed_in|embed_out)\."),
     ("language", r".*\.(language_model|text_model)\.|inner\.(model\.)?(layers|norm)\."),
 )
-"""Parameter name patterns of transformers classes; the first match decides."""
+"""Parameter name patterns of transformers models by model part; the first match decides."""
 
 
 def _hf_part(name: str) -> ModelPart:
@@ -77,8 +77,8 @@ def get_part(name: str) -> ModelPart:
     """Return the model part that a parameter or linear layer belongs to.
 
     The head belongs to the embeddings because many models tie the two. Unknown names of native
-    models raise an assertion, so that unknown parts cannot be trained by accident; names of
-    transformers models raise UserError.
+    models raise AssertionError, so that unknown parts cannot be trained by accident. Unknown names
+    of transformers models raise UserError.
     """
     if name.startswith(HF_PREFIX):
         return _hf_part(name)
@@ -91,12 +91,14 @@ def get_part(name: str) -> ModelPart:
 
 
 def configure_tuning(model: nn.Module, tune: TuneSettings, seed: int) -> None:
-    """Set `requires_grad` of every parameter and add new adapters.
+    """Set `requires_grad` of every parameter and add LoRA adapters.
 
-    Adapters of a `lora` part cover its linear layers, filtered by `tune.lora.target_modules`. Their
-    initial values depend only on `seed` and the layer name. Raises UserError for a target module
-    that no layer of these parts has, for a part without any target module, and for quantized
-    weights in a trainable part.
+    Adapters of a part with the mode `lora` cover its linear layers, filtered by
+    `tune.lora.target_modules`. Their initial values depend only on `seed` and the layer name.
+
+    Raises:
+        UserError: No layer of these parts has the name of a target module, a part has no layer with
+            any of these names, or a part with the mode `full` has quantized weights.
     """
     assert not list(iter_adapters(model)), "the model already has adapters"
     tuning_modes = _tuning_modes(tune)
@@ -180,7 +182,10 @@ def _is_target(name: str, target: str) -> bool:
 
 
 def _name_suffixes(names: Iterable[str]) -> list[str]:
-    """Return the distinct name suffixes: the last component, or two if the last is a number."""
+    """Return the distinct name suffixes of linear layers.
+
+    A suffix is the last component of the name, or the last two if the last one is a number.
+    """
     suffixes: dict[str, None] = {}
     for name in names:
         pieces = name.split(".")
@@ -196,5 +201,8 @@ def _sort_by_similarity(target: str, names: list[str]) -> list[str]:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters by native name in model order; tied parameters once."""
+    """Return the trainable parameters by name, in model order.
+
+    Tied parameters are listed once.
+    """
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

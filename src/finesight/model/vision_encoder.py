@@ -1,4 +1,4 @@
-"""Base class of vision encoders: patches, blocks, mergers, features in patch order.
+"""Base class of vision encoders: patch embedding, blocks, mergers and patch layout.
 
 Shapes: N patches, D hidden size, M merged patch squares, K features of each.
 """
@@ -27,11 +27,14 @@ ItemT = TypeVar("ItemT")
 
 @dataclass(frozen=True)
 class PatchLayout:
-    """Order and attention segments of the patches of some images.
+    """Patch order and attention segments for the images of a packed batch.
 
-    `position_ids_N2` are rows and columns in block order, and `segments` are the attention segments
-    of each block. `window_index_M` permutes merged patch squares into block order and
-    `reverse_index_M` restores the packed order; both are None if the orders are equal.
+    Attributes:
+        position_ids_N2: Row and column of each patch, in the patch order of the blocks.
+        segments: Attention segments of each block.
+        window_index_M: Indices that reorder merged patch squares from the packed order to that of
+            the blocks; None if the orders are equal.
+        reverse_index_M: Indices that restore the packed order; None if the orders are equal.
     """
 
     position_ids_N2: Tensor
@@ -43,15 +46,14 @@ class PatchLayout:
 class VisionEncoder(nn.Module):
     """Base class of vision encoders.
 
-    A family defines its blocks and merger, and overrides the patch layout, position embeddings and
-    intermediate mergers as needed.
+    A model family defines its blocks and merger, and overrides the patch layout, position
+    embeddings and intermediate mergers as needed.
     """
 
     supports_cuda_graphs = False
-    """True if only the patch layout depends on image sizes: position embeddings ignore the grids,
-    and
-    segments are frames or windows (see `train.graph_vision_buffers`).
-    """
+    """True if training steps can capture the encoder as a CUDA graph (see
+    `train.graph_vision_buffers`). This requires that only the patch layout depends on image sizes:
+    position embeddings ignore the grids, and segments are frames or windows."""
 
     def __init__(
         self,
@@ -68,13 +70,14 @@ class VisionEncoder(nn.Module):
         self.blocks = nn.ModuleList(block_factory() for _ in range(config.num_layers))
         self.merger = merger
         self.deepstack_indexes: tuple[int, ...] = ()
-        """Indices of the blocks whose outputs have a merger in `deepstack_merger_list`."""
+        """Indices of the blocks whose outputs are also merged, by `deepstack_merger_list`
+        (DeepStack)."""
         self.deepstack_merger_list = nn.ModuleList()
 
     def compute_patch_layout(
         self, grid_thw: Sequence[GridTHW], device: torch.device
     ) -> PatchLayout:
-        """Return the layout: frame by frame in packed order."""
+        """Return the patch layout of images or videos: frame by frame, in packed order."""
         merge_size = self.config.merge_size
         coordinates = np.concatenate([patch_coordinates(grid, merge_size) for grid in grid_thw])
         return PatchLayout(
@@ -83,7 +86,7 @@ class VisionEncoder(nn.Module):
         )
 
     def segment_lengths(self, grid_thw: Sequence[GridTHW]) -> tuple[tuple[int, ...], ...]:
-        """Return the segment lengths of each block: by default each frame of each image or video.
+        """Return the attention segment lengths of each block, by default one segment per frame.
 
         Blocks with equal segments share the same tuple object.
         """
@@ -92,7 +95,7 @@ class VisionEncoder(nn.Module):
     def build_segments(
         self, grid_thw: Sequence[GridTHW], device: torch.device
     ) -> tuple[Segments, ...]:
-        """Build the segments of each block on the device."""
+        """Build the attention segments of each block on the device."""
         lengths_by_block = self.segment_lengths(grid_thw)
         segments_by_id = {
             id(block_lengths): Segments.from_lengths(block_lengths, device)
@@ -101,7 +104,7 @@ class VisionEncoder(nn.Module):
         return tuple(segments_by_id[id(lengths)] for lengths in lengths_by_block)
 
     def add_position_embeddings(self, x_ND: Tensor, grid_thw: Sequence[GridTHW]) -> Tensor:
-        """Add the family's position embeddings to the embedded patches; none by default."""
+        """Add the position embeddings of the family to the embedded patches; none by default."""
         return x_ND
 
     @property
@@ -111,7 +114,7 @@ class VisionEncoder(nn.Module):
 
     @property
     def min_grid(self) -> GridTHW:
-        """Grid of the smallest supported image."""
+        """Patch grid of the smallest supported image: frames, rows, columns."""
         return 1, self.config.merge_size, self.config.merge_size
 
     @property
@@ -132,20 +135,20 @@ class VisionEncoder(nn.Module):
 
         Args:
             patches_ND: uint8 patches of all images.
-            grid_thw: Grid of each image.
+            grid_thw: Patch grid of each image or video.
             activation_checkpointing: Fraction of blocks that are checkpointed, counted from the
                 first.
             layout: Patch layout; passed inside CUDA graphs, where the grids are unknown.
 
         Returns:
-            Features [M, K, out_width]: those of the last block, then those of the deepstack blocks.
+            Features [M, K, out_width]: those of the last block, then those of the DeepStack blocks.
         """
         if layout is None:
             expected = sum(t * h * w for t, h, w in grid_thw)
             assert len(patches_ND) == expected, f"{len(patches_ND)} patches for grids of {expected}"
             layout = self.compute_patch_layout(grid_thw, patches_ND.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_encoder_trainable):
-            # Reordered as bytes, the smallest representation of a patch.
+            # Reorder uint8 patches, the smallest representation.
             x_ND = self.patch_embed(self._reorder_patches(patches_ND, layout.window_index_M))
             x_ND = self.add_position_embeddings(x_ND, grid_thw)
             rotary = compute_vision_rope(layout.position_ids_N2, self.config)
@@ -190,7 +193,8 @@ def unique_objects(objects: Iterable[ItemT]) -> list[ItemT]:
 def patch_coordinates(grid: GridTHW, merge_size: int) -> NDArray[np.int32]:
     """Return row and column of each patch, [M, merge x merge, 2].
 
-    Merged squares are in reading order, with the patches of a square adjacent.
+    `grid` is the patch grid of an image or video. Merged patch squares are in reading order, with
+    the patches of a square adjacent.
     """
     frames, height, width = grid
     row_column = np.moveaxis(np.indices((height, width), dtype=np.int32), 0, -1)

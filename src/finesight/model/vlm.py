@@ -1,7 +1,7 @@
-"""Vision-language model: images to features, features into the token sequence, tokens to logits.
+"""Vision-language model: vision encoder, decoder and output head.
 
 Shapes: T tokens of a packed batch, D hidden size, N patches, M image tokens, K features of each, L
-tokens that need logits, V vocabulary.
+tokens that need logits, V vocabulary, R sequences of a decode step.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen3_vl_moe": qwen3_vl_moe.ARCHITECTURE,
     "qwen": qwen_vl.ARCHITECTURE,
 }
-"""Architectures by `model_type` of config.json; a new family is a module and an entry here."""
+"""Model families by `model_type` of config.json; a new family is a module and an entry here."""
 
 
 class VisionLanguageModel(nn.Module):
-    """Vision-language model for training and generation.
+    """Vision-language model with a native implementation, for training and generation.
 
-    Parameters have the hub's published names, with linear layers of a shared input fused
+    Parameters have the published names of the hub, with linear layers of a shared input fused
     (`hub_tensors` in `model.weights_io` lists them separately).
     """
 
     adapter_key_mappings: tuple[KeyMapping, ...] = (TRANSFORMERS_V5_MAPPING, QWEN_VL_MAPPING)
-    """Mappings of adapter layer names to native names."""
+    """Supported mappings between native layer names and PEFT module names."""
 
     def __init__(
         self, architecture: Architecture, config: ModelConfig, visual: VisionEncoder
@@ -63,7 +63,10 @@ class VisionLanguageModel(nn.Module):
         self.architecture = architecture
         self.config = config
         self.activation_checkpointing = 0.0
-        """Fraction of layers with activation checkpointing."""
+        """Fraction of layers with activation checkpointing, from 0 to 1.
+
+        The setting is called `gradient_checkpointing` in transformers.
+        """
         self.lora_routing: LoraRouting | None = None
         self._fused_weight_sync = FusedWeightSync()
         self.visual = visual
@@ -79,7 +82,7 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """Head weight [V, D]; the embedding weight if tied.
+        """Weight of the output head, [V, D]; the embedding weight if tied.
 
         A quantized head is dequantized on each access: read it once per batch.
         """
@@ -90,7 +93,10 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def supports_cuda_graphs(self) -> bool:
-        """True if a decode step can be captured as a CUDA graph, without host synchronization."""
+        """True if a decode step can be captured as a CUDA graph.
+
+        This requires a GPU and no synchronization with the host.
+        """
         weight = self.model.embed_tokens.weight
         has_experts = self.config.decoder.moe is not None
         return weight.is_cuda and not (
@@ -99,11 +105,14 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def adapter_key_mapping(self) -> KeyMapping:
-        """Mapping of native layer names to published adapter names."""
+        """Mapping from native layer names to PEFT module names for saving adapters."""
         return self.architecture.adapter_key_mapping
 
     def encode_images(self, patches_ND: Tensor, grid_thw: Sequence[GridTHW]) -> Tensor:
-        """Encode uint8 patches to features [M, K, D]; without autograd if the encoder is frozen."""
+        """Encode uint8 patches to image features [M, K, D].
+
+        A frozen vision encoder runs without autograd.
+        """
         features_MKD: Tensor = self.visual(patches_ND, grid_thw, self.activation_checkpointing)
         return features_MKD
 
@@ -112,7 +121,8 @@ class VisionLanguageModel(nn.Module):
     ) -> Tensor | None:
         """Return the features of the batch's image tokens, [M, K, D], or None without images.
 
-        With context parallelism all ranks must call this.
+        Cached features are returned unchanged. With context parallelism and without cached
+        features, all ranks must call this.
         """
         shard = batch.context_shard
         if cached_features_MKD is not None:
@@ -123,7 +133,8 @@ class VisionLanguageModel(nn.Module):
         if shard is None:
             return features_MKD
         if features_MKD is None and any(shard.features_per_rank):
-            # Fewer frames than ranks. Gradients are returned to all ranks or to none.
+            # There are fewer frames than ranks, and this rank has none. Either all ranks receive
+            # gradients or no rank does.
             weight = self.model.embed_tokens.weight
             features_MKD = weight.new_empty(
                 0, self.visual.features_per_token, self.config.decoder.hidden_size
@@ -138,16 +149,16 @@ class VisionLanguageModel(nn.Module):
         logit_indices_L: Tensor | None = None,
         features_MKD: Tensor | None = None,
     ) -> Tensor:
-        """Compute hidden states before the final norm.
+        """Compute the hidden states of the decoder before the final norm.
 
         The first feature of an image token replaces its placeholder embedding; the others are added
-        after the first layers.
+        after the first layers (DeepStack).
 
         Args:
             batch: Packed batch.
             attention: Attention backend.
-            logit_indices_L: Tokens to return; all if None.
-            features_MKD: Cached image features of the batch.
+            logit_indices_L: Indices of the tokens to return; all tokens if None.
+            features_MKD: Cached image features of the batch; computed if None.
 
         Returns:
             Hidden states [T, D] or [L, D].
@@ -176,12 +187,12 @@ class VisionLanguageModel(nn.Module):
     def decode_step(
         self, ids_R: Tensor, position_ids_3R: Tensor, attention: AttentionBackend
     ) -> Tensor:
-        """Compute hidden states before the final norm for one new token per sequence."""
+        """Compute hidden states before the final norm for one new token of each sequence."""
         h_RD: Tensor = self.model(self.model.embed(ids_R), position_ids_3R, attention)
         return h_RD
 
     def apply_final_norm(self, h_TD: Tensor) -> Tensor:
-        """Apply the norm before the head."""
+        """Apply the final norm of the decoder, which precedes the output head."""
         y_TD: Tensor = self.model.norm(h_TD)
         return y_TD
 
@@ -201,10 +212,12 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             batch: Packed batch.
-            features_MKD: Cached image features of the batch.
-            dropout_seed_1: Dropout seed on a GPU (int32, on the device); drawn by default.
+            features_MKD: Cached image features of the batch; computed if None.
+            dropout_seed_1: Seed of LoRA dropout in the fused layers on a GPU (int32, on the
+                device); drawn from torch's RNG if None.
         """
-        # Before the seed is drawn, so that the RNG state does not depend on cached features.
+        # Compute features before the seed is drawn, so that the RNG state does not depend on
+        # cached features.
         features_MKD = self._resolve_features(batch, features_MKD)
         if dropout_seed_1 is None and self.training and batch.ids_T.is_cuda:
             dropout_seed_1 = torch.randint(
@@ -232,7 +245,7 @@ def _build_attention(batch: PackedBatch, dropout_seed_1: Tensor | None) -> Packe
 
 @contextmanager
 def raise_on_failed_allocation(file: str) -> Iterator[None]:
-    """Convert failed allocations for the sizes in `file` to UserError.
+    """Convert failed memory allocations for the sizes in `file` to UserError.
 
     CUDA out-of-memory errors pass through, since callers can reduce memory use.
     """
@@ -255,7 +268,7 @@ def raise_on_failed_allocation(file: str) -> Iterator[None]:
 def build_model(
     hf_config: ConfigReader, preprocessor: ConfigReader, dtype: torch.dtype, device: torch.device
 ) -> VisionLanguageModel:
-    """Build the model of a config.json with uninitialized parameters.
+    """Build a model with uninitialized parameters from its config.json.
 
     Raises UserError for an unknown family, for missing or invalid values, and for sizes that exceed
     memory.
@@ -287,7 +300,8 @@ def build_model(
 def materialize_parameters(model: nn.Module, device: torch.device) -> None:
     """Replace meta parameters and buffers by uninitialized tensors on `device`.
 
-    Equivalent to `to_empty`, which would import torch's symbolic shapes: half a second per command.
+    Equivalent to `nn.Module.to_empty`, which would import torch's symbolic shapes and take half a
+    second per command.
     """
     for module in model.modules():
         for name, parameter in [*module.named_parameters(recurse=False)]:

@@ -1,4 +1,4 @@
-"""Reading and writing of model weights: safetensors with published names, tensor by tensor."""
+"""Reading and writing of model weights in safetensors files with published tensor names."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ from finesight.model.vlm import (
 from finesight.model_folder import PICKLE_INDEX_FILE, PREPROCESSOR_DEFAULTS, ModelFolder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""Storage and compute dtypes by their names in settings."""
+"""Dtypes of weights and computation by their names in settings."""
 
 _LM_HEAD_KEY = "lm_head.weight"
 _PATCH_EMBED_KEY = "visual.patch_embed.proj.weight"
 _QWEIGHT_SUFFIX = ".qweight"
-"""Suffix of the tensor that only GPTQ layers have."""
+"""Suffix of a tensor name that only layers quantized with GPTQ have."""
 _INDEX_FILE = "model.safetensors.index.json"
 _COPIED_SUFFIXES = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
 _REMEDY = "download the model again"
@@ -60,10 +60,13 @@ _REMEDY = "download the model again"
 
 @dataclass(frozen=True)
 class HubTensor:
-    """Tensor of the published model: its native name and published shape.
+    """Tensor of the published model and its location in the native model.
 
-    `Architecture.to_hub_name` maps the name. `data` is a view of the parameter that holds it (fused
-    linears hold several, and the patch embedding is flattened), or part of a quantized matrix.
+    Attributes:
+        name: Native name, which `Architecture.to_hub_name` maps to the published name.
+        data: View of the parameter that holds the tensor, or part of a quantized matrix. Fused
+            linears hold several tensors, and the patch embedding is flattened.
+        shape: Published shape.
     """
 
     name: str
@@ -72,12 +75,12 @@ class HubTensor:
 
     @property
     def num_elements(self) -> int:
-        """Number of elements."""
+        """Number of elements of the tensor."""
         return math.prod(self.shape)
 
     @property
     def dtypes(self) -> Collection[str]:
-        """Dtypes that a file may have for this tensor."""
+        """Dtypes that a file may have for this tensor, by their safetensors names."""
         return self.data.dtypes if isinstance(self.data, WeightTensorSpec) else SAFETENSORS_DTYPES
 
     @property
@@ -86,16 +89,16 @@ class HubTensor:
         return not isinstance(self.data, WeightTensorSpec) or self.data.name == "weight"
 
     def matches_shape(self, header: TensorHeader) -> bool:
-        """Return True if the header's shape fits this tensor.
+        """Return True if the shape of a tensor in a file matches this tensor.
 
-        transformers 5 writes experts with outputs first.
+        Weights of experts may be transposed: transformers 5 writes them with outputs first.
         """
         shape = header.shape
         transposed = (shape[0], shape[2], shape[1]) if len(shape) == 3 else None
         return self.shape in (shape, transposed)
 
     def load(self, values: Tensor) -> None:
-        """Load the values of a file."""
+        """Load the values of a file tensor, and quantize them if the model requires it."""
         if isinstance(self.data, WeightTensorSpec):
             self.data.load(values)
         else:
@@ -103,7 +106,10 @@ class HubTensor:
 
 
 def hub_tensors(model: VisionLanguageModel) -> Iterator[HubTensor]:
-    """Yield every tensor of the published model, without adapters. A tied head has none."""
+    """Yield every tensor of the published model, without adapters.
+
+    A head that is tied to the embeddings has no tensor.
+    """
     skipped: list[str] = []
     for path, module in model.named_modules():
         if any(path == prefix or path.startswith(f"{prefix}.") for prefix in skipped):
@@ -156,17 +162,26 @@ def load_model(
     weight_format: WeightFormat = "auto",
     fp8_parts: Collection[ModelPart] = (),
 ) -> VisionLanguageModel:
-    """Load the model of a hub folder, reading every tensor exactly once.
+    """Load the native model of a hub folder, reading every tensor exactly once.
 
-    Linear layers of `nf4_parts` are quantized one by one while they are read, from the stored
-    dtype, so that the codes do not depend on the compute dtype; of the embeddings this is the head.
-    Layers of `fp8_parts` have FP8 weights and use FP8 matmuls in training (`model.quant.fp8`). A
-    `weight_format` other than auto quantizes the decoder and an untied head in that format instead
-    (`model.quant.quantize`). Layers published with GPTQ (`model.quant.int4`) remain in that format.
+    Layers published with GPTQ (`model.quant.int4`) remain in that format.
 
-    Raises UserError for damaged files, for missing, unknown, duplicate or wrongly shaped tensors,
-    for unsupported quantization, for folders changed since finesight wrote them, for quantization
-    of a tied head or of a decoder with experts, and for a missing package.
+    Args:
+        folder: Folder of the model.
+        dtype: Compute dtype.
+        device: Target device.
+        nf4_parts: Parts whose linear layers are quantized to NF4 one by one while they are read,
+            from the stored dtype, so that the codes do not depend on the compute dtype. Of the
+            embeddings this is the head.
+        weight_format: If not auto, format to which the decoder and an untied head are quantized,
+            instead of the other parts (`model.quant.quantize`).
+        fp8_parts: Parts with FP8 weights, which use FP8 matmuls in training (`model.quant.fp8`).
+
+    Raises:
+        UserError: A file is damaged; a tensor is missing, unknown, duplicate or wrongly shaped; the
+            quantization is unsupported; the folder was changed since finesight wrote it;
+            quantization of a tied head or of a decoder with experts was requested; or a package is
+            missing.
     """
     group_size = gptq_group_size(folder)
     hf_config = ConfigReader(folder.config, str(folder.path / "config.json"))
@@ -174,7 +189,7 @@ def load_model(
         folder.preprocessor_config, str(folder.path / "preprocessor_config.json")
     )
     files = folder.weight_files()
-    # Also for files converted from pickles.
+    # Verify digests, also of files converted from pickles.
     for written_folder in dict.fromkeys((folder.path, *(file.parent for file in files))):
         if (written_folder / DIGESTS_FILE).is_file():
             verify_folder(written_folder)
@@ -193,7 +208,7 @@ def load_model(
     _check_tensors(headers, expected, folder.path)
     with raise_on_failed_allocation(hf_config.file):
         materialize_parameters(model, device)
-    # Again, with parameters allocated.
+    # List the tensors again, with allocated parameters.
     expected = {tensor.name: tensor for tensor in hub_tensors(model)}
     transposed = _find_transposed_experts(headers, expected)
     for file in files:
@@ -210,10 +225,10 @@ def load_model(
 def _find_transposed_experts(
     headers: Sequence[TensorHeader], expected: Mapping[str, HubTensor]
 ) -> set[str]:
-    """Return the stacked expert weights that are stored with outputs first.
+    """Return the native names of stacked expert weights that a file stores with outputs first.
 
-    A square weight is ambiguous. The two stacks of a layer are never both square, since their
-    widths are I and 2 I, and both use the same layout.
+    A square weight is ambiguous. The two expert weights of a layer are never both square, since
+    their widths are I and 2 I, and both use the same layout.
     """
     layers = {t.layer_name for t in headers if t.shape != expected[t.native_name].shape}
     return {t.native_name for t in headers if t.layer_name in layers and len(t.shape) == 3}
@@ -222,7 +237,10 @@ def _find_transposed_experts(
 def _drop_zero_biases(
     headers: Sequence[TensorHeader], expected: Mapping[str, HubTensor]
 ) -> list[TensorHeader]:
-    """Drop the zero biases that AutoGPTQ adds to layers without a bias."""
+    """Remove the zero biases that AutoGPTQ adds to layers without a bias.
+
+    Raises UserError for a bias with other values.
+    """
     zero_biases = [
         t
         for t in headers
@@ -238,9 +256,9 @@ def _drop_zero_biases(
 
 
 def stored_precision(folder: ModelFolder) -> str:
-    """Return the dtype of a folder's tensors, fp32 for mixed dtypes.
+    """Return the dtype name of a folder's weights, fp32 for mixed dtypes.
 
-    Quantized layers are ignored. Raises UserError for other dtypes.
+    Quantized layers are ignored. Raises UserError for unsupported dtypes.
     """
     is_quantized = gptq_group_size(folder) is not None
     tensors = [tensor for file in folder.weight_files() for tensor in read_header(file)]
@@ -262,7 +280,10 @@ def stored_precision(folder: ModelFolder) -> str:
 def _check_tensors(
     headers: Sequence[TensorHeader], expected: Mapping[str, HubTensor], folder: Path
 ) -> None:
-    """Check from the headers that every expected tensor exists exactly once, and no others."""
+    """Check that every expected tensor exists exactly once, and no others.
+
+    Only names, shapes and dtypes in the file headers are checked. Raises UserError.
+    """
     unknown = [t for t in headers if t.native_name not in expected]
     if unknown:
         names = [t.name for t in unknown]
@@ -296,11 +317,16 @@ def save_model(
     dtype: torch.dtype,
     max_shard_bytes: float = 5e9,
 ) -> None:
-    """Write the weights with their published names to `target`.
+    """Write the weights of a model, without adapters, as a hub folder.
 
-    Shards have at most `max_shard_bytes`. Config and tokenizer files are copied from `folder`.
-    `target` comes from `storage.write_folder`, which makes the write atomic. Adapters must be
-    merged before. Quantized weights are written as stored in `folder`.
+    Quantized weights are written as stored in `folder`.
+
+    Args:
+        model: Model whose adapters are merged or removed.
+        folder: Folder that the model was loaded from; config and tokenizer files are copied.
+        target: Target folder; `storage.write_folder` makes the write atomic.
+        dtype: Dtype of dense weights.
+        max_shard_bytes: Maximum size of a weight file in bytes.
     """
     linears = [module for module in model.modules() if isinstance(module, FusedLinear)]
     num_adapters = sum(linear.adapter is not None for linear in linears)
@@ -313,7 +339,7 @@ def save_model(
         () if any(name.endswith(_QWEIGHT_SUFFIX) for name in dtypes) else ("quantization_config",)
     )
     dense_dtypes = {dtypes[t.name] for t in tensors if t.is_dense}
-    # Use the widest dtype if config.json names one for all tensors.
+    # config.json names one dtype for all tensors: fp32 if they differ.
     copy_model_files(
         folder, target, dtype if dense_dtypes == {dtype} else torch.float32, dropped_keys
     )
@@ -324,7 +350,7 @@ def save_model(
         file = (
             "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
         )
-        # Always copied: safetensors rejects views of a shared parameter.
+        # Always copy: safetensors rejects views of a shared parameter.
         content = {to_hub_name(t.name): _to_file_tensor(t, dtype, source_headers) for t in shard}
         save_file(content, target / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(content, file)
@@ -383,9 +409,10 @@ def _to_file_tensor(
 def copy_model_files(
     folder: ModelFolder, target: Path, dtype: torch.dtype, dropped_keys: Collection[str] = ()
 ) -> None:
-    """Copy config.json with the dtype, and other small files, to `target`.
+    """Copy config.json and other small files of a model folder to `target`.
 
-    Removes `dropped_keys` from the config.
+    The config is written with `dtype` and without `dropped_keys`. Weights, manifests and digests
+    are not copied.
     """
     for path in sorted(folder.path.iterdir()):
         is_copied = path.suffix in _COPIED_SUFFIXES or path.name.startswith(("LICENSE", "NOTICE"))
@@ -419,10 +446,9 @@ def init_random_model(
 ) -> VisionLanguageModel:
     """Build a model with random weights, drawn on `device`.
 
-    Weights and biases are from N(0, 0.02), norms are one.
-
-    The values depend on seed, dtype and device type. Constant position embeddings are those of
-    published models.
+    Weights and biases are drawn from a normal distribution with standard deviation 0.02, norm
+    weights are one and norm biases zero. The values depend on seed, dtype and device type. Constant
+    position embeddings are those of published models.
     """
     model = build_model(
         ConfigReader(config), ConfigReader(preprocessor, "preprocessor_config.json"), dtype, device

@@ -1,6 +1,6 @@
 """Estimate the activation memory of a training step from tensor shapes.
 
-No tensor is allocated: the model may be on the meta device.
+The estimate allocates no tensors, so the model may be on the meta device.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from finesight.train.loss import MAX_LOGITS_BYTES
 
 @dataclass(frozen=True, slots=True)
 class MemorySnapshot:
-    """Memory at one point of a training step, in bytes.
+    """Estimated memory in use at one point of a training step, in bytes.
 
-    Includes saved activations, workspace of the current operation, logits, and gradients that wait
-    for the optimizer step.
+    The parts are saved activations, the workspace of the current operation, logits, and gradients
+    that wait for the optimizer step. Weights and optimizer states are not included.
     """
 
     saved_activations: int
@@ -47,12 +47,16 @@ class MemorySnapshot:
 
     @property
     def total(self) -> int:
-        """Sum of all parts in bytes."""
+        """Total memory of this snapshot in bytes."""
         return self.saved_activations + self.workspace + self.logits + self.gradients
 
 
 class ActivationMemory:
-    """Activation memory of a tuned model, computed from shapes only."""
+    """Estimates the activation memory of a model during training, from tensor shapes.
+
+    The model must already be configured for tuning, because frozen and trainable parts save
+    different activations. All sizes are in bytes.
+    """
 
     def __init__(
         self, model: VisionLanguageModel, compute: ComputeConfig, activation_checkpointing: float
@@ -86,7 +90,10 @@ class ActivationMemory:
 
     @property
     def persistent_bytes(self) -> int:
-        """Bytes beside the weights that the backward pass allocates once, on the first pack."""
+        """Bytes that the first backward pass allocates and that remain allocated.
+
+        Examples are transposed copies of FP8 weights. The weights themselves are not included.
+        """
         encoder = self._model.visual
         merger_bytes = sum(
             transposed_merger_bytes(merger, self._is_encoder_trainable)
@@ -97,17 +104,20 @@ class ActivationMemory:
         )
 
     def plan_graph(self, pack: PlannedPack) -> GraphPlan | None:
-        """Return the CUDA graph plan of a pack; None without a graph."""
+        """Return the CUDA graph plan of a pack, or None if no graph is used."""
         return plan_graph(self._model, self._compute, self._activation_checkpointing, pack)
 
     def saved_vision_bytes(self, pack: PlannedPack) -> int:
-        """Return bytes of vision activations saved during the decoder pass."""
+        """Return the bytes of vision activations that exist during the decoder pass.
+
+        Includes activations saved for the backward pass and the image features of a frozen encoder.
+        """
         return (
             self._saved_encoder_bytes(pack) if pack.num_patches else 0
         ) + self.frozen_feature_bytes(pack)
 
     def vision_forward_peak(self, pack: PlannedPack) -> MemorySnapshot:
-        """Return the peak of the vision encoder's forward pass, with its saved activations."""
+        """Return the memory snapshot at the peak of the vision encoder's forward pass."""
         return MemorySnapshot(
             self._saved_encoder_bytes(pack) if self._is_encoder_trainable else 0,
             self._vision_forward_workspace(pack),
@@ -116,7 +126,10 @@ class ActivationMemory:
     def iter_vision_snapshots(
         self, pack: PlannedPack, timeline: GradientTimeline
     ) -> Iterator[MemorySnapshot]:
-        """Iterate over candidate peaks of the vision encoder."""
+        """Iterate over memory snapshots of the vision encoder that may be its peak.
+
+        Yields nothing for a pack without images.
+        """
         if not pack.num_patches:
             return
         yield self.vision_forward_peak(pack)
@@ -129,18 +142,25 @@ class ActivationMemory:
             yield from self._iter_vision_backward_snapshots(pack, saved_vision, timeline)
 
     def gradient_timeline(self, accumulated_ids: Collection[int] = ()) -> GradientTimeline:
-        """Build the timeline of gradients that wait for the optimizer step.
+        """Return the bytes of waiting gradients at each point of the backward pass.
+
+        Gradients wait for the optimizer step.
 
         Args:
-            accumulated_ids: ids of parameters whose gradients are added to the gradient sum at
-                once.
+            accumulated_ids: ids of parameters whose gradients are added to the gradient
+                accumulation buffer immediately, so they do not wait.
         """
         return GradientTimeline.from_model(self._model, accumulated_ids)
 
     def iter_snapshots(
         self, pack: PlannedPack, timeline: GradientTimeline
     ) -> Iterator[MemorySnapshot]:
-        """Iterate over candidate peaks of a training step."""
+        """Iterate over memory snapshots of a training step that may be its peak.
+
+        Args:
+            pack: Pack of the step.
+            timeline: Gradient memory at each point of the backward pass.
+        """
         if pack.num_patches:
             vision_peak, embedding_bytes = (
                 self.vision_forward_peak(pack),
@@ -151,8 +171,7 @@ class ActivationMemory:
         yield from self._iter_forward_snapshots(pack, saved_vision)
         yield from self._iter_backward_snapshots(pack, saved_vision, timeline)
         yield from self.iter_vision_snapshots(pack, timeline)
-        # The embedding gradient is accumulated in a buffer of the same size while the head gradient
-        # waits.
+        # The embedding gradient has a buffer of its own while the gradient of a tied head exists.
         table_bytes = self._element_size_if(self._is_embedding_trainable) * _count_params(
             [self._model.model.embed_tokens]
         )
@@ -163,7 +182,7 @@ class ActivationMemory:
     def _iter_forward_snapshots(
         self, pack: PlannedPack, saved_vision: int
     ) -> Iterator[MemorySnapshot]:
-        """Forward pass of the decoder and the loss."""
+        """Iterate over candidate peaks of the decoder's forward pass and the loss."""
         num_labels, layer_shapes = pack.num_supervised_tokens, self._layer_shapes(pack)
         saved_by_layer, rotary_bytes = (
             self._layer_stack.saved_bytes(layer_shapes),
@@ -183,9 +202,9 @@ class ActivationMemory:
     def _iter_backward_snapshots(
         self, pack: PlannedPack, saved_before: int, timeline: GradientTimeline
     ) -> Iterator[MemorySnapshot]:
-        """Backward pass of the decoder.
+        """Iterate over candidate peaks of the decoder's backward pass.
 
-        Saved activations of later layers are free, and the gradients of these layers exist.
+        At each layer, the activations of later layers are already freed and their gradients exist.
         """
         layer_shapes = self._layer_shapes(pack)
         saved_by_layer = self._layer_stack.saved_bytes(layer_shapes)
@@ -198,7 +217,10 @@ class ActivationMemory:
     def _iter_vision_backward_snapshots(
         self, pack: PlannedPack, saved_vision: int, timeline: GradientTimeline
     ) -> Iterator[MemorySnapshot]:
-        """Backward pass of the vision encoder, while the gradient of the embedded tokens exists."""
+        """Iterate over candidate peaks of the vision encoder's backward pass.
+
+        The gradient of the input embeddings exists throughout this pass.
+        """
         block_shapes = self._block_shapes(pack)
         saved_by_block, pending_bytes = (
             self._block_stack.saved_bytes(block_shapes),
@@ -211,7 +233,10 @@ class ActivationMemory:
             yield MemorySnapshot(saved, workspace, gradients=timeline.at_block[block_index])
 
     def saved_bytes(self, pack: PlannedPack) -> int:
-        """Return bytes saved for the backward pass, including gradients of the loss."""
+        """Return the bytes that a pack saves for the backward pass.
+
+        The gradients that the loss computes in the forward pass are included.
+        """
         saved_vision = self._saved_encoder_bytes(pack) if pack.num_patches else 0
         saved_layers = sum(self._layer_stack.saved_bytes(self._layer_shapes(pack)))
         head_bytes = (
@@ -230,17 +255,19 @@ class ActivationMemory:
         return self._model.model.embed_tokens.weight.requires_grad
 
     def _pending_grad_bytes(self, pack: PlannedPack) -> int:
-        """Bytes held until the end of the backward pass.
+        """Return the bytes that the loss holds until the end of the backward pass.
 
-        These are the hidden states of the loss and the gradient of a tied head.
+        These are the hidden states of supervised tokens, and the head gradient if embeddings are
+        tied.
         """
         is_tied = self._model.lm_head is None
         return pack.num_supervised_tokens * self._hidden_bytes + self._head_grad_bytes() * is_tied
 
     def frozen_feature_bytes(self, pack: PlannedPack) -> int:
-        """Return bytes of image features of a frozen vision encoder on a GPU.
+        """Return the bytes of a pack's image features from a frozen vision encoder.
 
-        Trainable ones are counted with the vision encoder.
+        Returns 0 on a CPU. Also returns 0 if the encoder or a merger is trainable, since its
+        features are counted as saved activations.
         """
         encoder = self._model.visual
         if self._has_feature_grad or not self._compute.is_cuda:
@@ -254,7 +281,10 @@ class ActivationMemory:
         )
 
     def _saved_bytes_per_label(self) -> int:
-        """Bytes per label: input of the final norm and its gradient from the loss."""
+        """Return the bytes saved per supervised token at the final norm.
+
+        Counts its input and the gradient of its output, which the loss computes.
+        """
         decoder_config, decoder = self._model.config.decoder, self._model.model
         norm_bytes = saved_norm_bytes(
             decoder.norm,
@@ -272,10 +302,10 @@ class ActivationMemory:
         )
 
     def _saved_head_bytes(self, num_labels: int) -> int:
-        """Bytes that the loss saves for the backward pass (`train.loss`).
+        """Return the bytes that the loss saves for the gradient of the output head (`train.loss`).
 
-        Either the gradient of all logits and the hidden states, or the head gradient if the logits
-        are computed in chunks.
+        If all logits fit in one chunk, the loss saves the logit gradients and the hidden states.
+        Otherwise it computes the head gradient in chunks and saves that.
         """
         if num_labels > self._logits_chunk_rows:
             return self._head_grad_bytes()
@@ -285,9 +315,10 @@ class ActivationMemory:
         return num_labels * row_bytes * self._is_head_trainable
 
     def _head_workspace(self, num_labels: int) -> int:
-        """Bytes of the head gradient: the fp32 sum and the part of one chunk.
+        """Return the workspace bytes of the output head: its gradient and its dequantized weight.
 
-        A quantized head is dequantized in full.
+        With several chunks of logits, the gradient has an fp32 sum and the contribution of one
+        chunk.
         """
         num_elements = (
             self._model.config.decoder.vocab_size * self._model.config.decoder.hidden_size
@@ -304,12 +335,13 @@ class ActivationMemory:
 
     @property
     def _logits_chunk_rows(self) -> int:
-        """Number of rows in a chunk of logits."""
+        """Number of supervised tokens in one chunk of logits."""
         return max(1, MAX_LOGITS_BYTES // (FP32_BYTES * self._model.config.decoder.vocab_size))
 
     def _logits_bytes(self, num_labels: int) -> int:
-        """Bytes of a chunk of logits; without a kernel also in fp32
-        (`train.loss`).
+        """Return the bytes of one chunk of logits.
+
+        Without the loss kernel (`train.loss`), an fp32 copy is added.
         """
         vocab_size, element_size = self._model.config.decoder.vocab_size, self._compute.element_size
         num_rows = min(num_labels, self._logits_chunk_rows)
@@ -322,7 +354,7 @@ class ActivationMemory:
         )
 
     def _rotary_bytes(self, pack: PlannedPack) -> int:
-        """Bytes of cosines, sines and sort indices, shared by all layers."""
+        """Return the bytes of rotary angles and sort indices shared by all decoder layers."""
         compute, config = self._compute, self._model.config
         num_bytes = 0
         if self._layer_stack.saves_attention:
@@ -333,7 +365,10 @@ class ActivationMemory:
         return num_bytes
 
     def _layer_shapes(self, pack: PlannedPack) -> list[LayerInputShape]:
-        """Input shapes of the decoder layers. The last layer runs its MLP for the labels only."""
+        """Return the input shape of each decoder layer.
+
+        The last layer runs its MLP for supervised tokens only.
+        """
         mlp_rows = [pack.num_tokens] * (len(self._layer_stack.layers) - 1) + [
             pack.num_supervised_tokens
         ]
@@ -343,13 +378,13 @@ class ActivationMemory:
         ]
 
     def _block_shapes(self, pack: PlannedPack) -> list[LayerInputShape]:
-        """Input shapes of the vision encoder blocks."""
+        """Return the input shape of each vision encoder block."""
         num_patches = pack.num_patches
         segment_lengths = self._model.visual.segment_lengths(pack.grid_thw)
         return [LayerInputShape(lengths, num_patches, num_patches) for lengths in segment_lengths]
 
     def _saved_encoder_bytes(self, pack: PlannedPack) -> int:
-        """Bytes saved by the vision encoder and its mergers."""
+        """Return the bytes that the vision encoder and its mergers save for the backward pass."""
         encoder, compute = self._model.visual, self._compute
         element_size, num_bytes = compute.element_size, 0
         if self._is_encoder_trainable:
@@ -379,13 +414,14 @@ class ActivationMemory:
         return num_bytes
 
     def _uses_rotary(self) -> bool:
-        """True unless positions are added to the embeddings, as in the first Qwen-VL."""
+        """Return False for the first Qwen-VL, which adds positions to the patch embeddings."""
         return not isinstance(self._model.model, QwenDecoder)
 
     def _vision_forward_workspace(self, pack: PlannedPack) -> int:
-        """Peak workspace of the vision encoder's forward pass: patches as floats, or a block.
+        """Return the peak workspace bytes of the vision encoder's forward pass.
 
-        Includes the rotary angles shared by all blocks.
+        The peak is at the patch embedding or in a block. Rotary angles, which all blocks share, are
+        included.
         """
         encoder, compute = self._model.visual, self._compute
         config = encoder.config
@@ -406,9 +442,10 @@ class ActivationMemory:
         return pack.num_patches * max(self._patch_embed_bytes(pack), row_bytes)
 
     def _num_residual_rows(self) -> int:
-        """Maximum number of residual-stream rows that a block holds, including outputs for mergers.
+        """Return the maximum number of residual-stream rows per patch that exist at once.
 
-        Counts the sum, and both of its terms if there are two.
+        Counts the sum of the residual connection, its terms, and block outputs stored for the
+        DeepStack mergers.
         """
         deepstack_indexes, num_blocks = (
             self._model.visual.deepstack_indexes,
@@ -424,9 +461,9 @@ class ActivationMemory:
         return 1 + max(map(sum, zip(num_saved, num_inputs, strict=True)))
 
     def _patch_embed_bytes(self, pack: PlannedPack) -> int:
-        """Bytes of a patch at the input of the vision encoder.
+        """Return the bytes per patch at the patch embedding.
 
-        Counts the packed patch, all of its frames, and the embedding computed from them.
+        Counts the packed patch, the patch repeated for all frames, and its embedding.
         """
         encoder, element_size = self._model.visual, self._compute.element_size
         config, patch_dim = encoder.config, encoder.config.patch_dim
@@ -436,7 +473,6 @@ class ActivationMemory:
         return raw_bytes + (stored_dim + patch_dim + config.hidden_size) * element_size
 
     def _iter_mlps(self) -> Iterator[nn.Module]:
-        """Iterate over the MLPs of the vision encoder blocks."""
         for block in self._model.visual.blocks:
             assert isinstance(block, VisionBlock | QwenVisionBlock), (
                 f"a block of {type(block).__name__}"
@@ -444,9 +480,10 @@ class ActivationMemory:
             yield block.mlp
 
     def frozen_encoder_bytes(self, pack: PlannedPack) -> int:
-        """Return peak bytes of the blocks of a frozen vision encoder.
+        """Return the activation bytes of all blocks of a frozen vision encoder.
 
-        Counts the rows of a block and both ends of its activation.
+        Counts hidden states and MLP features, each written and read. The memory traffic estimate of
+        `plan.step_time` uses this size. Returns 0 for a trainable encoder.
         """
         if self._is_encoder_trainable:
             return 0

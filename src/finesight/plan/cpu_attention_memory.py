@@ -1,4 +1,4 @@
-"""Estimate the memory of CPU attention (`model.short_attention`) in bytes.
+"""Estimate the memory of attention on a CPU (`model.cpu_attention`) in bytes.
 
 Update this module if the allocations of CPU attention change.
 tests/plan/test_cpu_attention_memory.py compares it with measured allocations.
@@ -19,17 +19,23 @@ BF16_BYTES, FP32_BYTES, INDEX_BYTES = (
     torch.float32.itemsize,
     torch.int64.itemsize,
 )
-"""Bytes of an input or output element, of a score, and of an index."""
+"""Bytes per element of inputs and outputs (bf16), of scores (fp32), and of indices (int64)."""
 
 MAX_REORDERED_ELEMENTS = 1 << 18
-"""Approximate number of elements that oneDNN reorders of a large matrix read by columns."""
+"""Maximum number of elements, approximately, that oneDNN copies to transpose a large matrix."""
 
 
 @dataclass(frozen=True, slots=True)
 class CpuAttentionMemory:
-    """Memory of the attention batches of a pack.
+    """Memory of CPU attention for one pack, whose sequences are batched by length.
 
-    Each row has `query_dim` elements of queries and `kv_dim` elements of keys and of values.
+    Attributes:
+        query_dim: Number of query elements per token.
+        kv_dim: Number of key elements per token, and also of value elements.
+        num_heads: Number of query heads.
+        is_causal: True in the decoder, False in the vision encoder.
+        num_tokens: Number of tokens of the pack.
+        buckets: Batches of sequences with similar lengths.
     """
 
     query_dim: int
@@ -41,14 +47,14 @@ class CpuAttentionMemory:
 
     @property
     def saved_bytes(self) -> int:
-        """Bytes of copies of queries, keys and values, and of all attention weights."""
+        """Bytes saved for the backward pass: queries, keys, values and all attention weights."""
         return BF16_BYTES * (self._num_rows * self._qkv_dim + self._num_scores)
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of the gather and scatter indices of all heads.
+        """Bytes of the gather and scatter indices that sort tokens into batches.
 
-        Counts the indices of queries, and those of keys if there are fewer keys.
+        There is an index per query head. Grouped-query attention adds an index per key head.
         """
         is_grouped = self.kv_dim < self.query_dim
         num_index_heads = (
@@ -58,7 +64,7 @@ class CpuAttentionMemory:
 
     @property
     def forward_peak(self) -> int:
-        """Peak bytes of the forward pass, including saved tensors."""
+        """Peak bytes of the forward pass, including the tensors saved for the backward pass."""
         sorted_bytes = BF16_BYTES * self._num_rows * (self._qkv_dim + self.query_dim)
         peak = weight_bytes = 0
         for length, count in self.buckets.shapes:
@@ -78,7 +84,7 @@ class CpuAttentionMemory:
 
     @property
     def backward_workspace(self) -> int:
-        """Peak bytes of the backward pass beside saved tensors, including the output gradient."""
+        """Peak bytes of the backward pass without saved tensors, including the output gradient."""
         sorted_elements = self._num_rows * (self.query_dim + self._qkv_dim)
         peak = max(
             self._compute_batch_size(length, count)[1] + self._reordered_elements(length)
@@ -89,13 +95,13 @@ class CpuAttentionMemory:
         return BF16_BYTES * (self.num_tokens * self.query_dim + sorted_elements + peak)
 
     def _iter_softmax_bytes(self, length: int, count: int) -> Iterator[int]:
-        """Iterate over fp32 bytes of the queries of a batch and their scores."""
+        """Iterate over the fp32 bytes of queries and scores per query block."""
         for start in range(0, length, QUERY_BLOCK) if self.is_causal else (0,):
             stop = min(start + QUERY_BLOCK, length) if self.is_causal else length
             yield FP32_BYTES * count * (stop - start) * (self.query_dim + self.num_heads * stop)
 
     def _reordered_elements(self, length: int) -> int:
-        """Number of elements that oneDNN reorders on each thread to read weights by columns."""
+        """Return the number of elements that oneDNN copies to read weights by column."""
         num_rows = length * self.query_dim // self.kv_dim
         return torch.get_num_threads() * min(
             MAX_REORDERED_ELEMENTS, num_rows * (length + self.query_dim // self.num_heads)
@@ -117,5 +123,5 @@ class CpuAttentionMemory:
         return (self._compute_batch_size(length, count) for length, count in self.buckets.shapes)
 
     def _compute_batch_size(self, length: int, count: int) -> tuple[int, int]:
-        """Return the rows of a batch and the number of its score elements."""
+        """Return the number of rows and of attention scores of one batch."""
         return length * count, self.num_heads * length**2 * count

@@ -1,6 +1,6 @@
 """Estimate the time and memory of evaluation by generation.
 
-The estimate is rough, since the length of completions is unknown.
+The estimate is rough, since the length of completions is unknown before training.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finesight.config import EvalSettings, Recipe
-from finesight.infer.engine import KV_CACHE_BYTES, MAX_PREFILL_TOKENS
+from finesight.infer.engine import KV_CACHE_BYTES
 from finesight.infer.kv_cache import get_kv_bytes_per_token
+from finesight.infer.scheduler import MAX_PREFILL_TOKENS
 from finesight.plan.planned_model import PlannedModel
 from finesight.plan.planned_pack import build_planned_pack
 from finesight.plan.target_device import TargetDevice
@@ -18,14 +19,23 @@ from finesight.train.dataset_stats import SampleStats
 from finesight.train.lr_schedule import resolve_steps
 
 MIN_DECODE_STEP_S = 3.0e-3
-"""Minimum seconds of a decode step of any model, limited by kernel launches or by the host."""
+"""Minimum seconds of a decode step on a GPU for any model.
+
+Kernel launches or the host limit small models.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationEstimate:
-    """Total time of all evaluations of a run, their samples, and the bytes of generation.
+    """Estimated time and memory of all evaluations of a run.
 
-    Generation runs between training steps, so its memory replaces that of a pack.
+    Generation runs between training steps, so its memory replaces the activations of a pack.
+
+    Attributes:
+        num_evaluations: Number of evaluations before, during and after training.
+        num_samples: Number of validation samples per evaluation.
+        total_s: Seconds of all evaluations.
+        generation_bytes: Peak bytes of generation; 0 if only the validation loss is computed.
     """
 
     num_evaluations: int
@@ -43,7 +53,7 @@ def estimate_evaluation(
 ) -> EvaluationEstimate:
     """Estimate all evaluations of a run: before, during and after training.
 
-    Without `eval` in the recipe, only the validation loss is computed.
+    Without an `eval` section in the recipe, an evaluation only computes the validation loss.
     """
     settings = recipe.eval
     num_evaluations = 2
@@ -81,10 +91,10 @@ def _estimate_generation_s(
     target: TargetDevice,
     eval_stats: Sequence[SampleStats],
 ) -> float:
-    """Estimate seconds of generation for one evaluation.
+    """Estimate the seconds of generation in one evaluation.
 
-    Each decode step reads the weights once for a batch. Completions have the length of the
-    references. Prompts cost as much as for the validation loss.
+    Each decode step reads the weights once per batch. Completions are assumed to be as long as
+    their references, and prefill to cost as much as the validation loss.
     """
     num_tokens = sum(
         min(sample.num_supervised_tokens, settings.max_new_tokens) for sample in eval_stats
@@ -111,7 +121,7 @@ def _estimate_generation_bytes(
     target: TargetDevice,
     eval_stats: Sequence[SampleStats],
 ) -> int:
-    """Return bytes of the KV cache of the longest batch and of the largest prefill."""
+    """Return the bytes of the largest KV cache and of the largest prefill."""
     decoder_config = planned.model.config.decoder
     num_seqs = min(settings.batch_size, len(eval_stats))
     max_seq_len = max(sample.num_tokens for sample in eval_stats) + settings.max_new_tokens

@@ -1,8 +1,8 @@
 """Estimate the memory of a fused decoder layer (`model.fused_decoder`) in bytes.
 
 Update this module if the allocations of a fused layer change. tests/plan/test_fused_layer_memory.py
-compares it with measured allocations. T is the number of tokens of a pack, L the number of rows in
-the MLP.
+compares it with measured allocations. A row is a token of the pack. In the MLP of the last layer,
+it is a supervised token.
 """
 
 from __future__ import annotations
@@ -39,21 +39,34 @@ from finesight.plan.saved_activations import (
 )
 
 FLASH_BACKWARD_TILE, FLASH_HEAD_DIM_MULTIPLE = 128, 32
-"""Query tile of torch's varlen attention backward pass, and the padding multiple of the head size.
+"""Padding of torch's varlen attention backward pass: rows per sequence, and head size multiple.
 
-The backward pass adds one tile of rows per sequence.
+The backward pass adds one query tile of rows per sequence, and rounds up the head size.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class FusedLinearMemory:
-    """Memory of fused linear layers with one input, in bytes.
+    """Memory of linear layers that share one input and run as one product, in bytes.
 
-    Attributes are bytes of a row of the input, of padding columns, of the output, and of the LoRA
-    down-projection. The dequantized weight and the matrices of its linears exist only temporarily.
-    FP8 codes are counted per row, for the forward and the backward pass. Gradients are those of
-    weight, bias, up-projections and down-projections. Persistent bytes exist from the first pack
-    on, beside the weight.
+    An example is the fused query, key and value projection. Sizes of inputs, padding columns,
+    outputs and LoRA down-projections are per row.
+
+    Attributes:
+        element_size: Bytes of an element.
+        input_bytes: Bytes of an input row.
+        padding_bytes: Bytes of the padding columns of an input row.
+        output_bytes: Bytes of an output row of all linear layers.
+        lora_bytes: Bytes of a row of the LoRA down-projections.
+        has_dropout: True if the LoRA input has dropout.
+        dense_bytes: Temporary bytes of the dequantized weight.
+        per_layer_bytes: Temporary bytes of the dequantized weights of the single linear layers,
+            before concatenation.
+        fp8_bytes: Bytes per row of FP8 inputs (forward) and of FP8 output gradients (backward).
+        weight_grad_bytes: Bytes of the weight and bias gradients.
+        lora_b_grad_bytes: Bytes of the LoRA up-projection gradients.
+        lora_a_grad_bytes: Bytes of the LoRA down-projection gradient.
+        persistent_bytes: Bytes that the first pack allocates and that remain, without the weight.
     """
 
     element_size: int
@@ -74,7 +87,7 @@ class FusedLinearMemory:
     def from_linear(
         cls, linear: FusedLinear, element_size: int, needs_input_grad: bool
     ) -> FusedLinearMemory:
-        """Build from fused linear layers.
+        """Build the estimate from fused linear layers.
 
         Args:
             linear: Fused linear layers.
@@ -121,30 +134,33 @@ class FusedLinearMemory:
 
     @property
     def padded_input_bytes(self) -> int:
-        """Bytes of an input row with its padding columns."""
+        """Bytes of an input row, including padding columns."""
         return self.input_bytes + self.padding_bytes
 
     @property
     def input_grad_bytes(self) -> int:
-        """Bytes of a row of the gradients of the input and of the LoRA down-projection."""
+        """Bytes per row of the input gradient and of the LoRA down-projection gradient."""
         return self.input_bytes + (self.padding_bytes or self.lora_bytes)
 
     @property
     def normed_input_bytes(self) -> int:
-        """Bytes of a normed input row: in FP8, or with padding columns."""
+        """Bytes of a row of the norm output, in FP8 or with padding columns."""
         return self.fp8_bytes[0] or self.padded_input_bytes
 
     @property
     def lora_input_bytes(self) -> int:
-        """Bytes of a normed input row that only LoRA needs: with dropout, or in addition to FP8."""
+        """Bytes per row of a separate copy of the norm output for LoRA.
+
+        The copy exists with dropout, or if the linear layer itself reads FP8.
+        """
         return self.input_bytes * (self.has_dropout or self.fp8_bytes[0] > 0)
 
     def forward_peak(self, num_rows: int, *, is_normed: bool = False) -> int:
-        """Peak bytes while the output is computed, including the output.
+        """Return the peak bytes of the linear layers' forward pass, including the output.
 
         Args:
-            num_rows: Number of rows.
-            is_normed: Whether the input was quantized to FP8 by the norm.
+            num_rows: Number of input rows.
+            is_normed: Whether the preceding norm has already quantized the input to FP8.
         """
         fp8_bytes = 0 if is_normed else self.fp8_bytes[0]
         return self.dense_bytes + max(
@@ -152,7 +168,7 @@ class FusedLinearMemory:
         )
 
     def backward_peak(self, num_rows: int) -> int:
-        """Peak bytes while the input gradient is computed, including this gradient."""
+        """Return the peak bytes of computing the input gradient, including this gradient."""
         # Without padding columns, the LoRA gradients of each linear are computed and then
         # concatenated.
         lora_bytes = num_rows * (
@@ -164,7 +180,10 @@ class FusedLinearMemory:
         return max(lora_bytes, matmul_bytes)
 
     def lora_backward_bytes(self, num_rows: int) -> int:
-        """Bytes added to the input gradient if the LoRA part is computed separately."""
+        """Return the additional bytes if the input gradient of LoRA is computed separately.
+
+        Returns 0 without LoRA.
+        """
         return (
             num_rows * self.input_bytes
             + self.lora_a_grad_bytes
@@ -179,7 +198,14 @@ class FusedLinearMemory:
         tile: TileConfig = LORA_DOWN_BACKWARD_TILE,
         num_programs: int = CONCURRENT_PROGRAMS,
     ) -> int:
-        """Bytes of partial sums of the down-projection gradient, one per block of rows."""
+        """Return the bytes of partial sums of the LoRA down-projection gradient.
+
+        Args:
+            num_rows: Number of input rows.
+            tile: Tile of the kernel.
+            num_programs: Number of kernel programs. It limits the number of row blocks, each of
+                which has an fp32 partial sum.
+        """
         num_column_tiles = -(-(self.input_bytes // self.element_size) // tile.block_n)
         num_partials = -(-num_rows // rows_per_chunk(num_rows, num_column_tiles, num_programs))
         return num_partials * self.lora_a_grad_bytes // self.element_size * FP32_BYTES
@@ -194,11 +220,20 @@ def _dequantized_bytes(linear: FusedLinear, element_size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class FusedLayerMemory:
-    """Memory of a fused decoder layer: its QKV, output, gate-up and down projections.
+    """Memory of a fused decoder layer in bytes, from the memory of its four projections.
 
-    Flags say whether the layer input or the first norm weight needs a gradient, whether queries,
-    keys and values need one, and whether the output has one. Norm gradients are counted in bytes of
-    trainable norm weights.
+    Attributes:
+        qkv_proj: Query, key and value projection.
+        o_proj: Output projection of attention.
+        gate_up_proj: Gate and up projection of the MLP.
+        down_proj: Down projection of the MLP.
+        num_heads: Number of query heads.
+        head_dim: Size of a head.
+        element_size: Bytes of an element.
+        norm_grad_bytes: Bytes of the weight gradients of both norms; 0 for a frozen norm.
+        has_input_grad: True if the layer input or the weight of the first norm needs a gradient.
+        has_qkv_grad: True if queries, keys and values need a gradient.
+        has_output_grad: True if the layer output needs a gradient.
     """
 
     qkv_proj: FusedLinearMemory
@@ -217,7 +252,13 @@ class FusedLayerMemory:
     def from_layer(
         cls, layer: DecoderLayer, has_input_grad: bool, compute: ComputeConfig
     ) -> FusedLayerMemory:
-        """Build from a decoder layer that `DecoderLayer.fusible_linears` accepts."""
+        """Build the estimate from a decoder layer whose projections can be fused.
+
+        Args:
+            layer: Decoder layer with true `fusible_linears`.
+            has_input_grad: Whether the input of the layer needs a gradient.
+            compute: Device properties.
+        """
         attn, mlp, element_size = layer.self_attn, layer.mlp, compute.element_size
         assert isinstance(mlp, GatedMlp), f"expected a gated MLP, got {type(mlp).__name__}"
         norms = layer.input_layernorm, layer.post_attention_layernorm
@@ -243,29 +284,29 @@ class FusedLayerMemory:
 
     @property
     def input_row_bytes(self) -> int:
-        """Bytes of an input row."""
+        """Bytes of the layer input per token."""
         return self.qkv_proj.input_bytes
 
     @property
     def saves_input(self) -> bool:
-        """True if the input is saved for the backward pass."""
+        """True if the layer input is saved for the backward pass."""
         return self.has_qkv_grad
 
     @property
     def saves_attention(self) -> bool:
-        """True if the inputs of attention are saved for the backward pass."""
+        """True if queries, keys and values are saved for the backward pass."""
         return self.has_qkv_grad
 
     @property
     def persistent_bytes(self) -> int:
-        """Bytes allocated once on the first pack, beside the weights."""
+        """Bytes that the first pack allocates and that remain allocated, without the weights."""
         return sum(
             product.persistent_bytes
             for product in (self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj)
         )
 
     def saved_bytes(self, shape: LayerInputShape) -> int:
-        """Return bytes saved for the backward pass of a pack."""
+        """Return the bytes that the layer saves for the backward pass of a pack."""
         _, num_tokens, num_rows = shape
         saved = (
             self._saved_input_bytes(num_tokens)
@@ -275,8 +316,9 @@ class FusedLayerMemory:
         return saved + self._prefix_copy_bytes(shape) * self.has_qkv_grad
 
     def _saved_input_bytes(self, num_tokens: int) -> int:
-        """Bytes saved before attention: the input, its scale, its norm, and the LoRA
-        down-projection.
+        """Return the bytes saved before attention.
+
+        Counts the layer input, its norm scale, the norm output, and LoRA down-projections.
         """
         norm_bytes = self.qkv_proj.input_bytes * bool(self.qkv_proj.weight_grad_bytes)
         return (
@@ -286,15 +328,17 @@ class FusedLayerMemory:
         )
 
     def _saved_attention_bytes(self, num_tokens: int) -> int:
-        """Bytes saved by attention: the QKV product, the output and its scales."""
+        """Return the bytes saved by attention: QKV product, output, and log-sum-exp of scores."""
         row_bytes = (
             self.qkv_proj.output_bytes + self.o_proj.input_bytes + FP32_BYTES * self.num_heads
         )
         return num_tokens * row_bytes * self.has_qkv_grad
 
     def _prefix_copy_bytes(self, shape: LayerInputShape) -> int:
-        """Bytes of keys and values that repeat the shared prefix for each sequence, if they are
-        long.
+        """Return the bytes of keys and values with the shared prefix repeated for each sequence.
+
+        Only long sequences need this copy. The Triton kernel for short ones reads the prefix
+        without it.
         """
         if not shape.num_duplicates or max(shape.context_lengths) <= MAX_TRITON_SEQLEN:
             return 0
@@ -303,10 +347,10 @@ class FusedLayerMemory:
         )
 
     def _saved_mlp_bytes(self, num_tokens: int, num_rows: int) -> int:
-        """Bytes saved after attention.
+        """Return the bytes saved after attention.
 
-        Counts the residual sum, its scale, its norm, gate and up products, and LoRA
-        down-projections. Some rows of the attention output are copied.
+        Counts the residual sum, its norm scale and norm output, the gate and up products, and LoRA
+        down-projections. If the MLP runs for some tokens only, their attention outputs are copied.
         """
         o_proj, gate_up_proj = self.o_proj, self.gate_up_proj
         copied_bytes = o_proj.input_bytes * (num_rows < num_tokens or not self.has_qkv_grad)
@@ -326,7 +370,10 @@ class FusedLayerMemory:
         )
 
     def forward_workspace(self, shape: LayerInputShape) -> int:
-        """Return the peak of the forward pass minus the saved bytes; may be negative."""
+        """Return the peak of the layer's forward pass minus the bytes that it saves.
+
+        The result is negative if the peak occurs before all saved tensors exist.
+        """
         peak = max(
             self._qkv_forward_peak(shape.num_tokens),
             self._mlp_forward_peak(shape.num_tokens, shape.mlp_rows),
@@ -344,7 +391,10 @@ class FusedLayerMemory:
         )
 
     def _mlp_forward_peak(self, num_tokens: int, num_rows: int) -> int:
-        """Padded inputs exist until the end of the MLP."""
+        """Return the forward peak in bytes from the output projection to the layer output.
+
+        Padded inputs remain allocated until the end of the MLP.
+        """
         o_proj, gate_up_proj, down_proj = self.o_proj, self.gate_up_proj, self.down_proj
         is_partial = num_rows < num_tokens
         saved = self._saved_input_bytes(num_tokens) + self._saved_attention_bytes(num_tokens)
@@ -374,7 +424,10 @@ class FusedLayerMemory:
         )
 
     def _down_partial_sums(self, num_rows: int) -> int:
-        """Bytes of partial sums of the LoRA down-projection, one per block of columns."""
+        """Return the bytes of partial sums of the down projection's LoRA input product.
+
+        The SwiGLU kernel computes one fp32 partial sum per block of columns.
+        """
         intermediate_size = self.down_proj.input_bytes // self.element_size
         num_partials = -(
             -intermediate_size // columns_per_chunk(num_rows, intermediate_size, SWIGLU_TILE)
@@ -387,9 +440,9 @@ class FusedLayerMemory:
         )
 
     def backward_workspace(self, shape: LayerInputShape) -> int:
-        """Return the backward peak minus saved bytes that are freed by then.
+        """Return the peak of the backward pass minus saved bytes freed by then.
 
-        Includes the gradients of the output and of the weights.
+        Includes the gradients of the layer output and of the weights.
         """
         if not self.has_output_grad:
             return 0
@@ -404,7 +457,7 @@ class FusedLayerMemory:
         return peak
 
     def _mlp_backward_peak(self, num_rows: int) -> int:
-        """Peak from the end of the layer to the attention output."""
+        """Return the backward peak in bytes from the layer output to the attention output."""
         o_proj, gate_up_proj, down_proj = self.o_proj, self.gate_up_proj, self.down_proj
         peak = live = num_rows * gate_up_proj.input_bytes
         peak = max(peak, live + down_proj.backward_peak(num_rows))
@@ -439,23 +492,27 @@ class FusedLayerMemory:
         return max(peak, live + o_proj.grad_bytes + num_rows * o_proj.input_bytes)
 
     def _norm_partial_sums(self, num_rows: int, weight_bytes: int) -> int:
-        """Bytes of partial sums of a norm weight gradient, one per program."""
+        """Return the bytes of partial sums of a norm weight gradient, one per kernel program."""
         if not weight_bytes:
             return 0
         num_partials = -(-num_rows // max(1, -(-num_rows // MAX_PARTIAL_SUMS)))
         return num_partials * weight_bytes // self.element_size * FP32_BYTES
 
     def _mlp_grad_bytes(self) -> int:
-        """Bytes of MLP gradients that exist when the attention backward pass begins."""
+        """Return the bytes of weight gradients that exist when the attention backward pass begins.
+
+        Includes the output projection, the MLP and its norm.
+        """
         grad_bytes = (
             self.o_proj.grad_bytes + self.gate_up_proj.grad_bytes + self.down_proj.grad_bytes
         )
         return grad_bytes + self.norm_grad_bytes[1]
 
     def _attention_backward_peak(self, shape: LayerInputShape) -> int:
-        """Peak of the attention backward pass.
+        """Return the peak bytes of the attention backward pass.
 
-        Counts the gradients of its output, of the residual, and of queries, keys and values.
+        Counts the gradients of the attention output, of the residual, and of queries, keys and
+        values.
         """
         lengths, num_tokens, num_elements = (
             shape.context_lengths,
@@ -484,7 +541,7 @@ class FusedLayerMemory:
         return live + accumulator_bytes + kv_grad_elements + self._prefix_copy_bytes(shape)
 
     def _qkv_backward_peak(self, num_tokens: int) -> int:
-        """Peak from queries, keys and values to the layer input, minus freed attention inputs."""
+        """Return the peak of the QKV projection's backward pass, minus freed attention tensors."""
         qkv_proj = self.qkv_proj
         live = num_tokens * (
             qkv_proj.input_bytes + 2 * qkv_proj.output_bytes
@@ -515,5 +572,5 @@ class FusedLayerMemory:
 
 
 def _norm_grad_bytes(norm: nn.Module) -> int:
-    """Bytes of the gradient of a norm weight; 0 if it is frozen."""
+    """Return the bytes of a norm's weight gradient; 0 if the norm is frozen."""
     return sum(p.nbytes for p in norm.parameters() if p.requires_grad)

@@ -1,8 +1,12 @@
-"""GPU specifications from the data sheets of their vendors.
+"""GPU specifications from vendor data sheets, for plans without access to the GPU.
 
-Memory in 10^9 bytes as sold; dense 16-bit matrix products with fp32 accumulation in 10^12 FLOP/s
-(half of the printed figure if that counts sparse matrices); memory bandwidth in 10^9 bytes/s;
-compute capability. Sources by generation:
+- Memory: 10^9 bytes, as sold.
+- FLOP/s: 10^12, for dense 16-bit matrix products with fp32 accumulation. If a data sheet states
+  sparse FLOP/s, half of the value is used.
+- Memory bandwidth: 10^9 bytes/s.
+- Compute capability: major and minor version.
+
+Sources by generation:
 
 - T4, V100: NVIDIA T4 and V100 Tensor Core GPU data sheets.
 - A10, A30, A40, A100, A6000: NVIDIA Ampere data sheets; RTX 30: GA102 whitepaper, appendix.
@@ -22,7 +26,15 @@ from finesight.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class GpuSpec:
-    """Specification of a GPU model, in the units of this module."""
+    """Data sheet values of a GPU model.
+
+    Attributes:
+        name: Name of the GPU model.
+        memory_gb: Memory in 10^9 bytes.
+        tflops: Dense 16-bit matrix products in 10^12 FLOP/s.
+        gb_per_s: Memory bandwidth in 10^9 bytes/s.
+        capability: CUDA compute capability, major and minor.
+    """
 
     name: str
     memory_gb: float
@@ -32,7 +44,7 @@ class GpuSpec:
 
     @property
     def supports_bf16(self) -> bool:
-        """True if the GPU supports bf16 matrix products; older GPUs use fp16."""
+        """True if the GPU supports bf16 matrix products. Older GPUs use fp16."""
         return self.capability >= (8, 0)
 
 
@@ -69,10 +81,12 @@ GPU_SPECS: tuple[GpuSpec, ...] = (
 
 
 def find_gpu_spec(name: str) -> GpuSpec:
-    """Return the GPU of this name, in any spelling.
+    """Return the specification of a GPU model by name, in any spelling.
 
-    Accepts for example `a100-80gb`, `A100 80 GB` and `NVIDIA GeForce RTX 4090`. Raises UserError
-    with the nearest names if the GPU is unknown.
+    Accepts, for example, `a100-80gb`, `A100 80 GB` and `NVIDIA GeForce RTX 4090`.
+
+    Raises:
+        UserError: The GPU is unknown. The message lists the most similar names.
     """
     by_key = {_normalize_name(spec.name): spec for spec in GPU_SPECS}
     key = _normalize_name(name)
@@ -94,6 +108,6 @@ def find_gpu_spec(name: str) -> GpuSpec:
 
 
 def _normalize_name(name: str) -> str:
-    """Reduce a GPU name to the letters and digits that identify it."""
+    """Remove vendor names and punctuation from a GPU name, for comparison."""
     stripped = re.sub(r"nvidia|geforce|tesla|rtx|tensor core|gpu|sxm\d?", "", name.lower())
     return re.sub(r"[^a-z0-9]", "", stripped)

@@ -1,6 +1,6 @@
-"""Track the gradient memory during the backward pass, in bytes.
+"""Estimate the gradient memory at each point of the backward pass.
 
-Gradients wait for the optimizer step and grow as saved activations are freed.
+Gradients accumulate until the optimizer step, while saved activations are freed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from finesight.model.vlm import VisionLanguageModel
 
 @dataclass(frozen=True, slots=True)
 class GradientTimeline:
-    """Bytes of existing gradients at each point of the backward pass.
+    """Bytes of gradients that exist at each point of the backward pass.
 
-    The points are the backward pass of each decoder layer and of each vision block, the embedding
-    gradient, and the end.
+    Attributes:
+        at_layer: Bytes at the start of the backward pass of each decoder layer.
+        at_block: Bytes at the start of the backward pass of each vision encoder block.
+        at_embedding: Bytes when the embedding gradient is computed.
+        at_end: Bytes of all gradients.
     """
 
     at_layer: tuple[int, ...]
@@ -31,13 +34,12 @@ class GradientTimeline:
     def from_model(
         cls, model: VisionLanguageModel, accumulated_ids: Collection[int]
     ) -> GradientTimeline:
-        """Build from the trainable parameters of a model.
+        """Build the timeline from the trainable parameters of a model.
 
         Args:
-            model: Model with its trainable parameters.
+            model: Model with trainable and frozen parameters.
             accumulated_ids: ids of parameters to leave out. Their gradients are added to the
-                gradient sum
-                at once (`train.grad_accumulation`).
+                gradient accumulation buffer immediately (`train.grad_accumulation`).
         """
 
         def count_grad_bytes(module: nn.Module) -> int:
@@ -63,6 +65,9 @@ class GradientTimeline:
 
 
 def _suffix_sums(initial: int, values: Iterable[int]) -> list[int]:
-    """Return `initial` plus the sum of the values after each index, then the total."""
+    """Return, for each index, `initial` plus the sum of all later values.
+
+    The total is appended.
+    """
     *sums, total = accumulate(reversed([*values]), initial=initial)
     return [*reversed(sums), total]

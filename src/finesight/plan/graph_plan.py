@@ -1,7 +1,7 @@
-"""Predict which packs run as CUDA graphs (`train.cuda_graphs`), and the memory of a graph.
+"""Predict which packs run as CUDA graphs (`train.cuda_graphs`), and the memory of each graph.
 
-Larger packs and packs that share several graphs are not counted: their graphs are captured only if
-half of the GPU memory is free.
+If half of the GPU memory is free, training also captures graphs of larger packs, and graphs that
+packs of several shapes share. These graphs are not predicted.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from finesight.train.graph_vision_buffers import (
 )
 
 CU_SEQLEN_BYTES = 4
-"""Bytes of a cumulative sequence length."""
+"""Bytes of an element of `cu_seqlens` (int32)."""
 
 
 @dataclass(frozen=True, slots=True)
 class GraphPlan:
-    """CUDA graph of packs of one shape: a padded pack, and bytes of static inputs and outputs.
+    """Predicted CUDA graph for all packs of one shape.
 
-    The padded pack contains images if the vision encoder is captured as well.
+    Attributes:
+        shape: Shape of the graph, which identifies it.
+        padded_pack: Pack padded to this shape. It contains images if the graph includes the vision
+            encoder.
+        buffer_bytes: Bytes of the static inputs and outputs.
     """
 
     shape: GraphShape
@@ -42,7 +46,14 @@ def plan_graph(
     activation_checkpointing: float,
     pack: PlannedPack,
 ) -> GraphPlan | None:
-    """Return the CUDA graph plan of a pack; None without a graph."""
+    """Return the CUDA graph plan of a pack, or None if no graph is used.
+
+    Args:
+        model: Model, configured for tuning.
+        compute: Device properties.
+        activation_checkpointing: Fraction of layers with activation checkpointing.
+        pack: Pack to plan.
+    """
     encoder = model.visual
     if not (compute.has_varlen_attention and has_few_trainable_params(model)):
         return None

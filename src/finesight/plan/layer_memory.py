@@ -1,4 +1,4 @@
-"""Estimate the saved activations of unfused layers, in bytes."""
+"""Estimate the activation memory of unfused decoder layers and vision encoder blocks, in bytes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ from finesight.plan.saved_activations import (
 def compute_unfused_layer_memory(
     layer: nn.Module, has_input_grad: bool, compute: ComputeConfig
 ) -> LayerMemory:
-    """Estimate an unfused layer of the decoder or of the vision encoder."""
+    """Estimate the memory of an unfused decoder layer or vision encoder block.
+
+    Args:
+        layer: Decoder layer or vision encoder block.
+        has_input_grad: Whether the input of the layer needs a gradient.
+        compute: Device properties.
+    """
     if isinstance(layer, DecoderLayer):
         self_attn = layer.self_attn
         return _compute_block_memory(
@@ -81,9 +87,9 @@ def compute_unfused_layer_memory(
 
 
 def decoder_attention_memory(attention: DecoderAttention) -> AttentionMemory:
-    """Estimate the attention of the decoder.
+    """Estimate the attention memory of a decoder layer.
 
-    Rotated queries and keys are new tensors; values are a slice of the QKV product.
+    Rotary embedding creates new query and key tensors. Values remain a slice of the QKV product.
     """
     query_dim, kv_dim, _ = attention.qkv_proj.output_sizes.values()
     num_heads = query_dim // attention.head_dim
@@ -91,7 +97,10 @@ def decoder_attention_memory(attention: DecoderAttention) -> AttentionMemory:
 
 
 def _qk_norm_bytes(attention: DecoderAttention, compute: ComputeConfig) -> int:
-    """Bytes of queries and keys before the head norm, and of its scales."""
+    """Return the bytes per token that the query and key norms save.
+
+    Returns 0 for models without these norms.
+    """
     if attention.q_norm is None:
         return 0
     query_dim, kv_dim, _ = attention.qkv_proj.output_sizes.values()
@@ -109,16 +118,16 @@ def _compute_block_memory(
     compute: ComputeConfig,
     qk_norm_bytes: int = 0,
 ) -> LayerMemory:
-    """Estimate a block of attention and MLP, each with a norm.
+    """Estimate the memory of attention and MLP with a norm before each.
 
     Args:
-        norms: Norms before attention and MLP.
-        linears: QKV and output projections.
-        mlp: The MLP.
+        norms: Norms before attention and before the MLP.
+        linears: QKV projection and output projection.
+        mlp: MLP module.
         attention: Memory of the attention.
         has_input_grad: Whether the input of the block needs a gradient.
         compute: Device properties.
-        qk_norm_bytes: Bytes saved between the QKV product and the attention.
+        qk_norm_bytes: Bytes per token saved by the query and key norms.
     """
     qkv_proj, o_proj = linears
     hidden_size, element_size = qkv_proj.in_features, compute.element_size

@@ -1,4 +1,4 @@
-"""Estimate saved activations and peaks of consecutive layers, in bytes."""
+"""Estimate saved activations and memory peaks of a sequence of layers, in bytes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ AnyLayerMemory: TypeAlias = LayerMemory | FusedLayerMemory
 def compute_layer_memory(
     layer: nn.Module, has_input_grad: bool, compute: ComputeConfig
 ) -> AnyLayerMemory:
-    """Estimate a layer as the model executes it, fused or unfused.
+    """Estimate the memory of a layer, fused or unfused as in training.
 
     Args:
-        layer: Layer of the decoder or the vision encoder.
-        has_input_grad: Whether the input needs a gradient.
+        layer: Decoder layer or vision encoder block.
+        has_input_grad: Whether the input of the layer needs a gradient.
         compute: Device properties.
     """
     if compute.uses_fused_layers and isinstance(layer, DecoderLayer) and layer.fusible_linears:
@@ -34,7 +34,12 @@ def compute_layer_memory(
 
 @dataclass(frozen=True, slots=True)
 class LayerStack:
-    """Consecutive layers; the first ones use activation checkpointing."""
+    """Memory of all decoder layers or of all vision encoder blocks.
+
+    Attributes:
+        layers: Memory of each layer.
+        num_checkpointed: Number of layers at the start that use activation checkpointing.
+    """
 
     layers: tuple[AnyLayerMemory, ...]
     num_checkpointed: int
@@ -47,7 +52,11 @@ class LayerStack:
         compute: ComputeConfig,
         activation_checkpointing: float,
     ) -> LayerStack:
-        """Build from modules. Gradients begin at the first trainable layer."""
+        """Build the memory estimates of consecutive layers.
+
+        A layer needs an input gradient if the input of the first layer does, or if any earlier
+        layer has trainable parameters.
+        """
         memories: list[AnyLayerMemory] = []
         for layer in layers:
             memories.append(compute_layer_memory(layer, has_input_grad, compute))
@@ -58,16 +67,22 @@ class LayerStack:
 
     @property
     def has_output_grad(self) -> bool:
-        """True if the output of the last layer has a gradient."""
+        """True if the output of the last layer needs a gradient."""
         return self.layers[-1].has_output_grad
 
     @property
     def saves_attention(self) -> bool:
-        """True if a layer saves attention inputs; checkpointed layers hold rotary angles, too."""
+        """True if any layer saves queries, keys and values for the backward pass.
+
+        The rotary angles then remain allocated, even if all layers use activation checkpointing.
+        """
         return any(layer.saves_attention for layer in self.layers)
 
     def sort_index_bytes(self, lengths: Sequence[int], compute: ComputeConfig) -> int:
-        """Return bytes of the sort indices of tokens, shared by all layers."""
+        """Return the bytes of the indices that sort tokens by sequence length.
+
+        All layers share these indices. Only attention without a varlen kernel needs them.
+        """
         layers = (layer for layer in self.layers if isinstance(layer, LayerMemory))
         attentions = (layer.attention for layer in layers if layer.attention is not None)
         return max(
@@ -76,11 +91,14 @@ class LayerStack:
 
     @property
     def persistent_bytes(self) -> int:
-        """Bytes allocated once on the first pack, beside the weights."""
+        """Bytes that the first pack allocates and that remain allocated, without the weights."""
         return sum(layer.persistent_bytes for layer in self.layers)
 
     def saved_bytes(self, shapes: Sequence[LayerInputShape]) -> list[int]:
-        """Return the saved bytes of each layer."""
+        """Return the bytes that each layer saves for the backward pass.
+
+        A layer with activation checkpointing saves its input only.
+        """
         return [
             shape.num_tokens * layer.input_row_bytes
             if layer_index < self.num_checkpointed
@@ -89,7 +107,10 @@ class LayerStack:
         ]
 
     def forward_peak_layers(self) -> list[int]:
-        """Layers whose forward pass may be the peak: the last ones without checkpointing."""
+        """Return the indices of layers whose forward pass may be the peak.
+
+        These are the last two layers, unless they use activation checkpointing.
+        """
         last_index = len(self.layers) - 1
         return [
             layer_index
@@ -98,10 +119,10 @@ class LayerStack:
         ]
 
     def backward_peak_layers(self) -> list[int]:
-        """Layers whose backward pass may be the peak.
+        """Return the indices of layers whose backward pass may be the peak, last layer first.
 
-        These are the last layer, the first recomputed layer and the one after it, and the first
-        layer, when all gradients exist.
+        Candidates are the last two layers, the layers on both sides of the activation checkpointing
+        limit, and the first layer, at which almost all gradients exist.
         """
         last_index = len(self.layers) - 1
         candidates = {
@@ -118,21 +139,24 @@ class LayerStack:
         ]
 
     def forward_workspace(self, layer_index: int, shapes: Sequence[LayerInputShape]) -> int:
-        """Return workspace bytes of the forward pass of a layer beside its saved bytes."""
+        """Return the workspace bytes of a layer's forward pass, without its saved bytes."""
         return max(0, self.layers[layer_index].forward_workspace(shapes[layer_index]))
 
     def backward_workspace(self, layer_index: int, shapes: Sequence[LayerInputShape]) -> int:
-        """Return the backward workspace of a layer minus freed bytes."""
+        """Return the workspace bytes of a layer's backward pass, minus saved bytes freed by then.
+
+        With activation checkpointing, the recomputed activations are included.
+        """
         layer, shape = self.layers[layer_index], shapes[layer_index]
         workspace = layer.backward_workspace(shape)
         if layer_index < self.num_checkpointed:
-            recompute_bytes = (
+            second_forward_bytes = (
                 layer.forward_workspace(shape) + shape.mlp_rows * layer.input_row_bytes
             )
             # The input of the layer already exists.
-            recomputed_saved = (
+            activation_bytes = (
                 layer.saved_bytes(shape)
                 - shape.num_tokens * layer.input_row_bytes * layer.saves_input
             )
-            workspace = recomputed_saved + max(workspace, recompute_bytes)
+            workspace = activation_bytes + max(workspace, second_forward_bytes)
         return max(0, workspace)

@@ -1,4 +1,4 @@
-"""Estimate the activations that mergers save for the backward pass, in bytes.
+"""Estimate the activations that vision mergers save for the backward pass, in bytes.
 
 tests/plan/test_saved_activations.py compares the estimates with the tensors saved by autograd.
 """
@@ -29,7 +29,15 @@ def saved_merger_bytes(
     has_input_grad: bool,
     compute: ComputeConfig,
 ) -> int:
-    """Return saved bytes of a merger: two products with an activation between them."""
+    """Return the bytes that a merger saves for the backward pass.
+
+    Args:
+        merger: Patch merger, DeepStack merger, or resampler of the first Qwen-VL.
+        config: Vision encoder configuration.
+        num_patches: Number of patches of the pack.
+        has_input_grad: Whether the output of the vision encoder needs a gradient.
+        compute: Device properties.
+    """
     if isinstance(merger, VisionResampler):
         return saved_resampler_bytes(merger, num_patches, has_input_grad, compute)
     num_features = num_patches // config.merge_size**2
@@ -57,9 +65,10 @@ def saved_merger_bytes(
 def saved_resampler_bytes(
     merger: VisionResampler, num_patches: int, has_input_grad: bool, compute: ComputeConfig
 ) -> int:
-    """Return saved bytes of the resampler of the first Qwen-VL (`model.families.qwen_vl`).
+    """Return the bytes that the resampler of the first Qwen-VL saves for the backward pass.
 
-    The queries of each image attend to its patches.
+    The resampler is cross-attention from learned queries to the patches of each image
+    (`model.families.qwen_vl`).
     """
     pool, element_size = merger.attn_pool, compute.element_size
     if not (has_input_grad or is_trainable(merger)):
@@ -84,9 +93,10 @@ def saved_resampler_bytes(
 
 
 def transposed_merger_bytes(merger: nn.Module, has_input_grad: bool) -> int:
-    """Return bytes of FP8 weights transposed for the backward pass.
+    """Return the bytes of FP8 weights that the backward pass of a merger transposes.
 
-    The first product needs them if its input has a gradient, the others also if it is trainable.
+    A linear layer needs its transposed weight if its input needs a gradient: from the vision
+    encoder, or because an earlier linear layer of the merger is trainable.
     """
     num_bytes = 0
     for linear in merger.modules():

@@ -1,4 +1,4 @@
-"""Estimate the saved activations of an MLP and its workspace without gradients, in bytes."""
+"""Estimate the activations that an MLP saves, and its workspace when frozen, in bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from finesight.plan.saved_activations import (
 
 
 class MlpMemory(NamedTuple):
-    """Memory of an MLP in bytes per row; fields as in `LayerMemory`."""
+    """Memory of an MLP.
+
+    Sizes named `row` are bytes per row. See `LayerMemory` for all fields.
+    """
 
     row_bytes: int
     backward_row_bytes: int
@@ -34,7 +37,10 @@ class MlpMemory(NamedTuple):
 
 
 def compute_mlp_memory(mlp: nn.Module, has_input_grad: bool, compute: ComputeConfig) -> MlpMemory:
-    """Estimate both products and the activation between them; a gated MLP saves gate and up."""
+    """Estimate the memory of an MLP: both linear layers and the activation function.
+
+    A gated MLP saves the outputs of its gate and up projections.
+    """
     if isinstance(mlp, SparseMoeBlock):
         return _compute_moe_memory(mlp, has_input_grad, compute)
     up, down = _get_linears(mlp)
@@ -68,23 +74,30 @@ def compute_mlp_memory(mlp: nn.Module, has_input_grad: bool, compute: ComputeCon
 
 
 def _padding_bytes(mlp: nn.Module, compute: ComputeConfig) -> int:
-    """Bytes of padding columns of the input of the last product (`model.layers.GatedMlp`)."""
+    """Return the bytes of padding columns per row of the down projection's input.
+
+    See `model.layers.GatedMlp`.
+    """
     if not (isinstance(mlp, GatedMlp) and compute.uses_elementwise_kernels):
         return 0
     return mlp.padding_columns * compute.element_size
 
 
 def count_up_features(mlp: nn.Module) -> int:
-    """Return the number of output features of the first product."""
+    """Return the number of output features of an MLP's first linear layer.
+
+    For a gated MLP, these are the features of gate and up together.
+    """
     up, _ = _get_linears(mlp)
     return sum(up.output_sizes.values())
 
 
 def frozen_mlp_row_bytes(mlp: nn.Module, hidden_size: int, compute: ComputeConfig) -> int:
-    """Return peak bytes per row of an MLP without gradients.
+    """Return the peak bytes per row of an MLP that needs no gradients.
 
-    Counts both ends of the activation. Gate and up products of a gated MLP exist until its end. A
-    kernel that fuses a product and its activation (`model.gemm_epilogue`) needs less.
+    Counts the input and output of the activation function. The gate and up products of a gated MLP
+    remain allocated until its end. The fused kernel of Qwen2-VL (`model.kernels.gemm_gelu`) needs
+    less.
     """
     up, down = _get_linears(mlp)
     element_size, up_bytes = (
@@ -102,21 +115,25 @@ def frozen_mlp_row_bytes(mlp: nn.Module, hidden_size: int, compute: ComputeConfi
 
 
 def frozen_norm_row_bytes(mlp: nn.Module, compute: ComputeConfig) -> int:
-    """Return bytes per row of the norm before an MLP without gradients."""
+    """Return the output bytes per row of the norm before a frozen MLP."""
     up, _ = _get_linears(mlp)
     return _fp8_row_bytes(up) or up.in_features * compute.element_size
 
 
 def _fp8_row_bytes(linear: FusedLinear) -> int:
-    """Bytes per row of the FP8 input; 0 for other weights."""
+    """Return the bytes per row of an FP8 input with its scale.
+
+    Returns 0 for a linear layer whose weight is not FP8.
+    """
     return linear.in_features + FP32_BYTES if isinstance(linear.weight, Fp8Weight) else 0
 
 
 def _activation_backward_elements(up_features: int, is_gated: bool) -> int:
-    """Number of elements per row in the backward pass of an activation.
+    """Return the elements per row that exist in the backward pass of an activation function.
 
-    A gated activation has its gradient and those of gate and up. Without a kernel
-    (`model.fused_ops`), intermediate results are added.
+    For a gated activation, these are the gradients of the output, of gate and of up. Other
+    activations have intermediate results, since no kernel fuses their backward pass
+    (`model.fused_ops`).
     """
     return up_features // 2 * 3 if is_gated else up_features * 5
 
@@ -133,10 +150,10 @@ def _get_linears(mlp: nn.Module) -> tuple[FusedLinear, FusedLinear]:
 def _compute_moe_memory(
     mlp: SparseMoeBlock, has_input_grad: bool, compute: ComputeConfig
 ) -> MlpMemory:
-    """Estimate a mixture of experts.
+    """Estimate the memory of a mixture-of-experts block.
 
-    Counts for each selected expert its input, gate, up, product, output and routing weight; for the
-    router its fp32 probabilities and indices.
+    Counts, for each selected expert, its input, gate, up, product, output and routing weight. For
+    the router, counts fp32 probabilities and indices.
     """
     if not (has_input_grad or is_trainable(mlp)):
         return MlpMemory(0, 0, 0)

@@ -1,7 +1,7 @@
-"""Estimate the peak memory of a run by part, from shapes only.
+"""Estimate the peak memory of a run from tensor shapes, split into parts.
 
-The peak is the sum of persistent memory (weights, master weights, gradients, optimizer state) and
-of temporary memory of a pack (`plan.activation_memory`) or of the optimizer step.
+The peak is the persistent memory (weights, master weights, gradients, optimizer states) plus the
+temporary memory of a pack (`plan.activation_memory`) or of the optimizer step.
 """
 
 from __future__ import annotations
@@ -25,38 +25,49 @@ from finesight.train.optim_states import BLOCK_SIZE
 from finesight.train.optimizer import MasterWeightOptimizer, ParamGroup
 
 ADAMW_STEP_BYTES = 20
-"""Bytes per parameter of an AdamW step without a kernel (`train.adamw`)."""
+"""Workspace bytes per parameter of an AdamW step on a CPU, without a kernel (`train.adamw`)."""
 
 CUBLAS_WORKSPACE_BYTES = 70 << 20
-"""Bytes of the cuBLAS workspace on compute capability 9.0, allocated by torch.
+"""Bytes of the cuBLAS workspace that torch allocates on compute capability 9.0.
 
-See `CUBLAS_WORKSPACE_CONFIG`; includes small tensors.
+Small tensors of a run are included. See `CUBLAS_WORKSPACE_CONFIG` in the PyTorch documentation.
 """
 
 CUDA_CONTEXT_BYTES = 600_000_000
 """GPU memory of the CUDA context, its libraries and kernels, in bytes.
 
-No metric of a run contains it. The value is an assumption; measure it for each GPU model.
+The PyTorch allocator does not count it, so no metric of a run contains it. The value is an
+assumption; measure it for each GPU model.
 """
 
 CPU_PROCESS_BYTES = 900_000_000
-"""Bytes of a CPU process without its tensors: torch, and memory cached by allocators and oneDNN.
+"""Bytes of a CPU process without its tensors.
 
-It increases over the first hundreds of steps: 2.3 GB in total after 200 steps of the quickstart,
-where 16 steps use 1.4 GB.
+Counts torch, and memory cached by allocators and oneDNN. It increases over the first hundreds of
+steps: the quickstart uses 1.4 GB in total after 16 steps and 2.3 GB after 200 steps.
 """
 
 USABLE_MEMORY_FRACTION = 0.9
-"""Fraction of GPU memory that a plan uses; the remainder is reserved for fragmentation."""
+"""Fraction of the device memory that a plan may use.
+
+The rest is reserved for fragmentation.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class PersistentMemory:
-    """Persistent memory of a run, and the workspace of an optimizer step.
+    """Memory that exists throughout a run, and the optimizer step workspace, in bytes.
 
-    Gradient sums always exist (`grad_sum_bytes`), or only with several packs per step
-    (`multi_pack_grad_sum_bytes`). `accumulated_ids` are ids of parameters whose gradients are added
-    to their sum at once, with one pack per step and with several.
+    Attributes:
+        num_trainable: Number of trainable parameters.
+        weight_bytes: Bytes of all weights and buffers of the model.
+        master_weight_bytes: Bytes that master weights add to the weights.
+        grad_sum_bytes: Bytes of gradient accumulation buffers that always exist.
+        multi_pack_grad_sum_bytes: Bytes of buffers that exist only with several packs per step.
+        optimizer_state_bytes: Bytes of the optimizer states.
+        optimizer_step_bytes: Workspace bytes of an optimizer step.
+        accumulated_ids: ids of parameters whose gradients are added to the accumulation buffer
+            immediately, for steps with one pack and for steps with several packs.
     """
 
     num_trainable: int
@@ -71,9 +82,9 @@ class PersistentMemory:
 
 @dataclass(frozen=True, slots=True)
 class PeakMemory:
-    """Memory at the peak by part, in bytes.
+    """Memory at the peak of a run by part, in bytes.
 
-    Metrics of a run contain neither `cuda_context` nor the memory pool of `cuda_graphs`.
+    The metrics of a run contain neither `cuda_context` nor the memory pool in `cuda_graphs`.
     """
 
     weights: int
@@ -90,12 +101,12 @@ class PeakMemory:
 
     @property
     def allocated(self) -> int:
-        """Memory that a run reports as `peak_memory_gb`, in bytes."""
+        """Bytes that a run reports as `peak_memory_gb`."""
         return self.total - self.cuda_context - self.cuda_graphs
 
     @property
     def total(self) -> int:
-        """Sum of all parts in bytes."""
+        """Total memory of all parts in bytes."""
         return sum(asdict(self).values())
 
 
@@ -104,7 +115,7 @@ def compute_persistent_memory(
 ) -> PersistentMemory:
     """Compute the persistent memory of a tuned model on the meta device.
 
-    Parameters of the model become views of parameter groups, as in a run.
+    As in a run, the parameters of the model become views of the parameter groups of the optimizer.
     """
     trainable_params = trainable_parameters(model)
     # Parameter groups of the optimizer, without optimizer state.
@@ -140,7 +151,7 @@ def _accumulated_ids(groups: Iterable[ParamGroup]) -> frozenset[int]:
 
 
 def _always_sums_gradients(group: ParamGroup, train: TrainSettings) -> bool:
-    """Return whether gradients are summed with one pack per step, too."""
+    """Return whether a parameter group accumulates gradients even with one pack per step."""
     return group.is_matmul and train.optimizer == "muon"
 
 
@@ -154,7 +165,7 @@ def _optimizer_state_bytes(group: ParamGroup, train: TrainSettings) -> int:
 
 
 def _optimizer_step_bytes(group: ParamGroup, train: TrainSettings, compute: ComputeConfig) -> int:
-    """Bytes of workspace; 0 for the AdamW kernel."""
+    """Return the workspace bytes of an optimizer step; 0 for the AdamW kernel."""
     num_elements = len(group.master_weights)
     if group.is_matmul and train.optimizer == "muon":
         return 3 * FP32_BYTES * min(num_elements, MAX_STACK_ELEMENTS)
@@ -171,15 +182,15 @@ def compute_peak_memory(
     has_multiple_packs: bool,
     use_graphs: bool = True,
 ) -> PeakMemory:
-    """Compute the peak over packs.
+    """Compute the peak memory over packs and the optimizer step.
 
     Args:
-        persistent: Persistent memory.
+        persistent: Persistent memory of the run.
         activations: Activation memory of the model.
-        packs: Packs to check.
+        packs: Packs that may be the peak.
         compute: Device properties.
         patch_bytes: Bytes of a patch copied to the device.
-        has_multiple_packs: Whether a step has several packs.
+        has_multiple_packs: Whether any step has several packs.
         use_graphs: Whether CUDA graphs are used where possible.
     """
     timeline = activations.gradient_timeline(persistent.accumulated_ids[has_multiple_packs])
@@ -218,9 +229,9 @@ def compute_peak_memory(
 
 
 class _GraphMemory:
-    """Static buffers, gradient buffers and memory pool of the CUDA graphs of a run.
+    """Memory of the CUDA graphs of a run: static buffers, gradient buffers and memory pool.
 
-    Tensors outside graphs cannot use the pool, and allocator metrics do not contain it.
+    Tensors outside of graphs cannot use the pool, and allocator metrics do not contain it.
     """
 
     def __init__(self, activations: ActivationMemory, large_param_ids: frozenset[int]) -> None:
@@ -233,7 +244,10 @@ class _GraphMemory:
         self.grad_bytes = self.pool_bytes = 0
 
     def collect_snapshots(self, pack: PlannedPack) -> list[MemorySnapshot]:
-        """Return snapshots during the capture of a pack; an empty list without a graph."""
+        """Return the memory snapshots of capturing a pack as a CUDA graph.
+
+        Returns an empty list for a pack that runs without a CUDA graph.
+        """
         graph = self._activations.plan_graph(pack)
         if graph is None or (
             graph.shape not in self.buffer_bytes and len(self.buffer_bytes) == MAX_GRAPHS

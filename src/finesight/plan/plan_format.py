@@ -12,7 +12,7 @@ from finesight.plan.settings_search import SettingsEstimate
 from finesight.plan.step_time import StepTime
 
 MAX_BAR_WIDTH = 30
-"""Characters of the longest bar."""
+"""Maximum width of a histogram bar in characters."""
 
 MEMORY_ROWS = {
     "weights": "weights",
@@ -27,11 +27,11 @@ MEMORY_ROWS = {
     "cuda_graphs": "CUDA graphs",
     "cuda_context": "CUDA context",
 }
-"""Titles of memory parts, in printing order."""
+"""Row titles by field of `PeakMemory`, in printing order."""
 
 
 def format_plan(plan: RunPlan) -> list[str]:
-    """Format a plan as lines for the console."""
+    """Format the plan of a run as lines for the console."""
     return [
         *_format_summary(plan),
         *_format_histogram(plan),
@@ -93,7 +93,7 @@ def _part_title(part: str) -> str:
 
 
 def _format_estimates(plan: RunPlan) -> Iterator[str]:
-    """Format columns for the recipe and the chosen settings."""
+    """Yield a table of memory and time: the recipe next to the chosen settings."""
     columns = {"recipe": plan.recipe_estimate, "chosen": plan.chosen_estimate}
     if plan.recipe_estimate.settings == plan.chosen_estimate.settings and not plan.overrides:
         columns = {"recipe": plan.recipe_estimate}
@@ -183,7 +183,7 @@ def _format_overheads(plan: RunPlan) -> Iterator[str]:
             f" {_format_seconds(cached_step_s)}, {plan.batch_size / cached_step_s:.4g}"
             " samples/s"
         )
-    yield f"precision {plan.precision}, {plan.num_workers} data loading workers"
+    yield f"precision {plan.precision}, {plan.num_workers} data loader workers"
 
 
 def _format_verdict(plan: RunPlan) -> Iterator[str]:
@@ -211,7 +211,7 @@ def _format_seconds(seconds: float) -> str:
 
 
 def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
-    """Convert a plan to a dictionary, in bytes, FLOPs and seconds."""
+    """Convert the plan of a run to JSON data, in bytes, FLOPs and seconds."""
     target = plan.target
     return {
         "family": plan.family,

@@ -1,4 +1,4 @@
-"""Build the tuned and quantized model of a recipe on the meta device."""
+"""Build the model of a recipe on the meta device, configured for tuning and quantized."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from finesight.plan.target_device import TargetDevice
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """Model on the meta device, its persistent memory, and the time of its steps."""
+    """Model on the meta device, with estimates of persistent memory and step time."""
 
     model: VisionLanguageModel
     compute: ComputeConfig
@@ -40,7 +40,7 @@ class PlannedModel:
 
     @property
     def num_params(self) -> int:
-        """Number of parameters, including adapters."""
+        """Number of parameters, including adapters and quantized weights."""
         num_quantized = sum(
             weight.num_elements for weight in find_quantized_weights(self.model).values()
         )
@@ -53,14 +53,15 @@ class PlannedModel:
 
     @property
     def is_encoder_frozen(self) -> bool:
-        """True if the vision encoder and its mergers are frozen, so that image features are
-        constant.
+        """True if the vision encoder and its mergers are frozen.
+
+        Image features are then constant, so that a vision cache is possible.
         """
         return not any(parameter.requires_grad for parameter in self.model.visual.parameters())
 
     @property
     def patch_bytes(self) -> int:
-        """Bytes of a patch copied to the device: one frame of uint8 values."""
+        """Bytes of a patch copied to the device: one frame of uint8 pixels."""
         vision_config = self.model.config.vision
         return vision_config.in_channels * vision_config.patch_size**2
 
@@ -71,9 +72,16 @@ def build_planned_model(
     nf4_parts: tuple[QuantizablePart, ...],
     target: TargetDevice,
 ) -> PlannedModel:
-    """Build the model of a folder; only its small files are read.
+    """Build a planned model from the small files of a model folder, without reading weights.
 
-    Raises UserError for a family without a native implementation, whose layers are unknown.
+    Args:
+        folder: Folder of the base model.
+        recipe: Recipe of the run.
+        nf4_parts: Parts of the model to quantize to NF4.
+        target: Device of the run.
+
+    Raises:
+        UserError: The family has no native implementation, so the layers are unknown.
     """
     if not is_native(folder):
         raise UserError(
@@ -101,7 +109,14 @@ def build_meta_model(
     nf4_parts: Collection[ModelPart],
     fp8_parts: Collection[ModelPart],
 ) -> VisionLanguageModel:
-    """Build a model like `model.weights_io.load_model`, without allocating memory."""
+    """Build the model that `model.weights_io.load_model` would load, on the meta device.
+
+    Args:
+        folder: Folder of the base model.
+        dtype: Data type of the weights.
+        nf4_parts: Parts of the model to quantize to NF4.
+        fp8_parts: Parts of the model to quantize to FP8.
+    """
     hf_config = ConfigReader(folder.config, str(folder.path / "config.json"))
     preprocessor = ConfigReader(
         folder.preprocessor_config, str(folder.path / "preprocessor_config.json")

@@ -1,4 +1,4 @@
-"""Sizes of the packs of a run: its samples, packed as in training."""
+"""Sizes of the packs of a run, for samples packed as in training."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from finesight.train.dataset_stats import SampleStats
 from finesight.train.sampler import StepSampler
 
 MAX_PLANNED_STEPS = 2000
-"""Maximum number of steps to inspect, evenly spaced over the run."""
+"""Maximum number of training steps to inspect, evenly spaced over the run."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedPack:
-    """Sizes of a pack: tokens of each sequence, image grids, supervised tokens, and shared prefix.
+    """Sizes of a packed batch, without its content.
 
-    With a shared prefix, the first sequence is the prefix (`encode.packing`).
+    Attributes:
+        lengths: Tokens of each sequence. With a shared prefix, the first sequence is the prefix
+            (`encode.packing`).
+        grid_thw: Patch grid (frames, rows, columns) of each image or video.
+        num_supervised_tokens: Number of tokens that contribute to the loss.
+        prefix_length: Tokens of the shared prefix; 0 without one.
     """
 
     lengths: tuple[int, ...]
@@ -29,7 +34,7 @@ class PlannedPack:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens of all sequences."""
+        """Number of tokens of all sequences. A shared prefix counts once."""
         return sum(self.lengths)
 
     @property
@@ -39,22 +44,25 @@ class PlannedPack:
 
     @property
     def context_lengths(self) -> tuple[int, ...]:
-        """Number of tokens that each sequence attends to."""
+        """Number of tokens that each sequence attends to, including the shared prefix."""
         return compute_context_lengths(self.lengths, self.prefix_length)
 
     @property
     def num_patches(self) -> int:
-        """Number of patches of all images."""
+        """Number of patches of all images and videos."""
         return sum(t * h * w for t, h, w in self.grid_thw)
 
     def stored_patch_dim(self, config: VisionConfig) -> int:
-        """Return elements of a patch in the pack: one frame if all frames are equal."""
+        """Return the number of elements that the pack stores per patch.
+
+        This is a single frame if all inputs are images, whose frames are equal.
+        """
         is_still = all(frames == 1 for frames, _, _ in self.grid_thw)
         return config.in_channels * config.patch_size**2 if is_still else config.patch_dim
 
 
 def build_planned_pack(samples: Sequence[SampleStats], prefix_length: int = 0) -> PlannedPack:
-    """Build a pack of samples; the shared prefix is counted once."""
+    """Build the pack of the given samples. A shared prefix counts once."""
     lengths = [sample.num_packed_tokens for sample in samples]
     prefix_length = prefix_length if len(samples) > 1 else 0
     if prefix_length:
@@ -70,9 +78,12 @@ def build_planned_pack(samples: Sequence[SampleStats], prefix_length: int = 0) -
 def plan_step_packs(
     samples: Sequence[SampleStats], token_budget: int, prefix_length: int = 0
 ) -> list[PlannedPack]:
-    """Pack the samples of a step into packs of at most `token_budget` tokens.
+    """Split the samples of a training step into packs.
 
-    Samples share a prefix of `prefix_length` tokens.
+    Args:
+        samples: Samples of the step.
+        token_budget: Maximum number of tokens per pack.
+        prefix_length: Number of tokens of the prefix that all samples share.
     """
     lengths = [sample.num_packed_tokens for sample in samples]
     prefix_length = effective_prefix_length(prefix_length, lengths)
@@ -87,7 +98,13 @@ def iter_planned_steps(
     sample_stats: Mapping[int, SampleStats],
     max_steps: int = MAX_PLANNED_STEPS,
 ) -> Iterator[list[SampleStats]]:
-    """Iterate over the samples of at most `max_steps` steps, including the first and the last."""
+    """Iterate over the samples of evenly spaced training steps, from the first to the last.
+
+    Args:
+        sampler: Sampler of the run.
+        sample_stats: Sizes of each sample by index.
+        max_steps: Maximum number of steps.
+    """
     last_step = len(sampler) - 1
     num_steps = min(max_steps, len(sampler))
     for i in range(num_steps):

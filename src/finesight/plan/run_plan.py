@@ -1,4 +1,7 @@
-"""Build the plan of a run from a recipe, image headers and model shapes."""
+"""Build the plan of a run from its recipe, image headers and model shapes.
+
+A plan estimates memory and time, and chooses settings that fit the device (`finesight plan`).
+"""
 
 from __future__ import annotations
 
@@ -34,17 +37,18 @@ from finesight.train.sampler import TrainSampler
 from finesight.train.training_data import load_training_data
 
 WORKER_MARGIN = 1.3
-"""Data loading workers per required worker, since images differ in size."""
+"""Safety factor for the number of data loader workers, since images differ in size."""
 
 NUM_BINS = 10
-"""Approximate number of histogram bins."""
+"""Approximate number of bins of the token histogram."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenStats:
-    """Statistics of the tokens per sample, with a histogram.
+    """Statistics of the tokens per training sample, with a histogram.
 
-    `bins` are pairs of the first token count and the number of samples; each is `bin_width` wide.
+    `bins` contains pairs of the first token count of a bin and its number of samples. Each bin
+    covers `bin_width` token counts.
     """
 
     num_samples: int
@@ -61,11 +65,16 @@ class TokenStats:
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """Estimates of a run for its recipe and for the chosen settings.
+    """Estimated memory and time of a run, for its recipe and for the chosen settings.
 
-    `flops_per_sample` is by part, for a mean sample. `feature_bytes` is the size of the vision
-    cache of all images; None if the vision encoder is trained. `overrides` change the recipe to the
-    chosen settings, and `memory_hints` list other ways to reduce memory.
+    Attributes:
+        flops_per_sample: FLOPs of an average sample by part of the model.
+        recipe_estimate: Estimate for the settings of the recipe.
+        chosen_estimate: Estimate for the settings that the search has chosen.
+        feature_bytes: Size of the vision cache of all training images. None if the vision encoder
+            is trainable.
+        overrides: Command-line overrides that change the recipe to the chosen settings.
+        memory_hints: Other ways to reduce memory, for a run that does not fit.
     """
 
     family: str
@@ -88,20 +97,23 @@ class RunPlan:
     memory_hints: tuple[str, ...]
 
     def total_seconds(self, estimate: SettingsEstimate) -> float:
-        """Return the seconds of all steps and evaluations, without startup."""
+        """Return the seconds of all training steps and evaluations, without startup."""
         return self.total_steps * estimate.step_time.total + self.evaluation.total_s
 
 
 def plan_run(recipe: Recipe, gpu: str | None, console: TrainingConsole) -> RunPlan:
-    """Estimate a run and choose its settings, without writing files.
+    """Estimate the memory and time of a run, and choose settings that fit.
+
+    No files are written.
 
     Args:
         recipe: Recipe of the run.
-        gpu: Name of a GPU (`plan.gpu_specs`); None measures this machine.
+        gpu: Name of a GPU in `plan.gpu_specs`. None measures this machine.
         console: Console for progress.
 
-    Raises UserError for an invalid run, an unknown GPU, and a model without a native
-    implementation.
+    Raises:
+        UserError: The recipe or its data is invalid, the GPU is unknown, or the model has no native
+            implementation.
     """
     # Reject an unknown GPU before reading image headers.
     recipe_target = _select_target(recipe, gpu, recipe.train.precision)
@@ -184,7 +196,10 @@ def _select_target(recipe: Recipe, gpu: str | None, precision: Precision) -> Tar
 
 
 def _prefer_bf16(recipe: Recipe, gpu: str | None, recipe_target: TargetDevice) -> TargetDevice:
-    """Return the target in bf16 if the recipe allows it and the CPU supports it."""
+    """Return a bf16 target on a CPU that supports bf16.
+
+    Returns the target of the recipe on a GPU, or if the recipe sets a precision.
+    """
     if (
         recipe_target.compute.is_cuda
         or recipe.train.precision != "auto"
@@ -197,7 +212,10 @@ def _prefer_bf16(recipe: Recipe, gpu: str | None, recipe_target: TargetDevice) -
 def _list_quantization_choices(
     recipe: Recipe, build_model: Callable[[tuple[QuantizablePart, ...]], PlannedModel]
 ) -> list[tuple[QuantizablePart, ...]]:
-    """List NF4 choices: those of the recipe, then the decoder with all other frozen parts."""
+    """List the sets of model parts that may be quantized to NF4.
+
+    The first set is that of the recipe. Others add the decoder, then all other frozen parts.
+    """
     recipe_nf4 = recipe.tune.quantize.nf4 or ()
     tuning_modes = {
         "language": recipe.tune.language,
@@ -219,9 +237,10 @@ def _list_quantization_choices(
 
 
 def _choose_num_workers(recipe: Recipe, estimate: SettingsEstimate, target: TargetDevice) -> int:
-    """Choose the number of workers that data loading needs, within the CPU cores.
+    """Choose the number of data loader workers.
 
-    Returns at least the default of a run.
+    On a GPU, data loading must keep up with the training steps. The number is at least that of the
+    recipe or the default, and at most `MAX_WORKERS`.
     """
     if not target.compute.is_cuda:
         return target.num_workers if recipe.train.num_workers is None else recipe.train.num_workers
@@ -253,7 +272,7 @@ def _compute_token_stats(stats: DatasetStats) -> TokenStats:
 
 
 def _round_bin_width(width: float) -> int:
-    """Round up to 1, 2 or 5 times a power of ten."""
+    """Round a bin width up to 1, 2 or 5 times a power of ten."""
     power: int = 10 ** max(0, math.floor(math.log10(max(width, 1))))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width)
 
@@ -261,7 +280,7 @@ def _round_bin_width(width: float) -> int:
 def _compute_flops(
     model: PlannedModel, packed_steps: Sequence[Sequence[PlannedPack]]
 ) -> dict[str, float]:
-    """Compute the FLOPs of a mean sample by part."""
+    """Compute the FLOPs of an average sample by part of the model."""
     packs = [pack for packed_step in packed_steps for pack in packed_step]
     breakdowns = [*map(FlopCounter(model.model).count_by_part, packs)]
     num_samples = sum(pack.num_samples for pack in packs)
@@ -279,7 +298,7 @@ def _compute_flops(
 def _compute_feature_bytes(
     model: PlannedModel, num_patches: int, target: TargetDevice
 ) -> int | None:
-    """Return the size of the vision cache of all training images; None if they are not constant."""
+    """Return the vision cache size of all training images; None for a trainable encoder."""
     if not model.is_encoder_frozen:
         return None
     encoder = model.model.visual
@@ -307,7 +326,7 @@ def _list_overrides(
     recipe_target: TargetDevice,
     num_workers: int,
 ) -> tuple[str, ...]:
-    """List the overrides for `finesight train` that differ from the recipe."""
+    """List the command-line overrides that change the recipe to the chosen settings."""
     overrides = []
     if chosen_settings.pack_tokens != recipe_settings.pack_tokens:
         overrides.append(f"train.pack_tokens={chosen_settings.pack_tokens}")

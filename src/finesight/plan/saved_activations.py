@@ -1,9 +1,8 @@
-"""Estimate the saved activations of layers in bytes per row.
+"""Estimate the activations that layers save for the backward pass, in bytes per row.
 
-This module, `plan.mlp_memory` and `plan.layer_memory` cover unfused layers;
-`plan.fused_layer_memory` covers fused ones. Update them if the saved tensors change.
-tests/plan/test_saved_activations.py compares the estimates with the tensors saved by autograd. A
-row is a token or a patch.
+A row is a token or a patch. This module, `plan.mlp_memory` and `plan.layer_memory` cover unfused
+layers; `plan.fused_layer_memory` covers fused ones. Update them if the saved tensors change.
+tests/plan/test_saved_activations.py compares the estimates with the tensors saved by autograd.
 """
 
 from __future__ import annotations
@@ -25,20 +24,23 @@ from finesight.model.quant.fp8 import Fp8Weight
 from finesight.plan.cpu_attention_memory import CpuAttentionMemory
 
 FP32_BYTES = 4
-"""Bytes of an fp32 element: norms, softmax and rotary angles are saved in fp32."""
+"""Bytes of an fp32 element. Norms, softmax and rotary embedding save fp32 values."""
 
 INDEX_BYTES = 8
-"""Bytes of an index."""
+"""Bytes of an int64 index."""
 
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
 class ComputeConfig:
-    """Properties of the device that decide which tensors are saved.
+    """Properties of a device that determine which activations are saved.
 
-    `has_varlen_attention` says whether one kernel handles sequences of any lengths
-    (`model.attention.has_varlen`).
+    Attributes:
+        is_cuda: True for a GPU.
+        element_size: Bytes of an element of the weights and activations.
+        has_varlen_attention: True if one attention kernel handles sequences of different lengths
+            (`model.attention.supports_varlen_attention`).
     """
 
     is_cuda: bool
@@ -47,18 +49,18 @@ class ComputeConfig:
 
     @property
     def uses_fused_layers(self) -> bool:
-        """True if decoder layers are fused (`model.fused_decoder`)."""
+        """True if decoder layers run as fused layers (`model.fused_decoder`)."""
         return self.is_cuda and self.has_varlen_attention
 
     @property
     def uses_elementwise_kernels(self) -> bool:
-        """True if elementwise operations have kernels (`model.fused_ops`)."""
+        """True if elementwise operations run as Triton kernels (`model.fused_ops`)."""
         return self.is_cuda and self.element_size == 2
 
     def dropout_mask_bytes(self, dropout: float) -> float:
-        """Return mask bytes per element; on a CPU the indices of dropped elements.
+        """Return the bytes per element that dropout saves for the backward pass.
 
-        See `model.fused_ops`.
+        A GPU saves a mask. A CPU saves the indices of dropped elements. See `model.fused_ops`.
         """
         return 1 if self.is_cuda else INDEX_BYTES * dropout
 
@@ -69,10 +71,10 @@ def is_trainable(module: nn.Module) -> bool:
 
 
 def saved_linear_bytes(linear: FusedLinear, compute: ComputeConfig) -> int:
-    """Return saved bytes per row of linear layers with one input.
+    """Return the bytes per row that linear layers with one input save.
 
-    Counts the input if they are trainable, its copy and mask with dropout (`model.lora`), and the
-    LoRA down-projection.
+    Trainable layers save their input for the backward pass. LoRA also saves its down-projection
+    and, with dropout, a mask (`model.lora`).
     """
     input_bytes = linear.in_features * compute.element_size
     if isinstance(linear.adapter, LoraLinear):
@@ -84,9 +86,10 @@ def saved_linear_bytes(linear: FusedLinear, compute: ComputeConfig) -> int:
 
 
 def transposed_fp8_bytes(linear: FusedLinear) -> int:
-    """Return bytes of transposed FP8 weights with a scale per row.
+    """Return the bytes of the transposed copy of an FP8 weight and its scales.
 
-    The first backward pass through the layer creates and caches them (`model.quant.fp8`).
+    The first backward pass through the layer creates and caches the copy (`model.quant.fp8`).
+    Returns 0 for other weights.
     """
     if not isinstance(linear.weight, Fp8Weight):
         return 0
@@ -94,12 +97,12 @@ def transposed_fp8_bytes(linear: FusedLinear) -> int:
 
 
 def is_weight_trainable(linear: FusedLinear) -> bool:
-    """Return whether the weight is trainable."""
+    """Return whether the weight itself is trainable, as opposed to its adapter."""
     return isinstance(linear.weight, nn.Parameter) and linear.weight.requires_grad
 
 
 def saves_original_input(linear: FusedLinear) -> bool:
-    """Return whether the saved input is the original and not a copy with dropout."""
+    """Return whether a linear layer saves its original input instead of a copy with dropout."""
     if isinstance(linear.adapter, LoraLinear):
         return not linear.adapter.dropout
     return is_weight_trainable(linear)
@@ -108,7 +111,10 @@ def saves_original_input(linear: FusedLinear) -> bool:
 def saved_norm_bytes(
     norm: nn.Module, hidden_size: int, has_input_grad: bool, compute: ComputeConfig
 ) -> int:
-    """Return saved bytes per row of a norm: input, fp32 scale, and LayerNorm mean."""
+    """Return the bytes per row that a norm saves for the backward pass.
+
+    Counts the input, an fp32 scale and, for LayerNorm, the mean.
+    """
     if not (has_input_grad or is_trainable(norm)):
         return 0
     if not isinstance(norm, RmsNorm):
@@ -121,9 +127,13 @@ def saved_norm_bytes(
 
 
 class LayerInputShape(NamedTuple):
-    """Shape of a layer input: context length of each sequence, tokens, and rows of the MLP.
+    """Input shape of a decoder layer or vision encoder block.
 
-    With a shared prefix, context lengths sum to more than the number of tokens.
+    Attributes:
+        context_lengths: Number of tokens that each sequence attends to. With a shared prefix, the
+            sum exceeds `num_tokens`.
+        num_tokens: Number of tokens of the pack.
+        mlp_rows: Number of tokens for which the MLP runs.
     """
 
     context_lengths: Sequence[int]
@@ -132,16 +142,22 @@ class LayerInputShape(NamedTuple):
 
     @property
     def num_duplicates(self) -> int:
-        """Number of tokens counted more than once in the context lengths."""
+        """Number of additional tokens if the shared prefix is repeated for each sequence."""
         return sum(self.context_lengths) - self.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionMemory:
-    """Attention of one layer: elements of a token's queries, keys and values.
+    """Memory of the attention of one layer.
 
-    The full QKV product is saved for its values, in addition to rotated queries and keys, unless
-    attention copies them: `saved_dim` counts these elements.
+    Attributes:
+        query_dim: Number of query elements per token.
+        kv_dim: Number of key elements per token, and also of value elements.
+        num_heads: Number of query heads.
+        saved_dim: Number of query, key and value elements per token that are saved. Values are a
+            slice of the QKV product, which is then saved in full, in addition to rotated queries
+            and keys.
+        is_causal: True in the decoder, False in the vision encoder.
     """
 
     query_dim: int
@@ -151,10 +167,11 @@ class AttentionMemory:
     is_causal: bool
 
     def saved_bytes(self, shape: LayerInputShape, compute: ComputeConfig) -> int:
-        """Return saved bytes of a pack (`model.attention`).
+        """Return the bytes that attention saves for the backward pass of a pack.
 
-        Without a varlen kernel, each sequence has a copy of the shared prefix; with long sequences,
-        of its keys and values.
+        With a shared prefix, queries, keys and values repeat it for each sequence if there is no
+        varlen kernel. With a varlen kernel, only keys and values do, and only for long sequences
+        (`model.attention`).
         """
         lengths, num_context_tokens, element_size = (
             shape.context_lengths,
@@ -176,10 +193,9 @@ class AttentionMemory:
         return num_context_tokens * (element_size * 4 * self.query_dim + lse_bytes)
 
     def forward_workspace(self, shape: LayerInputShape, compute: ComputeConfig) -> int:
-        """Return workspace bytes of the forward pass, including queries, keys and values.
+        """Return the workspace bytes of the forward pass, including queries, keys and values.
 
-        Other kernels do not create attention scores and need less than an MLP, so they are not
-        counted.
+        Kernels that do not store attention scores need less than the MLP and are not counted.
         """
         if not uses_cpu_attention(shape.context_lengths, compute):
             return self._prefix_copy_bytes(shape, compute)
@@ -191,9 +207,9 @@ class AttentionMemory:
         )
 
     def backward_workspace(self, shape: LayerInputShape, compute: ComputeConfig) -> int:
-        """Return workspace bytes of the backward pass, including the output gradient.
+        """Return the workspace bytes of the backward pass, including the output gradient.
 
-        Other CPU kernels expand key heads to the number of query heads. GPU kernels are not
+        CPU kernels of torch expand key heads to the number of query heads. GPU kernels are not
         counted.
         """
         if uses_cpu_attention(shape.context_lengths, compute):
@@ -202,13 +218,19 @@ class AttentionMemory:
         return self._prefix_copy_bytes(shape, compute) + head_bytes * sum(shape.context_lengths)
 
     def _prefix_copy_bytes(self, shape: LayerInputShape, compute: ComputeConfig) -> int:
-        """Bytes of queries, keys and values with a repeated prefix, or of their gradients."""
+        """Return the bytes of queries, keys and values with the shared prefix repeated.
+
+        Their gradients have the same size.
+        """
         is_shared = compute.has_varlen_attention or not shape.num_duplicates
         row_bytes = compute.element_size * (self.query_dim + 2 * self.kv_dim)
         return 0 if is_shared else sum(shape.context_lengths) * row_bytes
 
     def sort_index_bytes(self, lengths: Sequence[int], compute: ComputeConfig) -> int:
-        """Return bytes of the sort indices of tokens, shared by all layers."""
+        """Return the bytes of the indices that sort tokens by sequence length.
+
+        All layers share these indices. A varlen kernel does not need them.
+        """
         if compute.has_varlen_attention:
             return 0
         if uses_cpu_attention(lengths, compute):
@@ -218,7 +240,10 @@ class AttentionMemory:
         )
 
     def _cpu_attention_at(self, shape: LayerInputShape) -> CpuAttentionMemory:
-        """Sequences of a shared prefix: the first one is batched with the others."""
+        """Return the CPU attention memory of a pack.
+
+        The shared prefix has no batch of its own: it is batched with the other sequences.
+        """
         return self._build_cpu_attention(
             shape.context_lengths[shape.num_duplicates > 0 :], shape.num_tokens
         )
@@ -231,18 +256,32 @@ class AttentionMemory:
 
 
 def uses_cpu_attention(lengths: Sequence[int], compute: ComputeConfig) -> bool:
-    """Return whether attention with gradients uses CPU attention (`model.attention`)."""
+    """Return whether training uses the attention kernel of `model.cpu_attention`.
+
+    It supports short sequences in 16 bits.
+    """
     return not compute.is_cuda and compute.element_size == 2 and max(lengths) <= MAX_CPU_SEQLEN
 
 
 @dataclass(frozen=True, slots=True)
 class LayerMemory:
-    """Memory of one layer: bytes per row of attention, of its output product, and of the MLP.
+    """Memory of an unfused decoder layer or vision encoder block, in bytes.
 
-    Input bytes are counted separately, with a flag if the input is saved. The backward workspace of
-    the MLP depends on bytes freed before its activation gradient, and on weight gradients that wait
-    for the gradient sum. Persistent bytes exist from the first pack on. Weight copies are saved
-    with every pack. The attention is None if no gradient passes through it.
+    Attributes:
+        compute: Device properties.
+        attention_row_bytes: Saved bytes per row of the attention block, including its norm and
+            projections.
+        o_proj_row_bytes: Saved bytes per row of the output projection.
+        attention: Memory of the attention itself. None if it needs no gradient.
+        mlp_row_bytes: Saved bytes per row of the MLP and its norm.
+        input_row_bytes: Bytes per row of the layer input.
+        saves_input: Whether the layer input is saved for the backward pass.
+        mlp_backward_row_bytes: Workspace bytes per row of the MLP backward pass.
+        mlp_freed_row_bytes: Saved bytes per row that the MLP frees before its activation gradient.
+        weight_grad_bytes: Bytes of the largest weight gradient of the MLP and its accumulation.
+        has_output_grad: Whether the layer output needs a gradient.
+        persistent_bytes: Bytes that the first pack allocates and that remain allocated.
+        weight_copy_bytes: Bytes of weight copies that each pack saves.
     """
 
     compute: ComputeConfig
@@ -261,11 +300,11 @@ class LayerMemory:
 
     @property
     def saves_attention(self) -> bool:
-        """True if the inputs of attention are saved."""
+        """True if queries, keys and values are saved for the backward pass."""
         return self.attention is not None
 
     def saved_bytes(self, shape: LayerInputShape) -> int:
-        """Return saved bytes of a pack."""
+        """Return the bytes that the layer saves for the backward pass of a pack."""
         attention_bytes = (
             0 if self.attention is None else self.attention.saved_bytes(shape, self.compute)
         )
@@ -277,8 +316,9 @@ class LayerMemory:
         )
 
     def forward_workspace(self, shape: LayerInputShape) -> int:
-        """Return workspace bytes of attention in the forward pass, minus tensors that do not exist
-        yet.
+        """Return the workspace bytes of attention in the forward pass.
+
+        Saved tensors that are created after attention are subtracted.
         """
         if self.attention is None:
             return 0
@@ -287,7 +327,10 @@ class LayerMemory:
         )
 
     def backward_workspace(self, shape: LayerInputShape) -> int:
-        """Return workspace bytes of MLP or attention in the backward pass, minus freed tensors."""
+        """Return the workspace bytes of the backward pass, minus saved bytes freed by then.
+
+        The maximum of the MLP and of attention is used.
+        """
         num_rows = shape.mlp_rows
         mlp_workspace = (
             max(
@@ -304,9 +347,10 @@ class LayerMemory:
         )
 
     def _surrounding_bytes(self, shape: LayerInputShape) -> int:
-        """Bytes around attention, minus those of later operations.
+        """Return the bytes that exist around attention, minus saved bytes of later operations.
 
-        In the forward pass the normed input, in the backward pass the gradient of the residual.
+        In the forward pass, the norm output exists; in the backward pass, the gradient of the
+        residual.
         """
         return (
             self.input_row_bytes - self.o_proj_row_bytes

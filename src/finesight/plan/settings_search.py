@@ -1,4 +1,7 @@
-"""Search for the fastest settings that fit: pack size, activation checkpointing, NF4."""
+"""Search for the fastest settings of a run that fit the device memory.
+
+The search covers the pack size, activation checkpointing and NF4 quantization.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +22,24 @@ from finesight.train.dataset_stats import SampleStats
 from finesight.train.graph_buffers import GraphShape
 
 MIN_EFFICIENT_PACK_TOKENS = 4096
-"""Pack size that saturates a GPU; kernels of smaller packs are launch-bound."""
+"""Pack size in tokens that saturates a GPU. Smaller packs are launch-bound."""
 
 PACK_TOKENS_STEP = 256
-"""Increment of pack sizes in the search."""
+"""Step of pack sizes in the search, in tokens."""
 
 MAX_TIMED_STEPS = 40
-"""Maximum number of steps to time; other steps of a run are similar."""
+"""Maximum number of training steps whose time is estimated, since steps are similar."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedSettings:
-    """Settings of the search; activation checkpointing is a fraction of layers."""
+    """Settings that the search varies.
+
+    Attributes:
+        pack_tokens: Maximum number of tokens per pack.
+        activation_checkpointing: Fraction of layers with activation checkpointing.
+        nf4_parts: Parts of the model quantized to NF4.
+    """
 
     pack_tokens: int
     activation_checkpointing: float
@@ -39,10 +48,16 @@ class PlannedSettings:
 
 @dataclass(frozen=True, slots=True)
 class SettingsEstimate:
-    """Estimate of a run: peak memory, mean step time, and packs per step.
+    """Estimated memory and time of a run with the given settings.
 
-    `cached_step_s` is the step time with cached image features; None if the vision encoder is
-    trained.
+    Attributes:
+        settings: Settings of the estimate.
+        peak: Peak memory.
+        step_time: Mean time of a step.
+        cached_step_s: Mean seconds of a step with cached image features. None if the vision encoder
+            is trainable.
+        packs_per_step: Mean number of packs per step.
+        memory_limit: Usable memory of the device in bytes.
     """
 
     settings: PlannedSettings
@@ -54,12 +69,12 @@ class SettingsEstimate:
 
     @property
     def fits(self) -> bool:
-        """True if the peak is within the usable memory."""
+        """True if the peak memory is within the usable memory."""
         return self.peak.total <= self.memory_limit
 
 
 class PlannedSteps:
-    """Steps of a run, packed with any token budget."""
+    """Training steps of a run, which can be packed with any token budget."""
 
     def __init__(self, steps: Sequence[Sequence[SampleStats]], prefix_length: int = 0) -> None:
         self._steps = steps
@@ -69,12 +84,12 @@ class PlannedSteps:
 
     @property
     def max_sample_tokens(self) -> int:
-        """Tokens of the longest sample without the shared prefix."""
+        """Number of tokens of the longest sample, including a shared prefix."""
         return max(sample.num_packed_tokens for step in self._steps for sample in step)
 
     @property
     def single_pack_budget(self) -> int:
-        """Token budget with which every step is one pack."""
+        """Smallest token budget with which every step fits in one pack."""
         step_lengths = ([sample.num_packed_tokens for sample in step] for step in self._steps)
         return max(
             compute_min_budget(step, effective_prefix_length(self._prefix_length, step))
@@ -82,10 +97,10 @@ class PlannedSteps:
         )
 
     def largest_packs(self, token_budget: int) -> list[PlannedPack]:
-        """Return packs that may need the most memory.
+        """Return the packs that may need the most memory with this token budget.
 
-        These are the first pack of each CUDA graph shape, and the largest packs by each size and by
-        all sizes together.
+        These are the first pack of each CUDA graph shape, and the packs with the most tokens,
+        patches, supervised tokens, attention scores, and all of these combined.
         """
         if token_budget not in self._largest_packs:
             packed_steps = [
@@ -100,12 +115,12 @@ class PlannedSteps:
         return self._largest_packs[token_budget]
 
     def has_multiple_packs(self, token_budget: int) -> bool:
-        """Return whether a step has more than one pack."""
+        """Return whether any step has several packs with this token budget."""
         self.largest_packs(token_budget)
         return self._has_multiple_packs[token_budget]
 
     def timed_steps(self, token_budget: int) -> list[list[PlannedPack]]:
-        """Return the packed steps to time."""
+        """Return the packs of the steps whose time is estimated."""
         stride = math.ceil(len(self._steps) / MAX_TIMED_STEPS)
         return [
             plan_step_packs(step, token_budget, self._prefix_length)
@@ -150,10 +165,7 @@ def _select_largest(packs: Sequence[PlannedPack]) -> Iterator[PlannedPack]:
 
 
 class SettingsSearch:
-    """Estimates settings for one target, and searches for the best ones that fit.
-
-    `build_model` returns the model with the given parts in NF4.
-    """
+    """Estimates settings for one device, and searches for the fastest ones that fit."""
 
     def __init__(
         self,
@@ -163,12 +175,14 @@ class SettingsSearch:
         quantization_choices: Sequence[tuple[QuantizablePart, ...]],
         prefer_large_packs: bool,
     ) -> None:
-        """Args:
-        build_model: Builds the model with the given NF4 parts.
-        steps: Steps of the run.
-        memory_bytes: Memory of the target.
-        quantization_choices: Choices of NF4 parts, beginning with those of the recipe.
-        prefer_large_packs: Whether larger packs are faster, as on a GPU.
+        """Initialize a search without estimating any settings.
+
+        Args:
+            build_model: Returns the planned model with the given parts quantized to NF4.
+            steps: Training steps of the run.
+            memory_bytes: Memory of the device.
+            quantization_choices: Sets of parts to quantize to NF4, the set of the recipe first.
+            prefer_large_packs: Whether larger packs are faster, as on a GPU.
         """
         self._build_model, self._steps, self._quantization_choices, self._prefer_large_packs = (
             build_model,
@@ -179,7 +193,7 @@ class SettingsSearch:
         self._memory_limit = round(memory_bytes * USABLE_MEMORY_FRACTION)
 
     def estimate(self, settings: PlannedSettings) -> SettingsEstimate:
-        """Estimate memory and time with these settings."""
+        """Estimate the memory and time of a run with the given settings."""
         planned = self._build_model(settings.nf4_parts)
         packed_steps = self._steps.timed_steps(settings.pack_tokens)
         peak = self._estimate_peak(settings)
@@ -213,7 +227,7 @@ class SettingsSearch:
         )
 
     def _estimate_peak(self, settings: PlannedSettings) -> PeakMemory:
-        """Estimate the peak with CUDA graphs if they fit, otherwise without."""
+        """Estimate the peak memory with CUDA graphs if they fit, otherwise without."""
         with_graphs = self._compute_peak(settings, use_graphs=True)
         if with_graphs.total <= self._memory_limit:
             return with_graphs
@@ -240,12 +254,17 @@ class SettingsSearch:
         return self._compute_peak(settings, use_graphs=False).total <= self._memory_limit
 
     def find_best(self, recipe_settings: PlannedSettings) -> PlannedSettings:
-        """Find the fastest settings that fit.
+        """Find the fastest settings that fit the device memory.
 
-        In this order: no activation checkpointing if packs of an efficient size fit; the smallest
-        fraction of checkpointed layers; all layers with the largest packs that fit; the same with
-        more parts in NF4. If nothing fits, return the settings with the least memory. If nothing
-        improves, return `recipe_settings`.
+        The search prefers, in this order:
+
+        - no activation checkpointing, if packs of an efficient size fit;
+        - the smallest fraction of layers with activation checkpointing;
+        - activation checkpointing of all layers, with the largest packs that fit;
+        - the same with more parts quantized to NF4.
+
+        If nothing fits, the settings with the least memory are returned. If the recipe is as good
+        as the result, `recipe_settings` is returned.
         """
         best = self._search(recipe_settings)
         max_budget = self._steps.single_pack_budget
@@ -283,7 +302,10 @@ class SettingsSearch:
     def _find_min_checkpointing(
         self, token_budget: int, nf4_parts: tuple[QuantizablePart, ...]
     ) -> float | None:
-        """Find the smallest fraction of checkpointed layers that fits the token budget."""
+        """Find the smallest fraction of layers with activation checkpointing that fits.
+
+        Returns None if the token budget does not fit even with all layers.
+        """
         num_layers = self._build_model(nf4_parts).num_layers
         if not self._fits_memory(PlannedSettings(token_budget, 1.0, nf4_parts)):
             return None
@@ -299,7 +321,7 @@ class SettingsSearch:
         return _to_fraction(low, num_layers)
 
     def _find_max_budget(self, settings: PlannedSettings) -> PlannedSettings:
-        """Replace the token budget with the largest that fits."""
+        """Replace the token budget by the largest one that fits."""
         if not self._prefer_large_packs:
             low, high = settings.pack_tokens, settings.pack_tokens
         else:
@@ -315,7 +337,10 @@ class SettingsSearch:
         return replace(settings, pack_tokens=self._round_budget(low, settings))
 
     def _round_budget(self, token_budget: int, settings: PlannedSettings) -> int:
-        """Round a token budget; round up if no pack grows."""
+        """Round a token budget to a multiple of `PACK_TOKENS_STEP`.
+
+        Rounds up if the larger budget fits or is never used in full, otherwise down.
+        """
         rounded_up = math.ceil(token_budget / PACK_TOKENS_STEP) * PACK_TOKENS_STEP
         if token_budget >= self._steps.single_pack_budget or self._fits_memory(
             replace(settings, pack_tokens=rounded_up)
@@ -325,5 +350,5 @@ class SettingsSearch:
 
 
 def _to_fraction(num_checkpointed: int, num_layers: int) -> float:
-    """Round to the precision of a recipe."""
+    """Return the fraction of layers, rounded up to the two decimals of a recipe."""
     return min(1.0, math.ceil(100 * num_checkpointed / num_layers) / 100)

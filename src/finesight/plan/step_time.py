@@ -1,9 +1,12 @@
-"""Estimate the time of a step: FLOPs, memory traffic, kernel launches on the host, optimizer.
+"""Estimate the time of a training step.
 
-The constants are from runs on one H200 (benchmarks/results/recipes_h200.json,
-grounding_full_h200.json, first_qwen_vl_h200.json; tests/plan/test_measured_runs.py compares them;
-fused layers with adapters from the steps of 16 samples of ladder_h200.json), and for CPUs on two
-cores. Measure them again if kernels change.
+Counts FLOPs, memory traffic, kernel launches on the host, the optimizer and data loading.
+
+The GPU constants are from runs on one H200 (benchmarks/results/recipes_h200.json,
+grounding_full_h200.json, first_qwen_vl_h200.json). tests/plan/test_measured_runs.py compares the
+estimates with these runs. The constants of fused layers with adapters are from the steps of 16
+samples in ladder_h200.json. The CPU constants are from two cores. Measure them again if kernels
+change.
 """
 
 from __future__ import annotations
@@ -29,12 +32,17 @@ from finesight.train.flops import FlopBreakdown, FlopCounter
 
 @dataclass(frozen=True, slots=True)
 class DeviceEfficiency:
-    """Efficiency of a device type relative to its peaks.
+    """Measured efficiency of a device type.
 
-    `matmul_fraction` is the fraction of the peak FLOP/s that matrix products of the model reach.
-    Memory traffic is counted in bytes moved per saved byte, by norms, masks, rotary embeddings and
-    activations in both passes. Host times are seconds per layer without gradients, with gradients,
-    and with adapters; `host_fused_s` has the latter two for fused layers.
+    Attributes:
+        matmul_fraction: Fraction of the peak FLOP/s that the matrix products of the model reach.
+        traffic_per_saved_byte: Bytes of memory traffic per saved activation byte, in both passes.
+            It covers norms, masks, rotary embeddings and activation functions.
+        host_forward_s: Host seconds to launch a layer without gradients.
+        host_train_s: Host seconds to launch a layer with gradients.
+        host_lora_s: Host seconds to launch a layer with gradients and adapters.
+        host_fused_s: Host seconds to launch a fused layer with gradients, without and with
+            adapters.
     """
 
     matmul_fraction: float
@@ -62,49 +70,51 @@ CPU_EFFICIENCY = DeviceEfficiency(
     host_fused_s=(0.0, 0.0),
 )
 CPU_16BIT_EFFICIENCY = replace(CPU_EFFICIENCY, matmul_fraction=0.28)
-"""Efficiency of 16-bit CPU products, measured with finesight-tiny, whose products are short."""
+"""Efficiency of a CPU in 16 bits, measured with finesight-tiny, whose matrices are small."""
 
 OPTIMIZER_BYTES_PER_PARAM = {"adamw": 60, "adamw_8bit": 270, "muon": 80}
-"""Bytes of memory traffic of an optimizer step per trainable parameter.
+"""Bytes of memory traffic of an optimizer step per trainable parameter, by optimizer.
 
-Counts the gradient norm, clipping, optimizer state, master weights and weights. 8-bit state is
-dequantized and quantized.
+Counts the gradient norm, clipping, optimizer states, master weights and weights. 8-bit states are
+dequantized and quantized again.
 """
 
 FUSED_OPTIMIZER_BYTES_PER_PARAM = {"adamw": 28, "adamw_8bit": 29}
-"""Bytes per parameter of the fused AdamW kernel: 26, and the gradient for its norm.
+"""Bytes of memory traffic per trainable parameter of the fused AdamW kernel.
 
-With 8-bit state it moves 16 bytes in the time of this many.
+AdamW moves 26 bytes and reads the gradient once more for its norm. With 8-bit states, the kernel
+moves 16 bytes, but takes as long as this value.
 """
 
 FP8_SPEEDUP = 1.4
-"""Speedup of matrix products in FP8, including quantization."""
+"""Speedup of matrix products in FP8 over 16 bits, including the time of quantization."""
 
 DEQUANTIZE_BYTES_PER_ELEMENT = 10.0
-"""Bytes of memory traffic with the duration of dequantizing one 4-bit element."""
+"""Bytes of memory traffic that take as long as dequantizing one 4-bit weight."""
 
 FORWARD_TRAFFIC_FRACTION = 1 / 3
-"""Fraction of memory traffic in the forward pass."""
+"""Fraction of a step's memory traffic that belongs to the forward pass."""
 
 READ_S_PER_PATCH = 3.1e-6
-"""CPU seconds per patch of image decoding and resizing (benchmarks/results/encode_speed.json)."""
+"""CPU seconds to decode and resize one patch (benchmarks/results/encode_speed.json)."""
 
 STARTUP_S = 9.0
 """Seconds from the command to the first step on a GPU, without reading the weights.
 
-Includes loading libraries and compiling kernels.
+Includes the import of libraries and the compilation of kernels.
 """
 
 DISK_BYTES_PER_S = 1.5e9
-"""Bytes per second of weights read from a disk to a GPU."""
+"""Assumed bandwidth of reading weights from a disk to a GPU, in bytes/s."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Time of a step in seconds.
+    """Estimated time of a training step in seconds.
 
-    The device time (`matmul_s` and `memory_s`) and the launch time (`host_s`) overlap: the longer
-    one counts.
+    The device (`matmul_s` and `memory_s`) and the host, which launches kernels (`host_s`), work
+    concurrently, so that the slower one determines the time. `is_loading_blocking` is true without
+    data loader workers.
     """
 
     matmul_s: float
@@ -116,7 +126,11 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Seconds of the step; data loading counts only if it is slower than the step."""
+        """Total seconds of the step.
+
+        Data loading workers run concurrently with the step and count only if they are slower.
+        Without workers, data loading is added.
+        """
         compute_s = max(self.matmul_s + self.memory_s, self.host_s) + self.optimizer_s
         return (
             compute_s + self.data_loading_s
@@ -126,7 +140,7 @@ class StepTime:
 
 
 class StepTimeEstimator:
-    """Estimates step times of a model on a target device."""
+    """Estimates the time of training steps of a model on a target device."""
 
     def __init__(
         self,
@@ -157,12 +171,12 @@ class StepTimeEstimator:
         has_cached_features: bool = False,
         use_graphs: bool = True,
     ) -> StepTime:
-        """Estimate a step with these packs.
+        """Estimate the time of a training step.
 
         Args:
             packs: Packs of the step.
-            activation_checkpointing: Fraction of recomputed layers.
-            has_cached_features: Whether image features are cached.
+            activation_checkpointing: Fraction of layers with activation checkpointing.
+            has_cached_features: Whether image features are read from the vision cache.
             use_graphs: Whether CUDA graphs are used where possible.
         """
         target, efficiency = self._target, self._efficiency
@@ -171,7 +185,7 @@ class StepTimeEstimator:
             flops += self._effective_flops(
                 self._flop_counter.count_by_part(pack), has_cached_features
             )
-            flops += self._flop_counter.count_recompute(pack, activation_checkpointing)
+            flops += self._flop_counter.count_checkpointing(pack, activation_checkpointing)
             memory_bytes += (
                 efficiency.traffic_per_saved_byte
                 * self._activations.saved_bytes(pack)
@@ -195,7 +209,7 @@ class StepTimeEstimator:
         )
 
     def _effective_flops(self, breakdown: FlopBreakdown, has_cached_features: bool) -> float:
-        """FLOPs with FP8 products scaled by their speedup."""
+        """Return the FLOPs of a pack, with FP8 products divided by their speedup."""
         by_part = breakdown.matmul_by_part.items()
         effective = {
             part: count * (1 - self._fp8_fractions[part] * (1 - 1 / FP8_SPEEDUP))
@@ -262,7 +276,7 @@ class StepTimeEstimator:
 
 
 def _compute_fp8_fractions(model: VisionLanguageModel) -> dict[ModelPart, float]:
-    """Fraction of the weights of each part that is in FP8."""
+    """Return the fraction of weights in FP8 for each part of the model."""
     num_fp8, num_total = dict.fromkeys(MODEL_PARTS, 0), dict.fromkeys(MODEL_PARTS, 0)
     for name, weight in find_quantized_weights(model).items():
         num_total[get_part(name)] += weight.num_elements
@@ -279,7 +293,7 @@ def _get_efficiency(target: TargetDevice) -> DeviceEfficiency:
 
 
 def estimate_startup_seconds(persistent: PersistentMemory, target: TargetDevice) -> float:
-    """Estimate seconds from the command to the first step."""
+    """Estimate the seconds from the start of the command to the first step."""
     return (
         STARTUP_S if target.compute.is_cuda else STARTUP_S / 3
     ) + persistent.weight_bytes / DISK_BYTES_PER_S

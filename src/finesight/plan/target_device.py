@@ -1,4 +1,7 @@
-"""Target device of a plan: a GPU from its data sheet, or this machine, measured."""
+"""Device for which a run is planned: a GPU model, or this machine.
+
+GPU models have the speed of their data sheet. The speed of this machine is measured.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +22,34 @@ from finesight.train.flops import measure_peak_flops
 from finesight.train.logging import get_device_name
 
 ACHIEVABLE_PEAK_FRACTION = 0.79
-"""Fraction of the printed peak that a large matrix product reaches.
+"""Fraction of the FLOP/s in a data sheet that a large matrix product reaches.
 
-784 of 989 TFLOP/s in bf16 on an H200. A measured peak needs no correction.
+An H200 reaches 784 of 989 TFLOP/s in bf16. Measured FLOP/s need no such correction.
 """
 
 ACHIEVABLE_BANDWIDTH_FRACTION = 0.85
-"""Fraction of the printed bandwidth that a large copy reaches."""
+"""Fraction of the memory bandwidth in a data sheet that a large copy reaches."""
 
 PROBE_HEAD_DIM = 128
-"""Head size for the attention kernel probe: any multiple of 8."""
+"""Head size of the tensor that tests for a varlen attention kernel.
+
+Any multiple of 8 gives the same result.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class TargetDevice:
-    """Device with its memory, peak FLOP/s in `dtype`, bandwidth, and data loading workers.
+    """Device for which a run is planned, with its speed and memory.
 
-    `is_measured` is true for this machine.
+    Attributes:
+        name: Name of the device.
+        memory_bytes: Total memory of the device.
+        peak_flops: FLOP/s of a large matrix product in `dtype`.
+        memory_bandwidth: Memory bandwidth in bytes/s.
+        dtype: Data type of the weights.
+        compute: Properties that determine saved activations.
+        num_workers: Default number of data loader workers.
+        is_measured: True for this machine, False for a data sheet.
     """
 
     name: str
@@ -49,12 +63,20 @@ class TargetDevice:
 
     @property
     def precision(self) -> str:
-        """Precision as named in a recipe."""
+        """Name of the precision in a recipe, such as `bf16`."""
         return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
 
 def build_named_target(name: str, precision: Precision) -> TargetDevice:
-    """Return a GPU from its data sheet. Raises UserError for an unknown name."""
+    """Build the target for a GPU from its data sheet.
+
+    Args:
+        name: Name of a GPU in `plan.gpu_specs`, in any spelling.
+        precision: Precision of the run; `auto` selects bf16 if the GPU supports it.
+
+    Raises:
+        UserError: The GPU is unknown.
+    """
     spec = find_gpu_spec(name)
     dtype = DTYPES[precision] if precision != "auto" else _select_dtype(spec.supports_bf16)
     # torch computes fp32 products at an eighth or less of the 16-bit speed.
@@ -79,9 +101,12 @@ def _select_dtype(supports_bf16: bool) -> torch.dtype:
 
 
 def measure_local_target(device: Device, precision: Precision) -> TargetDevice:
-    """Measure this machine: time a large product and a large copy, and query its memory.
+    """Build the target for this machine.
 
-    Raises UserError for cuda without a GPU.
+    Measures a large matrix product and a large copy, and queries the memory size.
+
+    Raises:
+        UserError: `device` is cuda and there is no GPU.
     """
     torch_device = resolve_device(device)
     dtype = resolve_precision(precision, torch_device)
@@ -110,7 +135,10 @@ def _get_physical_memory() -> int:
 
 
 def _measure_bandwidth(device: torch.device) -> float:
-    """Measure bytes per second read and written by copies larger than all caches."""
+    """Measure the memory bandwidth with copies that exceed all caches.
+
+    Returns bytes per second, reads and writes together.
+    """
     num_elements, num_rounds = (1 << 28, 5) if device.type == "cuda" else (1 << 25, 3)
     source = torch.ones(num_elements, device=device)
     target = torch.empty_like(source)

@@ -1,1 +1,1 @@
-"""HTML reports of runs, comparisons, data checks and samples."""
+"""HTML pages: run reports, run comparisons, data checks and rendered samples."""

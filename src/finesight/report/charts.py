@@ -1,4 +1,4 @@
-"""Charts as SVG data: axis scales, ticks, and downsampled lines."""
+"""Line charts for HTML pages: axis scales, ticks and downsampled lines in SVG coordinates."""
 
 from __future__ import annotations
 
@@ -11,19 +11,27 @@ from finesight.report.i18n import translate
 from finesight.report.run_reader import is_finite
 
 Point = tuple[float, float]
-"""(step, value)."""
+"""A (step, value) pair."""
 
 MAX_POINTS = 1000
-"""Maximum number of points of a line. More are not distinguishable on a screen."""
+"""Maximum number of points of a line. A screen cannot show more."""
 
 WIDTH, HEIGHT = 400.0, 220.0
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 46.0, 10.0, 10.0, 24.0
-"""Size and margins of a chart in SVG units, about one pixel on a phone."""
+"""Size and margins of a chart in SVG units, which are about one phone pixel."""
 
 
 @dataclass(frozen=True)
 class ChartSeries:
-    """Series of values by step. `error_bars` are (step, low, high)."""
+    """Input of a chart: one series of values by step.
+
+    Attributes:
+        name: Name in the legend.
+        points: Pairs of step and value.
+        style: `line`, `faint` (a line behind its smoothed series), or `marks` (a line with
+            markers).
+        error_bars: Triples of step, low and high.
+    """
 
     name: str
     points: Sequence[Point]
@@ -33,7 +41,12 @@ class ChartSeries:
 
 @dataclass(frozen=True)
 class AxisTick:
-    """Axis tick with its SVG coordinate and label."""
+    """Tick of a chart axis.
+
+    Attributes:
+        offset: Coordinate in SVG units.
+        label: Formatted value.
+    """
 
     offset: float
     label: str
@@ -41,7 +54,15 @@ class AxisTick:
 
 @dataclass(frozen=True)
 class ChartLine:
-    """Series in SVG coordinates: path, markers (x, y), error bars (x, y of high, y of low)."""
+    """Drawn line of a chart, in SVG coordinates.
+
+    Attributes:
+        name: Name of the series.
+        style: Style of the series.
+        path: SVG path of the line.
+        markers: Coordinates (x, y) of the markers.
+        error_bars: Coordinates (x, y of high, y of low) of the error bars.
+    """
 
     name: str
     style: str
@@ -52,7 +73,7 @@ class ChartLine:
 
 @dataclass(frozen=True)
 class Chart:
-    """Chart with all coordinates computed."""
+    """Chart for a page template, with all coordinates computed."""
 
     title: str
     caption: str
@@ -64,9 +85,13 @@ class Chart:
 
 
 class ChartData(TypedDict):
-    """Chart data for the script of the page: axis ranges and points.
+    """Chart data for the JavaScript of the page, which shows values under the cursor.
 
-    `labels` replace the steps 0, 1, 2... on the x axis of histograms.
+    Attributes:
+        x: Low and high end of the x axis.
+        y: Low and high end of the y axis.
+        series: Points of each line.
+        labels: Texts for x values 0, 1, 2 and so on. Only histograms have them.
     """
 
     x: list[float]
@@ -76,14 +101,17 @@ class ChartData(TypedDict):
 
 
 class SeriesData(TypedDict):
-    """Name of a series, and its points with formatted values."""
+    """Line in `ChartData`: its name, and points (x, y, formatted y)."""
 
     name: str
     points: list[tuple[float, float, str]]
 
 
 def build_chart(title: str, series: Sequence[ChartSeries], caption: str = "") -> Chart | None:
-    """Build a chart of all series with points. Returns None without any."""
+    """Build a chart from all series that have points.
+
+    Returns None if no series has points.
+    """
     visible = [item for item in series if item.points]
     if not visible:
         return None
@@ -153,15 +181,18 @@ class _AxisScale:
 
 
 def filter_finite(points: Iterable[tuple[object, object]]) -> list[Point]:
-    """Return points with finite step and value.
+    """Return the points whose step and value are finite numbers.
 
-    Non-finite steps have no loss, and files may contain anything.
+    Steps with a non-finite loss record no value, and files of a run may contain invalid values.
     """
     return [(float(x), float(y)) for x, y in points if is_finite(x) and is_finite(y)]
 
 
 def downsample(points: Sequence[Point], max_points: int = MAX_POINTS) -> list[Point]:
-    """Return at most `max_points`: minimum and maximum of each bucket, to retain spikes."""
+    """Reduce a line to at most `max_points` points without losing spikes.
+
+    Keeps the minimum and maximum of each bucket of consecutive points.
+    """
     if len(points) <= max_points:
         return list(points)
     downsampled = []
@@ -181,7 +212,8 @@ def _get_value(point: Point) -> float:
 def smooth_points(points: Sequence[Point]) -> list[Point]:
     """Return an exponential moving average over about 1/40 of the points.
 
-    It is bias-corrected as in Adam (Kingma & Ba 2015, section 3). Empty for fewer than 20 points.
+    It is bias-corrected as in Adam (Kingma & Ba 2015, section 3). Returns an empty list for fewer
+    than 20 points.
     """
     if len(points) < 20:
         return []
@@ -202,9 +234,14 @@ def compute_ticks(
     integer_only: bool = False,
     include_ends: bool = False,
 ) -> list[float]:
-    """Return about `num_ticks` round values between `low` and `high`.
+    """Return about `num_ticks` round values for an axis from `low` to `high`.
 
-    `include_ends` adds the next round values outside of the range.
+    Args:
+        low: Lower end of the axis.
+        high: Upper end of the axis.
+        num_ticks: Approximate number of ticks.
+        integer_only: Use integer distances between ticks.
+        include_ends: Add the next round values below `low` and above `high`.
     """
     if high - low <= 1e-6 * max(abs(low), abs(high)):
         low, high = (low - abs(low) / 2, low + abs(low) / 2) if low else (-1.0, 1.0)
@@ -221,7 +258,7 @@ def compute_ticks(
 
 
 def _format_ticks(ticks: Sequence[float]) -> list[tuple[float, str]]:
-    """Format all ticks of an axis with equal precision, such as 0.10 and 0.05."""
+    """Format the ticks of an axis with equal decimals, such as 0.10 and 0.05."""
     step, max_abs = ticks[1] - ticks[0], max(abs(tick) for tick in ticks)
     if max_abs < 0.01 or max_abs >= 1e6:
         return [(tick, format_compact(tick)) for tick in ticks]
@@ -232,7 +269,7 @@ def _format_ticks(ticks: Sequence[float]) -> list[tuple[float, str]]:
 
 
 def format_compact(value: float) -> str:
-    """Format a number briefly: 1,200, 12k, 0.05, 2e-4."""
+    """Format a number briefly, such as 1,200, 12k, 0.05 or 2e-4."""
     magnitude = abs(value)
     if magnitude and (magnitude < 0.01 or magnitude >= 1e9):
         mantissa, exponent = f"{value:.1e}".split("e")
@@ -252,7 +289,7 @@ def format_exact(value: float) -> str:
 
 
 def _summarize_chart(title: str, series: Sequence[ChartSeries]) -> str:
-    """Describe the chart as text, for screen readers."""
+    """Describe a chart as text for screen readers: first and last value of each series."""
     descriptions = []
     for item in series:
         if item.style != "faint":

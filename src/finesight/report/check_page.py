@@ -1,4 +1,4 @@
-"""Page of `data check --html`: every issue with images and affected boxes."""
+"""HTML page of `finesight data check --html`: every issue with images and affected boxes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from finesight.report.inline_image import InlineImage, build_inline_image
 from finesight.vision.image_decoding import load_image
 
 MAX_IMAGES = 300
-"""Maximum number of images. Further issues are listed without images."""
+"""Maximum number of images on the page. Further issues are listed without images."""
 
 MAX_IMAGES_PER_ISSUE = 4
 """Maximum number of images per issue."""
 
 MAX_IMAGE_SIDE = 360
-"""Maximum side of an image on the page in pixels."""
+"""Maximum width and height of an image on the page, in pixels."""
 
 
 def render_check_page(
@@ -37,13 +37,13 @@ def render_check_page(
     max_images: int = MAX_IMAGES,
     on_progress: Callable[[int], None] = lambda num_done: None,
 ) -> str:
-    """Render the result of a data check as a page.
+    """Render the result of a data check as an HTML page.
 
     Images are distributed over issue types, so that rare types have images as well.
 
     Args:
-        check_result: Result of the check.
-        max_images: Maximum number of images.
+        check_result: Result of the data check.
+        max_images: Maximum number of images on the page.
         on_progress: Called with 1 after each issue.
     """
     selected = _select_illustrated_issues(check_result.issues, max_images)
@@ -74,7 +74,7 @@ def render_check_page(
 
 
 def _select_illustrated_issues(issues: Sequence[CheckIssue], max_images: int) -> set[int]:
-    """Return indices of issues with images, alternating between issue types."""
+    """Return the indices of issues that get images, alternating between issue types."""
     by_code: dict[str, list[int]] = defaultdict(list)
     for issue_index, issue in enumerate(issues):
         if issue.images:
@@ -92,7 +92,7 @@ def _select_illustrated_issues(issues: Sequence[CheckIssue], max_images: int) ->
 
 
 def _summarize_issue_types(check_result: CheckResult) -> list[dict[str, Any]]:
-    """Return issue types in order of severity, with their counts."""
+    """Return the issue types that occur, with their counts, most severe first."""
     listed_counts = Counter(issue.code for issue in check_result.issues)
     return [
         {
@@ -133,7 +133,7 @@ def _build_issue_record(issue: CheckIssue, image_records: list[dict[str, Any]]) 
 
 
 def _build_image_record(issue_image: IssueImage, page_images: _PageImages) -> dict[str, Any]:
-    """Return name, image index and finite boxes of an image."""
+    """Return the page data of an image: its name, index and boxes with finite corners."""
     labels = (*issue_image.labels, *[""] * len(issue_image.boxes))
     return {
         "name": str(issue_image.path),
@@ -147,14 +147,14 @@ def _build_image_record(issue_image: IssueImage, page_images: _PageImages) -> di
 
 
 class _PageImages:
-    """Images of a page, each included once. Unreadable images have an error message."""
+    """Thumbnails of a page. Each image is included once, unreadable ones as an error message."""
 
     def __init__(self) -> None:
         self.images: list[InlineImage | str] = []
         self._index_by_path: dict[Path, int] = {}
 
     def get_index(self, path: Path) -> int:
-        """Return the index of an image, which is added if it is new."""
+        """Return the index of an image on the page. A new image is added."""
         if path not in self._index_by_path:
             self._index_by_path[path] = len(self.images)
             self.images.append(_make_thumbnail(path))

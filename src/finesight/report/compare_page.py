@@ -1,4 +1,4 @@
-"""Comparison of several runs on one page."""
+"""HTML page of `finesight compare`: metrics, settings and answers of several runs."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ DEFAULT_PAGE_NAME = "comparison.html"
 
 @dataclass(frozen=True)
 class RunComparison:
-    """Compared runs. The first one is the baseline."""
+    """Comparison of several runs. The first run is the baseline."""
 
     runs: list[ComparedRun]
     metric_rows: list[MetricComparisonRow]
     warnings: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """Return the comparison as JSON data."""
+        """Return the comparison as JSON data (`finesight compare --json`)."""
         return {
             "runs": [
                 {
@@ -73,9 +73,10 @@ class RunComparison:
         }
 
     def format_table(self) -> str:
-        """Format primary metric and loss of each run, with intervals of differences.
+        """Format the primary metric and validation loss of each run as a console table.
 
-        Prediction files do not record the primary metric: without a run, all metrics are listed.
+        Differences are relative to the baseline and have 95 % intervals. Prediction files do not
+        record the primary metric: without a run, all metrics are listed.
         """
         lines = [("run", "metric", "value", "difference", "95 % interval", "")]
         has_primary = any(row.is_primary for row in self.metric_rows)
@@ -91,7 +92,10 @@ class RunComparison:
 
 
 def iter_notes(rows: Sequence[MetricComparisonRow]) -> Iterator[tuple[str, str]]:
-    """Yield notes of scores and of their differences, with the names of the scores."""
+    """Yield (metric name, note) pairs of all metrics and their differences.
+
+    A note explains a missing confidence interval or is a warning. Empty notes are included.
+    """
     for row in rows:
         for cell in row.cells:
             yield row.name, cell.note
@@ -100,7 +104,11 @@ def iter_notes(rows: Sequence[MetricComparisonRow]) -> Iterator[tuple[str, str]]
 
 
 def compare_runs(paths: Sequence[Path]) -> RunComparison:
-    """Compare runs and prediction files. Raises UserError as `read_compared_runs` does."""
+    """Compare runs and prediction files. The first one is the baseline.
+
+    Raises:
+        UserError: An input is invalid, as in `read_compared_runs`.
+    """
     runs = read_compared_runs(paths)
     reference_run, *other_runs = runs
     warnings = [
@@ -112,10 +120,10 @@ def compare_runs(paths: Sequence[Path]) -> RunComparison:
 def write_compare_page(
     paths: Sequence[Path], out: Path, language: Language | None = None
 ) -> RunComparison:
-    """Write the comparison page.
+    """Compare runs and write the comparison as an HTML page.
 
     Args:
-        paths: Run directories and prediction files.
+        paths: Run directories and prediction files. The first one is the baseline.
         out: Output file.
         language: Language of the page, by default that of the locale.
 
@@ -129,7 +137,7 @@ def write_compare_page(
 
 
 def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLES) -> str:
-    """Render the comparison page in the current language."""
+    """Render the comparison of runs as an HTML page in the current language."""
     runs = comparison.runs
     samples = compare_samples(runs, max_samples)
     has_latex = any(run.metric == "latex" for run in runs)
@@ -186,7 +194,7 @@ def _describe_selection(samples: ComparedSamples) -> str:
 
 
 def _build_charts(runs: Sequence[ComparedRun]) -> list[Chart | None]:
-    """Return charts of losses and primary metric of all runs."""
+    """Return charts of training loss, validation loss and primary metric, one line per run."""
     training, validation, scores = [], [], []
     for run in runs:
         if run.run_record is None:
@@ -222,7 +230,7 @@ def _get_primary_score(run: ComparedRun, line: JsonObject) -> object:
 
 
 def _build_histograms(runs: Sequence[ComparedRun]) -> list[Chart | None]:
-    """Return histograms of sample tokens, image patches and answer tokens."""
+    """Return histograms of tokens per sample, patches per image and tokens per answer."""
     recorded_runs = [run for run in runs if run.run_record is not None]
 
     def read_size_histograms(name: str) -> list[tuple[str, HistogramCounts]]:
@@ -260,7 +268,11 @@ def _list_completion_lengths(run: ComparedRun) -> list[int]:
 
 
 def _list_image_folders(runs: Sequence[ComparedRun]) -> list[Path]:
-    """Return base folders of image paths: current folder, start folders, and folders of files."""
+    """Return the folders to which relative image paths may refer.
+
+    These are the current folder, the working directories in which the runs were started, and the
+    folders of prediction files.
+    """
     start_folders = [
         line.get("working_dir") for run in runs if run.run_record for line in run.run_record.starts
     ]

@@ -1,4 +1,4 @@
-"""Inputs of a comparison: runs and prediction files with their last evaluation."""
+"""Inputs of `finesight compare`: runs and prediction files, each with its last evaluation."""
 
 from __future__ import annotations
 
@@ -24,21 +24,27 @@ from finesight.report.summary import get_data_stats
 COMMAND = "finesight compare"
 
 MAX_RUNS = 8
-"""Maximum number of runs, limited by the number of columns and colors."""
+"""Maximum number of compared runs, since a page has limited columns and colors."""
 
 SampleKey = tuple[str, int]
-"""Validation sample: its ID, and the number of earlier samples with this ID."""
+"""Key of a validation sample: its ID, and the number of earlier duplicates.
+
+IDs need not be unique.
+"""
 
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """Run or prediction file of a comparison.
+    """Input of a comparison: a run or a prediction file.
 
     Attributes:
-        letter: Short label on the page.
-        run_record: None for a prediction file.
-        evaluation: Last evaluation, or that of the final weights. Empty for a prediction file.
-        metric: Task metric, None if unknown.
+        letter: Letter that identifies the run on the page.
+        name: Shortest path suffix that is unique among the inputs.
+        path: Run directory or prediction file.
+        run_record: Content of the run directory. None for a prediction file.
+        status: Status of the run. None for a prediction file.
+        evaluation: Evaluation of the final weights, or the last one. Empty for a prediction file.
+        metric: Task metric. None if unknown.
         predictions: Predictions of the evaluation by sample.
     """
 
@@ -53,22 +59,21 @@ class ComparedRun:
 
     @property
     def label(self) -> str:
-        """Letter and name."""
+        """Display name of the run: its letter and its name."""
         return f"{self.letter} {self.name}"
 
     def get_setting(self, group: str, name: str) -> object:
-        """Return a setting of the recipe, or None."""
+        """Return a recipe setting of the run, or None if it is not recorded."""
         settings: Any = self.run_record.recipe.get(group) if self.run_record else None
         return settings.get(name) if isinstance(settings, dict) else None
 
 
 def read_compared_runs(paths: Sequence[Path]) -> list[ComparedRun]:
-    """Read runs and prediction files.
+    """Read the runs and prediction files of a comparison.
 
     Raises:
         UserError: There are fewer than two or more than `MAX_RUNS` inputs, an input is duplicated
-            or
-            invalid, or a run has no evaluation.
+            or invalid, or a run has no evaluation.
     """
     if not 2 <= len(paths) <= MAX_RUNS:
         raise UserError(
@@ -95,7 +100,7 @@ def read_compared_runs(paths: Sequence[Path]) -> list[ComparedRun]:
 
 
 def _shortest_unique_names(paths: Sequence[Path]) -> list[str]:
-    """Return the shortest path suffixes that are unique."""
+    """Return the shortest suffix of each path that distinguishes it from the others."""
     parts = [path.resolve().parts for path in paths]
     for count in range(1, max(map(len, parts))):
         suffixes = ["/".join(path_parts[-count:]) for path_parts in parts]
@@ -151,7 +156,11 @@ def _read_compared_run(letter: str, name: str, path: Path) -> ComparedRun:
 
 
 def _infer_metric(run: ComparedRun, runs: Sequence[ComparedRun]) -> ComparedRun:
-    """Set the metric of a prediction file, inferred from the score names of runs."""
+    """Set the task metric of a prediction file.
+
+    The file does not record it. It is the metric of a run whose predictions have the same score
+    names.
+    """
     names = {name for prediction in run.predictions.values() for name in prediction.scores}
     for other_run in runs:
         other_names = {
@@ -169,7 +178,7 @@ def _index_by_sample(predictions: Sequence[ScoredPrediction]) -> dict[SampleKey,
 def find_common_samples(
     reference_run: ComparedRun, other_run: ComparedRun
 ) -> tuple[list[SampleKey], int]:
-    """Return samples that both inputs answered, and the number of mismatched samples.
+    """Return the validation samples that two runs answered, and the number of mismatched samples.
 
     Mismatched samples have equal IDs, but different questions or references.
     """
@@ -189,7 +198,10 @@ def _get_question(prediction: ScoredPrediction) -> tuple[object, ...]:
 
 
 def is_custom_metric(metric: str | None) -> bool:
-    """Return whether a metric is a custom program, which is never executed here, or unknown."""
+    """Return whether a metric is unknown or a user-defined program.
+
+    Reports never execute such programs.
+    """
     return (
         metric is None
         or custom_metric.parse_metric_path(metric) is not None
@@ -198,7 +210,7 @@ def is_custom_metric(metric: str | None) -> bool:
 
 
 def list_warnings(reference_run: ComparedRun, other_run: ComparedRun) -> list[str]:
-    """Return warnings about the comparability of two inputs."""
+    """Return warnings about differences that limit the comparison of two runs."""
     warnings = []
     common_keys, num_mismatched = find_common_samples(reference_run, other_run)
     names = reference_run.label, other_run.label
@@ -254,7 +266,10 @@ def list_warnings(reference_run: ComparedRun, other_run: ComparedRun) -> list[st
 
 
 def explain_loss_mismatch(reference_run: ComparedRun, other_run: ComparedRun) -> str:
-    """Return the reason why two validation losses are not comparable, or an empty string."""
+    """Return the reason why the validation losses of two runs are not comparable.
+
+    Returns an empty string if they are comparable.
+    """
     reference_record, other_record = reference_run.run_record, other_run.run_record
     if reference_record is None or other_record is None:
         return ""

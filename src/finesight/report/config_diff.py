@@ -1,4 +1,4 @@
-"""Differences between runs in settings, data, device and cost."""
+"""Differences between compared runs in settings, data, device and cost."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from finesight.report.i18n import translate
 from finesight.report.run_reader import RunRecord
 
 DiffRow = tuple[str, list[str]]
-"""Name, and the value of each run."""
+"""Row of the table of differences: a name, and its value in each run."""
 
 MISSING_VALUE = "–"
 
 IGNORED_SETTINGS = {"output_dir"}
-"""Settings that always differ."""
+"""Settings that are not compared because they always differ."""
 
 DIGEST_CHARS = 12
-"""Number of digest characters that are shown."""
+"""Number of characters of a SHA-256 digest that are displayed."""
 
 DATA_TITLES = {
     "train": {
@@ -34,11 +34,11 @@ DATA_TITLES = {
         "fingerprint": "validation data, SHA-256",
     },
 }
-"""Titles of the recorded data statistics."""
+"""Row titles of recorded data statistics, by data split and key."""
 
 
 def diff_configs(runs: Sequence[ComparedRun]) -> list[DiffRow]:
-    """Return settings, then other facts, that are not equal in all runs."""
+    """Return the settings, data statistics and versions that differ between runs."""
     recipes = [_flatten_settings(run.run_record.recipe) if run.run_record else {} for run in runs]
     names = dict.fromkeys(name for recipe in recipes for name in recipe)
     rows = [
@@ -53,7 +53,7 @@ def diff_configs(runs: Sequence[ComparedRun]) -> list[DiffRow]:
 
 
 def _has_differences(values: Sequence[str], runs: Sequence[ComparedRun]) -> bool:
-    """Return whether runs differ. Prediction files have no recorded values."""
+    """Return whether runs differ in a value. Prediction files have no recorded values."""
     run_values = [
         value for value, run in zip(values, runs, strict=True) if run.run_record is not None
     ]
@@ -61,7 +61,10 @@ def _has_differences(values: Sequence[str], runs: Sequence[ComparedRun]) -> bool
 
 
 def _flatten_settings(content: object, prefix: str = "") -> dict[str, str]:
-    """Return settings by dotted names. Lists and empty sections are values."""
+    """Convert nested settings to texts by dotted name.
+
+    Lists and empty sections count as values.
+    """
     if isinstance(content, dict) and content:
         flattened: dict[str, str] = {}
         for name, value in content.items():
@@ -99,13 +102,18 @@ def _collect_run_facts(run_record: RunRecord) -> dict[str, str]:
 
 
 def get_size_histogram(run_record: RunRecord, name: str) -> object:
-    """Return a recorded size histogram of the training samples."""
+    """Return a histogram of the training samples that the run has recorded.
+
+    Args:
+        run_record: Content of the run directory.
+        name: `tokens` per sample or `patches` per image.
+    """
     size_histograms: Any = summary.get_last_start(run_record).get("size_histograms")
     return size_histograms.get(name) if isinstance(size_histograms, dict) else None
 
 
 def compare_costs(runs: Sequence[ComparedRun]) -> list[DiffRow]:
-    """Return throughput, memory and time of each run."""
+    """Return the throughput, memory and time of each run."""
     values_by_run = [_collect_costs(run.run_record) if run.run_record else {} for run in runs]
     names = dict.fromkeys(name for run_values in values_by_run for name in run_values)
     return [

@@ -1,4 +1,4 @@
-"""Page data of examples: thumbnails, boxes, and formulas as MathML."""
+"""Convert validation samples to page data: thumbnails, boxes, and formulas as MathML."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from finesight.report.run_reader import JsonObject, is_finite
 from finesight.vision.image_decoding import load_image
 
 MIN_THUMBNAIL_PIXELS, MAX_THUMBNAIL_PIXELS, MAX_TOTAL_PIXELS = 200 * 260, 480 * 640, 40_000_000
-"""Pixels of a thumbnail and of all thumbnails. An area limit keeps wide formulas and tall pages
-readable."""
+"""Minimum and maximum pixels of a thumbnail, and maximum pixels of all thumbnails.
+
+Thumbnails are limited by area, which keeps wide formulas and tall pages readable.
+"""
 
 THUMBNAIL_QUALITY = 70
 """JPEG quality of thumbnails."""
@@ -29,31 +31,35 @@ MAX_ANSWER_CHARS = 4000
 """Maximum number of displayed characters of an answer."""
 
 MAX_BOXES = 200
-"""Maximum number of drawn boxes of an answer."""
+"""Maximum number of boxes that are drawn per answer."""
 
 NUM_DECODE_THREADS = 8
-"""Number of threads that decode images."""
+"""Number of threads that decode images for thumbnails."""
 
 MAX_PARALLEL_PIXELS = 16_000_000
-"""Larger images are decoded sequentially. Every thread retains the memory of its largest image,
-which is gigabytes in a training process."""
+"""Pixels of an image above which it is not decoded in parallel with others.
+
+Each thread retains the memory of its largest image. In a training process, this would add up to
+gigabytes.
+"""
 
 MAX_ID_CHARS = 200
-"""Maximum number of displayed characters of an ID."""
+"""Maximum number of displayed characters of a sample ID."""
 
 JsonData = dict[str, Any]
 
 ThumbnailCache = dict[tuple[str, int], JsonData]
-"""Thumbnails by image path and maximum number of pixels."""
+"""Thumbnails by image path and thumbnail pixel limit."""
 
 
 class ExampleDataBuilder:
-    """Builds page data of examples. Each image is included once.
+    """Converts validation samples with answers to page data. Each image is included once.
 
     Args:
-        folders: Base folders of relative paths, tried in order.
-        formula_converter: None if answers are not formulas.
-        thumbnails: Cache of thumbnails of the previous page, which is updated.
+        folders: Folders to which relative image paths may refer, tried in order.
+        formula_converter: Converter for answers in LaTeX. None if answers are not formulas.
+        thumbnails: Thumbnails of the previous page. They are reused, and replaced by those of the
+            new page.
     """
 
     def __init__(
@@ -66,7 +72,7 @@ class ExampleDataBuilder:
         self._thumbnails: ThumbnailCache = {} if thumbnails is None else thumbnails
 
     def build(self, examples: Sequence[Example]) -> JsonData:
-        """Return `examples` and the `images` that they reference by index."""
+        """Return page data with `examples`, and `images` to which the examples refer by index."""
         thumbnails, image_indices = self.build_thumbnails([example.latest for example in examples])
         return {
             "images": thumbnails,
@@ -76,7 +82,10 @@ class ExampleDataBuilder:
     def build_thumbnails(
         self, lines: Iterable[JsonObject]
     ) -> tuple[list[JsonData | None], dict[str, int]]:
-        """Return thumbnails of all images of the samples, and their indices by path."""
+        """Return the thumbnails of all images of the given samples, and their indices by path.
+
+        A thumbnail that cannot be created has an error message.
+        """
         paths = dict.fromkeys(path for line in lines for path in read_image_paths(line))
         image_indices = {path: index for index, path in enumerate(paths)}
         max_pixels = min(
@@ -108,9 +117,9 @@ class ExampleDataBuilder:
     def _make_thumbnail(
         self, max_pixels: int, max_source_pixels: int, name: str
     ) -> JsonData | None:
-        """Return a thumbnail or an error.
+        """Return the thumbnail of an image, or an error message if it is unreadable.
 
-        Returns None immediately for an image with more than `max_source_pixels`.
+        Returns None without decoding if the image has more than `max_source_pixels`.
         """
         try:
             path = self._resolve_path(name)
@@ -147,7 +156,7 @@ class ExampleDataBuilder:
         }
 
     def build_question(self, line: JsonObject, image_indices: dict[str, int]) -> JsonData:
-        """Return question, images and references of a sample."""
+        """Return the page data of a sample without answers: question, images and references."""
         reference = line.get("gold")
         references = line.get("references")
         texts = [reference, *(references if isinstance(references, list) else [])]
@@ -162,7 +171,7 @@ class ExampleDataBuilder:
         }
 
     def build_answer(self, line: JsonObject | None) -> JsonData | None:
-        """Return an answer and its scores."""
+        """Return the page data of an answer and its scores, or None without a prediction."""
         if line is None:
             return None
         text, is_complete = str(line.get("answer", "")), line.get("stopped") is not False
@@ -185,7 +194,10 @@ class ExampleDataBuilder:
 
 
 def read_boxes(content: object) -> list[JsonData]:
-    """Return boxes with finite corners: `image`, `label` and `xyxy`."""
+    """Return the boxes of a prediction that have finite corners, at most `MAX_BOXES`.
+
+    Each box has `image` (index), `label` and `xyxy` (corners in pixels).
+    """
     boxes = content if isinstance(content, list) else []
     return [
         _to_box_data(box)

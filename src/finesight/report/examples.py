@@ -1,4 +1,4 @@
-"""Validation samples with their answers before and after training."""
+"""Validation samples with their answers before and after training, for run reports."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from finesight.report.run_reader import JsonObject, is_finite, read_json_lines
 
 ExampleKind = Literal["better", "worse", "wrong", "right"]
 EXAMPLE_KINDS: tuple[ExampleKind, ...] = ("worse", "better", "wrong", "right")
-"""Kinds by score: decreased, increased, still below the maximum, still at the maximum. Examples are
-selected in this order."""
+"""Classes of examples by score, in the order in which examples are selected.
+
+- `worse`: the score decreased.
+- `better`: the score increased.
+- `wrong`: the score did not change and is below the maximum.
+- `right`: the score did not change and is the maximum.
+"""
 
 PER_SAMPLE_METRICS = {
     "accuracy_at_0.5": "hit",
@@ -22,24 +27,27 @@ PER_SAMPLE_METRICS = {
     "mean_iou": "iou",
     "parse_rate": "parsed",
 }
-"""Metrics of a data set whose per-sample score has another name."""
+"""Names of per-sample scores by metric, if they differ from the name of the metric."""
 
 FALLBACK_METRICS = ("similarity", "exact", "hit", "iou", "f1", "anls", "cider_d", "rouge_l")
-"""Per-sample scores used if the primary metric has none."""
+"""Per-sample scores to compare if the primary metric has none, in order of preference."""
 
 MAX_SCORES = {"cider_d": 10.0}
-"""Maximum per-sample score, if it is not 1."""
+"""Maximum per-sample score of metrics whose maximum is not 1."""
 
 MIN_SCORE_CHANGE = 1e-6
-"""Smaller changes of a score are rounding errors."""
+"""Minimum change of a score. Smaller differences are rounding errors."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """Sample with its predictions; `before` or `after` may be missing.
+    """Validation sample with its predictions before and after training.
 
     Attributes:
-        change: Increase of the compared score, 0 if unknown.
+        before: Prediction before training. None if missing.
+        after: Prediction after training. None if missing.
+        kind: Class by score, see `EXAMPLE_KINDS`.
+        change: Increase of the compared score. 0 if unknown.
     """
 
     before: JsonObject | None
@@ -49,7 +57,10 @@ class Example:
 
     @property
     def latest(self) -> JsonObject:
-        """Newest prediction. The question is equal in both."""
+        """Prediction after training, or before training if there is no other.
+
+        Both contain the same question.
+        """
         line = self.before if self.after is None else self.after
         assert line is not None, "example without a prediction"
         return line
@@ -57,7 +68,14 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """Displayed examples, largest change first. `counts` includes hidden examples."""
+    """Examples of a report, with the total number of validation samples by class.
+
+    Attributes:
+        displayed: Examples on the page, by class, largest change first.
+        counts: Number of examples by class, including those that are not displayed.
+        metric: Name of the compared per-sample score. Empty if there is none.
+        is_paired: True if there are predictions before and after training.
+    """
 
     displayed: list[Example]
     counts: dict[ExampleKind, int]
@@ -66,11 +84,11 @@ class ExampleSet:
 
     @property
     def total(self) -> int:
-        """Number of all examples."""
+        """Number of examples, including those that are not displayed."""
         return sum(self.counts.values())
 
     def count_hidden(self) -> dict[ExampleKind, int]:
-        """Return the number of hidden examples by kind."""
+        """Return the number of examples by class that are not displayed."""
         displayed_counts = Counter(example.kind for example in self.displayed)
         return {
             kind: count - displayed_counts[kind]
@@ -82,7 +100,14 @@ class ExampleSet:
 def read_examples(
     before: Path | None, after: Path | None, primary_metric: str | None, max_examples: int
 ) -> ExampleSet:
-    """Read the examples of two prediction files, either of which may be missing."""
+    """Read examples from the predictions before and after training.
+
+    Args:
+        before: Prediction file before training. None if missing.
+        after: Prediction file after training. None if missing.
+        primary_metric: Primary metric of the run, by which examples are classified.
+        max_examples: Maximum number of displayed examples.
+    """
     line_pairs = list(pair_predictions(before, after))
     metric = select_sample_metric(
         primary_metric, [line for pair in line_pairs for line in pair if line is not None]
@@ -102,7 +127,10 @@ def read_examples(
 def pair_predictions(
     before: Path | None, after: Path | None
 ) -> Iterator[tuple[JsonObject | None, JsonObject | None]]:
-    """Yield pairs of predictions of the same sample. Duplicate IDs are paired in order."""
+    """Yield pairs of predictions for the same sample from two prediction files.
+
+    The missing prediction of a pair is None. Samples with duplicate IDs are paired in order.
+    """
     unmatched: defaultdict[str, list[JsonObject]] = defaultdict(list)
     for line in read_json_lines(before) if before else ():
         unmatched[str(line.get("id"))].append(line)
@@ -114,14 +142,17 @@ def pair_predictions(
 
 
 def select_sample_metric(primary_metric: str | None, lines: Sequence[JsonObject]) -> str:
-    """Return the per-sample score that represents the primary metric best."""
+    """Return the per-sample score that best represents the primary metric.
+
+    Returns an empty string if the predictions have no suitable score.
+    """
     available = {name for line in lines for name in read_scores(line)}
     candidates = [PER_SAMPLE_METRICS.get(primary_metric, primary_metric)] if primary_metric else []
     return next((name for name in (*candidates, *FALLBACK_METRICS) if name in available), "")
 
 
 def read_scores(line: JsonObject) -> dict[str, float]:
-    """Return the finite scores of a prediction."""
+    """Return the per-sample scores of a prediction that are finite numbers."""
     scores = line.get("scores")
     return {
         str(name): float(value)
@@ -150,9 +181,10 @@ def _classify_example(before: JsonObject | None, after: JsonObject | None, metri
 
 
 def _select_examples(examples: Iterable[Example], max_examples: int) -> list[Example]:
-    """Select at most `max_examples`, largest changes first.
+    """Select at most `max_examples` examples, largest score changes first.
 
-    Each kind gets a quarter, and unused quotas go to the other kinds.
+    Each class gets a quarter of the examples. Classes with more examples use quotas of smaller
+    ones.
     """
     by_kind: dict[ExampleKind, list[Example]] = {kind: [] for kind in EXAMPLE_KINDS}
     for example in examples:
@@ -168,7 +200,7 @@ def _select_examples(examples: Iterable[Example], max_examples: int) -> list[Exa
 
 
 def read_image_paths(line: JsonObject) -> list[str]:
-    """Return the image paths of a sample."""
+    """Return the image paths of a prediction's sample."""
     value = line.get("image")
     paths: list[Any] = value if isinstance(value, list) else [value]
     return [path for path in paths if isinstance(path, str)]

@@ -1,4 +1,4 @@
-"""Histograms of tokens and image sizes."""
+"""Histograms of token counts and image sizes, for the comparison of runs."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ from finesight.report.charts import (
 from finesight.report.i18n import translate
 
 HistogramCounts = Mapping[str, int]
-"""Counts by half octave: key k covers values from 2^(k/2) to below 2^((k+1)/2). Keys are strings,
-as in JSON."""
+"""Number of values by bin. A bin is half an octave wide.
+
+Bin k covers values from 2^(k/2) to below 2^((k+1)/2). Keys are strings, as in JSON.
+"""
 
 
 def count_half_octaves(values: Iterable[int]) -> dict[str, int]:
-    """Count positive values by half octave."""
+    """Count positive integers by bins of half an octave (`HistogramCounts`)."""
     counts = Counter(math.floor(2 * math.log2(value) + 1e-9) for value in values if value > 0)
     return {str(bin_index): counts[bin_index] for bin_index in sorted(counts)}
 
 
 def parse_counts(content: object) -> HistogramCounts:
-    """Return valid counts of a recorded histogram."""
+    """Return the valid bins of a histogram that a run has recorded."""
     items = content if isinstance(content, dict) else {}
     return {
         name: count
@@ -52,7 +54,10 @@ def parse_counts(content: object) -> HistogramCounts:
 def build_histogram(
     title: str, caption: str, counts_by_run: Sequence[tuple[str, HistogramCounts]]
 ) -> Chart | None:
-    """Build a histogram chart in percent, with one step line per run that has values."""
+    """Build a chart of histograms in percent, with one step line per run.
+
+    Runs without values are omitted. Returns None if no run has values.
+    """
     nonempty = [(name, counts) for name, counts in counts_by_run if counts]
     if not nonempty:
         return None

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages whose data cannot execute scripts."""
+"""Render self-contained HTML pages whose data cannot execute scripts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finesight.report.i18n import LANGUAGE_TAGS, get_language, get_translations,
 from finesight.storage import write_file
 
 GENERATOR_TAG = '<meta name="generator" content="finesight'
-"""Marker of pages of this package, within their first kilobyte."""
+"""Prefix of the HTML tag that marks pages of this package, within their first kilobyte."""
 
 _TEMPLATES_FOLDER = importlib.resources.files("finesight.report") / "templates"
 
@@ -27,11 +27,11 @@ _TEMPLATES_FOLDER = importlib.resources.files("finesight.report") / "templates"
 def render_page(
     template: str, data: object = None, assets: Sequence[str] = (), **values: object
 ) -> str:
-    """Render `templates/TEMPLATE.html`, which extends `base.html`.
+    """Render the template `templates/TEMPLATE.html` as a self-contained HTML page.
 
-    All values are escaped. `base.html` requires `title` and has the blocks `lead` and `main`.
-    Styles and scripts of `base`, the assets and the template are embedded. Templates and scripts
-    have `translate` for texts in the current language.
+    The template extends `base.html`, which requires `title` and has the blocks `lead` and `main`.
+    All values are escaped. The styles and scripts of `base`, of the assets and of the template are
+    embedded. Templates and scripts have a function `translate` for texts in the current language.
 
     The page treats `data` as text: scripts insert it with `createElement` of `base.js` as text
     nodes. A content security policy (CSP Level 3, section 6.1) allows only the script with the
@@ -40,7 +40,7 @@ def render_page(
     Args:
         template: Name of the template.
         data: JSON data without NaN or infinity, available to scripts as `DATA`.
-        assets: Names of further styles and scripts.
+        assets: Names of additional styles and scripts.
         **values: Values of the template.
     """
     names = dict.fromkeys(("base", *assets, template))
@@ -65,10 +65,10 @@ def render_page(
 
 
 def write_page(file: Path, page: str) -> None:
-    """Write a page atomically, replacing an older page of this package.
+    """Write an HTML page atomically. An older page of this package is replaced.
 
     Raises:
-        UserError: The file exists and is not such a page, or cannot be written.
+        UserError: The file exists and is not a page of this package, or it cannot be written.
     """
     raise_if_not_generated(file)
     write_file(file, page.encode())
@@ -77,7 +77,7 @@ def write_page(file: Path, page: str) -> None:
 def raise_if_not_generated(file: Path) -> None:
     """Raise UserError if a file exists and is not a page of this package.
 
-    For commands that compute for minutes before they write a page.
+    Commands call this function before minutes of computation, since `write_page` would fail.
     """
     if file.exists() and not _is_generated_page(file):
         raise UserError(
@@ -114,17 +114,17 @@ def _get_environment() -> Environment:
 
 
 def _code_markup(text: str) -> Markup:
-    """Mark a command within a sentence."""
+    """Format a command as code within a sentence."""
     return Markup("<code>{}</code>").format(text)
 
 
 def _key_markup(name: str) -> Markup:
-    """Mark a key within a sentence."""
+    """Format the name of a key as a keyboard key within a sentence."""
     return Markup("<kbd>{}</kbd>").format(name)
 
 
 def _mark_box_kind(kind: str, text: str) -> Markup:
-    """Mark a word in the color of a box kind."""
+    """Format a word in the color of a kind of boxes, such as predicted boxes."""
     return Markup('<b class="{}">{}</b>').format(kind, translate_markup(text))
 
 
@@ -142,6 +142,9 @@ def _build_policy(script: str) -> str:
 
 
 def _to_safe_json(data: object) -> str:
-    """Return JSON that cannot end its script element or start a comment."""
+    """Return JSON that can be embedded in a script element.
+
+    It contains no characters that could end the element or start a comment.
+    """
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -1,4 +1,7 @@
-"""Translation of page texts. English texts are the keys of the translation tables."""
+"""Translate the texts of HTML pages.
+
+English texts are the keys of the translation tables.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from finesight.bounded_yaml import load_yaml
 Language = Literal["en", "zh"]
 
 LANGUAGE_TAGS: dict[Language, str] = {"en": "en", "zh": "zh-Hans"}
-"""BCP 47 language tags of pages."""
+"""BCP 47 language tags for the `lang` attribute of pages."""
 
 _TRANSLATIONS_FOLDER = importlib.resources.files("finesight.report") / "templates"
 
@@ -26,7 +29,7 @@ _LANGUAGE: ContextVar[Language] = ContextVar("language", default="en")
 
 @contextmanager
 def use_language(language: Language) -> Iterator[None]:
-    """Set the language of `translate` within the block."""
+    """Set the language of `translate` within a `with` block."""
     token = _LANGUAGE.set(language)
     try:
         yield
@@ -35,18 +38,21 @@ def use_language(language: Language) -> Iterator[None]:
 
 
 def get_language() -> Language:
-    """Return the current language."""
+    """Return the language that `use_language` has set, by default English."""
     return _LANGUAGE.get()
 
 
 def detect_language() -> Language:
-    """Return the language of the locale by POSIX variable order; English by default."""
+    """Return the language of the locale; English if it is not supported.
+
+    Reads LC_ALL, LC_MESSAGES and LANG in the order of POSIX.
+    """
     locales = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
     return "zh" if next(filter(None, locales), "").lower().startswith("zh") else "en"
 
 
 def translate(text: str, *values: object) -> str:
-    """Translate a text and format it with `values`.
+    """Translate an English text to the current language and format it with `values`.
 
     Texts without a translation, such as names and error messages, remain in English.
     """
@@ -55,13 +61,16 @@ def translate(text: str, *values: object) -> str:
 
 
 def translate_markup(text: str, *values: object) -> Markup:
-    """Translate for templates: markup values are inserted, all others are escaped."""
+    """Translate an English text in a template, and format it with `values`.
+
+    All values are escaped, except for markup.
+    """
     translated = escape(get_translations().get(text, text))
     return translated.format(*values) if values else translated
 
 
 def get_translations() -> Mapping[str, str]:
-    """Return the translations of the current language by English text; empty for English."""
+    """Return the translations to the current language by English text; empty for English."""
     return {} if get_language() == "en" else _load_translations(get_language())
 
 

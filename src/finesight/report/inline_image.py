@@ -1,4 +1,4 @@
-"""Images embedded in pages as data URLs."""
+"""Embed images in HTML pages as data URLs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,20 @@ JPEG_QUALITY = 88
 """Default JPEG quality of embedded images."""
 
 MAX_PNG_COLORS = 4096
-"""Images with more colors are encoded as JPEG only. PNG would be slow and larger."""
+"""Maximum number of colors for which PNG is tried.
+
+PNG of images with more colors would be slow to encode and larger than JPEG.
+"""
 
 
 class InlineImage(TypedDict):
-    """Argument of `drawImage` in `base.js`: data URL, and the size to which boxes refer."""
+    """Embedded image, the argument of `drawImage` in `base.js`.
+
+    Attributes:
+        src: Data URL, possibly of a smaller version of the image.
+        width: Width of the original image, to which boxes refer.
+        height: Height of the original image.
+    """
 
     src: str
     width: int
@@ -26,7 +35,10 @@ class InlineImage(TypedDict):
 def build_inline_image(
     image: Image.Image, max_side: int | None = None, quality: int = JPEG_QUALITY
 ) -> InlineImage:
-    """Embed an RGB image with sides of at most `max_side`. Boxes refer to `image`."""
+    """Embed an RGB image, shrunk to sides of at most `max_side`.
+
+    The width and height of the result are those of the original image, to which boxes refer.
+    """
     data_url = encode_data_url(image, max_side, quality)
     return InlineImage(src=data_url, width=image.width, height=image.height)
 
@@ -34,9 +46,9 @@ def build_inline_image(
 def encode_data_url(
     image: Image.Image, max_side: int | None = None, quality: int = JPEG_QUALITY
 ) -> str:
-    """Encode an RGB image as a data URL: PNG or JPEG, whichever is smaller.
+    """Encode an RGB image as a data URL, in PNG or JPEG, whichever is smaller.
 
-    The image is shrunk to sides of at most `max_side`, and never enlarged.
+    Larger images are shrunk to sides of at most `max_side`.
     """
     assert image.mode == "RGB", f"image mode is {image.mode}, not RGB"
     if max_side is not None and max(image.size) > max_side:

@@ -1,8 +1,8 @@
-"""Confidence of metric differences of an unfinished run, from recorded scores.
+"""Estimate confidence intervals of metric differences while a run is in progress.
 
-A finished run compares its predictions. During training, this is too slow for some metrics, and
-reports never execute custom metrics. Metrics that are means over samples need only the recorded
-scores.
+A finished run has computed them from its predictions. During training, this would be too slow for
+some metrics, and reports never execute custom metrics. For metrics that are means over samples, the
+recorded per-sample scores are sufficient.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from finesight.report.examples import PER_SAMPLE_METRICS, pair_predictions, read
 from finesight.report.run_reader import JsonObject
 
 MAX_MEAN_ERROR = 1e-6
-"""A metric is a mean if it differs from the mean of the sample scores by less."""
+"""Maximum difference of a metric from the mean of its per-sample scores.
+
+With a larger difference, the metric is not a mean.
+"""
 
 
 def estimate_differences(
@@ -33,13 +36,16 @@ def estimate_differences(
     before_metrics: Mapping[str, float],
     after_metrics: Mapping[str, float],
 ) -> dict[str, MetricDifference]:
-    """Estimate differences of metrics that are means over samples.
+    """Estimate the differences of all metrics that are means over samples.
 
     Args:
         before: Earlier prediction file.
         after: Later prediction file.
         before_metrics: Recorded metrics of the earlier evaluation.
         after_metrics: Recorded metrics of the later evaluation.
+
+    Returns:
+        Difference with confidence interval by metric name. Other metrics are omitted.
     """
     line_pairs = [
         (before_line, after_line)
@@ -76,7 +82,7 @@ def _is_bounded(values: FloatArray) -> bool:
 
 
 def _read_score_column(metric: str, lines: tuple[JsonObject, ...]) -> FloatArray | None:
-    """Return the score of every prediction, or None if one is missing."""
+    """Return one score of every prediction, or None if any prediction lacks it."""
     if metric == "stopped":
         return np.array([float(line.get("stopped") is True) for line in lines])
     scores = [read_scores(line).get(PER_SAMPLE_METRICS.get(metric, metric)) for line in lines]

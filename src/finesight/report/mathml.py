@@ -1,8 +1,8 @@
-"""Conversion of LaTeX answers to safe MathML.
+"""Convert answers in LaTeX to MathML that is safe to display.
 
 The converter (latex2mathml, extra `latex`) receives short sources without macros, which bounds its
 work. Only known elements, and attributes with harmless values, remain. The page builds the formula
-from this tree without parsing markup.
+from a JSON tree without parsing markup.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from xml.etree.ElementTree import Element
 from finesight.evaluate.latex_metrics import strip_math_delimiters
 
 MathMLTree = list["str | dict[str, str] | MathMLTree"]
-"""Element as JSON: name, attributes, then texts and child elements."""
+"""MathML element as JSON: name, attributes, then texts and child elements."""
 
 MAX_FORMULA_CHARS = 2000
-"""Longer sources are not converted."""
+"""Maximum length of a LaTeX source. Longer sources are displayed as text."""
 
 MAX_TREE_DEPTH = 60
-"""Maximum nesting depth of elements."""
+"""Maximum nesting depth of MathML elements."""
 
 ALLOWED_ELEMENTS = {
     *("math", "mrow", "mstyle", "mi", "mn", "mo", "mtext", "mspace", "ms", "mpadded", "mphantom"),
@@ -45,13 +45,13 @@ ALLOWED_ATTRIBUTES = {
     **dict.fromkeys(["minsize", "maxsize", "mathsize", "linethickness"], _LENGTH_PATTERN),
     **dict.fromkeys(["mathcolor", "mathbackground"], _COLOR_PATTERN),
 }
-"""Allowed attributes and the pattern of their values."""
+"""Allowed MathML attributes, each with the pattern of its values."""
 
 _MACRO_PATTERN = re.compile(r"\\(?:[egx]?def|let|(?:re)?new|provide|Declare)")
 
 
 class FormulaConverter:
-    """Converts formulas and caches the results."""
+    """Converts LaTeX formulas to MathML and caches the results."""
 
     def __init__(self) -> None:
         self._convert_element = _import_converter()
@@ -59,14 +59,14 @@ class FormulaConverter:
 
     @property
     def is_available(self) -> bool:
-        """Return whether latex2mathml is installed."""
+        """True if the converter package latex2mathml is installed."""
         return self._convert_element is not None
 
     def convert(self, source: str) -> MathMLTree | None:
-        """Convert a formula. Returns None if its source should be shown instead.
+        """Convert a LaTeX formula to MathML.
 
-        This applies to sources that are empty, too long, invalid or define macros, and without
-        converter.
+        Returns None if the page should display the source: it is empty, too long, invalid or
+        defines macros, or the converter package is not installed.
         """
         if source not in self._cache:
             self._cache[source] = self._convert_uncached(source)
@@ -96,9 +96,12 @@ def _import_converter() -> Callable[[str], Element] | None:
 
 
 def _sanitize(element: Element, max_depth: int) -> MathMLTree:
-    """Remove disallowed elements and attributes.
+    """Convert a MathML element to JSON, without disallowed elements and attributes.
 
-    Unknown elements become rows. Raises ValueError for too deep nesting.
+    Unknown elements become rows.
+
+    Raises:
+        ValueError: Elements are nested too deeply.
     """
     if not max_depth:
         raise ValueError(f"<{element.tag}> is nested deeper than {MAX_TREE_DEPTH} elements")

@@ -1,4 +1,4 @@
-"""Metrics of several runs with intervals, and differences from the baseline run."""
+"""Metrics of compared runs with confidence intervals, and differences from the baseline."""
 
 from __future__ import annotations
 
@@ -34,7 +34,14 @@ from finesight.report.metrics import (
 
 @dataclass(frozen=True)
 class MetricCell(MetricChange):
-    """Metric of one run. `difference` is relative to the baseline, if comparable."""
+    """Metric of a run in the comparison table.
+
+    Attributes:
+        value: Value of the metric. None if the run does not have it.
+        interval: 95 % confidence interval.
+        difference: Difference from the baseline. None for the baseline, or if not comparable.
+        note: Reason of a missing interval, or a warning.
+    """
 
     value: float | None
     interval: IntervalBounds | None
@@ -43,13 +50,13 @@ class MetricCell(MetricChange):
 
     @property
     def change(self) -> float | None:
-        """Difference from the baseline."""
+        """Value of the run minus value of the baseline, on common samples. None if unknown."""
         return None if self.difference is None else self.difference.after - self.difference.before
 
 
 @dataclass(frozen=True)
 class MetricComparisonRow:
-    """Row of the comparison: one metric of all runs."""
+    """Row of the comparison table: one metric of all runs."""
 
     name: str
     is_primary: bool
@@ -57,21 +64,21 @@ class MetricComparisonRow:
 
     @property
     def lower_is_better(self) -> bool:
-        """Return whether lower values are better."""
+        """True if lower values of the metric are better."""
         return self.name in LOWER_IS_BETTER
 
 
 class MetricResultCache:
-    """Cache of metric results by run and samples."""
+    """Cache of metric results by run and subset of samples."""
 
     def __init__(self) -> None:
         self._results: dict[tuple[str, tuple[SampleKey, ...]], MetricResult] = {}
 
     def get_result(self, run: ComparedRun, keys: Sequence[SampleKey]) -> MetricResult | None:
-        """Return the metric result of predictions.
+        """Return the metric result of a run on the given samples.
 
-        Built-in metrics are computed again. A custom metric uses the recorded scores, or None if
-        samples have different scores.
+        Built-in metrics are computed again. Custom metrics are not executed: the result is the mean
+        of recorded scores, or None if the predictions have different score names.
         """
         cache_key = run.letter, tuple(keys)
         predictions = [run.predictions[key] for key in keys]
@@ -90,7 +97,7 @@ class MetricResultCache:
 
 
 def compare_metrics(runs: Sequence[ComparedRun]) -> list[MetricComparisonRow]:
-    """Compare all metrics of all runs, primary metric first and loss last."""
+    """Compare all metrics of all runs. The primary metric is first, the validation loss last."""
     result_cache = MetricResultCache()
     metrics_by_run = [_collect_metrics(run, result_cache) for run in runs]
     differences_by_run = [
@@ -118,7 +125,7 @@ def compare_metrics(runs: Sequence[ComparedRun]) -> list[MetricComparisonRow]:
 
 
 class _RunMetric(NamedTuple):
-    """Metric of a run. `note` explains a missing interval or is a warning."""
+    """Metric value of a run. The note explains a missing interval or is a warning."""
 
     value: float
     interval: IntervalBounds | None
@@ -131,7 +138,7 @@ def _build_cell(metric: _RunMetric | None, difference: MetricDifference | None) 
 
 
 def _collect_metrics(run: ComparedRun, result_cache: MetricResultCache) -> dict[str, _RunMetric]:
-    """Return recorded metrics of a run, or computed metrics of a prediction file."""
+    """Return the recorded metrics of a run, or compute those of a prediction file."""
     if run.run_record is not None:
         metrics = read_metrics(run.evaluation)
         return {

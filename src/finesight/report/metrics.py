@@ -1,4 +1,4 @@
-"""Metrics before and after training, with changes and verdicts."""
+"""Metrics of a run before and after training, with differences and verdicts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ METRIC_DESCRIPTIONS = {
     "cider_d": "TF-IDF n-gram similarity to the reference captions",
     "rouge_l": "longest common subsequence of words",
 }
-"""Descriptions of metrics."""
+"""Descriptions of built-in metrics for report readers."""
 
 METRIC_TITLES = {
     VALIDATION_LOSS: "validation loss",
@@ -85,24 +85,24 @@ METRIC_TITLES = {
     "rendered_share": "renderable share",
     "stopped": "completed answers",
 }
-"""Display names of metrics. Custom metrics have no entry."""
+"""Display names of built-in metrics. Others are displayed by their own name."""
 
 IntervalBounds = tuple[float, float]
 
 
 class MetricChange(ABC):
-    """Metric with an optional difference and verdict."""
+    """Base class of a metric with an optional difference between two evaluations."""
 
     difference: MetricDifference | None
 
     @property
     @abstractmethod
     def change(self) -> float | None:
-        """Difference of the metric."""
+        """Difference between the two values of the metric. None if unknown."""
 
     @property
     def change_interval(self) -> IntervalBounds | None:
-        """95 % interval of the difference."""
+        """95 % confidence interval of the difference. None if unknown."""
         difference = self.difference
         return (
             None
@@ -112,7 +112,7 @@ class MetricChange(ABC):
 
     @property
     def verdict(self) -> Verdict:
-        """Verdict of the comparison."""
+        """Verdict on the difference, such as `better`. Empty without a difference."""
         if self.difference is None:
             return ""
         if self.change == 0:
@@ -123,7 +123,9 @@ class MetricChange(ABC):
 
 @dataclass(frozen=True)
 class MetricRow(MetricChange):
-    """Metric before and after training, with 95 % intervals. Unknown values are None.
+    """Metric before and after training, with 95 % confidence intervals.
+
+    Unknown values are None.
 
     Attributes:
         notes: Reasons of missing intervals, and warnings.
@@ -141,12 +143,12 @@ class MetricRow(MetricChange):
 
     @property
     def change(self) -> float | None:
-        """Value after minus value before."""
+        """Value after training minus value before."""
         return None if self.before is None or self.after is None else self.after - self.before
 
     @property
     def description(self) -> str:
-        """Description of the metric and its direction."""
+        """Translated description of the metric, and whether lower or higher is better."""
         direction = translate("lower is better" if self.lower_is_better else "higher is better")
         return (
             translate("{}; {}", translate(METRIC_DESCRIPTIONS[self.name]), direction)
@@ -156,16 +158,21 @@ class MetricRow(MetricChange):
 
     @property
     def verdict_text(self) -> str:
-        """Translated verdict."""
+        """Translated verdict on the difference."""
         return translate(VERDICT_TEXTS[self.verdict])
 
 
 def build_metric_rows(
     evaluations: Sequence[JsonObject], differences: Mapping[str, MetricDifference]
 ) -> list[MetricRow]:
-    """Build rows of up to two evaluations, primary metric first and loss last.
+    """Build the rows of a metric table from up to two evaluations.
 
-    Without an entry in `differences`, the difference of the values is used.
+    The primary metric is first, the validation loss last.
+
+    Args:
+        evaluations: Evaluation before and after training, or one of them.
+        differences: Differences with confidence intervals by metric. A metric without an entry has
+            no interval.
     """
     if not evaluations:
         return []
@@ -203,12 +210,12 @@ def build_metric_rows(
 
 
 def format_metric_name(metric: str) -> str:
-    """Return the display name of a metric."""
+    """Return the translated display name of a metric."""
     return translate(METRIC_TITLES.get(metric, metric))
 
 
 def read_metrics(line: JsonObject) -> dict[str, float]:
-    """Return all finite metrics of an evaluation, including the loss."""
+    """Return all metrics of an evaluation that are finite, including the validation loss."""
     scores = line.get("scores")
     values = {
         **(scores if isinstance(scores, dict) else {}),
@@ -218,22 +225,25 @@ def read_metrics(line: JsonObject) -> dict[str, float]:
 
 
 def read_interval(line: JsonObject, name: str) -> IntervalBounds | None:
-    """Return the 95 % interval of a metric in an evaluation."""
+    """Return the recorded 95 % confidence interval of a metric, or None."""
     intervals = line.get("intervals")
     return parse_interval(intervals.get(name)) if isinstance(intervals, dict) else None
 
 
 def get_note(line: JsonObject, name: str) -> str:
-    """Return the reason of a missing interval, or a warning about the score."""
+    """Return the note that an evaluation has recorded for a metric.
+
+    A note explains a missing confidence interval or is a warning. It is empty for most metrics.
+    """
     notes = line.get("notes")
     return str(notes.get(name, "")) if isinstance(notes, dict) else ""
 
 
 def format_notes(notes: Iterable[tuple[str, str]]) -> list[str]:
-    """Format each note with its scores.
+    """Format notes for display, each with all metrics to which it applies.
 
     Args:
-        notes: Names of scores, each with a note or an empty string.
+        notes: Pairs of metric name and note. Empty notes are omitted.
     """
     names_by_note: dict[str, dict[str, None]] = {}
     for name, note in notes:
@@ -246,7 +256,7 @@ def format_notes(notes: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def parse_interval(content: object) -> IntervalBounds | None:
-    """Return a pair of finite values, or None."""
+    """Return the bounds of a recorded interval, or None if it is invalid."""
     if not isinstance(content, Sequence) or isinstance(content, str) or len(content) != 2:
         return None
     low, high = content
@@ -254,7 +264,7 @@ def parse_interval(content: object) -> IntervalBounds | None:
 
 
 def describe_change(row: MetricRow) -> str:
-    """Describe the change of a metric and its confidence."""
+    """Describe in a sentence the change of a metric and its confidence interval."""
     name = format_metric_name(row.name)
     if row.before is None and row.after is None:
         return translate("The {} could not be computed from these answers.", name)
@@ -285,18 +295,18 @@ def describe_change(row: MetricRow) -> str:
 
 
 def format_value(value: float) -> str:
-    """Format a metric with significant digits."""
+    """Format a metric value with one to four decimals, depending on its size."""
     digits = 4 if abs(value) < 10 else 2 if abs(value) < 100 else 1
     return f"{value:,.{digits}f}"
 
 
 def format_change(value: float) -> str:
-    """Format a difference with its sign."""
+    """Format the difference of a metric with its sign."""
     return f"{'−' if value < 0 else '+'}{format_value(abs(value))}"
 
 
 def format_change_interval(interval: IntervalBounds) -> str:
-    """Format the interval of a difference."""
+    """Format the confidence interval of a difference, with signs."""
     return translate(
         "{} to {}",
         *(f"{'−' if bound < 0 else '+'}{format_bound(abs(bound))}" for bound in interval),
@@ -304,7 +314,7 @@ def format_change_interval(interval: IntervalBounds) -> str:
 
 
 def format_interval(interval: IntervalBounds | None) -> str:
-    """Format the interval of a metric."""
+    """Format the confidence interval of a metric; empty if unknown."""
     return (
         ""
         if interval is None
@@ -313,5 +323,5 @@ def format_interval(interval: IntervalBounds | None) -> str:
 
 
 def format_bound(value: float) -> str:
-    """Format a bound of an interval."""
+    """Format one bound of a confidence interval."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"

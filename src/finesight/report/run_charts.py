@@ -1,4 +1,4 @@
-"""Charts of the run report."""
+"""Charts of a run report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from finesight.report.run_reader import JsonObject, RunRecord
 
 
 def build_run_charts(run_record: RunRecord) -> list[Chart]:
-    """Return charts of loss, primary metric, learning rate, gradient norm, throughput and MFU."""
+    """Build the charts of a run report, without charts that have no values.
+
+    They show loss, primary metric, learning rate, gradient norm, throughput and MFU.
+    """
     steps = run_record.steps
     charts = [
         build_chart(
@@ -52,7 +55,7 @@ def _read_points(lines: Sequence[JsonObject], name: str) -> list[tuple[float, fl
 
 
 def _build_smoothed_series(name: str, points: Sequence[tuple[float, float]]) -> list[ChartSeries]:
-    """Return the values and, for many points, a smoothed line."""
+    """Return a series and, if it has many points, its smoothed version."""
     smoothed = smooth_points(points)
     if not smoothed:
         return [ChartSeries(name, points)]
@@ -85,11 +88,16 @@ def _build_primary_metric_chart(run_record: RunRecord) -> list[Chart | None]:
 
 
 def _build_lr_series(steps: Sequence[JsonObject]) -> list[ChartSeries]:
-    """Return one line per part, or one line for parts with equal learning rates."""
-    rates = [(line.get("step"), line["lr"]) for line in steps if isinstance(line.get("lr"), dict)]
-    parts = dict.fromkeys(part for _, lr_by_part in rates for part in lr_by_part)
+    """Return the learning rate of each part of the model.
+
+    Parts with equal learning rates share a line.
+    """
+    lr_by_step = [
+        (line.get("step"), line["lr"]) for line in steps if isinstance(line.get("lr"), dict)
+    ]
+    parts = dict.fromkeys(part for _, lr_by_part in lr_by_step for part in lr_by_part)
     lines = {
-        part: filter_finite((step, lr_by_part.get(part)) for step, lr_by_part in rates)
+        part: filter_finite((step, lr_by_part.get(part)) for step, lr_by_part in lr_by_step)
         for part in parts
     }
     groups: list[tuple[list[str], list[tuple[float, float]]]] = []

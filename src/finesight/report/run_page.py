@@ -1,4 +1,4 @@
-"""Report of a run as a single HTML page."""
+"""HTML report of a run (`finesight report`), also written during training."""
 
 from __future__ import annotations
 
@@ -40,14 +40,16 @@ from finesight.report.run_reader import JsonObject, RunRecord, read_run
 from finesight.report.run_status import get_run_status
 
 MAX_EXAMPLES = 2000
-"""Maximum number of examples in the report of a finished run. With thumbnails, they take about 20
-MB."""
+"""Maximum number of examples in the report of a finished run.
+
+Their thumbnails take about 20 MB.
+"""
 
 MAX_LIVE_EXAMPLES = 200
-"""Maximum number of examples in the report during training."""
+"""Maximum number of examples in a report that is written during training."""
 
 MAX_DETAIL_ROWS = 20
-"""Maximum number of rows in tables of classes or fields."""
+"""Maximum number of rows in the tables of class confusions and of field scores."""
 
 KIND_LABELS: dict[ExampleKind, str] = {
     "better": "improved",
@@ -60,9 +62,9 @@ UNPAIRED_KIND_LABELS: dict[ExampleKind, str] = {"wrong": "incorrect", "right": "
 
 @dataclass
 class LiveReportState:
-    """Cache of the live report, which is rendered every `interval_s` seconds.
+    """Cache of the report that the training process writes every `interval_s` seconds.
 
-    Examples are rendered again only after new predictions, and each thumbnail once.
+    Examples are rendered again only after new predictions. Each thumbnail is created once.
     """
 
     interval_s: float
@@ -73,7 +75,7 @@ class LiveReportState:
     )
 
     def get_examples(self, run_record: RunRecord, max_examples: int) -> tuple[ExampleSet, JsonData]:
-        """Return the examples of a run and their page data."""
+        """Return the examples of a run and their page data, from the cache if possible."""
         file_versions = [
             (str(path), path.stat().st_mtime_ns) for path in run_record.predictions_files
         ]
@@ -91,14 +93,17 @@ def write_report(
     language: Language | None = None,
     live_state: LiveReportState | None = None,
 ) -> Path:
-    """Write the report of a run.
+    """Write the HTML report of a run.
 
     Args:
         run_dir: Run directory.
         out: Output file, by default `report.html` in the run directory.
         max_examples: Maximum number of examples.
         language: Language of the page, by default that of the locale.
-        live_state: Cache of the training process.
+        live_state: Cache that the training process passes. None for a report after training.
+
+    Returns:
+        Path of the report.
 
     Raises:
         UserError: `run_dir` is not a run, or the file cannot be written.
@@ -112,7 +117,7 @@ def write_report(
 def render_run_page(
     run_dir: Path, max_examples: int = MAX_EXAMPLES, live_state: LiveReportState | None = None
 ) -> str:
-    """Render the report of a run, finished or not, in the current language."""
+    """Render the report of a run in the current language. The run may be unfinished."""
     run_record = read_run(run_dir)
     examples, example_data = (
         live_state.get_examples(run_record, max_examples)
@@ -161,7 +166,7 @@ def render_run_page(
 def _build_result_context(
     run_record: RunRecord, evaluations: Sequence[JsonObject]
 ) -> dict[str, Any]:
-    """Return template values of the result section."""
+    """Return the template values of the result section."""
     metric_rows = build_metric_rows(evaluations, _read_differences(run_record, evaluations))
     row = next(
         (row for row in metric_rows if row.is_primary), metric_rows[-1] if metric_rows else None
@@ -188,12 +193,15 @@ def _build_result_context(
 
 
 def _get_primary_names(row: MetricRow | None) -> list[str]:
-    """Return the metrics by which a run is assessed."""
+    """Return the metrics that assess a run: primary metric and validation loss."""
     return list(dict.fromkeys([row.name, VALIDATION_LOSS])) if row else []
 
 
 def _describe_best(run_record: RunRecord, name: str, final_evaluation: JsonObject) -> str:
-    """Describe an intermediate evaluation that was better than the last one, if any."""
+    """Describe an earlier evaluation in which a metric was better than in the last one.
+
+    Returns an empty string if there is none.
+    """
     sign = -1 if name in LOWER_IS_BETTER else 1
     values = {
         step: sign * value
@@ -212,7 +220,7 @@ def _describe_best(run_record: RunRecord, name: str, final_evaluation: JsonObjec
 
 
 def _build_details(evaluation: JsonObject) -> dict[str, Any]:
-    """Return the most frequent confusions of classes, and fields in ascending order of F1."""
+    """Return the most frequent class confusions, and the fields with the lowest F1."""
     try:
         sections = _Details.model_validate(evaluation.get("details") or {})
     except ValidationError:
@@ -229,7 +237,7 @@ class _FieldScores(BaseModel):
 
 
 class _Details(BaseModel):
-    """Details of an evaluation that the page shows."""
+    """Per-class and per-field results of an evaluation that the report displays."""
 
     confusion: list[tuple[str, str, int]] = []
     fields: dict[str, _FieldScores] = {}
@@ -239,7 +247,7 @@ _DIFFERENCES: TypeAdapter[list[MetricDifference]] = TypeAdapter(list[MetricDiffe
 
 
 def _build_examples_context(run_record: RunRecord, examples: ExampleSet) -> dict[str, Any]:
-    """Return template values of the examples."""
+    """Return the template values of the examples section."""
     kind_labels = KIND_LABELS if examples.is_paired else UNPAIRED_KIND_LABELS
     displayed_counts = Counter(example.kind for example in examples.displayed)
     return {
@@ -251,7 +259,7 @@ def _build_examples_context(run_record: RunRecord, examples: ExampleSet) -> dict
 
 
 def _describe_examples(examples: ExampleSet, kind_labels: dict[ExampleKind, str]) -> str:
-    """Describe the classification of examples and the hidden ones."""
+    """Describe how examples are classified, and how many are not displayed."""
     text = "{:,} validation samples."
     if examples.metric and examples.is_paired:
         text = (
@@ -270,7 +278,7 @@ def _describe_examples(examples: ExampleSet, kind_labels: dict[ExampleKind, str]
 
 
 def _build_summary_context(run_record: RunRecord, question: str) -> dict[str, Any]:
-    """Return template values of the summary and of the last sections."""
+    """Return the template values of the summary, cost, data and command sections."""
     return {
         "summary": summary.summarize_run(run_record),
         "param_rows": [_ParamChangeRow.from_json(row) for row in run_record.param_changes or ()],
@@ -286,7 +294,7 @@ def _build_summary_context(run_record: RunRecord, question: str) -> dict[str, An
 
 @dataclass(frozen=True)
 class _ParamChangeRow:
-    """Formatted line of `param_audit.json`."""
+    """Formatted row of the parameter audit (`param_audit.json`), one per part of the model."""
 
     name: str
     is_trained: bool
@@ -335,7 +343,7 @@ def _get_metric(run_record: RunRecord) -> str | None:
 
 
 def _read_run_examples(run_record: RunRecord, max_examples: int) -> ExampleSet:
-    """Return examples of the first and last predictions, or of a single evaluation."""
+    """Read examples from the predictions before training and the latest ones."""
     files = run_record.predictions_files
     first = files[0] if files and files[0].stem == "before" else None
     last = files[-1] if files and files[-1] != first else None
@@ -360,7 +368,10 @@ def _get_primary_metric(run_record: RunRecord) -> str | None:
 
 
 def _select_evaluations(run_record: RunRecord) -> list[JsonObject]:
-    """Return the evaluation before training, and that of the final weights or the newest."""
+    """Return the evaluation before training and the latest one, or the only one.
+
+    In a finished run, the second is the evaluation of the final weights.
+    """
     if run_record.result is not None:
         before, after = run_record.result.get("before"), run_record.result.get("after")
         if isinstance(before, dict) and isinstance(after, dict):
@@ -373,7 +384,7 @@ def _select_evaluations(run_record: RunRecord) -> list[JsonObject]:
 
 
 def _name_evaluations(run_record: RunRecord, evaluations: Sequence[JsonObject]) -> list[str]:
-    """Return display names of evaluations."""
+    """Return the display name of each evaluation, such as `before` or `after step 100`."""
     names = []
     for line in evaluations:
         step = line.get("step") or 0
@@ -386,9 +397,9 @@ def _name_evaluations(run_record: RunRecord, evaluations: Sequence[JsonObject]) 
 def _read_differences(
     run_record: RunRecord, evaluations: Sequence[JsonObject]
 ) -> dict[str, MetricDifference]:
-    """Return differences between the first and last evaluation by metric.
+    """Return the differences between the first and last evaluation by metric.
 
-    A finished run has recorded them. Otherwise they are estimated from the scores of predictions.
+    A finished run has recorded them. For other runs, they are estimated from per-sample scores.
     """
     recorded = (run_record.result or {}).get("metric_differences")
     with suppress(ValidationError):
@@ -402,6 +413,9 @@ def _read_differences(
 
 
 def _list_image_folders(run_record: RunRecord) -> list[Path]:
-    """Return base folders of image paths: current folder and start folders of the run."""
+    """Return the folders to which relative image paths may refer.
+
+    These are the current folder and the working directories in which the run was started.
+    """
     start_folders: Any = [line.get("working_dir") for line in run_record.starts]
     return [Path(), *(Path(folder) for folder in start_folders if isinstance(folder, str))]

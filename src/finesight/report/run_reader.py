@@ -1,6 +1,7 @@
 """Reader for run directories that may be incomplete, damaged, or from an older version.
 
-Only the manifest is required. Missing values are None or empty, and unreadable files are listed.
+Only the manifest is required. Missing values are None or empty, and the names of unreadable files
+are recorded.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from finesight.errors import UserError
 from finesight.manifest import MANIFEST_FILE
 
 JsonObject = dict[str, Any]
-"""JSON object: a step, an evaluation, or a prediction."""
+"""JSON object of a run: a record of a step, an evaluation or a prediction."""
 
 FIELD_TYPES: dict[str, type] = {
     **dict.fromkeys(["step", "steps", "total_steps", "skipped_steps", "weights_step"], float),
@@ -37,10 +38,13 @@ FIELD_TYPES: dict[str, type] = {
     "metric_differences": list,
     **dict.fromkeys(["primary_metric", "started_at", "ended_at", "status", "reason"], str),
 }
-"""Types of values by key, float for any number. Values of another type count as missing."""
+"""Expected types of values by key; `float` accepts any number.
+
+Values of another type are treated as missing.
+"""
 
 MAX_ABS_VALUE = 1e15
-"""Larger values are invalid."""
+"""Maximum absolute value of a number. Larger numbers are treated as missing."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,21 @@ class RunRecord:
     """Content of a run directory.
 
     Attributes:
+        folder: Run directory.
+        recipe: Settings of the recipe.
+        recipe_text: Recipe file as text.
+        manifest: Content of the manifest.
         steps: Lines of `metrics.jsonl` for training steps.
-        evaluations: Lines for evaluations.
-        starts: Lines for the start of each training process.
-        vision_cache_builds: Lines for builds of the vision cache.
-        weight_digests: SHA-256 digests of trained weights by file.
-        checkpoint_identity: Fingerprints in the newest checkpoint.
-        end_event: Last line, if the run was interrupted or failed.
+        evaluations: Lines of `metrics.jsonl` for evaluations.
+        starts: Lines of `metrics.jsonl` for the start of each training process.
+        vision_cache_builds: Lines of `metrics.jsonl` for builds of the vision cache.
+        skipped_samples: Lines of `skipped_samples.jsonl`.
+        param_changes: Rows of the parameter audit. None if missing.
+        result: Result of a finished run. None for an unfinished run.
+        weight_digests: SHA-256 digests of the trained weights by file.
+        checkpoint_identity: Fingerprints of data and base model in the newest checkpoint.
+        end_event: Line of `metrics.jsonl` for the interruption or failure of the last training
+            process. None if there was none.
         unreadable_files: Names of damaged files.
     """
 
@@ -76,7 +88,10 @@ class RunRecord:
 
     @property
     def predictions_files(self) -> list[Path]:
-        """Prediction files in order: before training, at each evaluation, after training."""
+        """Prediction files in chronological order.
+
+        The order is: before training, during training by step, after training.
+        """
         folder = self.folder / run_files.PREDICTIONS_FOLDER
         paths = {path.stem: path for path in folder.glob("*.jsonl") if path.is_file()}
         step_texts = {name: name.removeprefix("step-") for name in paths}
@@ -90,7 +105,15 @@ class RunRecord:
 
 
 def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
-    """Read a run directory. Raises UserError, with `where`, if `folder` is not a run."""
+    """Read the content of a run directory.
+
+    Args:
+        folder: Run directory.
+        where: Command to name in the error.
+
+    Raises:
+        UserError: `folder` is not a run directory.
+    """
     if not (folder / MANIFEST_FILE).is_file():
         raise UserError(
             f"{folder} is not a run directory",
@@ -129,9 +152,12 @@ def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
 
 
 def read_json_lines(path: Path, damaged_lines: list[int] | None = None) -> Iterator[JsonObject]:
-    """Yield the objects of a JSON Lines file and skip invalid lines.
+    """Yield the objects of a JSON Lines file, without invalid lines.
 
-    Line indices of skipped lines are added to `damaged_lines`, except for a truncated last line.
+    Args:
+        path: File to read.
+        damaged_lines: List to which the numbers of invalid lines are added, from 1. A truncated
+            last line is omitted, since a process may be writing it.
     """
     for line_number, line in enumerate(bounded_files.read_lines(path, expected="JSON Lines"), 1):
         try:
@@ -145,7 +171,7 @@ def read_json_lines(path: Path, damaged_lines: list[int] | None = None) -> Itera
 
 
 def is_finite(value: object) -> TypeGuard[int | float]:
-    """Return True for a finite number that a float can represent."""
+    """Return whether a value is a finite number that fits in a float."""
     if not isinstance(value, int | float):
         return False
     try:
@@ -167,7 +193,7 @@ def _read_result(content: JsonObject) -> JsonObject:
 
 
 def _drop_invalid_values(line: JsonObject) -> JsonObject:
-    """Set values of an unexpected type to None."""
+    """Replace the values of a line that have an unexpected type by None."""
     return {
         key: value if key not in FIELD_TYPES or _has_type(value, FIELD_TYPES[key]) else None
         for key, value in line.items()
@@ -226,14 +252,14 @@ class _RunFolderReader:
             self.unreadable_files.append(f"{lines} {damaged_lines[0]:,} of {name}")
 
     def record_irregular_files(self, name: str) -> None:
-        """List JSON Lines files of a folder that are not regular files as unreadable."""
+        """Record as unreadable the JSON Lines files of a folder that are not regular files."""
         candidates = sorted((self._folder / name).glob("*.jsonl"))
         self.unreadable_files += [
             f"{name}/{path.name}" for path in candidates if not path.is_file()
         ]
 
     def read_weight_digests(self) -> dict[str, str]:
-        """Return SHA-256 digests of the trained weights by their path in the run directory."""
+        """Return the SHA-256 digests of the trained weights by path in the run directory."""
         weight_digests: dict[str, str] = {}
         for part in (run_files.ADAPTER_FOLDER, run_files.MODEL_FOLDER):
             digests = _as_object(self.read_json(f"{part}/{DIGESTS_FILE}"))

@@ -16,22 +16,31 @@ from finesight.report.i18n import translate
 from finesight.report.run_reader import JsonObject, RunRecord
 
 StatusKind = Literal["finished", "running", "interrupted", "failed", "killed"]
-"""`killed`: the process ended without a message, for example with its machine."""
+"""Kind of status of a run.
+
+A run is `killed` if its process ended without a message, for example because its machine did.
+"""
 
 NUM_RECENT_STEPS = 50
-"""Number of recent steps used to estimate the remaining time."""
+"""Number of recent steps whose mean time determines the remaining time."""
 
 LIVENESS_TIMEOUT_S = 900.0
-"""On a file system without locks, a run is active if it logged an event within this time."""
+"""Seconds after its last metric for which a run counts as active without file locks.
+
+This applies to file systems that do not support locks.
+"""
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Status of a run.
+    """Status and progress of a run.
 
     Attributes:
-        remaining_s: Estimated remaining seconds, None if unknown.
-        reason: Reason of an interruption or failure, None if unknown.
+        kind: Kind of status.
+        step: Number of finished steps.
+        total_steps: Total number of steps. None if unknown.
+        remaining_s: Estimated remaining seconds of an active run. None if unknown.
+        reason: Recorded reason of an interruption or failure. None if unknown.
     """
 
     kind: StatusKind
@@ -42,7 +51,7 @@ class RunStatus:
 
     @property
     def description(self) -> str:
-        """Status as a sentence."""
+        """Status of the run as a translated sentence."""
         steps = translate("step {:,}", self.step)
         if self.total_steps:
             steps = translate("step {:,} of {:,}", self.step, self.total_steps)
@@ -68,7 +77,12 @@ class RunStatus:
 
 
 def get_run_status(run_record: RunRecord, is_training: bool = False) -> RunStatus:
-    """Return the status of a run. `is_training` is set by the training process."""
+    """Return the status of a run.
+
+    Args:
+        run_record: Content of the run directory.
+        is_training: True if the calling process is training this run.
+    """
     kind = _classify_status(run_record, is_training)
     return RunStatus(
         kind=kind,
@@ -90,7 +104,7 @@ def _classify_status(run_record: RunRecord, is_training: bool) -> StatusKind:
 
 
 def _is_training_in(folder: Path) -> bool:
-    """Return whether a process holds the lock of the run directory."""
+    """Return whether a training process holds the lock of a run directory."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -108,7 +122,7 @@ def _is_training_in(folder: Path) -> bool:
 
 
 def _estimate_remaining_s(run_record: RunRecord) -> float | None:
-    """Estimate the seconds of remaining steps and evaluations."""
+    """Estimate the seconds of the remaining steps and evaluations; None if unknown."""
     total_steps, current_step = (
         summary.get_total_steps(run_record),
         summary.get_last_step(run_record),
@@ -133,7 +147,6 @@ def _mean_evaluation_s(evaluations: list[JsonObject]) -> float:
 
 
 def _format_remaining(seconds: float) -> str:
-    """Format a remaining time in minutes and hours."""
     if seconds < 60:
         return translate("a minute")
     minutes = round(seconds / 60)

@@ -1,4 +1,4 @@
-"""Validation samples with the answers of several runs, largest disagreement first."""
+"""Compare the answers of several runs to the same validation samples."""
 
 from __future__ import annotations
 
@@ -21,15 +21,30 @@ from finesight.report.run_reader import JsonObject
 
 AgreementKind = Literal["differ", "wrong", "right"]
 AGREEMENT_KINDS: tuple[AgreementKind, ...] = ("differ", "wrong", "right")
-"""Kinds by score: different, all below the maximum, all at the maximum."""
+"""Classes of compared samples by score, in the order in which samples are selected.
+
+- `differ`: the runs have different scores.
+- `wrong`: all scores are equal and below the maximum.
+- `right`: all scores are the maximum.
+"""
 
 MAX_SAMPLES = 600
-"""Maximum number of samples on a page. With eight runs, their answers take a few megabytes."""
+"""Maximum number of samples on a comparison page.
+
+With eight runs, their answers take a few megabytes.
+"""
 
 
 @dataclass(frozen=True)
 class ComparedSample:
-    """Validation sample with predictions and scores. Missing predictions are None."""
+    """Validation sample with the predictions of all runs.
+
+    Attributes:
+        lines: Prediction of each run. None if missing.
+        scores: Compared score of each prediction. None if unknown.
+        kind: Class by score, see `AGREEMENT_KINDS`.
+        score_range: Difference between the highest and the lowest score.
+    """
 
     lines: list[JsonObject | None]
     scores: list[float | None]
@@ -38,19 +53,19 @@ class ComparedSample:
 
     @property
     def question_line(self) -> JsonObject:
-        """Any prediction. The question is equal in all."""
+        """Any prediction of the sample, since all contain the same question."""
         return next(line for line in self.lines if line is not None)
 
 
 @dataclass(frozen=True)
 class ComparedSamples:
-    """Compared samples.
+    """Validation samples of a comparison page.
 
     Attributes:
-        displayed: Samples of the page.
-        counts: Number of samples by kind, including hidden ones.
-        metric: Compared score.
-        max_score: Maximum of the score.
+        displayed: Samples on the page, largest differences first.
+        counts: Number of samples by class, including those that are not displayed.
+        metric: Name of the compared per-sample score.
+        max_score: Maximum of this score.
     """
 
     displayed: list[ComparedSample]
@@ -60,12 +75,17 @@ class ComparedSamples:
 
     @property
     def total(self) -> int:
-        """Number of all samples."""
+        """Number of samples, including those that are not displayed."""
         return sum(self.counts.values())
 
 
 def compare_samples(runs: Sequence[ComparedRun], max_samples: int = MAX_SAMPLES) -> ComparedSamples:
-    """Compare samples that the first run and at least one other run answered."""
+    """Compare the validation samples that the baseline and another run answered.
+
+    Args:
+        runs: Compared runs, the baseline first.
+        max_samples: Maximum number of displayed samples.
+    """
     reference_run = runs[0]
     common_keys = [
         set(reference_run.predictions),
@@ -114,9 +134,10 @@ def _classify_sample(
 
 
 def _select_samples(samples: Sequence[ComparedSample], max_samples: int) -> list[ComparedSample]:
-    """Select at most `max_samples`, largest differences first.
+    """Select at most `max_samples` samples, largest score differences first.
 
-    Differing samples get half, the other kinds a quarter each, and unused quotas go to the rest.
+    Samples with different scores get half, the other classes a quarter each. Classes with more
+    samples use the quotas of smaller ones.
     """
     groups = {
         kind: [sample for sample in samples if sample.kind == kind] for kind in AGREEMENT_KINDS
@@ -136,7 +157,7 @@ def _select_samples(samples: Sequence[ComparedSample], max_samples: int) -> list
 def build_sample_data(
     samples: ComparedSamples, folders: Sequence[Path], formula_converter: FormulaConverter | None
 ) -> JsonData:
-    """Return samples and the `images` that they reference by index."""
+    """Return page data with samples, and `images` to which the samples refer by index."""
     data_builder = ExampleDataBuilder(folders, formula_converter)
     thumbnails, image_indices = data_builder.build_thumbnails(
         sample.question_line for sample in samples.displayed

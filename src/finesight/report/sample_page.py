@@ -1,4 +1,4 @@
-"""Page of `data show --html`: samples as model input, with every token."""
+"""HTML page of `finesight data show --html`: samples as model input, with every token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from finesight.report.inline_image import build_inline_image
 from finesight.vision.patches import unpatchify
 
 MAX_IMAGE_SIDE = 1024
-"""Maximum side of an image on the page. Larger images are shrunk after preprocessing."""
+"""Maximum width and height of an image on the page, in pixels.
+
+Larger images are shrunk for display, after the preprocessing of the model.
+"""
 
 
 def render_sample_page(
@@ -26,15 +29,15 @@ def render_sample_page(
     source: str,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> str:
-    """Render samples as a page.
+    """Render samples as an HTML page that shows the model input.
 
-    Everything is decoded from the model input: images from patches, and boxes from the text of the
-    tokens in the format of the model family.
+    Everything is decoded from the model input: images from patches, and boxes from token texts in
+    the format of the model family.
 
     Args:
         renderer: Renderer of the model.
-        samples: Samples of the page.
-        source: Description of their origin.
+        samples: Samples to render.
+        source: Description of the file or split that contains the samples.
         on_progress: Called with 1 after each sample.
     """
     records = []
@@ -88,7 +91,10 @@ def _build_sample_record(renderer: NativeRenderer, located_sample: LocatedSample
 
 
 def _iter_turns(renderer: NativeRenderer, tokenized: TokenizedSample) -> Iterator[dict[str, Any]]:
-    """Yield rows, role and raw text of each turn, without image placeholders."""
+    """Yield the role, the token rows and the raw text of each turn.
+
+    The raw text has no image placeholders.
+    """
     start_id = renderer.tokenizer.token_to_id(IM_START)
     turn: list[TokenRow] = []
     for row in (*iter_token_rows(tokenized, renderer.tokenizer), None):
@@ -131,7 +137,7 @@ def _build_token_record(
 
 
 def _iter_visuals(renderer: NativeRenderer, encoded: EncodedSample) -> Iterator[dict[str, Any]]:
-    """Yield every image of a sample, reconstructed from its patches."""
+    """Yield the page data of every image and video, reconstructed from patches."""
     patch_offset = 0
     for span in encoded.tokenized.spans:
         t, h, w = span.grid_thw
@@ -159,10 +165,10 @@ def _parse_boxes(
     images: Sequence[VisualSpan],
     sample_boxes: Sequence[BoxPart],
 ) -> list[tuple[VisualSpan, PredictedBox]]:
-    """Parse boxes from the text of the turns, in pixels of the resized images.
+    """Parse boxes from the texts of all turns, in pixels of the resized images.
 
-    The text does not identify images. Boxes are assigned to the images of the sample boxes if their
-    number is equal, and to the first image otherwise.
+    The text does not identify images. If the number of boxes equals that of the sample, they are
+    assigned to the images of the sample's boxes, otherwise to the first image.
     """
     if not images:
         return []

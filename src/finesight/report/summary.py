@@ -1,4 +1,4 @@
-"""Summary of a run: texts and values for its report."""
+"""Texts and values that summarize a run in its report."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from finesight.report.run_reader import JsonObject, RunRecord
 NOT_RECORDED = "not recorded"
 
 MAX_DATA_WAIT_FRACTION = 0.03
-"""Fraction of the step time for data wait above which the report gives advice."""
+"""Fraction of data wait in the step time above which the report gives advice."""
 
 SummaryItem = tuple[str, str]
-"""Name and text."""
+"""Pair of name and text in a list of the report."""
 
 
 @dataclass(frozen=True)
 class TimePhase:
-    """Part of the run time."""
+    """Phase of a run, such as setup or evaluation, and its duration.
+
+    `fraction` is its share of the total time.
+    """
 
     name: str
     seconds: float
@@ -32,13 +35,19 @@ class TimePhase:
 
     @property
     def duration_text(self) -> str:
-        """Formatted duration."""
+        """Formatted duration of the phase."""
         return format_duration(self.seconds)
 
 
 @dataclass(frozen=True)
 class SkippedGroup:
-    """Skipped samples with the same reason."""
+    """Skipped samples of a run with the same reason.
+
+    Attributes:
+        reason: Reason for skipping the samples.
+        count: Number of samples.
+        ids: IDs of the first samples as text.
+    """
 
     reason: str
     count: int
@@ -46,25 +55,28 @@ class SkippedGroup:
 
 
 def get_last_start(run_record: RunRecord) -> JsonObject:
-    """Return the last start event. Runs of older versions have none."""
+    """Return the start event of the last training process.
+
+    Returns an empty object for runs of older versions, which have no start events.
+    """
     return run_record.starts[-1] if run_record.starts else {}
 
 
 def get_data_stats(run_record: RunRecord, name: str) -> JsonObject:
-    """Return statistics of a data split (train, eval) from the last start event."""
+    """Return the recorded statistics of a data split (`train` or `eval`)."""
     data = get_last_start(run_record).get("data")
     stats = data.get(name) if isinstance(data, dict) else None
     return stats if isinstance(stats, dict) else {}
 
 
 def get_last_step(run_record: RunRecord) -> int:
-    """Return the number of finished steps."""
+    """Return the number of finished training steps of a run."""
     lines = [*run_record.steps, *run_record.evaluations]
     return max((int(line.get("step") or 0) for line in lines), default=0)
 
 
 def get_total_steps(run_record: RunRecord) -> int | None:
-    """Return the total number of steps."""
+    """Return the total number of training steps of a run, or None if unknown."""
     if run_record.result is not None and isinstance(run_record.result.get("steps"), int):
         return int(run_record.result["steps"])
     total = get_last_start(run_record).get("total_steps")
@@ -72,7 +84,7 @@ def get_total_steps(run_record: RunRecord) -> int | None:
 
 
 def describe_progress(run_record: RunRecord) -> str:
-    """Describe the progress of the run."""
+    """Describe the progress of a run: finished, stopped early, or steps so far."""
     total, current_step = get_total_steps(run_record), get_last_step(run_record)
     if run_record.result is not None:
         weights_step = run_record.result.get("weights_step")
@@ -90,7 +102,10 @@ def describe_progress(run_record: RunRecord) -> str:
 
 
 def get_model_name(run_record: RunRecord) -> str:
-    """Return the base model without its parent folders."""
+    """Return the name of the base model of a run.
+
+    A local path is reduced to its last folder.
+    """
     base = str(
         run_record.manifest.get("base_model")
         or run_record.recipe.get("model")
@@ -100,7 +115,7 @@ def get_model_name(run_record: RunRecord) -> str:
 
 
 def count_training_samples(run_record: RunRecord) -> int | None:
-    """Return the number of distinct training samples."""
+    """Return the number of distinct training samples, or None if unknown."""
     num_samples = _get_data_entry(run_record, "train").get("num_samples")
     if isinstance(num_samples, int):
         return num_samples
@@ -121,7 +136,7 @@ def _get_data_entry(run_record: RunRecord, name: str) -> JsonObject:
 
 
 def describe_trained_parts(run_record: RunRecord) -> str:
-    """Describe the trained parts and the quantized weights."""
+    """Describe the trained parts of the model and its quantized weights."""
     tune = run_record.manifest.get("tune")
     tune = tune if isinstance(tune, dict) else {}
     parts = ("vision", "merger", "language", "embeddings")
@@ -136,7 +151,7 @@ def describe_trained_parts(run_record: RunRecord) -> str:
         phrases.append(translate("{} with full fine-tuning", join_words(full_parts)))
     quantization_texts = {
         "nf4": "frozen weights of {} in NF4",
-        "fp8": "frozen weights of {} multiplied in FP8",
+        "fp8": "frozen weights of {} in FP8",
     }
     quantize = tune.get("quantize")
     quantize = quantize if isinstance(quantize, dict) else {}
@@ -148,7 +163,7 @@ def describe_trained_parts(run_record: RunRecord) -> str:
 
 
 def summarize_run(run_record: RunRecord) -> str:
-    """Summarize the run in one or two sentences."""
+    """Summarize a run in two sentences: model, data, trained parts and progress."""
     num_samples, epoch = (
         count_training_samples(run_record),
         run_record.steps[-1].get("epoch") if run_record.steps else 0,
@@ -168,7 +183,7 @@ def summarize_run(run_record: RunRecord) -> str:
 
 
 def compute_phases(run_record: RunRecord) -> list[TimePhase]:
-    """Return the recorded phases of the run time."""
+    """Return the recorded phases of a run with their durations."""
     seconds = {
         "setup": _sum_field(run_record.starts, "setup_s"),
         "vision cache": _sum_field(run_record.vision_cache_builds, "vision_cache_s"),
@@ -181,7 +196,10 @@ def compute_phases(run_record: RunRecord) -> list[TimePhase]:
 
 
 def summarize_cost(run_record: RunRecord) -> list[SummaryItem]:
-    """Return throughput and memory. Vision cache builds count as training time."""
+    """Return the throughput, time and memory of a run.
+
+    Throughput includes the time of building the vision cache.
+    """
     steps = run_record.steps
     seconds = _sum_field(steps, "step_s")
     if not seconds:
@@ -217,17 +235,16 @@ def summarize_cost(run_record: RunRecord) -> list[SummaryItem]:
 
 
 def _translate_names(*items: SummaryItem) -> list[SummaryItem]:
-    """Translate the names of items."""
     return [(translate(name), text) for name, text in items]
 
 
 def list_remarks(run_record: RunRecord) -> list[str]:
-    """Return advice on data wait and memory."""
-    return [*_list_data_wait_remarks(run_record), *_list_memory_remarks(run_record)]
+    """Return advice about data wait, and notes on reduced memory settings."""
+    return [*_list_data_wait_remarks(run_record), *list_memory_remarks(run_record)]
 
 
 def _compute_data_wait_fraction(run_record: RunRecord) -> float | None:
-    """Return the fraction of the step time in which the device waited for data."""
+    """Return the fraction of the step time spent on data wait, or None if unknown."""
     timed_steps = [line for line in run_record.steps if line.get("data_wait_s") is not None]
     seconds = _sum_field(timed_steps, "step_s")
     return _sum_field(timed_steps, "data_wait_s") / seconds if seconds else None
@@ -246,8 +263,8 @@ def _list_data_wait_remarks(run_record: RunRecord) -> list[str]:
     return [translate(text, 100 * fraction, workers_text)]
 
 
-def _list_memory_remarks(run_record: RunRecord) -> list[str]:
-    """Return the steps from which the run used less memory than its recipe specifies."""
+def list_memory_remarks(run_record: RunRecord) -> list[str]:
+    """Return a note on settings that the run changed after running out of GPU memory."""
     settings = run_record.recipe.get("train")
     settings = settings if isinstance(settings, dict) else {}
     pack_tokens, activation_checkpointing = (
@@ -286,7 +303,7 @@ def _sum_field(lines: Iterable[JsonObject], name: str) -> float:
 
 
 def list_skipped_samples(run_record: RunRecord) -> list[SkippedGroup]:
-    """Return skipped samples by reason."""
+    """Return the skipped samples of a run by reason, most frequent reason first."""
     ids_by_reason: defaultdict[str, list[str]] = defaultdict(list)
     for line in run_record.skipped_samples:
         ids_by_reason[_strip_path(str(line.get("reason")))].append(str(line.get("id")))
@@ -302,12 +319,12 @@ def list_skipped_samples(run_record: RunRecord) -> list[SkippedGroup]:
 
 
 def _strip_path(reason: str) -> str:
-    """Remove the image path at the start of a reason, to group equal reasons."""
+    """Remove the image path at the start of a reason, so that equal reasons match."""
     return reason.partition(": ")[2] or reason
 
 
 def list_versions(run_record: RunRecord) -> list[SummaryItem]:
-    """Return versions of packages, device and model family."""
+    """Return the versions of packages, the device, the model family and the start time."""
     start = get_last_start(run_record)
     recorded_versions = start.get("versions") or run_record.manifest.get("versions")
     package_versions: JsonObject = recorded_versions if isinstance(recorded_versions, dict) else {}
@@ -329,7 +346,7 @@ def list_versions(run_record: RunRecord) -> list[SummaryItem]:
 
 
 def list_checksums(run_record: RunRecord) -> list[SummaryItem]:
-    """Return SHA-256 digests of inputs and outputs."""
+    """Return the SHA-256 digests of base model, data and trained weights."""
     items = [
         (
             translate("base model"),
@@ -347,7 +364,12 @@ def list_checksums(run_record: RunRecord) -> list[SummaryItem]:
 
 
 def list_commands(run_record: RunRecord, prompt: str) -> list[SummaryItem]:
-    """Return commands to use, resume or repeat the run."""
+    """Return shell commands that use, resume or repeat a run.
+
+    Args:
+        run_record: Content of the run directory.
+        prompt: Prompt of a validation sample, used as an example.
+    """
     folder = str(run_record.folder)
     example_prompt = prompt if prompt and len(prompt) <= 200 else "TEXT"
     items = []
@@ -371,12 +393,12 @@ def list_commands(run_record: RunRecord, prompt: str) -> list[SummaryItem]:
 
 
 def format_command(*arguments: str) -> str:
-    """Format a shell command."""
+    """Format a finesight command for the shell."""
     return shlex.join(["finesight", *arguments])
 
 
 def format_duration(seconds: float) -> str:
-    """Format a duration."""
+    """Format a duration, such as 250 ms, 12.5 s or 2 h 10 min."""
     if seconds < 1:
         return f"{1000 * seconds:.0f} ms"
     if seconds < 100:
@@ -387,7 +409,7 @@ def format_duration(seconds: float) -> str:
 
 
 def join_words(words: Sequence[str]) -> str:
-    """Join words as an enumeration."""
+    """Join words as a translated enumeration with commas and "and"."""
     return translate(" and ").join(
         [translate(", ").join(words[:-1]), words[-1]] if len(words) > 1 else words
     )

@@ -1,4 +1,4 @@
-"""FastAPI application with the routes of the server."""
+"""FastAPI application of the inference server, with all routes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ TELEMETRY_DISABLED: TelemetryConfig = {
     "operation_spans": False,
     "auto_configure": False,
 }
-"""FastAPI would otherwise export paths and error messages through OpenTelemetry of the environment.
+"""Settings that disable the OpenTelemetry export of FastAPI.
+
+If OpenTelemetry is configured in the environment, FastAPI would export paths and error messages.
 """
 
 
@@ -51,13 +53,13 @@ def make_app(
     fetcher: ImageFetcher | None = None,
     image_formats: Sequence[str] = DEFAULT_IMAGE_FORMATS,
 ) -> RequestMiddleware:
-    """Build the server as an ASGI application.
+    """Build the inference server as an ASGI application.
 
     Args:
-        service: Inference service of the model.
+        service: Inference service that generates completions.
         worker_pool: Worker processes with the state of `worker_jobs.load_worker_state`.
         vocab_size: Number of logits of the model.
-        folder: Private folder for client data.
+        folder: Private folder for files of clients.
         api_keys: API keys of clients. Without keys, every client is accepted.
         limits: Limits on requests.
         fetcher: Fetches images from the web. Without it, image URLs are rejected.

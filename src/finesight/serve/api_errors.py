@@ -1,4 +1,4 @@
-"""API errors in the format of OpenAI clients."""
+"""Errors of the inference server, in the format that OpenAI clients expect."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ ERROR_TYPES: Mapping[int, str] = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-"""Field `type` of an error by HTTP status."""
+"""Values of the field `type` in an error body, by HTTP status."""
 
 
 @dataclass(slots=True, eq=False)
 class ApiError(Exception):
-    """Error response of the API.
+    """Raised to respond to a request with an error.
 
     Attributes:
-        param: Path of the invalid field in the request.
+        status: HTTP status.
+        message: Message for the client.
+        param: Path of the invalid field in the request body.
+        code: Machine-readable code, such as `model_not_found`.
         retry_after_s: Seconds until the client may retry.
+        headers: Additional HTTP headers.
     """
 
     status: int
@@ -43,7 +47,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """Error body in the OpenAI format."""
+        """Error body in the format of the OpenAI API."""
         error_type = ERROR_TYPES.get(self.status, "server_error")
         return {
             "error": {
@@ -56,7 +60,7 @@ class ApiError(Exception):
 
     @property
     def response_headers(self) -> dict[str, str]:
-        """HTTP headers of the error, with `Retry-After` if a retry is useful."""
+        """HTTP headers of the error response, with `Retry-After` if a retry is useful."""
         retry_headers = (
             {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
         )
@@ -64,15 +68,15 @@ class ApiError(Exception):
 
 
 class ClientDisconnectedError(Exception):
-    """The client disconnected before its response was complete."""
+    """Raised when the client disconnects before its response is complete."""
 
 
 def from_user_error(error: UserError, param: str | None = None, hidden_path: str = "") -> ApiError:
-    """Convert a `UserError` to a response with status 400.
+    """Convert a `UserError` about a request to an error response with status 400.
 
     Args:
         error: Error of the request.
-        param: Path of the invalid field in the request.
+        param: Path of the invalid field in the request body.
         hidden_path: Local folder that is removed from the message.
     """
     where = f"{error.where}: " if error.where and not error.where.startswith("/") else ""
@@ -82,5 +86,5 @@ def from_user_error(error: UserError, param: str | None = None, hidden_path: str
 
 
 def internal_error() -> ApiError:
-    """Return the response for an internal error. Its details are in the log only."""
+    """Return the response for an internal error. Only the server log has its details."""
     return ApiError(500, "internal server error; see the server log")

@@ -1,4 +1,4 @@
-"""API keys, and hosts that require one."""
+"""API keys of the inference server, and the rule which hosts require a key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIN_KEY_LENGTH = 16
 
 
 class ApiKeys:
-    """Authenticate clients. Without keys, every client is accepted."""
+    """Authenticates clients by API key. Without keys, every client is accepted."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._digests = [_hash_key(key) for key in keys]
@@ -26,9 +26,12 @@ class ApiKeys:
         return bool(self._digests)
 
     def authenticate(self, authorization: str | None) -> str | None:
-        """Return the owner name for an `Authorization: Bearer KEY` header, or None.
+        """Return the owner name of an API key, or None if the key is invalid.
 
-        Each key is compared in constant time, and all keys are always compared.
+        The comparison takes constant time: all keys are always compared.
+
+        Args:
+            authorization: Value of the HTTP header, `Bearer KEY`. None if it is missing.
         """
         if not self._digests:
             return "everyone"
@@ -41,10 +44,10 @@ class ApiKeys:
 def read_api_keys(file: Path | None) -> list[str]:
     """Read API keys from a file or from the environment variable `FINESIGHT_KEY`.
 
-    The file contains one key per line. Blank lines and lines that start with # are ignored.
+    There is one key per line. Blank lines and lines that start with # are ignored.
 
     Raises:
-        UserError: A key is too short, or the file has no key.
+        UserError: The file is unreadable or has no key, or a key is invalid.
     """
     if file is not None:
         try:
@@ -80,7 +83,7 @@ def read_api_keys(file: Path | None) -> list[str]:
 
 
 def check_exposure(host: str, keys: Sequence[str]) -> None:
-    """Raise UserError for a host that other machines can reach without an API key."""
+    """Raise UserError if other machines could reach the server without an API key."""
     if not keys and not is_loopback(host):
         raise UserError(
             f"other machines can reach {host}, but there is no API key",
@@ -91,7 +94,7 @@ def check_exposure(host: str, keys: Sequence[str]) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach the host."""
+    """Return whether only processes of this machine can reach the host."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""Server process with graceful shutdown."""
+"""Process of the inference server, with graceful shutdown."""
 
 from __future__ import annotations
 
@@ -32,25 +32,28 @@ from finesight.serve.worker_jobs import load_worker_state
 from finesight.worker_pool import WorkerPool
 
 QUIET_LOGGERS = ("httpx2", "httpcore2", "uvicorn", "python_multipart", "PIL", "asyncio")
-"""Loggers that may log client addresses or content. They log warnings and errors only."""
+"""Loggers of libraries that may log client addresses or content.
+
+Their level is set to warning.
+"""
 
 
 FORCED_SECONDS = 2.0
-"""Seconds from a second Ctrl-C to the end of the process."""
+"""Seconds from a second Ctrl-C until the process is ended without waiting."""
 
 ENDING_SECONDS = 5.0
-"""Seconds from the end of the shutdown timeout to the end of the process."""
+"""Seconds after the shutdown timeout until the process is ended without waiting."""
 
 
 class ApiServer(uvicorn.Server):
-    """uvicorn server with limits and a bounded shutdown.
+    """uvicorn server with limits on connections and on the duration of the shutdown.
 
     Args:
-        app: The application.
+        app: ASGI application to serve.
         limits: Limits on connections and times.
         on_ready: Called when the server listens.
-        abort: Ends the process immediately. Called some time after a signal if the process is still
-            running, since Python waits for busy threads.
+        abort: Ends the process immediately. It is called if the process still runs some time after
+            a signal, since Python waits for busy threads.
     """
 
     def __init__(
@@ -82,12 +85,12 @@ class ApiServer(uvicorn.Server):
         self._closing_seconds = limits.shutdown_timeout_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to listen and call `on_ready`."""
+        """Start to listen for connections, then call `on_ready`."""
         await super().startup(sockets)
         self._on_ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Start the shutdown. A second Ctrl-C shortens its time limit."""
+        """Start the shutdown of the server. A second Ctrl-C shortens its time limit."""
         is_forced = self.should_exit and sig == signal.SIGINT
         super().handle_exit(sig, frame)
         if self._abort is not None:
@@ -98,7 +101,11 @@ class ApiServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Start the shutdown at SIGTERM and Ctrl-C, and exit without a signal status."""
+        """Handle SIGTERM and Ctrl-C as a shutdown within a `with` block.
+
+        The method of uvicorn would raise the signal again, so that the process exits with its
+        status.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -115,7 +122,7 @@ class ApiServer(uvicorn.Server):
 
 
 def bind_socket(host: str, port: int, keys: Sequence[str]) -> socket.socket:
-    """Return a socket bound to an address.
+    """Return a socket bound to a host and port.
 
     Raises:
         UserError: The address is in use or not local, or other machines could reach it without an
@@ -144,18 +151,18 @@ def run_api_server(
     extra_image_formats: Sequence[str] = DEFAULT_IMAGE_FORMATS,
     on_ready: Callable[[InferenceService], None],
 ) -> None:
-    """Serve requests at a socket until a signal stops the server.
+    """Serve requests until a signal stops the server.
 
-    Running answers complete within the shutdown timeout.
+    At shutdown, running requests have `shutdown_timeout_s` to complete.
 
     Args:
         inference_model: Model and renderer.
-        listener: Bound socket.
+        listener: Bound socket. It is closed at the end.
         api_keys: API keys of clients.
         limits: Limits of the server.
         allowed_media_hosts: Hosts from which images may be fetched.
         extra_image_formats: Accepted image formats.
-        on_ready: Called when the server listens.
+        on_ready: Called with the inference service when the server listens.
     """
     renderer, model = inference_model.renderer, inference_model.model
     assert isinstance(model, VisionLanguageModel), f"unsupported model {type(model)}"
@@ -199,7 +206,7 @@ def run_api_server(
 def create_worker_pool(
     renderer: NativeRenderer, vocab_size: int, limits: ServerLimits
 ) -> WorkerPool:
-    """Create the worker processes of a server without starting them."""
+    """Create the pool of worker processes that preprocess requests, without starting it."""
     return WorkerPool(
         load_worker_state,
         renderer,

@@ -1,4 +1,4 @@
-"""Chat completions: POST /v1/chat/completions."""
+"""Route of chat completions: POST /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -60,10 +60,21 @@ SSE_HEADERS = {
 
 @dataclass(frozen=True, slots=True)
 class ChatCompletionsHandler:
-    """Handler of chat completion requests.
+    """Handles chat completion requests with the resources that all requests share.
 
     Attributes:
-        folder: Contains a folder for each active request.
+        service: Inference service that generates completions.
+        worker_pool: Worker processes that preprocess requests.
+        constraint_factory: Creates decoding constraints for structured output.
+        image_formats: Accepted image formats.
+        limits: Limits of the server.
+        metrics: Metrics of the server.
+        thread_pool: Threads that wait for the preprocessing of requests.
+        submit_pool: Threads that submit requests to the service.
+        fetcher: Fetches images from the web.
+        store: Files that clients have uploaded.
+        folder: Folder with a subfolder for each active request.
+        active_requests: Generations of all admitted requests.
     """
 
     service: InferenceService
@@ -80,7 +91,7 @@ class ChatCompletionsHandler:
     active_requests: set[GenerationGroup]
 
     async def create_chat_completion(self, request: Request) -> Response:
-        """Complete a chat, as one response or as a stream.
+        """Complete a chat, as a single response or as a stream.
 
         Raises:
             ApiError: The request is invalid or exceeds a limit.
@@ -112,7 +123,10 @@ class ChatCompletionsHandler:
         raise AssertionError("the exit stack suppressed an error")
 
     def _admit_request(self, stack: ExitStack) -> GenerationGroup:
-        """Admit a request until the stack is closed."""
+        """Admit a request, or raise ApiError if the queue is full.
+
+        The request counts as active until the stack is closed.
+        """
         if len(self.active_requests) >= self.limits.max_requests:
             raise ApiError(
                 429,
@@ -129,10 +143,16 @@ class ChatCompletionsHandler:
 
 @dataclass(slots=True)
 class ActiveCompletion:
-    """An admitted request and its generations.
+    """Chat completion request from its admission to the end of its response.
 
     Attributes:
-        constraints: Decoding constraint of each choice, if any.
+        handler: Resources that all requests share.
+        generations: Generations of the request, one per choice.
+        preprocessor: Preprocesses the request in worker processes.
+        start_time: Arrival time on the event-loop clock.
+        receive: ASGI function that reports the disconnection of the client.
+        constraints: Decoding constraint of each choice. None without structured output.
+        chat_request: Parameters of the request, set by `start`.
     """
 
     handler: ChatCompletionsHandler
@@ -145,7 +165,7 @@ class ActiveCompletion:
 
     @property
     def deadline(self) -> float:
-        """Deadline of the request on the event-loop clock."""
+        """Time at which the request is canceled, on the event-loop clock."""
         return self.start_time + self.handler.limits.request_timeout_s
 
     async def start(
@@ -154,7 +174,7 @@ class ActiveCompletion:
         media_loader: MediaLoader,
         reservation: ByteReservation,
     ) -> None:
-        """Preprocess the request and submit it to the model.
+        """Preprocess the request and submit it to the inference service.
 
         Args:
             body_slot: List with the request body. It is cleared after parsing to release memory.
@@ -162,7 +182,7 @@ class ActiveCompletion:
             reservation: Memory reservation of the request.
 
         Raises:
-            ApiError: The request is invalid or exceeds a limit.
+            ApiError: The request is invalid, exceeds a limit or timed out.
             ClientDisconnectedError: The client disconnected.
         """
         run_in_thread = self.handler.thread_pool.run
@@ -184,13 +204,13 @@ class ActiveCompletion:
             raise self._timeout_error() from error
 
     async def watch_disconnect(self) -> None:
-        """Cancel the request when the client disconnects."""
+        """Wait until the client disconnects, then cancel the request."""
         while (await self.receive())["type"] != "http.disconnect":
             pass
         self.close()
 
     def close(self) -> None:
-        """Cancel everything that still runs for this request."""
+        """Cancel the preprocessing, the generations and the constraints of this request."""
         self.generations.cancel()
         self.preprocessor.cancel()
         for constraint in self.constraints:
@@ -198,7 +218,7 @@ class ActiveCompletion:
                 constraint.close()
 
     async def build_response(self) -> Response:
-        """Wait for all choices and return the response.
+        """Wait for all choices and return them as a single response.
 
         Raises:
             ApiError: The request timed out.
@@ -221,7 +241,7 @@ class ActiveCompletion:
         )
 
     async def send_stream(self, send: Send) -> None:
-        """Send the completion as server-sent events. An error becomes the last event."""
+        """Send the completion as server-sent events. An error is sent as the last event."""
         try:
             async with asyncio.timeout_at(self.deadline), aclosing(self._iter_chunks()) as chunks:
                 async for chunk in chunks:
@@ -250,7 +270,7 @@ class ActiveCompletion:
     async def _iter_choice_chunks(
         self, choices: list[ChoiceBuilder]
     ) -> AsyncGenerator[dict[str, Any]]:
-        """Yield chunks of all choices and add their content to `choices`."""
+        """Yield stream chunks of all choices as tokens arrive, and append them to `choices`."""
         is_first = True
         async with aclosing(self.generations.iter_deltas()) as deltas:
             async for choice_index, delta in deltas:
@@ -275,9 +295,9 @@ class ActiveCompletion:
     def _parse_and_encode(
         self, body: list[NDArray[np.uint8]]
     ) -> tuple[ParsedBody, EncodedSample | None]:
-        """Parse the request, and encode it if all of its images are in the body.
+        """Parse the request body, and encode the prompt if the body contains all images.
 
-        One call waits for a thread of the pool only once.
+        Both steps run in one call, so that a request waits for a thread only once.
         """
         parsed_body = self.preprocessor.parse_body(body[0], self.handler.service.max_model_len)
         body.clear()
@@ -289,7 +309,7 @@ class ActiveCompletion:
         )
 
     def _set_chat_request(self, chat_request: ChatCompletionParameters) -> None:
-        """Set the parameters. Raises ApiError for an unknown model."""
+        """Set the request parameters. Raises ApiError if the model is unknown."""
         names = self.handler.service.model_names
         if chat_request.model not in names:
             raise ApiError(
@@ -301,9 +321,9 @@ class ActiveCompletion:
         self.chat_request = chat_request
 
     def _submit(self, located_sample: LocatedSample, prompt: EncodedSample) -> None:
-        """Submit the generations.
+        """Submit one generation per choice to the inference service.
 
-        Runs in `submit_pool`, since threads that preprocess requests may all be busy.
+        Runs in `submit_pool`, since all threads that preprocess requests may be busy.
         """
         constraint_factory, grammar = self.handler.constraint_factory, self._get_grammar_spec()
         if grammar is not None and not constraint_factory.is_accepted(grammar[0]):
@@ -331,7 +351,11 @@ class ActiveCompletion:
     def _build_options(
         self, choice_index: int, constraint: WorkerConstraint | None
     ) -> GenerationOptions:
-        """Build the generation options of a choice. Raises ApiError for invalid values."""
+        """Build the generation options of one choice.
+
+        Raises:
+            ApiError: A sampling parameter is invalid.
+        """
         chat_request = self.chat_request
         settings: dict[str, Any] = {
             "temperature": chat_request.temperature,
@@ -356,7 +380,9 @@ class ActiveCompletion:
         )
 
     def _get_grammar_spec(self) -> tuple[GrammarSpec, str] | None:
-        """Return the grammar that constrains the answer, and the field that requests it.
+        """Return the grammar for structured output, and the request field that requires it.
+
+        Returns None if the completion is not constrained.
 
         Raises:
             ApiError: `response_format`, `tools` and `tool_choice` are inconsistent.
@@ -419,14 +445,14 @@ class ActiveCompletion:
 
 
 class ChatCompletionStreamResponse(Response):
-    """Streaming response. Its exit stack is closed at the end of the stream."""
+    """Streaming response. At its end, it releases the resources of the request."""
 
     def __init__(self, completion: ActiveCompletion, stack: ExitStack) -> None:
         super().__init__()
         self._completion, self._stack = completion, stack
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the response (ASGI)."""
+        """Send the headers and the stream (ASGI)."""
         headers = [(name.encode(), value.encode()) for name, value in SSE_HEADERS.items()]
         with self._stack:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -434,20 +460,26 @@ class ChatCompletionStreamResponse(Response):
 
 
 async def _read_body(request: Request) -> list[NDArray[np.uint8]]:
-    """Read the body into a list from which it can be removed. Starlette would retain it."""
+    """Read the request body into a list with one element.
+
+    The list allows the caller to release the body. Starlette would retain it.
+    """
     chunks = [chunk async for chunk in request.stream()]
     return [np.frombuffer(b"".join(chunks), dtype=np.uint8)]
 
 
 def _build_image_sample(body: ParsedBody, folder: Path) -> LocatedSample:
-    """Build a sample of the request images, for parsing the boxes of answers."""
+    """Build a sample with the images of a request.
+
+    The inference service needs their sizes to parse bounding boxes in completions.
+    """
     images = [ImagePart(image=get_image_name(image.image_number)) for image in body.images]
     message = Message(role="user", content=(*images, TextPart(text="")))
     return LocatedSample(Sample(id="request", messages=(message,)), folder)
 
 
 def _format_sse_event(data: dict[str, Any]) -> dict[str, Any]:
-    """Format a server-sent event as an ASGI message."""
+    """Format JSON data as a server-sent event in an ASGI message."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     body = f"data: {text}\n\n".encode("utf-8", "replace")
     return {"type": "http.response.body", "body": body, "more_body": True}

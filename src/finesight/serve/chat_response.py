@@ -1,4 +1,4 @@
-"""Responses in the OpenAI format: complete or as stream chunks."""
+"""Chat completion responses in the format of the OpenAI API, complete or streamed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finesight.serve.tool_calls import ParsedToolCall, ToolCallParser
 
 @dataclass(slots=True)
 class ChoiceBuilder:
-    """Builds one choice of a response from deltas of its generation."""
+    """Builds one choice of a response from the text deltas of its generation."""
 
     index: int
     tokenizer: TextTokenizer
@@ -28,7 +28,10 @@ class ChoiceBuilder:
     prediction: Prediction | None = None
 
     def add_delta(self, delta: CompletionDelta) -> dict[str, Any] | None:
-        """Add a delta. Returns a chunk, or None if all text is held back."""
+        """Append a text delta of the generation.
+
+        Returns a stream chunk, or None if the text is held back because it may start a tool call.
+        """
         text, calls = (
             self.tool_call_parser.add_text(delta.text)
             if self.tool_call_parser
@@ -37,7 +40,10 @@ class ChoiceBuilder:
         return self._append(text, calls, delta.tokens)
 
     def finish(self, finish_reason: FinishReason, prediction: Prediction) -> list[dict[str, Any]]:
-        """Return the last chunks: text held back, then the finish reason."""
+        """Return the last stream chunks of the choice.
+
+        These are text that was held back, if any, and the finish reason.
+        """
         text, calls = self.tool_call_parser.flush() if self.tool_call_parser else ("", [])
         remaining_chunk = self._append(text, calls, ())
         self.finish_reason, self.prediction = finish_reason, prediction
@@ -47,13 +53,13 @@ class ChoiceBuilder:
 
     @property
     def openai_finish_reason(self) -> str:
-        """Finish reason in the OpenAI format."""
+        """Finish reason in the OpenAI API: `stop`, `length` or `tool_calls`."""
         if self.tool_calls and self.finish_reason == "stop":
             return "tool_calls"
         return "length" if self.finish_reason == "length" else "stop"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the choice with its message."""
+        """Return the complete choice with its message, for a response without streaming."""
         tool_calls = (
             {"tool_calls": [call.as_json() for call in self.tool_calls]} if self.tool_calls else {}
         )
@@ -72,12 +78,14 @@ class ChoiceBuilder:
         }
 
     def build_first_chunk(self) -> dict[str, Any]:
-        """Return the first chunk, which contains the role."""
+        """Return the first stream chunk of the choice, which contains the role."""
         return self._build_chunk({"role": "assistant", "content": ""})
 
     def _get_extra_fields(self) -> dict[str, Any]:
-        """Return the fields `boxes`, `raw_text` and `reasoning_content`, which are not in the
-        OpenAI API."""
+        """Return the message fields that extend the OpenAI API.
+
+        These are `boxes`, `raw_text` and, for reasoning models, `reasoning_content`.
+        """
         prediction = self.prediction
         if prediction is None:
             return {}
@@ -129,7 +137,13 @@ class ChoiceBuilder:
 
 @dataclass(frozen=True, slots=True)
 class CompletionEnvelope:
-    """Fields common to a response and to all chunks of a stream."""
+    """Builds response objects with the fields that all chunks of a stream share.
+
+    Attributes:
+        id: ID of the completion.
+        model: Model name of the request.
+        created_at: Unix time of the response.
+    """
 
     id: str
     model: str
@@ -138,14 +152,14 @@ class CompletionEnvelope:
     def build_response(
         self, choices: Sequence[ChoiceBuilder], usage: dict[str, Any]
     ) -> dict[str, Any]:
-        """Build the response of a request without streaming."""
+        """Build the response body of a request without streaming."""
         body = {"choices": [choice.to_dict() for choice in choices], "usage": usage}
         return {**self._build_header("chat.completion"), **body}
 
     def build_chunk(
         self, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Build one chunk of a stream."""
+        """Build one chunk of a streamed response."""
         usage_field = {} if usage is None else {"usage": usage}
         return {
             **self._build_header("chat.completion.chunk"),
@@ -163,7 +177,7 @@ class CompletionEnvelope:
 
 
 def format_usage(usages: Sequence[TokenUsage]) -> dict[str, Any]:
-    """Format the token usage. The prompt counts once for all choices."""
+    """Format the token usage of a request. The prompt counts once for all choices."""
     prompt_tokens, completion_tokens = (
         usages[0].prompt_tokens,
         sum(usage.completion_tokens for usage in usages),

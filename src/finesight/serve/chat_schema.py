@@ -1,7 +1,7 @@
 """Schema of chat completion requests, a subset of the OpenAI API.
 
-Fields without influence on the answer are accepted and ignored. Fields that would change the answer
-but are not supported, and unknown fields, are rejected.
+Fields that cannot influence the completion are accepted and ignored. Unknown fields, and
+unsupported fields that would influence it, are rejected.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ IGNORED_FIELDS = (
     *("metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"),
     *("service_tier", "store", "user"),
 )
-"""Fields without influence on the answer."""
+"""Request fields that are ignored, since they cannot influence the completion."""
 
 MAX_JSON_SEPARATORS = 300_000
-"""Maximum number of commas and opening brackets in a body, including those in texts. Each may be a
-value, which takes hundreds of bytes after parsing, and a kilobyte if it is invalid."""
+"""Maximum number of commas and opening brackets in a request body.
+
+Each may start a JSON value, which takes hundreds of bytes after parsing, and a kilobyte if it is
+invalid. Characters within texts count as well.
+"""
 
 
 class StrictModel(BaseModel):
-    """Model that rejects unknown fields."""
+    """Base class of request objects that reject unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -92,7 +95,11 @@ class UserMessage(StrictModel):
 
 
 class AssistantMessage(BaseModel):
-    """Previous answer. Additional fields of it (boxes, refusal) are ignored."""
+    """Assistant message of an earlier turn.
+
+    Additional fields, such as `boxes` and `refusal`, are ignored, so that clients can send a
+    response back.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -120,7 +127,10 @@ class JsonSchemaFormat(StrictModel):
 
 
 class ResponseFormat(StrictModel):
-    """Response format. `boxes` is an extension: boxes in the format of the model family."""
+    """Format of the completion (`response_format`).
+
+    The type `boxes` extends the OpenAI API: bounding boxes in the format of the model family.
+    """
 
     type: Literal["text", "json_object", "json_schema", "boxes"]
     json_schema: JsonSchemaFormat | None = None
@@ -153,7 +163,7 @@ class StreamOptions(StrictModel):
 
 
 class ChatCompletionParameters(StrictModel):
-    """Body of POST /v1/chat/completions without its messages."""
+    """Fields of a chat completion request, except for its messages."""
 
     model: str = Field(max_length=MAX_NAME_CHARS)
     max_tokens: int | None = Field(default=None, ge=1)
@@ -188,19 +198,19 @@ class ChatCompletionParameters(StrictModel):
 
     @property
     def stop_strings(self) -> list[str]:
-        """Stop strings of the request."""
+        """Stop strings of the request as a list."""
         stop = self.stop or []
         return [stop] if isinstance(stop, str) else stop
 
     @property
     def max_new_tokens(self) -> int | None:
-        """Maximum number of generated tokens, if the request sets it."""
+        """Maximum number of generated tokens. None if the request does not set it."""
         max_completion_tokens = self.max_completion_tokens
         return self.max_tokens if max_completion_tokens is None else max_completion_tokens
 
 
 class ChatCompletionRequest(ChatCompletionParameters):
-    """Body of POST /v1/chat/completions."""
+    """Body of a chat completion request (POST /v1/chat/completions)."""
 
     messages: list[ChatMessage] = Field(min_length=1)
 
@@ -212,7 +222,15 @@ class ChatCompletionRequest(ChatCompletionParameters):
 
 
 def validate_body(model_type: type[ModelT], body: bytes) -> ModelT:
-    """Validate a body. Raises ApiError, which names the invalid field but not its value."""
+    """Parse and validate a JSON request body.
+
+    Args:
+        model_type: Type of the request.
+        body: JSON text.
+
+    Raises:
+        ApiError: The body is invalid. The message names the field, but not its value.
+    """
     num_separators = sum(body.count(separator) for separator in (b",", b"[", b"{"))
     if num_separators > MAX_JSON_SEPARATORS:
         raise ApiError(
@@ -235,12 +253,13 @@ def validate_body(model_type: type[ModelT], body: bytes) -> ModelT:
 def check_limits(
     chat_request: ChatCompletionRequest, limits: ServerLimits, max_text_chars: int
 ) -> None:
-    """Raise ApiError for a request that exceeds a limit.
+    """Raise ApiError if a chat completion request exceeds a limit.
 
     Args:
-        chat_request: Body of the request.
+        chat_request: Chat completion request.
         limits: Limits of the server.
-        max_text_chars: Limit of all texts, which depends on the context length of the model.
+        max_text_chars: Maximum number of characters of all texts. It depends on the context length
+            of the model.
     """
     contents = [message.content or "" for message in chat_request.messages]
     parts = [part for content in contents if not isinstance(content, str) for part in content]

@@ -1,4 +1,4 @@
-"""Files that clients upload, stored in a private folder while the server runs."""
+"""Storage of files that clients upload, in a private folder while the server runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,16 @@ CHUNK_BYTES = 2**20
 
 @dataclass(frozen=True, slots=True)
 class UploadedFile:
-    """Uploaded file. `filename` is client data and never used as a path."""
+    """File that a client has uploaded.
+
+    Attributes:
+        id: ID of the file.
+        owner: Owner name of the API key.
+        filename: Name from the client. It is never used as a path.
+        num_bytes: Size of the file.
+        created_at: Unix time of the upload.
+        path: Path in the file store.
+    """
 
     id: str
     owner: str
@@ -42,7 +51,7 @@ class UploadedFile:
 
 
 class FileStore:
-    """Uploaded files by ID. Each API key has access to its own files only."""
+    """Stores uploaded files by ID. An API key has access to its own files only."""
 
     def __init__(self, folder: Path, limits: ServerLimits) -> None:
         self._folder, self._limits = folder, limits
@@ -51,7 +60,12 @@ class FileStore:
         folder.mkdir(mode=0o700)
 
     def add(self, owner: str, filename: str, source: BinaryIO) -> UploadedFile:
-        """Store the content of `source`.
+        """Store a file that a client uploads.
+
+        Args:
+            owner: Owner name of the API key.
+            filename: Name from the client.
+            source: Content of the file.
 
         Raises:
             ApiError: The file or the store exceeds a limit.
@@ -86,7 +100,7 @@ class FileStore:
         return owned[::-1]
 
     def get(self, owner: str, file_id: str) -> UploadedFile:
-        """Return a file by its ID.
+        """Return an uploaded file by its ID.
 
         Raises:
             ApiError: The file does not exist or has another owner.
@@ -98,7 +112,13 @@ class FileStore:
         return upload
 
     def link(self, owner: str, file_id: str, target: Path) -> None:
-        """Create a hard link to a file, which remains after the file is deleted."""
+        """Create a hard link to an uploaded file at `target`.
+
+        The link remains valid if the client deletes the file during its request.
+
+        Raises:
+            ApiError: The file does not exist or has another owner.
+        """
         upload = self.get(owner, file_id)
         try:
             os.link(upload.path, target)
@@ -106,7 +126,11 @@ class FileStore:
             raise ApiError(404, f"file {file_id[:64]!r} was deleted", "file_id") from error
 
     def delete(self, owner: str, file_id: str) -> None:
-        """Delete a file. Raises ApiError as `get` does."""
+        """Delete an uploaded file.
+
+        Raises:
+            ApiError: The file does not exist or has another owner.
+        """
         upload = self.get(owner, file_id)
         with self._lock:
             self._uploads.pop(file_id, None)

@@ -1,4 +1,4 @@
-"""Image formats that the server accepts."""
+"""Image formats that the inference server accepts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from finesight.data.image_header import IMAGE_FORMATS as DECODABLE_FORMATS
 from finesight.errors import UserError
 
 DEFAULT_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-"""Formats that are always accepted. Decoders of other formats are slow or rarely fuzzed."""
+"""Image formats that are always accepted.
+
+The decoders of other formats are slow or rarely fuzzed.
+"""
 
 
 def read_formats(more: Sequence[str]) -> tuple[str, ...]:
-    """Return the default image formats and additional ones by name.
+    """Return the default image formats and additional ones.
+
+    Args:
+        more: Names of additional formats (`--image-format`).
 
     Raises:
         UserError: A name is unknown.

@@ -1,4 +1,4 @@
-"""Generations of one request, submitted and canceled together."""
+"""Generations of one chat completion request, submitted and canceled together."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from finesight.infer.request import CompletionDelta, GenerationOptions, TokenUsa
 from finesight.serve.api_errors import ApiError, from_user_error
 
 ChoiceDelta = tuple[int, CompletionDelta | Exception | None]
-"""Index of a choice, and its delta. None marks the end of the choice, an exception its failure."""
+"""Index of a choice, and its next text delta.
+
+None instead of a delta marks the end of the choice. An exception means that the choice failed.
+"""
 
 
 class GenerationGroup:
-    """Generations of the choices of one request.
+    """Generations of one request, one for each choice (`n` in the OpenAI API).
 
-    `submit` runs in a thread that cannot be interrupted. After `cancel`, streams that `submit`
-    still adds are canceled as well.
+    `submit` runs in a thread that cannot be interrupted. If `cancel` is called meanwhile,
+    generations that `submit` still adds are canceled as well.
     """
 
     def __init__(self, service: InferenceService) -> None:
@@ -38,10 +41,15 @@ class GenerationGroup:
         options: Sequence[GenerationOptions],
         prompt: EncodedSample,
     ) -> None:
-        """Submit one generation for each of the options.
+        """Submit one generation per choice of a chat completion request.
+
+        Args:
+            located_sample: Images of the request.
+            options: Generation options of each choice.
+            prompt: Encoded prompt, which all choices share.
 
         Raises:
-            ApiError: The service is busy, or the request is invalid.
+            ApiError: The inference service is busy, or the request is invalid.
         """
         for choice_options in options:
             if self._is_cancelled:
@@ -62,7 +70,7 @@ class GenerationGroup:
                     stream.cancel()
 
     def cancel(self) -> None:
-        """Cancel all running and future generations."""
+        """Cancel all generations, including those that are submitted later."""
         with self._lock:
             self._is_cancelled = True
             for stream in self.streams:
@@ -74,9 +82,9 @@ class GenerationGroup:
         return [stream.usage for stream in self.streams]
 
     async def iter_deltas(self) -> AsyncGenerator[tuple[int, CompletionDelta | None]]:
-        """Yield deltas of all choices as they arrive.
+        """Yield (choice index, text delta) pairs of all choices as tokens arrive.
 
-        None marks the end of a choice. Raises the first error of any choice.
+        A delta of None marks the end of a choice. The first error of any choice is raised.
         """
         queue: asyncio.Queue[ChoiceDelta] = asyncio.Queue()
         tasks = [
@@ -102,7 +110,7 @@ class GenerationGroup:
 
 
 def merge_deltas(deltas: Sequence[ChoiceDelta]) -> list[ChoiceDelta]:
-    """Merge consecutive deltas of the same choice.
+    """Merge the text deltas of each choice that have arrived together.
 
     With many clients, tokens arrive faster than single deltas can be sent.
     """

@@ -1,9 +1,9 @@
-"""HTTP/1.1 protocol with limits on connections, headers and slow clients.
+"""HTTP/1.1 protocol of the server, with limits on connections, headers and slow clients.
 
-uvicorn closes connections that are idle between requests only. This protocol also closes
+uvicorn only closes connections that are idle between requests. This protocol also closes
 connections with an incomplete request header, without a first request, or whose client does not
-read its response. A body in one-byte chunks would block the event loop, since parsing a chunk takes
-as long as parsing a thousand bytes.
+read its response. It rejects bodies in tiny chunks, which would block the event loop: parsing a
+one-byte chunk takes as long as parsing a thousand bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from uvicorn.server import ServerState
 from finesight.serve.server_limits import ServerLimits
 
 ABORT_STATE_KEY = "finesight_abort"
-"""Key of the request state whose value closes the connection immediately."""
+"""Key of the request state whose value is a function that closes the connection."""
 
 
 MAX_HEAD_BYTES = 1 << 14
@@ -27,11 +27,14 @@ MAX_HEAD_BYTES = 1 << 14
 
 NUM_UNCHECKED_CHUNKS = 1000
 MIN_MEAN_CHUNK_BYTES = 256
-"""Minimum mean chunk size of a body after the first `NUM_UNCHECKED_CHUNKS` chunks."""
+"""Minimum mean chunk size of a body, checked after `NUM_UNCHECKED_CHUNKS` chunks."""
 
 
 class ChunkCountingConnection(h11.Connection):
-    """h11 connection that detects bodies in tiny chunks (`is_flooded`)."""
+    """h11 connection that detects request bodies in tiny chunks.
+
+    `is_flooded` is then true.
+    """
 
     def __init__(self, max_incomplete_event_size: int) -> None:
         super().__init__(h11.SERVER, max_incomplete_event_size)
@@ -39,7 +42,7 @@ class ChunkCountingConnection(h11.Connection):
         self._num_chunks = self._num_bytes = 0
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """Parse the next event. Returns NEED_DATA for a flooded connection."""
+        """Parse the next event, or return NEED_DATA if the connection is flooded."""
         if self.is_flooded:
             return h11.NEED_DATA
         event = super().next_event()
@@ -56,7 +59,7 @@ class ChunkCountingConnection(h11.Connection):
 
 
 def build_protocol_class(limits: ServerLimits) -> type[H11Protocol]:
-    """Create the uvicorn protocol class for the limits."""
+    """Create a uvicorn protocol class with the given limits."""
 
     class LimitedH11Protocol(H11Protocol):
         def __init__(

@@ -1,7 +1,7 @@
-"""Fetch images from allowed web hosts, protected against SSRF.
+"""Fetch images from allowed web hosts, protected against server-side request forgery (SSRF).
 
 A host name is resolved once per request. All of its addresses must be public, and the connection
-uses a checked address, so DNS rebinding has no effect.
+uses a checked address, so that DNS rebinding has no effect.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from finesight.hub.http_client import (
 
 MAX_REDIRECTS = 5
 CONTENT_TYPE_PREFIXES = ("image/", "application/octet-stream", "binary/octet-stream")
-"""Accepted prefixes of the content type."""
+"""Accepted prefixes of the HTTP content type of an image."""
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 ResolveFn = Callable[[str, int], Awaitable[Sequence[str]]]
 
 
 async def resolve_host(host: str, port: int) -> list[str]:
-    """Return the addresses of a host name from the system resolver."""
+    """Resolve a host name to IP addresses with the resolver of the system."""
     addresses = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(entry[4][0]) for entry in addresses]
 
 
 class ImageFetcher:
-    """Fetch files over HTTPS from allowed hosts, with limits on size and time.
+    """Fetches images over HTTPS from allowed hosts, with limits on size and time.
 
     Args:
         hosts: Allowed host names.
         timeout_s: Time limit of a fetch, including redirects.
         max_bytes: Maximum file size.
-        resolve: Resolves host names.
-        is_allowed_address: Checks an address before a connection.
+        resolve: Resolves a host name and port to IP addresses.
+        is_allowed_address: Checks an IP address before the connection.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class ImageFetcher:
         self._ssl_context = ssl.create_default_context() if hosts else None
 
     async def fetch(self, url: str, file: BinaryIO) -> None:
-        """Write the content of a URL to a file.
+        """Fetch an image and write it to a file.
 
         Raises:
-            UserError: The scheme, host or address is not allowed, including those of redirects, or
+            UserError: The scheme, host or address of the URL or of a redirect is not allowed, or
                 the response is too large, too slow or not an image.
         """
         try:
@@ -110,7 +110,7 @@ class ImageFetcher:
         return parts.hostname, parts.port or 443
 
     async def _resolve_address(self, host: str, port: int) -> str:
-        """Return an address of the host after all of its addresses are checked."""
+        """Resolve a host name to one IP address after checking all of its addresses."""
         addresses = await self._resolve(host, port)
         # An address may contain a local zone: fe80::1%eth0.
         if not addresses or not all(
@@ -125,7 +125,10 @@ class ImageFetcher:
         return addresses[0]
 
     async def _request(self, url: str, host: str, address: str, file: BinaryIO) -> str | None:
-        """Return the redirect URL, or None after the file is written."""
+        """Send one request and write the response to the file.
+
+        Returns the target of a redirect, or None after the file is written.
+        """
         assert self._ssl_context is not None, f"{host} is allowed without allowed hosts"
         connect_url = httpx2.URL(url).copy_with(host=address)
         headers = {

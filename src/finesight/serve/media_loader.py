@@ -1,4 +1,4 @@
-"""Images of a request that are uploaded files or web URLs."""
+"""Load the images of a request that are uploaded files or web URLs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from finesight.serve.request_preprocessor import ImageRequest
 
 @dataclass(frozen=True, slots=True)
 class MediaLoader:
-    """Write the images of one request to `folder`, which exists as long as the request."""
+    """Loads the images of one request into its private folder.
+
+    Attributes:
+        folder: Private folder of the request, deleted at its end.
+        owner: Owner name of the API key.
+        fetcher: Fetches images from the web.
+        store: Uploaded files.
+    """
 
     folder: Path
     owner: str
@@ -23,14 +30,14 @@ class MediaLoader:
     store: FileStore
 
     async def fetch_image(self, image: ImageRequest) -> None:
-        """Link or fetch an image. Images of data URLs are already in the folder.
+        """Load an image into the folder: link an uploaded file, or fetch a URL.
 
-        A worker process checks the content of the file later.
+        Images of data URLs are already there. A worker process checks the content of the file
+        later.
 
         Raises:
             ApiError: The URL is a path or has another scheme, the file does not exist, the image is
-                too
-                large, or its content type is not an image.
+                too large, or its content type is not an image.
         """
         path = self.folder / get_image_name(image.image_number)
         try:

@@ -1,4 +1,4 @@
-"""Conversion of request messages to a sample."""
+"""Convert the messages of a chat completion request to a sample."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ MessageTurn = tuple[str, list[ContentPart]]
 
 
 def get_image_name(image_number: int) -> str:
-    """Return the name of the file for an image in the folder of a request."""
+    """Return the file name of an image in the folder of its request."""
     return f"image-{image_number}"
 
 
 def iter_images(
     chat_request: ChatCompletionRequest,
 ) -> Iterator[tuple[str, ImageContent | FileContent]]:
-    """Yield the images of a request with the paths of their fields."""
+    """Yield (field path, image) pairs for all images of a request."""
     for message_index, message in enumerate(chat_request.messages):
         if isinstance(message, UserMessage) and not isinstance(message.content, str):
             for part_index, part in enumerate(message.content):
@@ -41,12 +41,13 @@ def iter_images(
 
 
 def build_sample(chat_request: ChatCompletionRequest, system_prompt: str | None) -> Sample:
-    """Convert the messages to a sample, whose images are named by `get_image_name`, from 1.
+    """Convert the messages of a request to a sample.
 
-    Consecutive messages of one role become one turn, and tool results become user turns.
+    Its images are named by `get_image_name`, numbered from 1. Consecutive messages of one role
+    become one turn, and tool results become user turns.
 
     Args:
-        chat_request: The request.
+        chat_request: Chat completion request.
         system_prompt: System prompt of the model, used with tools if the request has none.
 
     Raises:

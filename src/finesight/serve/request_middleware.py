@@ -1,7 +1,7 @@
 """ASGI middleware for authentication, limits, logging and internal errors.
 
-It is the outermost layer instead of a dependency of routes, so it covers every path: no body is
-read before authentication, even for an unknown path.
+It is the outermost layer of the application, so that it covers every path: no body is read before
+authentication, even for an unknown path.
 """
 
 from __future__ import annotations
@@ -32,34 +32,42 @@ AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOGGER = logging.getLogger("finesight.serve")
 DRAIN_TIMEOUT_S = 10.0
-"""Seconds to receive the rest of a rejected request. Many clients read a response only after that.
+"""Seconds to receive the rest of a rejected request.
+
+Many clients read a response only after they have sent their request.
 """
 
 
 MAX_TRACEBACK_FRAMES = 20
-"""Number of innermost traceback frames that are logged. An error shared by several answers is
-raised in each of them."""
+"""Number of innermost traceback frames that are logged.
+
+An error that several completions share is raised in each of them, which extends its traceback.
+"""
 
 
 RESERVATION_STATE_KEY = "finesight_reservation"
-"""Key of the `ByteReservation` in the state of a request."""
+"""Key of the memory reservation (`ByteReservation`) in the state of a request."""
 
 CLIENT_CLOSED_REQUEST = 499
-"""Status in logs and metrics of a request whose client disconnected before the response."""
+"""HTTP status, in logs and metrics, of a request whose client disconnected early."""
 
 
 class ClientStalledError(Exception):
-    """The client does not read its response."""
+    """Raised when a client does not read its response within the send timeout."""
 
 
 class ByteReservation:
-    """Bytes of a `ByteBudget` that one request has reserved. Not thread-safe."""
+    """Memory that one request has reserved in a `ByteBudget`. Not thread-safe."""
 
     def __init__(self, budget: ByteBudget) -> None:
         self._budget, self._num_bytes = budget, 0
 
     def reserve(self, num_bytes: int) -> None:
-        """Reserve more bytes. Raises ApiError if they exceed the budget."""
+        """Reserve more bytes for the request.
+
+        Raises:
+            ApiError: The bytes of all requests would exceed the budget.
+        """
         if self._budget.used_bytes + num_bytes > self._budget.max_bytes:
             raise ApiError(
                 503,
@@ -70,28 +78,28 @@ class ByteReservation:
         self._num_bytes += num_bytes
 
     def release(self) -> None:
-        """Release all bytes."""
+        """Release all bytes of the request."""
         self._budget.used_bytes -= self._num_bytes
         self._num_bytes = 0
 
 
 @dataclass(slots=True)
 class ByteBudget:
-    """Limit of the bytes of all requests, and the number in use."""
+    """Limit on the memory of all requests, and the number of bytes in use."""
 
     max_bytes: int
     used_bytes: int = 0
 
 
 def get_reservation(scope: Scope) -> ByteReservation:
-    """Return the reservation of a request."""
+    """Return the memory reservation of a request from its ASGI scope."""
     reservation = scope["state"][RESERVATION_STATE_KEY]
     assert isinstance(reservation, ByteReservation), f"unexpected {type(reservation)}"
     return reservation
 
 
 class RequestMiddleware:
-    """Middleware that authenticates requests and applies the limits."""
+    """ASGI middleware that authenticates requests and applies the limits of the server."""
 
     def __init__(
         self, app: AsgiApp, api_keys: ApiKeys, limits: ServerLimits, metrics: ServerMetrics
@@ -127,7 +135,7 @@ class RequestMiddleware:
             LOGGER.info("%s %s %d %.3f s", scope["method"][:8], path, exchange.status, seconds)
 
     def _authenticate(self, scope: Scope) -> str:
-        """Return the owner of a request.
+        """Return the owner name of the API key of a request.
 
         Raises:
             ApiError: The API key is missing or wrong, or a server without keys receives a
@@ -154,7 +162,7 @@ class RequestMiddleware:
 
 
 class RequestExchange:
-    """Request and response of one exchange, with limits on size and time."""
+    """HTTP request and its response, with limits on size and time."""
 
     def __init__(
         self,
@@ -172,17 +180,17 @@ class RequestExchange:
         self.status = 0
 
     def check_content_length(self) -> None:
-        """Raise ApiError if the announced body is too large."""
+        """Raise ApiError if the `Content-Length` header exceeds the body limit."""
         length = _read_headers(self._scope).get("content-length", "0")
         if not length.isdecimal() or int(length) > self._limits.max_body_bytes:
             raise self._body_too_large_error(length)
 
     async def receive(self) -> Message:
-        """Return the next message of the body.
+        """Return the next ASGI message of the request body.
 
         Raises:
             ApiError: The body is too large or too slow.
-            ClientDisconnectedError: The client disconnected within the body.
+            ClientDisconnectedError: The client disconnected before the body was complete.
         """
         if self._body_complete:
             return await self._receive()
@@ -204,7 +212,11 @@ class RequestExchange:
         return message
 
     async def send(self, message: Message) -> None:
-        """Send a message of the response. Raises ClientStalledError after the send timeout."""
+        """Send an ASGI message of the response.
+
+        Raises:
+            ClientStalledError: The client did not read the response within the send timeout.
+        """
         if message["type"] == "http.response.start":
             self.status = message["status"]
         elif not message.get("more_body", False):
@@ -241,7 +253,7 @@ class RequestExchange:
             await self.send({"type": "http.response.body", "body": b""})
 
     def abort(self) -> None:
-        """Close the connection immediately."""
+        """Close the connection of the client immediately, without a response."""
         self._scope["state"].get(ABORT_STATE_KEY, lambda: None)()
 
     def _body_too_large_error(self, size: str) -> ApiError:
@@ -250,9 +262,9 @@ class RequestExchange:
         )
 
     async def _drain_body(self) -> None:
-        """Receive the rest of a body.
+        """Receive and discard the rest of a request body.
 
-        A client may read its response only after that.
+        Many clients read a response only after they have sent their request.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_TIMEOUT_S):
@@ -262,7 +274,7 @@ class RequestExchange:
 
 
 def _read_headers(scope: Scope) -> dict[str, str]:
-    """Return headers by lower-case name. Of duplicates, the last one counts."""
+    """Return the request headers by lower-case name. The last duplicate counts."""
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
 
@@ -274,9 +286,9 @@ def _parse_host(url: str) -> str:
 
 
 def log_internal_error(error: Exception) -> ApiError:
-    """Log an internal error and return its response.
+    """Log an internal error and return the response for the client.
 
-    The message of the error may quote client data, so only its traceback is logged.
+    Only the traceback is logged, because the error message may quote client data.
     """
     traceback_text = "".join(traceback.format_tb(error.__traceback__, limit=-MAX_TRACEBACK_FRAMES))
     error_name = type(error).__name__

@@ -1,4 +1,4 @@
-"""Preprocessing of a request in worker processes: parsing, tokenization, image decoding."""
+"""Preprocess a request in worker processes: parsing, tokenization and image decoding."""
 
 from __future__ import annotations
 
@@ -31,18 +31,21 @@ from finesight.worker_pool import Worker, WorkerLostError, WorkerPool, WorkerRep
 from finesight.worker_process import JobOutput
 
 MAX_CHARS_PER_TOKEN = 16
-"""Longer texts, per token of the context length, are rejected before tokenization."""
+"""Maximum number of characters per token of the context length.
+
+Longer texts are rejected before tokenization.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """Image of a request.
+    """Reference to an image in a request.
 
     Attributes:
         image_number: Number of the image in the request, from 1.
-        param: Path of its field in the body.
-        url: URL to fetch it from, None for a data URL.
-        file_id: ID of the uploaded file, if it is one.
+        param: Path of its field in the request body.
+        url: URL to fetch the image from. None for a data URL or an uploaded file.
+        file_id: ID of an uploaded file. None for other images.
     """
 
     image_number: int
@@ -52,18 +55,18 @@ class ImageRequest:
 
     @property
     def is_remote(self) -> bool:
-        """Return whether the image is not part of the body."""
+        """True if the image is not part of the request body."""
         return self.url is not None or self.file_id is not None
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedBody:
-    """Parsed body of a request.
+    """Parsed body of a chat completion request.
 
     Attributes:
         chat_request: All fields except for the messages.
         images: Images in the order of the messages.
-        sample_json: Conversation as JSON, for `RequestPreprocessor.encode`.
+        sample_json: Conversation as JSON text, the input of `RequestPreprocessor.encode`.
     """
 
     chat_request: ChatCompletionParameters
@@ -73,17 +76,17 @@ class ParsedBody:
 
 @dataclass(slots=True)
 class RequestPreprocessor:
-    """Preprocesses one request in workers of the pool, within its limits.
+    """Preprocesses one request in worker processes, within the limits of the server.
 
-    The methods block. Any thread may call `cancel`: a blocked method then raises
+    The methods block. Any thread may call `cancel`; the blocked method then raises
     ClientDisconnectedError.
 
     Attributes:
-        worker_pool: Workers with the state of `load_worker_state`.
+        worker_pool: Worker processes with the state of `worker_jobs.load_worker_state`.
         limits: Limits of the server.
         image_formats: Accepted image formats.
         folder: Private folder of the request, which contains its images.
-        deadline: End of the request on the clock of `time.monotonic`.
+        deadline: Time at which the request is canceled, on the clock of `time.monotonic`.
     """
 
     worker_pool: WorkerPool
@@ -97,14 +100,22 @@ class RequestPreprocessor:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def cancel(self) -> None:
-        """Stop the preprocessing."""
+        """Stop the preprocessing of the request by ending its worker process."""
         with self._lock:
             self._is_cancelled = True
             if self._worker is not None:
                 self._worker.kill()
 
     def parse_body(self, body: NDArray[np.uint8], max_model_len: int) -> ParsedBody:
-        """Parse and check a body, and write images of data URLs to the folder. Raises ApiError."""
+        """Parse and validate a request body, and write images of data URLs to the folder.
+
+        Args:
+            body: Body as bytes.
+            max_model_len: Context length of the model in tokens, which limits the length of texts.
+
+        Raises:
+            ApiError: The request is invalid or exceeds a limit.
+        """
         max_chars = min(self.limits.max_text_chars, MAX_CHARS_PER_TOKEN * max_model_len)
         with self._borrow_worker() as worker:
             reply = self._call(worker, parse_request, body, self.folder, self.limits, max_chars)
@@ -118,7 +129,15 @@ class RequestPreprocessor:
         )
 
     def encode(self, body: ParsedBody, max_model_len: int) -> EncodedSample:
-        """Tokenize the conversation, then decode its images. Raises ApiError."""
+        """Tokenize the conversation of a request, then decode its images.
+
+        Args:
+            body: Parsed body. All images are in the folder.
+            max_model_len: Context length of the model in tokens.
+
+        Raises:
+            ApiError: An image is invalid, or the request exceeds a limit.
+        """
         with self._borrow_worker() as worker:
             for image in body.images:
                 self._inspect_image(
@@ -138,12 +157,12 @@ class RequestPreprocessor:
         )
 
     def inspect_image(self, path: Path, param: str) -> None:
-        """Raise ApiError for a file that is not an accepted image, or too large."""
+        """Raise ApiError if a file is not an image of an accepted format and size."""
         with self._borrow_worker() as worker:
             self._inspect_image(worker, path, param)
 
     def check_grammar(self, spec: GrammarSpec, param: str) -> None:
-        """Raise ApiError for a grammar that cannot be compiled within the limits."""
+        """Raise ApiError if a grammar cannot be compiled within the limits."""
         seconds = self.limits.max_schema_cpu_s
         with (
             self._translate_errors(param, self.folder),
@@ -167,7 +186,7 @@ class RequestPreprocessor:
 
     @contextlib.contextmanager
     def _cancellable(self, worker: Worker) -> Iterator[None]:
-        """Allow `cancel` to kill this worker within the block."""
+        """Allow `cancel` to end this worker process within a `with` block."""
         with self._lock:
             self._worker = worker
             if self._is_cancelled:
@@ -204,7 +223,7 @@ class RequestPreprocessor:
 
     @contextlib.contextmanager
     def _translate_errors(self, param: str, folder: Path) -> Iterator[None]:
-        """Convert errors of workers to API errors."""
+        """Convert errors of worker processes to API errors within a `with` block."""
         try:
             yield
         except WorkerLostError as error:

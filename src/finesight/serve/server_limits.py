@@ -1,4 +1,4 @@
-"""Limits of the HTTP server for requests, connections and resources."""
+"""Limits of the inference server on requests, connections and resources."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLimits:
-    """Limits with their defaults. `LIMIT_DESCRIPTIONS` describes them."""
+    """Limits of the inference server. `LIMIT_DESCRIPTIONS` describes each field."""
 
     max_num_seqs: int = 64
     max_waiting: int = 256
@@ -48,7 +48,7 @@ class ServerLimits:
 
     @property
     def max_requests(self) -> int:
-        """Maximum number of admitted requests: running, preprocessed or queued."""
+        """Maximum number of admitted requests: generating, in preprocessing or queued."""
         return self.max_num_seqs + self.max_waiting
 
 
@@ -110,18 +110,23 @@ LIMIT_DESCRIPTIONS = {
     "max_constraint_cpu_s": ("CPU seconds for the schema constraint of an answer", ""),
     "max_schema_memory_bytes": ("memory of the process of a schema constraint", ""),
 }
-"""Description and command-line option of each limit."""
+"""Description and command-line option by field of `ServerLimits`."""
 
 
 def format_limits_table(limits: ServerLimits, translate: Callable[[str], str] = str) -> str:
-    """Format the limits as a Markdown table. `translate` converts its texts."""
+    """Format the limits as a Markdown table for the documentation.
+
+    Args:
+        limits: Limits with their values.
+        translate: Translates the texts of the table.
+    """
     titles = " | ".join(map(translate, ("limit", "default", "description", "option")))
-    rows = [f"| {titles} |", "|---|---|---|---|"]
+    lines = [f"| {titles} |", "|---|---|---|---|"]
     for name, value in asdict(limits).items():
         description, option = LIMIT_DESCRIPTIONS[name]
         cells = f"`{name}`", _format_limit(name, value), translate(description), option
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _format_limit(name: str, value: float) -> str:

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the server. Labels never contain client data."""
+"""Prometheus metrics of the inference server. Labels never contain client data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class ServerMetrics:
-    """Counters and histograms of requests. `get_gauges` is called on every scrape."""
+    """Counters and histograms of requests, and gauges of the inference service.
+
+    Args:
+        get_gauges: Returns the current values of the service by name. It is called on every scrape.
+    """
 
     def __init__(self, get_gauges: Callable[[], dict[str, float]]) -> None:
         self._registry = CollectorRegistry()
@@ -61,16 +65,22 @@ class ServerMetrics:
         )
 
     def record_request(self, route: str, status: int, seconds: float) -> None:
-        """Record a completed request."""
+        """Record a request when its response is complete.
+
+        Args:
+            route: Template of the path, such as `/v1/files/{name}`.
+            status: HTTP status of the response.
+            seconds: Duration of the request.
+        """
         self._requests.labels(route, str(status)).inc()
         self._request_seconds.labels(route).observe(seconds)
 
     def record_first_token(self, seconds: float) -> None:
-        """Record the time to the first token of a completion."""
+        """Record the time to first token of a request in seconds."""
         self._time_to_first_token.observe(seconds)
 
     def record_completion(self, finish_reason: str, usage: TokenUsage) -> None:
-        """Record a finished completion and its tokens."""
+        """Record a finished completion, its finish reason and its token usage."""
         self._completions.labels(finish_reason).inc()
         counts = {
             "prompt": usage.prompt_tokens,
@@ -81,7 +91,7 @@ class ServerMetrics:
             self._tokens.labels(kind).inc(count)
 
     def render_text(self) -> bytes:
-        """Render all metrics in the Prometheus text format."""
+        """Render all metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
 
 
@@ -90,7 +100,7 @@ class _GaugeCollector(Collector):
         self._get_gauges = get_gauges
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield one gauge for each current value of the service."""
+        """Yield one gauge for each current value of the inference service."""
         for name, value in self._get_gauges().items():
             gauge = GaugeMetricFamily(f"finesight_{name}", f"Current {name.replace('_', ' ')}.")
             gauge.add_metric([], value)

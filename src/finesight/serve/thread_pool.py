@@ -1,4 +1,4 @@
-"""Bounded thread pool for blocking work of the event loop."""
+"""Thread pool for functions that would block the event loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ResultT = TypeVar("ResultT")
 
 
 class ThreadPool:
-    """Run blocking functions in a fixed number of threads. Further calls wait in a queue."""
+    """Runs blocking functions in a fixed number of threads. Further calls are queued."""
 
     def __init__(self, num_threads: int) -> None:
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="finesight-serve")

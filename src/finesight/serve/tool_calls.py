@@ -1,7 +1,7 @@
-"""Tool prompts and tool calls in the format of the Qwen3-VL chat template.
+"""Tool definitions and tool calls in the format of the Qwen3-VL chat template.
 
-Functions are JSON within `<tools>` in the system turn, calls are JSON within `<tool_call>` in an
-answer, and results are in `<tool_response>` of the next user turn.
+Tool definitions are JSON within `<tools>` in the system turn. Calls are JSON within `<tool_call>`
+in an assistant turn. Results are within `<tool_response>` in the next user turn.
 """
 
 from __future__ import annotations
@@ -30,20 +30,26 @@ _TOOLS_SUFFIX = (
 
 @dataclass(frozen=True, slots=True)
 class ParsedToolCall:
-    """Tool call of the model, with JSON arguments."""
+    """Tool call that the model has generated.
+
+    Attributes:
+        id: Generated ID of the call.
+        name: Name of the function.
+        arguments: Arguments as JSON text.
+    """
 
     id: str
     name: str
     arguments: str
 
     def as_json(self) -> dict[str, Any]:
-        """Return the tool call of the OpenAI API."""
+        """Return the tool call object of the OpenAI API."""
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": self.id, "type": "function", "function": function}
 
 
 def format_system_prompt(system_prompt: str | None, tools: Sequence[Tool]) -> str:
-    """Return the system prompt followed by the tool definitions."""
+    """Append the tool definitions to a system prompt, as in the chat template."""
     lines = [
         "\n" + json.dumps(tool.model_dump(exclude_unset=True), ensure_ascii=False) for tool in tools
     ]
@@ -56,7 +62,7 @@ def format_system_prompt(system_prompt: str | None, tools: Sequence[Tool]) -> st
 
 
 def format_tool_calls(calls: Sequence[ToolCall]) -> str:
-    """Format calls of an earlier answer as the model generated them."""
+    """Format the tool calls of an earlier assistant message as text of the chat template."""
     return "\n".join(
         f'{TOOL_CALL_START}\n{{"name": "{call.function.name}",'
         f' "arguments": {call.function.arguments}}}\n{TOOL_CALL_END}'
@@ -65,19 +71,22 @@ def format_tool_calls(calls: Sequence[ToolCall]) -> str:
 
 
 def format_tool_result(content: str) -> str:
-    """Format the result of a tool."""
+    """Format the result of a tool call as text of the chat template."""
     return f"<tool_response>\n{content}\n</tool_response>"
 
 
 @dataclass(slots=True)
 class ToolCallParser:
-    """Splits a streamed answer into text and calls. Text that may start a call is held back."""
+    """Splits a streamed completion into text and tool calls.
+
+    Text that may start a tool call is held back until it is complete.
+    """
 
     pending: str = ""
     after_call: bool = False
 
     def add_text(self, delta: str) -> tuple[str, list[ParsedToolCall]]:
-        """Add text. Returns the text to send, and complete calls."""
+        """Add generated text. Returns text that can be sent, and complete tool calls."""
         self._set_pending(self.pending + delta)
         text, calls = "", list[ParsedToolCall]()
         while TOOL_CALL_START in self.pending:
@@ -104,7 +113,10 @@ class ToolCallParser:
         return text, calls
 
     def flush(self) -> tuple[str, list[ParsedToolCall]]:
-        """Return the rest at the end of the answer. The last call may lack its end tag."""
+        """Return the text or tool call that is left at the end of the completion.
+
+        The last tool call may lack its end tag.
+        """
         rest, self.pending = self.pending, ""
         call = (
             parse_tool_call(rest.removeprefix(TOOL_CALL_START))
@@ -114,13 +126,13 @@ class ToolCallParser:
         return ("", [call]) if call else (rest, [])
 
     def _set_pending(self, text: str) -> None:
-        """Set the pending text without the newlines that follow a call."""
+        """Set the text that is held back, without newlines after a tool call."""
         self.pending = text.lstrip("\n") if self.after_call else text
         self.after_call = self.after_call and not self.pending
 
 
 def parse_tool_call(text: str) -> ParsedToolCall | None:
-    """Parse the text between the tags. Returns None if it is not a call."""
+    """Parse the text between the tool call tags, or return None if it is invalid."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -135,7 +147,10 @@ def parse_tool_call(text: str) -> ParsedToolCall | None:
 
 
 def _count_partial_tag(text: str) -> int:
-    """Count trailing characters that may belong to a call: newlines and a partial tag."""
+    """Count the last characters of a text that may belong to a tool call.
+
+    These are newlines and a partial start tag.
+    """
     for length in range(min(len(TOOL_CALL_START) - 1, len(text)), 0, -1):
         if TOOL_CALL_START.startswith(text[-length:]):
             rest = text[:-length]

@@ -1,8 +1,9 @@
-"""Constrained decoding with grammars in worker processes.
+"""Constrained decoding with grammars of clients, computed in worker processes.
 
 Grammars are untrusted. llguidance limits the work of a step, but neither the time nor the memory of
-a single operation: the mask of `.*.*.*...` takes a minute. Each constrained answer therefore has a
-worker process with limits on both. The engine waits for a mask for a limited time only.
+a single operation: the bitmask of `.*.*.*...` takes a minute. Each constrained completion therefore
+has its own worker process with limits on both. The engine waits for a bitmask for a limited time
+only.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from finesight.serve.worker_jobs import GrammarSpec, compile_grammar, compute_ne
 from finesight.worker_pool import Worker, WorkerLostError, WorkerPool
 
 MAX_ACCEPTED_GRAMMARS = 1024
-"""Number of grammars that are remembered as valid, by digest."""
+"""Number of grammars whose successful compilation is remembered."""
 
 
 class ConstraintFactory:
-    """Factory of constraints for one model. Remembers which grammars are valid."""
+    """Creates decoding constraints for one model, and remembers valid grammars."""
 
     def __init__(
         self, pool: WorkerPool, limits: ServerLimits, vocab_size: int, eos_ids: Sequence[int]
@@ -41,19 +42,22 @@ class ConstraintFactory:
         self._accepted: OrderedDict[bytes, None] = OrderedDict()
 
     def is_accepted(self, spec: GrammarSpec) -> bool:
-        """Return whether a grammar has compiled before."""
+        """Return whether a grammar has been marked as valid."""
         with self._lock:
             return _hash_grammar(spec) in self._accepted
 
     def mark_accepted(self, spec: GrammarSpec) -> None:
-        """Remember that a grammar is valid."""
+        """Remember that a grammar can be compiled within the limits."""
         with self._lock:
             self._accepted[_hash_grammar(spec)] = None
             while len(self._accepted) > MAX_ACCEPTED_GRAMMARS:
                 self._accepted.popitem(last=False)
 
     def create(self, spec: GrammarSpec) -> WorkerConstraint:
-        """Create the constraint of one answer. Its worker starts with the answer."""
+        """Create the decoding constraint of one completion.
+
+        Its worker process starts when the engine starts the completion.
+        """
         return WorkerConstraint(self, spec)
 
 
@@ -62,10 +66,12 @@ def _hash_grammar(spec: GrammarSpec) -> bytes:
 
 
 class WorkerConstraint(DecodingConstraint):
-    """Constraint whose token bitmasks a worker process computes while the model computes logits.
+    """Decoding constraint whose token bitmasks are computed in a worker process.
+
+    The worker computes the next bitmask while the model computes logits.
 
     Attributes:
-        has_failed: Whether the grammar exceeded a limit. Only the end token is allowed then.
+        has_failed: True if the grammar exceeded a limit. Only end tokens are allowed then.
     """
 
     def __init__(self, factory: ConstraintFactory, spec: GrammarSpec) -> None:
@@ -73,7 +79,7 @@ class WorkerConstraint(DecodingConstraint):
         self._worker_future: Future[Worker] | None = None
         self._worker: Worker | None = None
         self._ready_worker: Worker | None = None
-        """Worker with its first job. Only the thread of the model uses it."""
+        """Worker process after its first job has started, used by the engine thread only."""
         self._bitmask: NDArray[np.int32] | None = None
         self._cpu_seconds = 0.0
         self._lock = threading.Lock()
@@ -81,12 +87,12 @@ class WorkerConstraint(DecodingConstraint):
         self.has_failed = False
 
     def start(self) -> None:
-        """Start a worker that compiles the grammar."""
+        """Start the worker process, which compiles the grammar."""
         # In another thread: a large grammar does not fit into the buffer of a socket.
         self._worker_future = self._factory.start_executor.submit(self._start_worker)
 
     def wait_bitmask(self, timeout_s: float) -> bool:
-        """Wait for the next bitmask. Returns whether it is available."""
+        """Wait for the bitmask of the next token, and return whether it is available."""
         if self._bitmask is not None or self.has_failed:
             return True
         assert self._worker_future is not None, f"the {self._spec[0]} constraint has not started"
@@ -108,7 +114,7 @@ class WorkerConstraint(DecodingConstraint):
         return True
 
     def compute_bitmask(self) -> NDArray[np.int32]:
-        """Return the bitmask of the next token."""
+        """Return the bitmask of the next token, waiting as long as necessary."""
         while not self.wait_bitmask(1.0):
             pass
         if self.has_failed:
@@ -117,7 +123,7 @@ class WorkerConstraint(DecodingConstraint):
         return self._bitmask
 
     def accept_token(self, token: int) -> None:
-        """Accept a token and start to compute the next bitmask."""
+        """Report a generated token, so that the worker computes the next bitmask."""
         self._bitmask = None
         if self.has_failed or self._ready_worker is None:
             return
@@ -128,7 +134,7 @@ class WorkerConstraint(DecodingConstraint):
             self._fail()
 
     def close(self) -> None:
-        """End the worker. Any thread may call this at any time."""
+        """End the worker process. Any thread may call this method at any time."""
         with self._lock:
             self._closed = True
             worker = self._worker

@@ -1,4 +1,4 @@
-"""Jobs of the server worker processes: parsing, tokenization, image decoding, grammars.
+"""Jobs of the worker processes: parsing, tokenization, image decoding and grammars.
 
 The first argument of each job is the `WorkerState` of its process. `serve.request_preprocessor` and
 `serve.worker_constraint` run the jobs in a `finesight.worker_pool.WorkerPool`.
@@ -38,18 +38,18 @@ from finesight.worker_process import JobOutput
 ArgsP = ParamSpec("ArgsP")
 
 GrammarSpec = tuple[str, tuple[Any, ...]]
-"""Name of a grammar compiler of `compile_grammar`, and its arguments."""
+"""Grammar for structured output: its kind in `compile_grammar`, and its arguments."""
 
 
 @dataclass(slots=True)
 class WorkerState:
-    """State of a worker process.
+    """State of a worker process between jobs.
 
     Attributes:
         renderer: Renderer of the model.
         grammar_compiler: Grammar compiler of the model.
-        tokenized: Tokens of the current request.
-        constraint: Grammar constraint of the current answer.
+        tokenized: Tokenized sample of the current request.
+        constraint: Grammar constraint of the current completion.
     """
 
     renderer: NativeRenderer
@@ -59,7 +59,7 @@ class WorkerState:
 
 
 def load_worker_state(renderer: NativeRenderer, vocab_size: int) -> WorkerState:
-    """Load the state of the template process."""
+    """Load the state of the template process, from which worker processes are forked."""
     grammar_compiler = GrammarCompiler(renderer, vocab_size)
     grammar_compiler.load_tokenizer()
     return WorkerState(renderer, grammar_compiler)
@@ -68,7 +68,7 @@ def load_worker_state(renderer: NativeRenderer, vocab_size: int) -> WorkerState:
 def _return_api_errors(
     job: Callable[ArgsP, JobOutput],
 ) -> Callable[ArgsP, JobOutput]:
-    """Return an ApiError of a job as its result."""
+    """Decorate a job to return an ApiError as its result instead of raising it."""
 
     @functools.wraps(job)
     def wrapped(*args: ArgsP.args, **kwargs: ArgsP.kwargs) -> JobOutput:
@@ -85,12 +85,19 @@ def _return_api_errors(
 def parse_request(
     state: WorkerState, body: NDArray[np.uint8], folder: Path, limits: ServerLimits, max_chars: int
 ) -> JobOutput:
-    """Parse the body of a chat completion, and write the images of its data URLs.
+    """Parse the body of a chat completion request, and write images of data URLs.
+
+    Args:
+        state: State of the worker process.
+        body: JSON text of the request.
+        folder: Private folder of the request, to which images are written.
+        limits: Limits of the server.
+        max_chars: Maximum number of characters of all texts.
 
     Returns:
-        The value has the `parameters` of the request without its messages, and `images` as
-        arguments of
-            `request_preprocessor.ImageRequest`. The array is the conversation as JSON.
+        The value has `parameters`, the fields of the request except for its messages, and `images`,
+        a list of arguments for `request_preprocessor.ImageRequest`. The array is the conversation
+        as JSON text.
     """
     chat_request = validate_body(ChatCompletionRequest, body.tobytes())
     check_limits(chat_request, limits, max_chars)
@@ -119,7 +126,11 @@ def parse_request(
 
 
 def _write_data_url(url: str, path: Path, max_bytes: int) -> None:
-    """Decode a base64 data URL (RFC 2397) into a file. Raises ApiError for an invalid one."""
+    """Decode a base64 data URL (RFC 2397) and write its content to a file.
+
+    Raises:
+        ApiError: The URL is invalid, or its content is too large.
+    """
     comma = url.find(",", 0, 200)
     if comma < 0 or not url[:comma].lower().endswith(";base64"):
         raise ApiError(400, f"invalid data URL {url[:20]!r}; expected data:image/...;base64,")
@@ -138,19 +149,28 @@ def _write_data_url(url: str, path: Path, max_bytes: int) -> None:
 def inspect_image(
     state: WorkerState, path: Path, max_pixels: int, formats: Sequence[str]
 ) -> JobOutput:
-    """Read the header of an image. Returns height and width."""
+    """Read the header of an image and return its height and width.
+
+    Raises:
+        UserError: The image is corrupt, too large or of another format.
+    """
     return JobOutput(read_image_size(path, max_pixels, formats))
 
 
 def tokenize_sample(
     state: WorkerState, sample: NDArray[np.uint8], folder: Path, max_model_len: int
 ) -> JobOutput:
-    """Tokenize a conversation of `parse_request`, whose images are in `folder`.
+    """Tokenize a conversation from `parse_request`.
+
+    Args:
+        state: State of the worker process.
+        sample: Conversation as JSON text.
+        folder: Private folder of the request, which contains the images.
+        max_model_len: Context length of the model in tokens.
 
     Returns:
-        The value has the `spans` of the images and the `patch_dim`. The arrays are the token IDs
-        and
-            the position IDs.
+        The value has the `spans` of image tokens and the `patch_dim`. The arrays are the token IDs
+        and the position IDs.
 
     Raises:
         UserError: The prompt has `max_model_len` tokens or more. No image was decoded.
@@ -187,13 +207,16 @@ def tokenize_sample(
 
 
 def load_image_patches(state: WorkerState, image_index: int) -> JobOutput:
-    """Decode an image of the current request, by its index, into patches."""
+    """Decode an image of the current request, given by its index, into patches."""
     assert state.tokenized is not None, f"image {image_index} has no tokenized sample"
     return JobOutput(None, [state.renderer.span_patches(state.tokenized.spans[image_index])])
 
 
 def compile_grammar(state: WorkerState, spec: GrammarSpec, with_bitmask: bool) -> JobOutput:
-    """Compile the grammar of an answer. Returns the bitmask of the first token."""
+    """Compile the grammar of a completion.
+
+    Returns the bitmask of the first token if `with_bitmask` is true.
+    """
     name, args = spec
     compilers: Mapping[str, Callable[..., GrammarConstraint]] = {
         "json_object": state.grammar_compiler.compile_json_object,
@@ -206,7 +229,7 @@ def compile_grammar(state: WorkerState, spec: GrammarSpec, with_bitmask: bool) -
 
 
 def compute_next_bitmask(state: WorkerState, token_id: int) -> JobOutput:
-    """Accept a token of the answer. Returns the bitmask of the next token."""
+    """Accept a generated token and return the bitmask of the next one."""
     assert state.constraint is not None, f"token {token_id} has no constraint"
     state.constraint.accept_token(token_id)
     return _compute_bitmask(state.constraint)

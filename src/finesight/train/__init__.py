@@ -1,1 +1,1 @@
-"""Training: trainer, data loading, optimizer, checkpoints and run directory."""
+"""Supervised fine-tuning: trainer, data loading, optimizers, checkpoints and the run directory."""

@@ -1,16 +1,17 @@
-"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) for a parameter group.
+"""AdamW over fp32 master weights (Loshchilov & Hutter 2019, arXiv:1711.05101).
 
-A fused Triton kernel runs the step on a GPU; without Triton, it runs in chunks.
+One instance updates one parameter group. On a GPU with Triton, a fused kernel computes the step.
+Otherwise, the step is computed in chunks of the flat parameters.
 
 Bytes per trainable bf16 parameter:
+
 - 2 for the parameter.
 - 2 for the residual of the fp32 master weight.
-- 2 for the gradient, from the backward pass to the step; 4 with several micro-batches.
-- 8 for the optimizer state, or 2.03 in 8 bits.
+- 2 for the gradient, from the backward pass to the optimizer step; 4 with several micro-batches.
+- 8 for the fp32 moments, or 2.03 for 8-bit moments.
 
-The total is 14 bytes, or 8.03. A step reads and writes 26 bytes per parameter, or 14, plus 2 for
-the
-gradient norm.
+The total is 14 bytes with fp32 moments and 8.03 bytes with 8-bit moments. An optimizer step reads
+and writes 26 or 14 bytes per parameter, plus 2 bytes for the gradient norm.
 
 Shapes: E flat elements of a parameter group, M elements of a slice.
 """
@@ -29,13 +30,14 @@ if HAS_TRITON:
     from finesight.train import optimizer_kernels
 
 MAX_CHUNK_ELEMENTS = 1 << 20
-"""Elements per chunk without the kernel; each takes about 20 bytes of temporary memory."""
+"""Elements per chunk of the step without Triton; each element takes about 20 temporary bytes."""
 
 
 class AdamW:
-    """AdamW steps for one parameter group.
+    """AdamW optimizer for the master weights of one parameter group.
 
-    The step count is a device scalar, because only the device knows whether a step is skipped.
+    The step count is a scalar tensor on the device, because only the device knows whether a step
+    with a non-finite gradient was skipped.
     """
 
     def __init__(
@@ -62,21 +64,28 @@ class AdamW:
 
     @property
     def num_steps(self) -> int:
-        """Steps that were not void. Waits for the device."""
+        """Number of applied optimizer steps, without skipped ones.
+
+        Reading it synchronizes with the device.
+        """
         return int(self._num_steps)
 
     @num_steps.setter
     def num_steps(self, number: int) -> None:
-        """Number of applied steps; reading it synchronizes with the device."""
         self._num_steps.fill_(number)
 
     @torch.no_grad()
     def step(self, grad_factor: Tensor, lr: float, weight_decay: float) -> None:
-        """Apply a step with gradients multiplied by `grad_factor`, a device scalar.
+        """Update the master weights from the accumulated gradients.
 
-        If the factor is NaN, the step is skipped and not counted. With the kernel, the host does
-        not
-        synchronize with the device.
+        A step whose `grad_factor` is NaN is skipped and not counted. With the Triton kernel, the
+        host does not synchronize with the device.
+
+        Args:
+            grad_factor: Scalar on the device that multiplies all gradients, for clipping and
+                unscaling.
+            lr: Learning rate.
+            weight_decay: Decoupled weight decay.
         """
         hparams = AdamWHyperparams(lr, weight_decay, self._betas)
         tiles, states = self._gradients.tiles, (self.exp_avg, self.exp_avg_sq)
@@ -118,9 +127,14 @@ class AdamW:
         )
 
     def state_tensors(self, flat_slice: slice, shape: torch.Size) -> dict[str, Tensor]:
-        """Return views of a parameter's state for a checkpoint.
+        """Return views of the AdamW moments of one parameter, for saving and loading checkpoints.
 
-        The last tensor is zero until a non-zero gradient arrives, because squares cannot cancel.
+        The last tensor belongs to the second moment. It stays zero until the parameter receives a
+        non-zero gradient, because a sum of squares cannot cancel.
+
+        Args:
+            flat_slice: Elements of the parameter in its group.
+            shape: Shape of the parameter.
         """
         return {
             f"{name}{suffix}": tensor

@@ -1,6 +1,7 @@
-"""Anomaly detection: non-finite steps, loss spikes and corrupt images.
+"""Detection of training anomalies: non-finite steps, loss spikes and corrupt images.
 
-Non-finite steps and corrupt images end the run above a limit. Loss spikes are only logged.
+Too many consecutive non-finite steps or too many corrupt images end the run. Loss spikes are only
+logged.
 """
 
 from __future__ import annotations
@@ -16,26 +17,36 @@ from finesight.train.setup import TrainState
 from finesight.train.step import StepOutput
 
 MAX_CONSECUTIVE_NONFINITE = 5
-"""Consecutive non-finite steps that end a run; a single one may be caused by its samples."""
+"""Number of consecutive non-finite steps that end a run.
+
+A single non-finite step may be caused by its samples.
+"""
 
 MAX_CORRUPT_FRACTION, MIN_CORRUPT_LIMIT = 0.1, 8
-"""Maximum share of samples with corrupt images, and minimum of the limit."""
+"""Limits for samples with corrupt images: fraction of the training samples, and minimum count.
+
+A run ends when the number of these samples exceeds both limits.
+"""
 
 LOSS_WINDOW, MIN_LOSS_WINDOW = 64, 16
-"""Maximum and minimum number of recent losses for comparison."""
+"""Maximum and minimum number of recent losses that a new loss is compared with."""
 
 SPIKE_DEVIATIONS = 8.0
-"""Minimum distance of a spike from the median, in standard deviations."""
+"""Distance from the median loss, in standard deviations, above which a loss is a spike."""
 
 MAX_LISTED_SAMPLES = 64
-"""Maximum number of samples in a message; `metrics.jsonl` lists all."""
+"""Maximum number of samples listed in a message; `metrics.jsonl` lists all."""
 
 
 class StepCheck(NamedTuple):
-    """Loss and gradient norm of a step, and its samples in case of an anomaly.
+    """Checked loss and gradient norm of a training step, with the samples of an anomaly.
 
-    Values are NaN if they are not finite, and None if there was no supervised token or fp16
-    overflowed.
+    Attributes:
+        loss: Mean loss; NaN if it is not finite, None if the step had no supervised tokens or
+            overflowed in fp16.
+        grad_norm: Gradient norm, with the same special values.
+        nonfinite_samples: Locations of all samples of a non-finite step; otherwise empty.
+        spike_samples: Locations of all samples of a step with a loss spike; otherwise empty.
     """
 
     loss: float | None
@@ -45,11 +56,11 @@ class StepCheck(NamedTuple):
 
 
 class AnomalyDetector:
-    """Check the steps of a run in order.
+    """Detector of non-finite steps, loss spikes and corrupt images; checks the steps in order.
 
-    A resumed run restores the state from `metrics.jsonl`, so it reacts as an uninterrupted run.
-    Corrupt
-    images are counted from zero, since they may be repaired.
+    A resumed run restores the recent losses and non-finite samples from `metrics.jsonl`, so it
+    makes the same decisions as an uninterrupted run. The count of corrupt images starts at zero,
+    because the images may have been repaired.
     """
 
     def __init__(self, state: TrainState, log: Callable[[str], None]) -> None:
@@ -62,7 +73,10 @@ class AnomalyDetector:
                 self._restore_step(line)
 
     def check_step(self, step_output: StepOutput) -> StepCheck:
-        """Wait for a step and check its loss and gradient norm."""
+        """Wait for a training step, check its loss and gradient norm, and update the counters.
+
+        Non-finite steps and loss spikes are logged.
+        """
         self._corrupt_samples |= step_output.global_stats.skipped
         loss, grad_norm = step_output.wait()
         progress = self._state.progress
@@ -94,7 +108,7 @@ class AnomalyDetector:
         return StepCheck(_or_nan(loss), _or_nan(grad_norm), nonfinite_samples=sample_locations)
 
     def _restore_step(self, line: Mapping[str, Any]) -> None:
-        """Restore the state from a recorded step."""
+        """Restore the recent losses and non-finite samples from one line of `metrics.jsonl`."""
         if line.get("nonfinite_samples"):
             self._nonfinite_samples += line["nonfinite_samples"]
         elif line["loss"] is not None:
@@ -102,10 +116,10 @@ class AnomalyDetector:
             self._losses.append(line["loss"])
 
     def raise_if_exceeded(self) -> None:
-        """Check the limits.
+        """Raise if the run has too many non-finite steps or corrupt images.
 
         Raises:
-            UserError: A limit is exceeded.
+            UserError: A limit is exceeded; the error lists the samples.
         """
         progress, dataset_stats = self._state.progress, self._state.train_data.stats
         if progress.consecutive_nonfinite_steps >= MAX_CONSECUTIVE_NONFINITE:
@@ -137,7 +151,7 @@ class AnomalyDetector:
         )
 
     def _sample_locations(self, step_index: int) -> tuple[str, ...]:
-        """Return the locations of all samples of a step, on any rank."""
+        """Return the file locations of all samples of a step, including those of other ranks."""
         corpus = self._state.train_data.corpus
         return tuple(
             corpus.location(index) for index in self._state.sampler.batch_indices(step_index)
@@ -145,12 +159,12 @@ class AnomalyDetector:
 
 
 def is_loss_spike(loss: float, recent_losses: Collection[float]) -> bool:
-    """Check if a loss is a spike compared with the recent losses.
+    """Return whether a loss is a spike compared with the recent losses.
 
-    A spike exceeds two times the median, and is `SPIKE_DEVIATIONS` standard deviations above it.
-    The
-    standard deviation is estimated by the median absolute deviation, which ignores outliers (Hampel
-    1974).
+    A spike is larger than two times the median and more than `SPIKE_DEVIATIONS` standard deviations
+    above it. The standard deviation is estimated from the median absolute deviation, which is
+    robust to outliers (Hampel 1974). The result is False for fewer than `MIN_LOSS_WINDOW` recent
+    losses.
     """
     if len(recent_losses) < MIN_LOSS_WINDOW:
         return False

@@ -1,4 +1,8 @@
-"""Asynchronous checkpoints: tensors are copied to the CPU, and a thread writes the files."""
+"""Asynchronous checkpoints: training continues while a background thread writes the files.
+
+The tensors are first copied to a buffer in CPU memory, so the next optimizer step cannot change
+them.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +20,31 @@ from finesight.train.setup import TrainState
 MAX_ASYNC_PARAMS = 400_000_000
 """Maximum number of trainable parameters per rank for asynchronous checkpoints.
 
-The CPU copy takes 12 bytes per parameter.
+The CPU copy takes 12 bytes per parameter: the fp32 weight and two fp32 moments.
 """
 
 _ALIGNMENT = 64
-"""Alignment of tensors in the staging buffer, in bytes."""
+"""Alignment of the tensors in the staging buffer, in bytes."""
 
 
 class _StagingBuffer:
-    """Reusable CPU buffer, in pinned memory where possible for fast copies from the GPU."""
+    """Reusable CPU buffer for a copy of all checkpoint tensors.
+
+    The buffer is in pinned memory if the system allows it, because copies from a GPU are then
+    faster.
+    """
 
     def __init__(self) -> None:
         self._bytes_N: Tensor | None = None
 
     def copy_tensors(self, tensor_sets: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """Copy sets of tensors into the buffer; shapes must not change between calls."""
+        """Copy several mappings of tensors to the buffer and return the mappings of the copies.
+
+        The first call allocates the buffer, so later calls must pass tensors of the same names and
+        shapes. The copies are complete on return.
+        """
         if self._bytes_N is None:
-            # Iterate once: some tensors are computed on access.
+            # Only in the first call, because some tensors are computed on access.
             self._bytes_N = _allocate_pinned(
                 sum(_align(t.nbytes) for tensors in tensor_sets for t in tensors.values())
             )
@@ -62,7 +74,11 @@ def _align(size: int) -> int:
 def build_async_checkpointer(
     state: TrainState, checkpoint_manager: CheckpointManager
 ) -> AsyncCheckpointer:
-    """Create the checkpoint writer of a run, asynchronous on a GPU if the copy fits."""
+    """Create the checkpoint writer of a run.
+
+    It is asynchronous on a GPU with at most `MAX_ASYNC_PARAMS` trainable parameters per rank, and
+    synchronous otherwise.
+    """
     on_gpu = state.hardware.device.type == "cuda"
     is_async = on_gpu and state.optimizer.num_params <= MAX_ASYNC_PARAMS
     return AsyncCheckpointer(
@@ -71,7 +87,10 @@ def build_async_checkpointer(
 
 
 class AsyncCheckpointer:
-    """Write one checkpoint at a time; the next call raises errors of the thread."""
+    """Writer of checkpoints in a background thread, one checkpoint at a time.
+
+    An error of the thread is raised by the next call of `save` or `wait`.
+    """
 
     def __init__(
         self,
@@ -95,7 +114,11 @@ class AsyncCheckpointer:
         weights: Mapping[str, Tensor],
         optimizer_state: Mapping[str, Tensor],
     ) -> None:
-        """Start writing a checkpoint as `CheckpointManager.save`; call `wait` to complete it."""
+        """Start writing a checkpoint in the background; call `wait` to complete it.
+
+        A synchronous writer returns after the checkpoint is complete. See `CheckpointManager.save`
+        for the arguments.
+        """
         self.wait()
         is_written = (
             self._process_group.is_single_process and state.step in self._checkpoint_manager.steps()
@@ -121,13 +144,13 @@ class AsyncCheckpointer:
             self._error = error
 
     def wait(self) -> None:
-        """Wait for the pending checkpoint, and raise its error if it failed."""
+        """Wait until the pending checkpoint is written; raise its error if writing failed."""
         error = self.join()
         if error is not None:
             raise error
 
     def join(self) -> BaseException | None:
-        """Wait for the pending checkpoint and return its error, if any."""
+        """Wait until the pending checkpoint is written; return its error instead of raising it."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

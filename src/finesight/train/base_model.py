@@ -1,4 +1,4 @@
-"""Resolution of the base model of a run."""
+"""Resolution of the `model` and `adapter` settings to the base model of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from finesight.model_folder import ModelFolder, get_portable_name
 
 @dataclass(frozen=True, slots=True)
 class BaseModelRef:
-    """Base model of a run: name, folder, optional adapter to continue, and its run manifest."""
+    """Base model that a run starts from.
+
+    Attributes:
+        name: Name stored in manifests and adapters: an absolute path, or the name of a hub model.
+        folder: Folder of the model files.
+        adapter: Folder of an adapter to continue training; None to start with a new one.
+        manifest: Manifest of the run that produced the model or adapter, if any.
+    """
 
     name: str
     folder: ModelFolder
@@ -25,9 +32,10 @@ class BaseModelRef:
     manifest: Manifest | None
 
     def build_renderer(self, recipe: Recipe) -> Renderer:
-        """Create the renderer from the recipe.
+        """Create the renderer (tokenizer, chat template and image processor) of a recipe.
 
-        Missing settings come from the manifest of the run that the model belongs to.
+        Image settings and the system prompt that the recipe does not set are read from the manifest
+        of the run that produced the model.
         """
         image_rule, system_prompt = recipe.image, recipe.data.system_prompt
         if self.manifest is not None:
@@ -37,10 +45,12 @@ class BaseModelRef:
 
 
 def resolve_base_model(recipe: Recipe) -> BaseModelRef:
-    """Resolve the recipe's model: a model folder, a hub name, an adapter or a run.
+    """Resolve the `model` and `adapter` settings of a recipe.
+
+    `model` is a model folder, a hub name, an adapter folder or a run directory.
 
     Raises:
-        UserError: The model does not exist, or the recipe specifies two adapters.
+        UserError: The model or adapter does not exist, or the recipe specifies two adapters.
     """
     parts = resolve_model_source(recipe.model)
     # Store absolute paths of folders, and names of hub models and packaged models.

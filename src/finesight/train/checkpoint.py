@@ -1,4 +1,7 @@
-"""Checkpoints of a run: folders `checkpoints/step-N`, written atomically."""
+"""Checkpoints of a run in the folders `checkpoints/step-N`, written atomically.
+
+A checkpoint contains the fp32 master weights, the optimizer state and `state.json`.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +41,10 @@ FORMAT_VERSION = 2
 
 
 class BestEval(BaseModel):
-    """Best evaluation of a run so far.
+    """Step and scores of the best evaluation of a run so far.
 
-    Evaluations are compared by the primary metric, and by the validation loss without a metric or
-    for
-    equal scores.
+    Evaluations are ranked by the primary metric. The validation loss breaks ties, and ranks
+    evaluations without a metric.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,9 +55,10 @@ class BestEval(BaseModel):
     primary_score: float | None = None
 
     def is_better_than(self, other: BestEval | None) -> bool:
-        """Check if this evaluation replaces the other one.
+        """Return whether this evaluation is better than another one.
 
-        It always replaces one with another primary metric.
+        It is also considered better than None and than an evaluation with a different primary
+        metric.
         """
         if other is None or other.primary_metric != self.primary_metric:
             return True
@@ -66,17 +69,18 @@ class BestEval(BaseModel):
 
 
 class CheckpointState(BaseModel):
-    """Content of `state.json`: the state of a run apart from tensors.
+    """Content of `state.json` in a checkpoint: the state of a run apart from tensors.
 
     Attributes:
+        format_version: Version of the checkpoint format.
         step: Number of finished steps.
-        consumed_samples: Position in the data order, in samples since the start.
-        last_eval_step: Step of the last evaluation, or -1.
+        consumed_samples: Number of samples consumed since the start of the run.
+        last_eval_step: Step of the last evaluation, or -1 before the first one.
         best: Best evaluation so far.
         loss_scale: State of the fp16 loss scaler.
         budget: Memory budget of the next step.
-        nonfinite_steps: Number of skipped steps with non-finite values.
-        consecutive_nonfinite_steps: Number of such steps at the end.
+        nonfinite_steps: Number of skipped steps with a non-finite loss or gradient.
+        consecutive_nonfinite_steps: Number of consecutive non-finite steps up to this step.
         resume_config: Settings and fingerprints that must be the same on resume, by name.
     """
 
@@ -96,7 +100,7 @@ class CheckpointState(BaseModel):
 
 @dataclass(slots=True)
 class TrainProgress:
-    """Progress of a run; see `CheckpointState` for the fields."""
+    """Mutable progress counters of a run; `CheckpointState` describes the fields."""
 
     budget: MemoryBudget
     step: int = 0
@@ -107,7 +111,7 @@ class TrainProgress:
 
 
 class SafetensorsFile(Mapping[str, Tensor]):
-    """Lazy mapping of the tensors of a safetensors file.
+    """Mapping from names to the tensors of a safetensors file, which are read on access.
 
     Raises:
         UserError: The file is corrupt.
@@ -137,7 +141,10 @@ class SafetensorsFile(Mapping[str, Tensor]):
 
 
 class ShardedSafetensors(Mapping[str, Tensor]):
-    """Tensors sharded by rows over several files; scalars are equal in all files."""
+    """Mapping of tensors whose rows are split over several safetensors files, one file per rank.
+
+    A tensor is read and concatenated on access. Scalars are equal in all files.
+    """
 
     def __init__(self, files: Sequence[SafetensorsFile]) -> None:
         self._files = files
@@ -158,28 +165,33 @@ TensorSource = SafetensorsFile | ShardedSafetensors
 
 
 def _open_safetensors(path: Path) -> Any:
-    # Its methods are untyped.
+    # The methods of the returned object are untyped.
     return safe_open(path, framework="pt")
 
 
 class CorruptCheckpointError(UserError):
-    """A checkpoint file is missing or was changed after it was written."""
+    """Raised when a checkpoint file is missing or was changed after it was written."""
 
 
 class CheckpointManager:
-    """Directory of checkpoints that retains the newest ones and the best one."""
+    """Checkpoint directory of a run; keeps the newest checkpoints and the best one.
+
+    Args:
+        checkpoint_dir: Directory of the checkpoint folders.
+        max_to_keep: Number of newest checkpoints to keep (`train.keep_checkpoints`).
+    """
 
     def __init__(self, checkpoint_dir: Path, max_to_keep: int) -> None:
         self.checkpoint_dir, self.max_to_keep = checkpoint_dir, max_to_keep
 
     def steps(self) -> list[int]:
-        """Return the steps with a checkpoint, in order."""
+        """Return the steps that have a checkpoint, in ascending order."""
         names = [path.name for path in self.checkpoint_dir.glob("step-*")]
         suffixes = [name.removeprefix("step-") for name in names]
         return sorted(int(step) for step in suffixes if step.isdecimal())
 
     def step_dir(self, step: int) -> Path:
-        """Return the folder of a checkpoint."""
+        """Return the folder of the checkpoint of a step."""
         return self.checkpoint_dir / f"step-{step}"
 
     def save(
@@ -189,11 +201,16 @@ class CheckpointManager:
         optimizer_state: Mapping[str, Tensor],
         process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        """Write a checkpoint, then delete those that are no longer retained.
+        """Write a checkpoint atomically, then delete old checkpoints.
 
-        An existing checkpoint of the same step is unchanged. In a sharded run, all ranks must call
-        this
-        method with their shards.
+        An existing checkpoint of the same step is not overwritten. In a sharded run, all ranks must
+        call this method with their shards.
+
+        Args:
+            state: State without tensors.
+            weights: fp32 master weights, or the shards of this rank.
+            optimizer_state: Optimizer state, or the shards of this rank.
+            process_group: Ranks that write shards; a single process without sharding.
         """
         with ExitStack() as stack:
             folder = None
@@ -231,12 +248,12 @@ class CheckpointManager:
     def load_latest(
         self, log: Callable[[str], None]
     ) -> tuple[CheckpointState, TensorSource, TensorSource] | None:
-        """Load the newest valid checkpoint and verify all digests.
+        """Load the newest valid checkpoint after verifying the digests of its files.
 
-        Corrupt checkpoints are logged; see `quarantine_after`.
+        Corrupt checkpoints are logged and ignored; `quarantine_after` renames them later.
 
         Returns:
-            State, weights and optimizer state; None without checkpoints.
+            State, weights and optimizer state; None if there is no checkpoint.
 
         Raises:
             UserError: All checkpoints are corrupt.
@@ -259,17 +276,24 @@ class CheckpointManager:
         return None
 
     def quarantine_after(self, step: int) -> None:
-        """Rename the checkpoints after this step as damaged, since they will be written again."""
+        """Rename the checkpoints of later steps to `corrupt-step-N`.
+
+        A run that resumes from `step` writes these checkpoints again.
+        """
         for later in self.steps():
             if later > step:
                 move_folder(self.step_dir(later), self.checkpoint_dir / f"corrupt-step-{later}")
 
     def load(self, step: int, remedy: str) -> tuple[CheckpointState, TensorSource, TensorSource]:
-        """Load the checkpoint of a step and verify all digests.
+        """Load the checkpoint of a step after verifying the digests of its files.
+
+        Args:
+            step: Step of the checkpoint.
+            remedy: Suggestion in the error if the checkpoint is invalid.
 
         Raises:
             CorruptCheckpointError: A file is missing or has changed.
-            UserError: The checkpoint has another format.
+            UserError: The checkpoint has a different format version.
         """
         folder = self.step_dir(step)
         try:
@@ -283,7 +307,7 @@ class CheckpointManager:
     def load_unverified(
         self, step: int, remedy: str
     ) -> tuple[CheckpointState, TensorSource, TensorSource]:
-        """Load a checkpoint that another rank has verified."""
+        """Load the checkpoint of a step that another rank has already verified."""
         folder = self.step_dir(step)
         state = _read_state(folder / STATE_FILE, remedy)
         return state, _open_tensors(folder, WEIGHTS_FILE), _open_tensors(folder, OPTIMIZER_FILE)
@@ -329,7 +353,7 @@ def _open_tensors(folder: Path, name: str) -> TensorSource:
 
 
 class _StateVersion(BaseModel):
-    """The format version of a state file, whatever else it contains."""
+    """Format version of a state file; all other fields are ignored."""
 
     format_version: int = 1
 
@@ -357,7 +381,12 @@ def _read_state(path: Path, remedy: str) -> CheckpointState:
 
 
 def check_resume_config(stored: Mapping[str, Any], current: Mapping[str, Any], where: Path) -> None:
-    """Compare the configuration of a checkpoint with the current one.
+    """Verify that settings and fingerprints have not changed since a checkpoint was written.
+
+    Args:
+        stored: `resume_config` of the checkpoint.
+        current: Configuration of the resumed run.
+        where: Location for the error message.
 
     Raises:
         UserError: Settings or fingerprints differ; the error lists them.

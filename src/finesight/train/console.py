@@ -1,4 +1,4 @@
-"""Console output of a run: progress bars on a terminal, occasional lines in a log file."""
+"""Console output of a training run: progress bars on a terminal, occasional lines otherwise."""
 
 from __future__ import annotations
 
@@ -13,25 +13,29 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from finesight.report.summary import MAX_DATA_WAIT_FRACTION
 
 ProgressCallback = Callable[[int], None]
-"""Callback with the number of samples that a stage has finished."""
+"""Callback that receives the number of newly processed samples or images."""
 
 MAX_LOG_LINES = 20
-"""Approximate maximum of progress lines per stage in a log file."""
+"""Approximate maximum number of step lines printed when the output is not a terminal."""
 
 
 class TrainingConsole:
-    """Messages and progress bars of a run."""
+    """Console for the messages and progress bars of a training run."""
 
     def __init__(self, rich_console: Console) -> None:
         self.rich_console = rich_console
 
     def log(self, text: str) -> None:
-        """Print a line without markup."""
+        """Print a line of plain text, without rich markup."""
         self.rich_console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def progress_stage(self, title: str, total: int) -> Iterator[ProgressCallback]:
-        """Show a stage of `total` samples; yields its progress callback."""
+        """Show a progress bar for a stage of `total` samples within the context.
+
+        Yields:
+            Callback to call with the number of newly processed samples.
+        """
         with self._create_bar() as bar:
             task = bar.add_task(title, total=total, figures="")
 
@@ -42,7 +46,12 @@ class TrainingConsole:
 
     @contextmanager
     def step_progress(self, total: int, done: int) -> Iterator[StepProgress]:
-        """Show the optimizer steps of a run with `done` finished steps."""
+        """Show a progress bar for the optimizer steps of a run within the context.
+
+        Args:
+            total: Number of steps of the run.
+            done: Number of steps finished before the start or resume.
+        """
         with self._create_bar() as bar:
             task = bar.add_task("training", total=total, completed=done, figures="")
             yield StepProgress(self, bar, task, total)
@@ -61,7 +70,7 @@ class TrainingConsole:
 
 
 class StepProgress:
-    """Show the metrics of each step."""
+    """Progress bar that shows the metrics of the last optimizer step."""
 
     def __init__(self, console: TrainingConsole, bar: Progress, task: TaskID, total: int) -> None:
         self._console, self._bar, self._task, self._total_steps = console, bar, task, total
@@ -69,7 +78,11 @@ class StepProgress:
         self._step_s = self._data_wait_s = 0.0
 
     def update(self, metrics: Mapping[str, Any]) -> None:
-        """Update the progress bar, or print a line without a terminal."""
+        """Show the metrics of a finished step.
+
+        On a terminal, this updates the progress bar. Otherwise, it prints a line for about
+        `MAX_LOG_LINES` steps of the run.
+        """
         step = int(metrics["step"])
         # The first step includes the start of the workers.
         if self._start_step >= 0:
@@ -85,14 +98,14 @@ class StepProgress:
             self._console.log(f"step {step}/{self._total_steps}  {text}  {remaining_s:.0f} s left")
 
     def _format_data_wait(self) -> str:
-        """Format the share of time spent waiting for data, if significant."""
+        """Format the percentage of time spent waiting for data; empty if it is small."""
         if self._data_wait_s <= MAX_DATA_WAIT_FRACTION * self._step_s:
             return ""
         return f"  {100 * self._data_wait_s / self._step_s:.0f} % waiting for data"
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """Format the metrics of a step in one line."""
+    """Format loss, throughput, MFU and peak memory of a step as one line."""
     loss = metrics["loss"]
     fields = [
         "no loss" if loss is None else f"loss {loss:.4f}",

@@ -1,11 +1,12 @@
-"""CUDA graphs for the training step of small packs, which are launch-bound on the CPU.
+"""CUDA graph capture and replay of the training step for small packs.
 
-A graph has a fixed shape (`train.graph_buffers`); packs are padded to it with a masked dummy
-sequence. A graph covers the computation from image features to the loss and back. A trainable
-vision
-encoder is part of the graph (`train.graph_vision_buffers`), or is launched separately.
+Small packs are launch-bound on the CPU: the device computes kernels faster than the host launches
+them. A graph has a fixed shape (`train.graph_buffers`), and packs are padded to it with a masked
+dummy sequence. It contains the forward pass from image features to the loss and the backward pass.
+A trainable vision encoder is part of the graph (`train.graph_vision_buffers`) or runs eagerly
+before it.
 
-Shapes: M image tokens, K features per token, D width, L tokens that predict a supervised one.
+Shapes: M image tokens, K features per token, D width, L tokens that predict a supervised token.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from finesight.infer.cuda_graph_cache import CudaGraphCache
 from finesight.model.attention import supports_varlen_attention
 from finesight.model.auto_model import AnyModel
 from finesight.model.decoder import DecoderLayer
+from finesight.model.quant.base import HAS_TRITON
 from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.graph_buffers import (
@@ -42,34 +44,36 @@ from finesight.train.graph_vision_buffers import (
 from finesight.train.loss import fused_linear_cross_entropy
 
 MAX_GRAPH_TOKENS_STARVED = 16384
-"""Largest pack for a graph while the device is starved by the host.
+"""Maximum tokens of a pack in a CUDA graph while the host starves the device.
 
-The memory estimate of `plan` ignores these graphs.
+The memory estimate of `finesight plan` does not include these graphs.
 """
 
 MIN_STARVED_PACKS = 8
-"""Consecutive packs with an idle device that indicate starvation.
+"""Number of consecutive packs with an idle device after which the device counts as starved.
 
-The first packs of a run and the first pack after a checkpoint are always late.
+The first packs of a run and the first pack after a checkpoint always start late.
 """
 
 MAX_GRAPHS = 16
-"""Maximum number of graphs.
+"""Maximum number of captured CUDA graphs.
 
-Each holds the features of a pack, or two copies of trainable features, and several hundred
-kilobytes
-per thousand kernels.
+Each graph holds the image features of a pack (two copies if trainable), and several hundred
+kilobytes per thousand kernels.
 """
 
 NUM_WARMUP_PACKS = 3
-"""Packs of a shape that run eagerly before the capture, which takes as long as a few packs save."""
+"""Number of packs of a shape that run eagerly before their CUDA graph is captured.
+
+A capture takes as long as several replays save, so it only pays off for frequent shapes.
+"""
 
 MAX_TRAINABLE_PARAMS = 4_000_000_000
-"""Maximum number of trainable parameters, because the static gradient buffers stay allocated."""
+"""Maximum number of trainable parameters for CUDA graphs, whose gradient buffers stay allocated."""
 
 
 def has_few_trainable_params(model: nn.Module) -> bool:
-    """Check if static gradient buffers of all trainable parameters are acceptable."""
+    """Return whether the gradient buffers of all trainable parameters may stay allocated."""
     trainable_params = (parameter for parameter in model.parameters() if parameter.requires_grad)
     return sum(parameter.numel() for parameter in trainable_params) <= MAX_TRAINABLE_PARAMS
 
@@ -81,7 +85,15 @@ def should_capture(
     activation_checkpointing: float,
     max_tokens: int = MAX_GRAPH_TOKENS,
 ) -> bool:
-    """Check if a pack of this size is faster as a CUDA graph."""
+    """Return whether a pack of this size is faster as a CUDA graph.
+
+    Args:
+        model: Model to train.
+        num_tokens: Number of tokens of the pack.
+        num_labels: Number of supervised tokens of the pack.
+        activation_checkpointing: Fraction of layers with activation checkpointing.
+        max_tokens: Maximum number of tokens of a pack in a graph.
+    """
     if activation_checkpointing and not _has_fused_layers(model):
         # A graph cannot restore the random state for activation checkpointing of torch.
         return False
@@ -94,12 +106,14 @@ def _has_fused_layers(model: VisionLanguageModel) -> bool:
 
 
 def _is_capturable(model: AnyModel, device: torch.device) -> bool:
-    """Check if a pass can be captured as a CUDA graph.
+    """Return whether the forward and backward pass can be captured as a CUDA graph.
 
-    It must not synchronize, and attention must read the segment lengths on the device.
+    The pass must not synchronize with the host, and attention must read the segment lengths on the
+    device.
     """
     if (
-        device.type != "cuda"
+        not HAS_TRITON
+        or device.type != "cuda"
         or not isinstance(model, VisionLanguageModel)
         or not model.supports_cuda_graphs
     ):
@@ -109,7 +123,7 @@ def _is_capturable(model: AnyModel, device: torch.device) -> bool:
 
 
 def _record_event(device: torch.device) -> torch.cuda.Event | None:
-    """Record a CUDA event after all queued work; return None on a CPU."""
+    """Record a CUDA event after all queued kernels; return None on a CPU."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -123,17 +137,18 @@ def _has_half_free(device: torch.device) -> bool:
 
 
 class CudaGraphRunner:
-    """Run forward and backward passes of packs, as CUDA graphs where faster."""
+    """Runner of forward and backward passes of packs, as CUDA graphs where they are faster."""
 
     def __init__(
         self, model: AnyModel, trainable_params: Sequence[nn.Parameter], *, is_local: bool = True
     ) -> None:
-        """Create the runner.
+        """Create the runner without capturing any graph.
 
         Args:
             model: Model to train.
             trainable_params: Parameters that receive gradients.
-            is_local: Whether a pass needs no communication with other ranks.
+            is_local: Whether a pass needs no communication with other ranks. Otherwise, all passes
+                are eager.
         """
         self._model = model
         self._trainable_params = list(trainable_params)
@@ -155,7 +170,16 @@ class CudaGraphRunner:
     def forward_backward(
         self, batch: PackedBatch, features_MKD: Tensor | None, loss_weight: Tensor
     ) -> Tensor:
-        """Return the weighted loss of a pack on the device, and set the parameter gradients."""
+        """Run the forward and backward pass of a pack, and set `parameter.grad`.
+
+        Args:
+            batch: Pack on the device.
+            features_MKD: Cached image features; None to run the vision encoder.
+            loss_weight: Scalar on the device that multiplies the summed loss.
+
+        Returns:
+            Weighted loss, a scalar on the device.
+        """
         if self._graphs is None or batch.context_shard is not None:
             return self._run_eager(batch, features_MKD, loss_weight)
         self._poll_launch()
@@ -173,7 +197,7 @@ class CudaGraphRunner:
         inputs.copy_from(batch, features_MKD, loss_weight, self._vision_encoder)
         loss = self._replay(inputs)
         if loss is None:
-            # Outside the except block, whose traceback holds tensors.
+            # Outside the except block, because the traceback keeps tensors alive.
             self.release_graphs()
             return self._run_eager(batch, features_MKD, loss_weight)
         self._gradients.assign_grads(
@@ -183,10 +207,11 @@ class CudaGraphRunner:
         return loss
 
     def _replay(self, inputs: GraphInputs) -> Tensor | None:
-        """Replay or capture a graph, and return its loss; None on failure.
+        """Replay a CUDA graph, or capture it on first use.
 
-        A failure is usually a lack of memory. The eager pass that follows reports errors of the
-        pack.
+        Returns:
+            Loss; None if the graph failed, usually for lack of memory. The caller then runs the
+            pack eagerly, which raises the errors of the pack itself.
         """
         assert self._graphs is not None, "CUDA graphs are disabled"
         graph_index = [*self._inputs].index(inputs.shape)
@@ -199,7 +224,7 @@ class CudaGraphRunner:
             return None
 
     def warm_up(self, batch: PackedBatch) -> None:
-        """Run a pack in eager and static mode, to compile all kernels."""
+        """Run a pack eagerly and from static buffers, so that all its kernels are compiled."""
         loss_weight = torch.zeros((), device=batch.ids_T.device)
         self._run_eager(batch, None, loss_weight)
         if self._graphs is None:
@@ -219,11 +244,11 @@ class CudaGraphRunner:
                 self._run_static(inputs)
             finally:
                 self._gradients.clear()
-        # Launches of a warm-up do not measure the host.
+        # The launch times of the warm-up include kernel compilation.
         self._timer = GraphTimer()
 
     def release_graphs(self) -> bool:
-        """Free all graphs and disable them; return whether there were any."""
+        """Free all CUDA graphs and disable further captures; return whether any graph existed."""
         had_graphs = bool(self._inputs)
         for parameter in self._trainable_params:
             parameter.grad = None
@@ -240,7 +265,10 @@ class CudaGraphRunner:
     def _vision_graph_shape(
         self, batch: PackedBatch, features_MKD: Tensor | None
     ) -> GraphShape | None:
-        """Return the graph shape including the vision encoder, or None."""
+        """Return the shape of a CUDA graph that contains the vision encoder.
+
+        The result is None if the encoder must run outside of the graph.
+        """
         model = self._model
         assert isinstance(model, VisionLanguageModel), "only native models use CUDA graphs"
         if features_MKD is not None or not self._captures_vision:
@@ -256,7 +284,11 @@ class CudaGraphRunner:
         features_MKD: Tensor | None,
         max_tokens: int,
     ) -> GraphInputs | None:
-        """Return the buffers of a graph for this shape, if it occurs frequently."""
+        """Return the static buffers of the CUDA graph for a pack.
+
+        The result is None if the pack should run eagerly. New buffers are allocated when packs of
+        this shape are frequent, or when one graph can serve several shapes.
+        """
         if shape is None:
             return None
         if shape in self._inputs:
@@ -276,13 +308,16 @@ class CudaGraphRunner:
         elif not is_frequent:
             return None
         elif len(batch.ids_T) > MAX_GRAPH_TOKENS and not _has_half_free(device):
-            # The memory is worth more than the saved time.
+            # Keep the memory for eager passes.
             return None
         self._inputs[shape] = GraphInputs.allocate(shape, batch, features_MKD, self._vision_encoder)
         return self._inputs[shape]
 
     def _find_wider_inputs(self, shape: GraphShape) -> GraphInputs | None:
-        """Return the buffers of the smallest graph that fits, unless eager packs are faster."""
+        """Return the buffers of the smallest existing graph that fits packs of this shape.
+
+        The result is None if no graph fits, or if eager passes are faster than its replay.
+        """
         fitting = [inputs for inputs in self._inputs.values() if inputs.shape.fits(shape)]
         widest = min(
             fitting,
@@ -294,16 +329,16 @@ class CudaGraphRunner:
         return widest
 
     def _should_share_graph(self, shape: GraphShape, is_frequent: bool) -> bool:
-        """Check if a new graph for packs of several shapes pays off.
+        """Return whether one new graph should serve packs of several similar shapes.
 
-        The last slots are reserved for frequent shapes.
+        Half of the `MAX_GRAPHS` graphs are reserved for frequent shapes.
         """
         if shape.vision_shape is not None:
             # Image sizes of several packs rarely match.
             return False
         is_faster = self._timer.is_replay_faster(shape.max_tokens)
         if is_faster is None:
-            # One graph, to measure it.
+            # Capture a single graph first, to measure its replay.
             return self._is_starved and all(
                 shape.vision_shape is not None for shape in self._inputs
             )
@@ -313,14 +348,14 @@ class CudaGraphRunner:
         return shape in self._inputs or any(inputs.fits(shape) for inputs in self._inputs)
 
     def _poll_launch(self) -> None:
-        """Update the starvation count from the last pack's event."""
+        """Count the pack as starved if the device had finished the previous pack already."""
         if self._launch_event is not None:
             is_finished = self._launch_event.query()  # type: ignore[no-untyped-call]
             self._num_starved = self._num_starved + 1 if is_finished else 0
             self._launch_event = None
 
     def _encode_images(self, batch: PackedBatch, features_MKD: Tensor | None) -> Tensor | None:
-        """Return the image features of the pack, with their autograd graph if trainable."""
+        """Return the image features of a pack, with their autograd graph if they are trainable."""
         model = self._model
         assert isinstance(model, VisionLanguageModel), "only native models use CUDA graphs"
         if features_MKD is not None or not batch.grid_thw:
@@ -329,11 +364,11 @@ class CudaGraphRunner:
 
     @property
     def _is_starved(self) -> bool:
-        """Return True if the device was idle before each of the last packs."""
+        """True if the device was idle before each of the last `MIN_STARVED_PACKS` packs."""
         return self._num_starved >= MIN_STARVED_PACKS
 
     def _max_tokens(self, *, has_cached_features: bool) -> int:
-        """Return the size of the largest pack for a graph."""
+        """Return the maximum number of tokens of a pack that runs as a CUDA graph."""
         if self._is_starved:
             return MAX_GRAPH_TOKENS_STARVED
         return MAX_GRAPH_TOKENS_CACHED if has_cached_features else MAX_GRAPH_TOKENS
@@ -371,7 +406,7 @@ class CudaGraphRunner:
         return loss.detach()
 
     def _run_static(self, inputs: GraphInputs) -> Tensor:
-        """Run a pack from static buffers, writing gradients to static buffers."""
+        """Run the forward and backward pass from static buffers to static gradient buffers."""
         model = self._model
         assert isinstance(model, VisionLanguageModel), "only native models use CUDA graphs"
         vision_inputs = inputs.vision_inputs

@@ -1,4 +1,4 @@
-"""Time in which the device is idle because the data loader is too slow."""
+"""Measurement of the time in which the device waits for the data loader."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from finesight.train.step import record_event
 
 @dataclass(frozen=True, slots=True)
 class DataWait:
-    """Wait for the data of a step.
+    """Timing of the request for the data of one step.
 
     Attributes:
-        blocked_s: Seconds in which the host was blocked.
-        request_event: CUDA event after the work queued before the request; None on a CPU.
-        ready_event: CUDA event recorded when the data arrived.
+        blocked_s: Seconds in which the host waited for the data loader.
+        request_event: CUDA event recorded when the data were requested; None on a CPU.
+        ready_event: CUDA event recorded when the data arrived; None on a CPU.
     """
 
     blocked_s: float
@@ -28,7 +28,10 @@ class DataWait:
 
     @property
     def seconds(self) -> float:
-        """Idle time of the device; on a GPU, read it after the step has finished."""
+        """Seconds in which the device was idle.
+
+        On a GPU, read it after the step has finished.
+        """
         if self.request_event is None or self.ready_event is None:
             return self.blocked_s
         # A GPU with an empty queue is idle for other reasons as well.
@@ -39,7 +42,7 @@ class DataWait:
 def time_data_waits(
     steps: Iterator[StepBatch], device: torch.device
 ) -> Iterator[tuple[StepBatch, DataWait]]:
-    """Iterate over steps, and measure the wait for each."""
+    """Yield each step of a data loader with the timing of its data wait."""
     while True:
         request_event, start = record_event(device), time.perf_counter()
         step_batch = next(steps, None)

@@ -1,4 +1,4 @@
-"""Data loading: read, encode and pack the samples of a step in worker processes."""
+"""Training data loader: reads, encodes and packs the samples of each step in worker processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from finesight.train.sampler import StepSampler
 from finesight.vision.patches import concat_shape
 
 _ALIGNMENT = 64
-"""Alignment of tensors in a block, in bytes."""
+"""Alignment of the tensors in a `TensorBlock`, in bytes."""
 
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 """Dtype and shape of a tensor."""
@@ -36,53 +36,79 @@ TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 
 @runtime_checkable
 class ContextParallelSampler(StepSampler, Protocol):
-    """Step sampler of one rank that also splits long samples over all ranks."""
+    """Interface of a step sampler of one rank that splits long samples over all ranks.
+
+    `batch_indices` returns the samples that this rank processes alone.
+    """
 
     def with_pack_tokens(self, pack_tokens: int) -> ContextParallelSampler:
-        """Return the sampler for packs of at most this many tokens."""
+        """Return a copy of the sampler for packs of at most `pack_tokens` tokens."""
         ...
 
     def split_indices(self, step: int) -> Sequence[int]:
-        """Return the corpus indices of the split samples of a step, in order."""
+        """Return the corpus indices of a step's samples that are split over all ranks."""
         ...
 
     def context_shard(self, tokenized: TokenizedSample) -> ContextShard:
-        """Return the shard of this rank of a split sample."""
+        """Return the part of a split sample that this rank processes."""
         ...
 
     @property
     def max_unsplit_tokens(self) -> int | None:
-        """Length of the longest sample that is not split; None without splitting."""
+        """Maximum number of tokens of a sample that is not split over the ranks.
+
+        None if samples are never split.
+        """
         ...
 
     @property
     def reports_skipped(self) -> bool:
-        """Return True if this rank reports skipped samples."""
+        """True if this rank reports skipped split samples.
+
+        One rank reports them, so that each sample is counted once.
+        """
         ...
 
 
 class VisionCacheReader(Protocol):
-    """Access to cached vision features in the data loader, by corpus index of the sample."""
+    """Interface for reading cached image features in data loader workers.
+
+    The cache inputs of a pack are the features of its images, or their indices if the features are
+    on the GPU.
+    """
 
     def check(self, sample: int, num_features: int) -> None:
-        """Verify that the cached features of a sample are usable.
+        """Verify that a sample can use the cached features of its images.
+
+        Args:
+            sample: Corpus index of the sample.
+            num_features: Number of image tokens of the sample.
 
         Raises:
-            CorruptImageError: An image was corrupt, or its number of features has changed.
+            CorruptImageError: An image was corrupt, or its number of image tokens has changed.
         """
         ...
 
     def tensor_spec(self, sample_indices: Sequence[int]) -> TensorSpec:
-        """Return dtype and shape of the cache inputs for a pack of these samples."""
+        """Return the dtype and shape of the cache inputs of a pack.
+
+        Args:
+            sample_indices: Corpus indices of the samples of the pack.
+        """
         ...
 
     def write_to(self, sample_indices: Sequence[int], buffer: Tensor) -> None:
-        """Write the cache inputs of these samples to a buffer."""
+        """Write the cache inputs of a pack to a buffer.
+
+        Args:
+            sample_indices: Corpus indices of the samples of the pack.
+            buffer: Tensor with the dtype and shape of `tensor_spec`.
+        """
         ...
 
 
 class SkippedSample(NamedTuple):
-    """Sample that is excluded from training, with the reason."""
+    """ID of a sample that is excluded from training, and the reason."""
 
     id: str
     reason: str
@@ -90,14 +116,14 @@ class SkippedSample(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """Batch of an optimizer step on one rank; each pack is a micro-batch.
+    """Data of one optimizer step on one rank; each pack is a micro-batch.
 
     Attributes:
         step_index: Index of the step.
         packs: Packed batches.
-        skipped: Samples that were skipped while they were read.
+        skipped: Samples that were skipped because reading or encoding failed.
         sample_indices: Corpus indices of the samples of each pack.
-        cache_inputs: Vision cache inputs of each pack; empty without the cache.
+        cache_inputs: Vision cache inputs of each pack; empty without a vision cache.
     """
 
     step_index: int
@@ -120,26 +146,26 @@ class StepBatch:
 
     @property
     def num_split_packs(self) -> int:
-        """Number of packs of split samples; they come first and need all ranks."""
+        """Number of packs that contain a sample split over all ranks; these packs come first."""
         return sum(batch.context_shard is not None for batch in self.packs)
 
     @property
     def split_checksum(self) -> int:
-        """Checksum over the IDs of split samples; 0 without such samples."""
+        """CRC-32 of the IDs of the split samples, to compare ranks; 0 without split samples."""
         names = [name for batch in self.packs[: self.num_split_packs] for name in batch.sample_ids]
         return crc32(json.dumps(names).encode()) if names else 0
 
 
 IndexedSample = tuple[int, EncodedSample]
-"""Corpus index and encoded sample."""
+"""Corpus index of a sample, and the encoded sample."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorBlock:
     """Tensors of several shapes and dtypes in one contiguous block of memory.
 
-    Each block that a worker sends costs a file descriptor, and each pinned block a driver call, so
-    tensors share a block.
+    Transferring a tensor from a worker costs a file descriptor, and pinning it costs a driver call.
+    A shared block pays these costs once.
     """
 
     specs: tuple[TensorSpec, ...]
@@ -147,9 +173,13 @@ class TensorBlock:
 
     @classmethod
     def allocate(cls, *specs: TensorSpec) -> TensorBlock:
-        """Allocate uninitialized tensors, in shared memory when called by a worker.
+        """Allocate uninitialized tensors; data loader workers allocate them in shared memory.
 
-        Shared memory avoids a copy, as in the default collate function of torch.
+        Shared memory avoids a copy to the main process, as in the default collate function of
+        PyTorch.
+
+        Raises:
+            DataWorkerError: There is not enough shared memory.
         """
         size = sum(_aligned_size(dtype, shape) for dtype, shape in specs)
         if get_worker_info() is None:
@@ -167,11 +197,11 @@ class TensorBlock:
         return cls(specs, torch.empty(0, dtype=torch.uint8).set_(shared, 0, (size,), (1,)))
 
     def pin_memory(self) -> TensorBlock:
-        """Copy the block to pinned memory."""
+        """Return a copy of the block in pinned memory."""
         return replace(self, bytes_N=self.bytes_N.pin_memory())
 
     def tensors(self) -> Iterator[Tensor]:
-        """Iterate over views of the tensors."""
+        """Iterate over views of the tensors in the block."""
         offset = 0
         for dtype, shape in self.specs:
             size = dtype.itemsize * math.prod(shape)
@@ -185,11 +215,11 @@ def _aligned_size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StepTransfer:
-    """Step in transfer from a worker, with all tensors in two blocks.
+    """Step data that a worker sends to the main process, with tensors in two blocks.
 
-    The patches and cache inputs are written directly to the first block, because fresh memory
-    dominates
-    their cost. All other tensors are copied to the second block.
+    The first block contains patches and cache inputs. They are the largest tensors, so the worker
+    writes them to the block directly instead of copying them. The second block contains copies of
+    all other tensors.
     """
 
     step_batch: StepBatch
@@ -198,7 +228,7 @@ class StepTransfer:
 
     @classmethod
     def from_step(cls, step_batch: StepBatch, image_block: TensorBlock) -> StepTransfer:
-        """Copy all tensors of a step that are not in `image_block`."""
+        """Copy all tensors of a step to a new block, except those already in `image_block`."""
         tensors = [tensor for batch in step_batch.packs for tensor in _list_tensors(batch)]
         block = TensorBlock.allocate(*((tensor.dtype, tuple(tensor.shape)) for tensor in tensors))
         for buffer, tensor in zip(block.tensors(), tensors, strict=True):
@@ -210,13 +240,13 @@ class StepTransfer:
         return cls(replace(step_batch, packs=empty_packs, cache_inputs=()), image_block, block)
 
     def pin_memory(self) -> StepTransfer:
-        """Copy both blocks to pinned memory; called by the data loader."""
+        """Return a copy in pinned memory; PyTorch's data loader calls this method."""
         return StepTransfer(
             self.step_batch, self.image_block.pin_memory(), self.tensor_block.pin_memory()
         )
 
     def unpack(self) -> StepBatch:
-        """Restore the step with views of the blocks."""
+        """Restore the step data, whose tensors are views of the two blocks."""
         other_tensors, image_tensors = self.tensor_block.tensors(), self.image_block.tensors()
         packs = [
             _with_tensors(batch, next(image_tensors), other_tensors)
@@ -234,7 +264,7 @@ def _list_tensors(batch: PackedBatch) -> tuple[Tensor, ...]:
 
 
 def _with_tensors(batch: PackedBatch, patches_ND: Tensor, tensors: Iterator[Tensor]) -> PackedBatch:
-    """Replace the tensors of a batch, in the order of `_list_tensors`."""
+    """Replace the tensors of a packed batch; `tensors` has the order of `_list_tensors`."""
     return replace(
         batch,
         patches_ND=patches_ND,
@@ -250,22 +280,24 @@ def _with_tensors(batch: PackedBatch, patches_ND: Tensor, tensors: Iterator[Tens
 
 @dataclass(frozen=True)
 class StepDataset(Dataset[StepTransfer | UserError]):
-    """Dataset of training steps: item k is step k of this rank, encoded and packed.
+    """Map-style dataset of training steps of one rank.
 
-    Split samples come first, then the other samples of the rank. A sample that fails while it is
-    read is
-    skipped, or raises with `on_invalid_sample="fail"`.
+    Item k contains the encoded and packed samples of step k. Samples that are split over the ranks
+    come first, then the other samples of the rank. A sample that cannot be read or encoded is
+    skipped, or raises an error with `on_invalid_sample="fail"`.
 
     Attributes:
         corpus: Samples.
         renderer: Tokenizer and image processor.
         sampler: Samples of each step.
-        pack_tokens: Token budget of a pack.
+        pack_tokens: Maximum number of tokens of a pack.
         on_invalid_sample: Whether to skip invalid samples or to fail.
-        cache_reader: Vision cache. Cached images are not decoded; packs contain no patches and
-            grids.
-        max_length: Maximum tokens of a sample that was not scanned before the first step.
-        use_shared_prefix: Whether each pack stores the prefix shared by all samples of a step once.
+        cache_reader: Vision cache. With a cache, images are not decoded, and packs contain no
+            patches or grids.
+        max_length: Maximum number of tokens of a sample, checked while reading; None if a scan
+            before training has checked all samples.
+        use_shared_prefix: Whether each pack stores the prefix shared by all samples of a step only
+            once.
     """
 
     corpus: Corpus
@@ -278,11 +310,11 @@ class StepDataset(Dataset[StepTransfer | UserError]):
     use_shared_prefix: bool = False
 
     def with_vision_cache(self, cache_reader: VisionCacheReader) -> StepDataset:
-        """Return the dataset with cached images."""
+        """Return a copy of the dataset that reads cached image features instead of images."""
         return replace(self, cache_reader=cache_reader)
 
     def with_pack_tokens(self, pack_tokens: int) -> StepDataset:
-        """Return the dataset with packs of at most this many tokens."""
+        """Return a copy of the dataset with packs of at most `pack_tokens` tokens."""
         sampler = self.sampler
         if isinstance(sampler, ContextParallelSampler):
             sampler = sampler.with_pack_tokens(pack_tokens)
@@ -295,16 +327,20 @@ class StepDataset(Dataset[StepTransfer | UserError]):
         return catch_user_error(lambda: StepTransfer.from_step(*self.build_step(step_index)))
 
     def compute_order(self, step_index: int) -> None:
-        """Compute the sample order around this step before workers are forked."""
+        """Compute the sample order around a step, so that forked workers inherit it."""
         if step_index < len(self):
             self.sampler.batch_indices(step_index)
 
     def get_step(self, step_index: int) -> StepBatch:
-        """Return the step with this index."""
+        """Read, encode and pack the samples of a step in this process."""
         return self.build_step(step_index)[0]
 
     def build_step(self, step_index: int) -> tuple[StepBatch, TensorBlock]:
-        """Return the step, and the block that stores its patches and cache inputs."""
+        """Read, encode and pack the samples of a step.
+
+        Returns:
+            Step data, and the memory block of its patches and cache inputs.
+        """
         split_samples, shards, skipped = self._read_split_samples(step_index)
         own_samples, own_skipped = self._read_samples(self.sampler.batch_indices(step_index))
         # Inputs of a Hugging Face processor cannot be packed.
@@ -348,10 +384,11 @@ class StepDataset(Dataset[StepTransfer | UserError]):
     def _read_split_samples(
         self, step_index: int
     ) -> tuple[list[IndexedSample], list[ContextShard], list[SkippedSample]]:
-        """Read the split samples of a step, with the patches of this rank only.
+        """Read the samples of a step that are split over all ranks.
 
         Returns:
-            Samples, their shards, and skipped samples if this rank reports them.
+            Encoded samples with only the patches of this rank, their shards, and the skipped
+            samples if this rank reports them.
         """
         sampler = self.sampler
         if not isinstance(sampler, ContextParallelSampler):
@@ -367,7 +404,7 @@ class StepDataset(Dataset[StepTransfer | UserError]):
     def _read_samples(
         self, indices: Iterable[int]
     ) -> tuple[list[IndexedSample], list[SkippedSample]]:
-        """Read and encode samples; also return the skipped ones."""
+        """Read and encode samples; also return the samples that were skipped."""
         samples: list[IndexedSample] = []
         skipped: list[SkippedSample] = []
         for index in indices:
@@ -402,9 +439,15 @@ class StepDataset(Dataset[StepTransfer | UserError]):
 def read_steps(
     data: StepDataset, start: int, num_workers: int, pin_memory: bool
 ) -> Generator[StepBatch, None, None]:
-    """Iterate over the steps from `start` on, independent of the number of workers.
+    """Iterate over the packed steps of a dataset, read by worker processes.
 
-    Close the generator to end the workers.
+    The steps do not depend on the number of workers. Close the generator to end the workers.
+
+    Args:
+        data: Dataset of steps.
+        start: Index of the first step.
+        num_workers: Number of worker processes; 0 reads in this process.
+        pin_memory: Whether to copy the tensors to pinned memory.
     """
     if num_workers:
         data.compute_order(start)

@@ -1,4 +1,4 @@
-"""Data loader worker processes."""
+"""Worker processes of the data loader, which are restarted when they are killed."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from finesight.errors import UserError
 Item = TypeVar("Item")
 
 MAX_WORKERS = 12
-"""Maximum default number of workers; more did not increase throughput."""
+"""Maximum default number of workers per rank; more workers did not increase the throughput."""
 
 
 def default_num_workers(device: torch.device, local_world_size: int = 1) -> int:
-    """Return the default number of workers for a device.
+    """Return the default number of data loader workers of a rank.
 
-    On a GPU, all but two of the cores, up to `MAX_WORKERS`. On a CPU, at most one, and none with
-    two
-    cores. The local ranks share the cores.
+    The local ranks share the CPU cores equally. With a GPU, the default is all but two of the
+    rank's cores, between 1 and `MAX_WORKERS`. On a CPU, it is 1, or 0 with at most two cores.
     """
     cores = max(1, (os.cpu_count() or 1) // local_world_size)
     if device.type == "cuda":
@@ -38,19 +37,20 @@ def default_num_workers(device: torch.device, local_world_size: int = 1) -> int:
 def prefetch_items(
     dataset: Dataset[Item | UserError], indices: Iterable[int], num_workers: int, pin_memory: bool
 ) -> Iterator[Item]:
-    """Iterate over dataset items in the given order, loaded by workers.
+    """Iterate over the items of a dataset in the given order, loaded by worker processes.
 
-    The workers start immediately. A worker that dies is restarted with the next pending item.
+    The workers start immediately. If a worker is killed, all workers are restarted at the next
+    pending item.
 
     Args:
-        dataset: Dataset; an item may be a UserError, which is raised.
+        dataset: Map-style dataset. An item that is a `UserError` is raised.
         indices: Indices of the items.
-        num_workers: Number of workers; 0 loads in this process.
+        num_workers: Number of worker processes; 0 loads in this process.
         pin_memory: Whether to copy items to pinned memory.
 
     Raises:
         UserError: An item is an error.
-        DataWorkerError: Workers died repeatedly at the same item.
+        DataWorkerError: Workers were killed repeatedly at the same item.
     """
     # A range of any length takes no memory.
     index_list = indices if isinstance(indices, range) else list(indices)
@@ -89,11 +89,11 @@ def _start_workers(
 
 
 MAX_RESTARTS = 2
-"""Restarts for one item, because the item may cause the crash."""
+"""Maximum number of worker restarts at one item, which may itself cause the crash."""
 
 
 class DataWorkerError(UserError):
-    """A data loader worker was killed or cannot continue, usually because of low memory."""
+    """Raised when a data loader worker was killed or lacks memory, usually shared memory."""
 
 
 def _iter_items(
@@ -125,7 +125,7 @@ def _iter_items(
                 )
                 item = None
             if item is None:
-                # Outside the except block, which holds the last reference to the old workers.
+                # Outside the except block, because the error keeps the old workers alive.
                 source = iter(())
                 source = iter_from(num_done)
                 continue
@@ -139,7 +139,7 @@ def _iter_items(
 
 
 def _is_worker_death(error: Exception) -> bool:
-    """Check if the loader lost a worker; exceptions raised by a worker do not count."""
+    """Return whether a worker process was killed, as opposed to an exception raised in it."""
     text = str(error)
     if isinstance(error, RuntimeError):
         return text.startswith("DataLoader worker (pid")
@@ -158,10 +158,10 @@ def _start_worker(worker: int) -> None:
 
 
 def catch_user_error(fn: Callable[[], Item]) -> Item | UserError:
-    """Return the result of a function, or the UserError that it raised.
+    """Call a function and return its result, or the `UserError` that it raised.
 
-    The loader would wrap an exception of a worker in its traceback; a value is transferred
-    unchanged.
+    PyTorch's data loader wraps an exception of a worker in its traceback. Returned as a value, the
+    error reaches the main process unchanged.
     """
     try:
         return fn()

@@ -1,6 +1,6 @@
-"""Dataset statistics: a scan that checks samples and counts tokens and patches.
+"""Scan of a dataset before training: checks samples and counts tokens and patches.
 
-Large data sets are scanned partially, and their statistics are estimates.
+Large datasets are scanned partially, and their statistics are estimates.
 """
 
 from __future__ import annotations
@@ -30,36 +30,36 @@ from finesight.train.dataloader_workers import catch_user_error, prefetch_items
 from finesight.train.image_record import ImageState, ImageStates, read_image_state
 
 MAX_FULL_SCAN_SAMPLES = 500_000
-"""Largest data set that is scanned completely, limited by time and memory."""
+"""Maximum number of samples of a completely scanned dataset; limits time and memory."""
 
 PARTIAL_SCAN_SAMPLES = 10_000
-"""Number of scanned samples of a larger data set."""
+"""Number of samples that a partial scan of a larger dataset reads."""
 
 SCAN_CHUNK_SIZE = 64
-"""Samples per work item of a data loader worker."""
+"""Number of samples per item of the scan, loaded by one data loader worker."""
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetStats:
-    """Statistics of a corpus and selection of its valid samples.
+    """Statistics of a dataset, and the selection of its valid samples.
 
-    After a partial scan, all samples count as valid, sums are estimates, and image counts are
-    unknown.
+    After a partial scan, all samples count as valid, the totals are estimates, and the image counts
+    are unknown (0).
 
     Attributes:
-        sample_indices: Indices of the valid samples.
+        sample_indices: Corpus indices of the valid samples.
         skipped: Skipped samples with reasons.
         num_tokens: Total number of tokens.
         num_patches: Total number of patches.
-        max_sample_tokens: Length of the longest sample.
+        max_sample_tokens: Number of tokens of the longest sample.
         num_images: Number of image files and video frames over all samples.
-        num_unique_images: Number of distinct paths among them.
-        leaked_images: Watched images that occur in the samples.
-        sample_stats: Statistics of the samples `scanned_indices`.
-        scanned_indices: Indices of the valid scanned samples.
-        num_scanned: Number of scanned samples.
-        prefix_length: Number of tokens of the prefix shared by all scanned samples.
-        images: Fingerprints of the images.
+        num_unique_images: Number of distinct image paths.
+        leaked_images: Validation images that also occur in the samples.
+        sample_stats: Statistics of each sample in `scanned_indices`.
+        scanned_indices: Corpus indices of the scanned samples that are valid.
+        num_scanned: Number of scanned samples, including invalid ones.
+        prefix_length: Number of tokens of the prefix shared by all valid scanned samples.
+        images: Fingerprints of the images, to detect changes on resume.
     """
 
     sample_indices: Sequence[int]
@@ -78,16 +78,21 @@ class DatasetStats:
 
     @property
     def is_complete(self) -> bool:
-        """Return True if all samples were scanned."""
+        """True if all samples were scanned."""
         return self.num_scanned == len(self.sample_indices) + len(self.skipped)
 
 
 class SampleStats(NamedTuple):
-    """Compact statistics of a sample that a worker returns.
+    """Statistics of one sample, small enough to keep for all samples of a dataset.
 
-    `num_packed_tokens` counts the tokens that packs contain. `image_hashes` are short digests of
-    the
-    image paths.
+    Attributes:
+        id: ID of the sample.
+        num_tokens: Number of tokens.
+        num_packed_tokens: Number of tokens that the sample takes in a pack.
+        num_supervised_tokens: Number of supervised tokens.
+        grid_thw: Patch grid of each image or video.
+        image_hashes: Short digests of the image paths.
+        leaked_images: Paths of validation images that occur in the sample.
     """
 
     id: str
@@ -100,12 +105,12 @@ class SampleStats(NamedTuple):
 
     @property
     def num_patches(self) -> int:
-        """Number of patches of all images."""
+        """Total number of patches of all images and videos."""
         return sum(t * h * w for t, h, w in self.grid_thw)
 
 
 class _ScanResult(NamedTuple):
-    """Scan result of a sample: statistics, prefix and image fingerprints."""
+    """Scan result of one sample: statistics, shared prefix and image fingerprints."""
 
     stats: SampleStats
     shared_prefix: SharedPrefix
@@ -113,7 +118,7 @@ class _ScanResult(NamedTuple):
 
 
 class _ScanDataset(Dataset[list[_ScanResult | UserError] | UserError]):
-    """Dataset of scan results, `SCAN_CHUNK_SIZE` samples per item."""
+    """Map-style dataset of scan results; an item contains up to `SCAN_CHUNK_SIZE` samples."""
 
     def __init__(
         self, corpus: Corpus, indices: Sequence[int], renderer: Renderer, watched_images: Set[str]
@@ -150,11 +155,10 @@ def _scan_sample(
 
 
 class SampleStatsMap(dict[int, SampleStats]):
-    """Statistics of samples by corpus index.
+    """Mapping from corpus indices to sample statistics, which scans missing samples on access.
 
-    Samples that were not scanned are scanned on access; invalid ones have empty statistics. All
-    scanned
-    samples share a prefix of `prefix_length` tokens.
+    A sample that turns out to be invalid has empty statistics. All scanned samples share a prefix
+    of `prefix_length` tokens.
     """
 
     def __init__(
@@ -196,23 +200,22 @@ def compute_dataset_stats(
     watched_images: Set[str] = frozenset(),
     subset: Sequence[int] | None = None,
 ) -> DatasetStats:
-    """Check and tokenize samples of a corpus, and select the valid ones.
+    """Scan a dataset: check and tokenize its samples, and select the valid ones.
 
     Samples that are too long, lack supervised tokens or have corrupt images are skipped, or raise
-    with
-    `on_invalid_sample=fail`. Other errors in a sample always raise.
+    an error with `on_invalid_sample=fail`. All other errors of a sample are raised.
 
     Args:
         corpus: Samples.
         renderer: Tokenizer and image processor.
-        data: Data settings.
+        data: Data settings of the recipe.
         num_workers: Number of data loader workers.
-        on_progress: Called with the number of scanned samples.
-        watched_images: Absolute image paths to find in the samples.
-        subset: Indices for a partial scan.
+        on_progress: Callback for the number of newly scanned samples.
+        watched_images: Absolute paths of validation images to search for in the samples.
+        subset: Corpus indices for a partial scan; None scans all samples.
 
     Raises:
-        UserError: A sample is invalid.
+        UserError: A sample is invalid, or no valid sample is left.
     """
     indices = range(len(corpus)) if subset is None else subset
     chunks = range(-(-len(indices) // SCAN_CHUNK_SIZE))
@@ -299,7 +302,10 @@ def _build_all_corrupt_error(num_samples: int, first_reason: str) -> UserError:
 
 
 def draw_subset(num_samples: int) -> Sequence[int]:
-    """Draw about `PARTIAL_SCAN_SAMPLES` indices in order, always the same ones."""
+    """Draw about `PARTIAL_SCAN_SAMPLES` corpus indices, in ascending order, for a partial scan.
+
+    The draw is deterministic: it depends only on the number of samples.
+    """
     draws = np.random.Philox(np.random.SeedSequence(num_samples)).random_raw(PARTIAL_SCAN_SAMPLES)
     return [int(index) for index in np.unique(draws % num_samples)]
 
@@ -312,7 +318,7 @@ def _estimate_stats(
     leaked_images: set[str],
     prefix_length: int,
 ) -> DatasetStats:
-    """Extrapolate the statistics of a partial scan to all samples."""
+    """Extrapolate the statistics of a partial scan to the complete dataset."""
     scale = num_samples / len(indices)
     return DatasetStats(
         sample_indices=range(num_samples),

@@ -1,4 +1,4 @@
-"""Disk space check before a run starts."""
+"""Checks of the free disk space for checkpoints and trained weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from finesight.train.setup import TrainState
 
 
 def estimate_checkpoint_bytes(state: TrainState) -> int:
-    """Return the size of a checkpoint: fp32 weights and optimizer state of all ranks."""
+    """Return the bytes of a checkpoint: fp32 weights and optimizer state of all ranks."""
     optimizer = state.optimizer
     rank_bytes = 4 * optimizer.num_params + sum(
         moment.nbytes for moment in optimizer.optimizer_state().values()
@@ -17,10 +17,14 @@ def estimate_checkpoint_bytes(state: TrainState) -> int:
 
 
 def check_disk_space(state: TrainState, num_existing: int) -> None:
-    """Verify space for all checkpoints that a run retains, and for the trained weights.
+    """Verify that the disk has space for the checkpoints and trained weights of a run.
 
-    This includes the best checkpoint and one that is being written, minus `num_existing`
-    checkpoints.
+    The estimate includes the retained checkpoints, the best checkpoint and one that is being
+    written.
+
+    Args:
+        state: State of the run.
+        num_existing: Number of checkpoints that are already on disk, which need no more space.
 
     Raises:
         UserError: There is not enough free space.

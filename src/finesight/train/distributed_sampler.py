@@ -1,4 +1,4 @@
-"""Distribution of the samples of each step over the ranks."""
+"""Sampler that distributes the samples of each step over the ranks."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ from finesight.train.sampler import StepSampler
 
 @dataclass(frozen=True)
 class DistributedSampler(ContextParallelSampler):
-    """Samples of one rank, balanced by cost.
+    """Step sampler of one rank, with the computational cost balanced over the ranks.
 
-    Samples are assigned in order of decreasing cost to the rank with the lowest load. Long samples
-    are
-    split over all ranks. `cost_fn` and `num_tokens_fn` take a corpus index; without
-    `num_tokens_fn`, no
-    sample is split.
+    The samples of a step are assigned in order of decreasing cost to the rank with the lowest load.
+    Samples above `max_unsplit_tokens` are split over all ranks.
+
+    Attributes:
+        sampler: Sampler of complete steps, the same on all ranks.
+        process_group: Ranks of the run.
+        cost_fn: Function from a corpus index to the cost of the sample.
+        num_tokens_fn: Function from a corpus index to the number of tokens; None never splits
+            samples.
+        pack_tokens: Maximum number of tokens of a pack.
     """
 
     sampler: StepSampler
@@ -37,7 +42,7 @@ class DistributedSampler(ContextParallelSampler):
         return len(self.sampler)
 
     def with_pack_tokens(self, pack_tokens: int) -> DistributedSampler:
-        """Return the sampler for this pack size, which determines the split samples."""
+        """Return a copy for another pack size, which determines the split samples."""
         return replace(self, pack_tokens=pack_tokens)
 
     def batch_indices(self, step: int) -> Sequence[int]:
@@ -54,25 +59,26 @@ class DistributedSampler(ContextParallelSampler):
         return [indices[position] for position in sorted(own_positions)]
 
     def split_indices(self, step: int) -> Sequence[int]:
-        """Return the split samples in the order of the step."""
+        """Return the corpus indices of a step's split samples, in order."""
         return [index for index in self.sampler.batch_indices(step) if self._is_split(index)]
 
     def context_shard(self, tokenized: TokenizedSample) -> ContextShard:
-        """Return the shard of this rank."""
+        """Return the part of a split sample that this rank processes."""
         return ContextShard.from_sample(
             tokenized, self.process_group.rank, self.process_group.world_size
         )
 
     @property
     def reports_skipped(self) -> bool:
-        """Return True on the main process."""
+        """True on the main process, which reports skipped split samples."""
         return self.process_group.is_main
 
     @property
     def max_unsplit_tokens(self) -> int | None:
-        """Length of the longest sample that is not split; None without splitting.
+        """Maximum number of tokens of a sample that is not split over the ranks.
 
-        The minimum is two tokens per rank, so that every shard has tokens.
+        None if samples are never split. The limit is at least two tokens per rank, so that every
+        shard contains tokens.
         """
         if self.num_tokens_fn is None:
             return None
@@ -94,11 +100,17 @@ def build_rank_sampler(
     flop_counter: FlopCounter | NullFlopCounter,
     pack_tokens: int,
 ) -> StepSampler:
-    """Create the sampler of this rank, balanced by estimated cost.
+    """Create the step sampler of this rank, balanced by estimated FLOPs.
 
-    Without statistics of all samples, ranks get the same number of samples, because ranks must
-    agree on
-    the costs. The shared prefix costs almost no computation and is ignored.
+    The cost ignores the shared prefix, which adds almost no computation.
+
+    Args:
+        sampler: Sampler of complete steps, returned unchanged in a single-process run.
+        process_group: Ranks of the run.
+        sample_stats: Statistics of all samples. Without them (None), all ranks get the same number
+            of samples, because the ranks must agree on the costs.
+        flop_counter: Counter that estimates the cost of a sample.
+        pack_tokens: Maximum number of tokens of a pack.
     """
     if process_group.is_single_process:
         return sampler

@@ -1,4 +1,4 @@
-"""Evaluation of a run on validation samples: loss and generation metrics."""
+"""Evaluation during training: validation loss and task metrics of generated answers."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ from finesight.train.signals import StopRequest
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """Result of an evaluation after this many steps.
+    """Result of one evaluation on the validation split.
 
     Attributes:
         step: Number of finished steps.
-        validation_loss: Loss per supervised token in nats.
-        scores: Scores by name; empty without a metric.
-        primary_metric: Name of the primary metric.
+        validation_loss: Mean loss per supervised token in nats.
+        scores: Task metrics by name; empty without a metric.
+        primary_metric: Name of the metric that ranks evaluations; None without a metric.
         intervals: Confidence interval of each score; None if there is none.
-        details: Additional results of the task.
+        details: Additional results of the task, such as scores per class.
         notes: Reasons for missing intervals, and warnings.
     """
 
@@ -68,11 +68,11 @@ class EvalResult:
 
     @property
     def primary_score(self) -> float | None:
-        """Value of the primary metric."""
+        """Score of the primary metric; None without a metric."""
         return None if self.primary_metric is None else self.scores[self.primary_metric]
 
     def as_json(self) -> dict[str, Any]:
-        """Return a line of `metrics.jsonl`."""
+        """Return the content of the `metrics.jsonl` line of this evaluation."""
         return {
             "step": self.step,
             "validation_loss": self.validation_loss,
@@ -85,7 +85,7 @@ class EvalResult:
 
     @classmethod
     def from_metrics(cls, line: dict[str, Any]) -> EvalResult | None:
-        """Parse a line of `metrics.jsonl`; return None for other lines."""
+        """Parse the evaluation in a line of `metrics.jsonl`; return None for other lines."""
         if "validation_loss" not in line:
             return None
         intervals = {
@@ -97,18 +97,23 @@ class EvalResult:
 
 
 def load_eval_history(run_dir: RunDir) -> list[EvalResult]:
-    """Return the evaluations of a run, starting with the one before the first step."""
+    """Return all evaluations of a run; the first one precedes the first step."""
     return [
         m for line in run_dir.iter_metrics() if (m := EvalResult.from_metrics(line)) is not None
     ]
 
 
 def count_evals_since_best(results: Sequence[EvalResult]) -> int:
-    """Count the evaluations since the best one of the trained model, for early stopping.
+    """Count the evaluations since the best one, for early stopping.
 
-    The primary metric decides, and the loss for equal scores. The evaluation before the first step
-    is
-    ignored, because scores may drop at first and recover.
+    Evaluations are ranked by the primary metric, then by the validation loss. The evaluation before
+    the first step is ignored, because scores may drop at first and recover.
+
+    Args:
+        results: Evaluations of the run, in order.
+
+    Returns:
+        Number of evaluations after the best one; 0 without a metric.
     """
     comparable = [
         result
@@ -126,13 +131,17 @@ def count_evals_since_best(results: Sequence[EvalResult]) -> int:
 def run_evaluation(
     state: TrainState, name: str, console: TrainingConsole, stop: StopRequest
 ) -> EvalResult:
-    """Compute the validation loss and generate predictions for the metric.
+    """Compute the validation loss, and generate and score predictions if a metric is set.
 
     Predictions are written to `predictions/NAME.jsonl`. In a distributed run, each rank evaluates
-    its
-    samples, all ranks return the same result, and the main process writes. The model is left in
-    training
-    mode.
+    its share of the samples, all ranks return the same result, and the main process writes the
+    file. The model is in training mode on return.
+
+    Args:
+        state: State of the run.
+        name: Name of the predictions file, such as `before` or `step-100`.
+        console: Console for progress and messages.
+        stop: Stop request, checked between batches.
 
     Raises:
         TrainingInterrupted: A stop was requested.
@@ -216,7 +225,10 @@ _GENERATIONS_ADAPTER: TypeAdapter[PredictOutput] = TypeAdapter(PredictOutput)
 
 
 def _distribute_generation(process_group: ProcessGroup, generate: PredictFn) -> PredictFn:
-    """Distribute generation over the ranks; every rank gets all predictions."""
+    """Wrap a generation function so that each rank generates for its share of the samples.
+
+    The wrapped function returns the predictions for all samples on every rank.
+    """
 
     def generate_on_all_ranks(samples: Sequence[LocatedSample]) -> PredictOutput:
         own_samples = process_group.shard(samples)
@@ -245,8 +257,13 @@ def _distribute_generation(process_group: ProcessGroup, generate: PredictFn) -> 
 
 
 class LossSum(NamedTuple):
-    """Summed loss of validation samples in nats, supervised tokens, and samples with corrupt
-    images."""
+    """Summed validation loss of one rank.
+
+    Attributes:
+        loss: Sum of the cross entropy in nats.
+        num_tokens: Number of supervised tokens.
+        skipped: Samples that were skipped because of corrupt images.
+    """
 
     loss: float
     num_tokens: int
@@ -254,10 +271,10 @@ class LossSum(NamedTuple):
 
 
 def _mean_loss(state: TrainState, loss_sum: LossSum, console: TrainingConsole) -> float:
-    """Return the loss per supervised token over all ranks.
+    """Return the mean loss per supervised token over all ranks.
 
     Raises:
-        UserError: All samples are corrupt.
+        UserError: All samples have corrupt images, or the loss is not finite.
     """
     payloads = state.hardware.process_group.all_gather_str(json.dumps(loss_sum))
     losses, token_counts, skipped_by_rank = zip(*map(json.loads, payloads), strict=True)
@@ -285,9 +302,18 @@ def _mean_loss(state: TrainState, loss_sum: LossSum, console: TrainingConsole) -
 def compute_validation_loss(
     state: TrainState, budget: MemoryBudget, on_progress: ProgressCallback, stop: StopRequest
 ) -> LossSum:
-    """Sum the cross entropy over the supervised tokens of this rank's samples, without dropout.
+    """Sum the cross entropy over the supervised tokens of this rank's validation samples.
+
+    The model is in evaluation mode, so dropout is disabled.
+
+    Args:
+        state: State of the run.
+        budget: Memory budget, which limits the tokens of a pack.
+        on_progress: Callback for the number of newly processed samples.
+        stop: Stop request, checked between batches.
 
     Raises:
+        TrainingInterrupted: A stop was requested.
         GpuOutOfMemoryError: A pack exceeds the GPU memory.
     """
     data, model = state.build_validation_dataset(budget.pack_tokens), state.model
@@ -326,7 +352,7 @@ def compute_validation_loss(
 def _pack_loss(state: TrainState, packed_batch: PackedBatch, unit_weight: Tensor) -> Tensor:
     """Return the summed loss of a pack.
 
-    A separate function releases its device tensors on return.
+    This is a separate function so that the tensors of the pack are freed on return.
     """
     model, batch = state.model, state.to_device(packed_batch)
     return fused_linear_cross_entropy(
@@ -335,10 +361,13 @@ def _pack_loss(state: TrainState, packed_batch: PackedBatch, unit_weight: Tensor
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Return the peak memory in 10^9 bytes: of the GPU, or of this process on a CPU."""
+    """Return the peak memory of the GPU in 10^9 bytes.
+
+    On a CPU, it is the peak memory of this process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    # Not available on every system.
+    # Imported here, because Windows does not have this module.
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""End of a run: parameter audit, trained weights, result and report."""
+"""End of a run: parameter audit, export of the trained weights, `result.json` and report."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ from finesight.train.setup import TrainState
 
 
 class RunResult(BaseModel):
-    """Content of `result.json`, the last file of a run.
+    """Content of `result.json`, which marks a run as complete.
 
     Attributes:
-        run_dir: Path of the run.
-        steps: Number of steps.
+        run_dir: Path of the run directory.
+        steps: Number of finished steps.
         samples: Number of consumed samples.
         skipped_samples: Number of skipped samples.
-        loss: Loss of the last step.
+        loss: Loss of the last step with a finite loss.
         before: Evaluation before training; None without validation data.
-        after: Evaluation of the final weights; None without validation data.
+        after: Evaluation of the exported weights; None without validation data.
         param_changes: Result of the parameter audit.
-        metric_differences: Changes of the metrics.
-        best_eval: Best evaluation of trained weights.
-        weights_step: Step of the weights in `adapter/` and `model/`, evaluated by `after`.
+        metric_differences: Differences of the metrics between `before` and `after`.
+        best_eval: Best evaluation, except the one before training.
+        weights_step: Step of the exported weights in `adapter/` and `model/`.
         stopped_early: Whether early stopping ended the run.
     """
 
@@ -70,11 +70,14 @@ class RunResult(BaseModel):
     stopped_early: bool = False
 
     def as_json(self) -> dict[str, Any]:
-        """Return the content as JSON values."""
+        """Return the content of `result.json`."""
         return self.model_dump(mode="json")
 
     def as_table(self) -> str:
-        """Format the metrics before and after training; empty without validation data."""
+        """Format the metrics before and after training as a table.
+
+        The result is empty without validation data.
+        """
         if self.after is None:
             return ""
         return format_differences(self.metric_differences, self.after.primary_metric)
@@ -83,15 +86,14 @@ class RunResult(BaseModel):
 def finalize_run(
     state: TrainState, console: TrainingConsole, checkpoint_manager: CheckpointManager
 ) -> RunResult:
-    """Audit the parameters, export the trained weights and write the result.
+    """Audit the parameters, export the trained weights, and write the result and the report.
 
-    LoRA weights are written to `adapter/`, fully trained parts to `model/`; with both, the adapter
-    belongs to `model/`. The weights are those of the last step, or of the best evaluation with
-    early
-    stopping.
+    LoRA weights are exported to `adapter/`, fully fine-tuned parts to `model/`. If both exist, the
+    base model of the adapter is `model/`. The weights are those of the last step; with early
+    stopping, they are those of the best evaluation.
 
     Raises:
-        RuntimeError: A frozen part changed.
+        RuntimeError: A frozen part changed, which is a bug.
         UserError: A trainable part did not change.
     """
     run_dir = state.run_dir
@@ -114,7 +116,7 @@ def finalize_run(
     loss, num_late_skipped = None, 0
     for line in run_dir.iter_metrics():
         line_loss = line.get("loss")
-        # NaN for a skipped step.
+        # The loss of a skipped step is NaN.
         if line_loss is not None and isfinite(line_loss):
             loss = line_loss
         num_late_skipped += len(line.get("skipped_samples", ()))
@@ -145,9 +147,12 @@ def finalize_run(
 def load_final_weights(
     state: TrainState, checkpoint_manager: CheckpointManager, step: int
 ) -> Iterator[list[ParamChange]]:
-    """Provide the complete model with the weights of a step within the context.
+    """Load the weights of a step and unshard the model within the context.
 
-    Yields the parameter changes. All ranks of a sharded run must call it.
+    All ranks of a sharded run must call this function.
+
+    Yields:
+        Changes of the parameters since the start of the run.
     """
     if step != state.progress.step:
         remedy = "set eval.patience=null and resume to use the weights of the last step"
@@ -166,9 +171,15 @@ def write_run_report(
     max_examples: int = MAX_EXAMPLES,
     live_report: LiveReportState | None = None,
 ) -> None:
-    """Write `report.html` with at most `max_examples` examples.
+    """Write `report.html` of a run.
 
     Errors are logged, because a report must not fail a finished run.
+
+    Args:
+        run_dir: Run directory.
+        console: Console for messages.
+        max_examples: Maximum number of example predictions in the report.
+        live_report: State of the live report while the run is in progress.
     """
     try:
         page = write_report(run_dir.path, max_examples=max_examples, live_state=live_report)
@@ -183,7 +194,7 @@ def write_run_report(
 
 
 def build_best_eval(eval_result: EvalResult) -> BestEval:
-    """Summarize an evaluation for comparison."""
+    """Reduce an evaluation to the fields that rank evaluations."""
     return BestEval(
         step=eval_result.step,
         validation_loss=eval_result.validation_loss,
@@ -193,7 +204,7 @@ def build_best_eval(eval_result: EvalResult) -> BestEval:
 
 
 def _select_best(results: Sequence[EvalResult]) -> EvalResult | None:
-    """Return the best evaluation, the first one among equals."""
+    """Return the best evaluation; of equally good ones, the first."""
     best_result: EvalResult | None = None
     for result in results:
         if best_result is None or build_best_eval(result).is_better_than(
@@ -204,7 +215,7 @@ def _select_best(results: Sequence[EvalResult]) -> EvalResult | None:
 
 
 def _copy_best_predictions(run_dir: RunDir, best: EvalResult) -> None:
-    """Use the predictions of the best evaluation as the final ones."""
+    """Copy the predictions of the best evaluation to `predictions/after.jsonl`."""
     predictions = run_dir.predictions_dir / f"step-{best.step}.jsonl"
     if predictions.is_file():
         write_file(run_dir.predictions_dir / "after.jsonl", predictions.read_bytes())
@@ -213,7 +224,7 @@ def _copy_best_predictions(run_dir: RunDir, best: EvalResult) -> None:
 def _compute_differences(
     state: TrainState, before: EvalResult, after: EvalResult
 ) -> list[MetricDifference]:
-    """Compare the evaluations before training and of the final weights."""
+    """Compute the metric differences between the evaluations before and after training."""
     loss = build_unsampled_difference(
         "validation_loss", before.validation_loss, after.validation_loss
     )
@@ -236,7 +247,7 @@ def _compute_differences(
 
 
 def _log_summary(result: RunResult, run_dir: RunDir, console: TrainingConsole) -> None:
-    """Log the metrics and the best checkpoint."""
+    """Log the metrics, and the best checkpoint if it is not the exported one."""
     after, best = result.after, result.best_eval
     if after is not None:
         console.log(result.as_table())
@@ -252,7 +263,7 @@ def _log_summary(result: RunResult, run_dir: RunDir, console: TrainingConsole) -
 def _export_weights(
     state: TrainState, checkpoint_manager: CheckpointManager, step: int
 ) -> Mapping[str, Tensor]:
-    """Return the complete fp32 weights; those of a sharded model come from its checkpoint."""
+    """Return the complete fp32 master weights; a sharded model reads them from its checkpoint."""
     if not state.parallel.is_sharded:
         return state.optimizer.export_weights()
     _, weights, _ = checkpoint_manager.load(step, "start again with --resume")
@@ -295,10 +306,10 @@ def _save_without_adapters(
 
 
 def load_result(run_dir: RunDir) -> RunResult | None:
-    """Return the result of a finished run, or None.
+    """Read the result of a run; return None if the run is not finished.
 
     Raises:
-        UserError: The file is invalid.
+        UserError: `result.json` is invalid.
     """
     text = run_dir.read_result()
     if text is None:
@@ -315,7 +326,7 @@ def load_result(run_dir: RunDir) -> RunResult | None:
 
 
 def format_param_changes(changes: list[ParamChange]) -> str:
-    """Format the parameter changes as a table with one row per part."""
+    """Format parameter changes as a table with one row per model part."""
     cells = [("part", "", "tensors", "parameters", "changed", "relative change")]
     for change in changes:
         relative_change = f"{change.relative_change:.2e}" if change.is_trained else "-"

@@ -1,8 +1,8 @@
-"""FLOP counts of training steps from shapes, and the peak throughput of the device.
+"""FLOP counts of training steps, computed from shapes, and the peak FLOP/s of a device.
 
-The counts contain the matrix products of a training step: forward for all weights, backward to the
-inputs where an earlier or parallel weight is trainable, and backward to trainable weights.
-Activation checkpointing is not counted, since recomputation is not useful work.
+The counts contain attention and the matrix products with weights: the forward pass of all weights,
+input gradients where an earlier or parallel weight is trainable, and weight gradients of trainable
+weights. Activation checkpointing is not counted, since MFU measures useful computation only.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from finesight.model.trainable import EMBEDDING_SUFFIXES, MODEL_PARTS, ModelPart
 from finesight.model.vlm import VisionLanguageModel
 
 LAYER_PREFIXES = ("model.layers.", "visual.blocks.")
-"""Parameter name prefixes of layers with activation checkpointing."""
+"""Name prefixes of the parameters in layers with activation checkpointing."""
 
 
 class PackShape(Protocol):
-    """Shape of a packed batch that determines its FLOPs."""
+    """Interface of the sizes of a packed batch that determine its FLOPs."""
 
     @property
     def lengths(self) -> Sequence[int]: ...
@@ -45,9 +45,13 @@ class PackShape(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FlopBreakdown:
-    """FLOPs of a packed batch: matrix products by model part, and attention.
+    """FLOPs of the forward and backward pass of a packed batch, by operation.
 
-    The language model head belongs to the embeddings.
+    Attributes:
+        matmul_by_part: Matrix products with weights, by model part. The language model head counts
+            as embeddings.
+        decoder_attention: Attention of the decoder.
+        vision_attention: Attention of the vision encoder.
     """
 
     matmul_by_part: Mapping[ModelPart, int]
@@ -56,12 +60,12 @@ class FlopBreakdown:
 
     @property
     def total(self) -> int:
-        """Total FLOPs."""
+        """Total FLOPs of all operations."""
         return sum(self.matmul_by_part.values()) + self.decoder_attention + self.vision_attention
 
 
 class FlopCounter:
-    """Count FLOPs of training steps of one model."""
+    """Counter of the training FLOPs of a model with its trainable and frozen parameters."""
 
     def __init__(self, model: VisionLanguageModel) -> None:
         self._config = model.config
@@ -114,7 +118,7 @@ class FlopCounter:
         return float(self.count_by_part(batch).total)
 
     def count_by_part(self, batch: PackShape) -> FlopBreakdown:
-        """Count the FLOPs of a forward and backward pass by purpose."""
+        """Count the FLOPs of a forward and backward pass by model part and operation."""
         num_patches = sum(t * h * w for t, h, w in batch.grid_thw)
         num_rows: dict[ModelPart, int] = {
             "vision": num_patches,
@@ -135,8 +139,13 @@ class FlopCounter:
             *self._count_attention(batch.lengths, batch.grid_thw, batch.prefix_length),
         )
 
-    def count_recompute(self, batch: PackShape, fraction: float) -> float:
-        """Count the FLOPs of activation checkpointing for a fraction of the layers."""
+    def count_checkpointing(self, batch: PackShape, fraction: float) -> float:
+        """Count the additional FLOPs of activation checkpointing.
+
+        Args:
+            batch: Packed batch.
+            fraction: Fraction of the layers with activation checkpointing.
+        """
         flops = self.count_by_part(batch)
         num_patches = sum(t * h * w for t, h, w in batch.grid_thw)
         language_flops = (
@@ -148,22 +157,21 @@ class FlopCounter:
         )
 
     def count_matmul(self, batch: PackShape) -> int:
-        """Count the FLOPs of matrix products with weights."""
+        """Count the FLOPs of the matrix products with weights in a forward and backward pass."""
         return sum(self.count_by_part(batch).matmul_by_part.values())
 
     def count_attention(self, lengths: Sequence[int], grid_thw: Sequence[GridTHW]) -> int:
-        """Count the FLOPs of attention.
+        """Count the FLOPs of attention in a forward and backward pass.
 
-        The forward pass takes 4 x queries x keys x width, half of it for causal attention, and the
-        backward
-        pass two times as much.
+        The forward pass takes 4 x queries x keys x width FLOPs, or half of them with a causal mask.
+        The backward pass takes two times as many.
         """
         return sum(self._count_attention(lengths, grid_thw))
 
     def _count_attention(
         self, lengths: Sequence[int], grid_thw: Sequence[GridTHW], prefix_length: int = 0
     ) -> tuple[int, int]:
-        """Count decoder attention and vision attention."""
+        """Count the FLOPs of attention, separately for the decoder and the vision encoder."""
         decoder_config, vision_config = self._config.decoder, self._config.vision
         num_windowed, window = self._window_config
         width = decoder_config.num_heads * decoder_config.head_dim
@@ -185,17 +193,18 @@ class FlopCounter:
 
 
 class NullFlopCounter:
-    """FLOP counter for the transformers backend, whose shapes are unknown."""
+    """FLOP counter for models of the transformers backend, whose shapes are unknown."""
 
     def count(self, batch: PackShape) -> float:
-        """Return 0."""
+        """Return 0, which means unknown."""
         return 0.0
 
 
 def _patch_fraction(name: str) -> float:
-    """Return the share of a merger parameter that is applied to patches instead of features.
+    """Return the fraction of a merger parameter that is multiplied with patches.
 
-    The keys and values of the resampler are computed from patches.
+    The rest is multiplied with image tokens. In a resampler, keys and values are computed from
+    patches.
     """
     if name.startswith("visual.merger.attn_pool.kv_proj."):
         return 1.0
@@ -203,12 +212,19 @@ def _patch_fraction(name: str) -> float:
 
 
 def _layer_name(name: str) -> str:
-    """Return the layer of a parameter, including its adapter."""
+    """Return the layer name of a parameter; adapters belong to the adapted layer."""
     return name.partition(".adapter.")[0] if ".adapter." in name else name.rpartition(".")[0]
 
 
 class _WeightInfo(NamedTuple):
-    """Weight of the model; `num_params` counts only the active experts."""
+    """Weight of the model, for counting FLOPs.
+
+    Attributes:
+        name: Parameter name.
+        num_params: Number of elements; in MoE layers, those of the active experts.
+        is_matmul: Whether the weight is used in a matrix product.
+        is_trainable: Whether the weight is trainable.
+    """
 
     name: str
     num_params: int
@@ -217,7 +233,7 @@ class _WeightInfo(NamedTuple):
 
 
 def _iter_weights(model: VisionLanguageModel) -> Iterator[_WeightInfo]:
-    """Iterate over parameters and quantized weights in model order."""
+    """Iterate over the parameters and quantized weights of a model in module order."""
     experts = model.config.decoder.moe
     for path, module in model.named_modules():
         if isinstance(module, QuantizedWeight):
@@ -233,12 +249,15 @@ def _iter_weights(model: VisionLanguageModel) -> Iterator[_WeightInfo]:
 
 
 def _count_passes(is_trainable: bool, has_input_grad: bool) -> int:
-    """Count the matrix products of forward, input gradient and weight gradient."""
+    """Count the matrix products of a weight: forward, input gradient and weight gradient."""
     return 1 + int(has_input_grad) + int(is_trainable)
 
 
 def _read_window_config(model: VisionLanguageModel) -> tuple[int, int]:
-    """Return the number of window attention blocks, and the patches of a window."""
+    """Return the number of window attention blocks, and the number of patches per window.
+
+    Both are 0 for a vision encoder without window attention.
+    """
     vision_encoder = model.visual
     if not isinstance(vision_encoder, WindowVisionEncoder):
         return 0, 0
@@ -247,7 +266,7 @@ def _read_window_config(model: VisionLanguageModel) -> tuple[int, int]:
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of a large matrix product, the practical limit of the device."""
+    """Measure the FLOP/s of a large matrix product, the peak for MFU."""
     side, rounds = (8192, 8) if device.type == "cuda" else (768, 3)
     a = torch.randn(side, side, device=device, dtype=dtype)
     best = float("inf")

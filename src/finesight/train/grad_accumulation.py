@@ -1,4 +1,6 @@
-"""Gradient accumulation: in-place for one micro-batch, in fp32 sums for several.
+"""Gradient accumulation over the micro-batches of a step.
+
+A single micro-batch uses `parameter.grad` directly. Several micro-batches are accumulated in fp32.
 
 Shapes: E flat elements of a parameter group, N elements of a slice.
 """
@@ -21,32 +23,35 @@ if HAS_TRITON:
     from finesight.train import optimizer_kernels
 
 LARGE_PARAM_ELEMENTS = 1 << 20
-"""Size from which a gradient is accumulated by an autograd hook.
+"""Number of elements from which a parameter's gradient is accumulated by an autograd hook.
 
-CUDA graphs write the gradients of such parameters to static buffers (`train.graph_gradients`).
+CUDA graphs write the gradients of these parameters to static buffers (`train.graph_gradients`).
 """
 
 
 @dataclass(frozen=True)
 class ParamSlice:
-    """Location of a parameter in the flat buffer of its group."""
+    """Parameter and its location in the flat buffer of its parameter group."""
 
     name: str
     parameter: nn.Parameter
     flat_slice: slice
 
     def view(self, flat_E: Tensor) -> Tensor:
-        """View the slice of this parameter in a flat tensor."""
+        """Return the view of a flat group tensor [E] that belongs to this parameter."""
         return flat_E[self.flat_slice].view(self.parameter.shape)
 
     @property
     def matrix_rows(self) -> Sequence[int]:
-        """Rows of each matrix in the parameter; a stack of experts contains several matrices."""
+        """Number of rows of each matrix in the parameter.
+
+        Stacked MoE experts are several matrices.
+        """
         *batch_shape, rows, _ = self.parameter.shape
         return (rows,) * math.prod(batch_shape)
 
     def split_matrices(self, row_counts: Sequence[int]) -> Iterator[MatrixSlice]:
-        """Split the parameter into matrices with these row counts."""
+        """Split the parameter into matrices with the given row counts."""
         columns, start = self.parameter.shape[-1], self.flat_slice.start
         message = f"{row_counts} rows of {columns} in {self.parameter.shape}"
         assert sum(row_counts) * columns == self.parameter.numel(), message
@@ -56,15 +61,17 @@ class ParamSlice:
 
 
 class GradientAccumulator:
-    """Gradients of one parameter group, whose flat buffers have `length` elements with padding.
+    """Gradient accumulator of one parameter group.
 
-    The gradients of the first micro-batch stay in `parameter.grad` in the parameter dtype.
-    `accumulate`
-    adds them to fp32 sums before each further micro-batch. A sum is allocated on first use and then
-    retained. From then on, a hook adds the gradient of a large parameter as soon as autograd
-    computes
-    it, so that gradient and sum of all large parameters never coexist. Small gradients are added
-    together.
+    The gradients of the first micro-batch stay in `parameter.grad` in the dtype of the parameter.
+    `accumulate` adds them to fp32 sums before each further micro-batch. The sum of a parameter is
+    allocated on first use and then retained. Once it exists, an autograd hook adds the gradient of
+    a large parameter as soon as it is computed, so the gradients of all large parameters never
+    exist in addition to their sums.
+
+    Args:
+        param_slices: Parameters of the group.
+        length: Number of elements of the flat buffers of the group, including padding.
     """
 
     def __init__(self, param_slices: Sequence[ParamSlice], length: int) -> None:
@@ -126,7 +133,10 @@ class GradientAccumulator:
         return sum_
 
     def use_flat_buffer(self) -> None:
-        """Store all sums in one flat tensor, also for a single micro-batch; see `flat_gradient`."""
+        """Store the fp32 sums in one flat tensor, even for a single micro-batch.
+
+        `flat_gradient` and `all_reduce` require it.
+        """
         if self._flat_E is not None:
             return
         self._flat_E = torch.zeros(self._length, dtype=torch.float32, device=self.device)
@@ -134,9 +144,10 @@ class GradientAccumulator:
 
     @torch.no_grad()
     def flat_gradient(self) -> Tensor:
-        """Return all sums [E], zero without gradient.
+        """Return the accumulated gradients of the group as a flat fp32 tensor [E].
 
-        The tensor is the same in every call, and the caller may overwrite it.
+        Parameters without a gradient contain zeros. Every call returns the same tensor, and the
+        caller may overwrite it.
         """
         assert self._flat_E is not None, f"{len(self.param_slices)} sums are not in a flat buffer"
         self.accumulate()
@@ -147,15 +158,19 @@ class GradientAccumulator:
 
     @torch.no_grad()
     def all_reduce(self, reduce_fn: Callable[[Tensor], object]) -> None:
-        """Apply a reduction over all ranks to the flat gradient; requires `use_flat_buffer`."""
+        """Reduce the flat gradient of the group over all ranks; requires `use_flat_buffer`.
+
+        Args:
+            reduce_fn: Function that reduces a tensor over all ranks in-place.
+        """
         reduce_fn(self.flat_gradient())
         self._has_sum = [True] * len(self.param_slices)
 
     @torch.no_grad()
     def accumulate(self) -> None:
-        """Add the gradients to the sums.
+        """Add the gradients in `parameter.grad` to the fp32 sums, and clear them.
 
-        Call this between two micro-batches; otherwise autograd adds the next gradient in 16 bits.
+        Call this between two micro-batches. Otherwise, autograd adds the next gradient in 16 bits.
         """
         for index in self._large_indices:
             if self.param_slices[index].parameter.grad is not None:
@@ -175,7 +190,7 @@ class GradientAccumulator:
                 self._accumulate_one(index)
 
     def per_parameter(self) -> Sequence[Tensor | None]:
-        """Return the gradient of each parameter, or None without gradient."""
+        """Return the gradient of each parameter; None for a parameter without a gradient."""
         if self._flat_E is not None or any(self._has_sum):
             self.accumulate()
             return [
@@ -184,7 +199,10 @@ class GradientAccumulator:
         return [param_slice.parameter.grad for param_slice in self.param_slices]
 
     def squared_norm(self) -> Tensor:
-        """Return the sum of squares of all gradients, a device scalar in fp32 or wider."""
+        """Return the sum of squares of all gradients.
+
+        The result is a scalar on the device, in fp32 or wider.
+        """
         all_gradients = self.per_parameter()
         present = [gradient for gradient in all_gradients if gradient is not None]
         if not present:
@@ -197,7 +215,10 @@ class GradientAccumulator:
         return torch.stack(norms).square_().sum()
 
     def read_slice(self, flat_slice: slice) -> Tensor:
-        """Copy a slice of the group's gradients to fp32 [N], zero without gradient."""
+        """Copy a slice of the group's flattened gradients to fp32.
+
+        Parameters without a gradient contribute zeros. Returns a tensor of shape [N].
+        """
         flat_N = torch.zeros(
             flat_slice.stop - flat_slice.start, dtype=torch.float32, device=self.device
         )
@@ -221,15 +242,15 @@ class GradientAccumulator:
         return flat_N
 
     def zero_grad(self) -> None:
-        """Clear the gradients after a step."""
+        """Clear the gradients after an optimizer step; the allocated sums are retained."""
         self._has_sum = [False] * len(self.param_slices)
         for param_slice in self.param_slices:
             param_slice.parameter.grad = None
 
     def release(self) -> None:
-        """Clear the gradients of a skipped step and free the sums.
+        """Clear the gradients of an aborted step and free the fp32 sums.
 
-        A retry of the step then has the same memory.
+        A retry of the step then has the same memory available as the first attempt.
         """
         self.zero_grad()
         if self._flat_E is None:

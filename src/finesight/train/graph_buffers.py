@@ -1,10 +1,9 @@
-"""Static input buffers of CUDA graphs, and rounding of pack sizes to few graph shapes.
+"""Static input buffers of CUDA graphs, and rounding of pack sizes to graph shapes.
 
-Packs are padded with a masked dummy sequence.
+Packs are padded to the shape of a graph with a masked dummy sequence.
 
 Shapes: T tokens, S sequences, M image tokens, K features per token, D width, L tokens that predict
-a
-supervised one.
+a supervised token.
 """
 
 from __future__ import annotations
@@ -22,23 +21,30 @@ from finesight.model.vision_encoder import VisionEncoder
 from finesight.train.graph_vision_buffers import GraphVisionInputs, GraphVisionShape, round_up
 
 MAX_GRAPH_TOKENS = 6144
-"""Largest pack that is launch-bound on an H200 and its host."""
+"""Maximum number of tokens of a pack that is launch-bound on an H200."""
 
 MAX_GRAPH_TOKENS_CACHED = 8192
-"""Largest pack with cached image features for CUDA graphs.
+"""Maximum number of tokens of a CUDA graph if the image features are cached.
 
-Without the vision encoder, the device has less work during the launches. The memory estimate of
-`plan` ignores packs above `MAX_GRAPH_TOKENS`.
+Without the vision encoder, the device has less work while the host launches kernels. The memory
+estimate of `finesight plan` ignores packs above `MAX_GRAPH_TOKENS`.
 """
 
 MAX_PADDING_DIVISOR = 8
-"""Inverse of the maximum share of padding when a pack uses a larger graph."""
+"""Inverse of the maximum fraction of padding tokens when a pack uses a larger graph."""
 
 
 class GraphShape(NamedTuple):
-    """Sizes of a CUDA graph.
+    """Fixed sizes of a CUDA graph; packs are padded to them.
 
-    `max_seqlen` includes the shared prefix.
+    Attributes:
+        num_tokens: Number of tokens.
+        num_sequences: Number of sequences.
+        prefix_length: Number of tokens of the shared prefix, which is not padded.
+        max_seqlen: Maximum length of a sequence, including the shared prefix.
+        num_features: Number of image tokens.
+        num_labels: Number of supervised tokens.
+        vision_shape: Sizes of the vision encoder inputs; None if the encoder is not in the graph.
     """
 
     num_tokens: int
@@ -53,7 +59,7 @@ class GraphShape(NamedTuple):
     def from_batch(
         cls, batch: PackedBatch, vision_shape: GraphVisionShape | None = None
     ) -> GraphShape:
-        """Return the graph shape of a packed batch."""
+        """Return the graph shape for a packed batch: its sizes, rounded up."""
         num_features, num_labels = len(batch.visual_indices_M), len(batch.logit_indices_L)
         return cls.from_lengths(
             batch.lengths, batch.prefix_length, num_features, num_labels, vision_shape
@@ -68,16 +74,17 @@ class GraphShape(NamedTuple):
         num_labels: int,
         vision_shape: GraphVisionShape | None = None,
     ) -> GraphShape:
-        """Return the graph shape of packed sequences.
+        """Return the graph shape for packed sequences: their sizes, rounded up.
 
-        It has space for at least one padding token, in padding sequences of at most `max_seqlen`.
+        The shape has space for at least one padding token, and for padding sequences of at most
+        `max_seqlen` tokens.
 
         Args:
             lengths: Lengths of the sequences.
             prefix_length: Length of the shared prefix.
             num_features: Number of image tokens.
             num_labels: Number of supervised tokens.
-            vision_shape: Shape of the images if the graph contains the vision encoder.
+            vision_shape: Sizes of the vision encoder inputs, if the graph contains the encoder.
         """
         num_tokens = sum(lengths) + 1
         multiple = PAD_MULTIPLE if num_tokens <= MAX_GRAPH_TOKENS_CACHED + 1 else 4 * PAD_MULTIPLE
@@ -97,11 +104,11 @@ class GraphShape(NamedTuple):
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the largest graph that accepts packs of this shape."""
+        """Maximum number of tokens of a larger graph that may run packs of this shape."""
         return self.num_tokens + self.num_tokens // MAX_PADDING_DIVISOR
 
     def fits(self, other: GraphShape) -> bool:
-        """Check if packs of the other shape fit with little padding."""
+        """Return whether this graph can run packs of another shape with little padding."""
         extra_tokens = self.num_tokens - other.num_tokens
         return (
             (self.prefix_length, self.vision_shape) == (other.prefix_length, other.vision_shape)
@@ -119,7 +126,7 @@ class GraphShape(NamedTuple):
         )
 
     def widen(self, candidates: Iterable[GraphShape]) -> GraphShape:
-        """Return a shape for packs of this shape and as many compatible candidates as possible."""
+        """Return a shape that also fits packs of as many candidates as possible."""
         shapes = [self]
         for other in candidates:
             wider = self._union([*shapes, other])
@@ -148,7 +155,7 @@ class GraphShape(NamedTuple):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Maximum lengths of the sequences; the actual lengths are on the device."""
+        """Maximum lengths of the sequences; `cu_seqlens` contains the actual lengths."""
         return (
             self.prefix_length or self.max_suffix_length,
             *[self.max_suffix_length] * (self.num_sequences - 1),
@@ -157,16 +164,16 @@ class GraphShape(NamedTuple):
 
 @dataclass(frozen=True)
 class GraphInputs:
-    """Static buffers of a CUDA graph.
+    """Static input buffers of a CUDA graph.
 
     Attributes:
         shape: Shape of the graph.
-        batch: Packed batch.
-        vision_inputs: Inputs of the vision encoder, if the graph contains it.
-        features_MKD: Image features otherwise.
-        loss_weight: Factor of the loss.
+        batch: Packed batch with padded tensors.
+        vision_inputs: Inputs of the vision encoder; None if the encoder is not in the graph.
+        features_MKD: Image features; None for text, or if the graph contains the encoder.
+        loss_weight: Scalar that multiplies the loss.
         seed_1: Random seed of dropout.
-        features_grad_MKD: Output gradient of trainable features.
+        features_grad_MKD: Gradient of trainable image features, an output of the graph.
     """
 
     shape: GraphShape
@@ -185,7 +192,14 @@ class GraphInputs:
         features_MKD: Tensor | None,
         vision_encoder: VisionEncoder,
     ) -> GraphInputs:
-        """Allocate buffers for packs of this shape; `batch` is one of them."""
+        """Allocate the buffers of a graph.
+
+        Args:
+            shape: Shape of the graph.
+            batch: Pack that the graph can run, for dtypes and device.
+            features_MKD: Image features of this pack, if they are an input of the graph.
+            vision_encoder: Vision encoder of the model.
+        """
         device = batch.ids_T.device
 
         def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -226,7 +240,7 @@ class GraphInputs:
         loss_weight: Tensor,
         vision_encoder: VisionEncoder,
     ) -> None:
-        """Copy a pack to the buffers, without synchronization."""
+        """Copy a pack to the buffers with padding, without synchronizing with the device."""
         static_batch, num_tokens = self.batch, len(batch.ids_T)
         padding_positions = torch.arange(
             self.shape.num_tokens - num_tokens, device=batch.ids_T.device
@@ -235,12 +249,12 @@ class GraphInputs:
         static_batch.position_ids_3T[:, :num_tokens].copy_(batch.position_ids_3T)
         static_batch.position_ids_3T[:, num_tokens:].copy_(padding_positions)
         # Empty sequences follow the padding sequences.
-        num_bounds = len(batch.cu_seqlens_S1)
+        num_cu_seqlens = len(batch.cu_seqlens_S1)
         ends = torch.arange(
-            1, len(static_batch.cu_seqlens_S1) - num_bounds + 1, device=padding_positions.device
+            1, len(static_batch.cu_seqlens_S1) - num_cu_seqlens + 1, device=padding_positions.device
         )
-        static_batch.cu_seqlens_S1[:num_bounds].copy_(batch.cu_seqlens_S1)
-        static_batch.cu_seqlens_S1[num_bounds:].copy_(
+        static_batch.cu_seqlens_S1[:num_cu_seqlens].copy_(batch.cu_seqlens_S1)
+        static_batch.cu_seqlens_S1[num_cu_seqlens:].copy_(
             (ends * self.shape.max_suffix_length + num_tokens).clamp_(max=self.shape.num_tokens)
         )
         _copy_padded(static_batch.logit_indices_L, batch.logit_indices_L, 0)
@@ -257,13 +271,18 @@ class GraphInputs:
 
     @property
     def trainable_features(self) -> list[tuple[Tensor, Tensor]]:
-        """Features with gradient, each with its gradient buffer."""
+        """Image features that require gradients, each with its gradient buffer."""
         if self.features_MKD is None or self.features_grad_MKD is None:
             return []
         return [(self.features_MKD, self.features_grad_MKD)]
 
     def backward_features(self, features_MKD: Tensor | None) -> None:
-        """Backpropagate the gradient of the features through the vision encoder."""
+        """Backpropagate the feature gradient of the graph through the vision encoder.
+
+        Args:
+            features_MKD: Image features of the pack with their autograd graph, if the vision
+                encoder is trainable.
+        """
         if features_MKD is not None and self.features_grad_MKD is not None:
             torch.autograd.backward(features_MKD, self.features_grad_MKD[: len(features_MKD)])
 

@@ -14,11 +14,11 @@ from finesight.train.grad_accumulation import LARGE_PARAM_ELEMENTS
 
 
 class GraphGradients:
-    """Gradient buffers shared by all CUDA graphs.
+    """Static gradient buffers of the trainable parameters, shared by all CUDA graphs.
 
-    The gradients are accumulated before the next replay. Gradients of large parameters are computed
-    in
-    the buffers or copied there immediately, so that two copies of all gradients never coexist.
+    The optimizer accumulates the gradients before the next replay overwrites them. Gradients of
+    large parameters are computed in their buffers or copied to them immediately, so that two copies
+    of all gradients never exist at the same time.
     """
 
     def __init__(self, trainable_params: Sequence[nn.Parameter]) -> None:
@@ -31,7 +31,12 @@ class GraphGradients:
         self._buffers: dict[int, Tensor] = {}
 
     def backward(self, loss: Tensor, extra_outputs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Compute the gradients of the parameters and of extra tensors with their own buffers."""
+        """Compute the gradients of a loss and write them to static buffers.
+
+        Args:
+            loss: Loss of a pack.
+            extra_outputs: Additional tensors that require gradients, each with its gradient buffer.
+        """
         handles = [self._register_hook(index) for index in self._large_indices.values()]
         inputs = [*self._trainable_params, *(tensor for tensor, _ in extra_outputs)]
         try:
@@ -54,13 +59,16 @@ class GraphGradients:
             torch._foreach_copy_([self._get_buffer(n) for n in small], [*small.values()])
 
     def assign_grads(self, excluded: Collection[int] = ()) -> None:
-        """Assign the buffers to `parameter.grad`, except for parameters that the graph does not
-        use."""
+        """Set `parameter.grad` to the static buffers after a replay.
+
+        Args:
+            excluded: Indices of parameters that the graph does not use; their gradient is None.
+        """
         for index, parameter in enumerate(self._trainable_params):
             parameter.grad = None if index in excluded else self._buffers.get(index)
 
     def clear(self) -> None:
-        """Free the buffers."""
+        """Free the gradient buffers."""
         self._buffers.clear()
 
     def _register_hook(self, index: int) -> RemovableHandle:

@@ -1,4 +1,4 @@
-"""Timing of CUDA graph replays compared with kernel launches."""
+"""Timing of CUDA graph replays and of eager kernel launches, to decide which is faster."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class GraphTimer:
-    """Measure launch and replay times of a run, without synchronization."""
+    """Timer of eager launches and graph replays, without synchronizing with the device."""
 
     def __init__(self) -> None:
         self._launch_s = math.inf
@@ -18,17 +18,19 @@ class GraphTimer:
         self._pending: tuple[int, torch.cuda.Event, torch.cuda.Event] | None = None
 
     def record_launch(self, seconds: float) -> None:
-        """Record the host time of an eager pack.
+        """Record the host time for launching the kernels of an eager pack.
 
-        The minimum counts: the first packs compile kernels, and a busy device blocks launches.
+        The timer stores the minimum of all packs: the first packs include kernel compilation, and
+        launches block when the queue of the device is full.
         """
         self._launch_s = min(self._launch_s, seconds)
 
     @contextmanager
     def time_replay(self, num_tokens: int) -> Iterator[None]:
-        """Measure the replay of a graph without the vision encoder in the context.
+        """Measure the device time of a graph replay in the context.
 
-        The minimum per token counts, because the device may run other work.
+        The timer stores the minimum per token, because the device may also run other kernels. The
+        graph must not contain the vision encoder.
         """
         self._poll()
         if self._pending is not None:
@@ -51,7 +53,13 @@ class GraphTimer:
             self._pending = None
 
     def is_replay_faster(self, num_tokens: int) -> bool | None:
-        """Compare a replay with the launches of a pack; return None before both are measured."""
+        """Return whether a replay takes less device time than eager launches take host time.
+
+        The result is None until both have been measured.
+
+        Args:
+            num_tokens: Number of tokens of the graph.
+        """
         self._poll()
         is_measured = math.isfinite(self._replay_s_per_token) and math.isfinite(self._launch_s)
         return num_tokens * self._replay_s_per_token < self._launch_s if is_measured else None

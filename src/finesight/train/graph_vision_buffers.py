@@ -1,4 +1,4 @@
-"""Static vision encoder inputs of CUDA graphs, for a trainable vision encoder.
+"""Static vision encoder inputs of CUDA graphs that contain a trainable vision encoder.
 
 Patches are padded with dummy segments. Their features belong to the dummy sequence, which has no
 gradient.
@@ -23,25 +23,25 @@ from finesight.model.vision_encoder import PatchLayout, VisionEncoder, unique_ob
 from finesight.model.vlm import VisionLanguageModel
 
 MAX_GRAPH_PATCHES = 4096
-"""Largest number of patches of a pack that is launch-bound on an H200 and a fast host.
+"""Maximum number of patches of a pack for capturing the vision encoder.
 
-Larger graphs save little time, and hold all activations of the encoder.
+Larger packs are not launch-bound on an H200, and a graph holds all activations of the encoder.
 """
 
 HEAD_DIM_MULTIPLE = 8
-"""Head dimension multiple that `model.attention.supports_varlen_attention` requires."""
+"""Divisor of the head dimension that `model.attention.supports_varlen_attention` requires."""
 
 
 def round_up(value: int, multiple: int) -> int:
-    """Round up to a multiple."""
+    """Round a value up to a multiple of another one."""
     return -(-value // multiple) * multiple
 
 
 def can_capture_vision(model: VisionLanguageModel) -> bool:
-    """Check if CUDA graphs can contain the vision encoder.
+    """Return whether CUDA graphs can contain the vision encoder of a model.
 
-    It must be trainable, without dropout, and depend on image sizes only through its patch layout.
-    Attention must read the segment lengths on the device.
+    The encoder must be trainable, have no dropout, and depend on image sizes only through its patch
+    layout. Attention must read the segment lengths on the device.
     """
     vision_encoder = model.visual
     if (
@@ -57,12 +57,19 @@ def can_capture_vision(model: VisionLanguageModel) -> bool:
 
 
 def should_capture_vision(num_patches: int, activation_checkpointing: float) -> bool:
-    """Check if the graph of a pack contains the vision encoder."""
+    """Return whether the CUDA graph of a pack should contain the vision encoder."""
     return 0 < num_patches <= MAX_GRAPH_PATCHES and not activation_checkpointing
 
 
 class GraphVisionShape(NamedTuple):
-    """Patch count, bytes per patch, and count and maximum length of segments for each layout."""
+    """Fixed sizes of the vision encoder inputs of a CUDA graph.
+
+    Attributes:
+        num_patches: Number of patches.
+        patch_bytes: Bytes per patch.
+        segment_shapes: Number and maximum length of the attention segments, for each distinct
+            segmentation.
+    """
 
     num_patches: int
     patch_bytes: int
@@ -70,7 +77,7 @@ class GraphVisionShape(NamedTuple):
 
     @classmethod
     def from_batch(cls, batch: PackedBatch, vision_encoder: VisionEncoder) -> GraphVisionShape:
-        """Return the shape of a pack's images."""
+        """Return the sizes for the images of a pack, rounded up."""
         num_patches, patch_bytes = batch.patches_ND.shape
         return cls.from_grids(vision_encoder, batch.grid_thw, num_patches, patch_bytes)
 
@@ -82,7 +89,7 @@ class GraphVisionShape(NamedTuple):
         num_patches: int,
         patch_bytes: int,
     ) -> GraphVisionShape:
-        """Return the shape of images with these patch grids."""
+        """Return the sizes for images with the given patch grids, rounded up."""
         multiple, segment_shapes = PAD_MULTIPLE * vision_encoder.config.merge_size**2, []
         for lengths in unique_objects(vision_encoder.segment_lengths(grid_thw)):
             max_seqlen = round_up(max(lengths), PAD_MULTIPLE)
@@ -95,7 +102,7 @@ class GraphVisionShape(NamedTuple):
 
 @dataclass(frozen=True)
 class GraphVisionInputs:
-    """Static buffers for patches and their layout."""
+    """Static buffers for the patches of a pack and their layout."""
 
     shape: GraphVisionShape
     patches_NB: Tensor
@@ -105,7 +112,7 @@ class GraphVisionInputs:
     def allocate(
         cls, shape: GraphVisionShape, batch: PackedBatch, vision_encoder: VisionEncoder
     ) -> GraphVisionInputs:
-        """Allocate buffers for packs of this shape; `batch` is one of them."""
+        """Allocate buffers of the given sizes, with the dtypes and device of `batch`."""
         num_patches, device = shape.num_patches, batch.patches_ND.device
         layout = vision_encoder.compute_patch_layout(batch.grid_thw, device)
         segment_buffers = [
@@ -133,7 +140,7 @@ class GraphVisionInputs:
 
     @torch.no_grad()
     def copy_from(self, batch: PackedBatch, vision_encoder: VisionEncoder) -> None:
-        """Copy the images of a pack to the buffers, without synchronization."""
+        """Copy the patches and layout of a pack to the buffers, without synchronization."""
         num_patches, layout = (
             len(batch.patches_ND),
             vision_encoder.compute_patch_layout(batch.grid_thw, batch.patches_ND.device),
@@ -158,7 +165,10 @@ class GraphVisionInputs:
                 )
 
     def encode(self, vision_encoder: VisionEncoder) -> Tensor:
-        """Encode all patches to features [M, K, D]; those of padding are last."""
+        """Encode the patches in the buffers to features [M, K, D].
+
+        The features of padding patches come last.
+        """
         features_MKD: Tensor = vision_encoder(self.patches_NB, (), layout=self.layout)
         return features_MKD
 
@@ -166,7 +176,10 @@ class GraphVisionInputs:
 def _copy_segments(
     buffer_segments: Segments, segments: Segments, num_patches: int, max_patches: int
 ) -> None:
-    """Copy cumulative segment lengths, followed by dummy segments and empty segments."""
+    """Copy cumulative segment lengths to a buffer, followed by padding.
+
+    Dummy segments cover the padding patches; empty segments fill the rest of the buffer.
+    """
     count = len(segments.lengths)
     buffer_segments.cu_seqlens_S1[: count + 1].copy_(segments.cu_seqlens_S1)
     num_padding = len(buffer_segments.cu_seqlens_S1) - count - 1

@@ -1,4 +1,4 @@
-"""Settings of the training process: CPU threads and memory allocation."""
+"""CPU thread and memory allocator settings of the training process."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from contextlib import contextmanager
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Constants of glibc's malloc.h."""
+"""Parameters of `mallopt` in glibc's malloc.h."""
 
 _DEFAULT_THRESHOLD = 128 << 10
-"""Default of both thresholds, in bytes."""
+"""Default value of both `mallopt` thresholds, in bytes."""
 
 _LARGE_THRESHOLD = 1 << 30
 
 
 @contextmanager
 def configure_host(device: torch.device) -> Iterator[None]:
-    """Apply the process settings for a device within the context."""
+    """Apply the CPU thread and allocator settings for a device within the context."""
     with _limit_cpu_threads(device), retain_freed_memory(device):
         yield
 
 
 @contextmanager
 def _limit_cpu_threads(device: torch.device) -> Iterator[None]:
-    """Use one CPU thread with a GPU; more threads compete with data loader workers."""
+    """Use one CPU thread of PyTorch within the context if the device is a GPU.
+
+    More threads would compete with the data loader workers.
+    """
     if device.type != "cuda":
         yield
         return
@@ -41,11 +44,10 @@ def _limit_cpu_threads(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def retain_freed_memory(device: torch.device) -> Iterator[None]:
-    """Keep freed CPU memory in the process within the context, except blocks above 1 GiB.
+    """Keep freed CPU memory in the process within the context, for training on a CPU.
 
-    By default, glibc returns large blocks to the system, and page faults of new blocks take a tenth
-    of
-    the step time of a small model.
+    By default, glibc returns large blocks to the system. Page faults of new blocks then take a
+    tenth of the step time of a small model. Blocks above 1 GiB are still returned.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         yield

@@ -1,9 +1,8 @@
-"""Fingerprints of the training images, compared when a run is resumed.
+"""Fingerprints of the training images, which detect images that changed before a resume.
 
 A fingerprint covers the size of each image file and its first and last `EDGE_BYTES` bytes, which
-cost
-little in addition to the header. Modification times are recorded, but do not count as changes,
-because copying a data set changes them.
+cost little in addition to reading the header. Modification times are recorded but do not count as
+changes, because copying a dataset changes them.
 """
 
 from __future__ import annotations
@@ -30,24 +29,29 @@ from finesight.errors import UserError
 from finesight.storage import write_file
 
 EDGE_BYTES = 8 * 1024
-"""Bytes that are read at the start and at the end of an image file."""
+"""Number of bytes read at the start and at the end of an image file."""
 
 MAX_LISTED_IMAGES = 5
-"""Maximum number of changed images in a message."""
+"""Maximum number of changed images listed in a message."""
 
 _COLUMN_NAMES = ("samples", "contents", "times")
 _CHECKSUM_KEY = "sha256"
 
 
 class ImageState(NamedTuple):
-    """Fingerprints of all images of a sample: file contents, and modification times."""
+    """Fingerprints of all images of a sample.
+
+    Attributes:
+        content: Hash of the sizes, first and last bytes of the files.
+        time: Hash of the modification times.
+    """
 
     content: int
     time: int
 
 
 def read_image_state(sample: LocatedSample) -> ImageState:
-    """Read the fingerprints of a sample's images.
+    """Compute the fingerprints of the images of a sample.
 
     Raises:
         CorruptImageError: An image cannot be read.
@@ -72,7 +76,7 @@ def read_image_state(sample: LocatedSample) -> ImageState:
 
 
 def list_sample_images(sample: LocatedSample) -> list[Path]:
-    """List the images and video frames of a sample in order."""
+    """Return the paths of the images and video frames of a sample, in order."""
     return [
         sample.resolve_path(name)
         for part in sample.sample.iter_parts()
@@ -81,7 +85,7 @@ def list_sample_images(sample: LocatedSample) -> list[Path]:
 
 
 def _read_edges(path: Path) -> tuple[int, bytes, int]:
-    """Read size, first and last bytes, and modification time of an image file."""
+    """Return size, first and last bytes, and modification time of an image file."""
     inside = resolve_content(path)
     if not isinstance(inside, Path):
         content = inside.getvalue()
@@ -104,7 +108,7 @@ def _read_edges(path: Path) -> tuple[int, bytes, int]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageStates:
-    """Image fingerprints of some samples of a corpus, in the order of their indices."""
+    """Image fingerprints of several samples, in the order of their corpus indices."""
 
     samples_N: NDArray[np.int64]
     contents_N: NDArray[np.int64]
@@ -112,31 +116,31 @@ class ImageStates:
 
     @classmethod
     def from_states(cls, samples: Sequence[int], states: Iterable[ImageState]) -> ImageStates:
-        """Combine the fingerprints of the samples with these indices."""
+        """Combine the fingerprints of single samples; `samples` are their corpus indices."""
         contents, times = zip(*states, strict=True) if samples else ((), ())
         return cls(*(np.array(column, dtype=np.int64) for column in (samples, contents, times)))
 
     @classmethod
     def empty(cls) -> ImageStates:
-        """Return fingerprints of no samples."""
+        """Return an instance without samples."""
         return cls.from_states((), ())
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the contents of all images, without modification times."""
+        """SHA-256 of the image contents of all samples, without modification times."""
         digest = hashlib.sha256(self.samples_N.tobytes())
         digest.update(self.contents_N.tobytes())
         return digest.hexdigest()
 
     def find_changed(self, recorded: ImageStates) -> list[int]:
-        """List the samples whose image contents differ from the recorded ones."""
+        """Return the corpus indices of samples whose image contents differ from `recorded`."""
         at, recorded_at = self._match_samples(recorded)
         other_N = self.contents_N[at] != recorded.contents_N[recorded_at]
         samples: list[int] = self.samples_N[at][other_N].tolist()
         return samples
 
     def count_touched(self, recorded: ImageStates) -> int:
-        """Count the samples whose image modification times differ from the recorded ones."""
+        """Count the samples whose image modification times differ from `recorded`."""
         at, recorded_at = self._match_samples(recorded)
         return int(np.count_nonzero(self.times_N[at] != recorded.times_N[recorded_at]))
 
@@ -148,7 +152,7 @@ class ImageStates:
 
 
 def save_image_record(path: Path, record: Mapping[str, ImageStates]) -> None:
-    """Write the fingerprints of each split, atomically."""
+    """Write the image fingerprints of each split to a file, atomically."""
     tensors = {
         f"{split}.{name}": column
         for split, states in record.items()
@@ -158,7 +162,7 @@ def save_image_record(path: Path, record: Mapping[str, ImageStates]) -> None:
 
 
 def load_image_record(path: Path) -> dict[str, ImageStates]:
-    """Read the result of `save_image_record`.
+    """Read the image fingerprints of each split that `save_image_record` wrote.
 
     Raises:
         UserError: The file is corrupt.
@@ -186,7 +190,7 @@ def load_image_record(path: Path) -> dict[str, ImageStates]:
 
 
 def _open_safetensors(path: Path) -> Any:
-    # Its methods are untyped.
+    # The methods of the returned object are untyped.
     return safe_open(path, framework="numpy")
 
 
@@ -202,7 +206,11 @@ def _checksum(tensors: Mapping[str, NDArray[np.int64]]) -> str:
 
 
 def collect_reported_errors(lines: Iterable[Mapping[str, Any]]) -> str:
-    """Collect the image errors that `metrics.jsonl` contains: these images may be repaired."""
+    """Collect the image errors in the lines of `metrics.jsonl`, as one text.
+
+    The user may have repaired the images that this text mentions, so `check_images` accepts changes
+    of them.
+    """
     messages = []
     for line in lines:
         messages += [*map(json.dumps, line.get("skipped_samples", ())), line.get("reason", "")]
@@ -218,12 +226,21 @@ def check_images(
     reported_errors: str,
     log: Callable[[str], None],
 ) -> None:
-    """Compare the images of a split with those at the start of the run.
+    """Compare the images of a split with their fingerprints at the start of the run.
 
-    Changed modification times alone are logged.
+    Changed modification times and repaired images are logged.
+
+    Args:
+        split: Name of the split, `train` or `eval`.
+        corpus: Samples of the split.
+        current: Current fingerprints.
+        recorded: Fingerprints at the start of the run.
+        path: File of the recorded fingerprints, for messages.
+        reported_errors: Result of `collect_reported_errors`.
+        log: Function that logs a message.
 
     Raises:
-        UserError: Images changed whose corruption the run has not reported.
+        UserError: Images have changed that the run had not reported as corrupt.
     """
     changed: list[int] = []
     repaired: list[int] = []

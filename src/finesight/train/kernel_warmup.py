@@ -15,9 +15,10 @@ if HAS_TRITON:
 
 
 def warm_up_kernels(state: TrainState) -> None:
-    """Compile all kernels with the next pack if the Triton cache is empty.
+    """Compile all Triton kernels in parallel, by running packs of the next step.
 
-    No parameter is updated. Errors are only logged, because the training step reports them.
+    This is done only if the Triton cache is empty. No parameter is updated. Errors are only logged
+    at debug level, because the training step raises them again.
     """
     device = state.hardware.device
     is_native = isinstance(state.model, VisionLanguageModel)

@@ -1,4 +1,4 @@
-"""Live report of a run in progress, updated in a background thread."""
+"""Live report of a run: `report.html`, updated by a background thread during training."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from finesight.train.finalize import write_run_report
 from finesight.train.run_dir import RunDir
 
 REPORT_INTERVAL_S = 60.0
-"""Seconds between two updates."""
+"""Minimum number of seconds between two periodic updates."""
 
 MIN_IDLE_RATIO = 300
-"""Minimum ratio of idle time to CPU time of an update.
+"""Minimum ratio of the update interval to the CPU time of an update.
 
-The thread shares the interpreter with the training step and takes at most 1/300 of its time.
+The thread shares the Python interpreter with the training step, and takes at most 1/300 of its
+time.
 """
 
 
 class LiveReport:
-    """Write the report of a run on demand and periodically."""
+    """Writer of the report of a run in progress, on demand and periodically."""
 
     def __init__(
         self, run_dir: RunDir, console: TrainingConsole, interval_s: float = REPORT_INTERVAL_S
@@ -40,7 +41,7 @@ class LiveReport:
 
     @property
     def interval_s(self) -> float:
-        """Seconds between two periodic updates."""
+        """Current number of seconds between two periodic updates."""
         return self._live.interval_s
 
     def write(self) -> None:
@@ -49,7 +50,7 @@ class LiveReport:
             write_run_report(self._run_dir, self._console, MAX_LIVE_EXAMPLES, self._live)
 
     def stop(self) -> None:
-        """Stop the thread after the current update."""
+        """Stop the background thread after its current update."""
         self._stop_event.set()
         if self._thread is not None:
             self._thread.join()
@@ -57,9 +58,10 @@ class LiveReport:
 
     @contextmanager
     def run_in_background(self, progress: TrainProgress) -> Iterator[None]:
-        """Update the report within the context.
+        """Update the report periodically within the context.
 
-        An exception is recorded in the metrics, as of the given progress, and in a final report.
+        An exception in the context is recorded in `metrics.jsonl` with the current step, shown in a
+        final report, and raised again.
         """
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=[self._write_loop], daemon=True)
@@ -98,7 +100,7 @@ class LiveReport:
 
 
 def _describe_error(error: Exception) -> str:
-    """Describe the error that ended a run in one line."""
+    """Format the error that ended a run as one line."""
     if isinstance(error, UserError):
         return f"{error.where}: {error.what}" if error.where else error.what
     return (

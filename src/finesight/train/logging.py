@@ -1,4 +1,4 @@
-"""Metrics of a run: `metrics.jsonl`, trackers and console."""
+"""Logging of a run's metrics to `metrics.jsonl`, experiment trackers and the console."""
 
 from __future__ import annotations
 
@@ -32,18 +32,22 @@ from finesight.train.vision_cache import VisionCacheResult
 
 
 class StepTimer:
-    """Measure the time between the ends of consecutive steps on the device."""
+    """Timer of training steps, between the ends of consecutive steps on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.restart()
 
     def restart(self) -> None:
-        """Restart the timer."""
+        """Restart the timer at the current time."""
         self._wall, self._event = time.perf_counter(), record_event(self._device)
 
     def lap(self, event: torch.cuda.Event | None) -> float:
-        """Return the seconds since the previous lap, until `event` on a GPU or now."""
+        """Return the seconds since the previous lap.
+
+        Args:
+            event: CUDA event at the end of the step; None measures the time until now.
+        """
         now = time.perf_counter()
         seconds = now - self._wall
         if event is not None and self._event is not None:
@@ -53,7 +57,11 @@ class StepTimer:
 
 
 class MetricsLogger:
-    """Log finished steps with a delay of one step, so that the device stays busy."""
+    """Logger of finished steps, with a delay of one step.
+
+    A step is logged after the next one has been queued, so that the device stays busy while the
+    host waits for the results.
+    """
 
     def __init__(
         self, state: TrainState, console: TrainingConsole, tracking: TrackerManager
@@ -66,7 +74,11 @@ class MetricsLogger:
         self._timer = StepTimer(state.hardware.device)
 
     def log_start(self, seconds: float) -> None:
-        """Record the start of a process of the run, with hardware, data and setup time."""
+        """Log the start or resume of a run, with hardware, data and library versions.
+
+        Args:
+            seconds: Duration of the setup.
+        """
         state, hardware = self._state, self._state.hardware
         data_by_split = {"train": state.train_data, "eval": state.validation_data}
         entry = {
@@ -98,7 +110,12 @@ class MetricsLogger:
         self._tracking_events.log_start(facts)
 
     def log_vision_cache(self, seconds: float, result: VisionCacheResult) -> None:
-        """Log the vision cache and the time to build it."""
+        """Log the vision cache, or the reason for training without it.
+
+        Args:
+            seconds: Time to build the cache.
+            result: Vision cache of the run.
+        """
         self._console.log(result.reason)
         timing = {"vision_cache_s": seconds} if result.cache is not None else {}
         step = self._state.progress.step
@@ -106,7 +123,7 @@ class MetricsLogger:
 
     @contextmanager
     def show_progress(self, total: int) -> Iterator[None]:
-        """Show a progress bar within the context."""
+        """Show a progress bar for `total` steps within the context."""
         with self._console.step_progress(total, self._state.progress.step) as step_progress:
             self._step_progress = step_progress
             self.restart_timer()
@@ -116,11 +133,11 @@ class MetricsLogger:
                 self._step_progress = None
 
     def restart_timer(self) -> None:
-        """Restart the step timer."""
+        """Restart the step timer, for example after an evaluation."""
         self._timer.restart()
 
     def log_step(self, step_output: StepOutput, data_wait: DataWait) -> None:
-        """Log the previous step, and hold this one until the device has finished."""
+        """Log the previous step, and keep this one until the device has finished it."""
         self.flush()
         self._pending = step_output, data_wait
         if step_output.event is None:
@@ -130,7 +147,7 @@ class MetricsLogger:
         """Wait for the pending step and log it.
 
         Raises:
-            UserError: The limit of non-finite steps or corrupt images is exceeded.
+            UserError: The run has too many non-finite steps or corrupt images.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -181,7 +198,13 @@ class MetricsLogger:
         }
 
     def log_evaluation(self, eval_result: EvalResult, name: str, seconds: float) -> None:
-        """Log an evaluation, whose predictions are in the file of this name."""
+        """Log an evaluation.
+
+        Args:
+            eval_result: Result of the evaluation.
+            name: Name of the file in `predictions/` with its predictions.
+            seconds: Duration of the evaluation.
+        """
         self._state.run_dir.append_metrics(eval_result.as_json() | {"eval_s": seconds})
         self._tracking_events.log_evaluation(eval_result, name)
         summary = "  ".join(f"{score} {value:.4f}" for score, value in eval_result.scores.items())
@@ -199,12 +222,12 @@ class MetricsLogger:
             self._console.log(line)
 
     def log_result(self, result: RunResult) -> None:
-        """Send the result to the trackers."""
+        """Send the result of the run to the experiment trackers."""
         self._tracking_events.log_result(result)
 
 
 def build_size_histograms(sample_stats: Sequence[SampleStats]) -> dict[str, HistogramCounts]:
-    """Count tokens and patches of the scanned training samples."""
+    """Build histograms of the tokens per sample and the patches per image of scanned samples."""
     return {
         "tokens": count_half_octaves(sample.num_tokens for sample in sample_stats),
         "patches": count_half_octaves(
@@ -214,14 +237,14 @@ def build_size_histograms(sample_stats: Sequence[SampleStats]) -> dict[str, Hist
 
 
 def get_device_name(device: torch.device) -> str:
-    """Return the name of the GPU, or a description of the CPU."""
+    """Return the name of the GPU, or of the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def describe_run(state: TrainState) -> str:
-    """Describe the run in one line."""
+    """Describe trainable parameters, number of steps, precision and device in one line."""
     recipe, hardware = state.recipe, state.hardware
     tune = recipe.tune
     modes = {
@@ -247,10 +270,10 @@ def describe_run(state: TrainState) -> str:
 
 
 def _describe_frozen_weights(state: TrainState, quantized: Collection[str]) -> str:
-    """Describe quantized and FP8 weights."""
+    """Describe the quantized and FP8 weights of the model; empty if there are none."""
     tune, notes = state.recipe.tune, []
     if tune.quantize.nf4:
-        notes.append(f"weights of {' and '.join(tune.quantize.nf4)} in NF4")
+        notes.append(f"frozen weights of {' and '.join(tune.quantize.nf4)} in NF4")
     if tune.quantize.fp8:
         num_unquantized = count_unquantized_layers(state.model, tune.quantize.fp8)
         exception = (

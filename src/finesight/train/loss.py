@@ -1,4 +1,7 @@
-"""Fused linear and cross entropy at supervised tokens, computed in chunks of logits.
+"""Fused language model head and cross entropy, computed in chunks of logits.
+
+Only hidden states that predict supervised tokens are multiplied with the head, so the logits of a
+complete pack are never stored.
 
 Shapes: L supervised tokens, D model width, V vocabulary size, C rows of a chunk, T rows with a
 label.
@@ -19,30 +22,28 @@ if HAS_TRITON:
     from finesight.train import loss_kernels
 
 MAX_LOGITS_BYTES = 1 << 28
-"""Maximum size of the fp32 logits of a chunk."""
+"""Maximum size of the fp32 logits of a chunk, in bytes."""
 
 
 def fused_linear_cross_entropy(
     h_LD: Tensor, head_VD: Tensor, labels_L: Tensor, scale: Tensor, chunk_size: int | None = None
 ) -> Tensor:
-    """Compute `scale` times the summed cross entropy of softmax(h head^T).
+    """Compute the language model head and the summed cross entropy without storing all logits.
 
-    The gradients are computed chunk by chunk in the forward pass, so the matrix product with the
-    head
-    runs once. The softmax is in fp32. `scale` multiplies the gradient before it is rounded to the
-    dtype of
-    `h_LD`, which preserves small probabilities in fp16. The host does not synchronize with the
-    device.
+    The gradients are computed chunk by chunk in the forward pass, so each logit is computed only
+    once. The softmax is in fp32. The gradient is multiplied by `scale` before it is rounded to the
+    dtype of `h_LD`, which preserves small probabilities in fp16. The host does not synchronize with
+    the device.
 
     Args:
-        h_LD: Hidden states; rows after the last label are padding without loss and gradient.
+        h_LD: Hidden states. Rows after the last label are padding without loss and gradient.
         head_VD: Weight of the language model head.
         labels_L: Label tokens.
-        scale: fp32 scalar on the device.
-        chunk_size: Rows per chunk; by default, `MAX_LOGITS_BYTES` of logits.
+        scale: fp32 scalar on the device that multiplies the loss.
+        chunk_size: Rows per chunk; by default, as many as fit in `MAX_LOGITS_BYTES` of logits.
 
     Returns:
-        The loss, a fp32 scalar.
+        `scale` times the summed loss, an fp32 scalar.
     """
     labels_L = labels_L.long()
     chunk_size = chunk_size or max(1, MAX_LOGITS_BYTES // (4 * len(head_VD)))
@@ -59,7 +60,10 @@ def fused_linear_cross_entropy(
 def _chunk_loss(
     h_CD: Tensor, head_VD: Tensor, labels_T: Tensor, scale: Tensor, needs_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the summed cross entropy, and its scaled gradient by the logits [C, V]."""
+    """Return the summed cross entropy of a chunk and its logit gradient [C, V].
+
+    The gradient is multiplied by `scale`. Without `needs_grad`, the second result has no meaning.
+    """
     logits_CV = h_CD @ head_VD.T
     if has_kernels(logits_CV):
         losses_C = loss_kernels.cross_entropy(logits_CV, labels_T, scale, needs_grad=needs_grad)

@@ -1,6 +1,8 @@
-"""Triton kernel of cross entropy that replaces logits by their gradient.
+"""Triton kernel that computes cross entropy and replaces the logits by their gradient.
 
-Shapes: C rows of a chunk, V vocabulary size. Requires Triton.
+Requires Triton.
+
+Shapes: C rows of a chunk, V vocabulary size, T rows with a label.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from torch import Tensor
 from finesight.model.kernels.primitives import Ptr
 
 _BLOCK_SIZE, _NUM_WARPS = 4096, 8
-"""Vocabulary entries per block, and warps per program."""
+"""Vocabulary entries per block, and warps per program of the kernel."""
 
 
 @triton.jit(do_not_specialize=["num_labels"])
@@ -65,10 +67,18 @@ def _cross_entropy_kernel(
 def cross_entropy(
     logits_CV: Tensor, labels_T: Tensor, scale: Tensor, *, needs_grad: bool
 ) -> Tensor:
-    """Compute the cross entropy of each row [C] in fp32.
+    """Compute the cross entropy of each row of logits.
 
-    Padding rows and rows with negative labels have zero loss. With `needs_grad`, the gradient times
-    `scale` replaces the logits.
+    Rows without a label or with a negative label have zero loss and gradient.
+
+    Args:
+        logits_CV: Logits. With `needs_grad`, they are replaced by their gradient times `scale`.
+        labels_T: Label tokens of the first T rows; the other rows are padding.
+        scale: fp32 scalar on the device that multiplies the gradient.
+        needs_grad: Whether to compute the gradient.
+
+    Returns:
+        Loss of each row [C] in fp32, not multiplied by `scale`.
     """
     num_rows, vocab_size = logits_CV.shape
     losses_C = torch.empty(num_rows, dtype=torch.float32, device=logits_CV.device)

@@ -1,4 +1,4 @@
-"""Learning rate schedule as a pure function of the step."""
+"""Learning rate schedule: a function of the step, without state."""
 
 from __future__ import annotations
 
@@ -12,21 +12,27 @@ DEFAULT_SAVE_INTERVAL = 0.25
 
 
 def resolve_steps(value: StepsOrFraction, total_steps: int) -> int:
-    """Convert a step count or a fraction of the run to steps, rounded up."""
+    """Convert a number of steps or a fraction of the run to steps.
+
+    Fractions are rounded up.
+    """
     return value if isinstance(value, int) else math.ceil(value * total_steps)
 
 
 def resolve_save_interval(train: TrainSettings, total_steps: int) -> int:
-    """Return the steps between two checkpoints; 0 saves only the last step."""
+    """Return the number of steps between two checkpoints; 0 saves only the last step."""
     return resolve_steps(
         DEFAULT_SAVE_INTERVAL if train.save_every is None else train.save_every, total_steps
     )
 
 
 class LRSchedule:
-    """Learning rate factor: linear warmup, then the selected decay.
+    """Learning rate schedule: linear warmup, then cosine, linear or no decay.
 
     The factor is positive in every step, including the first and the last one.
+
+    Raises:
+        UserError: The warmup is not shorter than the run.
     """
 
     def __init__(self, train: TrainSettings, total_steps: int) -> None:
@@ -41,7 +47,7 @@ class LRSchedule:
             )
 
     def lr_factor(self, step: int) -> float:
-        """Return the factor in (0, 1] for a step index."""
+        """Return the factor in (0, 1] that multiplies the learning rates in a step."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)

@@ -1,7 +1,7 @@
 """Muon optimizer: momentum with orthogonalized updates of matrices (Jordan et al. 2024).
 
-Gradients of an untrained matrix have few dominant directions, which hide rare ones, for example the
-difference between two letters. An orthogonalized update has the same length in all directions.
+The gradient of a matrix has a few dominant directions, which hide rare ones. An orthogonalized
+update has the same length in all directions.
 
 Shapes: E flat elements of a parameter group, N matrices of R rows and C columns.
 """
@@ -20,10 +20,10 @@ from finesight.train.master_weights import SplitBf16Master
 MOMENTUM = 0.95
 NUM_NS_STEPS = 5
 _A, _B, _C = 3.4445, -4.7750, 2.0315
-"""Coefficients of the odd polynomial that maps singular values to about one."""
+"""Coefficients of the Newton-Schulz polynomial, which maps singular values to about one."""
 
 ADAMW_RMS = 0.2
-"""Root mean square of usual AdamW updates.
+"""Root mean square of a Muon update, chosen to match a typical AdamW update.
 
 Both optimizers then work with similar learning rates (Liu et al. 2025, Muon is Scalable for LLM
 Training, section 2.2).
@@ -31,20 +31,21 @@ Training, section 2.2).
 
 
 MAX_STACK_ELEMENTS = 1 << 26
-"""Elements of the matrices that are orthogonalized together; bounds memory."""
+"""Maximum number of elements of matrices that are orthogonalized in one batch; limits memory."""
 
 MAX_CHUNK_ELEMENTS = 1 << 24
-"""Master weight elements that are updated together."""
+"""Maximum number of master weight elements that are updated at once; limits memory."""
 
 MAX_GRAPH_ELEMENTS = 1 << 24
-"""Largest group whose update is captured as a CUDA graph.
+"""Maximum number of elements of a group whose update is captured as a CUDA graph.
 
-Small groups are launch-bound on the CPU. The graph holds the temporary memory of one update.
+Updates of small groups are launch-bound on the CPU. The graph holds the temporary memory of one
+update.
 """
 
 
 class MatrixSlice(NamedTuple):
-    """Flat slice of a matrix in its group, and its shape."""
+    """Elements of a matrix in the flat buffer of its parameter group, and its shape."""
 
     flat_slice: slice
     num_rows: int
@@ -52,10 +53,14 @@ class MatrixSlice(NamedTuple):
 
 
 class Muon:
-    """Muon steps for the matrices of one parameter group, with the state `momentum_E`.
+    """Muon optimizer for the matrices of one parameter group, with the momentum `momentum_E`.
 
-    The length of an update does not depend on the gradient norm, only on the direction of the
-    momentum.
+    The length of an update depends only on the direction of the momentum, not on the gradient norm.
+
+    Args:
+        master_weights: fp32 master weights of the group.
+        grad_E: Flat gradient buffer of the group.
+        matrices: Locations and shapes of the matrices.
     """
 
     def __init__(
@@ -72,19 +77,23 @@ class Muon:
             for shape, flat_slices in slices_by_shape.items()
             for stack in _stack_slices(flat_slices, shape)
         ]
-        # A static buffer for the CUDA graph.
+        # Static input of the CUDA graph.
         self._lerp_weight = torch.zeros((), device=grad_E.device)
         self._is_warmed_up = False
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
     def step(self, lr: float, weight_decay: float, grad_factor: Tensor) -> None:
-        """Apply a step with gradients multiplied by `grad_factor`, a device scalar.
+        """Update the master weights by the orthogonalized Nesterov momentum.
 
-        The update is the orthogonalized Nesterov momentum. If the factor is NaN, the step is
-        skipped. The
-        gradient buffer is overwritten. The host synchronizes only to capture the CUDA graph of a
-        small group.
+        A step whose `grad_factor` is NaN is skipped. The gradient buffer is overwritten. The host
+        synchronizes with the device only to capture the CUDA graph of a small group.
+
+        Args:
+            lr: Learning rate.
+            weight_decay: Decoupled weight decay.
+            grad_factor: Scalar on the device that multiplies all gradients, for clipping and
+                unscaling.
         """
         is_nonfinite = grad_factor.isnan()
         self._grad_E.mul_(grad_factor).masked_fill_(is_nonfinite, 0.0)
@@ -100,7 +109,10 @@ class Muon:
             )
 
     def _orthogonalize(self) -> None:
-        """Compute the updates, captured as a CUDA graph in the second call."""
+        """Compute the updates, as a CUDA graph for small groups on a GPU.
+
+        The first call runs eagerly, and the second one captures the graph.
+        """
         if (
             not self._grad_E.is_cuda
             or self._grad_E.numel() > MAX_GRAPH_ELEMENTS
@@ -118,7 +130,7 @@ class Muon:
         self._graph.replay()
 
     def _compute_updates(self) -> None:
-        """Replace the gradients by updates for a learning rate of one."""
+        """Replace the gradients in the buffer by the updates for a learning rate of one."""
         self.momentum_E.lerp_(self._grad_E, self._lerp_weight)
         self._grad_E.lerp_(self.momentum_E, MOMENTUM)
         for stack in self._stacks:
@@ -128,7 +140,10 @@ class Muon:
 
 
 def _stack_slices(flat_slices: list[slice], shape: tuple[int, int]) -> list[list[slice]]:
-    """Split matrices of one shape into stacks of at most `MAX_STACK_ELEMENTS` elements."""
+    """Split the slices of equally shaped matrices into batches for orthogonalization.
+
+    A batch has at most `MAX_STACK_ELEMENTS` elements, or one matrix.
+    """
     stack_size = max(1, MAX_STACK_ELEMENTS // (shape[0] * shape[1]))
     return [
         flat_slices[start : start + stack_size] for start in range(0, len(flat_slices), stack_size)
@@ -136,11 +151,13 @@ def _stack_slices(flat_slices: list[slice], shape: tuple[int, int]) -> list[list
 
 
 def newton_schulz(x_NRC: Tensor) -> Tensor:
-    """Approximate U V^T of each matrix U S V^T by Newton-Schulz iteration.
+    """Approximate the orthogonal factor U V^T of each matrix U S V^T by Newton-Schulz iteration.
 
-    Singular values above a hundredth of the matrix norm map to between 0.6 and 1.3. Zeros stay
-    zeros.
-    The computation uses bf16 on GPUs that support it and returns fp32.
+    Singular values above a hundredth of the matrix norm are mapped to between 0.6 and 1.3. Zero
+    matrices stay zero. The computation uses bf16 on GPUs with bf16 tensor cores.
+
+    Returns:
+        fp32 matrices [N, R, C].
     """
     is_wide = x_NRC.shape[1] <= x_NRC.shape[2]
     y = x_NRC if is_wide else x_NRC.mT

@@ -1,4 +1,4 @@
-"""GPU out-of-memory recovery: reduce the memory budget and repeat the step."""
+"""GPU out-of-memory recovery: retry a step with a smaller memory budget."""
 
 from __future__ import annotations
 
@@ -16,19 +16,24 @@ from finesight.errors import UserError
 T = TypeVar("T")
 
 MIN_SPLIT_PACKS = 4
-"""Minimum length of split samples, in packs."""
+"""Minimum length, in packs, of a sample that is split over the ranks."""
 
 
 def max_unsplit_packs(world_size: int) -> int:
     """Return the length in packs above which a sample is split over all ranks.
 
-    Each rank then has at least one pack of computation, which outweighs the communication.
+    Each rank then computes at least one pack, which outweighs the communication.
     """
     return max(MIN_SPLIT_PACKS, world_size)
 
 
 class MemoryBudget(BaseModel):
-    """Maximum tokens of a pack, and fraction of layers with activation checkpointing."""
+    """Settings that limit the GPU memory of a step.
+
+    Attributes:
+        pack_tokens: Maximum number of tokens of a pack.
+        activation_checkpointing: Fraction of layers with activation checkpointing.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,7 +41,7 @@ class MemoryBudget(BaseModel):
     activation_checkpointing: float
 
     def min_with(self, other: MemoryBudget) -> MemoryBudget:
-        """Combine the smaller settings of both budgets."""
+        """Combine two budgets: the fewer pack tokens, and the more activation checkpointing."""
         return MemoryBudget(
             pack_tokens=min(self.pack_tokens, other.pack_tokens),
             activation_checkpointing=max(
@@ -47,11 +52,18 @@ class MemoryBudget(BaseModel):
     def next_smaller(
         self, batch: PackedBatch, is_training: bool, world_size: int = 1
     ) -> MemoryBudget | None:
-        """Return the next budget after this batch ran out of memory, or None.
+        """Return the next budget to try after a batch ran out of memory.
 
-        In order: half of the pack's tokens; activation checkpointing for a single sample; splitting
-        the
-        sample over the ranks.
+        The reductions are, in order: half of the tokens of the pack; activation checkpointing for a
+        single sample; splitting the sample over the ranks.
+
+        Args:
+            batch: Batch that ran out of memory.
+            is_training: Whether a backward pass is needed.
+            world_size: Number of ranks that can share a sample; 1 if samples cannot be split.
+
+        Returns:
+            Smaller budget; None if there is none.
         """
         if len(batch.sample_ids) > 1:
             num_tokens = min(self.pack_tokens, sum(batch.lengths))
@@ -65,7 +77,7 @@ class MemoryBudget(BaseModel):
         return None
 
     def describe_change(self, previous: MemoryBudget) -> str:
-        """Describe the change from a previous budget, with the equivalent settings."""
+        """Describe the change from a previous budget, with the equivalent recipe settings."""
         if self == previous:
             return "the same packs without CUDA graphs"
         if self.pack_tokens != previous.pack_tokens:
@@ -77,11 +89,11 @@ class MemoryBudget(BaseModel):
 
 
 class GpuOutOfMemoryError(UserError):
-    """A pack exceeded the GPU memory; no parameter was updated.
+    """Raised when a pack exceeds the GPU memory; no parameter was updated.
 
-    `next_budget` is the budget to retry with: the same one if CUDA graphs were freed, or None if
-    the run
-    must end.
+    Attributes:
+        next_budget: Memory budget for a retry: the same one if CUDA graphs were freed, None if the
+            run must end.
     """
 
     def __init__(
@@ -106,9 +118,16 @@ def build_pack_oom_error(
     *,
     has_freed_memory: bool = False,
 ) -> GpuOutOfMemoryError:
-    """Convert an out-of-memory error of a pack.
+    """Convert an out-of-memory error of PyTorch in a pack to a `GpuOutOfMemoryError`.
 
-    With `has_freed_memory`, the pack may be retried with the same budget.
+    Args:
+        error: Error of PyTorch.
+        batch: Pack that exceeded the memory.
+        budget: Current memory budget.
+        is_training: Whether a backward pass is needed.
+        world_size: Number of ranks that can share a sample; 1 if samples cannot be split.
+        has_freed_memory: Whether memory was freed, so that a retry with the same budget may
+            succeed.
     """
     num_samples, first = len(batch.sample_ids), batch.sample_ids[0]
     location = (
@@ -129,7 +148,7 @@ def build_pack_oom_error(
 
 
 def build_generation_oom_error(error: torch.OutOfMemoryError) -> GpuOutOfMemoryError:
-    """Convert an out-of-memory error during generation."""
+    """Convert an out-of-memory error of PyTorch during generation; it cannot be retried."""
     return GpuOutOfMemoryError(
         f"the GPU memory is full: {first_error_line(error)}",
         where="evaluation",
@@ -145,9 +164,13 @@ def retry_on_oom(
     log: Callable[[str], None],
     fn: Callable[[MemoryBudget], T],
 ) -> T:
-    """Call a function with a memory budget, and reduce the budget on out-of-memory errors.
+    """Call a function with a memory budget; retry with smaller ones on out-of-memory errors.
 
-    The function must continue from its own progress when it is called again.
+    Args:
+        budget: First memory budget.
+        device: Device whose cached memory is released before a retry.
+        log: Function that logs a message.
+        fn: Function of the budget. When called again, it must continue from its own progress.
 
     Raises:
         GpuOutOfMemoryError: No smaller budget is left.
@@ -162,13 +185,13 @@ def retry_on_oom(
         # torch appends memory statistics on the same line.
         summary = ". ".join(reason.split(". ")[:2]).removesuffix(".")
         log(f"{summary}; continuing with {budget.describe_change(previous)}")
-        # Outside the except block, whose traceback holds tensors.
+        # Outside the except block, because the traceback keeps tensors alive.
         release_memory(device)
 
 
 @contextmanager
 def translate_oom_errors() -> Iterator[None]:
-    """Convert out-of-memory errors in the context to a UserError with advice."""
+    """Convert out-of-memory errors of GPU or CPU in the context to a `UserError` with advice."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -193,12 +216,12 @@ def translate_oom_errors() -> Iterator[None]:
 
 
 def release_memory(device: torch.device) -> None:
-    """Release unused memory to the device."""
+    """Release unused cached memory of PyTorch to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def first_error_line(error: torch.OutOfMemoryError) -> str:
-    """Return the first line of a torch error, without its advice."""
+    """Return the first line of an error of PyTorch, without its advice."""
     return str(error).splitlines()[0]

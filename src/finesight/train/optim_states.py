@@ -1,4 +1,4 @@
-"""AdamW optimizer states in fp32, or block-wise quantized to 8 bits.
+"""Storage of AdamW moments in fp32 or block-wise quantized to 8 bits.
 
 The quantization follows Dettmers et al. 2022 (arXiv:2110.02861).
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 BLOCK_SIZE = 256
-"""Elements that share a scale; each parameter starts at a block boundary."""
+"""Number of elements that share a quantization scale; each parameter starts a new block."""
 
 NUM_DECADES = 7
-"""Powers of ten that an 8-bit value covers below one."""
+"""Number of powers of ten below one that the 8-bit levels cover."""
 
 ADAM_EPS = 1e-8
 """Epsilon of torch.optim.AdamW."""
@@ -33,11 +33,11 @@ class AdamWHyperparams(NamedTuple):
 
     @property
     def decay_factor(self) -> float:
-        """Factor of the weights for decoupled weight decay."""
+        """Factor that multiplies the weights for decoupled weight decay."""
         return 1 - self.lr * self.weight_decay
 
     def step_size(self, num_steps: int) -> float:
-        """Return the learning rate with bias correction of the first moment."""
+        """Return the learning rate divided by the bias correction of the first moment."""
         return self.lr / (1 - self.betas[0] ** num_steps)
 
     def bias_correction2_sqrt(self, num_steps: int) -> float:
@@ -46,7 +46,12 @@ class AdamWHyperparams(NamedTuple):
 
 
 class OptimState:
-    """fp32 optimizer state of a parameter group, `values_E`, initialized with zeros."""
+    """AdamW moment (first or second) of a parameter group in fp32, initially zero.
+
+    Attributes:
+        values_E: Flat values.
+        scale_B: Scales of the blocks; None in fp32.
+    """
 
     values_E: Tensor
     scale_B: Tensor | None = None
@@ -55,23 +60,22 @@ class OptimState:
         self.values_E = torch.zeros(num_elements, dtype=torch.float32, device=device)
 
     def read(self, flat_slice: slice) -> Tensor:
-        """Return a slice in fp32 [M]; pass it to `write` after changing it."""
+        """Return a slice of the moment in fp32 [M]; call `write` after changing it."""
         return self.values_E[flat_slice]
 
     def write(self, values_M: Tensor, flat_slice: slice) -> None:
-        """Store a slice that `read` returned and the caller changed."""
+        """Store a slice of the moment that `read` returned and the caller changed."""
 
     def state_tensors(self, flat_slice: slice, shape: torch.Size) -> dict[str, Tensor]:
-        """Return views of a parameter's state for a checkpoint, by key suffix."""
+        """Return views of the moment of one parameter for a checkpoint, by key suffix."""
         return {"": self.values_E[flat_slice].view(shape)}
 
 
 class OptimState8bit(OptimState):
-    """8-bit optimizer state with one scale per block.
+    """AdamW moment of a parameter group in 8 bits, with one scale per block.
 
-    Each byte selects one of 256 levels between zero and the largest magnitude of its block,
-    `scale_B`,
-    or the negative of it where `signed`.
+    The scale of a block is its largest magnitude. Each byte selects one of 256 levels between zero
+    and the scale, or between minus and plus the scale if `signed`.
     """
 
     scale_B: Tensor
@@ -107,24 +111,23 @@ class OptimState8bit(OptimState):
         self.scale_B[_block_slice(flat_slice)].copy_(scale_B1.squeeze(1))
 
     def state_tensors(self, flat_slice: slice, shape: torch.Size) -> dict[str, Tensor]:
-        """Return views of the codes and scales of all blocks of a parameter."""
+        """Return views of the 8-bit codes and scales of one parameter's blocks, by key suffix."""
         blocks = _block_slice(flat_slice)
         codes = self.values_E[blocks.start * BLOCK_SIZE : blocks.stop * BLOCK_SIZE]
         return {"": codes, "_scale": self.scale_B[blocks]}
 
 
 def _block_slice(flat_slice: slice) -> slice:
-    """Convert an element slice to the slice of its blocks."""
+    """Return the slice of the blocks that contain a slice of elements."""
     return slice(flat_slice.start // BLOCK_SIZE, -(-flat_slice.stop // BLOCK_SIZE))
 
 
 @lru_cache
 def create_dynamic_map(signed: bool) -> Tensor:
-    """Create the 256 levels of dynamic tree quantization, ascending (section 1.3 of the paper).
+    """Create the 256 ascending levels of dynamic tree quantization (section 1.3 of the paper).
 
-    Each decade below one has two times as many evenly spaced levels as the decade below it, plus
-    zero
-    and one.
+    Each power of ten below one has two times as many evenly spaced levels as the next smaller one.
+    Zero and one are levels as well.
     """
     levels: list[Tensor] = [torch.zeros(1), torch.ones(1)]
     for decade in range(NUM_DECADES):

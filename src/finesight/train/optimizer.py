@@ -1,4 +1,4 @@
-"""Optimizer over fp32 master weights, with gradients accumulated and applied in fp32.
+"""Mixed-precision optimizer: fp32 master weights, gradient accumulation, clipping and loss scaling.
 
 Shapes: E flat elements of a parameter group.
 """
@@ -21,14 +21,14 @@ from finesight.train.muon import Muon
 from finesight.train.optim_states import BLOCK_SIZE
 
 _ALIGNMENT = 64
-"""Alignment of parameters in elements, which gives 128 bytes in bf16."""
+"""Alignment of the parameters in a flat buffer, in elements; 128 bytes in bf16."""
 
 
 class ParamGroup:
     """Parameters of one model part with the same learning rate and weight decay.
 
-    `master_weights` stores their fp32 values in a flat buffer; the parameters are views of its bf16
-    part. Parameters start at multiples of `alignment` elements.
+    The parameters become views of one flat tensor, which `master_weights` extends to fp32. Each
+    parameter starts at a multiple of `alignment` elements.
     """
 
     optimizer: Muon | AdamW
@@ -63,7 +63,7 @@ class ParamGroup:
 
     @property
     def is_matmul(self) -> bool:
-        """Return True if all parameters are matrices, or stacks of matrices, of matrix products."""
+        """True if all parameters of the group are weight matrices, or stacks of them."""
         return all(
             _is_matmul_weight(param_slice.name, param_slice.parameter)
             for param_slice in self.param_slices
@@ -72,7 +72,15 @@ class ParamGroup:
     def create_optimizer(
         self, train: TrainSettings, stacked_rows: Mapping[str, Sequence[int]]
     ) -> None:
-        """Create the recipe's optimizer for the group; groups of other parameters use AdamW."""
+        """Create the optimizer of the group from the training settings.
+
+        Muon and 8-bit moments apply to groups of weight matrices. Other groups use AdamW with fp32
+        moments.
+
+        Args:
+            train: Training settings.
+            stacked_rows: Number of rows of each matrix in stacked parameters, by parameter name.
+        """
         if train.optimizer == "muon" and self.is_matmul:
             matrices = (
                 matrix
@@ -88,9 +96,11 @@ class ParamGroup:
             self.optimizer = AdamW(self.master_weights, self.gradients, train.betas, use_8bit)
 
     def step(self, grad_factor: Tensor, lr_factor: float) -> None:
-        """Apply a step with scaled gradients, and clear them.
+        """Update the parameters of the group and clear their gradients.
 
-        The step is skipped if the factor is NaN.
+        Args:
+            grad_factor: Scalar on the device that multiplies the gradients; NaN skips the step.
+            lr_factor: Factor of the learning rate schedule.
         """
         lr = self.lr * lr_factor
         if isinstance(self.optimizer, Muon):
@@ -101,9 +111,9 @@ class ParamGroup:
         self.gradients.zero_grad()
 
     def state_tensors(self, param_slice: ParamSlice) -> dict[str, Tensor]:
-        """Return views of a parameter's optimizer state.
+        """Return views of the optimizer state of one parameter, by state name.
 
-        The last tensor is zero as long as all gradients were zero.
+        The last tensor is zero as long as all gradients of the parameter were zero.
         """
         if isinstance(self.optimizer, Muon):
             return {"momentum": param_slice.view(self.optimizer.momentum_E)}
@@ -111,9 +121,10 @@ class ParamGroup:
 
 
 class MasterWeightMap(Mapping[str, Tensor]):
-    """Lazy mapping of fp32 weights by native name.
+    """Mapping from native parameter names to fp32 master weights, which are computed on access.
 
-    With `break_ties`, values round to the bf16 parameters under round-half-to-even.
+    With `break_ties`, the values round to the bf16 parameters under round-half-to-even, the
+    rounding of PyTorch.
     """
 
     def __init__(self, groups: Sequence[ParamGroup], break_ties: bool) -> None:
@@ -139,11 +150,10 @@ class MasterWeightMap(Mapping[str, Tensor]):
 
 
 class MasterWeightOptimizer:
-    """Optimizer over the trainable parameters, with fp32 master weights, gradients and state.
+    """Optimizer of all trainable parameters, with fp32 master weights.
 
-    The model parameters become views of one tensor per group. Call `accumulate_gradients` between
-    two
-    micro-batches of a step.
+    The parameters of each group become views of one flat tensor. Call `accumulate_gradients`
+    between two micro-batches of a step.
     """
 
     def __init__(
@@ -152,12 +162,12 @@ class MasterWeightOptimizer:
         train: TrainSettings,
         stacked_rows: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        """Create the parameter groups.
+        """Create the parameter groups and their optimizers.
 
         Args:
-            trainable_params: Parameters by native name.
+            trainable_params: Trainable parameters by native name.
             train: Training settings.
-            stacked_rows: Row counts of the matrices in stacked parameters, by name.
+            stacked_rows: Number of rows of each matrix in stacked parameters, by parameter name.
         """
         self.param_groups = list(_build_param_groups(trainable_params, train))
         for group in self.param_groups:
@@ -166,35 +176,39 @@ class MasterWeightOptimizer:
         self.num_params = sum(parameter.numel() for parameter in trainable_params.values())
 
     def accumulate_gradients(self) -> None:
-        """Add the gradients to fp32 sums before the next micro-batch."""
+        """Add the gradients of a micro-batch to fp32 sums before the next micro-batch."""
         for group in self.param_groups:
             group.gradients.accumulate()
 
     def use_flat_gradients(self) -> None:
-        """Accumulate all gradients in flat fp32 buffers, for `all_reduce_gradients`."""
+        """Accumulate all gradients in flat fp32 buffers, as `all_reduce_gradients` requires."""
         for group in self.param_groups:
             group.gradients.use_flat_buffer()
 
     def all_reduce_gradients(self, reduce_fn: Callable[[Tensor], object]) -> None:
-        """Apply a reduction over all ranks to the gradient buffers."""
+        """Reduce the flat gradient buffers of all groups over all ranks.
+
+        Args:
+            reduce_fn: Function that reduces a tensor over all ranks in-place.
+        """
         for group in self.param_groups:
             group.gradients.all_reduce(reduce_fn)
 
     def grad_norm(self) -> Tensor:
-        """Return the Euclidean norm of all gradients, a scalar on the device."""
+        """Return the Euclidean norm of all gradients, an fp32 scalar on the device."""
         device = self.param_groups[0].gradients.device
         squares = [group.gradients.squared_norm().to(device) for group in self.param_groups]
         return torch.stack(squares).sum().sqrt().float()
 
     def step(self, lr_factor: float, grad_norm: Tensor, loss_scale: float = 1.0) -> None:
-        """Apply one step and clear the gradients, without synchronization with the device.
+        """Apply one optimizer step and clear the gradients, without synchronizing with the device.
 
-        A step with a non-finite norm is skipped.
+        The device skips a step with a non-finite gradient norm.
 
         Args:
-            lr_factor: Factor of the learning rates of all groups.
-            grad_norm: Result of `grad_norm`.
-            loss_scale: Loss scale in fp16, removed from the gradients before clipping.
+            lr_factor: Factor of the learning rate schedule.
+            grad_norm: Result of `grad_norm`, before unscaling.
+            loss_scale: Loss scale in fp16; the gradients are divided by it before clipping.
         """
         grad_factor = torch.full_like(grad_norm, 1 / loss_scale).masked_fill_(
             ~grad_norm.isfinite(), math.nan
@@ -208,29 +222,34 @@ class MasterWeightOptimizer:
             group.step(grad_factor.to(group.gradients.device), lr_factor)
 
     def zero_grad(self) -> None:
-        """Discard all gradients since the last step, also after an incomplete backward pass."""
+        """Discard all gradients of an aborted step and free the fp32 sums."""
         for group in self.param_groups:
             group.gradients.release()
 
     def learning_rates(self, lr_factor: float) -> dict[str, float]:
-        """Return the learning rate of each trainable part for a factor of the schedule."""
+        """Return the current learning rate of each trainable part.
+
+        Args:
+            lr_factor: Factor of the learning rate schedule.
+        """
         return {group.part: group.lr * lr_factor for group in self.param_groups}
 
     def master_weights(self) -> MasterWeightMap:
-        """Return the fp32 weights by native name."""
+        """Return the fp32 master weights by native name."""
         return MasterWeightMap(self.param_groups, break_ties=False)
 
     def export_weights(self) -> MasterWeightMap:
-        """Return fp32 weights that round to the bf16 parameters under round-half-to-even.
+        """Return fp32 weights for export, which round to the bf16 parameters in other libraries.
 
-        Ties between two bf16 values differ from `master_weights` in their last bit.
+        They differ from `master_weights` in the last bit of values halfway between two bf16 values.
         """
         return MasterWeightMap(self.param_groups, break_ties=True)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Return the optimizer state as tensors.
+        """Return the optimizer state as tensors, for a checkpoint.
 
         Keys:
+
         - `num_steps`: step count of AdamW.
         - `exp_avg.NAME`, `exp_avg_sq.NAME`: AdamW moments.
         - `exp_avg_scale.NAME`, `exp_avg_sq_scale.NAME`: scales of 8-bit moments.
@@ -249,7 +268,7 @@ class MasterWeightOptimizer:
         }
 
     def params_with_grad(self) -> set[str]:
-        """Return the names of parameters that have received a non-zero gradient."""
+        """Return the names of the parameters that have ever received a non-zero gradient."""
         nonzero_flags: dict[str, Tensor] = {}
         for group in self.param_groups:
             for param_slice in group.param_slices:
@@ -262,7 +281,12 @@ class MasterWeightOptimizer:
     def load_state(
         self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]
     ) -> None:
-        """Restore the results of `master_weights` and `optimizer_state`."""
+        """Restore master weights and optimizer state from a checkpoint.
+
+        Args:
+            weights: Tensors as returned by `master_weights`.
+            optimizer_state: Tensors as returned by `optimizer_state`.
+        """
         differing = sorted(set(self.master_weights()) ^ set(weights))
         assert not differing, f"{len(differing)} parameters differ, the first is {differing[0]}"
         for group in self.param_groups:
@@ -279,7 +303,10 @@ class MasterWeightOptimizer:
 def _build_param_groups(
     trainable_params: Mapping[str, nn.Parameter], train: TrainSettings
 ) -> Iterator[ParamGroup]:
-    """Group parameters by part, and into matrices, embeddings, and vectors without weight decay."""
+    """Group parameters by model part, and into matrices, embeddings and vectors.
+
+    Vectors, such as biases and norm weights, have no weight decay.
+    """
     alignment = BLOCK_SIZE if train.optimizer == "adamw_8bit" else _ALIGNMENT
     learning_rates = train.learning_rate
     lr_by_part: dict[ModelPart, float | None] = {
@@ -304,15 +331,16 @@ def _build_param_groups(
 
 
 def _is_matmul_weight(name: str, parameter: nn.Parameter) -> bool:
-    """Check for matrices and stacks of matrices, excluding added tensors and embedding tables."""
+    """Return whether a parameter is a matrix or stack of matrices, excluding lookup tables."""
     is_lookup = get_part(name) == "embeddings" or name.endswith(EMBEDDING_SUFFIXES)
     return parameter.dim() in (2, 3) and not is_lookup
 
 
 class LossScaler:
-    """Dynamic loss scale for fp16: halved on overflow, doubled after `GROWTH_INTERVAL` steps.
+    """Dynamic loss scaler for fp16.
 
-    Other precisions use a scale of 1.
+    The scale is halved after an overflow, and doubled after `GROWTH_INTERVAL` steps without one. It
+    is 1 in other precisions.
     """
 
     INIT_SCALE, MIN_SCALE, GROWTH_INTERVAL = 2.0**15, 1.0, 1000
@@ -324,7 +352,10 @@ class LossScaler:
         self.num_skipped = 0
 
     def update(self, grad_norm: float) -> bool:
-        """Update the scale after a step with this gradient norm.
+        """Update the loss scale after the backward pass of a step.
+
+        Args:
+            grad_norm: Gradient norm of the step, non-finite after an overflow.
 
         Returns:
             False if the step overflowed because of the scale and must be skipped.
@@ -340,7 +371,7 @@ class LossScaler:
         return False
 
     def state_dict(self) -> dict[str, float]:
-        """Return the state for a checkpoint."""
+        """Return the state of the scaler for a checkpoint."""
         return {
             "scale": self.scale,
             "growth_tracker": self.growth_tracker,
@@ -348,7 +379,7 @@ class LossScaler:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
-        """Restore the result of `state_dict`."""
+        """Restore the state that `state_dict` returned."""
         self.scale, self.growth_tracker = (
             float(state_dict["scale"]),
             int(state_dict["growth_tracker"]),
@@ -357,7 +388,7 @@ class LossScaler:
 
 
 def build_nonfinite_error(value: float, quantity: str, step: int) -> UserError:
-    """Build the error for a non-finite loss or gradient."""
+    """Create the error for a non-finite quantity, such as the validation loss."""
     return UserError(
         f"the {quantity} of step {step} is {value}",
         where="training",

@@ -1,10 +1,9 @@
-"""Triton kernels of the optimizer step, fused over a parameter group.
+"""Triton kernels of the optimizer step, fused over all parameters of a group.
 
-Each gradient is a separate tensor of autograd. A program processes a tile of one parameter and
-finds its gradient in a table of addresses.
+Each gradient is a separate tensor, so the kernels find it in a table of addresses. A program
+processes one tile of one parameter. Requires Triton.
 
-Shapes: P parameters, T tiles of R rows of N = 256 elements; E flat elements of a group. Requires
-Triton.
+Shapes: P parameters, T tiles of R rows of N = 256 elements, E flat elements of a group.
 """
 
 from __future__ import annotations
@@ -21,20 +20,21 @@ from finesight.train.master_weights import SplitBf16Master
 from finesight.train.optim_states import ADAM_EPS, BLOCK_SIZE, AdamWHyperparams, OptimState
 
 TILE_ROWS = 8
-"""Rows of a tile."""
+"""Number of rows of a tile; a row has 256 elements."""
 
 NUM_WARPS = 4
 
 ALIGNED_ELEMENTS = 16
-"""Parameter sizes that are multiples of this allow vectorized loads."""
+"""Vectorized loads require parameter sizes that are multiples of this number of elements."""
 
 
 class ParamTiles:
-    """Assignment of tiles of a parameter group to programs.
+    """Tiles of a parameter group; one kernel program processes one tile.
 
-    `param_index_T` is the parameter of each tile. `param_table_P3` contains the first tile, offset
-    and
-    size of each parameter.
+    Attributes:
+        param_index_T: Index of the parameter of each tile.
+        param_table_P3: First tile, offset in the group and number of elements of each parameter.
+        is_aligned: Whether all parameter sizes allow vectorized loads.
     """
 
     def __init__(self, flat_slices: Sequence[slice], device: torch.device) -> None:
@@ -51,9 +51,10 @@ class ParamTiles:
         self.is_aligned = all(size % ALIGNED_ELEMENTS == 0 for size in sizes)
 
     def data_pointers(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """Return the addresses of gradients [P] on the device, zero for None.
+        """Return the gradient addresses as a device tensor [P]; 0 for None.
 
-        The tensors must stay allocated until the kernel is launched. The copy does not synchronize.
+        The gradients must stay allocated until the kernel is launched. The copy to the device does
+        not synchronize.
         """
         pointers = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
         table_P = torch.tensor(pointers, dtype=torch.int64)
@@ -69,7 +70,12 @@ def _align_gradients(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 @triton.jit
 def _locate_tile(param_index_T, param_table_P3, is_aligned: tl.constexpr, rows: tl.constexpr):
-    """Return parameter index, offsets in parameter and group, element offsets and mask [R, N]."""
+    """Return the position of this program's tile.
+
+    Returns:
+        Parameter index, first element in the parameter, first element in the group, element offsets
+        [R, N], and mask of existing elements [R, N].
+    """
     t = tl.program_id(0)
     p = tl.load(param_index_T + t)
     row = param_table_P3 + p * 3
@@ -84,7 +90,7 @@ def _locate_tile(param_index_T, param_table_P3, is_aligned: tl.constexpr, rows: 
 
 @triton.jit
 def _load_gradient(pointers_P, p, first, offset_RN, mask_RN, like):
-    """Load a gradient tile in fp32, zero without a gradient."""
+    """Load the gradient of a tile in fp32; zeros if the parameter has no gradient."""
     address = tl.load(pointers_P + p)
     grad_RN = tl.zeros_like(offset_RN).to(tl.float32)
     if address != 0:
@@ -112,7 +118,14 @@ def accumulate_gradients(
     sums: Sequence[Tensor],
     has_sum: Sequence[bool],
 ) -> None:
-    """Add gradients to existing fp32 sums, and initialize the other sums."""
+    """Add gradients to fp32 sums with one kernel.
+
+    Args:
+        tiles: Tiles of the parameters.
+        gradients: Gradient of each parameter; None leaves its sum unchanged.
+        sums: fp32 sums of each parameter.
+        has_sum: Whether a sum contains values; otherwise, it is overwritten.
+    """
     gradients = _align_gradients(gradients)
     like = next(gradient for gradient in gradients if gradient is not None)
     previous = [sum_ if is_set else None for sum_, is_set in zip(sums, has_sum, strict=True)]
@@ -134,9 +147,9 @@ def _squared_norm_kernel(
 
 
 def squared_norm(tiles: ParamTiles, gradients: Sequence[Tensor | None]) -> Tensor:
-    """Return the sum of squares of all gradients, a fp32 scalar in deterministic order.
+    """Return the sum of squares of all gradients, a scalar in fp32.
 
-    At least one gradient must exist.
+    The summation order is deterministic. At least one gradient must not be None.
     """
     gradients = _align_gradients(gradients)
     like = next(gradient for gradient in gradients if gradient is not None)
@@ -150,11 +163,10 @@ def squared_norm(tiles: ParamTiles, gradients: Sequence[Tensor | None]) -> Tenso
 
 @triton.jit
 def _dequantize(codes, scale, signed: tl.constexpr):
-    """Dequantize codes to the levels of `create_dynamic_map`.
+    """Dequantize 8-bit codes to the levels of `create_dynamic_map`.
 
-    The levels of a decade are linear in their codes, and higher decades are steeper, so the level
-    is the
-    maximum over the lines of all decades.
+    Within a power of ten, the level is a linear function of the code. The function is steeper for
+    larger powers, so the level is the maximum of all these linear functions.
     """
     if signed:
         m = tl.abs(codes.to(tl.int32) - 127).to(tl.float32) + 0.5
@@ -173,8 +185,10 @@ def _dequantize(codes, scale, signed: tl.constexpr):
 
 @triton.jit
 def _quantize(values, scale, signed: tl.constexpr):
-    """Quantize values to the nearest levels: the inverse of `_dequantize`, with the minimum of the
-    lines."""
+    """Quantize values to the nearest levels of `create_dynamic_map`.
+
+    This inverts `_dequantize` with the minimum of the inverse linear functions.
+    """
     # Avoid division by the scale of a zero block.
     scaled = tl.abs(values) * (1.0 / tl.maximum(scale, 1.1754943508222875e-38))
     slope: tl.constexpr = 9e-7 if signed else 4.5e-7
@@ -198,7 +212,10 @@ def _quantize(values, scale, signed: tl.constexpr):
 
 @triton.jit
 def _load_master(weights, residual, offset, mask, residual_bytes: tl.constexpr):
-    """Load fp32 master weights; `residual_bytes` gives the storage of `SplitBf16Master`."""
+    """Load fp32 master weights of `SplitBf16Master`.
+
+    `residual_bytes` is the size of a residual: 2 for bf16 parameters, 4 for fp16 and 0 for fp32.
+    """
     if residual_bytes == 4:
         master = tl.load(residual + offset, mask=mask, other=0.0)
     elif residual_bytes == 2:
@@ -322,15 +339,15 @@ def adamw_step(
     step_counts: tuple[Tensor, Tensor],
     hparams: AdamWHyperparams,
 ) -> None:
-    """Apply an AdamW step to one group, skipped if `grad_factor` is NaN.
+    """Apply an AdamW step to one parameter group with one kernel.
 
     Args:
         tiles: Tiles of the group.
-        gradients: Gradient of each parameter.
+        gradients: Gradient of each parameter; None counts as zero.
         master_weights: Weights, updated in-place.
         states: First and second moments, updated in-place.
-        grad_factor: Factor of the gradients, a device scalar.
-        step_counts: Number of previous steps, and output for the next count.
+        grad_factor: Scalar on the device that multiplies the gradients; NaN skips the step.
+        step_counts: Number of previous steps, and output for the new count; scalars on the device.
         hparams: Hyperparameters.
     """
     params_E, residual_E = master_weights.params_E, master_weights.residual_E

@@ -1,4 +1,4 @@
-"""Parameter audit: detect which parameters a run has changed."""
+"""Parameter audit: verifies that training changed the trainable parameters and no others."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ from finesight.model.trainable import MODEL_PARTS, ModelPart, get_part
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
 
 _INT_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-"""Integer dtypes by size in bytes."""
+"""Integer dtypes for viewing the bits of a tensor, by element size in bytes."""
 
 CHECKSUM_CHUNK_ELEMENTS = 1 << 24
-"""Elements per chunk of a checksum."""
+"""Number of elements per chunk when a checksum is computed; limits memory."""
 
 SAMPLE_SIZE = 16384
-"""Number of evenly spaced elements of a tensor whose initial values are stored."""
+"""Approximate number of evenly spaced elements of a tensor whose initial values are stored."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParamChange:
-    """Changes of the frozen or trainable parameters of a model part.
+    """Changes of the trainable or of the frozen parameters of one model part.
 
     Attributes:
         part: Model part.
         is_trained: Whether the parameters are trainable.
         num_tensors: Number of tensors.
         num_params: Number of parameters.
-        num_changed: Tensors with at least one changed bit.
-        num_with_grad: Tensors that received a non-zero gradient; weight decay changes others, too.
-        relative_change: Norm of the change divided by the norm of the initial values, on a sample.
+        num_changed: Number of tensors with at least one changed bit.
+        num_with_grad: Number of tensors that received a non-zero gradient. Weight decay changes a
+            tensor even without a gradient.
+        relative_change: Norm of the change divided by the norm of the initial values, estimated
+            from sampled elements.
     """
 
     part: ModelPart
@@ -49,12 +51,15 @@ class ParamChange:
     relative_change: float
 
     def as_json(self) -> dict[str, Any]:
-        """Return an entry of `param_audit.json`."""
+        """Return the content of an entry of `param_audit.json`."""
         return asdict(self)
 
 
 class ParamAudit:
-    """Record the initial parameters: checksums of all, and sampled values of trainable ones."""
+    """Record of the initial parameters of a run, for comparison at its end.
+
+    It contains checksums of all parameters, and sampled values of the trainable ones.
+    """
 
     def __init__(self, model: nn.Module, master_weights: Mapping[str, Tensor]) -> None:
         # Parameters, not tensors: the data of a weight may be reallocated.
@@ -89,8 +94,11 @@ class ParamAudit:
         """Compare all parameters with their initial values.
 
         Args:
-            params_with_grad: Names of parameters that received a gradient.
+            params_with_grad: Names of parameters that received a non-zero gradient.
             process_group: Ranks of a sharded model, which must all call this method.
+
+        Returns:
+            Changes by model part, separately for trainable and frozen parameters.
         """
         payloads = process_group.all_gather_str(
             json.dumps(self._audit_tensors(params_with_grad, process_group))
@@ -141,9 +149,15 @@ class ParamAudit:
 
 
 class _TensorChange(NamedTuple):
-    """Change of a parameter or shard.
+    """Change of a parameter, or of the shard of one rank.
 
-    The last two fields are squared norms of the sampled change and of the initial values.
+    Attributes:
+        is_trained: Whether the parameter is trainable.
+        num_params: Number of elements.
+        is_changed: Whether at least one bit changed.
+        has_grad: Whether the parameter received a non-zero gradient.
+        change_sq: Squared norm of the change of the sampled elements.
+        start_sq: Squared norm of the initial sampled elements.
     """
 
     is_trained: bool = False
@@ -154,7 +168,7 @@ class _TensorChange(NamedTuple):
     start_sq: float = 0.0
 
     def merge(self, other: _TensorChange) -> _TensorChange:
-        """Combine two shards."""
+        """Combine the changes of two shards of the same parameter."""
         return _TensorChange(
             self.is_trained or other.is_trained,
             self.num_params + other.num_params,
@@ -188,18 +202,27 @@ def _summarize_part(
 
 
 def _local_tensor(tensor: Tensor) -> Tensor:
-    """Return the local shard of a DTensor, or the tensor; DTensor is slow to import."""
+    """Return the local shard of a DTensor; return any other tensor unchanged.
+
+    The class is not imported, because DTensor is slow to import.
+    """
     to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 
 
 def _is_sharded_trainable(parameter: nn.Parameter) -> bool:
-    """Check for a trainable DTensor without local rows."""
+    """Return whether a parameter is a trainable DTensor.
+
+    Without master weights on this rank, such a parameter has no local rows.
+    """
     return hasattr(parameter, "to_local") and parameter.requires_grad
 
 
 def compute_checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Sum the bits of each tensor as integers; any single change is detected."""
+    """Sum the bits of each tensor as integers.
+
+    A change of a single element always changes the sum.
+    """
     sums = [
         _checksum(tensor.reshape(-1).view(_INT_DTYPES[tensor.itemsize]))
         for tensor in tensors.values()
@@ -219,7 +242,7 @@ def _sample_values(tensor: Tensor) -> Tensor:
 
 
 def check_param_changes(param_changes: Iterable[ParamChange]) -> None:
-    """Verify that frozen parts are unchanged and trainable parts changed.
+    """Verify that frozen parts are unchanged and trainable parts have changed.
 
     Raises:
         RuntimeError: A frozen part changed, which is a bug.

@@ -1,4 +1,4 @@
-"""Training loop of the ranks other than the main process."""
+"""Training loop of the ranks other than the main process, which follow its commands."""
 
 from __future__ import annotations
 
@@ -39,6 +39,11 @@ from finesight.train.vision_store import VisionCache
 def run_rank_worker(recipe: Recipe, process_group: ProcessGroup, resume: bool) -> None:
     """Execute the commands of the main process until the run ends.
 
+    Args:
+        recipe: Settings of the run.
+        process_group: Ranks of the run.
+        resume: Whether the run is resumed.
+
     Raises:
         TrainingInterrupted: A signal stopped the run.
     """
@@ -59,7 +64,7 @@ def run_rank_worker(recipe: Recipe, process_group: ProcessGroup, resume: bool) -
 
 
 class _RankWorker:
-    """State of a rank that follows the main process."""
+    """Training run of a rank that follows the commands of the main process."""
 
     def __init__(self, state: TrainState, console: TrainingConsole, stop: StopRequest) -> None:
         self.state, self.console, self.stop = state, console, stop
@@ -72,7 +77,10 @@ class _RankWorker:
         self.is_shut_down = False
 
     def run(self) -> None:
-        """Execute commands until the main process shuts the run down, and after any local error."""
+        """Execute commands until the main process ends the run.
+
+        After a local error, the rank still takes part in the barriers and then raises the error.
+        """
         try:
             self.run_commands()
             self.checkpointer.wait()
@@ -85,7 +93,7 @@ class _RankWorker:
                 raise
 
     def run_steps(self) -> None:
-        """Train until the last step or a signal."""
+        """Run training steps until the last step or a stop signal."""
         state = self.state
         budget, device = state.progress.budget, state.hardware.device
         with ExitStack() as stack:
@@ -102,7 +110,7 @@ class _RankWorker:
             )
 
     def run_steps_in_budget(self, budget: MemoryBudget, vision_cache: VisionCache | None) -> None:
-        """Continue training within this memory budget, in step with the main process."""
+        """Run the remaining training steps within a memory budget."""
         state, previous_event = self.state, None
         state.apply_budget(budget)
         with closing(iter_train_steps(state, vision_cache)) as steps:
@@ -112,14 +120,14 @@ class _RankWorker:
                     return
                 step_output = train_step(state, step_batch, self.stop, vision_cache, global_stats)
                 state.progress.step += 1
-                # One step behind, as in the main process, which checks the metrics.
+                # Wait for the previous step, as the main process does to log its metrics.
                 if previous_event is not None:
                     previous_event.synchronize()
                 previous_event = step_output.event
 
     @contextmanager
     def report_failure(self) -> Iterator[None]:
-        """Report an exception in the context to the other ranks, which wait for this one."""
+        """Report an exception in the context to the main process, which waits for this rank."""
         try:
             yield
         except TrainingInterrupted:
@@ -133,12 +141,12 @@ class _RankWorker:
             raise
 
     def next_step(self, steps: Iterator[StepBatch]) -> StepBatch | None:
-        """Return the next step, or None after the last one."""
+        """Return the data of the next step, or None after the last step."""
         with self.report_failure():
             return next(steps, None)
 
     def sync_step(self, step_batch: StepBatch) -> GlobalStepStats:
-        """Execute all commands before a step, and return its statistics over all ranks."""
+        """Execute the commands before a step; return the step statistics over all ranks."""
         while True:
             global_stats = self.process_group.sync_step(step_batch, self.stop.signal_number)
             self.stop.request(global_stats.signal)
@@ -148,7 +156,7 @@ class _RankWorker:
     def drain_commands(self) -> None:
         """Take part in all barriers until the run ends, ignoring errors.
 
-        The other ranks would wait otherwise.
+        The other ranks would otherwise wait for this one until the timeout.
         """
         while not self.is_shut_down:
             try:
@@ -159,7 +167,6 @@ class _RankWorker:
                 continue
 
     def run_commands(self) -> None:
-        """Execute commands until the run ends."""
         while not self.is_shut_down:
             global_stats = self.process_group.sync_command(
                 RankCommand.WAIT, signal=self.stop.signal_number
@@ -168,7 +175,11 @@ class _RankWorker:
             self.execute(global_stats)
 
     def execute(self, global_stats: GlobalStepStats) -> bool:
-        """Execute a command other than a step, and return whether it was the last one."""
+        """Execute a command of the main process other than a step.
+
+        Returns:
+            True if the command was the last one of the run.
+        """
         state = self.state
         match global_stats.command:
             case RankCommand.SAVE:
@@ -176,7 +187,7 @@ class _RankWorker:
                 self.checkpointer.save(state.checkpoint_state(), *tensors)
             case RankCommand.EVALUATE:
                 with self.encoder_offloader.reload():
-                    # A signal is handled before the next step, together with all ranks.
+                    # All ranks handle a signal before the next step.
                     run_evaluation(state, "", self.console, StopRequest())
             case RankCommand.TRAIN:
                 self.run_steps()

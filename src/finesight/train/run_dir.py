@@ -1,4 +1,4 @@
-"""Run directory: files of a run, and the lock for writing."""
+"""Run directory: paths of its files, atomic writes and the lock."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _LINE_REMEDY = "restore the file from a copy, or truncate it before the corrupt 
 
 
 class RunDir:
-    """Directory of a run; other commands read the same paths."""
+    """Directory of a training run; other commands read the same paths."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -59,11 +59,11 @@ class RunDir:
 
     @property
     def is_started(self) -> bool:
-        """Return True if a run has started here."""
+        """True if the directory contains a run."""
         return (self.path / MANIFEST_FILE).exists()
 
     def check_available(self, resume: bool) -> None:
-        """Verify that the directory is empty, or contains the run to resume.
+        """Verify that the directory is empty or absent, or contains the run to resume.
 
         Raises:
             UserError: The directory contains other files or another run.
@@ -104,7 +104,7 @@ class RunDir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Lock the directory for writing within the context.
+        """Hold the write lock of the directory within the context.
 
         Raises:
             UserError: Another process holds the lock.
@@ -128,9 +128,12 @@ class RunDir:
             yield
 
     def initialize(self, recipe: Recipe, manifest: Manifest) -> None:
-        """Write manifest and recipe.
+        """Write the manifest and the recipe of a new run.
 
-        The manifest is the first file; a directory without it is not a run.
+        The manifest is written first; a directory without a manifest is not a run.
+
+        Raises:
+            UserError: A path in the recipe is not valid UTF-8.
         """
         remove_partial_files(self.path)
         try:
@@ -146,36 +149,39 @@ class RunDir:
         write_file(self.path / RECIPE_FILE, dump_recipe(recipe).encode())
 
     def copy_metric(self, recipe: Recipe) -> None:
-        """Copy the recipe's custom metric, if any."""
+        """Copy the Python file of a custom metric, if any, to the run."""
         source = custom_metric.parse_metric_path(recipe.eval.metric) if recipe.eval else None
         if source is not None and source[0].is_file():
             write_file(self.path / custom_metric.METRIC_COPY_FILE, source[0].read_bytes())
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Append a line to `metrics.jsonl`: JSON, with NaN for non-finite values."""
+        """Append a line to `metrics.jsonl`; non-finite values are written as NaN or Infinity."""
         append_line(self.metrics_path, json.dumps(metrics))
 
     def flush(self) -> None:
-        """Flush the metrics to disk."""
+        """Flush `metrics.jsonl` to disk (fsync)."""
         flush_file(self.metrics_path)
 
     def write(self, name: str, content: object) -> None:
-        """Write a JSON file."""
+        """Write an object to a JSON file of the run, atomically."""
         write_file(self.path / name, (json.dumps(content, indent=1) + "\n").encode())
 
     def write_skipped_samples(self, skipped: Iterable[tuple[str, str]]) -> None:
-        """Write the samples that are skipped from the start, (id, reason), to
-        `skipped_samples.jsonl`."""
+        """Write the samples skipped before the first step to `skipped_samples.jsonl`.
+
+        Args:
+            skipped: ID and reason of each sample.
+        """
         lines = [json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in skipped]
         write_file(self.path / SKIPPED_SAMPLES_FILE, "".join(lines).encode())
 
     def write_result(self, result: object) -> None:
-        """Write the result, which completes the run."""
+        """Write `result.json`, which marks the run as complete."""
         self.flush()
         self.write(RESULT_FILE, result)
 
     def read_result(self) -> bytes | None:
-        """Read the result; return None for an unfinished run."""
+        """Return the content of `result.json`; None if the run is not finished."""
         path = self.path / RESULT_FILE
         if not path.exists():
             return None
@@ -186,7 +192,14 @@ class RunDir:
         )
 
     def truncate_metrics(self, step: int, last_eval_step: int) -> None:
-        """Remove an incomplete last line, and the lines that a resumed run repeats."""
+        """Remove the lines of `metrics.jsonl` that a resumed run writes again.
+
+        An incomplete last line is removed as well.
+
+        Args:
+            step: Step of the checkpoint.
+            last_eval_step: Step of the last evaluation before the checkpoint.
+        """
         if self.metrics_path.exists():
             num_bytes = 0
             for size, metrics in _read_lines(self.metrics_path):
@@ -196,20 +209,22 @@ class RunDir:
             truncate_file(self.metrics_path, num_bytes)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of `metrics.jsonl`."""
+        """Return all lines of `metrics.jsonl`."""
         return list(self.iter_metrics())
 
     def iter_metrics(self) -> Iterator[dict[str, Any]]:
-        """Iterate over the lines of `metrics.jsonl`, which may exceed the memory."""
+        """Iterate over the lines of `metrics.jsonl`, without loading the complete file."""
         if self.metrics_path.exists():
             yield from (metrics for _, metrics in _read_lines(self.metrics_path))
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Iterate over complete lines and their sizes, up to the first incomplete one.
+    """Iterate over the complete lines of `metrics.jsonl`, each with its size in bytes.
+
+    The iteration ends at the first incomplete line.
 
     Raises:
-        UserError: The file is not a regular file, or a value of a line has a wrong type.
+        UserError: The path is not a regular file, or a value of a line has the wrong type.
     """
     lines = read_lines(path, expected=_LINE_EXPECTED, remedy=_LINE_REMEDY)
     for line_number, line in enumerate(lines, start=1):
@@ -224,7 +239,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 class _MetricsLine(BaseModel):
-    """Types of the values that a resumed run reads from a metrics line."""
+    """Schema of the values in `metrics.jsonl` that a resumed run reads."""
 
     model_config = ConfigDict(strict=True)
 

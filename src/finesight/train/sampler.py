@@ -1,4 +1,7 @@
-"""Step samplers: the samples of each step as a pure function of settings, seed and step."""
+"""Step samplers: map a step index to its samples, depending only on settings and seed.
+
+They have no state, so a resumed run continues with the same samples.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,26 @@ from finesight.data.sample_order import SampleOrder
 
 
 class StepSampler(Protocol):
-    """Sequence of steps, each with its sample indices."""
+    """Interface of a sampler that returns the samples of each step."""
 
     def __len__(self) -> int:
-        """Return the number of steps."""
+        """Return the number of steps of the run."""
         ...
 
     def batch_indices(self, step: int) -> Sequence[int]:
-        """Return the corpus indices of a step in order."""
+        """Return the corpus indices of the samples of a step, in order."""
         ...
 
 
 class TrainSampler:
-    """Sampler of a training run with `train.batch_size` samples per step.
+    """Shuffled sampler of a training run, with `train.batch_size` samples per step.
 
-    The last step may be smaller. A step can contain samples of two epochs. `indices` are the corpus
-    indices of the valid samples in order.
+    The last step may have fewer samples, and a step may contain samples of two epochs.
+
+    Args:
+        corpus: Samples, with the sizes and weights of their sources.
+        indices: Ascending corpus indices of the valid samples.
+        train: Training settings.
     """
 
     def __init__(self, corpus: Corpus, indices: Sequence[int], train: TrainSettings) -> None:
@@ -61,7 +68,7 @@ class TrainSampler:
 
 
 class SequentialSampler:
-    """Sampler that reads every valid sample once, in order."""
+    """Sampler that returns every valid sample once, in order."""
 
     def __init__(self, indices: Sequence[int], batch_size: int) -> None:
         self._indices, self._batch_size = indices, batch_size

@@ -1,4 +1,4 @@
-"""Setup of a training run: load and check everything before a file is written."""
+"""Setup of a training run: loads and checks data, model and checkpoint before writing files."""
 
 from __future__ import annotations
 
@@ -65,15 +65,24 @@ MUTABLE_SETTINGS = {
     *("num_workers", "vision_cache", "parallel", "pack_tokens", "activation_checkpointing"),
     *("keep_checkpoints", "save_every", "device", "precision"),
 }
-"""Settings of `train` that may change on resume.
+"""Settings of `train` that may change when a run is resumed.
 
-They do not affect the computation, except that `pack_tokens` changes the dropout masks.
+They do not affect the results, except that `pack_tokens` changes the dropout masks. A change of the
+resolved `precision` is still rejected.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """Device, dtype, data loader workers and process group of a run."""
+    """Hardware settings of a rank.
+
+    Attributes:
+        device: Device of the model.
+        dtype: Compute dtype.
+        num_workers: Number of data loader workers.
+        peak_flops: Measured peak FLOP/s of the device.
+        process_group: Ranks of the run.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -89,7 +98,7 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
-    """State of a training run."""
+    """State of a training run: settings, data, model, optimizer and progress."""
 
     recipe: Recipe
     run_dir: RunDir
@@ -112,7 +121,7 @@ class TrainState:
     progress: TrainProgress
 
     def check_ranks_match(self) -> None:
-        """Verify that all ranks have the same configuration.
+        """Verify that all ranks have the same settings, model, data and images.
 
         Raises:
             UserError: The configurations differ.
@@ -128,7 +137,7 @@ class TrainState:
         )
 
     def images(self) -> dict[str, ImageStates]:
-        """Return the image fingerprints of each split."""
+        """Return the image fingerprints of each split (`train`, `eval`)."""
         return _images(self.train_data, self.validation_data)
 
     @property
@@ -138,16 +147,21 @@ class TrainState:
 
     @property
     def max_unsplit_tokens(self) -> int | None:
-        """Length of the longest sample that is not split over the ranks; None without splitting."""
+        """Maximum number of tokens of a sample that is not split over the ranks.
+
+        None if samples are never split.
+        """
         sampler = self.step_dataset.with_pack_tokens(self.progress.budget.pack_tokens).sampler
         return sampler.max_unsplit_tokens if isinstance(sampler, ContextParallelSampler) else None
 
     def build_validation_dataset(self, pack_tokens: int) -> StepDataset | None:
-        """Build the validation batches of this rank.
+        """Create the dataset of this rank's validation samples; None without validation data.
 
-        They do not use shared prefixes: at inference, some families compute a token depending on
-        the length
-        of its sample (`model.families.qwen_decoder`).
+        It does not use shared prefixes: in evaluation mode, some families compute a token depending
+        on the length of its sample (`model.families.qwen_decoder`).
+
+        Args:
+            pack_tokens: Maximum number of tokens of a pack.
         """
         if self.validation_data is None:
             return None
@@ -158,7 +172,7 @@ class TrainState:
         )
 
     def to_device(self, packed_batch: PackedBatch) -> PackedBatch:
-        """Move a batch to the device, padded where that is faster."""
+        """Move a packed batch to the device, after padding it if `pads_shapes` is set."""
         packed_batch = self.parallel.prepare_batch(packed_batch)
         if (
             self.pads_shapes
@@ -170,33 +184,34 @@ class TrainState:
 
     @property
     def pads_shapes(self) -> bool:
-        """Return True if shapes are padded: on a CPU in 16 bits.
+        """True if packs are padded to a few shapes.
 
-        oneDNN compiles a kernel for every new shape.
+        This is done for 16-bit training on a CPU, because oneDNN compiles a kernel for every new
+        shape.
         """
         return self.hardware.device.type == "cpu" and self.hardware.dtype != torch.float32
 
     def zero_grad(self) -> None:
-        """Discard the gradients of a skipped step."""
+        """Discard the gradients of a skipped or aborted step."""
         self.optimizer.zero_grad()
         self.parallel.zero_grad()
 
     def load_state(
         self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]
     ) -> None:
-        """Restore weights and optimizer state from a checkpoint."""
+        """Restore master weights and optimizer state from complete checkpoint tensors."""
         self.optimizer.load_state(
             self.parallel.shard_state(weights), self.parallel.shard_state(optimizer_state)
         )
         self.parallel.sync_params()
 
     def apply_budget(self, budget: MemoryBudget) -> None:
-        """Use this memory budget from the next step on."""
+        """Use a memory budget from the next step on."""
         self.progress.budget = budget
         self.model.activation_checkpointing = budget.activation_checkpointing
 
     def checkpoint_state(self) -> CheckpointState:
-        """Build the state that a checkpoint stores in addition to tensors."""
+        """Return the state that a checkpoint stores in addition to tensors."""
         step = self.progress.step
         return CheckpointState(
             step=step,
@@ -211,7 +226,7 @@ class TrainState:
         )
 
     def build_manifest(self) -> Manifest:
-        """Build the manifest for evaluation, prediction and merging."""
+        """Build the manifest of the run, which evaluation, prediction and merging read."""
         return Manifest(
             family=self.base_model.folder.family,
             base_model=self.base_model.name,
@@ -225,12 +240,12 @@ class TrainState:
 
 
 def padding_merge_size(model: VisionLanguageModel) -> int | None:
-    """Return the merge size for image padding; None for encoders with a fixed image size."""
+    """Return the merge size for padding patches; None for encoders with a fixed image size."""
     return None if isinstance(model.visual, QwenVisionEncoder) else model.config.vision.merge_size
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of Python and the main libraries."""
+    """Return the versions of finesight, PyTorch and Python."""
     return {
         "finesight": __version__,
         "torch": torch.__version__,
@@ -245,9 +260,20 @@ def build_train_state(
     resume: bool,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> TrainState:
-    """Load and check everything, and restore the newest checkpoint when resuming.
+    """Load and check everything that a training run needs.
 
-    Small files are read first, so that errors appear before the weights are loaded.
+    Small files are read first, so that errors appear before the weights are loaded. With `resume`,
+    the newest checkpoint is restored.
+
+    Args:
+        recipe: Settings of the run.
+        run_dir: Run directory.
+        console: Console for progress and messages.
+        resume: Whether to restore the newest checkpoint.
+        process_group: Ranks of the run.
+
+    Raises:
+        UserError: Settings, data, model or checkpoint are invalid.
     """
     if recipe.tune.quantize.nf4:
         import_bitsandbytes("tune.quantize.nf4")
@@ -349,7 +375,7 @@ def _check_images(
     validation_data: TrainingData | None,
     console: TrainingConsole,
 ) -> None:
-    """Verify that the images are those of the start of the run.
+    """Verify that the images have not changed since the start of the run.
 
     Raises:
         UserError: Images have changed.
@@ -364,7 +390,7 @@ def _check_images(
         collect_reported_errors(run_dir.iter_metrics()),
     )
     for split, data in (("train", train_data), ("eval", validation_data)):
-        # Other data have other sample indices and are rejected by their fingerprint.
+        # Changed data have other sample indices; the data fingerprint rejects them later.
         name = f"data.{split}"
         if (
             data
@@ -381,7 +407,7 @@ def _check_resume(
     resume_config: Mapping[str, Any],
     checkpoint_manager: CheckpointManager,
 ) -> None:
-    """Verify that the run started with the same configuration.
+    """Verify that a checkpoint belongs to a run with the same configuration.
 
     Raises:
         UserError: The configurations differ.
@@ -391,7 +417,7 @@ def _check_resume(
 
 
 def _log_overrides(state: TrainState, requested: MemoryBudget, console: TrainingConsole) -> None:
-    """Log memory settings of the checkpoint that differ from the recipe."""
+    """Log a memory budget of the checkpoint that differs from the recipe, and split samples."""
     if state.progress.budget != requested:
         change = state.progress.budget.describe_change(requested)
         console.log(f"continuing with {change}: a resumed run keeps its reduced memory budget")
@@ -405,7 +431,7 @@ def _log_overrides(state: TrainState, requested: MemoryBudget, console: Training
 def _load_model(
     recipe: Recipe, hardware: Hardware, base_model: BaseModelRef, console: TrainingConsole
 ) -> AnyModel:
-    """Load the base model and set up its trainable and frozen parts."""
+    """Load the base model, and set up its trainable and frozen parts."""
     nf4, fp8 = recipe.tune.quantize.nf4 or (), recipe.tune.quantize.fp8 or ()
     model = load_auto_model(base_model.folder, hardware.dtype, hardware.device, nf4, fp8_parts=fp8)
     configure_tuning(model, recipe.tune, recipe.train.seed)
@@ -422,7 +448,10 @@ def _load_latest_checkpoint(
     resume: bool,
     console: TrainingConsole,
 ) -> tuple[CheckpointState, TensorSource, TensorSource] | None:
-    """Load the checkpoint to resume from; only the main process verifies its digests."""
+    """Load the checkpoint to resume from; None to start with step 0.
+
+    Only the main process verifies the digests; the other ranks load the same step.
+    """
     checkpoint = None
     with process_group.sync_errors():
         if process_group.is_main and resume:
@@ -479,7 +508,7 @@ def _build_resume_config(
     train_data: TrainingData,
     validation_data: TrainingData | None,
 ) -> dict[str, Any]:
-    """Collect all settings and fingerprints that must be the same on resume."""
+    """Collect the settings and fingerprints that must be the same when the run is resumed."""
     settings = {
         "model": base_model.folder.fingerprint(),
         "adapter": sha256_file(base_model.adapter / ADAPTER_WEIGHTS)

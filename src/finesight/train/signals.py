@@ -1,4 +1,4 @@
-"""Graceful stop on signals."""
+"""Graceful stop of a run when the process receives a signal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, *PREEMPTION_SIGNALS)
 
 
 class StopRequest:
-    """Stop request of a run, set by a signal."""
+    """Request to stop the run gracefully, set by a signal."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -26,11 +26,10 @@ class StopRequest:
 
     @contextmanager
     def install_handlers(self) -> Iterator[None]:
-        """Handle the first signal within the context.
+        """Install signal handlers within the context, which set the stop request.
 
-        A second signal has its previous effect, except for preemption signals, which are ignored.
-        Only the
-        main thread can install handlers.
+        A second signal has its previous effect, except for preemption signals, which are then
+        ignored. In other threads than the main thread, no handlers are installed.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -64,16 +63,16 @@ class StopRequest:
 
     @property
     def signal_number(self) -> int:
-        """Number of the signal, or 0."""
+        """Number of the received signal, or 0."""
         return 0 if self.signal is None else int(self.signal)
 
     def request(self, signal_number: int) -> None:
-        """Accept a signal that another rank received; 0 is none."""
+        """Set the stop request for a signal, possibly of another rank; ignore 0."""
         if signal_number and self.signal is None:
             self.signal = signal.Signals(signal_number)
 
     def raise_if_requested(self) -> None:
-        """Check for a stop request.
+        """Raise if a stop was requested.
 
         Raises:
             TrainingInterrupted: A signal has arrived.

@@ -1,4 +1,4 @@
-"""Training step: forward and backward pass of every pack, then the optimizer step."""
+"""Training step: forward and backward passes of all packs, then one optimizer step."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from finesight.train.vision_store import VisionCache
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """Result of a training step that the device may still compute.
+    """Result of a training step, which the device may still be computing.
 
     Attributes:
-        step_batch: Batch of this rank.
+        step_batch: Step data of this rank.
         global_stats: Statistics over all ranks.
-        budget: Memory budget of its packs.
+        budget: Memory budget of the step.
         lr_factor: Factor of the learning rate schedule.
-        flops: Operations of this rank.
-        is_applied: False if gradients overflowed in fp16, or no sample was valid.
-        loss_and_norm_2: Mean loss per supervised token and gradient norm, valid on the CPU after
-            `event`. If one of them is not finite, the device has skipped the update.
-        event: CUDA event of the copy to the CPU; None on a CPU.
+        flops: FLOPs of this rank.
+        is_applied: False if the gradients overflowed in fp16, or no sample was valid.
+        loss_and_norm_2: Mean loss per supervised token and gradient norm. The CPU tensor is valid
+            after `event`. If one of them is not finite, the device has skipped the update.
+        event: CUDA event after the copy to the CPU; None on a CPU.
     """
 
     step_batch: StepBatch
@@ -48,7 +48,7 @@ class StepOutput:
     event: torch.cuda.Event | None
 
     def wait(self) -> tuple[float, float]:
-        """Return loss and gradient norm after the device has computed them."""
+        """Wait for the device, and return the loss and the gradient norm."""
         if self.event is not None:
             self.event.synchronize()
         loss, norm = self.loss_and_norm_2.tolist()
@@ -56,9 +56,14 @@ class StepOutput:
 
 
 def micro_batch_seed(seed: int, step: int, micro_index: int) -> int:
-    """Derive the random seed of a micro-batch.
+    """Derive the random seed of a micro-batch from the seed of the run.
 
-    Dropout needs no state in a checkpoint because of it.
+    Dropout masks then need no random state in a checkpoint.
+
+    Args:
+        seed: Seed of the run (`train.seed`).
+        step: Index of the step.
+        micro_index: Index of the micro-batch over all ranks.
     """
     digest = hashlib.sha256(f"{seed}/{step}/{micro_index}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
@@ -69,7 +74,11 @@ def iter_train_steps(
 ) -> Generator[StepBatch, None, None]:
     """Iterate over the remaining steps of this rank, packed within the current memory budget.
 
-    Cached images are not loaded. Close the generator to end its workers.
+    Close the generator to end the data loader workers.
+
+    Args:
+        state: State of the run.
+        vision_cache: Vision cache, with which images are not decoded; None to decode images.
     """
     hardware, progress = state.hardware, state.progress
     data = (
@@ -88,22 +97,22 @@ def train_step(
     vision_cache: VisionCache | None = None,
     global_stats: GlobalStepStats | None = None,
 ) -> StepOutput:
-    """Run a training step, or the share of this rank.
+    """Run one training step; in a distributed run, the share of this rank.
 
     The loss is the mean over the supervised tokens of all packs on all ranks, so it does not depend
-    on
-    the packing. A step with a non-finite loss or gradient is skipped on every rank by the device.
+    on the packing. The device skips a step with a non-finite loss or gradient, on every rank.
 
     Args:
         state: State of the run; its optimizer is updated.
-        step_batch: Packs of this rank.
+        step_batch: Step data of this rank.
         stop: Stop request, checked between packs.
-        vision_cache: Cached vision features, if any.
+        vision_cache: Cached image features, if any.
         global_stats: Statistics over all ranks; those of this rank by default.
 
     Raises:
         TrainingInterrupted: A stop was requested; no parameter is updated.
         GpuOutOfMemoryError: A pack exceeds the GPU memory; no parameter is updated.
+        RankDesyncError: This rank failed while the other ranks wait in a collective.
     """
     optimizer, loss_scaler = state.optimizer, state.loss_scaler
     loss_scale = loss_scaler.scale
@@ -144,7 +153,14 @@ def _accumulate_all_packs(
     stop: StopRequest,
     vision_cache: VisionCache | None,
 ) -> Tensor:
-    """Accumulate gradients of split packs on all ranks, then of the local packs."""
+    """Accumulate the gradients of all packs of a step.
+
+    Packs whose layers communicate with other ranks come first: all packs of a sharded model, or
+    those of split samples.
+
+    Returns:
+        Loss of this rank's packs times the loss scale.
+    """
     process_group, is_sharded = state.hardware.process_group, state.parallel.is_sharded
     packs = [*enumerate(_pad_micro_batches(state, step_batch, global_stats))]
     num_synced = len(packs) if is_sharded else step_batch.num_split_packs
@@ -168,7 +184,10 @@ def _accumulate_all_packs(
 
 
 def _count_flops(state: TrainState, batch: PackedBatch) -> float:
-    """Count the operations of this rank; shards of a split sample count equally."""
+    """Count the FLOPs of a pack on this rank.
+
+    The shards of a split sample count equally.
+    """
     context_shard = batch.context_shard
     if context_shard is None:
         return state.flop_counter.count(batch)
@@ -177,7 +196,7 @@ def _count_flops(state: TrainState, batch: PackedBatch) -> float:
 
 @contextmanager
 def _raise_desync(process_group: ProcessGroup) -> Iterator[None]:
-    """Convert errors in a collective part of the step."""
+    """Convert an error in the context, where other ranks wait, to a `RankDesyncError`."""
     try:
         yield
     except Exception as error:
@@ -202,7 +221,20 @@ def _accumulate_gradients(
     stop: StopRequest,
     vision_cache: VisionCache | None,
 ) -> Tensor:
-    """Accumulate gradients of indexed packs, and return the mean loss times the loss scale."""
+    """Accumulate the gradients of several packs.
+
+    Args:
+        state: State of the run.
+        step_batch: Step data of this rank.
+        global_stats: Statistics over all ranks.
+        packs: Packs with their micro-batch indices.
+        stop: Stop request, checked between packs.
+        vision_cache: Cached image features, if any.
+
+    Returns:
+        Sum of the losses, divided by the supervised tokens of all ranks and multiplied by the loss
+        scale.
+    """
     device = state.hardware.device
     total = torch.zeros((), device=device)
     loss_weight = torch.full(
@@ -226,7 +258,7 @@ def _accumulate_gradients(
                 state.optimizer.accumulate_gradients()
             total += _forward_backward(state, packed_batch, pack_weight, vision_cache, cache_inputs)
         except torch.OutOfMemoryError as error:
-            # A retry has the memory of the CUDA graphs in addition.
+            # A retry can use the memory of the freed CUDA graphs.
             has_freed_memory = state.graph_runner.release_graphs()
             world_size = 1 if state.max_unsplit_tokens is None else process_group.world_size
             budget = state.progress.budget
@@ -244,7 +276,10 @@ def _accumulate_gradients(
 def _pad_micro_batches(
     state: TrainState, step_batch: StepBatch, global_stats: GlobalStepStats
 ) -> Sequence[PackedBatch]:
-    """Return the packs of a step; sharded models need the same number on all ranks."""
+    """Return the packs of a step, with dummy packs for a sharded model.
+
+    All ranks of a sharded model must run the same number of packs.
+    """
     if not state.parallel.is_sharded:
         return step_batch.packs
     return *step_batch.packs, *[dummy_batch()] * (global_stats.max_packs - len(step_batch.packs))
@@ -257,9 +292,9 @@ def _forward_backward(
     vision_cache: VisionCache | None,
     cache_inputs: Tensor | None,
 ) -> Tensor:
-    """Run forward and backward pass of a pack.
+    """Run the forward and backward pass of a pack, and return its weighted loss.
 
-    A separate function releases its device tensors on return.
+    This is a separate function so that the tensors of the pack are freed on return.
     """
     batch = state.to_device(packed_batch)
     if cache_inputs is not None and packed_batch.context_shard is not None:
@@ -273,7 +308,7 @@ def _forward_backward(
 
 
 def record_event(device: torch.device) -> torch.cuda.Event | None:
-    """Record a CUDA event after all queued work; return None on a CPU."""
+    """Record a CUDA event with timing after all queued kernels; return None on a CPU."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Events of a run for experiment trackers: metrics, example images and alerts."""
+"""Forwarding of training events to experiment trackers: metrics, example images and alerts."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from finesight.train.setup import TrainState
 
 
 class TrackingEvents:
-    """Send events of a run to its trackers, if any."""
+    """Sender of training events to the experiment trackers of a run, if it has any."""
 
     def __init__(self, state: TrainState, tracking: TrackerManager) -> None:
         self._state, self._tracking = state, tracking
 
     def log_start(self, facts: Mapping[str, Any]) -> None:
-        """Report the start of the run, with hardware and data."""
+        """Send the start of a run, with hardware and data."""
         parallel = self._state.parallel
         self._tracking.start_run({**facts, "num_trainable_params": parallel.num_trainable_params})
 
     def log_step(self, metrics: Mapping[str, Any]) -> None:
-        """Report the metrics of a step, and alert on anomalies."""
+        """Send the metrics of a step, and an alert for an anomaly."""
         scalars = {name: value for name, value in metrics.items() if isinstance(value, float)}
         learning_rates = {f"learning_rate/{part}": lr for part, lr in metrics["lr"].items()}
         self._tracking.log_metrics(metrics["step"], scalars | learning_rates)
@@ -39,7 +39,12 @@ class TrackingEvents:
             self._tracking.send_alert("warning", "loss spike", text)
 
     def log_evaluation(self, eval_result: EvalResult, name: str) -> None:
-        """Report an evaluation, whose predictions are in the file of this name."""
+        """Send the scores and example images of an evaluation, and an alert if it regressed.
+
+        Args:
+            eval_result: Result of the evaluation.
+            name: Name of the file in `predictions/` with its predictions.
+        """
         if not self._tracking.is_active:
             return
         scores = {f"scores/{score}": value for score, value in eval_result.scores.items()}
@@ -55,7 +60,7 @@ class TrackingEvents:
             self._tracking.send_alert("warning", "worse than before training", text)
 
     def log_result(self, result: RunResult) -> None:
-        """Report the end of the run."""
+        """Send an alert that the run has finished, with its result."""
         text = f"{result.steps} steps"
         if result.before is not None and result.after is not None:
             name, before = _primary_score(result.before)
@@ -72,7 +77,7 @@ def _primary_score(eval_result: EvalResult) -> tuple[str, float]:
 
 
 def _describe_regression(baseline: EvalResult, current: EvalResult) -> str | None:
-    """Describe a score below the baseline, if any."""
+    """Describe the regression if an evaluation is worse than before training; otherwise None."""
     (name, old), (current_name, new) = _primary_score(baseline), _primary_score(current)
     if name != current_name or not (new > old if name in LOWER_IS_BETTER else new < old):
         return None

@@ -1,4 +1,4 @@
-"""Training loop of the main process, from the recipe to the result."""
+"""Training loop of the main process, and the public function `train`."""
 
 from __future__ import annotations
 
@@ -62,19 +62,19 @@ def train(
 ) -> RunResult | None:
     """Train a recipe from the start, or resume from its newest checkpoint.
 
-    In a distributed run, the main process writes the run directory. The other ranks follow it and
-    return None.
-
     Args:
         recipe: Settings of the run.
         resume: Whether to continue an existing run.
         console: Console for progress and messages; standard error by default.
 
+    Returns:
+        Result of the run. In a distributed run, only the main process returns a result and writes
+        the run directory; the other ranks return None.
+
     Raises:
         UserError: The user can fix the problem; raised before any file is written where possible.
         TrainingInterrupted: One of `signals.SIGNALS` arrived. A checkpoint of the last finished
-            step is
-            written first.
+            step is written first.
     """
     with init_distributed() as process_group:
         if process_group.is_main:
@@ -136,7 +136,10 @@ def _run_main_process(
 
 @contextmanager
 def _shut_down_workers_on_exit(process_group: ProcessGroup, stop: StopRequest) -> Iterator[None]:
-    """Release the other ranks at the end of the context, also after an exception."""
+    """Send the shutdown command to the other ranks at the end of the context.
+
+    It is also sent after an exception, except when the ranks are out of sync.
+    """
     try:
         yield
     except RankDesyncError:
@@ -154,7 +157,7 @@ def _send_shutdown(process_group: ProcessGroup, stop: StopRequest) -> None:
 
 
 class Trainer:
-    """Training run of the main process."""
+    """Training loop of the main process: steps, evaluations, checkpoints and results."""
 
     def __init__(
         self,
@@ -187,7 +190,7 @@ class Trainer:
         self.live_report = LiveReport(state.run_dir, console)
 
     def run(self) -> RunResult:
-        """Evaluate, train, save checkpoints and write the results."""
+        """Run the training from the current step to the result."""
         progress = self.state.progress
         self.console.log(describe_run(self.state))
         if progress.step:
@@ -196,7 +199,10 @@ class Trainer:
             return self.train_and_finalize()
 
     def train_and_finalize(self) -> RunResult:
-        """Run all remaining steps; save a checkpoint on an interruption."""
+        """Run the remaining steps and evaluations, and export the weights.
+
+        A checkpoint is saved when the run is interrupted or fails with a recoverable error.
+        """
         progress = self.state.progress
         try:
             if self.state.validation_data is not None and progress.last_eval_step < 0:
@@ -247,7 +253,7 @@ class Trainer:
             self.metrics_logger.flush()
 
     def run_steps_in_budget(self, budget: MemoryBudget, vision_cache: VisionCache | None) -> None:
-        """Continue from the current step within this memory budget."""
+        """Run the remaining steps within a memory budget."""
         state, progress = self.state, self.state.progress
         state.apply_budget(budget)
         with closing(iter_train_steps(state, vision_cache)) as steps:
@@ -264,9 +270,12 @@ class Trainer:
 
     @contextmanager
     def open_vision_cache(self) -> Iterator[VisionCache | None]:
-        """Build the vision cache where it pays off.
+        """Build the vision cache if it pays off, and provide it within the context.
 
-        The vision encoder is then offloaded from the GPU; evaluation reloads it.
+        The vision encoder is then offloaded from the GPU to the CPU. Evaluations reload it.
+
+        Yields:
+            Vision cache; None to encode images in every step.
         """
         state, start = self.state, time.perf_counter()
         self.process_group.sync_command(RankCommand.TRAIN)
@@ -277,7 +286,9 @@ class Trainer:
                 yield result.cache
 
     def on_step_end(self) -> bool:
-        """Evaluate, save and stop if due; otherwise do not wait for the device.
+        """Evaluate, save a checkpoint and stop the run if due.
+
+        Otherwise, the host does not wait for the device.
 
         Returns:
             False if early stopping ends the run.
@@ -299,9 +310,9 @@ class Trainer:
         return not (should_evaluate and self.should_stop_early())
 
     def should_stop_early(self) -> bool:
-        """Check if `eval.patience` evaluations have passed without a better primary metric.
+        """Return whether the last `eval.patience` evaluations did not improve the primary metric.
 
-        The decision depends only on the recorded metrics, so a resumed run stops at the same step.
+        The decision depends only on recorded metrics, so a resumed run stops at the same step.
         """
         if (
             self.early_stopping_patience is None
@@ -316,12 +327,19 @@ class Trainer:
         return True
 
     def is_due(self, interval: int) -> bool:
-        """Check if the finished step is a multiple of the interval, except the last one."""
+        """Return whether the finished step is a multiple of the interval.
+
+        The result is False before the first step and after the last one.
+        """
         step = self.state.progress.step
         return interval > 0 and 0 < step < self.total_steps and step % interval == 0
 
     def evaluate(self, name: str) -> None:
-        """Evaluate, log the result and save a checkpoint of the best intermediate evaluation."""
+        """Evaluate the model, log the result, and checkpoint the best intermediate evaluation.
+
+        Args:
+            name: Name of the predictions file, such as `before` or `step-100`.
+        """
         progress = self.state.progress
         start = time.perf_counter()
         self.process_group.sync_command(RankCommand.EVALUATE)
@@ -339,20 +357,20 @@ class Trainer:
             self.live_report.write()
 
     def save_checkpoint(self) -> None:
-        """Save a checkpoint of the finished steps, unless it exists."""
+        """Save a checkpoint of the last finished step, unless it exists."""
         state = self.state
         if state.progress.step:
             self.check_disk_space()
             # A checkpoint must not refer to an evaluation that a power failure can lose.
             state.run_dir.flush()
-            # Raise its errors before the other ranks start to wait.
+            # Raise errors of the previous checkpoint before the other ranks start to wait.
             self.checkpointer.wait()
             state.shard_group.sync_command(RankCommand.SAVE)
             tensors = state.optimizer.master_weights(), state.optimizer.optimizer_state()
             self.checkpointer.save(state.checkpoint_state(), *tensors)
 
     def check_disk_space(self) -> None:
-        """Verify free space for another checkpoint.
+        """Verify that the disk has space for another checkpoint.
 
         Raises:
             UserError: There is not enough free space.
@@ -367,7 +385,7 @@ class Trainer:
             )
 
     def build_interruption(self) -> TrainingInterrupted:
-        """Build the exception that reports the checkpoint and how to resume."""
+        """Build the exception that names the checkpoint of a stopped run and how to resume."""
         step = self.state.progress.step
         message = f"checkpoint of step {step} written" if step else "no step was finished"
         assert self.stop.signal is not None, "an interruption without a signal"

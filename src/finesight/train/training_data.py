@@ -1,4 +1,4 @@
-"""Training and validation data of a run: loading and validation."""
+"""Loading and checking of the training and validation data of a run."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from finesight.train.sampler import StepSampler
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """Corpus of a split and statistics of its valid samples."""
+    """Samples of one split, and their statistics with the selection of valid samples."""
 
     corpus: Corpus
     stats: DatasetStats
 
     @property
     def index_signature(self) -> str:
-        """Text that identifies the sample indices of the split."""
+        """Text that identifies the valid samples of the split, compared on resume."""
         indices = self.stats.sample_indices
         # A list of millions of indices would be too long.
         return json.dumps(indices) if self.stats.is_complete else f"all of {len(indices)}"
 
     def build_sample_stats(self, renderer: Renderer, data: DataSettings) -> SampleStatsMap:
-        """Return statistics of each sample by index."""
+        """Return a mapping from corpus indices to sample statistics."""
         return SampleStatsMap(self.corpus, self.stats, renderer, data.max_length)
 
     def build_step_dataset(
@@ -51,7 +51,16 @@ class TrainingData:
         *,
         use_shared_prefix: bool = False,
     ) -> StepDataset:
-        """Create the dataset of packed steps, optionally with shared prefixes."""
+        """Create the dataset of packed steps of the split.
+
+        Args:
+            renderer: Tokenizer and image processor.
+            sampler: Samples of each step.
+            pack_tokens: Maximum number of tokens of a pack.
+            data: Data settings of the recipe.
+            use_shared_prefix: Whether each pack stores the prefix shared by all samples of a step
+                only once.
+        """
         source = self.corpus, renderer, sampler, pack_tokens, data.on_invalid_sample
         max_length = None if self.stats.is_complete else data.max_length
         return StepDataset(*source, max_length=max_length, use_shared_prefix=use_shared_prefix)
@@ -60,12 +69,15 @@ class TrainingData:
 def load_training_data(
     recipe: Recipe, renderer: Renderer, num_workers: int, console: TrainingConsole
 ) -> tuple[TrainingData, TrainingData | None]:
-    """Load and check the training and validation samples, and log skipped ones.
+    """Load and check the training and validation samples of a recipe.
 
-    Large training splits are checked partially.
+    Skipped samples are logged. A large training split is scanned partially.
+
+    Returns:
+        Training split, and validation split or None.
 
     Raises:
-        UserError: The data are invalid, or a metric has no validation data.
+        UserError: The data are invalid, or a metric is set without validation data.
     """
     if recipe.eval is not None and not recipe.data.eval:
         raise UserError(
@@ -143,10 +155,10 @@ def _scan_split(
 
 
 def _log_partial_scan(stats: DatasetStats, console: TrainingConsole, split_name: str) -> None:
-    num_unusable = stats.num_scanned - len(stats.scanned_indices)
+    num_invalid = stats.num_scanned - len(stats.scanned_indices)
     console.log(
         f"data.{split_name}: {len(stats.sample_indices)} samples, too many for a full scan;"
-        f" {stats.num_scanned} samples scanned, {num_unusable} of them invalid; estimated total:"
+        f" {stats.num_scanned} samples scanned, {num_invalid} of them invalid; estimated total:"
         f" {stats.num_tokens} tokens (longest {stats.max_sample_tokens}),"
         f" {stats.num_patches} patches"
     )

@@ -1,4 +1,7 @@
-"""Vision cache: encode the images of a run once, if the vision encoder is frozen."""
+"""Vision cache: encodes the images of a run once if the vision encoder is frozen.
+
+This module decides whether the cache pays off, and coordinates its construction over all ranks.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +48,10 @@ from finesight.train.vision_store_files import StoredChunk, VisionFileStore, vis
 T = TypeVar("T")
 
 NUM_READER_THREADS = 4
-"""Threads that read features from disk."""
+"""Number of threads that read cached features from disk."""
 
 READ_BATCH_CHUNKS = 64
-"""Chunks that are read between two checks for signals."""
+"""Number of chunks that are read from disk between two checks for stop signals."""
 
 _TIER_NAMES: dict[CacheTier, str] = {"gpu": "on the GPU", "memory": "in memory", "disk": "on disk"}
 
@@ -61,12 +64,12 @@ class VisionCacheResult:
     """Vision cache of a run, or the reason for training without it.
 
     Attributes:
-        cache: The cache, if any.
-        reason: Description for the user.
+        cache: Vision cache; None if images are encoded in every step.
+        reason: Description of the decision for the user.
         tier: Storage tier of the features.
         num_images: Number of cached images.
-        num_from_disk: Number of images whose features were on disk.
-        num_bytes: Size of the features.
+        num_from_disk: Number of images whose features were read from disk.
+        num_bytes: Size of all features in bytes.
     """
 
     cache: VisionCache | None
@@ -77,7 +80,7 @@ class VisionCacheResult:
     num_bytes: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """Return the content of a `metrics.jsonl` line."""
+        """Return the content of the `metrics.jsonl` line about the vision cache."""
         metrics = {
             "tier": self.tier,
             "images_from_disk": self.num_from_disk,
@@ -91,11 +94,16 @@ class VisionCacheResult:
 def open_vision_cache(
     state: TrainState, console: TrainingConsole, stop: StopRequest
 ) -> Iterator[VisionCacheResult]:
-    """Provide the vision cache within the context, if it pays off.
+    """Build the vision cache if it pays off, and provide it within the context.
 
-    It requires a frozen vision encoder, images that occur repeatedly, and space for their features.
-    A
-    resumed run keeps the decision of its start.
+    The cache requires a frozen vision encoder, images that are used several times or have features
+    on disk, and space for the features. A resumed run does not use the cache if it started without
+    it.
+
+    Args:
+        state: State of the run.
+        console: Console for progress and messages.
+        stop: Stop request, checked between chunks.
 
     Raises:
         TrainingInterrupted: A stop was requested.
@@ -116,7 +124,7 @@ def open_vision_cache(
 
 
 class _CacheUnavailable(Exception):
-    """Reason for training without the vision cache."""
+    """Raised with the reason when the vision cache cannot be used."""
 
 
 def _uncached_result(state: TrainState, reason: str) -> VisionCacheResult:
@@ -126,7 +134,7 @@ def _uncached_result(state: TrainState, reason: str) -> VisionCacheResult:
 
 
 def _find_cache_blocker(state: TrainState) -> str | None:
-    """Return the reason in recipe, model or data that prevents caching, if any."""
+    """Return why recipe, model or data prevent a vision cache; None if caching is possible."""
     model = state.model
     if not state.train_data.stats.num_patches:
         return "the data contain no images"
@@ -148,13 +156,13 @@ def _find_cache_blocker(state: TrainState) -> str | None:
 
 
 def _was_started_with_cache(state: TrainState) -> bool:
-    """Check if the previous steps of the run used cached features."""
+    """Return whether the previous steps of a resumed run used cached features."""
     lines = [line for line in state.run_dir.iter_metrics() if "images" in line]
     return bool(lines) and bool(lines[-1]["images"])
 
 
 def _is_single_use(state: TrainState) -> bool:
-    """Check if a new run uses each image at most once on average."""
+    """Return whether a new run uses each image at most once on average."""
     dataset_stats, num_samples = state.train_data.stats, state.sampler.num_samples
     is_first_start = not state.progress.step
     return (
@@ -165,9 +173,10 @@ def _is_single_use(state: TrainState) -> bool:
 
 
 class _VisionCacheCoordinator:
-    """Build the vision cache on all ranks; each rank stores all features.
+    """Coordinator that builds the vision cache on all ranks; every rank stores all features.
 
-    `store` is None if the disk is not used.
+    Attributes:
+        store: Feature files on disk; None if the disk is not used.
     """
 
     def __init__(self, state: TrainState, console: TrainingConsole, stop: StopRequest) -> None:
@@ -179,12 +188,12 @@ class _VisionCacheCoordinator:
         self.store: VisionFileStore | None = None
 
     def close(self) -> None:
-        """Release the files, so that other runs may remove them."""
+        """Close the feature files, so that other runs may evict them."""
         if self.store is not None:
             self.store.close()
 
     def build(self) -> VisionCacheResult:
-        """Load chunks from disk, encode the missing ones and store all of them.
+        """Load the available features from disk, encode the missing ones and store all of them.
 
         Raises:
             _CacheUnavailable: The cache cannot be used.
@@ -229,7 +238,7 @@ class _VisionCacheCoordinator:
         )
 
     def _run_on_all_ranks(self, fn: Callable[[], T]) -> T:
-        """Run a function that must succeed on all ranks, and return its local result.
+        """Call a function that must succeed on all ranks; return the local result.
 
         Raises:
             TrainingInterrupted: A rank received a stop signal; raised on all ranks.
@@ -259,7 +268,11 @@ class _VisionCacheCoordinator:
         return results[0]
 
     def _open_store_if_useful(self) -> bool:
-        """Open the file store, and return whether each image is used at most once."""
+        """Open the feature files; return whether each image is used at most once.
+
+        Raises:
+            _CacheUnavailable: The cache cannot be used or does not pay off.
+        """
         blocker = _find_cache_blocker(self._state)
         if blocker is not None:
             raise _CacheUnavailable(blocker)
@@ -285,7 +298,7 @@ class _VisionCacheCoordinator:
             return None
 
     def _disable_disk(self, error: UserError) -> None:
-        """Continue without the disk, unless the recipe requires it."""
+        """Log that the disk is not used, or raise if the recipe requires it."""
         if self._setting == "disk":
             raise error
         self._console.log(f"the vision cache does not use the disk: {error.where}: {error.what}")
@@ -311,9 +324,9 @@ class _VisionCacheCoordinator:
         )
 
     def _measure_free_bytes(self, chunks: Sequence[ImageChunk], missing_bytes: int) -> FreeBytes:
-        """Return the minimum free space over all ranks.
+        """Return the minimum free space over all ranks, by storage tier.
 
-        One rank per machine evicts old files to make space for the missing bytes.
+        One rank per machine first evicts old files to make space for `missing_bytes`.
         """
         process_group, device = self._process_group, self._state.hardware.device
         names = [chunk.name for chunk in chunks]
@@ -347,7 +360,7 @@ class _VisionCacheCoordinator:
     def _load_chunks(
         self, builder: VisionCacheBuilder, chunks_on_disk: Sequence[ImageChunk]
     ) -> list[ImageChunk]:
-        """Load chunks from disk, and return the valid ones."""
+        """Load the features of chunks from disk, and return the chunks with valid files."""
         store = self.store
         loaded_chunks: list[ImageChunk] = []
         if store is None:
@@ -375,7 +388,7 @@ class _VisionCacheCoordinator:
     def _find_missing_chunks(
         self, chunks: Sequence[ImageChunk], loaded_chunks: Sequence[ImageChunk]
     ) -> list[ImageChunk]:
-        """Return the chunks that are missing on any rank."""
+        """Return the chunks that at least one rank could not load."""
         missing_starts = sorted(chunk.start for chunk in {*chunks}.difference(loaded_chunks))
         payloads = self._process_group.all_gather_str(json.dumps(missing_starts))
         starts = {start for payload in payloads for start in json.loads(payload)}
@@ -388,15 +401,24 @@ class _VisionCacheCoordinator:
         chunks: Sequence[ImageChunk],
         write_to_disk: bool,
     ) -> Mapping[ImageChunk, StoredChunk]:
-        """Encode chunks, one per rank at a time, and return the files that were written.
+        """Encode the images of the missing chunks and store their features on all ranks.
 
-        One rank per machine writes files.
+        Each rank encodes every `world_size`-th chunk. One rank per machine writes the files.
+
+        Returns:
+            Files that were written on this machine.
         """
         process_group, is_writer = (
             self._process_group,
             write_to_disk and self._process_group.local_rank == 0,
         )
-        writer = FeatureWriter(self.store, self._disable_disk) if self.store and is_writer else None
+
+        def handle_write_error(error: UserError) -> None:
+            self._disable_disk(error)
+            if builder.tier == "disk":
+                raise _CacheUnavailable(f"{error.where}: {error.what}")
+
+        writer = FeatureWriter(self.store, handle_write_error) if self.store and is_writer else None
         with (
             closing(
                 read_image_chunks(self._state, image_index, process_group.shard(chunks))
@@ -424,7 +446,7 @@ class _VisionCacheCoordinator:
         decoded_chunks: Iterator[DecodedChunk],
         chunks: Sequence[ImageChunk],
     ) -> Sequence[ChunkFeatures]:
-        """Encode one chunk per rank, and broadcast the features of all of them."""
+        """Encode one chunk on each rank, and broadcast the features of all these chunks."""
         process_group = self._process_group
 
         def encode_own_chunk() -> list[ChunkFeatures]:

@@ -1,4 +1,4 @@
-"""Vision cache builder: encodes chunks of images and stores their features.
+"""Builder of the vision cache: encodes images in chunks and stores their features.
 
 Shapes: N patches, M image tokens of a chunk, A image tokens of all images, K features per token, D
 width.
@@ -39,18 +39,18 @@ from finesight.train.vision_store_files import StoredChunk, VisionFileStore
 from finesight.vision.patches import concat_patches, concat_shape
 
 MAX_PENDING_CHUNKS = 8
-"""Maximum number of chunks in the write queue; bounds memory."""
+"""Maximum number of chunks that wait to be written to disk; limits memory."""
 
 NUM_WRITER_THREADS = 2
-"""Threads that write chunks to disk."""
+"""Number of threads that write chunks to disk."""
 
 
 CorruptImages = Mapping[int, CorruptImageError]
-"""Errors of corrupt images by image index."""
+"""Errors of corrupt images, by index of the image in an `ImageIndex`."""
 
 
 class ChunkFeatures(NamedTuple):
-    """Features of a chunk, zero for corrupt images."""
+    """Image features of a chunk; features of corrupt images are zero."""
 
     chunk: ImageChunk
     features_MKD: Tensor
@@ -59,7 +59,7 @@ class ChunkFeatures(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DecodedChunk:
-    """Patches of the valid images of a chunk."""
+    """Patches of the valid images of a chunk, and errors of corrupt ones."""
 
     chunk: ImageChunk
     patches: TensorBlock
@@ -67,19 +67,19 @@ class DecodedChunk:
 
     @property
     def valid_indices(self) -> list[int]:
-        """Indices of the valid images."""
+        """Indices of the images that could be decoded."""
         image_indices = range(self.chunk.start, self.chunk.stop)
         return [
             image_index for image_index in image_indices if image_index not in self.corrupt_images
         ]
 
     def pin_memory(self) -> DecodedChunk:
-        """Copy the patches to pinned memory; called by the data loader."""
+        """Return a copy in pinned memory; PyTorch's data loader calls this method."""
         return replace(self, patches=self.patches.pin_memory())
 
 
 class _ChunkDataset(Dataset[DecodedChunk | UserError]):
-    """Dataset of chunks with decoded images."""
+    """Map-style dataset of image chunks, which are decoded on access."""
 
     def __init__(
         self,
@@ -127,7 +127,9 @@ class _ChunkDataset(Dataset[DecodedChunk | UserError]):
 def read_image_chunks(
     state: TrainState, image_index: ImageIndex, chunks: Sequence[ImageChunk]
 ) -> Generator[DecodedChunk, None, None]:
-    """Decode chunks in worker processes; close the generator to end the workers.
+    """Decode the images of chunks in worker processes.
+
+    Close the generator to end the workers.
 
     Raises:
         UserError: An image is corrupt and `on_invalid_sample` is `fail`.
@@ -141,30 +143,41 @@ def read_image_chunks(
 
 
 class FeatureWriter:
-    """Write chunks to disk in background threads; must be closed."""
+    """Writer of image features to disk in background threads; call `close` to end them."""
 
     def __init__(self, store: VisionFileStore, on_error: Callable[[UserError], None]) -> None:
-        """Start the threads; the first error is passed to `on_error` and disables writing."""
+        """Start the threads.
+
+        Args:
+            store: Feature files on disk.
+            on_error: Callback for the first error, after which no more files are written.
+        """
         self._store, self._on_error, self._is_active = store, on_error, True
         self._pool = ThreadPoolExecutor(NUM_WRITER_THREADS)
         self._pending: deque[tuple[ImageChunk, Future[StoredChunk]]] = deque()
         self._stored: dict[ImageChunk, StoredChunk] = {}
 
     def write(self, chunk: ImageChunk, features_MKD: Tensor, name: str) -> None:
-        """Queue the features of a chunk, on the CPU, for writing."""
+        """Queue the features of a chunk for writing; blocks while the queue is full.
+
+        Args:
+            chunk: Chunk of images.
+            features_MKD: Features on the CPU.
+            name: File name without extension.
+        """
         if self._is_active:
             self._pending.append((chunk, self._pool.submit(self._store.write, name, features_MKD)))
         if len(self._pending) > MAX_PENDING_CHUNKS:
             self._wait_oldest()
 
     def flush(self) -> Mapping[ImageChunk, StoredChunk]:
-        """Wait for all writes and return the written files."""
+        """Wait for all queued chunks, and return all files written so far."""
         while self._pending:
             self._wait_oldest()
         return self._stored
 
     def close(self) -> None:
-        """End the threads and discard queued chunks."""
+        """End the threads; queued chunks are discarded."""
         self._pool.shutdown(cancel_futures=True)
 
     def _wait_oldest(self) -> None:
@@ -178,9 +191,10 @@ class FeatureWriter:
 
 
 class VisionCacheBuilder:
-    """Collect the features of all chunks in a storage tier.
+    """Collector of the image features of all chunks in one storage tier.
 
-    `load_chunk` reads from disk; `encode_chunk` and `store_chunk` compute missing chunks.
+    `load_chunk` reads features from disk. `encode_chunk` and `store_chunk` compute and store the
+    missing ones.
     """
 
     def __init__(self, state: TrainState, image_index: ImageIndex, tier: CacheTier) -> None:
@@ -188,7 +202,7 @@ class VisionCacheBuilder:
         assert isinstance(model, VisionLanguageModel), (
             "a vision encoder without native implementation"
         )
-        self._state, self._model, self._image_index, self._tier = state, model, image_index, tier
+        self._state, self._model, self._image_index, self.tier = state, model, image_index, tier
         self._feature_offsets_P1 = image_index.feature_offsets_P1
         self._feature_shape = model.visual.features_per_token, model.config.decoder.hidden_size
         self._corrupt_images: dict[int, CorruptImageError] = {}
@@ -201,8 +215,11 @@ class VisionCacheBuilder:
         )
 
     def load_chunk(self, store: VisionFileStore, chunk: ImageChunk) -> bool:
-        """Load a chunk from disk, and return False if it is missing or corrupt."""
-        reads_directly = self._tier == "memory"
+        """Load the features of a chunk from disk.
+
+        Returns False if the file is missing or corrupt.
+        """
+        reads_directly = self.tier == "memory"
         shape = (self._count_features(chunk), *self._feature_shape)
         buffer = (
             self._chunk_view(chunk)
@@ -212,37 +229,44 @@ class VisionCacheBuilder:
         stored = store.read(chunk.name, buffer)
         if stored is None:
             return False
-        if self._tier == "gpu":
+        if self.tier == "gpu":
             self._chunk_view(chunk).copy_(buffer)
         self._loaded_chunks[chunk] = stored
         return True
 
     @torch.no_grad()
     def encode_chunk(self, decoded_chunk: DecodedChunk) -> ChunkFeatures:
-        """Encode the images of a chunk."""
+        """Encode the images of a chunk with the vision encoder."""
         return ChunkFeatures(
             decoded_chunk.chunk, self._encode_features(decoded_chunk), decoded_chunk.corrupt_images
         )
 
     def allocate_chunk(self, chunk: ImageChunk) -> ChunkFeatures:
-        """Allocate a chunk that another rank encodes."""
+        """Allocate uninitialized features for a chunk that another rank encodes."""
         device, dtype = self._state.hardware.device, self._features_AKD.dtype
         shape = (self._count_features(chunk), *self._feature_shape)
         return ChunkFeatures(chunk, torch.empty(shape, dtype=dtype, device=device), {})
 
     def store_all(self, results: Iterable[ChunkFeatures], writer: FeatureWriter | None) -> None:
-        """Store several chunks."""
+        """Store the features of several chunks in the tier."""
         for result in results:
             self.store_chunk(result, writer)
 
     def store_chunk(self, result: ChunkFeatures, writer: FeatureWriter | None) -> None:
-        """Start storing a chunk, and finish the previous one while the device is busy."""
+        """Start storing the features of a chunk, and finish storing the previous chunk.
+
+        The copy of the previous chunk overlaps with the computation of the next one.
+
+        Args:
+            result: Features of the chunk.
+            writer: Writer for the disk; None if this rank writes no files.
+        """
         features_MKD = result.features_MKD
         self._corrupt_images |= result.corrupt_images
         event = None
-        if self._tier == "gpu":
+        if self.tier == "gpu":
             self._chunk_view(result.chunk).copy_(features_MKD)
-        if features_MKD.is_cuda and (self._tier != "gpu" or writer is not None):
+        if features_MKD.is_cuda and (self.tier != "gpu" or writer is not None):
             features_MKD = features_MKD.to("cpu", non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
@@ -250,27 +274,31 @@ class VisionCacheBuilder:
         self._pending = result._replace(features_MKD=features_MKD), event
 
     def flush(self, writer: FeatureWriter | None) -> None:
-        """Finish storing the last chunk."""
+        """Finish storing the features of the last chunk."""
         if self._pending is None:
             return
         ((chunk, features_MKD, corrupt_images), event), self._pending = self._pending, None
         if event is not None:
             event.synchronize()
-        if self._tier == "memory":
+        if self.tier == "memory":
             features_MKD = self._chunk_view(chunk).copy_(features_MKD)
         # Incomplete chunks are private to this run; other runs must detect corrupt images.
         name = chunk.name + "-corrupt" * bool(corrupt_images)
-        if writer is not None and (not corrupt_images or self._tier == "disk"):
+        if writer is not None and (not corrupt_images or self.tier == "disk"):
             writer.write(chunk, features_MKD, name)
 
     def build(self, written: Mapping[ImageChunk, StoredChunk]) -> VisionCache:
-        """Create the vision cache after all chunks are stored."""
+        """Create the vision cache after all chunks are stored.
+
+        Args:
+            written: Files of the chunks that were encoded in this run.
+        """
         image_index, device = self._mark_corrupt_samples(), self._state.hardware.device
-        if self._tier == "gpu":
+        if self.tier == "gpu":
             return VisionCache(
                 VisionIndexReader(image_index, self._feature_offsets_P1), device, self._features_AKD
             )
-        if self._tier == "memory":
+        if self.tier == "memory":
             return VisionCache(
                 VisionRamReader(image_index, self._feature_offsets_P1, self._features_AKD), device
             )
@@ -292,7 +320,7 @@ class VisionCacheBuilder:
         )
 
     def _mark_corrupt_samples(self) -> ImageIndex:
-        """Mark the samples that contain a corrupt image."""
+        """Return the image index with the samples marked that contain a corrupt image."""
         corrupt_samples = {
             sample: self._corrupt_images[image_index]
             for sample, image_indices in self._image_index.images_by_sample.items()
@@ -305,7 +333,10 @@ class VisionCacheBuilder:
         )
 
     def _encode_features(self, decoded_chunk: DecodedChunk) -> Tensor:
-        """Compute features [M, K, D] on the device, zero for corrupt images."""
+        """Encode a chunk to features [M, K, D] on the device.
+
+        The features of corrupt images are zero.
+        """
         state, image_refs, valid_indices = (
             self._state,
             self._image_index.image_refs,
@@ -326,7 +357,7 @@ class VisionCacheBuilder:
         padded_MKD = torch.zeros(shape, dtype=dtype, device=device)
         counts = [image_refs[image_index].num_features for image_index in valid_indices]
         first_offset = self._feature_offsets_P1[decoded_chunk.chunk.start]
-        # Without the features of padding patches.
+        # Exclude the features of padding patches.
         image_features = torch.split(features_MKD[: sum(counts)], counts)
         for image_index, features in zip(valid_indices, image_features, strict=True):
             start = int(self._feature_offsets_P1[image_index] - first_offset)

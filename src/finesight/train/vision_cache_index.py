@@ -1,4 +1,4 @@
-"""Index of the unique images of a data set, in content-defined chunks."""
+"""Index of the unique images of a dataset, split into chunks for encoding."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ from finesight.train.console import ProgressCallback
 from finesight.train.dataloader_workers import catch_user_error, prefetch_items
 
 CHUNK_PATCHES = 16384
-"""Patch count at which a chunk ends; bounds the memory for encoding it."""
+"""Number of patches at which a chunk ends; limits the memory for encoding it."""
 
 _SAMPLES_PER_ITEM = 64
-"""Samples per work item of a data loader worker."""
+"""Number of samples per item of the index scan, loaded by one data loader worker."""
 
 
 class ImageRef(NamedTuple):
     """Image or video of a sample.
 
-    `key` is a SHA-256 over the bytes of its files, its resized size and its patch grid. Images with
-    equal
-    keys have equal model inputs.
+    Attributes:
+        key: SHA-256 over the bytes of the files, the resized size and the patch grid. Images with
+            equal keys have equal model inputs.
+        span: Tokens, files and patch grid of the image in its sample.
     """
 
     key: str
@@ -49,16 +50,16 @@ class ImageRef(NamedTuple):
 
     @property
     def num_patches(self) -> int:
-        """Number of input patches of the vision encoder."""
+        """Number of patches, the inputs of the vision encoder."""
         frames, height, width = self.span.grid_thw
         return frames * height * width
 
 
 @dataclass(frozen=True, slots=True)
 class ImageChunk:
-    """Images `start` to `stop` of an index, encoded together.
+    """Images `start` to `stop` (exclusive) of an `ImageIndex`, which are encoded together.
 
-    `name` is a SHA-256 of their keys.
+    `name` is a SHA-256 of the keys of these images.
     """
 
     name: str
@@ -68,12 +69,12 @@ class ImageChunk:
 
 @dataclass(frozen=True, slots=True)
 class ImageIndex:
-    """Unique images of a data set.
+    """Unique images of a dataset.
 
     Attributes:
         image_refs: Unique images in the order of their keys.
-        images_by_sample: Indices into `image_refs` by corpus index of the sample.
-        corrupt_samples: Samples with a corrupt image.
+        images_by_sample: Indices into `image_refs`, by corpus index of the sample.
+        corrupt_samples: Errors of samples with a corrupt image, by corpus index.
     """
 
     image_refs: tuple[ImageRef, ...]
@@ -82,39 +83,37 @@ class ImageIndex:
 
     @property
     def feature_offsets_P1(self) -> NDArray[np.int64]:
-        """Offset of the features of each image when concatenated, and their total number."""
+        """Start of each image in the concatenated features, and the total number of features."""
         return np.cumsum([0, *(image_ref.num_features for image_ref in self.image_refs)])
 
     def count_images(self, chunks: Sequence[ImageChunk]) -> int:
-        """Count the images in these chunks."""
+        """Count the images in several chunks."""
         return sum(chunk.stop - chunk.start for chunk in chunks)
 
     def count_patches(self, chunks: Sequence[ImageChunk]) -> int:
-        """Count the patches in these chunks."""
+        """Count the patches in several chunks."""
         image_refs = self.image_refs
         return sum(
             image_refs[n].num_patches for chunk in chunks for n in range(chunk.start, chunk.stop)
         )
 
     def split_chunks(self) -> list[ImageChunk]:
-        """Split the images into content-defined chunks.
+        """Split the images into content-defined chunks, so that other datasets can reuse them.
 
-        A chunk ends after an image whose key ends in 0 (one of 16), or at its maximum size. New or
-        removed
-        images change only their own chunks. The last bits of features may depend on the other
-        images in the
-        batch, so a chunk has the same features in every run.
+        A chunk ends after an image whose key ends in 0 (one of 16), or at `CHUNK_PATCHES` patches.
+        An added or removed image changes only its own chunk. The last bits of the features of an
+        image may depend on the other images in the batch, so chunks make features reproducible.
         """
-        bounds, num_patches = [0], 0
+        chunk_ends, num_patches = [0], 0
         for position, image_ref in enumerate(self.image_refs, 1):
             num_patches += image_ref.num_patches
             last = position == len(self.image_refs)
             if last or image_ref.key[-1] == "0" or num_patches >= CHUNK_PATCHES:
-                bounds.append(position)
+                chunk_ends.append(position)
                 num_patches = 0
         return [
             ImageChunk(self._hash_keys(start, stop), start, stop)
-            for start, stop in pairwise(bounds)
+            for start, stop in pairwise(chunk_ends)
         ]
 
     def _hash_keys(self, start: int, stop: int) -> str:
@@ -123,7 +122,7 @@ class ImageIndex:
 
 
 class _ImageRefDataset(Dataset[list[list[ImageRef] | UserError] | UserError]):
-    """Dataset of image references, `_SAMPLES_PER_ITEM` samples per item."""
+    """Map-style dataset of image references; an item contains up to `_SAMPLES_PER_ITEM` samples."""
 
     def __init__(self, corpus: Corpus, renderer: Renderer, samples: Sequence[int]) -> None:
         self._corpus, self._renderer, self._samples = corpus, renderer, samples
@@ -173,7 +172,14 @@ def index_images(
     num_workers: int,
     on_progress: ProgressCallback,
 ) -> ImageIndex:
-    """Hash all image files of these samples and build an index.
+    """Hash the image files of samples, and build an index of the unique images.
+
+    Args:
+        corpus: Samples.
+        renderer: Tokenizer and image processor.
+        samples: Corpus indices of the samples to index.
+        num_workers: Number of data loader workers.
+        on_progress: Callback for the number of newly hashed samples.
 
     Raises:
         UserError: A sample has an error other than a corrupt image.

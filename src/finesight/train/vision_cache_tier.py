@@ -1,4 +1,4 @@
-"""Choice of the storage tier of the vision cache."""
+"""Choice of the storage tier of the vision cache: GPU memory, CPU memory or disk."""
 
 from __future__ import annotations
 
@@ -13,18 +13,25 @@ from finesight.model.vlm import VisionLanguageModel
 CacheTier = Literal["gpu", "memory", "disk"]
 
 MAX_GPU_FRACTION = 1 / 16
-"""Maximum share of the GPU memory that is free after loading the model.
+"""Maximum fraction of the free GPU memory, after loading the model, for cached features.
 
-Training and evaluation need an unknown amount of the rest. Other tiers are fast enough as well.
+Training and evaluation need an unknown amount of the rest, and the other tiers are fast enough as
+well.
 """
 
 MAX_RAM_FRACTION = 1 / 2
-"""Maximum share of the available memory of this machine."""
+"""Maximum fraction of the available CPU memory for cached features."""
 
 
 @dataclass(frozen=True, slots=True)
 class FreeBytes:
-    """Free bytes for features: on the GPU (None on a CPU), in memory and on disk."""
+    """Free bytes for cached features in each storage tier.
+
+    Attributes:
+        gpu: GPU memory; None without a GPU.
+        memory: CPU memory per rank.
+        disk: Disk space.
+    """
 
     gpu: int | None
     memory: int
@@ -32,9 +39,9 @@ class FreeBytes:
 
 
 def estimate_feature_bytes(num_patches: int, model: VisionLanguageModel, dtype: torch.dtype) -> int:
-    """Compute the size of the features of this many patches; model weights are not read.
+    """Compute the size in bytes of the cached features of a number of patches.
 
-    The result is an upper bound if samples share images.
+    The weights of the model are not read. The result is an upper bound if samples share images.
     """
     vision_encoder, decoder_config = model.visual, model.config.decoder
     num_features = num_patches // vision_encoder.config.merge_size**2
@@ -49,18 +56,18 @@ def estimate_feature_bytes(num_patches: int, model: VisionLanguageModel, dtype: 
 def choose_cache_tier(
     setting: VisionCacheMode, needed_bytes: int, missing_bytes: int, free: FreeBytes
 ) -> CacheTier | None:
-    """Choose the fastest tier with enough free space: GPU, memory, then disk.
+    """Choose the fastest storage tier with enough free space: GPU, CPU memory, then disk.
 
-    The setting restricts the choice: `memory` excludes the disk, `disk` allows only the disk.
+    The setting restricts the choice: `memory` excludes the disk, and `disk` allows only the disk.
 
     Args:
         setting: Value of `train.vision_cache`.
         needed_bytes: Size of all features.
-        missing_bytes: Size of the features that are not on disk.
-        free: Free space.
+        missing_bytes: Size of the features that are not yet on disk.
+        free: Free bytes in each tier.
 
     Returns:
-        The tier; None if no tier fits, or for `never`.
+        Storage tier; None if no tier fits, or for `never`.
     """
     if setting == "never":
         return None
@@ -75,7 +82,10 @@ def choose_cache_tier(
 
 
 def free_gpu_memory(device: torch.device) -> int | None:
-    """Return the bytes of GPU memory available to this process; None on a CPU."""
+    """Return the bytes of GPU memory available to this process; None on a CPU.
+
+    Memory that PyTorch has cached but does not use counts as available.
+    """
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)

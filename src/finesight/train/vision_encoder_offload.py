@@ -1,4 +1,4 @@
-"""Fingerprint and offloading of a frozen vision encoder."""
+"""Fingerprint of a frozen vision encoder, and its offloading to the CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finesight.model.auto_model import AnyModel
 from finesight.model.vlm import VisionLanguageModel
 
 ENCODER_VERSION = 5
-"""Version of the encoder computation and its preprocessing; increase it when results change."""
+"""Version of the encoder computation and preprocessing; increase it when features change."""
 
 _NUM_HASH_THREADS = 8
 
@@ -28,9 +28,13 @@ def fingerprint_encoder(
 ) -> str:
     """Return a SHA-256 of everything that determines the features of an image.
 
-    It covers the weights, the model settings (`config.json` and preprocessor), library versions and
-    the
-    device.
+    It covers the weights, model settings, library versions and device. Cached features of another
+    fingerprint are not used.
+
+    Args:
+        vision_encoder: Vision encoder of the model.
+        settings: Content of `config.json` and of the preprocessor configuration.
+        device: Device that runs the encoder.
     """
     tensors = {**dict(vision_encoder.named_parameters()), **dict(vision_encoder.named_buffers())}
     with ThreadPoolExecutor(_NUM_HASH_THREADS) as pool:
@@ -61,16 +65,16 @@ def _digest(tensor: Tensor) -> str:
 
 
 def should_offload(device: torch.device) -> bool:
-    """Return True on a GPU, where memory is scarce."""
+    """Return whether to offload an unused vision encoder: only on a GPU."""
     return device.type == "cuda"
 
 
 class EncoderOffloader:
-    """Offload the weights of a frozen vision encoder to the CPU, and reload them.
+    """Offloader of the weights of a frozen vision encoder to the CPU.
 
-    The storage is resized and refilled, so that all tensors that share it stay valid. Tensors
-    shared with
-    the rest of the model, and models of the transformers backend, stay on the device.
+    The storage of the weights is resized to zero and later refilled, so all tensors that share it
+    stay valid. Tensors shared with the rest of the model, and models of the transformers backend,
+    stay on the device.
     """
 
     def __init__(self, model: AnyModel) -> None:
@@ -79,7 +83,7 @@ class EncoderOffloader:
         self.is_offloaded = False
 
     def _list_storages(self) -> list[torch.UntypedStorage]:
-        """Return the storages that only the vision encoder uses."""
+        """Return the storages that only tensors of the vision encoder use."""
         model = self._model
         encoder_tensors = (
             list(_iter_tensors(model.visual)) if isinstance(model, VisionLanguageModel) else []
@@ -95,7 +99,10 @@ class EncoderOffloader:
 
     @contextmanager
     def offload(self) -> Iterator[None]:
-        """Keep the encoder on the CPU within the context; only `reload` allows using it."""
+        """Keep the encoder weights on the CPU within the context.
+
+        The encoder can be used only inside a nested `reload` context.
+        """
         self._move_to_cpu()
         try:
             yield
@@ -104,7 +111,7 @@ class EncoderOffloader:
 
     @contextmanager
     def reload(self) -> Iterator[None]:
-        """Keep the encoder on the device within the context."""
+        """Keep the encoder weights on the device within the context."""
         was_offloaded = self.is_offloaded
         self._move_to_gpu()
         try:
@@ -143,7 +150,7 @@ def _data_ptr(tensor: Tensor) -> int:
 
 
 def _storage_id(storage: torch.UntypedStorage) -> int:
-    """Return the identity of a storage, independent of its memory."""
+    """Return the identity of a storage, which does not change when the storage is resized."""
     return int(storage._cdata)
 
 

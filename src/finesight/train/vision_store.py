@@ -1,8 +1,7 @@
-"""Cached features of a frozen vision encoder, in one of three storage tiers.
+"""Cached image features of a frozen vision encoder, with a reader for each storage tier.
 
 Shapes: P unique images, M image tokens of a pack, A image tokens of all images, K features per
-token,
-D width.
+token, D width.
 """
 
 from __future__ import annotations
@@ -23,19 +22,22 @@ from finesight.train.vision_store_files import StoredChunk, read_rows
 
 @dataclass(frozen=True)
 class VisionIndexReader(VisionCacheReader):
-    """Reader for features on the GPU: the data loader only sends feature indices.
+    """Vision cache reader for features on the GPU; the data loader sends only feature indices.
 
-    `feature_offsets_P1` is the start of each image, and the total number of features.
+    Attributes:
+        image_index: Unique images of the dataset.
+        feature_offsets_P1: Start of each image in the concatenated features, and their total
+            number.
     """
 
     image_index: ImageIndex
     feature_offsets_P1: NDArray[np.int64]
 
     def check(self, sample: int, num_features: int) -> None:
-        """Verify that the cached features of a sample are usable.
+        """Verify that a sample can use the cached features of its images.
 
         Raises:
-            CorruptImageError: An image was corrupt, or its number of features has changed.
+            CorruptImageError: An image was corrupt, or its number of image tokens has changed.
         """
         if sample in self.image_index.corrupt_samples:
             raise self.image_index.corrupt_samples[sample]
@@ -51,7 +53,7 @@ class VisionIndexReader(VisionCacheReader):
             )
 
     def image_indices(self, sample_indices: Sequence[int]) -> list[int]:
-        """Return the image indices of these samples in order."""
+        """Return the indices of the images of several samples, in order."""
         return [
             image_index
             for sample in sample_indices
@@ -59,7 +61,7 @@ class VisionIndexReader(VisionCacheReader):
         ]
 
     def count_features(self, sample_indices: Sequence[int]) -> int:
-        """Return M of these samples."""
+        """Return the number of image tokens of several samples."""
         image_refs = self.image_index.image_refs
         return sum(
             image_refs[image_index].num_features
@@ -67,11 +69,11 @@ class VisionIndexReader(VisionCacheReader):
         )
 
     def tensor_spec(self, sample_indices: Sequence[int]) -> TensorSpec:
-        """Return int64 [M]."""
+        """Return the dtype and shape of the feature indices of a pack: int64 [M]."""
         return torch.int64, (self.count_features(sample_indices),)
 
     def write_to(self, sample_indices: Sequence[int], buffer: Tensor) -> None:
-        """Write the feature indices of the images in order."""
+        """Write the feature indices of the images of a pack to a buffer, in order."""
         offsets = self.feature_offsets_P1
         ranges = [np.arange(offsets[n], offsets[n + 1]) for n in self.image_indices(sample_indices)]
         if ranges:
@@ -80,19 +82,23 @@ class VisionIndexReader(VisionCacheReader):
 
 @dataclass(frozen=True)
 class VisionRamReader(VisionIndexReader):
-    """Reader for features [A, K, D] in shared memory: the data loader sends the features."""
+    """Vision cache reader for features in CPU memory; the data loader sends features.
+
+    Attributes:
+        features_AKD: Features of all images.
+    """
 
     features_AKD: Tensor
 
     def tensor_spec(self, sample_indices: Sequence[int]) -> TensorSpec:
-        """Return the feature dtype and [M, K, D]."""
+        """Return the dtype and shape of the features of a pack: [M, K, D]."""
         return self.features_AKD.dtype, (
             self.count_features(sample_indices),
             *self.features_AKD.shape[1:],
         )
 
     def write_to(self, sample_indices: Sequence[int], buffer: Tensor) -> None:
-        """Copy the features to the buffer."""
+        """Copy the features of a pack to a buffer."""
         indices_M = torch.empty(len(buffer), dtype=torch.int64)
         super().write_to(sample_indices, indices_M)
         torch.index_select(self.features_AKD, 0, indices_M, out=buffer)
@@ -100,9 +106,13 @@ class VisionRamReader(VisionIndexReader):
 
 @dataclass(frozen=True)
 class VisionDiskReader(VisionIndexReader):
-    """Reader for features on disk, one file per chunk: the data loader sends the features.
+    """Vision cache reader for features on disk; the data loader sends features.
 
-    `first_images` are the first image indices of the chunks, and `feature_shape` is (K, D).
+    Attributes:
+        files: File of each chunk of images.
+        first_images: Index of the first image of each chunk.
+        feature_shape: Shape (K, D) of the features of a token.
+        dtype: Dtype of the features.
     """
 
     files: Sequence[StoredChunk]
@@ -111,11 +121,11 @@ class VisionDiskReader(VisionIndexReader):
     dtype: torch.dtype
 
     def tensor_spec(self, sample_indices: Sequence[int]) -> TensorSpec:
-        """Return the feature dtype and [M, K, D]."""
+        """Return the dtype and shape of the features of a pack: [M, K, D]."""
         return self.dtype, (self.count_features(sample_indices), *self.feature_shape)
 
     def write_to(self, sample_indices: Sequence[int], buffer: Tensor) -> None:
-        """Read the features into the buffer.
+        """Read the features of a pack from disk into a buffer.
 
         Raises:
             UnreadableFileError: A file is missing or truncated.
@@ -134,9 +144,12 @@ class VisionDiskReader(VisionIndexReader):
 
 @dataclass(frozen=True, slots=True)
 class VisionCache:
-    """Cached features of all images.
+    """Cached features of all images of a run.
 
-    `features_AKD` are on the device if the reader only sends indices.
+    Attributes:
+        reader: Reader that the data loader uses.
+        device: Device of the model.
+        features_AKD: Features on the device if the reader sends only indices; otherwise None.
     """
 
     reader: VisionIndexReader
@@ -144,7 +157,11 @@ class VisionCache:
     features_AKD: Tensor | None = None
 
     def load_features(self, cache_inputs: Tensor) -> Tensor:
-        """Return features [M, K, D] of a pack on the device, without synchronization."""
+        """Return the image features [M, K, D] of a pack on the device, without synchronization.
+
+        Args:
+            cache_inputs: Features or feature indices that the data loader has sent.
+        """
         on_device = cache_inputs.to(self.device, non_blocking=True)
         return (
             on_device if self.features_AKD is None else self.features_AKD.index_select(0, on_device)

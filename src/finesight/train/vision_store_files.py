@@ -1,9 +1,10 @@
-"""Disk tier of the vision cache, shared by runs.
+"""Disk tier of the vision cache: feature files, shared by runs.
 
 The files are in the assets folder of the huggingface_hub cache (`HF_HOME`), with a folder for each
 vision encoder and one safetensors file per chunk of images. A file is renamed to its final name
 after it is complete, and its SHA-256 is verified on reading. Least recently used files are evicted.
-Files are not flushed: those that a power failure corrupts are computed again.
+Files are not flushed to disk: the features in a file that a power failure corrupts are computed
+again.
 
 Shapes: M image tokens of a chunk, K features per token, D width.
 """
@@ -33,42 +34,42 @@ from finesight.model_folder import MAX_HEADER_BYTES
 from finesight.storage import make_folder, translate_os_errors
 
 MAX_STORE_BYTES = 64 << 30
-"""Maximum size of all cached features on disk."""
+"""Maximum size of the feature files of all vision encoders, in bytes."""
 
 MAX_FREE_FRACTION = 0.5
-"""Maximum share of the free disk space for features."""
+"""Maximum fraction of the free disk space for new feature files."""
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _TENSOR_KEY, _SHA256_KEY = "features", "sha256"
 
 
 def vision_store_root() -> Path:
-    """Return the root folder of the features of all models."""
-    # Imported here: it is slow to import.
+    """Return the root folder of the feature files of all vision encoders."""
+    # Imported here, because huggingface_hub is slow to import.
     from huggingface_hub import constants
 
     return Path(constants.HF_ASSETS_CACHE) / "finesight" / "vision_cache"
 
 
 class StoredChunk(NamedTuple):
-    """File of a chunk, and the byte offset of its features."""
+    """Feature file of a chunk of images, and the byte offset of its features."""
 
     path: Path
     data_offset: int
 
 
 class VisionFileStore:
-    """Feature files of one vision encoder.
+    """Folder of the feature files of one vision encoder.
 
-    Other runs cannot evict any file until the store is closed.
+    Other runs cannot evict files until the store is closed.
     """
 
     def __init__(self, root: Path, encoder_hash: str, *, use_lock: bool = True) -> None:
-        """Create the folder of the encoder.
+        """Create the folder of the vision encoder, and acquire the shared lock.
 
         Args:
-            root: Folder of all encoders.
-            encoder_hash: Fingerprint of the encoder and its settings.
+            root: Root folder of all vision encoders.
+            encoder_hash: Fingerprint of the encoder and its settings, used as folder name.
             use_lock: Whether to hold the lock; one rank per machine does.
 
         Raises:
@@ -89,22 +90,28 @@ class VisionFileStore:
 
     @property
     def is_empty(self) -> bool:
-        """Return True if there are no files of this encoder."""
+        """True if there are no feature files of this vision encoder."""
         return not any(self.folder.iterdir())
 
     def chunk_path(self, name: str) -> Path:
-        """Return the path of a chunk."""
+        """Return the path of the feature file of a chunk."""
         return self.folder / f"{name}.safetensors"
 
     def has_chunk(self, name: str) -> bool:
-        """Check if the file of a chunk exists, without verifying it."""
+        """Return whether the feature file of a chunk exists, without verifying it."""
         return self.chunk_path(name).exists()
 
     def evict(self, required_chunks: Iterable[str], missing_bytes: int) -> int:
-        """Remove least recently used files until `missing_bytes` fit, and return the available
-        bytes.
+        """Remove least recently used feature files until new files fit.
 
-        Required chunks are retained. No file is removed while another run uses the store.
+        No file is removed while another run uses the store.
+
+        Args:
+            required_chunks: Names of chunks that must not be removed.
+            missing_bytes: Size of the new files.
+
+        Returns:
+            Number of bytes available for new files.
         """
         is_exclusive = self._use_lock and self._is_alone()
         files = self._list_files()
@@ -130,7 +137,10 @@ class VisionFileStore:
         return available_bytes()
 
     def _is_alone(self) -> bool:
-        """Acquire the exclusive lock; return False if it is in use or unsupported."""
+        """Acquire the exclusive lock; return False if another run uses the store.
+
+        The result is also False on a file system without locks.
+        """
         try:
             self._lock_fd.acquire(wait=False)
         except OSError:
@@ -138,7 +148,7 @@ class VisionFileStore:
         return True
 
     def _list_files(self) -> list[tuple[float, int, Path]]:
-        """Return last use, size and path of all files."""
+        """Return the time of last use, the size and the path of all feature files."""
         stats = []
         for path in self.root.glob("*/*.safetensors"):
             try:
@@ -149,7 +159,11 @@ class VisionFileStore:
         return stats
 
     def write(self, name: str, features_MKD: Tensor) -> StoredChunk:
-        """Write the features of a chunk from a contiguous CPU tensor.
+        """Write the features of a chunk to a file, atomically.
+
+        Args:
+            name: Name of the chunk.
+            features_MKD: Contiguous CPU tensor.
 
         Raises:
             UserError: The disk is not writable.
@@ -176,7 +190,11 @@ class VisionFileStore:
         return StoredChunk(path, data_offset)
 
     def read(self, name: str, features_MKD: Tensor) -> StoredChunk | None:
-        """Read a chunk into a contiguous CPU tensor.
+        """Read and verify the features of a chunk.
+
+        Args:
+            name: Name of the chunk.
+            features_MKD: Contiguous CPU tensor that receives the features.
 
         Returns:
             The file; None if it is missing or corrupt. A corrupt file is removed.
@@ -198,10 +216,10 @@ class VisionFileStore:
 
 
 def _read_verified(fd: int, features_MKD: Tensor) -> int:
-    """Read and verify a file, and return the offset of its features.
+    """Read the features in an open file and verify their SHA-256; return their byte offset.
 
     Raises:
-        ValueError: The content is not that of `write` for this shape and dtype.
+        ValueError: The file does not contain features of this shape and dtype, or is corrupt.
     """
     length = int.from_bytes(_read_at(fd, 8, 0), "little")
     if length > MAX_HEADER_BYTES:
@@ -231,7 +249,7 @@ def _read_at(fd: int, length: int, offset: int) -> bytes:
 
 
 def read_into(fd: int, buffer: memoryview, offset: int) -> None:
-    """Fill a buffer from an offset of an open file.
+    """Fill a buffer with the bytes of an open file, starting at an offset.
 
     Raises:
         ValueError: The file is too short.
@@ -245,16 +263,21 @@ def read_into(fd: int, buffer: memoryview, offset: int) -> None:
 
 
 def _as_bytes(tensor: Tensor) -> memoryview:
-    """View the memory of a contiguous CPU tensor."""
+    """Return the memory of a contiguous CPU tensor as bytes, without a copy."""
     assert tensor.is_contiguous(), "a tensor that is not contiguous"
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def read_rows(stored_chunk: StoredChunk, start_row: int, features_MKD: Tensor) -> None:
-    """Read consecutive features of a chunk into a contiguous CPU tensor.
+    """Read the features of consecutive image tokens of a chunk, without verifying them.
+
+    Args:
+        stored_chunk: Feature file.
+        start_row: Index of the first image token in the chunk.
+        features_MKD: Contiguous CPU tensor that receives the features.
 
     Raises:
-        UnreadableFileError: The file has changed.
+        UnreadableFileError: The file is missing, truncated or unreadable.
     """
     buffer = _as_bytes(features_MKD)
     row_bytes = len(buffer) // max(1, len(features_MKD))

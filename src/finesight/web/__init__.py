@@ -1,1 +1,1 @@
-"""Chat UI for the browser."""
+"""Chat UI for the browser (`finesight web`)."""

@@ -1,8 +1,8 @@
-"""ASGI middleware in front of Gradio: authentication, allowed routes, and limits.
+"""ASGI middleware in front of the Gradio chat UI: authentication, allowed routes and limits.
 
-Gradio has routes that this page does not need (proxies, run history, sharing), and it trusts paths
-in browser events. The middleware passes only the routes below, after authentication if a password
-is set, and only events of the page whose files were uploaded.
+Gradio has routes that the chat page does not need (proxies, run history, sharing), and it trusts
+file paths in browser events. The middleware only forwards the routes below, after authentication if
+a password is set, and only events of the page whose files have been uploaded.
 
 A TLS proxy must forward the Host header. Headers such as X-Forwarded-Proto are never read, because
 any client can send them.
@@ -55,7 +55,7 @@ END_EVENT_ROUTES: dict[str, type[BaseModel]] = {
     "/gradio_api/reset": Reset,
     "/gradio_api/reset/": Reset,
 }
-"""Routes that end an event, with the types of their bodies."""
+"""Routes that end a running event, with the types of their request bodies."""
 
 GET_ROUTES = re.compile(
     r"/|/config/?|/theme\.css|/page\.css|/favicon\.ico|/(?:assets|static|images|export)/.+"
@@ -64,10 +64,13 @@ GET_ROUTES = re.compile(
 POST_ROUTES = re.compile(r"/sign-in|/gradio_api/(?:queue/join|upload|cancel|reset/?)")
 
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
-"""Host names of a page on loopback. Other names that resolve to it are rejected (DNS rebinding)."""
+"""Allowed host names of a page that only this machine can reach.
+
+Other names that resolve to this machine are rejected, which prevents DNS rebinding.
+"""
 
 FORWARDING_HEADER_PREFIXES = (b"forwarded", b"x-forwarded-", b"x-gradio-server")
-"""Prefixes of headers from which Gradio would derive the URL of the page."""
+"""Prefixes of request headers from which Gradio would derive the URL of the page."""
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -81,11 +84,14 @@ _PAGE_POLICY = (
 _FILE_POLICY = "default-src 'none'; sandbox"
 
 RenderSignIn = Callable[[bool, str], str]
-"""Renders the sign-in page: whether the password was wrong, and the languages of the browser."""
+"""Function that renders the sign-in page.
+
+Its arguments are whether the last password was wrong, and the Accept-Language header.
+"""
 
 
 class _RequestRejected(Exception):
-    """Rejection of a request before its body is read completely."""
+    """Raised to reject a request before its body has been read completely."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -94,17 +100,18 @@ class _RequestRejected(Exception):
 
 @dataclass(slots=True)
 class AccessMiddleware:
-    """Middleware that controls access to the Gradio app.
+    """ASGI middleware that controls access to the Gradio app of the chat page.
 
     Attributes:
         app: Gradio app.
-        upload_folder: Folder in which Gradio stores uploads.
+        upload_folder: Folder in which Gradio stores uploaded files.
         budget: Disk space for uploads and chats.
-        inputs: Input types of the events of the page.
-        knows_session: Returns whether a session has an open event stream.
+        inputs: Input types of the events of the page, by event number.
+        knows_session: Returns whether a session ID has an open event stream.
         render_sign_in: Renders the sign-in page.
-        password: Password of the page. None permits everyone.
-        loopback_only: Reject other host names if there is no password.
+        password: Password of the page. None admits everyone.
+        loopback_only: Whether other host names than `LOOPBACK_HOSTS` are rejected if there is no
+            password.
     """
 
     app: ASGIApp
@@ -163,7 +170,7 @@ class AccessMiddleware:
             await _send_response(rejection_error.response, scope, receive, send)
 
     def _check_request(self, scope: Scope, headers: Headers) -> Response | None:
-        """Return a rejection of the request, based on everything except its body."""
+        """Check a request, except for its body, and return a response if it is rejected."""
         method, path = scope["method"], scope["path"]
         if any(len(part.encode(errors="replace")) > MAX_NAME_BYTES for part in path.split("/")):
             return PlainTextResponse("not found", 404)
@@ -239,10 +246,10 @@ class AccessMiddleware:
     async def _handle_upload(
         self, scope: Scope, headers: Headers, receive: Receive, send: Send
     ) -> None:
-        """Pass an upload to Gradio after reserving disk space for it.
+        """Forward an upload to Gradio after reserving disk space for it.
 
         Raises:
-            _RequestRejected: Gradio would respond with an internal error.
+            _RequestRejected: The disk space is exhausted, or the form field is not a file.
         """
         size = int(headers.get("content-length", MAX_UPLOAD_BYTES))
         try:
@@ -277,7 +284,7 @@ class AccessMiddleware:
                 raise
 
     async def _handle_queue_join(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on an event of the page, if its files are uploads."""
+        """Forward an event of the page to Gradio if its files have been uploaded."""
         try:
             event, uploads = parse_event(await _read_body(receive), self.inputs)
         except ValueError:
@@ -293,7 +300,7 @@ class AccessMiddleware:
         await self._forward(event, scope, receive, send)
 
     async def _handle_event_end(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on the end of an event."""
+        """Forward a request that ends a running event to Gradio."""
         try:
             content = END_EVENT_ROUTES[scope["path"]].model_validate_json(await _read_body(receive))
         except ValueError:
@@ -317,7 +324,7 @@ class AccessMiddleware:
         )
 
     async def _handle_page(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve the page with a nonce for its own scripts."""
+        """Serve the chat page with a nonce for its own scripts (content security policy)."""
         request_headers = [
             (key, value) for key, value in scope["headers"] if key != b"accept-encoding"
         ]
@@ -367,15 +374,18 @@ def _add_security_headers(send: Send, policy: str) -> Send:
 
 
 def _is_forwardable_header(name: bytes, value: bytes) -> bool:
-    """Return whether a header cannot change the URL that Gradio derives."""
+    """Return whether a header may be forwarded to Gradio.
+
+    Headers from which Gradio would derive the URL of the page are not forwarded.
+    """
     return not name.lower().startswith(FORWARDING_HEADER_PREFIXES)
 
 
 def _is_same_origin(origin: str | None, host: str) -> bool:
-    """Compare host and port of an origin with the Host header.
+    """Return whether the host and port of an origin equal those of the Host header.
 
-    The scheme may differ, because a TLS proxy changes it. Browsers always send the origin of a
-    POST. Other programs need not.
+    The scheme may differ, because a TLS proxy changes it. A missing origin is accepted: browsers
+    always send the origin of a POST request, other programs need not.
     """
     if origin is None:
         return True
@@ -388,7 +398,10 @@ def _is_same_origin(origin: str | None, host: str) -> bool:
 
 
 def _split_host_port(address: str, default_port: int) -> tuple[str, int]:
-    """Return host and port of a URL. The host of a malformed URL is empty."""
+    """Return the host and port of a URL.
+
+    The host of a malformed URL is empty. A path, a query or a user name makes the URL malformed.
+    """
     try:
         parts = urlsplit(address)
         port = default_port if parts.port is None else parts.port
@@ -399,7 +412,7 @@ def _split_host_port(address: str, default_port: int) -> tuple[str, int]:
 
 
 def _limit_body(receive: Receive, max_bytes: int) -> Receive:
-    """Raise _RequestRejected for a body that exceeds the limit."""
+    """Wrap an ASGI receive function to raise _RequestRejected if the body is too large."""
     num_bytes = 0
 
     async def receive_limited() -> Message:
@@ -414,7 +427,10 @@ def _limit_body(receive: Receive, max_bytes: int) -> Receive:
 
 
 def _count_received(receive: Receive, reservation: DiskReservation) -> Receive:
-    """Count received bytes as written. Raises _RequestRejected after an idle timeout."""
+    """Wrap an ASGI receive function to count the received bytes as written to the disk.
+
+    The wrapped function raises _RequestRejected if no data arrives within the idle timeout.
+    """
 
     async def receive_counted() -> Message:
         try:

@@ -1,4 +1,4 @@
-"""HTML of chat turns. All texts of users and models are escaped."""
+"""Render conversations of the chat page as HTML. Texts of users and models are escaped."""
 
 from __future__ import annotations
 
@@ -13,11 +13,20 @@ from finesight.infer.chat_session import ChatReply, ChatTurn
 from finesight.web.web_sessions import ChatImage, WebSession
 
 BOXED_IMAGE_WIDTHS = (320, 640)
-"""Minimum and maximum width of images with boxes in pixels. The maximum also limits the height."""
+"""Minimum and maximum display width of images with bounding boxes, in pixels.
+
+The maximum also limits the height.
+"""
 
 
 def render_turns(session: WebSession, turns: Sequence[ChatTurn], first_index: int = 0) -> str:
-    """Render turns, numbered from `first_index` + 1."""
+    """Render turns of a conversation as HTML.
+
+    Args:
+        session: Chat session of the user.
+        turns: Turns to render.
+        first_index: Index of the first of these turns in the conversation.
+    """
     return "".join(
         _render_turn(session, turn, turn_number)
         for turn_number, turn in enumerate(turns, start=first_index + 1)
@@ -25,18 +34,18 @@ def render_turns(session: WebSession, turns: Sequence[ChatTurn], first_index: in
 
 
 def render_welcome(session: WebSession) -> str:
-    """Render the text before the first question."""
+    """Render the text that an empty conversation shows."""
     return Markup('<p class="welcome">{}</p>').format(session.ui_text.welcome)
 
 
 def render_notice(title: str, message: str) -> str:
-    """Render an error message."""
+    """Render an error message with a title."""
     inner = Markup("<strong>{}</strong> {}").format(title, message)
     return Markup('<div class="notice" role="alert">{}</div>').format(inner)
 
 
 def render_export_link(session: WebSession) -> str:
-    """Render the export link of a chat with turns."""
+    """Render the link that exports the conversation; empty if there are no turns."""
     if not session.chat.turns:
         return ""
     return Markup('<a href="export/{}/chat.zip" download>{}</a>').format(
@@ -45,7 +54,7 @@ def render_export_link(session: WebSession) -> str:
 
 
 def render_title(model: str) -> str:
-    """Render the page title."""
+    """Render the title of the page with the name of the model."""
     return Markup("<h1>finesight <span>{}</span></h1>").format(model)
 
 
@@ -119,7 +128,10 @@ def _render_boxed_image(session: WebSession, image: ChatImage, boxes: Sequence[B
 
 
 def _render_box(image: ChatImage, box: BoxPart, box_index: int) -> Markup:
-    """Render a box in percent of the image, with corners in any order."""
+    """Render a bounding box in percent of the image.
+
+    The corners of the box may be in any order.
+    """
     left, right = sorted(_to_percent(x, image.width) for x in box.xyxy[::2])
     top, bottom = sorted(_to_percent(y, image.height) for y in box.xyxy[1::2])
     style = (
@@ -146,7 +158,13 @@ def _render_image(session: WebSession, image: ChatImage, css_class: str) -> Mark
 
 
 def render_sign_in_page(template: Path, is_rejected: bool, is_chinese: bool) -> str:
-    """Render the sign-in page."""
+    """Render the sign-in page.
+
+    Args:
+        template: HTML template.
+        is_rejected: Whether the last password was wrong.
+        is_chinese: Use Chinese instead of English.
+    """
     texts = (
         ("密码", "登录", "密码错误") if is_chinese else ("Password", "Sign in", "Wrong password")
     )

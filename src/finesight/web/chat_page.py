@@ -1,4 +1,4 @@
-"""Gradio layout and event handlers of the chat page."""
+"""Layout and event handlers of the chat page, built with Gradio."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from finesight.web.web_sessions import WebSession, WebSessionStore
 
 BASE_MODEL_NAME = "base"
 UPDATE_INTERVAL_S = 0.08
-"""Seconds between updates of a streamed answer."""
+"""Seconds between updates of a streamed completion in the browser."""
 
 NUM_READER_THREADS = 4
-"""Threads that decode images. Each may hold one image of maximum size."""
+"""Number of threads that decode images. Each may hold one image of maximum size."""
 
 IDLE_BUTTONS: dict[str, Any] = {"submit_btn": True, "stop_btn": False}
 RUNNING_BUTTONS: dict[str, Any] = {"submit_btn": False, "stop_btn": True}
@@ -41,7 +41,7 @@ ComponentUpdates = dict[Any, Any]
 
 
 class ChatPage:
-    """Chat page. Gradio session IDs identify the users."""
+    """Gradio chat page for several users, who are identified by Gradio session IDs."""
 
     def __init__(self, session_store: WebSessionStore) -> None:
         self._session_store, self._model_names = session_store, session_store.service.model_names
@@ -243,7 +243,13 @@ class ChatPage:
         start_turn: Callable[[], ChatTurn],
         composer_updates: Mapping[str, Any],
     ) -> AsyncIterator[ComponentUpdates]:
-        """Yield updates of the page during and after generation."""
+        """Yield updates of the page while completions are generated, and at their end.
+
+        Args:
+            session: Chat session of the user.
+            start_turn: Starts the generation and returns the new turn. It may block.
+            composer_updates: Updates of the message box when the generation has started.
+        """
         turn_future = asyncio.ensure_future(
             asyncio.get_running_loop().run_in_executor(self._reader_pool, start_turn)
         )
@@ -281,7 +287,7 @@ class ChatPage:
         yield self._render_idle(session) | {self._notice_html: notice}
 
     def _render_idle(self, session: WebSession) -> ComponentUpdates:
-        """Return the state of the page without a running generation."""
+        """Return the updates that show the page without a running generation."""
         button = gr.Button(interactive=bool(session.chat.turns))
         return {
             **self._render_chat(session),

@@ -1,4 +1,4 @@
-"""Limit on the disk space of all users of the page."""
+"""Limit on the disk space that all users of the chat page share."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from finesight.web.web_limits import MAX_STORED_BYTES, UPLOAD_TTL_S
 
 
 class DiskFullError(Exception):
-    """The stored files would exceed `MAX_STORED_BYTES`."""
+    """Raised when stored files would exceed the limit `MAX_STORED_BYTES`."""
 
 
 class DiskBudget:
-    """Reserves disk space before a write, so that concurrent writers respect the limit.
+    """Limits the disk space of uploads and chats.
 
-    The budget counts files of uploads and chats, and reserved space. Expired uploads are deleted.
+    Space is reserved before each write, so that concurrent writers respect the limit. Expired
+    uploads are deleted.
     """
 
     def __init__(self, uploads: Path, conversations: Path) -> None:
@@ -27,7 +28,11 @@ class DiskBudget:
         self._lock = threading.Lock()
 
     def reserve(self, num_bytes: int) -> DiskReservation:
-        """Reserve disk space. Raises DiskFullError if it exceeds the limit."""
+        """Reserve disk space before writing files.
+
+        Raises:
+            DiskFullError: The stored and reserved bytes would exceed the limit.
+        """
         with self._lock:
             if self._count_stored_bytes() + self._reserved + num_bytes > MAX_STORED_BYTES:
                 raise DiskFullError
@@ -39,7 +44,7 @@ class DiskBudget:
             self._reserved -= num_bytes
 
     def _count_stored_bytes(self) -> int:
-        """Delete expired uploads and count the bytes of all files."""
+        """Delete expired uploads, then count the bytes of all stored files."""
         min_mtime, total = time.time() - UPLOAD_TTL_S, 0
         for root in (self._uploads, self._conversations):
             for folder, _, names in os.walk(root):
@@ -55,19 +60,22 @@ class DiskBudget:
 
 
 class DiskReservation:
-    """Reserved disk space. Release it after the files are written."""
+    """Reserved disk space. It is released at the end of a `with` block."""
 
     def __init__(self, budget: DiskBudget, num_bytes: int) -> None:
         self._budget, self._remaining = budget, num_bytes
 
     def write(self, num_bytes: int) -> None:
-        """Convert reserved bytes to written bytes."""
+        """Reduce the reservation by bytes that have been written to files.
+
+        Written files are counted by their size.
+        """
         num_bytes = min(num_bytes, self._remaining)
         self._remaining -= num_bytes
         self._budget._free(num_bytes)
 
     def release(self) -> None:
-        """Release the remaining bytes."""
+        """Release the rest of the reservation."""
         self.write(self._remaining)
 
     def __enter__(self) -> DiskReservation:

@@ -1,4 +1,4 @@
-"""Validation of browser events before Gradio queues them."""
+"""Validate events from the browser before Gradio queues them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, com
 from finesight.web.web_limits import MAX_NEW_TOKENS, MAX_TEMPERATURE
 
 ID_PATTERN = r"[A-Za-z0-9_-]{1,64}"
-"""Pattern of session and event IDs."""
+"""Pattern of Gradio session IDs and event IDs."""
 
 
 class Upload(BaseModel):
-    """Uploaded file of a message, identified by its path."""
+    """Reference to an uploaded file in a message, by its path on the server."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -22,12 +22,12 @@ class Upload(BaseModel):
 
     @computed_field
     def meta(self) -> dict[str, str]:
-        """Marker by which Gradio identifies a file."""
+        """Marker by which Gradio recognizes a file."""
         return {"_type": "gradio.FileData"}
 
 
 class Question(BaseModel):
-    """Value of the composer: a text and uploaded images."""
+    """Message of the user: a text and uploaded images."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -39,7 +39,7 @@ MaxTokens = Annotated[FiniteFloat, Field(ge=1, le=MAX_NEW_TOKENS)]
 Temperature = Annotated[FiniteFloat, Field(ge=0, le=MAX_TEMPERATURE)]
 
 Inputs = TypeAdapter[Any]
-"""Type of the input data of an event."""
+"""Validator for the input data of an event."""
 
 EMPTY_INPUT: Inputs = TypeAdapter(tuple[()])
 QUESTION_INPUT: Inputs = TypeAdapter(tuple[Question, bool, MaxTokens, Temperature])
@@ -47,7 +47,7 @@ REGENERATE_INPUT: Inputs = TypeAdapter(tuple[bool, MaxTokens, Temperature])
 
 
 class Event(BaseModel):
-    """Event of the page. Other keys are dropped, since the page does not use them."""
+    """Event that the page sends to Gradio, without fields that are not used."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -58,7 +58,7 @@ class Event(BaseModel):
 
 
 class Cancel(BaseModel):
-    """Cancellation of a running event."""
+    """Request to cancel a running event."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -68,7 +68,7 @@ class Cancel(BaseModel):
 
 
 class Reset(BaseModel):
-    """Reset of the iterator of an event."""
+    """Request to reset the iterator of an event."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -76,15 +76,15 @@ class Reset(BaseModel):
 
 
 class UnknownEvent(ValueError):
-    """The page does not have this event."""
+    """Raised when the page does not have the requested event."""
 
 
 def parse_event(body: bytes, inputs: Mapping[int, Inputs]) -> tuple[Event, list[Upload]]:
-    """Validate an event and list its uploaded files.
+    """Validate an event from the browser and list its uploaded files.
 
     Args:
-        body: JSON of the event.
-        inputs: Types of the input data by event number.
+        body: JSON text of the event.
+        inputs: Validators of the input data by event number.
 
     Raises:
         ValueError: The event is invalid or unknown.

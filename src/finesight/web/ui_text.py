@@ -10,7 +10,7 @@ UiLanguage = Literal["en", "zh"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UiText:
-    """Texts of the page in one language."""
+    """Texts of the chat page in one language."""
 
     language: UiLanguage
     other_language: str
@@ -103,7 +103,10 @@ CHINESE = UiText(
 
 
 def select_ui_text(accept_language: str) -> UiText:
-    """Return the texts of the first supported language in an Accept-Language header."""
+    """Return the page texts in the first supported language of an Accept-Language header.
+
+    English is the default.
+    """
     for entry in accept_language.lower().split(","):
         language = entry.split(";")[0].strip()
         for ui_text in (ENGLISH, CHINESE):
@@ -113,5 +116,5 @@ def select_ui_text(accept_language: str) -> UiText:
 
 
 def get_other_language(ui_text: UiText) -> UiText:
-    """Return the texts of the other language."""
+    """Return the page texts in the other language, Chinese or English."""
     return CHINESE if ui_text is ENGLISH else ENGLISH

@@ -1,4 +1,4 @@
-"""Web server of the chat page. It uses and contacts no other servers."""
+"""Web server of the chat page. It contacts no other servers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,14 @@ MONOSPACE_FONTS = ("ui-monospace", "Menlo", "Consolas", "monospace")
 def run_web_server(
     service: InferenceService, listener: socket.socket, password: str | None, loopback_only: bool
 ) -> None:
-    """Serve the page at a bound socket until a signal stops it."""
+    """Serve the chat page until a signal stops the server.
+
+    Args:
+        service: Inference service that generates completions.
+        listener: Bound socket.
+        password: Password of the page. None admits everyone.
+        loopback_only: Whether the page is for this machine only. See `AccessMiddleware`.
+    """
     import uvicorn
 
     with create_private_folder() as folder:
@@ -60,7 +67,7 @@ def run_web_server(
 
 @contextmanager
 def _handle_sigterm_as_interrupt() -> Iterator[None]:
-    """Handle SIGTERM like Ctrl-C within the block."""
+    """Handle SIGTERM like Ctrl-C within a `with` block."""
     previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -70,7 +77,11 @@ def _handle_sigterm_as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def bind_socket(host: str, port: int) -> Iterator[socket.socket]:
-    """Return a bound socket. Raises UserError if the address is not available."""
+    """Bind a socket to a host and port within a `with` block.
+
+    Raises:
+        UserError: The address is in use or not local.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -88,7 +99,10 @@ def bind_socket(host: str, port: int) -> Iterator[socket.socket]:
 
 @contextmanager
 def create_private_folder() -> Iterator[Path]:
-    """Create a temporary folder for uploads and chats, accessible by this user only."""
+    """Create a temporary folder for uploads and chats, accessible by this user only.
+
+    The folder is deleted at the end of the `with` block.
+    """
     with tempfile.TemporaryDirectory(
         prefix="finesight-web-", ignore_cleanup_errors=True
     ) as temporary_folder:
@@ -100,7 +114,7 @@ def create_private_folder() -> Iterator[Path]:
 
 
 def create_session_store(folder: Path, service: InferenceService) -> WebSessionStore:
-    """Create an empty session store in a private folder."""
+    """Create an empty session store in the private folder."""
     return WebSessionStore(
         service, folder / CHATS_FOLDER, DiskBudget(folder / UPLOADS_FOLDER, folder / CHATS_FOLDER)
     )
@@ -109,7 +123,14 @@ def create_session_store(folder: Path, service: InferenceService) -> WebSessionS
 def make_app(
     session_store: WebSessionStore, upload_folder: Path, password: str | None, loopback_only: bool
 ) -> AccessMiddleware:
-    """Build the page with its access middleware. Uploads are stored in `upload_folder`."""
+    """Build the chat page as an ASGI application with access control.
+
+    Args:
+        session_store: Chat sessions of all users.
+        upload_folder: Folder in which Gradio stores uploaded files.
+        password: Password of the page. None admits everyone.
+        loopback_only: Whether the page is for this machine only. See `AccessMiddleware`.
+    """
     # Imported here, because Gradio reads its environment variables at import.
     import gradio as gr
 
@@ -155,10 +176,10 @@ def make_app(
 
 @contextmanager
 def _configure_gradio(folder: Path) -> Iterator[None]:
-    """Set environment variables of Gradio within the block.
+    """Set environment variables of Gradio within a `with` block.
 
-    Gradio stores its files in `folder` and sends no analytics. Components that are created by
-    events read the variables as well.
+    Gradio stores its files in `folder` and sends no usage statistics. Components that are created
+    by events read the variables as well.
     """
     variables = {
         "GRADIO_TEMP_DIR": str(folder),
@@ -176,7 +197,10 @@ def _configure_gradio(folder: Path) -> Iterator[None]:
 
 
 def _build_theme() -> gr.themes.Base:
-    """Build a theme with system fonts. Gradio themes load fonts from other servers."""
+    """Build a Gradio theme with system fonts.
+
+    The default themes would load fonts from other servers.
+    """
     import gradio as gr
 
     return gr.themes.Base(

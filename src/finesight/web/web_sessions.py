@@ -1,4 +1,4 @@
-"""Chat sessions of the page, with their private files."""
+"""Chat sessions of the chat page, each with a private folder for its images."""
 
 from __future__ import annotations
 
@@ -29,15 +29,23 @@ from finesight.web.web_limits import (
 )
 
 MAX_DISPLAY_SIDE = 1600
-"""Longer side of displayed images in pixels."""
+"""Maximum width and height of an image that the browser receives, in pixels."""
 
 MAX_DISPLAY_BYTES = 4 << 20
-"""Maximum file size of a displayed image."""
+"""Maximum file size of an image that the browser receives."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatImage:
-    """Image of a chat: original size, and a display copy without metadata."""
+    """Image of a chat session.
+
+    Attributes:
+        name: File name of the upload.
+        number: Number of the image in the session, from 1.
+        width: Original width in pixels.
+        height: Original height in pixels.
+        display_path: Copy without metadata that the browser receives. It may be smaller.
+    """
 
     name: str
     number: int
@@ -48,10 +56,15 @@ class ChatImage:
 
 @dataclass(slots=True)
 class WebSession:
-    """Chat with a private folder.
+    """Chat session of one browser tab, with a private folder.
 
     Attributes:
-        token: Secret part of the URLs of its images and export.
+        chat: Conversation with the model.
+        folder: Private folder of the session.
+        budget: Disk space that all sessions share.
+        ui_text: Texts of the page in the language of the user.
+        token: Secret part of the URLs of its images and its export.
+        images: Images by their path in the folder.
     """
 
     chat: ChatSession
@@ -63,7 +76,14 @@ class WebSession:
     _upload_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add_uploads(self, text: str, uploads: Sequence[Path]) -> list[Path]:
-        """Copy uploaded images into the session, after validation of header and pixels.
+        """Validate the uploaded images of a message and copy them into the session.
+
+        Args:
+            text: Text of the message, whose length is checked as well.
+            uploads: Paths of the uploaded files.
+
+        Returns:
+            Paths of the copies.
 
         Raises:
             UserError: A file is not an image, or a limit is exceeded.
@@ -93,19 +113,19 @@ class WebSession:
         return image_paths
 
     def remove_images(self, image_paths: Sequence[Path]) -> None:
-        """Delete images that no turn uses."""
+        """Delete those of the given images that no turn of the conversation uses."""
         in_use = {path for turn in self.chat.turns for path in turn.image_paths}
         for path in set(image_paths) - in_use:
             self.images.pop(path).display_path.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
 
     def export_archive(self) -> IO[bytes]:
-        """Export the chat and its images as a zip archive in the sample format.
+        """Export the conversation and its images as a zip archive in the sample format.
 
-        The archive is an anonymous temporary file, which is deleted when its handle is closed.
+        The archive is an anonymous temporary file, which is deleted when it is closed.
 
         Raises:
-            UserError: The chat has no answer, or the disk space is exhausted.
+            UserError: The conversation has no answer, or the disk space is exhausted.
         """
         archive_names = {
             path: f"images/{image.number}-{path.name.partition('-')[2]}"
@@ -148,7 +168,10 @@ class WebSession:
 
 
 class WebSessionStore:
-    """Sessions by Gradio session ID. A new session may evict the least recently used."""
+    """Stores chat sessions by Gradio session ID.
+
+    If there are too many sessions, the least recently used one is closed.
+    """
 
     def __init__(self, service: InferenceService, folder: Path, budget: DiskBudget) -> None:
         self.service, self._folder, self.budget = service, folder, budget
@@ -157,7 +180,7 @@ class WebSessionStore:
         self._lock = threading.RLock()
 
     def get_or_create(self, session_id: str) -> WebSession:
-        """Return the session of an ID, created on first use."""
+        """Return the chat session of a Gradio session ID. It is created on first use."""
         with self._lock:
             web_session = self._sessions.pop(session_id, None)
             if web_session is None:
@@ -170,7 +193,7 @@ class WebSessionStore:
         return web_session
 
     def close(self, session_id: str) -> None:
-        """Close a session: cancel its answers and delete its files."""
+        """Close a chat session: cancel its generations and delete its files."""
         with self._lock:
             web_session = self._sessions.pop(session_id, None)
         if web_session is not None:
@@ -179,12 +202,15 @@ class WebSessionStore:
             shutil.rmtree(web_session.folder, ignore_errors=True)
 
     def list_sessions(self) -> list[WebSession]:
-        """Return all sessions, least recently used first."""
+        """Return all chat sessions, least recently used first."""
         with self._lock:
             return [*self._sessions.values()]
 
     def find_by_token(self, token: str) -> WebSession | None:
-        """Return the session with a secret token, compared in constant time."""
+        """Return the chat session with a secret token, or None if there is none.
+
+        Tokens are compared in constant time.
+        """
         given = token.encode()
         matching = (
             session

@@ -1,4 +1,4 @@
-"""ms-swift's data sets: boxes under `objects`, pictures under `images` (its "Custom Dataset")."""
+"""ms-swift's datasets: boxes under `objects`, images under `images` (its "Custom Dataset")."""
 
 from __future__ import annotations
 

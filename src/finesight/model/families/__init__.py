@@ -1,1 +1,1 @@
-"""Model families: one module for each architecture."""
+"""Model families, one module per architecture."""

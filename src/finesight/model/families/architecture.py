@@ -1,4 +1,4 @@
-"""Interface of a model family: one module per family, registered in `model.vlm`."""
+"""Interface of a model family, which each family module implements for `model.vlm`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from finesight.model.lora.peft_config import TRANSFORMERS_V5_MAPPING, KeyMapping
 from finesight.model.vision_encoder import VisionEncoder
 
 TRANSFORMERS_V5_PREFIXES = {"model.": "model.language_model.", "visual.": "model.visual."}
-"""Tensor name prefixes of transformers 5, for every published format."""
+"""Tensor name prefixes that transformers 5 writes, by native prefix. They are accepted for every
+family."""
 
 
 @dataclass(frozen=True)
 class Architecture:
     """Config parsers and weight names of a model family.
 
-    `parse_decoder_config` and `build_vision_encoder` take the complete config.json and raise
-    UserError for missing or unsupported values. The prefix mappings translate native names to
-    published names and to the layer names of adapters. A family with its own decoder sets
-    `decoder_class`.
+    Attributes:
+        parse_decoder_config: Function that parses the decoder config from config.json. Raises
+            UserError for missing or unsupported values.
+        build_vision_encoder: Function that builds the vision encoder from config.json. Raises
+            UserError for missing or unsupported values.
+        hub_prefixes: Prefixes of published tensor names by native prefix, where they differ.
+        decoder_class: Decoder class, for families with their own.
+        adapter_key_mapping: Mapping from native layer names to PEFT module names.
     """
 
     parse_decoder_config: Callable[[ConfigReader], DecoderConfig]
@@ -31,14 +36,14 @@ class Architecture:
     adapter_key_mapping: KeyMapping = TRANSFORMERS_V5_MAPPING
 
     def to_hub_name(self, name: str) -> str:
-        """Return the published name of a tensor."""
+        """Map the native name of a tensor to its published name."""
         for native_prefix, hub_prefix in self.hub_prefixes.items():
             if name.startswith(native_prefix):
                 return hub_prefix + name.removeprefix(native_prefix)
         return name
 
     def to_native_name(self, hub_name: str) -> str:
-        """Return the native name of a published tensor or of one written by transformers 5."""
+        """Map a published tensor name, or one of transformers 5, to its native name."""
         for prefix_maps in (self.hub_prefixes, TRANSFORMERS_V5_PREFIXES):
             for native_prefix, hub_prefix in prefix_maps.items():
                 if hub_name.startswith(hub_prefix):

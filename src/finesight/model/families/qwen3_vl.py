@@ -1,7 +1,7 @@
 """Qwen3-VL (Bai et al. 2025, Qwen3-VL Technical Report): vision encoder and Qwen3 decoder.
 
-The vision encoder has trained position embeddings, and features of inner blocks are added to the
-first decoder layers (deepstack).
+The vision encoder has trained position embeddings. Features of intermediate blocks are added to the
+first decoder layers (DeepStack).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _norm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class Qwen3VisionMlp(FeedForward):
-    """MLP: fc2(gelu(fc1(x))), with the tanh approximation of GELU."""
+    """MLP of a vision block: fc2(gelu(fc1(x))), with the tanh approximation of GELU."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -47,16 +47,19 @@ class Qwen3VisionMlp(FeedForward):
 
     @property
     def input_linear(self) -> FusedLinear:
-        """First linear layer."""
+        """First linear layer of the MLP."""
         return self.linear_fc1
 
     def forward(self, x_ND: Tensor | Fp8Rows) -> Tensor:
-        """Map [N, width] to [N, width]."""
+        """Apply the MLP to patches, [N, width] to [N, width]."""
         return single_output(self.linear_fc2(TANH_GELU.apply_linear(self.linear_fc1, x_ND)))
 
 
 class DeepstackMerger(nn.Module):
-    """Merger of merge x merge patches, normalized per patch or per merged square."""
+    """Merger of `merge_size` x `merge_size` adjacent patches into one feature.
+
+    With `use_postshuffle_norm` the merged square is normalized, otherwise each patch.
+    """
 
     def __init__(self, config: VisionConfig, *, use_postshuffle_norm: bool) -> None:
         super().__init__()
@@ -70,13 +73,16 @@ class DeepstackMerger(nn.Module):
         )
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Map [N, width], with the patches of a square adjacent, to [M, out_width]."""
+        """Map patches [N, width] to features [M, out_width].
+
+        The patches of each merged square must be adjacent.
+        """
         normed = self.norm(x_ND.view(-1, self.norm_size)).view(-1, self.merged_size)
         return single_output(self.linear_fc2(F.gelu(single_output(self.linear_fc1(normed)))))
 
 
 class DeepstackVisionEncoder(VisionEncoder):
-    """Vision encoder with interpolated position embeddings and deepstack mergers."""
+    """Vision encoder of Qwen3-VL, with interpolated position embeddings and DeepStack mergers."""
 
     def __init__(
         self,
@@ -100,7 +106,10 @@ class DeepstackVisionEncoder(VisionEncoder):
         )
 
     def add_position_embeddings(self, x_ND: Tensor, grid_thw: Sequence[GridTHW]) -> Tensor:
-        """Add the position table, interpolated bilinearly to each image with aligned corners."""
+        """Add position embeddings, interpolated bilinearly from the trained table to each image.
+
+        The corners of table and image are aligned.
+        """
         interpolations = [
             interpolate_positions(grid, self.config.merge_size, self.position_grid_size)
             for grid in grid_thw
@@ -109,7 +118,7 @@ class DeepstackVisionEncoder(VisionEncoder):
             copy_to_device(np.concatenate(arrays), x_ND.device)
             for arrays in zip(*interpolations, strict=True)
         )
-        # In fp32: bf16 would round the four weights first.
+        # Interpolate in fp32: bf16 would round the four weights first.
         table_PD = self.pos_embed.weight.to(weights_N4.dtype)
         position_embeddings_ND = F.embedding_bag(
             indices_N4, table_PD, per_sample_weights=weights_N4, mode="sum"
@@ -121,10 +130,14 @@ class DeepstackVisionEncoder(VisionEncoder):
 def interpolate_positions(
     grid: GridTHW, merge_size: int, grid_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return the nearest table entries of each patch and their bilinear weights, both [N, 4]."""
+    """Return the four table entries around each patch and their bilinear weights.
+
+    Both arrays have shape [N, 4]. The table of position embeddings has `grid_size` x `grid_size`
+    entries.
+    """
     row_column = patch_coordinates(grid, merge_size).reshape(-1, 2)
     last_indices = np.array([grid[1] - 1, grid[2] - 1])
-    # A grid of one row or column uses the table's first.
+    # An image with a single row or column of patches uses the first one of the table.
     coordinates_N2 = row_column * ((grid_size - 1) / np.maximum(last_indices, 1))
     low_N2 = np.minimum(coordinates_N2.astype(np.int64), grid_size - 1)
     high_N2 = np.minimum(low_N2 + 1, grid_size - 1)
@@ -145,15 +158,15 @@ def interpolate_positions(
 
 
 def interleaved_mrope_axes(sections: tuple[int, ...]) -> tuple[int, ...]:
-    """Assign frequencies to time, height and width in turn while height and width need more.
+    """Assign rotary frequencies to the axes time, height and width in turn (interleaved M-RoPE).
 
-    The rest are assigned to time.
+    Height and width receive the numbers of frequencies in `sections`, time the remaining ones.
     """
     return tuple(n % 3 if n < 3 * sections[n % 3] else 0 for n in range(sum(sections)))
 
 
 def parse_qwen3_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
-    """Read the decoder config from `text_config`."""
+    """Parse the Qwen3 decoder config from `text_config`."""
     text = get_text_config(hf_config)
     text.require_supported("attention_bias", False, (False,))
     get_rope_config(text).require_supported("mrope_interleaved", True, (True,))
@@ -168,7 +181,7 @@ def parse_qwen3_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
 def build_vision_encoder(
     hf_config: ConfigReader, normalization: PixelNormalization
 ) -> VisionEncoder:
-    """Build the encoder from `vision_config`."""
+    """Build the Qwen3-VL vision encoder from `vision_config`."""
     vision = hf_config.section("vision_config")
     vision.require_supported("hidden_act", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
     config = parse_vision_config(vision)

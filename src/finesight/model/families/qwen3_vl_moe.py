@@ -1,4 +1,4 @@
-"""Qwen3-VL with a mixture of experts in every decoder layer, otherwise the dense model."""
+"""Qwen3-VL with a mixture of experts in every decoder layer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from finesight.model.families.architecture import TRANSFORMERS_V5_PREFIXES, Arch
 
 
 def parse_qwen3_moe_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
-    """Read the decoder config from `text_config`."""
+    """Parse the config of the Qwen3 decoder with experts from `text_config`."""
     text = get_text_config(hf_config)
     text.require_supported("decoder_sparse_step", 1, (1,))
     text.require_supported("mlp_only_layers", (), ((), []))
     text.require_supported("norm_topk_prob", True, (True,))
     moe_config = MoeConfig(
-        # The second is the name in transformers 5.
+        # transformers 5 uses the second name.
         num_experts=text.get_int("num_experts" if text.has("num_experts") else "num_local_experts"),
         num_experts_per_tok=text.get_int("num_experts_per_tok"),
         intermediate_size=text.get_int("moe_intermediate_size"),

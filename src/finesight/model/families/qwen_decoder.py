@@ -1,4 +1,6 @@
-"""Qwen-7B decoder of Qwen-VL (Bai et al. 2023, arXiv 2309.16609) with its context extension.
+"""Qwen-7B decoder of the first Qwen-VL (Bai et al. 2023, arXiv 2309.16609).
+
+It extends the context beyond the training length with dynamic NTK and LogN scaling.
 
 Shapes: T tokens, D hidden size, H heads, F frequencies of a head.
 """
@@ -21,16 +23,16 @@ from finesight.model.layers import RmsNorm
 from finesight.model.rope import RotaryCosSin, apply_rotary_pos_emb, inverse_frequencies
 
 MAX_NTK_DOUBLINGS = 10
-"""Largest number of context doublings: two million tokens for a trained length of 2048."""
+"""Maximum number of doublings of the training length: two million tokens for a length of 2048."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QwenDecoderConfig(DecoderConfig):
-    """Config of the Qwen decoder.
+    """Config of the Qwen-7B decoder.
 
-    The base model was trained on sequences of the training length. Beyond it, the rotary base grows
-    with the sequence length (dynamic NTK), and queries are scaled by the logarithm of their
-    position (LogN).
+    The base model was trained on sequences of `train_length` tokens. Beyond this length, the rotary
+    base grows with the sequence length (dynamic NTK), and queries are scaled by the logarithm of
+    their position (LogN).
     """
 
     train_length: int
@@ -38,7 +40,10 @@ class QwenDecoderConfig(DecoderConfig):
     use_logn_attn: bool
 
     def prefix_cache_key(self, num_tokens: int) -> str:
-        """Return the key of the rotary base for this prompt length."""
+        """Return a key of the rotary base that applies to this prompt length.
+
+        Prompts with different rotary bases have different keys and values for the same prefix.
+        """
         return (
             f"ntk {count_ntk_doublings(torch.tensor(num_tokens), self.train_length)}"
             if self.use_dynamic_ntk
@@ -55,7 +60,7 @@ class QueryKeyRotary:
 
 
 class QwenAttention(nn.Module):
-    """Multi-head attention with as many key heads as query heads."""
+    """Multi-head attention of the Qwen-7B decoder, without grouped-query attention."""
 
     def __init__(self, config: DecoderConfig, layer_index: int) -> None:
         super().__init__()
@@ -77,7 +82,7 @@ class QwenAttention(nn.Module):
 
 
 class QwenMlp(nn.Module):
-    """Gated MLP: c_proj(w1(x) * silu(w2(x))) (Shazeer 2020)."""
+    """Gated MLP of the Qwen-7B decoder: c_proj(w1(x) * silu(w2(x))) (Shazeer 2020)."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -87,13 +92,13 @@ class QwenMlp(nn.Module):
         self.c_proj = FusedLinear(intermediate_size, {"c_proj": hidden_size}, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """Map [T, width] to [T, width]."""
+        """Apply the MLP to hidden states, [T, width] to [T, width]."""
         gate, up = self.w2_w1(x_TD)
         return single_output(self.c_proj(swiglu(gate, up)))
 
 
 class QwenDecoderLayer(nn.Module):
-    """Pre-norm transformer layer: attention, then the MLP."""
+    """Pre-norm layer of the Qwen-7B decoder: attention, then the MLP."""
 
     def __init__(self, config: DecoderConfig, layer_index: int) -> None:
         super().__init__()
@@ -109,7 +114,10 @@ class QwenDecoderLayer(nn.Module):
         attention: AttentionBackend,
         logit_indices_L: Tensor | None = None,
     ) -> Tensor:
-        """Map [T, D] to [T, D], or to [L, D] for the tokens `logit_indices_L`."""
+        """Map hidden states [T, D] to [T, D].
+
+        With `logit_indices_L`, only these tokens pass the MLP and are returned, [L, D].
+        """
         x_TD = x_TD + self.attn(self.ln_1(x_TD), rotary, attention)
         if logit_indices_L is not None:
             x_TD = x_TD.index_select(0, logit_indices_L)
@@ -118,10 +126,10 @@ class QwenDecoderLayer(nn.Module):
 
 
 class QwenDecoder(Decoder):
-    """Qwen decoder with 1-D position ids, which count text and image tokens.
+    """Qwen-7B decoder with 1-D position ids, which count text and image tokens.
 
-    As in the published code, the rotary base and the query scale change only in evaluation mode.
-    During generation the base is that of the prompt length, and queries are scaled by their own
+    As in the published code, dynamic NTK and LogN scaling apply only in evaluation mode. During
+    generation the prompt length determines the rotary base, and queries are scaled by their own
     positions.
     """
 
@@ -135,7 +143,7 @@ class QwenDecoder(Decoder):
     def compute_rotary(
         self, position_ids_3T: Tensor, attention: AttentionBackend, dtype: torch.dtype
     ) -> QueryKeyRotary:
-        """Compute the rotary embeddings in fp32, as the published code does."""
+        """Compute the rotary embeddings of queries and keys in fp32, as the published code does."""
         position_ids_T1 = position_ids_3T[0].unsqueeze(1)
         angles_TF = position_ids_T1.float() * self._inverse_frequencies(
             attention, position_ids_3T.device
@@ -149,7 +157,7 @@ class QwenDecoder(Decoder):
         )
 
     def _inverse_frequencies(self, attention: AttentionBackend, device: torch.device) -> Tensor:
-        """Return inverse frequencies [F], or [T, F] if sequences have different bases.
+        """Return inverse frequencies [F], or [T, F] if sequences have different rotary bases.
 
         No host-to-device copy is made, so that a decode step can be captured as a CUDA graph.
         """
@@ -163,7 +171,7 @@ class QwenDecoder(Decoder):
 
 
 def count_ntk_doublings(lengths: Tensor, train_length: int) -> Tensor:
-    """Return the number of doublings of the trained length that cover each sequence."""
+    """Return the number of doublings of the training length that cover each sequence length."""
     doublings = [(lengths > train_length * 2**n).long() for n in range(MAX_NTK_DOUBLINGS)]
     return torch.stack(doublings).sum(0)
 
@@ -181,23 +189,27 @@ def _inverse_frequencies_by_doubling(
 
 
 def ntk_base(rope_theta: float, head_dim: int, num_doublings: int) -> float:
-    """Return the rotary base that covers 2^(num_doublings + 1) - 1 trained lengths.
+    """Return the rotary base of NTK-aware interpolation for a number of context doublings.
 
-    NTK-aware interpolation, section 3.2 of the paper.
+    It covers 2^(num_doublings + 1) - 1 training lengths (Bai et al. 2023, arXiv 2309.16609).
     """
     return rope_theta * math.pow(2 ** (num_doublings + 1) - 1, head_dim / (head_dim - 2))
 
 
 def logn_scale(position_ids: Tensor, train_length: int) -> Tensor:
-    """Return the query scale log(n) / log(train_length) for positions beyond the trained length.
+    """Return the LogN scale of the query at each position.
 
-    LogN scaling, section 3.2 of the paper, computed in fp64.
+    The scale is log(n) / log(train_length) for positions beyond the training length and 1 up to it
+    (Bai et al. 2023, arXiv 2309.16609). It is computed in fp64.
     """
     return ((position_ids + 1).double().log() / math.log(train_length)).clamp_min(1.0).float()
 
 
 def parse_qwen_decoder_config(hf_config: ConfigReader) -> QwenDecoderConfig:
-    """Read the decoder config; raises UserError for missing and unsupported values."""
+    """Parse the Qwen-7B decoder config from config.json.
+
+    Raises UserError for missing and unsupported values.
+    """
     hf_config.require_supported("rotary_pct", 1.0, (1.0,))
     hf_config.require_supported("no_bias", True, (True,))
     hf_config.require_supported("scale_attn_weights", True, (True,))

@@ -1,4 +1,4 @@
-"""Qwen-VL and Qwen-VL-Chat (Bai et al. 2023, arXiv 2308.12966): config, vision encoder, resampler.
+"""First Qwen-VL and Qwen-VL-Chat (Bai et al. 2023, arXiv 2308.12966): vision encoder and resampler.
 
 The decoder is in `model.families.qwen_decoder`.
 
@@ -35,7 +35,7 @@ DEFAULT_NUM_QUERIES = 256
 """Default number of resampler queries, as in the published model."""
 
 POSITION_GRID_SIZE = 16
-"""Rows and columns of the position embeddings; other grids are interpolated."""
+"""Side of the square grid of position embeddings; those of other grids are interpolated."""
 
 RESAMPLER_HEAD_DIM = 128
 """Head dimension of the resampler's attention."""
@@ -44,7 +44,7 @@ _norm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class QwenVisionAttention(nn.Module):
-    """Full attention between the patches of an image.
+    """Self-attention between all patches of an image.
 
     The rows of the fused QKV weight are sorted by head, and within a head by query, key and value.
     """
@@ -56,7 +56,7 @@ class QwenVisionAttention(nn.Module):
         self.out_proj = FusedLinear(hidden_size, {"out_proj": hidden_size}, bias=True)
 
     def forward(self, x_ND: Tensor | Fp8Rows, segments: Segments) -> Tensor:
-        """Map [N, width] to [N, width]."""
+        """Apply attention to patches, [N, width] to [N, width]."""
         qkv_NE = single_output(self.in_proj(x_ND))
         heads_NHD = qkv_NE.view(len(qkv_NE), self.num_heads, -1)
         q_NHD, k_NHD, v_NHD = heads_NHD.chunk(3, dim=-1)
@@ -65,7 +65,7 @@ class QwenVisionAttention(nn.Module):
 
 
 class QwenVisionMlp(nn.Module):
-    """MLP: c_proj(gelu(c_fc(x)))."""
+    """MLP of a vision block: c_proj(gelu(c_fc(x)))."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -73,12 +73,12 @@ class QwenVisionMlp(nn.Module):
         self.c_proj = FusedLinear(intermediate_size, {"c_proj": hidden_size}, bias=True)
 
     def forward(self, x_ND: Tensor | Fp8Rows) -> Tensor:
-        """Map [N, width] to [N, width]."""
+        """Apply the MLP to patches, [N, width] to [N, width]."""
         return single_output(self.c_proj(F.gelu(single_output(self.c_fc(x_ND)))))
 
 
 class QwenVisionBlock(nn.Module):
-    """Pre-norm transformer block: attention within an image, then the MLP."""
+    """Pre-norm vision transformer block: attention within an image, then the MLP."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -90,16 +90,20 @@ class QwenVisionBlock(nn.Module):
     def forward(
         self, x_ND: Tensor, y_ND: Tensor | None, rotary: RotaryCosSin, segments: Segments
     ) -> tuple[Tensor, Tensor]:
-        """Compute the block as `VisionBlock` does, without rotary embeddings."""
+        """Compute the block with deferred residual additions, as in `VisionBlock`.
+
+        `rotary` is not used: this vision encoder has no rotary embeddings.
+        """
         x_ND, n_ND = add_norm(x_ND, y_ND, self.ln_1, self.attn.in_proj)
         x_ND, n_ND = add_norm(x_ND, self.attn(n_ND, segments), self.ln_2, self.mlp.c_fc)
         return x_ND, self.mlp(n_ND)
 
 
 class ResamplerAttention(nn.Module):
-    """Cross-attention from the queries to an image's patches.
+    """Cross-attention from the resampler's queries to the patches of an image.
 
-    The three projections are published as one weight with three inputs, which no adapter supports.
+    The QKV projections are published as one weight but have different inputs; adapters do not
+    support this.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -110,7 +114,7 @@ class ResamplerAttention(nn.Module):
         self.out_proj = FusedLinear(hidden_size, {"out_proj": hidden_size}, bias=True)
 
     def forward(self, q_QD: Tensor, k_PGD: Tensor, v_PGD: Tensor) -> Tensor:
-        """Attend with the same queries to every image, [P, Q, D]."""
+        """Compute the attention of the same queries to every image, [P, Q, D]."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         inputs = (q_QD.expand(len(k_PGD), -1, -1), k_PGD, v_PGD)
         q, k, v = (
@@ -122,10 +126,10 @@ class ResamplerAttention(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Cross-attention pooling with one trained query per feature (section 2.1 of the paper).
+    """Cross-attention pooling of patches, with one trained query per feature.
 
-    Position embeddings of queries and patches are sines and cosines of rows and columns; they are
-    stored with the weights and never trained.
+    See section 2.1 of the Qwen-VL paper. Queries and patches have 2-D sine-cosine position
+    embeddings, which are stored with the weights and never trained.
     """
 
     pos_embed: Tensor
@@ -152,7 +156,10 @@ class AttentionPool(nn.Module):
         )
 
     def forward(self, x_PGD: Tensor, order_G: Tensor) -> Tensor:
-        """Map patches with position indices `order_G` to features [P, Q, width]."""
+        """Pool patches [P, G, D] to features [P, Q, width].
+
+        `order_G` holds the reading-order index of each patch.
+        """
         if self.kv_proj is not None:
             x_PGD = single_output(self.kv_proj(x_PGD))
         x_PGD = self.ln_kv(x_PGD)
@@ -163,7 +170,7 @@ class AttentionPool(nn.Module):
 
 
 class VisionResampler(nn.Module):
-    """Resampler: cross-attention pooling, norm and projection."""
+    """Resampler of the vision encoder: cross-attention pooling, norm and projection."""
 
     def __init__(self, config: VisionConfig, grid_size: int, num_queries: int) -> None:
         super().__init__()
@@ -173,7 +180,7 @@ class VisionResampler(nn.Module):
         self.proj = nn.Parameter(torch.empty(config.out_hidden_size, config.out_hidden_size))
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Map [N, width] to [M, out_width]."""
+        """Map patches [N, width] to features [M, out_width]."""
         x_PGD = torch.unflatten(x_ND, 0, (-1, self.grid_size**2))
         order_G = _patch_order(self.grid_size, self.merge_size, x_ND.device)
         y_PQD: Tensor = self.ln_post(self.attn_pool(x_PGD, order_G)) @ self.proj
@@ -181,7 +188,10 @@ class VisionResampler(nn.Module):
 
 
 class QwenVisionEncoder(VisionEncoder):
-    """Vision encoder for images of one size, with a fixed number of features per image."""
+    """Vision encoder of the first Qwen-VL, for images of one size.
+
+    Each image has a fixed number of features.
+    """
 
     def __init__(
         self,
@@ -200,7 +210,7 @@ class QwenVisionEncoder(VisionEncoder):
 
     @property
     def min_grid(self) -> GridTHW:
-        """Grid of every image."""
+        """Patch grid of every image, since only one image size is supported."""
         return 1, self.grid_size, self.grid_size
 
     def add_position_embeddings(self, x_ND: Tensor, grid_thw: Sequence[GridTHW]) -> Tensor:
@@ -218,7 +228,7 @@ class QwenVisionEncoder(VisionEncoder):
 
 
 def _interpolate_table(table_SD: Tensor, num_positions: int) -> Tensor:
-    """Resize a square position table with bicubic interpolation in fp32."""
+    """Resize a square table of position embeddings with bicubic interpolation in fp32."""
     if len(table_SD) == num_positions:
         return table_SD
     weights_PS = _bicubic_weights(
@@ -229,9 +239,10 @@ def _interpolate_table(table_SD: Tensor, num_positions: int) -> Tensor:
 
 @lru_cache
 def _bicubic_weights(source: int, target: int, device: torch.device) -> Tensor:
-    """Return the bicubic interpolation matrix, [target x target, source x source].
+    """Return the matrix of a bicubic interpolation, [target x target, source x source].
 
-    As a matmul it takes negligible time; torch's interpolation takes a tenth of a training step.
+    A matmul with it takes negligible time, whereas torch's interpolation takes a tenth of a
+    training step.
     """
     with torch.inference_mode(False):
         basis = torch.eye(source**2).view(1, source**2, source, source)
@@ -244,7 +255,7 @@ def _bicubic_weights(source: int, target: int, device: torch.device) -> Tensor:
 
 @lru_cache
 def _patch_order(grid_size: int, merge_size: int, device: torch.device) -> Tensor:
-    """Return the reading-order index of each patch of an image in packed order."""
+    """Return the reading-order index of each patch of an image, in packed order."""
     with torch.inference_mode(False):
         rows_columns = patch_coordinates((1, grid_size, grid_size), merge_size).reshape(-1, 2)
         return copy_to_device((rows_columns @ [grid_size, 1]).astype(np.int64), device)
@@ -253,8 +264,8 @@ def _patch_order(grid_size: int, merge_size: int, device: torch.device) -> Tenso
 def sincos_positions(grid_size: int, embedding_dim: int) -> NDArray[np.float32]:
     """Return 2-D sine-cosine position embeddings, [grid_size x grid_size, embedding_dim].
 
-    The first half encodes the column, the second half the row, each as sines, then cosines, of
-    decreasing frequencies (Vaswani et al. 2017).
+    The first half of the dimensions encodes the column, the second half the row. Each half holds
+    the sines, then the cosines, of decreasing frequencies (Vaswani et al. 2017).
     """
     frequencies = 10000.0 ** (
         -np.arange(embedding_dim // 4, dtype=np.float32) / (embedding_dim / 4)
@@ -268,9 +279,9 @@ def sincos_positions(grid_size: int, embedding_dim: int) -> NDArray[np.float32]:
 def build_vision_encoder(
     hf_config: ConfigReader, normalization: PixelNormalization
 ) -> QwenVisionEncoder:
-    """Build the encoder from `visual`.
+    """Build the vision encoder of the first Qwen-VL from `visual`.
 
-    Raises UserError if the number of queries does not divide the patch grid.
+    Raises UserError if the patch grid is not a multiple of the resampler's query grid.
     """
     visual = hf_config.section("visual")
     patch_size, out_hidden_size = visual.get_int("patch_size"), visual.get_int("output_dim")

@@ -1,6 +1,6 @@
-"""Dropout whose mask is recomputed from a seed and never stored.
+"""Dropout in Triton kernels, with a mask that is recomputed from a seed.
 
-Shapes: M rows (tokens), N columns of an input.
+The mask is never stored. Shapes: M rows (tokens), N columns of an input.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ from torch import Tensor
 
 
 class SeededDropout(NamedTuple):
-    """Parameters of an adapter's input dropout.
+    """Dropout of an adapter's input, with a reproducible mask.
 
-    The mask is a function of `seed_1` (int32, on the device), `salt` (distinct for each adapter),
-    row and column. `scale` multiplies the retained elements and includes the adapter's scale.
+    The mask is a hash of seed, salt, row and column, so that the backward pass can recompute it.
+
+    Attributes:
+        seed_1: Seed of the forward pass (int32, on the device); None without dropout.
+        salt: Integer that is distinct for each adapter.
+        p: Dropout probability.
+        scale: Factor of retained elements, which includes the adapter's scale.
     """
 
     seed_1: Tensor | None
@@ -27,9 +32,8 @@ class SeededDropout(NamedTuple):
     def kernel_args(self, placeholder: Tensor) -> tuple[Tensor, int, int, float]:
         """Return the kernel arguments: seed, salt, threshold and scale.
 
-        Without dropout the seed is not read and `placeholder` is passed. The threshold is the
-        number of 2^32 equally likely hashes that drop an element, minus 2^31, since kernels take
-        signed integers.
+        An element is dropped if its hash, a signed 32-bit integer, is below the threshold. Without
+        a seed `placeholder` is passed, which kernels do not read.
         """
         seed_1 = placeholder if self.seed_1 is None else self.seed_1
         return seed_1, self.salt, round(self.p * 2**32) - 2**31, self.scale
@@ -40,7 +44,7 @@ NO_DROPOUT = SeededDropout(None, 0, 0.0, 1.0)
 
 @triton.jit
 def hash_u32(x: tl.tensor) -> tl.tensor:
-    """Hash a 32-bit integer (lowbias32 by Chris Wellons)."""
+    """Hash 32-bit integers with lowbias32 by Chris Wellons."""
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= x >> 15
@@ -52,9 +56,10 @@ def hash_u32(x: tl.tensor) -> tl.tensor:
 def keep_mask(
     seed: tl.tensor, salt: tl.tensor, m: tl.tensor, c: tl.tensor, threshold: tl.tensor
 ) -> tl.tensor:
-    """Return the mask [M, N] of retained elements for rows `m` and columns `c`.
+    """Return the mask [M, N] of the elements that dropout retains.
 
-    Most of the hash is computed per row and per column, not per element.
+    `m` and `c` are the indices of rows and columns. Most of the hash is computed per row and per
+    column, not per element.
     """
     key = hash_u32(tl.load(seed).to(tl.uint32) ^ (salt.to(tl.uint32) * 0xC2B2AE35))
     key_M = hash_u32(m.to(tl.uint32) * 0x9E3779B1 + key)

@@ -1,7 +1,7 @@
 """Elementwise Triton kernels for operations that need several memory passes in eager torch.
 
-Each has an eager counterpart in `model.fused_ops` and rounds to 16 bits at the same points: the
-results are equal up to additions that the compiler fuses.
+Each has an eager counterpart in `model.fused_ops` and rounds to 16 bits at the same points. The
+results are equal except where the compiler fuses a multiplication and an addition.
 
 Shapes: T tokens or patches, H heads, D head dimension; E elements of a contiguous tensor.
 """
@@ -43,7 +43,10 @@ def _rotary_kernel(
 
 
 def apply_rotary(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, sign: float) -> Tensor:
-    """Compute x cos + swap(x) sin sign in fp32, contiguous; see `model.rope`."""
+    """Apply rotary embeddings, x cos + sign swap(x) sin, in fp32; see `model.rope`.
+
+    `sign` is -1 in the backward pass. The result is contiguous.
+    """
     tokens, num_heads, head_dim = x_THD.shape
     x_THD = x_THD if x_THD.stride(2) == 1 else x_THD.contiguous()
     y_THD = x_THD.new_empty(x_THD.shape)
@@ -59,7 +62,10 @@ def apply_rotary(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, sign: float) -
 
 @triton.jit
 def quick_gelu_rounded(x, narrow: tl.constexpr):
-    """Compute x sigmoid(1.702 x) of 16-bit values held in fp32, rounded to 16 bits."""
+    """Compute quick GELU, x sigmoid(1.702 x), with the rounding of eager torch.
+
+    `x` holds values of the 16-bit dtype `narrow` in fp32.
+    """
     scaled = (x * 1.702).to(narrow).to(tl.float32)
     gate = tl.sigmoid(scaled).to(narrow).to(tl.float32)
     return (x * gate).to(narrow)
@@ -74,7 +80,7 @@ def _quick_gelu_kernel(x, y, total, block: tl.constexpr):
 
 
 def quick_gelu(x_E: Tensor) -> Tensor:
-    """Compute x sigmoid(1.702 x)."""
+    """Compute quick GELU, x sigmoid(1.702 x), of a 16-bit tensor."""
     x_E = x_E.contiguous()
     y_E = empty_like(x_E)
     _quick_gelu_kernel[(triton.cdiv(x_E.numel(), _BLOCK),)](x_E, y_E, x_E.numel(), block=_BLOCK)
@@ -107,7 +113,7 @@ def _swiglu_backward_kernel(gate, up, dy, dgate, dup, total, block: tl.constexpr
 
 
 def swiglu(gate_E: Tensor, up_E: Tensor) -> Tensor:
-    """Compute silu(gate) up."""
+    """Compute SwiGLU, silu(gate) * up."""
     gate_E, up_E = gate_E.contiguous(), up_E.contiguous()
     y_E = empty_like(gate_E)
     total = gate_E.numel()
@@ -116,7 +122,7 @@ def swiglu(gate_E: Tensor, up_E: Tensor) -> Tensor:
 
 
 def swiglu_backward(gate_E: Tensor, up_E: Tensor, dy_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of gate and up."""
+    """Compute the gradients of SwiGLU for the gate and up projections."""
     gate_E, up_E, dy_E = gate_E.contiguous(), up_E.contiguous(), dy_E.contiguous()
     dgate_E, dup_E = empty_like(gate_E), empty_like(gate_E)
     total = gate_E.numel()

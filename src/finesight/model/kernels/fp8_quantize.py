@@ -1,6 +1,6 @@
 """Triton kernels that quantize rows to FP8, for `model.quant.fp8`.
 
-A row is read once if it fits a program's registers; otherwise it is read again from the cache.
+A row is read once if it fits the registers of a program; otherwise it is read again from the cache.
 
 Shapes: T rows, I elements of a row or of its power-of-two head, J elements of the remaining tail.
 """
@@ -15,15 +15,18 @@ from torch import Tensor
 from finesight.model.kernels.elementwise import quick_gelu_rounded
 
 _MAX_REGISTER_ROW = 16384
-"""Longest row that fits the registers of a program."""
+"""Maximum number of elements of a row that fits the registers of a program."""
 
 _CHUNK_SIZE = 4096
-"""Elements of a longer row that are read at once."""
+"""Number of elements of a longer row that are read at once."""
 
 
 @triton.jit
 def fp8_factor_and_scale(amax, max_code, min_amax):
-    """Return the quantization factor and the scale of rows with these largest magnitudes."""
+    """Return the FP8 quantization factor and the scale of rows.
+
+    `amax` is the largest magnitude of each row; `min_amax` is its lower bound.
+    """
     amax = tl.maximum(amax, min_amax)
     # The division is rounded as in torch, so that the codes are equal.
     return tl.div_rn(max_code, amax), tl.div_rn(amax, max_code)
@@ -83,9 +86,11 @@ def quantize_fp8_rows(
     x_TI: Tensor, column_scales_I: Tensor | None, dtype: torch.dtype, max_code: float,
     min_amax: float, *, gelu: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Quantize x column_scales, or quick_gelu(x) in its own dtype, to FP8.
+    """Quantize rows to FP8, with one scale per row.
 
-    The row's largest magnitude (at least `min_amax`) has the code `max_code`.
+    With `column_scales_I` the columns are scaled first; with `gelu` quick GELU is applied first,
+    rounded to the dtype of `x_TI`. The largest magnitude of a row, at least `min_amax`, has the
+    code `max_code`.
 
     Returns:
         Codes [T, I] and fp32 scales [T, 1].

@@ -1,8 +1,9 @@
 """Triton kernel of a matmul fused with GELU, for Hopper tensor cores and TMA copies.
 
-Persistent programs iterate over tiles; loads of the next tile overlap the epilogue of the last one.
-Accumulation is fp32, and the GELU is rounded once. Shapes: N rows, D inputs, F outputs, G half of a
-tile's outputs.
+Persistent programs iterate over output tiles; loads of the next tile overlap the epilogue of the
+last one. Accumulation is fp32, and the GELU is rounded once.
+
+Shapes: N rows, D inputs, F outputs, G half of a tile's outputs.
 """
 
 from __future__ import annotations
@@ -20,20 +21,24 @@ from finesight.model.kernels.launch_config import TileConfig
 from finesight.model.kernels.primitives import Ptr, times_sigmoid
 
 GEMM_TILE, BLOCK_K, GROUP_M = TileConfig(128, 256, 8, 3), 64, 16
-"""Rows and outputs of a tile, inputs of a step, and row tiles of a group that share cached
-operands:
-the fastest of 14 on an H200 for 25,600 rows of 1,280 elements and 5,120 outputs.
+"""Rows and outputs per tile, inputs per step, and row tiles per group that share cached operands.
+
+The fastest of 14 configurations on an H200 for 25,600 rows of 1,280 elements and 5,120 outputs.
 """
 
 MIN_UTILIZATION, MIN_TILES_PER_PROGRAM = 0.9, 4
-"""Minimum GPU utilization and tiles per program; below them two kernels with smaller tiles are
-faster.
+"""Minimum GPU utilization and tiles per program of the fused kernel.
+
+Below them, separate kernels with smaller tiles are faster.
 """
 
 
 @triton.jit
 def _gelu_value(y: tl.tensor, linear_2: tl.constexpr, cubic_2: tl.constexpr) -> tl.tensor:
-    """Compute the GELU; the factors are -log2(e) times those of the sigmoid."""
+    """Compute the GELU of an fp32 tile.
+
+    The factors `linear_2` and `cubic_2` are -log2(e) times those in the argument of the sigmoid.
+    """
     power = y * linear_2
     if cubic_2 != 0.0:
         power += y * y * y * cubic_2
@@ -64,7 +69,7 @@ def _gemm_gelu_kernel(
         if has_bias:
             f_F = f + tl.arange(0, block_f)
             y_NF += tl.load(bias + f_F, mask=f_F < out_features, other=0.0).to(tl.float32)[None, :]
-        # In halves: one is stored while the other is computed.
+        # Process the tile in halves: one is stored while the other is computed.
         y_N2G = tl.reshape(y_NF, (block_n, 2, block_f // 2))
         left_NG, right_NG = tl.split(tl.permute(y_N2G, (0, 2, 1)))
         y.store([n, f], _gelu_value(left_NG, linear_2, cubic_2).to(y.dtype))
@@ -74,11 +79,9 @@ def _gemm_gelu_kernel(
 def gemm_gelu(
     x_ND: Tensor, w_FD: Tensor, bias_F: Tensor | None, *, linear: float, cubic: float
 ) -> Tensor:
-    """Compute the GELU y sigmoid(linear y + cubic y^3) of a matmul.
+    """Compute a matmul followed by GELU, y sigmoid(linear y + cubic y^3), [N, F].
 
-    y = x W^T + bias [N, F].
-
-    Rows of both operands must be aligned to 16 bytes.
+    y = x W^T + bias is not rounded. The rows of both operands must be aligned to 16 bytes.
     """
     (rows, in_features), out_features = x_ND.shape, len(w_FD)
     y_NF = x_ND.new_empty(rows, out_features)
@@ -100,9 +103,9 @@ def gemm_gelu(
 
 
 def saturates_device(rows: int, out_features: int, device: torch.device) -> bool:
-    """Return True if a matmul of this size keeps the GPU busy.
+    """Return True if a matmul of this size saturates the GPU with the fused kernel.
 
-    Its results differ from those of two kernels in the last bit.
+    Separate kernels for matmul and GELU give results that differ in the last bit.
     """
     tile_elements, num_programs = GEMM_TILE.block_m * GEMM_TILE.block_n, _count_sms(device)
     tiles_per_program = -(-_count_tiles(rows, out_features) // num_programs)

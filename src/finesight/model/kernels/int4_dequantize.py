@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 1024
-"""Bytes of a row per program."""
+"""Number of bytes of a row per program."""
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def dequantize_int4(
     codes: Tensor, scales_OG: Tensor, zeros_OG: Tensor, permutation_I: Tensor, group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Return the dense matrix [O, I]: scale (code - zero), rounded once.
+    """Return the dequantized matrix [O, I], scale * (code - zero), rounded once.
 
     Column n of the codes is written to column `permutation_I[n]`.
     """

@@ -1,8 +1,8 @@
-"""Triton GEMV kernels for 4-bit matrices.
+"""Triton GEMV kernels for 4-bit matrices (INT4 and NF4).
 
 A thread reads 32-bit words of eight codes. The inputs of the k-th code of all words are stored in a
 separate array, so that a word and its inputs are in the same thread and threads exchange only sums.
-A preceding kernel packs the row in that layout and applies the norm.
+A preceding kernel packs the input row in this layout and applies the RMS norm.
 
 Shapes: I inputs, O outputs, N = I / 8 words of a row, J words per block.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from finesight.model.quant.packed_4bit import PackedInput, RmsNormParams
 
 _WORDS_PER_PROGRAM = 128
-"""Words per program of the packing kernel."""
+"""Number of words per program of the kernel that packs the input row."""
 
 
 @triton.jit
@@ -57,10 +57,11 @@ def _pack_input_kernel(
 
 
 def pack_input(x_1I: Tensor, norm: RmsNormParams | None, group_size: int | None) -> PackedInput:
-    """Pack a row for the GEMV kernels, after the norm if there is one.
+    """Pack an input row for the GEMV kernels, after an optional RMS norm.
 
-    Without `group_size` words hold adjacent inputs. With it, words hold four inputs of the first
-    half and four of the second, and inputs of a group share scale and zero point.
+    Without `group_size` (NF4), a word holds the codes of eight adjacent inputs. With it (INT4), a
+    word holds the codes of four inputs of the first half and four of the second, and the inputs of
+    a group share scale and zero point.
     """
     in_features = x_1I.shape[1]
     values_8N = torch.empty(8, in_features // 8, dtype=torch.float32, device=x_1I.device)
@@ -78,9 +79,10 @@ def pack_input(x_1I: Tensor, norm: RmsNormParams | None, group_size: int | None)
 
 @triton.jit
 def _nibble_plus_128(packed, shift: tl.constexpr):
-    """Return 128 plus four bits of `packed` in fp32, exactly and without a conversion.
+    """Return 128 plus a 4-bit code in fp32, exactly and without a conversion.
 
-    The bits, `shift` below bit 16, become the last integer bits of the fp32 value 128.
+    The four bits of `packed`, `shift` below bit 16, become the last integer bits of the fp32 value
+    128.
     """
     if shift > 0:
         packed = packed << shift
@@ -106,8 +108,8 @@ def _int4_gemv_kernel(
     has_bias: tl.constexpr, has_residual: tl.constexpr, words_per_group: tl.constexpr,
     block_o: tl.constexpr, block_j: tl.constexpr,
 ):  # fmt: skip
-    # The low bits of a word's bytes are inputs of the first half, the high bits of the second. The
-    # offset of 128 is subtracted together with the group's zero point.
+    # The low four bits of a word's bytes are codes of the first half, the high four of the second.
+    # The offset of 128 is subtracted together with the zero point of the group.
     o = tl.program_id(0) * block_o + tl.arange(0, block_o)
     mask_O = o < out_features
     groups: tl.constexpr = block_j // words_per_group
@@ -152,9 +154,10 @@ def int4_gemv(
     x: PackedInput, codes: Tensor, scales_OG: Tensor, zeros_OG: Tensor, group_size: int,
     y_O: Tensor, bias_O: Tensor | None, residual_O: Tensor | None,
 ) -> None:  # fmt: skip
-    """Compute x W^T + bias + residual into `y_O`.
+    """Compute x W^T + bias + residual of a packed row and an INT4 matrix.
 
-    W is a matrix of `model.quant.int4` with columns in order.
+    The result is written to `y_O`. The packed row must have the column order of the codes
+    (`model.quant.int4`).
     """
     assert x.group_sums_G is not None, "packed input without group sums"
     out_features, num_words = len(codes), codes.shape[1] // 4
@@ -170,7 +173,7 @@ def int4_gemv(
 
 @triton.jit
 def load_codebook_lane(codebook, shuffled: tl.constexpr):
-    """Load the codebook value that this thread holds for `lookup_codebook`."""
+    """Load the codebook value of this thread for the warp shuffles of `lookup_codebook`."""
     value = 0.0
     if shuffled:
         lane = tl.inline_asm_elementwise(
@@ -182,10 +185,11 @@ def load_codebook_lane(codebook, shuffled: tl.constexpr):
 
 @triton.jit
 def lookup_codebook(packed, lane_value, codebook, shift: tl.constexpr, shuffled: tl.constexpr):
-    """Look up the codebook values of the four bits starting at `shift`.
+    """Look up the codebook values of the four bits that start at `shift`.
 
-    Each thread of a warp holds one of the 16 values and reads others by warp shuffle; a table in
-    memory would need an address per element. The interpreter has no warps and uses the table.
+    Each thread of a warp holds one of the 16 values and reads the others by warp shuffle; a table
+    in memory would need an address per element. The Triton interpreter has no warps and uses the
+    table.
     """
     if shuffled:
         return tl.inline_asm_elementwise(
@@ -201,7 +205,8 @@ def _nf4_gemv_kernel(
     out_features, num_words, has_bias: tl.constexpr, has_residual: tl.constexpr,
     shuffled: tl.constexpr, block_o: tl.constexpr, block_j: tl.constexpr,
 ):  # fmt: skip
-    # A byte holds two adjacent inputs, the first in its high bits; eight words share a scale.
+    # A byte holds the codes of two adjacent inputs, the first in its high bits; eight words share a
+    # scale.
     o = tl.program_id(0) * block_o + tl.arange(0, block_o)
     mask_O = o < out_features
     blocks: tl.constexpr = block_j // 8
@@ -238,11 +243,10 @@ def nf4_gemv(
     x: PackedInput, codes: Tensor, absmax_B: Tensor, nested_absmax: Tensor, absmax_mean: Tensor,
     codebooks: tuple[Tensor, Tensor], y_O: Tensor, bias_O: Tensor | None, residual_O: Tensor | None,
 ) -> None:  # fmt: skip
-    """Compute x W^T + bias + residual into `y_O`.
+    """Compute x W^T + bias + residual of a packed row and an NF4 matrix.
 
-    W is a matrix of `model.quant.nf4` with full blocks per row.
-
-    `codebooks` are those of scales and of codes.
+    The result is written to `y_O`. The rows of the matrix (`model.quant.nf4`) must consist of full
+    blocks. `codebooks` hold the values of the scale codes and of the weight codes.
     """
     out_features, num_words = len(y_O), x.values_8N.shape[1]
     # Fastest on an H200 (benchmarks/quant_gemv.py).

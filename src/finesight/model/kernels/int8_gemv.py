@@ -1,8 +1,8 @@
-"""Triton GEMV kernels for 8-bit matrices.
+"""Triton GEMV kernels for 8-bit matrices (INT8 and FP8).
 
 A thread reads 16 bytes of several outputs at once, converts them in registers and accumulates in
-fp32; threads exchange only the final sums. Programs of one matrix tile and several rows are
-adjacent in the grid and share the cached codes.
+fp32; threads exchange only the final sums. Programs that compute the same outputs for several rows
+are adjacent in the grid and share the cached codes.
 
 Shapes: R rows, O outputs, T chunks of 16 bytes, E bytes of a chunk.
 """
@@ -17,7 +17,13 @@ from torch import Tensor
 
 
 class MatmulTiling(NamedTuple):
-    """Tiling of a matmul: outputs per program, chunks (or groups) per step, warps."""
+    """Tiling of a matmul with a quantized matrix.
+
+    Attributes:
+        block_outputs: Outputs per program.
+        block_chunks: Chunks or groups of inputs per step.
+        num_warps: Warps per program.
+    """
 
     block_outputs: int
     block_chunks: int
@@ -25,7 +31,7 @@ class MatmulTiling(NamedTuple):
 
 
 def choose_gemv_tiling(out_features: int, row_bytes: int) -> MatmulTiling:
-    """Choose the tiling for a matrix of `out_features` rows of `row_bytes` bytes."""
+    """Choose the tiling of a GEMV by output count and bytes per output."""
     # With few outputs SMs are idle unless several warps share a row.
     warps = 4 if out_features <= 6144 and row_bytes >= 2048 else 2 if out_features <= 6144 else 1
     return MatmulTiling(block_outputs=4, block_chunks=32 * warps, num_warps=warps)
@@ -69,9 +75,9 @@ def _rowwise_gemv_kernel(
 def rowwise_gemv(
     x_RI: Tensor, codes_OI: Tensor, scales_O: Tensor, bias: Tensor | None, tiling: MatmulTiling
 ) -> Tensor:
-    """Compute x W^T + bias [R, O].
+    """Compute x W^T + bias [R, O] with an 8-bit matrix of `model.quant.rowwise_quant`.
 
-    W is a matrix of `model.quant.rowwise_quant` with rows divisible by 16.
+    The number of inputs must be divisible by 16.
     """
     rows, (out_features, in_features) = len(x_RI), codes_OI.shape
     y_RO = x_RI.new_empty(rows, out_features)

@@ -1,6 +1,6 @@
-"""Launch configs that determine the size of partial-sum buffers.
+"""Launch configs of Triton kernels that determine the size of partial-sum buffers.
 
-Does not import Triton, since `plan` uses it as well.
+This module does not import Triton, since `plan` uses it as well to estimate memory.
 """
 
 from __future__ import annotations
@@ -8,14 +8,22 @@ from __future__ import annotations
 from typing import NamedTuple
 
 TARGET_PROGRAMS, CONCURRENT_PROGRAMS = 2048, 264
-"""Programs that saturate a large GPU; two programs for each SM of an H200."""
+"""Number of programs that saturates a large GPU, and two programs for each SM of an H200."""
 
 MAX_PARTIAL_SUMS = 512
-"""Maximum number of partial sums for a norm weight, which are reduced after the kernel."""
+"""Maximum number of partial sums for the gradient of a norm weight, which a second kernel
+reduces."""
 
 
 class TileConfig(NamedTuple):
-    """Tile of a kernel: rows, columns, warps, pipeline stages."""
+    """Tile of a Triton kernel.
+
+    Attributes:
+        block_m: Rows.
+        block_n: Columns.
+        num_warps: Warps per program.
+        num_stages: Stages of the software pipeline.
+    """
 
     block_m: int
     block_n: int
@@ -24,20 +32,26 @@ class TileConfig(NamedTuple):
 
 
 SWIGLU_TILE, SWIGLU_BACKWARD_TILE = TileConfig(32, 64, 4, 3), TileConfig(32, 64, 4, 3)
-"""Tiles of the `swiglu` kernels; fastest on an H200."""
+"""Tiles of the kernels in `kernels.swiglu`; fastest on an H200."""
 
 LORA_DOWN_BACKWARD_TILE = TileConfig(32, 64, 4, 4)
-"""Tile of the `lora_gemm` backward kernel; fastest on an H200."""
+"""Tile of the backward kernel in `kernels.lora_gemm`; fastest on an H200."""
 
 
 def rows_per_chunk(rows: int, programs_per_row: int, programs: int = TARGET_PROGRAMS) -> int:
-    """Return the rows per program, if each row is processed by `programs_per_row` programs."""
+    """Return the number of rows per program, a multiple of 64.
+
+    `programs_per_row` programs process each row. The launch has at most about `programs` programs.
+    """
     chunks = max(1, min(programs // programs_per_row, _ceil_div(rows, 64)))
     return max(1, _ceil_div(_ceil_div(rows, chunks), 64)) * 64
 
 
 def columns_per_chunk(rows: int, width: int, tile: TileConfig) -> int:
-    """Return the columns per program, if each program has one row tile, for enough programs."""
+    """Return the number of columns per program, a multiple of the tile's columns.
+
+    Each program processes one row tile. Wide matrices are split to launch enough programs.
+    """
     row_tiles = max(1, _ceil_div(rows, tile.block_m))
     chunks = max(1, min(TARGET_PROGRAMS // row_tiles, _ceil_div(width, 4 * tile.block_n)))
     return _ceil_div(_ceil_div(width, chunks), tile.block_n) * tile.block_n

@@ -1,11 +1,11 @@
 """Triton kernels of LoRA.
 
 They compute the down-projection with dropout and its backward pass, add the up-projection to a
-rounded product, and copy updated up-projections.
+rounded base product, and copy updated up-projections. Accumulation is fp32.
 
-Accumulation is fp32. Shapes: T tokens, I inputs, O outputs of a layer, R its rank, S ranks of a
-fused linear, Z of them beyond a power of two, J input columns including the LoRA padding, C chunks
-of rows, P matrices.
+Shapes: T tokens, I inputs, O outputs of a layer, R its rank, S ranks of all layers of a fused
+linear, Z of them beyond a power of two, J input columns including the LoRA padding, C chunks of
+rows, P matrices.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from finesight.model.kernels.launch_config import (
 from finesight.model.kernels.primitives import Ptr, align_layouts, rank_block_size, sum_partials
 
 DOWN_TILE, UP_TILE = TileConfig(32, 64, 4, 4), TileConfig(64, 64, 4, 2)
-"""Fastest on an H200."""
+"""Tiles of the down-projection and the up-projection; fastest on an H200."""
 
 LARGE_RANK_SUM = 192
-"""Rank sum above which kernels need twice the warps for registers and half the pipeline stages."""
+"""Sum of LoRA ranks above which the backward kernel uses more warps, for registers, and fewer
+pipeline stages."""
 
 
 @triton.jit(do_not_specialize=["rows", "salt", "threshold"])
@@ -72,10 +73,11 @@ def _lora_down_kernel(
 def lora_down(
     x_TI: Tensor, lora_A_RI: Tensor, dropout: SeededDropout, padding: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute the LoRA activations, scale dropout(x) A^T [T, R].
+    """Compute the LoRA activations, scale * dropout(x) A^T, [T, R].
 
-    With `padding` the first result is a copy of `x` followed by the activations and zeros;
-    otherwise it is `x` itself.
+    Returns:
+        With `padding`, a copy of `x_TI` whose additional columns hold the activations and zeros,
+        otherwise `x_TI` itself; and the activations.
     """
     (rows, width), ranks, tile = x_TI.shape, len(lora_A_RI), DOWN_TILE
     low_TR = x_TI.new_empty(rows, ranks)
@@ -90,7 +92,10 @@ def lora_down(
 
 
 class RmsNormStats(NamedTuple):
-    """Weight and reciprocal RMS of the norm between a layer's input and an adapter's input."""
+    """Weight and reciprocal RMS of the RMS norm before a linear layer.
+
+    The backward kernel recomputes the normalized input of the adapter from them.
+    """
 
     weight_I: Tensor
     rstd_T: Tensor
@@ -106,7 +111,7 @@ def _lora_down_backward_kernel(
 ) -> None:  # fmt: skip
     c = tl.program_id(0) * block_n + tl.arange(0, block_n)
     chunk = tl.program_id(1)
-    # Two power-of-two blocks: with a single one, a quarter or more of the ranks might be padding.
+    # Use two power-of-two blocks: with one, a quarter or more of the ranks might be padding.
     s = tl.arange(0, block_s)
     mask_N, mask_S = c < width, s < ranks
     mask_SN = mask_S[:, None] & mask_N[None, :]
@@ -141,7 +146,7 @@ def _lora_down_backward_kernel(
             rstd_M = tl.load(scales + m, mask=mask_M, other=0.0)
             n_MN = n_MN * rstd_M[:, None] * w_N[None, :]
         n_MN = n_MN.to(x.dtype.element_ty)
-        # Elements outside are zero anyway; the mask avoids recomputation, see `swiglu`.
+        # Masked elements are zero anyway; the mask avoids recomputation, see `swiglu`.
         keep_MN = mask
         if is_dropped:
             keep_MN = keep_mask(seed, salt, m, c, threshold)
@@ -168,19 +173,22 @@ def lora_down_backward(
     lora_A_SI: Tensor,
     dropout: SeededDropout,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the backward pass of `lora_down`, for `n` the norm of `x`, or `x` itself.
+    """Compute the backward pass of the LoRA down-projection.
+
+    Here n is the input of the adapter: the RMS norm of `x_TI`, which is recomputed from
+    `norm_stats`, or `x_TI` itself without a norm.
 
     Args:
-        x_TI: Input of the layer.
-        norm_stats: Norm of the input, if any.
-        dn_TI: Gradient of `n` from the base product.
+        x_TI: Input of the norm, or of the adapter without a norm.
+        norm_stats: Weight and reciprocal RMS of the norm, if any.
+        dn_TI: Gradient of n from the base product.
         dlow_TS: Gradient of the LoRA activations.
         lora_A_SI: Down-projections.
         dropout: Dropout of the adapter's input.
 
     Returns:
-        The total gradient of `n` in a new tensor, and the gradient of A (deterministic order of
-            summation).
+        The total gradient of n in a new tensor, and the gradient of lora_A, summed in a
+        deterministic order.
     """
     dx_TI = torch.empty_like(x_TI)
     return dx_TI, _launch_lora_down_backward(
@@ -195,7 +203,7 @@ def lora_A_grad(
     lora_A_SI: Tensor,
     dropout: SeededDropout,
 ) -> Tensor:
-    """Compute only the gradient of A, as `lora_down_backward`."""
+    """Compute only the gradient of lora_A; see `lora_down_backward` for the arguments."""
     return _launch_lora_down_backward(x_TI, norm_stats, None, dlow_TS, lora_A_SI, dropout)
 
 
@@ -207,9 +215,10 @@ def _launch_lora_down_backward(
     lora_A_SI: Tensor,
     dropout: SeededDropout,
 ) -> Tensor:
-    """Compute the gradient of A and optionally the input gradient.
+    """Launch the backward kernel of the LoRA down-projection and return the gradient of lora_A.
 
-    `input_grads` are the gradient from the base product and the buffer of the total.
+    `input_grads` are the gradient from the base product and the output buffer for the total
+    gradient; None skips the input gradient.
     """
     (rows, width), ranks, tile = x_TI.shape, len(lora_A_SI), LORA_DOWN_BACKWARD_TILE
     column_tiles = triton.cdiv(width, tile.block_n)
@@ -231,7 +240,10 @@ def _launch_lora_down_backward(
 
 
 def _split_ranks(ranks: int) -> tuple[int, int]:
-    """Split the ranks into two power-of-two blocks; the second is 0 if it saves nothing."""
+    """Split the ranks into two power-of-two blocks.
+
+    The second block is 0 if it would not reduce the padding.
+    """
     padded_ranks = rank_block_size(ranks)
     is_split_cheaper = padded_ranks >= 64 and 4 * ranks <= 3 * padded_ranks
     return (padded_ranks // 2, padded_ranks // 4) if is_split_cheaper else (padded_ranks, 0)
@@ -241,11 +253,11 @@ def _split_ranks(ranks: int) -> tuple[int, int]:
 def _stochastic_round(
     y_MN: tl.tensor, total_MN: tl.tensor, c: tl.tensor, dropped_bits: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Round fp32 sums stochastically by dropping `dropped_bits` bits.
+    """Round fp32 sums stochastically by dropping `dropped_bits` mantissa bits.
 
     The expected value equals the sum up to fp32 precision (in fp16, above the smallest normal
-    value). The random bits are a function of `y` and the column, so that the result of a sample is
-    independent of the batch.
+    value). The random bits are a function of the base product `y_MN` and the column, so that the
+    result of a sample is independent of the batch.
     """
     bits_MN = total_MN.to(tl.uint32, bitcast=True)
     y_bits_MN = y_MN.to(tl.uint16, bitcast=True).to(tl.uint32)
@@ -284,9 +296,9 @@ def _add_lora_up_kernel(
 
 
 def add_lora_up(y_TO: Tensor, low_TR: Tensor, lora_B_OR: Tensor, scale: float) -> None:
-    """Add scale low B^T to a 16-bit product in place, with stochastic rounding.
+    """Add the LoRA delta, scale * low B^T, to a 16-bit base product in place.
 
-    See `model.lora.lora_delta`. Rows of each tensor may be strided.
+    Rounds stochastically, see `model.lora.lora_delta`. Rows of each tensor may be strided.
     """
     (rows, width), ranks, tile = y_TO.shape, lora_B_OR.shape[1], UP_TILE
     assert low_TR.shape == (rows, ranks), f"{tuple(low_TR.shape)}, not {rows, ranks}"
@@ -318,10 +330,10 @@ def _copy_matrices_kernel(
 
 
 def copy_matrices(table_P5: Tensor, max_rows: int, max_columns: int, reference: Tensor) -> None:
-    """Copy contiguous matrices to strided destinations of the same dtype as `reference`.
+    """Copy contiguous matrices to strided destinations, with one kernel.
 
     Each row of `table_P5` (int64, on the device) holds source address, destination address, rows,
-    columns and destination stride in elements.
+    columns and destination stride in elements. All matrices have the dtype of `reference`.
     """
     _copy_matrices_kernel[(len(table_P5), triton.cdiv(max_rows, 64))](
         table_P5, reference, block_m=64, block_n=rank_block_size(max_columns), num_warps=8

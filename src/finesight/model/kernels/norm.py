@@ -1,4 +1,4 @@
-"""Triton kernels of norms fused with residual addition, dropout and FP8 quantization.
+"""Triton kernels of norms, fused with residual addition, dropout and FP8 quantization.
 
 Accumulation is fp32. Shapes: N or T rows, D width.
 """
@@ -17,7 +17,7 @@ from finesight.model.kernels.primitives import Ptr, sum_partials
 from finesight.model.quant.fp8 import FP8_MAX, MIN_AMAX, Fp8Rows, empty_fp8_rows
 
 RMS_NORM_TILE = TileConfig(4, 0, 8, 1)
-"""Fastest on an H200; a program processes complete rows."""
+"""Tile of the RMS norm kernel, whose programs process complete rows; fastest on an H200."""
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -61,7 +61,11 @@ def add_norm(
     is_layer_norm: bool,
     to_fp8: bool,
 ) -> tuple[Tensor, Tensor | Fp8Rows]:
-    """Return x + y and its layer norm or RMS norm, in FP8 with `to_fp8`."""
+    """Add two tensors and apply layer norm or RMS norm to the sum.
+
+    Returns:
+        The sum x + y, and its norm, quantized to FP8 with `to_fp8`.
+    """
     rows, width = x_ND.shape
     residual_ND = torch.empty_like(x_ND)
     normed = empty_fp8_rows(x_ND) if to_fp8 else torch.empty_like(x_ND)
@@ -113,9 +117,10 @@ def rms_norm_dropout(
     dropout: SeededDropout,
     fp8_rows: Fp8Rows | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the RMS norm n into `n_TD` or as FP8 rows, with dropout.
+    """Compute RMS norm with dropout.
 
-    n = x / sqrt(mean(x^2) + eps) w; the rows of `n_TD` may be strided.
+    The norm before dropout, x / sqrt(mean(x^2) + eps) * w, is written to `n_TD`, whose rows may be
+    strided, or quantized to `fp8_rows`; exactly one of them is given.
 
     Returns:
         The norm after dropout, and the reciprocal RMS of each row, [T] in fp32.
@@ -170,12 +175,14 @@ def rms_norm_backward(
     *,
     needs_weight_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the input gradient of the RMS norm plus `residual_grad_TD`, in place of `dn_TD`.
+    """Compute the input gradient of RMS norm and add `residual_grad_TD`.
 
-    Also returns the weight gradient with `needs_weight_grad`.
+    The sum overwrites `dn_TD`. The second result is the weight gradient, or None without
+    `needs_weight_grad`.
     """
     rows, width = x_TD.shape
-    # For the weight gradient a program processes several rows; partial sums are reduced later.
+    # For the weight gradient, a program processes several rows. A second kernel reduces the
+    # partial sums.
     per_program = triton.cdiv(rows, MAX_PARTIAL_SUMS) if needs_weight_grad else 1
     programs = triton.cdiv(rows, max(1, per_program))
     dw_PD = torch.empty(

@@ -1,7 +1,7 @@
 """Parallel compilation of Triton kernels.
 
-Triton compiles kernels at their first launch, one after the other, which delays the first run on a
-machine.
+Triton compiles each kernel at its first launch, one after the other, which delays the first run on
+a machine.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 COMPILE_THREADS, SWITCH_INTERVAL_S = 8, 2e-4
-"""Number of compile threads, and the interpreter's switch interval meanwhile. With larger values
-the
-threads mostly wait for the GIL.
+"""Number of compile threads, and the thread switch interval of the interpreter during compilation.
+
+With a longer interval, the threads mostly wait for the GIL.
 """
 
 
@@ -38,8 +38,8 @@ def is_compile_cache_empty() -> bool:
 def compile_in_parallel(device: torch.device) -> Iterator[None]:
     """Compile all kernels launched within the block, by any thread, without running them.
 
-    Their outputs remain uninitialized and must be discarded. On exit all kernels are compiled and
-    loaded. Raises the errors of the compiler.
+    The outputs of the kernels remain uninitialized and must be discarded. On exit all kernels are
+    compiled and loaded. Raises the errors of the compiler.
     """
     launch, pending, lock = JITFunction.run, dict[tuple[Any, ...], Future[object]](), Lock()
 
@@ -70,9 +70,9 @@ def compile_in_parallel(device: torch.device) -> Iterator[None]:
 
 
 def _dummy_argument(argument: Any) -> Any:
-    """Replace a tensor by a small one with the same specialization.
+    """Replace a tensor argument by a small one with the same specialization.
 
-    Pending compilations would otherwise hold tensors that the forward pass has released.
+    Otherwise pending compilations would hold tensors that the forward pass has released.
     """
     if isinstance(argument, TensorDescriptor):
         shape = argument.block_shape
@@ -85,7 +85,7 @@ def _dummy_argument(argument: Any) -> Any:
 
 
 def _specialization_key(argument: Any) -> tuple[Any, ...]:
-    """Return the properties of an argument that Triton specializes on."""
+    """Return the properties of a kernel argument that Triton specializes on."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, TensorDescriptor):

@@ -1,4 +1,4 @@
-"""Shared building blocks of the kernels: partial-sum reduction, sigmoid, layout alignment."""
+"""Building blocks shared by Triton kernels: reduction of partial sums, fast sigmoid, layouts."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 Ptr: TypeAlias = tl.tensor
-"""Pointer to a tensor in a kernel."""
+"""Pointer to a tensor, in the signature of a Triton kernel."""
 
 SMALL_REDUCTION = 1 << 16
-"""Sums below which 1,024 elements per program do not saturate an H200."""
+"""Number of outputs up to which 1,024 elements per program do not saturate an H200."""
 
 
 def rank_block_size(ranks: int) -> int:
-    """Return the block size for this number of ranks."""
+    """Return the power-of-two block size that covers this number of LoRA ranks."""
     return max(16, int(triton.next_power_of_2(ranks)))
 
 
 @triton.jit
 def times_sigmoid(x: tl.tensor, power: tl.tensor) -> tl.tensor:
-    """Compute x / (1 + 2^power) with a fast division, which takes half the time.
+    """Compute x / (1 + 2^power) with a fast division, in half the time.
 
-    The exact division handles divisors that do not occur here.
+    The exact division additionally handles divisors that do not occur here.
     """
     return libdevice.fast_dividef(x, 1.0 + tl.exp2(power))
 
 
 @triton.jit
 def align_layouts(x: tl.tensor, y: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Return both tensors in the same thread layout.
+    """Convert two tensors to the same thread layout.
 
     Otherwise the compiler uses different layouts for loaded tensors and for matmul results, and
     duplicates computations on both.
@@ -58,7 +58,7 @@ def _sum_partials_kernel(
 
 
 def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum over the first dimension, rounded once."""
+    """Sum partial results over the first dimension, rounded once to `dtype`."""
     chunks, *shape = partial.shape
     y = torch.empty(shape, dtype=dtype, device=partial.device)
     total = y.numel()

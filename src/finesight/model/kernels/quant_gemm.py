@@ -1,8 +1,8 @@
 """Triton tensor-core matmuls of up to 64 rows with quantized matrices, and rowwise dequantization.
 
-Each code is read once. Each warp of a program processes a slice of the inputs, because outputs
-alone are too few programs to saturate a GPU. Weights are rounded to the dtype of the rows, as in
-the dequantized matrix, or exact in it.
+Each code is read once. Each warp of a program processes a slice of the inputs (split-K), because
+the outputs alone give too few programs to saturate a GPU. Weights are converted to the dtype of the
+input rows, either exactly or rounded as in the dequantized matrix.
 
 Shapes: R rows, O outputs, S slices, P rows and Q outputs of all slices, G groups, B bytes of a
 group, K inputs of a slice per step.
@@ -20,7 +20,7 @@ from finesight.model.kernels.int8_gemv import MatmulTiling
 
 
 def choose_gemm_tiling(out_features: int, rows: int) -> MatmulTiling:
-    """Choose the tiling for a matrix with `out_features` outputs."""
+    """Choose the tiling of a tensor-core matmul by the numbers of outputs and rows."""
     return MatmulTiling(
         block_outputs=16 if out_features <= 6144 or rows > 16 else 32, block_chunks=1, num_warps=4
     )
@@ -28,7 +28,7 @@ def choose_gemm_tiling(out_features: int, rows: int) -> MatmulTiling:
 
 @triton.jit
 def _slice_offsets(slices: tl.constexpr, block: tl.constexpr, step: tl.constexpr):
-    """Return the row of each concatenated line and its slice's offset in a step."""
+    """Return row index and input offset of each line when the slices are concatenated."""
     line = tl.arange(0, slices * block)
     return line % block, line // block * step
 
@@ -121,7 +121,7 @@ def _int4_gemm_kernel(
             ) // group_size
             scale = tl.load(scales + offsets_QG, mask=mask_QG, other=0.0).to(tl.float32)
             zero = tl.load(zeros + offsets_QG, mask=mask_QG, other=0).to(tl.float32)
-            # The bits of 2^23 + code: a float without a conversion; the difference is exact.
+            # The bits of 2^23 + code in fp32 need no conversion; the difference is exact.
             code = (((packed >> (4 * half_index)) & 15) | 0x4B000000).to(tl.float32, bitcast=True)
             w_QGB = (code - (zero + 8388608.0)[:, :, None]) * scale[:, :, None]
             x_offsets = (r * in_features + half_index * half)[:, None] + k_PK
@@ -160,9 +160,9 @@ def nf4_gemm(
     x_RI: Tensor, codes: Tensor, absmax_B: Tensor, nested_absmax: Tensor, absmax_mean: Tensor,
     codebooks: tuple[Tensor, Tensor], bias: Tensor | None, tiling: MatmulTiling,
 ) -> Tensor:  # fmt: skip
-    """Compute x W^T + bias [R, O] for W of `model.quant.nf4`.
+    """Compute x W^T + bias [R, O] with an NF4 matrix of `model.quant.nf4`.
 
-    Rows have 16-bit elements and full blocks of 64 inputs.
+    The input has a 16-bit dtype and full blocks of 64 elements per row.
     """
     rows, in_features = x_RI.shape
     out_features = 2 * codes.numel() // in_features
@@ -181,9 +181,9 @@ def int4_gemm(
     x_RI: Tensor, codes: Tensor, scales_OG: Tensor, zeros_OG: Tensor, bias: Tensor | None,
     group_size: int, tiling: MatmulTiling,
 ) -> Tensor:  # fmt: skip
-    """Compute x W^T + bias [R, O] for W of `model.quant.int4`.
+    """Compute x W^T + bias [R, O] with an INT4 matrix of `model.quant.int4`.
 
-    Rows have 16-bit elements, and half rows are multiples of 32 inputs.
+    The input has a 16-bit dtype and a row size divisible by 64.
     """
     rows, in_features = x_RI.shape
     out_features = len(codes)
@@ -200,7 +200,10 @@ def int4_gemm(
 def rowwise_gemm(
     x_RI: Tensor, codes_OI: Tensor, scales_O: Tensor, bias: Tensor | None, tiling: MatmulTiling
 ) -> Tensor:
-    """Compute `int8_gemv.rowwise_gemv` for 16-bit rows, in chunks of 64 inputs."""
+    """Compute x W^T + bias [R, O] with an INT8 or FP8 matrix of `model.quant.rowwise_quant`.
+
+    The input has a 16-bit dtype.
+    """
     rows, (out_features, in_features) = len(x_RI), codes_OI.shape
     y_RO = x_RI.new_empty(rows, out_features)
     _rowwise_gemm_kernel[(triton.cdiv(out_features, tiling.block_outputs),)](
@@ -217,7 +220,7 @@ def _row_block_size(rows: int) -> int:
 
 
 def _num_stages(rows: int) -> int:
-    """Return the number of pipeline stages that fit the shared memory of small GPUs."""
+    """Return the number of pipeline stages that fits the shared memory of small GPUs."""
     return 3 if rows <= 16 else 2
 
 
@@ -231,7 +234,7 @@ def _dequantize_rowwise_kernel(codes, scales, w, in_features, block: tl.constexp
 
 
 def dequantize_rowwise(codes_OI: Tensor, scales_O: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the dense matrix, scale code [O, I], rounded once."""
+    """Return the dequantized matrix [O, I] of an INT8 or FP8 matrix, rounded once."""
     out_features, in_features = codes_OI.shape
     w_OI = torch.empty(out_features, in_features, dtype=dtype, device=codes_OI.device)
     grid = (out_features, triton.cdiv(in_features, 2048))

@@ -1,8 +1,9 @@
-"""Triton kernels of the rotary embedding, in place on the fused QKV projection (see `model.rope`).
+"""Triton kernels of rotary embeddings, in place on the fused QKV projection (see `model.rope`).
 
 Both halves of a head use the same angles: only one half of the cosines and the positive half of the
-sines are read. Shapes: T tokens, E columns of the QKV projection, H query heads, K key heads, D
-head dimension.
+sines are read.
+
+Shapes: T tokens, E columns of the QKV projection, H query heads, K key heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from finesight.model.kernels.launch_config import TileConfig
 from finesight.model.kernels.primitives import Ptr
 
 MAX_HEADS_PER_PROGRAM = 32
-"""Maximum heads of a row per program; fastest on an H200."""
+"""Maximum number of heads of a row per program; fastest on an H200."""
 
 BACKWARD_TILE = TileConfig(8, 8, 2, 2)
 """Rows and heads per program in the backward pass; fastest on an H200."""
 
 
 class QkvLayout(NamedTuple):
-    """Layout of a fused QKV projection: query heads, key heads, head dimension."""
+    """Layout of a fused QKV projection: numbers of query and key heads, head dimension."""
 
     num_heads: int
     num_kv_heads: int
@@ -32,7 +33,7 @@ class QkvLayout(NamedTuple):
 
     @property
     def num_columns(self) -> int:
-        """Number of columns of queries, keys and values."""
+        """Number of columns of queries, keys and values together."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
@@ -69,7 +70,7 @@ def _rotate_qk_kernel(
 
 
 def rotate_qk(qkv_TE: Tensor, layout: QkvLayout, cos_T1D: Tensor, sin_T1D: Tensor) -> None:
-    """Rotate queries and keys in place."""
+    """Apply rotary embeddings to queries and keys of a fused QKV projection, in place."""
     rows, half, num_rotated = (
         len(qkv_TE),
         layout.head_dim // 2,
@@ -114,13 +115,13 @@ def _rotate_qk_backward_kernel(
 def rotate_qk_backward(
     grads: tuple[Tensor, Tensor, Tensor], layout: QkvLayout, cos_T1D: Tensor, sin_T1D: Tensor
 ) -> Tensor:
-    """Compute the gradient of the QKV projection [T, E].
+    """Compute the gradient of a fused QKV projection [T, E] after rotary embeddings.
 
     Args:
         grads: Gradients of queries [T, H, D], keys and values [T, K, D].
         layout: Layout of the projection.
-        cos_T1D: Cosines.
-        sin_T1D: Signed sines.
+        cos_T1D: Cosines of the rotary embedding.
+        sin_T1D: Sines of the rotary embedding, negative in the first half.
     """
     rows, half = len(grads[0]), layout.head_dim // 2
     dqkv_TE = grads[0].new_empty(rows, layout.num_columns)

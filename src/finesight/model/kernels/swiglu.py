@@ -1,7 +1,9 @@
-"""Triton kernels of SwiGLU fused with the LoRA down-projection of the next linear, and backward.
+"""Triton kernels of SwiGLU fused with the LoRA down-projection of the next linear layer.
 
-Each large tensor is read once per pass. Accumulation is fp32. Shapes: T tokens, F intermediate
-size, R ranks, J input columns including the LoRA padding, C chunks.
+The forward and the backward pass read each large tensor once. Accumulation is fp32.
+
+Shapes: T tokens, F intermediate size, R ranks, J input columns including the LoRA padding, C
+chunks.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ def _swiglu_lora_kernel(
         if has_lora:
             if is_dropped:
                 mask &= keep_mask(seed, salt, m, c, threshold)
-            # Elements outside are zero anyway; without a mask the compiler recomputes the operand
+            # Masked elements are zero anyway; without a mask the compiler recomputes the operand
             # from `gate_up` in each warp that reads it.
             h_MN = tl.where(mask, h_MN, 0.0)
             mask_RN = mask_R[:, None] & mask_N[None, :]
@@ -69,11 +71,12 @@ def _swiglu_lora_kernel(
 def swiglu_lora(
     gate_up_TF2: Tensor, lora_A_RF: Tensor | None, dropout: SeededDropout, padding: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute h = silu(gate) up of the fused projection, and the LoRA activations of h.
+    """Compute SwiGLU, h = silu(gate) * up, and the LoRA activations of h.
 
     Returns:
-        h in the first F columns of [T, J] (with `padding` columns, which hold the activations and
-            zeros), and the activations dropout(h) A^T [T, R].
+        A tensor [T, J] with h in the first F columns, then the activations and zeros in the
+        `padding` columns; and the activations, scale * dropout(h) A^T, [T, R], or None without
+        an adapter.
     """
     rows, width = len(gate_up_TF2), gate_up_TF2.shape[1] // 2
     h_TJ = gate_up_TF2.new_empty(rows, width + padding)
@@ -102,7 +105,7 @@ def swiglu_lora(
 def _swiglu_lora_backward_kernel(
     gate_up: Ptr, a: Ptr, dh: Ptr, dlow: Ptr, partial: Ptr, rows: int, per_chunk: int, width: int,
     ranks: int, dh_stride: int, dlow_stride: int, seed: Ptr, salt: int, threshold: int,
-    scale: float, has_lora: tl.constexpr, is_dropped: tl.constexpr, is_recomputed: tl.constexpr,
+    scale: float, has_lora: tl.constexpr, is_dropped: tl.constexpr, writes_h: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr, range_stages: tl.constexpr,
 ) -> None:  # fmt: skip
     c = tl.program_id(0) * block_n + tl.arange(0, block_n)
@@ -132,7 +135,7 @@ def _swiglu_lora_backward_kernel(
         sig_MN = 1.0 / (1.0 + tl.exp2(g_MN * -1.4426950408889634))
         silu_MN = g_MN * sig_MN
         h_MN = (silu_MN * u_MN).to(narrow)
-        if is_recomputed:
+        if writes_h:
             tl.store(h_ptrs, h_MN, mask=mask)
         if has_lora:
             if is_dropped:
@@ -150,9 +153,12 @@ def _swiglu_lora_backward_kernel(
 
 
 class SwigluGradients(NamedTuple):
-    """Gradients of `swiglu_lora` by the fused projection and by A.
+    """Gradients of `swiglu_lora`.
 
-    `h_TF` is recomputed on request.
+    Attributes:
+        gate_up_TF2: Gradient of the fused gate and up projections.
+        h_TF: Recomputed output h of SwiGLU, or None if it was not requested.
+        lora_A_RF: Gradient of lora_A, or None without an adapter.
     """
 
     gate_up_TF2: Tensor
@@ -164,9 +170,10 @@ def swiglu_lora_backward(
     gate_up_TF2: Tensor, lora_A_RF: Tensor | None, dh_TF: Tensor, dlow_TR: Tensor | None,
     dropout: SeededDropout, *, recompute_h: bool = False,
 ) -> SwigluGradients:  # fmt: skip
-    """Compute the backward pass of `swiglu_lora` in deterministic order.
+    """Compute the backward pass of `swiglu_lora`, with sums in a deterministic order.
 
-    Overwrites `gate_up_TF2`; with `recompute_h` it writes h to `dh_TF`.
+    Overwrites `gate_up_TF2`. With `recompute_h` it also overwrites `dh_TF` with the output h of
+    SwiGLU.
     """
     rows, width = dh_TF.shape
     ranks, tile = 1 if lora_A_RF is None else len(lora_A_RF), SWIGLU_BACKWARD_TILE
@@ -179,7 +186,7 @@ def swiglu_lora_backward(
     _swiglu_lora_backward_kernel[(column_tiles, chunks)](
         gate_up_TF2, dh_TF if lora_A_RF is None else lora_A_RF, dh_TF, dlow, partial_CRF, rows,
         per_chunk, width, ranks, dh_TF.stride(0), dlow.stride(0), *dropout.kernel_args(gate_up_TF2),
-        has_lora=lora_A_RF is not None, is_dropped=dropout.p > 0.0, is_recomputed=recompute_h,
+        has_lora=lora_A_RF is not None, is_dropped=dropout.p > 0.0, writes_h=recompute_h,
         block_m=tile.block_m, block_n=tile.block_n, block_r=rank_block_size(ranks),
         num_warps=tile.num_warps, range_stages=tile.num_stages,
     )  # fmt: skip

@@ -1,12 +1,11 @@
 """Triton attention kernels for short packed segments (FlashAttention-2).
 
-Dao 2023, arXiv:2307.08691.
+Dao 2023, arXiv:2307.08691. General kernels are tuned for segments of thousands of tokens; with
+segments of 140 tokens, such as an image and its caption, most of their tiles are empty. Here
+grouped key heads are read, and their gradients summed, without expansion. Accumulation is fp32.
+Segments may share a prefix: the first segment, which every other segment attends to.
 
-General kernels are tuned for segments of thousands of tokens and leave most of their tiles empty
-for an image and its caption of 140 tokens. Grouped key heads are read, and their gradients summed,
-without expansion. Accumulation is fp32. Segments may share a prefix, the first segment, which each
-of them attends to. Shapes: T tokens, H query heads, K key heads, D head dimension, S segments, P
-prefix tokens.
+Shapes: T tokens, H query heads, K key heads, D head dimension, S segments, P prefix tokens.
 """
 
 from __future__ import annotations
@@ -25,15 +24,16 @@ from finesight.model.kernels.primitives import Ptr, sum_partials
 FORWARD_TILE = TileConfig(64, 32, 4, 3)
 BACKWARD_DQ_TILE = TileConfig(64, 32, 4, 3)
 BACKWARD_DKV_TILE = TileConfig(32, 64, 4, 2)
-"""Queries and keys of a tile; fastest on an H200 for head dimension 128."""
+"""Queries and keys per tile; fastest on an H200 for head dimension 128."""
 
 
 class CuSeqlens(NamedTuple):
-    """Cumulative segment lengths (int32, on the device) with maximum and prefix length.
+    """Boundaries of packed segments, as arguments of the attention kernels.
 
-    The maximum includes the prefix.
-
-    With a shared prefix, `prefix_length` is the length of the first segment.
+    Attributes:
+        cu_seqlens_S1: Cumulative segment lengths (int32, on the device).
+        max_seqlen: Maximum segment length including the shared prefix.
+        prefix_length: Length of the first segment if it is a shared prefix, else 0.
     """
 
     cu_seqlens_S1: Tensor
@@ -45,7 +45,7 @@ class CuSeqlens(NamedTuple):
 def locate_tile(
     cu_seqlens: Ptr, block: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
-    """Return segment start, segment length, first tile row and head of a program."""
+    """Return segment start, segment length, first row of the tile and head of a program."""
     segment = tl.program_id(0)
     segment_start = tl.load(cu_seqlens + segment)
     length = tl.load(cu_seqlens + segment + 1) - segment_start
@@ -54,8 +54,19 @@ def locate_tile(
 
 @triton.jit
 def _prefix_rows(prefix_length: tl.tensor, has_prefix: tl.constexpr) -> tl.tensor:
-    """Return the number of prefix rows before a program's segment."""
+    """Return the number of shared prefix rows before the segment of a program."""
     return tl.where(tl.program_id(0) > 0, prefix_length, 0) if has_prefix else 0
+
+
+@triton.jit
+def _locate_rows(
+    x: tl.tensor, segment_start: tl.tensor, rows: tl.tensor, stride: tl.tensor, head: tl.tensor,
+    head_dim: tl.tensor, length: tl.tensor, d: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """Return pointers to `rows` [M] of one head of a segment, and their mask: [M, D]."""
+    mask = (rows < length)[:, None] & (d < head_dim)[None, :]
+    ptrs = x + (segment_start + rows).to(tl.int64)[:, None] * stride + head * head_dim + d[None, :]
+    return ptrs, mask
 
 
 @triton.jit
@@ -63,9 +74,8 @@ def _load_rows(
     x: tl.tensor, segment_start: tl.tensor, rows: tl.tensor, stride: tl.tensor, head: tl.tensor,
     head_dim: tl.tensor, length: tl.tensor, d: tl.tensor,
 ) -> tl.tensor:  # fmt: skip
-    """Load `rows` [M] of one head of a segment: [M, D], zero beyond the end."""
-    mask = (rows < length)[:, None] & (d < head_dim)[None, :]
-    ptrs = x + (segment_start + rows).to(tl.int64)[:, None] * stride + head * head_dim + d[None, :]
+    """Load rows of one head of a segment, [M, D], with zeros beyond its end."""
+    ptrs, mask = _locate_rows(x, segment_start, rows, stride, head, head_dim, length, d)
     return tl.load(ptrs, mask=mask, other=0.0)
 
 
@@ -75,9 +85,12 @@ def _load_keys(
     head_dim: tl.tensor, length: tl.tensor, d: tl.tensor, prefix: tl.tensor,
     has_prefix: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Load keys `n` [N] of a segment, starting with those of the shared prefix."""
+    """Load the keys or values at positions `n` [N] of a segment.
+
+    Positions start with those of the shared prefix.
+    """
     if has_prefix:
-        # Offsets relative to a segment start that is shifted back by the prefix.
+        # Positions include the prefix: shift the segment start back by its length.
         segment_start = tl.where(n < prefix, 0, segment_start - prefix)
     return _load_rows(x, segment_start, n, stride, head, head_dim, prefix + length, d)
 
@@ -90,6 +103,7 @@ def _attention_fwd(
     block_n: tl.constexpr, block_d: tl.constexpr,
 ) -> None:  # fmt: skip
     segment_start, length, start_m, head = locate_tile(cu_seqlens, block_m)
+    key_head = head // num_kv_groups
     prefix = _prefix_rows(prefix_length, has_prefix)
     if start_m >= length:
         return
@@ -102,16 +116,7 @@ def _attention_fwd(
     for start in range(0, end, block_n):
         n = start + tl.arange(0, block_n)
         k_ND = _load_keys(
-            k,
-            segment_start,
-            n,
-            k_stride,
-            head // num_kv_groups,
-            head_dim,
-            length,
-            d,
-            prefix,
-            has_prefix,
+            k, segment_start, n, k_stride, key_head, head_dim, length, d, prefix, has_prefix
         )
         s_MN = tl.dot(q_MD, tl.trans(k_ND)) * qk_scale
         mask_MN = (n < prefix + length)[None, :]
@@ -124,27 +129,14 @@ def _attention_fwd(
         alpha_M = tl.exp2(max_M - new_max_M)
         sum_M = sum_M * alpha_M + tl.sum(p_MN, 1)
         v_ND = _load_keys(
-            v,
-            segment_start,
-            n,
-            v_stride,
-            head // num_kv_groups,
-            head_dim,
-            length,
-            d,
-            prefix,
-            has_prefix,
+            v, segment_start, n, v_stride, key_head, head_dim, length, d, prefix, has_prefix
         )
         o_MD = o_MD * alpha_M[:, None] + tl.dot(p_MN.to(v_ND.dtype), v_ND)
         max_M = new_max_M
-    mask = (m < length)[:, None] & (d < head_dim)[None, :]
-    ptrs = (
-        o
-        + (segment_start + m).to(tl.int64)[:, None] * num_heads * head_dim
-        + head * head_dim
-        + d[None, :]
+    o_ptrs, mask = _locate_rows(
+        o, segment_start, m, num_heads * head_dim, head, head_dim, length, d
     )
-    tl.store(ptrs, o_MD / sum_M[:, None], mask=mask)
+    tl.store(o_ptrs, o_MD / sum_M[:, None], mask=mask)
     tl.store(lse + head * rows + segment_start + m, max_M + tl.log2(sum_M), mask=m < length)
 
 
@@ -156,6 +148,7 @@ def _attention_bwd_dq(
     has_prefix: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr,
 ) -> None:  # fmt: skip
     segment_start, length, start_m, head = locate_tile(cu_seqlens, block_m)
+    key_head = head // num_kv_groups
     prefix = _prefix_rows(prefix_length, has_prefix)
     if start_m >= length:
         return
@@ -171,28 +164,10 @@ def _attention_bwd_dq(
     for start in range(0, end, block_n):
         n = start + tl.arange(0, block_n)
         k_ND = _load_keys(
-            k,
-            segment_start,
-            n,
-            k_stride,
-            head // num_kv_groups,
-            head_dim,
-            length,
-            d,
-            prefix,
-            has_prefix,
+            k, segment_start, n, k_stride, key_head, head_dim, length, d, prefix, has_prefix
         )
         v_ND = _load_keys(
-            v,
-            segment_start,
-            n,
-            v_stride,
-            head // num_kv_groups,
-            head_dim,
-            length,
-            d,
-            prefix,
-            has_prefix,
+            v, segment_start, n, v_stride, key_head, head_dim, length, d, prefix, has_prefix
         )
         p_MN = tl.exp2(tl.dot(q_MD, tl.trans(k_ND)) * qk_scale - lse_M[:, None])
         mask_MN = (n < prefix + length)[None, :]
@@ -201,14 +176,10 @@ def _attention_bwd_dq(
         dp_MN = tl.dot(do_MD, tl.trans(v_ND))
         ds_MN = tl.where(mask_MN, p_MN * (dp_MN - delta_M[:, None]), 0.0)
         dq_MD += tl.dot(ds_MN.to(k_ND.dtype), k_ND)
-    mask = (m < length)[:, None] & (d < head_dim)[None, :]
-    ptrs = (
-        dq
-        + (segment_start + m).to(tl.int64)[:, None] * num_heads * head_dim
-        + head * head_dim
-        + d[None, :]
+    dq_ptrs, mask = _locate_rows(
+        dq, segment_start, m, num_heads * head_dim, head, head_dim, length, d
     )
-    tl.store(ptrs, dq_MD * scale, mask=mask)
+    tl.store(dq_ptrs, dq_MD * scale, mask=mask)
 
 
 @triton.jit(do_not_specialize=["prefix_length"])
@@ -232,7 +203,7 @@ def _attention_bwd_dkv(
     )
     dk_ND = tl.zeros((block_n, block_d), tl.float32)
     dv_ND = tl.zeros((block_n, block_d), tl.float32)
-    # Earlier queries attend to none of these keys.
+    # Causal attention: earlier queries attend to none of these keys.
     first_query = tl.maximum(start_n - prefix, 0) // block_m * block_m if causal else 0
     for head in range(key_head * num_kv_groups, (key_head + 1) * num_kv_groups):
         for start in range(first_query, length, block_m):
@@ -256,7 +227,7 @@ def _attention_bwd_dkv(
     stride = num_heads // num_kv_groups * head_dim
     column = key_head * head_dim + d[None, :]
     if has_prefix:
-        # All segments contribute gradients to the prefix rows, including the prefix itself.
+        # All segments, including the prefix itself, contribute gradients to the prefix rows.
         offsets = (2 * tl.program_id(0) * prefix_length + n).to(tl.int64)[:, None] * stride + column
         prefix_mask = mask & (n < prefix_length)[:, None]
         tl.store(partial + offsets, dk_ND * scale, mask=prefix_mask)
@@ -270,10 +241,12 @@ def _attention_bwd_dkv(
 def attention_forward(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: CuSeqlens, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute softmax(q k^T / sqrt(D)) v within each segment; heads must be contiguous.
+    """Compute softmax(q k^T / sqrt(D)) v within each segment.
+
+    The elements of the heads of a token must be contiguous.
 
     Returns:
-        The output [T, H, D], and the base-2 logarithms of the softmax sums [H, T].
+        The output [T, H, D], and the base-2 log-sum-exp of the scores of each query, [H, T].
     """
     rows, num_heads, head_dim = q_THD.shape
     o_THD = q_THD.new_empty(rows, num_heads, head_dim)
@@ -293,7 +266,7 @@ def attention_backward(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, o_THD: Tensor, do_THD: Tensor, lse_HT: Tensor,
     cu_seqlens: CuSeqlens, causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute the gradients of queries, keys and values in deterministic order."""
+    """Compute the gradients of queries, keys and values, with sums in a deterministic order."""
     rows, num_heads, head_dim = q_THD.shape
     num_kv_groups = num_heads // k_TKD.shape[1]
     num_segments, prefix_length = len(cu_seqlens.cu_seqlens_S1) - 1, cu_seqlens.prefix_length
@@ -333,7 +306,7 @@ def attention_backward(
 
 
 def softmax_scale(head_dim: int) -> float:
-    """Return the scale of the attention scores."""
+    """Return the scale of the attention scores, 1 / sqrt(head_dim)."""
     return 1.0 / math.sqrt(head_dim)
 
 
@@ -342,7 +315,7 @@ def _head_block_size(head_dim: int) -> int:
 
 
 def launch_grid(cu_seqlens: CuSeqlens, block_rows: int, num_heads: int) -> tuple[int, int, int]:
-    """Return the grid: one program per segment, tile and head."""
+    """Return the launch grid of one program per segment, row tile and head."""
     return (
         len(cu_seqlens.cu_seqlens_S1) - 1,
         triton.cdiv(cu_seqlens.max_seqlen, block_rows),

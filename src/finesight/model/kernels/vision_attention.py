@@ -1,8 +1,10 @@
 """Triton kernel of full attention within segments, forward only, for frozen vision encoders.
 
-FlashAttention-2, Dao 2023, arXiv:2307.08691. Vision heads have 72 or 80 elements; general kernels
-pad them to 96 or 128, and segments to tiles of 128 rows. Here a head is split into a power-of-two
-part and a padded tail, and the last keys of a segment use small tiles. Accumulation is fp32.
+FlashAttention-2, Dao 2023, arXiv:2307.08691. Heads of vision encoders have 72 or 80 elements;
+general kernels pad them to 96 or 128, and segments to tiles of 128 rows. Here a head is split into
+a power-of-two part and a padded tail, and the last keys of a segment use small tiles. Accumulation
+is fp32.
+
 Shapes: T tokens, H query heads, K key heads, D head dimension, M queries and N keys of a tile, C
 elements of a head part.
 """
@@ -25,8 +27,9 @@ from finesight.model.kernels.varlen_attention import (
 )
 
 VISION_TILE, TAIL_BLOCK = TileConfig(64, 64, 4, 3), 16
-"""Queries and keys of a tile, and keys of the tail tiles: the fastest of twelve on an H200 for
-segments of 64, 400 and 2116 rows.
+"""Queries and keys of a tile, and keys of the tiles at the end of a segment.
+
+The fastest of twelve configurations on an H200 for segments of 64, 400 and 2,116 rows.
 """
 
 
@@ -35,7 +38,7 @@ def _load_head_part(
     x: Ptr, rows: tl.tensor, segment_start: tl.tensor, length: tl.tensor, stride: int,
     width: tl.constexpr, block: tl.constexpr, is_full_tile: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Load one part of a head for `rows` of a segment: [M, C]."""
+    """Load one part of a head for some rows of a segment, [M, C]."""
     c = tl.arange(0, block)
     ptrs = x + (segment_start + rows).to(tl.int64)[:, None] * stride + c[None, :]
     if is_full_tile and block == width:
@@ -50,7 +53,7 @@ def _attend_tile(
     k_stride: int, v_stride: int, qk_scale: float, main_dim: tl.constexpr, tail_dim: tl.constexpr,
     block_main: tl.constexpr, block_tail: tl.constexpr, is_full_tile: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
-    """Update both output parts, the maximum scores and the sums with the keys `n`."""
+    """Update the running output, maximum score and softmax sum with one tile of keys."""
     k1_NC = _load_head_part(
         k, n, segment_start, length, k_stride, main_dim, block_main, is_full_tile
     )
@@ -130,9 +133,9 @@ def _vision_attention_kernel(
 
 
 def vision_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: CuSeqlens) -> Tensor:
-    """Compute softmax(q k^T / sqrt(D)) v within each segment.
+    """Compute softmax(q k^T / sqrt(D)) v within each segment, without gradients.
 
-    Returns [T, H, D]. Heads must be contiguous.
+    The elements of the heads of a token must be contiguous. Returns [T, H, D].
     """
     rows, num_heads, width = q_THD.shape
     o_THD = q_THD.new_empty(rows, num_heads, width)

@@ -1,1 +1,1 @@
-"""LoRA: layers, fused kernels, multi-adapter serving, PEFT files, merging."""
+"""LoRA: adapter layers, fused kernels, multi-LoRA inference, PEFT files and merging."""

@@ -1,7 +1,7 @@
-"""Fused linear layers with LoRA: forward and backward matmuls used by `model.fused_decoder`.
+"""Forward and backward matmuls of fused linears with LoRA, for `model.fused_decoder`.
 
 Shapes: T tokens, I inputs, O concatenated outputs of a fused linear, S ranks of all its layers, R
-ranks of one layer, J input columns including the LoRA padding.
+rank of one layer, J input columns including the LoRA padding.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from finesight.model.quant.base import QuantizedWeight
 from finesight.model.quant.fp8 import Fp8Rows, accepts_fp8_input
 
 _GRADIENT_BUFFERS: list[Callable[[Tensor], Tensor | None]] = []
-"""Global to all threads: autograd runs the backward pass in its own thread."""
+"""Functions that find gradient buffers, set by `write_gradients_to`. They are global to all
+threads: autograd runs the backward pass in its own thread."""
 
 
 @contextmanager
 def write_gradients_to(find_buffer: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Write weight gradients into the buffers returned by `find_buffer` within the block.
+    """Write weight gradients into preallocated buffers within the block.
 
-    Weights without a buffer (None) get a new tensor. No weight may be used by two matmuls of a
-    forward pass, since the second gradient would overwrite the first.
+    `find_buffer` returns the buffer of a weight, or None to allocate a new tensor. No weight may be
+    used by two matmuls of a forward pass, since the second gradient would overwrite the first.
     """
     _GRADIENT_BUFFERS.append(find_buffer)
     try:
@@ -40,7 +41,7 @@ def write_gradients_to(find_buffer: Callable[[Tensor], Tensor | None]) -> Iterat
 
 
 def get_fused_weight(linear: FusedLinear) -> FusedLoraWeight | None:
-    """Return the fused weight of a linear, or None if it cannot be fused."""
+    """Return the fused LoRA weight of a linear, or None if it cannot be fused."""
     adapter = linear.adapter
     is_dense = isinstance(linear.weight, nn.Parameter) and not linear.is_sharded
     if is_dense and isinstance(adapter, LoraLinear):
@@ -49,7 +50,13 @@ def get_fused_weight(linear: FusedLinear) -> FusedLoraWeight | None:
 
 
 class LoraMatmul(NamedTuple):
-    """Matmul of a fused linear: weight, bias, up-projections and, if possible, the fused weight."""
+    """Operands of the matmul of a fused linear with or without LoRA.
+
+    Attributes:
+        weight: Base weight.
+        fused_weight_OJ: Base weight fused with the up-projections, or None.
+        lora_Bs_OR: Up-projection of each layer; empty without an adapter.
+    """
 
     in_features: int
     num_layers: int
@@ -60,7 +67,7 @@ class LoraMatmul(NamedTuple):
 
     @classmethod
     def from_linear(cls, linear: FusedLinear) -> LoraMatmul:
-        """Build from a fused linear."""
+        """Collect the operands of a fused linear."""
         common = linear.in_features, len(linear.output_sizes), linear.weight, linear.bias
         if not isinstance(linear.adapter, LoraLinear):
             return cls(*common, None, ())
@@ -70,12 +77,12 @@ class LoraMatmul(NamedTuple):
 
     @property
     def is_trainable(self) -> bool:
-        """True if the weight is trainable."""
+        """True if the base weight is trainable."""
         return isinstance(self.weight, Tensor) and self.weight.requires_grad
 
     @property
     def padding(self) -> int:
-        """Number of padding columns of an input, which hold the LoRA activations."""
+        """Number of additional input columns for LoRA activations and alignment."""
         return (
             0 if self.fused_weight_OJ is None else self.fused_weight_OJ.shape[1] - self.in_features
         )
@@ -87,12 +94,15 @@ class LoraMatmul(NamedTuple):
 
     @property
     def trainable_parameters(self) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias if trainable, else None, as inputs of the autograd function."""
+        """Weight and bias for the autograd function; None for frozen ones."""
         weight = self.weight if isinstance(self.weight, Tensor) and self.is_trainable else None
         return weight, self.bias if self.bias is not None and self.bias.requires_grad else None
 
     def forward(self, x_TJ: Tensor | Fp8Rows, low_TS: Tensor | None) -> Tensor:
-        """Compute x W^T + bias of all layers concatenated, plus the LoRA delta."""
+        """Compute x W^T + bias plus the LoRA delta of all layers, concatenated.
+
+        `low_TS` are the LoRA activations of the input.
+        """
         if self.fused_weight_OJ is not None and isinstance(x_TJ, Tensor):
             return F.linear(x_TJ, self.fused_weight_OJ, self.bias)
         y_TO = linear_concat(x_TJ, self.weight, self.bias)
@@ -101,7 +111,7 @@ class LoraMatmul(NamedTuple):
         return y_TO
 
     def forward_add(self, x_TO: Tensor, h_TJ: Tensor, low_TS: Tensor | None) -> Tensor:
-        """Compute x plus `forward` of `h`."""
+        """Compute `x_TO` plus the output of `forward` for `h_TJ`."""
         weight = self.weight if self.fused_weight_OJ is None else self.fused_weight_OJ
         is_single_matmul = self.fused_weight_OJ is not None or not self.lora_Bs_OR
         if is_single_matmul and self.bias is None and isinstance(weight, Tensor):
@@ -109,7 +119,10 @@ class LoraMatmul(NamedTuple):
         return self.forward(h_TJ, low_TS).add_(x_TO)
 
     def backward(self, dy_TO: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Compute the gradients of the input and of the LoRA activations."""
+        """Compute the gradients of the input and of the LoRA activations.
+
+        The second is None without an adapter.
+        """
         if self.fused_weight_OJ is None:
             return linear_concat_backward(dy_TO, self.weight), self.lora_backward(dy_TO)
         num_ranks = sum(lora_B_OR.shape[1] for lora_B_OR in self.lora_Bs_OR)
@@ -119,12 +132,12 @@ class LoraMatmul(NamedTuple):
         ]
 
     def lora_backward(self, dy_TO: Tensor) -> Tensor | None:
-        """Compute the gradient of the LoRA activations."""
+        """Compute the gradient of the LoRA activations; return None without an adapter."""
         grads = [dy @ lora_B_OR for dy, _, lora_B_OR in self._split_layers(dy_TO, None)]
         return torch.cat(grads, 1) if grads else None
 
     def lora_B_grads(self, dy_TO: Tensor, low_TS: Tensor | None) -> list[Tensor] | list[None]:
-        """Compute the gradients of the up-projections; None for each layer without adapter."""
+        """Compute the gradients of the up-projections; return None values without an adapter."""
         if not self.lora_Bs_OR:
             return [None] * self.num_layers
         return [dy.T @ low_TR for dy, low_TR, _ in self._split_layers(dy_TO, low_TS)]
@@ -132,7 +145,7 @@ class LoraMatmul(NamedTuple):
     def _split_layers(
         self, y_TO: Tensor, low_TS: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield output columns, LoRA activations and up-projection of each layer.
+        """Yield output columns, LoRA activations and up-projection of each layer with LoRA.
 
         Without `low_TS` the second item repeats the output columns.
         """
@@ -145,15 +158,18 @@ class LoraMatmul(NamedTuple):
     def parameter_grads(
         self, dy_TO: Tensor, x_TI: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Compute the gradients of weight (dy^T x) and bias (sum of dy) if trainable."""
+        """Compute the gradients of weight, dy^T x, and bias, the sum of dy.
+
+        Gradients of frozen parameters are None.
+        """
         weight, bias = self.trainable_parameters
         assert weight is None or x_TI is not None, "a trainable weight requires its saved input"
         dw_OI = None if weight is None or x_TI is None else _weight_grad(weight, dy_TO, x_TI)
-        # As a matmul: torch's sum over many rows needs more memory than the rows.
+        # Use a matmul: torch's sum over many rows needs more memory than the rows.
         return dw_OI, None if bias is None else (dy_TO.new_ones(1, len(dy_TO)) @ dy_TO)[0]
 
 
 def _weight_grad(weight: Tensor, dy_TO: Tensor, x_TI: Tensor) -> Tensor:
-    """Compute a weight gradient, in its gradient buffer if there is one."""
+    """Compute a weight gradient, in its preallocated buffer if there is one."""
     buffer_OI = _GRADIENT_BUFFERS[-1](weight) if _GRADIENT_BUFFERS else None
     return torch.mm(dy_TO.T, x_TI, out=buffer_OI)

@@ -3,7 +3,7 @@
 [x | low] [W | B]^T = x W^T + low B^T and dy [W | B] = [dx | dlow], where `low` are the LoRA
 activations of `x`. Without an adapter this is a weight with aligned rows.
 
-Shapes: O outputs, I inputs, S ranks of all layers of the weight, R ranks of one layer, J inputs,
+Shapes: O outputs, I inputs, S ranks of all layers of the weight, R rank of one layer, J inputs,
 ranks and padding.
 """
 
@@ -28,12 +28,12 @@ _COLUMN_ALIGNMENT = 64
 
 
 def padding_columns(in_features: int, num_ranks: int) -> int:
-    """Return the number of columns added to `in_features` for the ranks and the alignment."""
+    """Return the number of columns added to a weight for LoRA ranks and alignment."""
     return -(-(in_features + num_ranks) // _COLUMN_ALIGNMENT) * _COLUMN_ALIGNMENT - in_features
 
 
 class UpProjection(NamedTuple):
-    """Up-projection [O, R] with its output rows and rank columns."""
+    """LoRA up-projection [O, R], with its output rows and rank columns."""
 
     lora_B_OR: Tensor
     output_slice: slice
@@ -41,17 +41,18 @@ class UpProjection(NamedTuple):
 
 
 class UpProjectionCopy(NamedTuple):
-    """Up-projection and the view of its copy in the fused weight."""
+    """LoRA up-projection, and the view of a fused weight that holds its copy."""
 
     lora_B_OR: Tensor
     target_OR: Tensor
 
 
 class FusedLoraWeight:
-    """Fused weight [W | B].
+    """Frozen weight W with LoRA up-projections B as additional columns, [W | B].
 
-    Each layer's B is in its output rows and rank columns; other entries are zero. The frozen weight
-    is a view of this matrix. B is trained elsewhere and copied by `FusedWeightSync`.
+    Each layer's B is in the output rows and rank columns of this layer; other entries are zero. The
+    frozen weight becomes a view of this matrix. The up-projections are trained in their own
+    parameters and copied by `FusedWeightSync`.
     """
 
     @torch.inference_mode(False)
@@ -73,7 +74,7 @@ class FusedLoraWeight:
             self.copies.append(UpProjectionCopy(lora_B_OR, target_OR))
 
     def matches(self, weight: Tensor, up_projections: Sequence[UpProjection]) -> bool:
-        """Return True if the fused weight holds this weight and these up-projections."""
+        """Return True if this is the fused weight of `weight` and these up-projections."""
         copied = [pair.lora_B_OR for pair in self.copies]
         same = len(copied) == len(up_projections) and all(
             copied_B_OR is other.lora_B_OR
@@ -87,7 +88,7 @@ def fuse_lora_weight(
 ) -> FusedLoraWeight:
     """Fuse the frozen weight of a linear with its up-projections, on the first call.
 
-    Callers that change the up-projections must copy them again.
+    Callers that change the up-projections must copy them again with `FusedWeightSync`.
     """
     weight = linear.weight
     assert isinstance(weight, nn.Parameter), f"cannot fuse a {type(weight).__name__}"
@@ -98,7 +99,7 @@ def fuse_lora_weight(
 
 
 class FusedWeightSync:
-    """Copies updated up-projections into their fused weights, in one kernel."""
+    """Synchronization of fused weights with updated LoRA up-projections, in one kernel."""
 
     def __init__(self) -> None:
         self._key: list[int] = []

@@ -1,7 +1,7 @@
 """LoRA adapters (Hu et al. 2021, arXiv:2106.09685) of fused linear layers.
 
-Shapes: T tokens or patches, I inputs, O outputs of one layer, R rank of one layer, S ranks of a
-fused linear.
+Shapes: T tokens or patches, I inputs, O outputs of one layer, R rank of one layer, S ranks of all
+layers of a fused linear.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from finesight.model.quant.base import QuantizedWeight
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """LoRA config of one layer.
+    """LoRA rank and alpha of one layer.
 
-    The delta is `scale * B A` with `scale = alpha / rank`.
+    The weight delta is `scale * B A` with `scale = alpha / rank`.
     """
 
     rank: int
@@ -35,12 +35,19 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """Scale of the delta."""
+        """Scale of the LoRA delta, alpha / rank."""
         return self.alpha / self.rank
 
 
 class LoraSlice(NamedTuple):
-    """Position of one adapted layer: columns of the fused output, rows of the stacked lora_A."""
+    """Position of one adapted layer within a fused linear.
+
+    Attributes:
+        layer_index: Index of the layer in the fused linear.
+        output_slice: Columns of the fused output.
+        rank_slice: Rows of the stacked lora_A.
+        scale: Scale of the LoRA delta.
+    """
 
     layer_index: int
     output_slice: slice
@@ -66,7 +73,7 @@ class LoraLinear(nn.Module):
     """LoRA adapter of some or all layers of a `FusedLinear`.
 
     `lora_A` stacks the down-projections of the adapted layers, [sum of ranks, inputs], so that the
-    input is read once; `lora_B` holds one up-projection [outputs, rank] per layer. In training the
+    input is read once. `lora_B` holds one up-projection [outputs, rank] per layer. In training the
     layers share one dropout mask, unlike peft, which samples a mask per layer. The base weight must
     be frozen.
     """
@@ -82,7 +89,7 @@ class LoraLinear(nn.Module):
         assert configs, "an adapter without layers"
         unknown = [name for name in configs if name not in linear.output_sizes]
         assert not unknown, f"unknown layers {unknown} of {list(linear.output_sizes)}"
-        # In the order of the fused layers.
+        # Keep the order of the fused layers.
         self.configs = {name: configs[name] for name in linear.output_sizes if name in configs}
         self.dropout = dropout
         factor_dtype, device = dtype or linear.weight.dtype, linear.weight.device
@@ -90,7 +97,7 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Parameter(
             torch.zeros(rank_sum, linear.in_features, dtype=factor_dtype, device=device)
         )
-        # Added one by one: ParameterDict sorts the keys of a dict.
+        # Add them one by one: ParameterDict sorts the keys of a dict.
         self.lora_B = nn.ParameterDict()
         for name, config in self.configs.items():
             shape = linear.output_sizes[name], config.rank
@@ -115,7 +122,7 @@ class LoraLinear(nn.Module):
     def forward(
         self, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Map [..., I] to one [..., O] per layer, including the base product."""
+        """Compute base product plus LoRA delta of each layer, [..., I] to [..., O]."""
         is_trainable = isinstance(weight, Tensor) and weight.requires_grad
         assert not is_trainable, "the base weight of an adapter must be frozen"
         dropout = self.dropout if self.training else 0.0
@@ -131,7 +138,7 @@ class LoraLinear(nn.Module):
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     def up_projections(self) -> list[UpProjection]:
-        """Return the up-projections for `model.lora.fused_weight`."""
+        """Return the up-projections with their positions in the fused weight."""
         slices = self.slices.items()
         return [
             UpProjection(self.lora_B[name], lora_slice.output_slice, lora_slice.rank_slice)
@@ -139,7 +146,10 @@ class LoraLinear(nn.Module):
         ]
 
     def factors(self) -> dict[str, LoraFactors]:
-        """Return A (a view of the stacked one) and B of each adapted layer."""
+        """Return A and B of each adapted layer by layer name.
+
+        A is a view of the stacked `lora_A`.
+        """
         return {
             name: LoraFactors(self.lora_A[lora_slice.rank_slice], self.lora_B[name])
             for name, lora_slice in self.slices.items()
@@ -149,9 +159,9 @@ class LoraLinear(nn.Module):
     def reset_parameters(self, seed: int, path: str) -> None:
         """Initialize A from the uniform distribution on +-1/sqrt(I) and B with zeros, as peft does.
 
-        The values depend only on the seed and the layer's hub name (the linear's path is `path`).
-        They are drawn in fp32 on the CPU, so that they are equal for any dtype, device and set of
-        adapted layers.
+        The values depend only on the seed and the layer's hub name, where `path` is the module path
+        of the fused linear. They are drawn in fp32 on the CPU, so that they are equal for any
+        dtype, device and set of adapted layers.
         """
         for name, (lora_A_RI, lora_B_OR) in self.factors().items():
             generator = torch.Generator().manual_seed(_derive_seed(seed, hub_name(path, name)))
@@ -171,10 +181,10 @@ class _LoraLinearFunction(torch.autograd.Function):
 
     y_i = x W_i^T + bias_i + scale_i dropout(x) A_i^T B_i^T for each layer i.
 
-    Base product and delta are one autograd node, so that each is added to the other in place, in
-    both passes, without copies of the outputs or of the input gradient. Output gradients arrive
-    separately and need not be concatenated. Quantized weights are dequantized again in the backward
-    pass.
+    Base product and delta are one autograd node, so that one is added to the other in place, in
+    both passes, without copies of the outputs or of the input gradient. Each layer has its own
+    output gradient; they need not be concatenated. Quantized weights are dequantized again in the
+    backward pass.
     """
 
     @staticmethod
@@ -241,7 +251,7 @@ class _LoraLinearFunction(torch.autograd.Function):
 
 
 class LinearRef(NamedTuple):
-    """Reference to a linear layer by its hub name: fused linear, module path, output name."""
+    """Reference to one layer of a fused linear: module, module path and output name."""
 
     linear: FusedLinear
     path: str
@@ -249,11 +259,10 @@ class LinearRef(NamedTuple):
 
 
 def stacked_row_counts(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the rows of each layer in stacked parameters, by parameter name.
+    """Return the number of rows of each layer in stacked parameters, by parameter name.
 
-    Stacked are fused weights and lora_A.
-
-    Matrices that are published fused (a vision encoder's qkv) count as one layer.
+    Stacked parameters are fused weights and lora_A. Matrices that are published fused, such as the
+    qkv of a vision encoder, count as one layer.
     """
     row_counts: dict[str, tuple[int, ...]] = {}
     for path, module in model.named_modules():
@@ -280,13 +289,16 @@ def find_adaptable_layers(model: nn.Module) -> dict[str, LinearRef]:
 
 
 def iter_adapters(model: nn.Module) -> Iterator[tuple[str, FusedLinear, LoraLinear]]:
-    """Yield path, fused linear and adapter of each linear with a LoRA adapter."""
+    """Yield module path, fused linear and adapter of each linear with a LoRA adapter."""
     for path, module in model.named_modules():
         if isinstance(module, FusedLinear) and isinstance(module.adapter, LoraLinear):
             yield path, module, module.adapter
 
 
 def hub_name(path: str, output_name: str) -> str:
-    """Return the hub name of one layer of the fused linear at `path`, without `.weight`."""
+    """Return the hub name of one layer of a fused linear, without `.weight`.
+
+    `path` is the module path of the fused linear.
+    """
     parent, dot, _ = path.rpartition(".")
     return f"{parent}{dot}{output_name}"

@@ -1,7 +1,7 @@
-"""Adding LoRA deltas to base products without systematic rounding errors.
+"""Addition of LoRA deltas to base products without systematic rounding errors.
 
-If a delta is added to a product already rounded to bf16 with rounding to nearest, values below half
-a unit in the last place are lost: of a delta of 1/4,000 of the product, six sevenths. A fused
+Adding a delta to a product that was already rounded to bf16, with rounding to nearest, loses values
+below half a unit in the last place: six sevenths of a delta of 1/4,000 of the product. A fused
 matmul (`model.lora.fused_weight`) accumulates in fp32 and rounds once. Otherwise:
 
 - CPUs accumulate in fp32 when adding to a tensor and round once. The delta is computed first, the
@@ -25,7 +25,10 @@ if HAS_TRITON:
 
 
 class LoraDelta(NamedTuple):
-    """LoRA delta of one layer of a fused linear: scale low B^T."""
+    """LoRA delta of one layer of a fused linear, scale * low B^T.
+
+    `low_TR` are the LoRA activations.
+    """
 
     layer_index: int
     low_TR: Tensor
@@ -36,7 +39,10 @@ class LoraDelta(NamedTuple):
 def linear_with_delta(
     delta: LoraDelta, x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None
 ) -> Tensor:
-    """Compute x W^T + bias plus the delta, [T, O], in the order for CPUs."""
+    """Compute x W^T + bias plus a LoRA delta, [T, O], on a CPU.
+
+    See the module docstring for the order of the operations.
+    """
     _, low_TR, lora_B_OR, scale = delta
     y_TO = x_TI.new_empty(len(x_TI), len(w_OI))
     # With beta 0 the content of the buffer is not read.
@@ -45,9 +51,10 @@ def linear_with_delta(
 
 
 def add_lora_delta(y_TO: Tensor, low_TR: Tensor, lora_B_OR: Tensor, scale: float = 1.0) -> Tensor:
-    """Add scale low B^T to a product in place, in the order for GPUs.
+    """Add a LoRA delta, scale * low B^T, to a base product on a GPU.
 
-    Rounds stochastically if the kernel is available, else to nearest.
+    The base product is changed in place. The sum is rounded stochastically if the kernel is
+    available, else to nearest.
     """
     if HAS_TRITON and has_tensor_cores(y_TO.dtype, y_TO.device):
         lora_gemm_kernels.add_lora_up(y_TO, low_TR, lora_B_OR, scale)

@@ -1,6 +1,7 @@
-"""Merging of adapters into the weights of a model folder.
+"""Merging of LoRA adapters into the weights of a model folder.
 
-The merged folder needs no LoRA support to be served, and no GPTQ support if its base was quantized.
+The merged folder can be served without LoRA support, and without GPTQ support if its base was
+quantized.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from finesight.model_folder import PREPROCESSOR_FILE, PROCESSOR_FILE, ModelFolde
 from finesight.storage import write_folder
 
 MAX_SHARD_BYTES = 5e9
-"""Maximum size of a weight file, as hubs and other programs expect."""
+"""Maximum size of a weight file in bytes, as is usual on model hubs."""
 
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> int:
-    """Add every adapter's `scale * B A` to its weight and remove the adapter.
+    """Merge all LoRA adapters of a model into its weights and remove them.
 
-    The sum is computed in fp32 and rounded once to the weight's dtype. Returns the number of
-    changed layers.
+    The sum of weight and `scale * B A` is computed in fp32 and rounded once to the weight's dtype.
+    Returns the number of merged layers.
     """
     num_merged = 0
     for path, linear, adapter in list(iter_adapters(model)):
@@ -57,9 +58,9 @@ def merge_adapters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def dequantize_model(model: nn.Module) -> int:
-    """Replace every quantized weight by its dense values, rounded once to the compute dtype.
+    """Replace all quantized weights by dequantized values, rounded once to the compute dtype.
 
-    Returns the number of layers.
+    Returns the number of dequantized layers.
     """
     num_layers = 0
     for module in model.modules():
@@ -71,7 +72,7 @@ def dequantize_model(model: nn.Module) -> int:
 
 @torch.no_grad()
 def round_weights(model: VisionLanguageModel, dtype: torch.dtype) -> None:
-    """Round every weight to the values of a file dtype; raises UserError on overflow."""
+    """Round all weights of a model to a storage dtype; raises UserError on overflow."""
     dtype_max = torch.finfo(dtype).max
     for tensor in hub_tensors(model):
         assert isinstance(tensor.data, torch.Tensor), f"{tensor.name} is quantized"
@@ -88,7 +89,14 @@ def round_weights(model: VisionLanguageModel, dtype: torch.dtype) -> None:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """Result of a merge: path, merged layers, dequantized layers and dtype of the weights."""
+    """Result of `merge_to_folder`.
+
+    Attributes:
+        folder: Path of the merged model.
+        merged_layers: Number of layers with a merged adapter.
+        dequantized_layers: Number of layers that were dequantized.
+        precision: Name of the dtype of the written weights.
+    """
 
     folder: Path
     merged_layers: int
@@ -97,7 +105,7 @@ class MergeResult:
 
 
 def require_native_family(base_folder: ModelFolder) -> None:
-    """Raise UserError for a family without native code."""
+    """Raise UserError for a model family without a native implementation."""
     if not is_native(base_folder):
         raise UserError(
             f"a model of the family {base_folder.family}, which has no native implementation",
@@ -108,13 +116,13 @@ def require_native_family(base_folder: ModelFolder) -> None:
 
 
 def resolve_precision(base_folder: ModelFolder, requested: Precision) -> tuple[str, torch.dtype]:
-    """Return the name of the output dtype and the minimum dtype of the sum.
+    """Return the dtype name of merged weights and the dtype for loading the base model.
 
     `auto` keeps the dtype of the base weights, or fp32 if they are mixed.
     """
     stored = stored_precision(base_folder)
     resolved = stored if requested == "auto" else requested
-    # In another dtype than the base's the sum would be rounded at two steps, unless in fp32.
+    # For another output dtype the base is loaded in fp32, so that the sum is rounded only once.
     return resolved, DTYPES[stored] if resolved == stored else torch.float32
 
 
@@ -125,13 +133,22 @@ def merge_to_folder(
     precision: Precision = "auto",
     manifest: Manifest | None = None,
 ) -> MergeResult:
-    """Write the base model with the merged adapter to a new folder `out`.
+    """Merge an adapter into its base model and write the result to a new folder.
 
-    GPTQ weights are written dequantized, also without an adapter. `precision` is as in
-    `resolve_precision`, `manifest` as in `save_merged_model`. The base weights are used as
-    published, even if the run quantized them. Computed on the CPU. Raises UserError for an existing
-    `out`, an incompatible adapter (including another base fingerprint) and a full disk, and then
-    removes `out`. The result is not verified here; see `export.verified_merge`.
+    The merge runs on the CPU. The base weights are used as published, even if the run quantized
+    them; GPTQ weights are dequantized. The result is not verified here; see
+    `export.verified_merge`.
+
+    Args:
+        base_folder: Folder of the base model.
+        adapter: Folder of the adapter; None only dequantizes the base model.
+        out: New folder; removed after an error.
+        precision: Output dtype, as in `resolve_precision`.
+        manifest: Manifest of the run, as in `save_merged_model`.
+
+    Raises:
+        UserError: `out` exists, the adapter is incompatible (for example trained on another base),
+            or the disk is full.
     """
     require_native_family(base_folder)
     with write_folder(out) as folder:
@@ -153,10 +170,10 @@ def save_merged_model(
     manifest: Manifest | None,
     max_shard_bytes: float = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a merged model to the empty `folder`, with config and tokenizer files.
+    """Write a merged model with config and tokenizer files to the empty folder `folder`.
 
-    `manifest` describes the adapter's run and is copied, so that inference uses the same prompts;
-    the local path of its base is removed.
+    `manifest` describes the run of the adapter. It is copied, so that inference uses the same
+    prompts, but without the local path of the base model.
     """
     save_model(model, base_folder, folder, dtype, max_shard_bytes)
     if manifest is not None:
@@ -167,14 +184,18 @@ def save_merged_model(
 
 
 def public_model_name(base_model: str) -> str:
-    """Return the public name of a base: hub names unchanged, of local paths the last component."""
+    """Return the public name of a base model.
+
+    Hub names are unchanged; of a local path, only the last component is returned.
+    """
     return base_model if parse_model_address(base_model) is not None else Path(base_model).name
 
 
 def _write_pixel_limits(folder: Path, pixel_range: PixelRange) -> None:
-    """Write the pixel limits of the run to each existing file with image settings.
+    """Write the pixel limits of the run to the image settings of a merged model.
 
-    A new file would hide the patch and color settings of the others.
+    Existing files are changed. A new file is written only if there is none, since it would hide the
+    patch and color settings of the others.
     """
     processor, preprocessor_path = _read_json(folder / PROCESSOR_FILE), folder / PREPROCESSOR_FILE
     nested = processor.get("image_processor")
@@ -188,9 +209,10 @@ def _write_pixel_limits(folder: Path, pixel_range: PixelRange) -> None:
 
 
 def _with_pixel_limits(settings: dict[str, Any], pixel_range: PixelRange) -> dict[str, Any]:
-    """Add the pixel limits to image settings.
+    """Return image settings with these pixel limits.
 
-    They have the names of transformers 4 and, if present, are also in the `size` of transformers 5.
+    The limits have the names of transformers 4. If `size` is present, they are also written there,
+    with the names of transformers 5.
     """
     limited = settings | {
         "min_pixels": pixel_range.min_pixels,

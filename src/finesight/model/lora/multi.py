@@ -1,11 +1,11 @@
-"""Multi-LoRA: several adapters on one base model, selected per token.
+"""Multi-LoRA inference: several adapters on one base model, selected per token.
 
-All adapters are computed for every token, and the activations of other adapters are multiplied by
-zero. This needs no host synchronization, so that a decode step can be captured as a CUDA graph. For
-a few adapters the cost is small compared with the base model.
+All adapters are computed for every token, and the LoRA activations of other adapters are multiplied
+by zero. This needs no host synchronization, so that a decode step can be captured as a CUDA graph.
+For a few adapters the cost is small compared with the base model.
 
-Shapes: T tokens, N adapters, I inputs, O outputs of one layer, S ranks of a fused linear, layer
-after layer.
+Shapes: T tokens, N adapters, I inputs, O outputs of one layer, S ranks of all adapters of a fused
+linear, layer after layer.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from finesight.model.quant.base import QuantizedWeight
 class LoraRouting:
     """Selection of the adapter of each token in the next forward pass.
 
-    `rank_scales_TX` holds the scale of each rank of each linear for tokens of its adapter, and
-    zeros elsewhere; a single row applies to all tokens. X counts the ranks of all linears.
+    `rank_scales_TX` holds the LoRA scale of each rank of a token's adapter, and zeros for other
+    adapters; a single row applies to all tokens. X counts the ranks of all adapters in all linears.
     """
 
     def __init__(self, num_adapters: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -36,7 +36,10 @@ class LoraRouting:
         self.rank_scales_TX = self._scales_NX[:1]
 
     def register_ranks(self, scales_NS: Tensor) -> slice:
-        """Register the ranks of a linear, with their scales per adapter, and return their slice."""
+        """Register the ranks of a linear and return their slice of all ranks.
+
+        `scales_NS` holds the scale of each rank in the row of its adapter and zeros elsewhere.
+        """
         start = sum(scales.shape[1] for scales in self._scales)
         self._scales.append(scales_NS)
         self._scales_NX = torch.cat(self._scales, 1)
@@ -44,14 +47,17 @@ class LoraRouting:
         return slice(start, start + scales_NS.shape[1])
 
     def build_mask(self, adapter_index: int | None) -> Tensor:
-        """Return the one-hot mask [1, N] of an adapter; zeros for None."""
+        """Return the one-hot mask [1, N] that selects an adapter, or zeros for None."""
         mask_1N = torch.zeros(1, self.num_adapters, dtype=self._dtype)
         if adapter_index is not None:
             mask_1N[0, adapter_index] = 1
         return mask_1N.to(self._device)
 
     def set_mask(self, mask_TN: Tensor) -> None:
-        """Set the adapter masks of the tokens of the next forward pass."""
+        """Select the adapter of each token of the next forward pass.
+
+        `mask_TN` holds one-hot masks; a single row applies to all tokens.
+        """
         self.rank_scales_TX = mask_TN @ self._scales_NX
 
 
@@ -59,7 +65,8 @@ class MultiLoraLinear(nn.Module):
     """Several LoRA adapters of a `FusedLinear`, for inference only.
 
     `lora_A_SI` stacks the down-projections of all adapters, grouped by layer. `lora_B_OS` is
-    block-diagonal: up-projections in the rows of a layer's outputs and the columns of its ranks.
+    block-diagonal: it holds the up-projections in the rows of a layer's outputs and the columns of
+    its ranks.
     """
 
     lora_A_SI: Tensor
@@ -76,7 +83,8 @@ class MultiLoraLinear(nn.Module):
         block_diagonals: list[Tensor] = []
         scales: list[Tensor] = []
         self._rank_slices: list[slice | None] = []
-        """Rank slice of each layer."""
+        """Columns of the stacked ranks that belong to each layer; None for layers without an
+        adapter."""
         for name, width in linear.output_sizes.items():
             adapted = [
                 (n, m) for n, m in enumerate(adapters) if m is not None and name in m.configs
@@ -101,13 +109,16 @@ class MultiLoraLinear(nn.Module):
 
     @property
     def rank_scales_TS(self) -> Tensor:
-        """Scale of each rank for each token of the next forward pass."""
+        """LoRA scale of each rank for each token of the next forward pass.
+
+        The scales of ranks of other adapters are zero.
+        """
         return self._routing.rank_scales_TX[:, self._routing_slice]
 
     def forward(
         self, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Map [..., I] to one [..., O] per layer, including the base product."""
+        """Compute the base product plus LoRA deltas, [..., I] to one [..., O] per layer."""
         x_TI = x.reshape(-1, x.shape[-1])
         low_TS = F.linear(x_TI, self.lora_A_SI) * self.rank_scales_TS
         lora_Bs_OS = torch.split(self.lora_B_OS, list(self._output_sizes))
@@ -123,14 +134,14 @@ class MultiLoraLinear(nn.Module):
 
 
 class MultiLora:
-    """Builder of a multi-LoRA model: collects loaded adapters, then installs all of them."""
+    """Builder of a multi-LoRA model, which collects loaded adapters and installs all of them."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._adapters: list[dict[str, LoraLinear]] = []
 
     def collect_adapter(self) -> None:
-        """Remove the model's current adapter and collect it."""
+        """Remove the current adapter from the model and collect it for `install`."""
         collected: dict[str, LoraLinear] = {}
         for path, linear, adapter in list(iter_adapters(self._model)):
             collected[path] = adapter
@@ -138,7 +149,10 @@ class MultiLora:
         self._adapters.append(collected)
 
     def install(self) -> LoraRouting | None:
-        """Install all collected adapters in the model; return None if there are none."""
+        """Install all collected adapters in the model.
+
+        Returns the routing that selects adapters per token, or None if there are no adapters.
+        """
         any_adapter = next((m for members in self._adapters for m in members.values()), None)
         if any_adapter is None:
             return None

@@ -33,10 +33,12 @@ _IGNORED_SETTINGS = {
     "runtime_config",
     "task_type",
 }
-"""Settings without effect on a trained adapter, or only together with another setting."""
+"""PEFT settings without effect on a trained adapter, or only in combination with another
+setting."""
 
 _SUPPORTED_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Initializations that leave the base weight unchanged (PiSSA and others change it)."""
+"""Supported values of `init_lora_weights`, which leave the base weight unchanged. Others, such as
+PiSSA, change it."""
 
 
 _NOT_MERGED = {
@@ -47,7 +49,7 @@ _NOT_MERGED = {
     "r",
     "use_qalora",
 }
-"""Settings of adapters that peft cannot merge into a base model."""
+"""Settings of LoRA adapters that peft cannot merge into a base model."""
 
 _PROMPTS = {
     "ADAPTION_PROMPT",
@@ -61,7 +63,7 @@ _PROMPTS = {
     "SHADOW",
     "XLORA",
 }
-"""Adapter types that train prompts or route by the input and cannot be merged."""
+"""PEFT types that train prompts or route by the input, and cannot be merged into a base model."""
 
 _SUPPORTED_FORMS = {"peft_type": "with peft_type=LORA", "r": "with a rank of at least 1"}
 
@@ -69,11 +71,14 @@ Value = TypeVar("Value")
 
 
 Alpha = Annotated[int | float, Field(ge=-1e9, le=1e9)]
-"""Finite value that fits fp16 and bf16 after division by a rank."""
+"""LoRA alpha in a PEFT config, limited to magnitudes up to 1e9."""
 
 
 class PeftConfig(BaseModel):
-    """Supported PEFT settings; other active settings raise an error with their name."""
+    """Supported settings of a PEFT config.
+
+    `read_peft_config` raises an error that names any other active setting.
+    """
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -93,7 +98,10 @@ class PeftConfig(BaseModel):
     layers_pattern: str | list[str] | None = None
 
     def is_target(self, module: str) -> bool:
-        """Return True if peft would adapt the linear layer `module` (never the head)."""
+        """Return True if peft would adapt the linear layer with this module name.
+
+        Callers exclude the output head, which peft never adapts.
+        """
         if self.target_modules is None or _matches(self.exclude_modules, module):
             return False
         if isinstance(self.target_modules, str):
@@ -118,7 +126,7 @@ class PeftConfig(BaseModel):
         return None
 
     def regex_patterns(self) -> list[str]:
-        """Return the regular expressions in the settings."""
+        """Return all settings of the config that are regular expressions."""
         rules = [self.target_modules, self.exclude_modules]
         layers = self.layers_pattern or []
         return [
@@ -129,12 +137,11 @@ class PeftConfig(BaseModel):
         ]
 
     def lora_config(self, module: str) -> LoraConfig:
-        """Return rank and alpha of one layer.
+        """Return the LoRA config of one layer.
 
-        The first pattern that matches the name suffix applies.
-
-        Rank-stabilized adapters (Kalajdzievski 2023) scale with alpha / sqrt(rank); their alpha is
-        converted.
+        The first entry of `rank_pattern` or `alpha_pattern` that matches the end of the module name
+        takes precedence over `r` or `lora_alpha`. Rank-stabilized adapters (Kalajdzievski 2023)
+        scale with alpha / sqrt(rank); their alpha is converted.
         """
         rank = _first_match(self.rank_pattern or {}, module, self.r)
         alpha = float(_first_match(self.alpha_pattern or {}, module, self.lora_alpha))
@@ -142,7 +149,10 @@ class PeftConfig(BaseModel):
 
 
 def _matches(rule: str | list[str] | None, module: str) -> bool:
-    """Match a rule: a regular expression matches the full name, a list item its last components."""
+    """Return True if a rule of PEFT matches a module name.
+
+    A regular expression must match the full name, a list item the last components.
+    """
     if not rule:
         return False
     if isinstance(rule, str):
@@ -158,24 +168,27 @@ def _first_match(patterns: Mapping[str, Value], module: str, default: Value) -> 
 
 
 KeyMapping = tuple[tuple[str, str], ...]
-"""Prefixes of native layer names and of the same modules in other code."""
+"""Pairs of a prefix of native layer names and the corresponding prefix of PEFT module names."""
 
 TRANSFORMERS_V5_MAPPING: KeyMapping = (
     ("model.layers.", "model.language_model.layers."),
     ("visual.", "model.visual."),
 )
-"""Module names of transformers since release 5."""
+"""Mapping to the module names of transformers 5 and later."""
 
 QWEN_VL_MAPPING: KeyMapping = (
     ("model.layers.", "transformer.h."),
     ("visual.blocks.", "transformer.visual.transformer.resblocks."),
     ("visual.merger.attn_pool.", "transformer.visual.attn_pool."),
 )
-"""Module names of the published code of the first Qwen-VL."""
+"""Mapping to the module names in the published code of the first Qwen-VL."""
 
 
 def to_module_name(layer: str, key_mapping: KeyMapping = TRANSFORMERS_V5_MAPPING) -> str:
-    """Map a native layer name to a module name; unchanged without a matching prefix."""
+    """Map a native layer name to a PEFT module name.
+
+    With an empty mapping the name is unchanged; otherwise a prefix must match.
+    """
     for native, foreign in key_mapping:
         if layer.startswith(native):
             return foreign + layer.removeprefix(native)
@@ -186,7 +199,7 @@ def to_module_name(layer: str, key_mapping: KeyMapping = TRANSFORMERS_V5_MAPPING
 def to_layer_name(
     module: str, key_mappings: Sequence[KeyMapping] = (TRANSFORMERS_V5_MAPPING, QWEN_VL_MAPPING)
 ) -> str:
-    """Map a module name to the native layer name by any of the mappings.
+    """Map a PEFT module name to the native layer name, by the first matching prefix.
 
     Names without a match are unchanged, such as those of transformers 4.
     """
@@ -197,7 +210,10 @@ def to_layer_name(
 
 
 def _detect_key_mapping(modules: Collection[str], key_mappings: Sequence[KeyMapping]) -> KeyMapping:
-    """Return the mapping that matches all module names; empty for those of transformers 4."""
+    """Return the mapping that matches all PEFT module names in an adapter file.
+
+    It is empty for the module names of transformers 4.
+    """
     for key_mapping in key_mappings:
         if all(
             module.startswith(tuple(foreign for _, foreign in key_mapping)) for module in modules
@@ -208,10 +224,15 @@ def _detect_key_mapping(modules: Collection[str], key_mappings: Sequence[KeyMapp
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """Description of an adapter.
+    """Description of a PEFT adapter.
 
-    Base model as named in training, base fingerprint (if written by finesight), dropout, and rank
-    and alpha of each layer by native name.
+    Attributes:
+        base_model: Folder or hub name of the base model, as stated in the config.
+        base_fingerprint: Fingerprint of the base model if finesight wrote the adapter, else None.
+        dropout: LoRA dropout probability.
+        configs: Rank and alpha of each layer by native layer name.
+        peft_config: Settings in the PEFT config.
+        key_mapping: Mapping to the module names in the adapter file.
     """
 
     base_model: str
@@ -222,7 +243,7 @@ class AdapterSpec:
     key_mapping: KeyMapping
 
     def targets_layer(self, layer: str) -> bool:
-        """Return True if peft would adapt the native layer `layer`."""
+        """Return True if peft would adapt the layer with this native name."""
         return self.peft_config.is_target(to_module_name(layer, self.key_mapping))
 
 
@@ -323,7 +344,10 @@ def _check_supported(peft_config: PeftConfig, path: Path) -> None:
 
 
 def _remedy(unsupported: Mapping[str, object]) -> str:
-    """Return the remedy: merging with peft if it supports these settings, else training again."""
+    """Return the remedy for unsupported settings in an error message.
+
+    It is merging with peft if peft supports all of these settings, otherwise training again.
+    """
     fixed = [name for name in unsupported if name in _NOT_MERGED]
     if unsupported.get("peft_type") in _PROMPTS:
         fixed.append("peft_type")

@@ -1,10 +1,10 @@
-"""Reading and writing of adapters in PEFT format, compatible with peft in both directions.
+"""Reading and writing of LoRA adapters in PEFT format, compatible with peft in both directions.
 
 PEFT keys follow the module names of the transformers release that wrote them:
 `base_model.model.model.language_model.layers...` and `base_model.model.model.visual...` since
-release 5, `base_model.model.model.layers...` and `base_model.model.visual...` before. Both are read
-and the first are written. A key without a matching layer raises an error; peft would silently leave
-the layer's B at zero.
+release 5, `base_model.model.model.layers...` and `base_model.model.visual...` before. Both forms
+are read, and the first one is written. A key without a matching layer raises an error; peft would
+silently leave the layer's B at zero.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def save_adapter(
     base_fingerprint: str | None = None,
     master_values: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the adapters of `model` to an existing folder, in fp32.
+    """Write the LoRA adapters of a model to a folder, in PEFT format and fp32.
 
-    Use `storage.write_folder` for an atomic write.
+    The folder must exist; use `storage.write_folder` for an atomic write.
 
     Args:
         folder: Target folder.
@@ -99,9 +99,9 @@ def save_adapter(
 
 
 def _sort_metadata(path: Path) -> None:
-    """Sort the metadata in the file header, so that equal adapters give equal files.
+    """Sort the metadata in a safetensors header, so that equal adapters give equal files.
 
-    safetensors writes it in arbitrary order. The header's length does not change.
+    safetensors writes the metadata in arbitrary order. The header's length does not change.
     """
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -114,7 +114,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def _to_file_tensor(tensor: Tensor) -> Tensor:
-    # Copied: slices of a stacked tensor share memory, which the file format rejects.
+    # Copy, since slices of a stacked tensor share memory, which the file format rejects.
     return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
@@ -159,7 +159,7 @@ def _as_int_if_integral(value: float) -> int | float:
 def build_target_pattern(
     selected: list[str], available: list[str], key_mapping: KeyMapping = TRANSFORMERS_V5_MAPPING
 ) -> str:
-    """Build a regular expression that fully matches exactly the selected layers.
+    """Build a regular expression for `target_modules` that matches exactly the selected layers.
 
     A list item such as `gate_proj` would also match Qwen2.5-VL's vision encoder.
     """
@@ -188,7 +188,7 @@ def build_target_pattern(
 
 
 def _group_layer_indices(names: list[str]) -> dict[tuple[str, str], list[int]]:
-    """Group layer indices by the name parts before and after the index."""
+    """Group layer indices by the parts of the name before and after the index."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name in names:
         if match := _NUMBERED_LAYER.fullmatch(name):
@@ -199,13 +199,14 @@ def _group_layer_indices(names: list[str]) -> dict[tuple[str, str], list[int]]:
 def read_adapter(
     folder: Path, key_mappings: Sequence[KeyMapping] = (TRANSFORMERS_V5_MAPPING, QWEN_VL_MAPPING)
 ) -> tuple[AdapterSpec, dict[str, LoraFactors]]:
-    """Read a PEFT adapter: its description, and A and B by native layer name.
+    """Read a PEFT adapter: its description, and the LoRA matrices by native layer name.
 
-    Raises UserError for a missing or damaged file, an unsupported setting (DoRA, trained biases and
-    others), a key that is no LoRA factor, a layer with one factor or with duplicates, and ranks
-    that contradict the config.
+    Raises:
+        UserError: A file is missing or damaged, a setting is unsupported (DoRA, trained biases and
+            others), a key is no LoRA matrix, a layer has only one matrix or duplicates, or the
+            ranks contradict the config.
     """
-    # First, because most PEFT settings also show in the tensor keys.
+    # Read the config first, because most unsupported settings also change the tensor keys.
     settings = read_peft_config(folder / ADAPTER_CONFIG_FILE)
     if (folder / DIGESTS_FILE).exists():
         verify_folder(folder)
@@ -235,7 +236,10 @@ def read_adapter(
 
 
 def _merge_remedy(keys: Sequence[str]) -> str:
-    """Return the remedy if peft saved other tensors, such as embeddings; else empty."""
+    """Return the remedy for adapter files with complete tensors, such as embeddings.
+
+    Returns an empty string if peft cannot have written the keys.
+    """
     if not all(key.startswith(_PEFT_PREFIX) and key.endswith((".weight", ".bias")) for key in keys):
         return ""
     return "merge the adapter into its base with peft (merge_and_unload), and use the merged model"
@@ -287,7 +291,7 @@ def load_adapter(
     base_folder: ModelFolder | None = None,
     dtype: torch.dtype | None = None,
 ) -> AdapterSpec:
-    """Add the adapter of `folder` to a model, with all parameters frozen.
+    """Load the adapter of `folder` into a model and freeze all parameters.
 
     Args:
         model: Model without adapters.
@@ -296,8 +300,9 @@ def load_adapter(
         dtype: Dtype of the adapter; the model's by default.
 
     Raises:
-        UserError: As `read_adapter`; for another base; for a layer that is missing in the model,
-        has another shape, or is configured but not in the file.
+        UserError: `read_adapter` fails, the adapter was trained on another base, or a layer is
+            missing in the model, has another shape, or is targeted by the config but not in the
+            file.
     """
     assert not list(iter_adapters(model)), "the model already has adapters"
     spec, factors = read_adapter(folder, model.adapter_key_mappings)
@@ -323,9 +328,9 @@ def load_adapter(
 def load_trainable_adapter(
     model: AnyModel, folder: Path, *, base_folder: ModelFolder | None = None
 ) -> AdapterSpec:
-    """Load the adapter of `folder` into the trainable adapters of a model.
+    """Load an adapter folder into the existing trainable adapters of a model.
 
-    Raises UserError as `load_adapter`, and if layers, ranks or scales differ.
+    Raises UserError as `load_adapter`, and if layers, ranks or scales differ from the model's.
     """
     spec, factors = read_adapter(folder, model.adapter_key_mappings)
     if base_folder is not None:

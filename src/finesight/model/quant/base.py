@@ -1,6 +1,6 @@
-"""Base classes of frozen quantized matrices and weights (`nf4`, `int4`, `rowwise_quant`, `fp8`).
+"""Base classes of quantized weights, implemented by `nf4`, `int4`, `rowwise_quant` and `fp8`.
 
-Shapes: O outputs, I inputs of one layer.
+Shapes: O outputs, I inputs of one layer, R input rows.
 """
 
 from __future__ import annotations
@@ -18,21 +18,30 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 SAFETENSORS_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
-"""Dense dtypes by their safetensors names, with the names used in settings."""
+"""Names of dense dtypes in settings, by their names in safetensors files."""
 
 HAS_TRITON = find_spec("triton") is not None
 """True if Triton is installed."""
 
 MAX_GEMV_ROWS, MAX_GEMM_ROWS = 8, 64
-"""Maximum rows for the GEMV kernels and for the tensor-core kernels that skip dequantization."""
+"""Maximum number of input rows for GEMV kernels, and for tensor-core (GEMM) kernels on quantized
+weights. With more rows the weight is dequantized."""
 
 CHUNK_ELEMENTS = 1 << 22
-"""Elements held in fp32 at once during quantization and during dequantization without a kernel."""
+"""Maximum number of elements held in fp32 during quantization, and during dequantization without a
+kernel."""
 
 
 @dataclass(frozen=True)
 class WeightTensorSpec:
-    """Tensor of a matrix in a file: name suffix, shape, allowed dtypes, load function."""
+    """Tensor in a weight file that a matrix is loaded from.
+
+    Attributes:
+        name: Suffix of the tensor name.
+        shape: Shape in the file.
+        dtypes: Allowed dtypes, by their names in safetensors files.
+        load: Function that loads the values.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -41,7 +50,7 @@ class WeightTensorSpec:
 
 
 class QuantizedMatrix(nn.Module, ABC):
-    """Quantized matrix [O, I] with matmul kernels and dequantization."""
+    """Frozen quantized matrix [O, I] with matmul kernels and dequantization."""
 
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
@@ -49,25 +58,25 @@ class QuantizedMatrix(nn.Module, ABC):
 
     @property
     def num_elements(self) -> int:
-        """Number of elements of the dense matrix."""
+        """Number of elements of the dequantized matrix."""
         return self.out_features * self.in_features
 
     @property
     def device(self) -> torch.device:
-        """Device of the codes."""
+        """Device of the quantized codes."""
         return next(self.buffers()).device
 
     @abstractmethod
     def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
-        """Return the tensors that the matrix is loaded from."""
+        """Return the file tensors that the matrix is loaded from."""
 
     @abstractmethod
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the dense matrix [O, I] in bf16, fp16 or fp32."""
+        """Return the dequantized matrix [O, I] in bf16, fp16 or fp32."""
 
     @abstractmethod
     def supports_kernels(self) -> bool:
-        """Return True if the kernels support this matrix size and device."""
+        """Return True if the GEMV and GEMM kernels support this matrix and its device."""
 
     @abstractmethod
     def gemv(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
@@ -75,10 +84,10 @@ class QuantizedMatrix(nn.Module, ABC):
 
     @abstractmethod
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias [R, O] with a tensor-core kernel for all 16-bit rows."""
+        """Compute x W^T + bias [R, O] with a tensor-core kernel, for 16-bit rows."""
 
     def _dense_spec(self, load: Callable[[Tensor], None]) -> tuple[WeightTensorSpec, ...]:
-        """Return the spec of a dense matrix that is quantized while loading."""
+        """Return the spec of a dense weight that is quantized while loading."""
         return (
             WeightTensorSpec(
                 "weight", (self.out_features, self.in_features), tuple(SAFETENSORS_DTYPES), load
@@ -92,7 +101,10 @@ class QuantizedMatrix(nn.Module, ABC):
         )
 
     def kernel_matmul(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Compute x W^T + bias without dequantization; None if there are too many rows."""
+        """Compute x W^T + bias with a kernel for quantized weights, without autograd.
+
+        Returns None if no kernel supports the matrix, the device or the number of rows.
+        """
         num_rows = x.numel() // self.in_features
         if not (x.is_cuda and self.supports_kernels()) or not 0 < num_rows <= MAX_GEMM_ROWS:
             return None
@@ -104,12 +116,15 @@ class QuantizedMatrix(nn.Module, ABC):
         return y_RO.view(*x.shape[:-1], self.out_features)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias, [..., I] to [..., O]; the backward pass dequantizes again."""
+        """Compute x W^T + bias with autograd, [..., I] to [..., O].
+
+        The backward pass dequantizes the matrix again instead of storing it.
+        """
         y: Tensor = _QuantizedMatmul.apply(x, bias, self)  # type: ignore[no-untyped-call]
         return y
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute `forward` without autograd."""
+        """Compute x W^T + bias without autograd, [..., I] to [..., O]."""
         y = self.kernel_matmul(x, bias)
         return F.linear(x, self.dequantize(x.dtype), bias) if y is None else y
 
@@ -125,32 +140,32 @@ def has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class OnlineQuantizedMatrix(QuantizedMatrix):
-    """Matrix quantized while loading from dense weights, in chunks of rows.
+    """Quantized matrix that is computed from a dense weight while loading.
 
-    The codes of each row depend on that row alone.
+    Rows are quantized in chunks. The codes of each row depend on that row alone.
     """
 
     def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
-        """Return the spec of the dense matrix."""
+        """Return the spec of the dense weight."""
         return self._dense_spec(self.quantize)
 
     @torch.no_grad()
     def quantize(self, values_OI: Tensor) -> None:
-        """Quantize a matrix on the device of the codes."""
+        """Quantize a dense matrix [O, I] on the device of the codes."""
         self._check_shape(values_OI)
         for rows in self._row_chunks():
             self.quantize_rows(rows, values_OI[rows].to(self.device).float())
 
     @abstractmethod
     def quantize_rows(self, rows: slice, values_RI: Tensor) -> None:
-        """Quantize these rows, [R, I] in fp32."""
+        """Quantize a range of rows, [R, I] in fp32."""
 
     @abstractmethod
     def dequantize_rows(self, rows: slice) -> Tensor:
-        """Dequantize these rows, [R, I] in fp32."""
+        """Return the dequantized values of a range of rows, [R, I] in fp32."""
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the dense matrix [O, I], each element rounded once."""
+        """Return the dequantized matrix [O, I], each element rounded once."""
         w_OI = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
         for rows in self._row_chunks():
             w_OI[rows] = self.dequantize_rows(rows).to(dtype)
@@ -176,9 +191,9 @@ class _QuantizedMatmul(torch.autograd.Function):
 
 
 class QuantizedWeight(nn.Module):
-    """Quantized weight of a fused linear, one matrix per layer.
+    """Quantized weight of a fused linear, with one matrix per layer.
 
-    `dtype` is the compute dtype, that of bias and adapter.
+    `dtype` is the compute dtype, which is also that of bias and adapter.
     """
 
     def __init__(self, matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) -> None:
@@ -188,26 +203,26 @@ class QuantizedWeight(nn.Module):
 
     @property
     def matrices(self) -> tuple[QuantizedMatrix, ...]:
-        """Matrices of the layers, in order."""
+        """Quantized matrices of the layers, in order."""
         return tuple(layer for layer in self.layers if isinstance(layer, QuantizedMatrix))
 
     @property
     def device(self) -> torch.device:
-        """Device of the codes."""
+        """Device of the quantized codes."""
         return self.matrices[0].device
 
     @property
     def num_elements(self) -> int:
-        """Number of elements of the dense weight."""
+        """Number of elements of the dequantized weight."""
         return sum(matrix.num_elements for matrix in self.matrices)
 
     def dequantize(self) -> Tensor:
-        """Return the dense matrices of all layers, concatenated."""
+        """Return the dequantized matrices of all layers, concatenated."""
         matrices = [*self.dequantize_layers()]
         return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
     def dequantize_layers(self) -> Iterator[Tensor]:
-        """Yield the dense matrix [O, I] of each layer, one at a time."""
+        """Yield the dequantized matrix [O, I] of each layer, one at a time."""
         for matrix in self.matrices:
             yield matrix.dequantize(self.dtype)
 
@@ -217,7 +232,7 @@ class QuantizedWeight(nn.Module):
         return tuple(matrix(x, layer_bias) for matrix, layer_bias in pairs)
 
     def add_input_gradient(self, dx_TI: Tensor, dys_TO: Sequence[Tensor]) -> None:
-        """Add the input gradient, the sum of dy_i W_i, to `dx`."""
+        """Add the input gradient of a fused linear, the sum of dy_i W_i, to `dx_TI`."""
         for dy_TO, w_OI in zip(dys_TO, self.dequantize_layers(), strict=True):
             dx_TI.addmm_(dy_TO, w_OI)
 
@@ -226,15 +241,15 @@ class QuantizedWeight(nn.Module):
         return F.linear(x_TI, self.dequantize(), bias)
 
     def linear_concat_backward(self, dy_TO: Tensor) -> Tensor:
-        """Compute dy W for the concatenated output gradients."""
+        """Compute dy W, the input gradient for the concatenated output gradients."""
         return dy_TO @ self.dequantize()
 
     def split_bias(self, bias: Tensor | None) -> Sequence[Tensor | None]:
-        """Split a bias by layer."""
+        """Split a bias by layer; None values without a bias."""
         sizes = [matrix.out_features for matrix in self.matrices]
         return [None] * len(sizes) if bias is None else torch.split(bias, sizes)
 
 
 def find_quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
-    """Return the quantized weights by parameter name."""
+    """Return the quantized weights of a model by parameter name."""
     return {path: m for path, m in model.named_modules() if isinstance(m, QuantizedWeight)}

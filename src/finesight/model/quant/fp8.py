@@ -1,14 +1,14 @@
-"""FP8 matmuls with frozen weights in training.
+"""Frozen FP8 weights with FP8 matmuls in training.
 
-They have twice the throughput of 16-bit matmuls on supported GPUs (e4m3 of Micikevicius et al.
-2022, arXiv:2209.05433). Weights are quantized as in `model.quant.rowwise_quant`, with a scale per
-output. The other operand is quantized on the fly with a scale per row: the layer's input and, in
-the backward pass, the output gradient. Rows are quantized independently, so that a sample gives the
-same result in any packed batch. Gradients use e4m3 as well: e5m2 has a wider range with one
-mantissa bit less, and row scales make the range unnecessary.
+On supported GPUs, FP8 matmuls have twice the throughput of 16-bit matmuls (e4m3 of Micikevicius et
+al. 2022, arXiv:2209.05433). Weights are quantized as in `model.quant.rowwise_quant`, with a scale
+per output. The other operand is quantized on the fly with a scale per row: the layer's input in the
+forward pass, the output gradient in the backward pass. Rows are quantized independently, so that a
+sample gives the same result in any packed batch. Gradients use e4m3 as well: e5m2 has a wider range
+with one mantissa bit less, and row scales make the range unnecessary.
 
 In evaluation mode only the weights are in FP8. Evaluation during a run then matches later
-inference, and the statements of `model.quant.rowwise_quant` about prompts hold.
+inference, which never quantizes activations (`model.quant.rowwise_quant`).
 
 Shapes: T rows, O concatenated outputs of a fused linear, I inputs.
 """
@@ -32,17 +32,20 @@ if HAS_TRITON:
     from finesight.model.kernels import fp8_quantize as fp8_kernels
 
 FP8_ALIGNMENT = 16
-"""Required multiple of the inputs and of each layer's outputs for FP8 tensor cores."""
+"""Divisor that FP8 tensor cores require of the inputs and of each layer's outputs."""
 
 FP8_DTYPE, FP8_MAX = Fp8Matrix.code_dtype, Fp8Matrix.max_code
-"""Dtype of the codes and largest code."""
+"""Dtype of FP8 codes, and the largest FP8 value."""
 
 MIN_AMAX = 1e-30
-"""Lower bound of a row's largest magnitude, so that the quantization factor is finite."""
+"""Lower bound of the largest magnitude of a row, so that the quantization factor is finite."""
 
 
 def require_fp8_support(device: torch.device, setting: str) -> None:
-    """Raise UserError, naming the setting, if the GPU has no FP8 matmuls."""
+    """Raise UserError if the GPU has no FP8 matmuls.
+
+    The error names `setting`. CPUs are accepted, since they emulate FP8.
+    """
     if device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
@@ -57,20 +60,20 @@ def require_fp8_support(device: torch.device, setting: str) -> None:
 
 
 class Fp8Rows(NamedTuple):
-    """Rows quantized to FP8: `codes_TI` times `scales_T1`."""
+    """Rows quantized to FP8, with the values `codes_TI` times `scales_T1`."""
 
     codes_TI: Tensor
     scales_T1: Tensor
 
 
 def empty_fp8_rows(x_TI: Tensor) -> Fp8Rows:
-    """Allocate FP8 rows for this tensor."""
+    """Allocate FP8 rows with the shape of a tensor."""
     scales_T1 = x_TI.new_empty(len(x_TI), 1, dtype=torch.float32)
     return Fp8Rows(x_TI.new_empty(x_TI.shape, dtype=FP8_DTYPE), scales_T1)
 
 
 def quantize_fp8(x_TI: Tensor, column_scales_I: Tensor | None = None) -> Fp8Rows:
-    """Quantize the rows of x column_scales to FP8.
+    """Quantize the rows of a tensor to FP8, optionally after scaling its columns.
 
     The error of an element is at most a sixteenth of it or 2^-10 of the row's scale, whichever is
     larger. Rows with non-finite elements become NaN.
@@ -85,7 +88,7 @@ def quantize_fp8(x_TI: Tensor, column_scales_I: Tensor | None = None) -> Fp8Rows
 
 
 def quantize_fp8_gelu(x_TI: Tensor) -> Fp8Rows:
-    """Quantize the rows of quick_gelu(x) to FP8, with one kernel if available."""
+    """Apply quick GELU and quantize the rows to FP8, with one kernel if available."""
     if has_kernels(x_TI):
         return Fp8Rows(
             *fp8_kernels.quantize_fp8_rows(x_TI, None, FP8_DTYPE, FP8_MAX, MIN_AMAX, gelu=True)
@@ -96,10 +99,10 @@ def quantize_fp8_gelu(x_TI: Tensor) -> Fp8Rows:
 def fp8_linear(
     x: Fp8Rows, w_OI: Tensor, scales_O: Tensor, bias_O: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Compute x W^T + bias [T, O] with FP8 operands, accumulated in fp32."""
+    """Compute x W^T + bias [T, O] with FP8 operands and fp32 accumulation."""
     if not len(x.codes_TI):
         return w_OI.new_empty(0, len(w_OI), dtype=dtype)
-    # With row scales, some GPUs return at most bf16.
+    # With row scales, some GPUs support no output dtype wider than bf16.
     out_dtype = torch.bfloat16 if w_OI.is_cuda or dtype == torch.bfloat16 else torch.float32
     y_TO = torch._scaled_mm(
         x.codes_TI,
@@ -123,9 +126,9 @@ class _ScaledCodes(NamedTuple):
 class Fp8Weight(QuantizedWeight):
     """Weight of a fused linear that uses FP8 matmuls in training.
 
-    The backward matmul is dy W = (dy s) C for W = s C with output scales s: the same codes in the
-    transposed layout. The transposed copy is created by the first backward pass, so that layers
-    without one, as in a frozen vision encoder, never hold it.
+    The backward matmul is dy W = (dy s) C for W = s C with output scales s: it uses the same codes
+    in the transposed layout. The transposed copy is created by the first backward pass, so that
+    layers without one, as in a frozen vision encoder, never hold it.
     """
 
     def __init__(self, matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) -> None:
@@ -134,7 +137,7 @@ class Fp8Weight(QuantizedWeight):
         self._backward_codes: _ScaledCodes | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Weight:
-        # The derived copies are dropped when the codes change device or dtype.
+        # Drop the derived copies when the codes change device or dtype.
         self._forward_codes = self._backward_codes = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
@@ -144,7 +147,7 @@ class Fp8Weight(QuantizedWeight):
         return [layer for layer in self.layers if isinstance(layer, Fp8Matrix)]
 
     def _concatenate(self) -> _ScaledCodes:
-        """Concatenate codes and scales of all layers and make the layers' tensors views of them."""
+        """Concatenate codes and scales of all layers; the layers' tensors become views of them."""
         if self._forward_codes is None:
             layers = self._fp8_matrices
             concatenated = _ScaledCodes(
@@ -159,7 +162,7 @@ class Fp8Weight(QuantizedWeight):
         return self._forward_codes
 
     def _transpose(self) -> _ScaledCodes:
-        """Return the transposed codes [I, O] with unit scales."""
+        """Return the transposed codes [I, O] with unit scales for the backward pass."""
         if self._backward_codes is None:
             codes_IO = self._concatenate().codes.t().contiguous()
             self._backward_codes = _ScaledCodes(
@@ -168,7 +171,7 @@ class Fp8Weight(QuantizedWeight):
         return self._backward_codes
 
     def linear_per_layer(self, x: Tensor | Fp8Rows, bias: Tensor | None) -> tuple[Tensor, ...]:
-        """Compute x W_i^T + bias_i of each layer, with autograd unless `x` is FP8."""
+        """Compute x W_i^T + bias_i for each layer, with autograd unless `x` is FP8."""
         if isinstance(x, Fp8Rows):
             return self.linear_fp8(x, bias)
         if not self.training:
@@ -178,7 +181,7 @@ class Fp8Weight(QuantizedWeight):
         return tuple(y_TO.view(*x.shape[:-1], y_TO.shape[1]) for y_TO in ys_TO)
 
     def linear_fp8(self, x_TI: Tensor | Fp8Rows, bias: Tensor | None) -> tuple[Tensor, ...]:
-        """Compute x W_i^T + bias_i of each layer in FP8, without autograd."""
+        """Compute x W_i^T + bias_i for each layer in FP8, without autograd."""
         return self._linear_fp8(*self._to_fp8_rows(x_TI), bias)
 
     def _linear_fp8(
@@ -194,7 +197,7 @@ class Fp8Weight(QuantizedWeight):
     ) -> tuple[Tensor, ...]:
         """Compute x W_i^T + bias_i plus the LoRA delta of each layer, without autograd.
 
-        CPUs accumulate the sum in fp32.
+        Used on CPUs, which accumulate the sum in fp32.
         """
         ys_TO = self._linear_fp8(quantize_fp8(x_TI), torch.float32, bias)
         for layer_index, low_TR, lora_B_OR, scale in deltas:
@@ -215,14 +218,14 @@ class Fp8Weight(QuantizedWeight):
         return quantize_fp8(x_TI), x_TI.dtype
 
     def linear_concat_backward(self, dy_TO: Tensor) -> Tensor:
-        """Compute dy W for the concatenated output gradients."""
+        """Compute dy W, the input gradient for the concatenated output gradients."""
         if not self.training:
             return super().linear_concat_backward(dy_TO)
         rows = quantize_fp8(dy_TO, self._concatenate().scales)
         return fp8_linear(rows, *self._transpose(), None, dy_TO.dtype)
 
     def add_input_gradient(self, dx_TI: Tensor, dys_TO: Sequence[Tensor]) -> None:
-        """Add the input gradient, the sum of dy_i W_i, to `dx`."""
+        """Add the input gradient of a fused linear, the sum of dy_i W_i, to `dx_TI`."""
         if not self.training:
             super().add_input_gradient(dx_TI, dys_TO)
             return
@@ -232,7 +235,7 @@ class Fp8Weight(QuantizedWeight):
 def accepts_fp8_input(weight: Tensor | QuantizedWeight) -> bool:
     """Return True if the weight quantizes its input to FP8.
 
-    Callers may then quantize it first.
+    Callers may then pass an input that is already quantized.
     """
     return isinstance(weight, Fp8Weight) and weight.training
 

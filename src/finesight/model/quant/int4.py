@@ -27,23 +27,23 @@ if HAS_TRITON:
     from finesight.model.kernels import quant_gemm as quant_gemm_kernels
 
 DEFAULT_GROUP_SIZE = 64
-"""Group size of weights that are quantized while loading."""
+"""Group size of weights that are rounded to INT4 while loading."""
 
 KERNEL_GROUP_SIZES = (32, 64, 128)
 
 CHUNK_ELEMENTS = 1 << 22
-"""Elements dequantized at once in fp32, without a kernel."""
+"""Maximum number of elements dequantized at once in fp32, without a kernel."""
 
 PACK_FACTOR = 8
-"""4-bit codes in a 32-bit integer."""
+"""Number of 4-bit codes in a 32-bit integer."""
 
 
 class Int4Matrix(Packed4BitMatrix):
-    """GPTQ matrix [O, I] with about 4.19 bits per element: scale (code - zero), with codes 0 to 15.
+    """GPTQ matrix [O, I] with 4-bit codes and the values scale * (code - zero).
 
-    Columns are sorted by group; `permutation_I` holds their original positions. A byte of `codes`
-    [O, I / 2] holds an element of the first half in its low bits and one of the second half in its
-    high bits.
+    It takes about 4.19 bits per element with groups of 128 inputs. Columns are sorted by group;
+    `permutation_I` holds their original positions. A byte of `codes` [O, I / 2] holds an element of
+    the first half of a row in its low bits and one of the second half in its high bits.
     """
 
     codes: Tensor
@@ -66,7 +66,7 @@ class Int4Matrix(Packed4BitMatrix):
         self.register_buffer("permutation_I", torch.empty(in_features, dtype=torch.int32))
 
     def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
-        """Return the four tensors of AutoGPTQ."""
+        """Return the specs of AutoGPTQ's tensors `qweight`, `qzeros`, `scales` and `g_idx`."""
         shapes = {
             "qweight": (self.in_features // PACK_FACTOR, self.out_features),
             "qzeros": (self._num_groups, self.out_features // PACK_FACTOR),
@@ -85,16 +85,16 @@ class Int4Matrix(Packed4BitMatrix):
 
     @torch.no_grad()
     def load_tensor(self, name: str, values: Tensor) -> None:
-        """Load one of the four tensors; the last one completes the matrix.
+        """Load one of AutoGPTQ's four tensors; the last one completes the matrix.
 
-        Raises UserError if the group sizes contradict the config.
+        Raises UserError if the groups in `g_idx` contradict the group size of the config.
         """
         self._loaded[name] = values.to(self.device)
         if len(self._loaded) == len(self.tensor_specs()):
             loaded, self._loaded = self._loaded, {}
             self._set_permutation(loaded["g_idx"])
             self.scales_OG.copy_(loaded["scales"].T)
-            # Zero points are stored minus 1; zero is stored as 15.
+            # AutoGPTQ stores zero points minus 1, and zero as 15.
             self.zeros_OG.copy_(_unpack_codes(loaded["qzeros"].T).add_(1).bitwise_and_(15))
             codes_IO = _unpack_codes(loaded["qweight"])
             if not self._is_unpermuted:
@@ -116,7 +116,7 @@ class Int4Matrix(Packed4BitMatrix):
         self._is_unpermuted = torch.equal(permutation_I, positions_I)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the dense matrix [O, I], each element rounded once."""
+        """Return the dequantized matrix [O, I], each element rounded once."""
         quant_params = self.scales_OG, self.zeros_OG, self.permutation_I, self.group_size
         if self._kernels_available():
             return int4_dequantize_kernels.dequantize_int4(self.codes, *quant_params, dtype)
@@ -134,11 +134,14 @@ class Int4Matrix(Packed4BitMatrix):
         return w_OI
 
     def _expand_groups(self, values: Tensor) -> Tensor:
-        """Repeat group values for each input of the group."""
+        """Repeat the values of each group for all inputs of the group."""
         return values.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
 
     def supports_kernels(self) -> bool:
-        """Return True if each half row consists of full groups with a power-of-two size."""
+        """Return True if the kernels support this matrix and its device.
+
+        Each half row must consist of full groups of 32, 64 or 128 inputs.
+        """
         is_aligned = (
             self.group_size in KERNEL_GROUP_SIZES and self.in_features % (2 * self.group_size) == 0
         )
@@ -146,11 +149,14 @@ class Int4Matrix(Packed4BitMatrix):
 
     @property
     def is_unpermuted(self) -> bool:
-        """True if the columns are in their original order."""
+        """True if the columns of the codes are in their original order."""
         return self._is_unpermuted
 
     def pack_input(self, x_1I: Tensor, norm: RmsNormParams | None) -> PackedInput:
-        """Pack a row: four inputs of the first half with four of the second."""
+        """Pack an input row for `gemv_packed`, after an optional RMS norm.
+
+        A word holds the codes of four inputs of the first half and four of the second.
+        """
         if not self._is_unpermuted and norm is not None:
             x_1I, norm = F.rms_norm(x_1I, norm.weight_I.shape, *norm), None
         return int4_gemv_kernels.pack_input(self._permute_input(x_1I), norm, self.group_size)
@@ -158,12 +164,12 @@ class Int4Matrix(Packed4BitMatrix):
     def gemv_packed(
         self, x: PackedInput, y_O: Tensor, bias_O: Tensor | None, residual_O: Tensor | None
     ) -> None:
-        """Compute x W^T + bias + residual into `y_O`."""
+        """Compute x W^T + bias + residual of a packed input row into `y_O`."""
         quant_params = self.codes, self.scales_OG, self.zeros_OG, self.group_size
         int4_gemv_kernels.int4_gemv(x, *quant_params, y_O, bias_O, residual_O)
 
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias with tensor cores."""
+        """Compute x W^T + bias [R, O] with a tensor-core kernel."""
         quant_params = self.codes, self.scales_OG, self.zeros_OG
         tiling = quant_gemm_kernels.choose_gemm_tiling(self.out_features, len(x_RI))
         return quant_gemm_kernels.int4_gemm(
@@ -180,8 +186,8 @@ class Int4Matrix(Packed4BitMatrix):
 class RtnInt4Matrix(Int4Matrix):
     """INT4 matrix [O, I] rounded to nearest while loading, with about 4.38 bits per element.
 
-    The 16 codes of a group cover its minimum to its maximum, including zero. The error of an
-    element is at most half a scale, plus the fp16 rounding of the scale.
+    The 16 codes of a group cover the range from its minimum to its maximum, including zero. The
+    error of an element is at most half a scale, plus the fp16 rounding of the scale.
     """
 
     def __init__(self, out_features: int, in_features: int) -> None:
@@ -190,12 +196,12 @@ class RtnInt4Matrix(Int4Matrix):
         )
 
     def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
-        """Return the spec of the dense matrix."""
+        """Return the spec of the dense weight."""
         return self._dense_spec(self.quantize)
 
     @torch.no_grad()
     def quantize(self, values_OI: Tensor) -> None:
-        """Quantize a matrix on the device of the codes."""
+        """Quantize a dense matrix [O, I] on the device of the codes."""
         self._check_shape(values_OI)
         self.permutation_I.copy_(torch.arange(self.in_features))
         rows_per_chunk = max(1, CHUNK_ELEMENTS // self.in_features)
@@ -208,7 +214,7 @@ class RtnInt4Matrix(Int4Matrix):
                 len(w_RI), -1, self.group_size
             )
             minimum, maximum = w_RGE.amin(2).clamp(max=0), w_RGE.amax(2).clamp(min=0)
-            # At least the smallest positive fp16 value, to avoid division by zero.
+            # Use at least the smallest positive fp16 value, to avoid division by zero.
             scales = ((maximum - minimum) / 15).half().clamp(min=2**-24)
             zeros = (-minimum / scales.float()).round().clamp(0, 15)
             codes = (w_RGE / scales.float()[..., None]).round() + zeros[..., None]
@@ -227,11 +233,10 @@ def _unpack_codes(packed: Tensor) -> Tensor:
 
 
 def gptq_group_size(folder: ModelFolder) -> int | None:
-    """Return the GPTQ group size, or None for models without quantization.
+    """Return the GPTQ group size of a model folder, or None without quantization.
 
-    The size is -1 for one group per row.
-
-    Raises UserError for other quantization methods or bit widths.
+    The size is -1 for one group per row. Raises UserError for other quantization methods or bit
+    widths.
     """
     quantization_config = folder.config.get("quantization_config")
     if quantization_config is None:
@@ -262,10 +267,17 @@ def gptq_group_size(folder: ModelFolder) -> int | None:
 def quantize_gptq_layers(
     model: nn.Module, layer_names: Collection[str], group_size: int, where: str
 ) -> None:
-    """Replace the weights of these layers by empty GPTQ matrices.
+    """Replace the weights of layers that GPTQ quantized by empty INT4 matrices.
 
-    Raises UserError for layers fused with unquantized layers, and for layers with another requested
-    quantization.
+    Args:
+        model: Model without values.
+        layer_names: Native names of the quantized layers.
+        group_size: Inputs per group; -1 for one group per row.
+        where: Path of the model, for error messages.
+
+    Raises:
+        UserError: Only some layers of a fused linear are quantized, a size is not a multiple of 8,
+            or another quantization was requested for a layer.
     """
     for path, module in list(model.named_modules()):
         if not isinstance(module, FusedLinear):

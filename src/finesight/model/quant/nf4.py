@@ -1,4 +1,4 @@
-"""Frozen NF4 weights with double quantization, implemented with bitsandbytes.
+"""Frozen NF4 weights with double quantization (QLoRA), implemented with bitsandbytes.
 
 Dettmers et al. 2023, arXiv:2305.14314.
 
@@ -24,14 +24,14 @@ if HAS_TRITON:
     from finesight.model.kernels import quant_gemm as quant_gemm_kernels
 
 BLOCK_SIZE, SCALE_BLOCK_SIZE = 64, 256
-"""Elements of a matrix that share a scale, and scales that share a nested scale."""
+"""Number of elements that share a scale, and number of scales that share a nested scale."""
 
 CHUNK_ELEMENTS = 1 << 20
-"""Elements quantized at once; a CPU needs 64 bytes of memory for each."""
+"""Number of elements quantized at once; a CPU needs 64 bytes of memory for each."""
 
 
 def import_bitsandbytes(setting: str) -> Any:
-    """Import bitsandbytes; raises UserError, naming the setting, if it is missing."""
+    """Import bitsandbytes; raise a UserError that names `setting` if it is missing."""
     try:
         return _import_bitsandbytes()
     except ImportError as error:
@@ -62,14 +62,14 @@ def _import_bitsandbytes() -> Any:
 
 @lru_cache
 def _scale_codebook(device: torch.device) -> Tensor:
-    """Return the 256 values of an 8-bit scale code."""
+    """Return the 256 values of the 8-bit codes for block scales."""
     codebook: Tensor = _import_bitsandbytes().functional.create_dynamic_map().to(device)
     return codebook
 
 
 @lru_cache
 def _nf4_codebook(device: torch.device) -> Tensor:
-    """Return the 16 NF4 values, normalized to a largest magnitude of 1."""
+    """Return the 16 values of NF4, normalized to a largest magnitude of 1."""
     codebook: Tensor = _import_bitsandbytes().functional.get_4bit_type("nf4", device=device)
     return codebook
 
@@ -77,10 +77,13 @@ def _nf4_codebook(device: torch.device) -> Tensor:
 class Nf4Matrix(Packed4BitMatrix):
     """NF4 matrix [O, I] with about 4.13 bits per element.
 
-    `codes` [ceil(O I / 2), 1] packs two elements per byte, row by row. Each block is scaled by its
-    largest magnitude, stored in 8 bits as `absmax_B` relative to the mean `absmax_mean`. Blocks of
-    these are scaled by `nested_absmax` in fp32. The codes equal those of
-    bitsandbytes.nn.Linear4bit.
+    The codes equal those of bitsandbytes.nn.Linear4bit.
+
+    Attributes:
+        codes: Two elements per byte, row by row, [ceil(O I / 2), 1].
+        absmax_B: Largest magnitude of each block in 8 bits, relative to `absmax_mean`.
+        nested_absmax: Scale of each block of 256 elements of `absmax_B`, in fp32.
+        absmax_mean: Mean of the largest magnitudes of all blocks.
     """
 
     codes: Tensor
@@ -97,15 +100,16 @@ class Nf4Matrix(Packed4BitMatrix):
         self.register_buffer("absmax_mean", torch.empty(()))
 
     def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
-        """Return the spec of the dense matrix, which is quantized while loading."""
+        """Return the spec of the dense weight, which is quantized while loading."""
         return self._dense_spec(self.quantize)
 
     @torch.no_grad()
     def quantize(self, values_OI: Tensor) -> None:
-        """Quantize a matrix on the device of the codes."""
+        """Quantize a dense matrix [O, I] on the device of the codes."""
         self._check_shape(values_OI)
         functional = _import_bitsandbytes().functional
-        # Created now: inside a CUDA graph capture it would be allocated in the graph's memory pool.
+        # Create it now: during a CUDA graph capture it would be allocated in the memory pool of the
+        # graph.
         _nf4_codebook(self.codes.device)
         flat = values_OI.flatten()
         absmax_chunks = []
@@ -142,29 +146,35 @@ class Nf4Matrix(Packed4BitMatrix):
         )
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the dense matrix [O, I] in bf16, fp16 or fp32."""
-        # As one row: on a CPU, bitsandbytes dequantizes with a new block at the start of each
-        # row if rows are not multiples of a block, although it quantizes without.
+        """Return the dequantized matrix [O, I] in bf16, fp16 or fp32."""
+        # Dequantize as one row: on a CPU, bitsandbytes starts a new block at each row if rows are
+        # not multiples of a block, although its quantization does not.
         state = self._quant_state((self.num_elements,), dtype)
         flat: Tensor = _import_bitsandbytes().functional.dequantize_4bit(self.codes, state)
         return flat.reshape(self.out_features, self.in_features)
 
     def supports_kernels(self) -> bool:
-        """Return True if the rows consist of full blocks."""
+        """Return True if the kernels support this matrix and its device.
+
+        Each row must consist of full blocks of 64 inputs.
+        """
         return HAS_TRITON and self.codes.is_cuda and self.in_features % BLOCK_SIZE == 0
 
     def pack_input(self, x_1I: Tensor, norm: RmsNormParams | None) -> PackedInput:
-        """Pack a row with adjacent inputs in a word; see `Packed4BitMatrix`."""
+        """Pack an input row for `gemv_packed`, after an optional RMS norm.
+
+        A word holds the codes of eight adjacent inputs.
+        """
         return int4_gemv_kernels.pack_input(x_1I, norm, None)
 
     def gemv_packed(
         self, x: PackedInput, y_O: Tensor, bias_O: Tensor | None, residual_O: Tensor | None
     ) -> None:
-        """Compute x W^T + bias + residual into `y_O`."""
+        """Compute x W^T + bias + residual of a packed input row into `y_O`."""
         int4_gemv_kernels.nf4_gemv(x, *self._kernel_args(), y_O, bias_O, residual_O)
 
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias with tensor cores."""
+        """Compute x W^T + bias [R, O] with a tensor-core kernel."""
         return quant_gemm_kernels.nf4_gemm(
             x_RI,
             *self._kernel_args(),

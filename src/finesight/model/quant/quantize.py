@@ -27,7 +27,7 @@ MATRIX_TYPES: Mapping[str, Callable[[int, int], QuantizedMatrix]] = {
 }
 
 _DECODER_PARTS: tuple[ModelPart, ...] = ("language", "embeddings")
-"""Parts covered by `--weight-format`, if the head is not tied."""
+"""Model parts that `--weight-format` quantizes, if the head is not tied to the embeddings."""
 
 
 def quantize_model_parts(
@@ -37,18 +37,19 @@ def quantize_model_parts(
     weight_format: WeightFormat,
     folder: Path,
 ) -> None:
-    """Replace weights of a model by empty quantized matrices.
+    """Replace weights of a model by empty quantized matrices before the weights are loaded.
 
-    Selected are the linear layers of `nf4_parts`, and those of `fp8_parts` whose sizes support FP8
+    `nf4_parts` selects all linear layers of these parts, `fp8_parts` those whose sizes support FP8
     matmuls (`model.quant.fp8`). A `weight_format` other than auto selects the decoder and the head
     in that format instead.
 
-    Vision encoder and merger remain in their stored dtype with `weight_format`: they process an
+    With `weight_format`, vision encoder and merger remain in their stored dtype: they process an
     image once, with more rows than quantized kernels accelerate, and their errors affect all later
     tokens. A tied head remains as well, because it is the embedding table.
 
-    Raises UserError for nf4 embeddings with a tied head, for a decoder with experts, and for a
-    missing package.
+    Raises:
+        UserError: Quantization was requested for a tied head or for a decoder with experts, or a
+            package is missing. The message names `folder`.
     """
     requests: list[tuple[Collection[ModelPart], str, str]] = [
         (nf4_parts, "nf4", "tune.quantize.nf4"),
@@ -92,14 +93,14 @@ def _select_linears(model: nn.Module, parts: Collection[ModelPart]) -> list[Fuse
 
 
 def supports_fp8_matmul(linear: FusedLinear) -> bool:
-    """Return True if the sizes of all layers support FP8 matmuls."""
+    """Return True if the sizes of all layers of a fused linear support FP8 matmuls."""
     return not any(
         size % FP8_ALIGNMENT for size in (linear.in_features, *linear.output_sizes.values())
     )
 
 
 def count_unquantized_layers(model: nn.Module, fp8_parts: Collection[ModelPart]) -> int:
-    """Count the linear layers of these parts whose sizes do not support FP8 matmuls."""
+    """Count the linear layers of `fp8_parts` whose sizes do not support FP8 matmuls."""
     linears = _select_linears(model, fp8_parts)
     return sum(len(linear.output_sizes) for linear in linears if not supports_fp8_matmul(linear))
 

@@ -2,10 +2,10 @@
 
 FP8 is e4m3 of Micikevicius et al. 2022, arXiv:2209.05433. Only weights are quantized, never
 activations: a matmul with many rows uses the dequantized matrix. FP8 matmuls would be faster there,
-but their rounding (up to 6 % of an element) would give prompt tokens other values than the tokens
-decoded after them.
+but they would round the prompt's tokens (by up to 6 % of an element) and not the tokens decoded
+after them.
 
-Shapes: O outputs, I inputs of one layer.
+Shapes: O outputs, I inputs of one layer, R rows of a chunk or of an input.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if HAS_TRITON:
     from finesight.model.kernels import quant_gemm as quant_gemm_kernels
 
 KERNEL_VECTOR_SIZE = 16
-"""Inputs that a kernel reads at once."""
+"""Number of inputs that a kernel reads at once, and divisor of supported row sizes."""
 
 
 class RowwiseMatrix(OnlineQuantizedMatrix):
-    """Quantized matrix [O, I]: `scales_O` times `codes_OI`.
+    """8-bit matrix [O, I] with the values `scales_O` times `codes_OI`.
 
-    The largest magnitude of an output has the code `max_code`.
+    The largest magnitude of each output row has the code `max_code`.
     """
 
     codes_OI: Tensor
@@ -45,22 +45,22 @@ class RowwiseMatrix(OnlineQuantizedMatrix):
 
     @abstractmethod
     def round_to_codes(self, values_RI: Tensor) -> Tensor:
-        """Round values of magnitude up to `max_code` to codes."""
+        """Round scaled values, with magnitudes up to `max_code`, to codes."""
 
     def quantize_rows(self, rows: slice, values_RI: Tensor) -> None:
-        """Quantize these rows, [R, I] in fp32."""
-        # An output of zeros has the scale 1, to avoid division by zero.
+        """Quantize a range of rows, [R, I] in fp32."""
+        # A row of zeros has the scale 1, to avoid division by zero.
         amax_R = values_RI.abs().amax(1)
         scales_R = torch.where(amax_R > 0, amax_R / self.max_code, 1.0)
         self.codes_OI[rows] = self.round_to_codes(values_RI / scales_R[:, None])
         self.scales_O[rows] = scales_R
 
     def dequantize_rows(self, rows: slice) -> Tensor:
-        """Dequantize these rows."""
+        """Return the dequantized values of a range of rows, [R, I] in fp32."""
         return self.codes_OI[rows].float() * self.scales_O[rows, None]
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the dense matrix [O, I], each element rounded once."""
+        """Return the dequantized matrix [O, I], each element rounded once."""
         if self._kernels_available():
             return quant_gemm_kernels.dequantize_rowwise(self.codes_OI, self.scales_O, dtype)
         return super().dequantize(dtype)
@@ -69,16 +69,16 @@ class RowwiseMatrix(OnlineQuantizedMatrix):
         return HAS_TRITON and self.codes_OI.is_cuda
 
     def supports_kernels(self) -> bool:
-        """Return True if the rows are multiples of the kernel's vector size."""
+        """Return True if the kernels support the row size and the device."""
         return self.in_features % KERNEL_VECTOR_SIZE == 0 and self._kernels_available()
 
     def gemv(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias, row by row."""
+        """Compute x W^T + bias [R, O] with a GEMV kernel, row by row."""
         tiling = int8_gemv_kernels.choose_gemv_tiling(self.out_features, self.in_features)
         return int8_gemv_kernels.rowwise_gemv(x_RI, self.codes_OI, self.scales_O, bias, tiling)
 
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias with tensor cores."""
+        """Compute x W^T + bias [R, O] with a tensor-core kernel."""
         tiling = quant_gemm_kernels.choose_gemm_tiling(self.out_features, len(x_RI))
         return quant_gemm_kernels.rowwise_gemm(x_RI, self.codes_OI, self.scales_O, bias, tiling)
 
@@ -86,19 +86,19 @@ class RowwiseMatrix(OnlineQuantizedMatrix):
 class Int8Matrix(RowwiseMatrix):
     """INT8 matrix with codes from -127 to 127.
 
-    The error of an element is at most half a scale, 1/254 of its output's largest magnitude.
+    The error of an element is at most half a scale, 1/254 of the largest magnitude in its row.
     """
 
     code_dtype = torch.int8
     max_code = 127.0
 
     def round_to_codes(self, values_RI: Tensor) -> Tensor:
-        """Round to the nearest integer."""
+        """Round scaled values to the nearest integer from -127 to 127."""
         return values_RI.round().clamp(-self.max_code, self.max_code).to(torch.int8)
 
 
 class Fp8Matrix(RowwiseMatrix):
-    """FP8 matrix with three mantissa bits.
+    """FP8 matrix (e4m3, three mantissa bits).
 
     The error of an element is at most a sixteenth of it or 2^-10 of the scale, whichever is larger.
     """
@@ -107,8 +107,8 @@ class Fp8Matrix(RowwiseMatrix):
     max_code = 448.0
 
     def round_to_codes(self, values_RI: Tensor) -> Tensor:
-        """Round to the nearest FP8 value."""
-        # Beyond the largest value there is only NaN; clamp quotients that were rounded up.
+        """Round scaled values to the nearest FP8 value."""
+        # The next code after the largest value is NaN; clamp quotients that were rounded up.
         return values_RI.clamp(-self.max_code, self.max_code).to(torch.float8_e4m3fn)
 
     def _kernels_available(self) -> bool:

@@ -1,1 +1,1 @@
-"""Distributed training: data parallelism, sharding, context parallelism."""
+"""Distributed training: process group, data parallelism and sharding (ZeRO-2, FSDP)."""

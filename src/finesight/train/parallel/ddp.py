@@ -1,13 +1,14 @@
-"""Parallelism strategies: data parallelism, and sharding of the model over the ranks.
+"""Parallelism strategies for distributed training, and the replicated strategy (DDP).
 
 Modes of `train.parallel`:
+
 - `ddp` replicates the model and all-reduces gradients.
 - `zero2` shards master weights, gradients and optimizer state (Rajbhandari et al. 2020,
   arXiv:1910.02054).
 - `fsdp` shards the model weights as well (Zhao et al. 2023, arXiv:2304.11277).
 - `fsdp_offload` is `fsdp` with shards in CPU memory.
 
-The sharded modes use `fully_shard` of torch.
+The sharded modes use `fully_shard` of PyTorch.
 """
 
 from __future__ import annotations
@@ -30,27 +31,29 @@ from finesight.train.parallel.distributed import ProcessGroup
 
 
 class ParallelStrategy(Protocol):
-    """Interface between a training step and the way the model is distributed.
+    """Interface of a parallelism strategy, which a training step calls.
 
     All ranks must call the same methods in the same order.
     """
 
     is_sharded: bool
-    """Whether the model is split over the ranks."""
+    """True if parameters, gradients or optimizer states are sharded over the ranks."""
 
     num_trainable_params: int
-    """Number of trainable parameters on all ranks."""
+    """Number of trainable parameters of the complete model."""
 
     trainable_params: Mapping[str, nn.Parameter]
-    """Parameters that this rank updates, by native name: all trainable ones, or its shard of each.
+    """Parameters that the optimizer of this rank updates, by native name.
+
+    These are all trainable parameters, or the shard of this rank of each.
     """
 
     def prepare_batch(self, packed_batch: PackedBatch) -> PackedBatch:
-        """Change a packed batch so that every rank runs the same layers."""
+        """Extend a packed batch where needed, so that every rank runs the same layers."""
         ...
 
     def reduce_gradients(self, optimizer: MasterWeightOptimizer) -> Tensor:
-        """Replace the gradients of this rank by the sum over all ranks.
+        """Sum the gradients of all ranks before the optimizer step.
 
         Returns:
             Euclidean norm of all gradients, a scalar on the device.
@@ -58,27 +61,28 @@ class ParallelStrategy(Protocol):
         ...
 
     def sync_params(self) -> None:
-        """Copy the updated master weights to the model."""
+        """Copy the updated master weights to the model after an optimizer step."""
         ...
 
     def zero_grad(self) -> None:
-        """Discard the gradients of a skipped step."""
+        """Discard the gradients of a skipped or aborted step."""
         ...
 
     def shard_state(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Select the shard of this rank from full checkpoint tensors.
+        """Select the shard of this rank from complete checkpoint tensors.
 
-        A tensor name may carry a state prefix before the parameter name, separated by a full stop.
+        Args:
+            tensors: Tensors by parameter name, optionally with a prefix such as `exp_avg.`.
         """
         ...
 
     def summon_full_params(self) -> AbstractContextManager[None]:
-        """Provide the full model on every rank within the context."""
+        """Provide the unsharded model on every rank within the context."""
         ...
 
 
 class DDPStrategy:
-    """Replicate the model on every rank."""
+    """Data parallelism with a replica of the model on every rank."""
 
     is_sharded = False
 
@@ -94,34 +98,34 @@ class DDPStrategy:
         return packed_batch
 
     def reduce_gradients(self, optimizer: MasterWeightOptimizer) -> Tensor:
-        """All-reduce the gradients in fp32, without overlap.
+        """Sum the fp32 gradients of all ranks by an all-reduce after the backward pass.
 
-        See Li et al. 2020 (arXiv:2006.15704).
+        Communication and computation do not overlap. See Li et al. 2020 (arXiv:2006.15704).
         """
         if not self._process_group.is_single_process:
             optimizer.all_reduce_gradients(self._process_group.all_reduce)
         return optimizer.grad_norm()
 
     def sync_params(self) -> None:
-        """No-op: the model uses the upper halves of the master weights."""
+        """No-op: the model parameters are part of the master weights."""
 
     def zero_grad(self) -> None:
-        """No-op: the optimizer holds the gradients."""
+        """No-op: the optimizer clears the gradients."""
 
     def shard_state(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return all tensors."""
+        """Return all tensors, since the model is not sharded."""
         return tensors
 
     @contextmanager
     def summon_full_params(self) -> Iterator[None]:
-        """No-op: every rank has the full model."""
+        """No-op: every rank has the complete model."""
         yield
 
 
 def parallelize_model(
     recipe: Recipe, model: AnyModel, dtype: torch.dtype, process_group: ProcessGroup
 ) -> ParallelStrategy:
-    """Distribute the model as the recipe requests.
+    """Distribute a model over the ranks according to `train.parallel`.
 
     Raises:
         UserError: The model or the optimizer does not support sharding.
@@ -135,7 +139,7 @@ def parallelize_model(
         _raise_unsupported(mode, "models on a CPU")
     if recipe.train.optimizer != "adamw":
         _raise_unsupported(mode, f"the state of train.optimizer={recipe.train.optimizer}")
-    # Imported on demand: the modules of torch take a second to import.
+    # Imported on demand, because the FSDP modules of torch take a second to import.
     from finesight.train.parallel.fsdp import FSDPStrategy
 
     return FSDPStrategy(model, dtype, mode)

@@ -1,9 +1,9 @@
-"""Process group of a distributed run, with collectives that report failed ranks.
+"""Process group of a distributed run, whose collectives report failed ranks.
 
 A launcher such as torchrun starts the ranks and sets their environment variables. The result of a
-step does not depend on the world size: the samples are the same, and gradients are all-reduced in
-fp32 before every rank applies the same step (Li et al. 2020, arXiv:2006.15704, without overlap). A
-run can resume with another world size. Rank 0, the main process, writes the run directory.
+step does not depend on the world size: the samples are the same, and the gradients are all-reduced
+in fp32 before every rank applies the same step (Li et al. 2020, arXiv:2006.15704, without overlap).
+A run can resume with another world size. Rank 0, the main process, writes the run directory.
 """
 
 from __future__ import annotations
@@ -29,61 +29,60 @@ from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget
 T = TypeVar("T")
 
 MAIN_RANK_TIMEOUT = timedelta(hours=2)
-"""Timeout of other ranks for the main process, which evaluates and writes files."""
+"""Time that a rank waits for the main process, which evaluates and writes files."""
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""Timeout of the main process for other ranks, and of every torch collective."""
+"""Time that the main process waits for other ranks; also the timeout of torch collectives."""
 
 REQUIRED_ENV_VARS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class PeerFailedError(UserError):
-    """A rank failed before a step: all ranks know it, and none has applied the step."""
+    """Raised on all ranks when a rank has failed; no rank applies the current step."""
 
 
 class RankCommand(IntEnum):
-    """Next action of a rank.
+    """Command that the ranks exchange before each action.
 
-    The main process sends the action for all ranks. Other ranks report that they are ready for a
-    step,
-    that they wait, or that they failed.
+    The main process sends the next action of all ranks. Another rank sends STEP if it is ready for
+    a step, WAIT if it accepts any command, or FAILED after an error.
     """
 
     STEP = 0
     SAVE = 1
     EVALUATE = 2
     FINALIZE = 3
-    """Finish the run."""
+    """Audit the parameters and export the weights at the end of the run."""
     SHUTDOWN = 4
     WAIT = 5
     FAILED = 6
     TRAIN = 7
-    """Build the vision cache, then train."""
+    """Build the vision cache, then run training steps."""
 
 
 class RankTimeoutError(PeerFailedError):
-    """A rank did not reach a barrier in time."""
+    """Raised when a rank does not reach a barrier before the timeout."""
 
 
 class RankDesyncError(UserError):
-    """This rank failed in the middle of a step for which the other ranks wait.
+    """Raised when this rank fails within a step while others wait in a collective.
 
-    No further communication is possible.
+    No further communication between the ranks is possible.
     """
 
 
 class GlobalStepStats(NamedTuple):
-    """Statistics of a step over all ranks.
+    """Statistics of a step over all ranks, and the command of the main process.
 
     Attributes:
-        num_supervised_tokens: Tokens that contribute to the loss.
-        num_samples: Samples.
-        num_tokens: Tokens.
-        max_packs: Highest number of packs on one rank.
-        skipped: Samples that were skipped while they were read.
+        num_supervised_tokens: Number of tokens that contribute to the loss.
+        num_samples: Number of samples.
+        num_tokens: Number of tokens.
+        max_packs: Largest number of packs on one rank.
+        skipped: Samples that were skipped because reading or encoding failed.
         signal: Number of a stop signal that any rank received, or 0.
         command: Command of the main process.
-        argument: Argument of the command.
+        argument: Argument of the command, such as a step.
     """
 
     num_supervised_tokens: int = 0
@@ -97,7 +96,7 @@ class GlobalStepStats(NamedTuple):
 
     @classmethod
     def from_step(cls, step_batch: StepBatch, signal: int = 0) -> GlobalStepStats:
-        """Build the statistics of one rank."""
+        """Compute the statistics of a step on this rank alone."""
         metrics = (
             step_batch.num_supervised_tokens,
             step_batch.num_samples,
@@ -108,13 +107,13 @@ class GlobalStepStats(NamedTuple):
 
 
 class RankMonitor:
-    """Barriers and string collectives over a key-value store, which identify missing ranks."""
+    """Barriers and all-gather of strings over a key-value store, which identify missing ranks."""
 
     def __init__(self, store: Any, rank: int, world_size: int, name: str = "finesight") -> None:
         """Create a monitor.
 
         Args:
-            store: A torch.distributed store; torch has no precise type for it.
+            store: Store of torch.distributed, which has no precise public type.
             rank: Rank of this process.
             world_size: Number of ranks.
             name: Prefix of the keys.
@@ -122,11 +121,11 @@ class RankMonitor:
         self._store, self._rank, self._world_size, self._name = store, rank, world_size, name
         self._round = 0
         self.has_stepped = False
-        """Whether the processes have taken a step together."""
+        """Whether all ranks have completed a step."""
         self._missing_ranks = ""
 
     def new_channel(self) -> RankMonitor:
-        """Create an independent channel between the same ranks for use in another thread."""
+        """Create an independent monitor of the same ranks, for use in another thread."""
         return RankMonitor(
             self._store.clone(), self._rank, self._world_size, f"{self._name}/background"
         )
@@ -135,7 +134,7 @@ class RankMonitor:
         """Exchange a string with every rank.
 
         Returns:
-            The values in rank order.
+            The strings in rank order, encoded in UTF-8.
 
         Raises:
             RankTimeoutError: A rank did not arrive within the timeout, now or in an earlier call.
@@ -179,9 +178,9 @@ class ProcessGroup:
     Attributes:
         rank: Rank of this process.
         world_size: Number of ranks.
-        local_rank: Rank on this machine.
+        local_rank: Rank of this process on its machine.
         local_world_size: Number of ranks on this machine.
-        monitor: Store-based barriers; None in a single-process run.
+        monitor: Barriers that report missing ranks; None in a single-process run.
     """
 
     rank: int = 0
@@ -192,7 +191,7 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """Return True on rank 0, which writes the run directory."""
+        """True if this is the main process (rank 0), which writes the run directory."""
         return self.rank == 0
 
     @property
@@ -200,10 +199,10 @@ class ProcessGroup:
         return self.world_size == 1
 
     def select_device(self, device: torch.device) -> torch.device:
-        """Return the device of this rank.
+        """Return the device of this rank; on a GPU, the one of its local rank.
 
         Raises:
-            UserError: More local ranks than GPUs were started.
+            UserError: More processes than GPUs were started on this machine.
         """
         if self.is_single_process or device.type != "cuda":
             return device
@@ -222,21 +221,28 @@ class ProcessGroup:
         return torch.device("cuda", index)
 
     def new_group(self) -> ProcessGroup:
-        """Create a group of the same ranks for use in another thread."""
+        """Create a process group of the same ranks for use in another thread."""
         return self if self.monitor is None else replace(self, monitor=self.monitor.new_channel())
 
     def shard(self, items: Sequence[T]) -> Sequence[T]:
-        """Select the items of this rank, in round-robin order."""
+        """Return every `world_size`-th item, starting at the rank of this process."""
         return items[self.rank :: self.world_size]
 
     def sync_step(self, step_batch: StepBatch, signal: int = 0) -> GlobalStepStats:
-        """Aggregate the step statistics of all ranks, or receive another command of the main
-        process.
+        """Exchange step statistics with all ranks before a training step.
 
-        All ranks must call this method before each step.
+        All ranks must call this method before each step. If the main process sends another command
+        instead, the result contains only that command.
+
+        Args:
+            step_batch: Step data of this rank.
+            signal: Number of the stop signal that this rank received, or 0.
+
+        Returns:
+            Statistics over all ranks.
 
         Raises:
-            PeerFailedError: A rank cannot continue.
+            PeerFailedError: A rank cannot continue, or the ranks have different steps or data.
         """
         local_stats = GlobalStepStats.from_step(step_batch, signal)
         if self.is_single_process:
@@ -253,13 +259,23 @@ class ProcessGroup:
     def sync_command(
         self, command: RankCommand, argument: int = 0, signal: int = 0
     ) -> GlobalStepStats:
-        """Synchronize a command other than a step.
+        """Exchange a command other than a training step.
 
         The main process sends the command for all ranks. Another rank sends WAIT to receive it, or
-        FAILED
-        if it cannot continue. A waiting or failed rank receives WAIT if the main process sends no
-        command,
-        and no failures of other ranks.
+        FAILED if it cannot continue. Such a rank is not informed of failures of other ranks. It
+        receives WAIT if the main process sends no command.
+
+        Args:
+            command: Command that this rank sends.
+            argument: Argument of the command.
+            signal: Number of the stop signal that this rank received, or 0.
+
+        Returns:
+            Command of the main process, with its argument and a stop signal of any rank.
+
+        Raises:
+            PeerFailedError: A rank failed; not raised on a rank that sends WAIT or FAILED.
+            RankTimeoutError: A rank did not arrive.
         """
         if self.is_single_process:
             return GlobalStepStats(command=command, argument=argument)
@@ -284,7 +300,7 @@ class ProcessGroup:
             )
 
     def check_identical(self, config: Mapping[str, Any]) -> None:
-        """Verify that all ranks use the same configuration.
+        """Verify that all ranks have the same configuration, by comparing digests.
 
         Raises:
             UserError: The configurations differ.
@@ -307,10 +323,14 @@ class ProcessGroup:
         ]
 
     def _all_gather_tagged(self, value: str, tag: str = "data") -> list[bytes]:
-        """Exchange values of one kind with every rank.
+        """Exchange strings of one kind with every rank.
+
+        Args:
+            value: String of this rank.
+            tag: Kind of the value, such as `command`.
 
         Raises:
-            PeerFailedError: A rank sent a value of another kind.
+            PeerFailedError: A rank sent a different kind of value.
             RankTimeoutError: A rank did not arrive.
         """
         assert self.monitor is not None, f"rank {self.rank} of {self.world_size} has no monitor"
@@ -383,18 +403,17 @@ class ProcessGroup:
         ]
 
     def all_gather_str(self, value: str) -> list[bytes]:
-        """Return the strings of all ranks, in rank order."""
+        """Return the strings of all ranks in rank order, encoded in UTF-8."""
         return [value.encode()] if self.is_single_process else self._all_gather_tagged(value)
 
     @contextmanager
     def sync_errors(self) -> Iterator[None]:
-        """Verify at the end of the context that it succeeded on all ranks.
+        """Exchange errors at the end of the context, so that all ranks fail at the same point.
 
         Raises:
-            PeerFailedError: The context succeeded here and failed on another rank.
+            PeerFailedError: The context succeeded on this rank and failed on another one.
             GpuOutOfMemoryError: A rank ran out of GPU memory and can retry with a smaller budget;
-                raised on
-                all ranks.
+                raised on all ranks with the same budget.
         """
         oom_error, succeeded = None, False
         try:
@@ -441,9 +460,8 @@ class ProcessGroup:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks in-place.
 
-        On a CPU, a missing rank raises as in the barriers. On a GPU, torch aborts the collective
-        after
-        `COLLECTIVE_TIMEOUT`.
+        On a CPU, a missing rank raises `RankTimeoutError`. On a GPU, PyTorch aborts the collective
+        after `COLLECTIVE_TIMEOUT`.
         """
         if self.is_single_process:
             return tensor
@@ -461,10 +479,10 @@ SINGLE_PROCESS = ProcessGroup()
 
 @contextmanager
 def init_distributed() -> Iterator[ProcessGroup]:
-    """Initialize torch.distributed if a launcher started this process as one of several ranks.
+    """Initialize torch.distributed within the context if a launcher started several processes.
 
     Yields:
-        The process group; a single-process group without a launcher.
+        Process group of the run; without a launcher, a single process.
 
     Raises:
         UserError: Environment variables of the launcher are missing or malformed.
@@ -493,8 +511,8 @@ def init_distributed() -> Iterator[ProcessGroup]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     rank, world_size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
-    # The store of the rendezvous.
+    # The key-value store of the rendezvous.
     monitor = RankMonitor(dist.distributed_c10d._get_default_store(), rank, world_size)
     yield ProcessGroup(rank, world_size, local_rank, local_world_size, monitor)
-    # Not after an exception: the other ranks may never reach this call.
+    # Skipped after an exception, because the other ranks may never reach this call.
     dist.destroy_process_group()

@@ -1,4 +1,7 @@
-"""Sharded data parallelism with `fully_shard` (see `train.parallel.ddp`)."""
+"""Sharding of the model over the ranks with PyTorch's `fully_shard` (FSDP and ZeRO-2).
+
+`train.parallel.ddp` describes the modes.
+"""
 
 from __future__ import annotations
 
@@ -29,21 +32,26 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.train.optimizer import MasterWeightOptimizer
 
 MIN_UNIT_PARAMS = 64_000_000
-"""Minimum number of parameters that are all-gathered together."""
+"""Minimum number of parameters of an FSDP unit, which is all-gathered at once."""
 
 
 class FSDPStrategy:
-    """Shard every weight over the ranks by rows.
+    """Strategy that shards the rows of every weight over the ranks.
 
-    Trainable weights are stored in fp32, frozen weights in the compute dtype. Layers are
-    all-gathered in
-    the compute dtype on demand, and gradients are reduce-scattered in fp32.
+    Trainable weights are stored in fp32, frozen weights in the compute dtype. Each unit of layers
+    is all-gathered in the compute dtype when it is needed. Gradients are reduce-scattered in fp32.
     """
 
     is_sharded = True
 
     def __init__(self, model: VisionLanguageModel, dtype: torch.dtype, mode: ParallelMode) -> None:
-        """Shard the model; its parameters become DTensors."""
+        """Shard a model in-place; its parameters become DTensors.
+
+        Args:
+            model: Model to shard.
+            dtype: Compute dtype.
+            mode: Value of `train.parallel`: `zero2`, `fsdp` or `fsdp_offload`.
+        """
         self._is_zero2, self._vision_encoder = mode == "zero2", model.visual
         self._device = model.model.embed_tokens.weight.device
         mesh = init_device_mesh(self._device.type, (dist.get_world_size(),))
@@ -63,7 +71,7 @@ class FSDPStrategy:
             for parameter in chain.from_iterable(module.parameters() for module in unit):
                 if parameter.requires_grad and not isinstance(parameter, DTensor):
                     parameter.data = parameter.data.float()
-            # The head is read after the forward pass.
+            # The loss uses the language model head after the forward pass.
             reshard = not self._is_zero2 and unit is not units[-1]
             fully_shard(
                 unit,
@@ -77,7 +85,7 @@ class FSDPStrategy:
             fsdp_module.set_gradient_divide_factor(1.0)
             fsdp_module.set_force_sum_reduction_for_comms(True)
         for fsdp_module, next_module in pairwise(self._fsdp_modules[:-1]):
-            # The CPU is not always ahead of the device.
+            # Prefetch explicitly, because the CPU is not always ahead of the device.
             fsdp_module.set_modules_to_forward_prefetch([next_module])
         self.num_trainable_params = sum(
             parameter.numel() for parameter in trainable_parameters(model).values()
@@ -96,20 +104,20 @@ class FSDPStrategy:
     def prepare_batch(self, packed_batch: PackedBatch) -> PackedBatch:
         """Append a dummy image to a batch without images.
 
-        Every rank then runs the vision encoder.
+        All ranks must run the vision encoder, because its weights are all-gathered.
         """
         if packed_batch.grid_thw:
             return packed_batch
         grid, patch_size = self._vision_encoder.min_grid, self._vision_encoder.config.patch_dim
         if packed_batch.context_shard is not None:
-            # No token refers to its features.
+            # No token refers to the features of the dummy image.
             patches_ND = packed_batch.patches_ND.new_zeros(math.prod(grid), patch_size)
             return replace(packed_batch, grid_thw=(grid,), patches_ND=patches_ND)
         num_features = math.prod(grid) // self._vision_encoder.config.merge_size**2
         return append_dummy_image(packed_batch, grid, num_features, patch_size)
 
     def reduce_gradients(self, optimizer: MasterWeightOptimizer) -> Tensor:
-        """Collect the reduce-scattered gradients and compute their norm over all ranks."""
+        """Pass the reduce-scattered gradients to the optimizer; return their global norm."""
         for name, sharded_param in self._sharded_params.items():
             if isinstance(sharded_param.grad, DTensor):
                 self.trainable_params[name].grad = sharded_param.grad.to_local()
@@ -130,12 +138,12 @@ class FSDPStrategy:
             sharded_param.grad = None
 
     def shard_state(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return a view that slices the shard of this rank on access."""
+        """Return a mapping that slices the shard of this rank from each tensor on access."""
         return _LocalShards(tensors, self._sharded_params)
 
     @contextmanager
     def summon_full_params(self) -> Iterator[None]:
-        """Unshard the complete model."""
+        """Unshard the complete model within the context."""
         for fsdp_module in self._fsdp_modules:
             fsdp_module.set_reshard_after_forward(False, recurse=False)
             fsdp_module.unshard()
@@ -149,7 +157,7 @@ class FSDPStrategy:
 
 
 def _group_layers(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
-    """Group consecutive layers into FSDP units, since small units are communication-bound."""
+    """Group consecutive layers into FSDP units; small units are communication-bound."""
     layers = list(layers)
     num_params = sum(_count_params(layer) for layer in layers)
     unit: list[nn.Module] = []
@@ -172,7 +180,7 @@ def _as_fsdp_module(module: nn.Module) -> FSDPModule:
 
 
 class _LocalShards(Mapping[str, Tensor]):
-    """Slices of full tensors that belong to this rank, created on access."""
+    """Mapping of the slices of complete tensors that belong to this rank, created on access."""
 
     def __init__(
         self, full_tensors: Mapping[str, Tensor], sharded_params: Mapping[str, DTensor]
@@ -200,6 +208,6 @@ class _LocalShards(Mapping[str, Tensor]):
 
 
 def _find_sharded_param(name: str, sharded_params: Mapping[str, DTensor]) -> DTensor | None:
-    """Find the parameter of a name, with or without a state prefix."""
+    """Find a sharded parameter by its name, with or without a prefix such as `exp_avg.`."""
     param = sharded_params.get(name)
     return sharded_params.get(name.partition(".")[2]) if param is None else param

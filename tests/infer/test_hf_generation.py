@@ -12,6 +12,7 @@ from PIL import Image
 
 from finesight.cli.app import run_command
 from finesight.errors import TrainingInterrupted, UserError
+from finesight.infer.chat_session import ChatSession
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel, load_inference_model
 from finesight.infer.prediction import predict
@@ -169,5 +170,22 @@ def test_service_answers_match_predict(inference_model: InferenceModel, tmp_path
             list(drawn)
         again = service.submit(samples[1], GenerationOptions(max_new_tokens=9))
         assert "".join(delta.text for delta in again) == texts[1]
+    finally:
+        service.close()
+
+
+def test_chat_accepts_images(inference_model: InferenceModel, tmp_path: Path) -> None:
+    """The transformers backend rejects boxes, which the conversation must not contain."""
+    options = [GenerationOptions(max_new_tokens=9)]
+    images = [Path(hf_models.write_image(tmp_path, number)) for number in range(2)]
+    paths = [tmp_path / image for image in images]
+    service = InferenceService(inference_model)
+    try:
+        chat = ChatSession(service)
+        for path in paths:
+            turn = chat.send("Which colour?", [path], options)
+            text = "".join(turn.replies[0])
+            assert text == turn.replies[0].text != ""
+            assert turn.replies[0].image_path == path
     finally:
         service.close()

@@ -86,9 +86,11 @@ class GenerationStream:
         located_sample: LocatedSample,
         tokenized: TokenizedSample,
         options: GenerationOptions,
+        image_index: int | None = None,
     ) -> None:
         renderer = service.renderer
         self._service, self._located_sample, self._tokenized = service, located_sample, tokenized
+        self._image_index = image_index
         self._detokenizer = IncrementalDetokenizer(
             renderer.tokenizer, renderer.end_ids, options.stop_strings, renderer.has_reasoning
         )
@@ -153,7 +155,11 @@ class GenerationStream:
         """Build the prediction of the finished completion, truncated at a stop string."""
         assert self.finish_reason is not None, "the completion has not ended"
         prediction = build_prediction(
-            self._service.renderer, self._located_sample, self._tokenized, self.output_ids
+            self._service.renderer,
+            self._located_sample,
+            self._tokenized,
+            self.output_ids,
+            self._image_index,
         )
         return (
             replace(prediction, answer=self.text, stopped=True)
@@ -259,6 +265,7 @@ class InferenceService:
         located_sample: LocatedSample,
         options: GenerationOptions,
         prompt: EncodedSample | None = None,
+        image_index: int | None = None,
     ) -> GenerationStream:
         """Queue a request for the completion of a sample's prompt and return its stream.
 
@@ -267,6 +274,8 @@ class InferenceService:
             options: Generation options.
             prompt: Encoded prompt. If None, the prompt, including images, is encoded in the calling
                 thread.
+            image_index: Index of the image that predicted boxes refer to. If None, that of the
+                boxes in a final assistant turn, or else the first image.
 
         Raises:
             UserError: The sample is invalid, the prompt is too long, or the model is unknown.
@@ -291,7 +300,7 @@ class InferenceService:
                 expected=f"1 to {available}, limited by the KV cache and the model's positions",
                 remedy="lower max_new_tokens, shorten the prompt, or use smaller images",
             )
-        stream = GenerationStream(self, located_sample, prompt.tokenized, options)
+        stream = GenerationStream(self, located_sample, prompt.tokenized, options, image_index)
         request = GenerationRequest(
             prompt=prompt,
             max_new_tokens=max_new_tokens,

@@ -337,11 +337,22 @@ def build_prediction(
     located_sample: LocatedSample,
     prompt: TokenizedSample,
     output_ids: Sequence[int],
+    image_index: int | None = None,
 ) -> Prediction:
-    """Decode a completion, parse its boxes and build the prediction of a sample."""
+    """Decode a completion, parse its boxes and build the prediction of a sample.
+
+    Args:
+        renderer: Renderer of the model.
+        located_sample: Sample that was completed.
+        prompt: Tokenized prompt of the sample.
+        output_ids: Token ids of the completion.
+        image_index: Index of the image that predicted boxes refer to. If None, that of the boxes in
+            the reference answer, or else the first image.
+    """
     completion = renderer.decode_completion(output_ids)
     sample = located_sample.sample
-    image_index = _get_target_image(sample)
+    if image_index is None:
+        image_index = _get_target_image(sample)
     return Prediction(
         id=sample.id,
         images=tuple(

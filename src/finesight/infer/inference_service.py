@@ -412,7 +412,8 @@ class InferenceService:
                 for event in self._engine.step():
                     self._dispatch_event(event)
             except Exception as error:
-                self._fail_all(error)
+                if not self._replace_engine(error):
+                    return
 
     def _apply_changes(
         self,
@@ -444,22 +445,28 @@ class InferenceService:
             self._counts["prompt"] += stream.usage.prompt_tokens
             self._counts["cached"] += stream.usage.cached_tokens
 
-    def _fail_all(self, error: Exception) -> None:
-        """Fail all running requests and replace the engine, whose state is undefined."""
+    def _replace_engine(self, error: Exception) -> bool:
+        """Fail all running requests and replace the engine, whose state is undefined.
+
+        Returns:
+            False if no engine can be created. All queued requests have then failed, too.
+        """
         for stream in self._streams.values():
             stream._update(None, None, _to_user_error(error))
         self._streams.clear()
         # The traceback references the old KV cache; release it before allocating a new one.
         traceback.clear_frames(error.__traceback__)
         with self._lock:
-            self._engine = self._create_engine(1, 1)
             try:
+                self._engine = self._create_engine(1, 1)
                 self._engine = self._create_engine(self._max_num_seqs, self._num_cache_tokens)
             except Exception as retry_error:
                 self._is_closing = True
                 for stream, _ in self._new_requests:
                     stream._update(None, None, _to_user_error(retry_error))
                 self._new_requests = []
+                return False
+        return True
 
 
 def _to_user_error(error: Exception) -> Exception:

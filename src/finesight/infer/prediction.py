@@ -155,10 +155,9 @@ def predict(
     """
     was_training = model.training
     model.eval()
-    prompt_reader = _PromptReader(renderer, samples, on_corrupt_image)
     predictions: dict[int, Prediction] = {}
     try:
-        with prompt_reader:
+        with _PromptReader(renderer, samples, on_corrupt_image) as prompt_reader:
             if isinstance(model, VisionLanguageModel):
                 completions = _generate_with_oom_retry(
                     model,

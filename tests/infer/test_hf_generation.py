@@ -85,6 +85,23 @@ def test_batched_answers_match_single_ones(inference_model: InferenceModel, tmp_
     assert len({one.raw_text for one in together}) == 3
 
 
+def test_completion_ends_at_the_last_position(
+    inference_model: InferenceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requested = hf_models.make_sample(tmp_path, ("Which colour?", ""))
+    prompt = inference_model.renderer.tokenize_prompt(requested)
+    text_config = inference_model.model.inner.config.get_text_config()
+    monkeypatch.setattr(text_config, "max_position_embeddings", prompt.num_tokens + 3)
+    (found,) = predict(
+        inference_model.model,
+        inference_model.renderer,
+        [requested],
+        max_new_tokens=20,
+        batch_size=1,
+    )
+    assert found.num_tokens == 3
+
+
 def test_generation_can_be_stopped_between_tokens(
     inference_model: InferenceModel, tmp_path: Path
 ) -> None:

@@ -264,7 +264,7 @@ def _generate_with_hf(
         (output_ids,) = hf_generation.generate_hf(
             model,
             [prompt],
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, hf_generation.get_max_new_tokens(model, prompt)),
             end_ids=renderer.end_ids,
             on_progress=on_progress,
         )

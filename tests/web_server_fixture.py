@@ -71,7 +71,11 @@ class ScriptedService:
     requests: list[GenerationOptions] = field(default_factory=list)
 
     def submit(
-        self, located_sample: LocatedSample, options: GenerationOptions
+        self,
+        located_sample: LocatedSample,
+        options: GenerationOptions,
+        *,
+        image_index: int | None = None,
     ) -> ScriptedGeneration:
         self.requests.append(options)
         questions = [m for m in located_sample.sample.messages if m.role == "user"]

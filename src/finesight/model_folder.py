@@ -338,7 +338,6 @@ def locate_model(name_or_path: str) -> ModelFolder:
         UserError: The folder is missing, or the model is unavailable (unknown, gated, offline, not
             installed).
     """
-    # os.path accepts invalid paths: unknown home folders, names that are too long.
     path = resolve_model_path(name_or_path)
     if name_or_path == TINY_MODEL and not any(path.glob("*.safetensors")):
         raise UserError(
@@ -348,6 +347,7 @@ def locate_model(name_or_path: str) -> ModelFolder:
             remedy="reinstall finesight from its wheel, its source archive or a checkout"
             " (pip install -e .)",
         )
+    # os.path accepts invalid paths: unknown home folders, names that are too long.
     if name_or_path and os.path.isdir(path):
         return ModelFolder(path)
     if os.path.isfile(path):

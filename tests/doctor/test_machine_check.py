@@ -94,6 +94,16 @@ def test_remedy_lists_large_files_without_free_disk(tmp_path: Path) -> None:
     assert str(tmp_path / "large") in done.stdout
 
 
+def test_remedy_works_before_the_folder_exists(tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    tight = WriteLocation("models", tmp_path / "not yet" / "models", 1000, True)
+    found = find_diagnosis(diagnose(locations=(tight,), largest_location=tight), "disk-full")
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", found.remedy], capture_output=True, text=True, check=True
+    )
+    assert str(tmp_path / "large") in done.stdout
+
+
 @pytest.mark.parametrize(
     ("facts", "code", "severity"),
     [

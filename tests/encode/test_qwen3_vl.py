@@ -127,7 +127,7 @@ def test_reasoning_and_answer_may_contain_boxes() -> None:
         ("It is red.\n</think>\n\nRed.", ("It is red.", "Red.")),
         ("\n</think>\n\nRed.", ("", "Red.")),
         ("It is re", ("It is re", "")),
-        ("a</think>b</think>c", ("a</think>b", "c")),
+        ("a</think>b</think>c", ("a", "b</think>c")),
     ],
 )
 def test_reasoning_and_answer_of_generation(text: str, answer: tuple[str, str]) -> None:

@@ -149,6 +149,7 @@ def _in_pieces(text: bytes, rng: random.Random) -> list[int]:
         "</think>\n\n",
         "a </thin> b </think>\n\n\n answer\n",
         "\n\n</think>\n中",
+        "why\n</think>\n\nas </think> says",
     ],
 )
 def test_reasoning_is_not_emitted(byte_tokenizer, text):

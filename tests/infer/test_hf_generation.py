@@ -12,6 +12,7 @@ from PIL import Image
 
 from finesight.cli.app import run_command
 from finesight.errors import TrainingInterrupted, UserError
+from finesight.infer.chat_session import ChatSession
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel, load_inference_model
 from finesight.infer.prediction import predict
@@ -82,6 +83,23 @@ def test_batched_answers_match_single_ones(inference_model: InferenceModel, tmp_
     ]
     assert batched == alone
     assert len({one.raw_text for one in batched}) == 3
+
+
+def test_completion_ends_at_the_last_position(
+    inference_model: InferenceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requested = hf_models.make_sample(tmp_path, ("Which colour?", ""))
+    prompt = inference_model.renderer.tokenize_prompt(requested)
+    text_config = inference_model.model.inner.config.get_text_config()
+    monkeypatch.setattr(text_config, "max_position_embeddings", prompt.num_tokens + 3)
+    (found,) = predict(
+        inference_model.model,
+        inference_model.renderer,
+        [requested],
+        max_new_tokens=20,
+        batch_size=1,
+    )
+    assert found.num_tokens == 3
 
 
 def test_generation_can_be_stopped_between_tokens(
@@ -169,5 +187,22 @@ def test_service_answers_match_predict(inference_model: InferenceModel, tmp_path
             list(drawn)
         again = service.submit(samples[1], GenerationOptions(max_new_tokens=9))
         assert "".join(delta.text for delta in again) == texts[1]
+    finally:
+        service.close()
+
+
+def test_chat_accepts_images(inference_model: InferenceModel, tmp_path: Path) -> None:
+    """The transformers backend rejects boxes, which the conversation must not contain."""
+    options = [GenerationOptions(max_new_tokens=9)]
+    images = [Path(hf_models.write_image(tmp_path, number)) for number in range(2)]
+    paths = [tmp_path / image for image in images]
+    service = InferenceService(inference_model)
+    try:
+        chat = ChatSession(service)
+        for path in paths:
+            turn = chat.send("Which colour?", [path], options)
+            text = "".join(turn.replies[0])
+            assert text == turn.replies[0].text != ""
+            assert turn.replies[0].image_path == path
     finally:
         service.close()

@@ -393,6 +393,36 @@ def test_service_without_engine_rejects_requests(question_set, monkeypatch, fail
     service.close()
 
 
+def test_requests_end_if_no_engine_can_be_created(question_set, monkeypatch, fail):
+    """After a persistent CUDA error, not even a small engine can be created."""
+    service = InferenceService(question_set.answerer, max_num_seqs=2, kv_cache_bytes=1 << 22)
+    is_failing, is_queued = threading.Event(), threading.Event()
+
+    def raise_cuda_error(*_: object, **__: object) -> Engine:
+        is_failing.set()
+        assert is_queued.wait(60)
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(area, "Engine", raise_cuda_error)
+    fail()
+    # The service holds its lock while it creates an engine: queue the second request directly.
+    running = service.submit(question_set.questions[0], OPTIONS)
+    assert is_failing.wait(60)
+    other = GenerationStream(service, question_set.questions[1], running._tokenized, OPTIONS)
+    service._new_requests.append((other, None))
+    is_queued.set()
+    service._thread.join(60)
+    assert not service._thread.is_alive()
+    assert other._is_finished
+    with pytest.raises(ZeroDivisionError):
+        list(running)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        list(other)
+    with pytest.raises(ServiceBusyError, match="no more requests"):
+        service.submit(question_set.questions[0], OPTIONS)
+    service.close()
+
+
 def test_gpu_out_of_memory_is_a_user_error(service, question_set, fail):
     fail(1, torch.OutOfMemoryError)
     answering = service.submit(question_set.questions[0], OPTIONS)

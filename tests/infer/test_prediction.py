@@ -75,6 +75,15 @@ def test_training_mode_is_restored_and_dropout_disabled(loaded_model, tmp_path, 
     assert model.training is training
 
 
+def test_training_mode_is_restored_if_a_prompt_is_invalid(loaded_model, tmp_path):
+    model, renderer = loaded_model
+    model.train()
+    samples = [make_sample("a", tmp_path, "missing.png", "Why?")]
+    with pytest.raises(CorruptImageError):
+        predict(model, renderer, samples, max_new_tokens=2, batch_size=1)
+    assert model.training
+
+
 def test_callback_can_stop_generation(loaded_model, tmp_path):
     model, renderer = loaded_model
     model.train()

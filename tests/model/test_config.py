@@ -243,7 +243,10 @@ def test_null_values_count_as_missing() -> None:
     )
 
 
-@pytest.mark.parametrize("change", [{"window_size": 27}, {"fullatt_block_indexes": [-1]}])
+@pytest.mark.parametrize(
+    "change",
+    [{"window_size": 27}, {"fullatt_block_indexes": [-1]}, {"fullatt_block_indexes": [True]}],
+)
 def test_invalid_windows_are_rejected(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"vision_config.{next(iter(change))}"):
         geometry(make_config("qwen2_5_vl", vision=change))

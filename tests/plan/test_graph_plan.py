@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -28,10 +29,12 @@ from finesight.plan.peak_memory import (
     compute_peak_memory,
     compute_persistent_memory,
 )
-from finesight.plan.planned_pack import PlannedPack
+from finesight.plan.planned_pack import PlannedPack, build_planned_pack
 from finesight.plan.saved_activations import ComputeConfig
+from finesight.plan.settings_search import PlannedSteps
 from finesight.train import cuda_graphs
 from finesight.train.cuda_graphs import MAX_GRAPHS
+from finesight.train.dataset_stats import SampleStats
 from finesight.train.graph_buffers import MAX_GRAPH_TOKENS, GraphInputs, GraphShape
 from finesight.train.graph_vision_buffers import GraphVisionShape
 
@@ -198,3 +201,30 @@ def test_excess_graph_shapes_run_eagerly(batch: PackedBatch) -> None:
     )
     assert excess_peak.activations > 2 * captured_peak.activations
     assert excess_peak.cuda_graphs == captured_peak.cuda_graphs
+
+
+@pytest.mark.parametrize(
+    ("tune", "widths"),
+    [(LORA, range(2, 82, 2)), (VISION_LORA_NO_DROPOUT, (2, 4, 6, 8))],
+    ids=["frozen", "lora"],
+)
+def test_one_pack_of_each_graph_shape_is_estimated(
+    tune: dict[str, object], widths: Sequence[int]
+) -> None:
+    """A shape depends on the image tokens, and on the patches only with a captured encoder."""
+    height = 128 if tune is LORA else 32
+    stats = [
+        SampleStats(str(n), 402, 400, 50, ((1, height, width),), (), frozenset())
+        for n, width in enumerate(widths)
+    ]
+    stats.append(SampleStats("long", 1002, 1000, 50, ((1, height, 2),), (), frozenset()))
+    model = make_model(tune)
+
+    def list_shapes(packs: Sequence[PlannedPack]) -> set[GraphShape]:
+        graphs = [plan_graph(model, GPU, 0.0, planned) for planned in packs]
+        return {graph.shape for graph in graphs if graph is not None}
+
+    planned_steps = PlannedSteps([[one] for one in stats])
+    all_shapes = list_shapes([build_planned_pack([one]) for one in stats])
+    assert 4 < len(all_shapes) <= MAX_GRAPHS
+    assert list_shapes(planned_steps.largest_packs(4096, model, 0.0)) == all_shapes

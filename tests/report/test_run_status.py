@@ -114,6 +114,13 @@ def test_remaining_time_of_one_hour(run: FakeRunDir) -> None:
         )
 
 
+def test_remaining_time_is_unknown_without_a_finished_step(run: FakeRunDir) -> None:
+    """Step numbers below 1 occur only in a damaged file."""
+    run.write_lines("metrics.jsonl", [START_RECORD, make_step_line(0)])
+    found = get_run_status(read_run(run.folder), is_training=True)
+    assert (found.kind, found.remaining_s) == ("running", None)
+
+
 def test_examples_are_rendered_again_only_for_new_answers(run: FakeRunDir) -> None:
     live, record = LiveReportState(interval_s=60.0), read_run(run.folder)
     run.write_predictions("before", [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from openai import NotFoundError
 from finesight.config import TuneSettings
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import ImagePart, Message, Sample, TextPart
+from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model, load_multi_adapter_model
 from finesight.infer.prediction import predict
 from finesight.model.lora.layer import iter_adapters
@@ -59,6 +61,20 @@ def multi_adapter_server(
     inference_model = load_multi_adapter_model(first, more, "cpu", "fp32")
     with run_server(inference_model, tmp_path_factory.mktemp("several")) as server:
         yield server
+
+
+def test_adapter_named_base_is_rejected(folders, tmp_path):
+    """The name selects the base model."""
+    named_base = shutil.copytree(folders[NAMES[0]], tmp_path / "base")
+    for first, more in ((named_base, ()), (folders[NAMES[1]], (named_base,))):
+        with pytest.raises(UserError, match="has the name base, which selects the base model"):
+            load_multi_adapter_model(str(first), [str(path) for path in more], "cpu", "fp32")
+
+
+def test_base_model_among_adapters_is_rejected(folders):
+    first, base = str(folders[NAMES[0]]), str(folders["base"])
+    with pytest.raises(UserError, match="is the base model, not an adapter"):
+        load_multi_adapter_model(first, (base,), "cpu", "fp32")
 
 
 def test_each_adapter_answers_like_alone(multi_adapter_server, folders, tmp_path):

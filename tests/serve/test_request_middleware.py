@@ -152,7 +152,7 @@ def test_occupied_port():
 
 def test_key_files(tmp_path, monkeypatch):
     file = tmp_path / "keys"
-    file.write_text(f"# ours\n{KEY}\n\n  {OTHER}\n")
+    file.write_text(f"# ours\n{KEY}\n\n  {OTHER}\n  #indented-comment-without-spaces\n")
     assert read_api_keys(file) == [KEY, OTHER]
     monkeypatch.setenv("FINESIGHT_KEY", KEY)
     assert read_api_keys(None) == [KEY]

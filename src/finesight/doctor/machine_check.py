@@ -129,9 +129,14 @@ def _get_hub_cache(environment: Mapping[str, str]) -> Path:
 def inspect_location(role: str, folder: Path) -> WriteLocation:
     """Inspect the free disk space and permissions of a folder that may not exist yet."""
     folder = folder.absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = _find_existing_parent(folder)
     is_writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
     return WriteLocation(role, folder, shutil.disk_usage(existing).free, is_writable)
+
+
+def _find_existing_parent(folder: Path) -> Path:
+    """Return the folder, or its nearest parent that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def _find_largest_location(locations: Sequence[WriteLocation]) -> WriteLocation | None:
@@ -197,7 +202,7 @@ def _relocate_command(location: WriteLocation, largest_location: WriteLocation |
         largest_location is None
         or largest_location.free_bytes < RECOMMENDED_FREE_BYTES[location.role]
     ):
-        return largest_files_command(location.folder)
+        return largest_files_command(_find_existing_parent(location.folder))
     folder = str(largest_location.folder / "finesight")
     mkdir = format_command("mkdir", "-p", folder)
     if location.role == "models":

@@ -41,7 +41,7 @@ class SampleShape(NamedTuple):
 class _Frame(NamedTuple):
     """Temporal step of an image or video, which the vision encoder encodes separately."""
 
-    visual_index: int
+    span_index: int
     grid_thw: GridTHW
     num_features: int
 
@@ -162,11 +162,11 @@ def _split_tokens(num_tokens: int, rank: int, world_size: int) -> tuple[IndexRan
 
 
 def _iter_frames(tokenized: TokenizedSample) -> Iterator[_Frame]:
-    for visual_index, span in enumerate(tokenized.spans):
+    for span_index, span in enumerate(tokenized.spans):
         grid_t, height, width = span.grid_thw
         num_features = (span.stop - span.start) // grid_t
         for _ in range(grid_t):
-            yield _Frame(visual_index, (1, height, width), num_features)
+            yield _Frame(span_index, (1, height, width), num_features)
 
 
 def _balance_ranges(costs: list[int], world_size: int) -> list[IndexRange]:
@@ -179,7 +179,7 @@ def _balance_ranges(costs: list[int], world_size: int) -> list[IndexRange]:
 
 def _merge_frame_grids(frames: list[_Frame]) -> Iterator[GridTHW]:
     """Yield one patch grid per image or video of consecutive frames."""
-    for _, group in groupby(frames, lambda frame: frame.visual_index):
+    for _, group in groupby(frames, lambda frame: frame.span_index):
         group_frames = [*group]
         _, height, width = group_frames[0].grid_thw
         yield len(group_frames), height, width

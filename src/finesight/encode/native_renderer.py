@@ -235,16 +235,19 @@ class NativeRenderer:
         messages: Sequence[Message],
         add_generation_prompt: bool,
     ) -> TokenizedSample:
-        visuals_by_part = [
+        inputs_by_part = [
             self._build_visuals(part, located_sample)
             for part in _list_visual_parts(located_sample.sample)
         ]
         images = [
-            visual for visuals in visuals_by_part for visual in visuals if visual.kind == "image"
+            vision_input
+            for part_inputs in inputs_by_part
+            for vision_input in part_inputs
+            if vision_input.kind == "image"
         ]
         token_builder = TokenBuilder(self.tokenizer)
         state = _RenderState(
-            located_sample.sample.id, token_builder, iter(visuals_by_part), images, [], []
+            located_sample.sample.id, token_builder, iter(inputs_by_part), images, [], []
         )
         if messages[0].role != "system" and self.system_prompt is not None:
             messages = (
@@ -319,32 +322,34 @@ class NativeRenderer:
             if isinstance(part, TextPart):
                 token_builder.add_text(part.text, is_supervised=is_supervised)
             elif part is not None:
-                for visual in next(state.pending_visuals):
-                    self._add_visual(state, visual)
+                for vision_input in next(state.pending_visuals):
+                    self._add_visual(state, vision_input)
 
-    def _add_visual(self, state: _RenderState, visual: _VisualInput) -> None:
+    def _add_visual(self, state: _RenderState, vision_input: _VisualInput) -> None:
         token_builder = state.token_builder
-        token_builder.add_text(visual.timestamp_text, is_supervised=False)
-        markers = self.family.visual_markers(visual.kind, len(state.spans) + 1)
+        token_builder.add_text(vision_input.timestamp_text, is_supervised=False)
+        markers = self.family.visual_markers(vision_input.kind, len(state.spans) + 1)
         token_builder.add_pieces(markers.prefix, is_supervised=False)
         start = token_builder.length
-        num_placeholders = self.patch_config.count_tokens(visual.grid_thw)
+        num_placeholders = self.patch_config.count_tokens(vision_input.grid_thw)
         token_builder.add_special_token(
             markers.placeholder, is_supervised=False, count=num_placeholders
         )
         token_builder.add_pieces(markers.suffix, is_supervised=False)
         span = VisualSpan(
-            kind=visual.kind,
+            kind=vision_input.kind,
             start=start,
             stop=start + num_placeholders,
-            grid_thw=visual.grid_thw,
-            files=visual.files,
-            original_size=visual.original_size,
-            resized_size=visual.resized_size,
+            grid_thw=vision_input.grid_thw,
+            files=vision_input.files,
+            original_size=vision_input.original_size,
+            resized_size=vision_input.resized_size,
         )
         state.spans.append(span)
         state.temporal_ids.append(
-            self.family.temporal_position_ids(visual.grid_thw[0], visual.seconds_per_grid)
+            self.family.temporal_position_ids(
+                vision_input.grid_thw[0], vision_input.seconds_per_grid
+            )
         )
 
     def _build_visuals(

@@ -2,7 +2,8 @@
 
 A turn is `<think>`, newline, reasoning, newline, `</think>`, two newlines, answer (chat template of
 Qwen3-VL Thinking). The prompt ends after `<think>` and its newline. If `</think>` occurs several
-times, the answer starts after the last one, as in the template.
+times, the answer in a turn of a sample starts after the last one, as in the template. The answer of
+a completion starts after the first one, as in vLLM, because it is streamed.
 """
 
 from __future__ import annotations
@@ -59,10 +60,10 @@ def _has_end_tag(part: TextPart) -> bool:
 
 
 def parse_reasoning(text: str) -> tuple[str, str]:
-    """Split the text of a completion into reasoning and answer.
+    """Split the text of a completion at its first `</think>` into reasoning and answer.
 
     The text starts within the reasoning, because the prompt already contains `<think>`. Without
     `</think>`, the answer is empty.
     """
-    reasoning, end_tag, answer = text.rpartition(_THINK_END_TAG)
-    return (reasoning.strip("\n"), answer.lstrip("\n")) if end_tag else (text.strip("\n"), "")
+    reasoning, _, answer = text.partition(_THINK_END_TAG)
+    return reasoning.strip("\n"), answer.lstrip("\n")

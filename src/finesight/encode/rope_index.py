@@ -45,9 +45,9 @@ def get_rope_index(
         position_ids_3T[:, num_filled : span.start] = np.arange(
             next_position - span.start + num_filled, next_position
         )
-        visual_3M = position_ids_3T[:, span.start : span.stop]
-        visual_3M[0] = np.repeat(frame_ids, h * w) + next_position
-        np.add(_grid_rows_columns(t, h, w), next_position, out=visual_3M[1:])
+        span_ids_3M = position_ids_3T[:, span.start : span.stop]
+        span_ids_3M[0] = np.repeat(frame_ids, h * w) + next_position
+        np.add(_grid_rows_columns(t, h, w), next_position, out=span_ids_3M[1:])
         num_filled, next_position = span.stop, next_position + max(int(frame_ids[-1]) + 1, h, w)
     position_ids_3T[:, num_filled:] = np.arange(
         next_position, next_position + num_tokens - num_filled

@@ -58,15 +58,15 @@ def format_token_table(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> 
     The columns are token index, token id, loss (a star marks supervised tokens), position ids and
     text.
     """
-    visual_counts = Counter(span.kind for span in tokenized.spans)
-    video_summary = f", video segments: {visual_counts['video']}" if visual_counts["video"] else ""
-    visual_summary = (
-        f"images: {visual_counts['image']}{video_summary} (patches: {tokenized.num_patches})"
+    span_counts = Counter(span.kind for span in tokenized.spans)
+    video_summary = f", video segments: {span_counts['video']}" if span_counts["video"] else ""
+    image_summary = (
+        f"images: {span_counts['image']}{video_summary} (patches: {tokenized.num_patches})"
     )
     yield f"sample {tokenized.id}"
     yield (
         f"tokens: {tokenized.num_tokens}, supervised: {tokenized.num_supervised_tokens},"
-        f" {visual_summary}"
+        f" {image_summary}"
     )
     yield f"{'token':>11} {'id':>7} {'loss':<7} {'time, height, width':<27} text"
     for row in iter_token_rows(tokenized, tokenizer):

@@ -29,7 +29,7 @@ MIN_VISIBLE_CHANGE = 5e-5
 """Smallest difference that is not displayed as 0.0000."""
 
 REASON_UNSAMPLED = "no interval: only the sum over all samples is known"
-REASON_NO_PREDICTIONS = "no interval: the answers are gone"
+REASON_NO_PREDICTIONS = "no interval: the predictions are missing"
 
 
 @dataclass(frozen=True, slots=True)

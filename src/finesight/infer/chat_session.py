@@ -261,13 +261,13 @@ class ChatSession:
             (turn_images[0] for turn_images in reversed(images_by_turn) if turn_images), None
         )
         messages = [*_build_messages(turns, model), _build_user_message(text, image_paths)]
+        image_index = None
         if target_image is not None:
-            # The dummy box selects the image for which predicted boxes are parsed.
             image_index = [path for some in images_by_turn for path in some].index(target_image)
-            box = BoxPart(image=image_index, xyxy=(0.0, 0.0, 1.0, 1.0))
-            messages.append(Message(role="assistant", content=(box,)))
         sample = Sample(id=f"turn {len(turns) + 1}", messages=tuple(messages))
-        stream = self.service.submit(LocatedSample(sample, Path()), replace(options, model=model))
+        stream = self.service.submit(
+            LocatedSample(sample, Path()), replace(options, model=model), image_index=image_index
+        )
         return ChatReply(model, stream, target_image)
 
 

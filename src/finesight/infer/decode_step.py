@@ -144,9 +144,8 @@ def _add_multi_lora(linear: FusedLinear, x_RI: Tensor, y_RO: Tensor) -> Tensor:
     multi_lora = linear.adapter
     if not isinstance(multi_lora, MultiLoraLinear):
         return y_RO
-    return add_lora_delta(
-        y_RO, F.linear(x_RI, multi_lora.lora_A_SI) * multi_lora.rank_scales_TS, multi_lora.lora_B_OS
-    )
+    low_RS = multi_lora.scale_activations(F.linear(x_RI, multi_lora.lora_A_SI))
+    return add_lora_delta(y_RO, low_RS, multi_lora.lora_B_OS)
 
 
 def _linear_single_row(

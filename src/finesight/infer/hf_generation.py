@@ -59,6 +59,11 @@ def generate_hf(
     return completions
 
 
+def get_max_new_tokens(model: HfModel, prompt: EncodedSample) -> int:
+    """Return the maximum completion length of a prompt, limited by the positions of the model."""
+    return max(1, model.max_position_embeddings - prompt.tokenized.num_tokens)
+
+
 def _ignore_progress(num_finished: int) -> None:
     """Ignore a progress update."""
 
@@ -95,7 +100,7 @@ class HfEngine:
 
     def get_max_new_tokens(self, prompt: EncodedSample) -> int:
         """Return the maximum completion length of a prompt."""
-        return max(1, self.model.max_position_embeddings - prompt.tokenized.num_tokens)
+        return get_max_new_tokens(self.model, prompt)
 
     def add_request(self, request: GenerationRequest) -> int:
         """Queue a request and return its id.

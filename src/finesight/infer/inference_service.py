@@ -86,9 +86,11 @@ class GenerationStream:
         located_sample: LocatedSample,
         tokenized: TokenizedSample,
         options: GenerationOptions,
+        image_index: int | None = None,
     ) -> None:
         renderer = service.renderer
         self._service, self._located_sample, self._tokenized = service, located_sample, tokenized
+        self._image_index = image_index
         self._detokenizer = IncrementalDetokenizer(
             renderer.tokenizer, renderer.end_ids, options.stop_strings, renderer.has_reasoning
         )
@@ -153,7 +155,11 @@ class GenerationStream:
         """Build the prediction of the finished completion, truncated at a stop string."""
         assert self.finish_reason is not None, "the completion has not ended"
         prediction = build_prediction(
-            self._service.renderer, self._located_sample, self._tokenized, self.output_ids
+            self._service.renderer,
+            self._located_sample,
+            self._tokenized,
+            self.output_ids,
+            self._image_index,
         )
         return (
             replace(prediction, answer=self.text, stopped=True)
@@ -259,6 +265,7 @@ class InferenceService:
         located_sample: LocatedSample,
         options: GenerationOptions,
         prompt: EncodedSample | None = None,
+        image_index: int | None = None,
     ) -> GenerationStream:
         """Queue a request for the completion of a sample's prompt and return its stream.
 
@@ -267,6 +274,8 @@ class InferenceService:
             options: Generation options.
             prompt: Encoded prompt. If None, the prompt, including images, is encoded in the calling
                 thread.
+            image_index: Index of the image that predicted boxes refer to. If None, that of the
+                boxes in a final assistant turn, or else the first image.
 
         Raises:
             UserError: The sample is invalid, the prompt is too long, or the model is unknown.
@@ -291,7 +300,7 @@ class InferenceService:
                 expected=f"1 to {available}, limited by the KV cache and the model's positions",
                 remedy="lower max_new_tokens, shorten the prompt, or use smaller images",
             )
-        stream = GenerationStream(self, located_sample, prompt.tokenized, options)
+        stream = GenerationStream(self, located_sample, prompt.tokenized, options, image_index)
         request = GenerationRequest(
             prompt=prompt,
             max_new_tokens=max_new_tokens,
@@ -403,7 +412,8 @@ class InferenceService:
                 for event in self._engine.step():
                     self._dispatch_event(event)
             except Exception as error:
-                self._fail_all(error)
+                if not self._replace_engine(error):
+                    return
 
     def _apply_changes(
         self,
@@ -435,22 +445,28 @@ class InferenceService:
             self._counts["prompt"] += stream.usage.prompt_tokens
             self._counts["cached"] += stream.usage.cached_tokens
 
-    def _fail_all(self, error: Exception) -> None:
-        """Fail all running requests and replace the engine, whose state is undefined."""
+    def _replace_engine(self, error: Exception) -> bool:
+        """Fail all running requests and replace the engine, whose state is undefined.
+
+        Returns:
+            False if no engine can be created. All queued requests have then failed, too.
+        """
         for stream in self._streams.values():
             stream._update(None, None, _to_user_error(error))
         self._streams.clear()
         # The traceback references the old KV cache; release it before allocating a new one.
         traceback.clear_frames(error.__traceback__)
         with self._lock:
-            self._engine = self._create_engine(1, 1)
             try:
+                self._engine = self._create_engine(1, 1)
                 self._engine = self._create_engine(self._max_num_seqs, self._num_cache_tokens)
             except Exception as retry_error:
                 self._is_closing = True
                 for stream, _ in self._new_requests:
                     stream._update(None, None, _to_user_error(retry_error))
                 self._new_requests = []
+                return False
+        return True
 
 
 def _to_user_error(error: Exception) -> Exception:

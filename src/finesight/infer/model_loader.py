@@ -130,8 +130,8 @@ def load_multi_adapter_model(
         extra_adapters: Other adapters of the same base model.
 
     Raises:
-        UserError: As `load_inference_model`; also if an adapter has another base model or a
-            duplicate name.
+        UserError: As `load_inference_model`; also if an adapter has another base model, a
+            duplicate name or the name `base`.
     """
     base_source = resolve_model_source(run_or_model)
     if base_source.adapter is None and not extra_adapters:
@@ -177,11 +177,24 @@ def _check_same_base(
             expected=f"adapters of {base_source.folder.path}, the base of the first adapter",
             remedy="start another server for it",
         )
-    if _get_model_name(run_or_adapter) in existing_names or (
-        source.adapter is None and existing_names
-    ):
+    if source.adapter is None and existing_names:
         raise UserError(
-            f"{run_or_adapter} has the duplicate name {_get_model_name(run_or_adapter)}",
+            f"{run_or_adapter} is the base model, not an adapter",
+            where="adapters",
+            expected="adapters; the base model is always available",
+            remedy="omit it",
+        )
+    name = _get_model_name(run_or_adapter)
+    if base_source.adapter is not None and name == BASE_MODEL_NAME:
+        raise UserError(
+            f"{run_or_adapter} has the name {name}, which selects the base model",
+            where="adapters",
+            expected="another folder name",
+            remedy="rename the folder",
+        )
+    if name in existing_names:
+        raise UserError(
+            f"{run_or_adapter} has the duplicate name {name}",
             where="adapters",
             expected="unique folder names",
             remedy="rename the folder",

@@ -155,10 +155,9 @@ def predict(
     """
     was_training = model.training
     model.eval()
-    prompt_reader = _PromptReader(renderer, samples, on_corrupt_image)
     predictions: dict[int, Prediction] = {}
     try:
-        with prompt_reader:
+        with _PromptReader(renderer, samples, on_corrupt_image) as prompt_reader:
             if isinstance(model, VisionLanguageModel):
                 completions = _generate_with_oom_retry(
                     model,
@@ -265,7 +264,7 @@ def _generate_with_hf(
         (output_ids,) = hf_generation.generate_hf(
             model,
             [prompt],
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, hf_generation.get_max_new_tokens(model, prompt)),
             end_ids=renderer.end_ids,
             on_progress=on_progress,
         )
@@ -337,11 +336,22 @@ def build_prediction(
     located_sample: LocatedSample,
     prompt: TokenizedSample,
     output_ids: Sequence[int],
+    image_index: int | None = None,
 ) -> Prediction:
-    """Decode a completion, parse its boxes and build the prediction of a sample."""
+    """Decode a completion, parse its boxes and build the prediction of a sample.
+
+    Args:
+        renderer: Renderer of the model.
+        located_sample: Sample that was completed.
+        prompt: Tokenized prompt of the sample.
+        output_ids: Token ids of the completion.
+        image_index: Index of the image that predicted boxes refer to. If None, that of the boxes in
+            the reference answer, or else the first image.
+    """
     completion = renderer.decode_completion(output_ids)
     sample = located_sample.sample
-    image_index = _get_target_image(sample)
+    if image_index is None:
+        image_index = _get_target_image(sample)
     return Prediction(
         id=sample.id,
         images=tuple(

@@ -84,7 +84,11 @@ class ConfigReader:
         value = self._values.get(key)
         if not isinstance(value, list | tuple):
             self.raise_invalid(key, "a list of integers")
-        ints = tuple(item for item in value if isinstance(item, int) and 0 <= item <= MAX_INT)
+        ints = tuple(
+            item
+            for item in value
+            if isinstance(item, int) and not isinstance(item, bool) and 0 <= item <= MAX_INT
+        )
         if len(ints) != len(value):
             self.raise_invalid(key, f"a list of integers from 0 to {MAX_INT}")
         return ints

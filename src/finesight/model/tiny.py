@@ -136,7 +136,7 @@ def rescale_weights(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | FusedLinear):
-            assert isinstance(module.weight, nn.Parameter), "weights in NF4 are not widened"
+            assert isinstance(module.weight, nn.Parameter), "quantized weights cannot be rescaled"
             _rescale(module.weight)
         elif isinstance(module, ResamplerAttention):
             _rescale(module.in_proj_weight)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from finesight.model.families.qwen2_5_vl import WindowVisionEncoder
+from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.vlm import VisionLanguageModel
 from finesight.plan.planned_pack import PlannedPack
 from finesight.plan.saved_activations import INDEX_BYTES, ComputeConfig
@@ -40,6 +41,31 @@ class GraphPlan:
     buffer_bytes: int
 
 
+def compute_graph_shape(
+    encoder: VisionEncoder, pack: PlannedPack, captures_vision: bool
+) -> GraphShape:
+    """Return the shape of the CUDA graph of a pack.
+
+    Args:
+        encoder: Vision encoder of the model.
+        pack: Pack to plan.
+        captures_vision: Whether the graph contains the vision encoder.
+    """
+    vision_shape = None
+    if captures_vision:
+        patch_bytes = pack.stored_patch_dim(encoder.config)
+        vision_shape = GraphVisionShape.from_grids(
+            encoder, pack.grid_thw, pack.num_patches, patch_bytes
+        )
+    return GraphShape.from_lengths(
+        pack.lengths,
+        pack.prefix_length,
+        pack.num_patches // encoder.config.merge_size**2,
+        pack.num_supervised_tokens,
+        vision_shape,
+    )
+
+
 def plan_graph(
     model: VisionLanguageModel,
     compute: ComputeConfig,
@@ -65,19 +91,8 @@ def plan_graph(
     captures_vision = can_capture_vision(model) and should_capture_vision(
         pack.num_patches, activation_checkpointing
     )
-    patch_bytes = pack.stored_patch_dim(encoder.config)
-    vision_shape = (
-        GraphVisionShape.from_grids(encoder, pack.grid_thw, pack.num_patches, patch_bytes)
-        if captures_vision
-        else None
-    )
-    shape = GraphShape.from_lengths(
-        pack.lengths,
-        pack.prefix_length,
-        pack.num_patches // merge_size**2,
-        pack.num_supervised_tokens,
-        vision_shape,
-    )
+    shape = compute_graph_shape(encoder, pack, captures_vision)
+    vision_shape = shape.vision_shape
     # Token ids, three position ids and indices of tokens; logit indices and labels.
     buffer_bytes = INDEX_BYTES * (
         4 * shape.num_tokens + shape.num_features + 2 * shape.num_labels

@@ -12,7 +12,9 @@ from statistics import fmean
 
 from finesight.config import QuantizablePart
 from finesight.encode.packing import compute_min_budget, effective_prefix_length
+from finesight.model.vlm import VisionLanguageModel
 from finesight.plan.activation_memory import ActivationMemory
+from finesight.plan.graph_plan import compute_graph_shape
 from finesight.plan.peak_memory import USABLE_MEMORY_FRACTION, PeakMemory, compute_peak_memory
 from finesight.plan.planned_model import PlannedModel
 from finesight.plan.planned_pack import PlannedPack, plan_step_packs
@@ -20,6 +22,7 @@ from finesight.plan.step_time import StepTime
 from finesight.train.cuda_graphs import MAX_GRAPHS
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.graph_buffers import GraphShape
+from finesight.train.graph_vision_buffers import can_capture_vision, should_capture_vision
 
 MIN_EFFICIENT_PACK_TOKENS = 4096
 """Pack size in tokens that saturates a GPU. Smaller packs are launch-bound."""
@@ -79,7 +82,7 @@ class PlannedSteps:
     def __init__(self, steps: Sequence[Sequence[SampleStats]], prefix_length: int = 0) -> None:
         self._steps = steps
         self._prefix_length = prefix_length
-        self._largest_packs: dict[int, list[PlannedPack]] = {}
+        self._largest_packs: dict[tuple[int, bool], list[PlannedPack]] = {}
         self._has_multiple_packs: dict[int, bool] = {}
 
     @property
@@ -96,27 +99,49 @@ class PlannedSteps:
             for step in step_lengths
         )
 
-    def largest_packs(self, token_budget: int) -> list[PlannedPack]:
+    def largest_packs(
+        self, token_budget: int, model: VisionLanguageModel, activation_checkpointing: float
+    ) -> list[PlannedPack]:
         """Return the packs that may need the most memory with this token budget.
 
         These are the first pack of each CUDA graph shape, and the packs with the most tokens,
         patches, supervised tokens, attention scores, and all of these combined.
+
+        Args:
+            token_budget: Maximum number of tokens per pack.
+            model: Model, configured for tuning. The result is cached: the model of each call may
+                differ only in its quantization.
+            activation_checkpointing: Fraction of layers with activation checkpointing.
         """
-        if token_budget not in self._largest_packs:
+        # Graph shapes depend on activation checkpointing, but not on the fraction of layers.
+        key = token_budget, activation_checkpointing > 0
+        if key not in self._largest_packs:
             packed_steps = [
                 plan_step_packs(step, token_budget, self._prefix_length) for step in self._steps
             ]
             packs = [pack for step in packed_steps for pack in step]
-            self._largest_packs[token_budget] = [
-                *_select_per_graph_shape(packs),
+            can_capture = can_capture_vision(model)
+
+            def get_shape(pack: PlannedPack) -> GraphShape:
+                captures_vision = can_capture and should_capture_vision(
+                    pack.num_patches, activation_checkpointing
+                )
+                return compute_graph_shape(model.visual, pack, captures_vision)
+
+            self._largest_packs[key] = [
+                *_select_per_graph_shape(packs, get_shape),
                 *_select_largest(packs),
             ]
             self._has_multiple_packs[token_budget] = any(len(step) > 1 for step in packed_steps)
-        return self._largest_packs[token_budget]
+        return self._largest_packs[key]
 
     def has_multiple_packs(self, token_budget: int) -> bool:
         """Return whether any step has several packs with this token budget."""
-        self.largest_packs(token_budget)
+        if token_budget not in self._has_multiple_packs:
+            self._has_multiple_packs[token_budget] = any(
+                len(plan_step_packs(step, token_budget, self._prefix_length)) > 1
+                for step in self._steps
+            )
         return self._has_multiple_packs[token_budget]
 
     def timed_steps(self, token_budget: int) -> list[list[PlannedPack]]:
@@ -128,15 +153,12 @@ class PlannedSteps:
         ]
 
 
-def _select_per_graph_shape(packs: Sequence[PlannedPack]) -> list[PlannedPack]:
+def _select_per_graph_shape(
+    packs: Sequence[PlannedPack], get_shape: Callable[[PlannedPack], GraphShape]
+) -> list[PlannedPack]:
     pack_by_shape: dict[GraphShape, PlannedPack] = {}
     for pack in packs:
-        pack_by_shape.setdefault(
-            GraphShape.from_lengths(
-                pack.lengths, pack.prefix_length, pack.num_patches, pack.num_supervised_tokens
-            ),
-            pack,
-        )
+        pack_by_shape.setdefault(get_shape(pack), pack)
         if len(pack_by_shape) == MAX_GRAPHS:
             break
     return list(pack_by_shape.values())
@@ -238,7 +260,9 @@ class SettingsSearch:
         activations = ActivationMemory(
             planned.model, planned.compute, settings.activation_checkpointing
         )
-        packs = self._steps.largest_packs(settings.pack_tokens)
+        packs = self._steps.largest_packs(
+            settings.pack_tokens, planned.model, settings.activation_checkpointing
+        )
         has_multiple_packs = self._steps.has_multiple_packs(settings.pack_tokens)
         sizes = planned.compute, planned.patch_bytes
         return compute_peak_memory(

@@ -128,7 +128,7 @@ def _estimate_remaining_s(run_record: RunRecord) -> float | None:
         summary.get_last_step(run_record),
     )
     recent = run_record.steps[-NUM_RECENT_STEPS:]
-    if not total_steps or not recent:
+    if not total_steps or not current_step or not recent:
         return None
     interim_evaluations = [line for line in run_record.evaluations if line.get("step")]
     seconds = (total_steps - current_step) * mean(float(line["step_s"]) for line in recent)

@@ -61,7 +61,8 @@ def read_api_keys(file: Path | None) -> list[str]:
             ) from error
     else:
         lines = os.environ.get(API_KEY_VARIABLE, "").splitlines()
-    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    stripped_lines = (line.strip() for line in lines)
+    keys = [line for line in stripped_lines if line and not line.startswith("#")]
     where = str(file) if file else API_KEY_VARIABLE
     for key_number, key in enumerate(keys, 1):
         # HTTP headers have the same restriction.

@@ -135,3 +135,27 @@ def test_empty_multi_lora_is_none():
     multi_lora.collect_adapter()
     assert multi_lora.install() is None
     assert all(group.adapter is None for group in model.values())
+
+
+@torch.no_grad()
+def test_scale_beyond_the_range_of_fp16():
+    """An adapter with tiny weights may have a large alpha."""
+    model = _model().half()
+    group = model["o_proj"]
+    group.adapter = LoraLinear(group, {"o_proj": LoraConfig(1, 1e6)}, 0.0)
+    for parameter in group.adapter.parameters():
+        parameter.fill_(1e-4)
+    x_TI = torch.ones(2, INPUTS, dtype=torch.float16)
+    (expected,) = group(x_TI)
+    assert expected.isfinite().all()
+    multi_lora = MultiLora(model)
+    multi_lora.collect_adapter()
+    routing = multi_lora.install()
+    assert routing is not None
+    routing.set_mask(routing.build_mask(0))
+    (found,) = group(x_TI)
+    torch.testing.assert_close(found, expected)
+    routing.set_mask(routing.build_mask(None))
+    (base,) = group(x_TI)
+    assert base.isfinite().all()
+    assert not torch.allclose(base, expected)

@@ -27,12 +27,13 @@ class LoraRouting:
 
     `rank_scales_TX` holds the LoRA scale of each rank of a token's adapter, and zeros for other
     adapters; a single row applies to all tokens. X counts the ranks of all adapters in all linears.
+    Scales are in fp32, because alpha / rank may exceed the range of fp16.
     """
 
-    def __init__(self, num_adapters: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.num_adapters, self._dtype, self._device = num_adapters, dtype, device
+    def __init__(self, num_adapters: int, device: torch.device) -> None:
+        self.num_adapters, self._device = num_adapters, device
         self._scales: list[Tensor] = []
-        self._scales_NX = torch.empty(num_adapters, 0, dtype=dtype, device=device)
+        self._scales_NX = torch.empty(num_adapters, 0, dtype=torch.float32, device=device)
         self.rank_scales_TX = self._scales_NX[:1]
 
     def register_ranks(self, scales_NS: Tensor) -> slice:
@@ -48,7 +49,7 @@ class LoraRouting:
 
     def build_mask(self, adapter_index: int | None) -> Tensor:
         """Return the one-hot mask [1, N] that selects an adapter, or zeros for None."""
-        mask_1N = torch.zeros(1, self.num_adapters, dtype=self._dtype)
+        mask_1N = torch.zeros(1, self.num_adapters, dtype=torch.float32)
         if adapter_index is not None:
             mask_1N[0, adapter_index] = 1
         return mask_1N.to(self._device)
@@ -94,7 +95,7 @@ class MultiLoraLinear(nn.Module):
             lora_Bs_OR = [lora_B_OR for _, _, (_, lora_B_OR) in factors]
             for adapter_index, scale, (lora_A_RI, _) in factors:
                 lora_As_RI.append(lora_A_RI)
-                scale_NR = lora_A_RI.new_zeros(len(adapters), len(lora_A_RI))
+                scale_NR = lora_A_RI.new_zeros(len(adapters), len(lora_A_RI), dtype=torch.float32)
                 scale_NR[adapter_index] = scale
                 scales.append(scale_NR)
             stop = sum(len(a_RI) for a_RI in lora_As_RI)
@@ -115,12 +116,16 @@ class MultiLoraLinear(nn.Module):
         """
         return self._routing.rank_scales_TX[:, self._routing_slice]
 
+    def scale_activations(self, low_TS: Tensor) -> Tensor:
+        """Multiply LoRA activations by the scale of each rank, without changing their dtype."""
+        return (low_TS * self.rank_scales_TS).to(low_TS.dtype)
+
     def forward(
         self, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Compute the base product plus LoRA deltas, [..., I] to one [..., O] per layer."""
         x_TI = x.reshape(-1, x.shape[-1])
-        low_TS = F.linear(x_TI, self.lora_A_SI) * self.rank_scales_TS
+        low_TS = self.scale_activations(F.linear(x_TI, self.lora_A_SI))
         lora_Bs_OS = torch.split(self.lora_B_OS, list(self._output_sizes))
         deltas = [
             LoraDelta(layer_index, low_TS[:, ranks], lora_B_OS[:, ranks], 1.0)
@@ -156,9 +161,7 @@ class MultiLora:
         any_adapter = next((m for members in self._adapters for m in members.values()), None)
         if any_adapter is None:
             return None
-        routing = LoraRouting(
-            len(self._adapters), any_adapter.lora_A.dtype, any_adapter.lora_A.device
-        )
+        routing = LoraRouting(len(self._adapters), any_adapter.lora_A.device)
         for path, linear in list(self._model.named_modules()):
             candidates = [members.get(path) for members in self._adapters]
             if isinstance(linear, FusedLinear) and any(member is not None for member in candidates):

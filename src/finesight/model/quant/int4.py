@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from finesight.errors import UserError
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora.layer import hub_name
-from finesight.model.quant.base import HAS_TRITON, QuantizedWeight, WeightTensorSpec
+from finesight.model.quant.base import (
+    CHUNK_ELEMENTS,
+    HAS_TRITON,
+    QuantizedWeight,
+    WeightTensorSpec,
+)
 from finesight.model.quant.packed_4bit import Packed4BitMatrix, PackedInput, RmsNormParams
 from finesight.model_folder import ModelFolder
 
@@ -30,9 +35,6 @@ DEFAULT_GROUP_SIZE = 64
 """Group size of weights that are rounded to INT4 while loading."""
 
 KERNEL_GROUP_SIZES = (32, 64, 128)
-
-CHUNK_ELEMENTS = 1 << 22
-"""Maximum number of elements dequantized at once in fp32, without a kernel."""
 
 PACK_FACTOR = 8
 """Number of 4-bit codes in a 32-bit integer."""

@@ -1,4 +1,7 @@
-"""Read untrusted files: regular files of bounded size, JSON of bounded depth."""
+"""Read untrusted files with limits on their type, size and JSON depth.
+
+Only regular files are read, since named pipes block and devices can be infinite.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,13 @@ from finesight.errors import UserError, suggest_similar_path
 from finesight.regular_file import SpecialFileError, open_regular_file
 
 MAX_FILE_BYTES = 40 * 2**20
-"""Maximum size of a file that is read at once. Tokenizers have up to 35 MB. Parsed JSON takes up to
-30 times its size in memory."""
+"""Maximum size in bytes of a file that is read at once.
+
+Tokenizer files have up to 35 MB. Parsed JSON takes up to 30 times its size in memory.
+"""
 
 MAX_LINE_BYTES = 8 * 2**20
-"""Maximum size of a line of a JSON Lines file."""
+"""Maximum size of a line in a JSON Lines file, in bytes."""
 
 
 def read_bytes(
@@ -63,10 +68,10 @@ def read_text(
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON of at most 200 levels; NaN and infinity are valid.
+    """Parse JSON of at most 200 nested levels.
 
-    In contrast to `json.loads`, deeper nesting raises ValueError, never RecursionError, and lone
-    surrogates are rejected.
+    NaN and infinity are valid, as in `json.loads`. Deeper nesting and lone surrogates raise
+    ValueError; RecursionError is never raised.
     """
     try:
         return from_json(text)
@@ -75,7 +80,10 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path, *, expected: str = "JSON", remedy: str = "restore the file") -> Any:
-    """Read a JSON file of bounded size and depth. Raises UserError like `read_bytes`."""
+    """Read a JSON file with limits on size and depth.
+
+    Raises UserError like `read_bytes`, and for invalid JSON.
+    """
     content = read_bytes(path, expected=expected, remedy=remedy)
     try:
         return parse_json(content)
@@ -88,7 +96,10 @@ def read_json(path: Path, *, expected: str = "JSON", remedy: str = "restore the 
 def read_json_object(
     path: Path, *, expected: str = "a JSON object", remedy: str = "restore the file"
 ) -> dict[str, Any]:
-    """Read a JSON file with a single object. Raises UserError like `read_json`."""
+    """Read a JSON file that contains an object.
+
+    Raises UserError like `read_json`, and for other JSON values.
+    """
     content = read_json(path, expected=expected, remedy=remedy)
     if not isinstance(content, dict):
         raise UserError(
@@ -103,9 +114,9 @@ def read_json_object(
 def read_lines(
     path: Path, *, expected: str, remedy: str = "restore the file", max_bytes: int = MAX_LINE_BYTES
 ) -> Iterator[bytes]:
-    """Yield the lines of a regular file of any size with their line ends.
+    """Yield the lines of a regular file of any size, with their line ends.
 
-    Longer lines are truncated to `max_bytes` bytes without a line end.
+    A line of more than `max_bytes` bytes is truncated and has no line end.
 
     Raises:
         UserError: The file is unreadable; the error contains `expected` and `remedy`.

@@ -1,4 +1,4 @@
-"""Convert a configuration of LLaMA-Factory to recipe settings."""
+"""Convert a LLaMA-Factory configuration to recipe settings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ _METHOD_REASONS = {
 
 
 def fill_recipe(config: ExternalConfig, draft: RecipeDraft) -> None:
-    """Set all recipe settings. Raises UserError for unsupported training."""
+    """Fill a recipe draft from a LLaMA-Factory configuration.
+
+    Raises UserError for an unsupported training method or model.
+    """
     _require_training(config)
     hf_trainer_config.require_method(config, "stage", {"sft": "sft"}, _STAGE_REASONS)
     method = hf_trainer_config.require_method(config, "finetuning_type", _METHODS, _METHOD_REASONS)
@@ -153,9 +156,10 @@ def _set_tune(
 
 
 def _expand_all_targets(family: FamilySettings, trainable: TrainableParts) -> tuple[str, ...]:
-    """Return the layer names that `all` matches.
+    """Return the layer names that `lora_target: all` matches in LLaMA-Factory.
 
-    A merger layer matches only if the vision encoder has a layer of the same name.
+    These are the linear layers of the decoder and of a trained vision encoder. Layers of the merger
+    have adapters only if a layer of the vision encoder has the same name.
     """
     return (*family.language_layers, *(family.vision_layers if trainable.vision else ()))
 

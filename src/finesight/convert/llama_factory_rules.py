@@ -1,4 +1,4 @@
-"""Rules for settings of LLaMA-Factory 0.9.5."""
+"""Conversion rules and default values for settings of LLaMA-Factory 0.9.5."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DEFAULTS: dict[str, object] = {
 }
 
 ALIASES = {"image_resolution": "image_max_pixels"}
-"""Old names of settings."""
+"""Current names of renamed settings, by old name."""
 
 _REASON_OTHER_STAGES = "used in other training stages only"
 

@@ -30,8 +30,9 @@ BoxTask = Literal["detection", "grounding"]
 """Task of a box dataset: one question per image, or one per label."""
 
 IMAGE_KEYS = ("image", "images")
+VIDEO_KEYS = ("video", "videos")
 UNSUPPORTED_KEYS = (
-    *("video", "videos", "audio", "audios"),
+    *(*VIDEO_KEYS, "audio", "audios"),
     *("tools", "objects", "history", "kto_tag"),
     *("chosen", "rejected", "rejected_response", "rejected_messages"),
 )
@@ -40,6 +41,12 @@ UNSUPPORTED_KEYS = (
 They contain other media, tools, boxes, earlier turns, or rejected answers. A format that supports
 one of them exempts it.
 """
+
+_VIDEO_REMEDY = (
+    "extract the frames, and write these rows as samples (--format samples) with the content part"
+    ' {"type": "video", "frames": ["0.jpg", "1.jpg"], "fps": 2.0}; see "Videos" on the page "Data"'
+    " of the documentation"
+)
 
 _PLACEHOLDERS = re.compile(
     r"<\|(?:vision|image|video|box|object_ref)_\w+\|>|<img>|<(?:box|quad)>\s*\("
@@ -368,10 +375,13 @@ def reject_unsupported_keys(record: Record, keys: Iterable[str] = UNSUPPORTED_KE
     """Raise UnsupportedKeyError if a record has a non-empty value under one of the given keys."""
     present_keys = sorted(key for key in keys if key in record and has_value(record[key]))
     if present_keys:
+        key = present_keys[0]
         raise UnsupportedKeyError(
-            f"the key {present_keys[0]!r} with {str(record[present_keys[0]])[:60]}",
+            f"the key {key!r} with {str(record[key])[:60]}",
             expected="a conversation of text, images and boxes",
-            remedy="write these rows as samples, or remove the key",
+            remedy=_VIDEO_REMEDY
+            if key in VIDEO_KEYS
+            else "write these rows as samples, or remove the key",
         )
 
 

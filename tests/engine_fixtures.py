@@ -77,7 +77,7 @@ def make_mixed_questions(folder: Path) -> list[LocatedSample]:
     for seed, (name, (width, height)) in enumerate(sizes.items()):
         write_noise_image(folder / name, width, height, seed)
     return [
-        make_sample("one", folder, "a.png", "What is in the image?"),
+        make_sample("one", folder, "a.png", "What is in the picture?"),
         make_sample("text", folder, "Why?"),
         make_sample("two", folder, "b.png", "and then", "c.png", "which is larger?"),
         make_sample("tall", folder, "b.png", "Read it."),

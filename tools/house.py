@@ -152,6 +152,8 @@ def _name_parts(identifier: str) -> list[str]:
 
 
 # Bounds of the language measures. They are lowered as areas are rewritten, never raised.
+GENERATED_PAGES = ("commands.md", "files.md")
+
 COLLOQUIAL_BOUNDS = {"docstrings": 4, "comments": 5, "string literals": 4, "documentation": 4}
 
 
@@ -387,7 +389,8 @@ def _iter_search_texts(root: Path, modules: Sequence[SourceModule]) -> Iterator[
         yield SearchText(path, "prose", tuple(_prose_lines(module)))
     folders = ("src", "tests", "benchmarks", "tools", "pretraining", "examples", "recipes", "docs")
     for path in [*root.glob("*.*"), *(p for folder in folders for p in (root / folder).rglob("*"))]:
-        if not path.is_file() or "__pycache__" in path.parts:
+        is_generated = path.parent.parent.name == "docs" and path.name in GENERATED_PAGES
+        if not path.is_file() or "__pycache__" in path.parts or is_generated:
             continue
         relative = path.relative_to(root)
         words = " ".join(_name_parts(relative.with_suffix("").as_posix()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 _WORD_TEXT = r"""
-the The THE image shows isn't we'll I'd dogs' naïve café Zürich schön straße x_1 f(x)=2x+1
+the The THE picture shows isn't we'll I'd dogs' naïve café Zürich schön straße x_1 f(x)=2x+1
 http://a.b/c?d=e&f 3.14159 1,000,000 007 2023-08-31 camelCase snake_case __init__
 \frac{a}{b} $\alpha_i$ {"bbox":[1,2]} e=mc² ½ № Ⅻ ﬁ antidisestablishmentarianism 你好 世界
 图中的狗是什么品种？ 请框出“重庆”。

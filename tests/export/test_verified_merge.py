@@ -29,7 +29,7 @@ from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, ModelFolder
 
 PARTS = {"language": "lora", "vision": "lora", "merger": "lora"}
 TUNE: dict[str, Any] = PARTS | {"lora": {"rank": 4, "alpha": 4}}
-PROMPT = "Describe the image."
+PROMPT = "Describe the picture."
 
 
 class MergeableRun(NamedTuple):

@@ -252,7 +252,7 @@ def test_different_prompt_shares_only_the_common_prefix(loaded_model, tiny, tmp_
     """And is answered as without the cache."""
     model, renderer = loaded_model
     write_noise_image(tmp_path / "a.png", 84, 56, 0)
-    texts = ("a.png", "What is in the image? " * 3)
+    texts = ("a.png", "What is in the picture? " * 3)
     engine = Engine(model, (), max_num_seqs=2, num_cache_tokens=1024)
     first = renderer.encode_prompt(make_sample("one", tmp_path, *texts))
     (result,) = run_requests(engine, first)

@@ -2,7 +2,7 @@
 # make test         create .venv and run all checks
 # make test-faults  inject faults at every known point instead of a sample (minutes)
 # make test-slow    fuzz importers and the request parser (minutes)
-# make test-docs    run all commands of the documentation (minutes)
+# make test-docs    run all commands of the documentation and compare their output (minutes)
 # make measures     print the code and language measures
 # make docs         build the documentation in English and Chinese: build/docs/en/index.html
 

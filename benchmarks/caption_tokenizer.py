@@ -31,7 +31,7 @@ SUBJECTS = [
     "Children",
     "An airplane",
 ]
-VERBS = ["is holding", "stands next to", "looks at", "doesn't see", "rides past", "has got"]
+VERBS = ["is holding", "stands next to", "touches", "doesn't see", "rides past", "has got"]
 OBJECTS = [
     "a red car",
     "the U.S. flag",
@@ -198,7 +198,7 @@ GENERATORS: dict[str, TextGenerator] = {
         "café",
         "Zürich",
         "ñandú",
-        "naïve-looking",
+        "naïve",
         "Москва",
         "日本語",
         "東京、日本",

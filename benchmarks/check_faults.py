@@ -80,10 +80,10 @@ def build_clean_samples(data: Path, work: Path, seed: int) -> list[Sample]:
     ]
 
 
-def run_check(train: Path, held_out: Path, model: Path) -> tuple[list[Record], Record, float]:
+def run_check(train: Path, validation: Path, model: Path) -> tuple[list[Record], Record, float]:
     """Run `data check` and return findings, summary and seconds."""
     command = [sys.executable, "-m", "finesight", "data", "check", str(train), "--json"]
-    command += ["--against", str(held_out), "--model", str(model)]
+    command += ["--against", str(validation), "--model", str(model)]
     start = time.perf_counter()
     done = subprocess.run(
         [*command, "--max-length", str(MAX_LENGTH)], capture_output=True, text=True, check=False
@@ -113,8 +113,8 @@ def count_detections(
     rows = {}
     for one in injected:
         row = rows.setdefault(
-            one.fault,
-            {"fault": one.fault, "code": one.code, "planted": 0, "found": 0, "missed": []},
+            one.fault_type,
+            {"fault": one.fault_type, "code": one.code, "planted": 0, "found": 0, "missed": []},
         )
         row["planted"] += 1
         if found[one.code] & {f"{train}:{line}" for line in one.lines}:
@@ -136,11 +136,11 @@ def main() -> None:
         work = Path(folder)
         model = create_tiny_model(work / "model")
         samples = build_clean_samples(chosen.data, work, chosen.seed)
-        train, held_out = split_by_image(samples, 10)
-        eval_file = write_records(work / "eval.jsonl", held_out)
+        train, validation = split_by_image(samples, 10)
+        eval_file = write_records(work / "eval.jsonl", validation)
         clean_file = write_records(work / "clean.jsonl", train)
         clean, _, clean_s = run_check(clean_file, eval_file, model)
-        garden = FaultContext(chosen.seed, work / "spoilt", held_out, MAX_LENGTH)
+        garden = FaultContext(chosen.seed, work / "spoilt", validation, MAX_LENGTH)
         records, injected = inject_faults(train, garden, chosen.count)
         train_file = write_records(work / "train.jsonl", records)
         findings, summary, seconds = run_check(train_file, eval_file, model)

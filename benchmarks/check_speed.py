@@ -49,8 +49,8 @@ def write_dataset(folder: Path, num_samples: int, num_images: int) -> tuple[Path
         size += first.stat().st_size
         for copy in range(1, FILES_PER_IMAGE):
             (folder / f"{number}-{copy}.jpg").write_bytes(first.read_bytes())
-    train, held_out = folder / "train.jsonl", folder / "eval.jsonl"
-    with train.open("w") as training, held_out.open("w") as holding:
+    train, validation = folder / "train.jsonl", folder / "eval.jsonl"
+    with train.open("w") as training, validation.open("w") as validating:
         for number in range(num_samples):
             content = number % num_images
             name = f"links/{number % 100}/{number}.jpg"
@@ -58,9 +58,9 @@ def write_dataset(folder: Path, num_samples: int, num_images: int) -> tuple[Path
             os.link(
                 folder / f"{content}-{number // num_images % FILES_PER_IMAGE}.jpg", folder / name
             )
-            file = holding if content < num_images // 10 else training
+            file = validating if content < num_images // 10 else training
             file.write(json.dumps(make_record(number, name)) + "\n")
-    return train, held_out, size // num_images
+    return train, validation, size // num_images
 
 
 def make_record(index: int, image_name: str) -> dict[str, object]:
@@ -101,14 +101,14 @@ def pss_megabytes(pid: int) -> float:
     return total + sum(pss_megabytes(int(child)) for child in children)
 
 
-def measure_decode_rate(folder: Path, suffix: str, num_images: int = 100) -> float:
-    """Measure the decoding rate of one core in images/s."""
+def measure_decode_throughput(folder: Path, suffix: str, num_images: int = 100) -> float:
+    """Measure the decoding throughput of one core in images/s."""
     paths = []
     for number in range(num_images):
-        paths.append(str(folder / f"rate-{number}{suffix}"))
+        paths.append(str(folder / f"decode-{number}{suffix}"))
         draw_photo(number).save(paths[-1])
     start = time.process_time()
-    assert all(content.issue_code is None for content in inspect_images(paths)), "a damaged picture"
+    assert all(content.issue_code is None for content in inspect_images(paths)), "a damaged image"
     return num_images / (time.process_time() - start)
 
 
@@ -122,24 +122,26 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work) as name:
         folder = Path(name)
-        rates = {suffix: measure_decode_rate(folder, suffix) for suffix in (".jpg", ".png")}
-        train, held_out, size = write_dataset(folder, args.samples, args.num_images)
+        throughput = {
+            suffix: measure_decode_throughput(folder, suffix) for suffix in (".jpg", ".png")
+        }
+        train, validation, size = write_dataset(folder, args.samples, args.num_images)
         command = [sys.executable, "-m", "finesight", "data", "check", str(train), "--json"]
-        seconds, memory, printed = monitor_memory([*command, "--against", str(held_out)])
+        seconds, memory, printed = monitor_memory([*command, "--against", str(validation)])
     summary = json.loads(printed.splitlines()[-1])
     quarter = max(1, len(memory) // 4)
     result = {
         "samples": summary["num_samples"],
         "images": summary["num_images"],
         "unique_images": summary["num_unique_images"],
-        "bytes_of_a_picture": size,
+        "bytes_per_image": size,
         "seconds": round(seconds, 1),
         "cores": len(os.sched_getaffinity(0)),
         "load_before": [round(load, 1) for load in os.getloadavg()],
         "megabytes_after_a_quarter": round(max(memory[: quarter + 1])),
         "megabytes_most": round(max(memory)),
-        "jpegs_a_second_on_a_core": round(rates[".jpg"]),
-        "pngs_a_second_on_a_core": round(rates[".png"]),
+        "jpegs_a_second_on_a_core": round(throughput[".jpg"]),
+        "pngs_a_second_on_a_core": round(throughput[".png"]),
         "issues": summary["issues"],
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
         "versions": {"numpy": np.__version__, "pillow": PIL.__version__},

@@ -29,7 +29,7 @@ PLACEHOLDERS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_
 SPECIAL_TOKENS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|fim_middle|>", "<|extra_0|>")
 
 
-CAPTION_PROMPT = "Describe the picture."
+CAPTION_PROMPT = "Describe the image."
 """Caption question, for which one image has several correct answers."""
 
 
@@ -40,7 +40,7 @@ class InjectedFault:
     Lines count from 1. The fault is detected if one of `lines` is reported with `code`.
     """
 
-    fault: str
+    fault_type: str
     code: str
     lines: tuple[int, ...]
 
@@ -60,10 +60,10 @@ class FaultContext:
     images."""
 
     def __init__(
-        self, seed: int, folder: Path, held_out: Sequence[Record], extra_words: int
+        self, seed: int, folder: Path, validation: Sequence[Record], extra_words: int
     ) -> None:
         self.rng = random.Random(seed)
-        self.held_out = [record for record in held_out if _image_parts(record)]
+        self.validation = [record for record in validation if _image_parts(record)]
         self.extra_words = extra_words
         self._folder, self._num_files = folder, 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,9 +73,9 @@ class FaultContext:
         self._num_files += 1
         return self._folder / f"{self._num_files:04}{suffix}"
 
-    def held_out_image(self) -> Path:
+    def choose_validation_image(self) -> Path:
         """Return the first image of a random validation sample."""
-        return Path(_image_parts(self.rng.choice(self.held_out))[0]["image"])
+        return Path(_image_parts(self.rng.choice(self.validation))[0]["image"])
 
 
 def inject_faults(
@@ -118,13 +118,13 @@ def load_external_samples(
 def split_by_image(samples: Sequence[Sample], every: int) -> tuple[list[Record], list[Record]]:
     """Split samples by image: every `every`-th image belongs to the validation split."""
     image_indices: dict[str, int] = {}
-    train, held_out = [], []
+    train, validation = [], []
     for sample in samples:
         record = sample_to_dict(sample)
         image = _image_parts(record)[0]["image"]
         number = image_indices.setdefault(image, len(image_indices))
-        (train if number % every else held_out).append(record)
-    return train, held_out
+        (train if number % every else validation).append(record)
+    return train, validation
 
 
 def write_records(path: Path, records: Sequence[Record]) -> Path:
@@ -262,17 +262,17 @@ def _shuffle_turns(record: Record, garden: FaultContext) -> None:
     )
 
 
-def _leak_held_out(record: Record, garden: FaultContext) -> None:
-    held_out = garden.held_out_image()
-    path = garden.new_file_path(held_out.suffix)
-    path.write_bytes(held_out.read_bytes())
-    _image_parts(record)[0]["image"] = str(garden.rng.choice((path, held_out)))
+def _leak_validation_image(record: Record, garden: FaultContext) -> None:
+    leaked = garden.choose_validation_image()
+    path = garden.new_file_path(leaked.suffix)
+    path.write_bytes(leaked.read_bytes())
+    _image_parts(record)[0]["image"] = str(garden.rng.choice((path, leaked)))
     _replace_answer(record)
 
 
-def _resave_held_out(record: Record, garden: FaultContext) -> None:
+def _reencode_validation_image(record: Record, garden: FaultContext) -> None:
     """Save a validation image again with another quality, format or slightly different size."""
-    with Image.open(garden.held_out_image()) as image:
+    with Image.open(garden.choose_validation_image()) as image:
         shown = image.convert("RGB")
     scale = garden.rng.choice((1.0, 1.0, 0.7, 0.9, 1.2))
     size = [max(1, round(side * scale)) for side in shown.size]
@@ -317,9 +317,12 @@ FAULT_TYPES = (
         "special token", "special-token-in-text", _has_question, _insert_token(SPECIAL_TOKENS)
     ),
     FaultType("roles out of order", "invalid-role-order", _is_always_applicable, _shuffle_turns),
-    FaultType("leaked image", "leaked-image", _has_single_image, _leak_held_out),
+    FaultType("leaked image", "leaked-image", _has_single_image, _leak_validation_image),
     FaultType(
-        "leaked image, re-encoded", "leaked-image-reencoded", _has_single_image, _resave_held_out
+        "leaked image, re-encoded",
+        "leaked-image-reencoded",
+        _has_single_image,
+        _reencode_validation_image,
     ),
     FaultType("too long sample", "too-long", _has_question, _extend_prompt),
 )

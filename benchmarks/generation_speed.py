@@ -41,7 +41,7 @@ def make_prompt(
     grid = (1, IMAGE_SIDE_TOKENS * vision.merge_size, IMAGE_SIDE_TOKENS * vision.merge_size)
     tokens = IMAGE_SIDE_TOKENS**2 + num_text_tokens
     size = (grid[1] * vision.patch_size, grid[2] * vision.patch_size)
-    span = VisualSpan("image", 1, 1 + IMAGE_SIDE_TOKENS**2, grid, (Path("picture"),), size, size)
+    span = VisualSpan("image", 1, 1 + IMAGE_SIDE_TOKENS**2, grid, (Path("image"),), size, size)
     positions = get_rope_index(tokens, [span], [np.zeros(1, np.int64)], vision.merge_size)
     ids = rng.integers(0, 1000, tokens).astype(np.int32)
     outline = TokenizedSample("prompt", ids, np.zeros(tokens, np.bool_), positions, (span,))
@@ -102,14 +102,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         parameters = sum(p.numel() for p in model.parameters())
         for answers in map(int, options.answers.split(",")):
             measure_generation(model, answers, 8, use_cuda_graphs=True)
-            for recorded in (True, False):
+            for use_cuda_graphs in (True, False):
                 found: dict[str, Any] = {
                     "model": folder.name,
                     "parameters": parameters,
                     "answers": answers,
                     "tokens": options.tokens,
-                    "recorded": recorded,
-                    **measure_generation(model, answers, options.tokens, recorded),
+                    "cuda_graphs": use_cuda_graphs,
+                    **measure_generation(model, answers, options.tokens, use_cuda_graphs),
                     "torch": torch.__version__,
                     "card": torch.cuda.get_device_name(),
                 }

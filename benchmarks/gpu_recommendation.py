@@ -77,10 +77,10 @@ TUNING_METHODS = (
 
 def write_dataset(folder: Path, image_side: int) -> Path:
     """Write a file of samples with images of `image_side` x `image_side` pixels."""
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(NUM_SAMPLES):
-        image_name = f"pictures/{image_side}-{number}.png"
+        image_name = f"images/{image_side}-{number}.png"
         Image.new("RGB", (image_side, image_side), (number, image_side % 256, 90)).save(
             folder / image_name
         )

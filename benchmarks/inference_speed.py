@@ -211,7 +211,7 @@ def run_benchmark(
         peak = torch.cuda.max_memory_allocated()
         result |= {
             "first_token_ms": round(1e3 * statistics.median(first for first, _ in runs), 1),
-            "tokens_per_second": round(statistics.median(rate for _, rate in runs), 1),
+            "tokens_per_second": round(statistics.median(one for _, one in runs), 1),
             "cache_gb": round(cache / 1e9, 2),
             "peak_gb": round(peak / 1e9, 2),
             "peak_without_cache_by_weights": round((peak - cache) / weights, 3),
@@ -236,8 +236,9 @@ def run_benchmark(
             engine = bench.build_engine(1, max_new_tokens)
             bench.measure_single(engine, 16)
             runs = [bench.measure_single(engine, max_new_tokens) for _ in range(repeats)]
-            rate = statistics.median(rate for _, rate in runs)
-            result["adapter_rank"], result["adapter_tokens_per_second"] = rank, round(rate, 1)
+            tokens_per_s = statistics.median(one for _, one in runs)
+            result["adapter_rank"] = rank
+            result["adapter_tokens_per_second"] = round(tokens_per_s, 1)
     return result
 
 

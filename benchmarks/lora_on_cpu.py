@@ -335,7 +335,7 @@ def run_benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "task": asdict(job) | {"model": model_name(model), "data": "receipts as JSON"},
         "samples": args.samples,
         "precision": args.precision,
-        "settings_tried": [asdict(one) | {"steady": round(rate, 1)} for rate, one in tried],
+        "settings_tried": [asdict(one) | {"steady": round(steady, 1)} for steady, one in tried],
         "settings": asdict(best),
         "rounds": rounds,
         "median_ratio": {

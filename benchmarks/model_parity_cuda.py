@@ -269,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, config in load_configs(options):
         start = time.perf_counter()
         sizes: list[tuple[str, list[GridTHW]]] = [
-            ("pictures", [(1, 40 // shrink, 56 // shrink), (1, 24 // shrink, 16 // shrink)]),
+            ("images", [(1, 40 // shrink, 56 // shrink), (1, 24 // shrink, 16 // shrink)]),
             ("video", [(4, 24 // shrink, 32 // shrink)]),
             ("text", []),
         ]

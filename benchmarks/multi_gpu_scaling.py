@@ -138,7 +138,7 @@ def run_finesight(
     command = [sys.executable, "-m", *launcher, "finesight", "train", str(file), *overrides]
     log_path = options.work / "said.txt"
     with log_path.open("wb") as stream:
-        # A process group of its own, so that all processes end together.
+        # A process group of its own, so that one signal ends all processes.
         process = subprocess.Popen(
             command,
             stdout=stream,

@@ -120,18 +120,18 @@ def find_best_settings(
     """Select the fastest settings of a peer. Returns the job and all trials."""
     trials: list[dict[str, Any]] = []
     settings = COMPETITORS[name][1]
-    best, best_rate = replace(job, settings=settings[0]), -1.0
+    best, best_throughput = replace(job, settings=settings[0]), -1.0
     for setting in settings if len(settings) > 1 else ():
         trial = replace(job, settings=setting, num_steps=TRIAL_STEPS)
         results = run_competitor(options, name, trial)
         if str(results.get("failed", "")).startswith("not installed"):
             break
-        rate = None if "failed" in results else figures.samples_per_second(results)
+        throughput = None if "failed" in results else figures.samples_per_second(results)
         failure = {"failed": _error_line(results["failed"])} if "failed" in results else {}
-        trials.append({"setting": setting, "samples_per_s": rate} | failure)
-        log(f"{name}, batch {job.batch_size}, {setting}: {failure or round(rate or 0, 1)}")
-        if rate is not None and rate > best_rate:
-            best, best_rate = replace(job, settings=setting), rate
+        trials.append({"setting": setting, "samples_per_s": throughput} | failure)
+        log(f"{name}, batch {job.batch_size}, {setting}: {failure or round(throughput or 0, 1)}")
+        if throughput is not None and throughput > best_throughput:
+            best, best_throughput = replace(job, settings=setting), throughput
     return best, trials
 
 

@@ -28,7 +28,7 @@ from finesight.train.sampler import SequentialSampler
 
 SAMPLES = 496
 PHOTO_SIZE = 640, 480
-PROMPT = "Describe the picture."
+PROMPT = "Describe the image."
 COUNT_BATCH_SIZE = 16
 
 
@@ -52,11 +52,11 @@ def write_caption_dataset(output_dir: Path) -> Path:
     table = output_dir / "data.jsonl"
     if table.exists():
         return table
-    (output_dir / "pictures").mkdir(parents=True)
+    (output_dir / "images").mkdir(parents=True)
     scenes = EVAL_TASKS["captions"]
     samples = []
     for number, drawn in islice(iter_samples_of_kind(scenes.task, 11, scenes.task_kind), SAMPLES):
-        image = f"pictures/{number:06}.jpg"
+        image = f"images/{number:06}.jpg"
         drawn.image.convert("RGB").resize(PHOTO_SIZE).save(output_dir / image, quality=90)
         samples.append(drawn.to_sample(f"scene-{number}", image))
     write_samples(table, samples)

@@ -37,11 +37,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "tune.quantize.nf4=[language, vision, merger]",
         "train.optimizer=adamw_8bit",
     ),
-    "nf4+vision+recompute": (
+    "nf4+vision+checkpointing": (
         "tune.quantize.nf4=[language, vision, merger]",
         "train.activation_checkpointing=true",
     ),
-    "lora+recompute": ("train.activation_checkpointing=true",),
+    "lora+checkpointing": ("train.activation_checkpointing=true",),
 }
 LORA_TUNE = {"language": "lora", "lora": {"rank": 64, "alpha": 16, "dropout": 0.05}}
 COLUMNS = ("loaded_gb", "loading_gb", "loading_s", "peak_gb", "step_s", "samples_per_s", "tokens/s")
@@ -119,14 +119,14 @@ def measure_generation(run: Path, data: Path) -> dict[str, float | None]:
 
     answerer = load_inference_model(str(run), precision="bf16")
     samples = load_corpus((TrainFileSettings(path=data),)).read_samples()[:3]
-    rates = []
+    tokens_per_s = []
     for sample in samples:
         start = time.perf_counter()
         (prediction,) = predict(
             answerer.model, answerer.renderer, [sample], max_new_tokens=MAX_NEW_TOKENS, batch_size=1
         )
-        rates.append(prediction.num_tokens / (time.perf_counter() - start))
-    return {"tokens/s": round(max(rates), 1), "generation_gb": gpu_peak_gb()}
+        tokens_per_s.append(prediction.num_tokens / (time.perf_counter() - start))
+    return {"tokens/s": round(max(tokens_per_s), 1), "generation_gb": gpu_peak_gb()}
 
 
 def train_variant(

@@ -53,7 +53,7 @@ def train_variant(recipe: Path, output: Path, overrides: list[str]) -> dict[str,
 
     settings = load_recipe(recipe, [*overrides, f"output_dir={output}"])
     result = train(settings)
-    assert result.after is not None, "a run without held-out data"
+    assert result.after is not None, "a run without validation data"
     model = load_model(
         locate_model(settings.model),
         torch.bfloat16,

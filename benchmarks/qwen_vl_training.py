@@ -92,7 +92,7 @@ def write_data(config: Path, work: Path, num_tokens: int, num_samples: int = 64)
     return work / "data.jsonl"
 
 
-def measure_generation(model: Path, nf4_parts: list[str]) -> dict[str, Any]:
+def measure_answer(model: Path, nf4_parts: list[str]) -> dict[str, Any]:
     """Measure speed and memory of one answer."""
     import torch
     from generation_speed import measure_generation
@@ -218,7 +218,7 @@ if __name__ == "__main__":
     import sys
 
     if sys.argv[1:2] == ["--answer"]:
-        print(json.dumps(measure_generation(Path(sys.argv[2]), sys.argv[3:])))
+        print(json.dumps(measure_answer(Path(sys.argv[2]), sys.argv[3:])))
     elif sys.argv[1:2] == ["--full"]:
         print(
             json.dumps(

@@ -1,6 +1,6 @@
 """Measure the benefit of pretraining on real images: formulas, and words in photographs.
 
-    python benchmarks/real_images.py LATEX ICDAR --out benchmarks/results/real_pictures_h200.json
+    python benchmarks/real_images.py LATEX ICDAR --out benchmarks/results/real_images_h200.json
 
 LATEX and ICDAR are folders with `latex_ocr.jsonl` (rows with image and latex) and `icdar.jsonl`
 (rows with image, question, answer and bbox_xyxy). The script trains all parts from finesight-tiny

@@ -104,9 +104,9 @@ def make_run_dir(folder: Path, task: str, count: int) -> Path:
     run = FakeRunDir(folder / task, metric="latex" if task == "formulas" else "grounding")
     run.write_metrics()
     run.write_finished(differences=[])
-    (folder / f"{task}_pictures").mkdir()
+    (folder / f"{task}_images").mkdir()
     make = make_formula_examples if task == "formulas" else make_box_examples
-    before, after = make(folder / f"{task}_pictures", count)
+    before, after = make(folder / f"{task}_images", count)
     run.write_predictions("before", before)
     run.write_predictions("after", after)
     return run.folder

@@ -70,7 +70,7 @@ CASES = (
     ),
     TrainCase("7B QLoRA", MODEL_7B, 644, 1024, 1, (LORA_OVERRIDE, NF4_OVERRIDE)),
     TrainCase(
-        "7B QLoRA recomputed",
+        "7B QLoRA checkpointed",
         MODEL_7B,
         644,
         1024,
@@ -78,7 +78,7 @@ CASES = (
         (LORA_OVERRIDE, NF4_OVERRIDE, "train.activation_checkpointing=true"),
     ),
     TrainCase(
-        "2B full, recomputed",
+        "2B full, checkpointed",
         MODEL_2B,
         280,
         200,
@@ -86,7 +86,7 @@ CASES = (
         (*FULL_OVERRIDES, "train.activation_checkpointing=true"),
     ),
     TrainCase(
-        "2B full, 8 bit, recomputed",
+        "2B full, 8 bit, checkpointed",
         *(MODEL_2B, 280, 200, 8),
         (*FULL_OVERRIDES, "train.activation_checkpointing=true", "train.optimizer=adamw_8bit"),
     ),

@@ -184,7 +184,7 @@ class ImageDrawer:
     def __init__(self, folder: Path, size: DataSize) -> None:
         self._folder = folder
         self._pool = ProcessPoolExecutor(os.cpu_count(), initializer=_init_worker)
-        self._held_out = range(size.num_eval_samples)
+        self._eval_range = range(size.num_eval_samples)
         first, *further = size.num_images
         self._first = self._submit_parts("first", WARMUP_MIXTURE, [first])
         self._measured = [
@@ -195,9 +195,9 @@ class ImageDrawer:
 
     def wait_for_stage(self, stage: TrainStage, num_images: int) -> list[Path]:
         """Wait for the data files of a stage: validation samples first, then training parts."""
-        held_out, parts = self._first if stage.mixture is WARMUP_MIXTURE else self._mixture
+        validation, parts = self._first if stage.mixture is WARMUP_MIXTURE else self._mixture
         drawn = (part for stop, part in parts.items() if stop <= num_images)
-        return [future.result() for future in (held_out, *drawn)]
+        return [future.result() for future in (validation, *drawn)]
 
     def wait_for_eval_sets(self) -> None:
         """Wait for the evaluation sets."""
@@ -216,8 +216,8 @@ class ImageDrawer:
         Returns the parts by the cumulative number of images. Every count of `image_counts` ends a
         part.
         """
-        job = (self._folder / f"{name}-held-out", mixture, self._held_out, EVAL_SEED)
-        held_out, parts = self._pool.submit(_draw_part, *job), dict[int, Future[Path]]()
+        job = (self._folder / f"{name}-validation", mixture, self._eval_range, EVAL_SEED)
+        validation, parts = self._pool.submit(_draw_part, *job), dict[int, Future[Path]]()
         ends = sorted(
             {*range(SAMPLES_PER_PART, max(image_counts), SAMPLES_PER_PART), *image_counts}
         )
@@ -226,7 +226,7 @@ class ImageDrawer:
             parts[stop] = self._pool.submit(
                 _draw_part, part, mixture, range(start, stop), TRAIN_SEED
             )
-        return held_out, parts
+        return validation, parts
 
 
 def _init_worker() -> None:
@@ -252,7 +252,7 @@ def _draw_eval_set(folder: Path, name: str, samples: int) -> None:
 
 
 def _eval_set_dir(folder: Path, name: str) -> Path:
-    return folder / "held-out" / name.replace(" ", "-")
+    return folder / "validation" / name.replace(" ", "-")
 
 
 def make_random_model(output_dir: Path, size: DataSize) -> None:
@@ -301,13 +301,13 @@ def train_stage(
     console: Console,
 ) -> None:
     """Train one stage. `data` holds the validation file, then the training files."""
-    held_out, *train_on = map(str, data)
+    validation, *train_on = map(str, data)
     settings = [
         f"model={model}",
         f"train.steps={stage.num_steps}",
         f"train.lr_schedule={stage.lr_schedule}",
         f"data.train={json.dumps(train_on)}",
-        f"data.eval={held_out}",
+        f"data.eval={validation}",
         f"output_dir={run_dir}",
     ]
     train(

@@ -72,13 +72,13 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def _train_settings(run: Path) -> dict[str, Any]:
     train = load_recipe(run / "recipe.yaml").train
-    rates = train.learning_rate
+    learning_rate = train.learning_rate
     return {
         "steps": train.steps,
         "batch size": train.batch_size,
         "optimizer": train.optimizer,
-        "learning rate": f"{rates.default:g}, {train.lr_schedule}",
-        "learning rate of embeddings": f"{rates.embeddings or rates.default:g}",
+        "learning rate": f"{learning_rate.default:g}, {train.lr_schedule}",
+        "learning rate of embeddings": f"{learning_rate.embeddings or learning_rate.default:g}",
         "warmup steps": train.warmup,
         "AdamW betas": ", ".join(map(str, train.betas)),
         "weight decay": train.weight_decay,

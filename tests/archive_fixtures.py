@@ -1,4 +1,4 @@
-"""Data sets in archives, and imports by the command, for tests of where data come from."""
+"""Datasets in archives, and imports by the command, for tests of where data come from."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_image_bytes(sample: Sample, out: Path) -> bytes:
 
 
 def build_coco_files(folder: str = "") -> dict[str, bytes]:
-    """COCO's layout: a document, and pictures in a folder beside it."""
+    """Write the COCO layout: a document, and images in a folder beside it."""
     document = {
         "images": [{"id": n, "file_name": f"{n}.png", "width": 64, "height": 48} for n in (1, 2)],
         "annotations": [

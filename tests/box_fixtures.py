@@ -1,4 +1,4 @@
-"""Pictures with one white rectangle, and data sets taken there and back, for the box formats."""
+"""Images with one white rectangle, and round trips of datasets through the box formats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PixelBox = tuple[int, int, int, int]
 
 
 def write_box_image(path: Path, corners: PixelBox, size: tuple[int, int] = (40, 20)) -> Path:
-    """A black picture of `size` (width, height), its pixels white from x1 up to x2, y1 up to y2."""
+    """Draw a black image of `size` (width, height), white from x1 up to x2 and y1 up to y2."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.new("RGB", size)
     x1, y1, x2, y2 = corners
@@ -28,7 +28,7 @@ def write_box_image(path: Path, corners: PixelBox, size: tuple[int, int] = (40, 
 
 
 def find_box(path: Path) -> PixelBox:
-    """The corners of the white pixels as a model sees the picture."""
+    """Return the corners of the white pixels in the decoded image."""
     corners = load_image(path).getbbox()
     assert corners is not None, f"{path} is black"
     return corners
@@ -41,9 +41,9 @@ def import_samples(source: Path, out: Path, **options: Any) -> tuple[list[Sample
 
 
 def check_export_roundtrip(source: Path, tmp_path: Path, **options: Any) -> ExportSummary:
-    """Import, export with the pictures copied, import again: the samples must be the same.
+    """Import, export with copied images, import again, and compare the samples.
 
-    Their pictures are compared by their content. Gives what the export says of itself.
+    Images are compared by content. Returns the summary of the export.
     """
     first, summary = import_samples(source, tmp_path / "first", **options)
     located_sample = [LocatedSample(sample, tmp_path / "first") for sample in first]

@@ -20,7 +20,7 @@ SampleRecord = dict[str, Any]
 def make_record(
     image: str | Path | None, question: str = "What?", answer: str | None = "A square.", *boxes: Any
 ) -> SampleRecord:
-    """A question about a picture and its answer; each box is four numbers."""
+    """Make a question about an image with its answer; each box is four numbers."""
     user_content: list[SampleRecord] = (
         [] if image is None else [{"type": "image", "image": str(image)}]
     )
@@ -57,7 +57,7 @@ def run_check(
 def run_fix(
     train: Path, out: Path, validation: Path | None = None, request: ImportOptions | None = None
 ) -> FixResult:
-    """A check whose findings are mended into `out`."""
+    """Run a check with `--fix` into `out`."""
     request = request or ImportOptions(format="samples")
     subjects = inputs_from_files([train], [validation] if validation else [], request)
     with write_folder(out) as staging:

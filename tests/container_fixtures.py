@@ -1,4 +1,4 @@
-"""A JSONL file with its pictures, packed as tars and as Parquet: the same samples."""
+"""JSONL files with their images, packed as tar and Parquet with the same samples."""
 
 from __future__ import annotations
 
@@ -54,8 +54,10 @@ def write_tar_shards(table: Path, folder: Path, each: int) -> str:
 def write_parquet(
     table: Path, path: Path, group: int = 4, texts: bool = False, rows: Sequence[DataRow] = ()
 ) -> Path:
-    """One file with its pictures in it, in row groups of so many rows; messages as `texts` of JSON,
-    or as lists of structs."""
+    """Write one file that contains its images, in row groups of the given size.
+
+    `texts` stores messages as JSON texts, otherwise they are lists of structs.
+    """
     packed = []
     for row in rows or read_rows(table):
         images = [

@@ -13,24 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
-from finesight.model.tiny import create_tiny_model
-
-SPECIAL_TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+from finesight.model.tiny import SPECIAL_TOKENS, create_tiny_model
 
 WORDS = (
     "a cat sits on the table, and it's 42 years old.",
@@ -60,7 +43,7 @@ WORDS = (
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A folder of pictures and frames with their sizes, by name."""
+    """A folder of images and frames with their sizes, by name."""
 
     folder: Path
     sizes: dict[str, tuple[int, int]]
@@ -68,7 +51,7 @@ class ImageSet:
 
 
 def make_images(folder: Path, seed: int = 0) -> ImageSet:
-    """Forty pictures of all shapes and kinds of pixels, and twelve videos of 1 to 9 frames."""
+    """Write forty images of all shapes and pixel formats, and twelve videos of 1 to 9 frames."""
     rng = np.random.default_rng(seed)
     sizes: dict[str, tuple[int, int]] = {}
     for number in range(40):
@@ -92,7 +75,7 @@ def make_images(folder: Path, seed: int = 0) -> ImageSet:
 
 
 def make_conversation(number: int, images: ImageSet, *, videos: bool = False) -> LocatedSample:
-    """Conversation `number`: 1 to 4 rounds, pictures anywhere in user turns, boxes in answers."""
+    """Make conversation `number`: 1 to 4 rounds with images in user turns and boxes in answers."""
     chance = random.Random(number)
     messages = []
     if chance.random() < 0.4:
@@ -168,7 +151,7 @@ def make_folder(folder: Path, family: str) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=600,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -1,7 +1,8 @@
-"""Disks that kill their process at a chosen operation, for tests of what a crash leaves."""
+"""Disks that are full or kill their process at a chosen operation."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -11,20 +12,20 @@ from pathlib import Path
 from finesight import storage
 
 
-class CrashingDisk(storage.FileSystem):
-    """Kills its process before the operation with number `last`, in the middle of a write."""
+class FailingDisk(storage.FileSystem):
+    """Fails at write operation `fail_at` and all later ones, in the middle of writing data."""
 
-    def __init__(self, crash_at: int) -> None:
-        self.operations_left = crash_at
+    def __init__(self, fail_at: int) -> None:
+        self.operations_left = fail_at
 
     def _count_operation(self) -> None:
         self.operations_left -= 1
-        if self.operations_left == 0:
-            self.crash()
+        if self.operations_left <= 0:
+            self.fail()
 
-    def crash(self) -> None:
-        """Kill this process with SIGKILL."""
-        os.kill(os.getpid(), signal.SIGKILL)
+    def fail(self) -> None:
+        """Raise the error of a full disk."""
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     def make_folder(self, path: Path) -> None:
         self._count_operation()
@@ -52,6 +53,14 @@ class CrashingDisk(storage.FileSystem):
         self._count_operation()
         super().sync_path(path)
 
+
+class CrashingDisk(FailingDisk):
+    """Kills its process at operation `fail_at`; counts renames and removals, too."""
+
+    def fail(self) -> None:
+        """Kill this process with SIGKILL."""
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def rename(self, source: Path, target: Path) -> None:
         self._count_operation()
         super().rename(source, target)
@@ -76,8 +85,8 @@ class PowerLossDisk(CrashingDisk):
     the entries made since, and renames are undone whose folder was not flushed after them.
     """
 
-    def __init__(self, crash_at: int, root: Path) -> None:
-        super().__init__(crash_at)
+    def __init__(self, fail_at: int, root: Path) -> None:
+        super().__init__(fail_at)
         self.root = root
         files = [path for path in root.rglob("*") if path.is_file()]
         self.flushed = {path.stat().st_ino: path.stat().st_size for path in files}
@@ -107,7 +116,7 @@ class PowerLossDisk(CrashingDisk):
         super().rename(source, target)
         self.renames.append((source, target, before))
 
-    def crash(self) -> None:
+    def fail(self) -> None:
         """Lose what may be lost, then die."""
         for source, target, before in reversed(self.renames):
             target.rename(source)
@@ -126,7 +135,7 @@ class PowerLossDisk(CrashingDisk):
                 sure, size = self.flushed.get(path.stat().st_ino, 0), path.stat().st_size
                 if size > sure:
                     os.truncate(path, sure + (size - sure) // 2)
-        super().crash()
+        super().fail()
 
 
 def run_in_crashing_child(
@@ -139,7 +148,7 @@ def run_in_crashing_child(
         with storage.use_file_system(disk):
             action(store)
         if crash == "power" and os.fork() == 0:
-            disk.crash()
+            disk.fail()
         elif crash == "power":
             os.wait()
         os._exit(0)

@@ -83,8 +83,7 @@ def make_pack(
 def make_packs(
     samples: Sequence[EncodedSample], monkeypatch: pytest.MonkeyPatch
 ) -> list[PackedBatch]:
-    """Packs of two kinds, of which a recording takes both: these are small, and differ by more than
-    an eighth."""
+    """Make small packs that share a CUDA graph, but differ in size by more than an eighth."""
     monkeypatch.setattr("finesight.train.graph_buffers.MAX_PADDING_DIVISOR", 2)
     packs = [pack(samples[:4]), pack(samples[2:8]), pack(samples[4:8]), pack(samples[1:7])]
     kinds = [GraphShape.from_batch(one) for one in packs]

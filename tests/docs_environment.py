@@ -63,7 +63,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 def build_dataset_repositories() -> dict[str, dict[str, bytes]]:
     """Build all datasets of the documentation with generated images."""
     captions = [
-        {"image": _make_image_cell(n), "caption": f"a picture of {n} things", "image_id": n}
+        {"image": _make_image_cell(n), "caption": f"an image of {n} things", "image_id": n}
         for n in range(NUM_ROWS)
     ]
     formulas = [{"image": _make_image_cell(n), "text": rf"x ^ {{ {n} }}"} for n in range(NUM_ROWS)]

@@ -1,7 +1,7 @@
-"""More than 300 odd pictures, and what becomes of each: trained on, or refused.
+"""More than 300 unusual images with the expected result: trained on, or rejected.
 
-As a program, `python odd_pictures.py FOLDER` writes them, encodes each as training does, and prints
-a JSON line for each: what it was to be, what it was, why, and by how much the peak of memory rose.
+`python tests/edge_case_images.py FOLDER` writes the images, encodes each as training does, and
+prints a JSON line for each: expected result, result, reason, and growth of the peak memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 class EdgeCaseImage(NamedTuple):
-    """A picture's file name, its content and its fate."""
+    """The file name of an image, its content and the expected result."""
 
     name: str
     content: bytes
@@ -127,7 +127,7 @@ def list_truncated() -> Iterator[EdgeCaseImage]:
 
 
 def list_wrong_suffixes() -> Iterator[EdgeCaseImage]:
-    """Each format under another one's ending, and files that are no pictures at all."""
+    """Yield each format with the suffix of another one, and files that are no images."""
     for form, ending in zip(FILE_SUFFIXES, (*list(FILE_SUFFIXES.values())[1:], "txt"), strict=True):
         yield EdgeCaseImage(
             f"{form.lower()}-as.{ending}", encode_image(make_noise_image(), form), "taken"
@@ -144,7 +144,7 @@ def list_wrong_suffixes() -> Iterator[EdgeCaseImage]:
         "zeros.png": bytes(5000),
         "pointer.jpg": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
     }.items():
-        yield EdgeCaseImage(f"no-picture-{name}", content, "refused")
+        yield EdgeCaseImage(f"no-image-{name}", content, "refused")
 
 
 def list_animated() -> Iterator[EdgeCaseImage]:
@@ -218,7 +218,7 @@ def list_rare_encodings() -> Iterator[EdgeCaseImage]:
 
 
 def build_png(width: int, height: int, rows: bytes, *others: bytes, bits: int = 8) -> bytes:
-    """An RGB picture with these packed rows, and other chunks before them."""
+    """Make an RGB PNG with these packed rows, and other chunks before them."""
     header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
     parts = (
         build_png_chunk(b"IHDR", header),
@@ -310,7 +310,7 @@ def list_huge_headers() -> Iterator[EdgeCaseImage]:
 
 
 def list_long_headers(zeros: bytes) -> Iterator[EdgeCaseImage]:
-    """Much that is no picture before a small one; `zeros` unpacks to 100 MB."""
+    """Yield large data that is no image before a small one; `zeros` unpacks to 100 MB."""
     row = zlib.compress(bytes(8 * 25))
     for kind, start in ((b"iCCP", b"x\0\0"), (b"zTXt", b"x\0\0"), (b"iTXt", b"x\0\1\0\0\0")):
         name = f"{kind.decode()}-that-unpacks.png"
@@ -342,12 +342,12 @@ def list_edge_case_images() -> list[EdgeCaseImage]:
         list_huge_headers(),
     )
     found = [odd for group in groups for odd in group]
-    assert len({odd.name for odd in found}) == len(found), "two pictures of one name"
+    assert len({odd.name for odd in found}) == len(found), "two images of one name"
     return found
 
 
 def write_samples(folder: Path, odds: Iterable[EdgeCaseImage], name: str) -> Path:
-    """The pictures, and a data file with a sample of each, whose id is the picture's name."""
+    """Write the images, and a data file with a sample of each, whose id is the image name."""
     lines = []
     for odd in odds:
         (folder / odd.name).write_bytes(odd.content)
@@ -362,8 +362,6 @@ def write_samples(folder: Path, odds: Iterable[EdgeCaseImage], name: str) -> Pat
 
 
 def main() -> None:
-    import resource
-
     from finesight.check.image_catalog import inspect_images
     from finesight.config import PixelRange, TrainFileSettings
     from finesight.data.corpus import load_corpus
@@ -381,7 +379,8 @@ def main() -> None:
     corpus = load_corpus((TrainFileSettings(path=write_samples(folder, odds, "odd.jsonl")),))
 
     def peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        # In contrast to ru_maxrss, VmHWM does not include the peak of the parent process.
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
 
     for index, odd in enumerate(odds):
         before, reason = peak(), ""

@@ -1,4 +1,4 @@
-"""Pictures and questions made on the spot, answers token by token, and the slow way to compare."""
+"""Generated images and questions, answers token by token, and a slow reference."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _to_part(piece: str | tuple[str, ...]) -> ContentPart:
 
 
 def make_mixed_questions(folder: Path) -> list[LocatedSample]:
-    """Questions of different lengths about no, one and two pictures of several sizes."""
+    """Make questions of different lengths with no, one and two images of several sizes."""
     sizes = {"a.png": (84, 56), "b.png": (56, 140), "c.png": (112, 112)}
     for seed, (name, (width, height)) in enumerate(sizes.items()):
         write_noise_image(folder / name, width, height, seed)
@@ -164,9 +164,9 @@ def install_adapters(model: VisionLanguageModel) -> None:
 def install_request_adapters(model: VisionLanguageModel) -> None:
     """The same, as one of those that are chosen for each question; it is for the next pass."""
     install_adapters(model)
-    bank = MultiLora(model)
-    bank.collect_adapter()
-    model.lora_routing = bank.install()
+    multi_lora = MultiLora(model)
+    multi_lora.collect_adapter()
+    model.lora_routing = multi_lora.install()
     assert model.lora_routing is not None
     model.lora_routing.set_mask(model.lora_routing.build_mask(0))
 
@@ -181,14 +181,16 @@ def generate_cached(
     drop_after: int | None = None,
     forced_tokens: Sequence[Sequence[int]] | None = None,
 ) -> list[Generated]:
-    """Answers by the cache, all at once, with the model's first adapter, if it has some by request:
-    prompts are read `chunk` tokens at a time; after `drop_after` steps every second row leaves;
-    `spoken` tokens are said in place of the most probable ones."""
+    """Answer all requests in one batch with the KV cache, and with the given adapters.
+
+    Prompts are prefilled `chunk` tokens at a time. After `drop_after` steps every second sequence
+    is removed. `forced_tokens` replace the most probable tokens.
+    """
     needed = [-(-(prompt.tokenized.num_tokens + steps) // CPU_BLOCK_SIZE) for prompt in prompts]
-    rows = ModelRunner(
+    model_runner = ModelRunner(
         model, max_num_seqs=len(prompts), num_blocks=sum(needed) + 1, block_size=CPU_BLOCK_SIZE
     )
-    # In no order: what belongs together lies anywhere.
+    # Blocks of a sequence are scattered.
     free = (np.random.default_rng(0).permutation(sum(needed)) + 1).tolist()
     adapter = None if model.lora_routing is None else 0
     requests = [
@@ -216,22 +218,22 @@ def generate_cached(
         stops = [
             min(p.num_tokens, p.num_computed_tokens + (chunk or p.num_tokens)) for p in unfinished
         ]
-        logits_RV = rows.prefill(unfinished, stops)
+        logits_RV = model_runner.prefill(unfinished, stops)
         done = [n for n in unread if requests[n].num_computed_tokens == requests[n].num_tokens]
         for who, logits_V in zip(done, () if logits_RV is None else logits_RV, strict=True):
-            rows.start_sequence(len(owner), requests[who], append_token(who, logits_V))
+            model_runner.start_sequence(len(owner), requests[who], append_token(who, logits_V))
             owner.append(who)
     for step in range(1, steps):
         if step - 1 == drop_after:
             for row in reversed(range(0, len(owner), 2)):
                 last = owner.pop()
-                rows.remove_sequence(row, len(owner))
+                model_runner.remove_sequence(row, len(owner))
                 if row < len(owner):
                     owner[row] = last
         longest = max(requests[who].num_tokens for who in owner) + step
-        logits_RV = rows.decode(len(owner), longest)
+        logits_RV = model_runner.decode(len(owner), longest)
         for row, who in enumerate(owner):
-            rows.ids_R[row : row + 1] = append_token(who, logits_RV[row])
+            model_runner.ids_R[row : row + 1] = append_token(who, logits_RV[row])
     return found
 
 
@@ -249,7 +251,7 @@ def generate_uncached(model: VisionLanguageModel, prompt: EncodedSample, steps: 
 
 
 def _extend_prompt(prompt: EncodedSample, tokens: Sequence[int]) -> EncodedSample:
-    """The prompt with answer tokens after it: text, each one position on in all three rows."""
+    """The prompt with answer tokens after it: text, each one position on in all three axes."""
     outline = prompt.tokenized
     following = outline.position_ids_3T.max() + 1 + np.arange(len(tokens), dtype=np.int32)
     extended = replace(

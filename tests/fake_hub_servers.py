@@ -28,9 +28,15 @@ LFS_THRESHOLD = 1000
 
 @dataclass(slots=True)
 class HubFaults:
-    """What goes wrong: bytes after which answers for a path end, one entry an answer; bytes after
-    which the next answer waits until `going_on` is set; paths whose bytes are other ones; where
-    redirects lead in place of the other host; statuses for a path."""
+    """Injected server faults.
+
+    Attributes:
+        cuts: Byte counts after which responses for a path end, one entry per response.
+        stalls: Byte counts after which the next response waits for `resume_event`.
+        corrupted: Paths with other bytes.
+        redirect_url: Target of redirects instead of the other host.
+        statuses: Response statuses for a path.
+    """
 
     cuts: dict[str, list[int]] = field(default_factory=dict)
     stalls: dict[str, int] = field(default_factory=dict)

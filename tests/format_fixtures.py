@@ -15,7 +15,7 @@ from finesight.data.sample import BoxPart, ContentPart, ImagePart, Message, Text
 def parse_record(
     data_format: DatasetFormat, record: dict[str, Any], folder: Path, **context_fields: Any
 ) -> ImportExample:
-    """The case of a record whose pictures lie in `folder`; `said` are fields of Reading."""
+    """Make the case of a record whose images are in `folder`; `said` are fields of Reading."""
     row = SourceRow(number=3, location="line 3", record=record, stem="rows")
     (case,) = data_format.parse_examples(
         row, ImportContext(ImageResolver(folder, folder / "out"), **context_fields)
@@ -24,7 +24,7 @@ def parse_record(
 
 
 def summarize_content(content: tuple[ContentPart, ...]) -> list[object]:
-    """Text as it is, a picture as the name of its file, a box as (picture, label, corners)."""
+    """Return text unchanged, an image as its file name, a box as (image, label, corners)."""
     return [_summarize_part(part) for part in content]
 
 

@@ -46,7 +46,7 @@ LLAMA_CONFIG = {
 
 
 def make_llava(folder: Path, template: str = CHAT_TEMPLATE, tied: bool = False) -> Path:
-    """A LLaVA: a CLIP tower of two layers, a projector, a Llama of two."""
+    """Configure a LLaVA: a CLIP encoder of two layers, a projector, a Llama of two layers."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
     try:
@@ -93,7 +93,7 @@ def make_tokenizer(folder: Path) -> Any:
 
 @torch.no_grad()
 def save_model(folder: Path, model: Any, processor: Any) -> None:
-    """Write both, the weights so wide that pictures and words matter to the answers."""
+    """Write both, with weights so large that images and words affect the answers."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(0.0, 1.5 * parameter[0].numel() ** -0.5)
@@ -105,8 +105,10 @@ def save_model(folder: Path, model: Any, processor: Any) -> None:
 def make_sample(
     folder: Path, *turns: tuple[str, str], num_images: int = 1, name: str = "s"
 ) -> LocatedSample:
-    """A conversation of (question, answer) pairs, its pictures in the first turn; the last answer
-    may be empty, for none."""
+    """Make a conversation of (question, answer) pairs with its images in the first turn.
+
+    The last answer may be empty for a prompt.
+    """
     messages = []
     for at, (question, answer) in enumerate(turns):
         shown = [
@@ -122,7 +124,7 @@ def make_sample(
 
 
 def write_image(folder: Path, number: int) -> str:
-    """A picture of one colour."""
+    """Make an image of one color."""
     name = f"{number}.png"
     Image.new("RGB", (40 + 10 * number, 30), (250 - 90 * number, 80 * number, 20)).save(
         folder / name
@@ -131,7 +133,7 @@ def write_image(folder: Path, number: int) -> str:
 
 
 def make_idefics3(folder: Path) -> Path:
-    """An Idefics3, as SmolVLM is one: large pictures are read in pieces, each between tokens."""
+    """Configure an Idefics3, like SmolVLM, which splits large images into tiles between tokens."""
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
 
     try:

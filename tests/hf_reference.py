@@ -169,12 +169,12 @@ def to_published_layout(
 
 
 ConversationPart = int | tuple[str, GridTHW]
-"""So many text tokens, or a picture or video of this grid."""
+"""A number of text tokens, or an image or video of this grid."""
 
 
 @dataclass(frozen=True)
 class ConversationSpec:
-    """What is talked about, for any family to read."""
+    """A conversation for any family."""
 
     seed: int
     parts: tuple[ConversationPart, ...]
@@ -188,13 +188,13 @@ class ConversationSpec:
 
 
 def make_conversation(seed: int, *parts: ConversationPart) -> ConversationSpec:
-    """The parts in order, pictures between their start and end tokens."""
+    """Concatenate the parts, images between their start and end tokens."""
     return ConversationSpec(seed, parts)
 
 
 @dataclass(frozen=True)
 class RandomConversation:
-    """Random tokens with random pictures among them; `kinds_T` is 0 text, 1 image, 2 video."""
+    """Make random tokens and images; `kinds_T` is 0 for text, 1 for image and 2 for video."""
 
     ids_T: Tensor
     kinds_T: Tensor
@@ -202,7 +202,7 @@ class RandomConversation:
     patches: tuple[Tensor, ...]
 
     def pixels(self, kind: str) -> Tensor | None:
-        """Normalised patches of all pictures or videos, as the reference's processor makes them."""
+        """Return normalized patches of all images or videos, as the processor of the reference."""
         chosen = [p for (k, _), p in zip(self.media, self.patches, strict=True) if k == kind]
         if not chosen:
             return None

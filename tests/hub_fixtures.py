@@ -1,4 +1,4 @@
-"""Hubs on this machine in place of the real ones, for tests of what asks them."""
+"""Fixtures of local hub servers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from finesight.hub import http_client
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, no tokens, and no waiting between attempts."""
+    """Empty cache, no tokens, and no delay between retries."""
     monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "cache" / "assets"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "cache" / "token"))
@@ -43,7 +43,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def huggingface(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHubServer]:
-    """Hugging Face's hub, for this process."""
+    """Local server of the Hugging Face hub."""
     with run_hub_server(HuggingFaceHandler) as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -53,14 +53,14 @@ def huggingface(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHu
 
 @pytest.fixture
 def modelscope(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHubServer]:
-    """ModelScope's hub."""
+    """Local server of the ModelScope hub."""
     with run_hub_server(ModelScopeHandler) as hub:
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
         yield hub
 
 
 class FileHandler(HubHandler):
-    """/NAME is the file; /to/URL redirects."""
+    """Serves the file /NAME, and redirects /to/URL."""
 
     def respond(self, path: str, query: dict[str, list[str]]) -> None:
         if path.startswith("/to/"):
@@ -80,40 +80,49 @@ class FileHandler(HubHandler):
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A certificate for localhost and 127.0.0.1, and its key."""
     if shutil.which("openssl") is None:
-        pytest.skip("no openssl to make a certificate with")
+        pytest.skip("openssl is not installed")
     folder = tmp_path_factory.mktemp("certificate")
-    key, made = folder / "key.pem", folder / "made.pem"
+    key, certificate_file = folder / "key.pem", folder / "certificate.pem"
     names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    command += ["-keyout", str(key), "-out", str(made), "-subj", "/CN=localhost", "-addext", names]
+    command += [
+        "-keyout",
+        str(key),
+        "-out",
+        str(certificate_file),
+        "-subj",
+        "/CN=localhost",
+        "-addext",
+        names,
+    ]
     subprocess.run(command, check=True, capture_output=True)
-    return made, key
+    return certificate_file, key
 
 
 @pytest.fixture
 def web_server(
     certificate: tuple[Path, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FakeHubServer]:
-    """A server of files over HTTPS."""
-    made, key = certificate
-    monkeypatch.setenv("SSL_CERT_FILE", str(made))
-    serving = FakeHubServer(FileHandler)
-    serving.repositories["files"] = {}
+    """HTTPS file server."""
+    certificate_file, key = certificate
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate_file))
+    server = FakeHubServer(FileHandler)
+    server.repositories["files"] = {}
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(made, key)
-    serving.socket = context.wrap_socket(serving.socket, server_side=True)
-    threading.Thread(target=serving.serve_forever, args=(0.02,), daemon=True).start()
-    yield serving
-    serving.shutdown()
-    serving.server_close()
+    context.load_cert_chain(certificate_file, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture
 def without_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any attempt to connect, or to look a name up, fails the test."""
+    """Fail the test on any connection or name resolution."""
 
     def refuse(*arguments: Any) -> None:
-        pytest.fail(f"the network was touched: {arguments[1:]}")
+        pytest.fail(f"network access: {arguments[1:]}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket.socket, "connect_ex", refuse)
@@ -121,19 +130,19 @@ def without_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_png(gray_level: int, width: int = 64, height: int = 48) -> bytes:
-    """A PNG, different for each shade."""
+    """Return a PNG of one color, which differs for each gray level."""
     file = io.BytesIO()
     Image.new("RGB", (width, height), (gray_level % 256, gray_level // 256, 7)).save(file, "PNG")
     return file.getvalue()
 
 
 def make_parquet(rows: Sequence[dict[str, Any]]) -> bytes:
-    """A Parquet file as the library datasets writes it: pictures as {bytes, path}."""
+    """Return a Parquet file with images as {bytes, path}, as `datasets` writes it."""
     file = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(list(rows)), file)
     return file.getvalue()
 
 
-def make_image_cell(shade: int) -> dict[str, Any]:
-    """A cell of an Image column."""
-    return {"bytes": make_png(shade), "path": f"{shade}.png"}
+def make_image_cell(gray_level: int) -> dict[str, Any]:
+    """Return a cell of an Image column."""
+    return {"bytes": make_png(gray_level), "path": f"{gray_level}.png"}

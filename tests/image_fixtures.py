@@ -1,4 +1,4 @@
-"""Small pictures and files for tests of data."""
+"""Small images and files for tests of data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def write_gray_image(path: Path, width: int = 40, height: int = 20, gray_level: int = 0) -> Path:
-    """A grey picture of that size."""
+    """Make a gray image of that size."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", (width, height), gray_level).save(path)
     return path

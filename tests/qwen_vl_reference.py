@@ -1,10 +1,11 @@
-"""What Qwen-VL's published code computed with small random models, on a stack that still runs it.
+"""Reference values of the published code of Qwen-VL with small random models.
 
-`model/reference_values/qwen_vl.json` and `.npz` hold, for each case, the loss, for each token its
-logits' product with a random vector, all logits of three tokens, and for each parameter's gradient
-its products with three random vectors and its norm; further the tokens of greedy generation.
-Weights, tokens and pictures are not stored: both sides draw them by the rules below. The numbers
-were made in fp32 with torch 2.13 on a CPU."""
+`model/reference_values/qwen_vl.json` and `.npz` contain, for each case, the loss, the product of
+the logits of each token with a random vector, all logits of three tokens, for the gradient of each
+parameter its products with three random vectors and its norm, and the tokens of greedy generation.
+Weights, tokens and images are not stored: both sides draw them with the rules below. The numbers
+were computed in fp32 with torch 2.13 on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +70,7 @@ def _make_noise(name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class ReferenceConversation:
-    """Tokens and pictures of a case; `labels_T` are -100 where nothing is to be predicted."""
+    """Make tokens and images of a case; `labels_T` are -100 for tokens without a target."""
 
     encoded: EncodedSample
     labels_T: NDArray[np.int64]
@@ -78,7 +79,7 @@ class ReferenceConversation:
 def make_conversation(
     config: Mapping[str, Any], parts: Sequence[Any], seed: int
 ) -> ReferenceConversation:
-    """So many random tokens for a number, a random picture for ("p", its seed)."""
+    """Draw random tokens for a number, and a random image for ("p", its seed)."""
     visual = config["visual"]
     side, queries = visual["image_size"] // visual["patch_size"], visual["n_queries"]
     geometry = PatchConfig(visual["patch_size"], side // int(queries**0.5), 1)

@@ -51,4 +51,4 @@ def write_shape_image(folder: Path, seed: int) -> tuple[Path, str]:
             path = folder / f"shapes-{index}.png"
             drawn.image.save(path)
             return path, "".join(part for part in drawn.question if isinstance(part, str))
-    raise AssertionError(f"no picture from number {seed} on")
+    raise AssertionError(f"no image from number {seed} on")

@@ -1,4 +1,4 @@
-"""Pictures of shapes drawn on the spot, with labels and boxes in a foreign file."""
+"""Generated images of shapes, with labels and boxes in a foreign file."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ CELL_SIZE = 56
 """Pixels of a side of the cells in which shapes lie."""
 
 GRID_CELLS = 3
-"""Cells along each side of a picture."""
+"""Cells along each side of an image."""
 
 IMAGE_SIZE = CELL_SIZE * GRID_CELLS
-"""Pixels of a picture's side."""
+"""Pixels along each side of an image."""
 
 LABELS_FILE = "labels.jsonl"
-"""The foreign file: a row for each picture."""
+"""The foreign file, with a row for each image."""
 
 COLORS = {
     "red": (214, 39, 40),
@@ -37,7 +37,7 @@ COLORS = {
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 
 MAX_SHAPES = 2
-"""Shapes in a picture."""
+"""Shapes in an image."""
 
 SIZES = (40, 52)
 """Pixels of a side of a shape's box."""
@@ -63,12 +63,14 @@ class ColoredShape:
 
 
 def write_shape_images(target: Path, num_images: int, seed: int) -> Path:
-    """Write `pictures` pictures of one to MOST shapes and `labels.jsonl` into the new folder
-    `target`.
+    """Write `num_images` images of one to MAX_SHAPES shapes, and `labels.jsonl`, to a new folder.
 
-    A row has `picture` (a path relative to the file), `shapes` (their names, from left to right,
-    in a column from the top) and `boxes` (x, y, width, height in pixels). The same seed draws the
-    same. Raises UserError when `target` exists.
+    A row has `image` (a path relative to the file), `shapes` (their names, from left to right, in a
+    column from the top) and `boxes` (x, y, width, height in pixels). The same seed gives the same
+    files.
+
+    Raises:
+        UserError: `target` exists.
     """
     rng = random.Random(seed)
     with write_folder(target) as folder:
@@ -108,7 +110,7 @@ def _random_background(rng: random.Random) -> tuple[int, int, int]:
 
 
 def draw_shapes(shapes: Sequence[ColoredShape], background: tuple[int, int, int]) -> Image.Image:
-    """An RGB picture, SIDE by SIDE, of these shapes."""
+    """Draw an RGB image, SIDE by SIDE, of these shapes."""
     large = Image.new("RGB", (IMAGE_SIZE * _SUPERSAMPLING, IMAGE_SIZE * _SUPERSAMPLING), background)
     for shape in shapes:
         _draw_shape(ImageDraw.Draw(large), shape)

@@ -45,7 +45,7 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """A tiny model, pictures and data: a recipe's settings but for the output."""
+    """Make a tiny model, images and data, as settings without an output directory."""
     return make_task(tmp_path_factory.mktemp("task") / "task")
 
 
@@ -128,9 +128,9 @@ def test_public_api_is_annotated_and_documented():
 def test_batched_answers_match_single_answers(model, image_path):
     alone = model.generate(image_path, "Which colour?", max_new_tokens=8)
     requested = [api.build_question([], "Hello"), api.build_question(image_path, "Which colour?")]
-    together = model.generate_batch(requested, max_new_tokens=8)
-    assert together[1] == alone
-    assert together[0].images == ()
+    batched = model.generate_batch(requested, max_new_tokens=8)
+    assert batched[1] == alone
+    assert batched[0].images == ()
     assert alone.text == alone.answer
     assert "".join(model.stream(image_path, "Which colour?", max_new_tokens=8)) == alone.text
 

@@ -94,7 +94,7 @@ def test_peers_get_images_of_their_size(table: Path, tmp_path: Path) -> None:
     found = write_resized_dataset(table, tmp_path / "resized", 56)
     rows = [json.loads(line) for line in found.read_text().splitlines()]
     assert len(rows) == 6
-    with Image.open(next((table.parent / "pictures").iterdir())) as image:
+    with Image.open(next((table.parent / "images").iterdir())) as image:
         assert image.size == PHOTO_SIZE
     for row in rows:
         with Image.open(row["images"][0]) as image:

@@ -76,7 +76,7 @@ def other_installation(tmp_path_factory: pytest.TempPathFactory, model: Path) ->
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory, this_installation: PackageCopy) -> Path:
-    """A folder with a recipe, its data, a run by LoRA and a run that goes on from it, made here."""
+    """Make a folder with a recipe, its data, a LoRA run and a run that continues from it."""
     folder = tmp_path_factory.mktemp("task")
     recipe = make_task(folder) | {"model": TINY_MODEL, "output_dir": "run"}
     recipe["tune"] = {"language": "lora", "lora": {"rank": 2}}

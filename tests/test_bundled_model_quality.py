@@ -1,7 +1,7 @@
-"""What the package's own model knows: answers that end, words that are right, boxes that land.
+"""Quality of the bundled model: complete answers, correct words, accurate boxes.
 
-Bounds are well below what pretraining measured, on other pictures than those: these tests show that
-the path from file to answer is whole, not how good the model is.
+Bounds are well below the results of pretraining, which used other images. These tests check that
+the path from file to answer works, not the quality of the model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def tiny() -> InferenceModel:
 
 @pytest.fixture(scope="module")
 def evaluate_task(tiny: InferenceModel, tmp_path_factory: pytest.TempPathFactory) -> EvaluateTask:
-    """Measures the model on fresh pictures of a task and kind, drawn with Pillow's own font."""
+    """Evaluate the model on new images of a task and kind, drawn with the font of Pillow."""
 
     def measured(task: str, kind: str, metric: str) -> GenerationEvalResult:
         samples = generate_samples(tmp_path_factory.mktemp("drawn") / task, task, kind)
@@ -101,8 +101,10 @@ def test_short_finetune_improves_json_answers(tmp_path: Path) -> None:
     assert result.result.after.scores["parse_rate"] > 0.7, result.result.after
     assert result.result.after.validation_loss < 1.5 < result.result.before.validation_loss
     run = load_recipe(recipe).output_dir
-    held_out = tmp_path / "quick" / "data" / "eval.jsonl"
-    requested = [LocatedSample(sample, held_out.parent) for sample in read_samples(held_out)[:5]]
+    validation = tmp_path / "quick" / "data" / "eval.jsonl"
+    requested = [
+        LocatedSample(sample, validation.parent) for sample in read_samples(validation)[:5]
+    ]
     answers = [
         [
             one.answer

@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 PAGES = [
-    *("docs/en/data.md", "docs/zh/data.md"),
+    *("docs/en/data-check.md", "docs/zh/data-check.md"),
     *("docs/en/data-import.md", "docs/zh/data-import.md"),
     *("docs/en/serving.md", "docs/zh/serving.md"),
 ]

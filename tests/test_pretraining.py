@@ -48,7 +48,7 @@ def test_pretraining_creates_a_loadable_model(tmp_path: Path) -> None:
         sum(p.numel() for p in load_inference_model(str(folder), "cpu").model.parameters()) > 12e6
     )
     assert json.loads((out / "eval_results.json").read_text()).keys() == EVAL_TASKS.keys()
-    assert "64 pictures" in (folder / "README.md").read_text(encoding="utf-8")
+    assert "64 images" in (folder / "README.md").read_text(encoding="utf-8")
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert make(out).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before

@@ -1,4 +1,4 @@
-"""The quickstart at a size that takes seconds: every stage, the printed commands, going on."""
+"""Small quickstart: every stage, the printed commands, and resuming."""
 
 from __future__ import annotations
 

@@ -124,6 +124,12 @@ def test_unknown_setting_lists_alternatives(tmp_path):
     assert "did you mean" not in error.remedy
 
 
+@pytest.mark.parametrize("wrong", ["gpus", "zero"])
+def test_setting_of_other_spelling_is_not_suggested(tmp_path, wrong):
+    error = _load_error(tmp_path, SHORTEST, f"train.{wrong}=true")
+    assert "did you mean" not in error.remedy
+
+
 @pytest.mark.parametrize(
     ("addition", "key", "value", "expected"),
     [
@@ -357,15 +363,18 @@ def test_out_of_range_values_are_rejected(tmp_path, setting):
 
 def test_missing_recipe_suggests_closest_name(tmp_path):
     path = _write_recipe(tmp_path, SHORTEST)
-    with pytest.raises(UserError, match="no such recipe") as caught:
+    with pytest.raises(UserError, match="no such file") as caught:
         load_recipe(path.with_name("recipes.yaml"))
     assert str(path) in caught.value.remedy
-    with pytest.raises(UserError, match="no such recipe"):
+    with pytest.raises(UserError, match="no such file"):
         load_recipe(tmp_path / "no" / "where.yaml")
 
 
 def test_folder_and_binary_file_are_rejected(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a folder"):
+        load_recipe(tmp_path)
+    run_recipe = _write_recipe(tmp_path, SHORTEST)
+    with pytest.raises(UserError, match=f"give the recipe of this run: {run_recipe}"):
         load_recipe(tmp_path)
     path = tmp_path / "bytes.yaml"
     path.write_bytes(b"model: \xff\xfe\n")

@@ -40,7 +40,7 @@ def source_data_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = []
     for number in range(400):
-        path = f"pictures/{number}.png"
+        path = f"images/{number}.png"
         Path(path).parent.mkdir(exist_ok=True)
         Image.new("RGB", (40, 30), (number % 256, number // 256, 0)).save(path)
         rows.append({"image_path": path, "text": f"x ^ {number}", "caption": f"Number {number}."})
@@ -94,7 +94,7 @@ def test_tutorial_recipes_exist():
 def test_recipe_is_short_and_valid(recipe):
     assert len(recipe.read_text(encoding="utf-8").splitlines()) <= 25
     loaded = load_recipe(recipe)
-    assert loaded.data.eval, f"{recipe} has no held-out data"
+    assert loaded.data.eval, f"{recipe} has no validation data"
     assert loaded.eval is not None, f"{recipe} measures nothing"
     assert _commands(recipe), f"{recipe} does not say how to prepare its data"
 
@@ -104,8 +104,8 @@ def test_commands_in_comments_prepare_the_data(recipe, command, source_data_fold
     assert run_command(command) == 0
     data = load_recipe(recipe).data
     train = read_samples(data.train[0].path)
-    held_out = read_samples(data.eval[0].path)
-    assert len(train) + len(held_out) == 400
+    validation = read_samples(data.eval[0].path)
+    assert len(train) + len(validation) == 400
     answer = train[0].messages[-1].content[0]
     if load_recipe(recipe).eval.metric == "grounding":
         assert isinstance(answer, BoxPart)

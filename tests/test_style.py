@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from module_loader import load_module
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +51,7 @@ OFFENCES = {
     "public class names defined twice": "\n".join(f"class A{n // 2}: ..." for n in range(142)),
     "share of poor docstring summaries": '"""What it is."""\n',
     "newcomer searches without a hit": GOOD,
+    "misuses of glossary terms": "def f(tower: int) -> None: ...\n",
     "areas in a cycle of imports": "def f() -> None:\n    from finesight.b import x\n",
     "test lines to source lines": GOOD * 3,
 }
@@ -107,8 +109,69 @@ def test_vague_names_are_detected(tmp_path):
     assert "vague names of files and folders" in _missed(_project(tmp_path, GOOD, "utils"))
 
 
+GLOSSARY_MISUSES = {
+    "src/finesight/a.py": "class WebPictures: ...",
+    "src/finesight/b.py": "x = f'{1} pictures were found'",
+    "src/finesight/check/a.py": "fault = 'grave'",
+    "src/finesight/encode/a.py": "patch_bounds = (0, 4)",
+    "src/finesight/infer/a.py": "def run(rows: int) -> None: ...",
+    "src/finesight/model/lora/a.py": "update_TO = 1",
+    "src/finesight/train/a.py": "self.place = 1",
+    "tests/test_b.py": '"""Samples that are held\nout, two lines of text."""',
+    "tests/infer/test_a.py": "# Neither of the two pages is free.",
+    "docs/en/a.md": "The encoder learns, and 3 of 4 tokens are learned.",
+    "docs/zh/a.md": "留出图像出现在训练数据中。",
+    "docs/pictures/a.txt": "",
+    "recipes/a.yaml": "# The card recomputes: train.recompute=true",
+}
+GLOSSARY_USES = {
+    "src/finesight/a.py": "rows, page, seen, kept = [], 1, set(), ''\nseen.update(rows)",
+    "src/finesight/check/a.py": "clipped_box = 'a box clipped to the first image'",
+    "src/finesight/infer/a.py": "row_indices = ids_R[:1]  # one batch row, reader threads",
+    "src/finesight/model/a.py": "recompute_h = True  # the mask is recomputed",
+    "src/finesight/train/a.py": "learning_rate = 'the learning rate; dropped connections'",
+    "tests/test_b.py": '"""Read the held-out split, together with the first box."""',
+    "docs/en/a.md": "The backward pass recomputes activations. The model learns positions.",
+}
+
+
+def _misuses(project: Path) -> tuple[str, ...]:
+    measures = {one.name: one for one in CODE_MEASURES.measure_project(project)}
+    return measures["misuses of glossary terms"].violations
+
+
+@pytest.mark.parametrize("name", GLOSSARY_MISUSES)
+def test_glossary_misuse_is_detected(tmp_path, name):
+    project = _project(tmp_path, GOOD)
+    (project / name).parent.mkdir(parents=True, exist_ok=True)
+    (project / name).write_text(GLOSSARY_MISUSES[name], encoding="utf-8")
+    assert {name} == {
+        violation.rpartition(": use")[0].split(":")[0] for violation in _misuses(project)
+    }
+
+
+@pytest.mark.parametrize("name", GLOSSARY_USES)
+def test_correct_use_is_no_misuse(tmp_path, name):
+    project = _project(tmp_path, GOOD)
+    (project / name).parent.mkdir(parents=True, exist_ok=True)
+    (project / name).write_text(GLOSSARY_USES[name], encoding="utf-8")
+    assert _misuses(project) == ()
+
+
+def test_glossary_page_lists_the_avoided_terms():
+    table = yaml.safe_load((ROOT / "tools" / "glossary.yaml").read_text("utf-8"))["terms"]
+    rows = [f"| {term['use']} | {', '.join(term['not'])} |" for term in table]
+    for language in ("en", "zh"):
+        page = (ROOT / "docs" / language / "glossary.md").read_text("utf-8")
+        assert page.rstrip().split("\n")[-len(rows) :] == rows
+
+
+def test_every_glossary_exception_is_used():
+    assert MEASURES["glossary exceptions"].violations == ()
+
+
 def test_every_measure_has_a_violation_case():
-    others = {"vague names of files and folders", "module names used twice"}
+    others = {"vague names of files and folders", "module names used twice", "glossary exceptions"}
     assert set(MEASURES) == {*OFFENCES, *PAGE_OFFENCES, *others}
 
 

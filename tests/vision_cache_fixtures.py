@@ -42,7 +42,7 @@ def make_train_state(
             create_tiny_model(folder / family, family)
             made["model"] = str(folder / family)
         if family == "qwen":
-            # It reads pictures of one size.
+            # It requires a single image size.
             del made["image"]
         (folder / "task.json").write_text(json.dumps(made))
     recipe = json.loads((folder / "task.json").read_text())

@@ -82,6 +82,7 @@ def measure_project(root: Path) -> list[CodeMeasure]:
     """Compute all measures of the project at `root`."""
     source, tests = read_modules(root, "src"), read_modules(root, "tests")
     everything = [*source, *tests, *read_modules(root, "tools"), *read_modules(root, "benchmarks")]
+    others = [*read_modules(root, "pretraining"), *read_modules(root, "examples")]
     return [
         *_size_measures(source, everything),
         *_definition_measures(source),
@@ -89,6 +90,7 @@ def measure_project(root: Path) -> list[CodeMeasure]:
         _vague_name_measure(everything),
         _import_cycle_measure(source),
         *_language_measures(root, source),
+        *_glossary_measures(root, [*everything, *others]),
         CodeMeasure(
             "test lines to source lines",
             _num_lines(tests) / _num_lines(source),
@@ -150,6 +152,8 @@ def _name_parts(identifier: str) -> list[str]:
 
 
 # Bounds of the language measures. They are lowered as areas are rewritten, never raised.
+GENERATED_PAGES = ("commands.md", "files.md")
+
 COLLOQUIAL_BOUNDS = {"docstrings": 4, "comments": 5, "string literals": 4, "documentation": 4}
 
 
@@ -306,6 +310,118 @@ def _summary_measure(source: Sequence[SourceModule]) -> CodeMeasure:
     return CodeMeasure(
         "share of poor docstring summaries", _ratio(poor, summaries), 0.06, violations=poor
     )
+
+
+MAX_GLOSSARY_EXCEPTIONS = 15
+PAGE_SUFFIXES = {".md", ".yaml", ".html", ".js", ".cff", ".po", ".ipynb"}
+
+
+@dataclass(frozen=True)
+class SearchText:
+    """Names or prose of a file, as lines with their numbers."""
+
+    path: str
+    kind: str
+    lines: tuple[tuple[int, str], ...]
+
+    @cached_property
+    def text(self) -> str:
+        return "\n".join(line for _, line in self.lines)
+
+    def find(self, regex: re.Pattern[str]) -> Iterator[tuple[str, str]]:
+        """Yield the location and the line of each match."""
+        for match in regex.finditer(self.text):
+            number, line = self.lines[self.text.count("\n", 0, match.start())]
+            yield f"{self.path}:{number}", line.strip()
+
+
+def _glossary_measures(root: Path, modules: Sequence[SourceModule]) -> Iterator[CodeMeasure]:
+    """Search names, prose and paths for the misuses in `tools/glossary.yaml`."""
+    content = yaml.safe_load(Path(__file__).with_name("glossary.yaml").read_text("utf-8"))
+    rules = [
+        (term["use"], re.compile(rule.get("in", "")), kind, _compile_misuse(rule, kind))
+        for term in content["terms"]
+        for rule in term["find"]
+        for kind in ("names", "prose")
+        if rule.keys() & {kind, "any"}
+    ]
+    misuses = {
+        (location, use, line)
+        for searched in _iter_search_texts(root, modules)
+        for use, paths, kind, regex in rules
+        if kind == searched.kind and paths.search(searched.path)
+        for location, line in searched.find(regex)
+    }
+    unused = []
+    for exception in content["exceptions"]:
+        paths, text = re.compile(exception["in"]), re.compile(exception["text"], re.IGNORECASE)
+        excepted = {
+            m for m in misuses if paths.search(m[0].rpartition(":")[0]) and text.search(m[2])
+        }
+        misuses -= excepted
+        if not excepted:
+            unused.append(exception["reason"])
+    found = tuple(f"{where}: use {use}: {line[:90]}" for where, use, line in sorted(misuses))
+    yield CodeMeasure("misuses of glossary terms", len(found), 0, violations=found)
+    num_exceptions = len(content["exceptions"])
+    yield CodeMeasure(
+        "glossary exceptions", num_exceptions, MAX_GLOSSARY_EXCEPTIONS, violations=tuple(unused)
+    )
+
+
+def _compile_misuse(rule: dict[str, str], kind: str) -> re.Pattern[str]:
+    """Compile the expression of a rule; in prose a space matches any white space."""
+    pattern = rule.get(kind) or rule["any"]
+    if kind == "prose":
+        pattern = re.sub(r" (?!\?)", r"\\s+", pattern)
+    return re.compile(pattern, re.IGNORECASE | re.MULTILINE)
+
+
+def _iter_search_texts(root: Path, modules: Sequence[SourceModule]) -> Iterator[SearchText]:
+    """Yield names and prose of modules, prose of pages, and paths of all files."""
+    for module in modules:
+        path, names = module.path.as_posix(), {}
+        for node in ast.walk(module.tree):
+            for name in _node_names(node):
+                names.setdefault(name, getattr(node, "lineno", 0))
+        words = ((number, " ".join(_name_parts(name))) for name, number in names.items())
+        yield SearchText(path, "names", tuple(words))
+        yield SearchText(path, "prose", tuple(_prose_lines(module)))
+    folders = ("src", "tests", "benchmarks", "tools", "pretraining", "examples", "recipes", "docs")
+    for path in [*root.glob("*.*"), *(p for folder in folders for p in (root / folder).rglob("*"))]:
+        is_generated = path.parent.parent.name == "docs" and path.name in GENERATED_PAGES
+        if not path.is_file() or "__pycache__" in path.parts or is_generated:
+            continue
+        relative = path.relative_to(root)
+        words = " ".join(_name_parts(relative.with_suffix("").as_posix()))
+        yield SearchText(relative.as_posix(), "names", ((0, words),))
+        if path.suffix in PAGE_SUFFIXES:
+            lines = path.read_text("utf-8").replace("_", " ").split("\n")
+            yield SearchText(relative.as_posix(), "prose", tuple(enumerate(lines, 1)))
+
+
+def _node_names(node: ast.AST) -> tuple[str, ...]:
+    """Return the identifiers that a node of the syntax tree defines or uses."""
+    match node:
+        case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+            return (name,)
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return (name,)
+        case ast.arg(arg=str(name)) | ast.keyword(arg=str(name)):
+            return (name,)
+        case ast.alias(name=name, asname=asname):
+            return (name, asname or "")
+    return ()
+
+
+def _prose_lines(module: SourceModule) -> Iterator[tuple[int, str]]:
+    """Yield the lines of string literals, separated by a null character, and of comments."""
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from enumerate(node.value.replace("_", " ").split("\n"), node.lineno)
+            yield node.lineno, "\0"
+    for location, comment in _comments([module]):
+        yield int(location.rpartition(":")[2]), comment.lstrip("# ").replace("_", " ")
 
 
 def _num_lines(modules: Sequence[SourceModule]) -> int:

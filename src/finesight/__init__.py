@@ -1,6 +1,6 @@
 """finesight: fine-tune Qwen vision-language models on images.
 
-Importing the package imports no dependencies. The Python API is `finesight.api`.
+The Python API is `finesight.api`. Importing the package itself imports no dependencies.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Run `python -m finesight`, equivalent to the installed command."""
+"""Run the command line with `python -m finesight`, like the installed command `finesight`."""
 
 from finesight.cli.app import main
 

@@ -1,7 +1,8 @@
 """Python API: load a model, encode samples, train, evaluate and generate.
 
 Each function has the behavior, defaults and errors of the corresponding command, because both run
-the same code. `UserError` contains the location, the problem, the expected value and the remedy.
+the same code. Errors that the user can fix are `UserError`, with the location, the problem, the
+expected value and a remedy.
 
 Shapes: T tokens, N image patches, D values per patch.
 """
@@ -50,14 +51,17 @@ __all__ = [
 ]
 
 IGNORE_INDEX = -100
-"""Label of a token without loss, the default
-`ignore_index` of `torch.nn.functional.cross_entropy`."""
+"""Label of tokens that do not count in the loss.
+
+It is the default `ignore_index` of `torch.nn.functional.cross_entropy`.
+"""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Encoding:
-    """A sample as model input. Its representation is a table of its tokens with a star at each
-    supervised token.
+    """A sample encoded as model input: token ids, labels, position ids and image patches.
+
+    Its `repr` is a table of the tokens, with a star at each supervised token.
     """
 
     encoded: EncodedSample
@@ -90,12 +94,12 @@ class Encoding:
 
     @property
     def visual_spans(self) -> tuple[VisualSpan, ...]:
-        """Token range of each image or video, and its sizes in pixels."""
+        """Token range, original size and resized size (in pixels) of each image or video."""
         return self.encoded.tokenized.spans
 
     @property
     def patches(self) -> NDArray[np.uint8]:
-        """Concatenated patches of all images, not yet normalized, of shape (N, D)."""
+        """Patches of all images as pixel values before normalization, of shape (N, D)."""
         return self.encoded.patches_ND
 
     def __repr__(self) -> str:
@@ -106,7 +110,7 @@ class Encoding:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A loaded model with its image rule and system prompt."""
+    """A loaded model, with the image size and system prompt of its training."""
 
     name: str
     inference_model: InferenceModel = field(repr=False)
@@ -136,13 +140,14 @@ class Model:
     def generate_batch(
         self, samples: Sequence[LocatedSample], *, max_new_tokens: int = 512, batch_size: int = 16
     ) -> list[Prediction]:
-        """Generate the answers to many questions in batches.
+        """Generate answers to many questions with continuous batching.
 
         Args:
             samples: Questions from `build_question` or `read_samples`. For a sample with an answer,
                 the preceding turns are the prompt.
             max_new_tokens: Maximum number of tokens per answer.
-            batch_size: Number of samples per batch; halved when GPU memory is exhausted.
+            batch_size: Number of answers that are generated at the same time; halved when GPU
+                memory is exhausted.
 
         Returns:
             The predictions in the order of the samples.
@@ -167,7 +172,7 @@ class Model:
         temperature: float = 0.0,
         seed: int | None = None,
     ) -> Iterator[str]:
-        """Stream the answer to one question in text pieces.
+        """Generate the answer to one question, and yield its text in pieces.
 
         A `temperature` above 0 enables sampling, which is reproducible with the same `seed`. The
         prompt is encoded when the first piece is requested, and UserError is raised then. Closing
@@ -187,11 +192,12 @@ class Model:
             service.close()
 
     def encode(self, sample: LocatedSample, *, add_generation_prompt: bool = False) -> Encoding:
-        """Encode a sample as model input, with the same tokenization for training and inference.
+        """Encode a sample as model input, exactly as in training and inference.
 
         Args:
             sample: The sample to encode.
-            add_generation_prompt: Encode the prompt of the last answer, as in `generate_batch`.
+            add_generation_prompt: Encode only the prompt of the last answer, as `generate_batch`
+                does, instead of the whole conversation.
 
         Raises:
             UserError: An image is corrupt, or a box is outside its image.
@@ -215,7 +221,7 @@ def load_model(
 
     Args:
         model: Name or path. `finesight-tiny` is the bundled model.
-        device: auto is the GPU if available.
+        device: auto is the GPU if there is one, else the CPU.
         precision: auto is bf16 on GPUs that support it, fp16 on older ones, fp32 on a CPU.
         weights: auto is the stored format, or the format of the run's training; nf4, fp8, int8 and
             int4 quantize the weights while loading.
@@ -246,7 +252,7 @@ def build_question(images: StrPath | Sequence[StrPath], prompt: str) -> LocatedS
 
 
 def draw_boxes(prediction: Prediction, image_index: int = 0) -> Image.Image:
-    """Return a copy of an image of the prediction with its boxes.
+    """Draw the predicted boxes on a copy of an image of a prediction.
 
     Args:
         prediction: The prediction.
@@ -273,12 +279,12 @@ def draw_boxes(prediction: Prediction, image_index: int = 0) -> Image.Image:
 def read_samples(
     *files: StrPath, limit: int | None = None, require_answer: bool = True
 ) -> list[LocatedSample]:
-    """Read and validate the samples of files.
+    """Read and validate samples from files.
 
     Args:
         files: JSONL, Parquet or tar files as paths, patterns such as `shards/*.tar`, or object
             storage URLs.
-        limit: Read only the first samples of each.
+        limit: Number of samples to read from the start of each file; None for all.
         require_answer: Reject samples whose last turn is a question.
 
     Returns:
@@ -317,9 +323,9 @@ def import_data(
         columns: Table columns by role: `image`, `answer`, `question`, `box`, `label`, or `fields`,
             a comma-separated list of columns for a JSON answer.
         prompt: Question for each image.
-        train_fraction: Fraction of the rows for training.
-        eval_last: Number of rows at the end that are held out.
-        limit: Import only the first rows.
+        train_fraction: Fraction of the rows for training; the others are for validation.
+        eval_last: Number of rows at the end for validation.
+        limit: Number of rows to import from the start; None for all.
         format: Dataset format; detected by default.
 
     Raises:
@@ -348,12 +354,13 @@ def import_data(
 def check_data(
     data: StrPath | Sequence[StrPath], validation: StrPath | Sequence[StrPath] = ()
 ) -> CheckResult:
-    """Check samples: images, boxes, texts, turns, duplicates, and validation images in training
-    data.
+    """Check samples for invalid content, duplicates, and validation images in training data.
+
+    Images, boxes, texts and turns are checked. No file is changed.
 
     Returns:
-        The result: `issue_counts` has the number of issues by code (empty without issues), `issues`
-            the first of each code, and `severity` the highest severity. No files are changed.
+        The result: `issue_counts` is the number of issues by code (empty without issues), `issues`
+            contains the first issues of each code, and `severity` is the highest severity.
 
     Raises:
         UserError: A file is unreadable.
@@ -372,14 +379,15 @@ def train(
     resume: bool = False,
     trust_metric: bool = False,
 ) -> RunResult:
-    """Train a recipe with an evaluation before and after.
+    """Fine-tune a model with a recipe, and evaluate it before and after training.
 
     Args:
-        recipe: A file, or settings by name.
+        recipe: A recipe file, a `Recipe`, or its settings as a dict.
         overrides: Settings by dotted name that replace those of the recipe: `{"train.steps": 100}`.
-        resume: Resume an interrupted run from its last checkpoint; return the result of a finished
-            one.
-        trust_metric: Execute a `metric.py` from a run folder of any origin.
+        resume: Continue an interrupted run from its newest checkpoint, or return the result of a
+            finished run.
+        trust_metric: Execute the custom metric (`metric.py`) in a run folder, even if someone else
+            created it.
 
     Returns:
         The result, on every rank. Progress is logged to stderr.
@@ -426,18 +434,19 @@ def evaluate(
     out: StrPath | None = None,
     trust_metric: bool = False,
 ) -> GenerationEvalResult:
-    """Generate answers for validation samples and score them.
+    """Generate answers to validation samples, and compute metrics.
 
     Args:
-        model: A loaded model, or a name or path.
-        data: JSONL file; for a run, defaults to that of its recipe.
+        model: A loaded model, or its name or path.
+        data: JSONL file of samples; for a run, defaults to the validation data of its recipe.
         metric: captions, latex, ocr, qa, classification, json, grounding, detection, or a custom
             function `FILE.py:FUNCTION`; for a run, defaults to that of its recipe.
-        limit: Use only the first samples.
-        max_new_tokens: Maximum number of tokens per answer.
-        batch_size: Number of samples per batch.
-        out: File for all answers with their scores.
-        trust_metric: Execute a `metric.py` from a run folder of any origin.
+        limit: Number of samples to evaluate from the start; for a run, defaults to its recipe.
+        max_new_tokens: Maximum number of tokens per answer; for a run, defaults to its recipe.
+        batch_size: Number of answers generated at the same time; for a run, defaults to its recipe.
+        out: JSONL file to write, with each answer and its scores.
+        trust_metric: Execute the custom metric (`metric.py`) in a run folder, even if someone else
+            created it.
 
     Returns:
         The result: `scores` by name, `intervals` with 95 % confidence intervals (None if

@@ -1,4 +1,4 @@
-"""Validate arguments of `finesight.api`: names, counts, choices."""
+"""Validate arguments of the functions in `finesight.api`: paths, counts and choices."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ from typing import get_args
 from finesight.errors import UserError
 
 StrPath = str | Path
-"""Name of a file, run or model. `~` is the home folder."""
+"""Name or path of a file, run or model; `~` stands for the home folder."""
 
 
 def to_paths(paths: StrPath | Sequence[StrPath]) -> list[Path]:
-    """Convert one or several file names to paths. Raises UserError for other types."""
+    """Convert one or several file names to a list of paths.
+
+    Raises UserError for objects other than text and paths, such as in-memory images.
+    """
     is_sequence = isinstance(paths, Iterable) and not isinstance(paths, str | bytes | os.PathLike)
     items: Iterable[object] = paths if is_sequence else [paths]  # type: ignore[assignment]
     return [Path(os.path.expanduser(to_name(name))) for name in items]
 
 
 def to_name(value: object) -> str:
-    """Convert the name of a file, run or model to text."""
+    """Convert the name or path of a file, run or model to text.
+
+    Raises UserError for objects of other types.
+    """
     if isinstance(value, str | os.PathLike):
         return str(value)
     raise UserError(
@@ -32,7 +38,7 @@ def to_name(value: object) -> str:
 
 
 def check_choice(name: str, value: object, literal: object) -> None:
-    """Raise UserError unless a value is a member of a Literal."""
+    """Raise UserError unless the argument `name` has one of the values of a Literal type."""
     if value not in get_args(literal):
         raise UserError(
             f"{name} is {value!r}",
@@ -43,7 +49,7 @@ def check_choice(name: str, value: object, literal: object) -> None:
 
 
 def check_counts(**counts: int | None) -> None:
-    """Raise UserError unless each given count is above 0."""
+    """Raise UserError if one of the named counts is below 1; None is valid."""
     for name, count in counts.items():
         if count is not None and count < 1:
             raise UserError(

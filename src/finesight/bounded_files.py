@@ -1,25 +1,29 @@
-"""Read untrusted files: regular files of bounded size, JSON of bounded depth."""
+"""Read untrusted files with limits on their type, size and JSON depth.
+
+Only regular files are read, since named pipes block and devices can be infinite.
+"""
 
 from __future__ import annotations
 
 import errno
-import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pydantic_core import from_json
 
 from finesight.errors import UserError, suggest_similar_path
+from finesight.regular_file import SpecialFileError, open_regular_file
 
 MAX_FILE_BYTES = 40 * 2**20
-"""Maximum size of a file that is read at once. Tokenizers have up to 35 MB. Parsed JSON takes up to
-30 times its size in memory."""
+"""Maximum size in bytes of a file that is read at once.
+
+Tokenizer files have up to 35 MB. Parsed JSON takes up to 30 times its size in memory.
+"""
 
 MAX_LINE_BYTES = 8 * 2**20
-"""Maximum size of a line of a JSON Lines file."""
+"""Maximum size of a line in a JSON Lines file, in bytes."""
 
 
 def read_bytes(
@@ -32,7 +36,10 @@ def read_bytes(
     Raises:
         UserError: The file is unreadable; the error contains `expected` and `remedy`.
     """
-    with _translate_os_errors(path, expected, remedy), _open_regular_file(path) as file:
+    with (
+        translate_os_errors(path, expected=expected, remedy=remedy),
+        open_regular_file(path) as file,
+    ):
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise UserError(
@@ -61,10 +68,10 @@ def read_text(
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON of at most 200 levels; NaN and infinity are valid.
+    """Parse JSON of at most 200 nested levels.
 
-    In contrast to `json.loads`, deeper nesting raises ValueError, never RecursionError, and lone
-    surrogates are rejected.
+    NaN and infinity are valid, as in `json.loads`. Deeper nesting and lone surrogates raise
+    ValueError; RecursionError is never raised.
     """
     try:
         return from_json(text)
@@ -73,7 +80,10 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path, *, expected: str = "JSON", remedy: str = "restore the file") -> Any:
-    """Read a JSON file of bounded size and depth. Raises UserError like `read_bytes`."""
+    """Read a JSON file with limits on size and depth.
+
+    Raises UserError like `read_bytes`, and for invalid JSON.
+    """
     content = read_bytes(path, expected=expected, remedy=remedy)
     try:
         return parse_json(content)
@@ -86,7 +96,10 @@ def read_json(path: Path, *, expected: str = "JSON", remedy: str = "restore the 
 def read_json_object(
     path: Path, *, expected: str = "a JSON object", remedy: str = "restore the file"
 ) -> dict[str, Any]:
-    """Read a JSON file with a single object. Raises UserError like `read_json`."""
+    """Read a JSON file that contains an object.
+
+    Raises UserError like `read_json`, and for other JSON values.
+    """
     content = read_json(path, expected=expected, remedy=remedy)
     if not isinstance(content, dict):
         raise UserError(
@@ -101,14 +114,17 @@ def read_json_object(
 def read_lines(
     path: Path, *, expected: str, remedy: str = "restore the file", max_bytes: int = MAX_LINE_BYTES
 ) -> Iterator[bytes]:
-    """Yield the lines of a regular file of any size with their line ends.
+    """Yield the lines of a regular file of any size, with their line ends.
 
-    Longer lines are truncated to `max_bytes` bytes without a line end.
+    A line of more than `max_bytes` bytes is truncated and has no line end.
 
     Raises:
         UserError: The file is unreadable; the error contains `expected` and `remedy`.
     """
-    with _translate_os_errors(path, expected, remedy), _open_regular_file(path) as file:
+    with (
+        translate_os_errors(path, expected=expected, remedy=remedy),
+        open_regular_file(path) as file,
+    ):
         while line := file.readline(max_bytes):
             yield line
             while len(line) == max_bytes and not line.endswith(b"\n"):
@@ -116,30 +132,19 @@ def read_lines(
 
 
 @contextmanager
-def _translate_os_errors(path: Path, expected: str, remedy: str) -> Iterator[None]:
-    """Convert an OSError to a UserError about `path`."""
+def translate_os_errors(
+    path: Path, *, expected: str, remedy: str, error_class: type[UserError] = UserError
+) -> Iterator[None]:
+    """Convert an OSError or a SpecialFileError to an `error_class` about `path`."""
     try:
         yield
+    except SpecialFileError as error:
+        raise error_class(error.what, where=str(path), expected=expected, remedy=remedy) from error
     except OSError as error:
         missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
-        raise UserError(
+        raise error_class(
             "no such file" if missing else f"cannot be read: {error.strerror or error}",
             where=str(path),
             expected=expected,
             remedy=suggest_similar_path(path) if missing else remedy,
         ) from error
-
-
-def _open_regular_file(path: Path) -> BinaryIO:
-    """Open a regular file without blocking on named pipes. Raises OSError for other file types."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except ValueError as error:  # a null character in the name
-        raise OSError(errno.EINVAL, str(error)) from error
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISREG(mode):
-        return os.fdopen(fd, "rb")
-    os.close(fd)
-    if stat.S_ISDIR(mode):
-        raise OSError(errno.EISDIR, "it is a folder")
-    raise OSError(errno.EINVAL, "it is not a regular file")

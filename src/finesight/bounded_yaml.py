@@ -1,4 +1,4 @@
-"""Load untrusted YAML data of bounded size."""
+"""Load untrusted YAML with limits on depth, aliases, values and integers."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from typing import Any
 import yaml
 
 MAX_DEPTH = 64
-"""Maximum nesting of mappings and sequences."""
+"""Maximum number of nested mappings and sequences."""
 
 MAX_ALIASED_VALUES = 100_000
-"""Maximum number of values that aliases expand to: nine lines of aliases can expand
-to a billion."""
+"""Maximum number of values that aliases expand to.
+
+Without a limit, nine lines of aliases can expand to a billion values.
+"""
 
 MAX_VALUES = 100_000
-"""Maximum number of values, including keys: each takes up to 50 microseconds."""
+"""Maximum number of values, including keys; parsing takes up to 50 microseconds per value."""
 
 MAX_INT_BITS = 1024
-"""Maximum size of an integer: Python may refuse to print larger ones."""
+"""Maximum size of an integer in bits; Python may refuse to print larger ones."""
 
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
 
 def load_yaml(text: str | bytes) -> Any:
-    """Load YAML text.
+    """Load YAML text as Python data of the standard types.
 
-    Raises YAMLError for any error, including malformed values (0x_, month 13), excessive depth and
-    excessive aliases.
+    Raises YAMLError for any error, including malformed values (0x_, month 13) and exceeded limits.
     """
     loader = _BoundedLoader(text, MAX_VALUES)
     node = loader.get_single_node()
@@ -35,15 +36,18 @@ def load_yaml(text: str | bytes) -> Any:
 
 
 class TooManyValuesError(yaml.MarkedYAMLError):
-    """The text has more values than the limit."""
+    """Raised when a YAML text has more values than the limit."""
 
 
 class ComposedYaml:
-    """The nodes of a YAML text with their lines, and their data.
+    """A parsed YAML text: its syntax tree with line numbers, and its data.
 
     Args:
-        text: The YAML.
+        text: YAML text.
         values: Maximum number of values.
+
+    Attributes:
+        root: Root node of the syntax tree; None for an empty text.
 
     Raises:
         yaml.YAMLError: See `load_yaml`.
@@ -54,12 +58,12 @@ class ComposedYaml:
         self.root: yaml.Node | None = self._loader.get_single_node()
 
     def data(self) -> Any:
-        """Construct the data of the nodes. Raises YAMLError for a malformed value."""
+        """Convert the syntax tree to Python data. Raises YAMLError for a malformed value."""
         return None if self.root is None else self._loader.construct_document(self.root)
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """A loader for the standard data tags, like SafeLoader."""
+    """A YAML loader for the standard data tags, like SafeLoader, with limits."""
 
     def __init__(self, stream: str | bytes, values: int) -> None:
         super().__init__(stream)
@@ -68,7 +72,7 @@ class _BoundedLoader(yaml.SafeLoader):
         self._sizes: dict[yaml.Node, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
-        """Compose a node; reject excessive depth and aliases."""
+        """Parse the next node. Raises YAMLError above the limits on depth, values and aliases."""
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         num_before, is_alias = self._num_values, isinstance(event, yaml.AliasEvent)
         if self._depth >= MAX_DEPTH:
@@ -97,7 +101,7 @@ class _BoundedLoader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Construct a value; convert any exception to a YAMLError."""
+        """Convert a node to a Python value, and any exception to a YAMLError."""
         try:
             value = super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:

@@ -17,29 +17,34 @@ from types import TracebackType
 from typing import ClassVar, Self
 
 _forking = threading.RLock()
-"""Held while a lock file is opened or closed, and during every fork."""
+"""Lock that prevents a fork while the file of a FileLock is opened or closed."""
 
 
 class FileLock:
-    """Lock a file or folder with `flock`. Forked processes close their copy of it.
+    """Lock on a file or folder with `flock`, which forked processes do not inherit.
 
-    The lock ends with `close`, or with the process that took it.
+    The lock is released by `close`, or when the process that acquired it ends.
     """
 
     _open: ClassVar[set[FileLock]] = set()
 
     def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
-        """Open `path` without locking it. Raises OSError."""
+        """Open `path` with the given `os.open` flags, without locking it. Raises OSError."""
         with _forking:
             self._descriptor: int | None = os.open(path, flags, 0o644)
             FileLock._open.add(self)
 
     def acquire(self, *, shared: bool = False, wait: bool = True) -> None:
-        """Take the lock, or change the kind of the one that is held.
+        """Acquire the lock, or convert it between shared and exclusive.
+
+        Args:
+            shared: Acquire a shared lock, which several processes can hold, instead of an exclusive
+                one.
+            wait: Wait until other processes release the lock.
 
         Raises:
-            BlockingIOError: another process holds it, and `wait` is False.
-            OSError: the file system has no locks, as some network file systems.
+            BlockingIOError: Another process holds the lock, and `wait` is False.
+            OSError: The file system does not support locks, as some network file systems.
         """
         assert self._descriptor is not None, "a lock that was closed"
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
@@ -57,7 +62,7 @@ class FileLock:
             self._descriptor = None
 
     def _close_copy(self) -> None:
-        """Close the copy that a forked process has, and leave the lock to its parent."""
+        """Close the file in a forked process without releasing the lock of its parent."""
         assert self._descriptor is not None, "a lock that was closed"
         os.close(self._descriptor)
         self._descriptor = None
@@ -75,7 +80,7 @@ class FileLock:
 
 
 def _close_inherited_locks() -> None:
-    """Close the locks of the parent in a process that was just forked."""
+    """Close the lock files of the parent in a process that was just forked."""
     for lock in FileLock._open:
         lock._close_copy()
     FileLock._open.clear()
@@ -92,8 +97,9 @@ os.register_at_fork(
 def exit_with_parent() -> None:
     """End this worker process as soon as the process that started it dies.
 
-    For processes of `multiprocessing`, which otherwise wait for work of a dead parent. torch's
-    workers notice after 5 s, and never if the parent dies before they have started.
+    Called in processes of `multiprocessing`, which would otherwise wait for work forever.
+    DataLoader workers of torch notice a dead parent after 5 s, and never if it dies before they
+    have started.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None, "not a process of multiprocessing"

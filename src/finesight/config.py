@@ -1,4 +1,4 @@
-"""Settings of a recipe. Unknown keys are rejected with the closest known name."""
+"""Settings of a recipe as pydantic models, which validate types, ranges and unknown keys."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 
 class SettingsSection(BaseModel):
-    """Base of all sections: frozen, strict types, unknown keys rejected."""
+    """Base class of the sections of a recipe: immutable, strict types, no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -38,17 +38,20 @@ ExpandedPath = Annotated[Path, BeforeValidator(_as_path)]
 CoercedFloat = Annotated[float, BeforeValidator(_as_float)]
 
 MAX_COUNT = 1_000_000_000
-"""Maximum of counts: larger values are typing errors and would exhaust the memory."""
+"""Maximum of settings that are counts.
+
+Larger values are typing errors, and would exhaust the memory.
+"""
 
 PositiveInt = Annotated[int, Field(gt=0, le=MAX_COUNT)]
 StepCount = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Seed = Annotated[int, Field(ge=0)]
 SideLength = Annotated[int, Field(gt=0, le=65_535)]
-"""Side length in pixels, up to the maximum of JPEG."""
+"""Side length of an image in pixels, up to the maximum of JPEG."""
 
 Fraction = Annotated[CoercedFloat, Field(gt=0.0, lt=1.0)]
 StepsOrFraction = StepCount | Fraction
-"""Number of optimizer steps (integer) or a fraction of the run (below 1)."""
+"""Number of optimizer steps (an integer), or a fraction of all steps of the run (below 1)."""
 
 
 def _as_path_or_url(value: object) -> object:
@@ -61,13 +64,14 @@ def is_url(value: object) -> bool:
 
 
 PathOrUrl = Annotated[Path | str, BeforeValidator(_as_path_or_url)]
-"""A path, or the URL of a file in object storage."""
+"""A local path, or the URL of a file in object storage."""
 
 
 class DataFileSettings(SettingsSection):
-    """A data file (JSONL, Parquet or tar) or glob pattern.
+    """A data file of a recipe, or a glob pattern of several.
 
-    `limit` uses only its first samples.
+    Files are JSONL, Parquet or tar. `limit` is the number of samples used from the start; None for
+    all.
     """
 
     path: PathOrUrl
@@ -75,8 +79,10 @@ class DataFileSettings(SettingsSection):
 
 
 class TrainFileSettings(DataFileSettings):
-    """A training file. `weight` is the number of passes per epoch (0.5: a different half each
-    epoch).
+    """A training file of a recipe.
+
+    `weight` is the number of passes over its samples per epoch. With 0.5, each epoch uses a
+    different half.
     """
 
     weight: Annotated[CoercedFloat, Field(gt=0.0, le=10_000.0)] = 1.0
@@ -94,7 +100,7 @@ EvalFiles = Annotated[tuple[DataFileSettings, ...], BeforeValidator(_as_files)]
 
 
 class DataSettings(SettingsSection):
-    """Training and validation data."""
+    """Section `data` of a recipe: training and validation data."""
 
     train: TrainFiles
     eval: EvalFiles = ()
@@ -104,8 +110,10 @@ class DataSettings(SettingsSection):
 
 
 class PixelRange(SettingsSection):
-    """Image rule of the model families: preserve the aspect ratio within a range
-    of pixel counts."""
+    """Image rule that resizes to a number of pixels within a range.
+
+    The aspect ratio is kept. It is the rule of the published Qwen2-VL and newer models.
+    """
 
     min_pixels: PositiveInt
     max_pixels: PositiveInt
@@ -118,14 +126,20 @@ class PixelRange(SettingsSection):
 
 
 class ExactSize(SettingsSection):
-    """Resize every image to one size, rounded to multiples of the patch size."""
+    """Image rule that resizes every image to one size.
+
+    Height and width are rounded to multiples of the patch size.
+    """
 
     height: SideLength
     width: SideLength
 
 
 class LongestSide(SettingsSection):
-    """Scale the longer side to this number of pixels, preserving the aspect ratio."""
+    """Image rule that scales the longer side to a number of pixels.
+
+    The aspect ratio is kept.
+    """
 
     longest_side: SideLength
 
@@ -140,15 +154,18 @@ ParallelMode = Literal["ddp", "zero2", "fsdp", "fsdp_offload"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 VisionCacheMode = Literal["auto", "never", "memory", "disk"]
 WeightFormat = Literal["auto", "nf4", "fp8", "int8", "int4"]
-"""`auto` is the stored format, or the format of the run's training; others
-quantize while loading."""
+"""Format of the language model weights for inference.
+
+`auto` is the stored format, or the format of the training of a run. Other formats quantize the
+weights while loading.
+"""
 
 
 class LoraSettings(SettingsSection):
-    """LoRA adapters (Hu et al. 2021) with scale alpha / rank.
+    """Section `tune.lora` of a recipe: LoRA adapters (Hu et al. 2021) with scale alpha / rank.
 
-    `target_modules` restricts LoRA to linear layers of a part by the last component of their
-    published name; the default is all.
+    `target_modules` restricts LoRA to linear layers with these names, such as `q_proj` (the last
+    component of the published parameter name). The default is all linear layers.
     """
 
     rank: Annotated[int, Field(gt=0, le=65_536)] = 64
@@ -158,8 +175,9 @@ class LoraSettings(SettingsSection):
 
 
 QuantizablePart = Literal["vision", "merger", "language", "embeddings"]
-"""Parts that NF4 supports. Of the embeddings, only the output head is quantized; the table is a
-lookup.
+"""Parts of the model that NF4 can quantize.
+
+Of the embeddings, only the output head is quantized, since the embedding table is only a lookup.
 """
 
 
@@ -172,13 +190,14 @@ def _as_names(value: object) -> object:
 
 
 Fp8Part = Literal["vision", "language"]
-"""Parts that FP8 supports: nearly all FLOPs of a step. The merger has few FLOPs, and rounding
-errors of the output head affect the loss directly.
+"""Parts of the model that FP8 can quantize, which have nearly all FLOPs of a step.
+
+The merger has few FLOPs, and rounding errors of the output head would affect the loss directly.
 """
 
 
 class QuantizeSettings(SettingsSection):
-    """Quantization of frozen linear layers by part.
+    """Section `tune.quantize` of a recipe: quantization of frozen linear layers, by part.
 
     NF4 weights use double quantization (Dettmers et al. 2023). FP8 uses FP8 matrix products
     (Micikevicius et al. 2022).
@@ -197,14 +216,14 @@ class QuantizeSettings(SettingsSection):
     def _sort_parts(
         cls, parts: tuple[QuantizablePart, ...] | None
     ) -> tuple[QuantizablePart, ...] | None:
-        """Sort the parts so that equal settings compare equal."""
+        """Sort the parts, so that their order in the recipe does not matter."""
         if parts is None:
             return None
         return tuple(part for part in get_args(QuantizablePart) if part in parts)
 
 
 class TuneSettings(SettingsSection):
-    """Training mode of each part of the model, LoRA settings and quantization."""
+    """Section `tune` of a recipe: training mode of each model part, LoRA and quantization."""
 
     vision: TuneMode = "frozen"
     merger: TuneMode = "frozen"
@@ -246,7 +265,7 @@ class TuneSettings(SettingsSection):
         return self
 
     def has_mode(self, mode: TuneMode) -> bool:
-        """Return whether at least one part has this mode."""
+        """Return whether at least one part of the model has this training mode."""
         return mode in (self.vision, self.merger, self.language, self.embeddings)
 
 
@@ -255,7 +274,7 @@ Beta = Annotated[CoercedFloat, Field(ge=0.0, lt=1.0)]
 
 
 class LearningRates(SettingsSection):
-    """Learning rates by part; `default` applies to all others."""
+    """Learning rates by part of the model; `default` applies to parts without their own."""
 
     default: LearningRate
     vision: LearningRate | None = None
@@ -269,7 +288,7 @@ def _as_learning_rates(value: object) -> object:
 
 
 class TrainSettings(SettingsSection):
-    """Optimizer, schedule, batch sizes and parallelism.
+    """Section `train` of a recipe: optimizer, schedule, batch sizes and parallelism.
 
     Optimizers are AdamW (Loshchilov & Hutter 2019) and, for training from scratch, Muon (Jordan et
     al. 2024) with AdamW for vectors and embeddings. `adamw_8bit` stores the optimizer state of
@@ -320,13 +339,15 @@ TaskName = Literal[
 ]
 
 CustomMetric = Annotated[str, Field(pattern=r"\.py:[A-Za-z_]\w*$")]
-"""A function in a Python file: `path/to/metric.py:function`."""
+"""A custom metric: a function in a Python file, as `path/to/metric.py:function`."""
 
 MetricSpec = TaskName | CustomMetric
 
 
 class EvalSettings(SettingsSection):
-    """Evaluation by generation on validation samples, before the first and after the last step.
+    """Section `eval` of a recipe: evaluation by generation on validation samples.
+
+    The model is evaluated before the first and after the last step.
 
     `every` adds evaluations during training. `patience` stops the run after this number of
     evaluations without improvement of the primary metric; the run then keeps the weights of the
@@ -353,11 +374,14 @@ TRACKER_MODES: dict[TrackerKind, tuple[str, ...]] = {
     "swanlab": ("cloud", "local", "offline"),
     "wandb": ("cloud", "offline"),
 }
-"""Values of `uri` other than URLs: the cloud of the tracker, or local files."""
+"""Values of the setting `uri` that are no URLs: the cloud service of a tracker, or local files."""
 
 
 class TrackerSettings(SettingsSection):
-    """An experiment tracker in addition to `metrics.jsonl`: its package, project and server URI."""
+    """An item of `track` in a recipe: tracker package, project and server URI.
+
+    Trackers receive the metrics in addition to `metrics.jsonl`.
+    """
 
     kind: TrackerKind
     project: Annotated[str, Field(min_length=1)] = "finesight"
@@ -382,7 +406,7 @@ class TrackerSettings(SettingsSection):
 
 
 _SECRET_PATTERN = re.compile("(?i)://[^/]*@|[?&][^=&]*(?:key|token|secret|sig|pass)[^=&]*=")
-"""Credentials in a URL: user information before the host, or a secret query parameter."""
+"""Pattern of credentials in a URL: user information before the host, or a secret parameter."""
 
 
 def _as_trackers(value: object) -> object:
@@ -394,7 +418,7 @@ TrackerList = Annotated[tuple[TrackerSettings, ...], BeforeValidator(_as_tracker
 
 
 class Recipe(SettingsSection):
-    """Settings of one run."""
+    """All settings of one run, as in the YAML file of a recipe."""
 
     model: str
     adapter: ExpandedPath | None = None

@@ -1,4 +1,4 @@
-"""SHA-256 digests of files and folder manifests."""
+"""SHA-256 digests of files, and verification of folders against their list of digests."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from finesight.bounded_files import read_json_object
 from finesight.errors import UserError
 
 DIGESTS_FILE = "sha256.json"
-"""Manifest of a folder: SHA-256 in hexadecimal by file name."""
+"""File in a written folder that lists the SHA-256 of each file, in hexadecimal by name."""
 
 
 def sha256_file(file: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
+    """Return the SHA-256 of the content of a file, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def verify_folder(path: Path) -> None:
-    """Compare all files of a folder written by `write_folder` with its manifest.
+    """Verify that the files of a folder written by `write_folder` match its list of digests.
 
     Raises:
         UserError: A file is missing or modified. The error contains both digests.

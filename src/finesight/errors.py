@@ -1,4 +1,4 @@
-"""Errors for the user: location, problem, expected value and remedy."""
+"""Exceptions with messages for the user, and escaping of untrusted text in messages."""
 
 from __future__ import annotations
 
@@ -12,36 +12,40 @@ if TYPE_CHECKING:
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-"""Characters that move the cursor, change colors, reorder text, or cannot be encoded."""
+"""Characters that would move the cursor, change colors or reorder text, or cannot be encoded."""
 
 
 MAX_PART_CHARS = 10_000
-"""Maximum length of each part of a message, which may contain values of untrusted files."""
+"""Maximum number of characters per part of a message.
+
+A message may contain values of untrusted files.
+"""
 
 
 def escape_unprintable(text: str) -> str:
-    """Escape unprintable characters, because untrusted names and messages reach the terminal."""
+    """Escape characters of untrusted text that could manipulate the terminal."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def escape_surrogates(text: str) -> str:
-    """Escape lone surrogates in JSON text so that it can be encoded as UTF-8.
+    """Escape lone surrogates in JSON text, so that it can be encoded as UTF-8.
 
-    Python uses surrogates in file names that are not UTF-8.
+    Python represents bytes of file names that are not UTF-8 as lone surrogates.
     """
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 class UserError(Exception):
-    """An error of the user's input or machine; the command exits with code 2.
+    """Raised for a problem that the user can fix; commands then exit with code 2.
 
-    The message is complete without a traceback and safe to print.
+    The message states location, problem, expected value and remedy. It needs no traceback and is
+    safe to print.
 
     Attributes:
-        what: The invalid value or the problem.
-        where: File and line, setting or argument.
-        expected: What a valid value is.
-        remedy: The next command or change.
+        what: The problem, such as an invalid value.
+        where: The location: file and line, setting or argument.
+        expected: Description of a valid value.
+        remedy: Command or change that fixes the problem.
     """
 
     def __init__(self, what: str, *, where: str = "", expected: str = "", remedy: str = "") -> None:
@@ -77,7 +81,7 @@ def _rebuild(kind: type[UserError], what: str, where: str, expected: str, remedy
 
 
 def suggest_similar_path(path: Path) -> str:
-    """Return a remedy for a missing file: the most similar name in its folder, if any."""
+    """Return a remedy for a missing file: the most similar name in its folder."""
     import difflib
 
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -86,4 +90,7 @@ def suggest_similar_path(path: Path) -> str:
 
 
 class TrainingInterrupted(Exception):
-    """The run was interrupted and saved a checkpoint; the command exits with code 75."""
+    """Raised when a run was interrupted and saved a checkpoint.
+
+    Commands then exit with code 75.
+    """

@@ -1,7 +1,7 @@
-"""File names that are not UTF-8: decode them for display, and find them on disk.
+"""Decode file names that are not UTF-8, and find such files on disk.
 
-Python represents such a name as text with a lone surrogate per invalid byte (PEP 383). The text
-opens the file but cannot be encoded in a file. Archives from Chinese Windows have names in GBK;
+Python represents such a name as text with a lone surrogate per invalid byte (PEP 383). This text
+opens the file, but cannot be encoded as UTF-8. Archives from Chinese Windows have names in GBK;
 unzip keeps these bytes or decodes them as code page 437.
 """
 
@@ -12,21 +12,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CHINESE_ENCODING = "gb18030"
-"""Encoding that is a superset of GBK and GB 2312."""
+"""Encoding of Chinese file names; a superset of GBK and GB 2312."""
 
 ZIP_ENCODING = "cp437"
-"""Encoding of names in a zip archive without the UTF-8 flag."""
+"""Encoding of file names in a zip archive without the UTF-8 flag."""
 
 
 def is_utf8(name: str) -> bool:
-    """Return whether a name or path can be encoded as UTF-8."""
+    """Return whether a file name or path can be encoded as UTF-8."""
     return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def to_readable_name(name: str) -> str:
-    """Return a name or path as encodable text: GBK decoded, else escaped.
+    """Return a file name or path as text that can be encoded as UTF-8.
 
-    Bytes that are neither UTF-8 nor GBK become %XX. Two names may have the same result.
+    Bytes in GBK are decoded, others are escaped as %XX. Two names may have the same result.
     """
     if is_utf8(name):
         return name
@@ -43,7 +43,10 @@ def _readable(name: str) -> str:
 
 
 def decode_name(content: bytes) -> str:
-    """Decode the bytes of a name as UTF-8 or GBK. Raises UnicodeDecodeError for others."""
+    """Decode the bytes of a file name as UTF-8 or GBK.
+
+    Raises UnicodeDecodeError for other bytes.
+    """
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -54,10 +57,10 @@ def decode_name(content: bytes) -> str:
 
 
 def iter_spellings(name: str) -> Iterator[str]:
-    """Yield a path unchanged, then in alternative encodings.
+    """Yield the spellings that a path may have on disk.
 
-    A path with backslashes, as written by Windows, is also tried with slashes, and one with Chinese
-    characters as GBK bytes and as decoded by unzip.
+    The path itself is first. Backslashes of Windows paths become slashes. Chinese characters are
+    also tried as GBK bytes, and as decoded by unzip.
     """
     yield name
     names = [name]
@@ -73,6 +76,6 @@ def iter_spellings(name: str) -> Iterator[str]:
 
 
 def find_existing(folder: Path, name: str) -> Path | None:
-    """Return the first spelling of a path below `folder` that exists, None without one."""
+    """Return the first spelling of a path that exists below `folder`, or None."""
     candidates = (os.path.join(folder, spelling) for spelling in iter_spellings(name))
     return next((Path(path) for path in candidates if os.path.exists(path)), None)

@@ -1,4 +1,4 @@
-"""Total and available memory of the machine or container, and its CPU count."""
+"""Read memory and CPU count of the machine, within the limits of its container."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def num_allowed_cpus() -> int:
 
 
 def total_memory(cgroup: Path = _CGROUP) -> int:
-    """Return the total memory in bytes."""
+    """Return the memory in bytes of the machine, or of the container if lower."""
     limit = _read_limit(cgroup / "memory.max")
     return _physical_memory() if limit is None else min(limit, _physical_memory())
 
 
 def available_memory(proc: Path = Path("/proc"), cgroup: Path = _CGROUP) -> int:
-    """Return the bytes of memory that are free or reclaimable, within the container limit."""
+    """Return the free and reclaimable memory in bytes, within the limit of the container."""
     free = _read_mem_available(proc / "meminfo")
     limit = _read_limit(cgroup / "memory.max")
     used = _read_limit(cgroup / "memory.current")
@@ -34,7 +34,7 @@ def _read_mem_available(meminfo: Path) -> int:
     try:
         lines = meminfo.read_text().splitlines()
     except OSError:
-        # Not on every system: then half of all.
+        # Systems without /proc: assume that half of the memory is available.
         return _physical_memory() // 2
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
@@ -44,7 +44,10 @@ def _physical_memory() -> int:
 
 
 def _read_limit(file: Path) -> int | None:
-    """Read a limit; None if the file is missing or unlimited (`max`)."""
+    """Read a number of bytes from a cgroup file, such as memory.max.
+
+    Returns None if the file is missing or contains `max` (no limit).
+    """
     try:
         text = file.read_text().strip()
     except OSError:
@@ -53,7 +56,7 @@ def _read_limit(file: Path) -> int | None:
 
 
 def _read_inactive_file_bytes(file: Path) -> int:
-    """Return the reclaimable page cache of the container in bytes."""
+    """Read the reclaimable page cache of a container in bytes, from its memory.stat file."""
     try:
         lines = file.read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Run manifest: the file that evaluation, prediction and merging read."""
+"""Manifest of a run: the facts that inference and merging need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finesight.errors import UserError
 MANIFEST_FILE = "manifest.json"
 
 FORMAT_VERSION = 2
-"""Version of the manifest's keys. Manifests of another version are rejected."""
+"""Version of the keys in a manifest; manifests of other versions are rejected."""
 
 _REMEDY = "restore the manifest of the run, or train again"
 
@@ -23,12 +23,12 @@ class Manifest(BaseModel):
     """Content of `manifest.json` in a run folder and in a merged model folder.
 
     Attributes:
-        format_version: Version of the manifest's keys.
-        base_model: The model as the recipe names it.
-        base_fingerprint: SHA-256 over the headers and the index of the base model's weight files.
-            A base model with another fingerprint is rejected.
-        image_rule: The image size rule of the run: the recipe's, or the family's default.
-        system_prompt: The system prompt; None for a family without one.
+        format_version: Version of the keys.
+        base_model: Name or path of the base model in the recipe.
+        base_fingerprint: SHA-256 over index and headers of the weight files of the base model. A
+            base model with another fingerprint is rejected.
+        image_rule: Image rule of the run: that of the recipe, or the default of the family.
+        system_prompt: System prompt of the run; None for a family without one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,7 +66,7 @@ def load_manifest(path: Path) -> Manifest:
 
 
 def _check_format_version(content: bytes, path: Path) -> None:
-    """Reject a manifest of another version before its keys are validated."""
+    """Raise UserError for a manifest of another version, before its keys are validated."""
     try:
         record = json.loads(content)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Convert pickled weights to safetensors once."""
+"""Convert pickled model weights (pytorch_model.bin) to safetensors, once per model folder."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ if TYPE_CHECKING:
 SAFETENSORS_INDEX_FILE = "model.safetensors.index.json"
 
 SOURCES_FILE = "sources.json"
-"""Name, size and modification time of each source file."""
+"""File with the name, size and modification time of each converted file, to detect changes."""
 
 
 def convert_pickled_weights(files: Sequence[Path], target: Path) -> None:
-    """Convert the tensors of `files`, written by torch.save, to the folder `target`.
+    """Convert weight files written by torch.save to safetensors files in the folder `target`.
 
-    The folder contains one safetensors file per source and an index. An up-to-date folder is
-    reused. Other processes wait for the conversion. A pickle can execute any code when it is
-    loaded. The `weights_only` loader of torch builds only tensors and rejects everything else.
+    The folder contains one safetensors file per source file, and an index. It is reused if the
+    source files did not change. Concurrent processes wait for one conversion.
+
+    A pickle can execute code when it is loaded. The `weights_only` loader of torch prevents this:
+    it builds tensors and rejects everything else.
 
     Raises:
         UserError: A file requires more than tensors or is corrupt, or `target` cannot be written.
@@ -50,7 +52,7 @@ def _describe_sources(files: Sequence[Path]) -> list[list[Any]]:
 
 
 def _is_up_to_date(files: Sequence[Path], target: Path) -> bool:
-    """Return whether `target` was converted from the current files."""
+    """Return whether the folder `target` was converted from the current content of the files."""
     try:
         recorded_sources = read_json(target / SOURCES_FILE)
     except UserError:
@@ -60,7 +62,10 @@ def _is_up_to_date(files: Sequence[Path], target: Path) -> bool:
 
 @contextlib.contextmanager
 def _lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which ends with this process."""
+    """Hold a lock on a folder for the `with` block.
+
+    It is released at the latest when this process ends.
+    """
     with FileLock(folder) as lock:
         with contextlib.suppress(OSError):  # some network file systems know no locks
             lock.acquire()
@@ -116,7 +121,7 @@ def _torch_load(file: Path) -> object:
 
     try:
         with warnings.catch_warnings():
-            # The loader's advice is to run what it refuses.
+            # The warning recommends loading without `weights_only`, which executes code.
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -128,9 +133,9 @@ def _torch_load(file: Path) -> object:
 
 
 def _describe_unsupported(tensor: Tensor) -> str:
-    """Describe a tensor that is not a dense array of the file.
+    """Describe why a tensor cannot be written to safetensors, such as a sparse layout.
 
-    Empty for supported tensors.
+    Returns an empty text for supported tensors.
     """
     import torch
 
@@ -146,7 +151,7 @@ def _describe_unsupported(tensor: Tensor) -> str:
 
 
 def _describe_unpickling_error(message: str) -> str:
-    """Describe a rejected pickle briefly; the messages of the loader are long."""
+    """Shorten the message with which the loader of torch rejects a pickle."""
     match = re.search(r"GLOBAL (\S+)", message)
     return (
         f"a pickle that would execute {match[1]} when it is read"

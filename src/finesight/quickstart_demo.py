@@ -1,8 +1,8 @@
-"""The full workflow in minutes, on a CPU and without a network.
+"""Workflow of `finesight quickstart`, which takes minutes on a CPU and needs no network.
 
-The demo generates images of train tickets, imports and checks their table, fine-tunes the bundled
-model with LoRA to read them as JSON, and evaluates it on validation tickets. Each stage runs the
-code of a command, and the commands are printed.
+It generates images of train tickets, imports and checks their table, fine-tunes the bundled model
+with LoRA to read them as JSON, and evaluates it on validation tickets. Each stage runs the code of
+a command, and the commands are printed.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from finesight.train.trainer import train
 
 PROMPT = "Read the ticket."
 NUM_SHOWN_PREDICTIONS = 4
-"""Number of printed predictions."""
+"""Number of tickets whose predictions are printed."""
 
 MAX_SHOWN_ISSUES = 3
-"""Number of printed issues per code."""
+"""Maximum number of printed issues per issue code of the data check."""
 
 _COLUMNS = {"image": "image", "fields": ",".join(TICKET_FIELDS)}
 
 _RECIPE_TEMPLATE = """\
-# Made by `finesight quickstart`: {num_images} train tickets, the last {num_eval_rows} held out.
-# A small model is fine-tuned to read them as JSON.
+# Made by `finesight quickstart`: {num_images} train tickets.
+# The last {num_eval_rows} are for validation. A small model is fine-tuned to read them as JSON.
 model: {model}
 data:
   train: {train}
@@ -69,7 +69,7 @@ output_dir: {run}
 
 @dataclass(frozen=True)
 class QuickstartSettings:
-    """Dataset size, training steps, model and seed."""
+    """Dataset size, training steps, model and random seed of the quickstart."""
 
     num_images: int = 2500
     num_eval_rows: int = 100
@@ -90,7 +90,7 @@ class TicketPrediction:
 
 @dataclass(frozen=True)
 class QuickstartResult:
-    """The result of the run, example predictions, and the total time in seconds."""
+    """Result of the quickstart: training result, example predictions, and total time in seconds."""
 
     result: RunResult
     predictions: tuple[TicketPrediction, ...]
@@ -109,9 +109,10 @@ class QuickstartResult:
 def run_quickstart(
     out: Path, console: Console, settings: QuickstartSettings | None = None
 ) -> QuickstartResult:
-    """Run the full workflow in the folder `out`.
+    """Run the complete workflow in the folder `out`, and print each stage with its command.
 
-    Finished stages are not repeated, except the check.
+    If the folder contains finished stages of an earlier quickstart, they are not repeated, except
+    for the data check.
 
     Raises:
         UserError: `out` contains other files.
@@ -129,7 +130,7 @@ def run_quickstart(
         write_tickets(table.parent, settings.num_images, settings.seed)
     log(_read_head(table))
     log(
-        f"2. Import them, the last {settings.num_eval_rows} held out\n   $"
+        f"2. Import them, the last {settings.num_eval_rows} for validation\n   $"
         f" {_import_table(table, out, settings)}"
     )
     log(f"3. Check the data\n   $ {_format_command('data', 'check', recipe)}")
@@ -150,7 +151,7 @@ def run_quickstart(
 
 
 def write_recipe(out: Path, plan: QuickstartSettings) -> Path:
-    """Write the recipe in `out`, which marks the folder as a quickstart.
+    """Write the recipe of the quickstart into the folder `out`, unless it exists.
 
     Raises:
         UserError: `out` contains other files.
@@ -181,13 +182,13 @@ def write_recipe(out: Path, plan: QuickstartSettings) -> Path:
 
 
 def _read_head(table: Path) -> str:
-    """Return the first lines of the label file."""
+    """Return the first lines of the label file, indented for the console."""
     with table.open(encoding="utf-8") as lines:
         return "".join(f"      {line}" for line, _ in zip(lines, range(3), strict=False)).rstrip()
 
 
 def _import_table(table: Path, out: Path, settings: QuickstartSettings) -> str:
-    """Import the table and return the equivalent command."""
+    """Import the label file as samples, and return the equivalent command."""
     target = out / "data"
     if not target.exists():
         import_options = ImportOptions(
@@ -200,12 +201,12 @@ def _import_table(table: Path, out: Path, settings: QuickstartSettings) -> str:
 
 
 def _format_command(*arguments: str | Path) -> str:
-    """Format a shell command."""
+    """Format a finesight command as a user would type it."""
     return shlex.join(["finesight", *map(str, arguments)])
 
 
 def _check_recipe_data(recipe: Path) -> str:
-    """Return the summary of `data check` for the recipe."""
+    """Check the data of the recipe, and return the summary of `finesight data check`."""
     check_result = check_sources(*inputs_from_recipe(recipe))
     return "\n".join(f"   {line}" for line in format_summary(check_result, MAX_SHOWN_ISSUES))
 
@@ -222,7 +223,7 @@ def _train(recipe: Path, console: Console) -> RunResult:
 
 
 def _read_predictions(folder: Path) -> list[TicketPrediction]:
-    """Read the first predictions before and after training."""
+    """Read the first predictions of the run, before and after training."""
     before, after = (
         read_predictions(folder / f"{name}.jsonl")[:NUM_SHOWN_PREDICTIONS]
         for name in ("before", "after")
@@ -239,7 +240,7 @@ def _read_predictions(folder: Path) -> list[TicketPrediction]:
 
 
 def _format_predictions(predictions: Sequence[TicketPrediction]) -> str:
-    """Format the predictions as text."""
+    """Format label, prediction before and prediction after training of each ticket."""
     lines = []
     for prediction in predictions:
         name, indent = prediction.image.name, " " * len(prediction.image.name)
@@ -255,7 +256,7 @@ def _truncate_line(text: str, max_length: int = 120) -> str:
 
 
 def _format_result(out: Path, result: QuickstartResult) -> str:
-    """Format the scores and the next commands."""
+    """Format the scores of the run, and commands to try next."""
     before, after = result.result.before, result.result.after
     assert before is not None, f"{out} has no evaluation before its first step"
     assert after is not None, f"{out} has no evaluation after its last step"

@@ -1,4 +1,4 @@
-"""Load and validate recipe files."""
+"""Load recipe files, apply overrides, and validate the settings with detailed errors."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ from finesight.errors import UserError
 from finesight.recipe_text import SettingKey, format_key, parse_recipe, read_recipe_text
 
 MAX_REPORTED_ERRORS = 20
-"""Number of errors described in a message; the others are counted."""
+"""Maximum number of invalid settings that an error message describes; others are counted."""
 
 MAX_SHOWN_CHARS = 60
-"""Maximum number of characters of a value or name in a message."""
+"""Maximum number of characters of a value or name in an error message."""
+
+MIN_SIMILARITY = 0.7
+"""Minimum similarity (difflib ratio) of a suggested setting in another section."""
 
 _LIST_INDEX = re.compile("[0-9]{1,9}")
-"""A list index in an override."""
+"""Pattern of a list index in the key of an override."""
 
 _EXPECTED_BY_TYPE = {
     "int_type": "an integer",
@@ -50,8 +53,10 @@ _EXPECTED_BY_TYPE = {
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",
 }
-"""Descriptions of expected values by pydantic error type; the braces are filled from the error
-context."""
+"""Description of the expected value for each pydantic error type.
+
+Braces are replaced by values of the error context.
+"""
 
 _EXAMPLES = {
     "model": "Qwen/Qwen2-VL-2B-Instruct",
@@ -68,12 +73,12 @@ _EXAMPLES = {
     "min_pixels": "3136",
     "max_pixels": "401408",
 }
-"""Example values of settings without a default."""
+"""Example values of settings without a default, for error messages."""
 
 
 @dataclass(frozen=True)
 class _SettingError:
-    """An invalid setting with the parts of a UserError."""
+    """An invalid setting: its key, and problem, expected value and remedy for the message."""
 
     key: SettingKey
     what: str
@@ -82,13 +87,15 @@ class _SettingError:
 
 
 Overrides = Sequence[str] | Mapping[str, object]
-"""Overrides of recipe settings: `group.setting=value` as typed, with the value parsed as YAML, or
-values by dotted setting name.
+"""Overrides of recipe settings.
+
+Either a list of `group.setting=value` as typed in a command, with values in YAML, or a mapping from
+dotted setting names to values.
 """
 
 
 def load_recipe(path: Path, overrides: Overrides = ()) -> Recipe:
-    """Read a YAML recipe and apply overrides.
+    """Load a recipe from a YAML file, and apply overrides.
 
     Paths in the recipe are relative to the working directory, not to the recipe.
 
@@ -109,7 +116,7 @@ def load_recipe(path: Path, overrides: Overrides = ()) -> Recipe:
 
 
 def recipe_from_dict(content: Mapping[str, Any], overrides: Overrides = ()) -> Recipe:
-    """Build a recipe from settings in the structure of the YAML file.
+    """Build a recipe from nested settings, as in the YAML file, and apply overrides.
 
     `content` is not modified. Raises UserError like `load_recipe`.
     """
@@ -119,9 +126,15 @@ def recipe_from_dict(content: Mapping[str, Any], overrides: Overrides = ()) -> R
 def _validate_recipe(
     content: dict[str, Any], where: str, lines: dict[SettingKey, int], overrides: Overrides
 ) -> Recipe:
-    """Apply the overrides and validate the settings.
+    """Apply overrides to parsed settings, and validate the result.
 
-    `lines` are the lines of the keys in the file `where`.
+    Args:
+        content: Nested settings; modified by the overrides.
+        where: File of the recipe, for messages.
+        lines: Line of each key in the file.
+        overrides: Overrides of settings.
+
+    Raises UserError with all invalid settings.
     """
     assignments: list[tuple[str, object, str]]
     if isinstance(overrides, Mapping):
@@ -147,13 +160,13 @@ def _validate_recipe(
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Dump all settings, defaults included, as YAML for `load_recipe`."""
+    """Format all settings of a recipe, including defaults, as YAML for `load_recipe`."""
     content = recipe.model_dump(mode="json")
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
 
 
 def list_setting_names(section: type[SettingsSection] = Recipe) -> list[str]:
-    """List the dotted names of all settings in all sections: `model`, `data.train.path`, ..."""
+    """List the dotted names of all settings in a section, such as `data.train.path`."""
     names = []
     for name, field in section.model_fields.items():
         groups = list(_iter_sections(field.annotation))
@@ -170,7 +183,7 @@ def _iter_sections(annotation: object) -> Iterator[type[SettingsSection]]:
 
 
 def _parse_override(override: str) -> tuple[str, object]:
-    """Return the name and value of one `a.b=value`."""
+    """Parse an override `group.setting=value` into dotted name and value."""
     name, separator, text = override.partition("=")
     if not separator or not name.strip():
         raise UserError(
@@ -192,7 +205,7 @@ def _parse_override(override: str) -> tuple[str, object]:
 
 
 def _apply_override(content: dict[str, Any], name: str, value: object, override: str) -> SettingKey:
-    """Apply one override to the content and return its key."""
+    """Apply one override to the nested settings, and return its key."""
     key: SettingKey = tuple(
         int(p) if _LIST_INDEX.fullmatch(p) else p for p in name.strip().split(".")
     )
@@ -223,10 +236,10 @@ def _can_contain(node: object, segment: str | int) -> bool:
 def _wrong_settings(
     errors: Sequence[ErrorDetails], content: dict[str, Any]
 ) -> dict[SettingKey, list[ErrorDetails]]:
-    """Group pydantic errors by setting.
+    """Group the errors of pydantic by setting.
 
-    For a union, pydantic reports the errors of every member: the member with the fewest errors is
-    the intended one.
+    For a union type, pydantic reports errors for every member. Only those of the member with the
+    fewest errors are kept, since the user probably meant it.
     """
     forms: dict[SettingKey, dict[str | int, list[ErrorDetails]]] = {}
     for error in errors:
@@ -246,10 +259,10 @@ def _wrong_settings(
 def _locate_error(
     error: ErrorDetails, content: dict[str, Any]
 ) -> tuple[SettingKey, int, str | int]:
-    """Return the key of an error, the depth of its union, and the union member.
+    """Return the key of a pydantic error, and depth and member of a union.
 
-    Without a union, the depth is the length of the key. Pydantic adds the names of union members to
-    the location; they are the segments that the content does not contain.
+    Pydantic inserts the names of union members into the location of an error: these are the
+    segments that the settings do not contain. Without a union, the depth is the length of the key.
     """
     node: Any = content
     key: list[str | int] = []
@@ -297,15 +310,20 @@ def _format_expected(key: SettingKey, error: ErrorDetails) -> str:
 
 
 def _list_group_names(group: SettingKey) -> list[str]:
-    """Return the names of the settings and sections directly in a section."""
+    """Return the names of the settings and subsections in the section `group`."""
     prefix = "".join(f"{segment}." for segment in group if isinstance(segment, str))
     suffixes = (n.removeprefix(prefix) for n in list_setting_names() if n.startswith(prefix))
     return list(dict.fromkeys(name.split(".")[0] for name in suffixes))
 
 
 def _suggest_setting(key: SettingKey) -> str | None:
-    """Return the most similar known setting, in the same section or in any other."""
+    """Return the known setting that an unknown key probably means.
+
+    Settings of the same section have precedence. Returns None if no name is similar.
+    """
     wanted = str(key[-1])
+    if len(wanted) > MAX_SHOWN_CHARS:
+        return None
     sibling = _closest_name(wanted, _list_group_names(key[:-1]))
     if sibling:
         return format_key((*key[:-1], sibling))
@@ -316,19 +334,34 @@ def _suggest_setting(key: SettingKey) -> str | None:
         for p in reversed(paths)
         if depth < len(p)
     }
-    closest = _closest_name(wanted, by_segment)
+    # Many names are compared: a weak similarity would be a coincidence.
+    near_names = [name for name in by_segment if _is_near(wanted, name)]
+    closest = _closest_name(wanted, near_names)
     return by_segment[closest] if closest else None
 
 
 def _closest_name(wanted: str, names: Iterable[str]) -> str | None:
-    """Return the most similar name, or the one that is abbreviated (lr for learning_rate)."""
-    if len(wanted) > MAX_SHOWN_CHARS:
-        return None
-    by_abbreviation = {"".join(word[0] for word in name.split("_")): name for name in names}
+    """Return the most similar name, or the one that `wanted` abbreviates (lr for learning_rate).
+
+    Returns None if no name is similar.
+    """
+    by_abbreviation = {_abbreviate(name): name for name in names}
     if len(wanted) > 1 and wanted in by_abbreviation:
         return by_abbreviation[wanted]
     matches = difflib.get_close_matches(wanted, list(names), n=1)
     return matches[0] if matches else None
+
+
+def _is_near(wanted: str, name: str) -> bool:
+    """Return whether two names are spelled alike or share all words of one."""
+    wanted_words, name_words = set(wanted.split("_")), set(name.split("_"))
+    if wanted_words <= name_words or name_words <= wanted_words or _abbreviate(name) == wanted:
+        return True
+    return difflib.SequenceMatcher(None, name, wanted).ratio() >= MIN_SIMILARITY
+
+
+def _abbreviate(name: str) -> str:
+    return "".join(word[0] for word in name.split("_"))
 
 
 def _format_group(group: SettingKey) -> str:
@@ -348,7 +381,7 @@ def _truncate(text: str) -> str:
 def _format_location(
     source: str, key: SettingKey, lines: dict[SettingKey, int], overridden: dict[SettingKey, str]
 ) -> str:
-    """Return the location of a key: an override, or the file and the closest known line."""
+    """Return the location of a setting for messages: its override, or file and line."""
     for depth in range(len(key), 0, -1):
         if key[:depth] in overridden:
             return f"override {overridden[key[:depth]]}"
@@ -363,7 +396,10 @@ def _format_location(
 def _to_user_error(
     where: str, setting_errors: list[_SettingError], locations: list[str], count: int
 ) -> UserError:
-    """Combine the errors into one; `count` includes errors without a description."""
+    """Combine the errors of several settings into one UserError.
+
+    `count` is the number of all invalid settings, including those without a description.
+    """
     errors = [
         UserError(
             f"{_truncate(format_key(m.key))}: {m.what}" if m.key else m.what,

@@ -1,59 +1,65 @@
-"""Recipe text: read the file, and find the line of each setting."""
+"""Read and parse recipe files, with the line of each setting for messages."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from finesight.bounded_files import translate_os_errors
 from finesight.bounded_yaml import ComposedYaml, TooManyValuesError
-from finesight.errors import UserError, suggest_similar_path
+from finesight.errors import UserError
+from finesight.run_files import RECIPE_FILE
 
 MAX_RECIPE_BYTES = 2**20
-"""Maximum size of a recipe in bytes; typical recipes have a few thousand."""
+"""Maximum size of a recipe file in bytes; typical recipes have a few thousand."""
 
 _TOO_LARGE_REMEDY = "list many data files as a pattern, such as shards/*.tar"
 
 MAX_VALUES = 20_000
-"""Maximum number of values including names; the longest lists are data files."""
+"""Maximum number of values and names in a recipe; the longest lists are data files."""
 
 SettingKey = tuple[str | int, ...]
-"""Path of a setting: section and setting names, and list indices."""
+"""Key of a setting: names of sections and setting, and list indices, from the outside in."""
 
 
 def format_key(key: SettingKey) -> str:
-    """Format a key as in overrides and messages."""
+    """Format the key of a setting with dots, as in overrides."""
     return ".".join(str(piece) for piece in key)
 
 
 def read_recipe_text(path: Path) -> str:
-    """Read a recipe file. Raises UserError if it is missing or not text."""
-    try:
+    """Read the text of a recipe file.
+
+    Raises UserError if the file is missing, too large, or not UTF-8 text.
+    """
+    if os.path.isdir(path):
+        recipe = path / RECIPE_FILE
+        raise UserError(
+            "is a folder",
+            where=str(path),
+            expected="a YAML file",
+            remedy=f"give the recipe of this run: {recipe}" if recipe.is_file() else "give a file",
+        )
+    remedy = "check the path and its permissions"
+    with translate_os_errors(path, expected="a YAML file", remedy=remedy):
         if path.is_char_device():  # such as /dev/zero, without an end
             raise UserError(
-                "is a device",
-                where=str(path),
-                expected="a YAML file",
-                remedy="check the path",
+                "is a device", where=str(path), expected="a YAML file", remedy="check the path"
             )
         with path.open("rb") as file:  # a pipe, too: <(envsubst < recipe.yaml)
             content = file.read(MAX_RECIPE_BYTES + 1)
-        if len(content) > MAX_RECIPE_BYTES:
-            raise UserError(
-                f"has more than {MAX_RECIPE_BYTES:,} bytes",
-                where=str(path),
-                expected="a YAML file of settings",
-                remedy=_TOO_LARGE_REMEDY,
-            )
-        return content.decode()
-    except FileNotFoundError as error:
+    if len(content) > MAX_RECIPE_BYTES:
         raise UserError(
-            "no such recipe",
+            f"has more than {MAX_RECIPE_BYTES:,} bytes",
             where=str(path),
-            expected="a YAML file",
-            remedy=suggest_similar_path(path),
-        ) from error
+            expected="a YAML file of settings",
+            remedy=_TOO_LARGE_REMEDY,
+        )
+    try:
+        return content.decode()
     except UnicodeDecodeError as error:
         raise UserError(
             f"byte {error.start} is not UTF-8 text",
@@ -61,24 +67,17 @@ def read_recipe_text(path: Path) -> str:
             expected="a YAML file in UTF-8",
             remedy="save the file as UTF-8",
         ) from error
-    except OSError as error:
-        raise UserError(
-            f"cannot be read: {error.strerror}",
-            where=str(path),
-            expected="a YAML file",
-            remedy="check the path and its permissions",
-        ) from error
 
 
 def parse_recipe(text: str, path: Path) -> tuple[Any, dict[SettingKey, int]]:
     """Parse the YAML of a recipe.
 
     Args:
-        text: The text of the recipe.
-        path: Its file, for errors.
+        text: Text of the recipe.
+        path: File of the recipe, for messages.
 
     Returns:
-        The data, and the 1-based line of each key.
+        The parsed settings, and the line of each key, counted from 1.
 
     Raises:
         UserError: The YAML is invalid, has more than MAX_VALUES values, or has a duplicate key.
@@ -114,7 +113,15 @@ def _collect_lines(
     lines: dict[SettingKey, int],
     ancestors: tuple[yaml.Node, ...],
 ) -> None:
-    """Collect the lines of all keys below `key`; `ancestors` detect recursive aliases."""
+    """Store the line of each key in a YAML node in `lines`.
+
+    Args:
+        node: YAML node of the setting `key`.
+        key: Key of the setting.
+        path: File of the recipe, for messages.
+        lines: Receives the line of each key, counted from 1.
+        ancestors: Nodes that contain `node`, to detect aliases that contain themselves.
+    """
     if node in ancestors:  # by an alias
         raise UserError(
             f"{format_key(key)} contains itself",

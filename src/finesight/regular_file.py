@@ -1,4 +1,7 @@
-"""Open only regular files: named pipes can block forever, and devices may be infinite."""
+"""Open regular files and reject special files.
+
+Reading a named pipe can block forever, and a device can be infinite.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ _KINDS = {
 
 
 class SpecialFileError(UserError):
-    """A path to a named pipe, a socket or a device."""
+    """Raised for a path that is a named pipe, a socket or a device."""
 
     @classmethod
     def from_mode(cls, path: str | Path, mode: int) -> SpecialFileError:
-        """Build the error for a path by its `st_mode`."""
+        """Build the error for a path with the file type in its `st_mode`."""
         return cls(
             f"{_KINDS.get(stat.S_IFMT(mode), 'a special file')}, not a regular file",
             where=str(path),
@@ -40,7 +43,8 @@ def is_special_file(mode: int) -> bool:
 def reject_special_file(path: Path) -> None:
     """Raise SpecialFileError for an existing path that is neither a regular file nor a folder.
 
-    For files that a library opens by path. Inaccessible paths pass: opening them raises the error.
+    Called before a library opens a file by its path. Missing and inaccessible paths are accepted,
+    since opening them raises an error.
     """
     try:
         mode = os.stat(path).st_mode
@@ -51,7 +55,7 @@ def reject_special_file(path: Path) -> None:
 
 
 def open_regular_file(path: Path) -> BufferedReader:
-    """Open a regular file for reading, without waiting for the writer of a named pipe.
+    """Open a regular file for reading; never block on a named pipe.
 
     Raises:
         SpecialFileError: The path is a named pipe, a socket or a device.

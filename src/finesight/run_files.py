@@ -1,4 +1,4 @@
-"""File names of a run folder, shared by writers and readers."""
+"""Names of the files and folders in a run folder."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Atomic writes of files and folders.
+"""Write files and folders atomically, so that a crash leaves no partial result.
 
-Data is written to a hidden folder next to the target, flushed to disk, listed with SHA-256 digests,
-and then renamed once. The file system must rename atomically within a folder and honor fsync. Local
-Linux and macOS file systems do; network file systems may not.
+Data is written to a hidden file or folder next to the target, flushed to disk, and then renamed
+once. Folders contain a list of SHA-256 digests. The file system must rename atomically within a
+folder and honor fsync. Local Linux and macOS file systems do; network file systems may not.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from finesight.errors import UserError
 _PARTIAL_SUFFIX = ".partial"
 
 WRITE_BUFFER_BYTES = 2**20
-"""Number of bytes of small pieces that are written together."""
+"""Number of bytes up to which small pieces are collected for one write call."""
 
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another output folder, then start again",
@@ -45,7 +45,7 @@ _REMEDIES = {
 
 
 class FileSystem:
-    """File operations used by this module, one method each.
+    """The file operations of this module, one method each.
 
     Tests replace it through `use_file_system` to fail or crash at a chosen operation.
     """
@@ -66,7 +66,7 @@ class FileSystem:
         os.fsync(file)
 
     def sync_path(self, path: Path) -> None:
-        """Flush a closed file, or the entries of a folder."""
+        """Flush a closed file, or the directory entries of a folder, to disk."""
         fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)
@@ -86,7 +86,7 @@ class FileSystem:
         shutil.rmtree(path)
 
     def free_bytes(self, path: Path) -> int:
-        """Return the bytes that this user may write to the disk of an existing path."""
+        """Return the free bytes for this user on the disk of an existing path."""
         return shutil.disk_usage(path).free
 
 
@@ -98,7 +98,7 @@ _FILE_SYSTEM: ContextVar[FileSystem] = ContextVar(
 
 @contextlib.contextmanager
 def use_file_system(file_system: FileSystem) -> Iterator[None]:
-    """Use another file system for all file operations in the context."""
+    """Use another FileSystem for all file operations in the `with` block."""
     token = _FILE_SYSTEM.set(file_system)
     try:
         yield
@@ -108,7 +108,10 @@ def use_file_system(file_system: FileSystem) -> Iterator[None]:
 
 @contextlib.contextmanager
 def translate_os_errors(path: Path) -> Iterator[None]:
-    """Convert an OSError (disk full, read-only, permission denied) to a UserError about `path`."""
+    """Convert an OSError in the `with` block to a UserError about `path`.
+
+    Such errors are a full disk, a read-only file system or missing permissions.
+    """
     try:
         yield
     except OSError as error:
@@ -135,7 +138,8 @@ def _build_write_error(path: Path, error_number: int) -> UserError:
 def require_free_space(path: Path, num_bytes: int, purpose: str, remedy: str) -> None:
     """Raise UserError unless `num_bytes` are free on the disk of `path`.
 
-    Quotas are unknown here and fail only when writing.
+    `purpose` and `remedy` are parts of the message. Quotas of a user are not considered: exceeding
+    one fails when the data is written.
     """
     with translate_os_errors(path):
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
@@ -150,7 +154,7 @@ def require_free_space(path: Path, num_bytes: int, purpose: str, remedy: str) ->
 
 
 def make_folder(path: Path) -> None:
-    """Create `path` and its missing parents, and flush each entry."""
+    """Create a folder and its missing parents, and flush each of them to disk."""
     missing_folders = [folder for folder in (path, *path.parents) if not folder.exists()]
     with translate_os_errors(path):
         for folder in reversed(missing_folders):
@@ -163,11 +167,11 @@ def make_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def write_folder(target: Path) -> Iterator[Path]:
-    """Yield a hidden empty folder that becomes `target` when the context exits without an error.
+    """Yield a hidden empty folder that becomes `target` when the `with` block ends without error.
 
-    All files are flushed and listed in `sha256.json`. An error or a crash at any point leaves no
-    `target`. If several processes write concurrently, the first to finish creates it. Raises
-    UserError if `target` exists or cannot be written.
+    All files are flushed to disk and listed in `sha256.json` with their digests. An error or a
+    crash at any point leaves no `target`. If several processes write it concurrently, the first to
+    finish creates it. Raises UserError if `target` exists or cannot be written.
     """
     raise_if_exists(target)
     make_folder(target.parent)
@@ -181,7 +185,10 @@ def write_folder(target: Path) -> Iterator[Path]:
 
 
 def write_folder_once(target: Path, write: Callable[[Path], None]) -> None:
-    """Write `target` with `write` unless it exists; concurrent processes wait for one writer."""
+    """Write a folder with the function `write`, unless it exists.
+
+    Concurrent processes wait until one of them has written it.
+    """
     make_folder(target.parent)
     path = target.with_suffix(".lock")
     with translate_os_errors(target), FileLock(path, os.O_WRONLY | os.O_CREAT) as lock:
@@ -193,7 +200,7 @@ def write_folder_once(target: Path, write: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def working_folder(target: Path) -> Iterator[Path]:
-    """Yield a hidden temporary folder next to `target`, and remove it at the end."""
+    """Yield a hidden temporary folder next to `target`, and remove it after the `with` block."""
     make_folder(target.parent)
     with translate_os_errors(target):
         _remove_leftovers(target)
@@ -203,7 +210,10 @@ def working_folder(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _create_partial_folder(target: Path) -> Iterator[Path]:
-    """Create a locked hidden folder next to `target`, and remove it at the end."""
+    """Yield a hidden locked folder next to `target`, and remove it after the `with` block.
+
+    The lock shows other processes that the folder is in use.
+    """
     while True:
         partial = _partial_path(target.with_name(f"{target.name}.{secrets.token_hex(4)}"))
         _FILE_SYSTEM.get().make_folder(partial)
@@ -227,7 +237,10 @@ def _commit_folder(partial: Path, target: Path) -> None:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove partial folders of killed processes; running processes hold a lock on theirs."""
+    """Remove hidden folders next to `target` that killed processes left.
+
+    Those of running processes are locked.
+    """
     pattern = re.compile(
         re.escape(f".{target.name}") + r"(\.[0-9a-f]{8})?" + re.escape(_PARTIAL_SUFFIX)
     )
@@ -240,10 +253,11 @@ def _remove_leftovers(target: Path) -> None:
 
 @contextlib.contextmanager
 def _lock_folder(folder: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold the lock of `folder`; yield False if it is held elsewhere.
+    """Acquire the lock of a folder for the `with` block.
 
-    The lock ends with this process. On file systems without folder locks, folders of this process
-    count as locked.
+    Yields False if another holder has the lock and `wait` is False. The lock is released at the
+    latest when this process ends. On file systems without locks on folders, the folders of this
+    process count as locked.
     """
     try:
         lock = FileLock(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -278,12 +292,12 @@ def _write_digests(folder: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write `data` to `path` with one rename; an existing file stays complete until then."""
+    """Write a file atomically: an existing file is replaced by one rename."""
     write_chunks(path, (data,))
 
 
 def write_chunks(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write the concatenated pieces to `path` with one rename, like `write_file`."""
+    """Write the concatenated pieces to a file atomically, like `write_file`."""
     disk, partial = _FILE_SYSTEM.get(), _partial_path(path)
     make_folder(path.parent)
     with translate_os_errors(path):
@@ -297,11 +311,11 @@ def write_chunks(path: Path, pieces: Iterable[bytes]) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append `line` and a line end to a file.
+    """Append a line to a text file.
 
-    Readers must accept a truncated last line after a crash. The line is not flushed: a power
-    failure loses the lines since `flush_file`. On a full disk, no part of the line is written and
-    UserError is raised.
+    The line is not flushed to disk: a power failure loses the lines since `flush_file`, and readers
+    must accept a truncated last line. On a full disk, no part of the line is written, and UserError
+    is raised.
     """
     file_system, data = _FILE_SYSTEM.get(), f"{line}\n".encode()
     with translate_os_errors(path):
@@ -317,7 +331,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def flush_file(path: Path) -> None:
-    """Flush appended data of an existing file to disk."""
+    """Flush the appended lines of an existing file to disk."""
     if path.exists():
         with translate_os_errors(path):
             _FILE_SYSTEM.get().sync_path(path)
@@ -325,7 +339,7 @@ def flush_file(path: Path) -> None:
 
 
 def truncate_file(path: Path, size: int) -> None:
-    """Truncate the file to its first `size` bytes, and flush it."""
+    """Truncate a file to its first `size` bytes, and flush it to disk."""
     with translate_os_errors(path):
         _FILE_SYSTEM.get().truncate(path, size)
         _FILE_SYSTEM.get().sync_path(path)
@@ -334,7 +348,7 @@ def truncate_file(path: Path, size: int) -> None:
 def remove_folder(path: Path) -> None:
     """Delete a folder written by `write_folder`.
 
-    It is renamed first: a crash at any point leaves it complete or invisible.
+    The folder is renamed to a hidden name first, so that a crash leaves it complete or invisible.
     """
     file_system, partial = _FILE_SYSTEM.get(), _partial_path(path)
     with translate_os_errors(path):
@@ -346,7 +360,7 @@ def remove_folder(path: Path) -> None:
 
 
 def move_folder(path: Path, target: Path) -> None:
-    """Rename a folder, replacing an existing target."""
+    """Rename a folder to `target`, and replace an existing folder of that name."""
     with translate_os_errors(path):
         if target.exists():
             remove_folder(target)
@@ -355,7 +369,7 @@ def move_folder(path: Path, target: Path) -> None:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove files of interrupted writes and deletions in `folder`."""
+    """Remove hidden files and folders that interrupted writes and deletions left in a folder."""
     if not folder.is_dir():
         return
     with translate_os_errors(folder):
@@ -397,7 +411,7 @@ def _write_all(fd: int, data: bytes) -> None:
 
 
 def raise_if_exists(target: Path) -> None:
-    """Raise UserError if `target` exists."""
+    """Raise UserError if the file or folder to create already exists."""
     if target.exists():
         raise UserError(
             f"{target.name} exists already and is never overwritten",

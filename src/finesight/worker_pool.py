@@ -1,8 +1,8 @@
-"""Pool of worker processes for untrusted input, with limits on time and memory.
+"""Pool of worker processes that handle untrusted input with limits on time and memory.
 
-A pool has one template process, which loads the state of the jobs and forks the workers (see
-`finesight.worker_process`). A worker that exceeds a limit or crashes is replaced. Its job fails
-with `WorkerLimitError`, other jobs are not affected. A fork takes milliseconds.
+A pool has one template process, which loads the state that all jobs share and forks the workers
+(see `finesight.worker_process`); a fork takes milliseconds. A worker that exceeds a limit or
+crashes is replaced. Its job fails with `WorkerLimitError`, and other jobs are not affected.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from finesight.errors import UserError
 from finesight.worker_process import FORK_MESSAGE, JobOutput, WorkerJob, read_frame, write_frame
 
 WORKER_NICENESS = 10
-"""Scheduling priority of workers, below the process that started them."""
+"""Nice level of workers, so that they have a lower CPU priority than the process of the pool."""
 
 WALL_FACTOR = 15
-"""Ratio of the limits of wall-clock time and processor time: workers may wait for a core."""
+"""Wall-clock limit of a job relative to its CPU time limit, since workers may wait for a CPU."""
 
 MAX_JOBS = 500
 MAX_RSS_INCREASE = 32 << 20
-"""A worker is replaced after this number of jobs, or when its resident memory has increased."""
+"""Limits after which an idle worker is replaced: number of jobs, and growth of its memory."""
 
 SETUP_SECONDS = 120.0
 
@@ -45,10 +45,10 @@ sys.path[:] = json.loads(sys.argv[2])
 from finesight.worker_process import main
 main(int(sys.argv[1]))
 """
-"""Program of the template: modules are found where this process finds them."""
+"""Program of the template process, with the module search path of this process."""
 
 _INHERITED = ("PATH", "HOME", "LANG", "LC_", "LD_", "DYLD_", "PYTHON", "TMPDIR", "TZ")
-"""Prefixes of environment variables that the template inherits. API keys are not among them."""
+"""Prefixes of the environment variables that workers inherit; API keys are not among them."""
 
 _ENVIRONMENT = {
     # A process with threads must not fork.
@@ -61,15 +61,18 @@ _ENVIRONMENT = {
 
 
 class WorkerLimitError(UserError):
-    """A job exceeded a limit and was stopped, or crashed."""
+    """Raised when a job exceeded a limit and was stopped, or when its worker crashed."""
 
 
 class WorkerLostError(Exception):
-    """A worker ended because its pool was closed or its job was cancelled."""
+    """Raised when a worker ended because its pool or its job was canceled."""
 
 
 class WorkerJobError(Exception):
-    """A job raised an internal error. `traceback_text` is its traceback without the message."""
+    """Raised when a job raised an internal error.
+
+    `traceback_text` is the traceback in the worker, without the message.
+    """
 
     def __init__(self, error_name: str, traceback_text: str) -> None:
         super().__init__(error_name)
@@ -78,7 +81,7 @@ class WorkerJobError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class WorkerReply:
-    """Result of a job: the value and arrays of its `JobOutput`, and its processor time."""
+    """Result of a job: value and arrays of its `JobOutput`, and CPU seconds."""
 
     value: Any
     arrays: tuple[NDArray[np.generic], ...]
@@ -86,11 +89,11 @@ class WorkerReply:
 
 
 class Worker:
-    """Connection to a worker process.
+    """Connection to a worker process, which runs one job at a time.
 
-    `call` runs a job and blocks; `start`, `wait` and `get_result` run one without blocking. One
-    thread uses a worker at a time, but any thread may `kill` or `close` it. The context manager
-    closes it.
+    `call` runs a job and blocks; `start`, `wait` and `get_result` run a job without blocking. Only
+    one thread may use a worker at a time, but any thread may `kill` or `close` it. As a context
+    manager, it closes the worker at the end of the block.
     """
 
     def __init__(self, pool: WorkerPool, connection: socket.socket, memory_bytes: int) -> None:
@@ -114,11 +117,11 @@ class Worker:
         max_cpu_s: float,
         deadline: float = np.inf,
     ) -> WorkerReply:
-        """Run `function(state, *args)` in the worker and wait for its result.
+        """Run `function(state, *args)` in the worker, and wait for its result.
 
         Args:
             function: Module-level function. Its first argument is the state of the pool.
-            max_cpu_s: Limit of processor time in seconds.
+            max_cpu_s: Maximum CPU time in seconds.
             deadline: Time on the clock of `time.monotonic` at which waiting ends.
 
         Raises:
@@ -134,7 +137,7 @@ class Worker:
         return self.get_result()
 
     def start(self, function: Callable[..., JobOutput], *args: Any, max_cpu_s: float) -> None:
-        """Send a job to the worker."""
+        """Send a job to the worker without waiting for its result."""
         self._max_cpu_s = max_cpu_s
         job = WorkerJob(function, args, max_cpu_s, max_cpu_s * WALL_FACTOR)
         buffers: list[pickle.PickleBuffer] = []
@@ -149,7 +152,7 @@ class Worker:
             raise self._exit_error() from error
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait up to `timeout_s` for the result; return whether it has started to arrive."""
+        """Wait up to `timeout_s` seconds for a result; return whether it can be received."""
         if self.is_killed:
             return True
         try:
@@ -163,7 +166,7 @@ class Worker:
         return True
 
     def get_result(self) -> WorkerReply:
-        """Receive the result. Raises like `call`."""
+        """Receive the result of the job that `start` sent. Raises like `call`."""
         try:
             with self._lock:
                 self._connection.settimeout(None)
@@ -186,17 +189,20 @@ class Worker:
 
     @property
     def is_busy(self) -> bool:
-        """Return whether the worker was killed or still runs a job."""
+        """Return whether the worker cannot accept a job: it runs one, or was killed."""
         return self.is_killed or self._pending
 
     def kill(self) -> None:
-        """End the worker and its job."""
+        """End the worker process and the job that it runs."""
         self.is_killed = True
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """End the worker and free its connection. A blocked `call` raises WorkerLostError."""
+        """End the worker process and close its connection.
+
+        A blocked `call` raises WorkerLostError.
+        """
         self.kill()
         with self._lock:
             self._connection.close()
@@ -216,7 +222,7 @@ class Worker:
 
 
 def _raise_error(meta: Mapping[str, Any]) -> None:
-    """Raise the error of a reply, if any."""
+    """Raise the error that a reply of a worker contains, if any."""
     if "user_error" in meta:
         what, where, expected, remedy = map(str, meta["user_error"])
         raise UserError(what, where=where, expected=expected, remedy=remedy)
@@ -227,13 +233,14 @@ def _raise_error(meta: Mapping[str, Any]) -> None:
 
 
 class WorkerPool:
-    """Pool of workers that are forked from one template process.
+    """Pool of worker processes that are forked from one template process.
 
     Args:
-        setup: Module-level function that returns the state of the jobs. It must not start threads.
+        setup: Module-level function that returns the state that all jobs share. It runs in the
+            template process and must not start threads.
         args: Arguments of `setup`; they are pickled.
-        num_idle: Number of idle workers, forked in advance.
-        memory_bytes: Memory limit of a worker, in addition to the memory of the template.
+        num_idle: Number of idle workers to fork in advance.
+        memory_bytes: Memory limit of a worker, in addition to the memory of the template process.
     """
 
     def __init__(
@@ -248,22 +255,23 @@ class WorkerPool:
         self.is_closed = False
 
     def start(self) -> None:
-        """Start the template and the idle workers.
+        """Start the template process and the idle workers.
 
-        Raises UserError and WorkerJobError like `setup`, OSError if no process can be started.
+        Raises UserError or WorkerJobError if `setup` fails, and OSError if no process can be
+        started.
         """
         with self._lock:
             while len(self._idle_workers) < self._num_idle:
                 self._idle_workers.append(self._fork(self.memory_bytes))
 
     def fork(self, memory_bytes: int | None = None) -> Worker:
-        """Fork a worker for the caller, with its own memory limit. The caller closes it."""
+        """Fork a worker with its own memory limit, which the caller must close."""
         with self._lock:
             return self._fork(self.memory_bytes if memory_bytes is None else memory_bytes)
 
     @contextlib.contextmanager
     def borrow_worker(self) -> Iterator[Worker]:
-        """Lend an idle worker, or fork one if none is idle."""
+        """Lend an idle or new worker for the `with` block."""
         with self._lock:
             # An idle worker whose connection is readable has ended.
             while self._idle_workers and self._idle_workers[-1].wait(0.0):
@@ -277,7 +285,7 @@ class WorkerPool:
             self._return_worker(worker)
 
     def close(self) -> None:
-        """Kill all processes of the pool. Jobs that run fail with WorkerLostError."""
+        """Kill all processes of the pool; running jobs fail with WorkerLostError."""
         with self._lock:
             self.is_closed = True
             self._end_template()
@@ -286,7 +294,7 @@ class WorkerPool:
             self._idle_workers.clear()
 
     def kill(self) -> None:
-        """Kill all processes of the pool, without waiting for a thread that uses it."""
+        """Kill all processes of the pool, without waiting for threads that use it."""
         self.is_closed = True
         process = self._process
         if process is not None:
@@ -294,7 +302,7 @@ class WorkerPool:
                 os.killpg(process.pid, signal.SIGKILL)
 
     def _return_worker(self, worker: Worker) -> None:
-        """Return a worker to the idle ones, or replace it."""
+        """Make a worker available for the next job, or replace it."""
         is_fresh = worker.jobs < MAX_JOBS and worker.rss_increase < MAX_RSS_INCREASE
         with self._lock:
             if worker.is_busy or not is_fresh:
@@ -309,7 +317,7 @@ class WorkerPool:
                 )
 
     def _fork(self, memory_bytes: int) -> Worker:
-        """Fork a worker. Starts the template again if it has ended."""
+        """Fork a worker, and restart the template process if it has ended."""
         if self.is_closed:
             raise WorkerLostError(f"a pool of {self._num_idle} workers is closed")
         connection, child_connection = socket.socketpair()
@@ -323,7 +331,7 @@ class WorkerPool:
         return Worker(self, connection, memory_bytes)
 
     def _get_control(self) -> socket.socket:
-        """Return the connection to the template. Starts it if there is none."""
+        """Return the connection to the template process, and start the process if there is none."""
         if self._control is None:
             self._control, child_connection = socket.socketpair()
             with child_connection:

@@ -1,12 +1,12 @@
-"""Process that runs jobs for a `finesight.worker_pool.WorkerPool`, within limits.
+"""Template and worker processes of a `finesight.worker_pool.WorkerPool`.
 
 `main` is the template process of a pool. It loads the shared state once, stays single-threaded, and
-forks a worker for each connection that the pool sends it. A worker runs one job after another. Each
-job has a limit of processor time, which the kernel enforces. The kernel also kills a worker as soon
-as the pool closes its connection, or the process of the pool ends.
+forks a worker for each connection that the pool sends. A worker runs one job after another. Each
+job has a limit of CPU time, which the kernel enforces. The kernel also kills a worker when the pool
+closes its connection, and when the process of the pool ends.
 
-Requests are pickled: they are sent only by the pool. Replies are JSON and raw arrays: a worker may
-be compromised by a file that it decodes, so its replies must not be able to execute code.
+Requests are pickled, since only the pool sends them. Replies are JSON and raw arrays: a file that a
+worker decodes may compromise it, and unpickling its reply could execute code.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from finesight.errors import UserError
 
 FORK_MESSAGE = struct.Struct("!QI")
-"""Message to the template: bytes of memory beyond its own, and the nice level of the worker."""
+"""Message that requests a worker: memory limit in bytes beyond the template, and nice level."""
 
 _COUNT = struct.Struct("!I")
 _LENGTH = struct.Struct("!Q")
@@ -41,7 +41,7 @@ _LENGTH = struct.Struct("!Q")
 
 @dataclass(frozen=True, slots=True)
 class JobOutput:
-    """Result of a job: a value that JSON can hold, and arrays."""
+    """Result of a job in a worker: JSON value and NumPy arrays."""
 
     value: Any = None
     arrays: Sequence[NDArray[np.generic]] = field(default=())
@@ -49,7 +49,7 @@ class JobOutput:
 
 @dataclass(frozen=True, slots=True)
 class WorkerJob:
-    """Function of the template's state and `args`, with limits on its time in seconds."""
+    """Job for a worker: function of shared state and `args`, with time limits."""
 
     function: Callable[..., JobOutput]
     args: tuple[Any, ...]
@@ -58,7 +58,7 @@ class WorkerJob:
 
 
 def write_frame(connection: socket.socket, parts: Sequence[bytes | memoryview]) -> None:
-    """Send a message of several parts."""
+    """Send a message that consists of several byte strings."""
     lengths = b"".join(_LENGTH.pack(len(part)) for part in parts)
     connection.sendall(_COUNT.pack(len(parts)) + lengths)
     for part in parts:
@@ -66,7 +66,10 @@ def write_frame(connection: socket.socket, parts: Sequence[bytes | memoryview]) 
 
 
 def read_frame(connection: socket.socket, max_bytes: int | None = None) -> list[bytearray]:
-    """Receive a message. Raises EOFError where it is too large, or the connection is closed."""
+    """Receive a message sent by `write_frame`, and return its parts.
+
+    Raises EOFError if it has more than `max_bytes` bytes, or if the connection is closed.
+    """
     (count,) = _COUNT.unpack(_read(connection, _COUNT.size))
     if max_bytes is not None and count * _LENGTH.size > max_bytes:
         raise EOFError(f"a message of {count} parts")
@@ -88,13 +91,13 @@ def _read(connection: socket.socket, length: int) -> bytearray:
 
 
 def as_byte_view(array: NDArray[np.generic]) -> memoryview:
-    """Bytes of an array, without a copy where it is contiguous."""
+    """Return the bytes of an array, without a copy if it is contiguous."""
     flat: memoryview = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     return flat
 
 
 def main(number: int) -> None:
-    """Load the state, then fork a worker for each connection that arrives.
+    """Run the template process: load the shared state, then fork a worker for each connection.
 
     Args:
         number: File descriptor of the control connection. The process ends when the pool closes it.
@@ -128,7 +131,10 @@ def main(number: int) -> None:
 
 
 def _run_worker(connection: socket.socket, state: Any, memory_bytes: int, nice: int) -> None:
-    """Run jobs until the pool closes the connection. Never returns."""
+    """Run the jobs that the pool sends until it closes the connection.
+
+    Ends the process and never returns.
+    """
     status = 1
     try:
         _apply_limits(memory_bytes, nice)
@@ -151,7 +157,7 @@ def _run_worker(connection: socket.socket, state: Any, memory_bytes: int, nice: 
 
 
 def _signal_hangup(connection: socket.socket) -> None:
-    """Have the kernel send SIGIO when the pool closes the connection, or sends a job."""
+    """Request a SIGIO signal when the pool closes the connection or sends data."""
     signal.signal(signal.SIGIO, signal.SIG_IGN)
     number = connection.fileno()
     fcntl.fcntl(number, fcntl.F_SETOWN, os.getpid())
@@ -169,7 +175,10 @@ def _check_open(connection: socket.socket) -> None:
 def _run_job(
     job: WorkerJob, state: Any, connection: socket.socket
 ) -> tuple[dict[str, Any], Sequence[NDArray[np.generic]]]:
-    """Run a job. The kernel kills this process if the job exceeds a time limit or is cancelled."""
+    """Run a job, and return the reply.
+
+    The kernel kills this process if the job exceeds a time limit or is canceled.
+    """
     signal.setitimer(signal.ITIMER_PROF, job.cpu_seconds)
     signal.setitimer(signal.ITIMER_REAL, job.wall_seconds)
     # The pool sends no data while a job runs: SIGIO means that it has closed the connection.
@@ -186,7 +195,7 @@ def _run_job(
 def _outcome(
     function: Callable[[], JobOutput],
 ) -> tuple[dict[str, Any], Sequence[NDArray[np.generic]]]:
-    """Run a function and return its output or its error as a reply."""
+    """Call a function, and return its output or error as a reply."""
     try:
         output = function()
     except UserError as error:
@@ -203,7 +212,10 @@ def _outcome(
 
 
 def _apply_limits(memory_bytes: int, nice: int) -> None:
-    """Set the priority and the memory limit, and discard output: native code may print input."""
+    """Set CPU priority and memory limit of this worker, and discard its output.
+
+    Native code may print untrusted input.
+    """
     devnull = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(devnull, fd)

@@ -1,4 +1,4 @@
-"""What samples show together: repeated, contradicting, mostly the same, held out and trained on."""
+"""Consistency of samples: duplicates, contradictions, uniform answers, and leaked images."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_different_question_or_image_is_no_contradiction(folder):
 
 
 def test_several_captions_per_image_are_valid(folder):
-    answers = [f"The same picture told in other words, number {n} of them." for n in range(4)]
+    answers = [f"The same image in other words, number {n} of them." for n in range(4)]
     records = [make_record(image_name(p), "Describe.", a) for p in range(8) for a in answers]
     wrong = [make_record(image_name(p), "Count.", f"{n}") for p, n in ((0, 1), (1, 2), (0, 3))]
     result = check_records(folder, *records, *wrong)
@@ -109,20 +109,22 @@ def test_eval_images_in_training_file_are_reported(folder):
         make_record("anew.jpg"),
         make_record(image_name(0), "Another?"),
     ]
-    held_out = write_records(folder / "eval.jsonl", [make_record(image_name(n)) for n in (0, 1, 2)])
-    result = run_check(write_records(folder / "train.jsonl", train), held_out)
+    validation = write_records(
+        folder / "eval.jsonl", [make_record(image_name(n)) for n in (0, 1, 2)]
+    )
+    result = run_check(write_records(folder / "train.jsonl", train), validation)
     assert issues_by_line(result, "leaked-image").keys() == {1, 4, 6}
     assert issues_by_line(result, "leaked-image-reencoded").keys() == {5}
     finding = issues_by_line(result, "leaked-image-reencoded")[5]
     assert [shown.path.name for shown in finding.images] == ["anew.jpg", "0002.png"]
     assert finding.what.endswith("eval.jsonl:3")
-    assert result.sources[0].is_validation, "held-out sources are read first"
+    assert result.sources[0].is_validation, "validation sources are read first"
 
 
 def test_shared_blank_image_is_no_leak(folder):
     Image.new("L", (50, 50), 255).save(folder / "blank.png")
-    held_out = write_records(folder / "eval.jsonl", [make_record("blank.png")])
+    validation = write_records(folder / "eval.jsonl", [make_record("blank.png")])
     result = run_check(
-        write_records(folder / "train.jsonl", [make_record("blank.png", "Another?")]), held_out
+        write_records(folder / "train.jsonl", [make_record("blank.png", "Another?")]), validation
     )
     assert count_codes(result) == {}

@@ -1,4 +1,4 @@
-"""`--fix`: what is certain is mended, what cannot be used is left out, all of it is listed."""
+"""Tests of `--fix`: certain corrections, skipped samples, and the list of both."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_eval_images_are_removed_from_training_data(folder):
     write_shape_images(folder / "scenes", 4, seed=1)
     names = [f"scenes/images/{number:04}.png" for number in range(4)]
     train = write_records(folder / "train.jsonl", [make_record(name) for name in names])
-    held_out = write_records(folder / "eval.jsonl", [make_record(name) for name in names[2:]])
-    done = run_fix(train, folder / "out", held_out)
+    validation = write_records(folder / "eval.jsonl", [make_record(name) for name in names[2:]])
+    done = run_fix(train, folder / "out", validation)
     assert {path.name: count for path, count in done.output_files} == {
         "train.jsonl": 2,
         "eval.jsonl": 2,

@@ -1,4 +1,4 @@
-"""Pictures are looked at by other processes, each content once, and come back in order."""
+"""Image inspection in worker processes: each content once, in input order."""
 
 from __future__ import annotations
 

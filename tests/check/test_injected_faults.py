@@ -47,8 +47,10 @@ def model(work: Path) -> ModelRequirements:
     return load_model_requirements(str(create_tiny_model(work / "model")), MOST)
 
 
-def check_samples(train: Path, held_out: Path, model: ModelRequirements, work: Path) -> CheckResult:
-    subjects = inputs_from_files([train], [held_out], ImportOptions())
+def check_samples(
+    train: Path, validation: Path, model: ModelRequirements, work: Path
+) -> CheckResult:
+    subjects = inputs_from_files([train], [validation], ImportOptions())
     saved = work / f"saved-{train.stem}"
     saved.mkdir()
     return DataChecker(subjects, saved, model).run()[0]
@@ -60,18 +62,22 @@ def injected(
 ) -> tuple[CheckResult, list[InjectedFault], Path, CheckResult]:
     write_shape_images(work / "scenes", 160, seed=5)
     samples = list(load_external_samples(work / "scenes" / LABELS_FILE, SCENES, work))
-    train, held_out = split_by_image(samples, 10)
-    eval_file = write_records(work / "eval.jsonl", held_out)
+    train, validation = split_by_image(samples, 10)
+    eval_file = write_records(work / "eval.jsonl", validation)
     clean = check_samples(write_records(work / "clean.jsonl", train), eval_file, model, work)
-    records, faults = inject_faults(train, FaultContext(3, work / "spoilt", held_out, MOST), EACH)
+    records, injected_faults = inject_faults(
+        train, FaultContext(3, work / "spoilt", validation, MOST), EACH
+    )
     train_file = write_records(work / "train.jsonl", records)
-    return check_samples(train_file, eval_file, model, work), faults, train_file, clean
+    return check_samples(train_file, eval_file, model, work), injected_faults, train_file, clean
 
 
-@pytest.mark.parametrize("fault", [*(fault.name for fault in FAULT_TYPES), "contradicting answers"])
-def test_every_injected_fault_is_reported_at_its_line(injected, fault):
-    found, faults, train, _ = injected
-    mine = [one for one in faults if one.fault == fault]
+@pytest.mark.parametrize(
+    "fault_type", [*(one.name for one in FAULT_TYPES), "contradicting answers"]
+)
+def test_every_injected_fault_is_reported_at_its_line(injected, fault_type):
+    found, injected_faults, train, _ = injected
+    mine = [one for one in injected_faults if one.fault_type == fault_type]
     assert len(mine) == EACH, mine
     for one in mine:
         locations = {f"{train}:{line}" for line in one.lines}
@@ -81,8 +87,8 @@ def test_every_injected_fault_is_reported_at_its_line(injected, fault):
 
 
 def test_no_other_line_is_reported(injected):
-    found, faults, train, _ = injected
-    spoilt = {f"{train}:{line}" for one in faults for line in one.lines}
+    found, injected_faults, train, _ = injected
+    spoilt = {f"{train}:{line}" for one in injected_faults for line in one.lines}
     accused = [f for f in found.issues if f.severity != "note" and f.where not in spoilt]
     assert accused == []
 
@@ -106,10 +112,10 @@ def test_real_data_has_no_false_positives(shared: Path, work: Path, model: Model
     for name, (source, columns) in sources.items():
         prompt = None if name == "words" else CAPTION_PROMPT
         request = ImportOptions(columns=columns, prompt=prompt, limit=300)
-        train, held_out = split_by_image(list(load_external_samples(source, request, work)), 4)
+        train, validation = split_by_image(list(load_external_samples(source, request, work)), 4)
         found = check_samples(
             write_records(work / f"{name}.jsonl", train),
-            write_records(work / f"{name}-eval.jsonl", held_out),
+            write_records(work / f"{name}-eval.jsonl", validation),
             ModelRequirements(),
             work,
         )

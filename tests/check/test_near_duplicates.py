@@ -1,4 +1,4 @@
-"""A picture saved anew is known again; one that differs a little is not taken for it."""
+"""Near duplicates: re-encoded images match, slightly different images do not."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
         (make_conversation_row("What?", image="a.png"), "placeholder-count-mismatch"),
         (make_conversation_row("<image>\nWhat?", image="gone.png"), "image-missing"),
         (
-            make_conversation_row("<image>\nWhat?", image="https://pictures/a.png"),
+            make_conversation_row("<image>\nWhat?", image="https://images/a.png"),
             "image-missing",
         ),
         (

@@ -142,9 +142,9 @@ def test_invalid_box(folder, code, box):
 @pytest.mark.parametrize(
     ("box", "certain"),
     [
-        ([90, 55, 80, 50], True),  # 90 + 80 lies beyond the picture, so 80 is no width
+        ([90, 55, 80, 50], True),  # 90 + 80 is beyond the image, so 80 is no width
         ([40, 30, 20, 10], False),  # might be a corner with a size
-        ([90, 10, 20, 70], False),  # outside of the picture in any order
+        ([90, 10, 20, 70], False),  # outside the image in any order
     ],
 )
 def test_when_reversed_corners_can_be_fixed(folder, box, certain):

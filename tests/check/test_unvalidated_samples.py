@@ -34,7 +34,7 @@ FAULTY = [
     make_record(None, "A question alone?"),
     make_record("5.png", "Where is 5?", None, [1, 2, 30, 40]),
 ]
-HELD_OUT = [make_record("5.png", "A held-out one?"), make_record("6.png", "Another?")]
+VALIDATION = [make_record("5.png", "A validation one?"), make_record("6.png", "Another?")]
 
 
 @pytest.fixture
@@ -73,11 +73,11 @@ def summarize_issues(found: CheckResult) -> list[tuple[str, str]]:
 def test_container_formats_give_the_same_issues_as_jsonl(
     folder: Path, packed: Callable[[Path], Path]
 ) -> None:
-    train, held_out = (
+    train, validation = (
         write_records(folder / "t.jsonl", FAULTY),
-        write_records(folder / "e.jsonl", HELD_OUT),
+        write_records(folder / "e.jsonl", VALIDATION),
     )
-    baseline = run_check(train, held_out, format=None)
+    baseline = run_check(train, validation, format=None)
     assert set(baseline.issue_counts) >= {
         *(
             "image-truncated",
@@ -88,7 +88,7 @@ def test_container_formats_give_the_same_issues_as_jsonl(
         ),
         *("leaked-image", "leaked-image-reencoded"),
     }
-    found = run_check(packed(train), packed(held_out), format=None)
+    found = run_check(packed(train), packed(validation), format=None)
     assert found.issue_counts == baseline.issue_counts
     assert found.affected_samples == baseline.affected_samples
     assert summarize_issues(found) == summarize_issues(baseline)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 
@@ -60,6 +61,20 @@ def test_every_help_text_has_an_example(command, capsys):
     code, out, _ = run_captured(*command, "--help", capsys=capsys)
     assert code == 0
     assert "Example: finesight" in out
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *INTERACTIVE_COMMANDS], ids=" ".join)
+def test_help_texts_have_plain_placeholders(command, capsys):
+    """Python types, and paths of pages that an installed package lacks, are not shown."""
+    _, out, _ = run_captured(*command, "--help", capsys=capsys)
+    assert not re.search(r"<(int|float|str|path|file|dir|list)|[{][A-Z]|\]\.\.\.\]|docs/", out)
+
+
+def test_usage_shows_required_and_repeated_arguments(capsys):
+    _, out, _ = run_captured("train", "--help", capsys=capsys)
+    assert "finesight train [OPTIONS] RECIPE [KEY=VALUE]..." in out
+    _, out, _ = run_captured("compare", "--help", capsys=capsys)
+    assert "finesight compare [OPTIONS] RUN..." in out
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

@@ -210,7 +210,7 @@ CASES: dict[Callable[[Path], list[str]], tuple[str, ...]] = {
     wrong_type: ("override train.batch_size=many", "'many'", "an integer"),
     endless_epochs: ("train.epochs", "inf", "a finite number"),
     wrong_betas: ("train.betas.1", "1.5", "a number below 1.0"),
-    missing_recipe: ("recpe.yaml", "no such recipe", "recipe.yaml?"),
+    missing_recipe: ("recpe.yaml", "no such file", "recipe.yaml?"),
     missing_data: ("none.jsonl", "no such file"),
     missing_image: ("train3.png", "no such image"),
     missing_question: ("none.png", "no such image"),

@@ -19,7 +19,7 @@ from finesight.vision.image_decoding import load_image
 
 @pytest.fixture(scope="module")
 def image_question(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    return write_shape_image(tmp_path_factory.mktemp("pictures with blanks"), 0)
+    return write_shape_image(tmp_path_factory.mktemp("images with blanks"), 0)
 
 
 def run_chat(*lines: str, options: tuple[str, ...] = ()) -> list[str]:
@@ -35,7 +35,7 @@ def run_chat(*lines: str, options: tuple[str, ...] = ()) -> list[str]:
 
 def test_session_with_images_is_drawn_saved_and_undone(image_question, tmp_path):
     path, question = image_question
-    drawn, saved = tmp_path / "drawn.png", tmp_path / "talk.jsonl"
+    drawn, saved = tmp_path / "drawn.png", tmp_path / "chat.jsonl"
     lines = run_chat(
         f"/image {path}",
         question,
@@ -70,7 +70,7 @@ def test_session_with_images_is_drawn_saved_and_undone(image_question, tmp_path)
 
 def test_several_images_in_one_question(image_question, tmp_path):
     other, _ = write_shape_image(tmp_path, 10)
-    saved = tmp_path / "talk.jsonl"
+    saved = tmp_path / "chat.jsonl"
     lines = run_chat(
         f"/image '{image_question[0]}' {other}", f"/image {other}", "Same?", f"/save {saved}"
     )
@@ -91,7 +91,7 @@ def test_several_images_in_one_question(image_question, tmp_path):
         ("/box", "no image in 0 turns"),
         ("/again", "the conversation has 0 turns"),
         ("/save", "a file name is missing"),
-        ("/save talk.jsonl", "no conversation to save"),
+        ("/save chat.jsonl", "no conversation to save"),
         ("/draw", "unknown command /draw"),
     ],
 )

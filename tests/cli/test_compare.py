@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,27 @@ def test_comparison_table_and_page(
     assert "Comparison of 2 runs" in out.read_text()
     assert run_command(["compare", *runs, "--out", str(out), "--language", "zh"]) == 0
     assert "2 个训练的比较" in out.read_text()
+
+
+def test_prediction_files(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = []
+    for run in runs:
+        files.append(f"{run}.jsonl")
+        shutil.copy(Path(run) / "predictions" / "after.jsonl", files[-1])
+    out = tmp_path / "page.html"
+    assert run_command(["compare", *files, "--out", str(out), "--language", "en"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["A", "first.jsonl", "similarity", "0.5000"] in rows
+    assert ["B", "other.jsonl", "similarity", "1.0000", "+0.5000"] in [row[:5] for row in rows]
+    text = out.read_text()
+    assert "are equal" not in text
+    assert "Unknown for prediction files" in text
+    assert run_command(["compare", *runs, "--out", str(out), "--language", "en"]) == 0
+    assert "Unknown for prediction files" not in out.read_text()
+    assert run_command(["compare", runs[0], files[0], "--out", str(out), "--language", "en"]) == 0
+    assert "Unknown for prediction files" in out.read_text()
 
 
 def test_json_output(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,12 +159,12 @@ def test_recipe_is_checked_with_its_model(folder, model):
     train = write_records(
         folder / "train.jsonl", [VALID_RECORD, make_record("1.png", "word " * 500), WRONG]
     )
-    held_out = write_records(folder / "eval.jsonl", [make_record("2.png", "How?")])
+    validation = write_records(folder / "eval.jsonl", [make_record("2.png", "How?")])
     recipe = {
         "model": str(model),
         "data": {
             "train": {"path": str(train), "limit": 2},
-            "eval": str(held_out),
+            "eval": str(validation),
             "max_length": 300,
         },
         "tune": {"language": "full"},
@@ -175,14 +175,16 @@ def test_recipe_is_checked_with_its_model(folder, model):
     path.write_text(yaml.safe_dump(recipe))
     result = run(path)
     assert result.exit_code == 2, result.output
-    assert f"{held_out}: 1 rows, 1 samples, read as samples (--format), validation" in result.output
+    assert (
+        f"{validation}: 1 rows, 1 samples, read as samples (--format), validation" in result.output
+    )
     assert "too-long" in result.output
     assert "image-missing" not in result.output, "the recipe takes the first two samples only"
     for extra in (["--model", model], ["--limit", "1"], [train]):
         refused = run(path, *extra).exception
         assert isinstance(refused, UserError)
         assert (refused.where, refused.expected.split()[1]) == (str(path), "recipe")
-    shards = write_tar_shards(held_out, folder / "shards", each=1)
+    shards = write_tar_shards(validation, folder / "shards", each=1)
     packed = {
         "train": {"path": shards, "limit": 2},
         "eval": str(

@@ -117,12 +117,12 @@ def test_help_names_every_format() -> None:
         (["--map", "image"], "--map"),
         (["--map", "image="], "--map"),
         (["--map", "image=a", "--map", "image=b"], "--map"),
-        (["--map", "foto=image"], "columns"),
+        (["--map", "foto=image"], "--map"),
         (["--rows", "5"], "--rows"),
         (["--rows", "a:b"], "--rows"),
         (["--format", "csv"], "--format"),
         (["--map", "image=image", "--box-task", "grounding"], "--box-task"),
-        (["--map", "image=image", "--train-fraction", "2"], "split"),
+        (["--map", "image=image", "--train-fraction", "2"], "--train-fraction"),
     ],
 )
 def test_invalid_options_are_rejected(

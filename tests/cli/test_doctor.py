@@ -68,19 +68,19 @@ def test_machine_is_diagnosed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("healthy_machine")
-def test_injected_fault_exits_with_2_and_remedy_clears_it(
+def test_injected_error_exits_with_2_and_remedy_clears_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def faults() -> set[str]:
+    def errors() -> set[str]:
         run_command(["doctor", "--no-smoke-test", "--json"])
         output = json.loads(capsys.readouterr().out)
         return {one["code"] for one in output["diagnoses"] if one["severity"] == "error"}
 
-    before = faults()
+    before = errors()
     monkeypatch.setenv("HF_TOKEN", "no token at all")
     assert run_command(["doctor", "--no-smoke-test"]) == 2
     assert "           $ unset HF_TOKEN\n" in capsys.readouterr().out
-    assert faults() == before | {"token-malformed"}
+    assert errors() == before | {"token-malformed"}
 
 
 @pytest.mark.usefixtures("healthy_machine")
@@ -126,7 +126,7 @@ def test_diagnosis_works_with_broken_torch(tmp_path: Path) -> None:
     assert done.stdout == "refused\n", done.stderr
 
 
-def test_fault_requires_a_remedy() -> None:
+def test_issue_requires_a_remedy() -> None:
     with pytest.raises(TypeError):
         make_error("code", "what", why="why")  # type: ignore[call-arg]
     with pytest.raises(UserError):

@@ -37,7 +37,7 @@ from finesight.data.sample import BoxPart
 __all__ = ["cache", "huggingface", "modelscope", "without_sockets"]
 
 CAPTIONS = [
-    {"image_id": str(n), "image": make_image_cell(n), "caption": f"Picture {n}."} for n in range(40)
+    {"image_id": str(n), "image": make_image_cell(n), "caption": f"Image {n}."} for n in range(40)
 ]
 FORMULAS = [{"image": make_image_cell(n), "text": rf"x ^ {{ {n} }}"} for n in range(30)]
 BOXES = [
@@ -86,10 +86,10 @@ def test_tutorial_captions_dataset(
     )  # fmt: skip
     assert code == 0, output
     train = read_samples(tmp_path / "captions" / "train.jsonl")
-    held_out = read_samples(tmp_path / "captions" / "eval.jsonl")
-    assert (len(train), len(held_out)) == (11, 4)
-    assert get_text(held_out[3], 1) == "Picture 14."
-    assert read_image_bytes(held_out[3], tmp_path / "captions") == make_png(14)
+    validation = read_samples(tmp_path / "captions" / "eval.jsonl")
+    assert (len(train), len(validation)) == (11, 4)
+    assert get_text(validation[3], 1) == "Image 14."
+    assert read_image_bytes(validation[3], tmp_path / "captions") == make_png(14)
     assert "split train, not validation" in output
     assert "2 of 4 files not downloaded" in output
     assert len(modelscope.lfs_requests) == 2
@@ -318,11 +318,11 @@ def test_rows_cannot_reference_local_files(
     mine.parent.mkdir()
     mine.write_bytes(make_png(99))
     monkeypatch.chdir(mine.parent)
-    names = ("secret.png", str(mine), f"file://{mine}", f"{'../' * 40}{mine}", "../pictures/1.png")
+    names = ("secret.png", str(mine), f"file://{mine}", f"{'../' * 40}{mine}", "../images/1.png")
     rows = [{"image": name, "query": "Which?", "response": "This."} for name in names]
     huggingface.repositories["datasets/Some/set"] = {
         "data/train.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
-        "pictures/1.png": make_png(1),
+        "images/1.png": make_png(1),
     }
     out = tmp_path / "out"
     code, output = run_import(capsys, "hf:Some/set", out, "--on-invalid-row", "skip")

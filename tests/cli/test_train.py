@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +48,26 @@ def test_json_result(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         "merger",
         "language",
     }
+
+
+def test_run_folder_is_resumed_by_its_recipe(
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command(["train", str(recipe), "output_dir=runs/one"]) == 0
+    assert run_command(["train", "runs/one", "--resume"]) == 0
+    assert "runs/one: the run is already complete" in capsys.readouterr().err
+    shutil.copytree("runs/one", "runs/copy")
+    for folder, words in (
+        ("runs/copy", "output_dir is runs/one, another folder"),
+        ("runs", "a folder without recipe.yaml"),
+    ):
+        assert run_command(["train", folder, "--resume"]) == 2
+        assert words in capsys.readouterr().err
+    assert run_command(["train", "runs/copy", "output_dir=runs/copy", "--resume"]) == 0
 
 
 def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> None:

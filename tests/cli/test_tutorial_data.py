@@ -76,7 +76,7 @@ def make_box_rows(values: Callable[[DrawnImage], list[int]]) -> Callable[[DrawnI
 
 def make_text_rows(*turns: str) -> Callable[[DrawnImage], Record]:
     def make(one: DrawnImage) -> Record:
-        output = [turn.replace("PICTURE", one.path) for turn in turns]
+        output = [turn.replace("IMAGE", one.path) for turn in turns]
         speakers = ("user", "assistant") * len(output)
         pairs = zip(speakers, output, strict=False)
         return {"conversations": [{"from": who, "value": text} for who, text in pairs]}
@@ -132,7 +132,7 @@ def test_thousandths_given_as_pixels(run_on_rows: Callable[..., tuple[int, str]]
 
 
 def test_padding_token_at_end_of_answers(run_on_rows: Callable[..., tuple[int, str]]) -> None:
-    make = make_text_rows("Say it: <|vision_start|>PICTURE<|vision_end|>", "A box.<|endoftext|>")
+    make = make_text_rows("Say it: <|vision_start|>IMAGE<|vision_end|>", "A box.<|endoftext|>")
     code, output = run_on_rows(make, "data", "check")
     assert code == 2
     assert "the text contains a special token" in output
@@ -140,7 +140,7 @@ def test_padding_token_at_end_of_answers(run_on_rows: Callable[..., tuple[int, s
 
 
 def test_path_given_as_question(run_on_rows: Callable[..., tuple[int, str]]) -> None:
-    code, output = run_on_rows(make_text_rows("PICTURE", "x"), "data", "import", out=True)
+    code, output = run_on_rows(make_text_rows("IMAGE", "x"), "data", "import", out=True)
     assert code == 2
     assert "a question without text (images: 1)" in output
     assert 'give --prompt "..."' in output
@@ -149,7 +149,7 @@ def test_path_given_as_question(run_on_rows: Callable[..., tuple[int, str]]) -> 
 def test_all_turns_and_original_text_are_imported(
     run_on_rows: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
-    first = "COCO Yes: <|vision_start|>PICTURE<|vision_end|>"
+    first = "COCO Yes: <|vision_start|>IMAGE<|vision_end|>"
     code, _ = run_on_rows(
         make_text_rows(first, "A box.", "How wide?", "40."), "data", "import", out=True
     )
@@ -163,7 +163,7 @@ def test_samples_over_max_length(
     run_on_rows: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
     create_tiny_model(tmp_path / "model", "qwen2_vl")
-    make = make_text_rows("Say it: <|vision_start|>PICTURE<|vision_end|>", "A box.")
+    make = make_text_rows("Say it: <|vision_start|>IMAGE<|vision_end|>", "A box.")
     model = ("--model", str(tmp_path / "model"), "--max-length", "50")
     code, output = run_on_rows(make, "data", "check", *model)
     assert code == 2

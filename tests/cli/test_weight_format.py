@@ -22,7 +22,7 @@ from finesight.infer.prediction import build_questions
 from finesight.model.tiny import create_tiny_model
 from finesight.model_folder import ModelFolder
 
-FEW = ("nf4", "fp8", "int8", "int4")
+FORMATS = ("nf4", "fp8", "int8", "int4")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def image_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_noise_image(tmp_path_factory.mktemp("pictures") / "a.png", 80, 60)
+    return write_noise_image(tmp_path_factory.mktemp("images") / "a.png", 80, 60)
 
 
 def run_command(command: Callable[..., None], *arguments: object) -> Result:
@@ -41,7 +41,7 @@ def run_command(command: Callable[..., None], *arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_predict_uses_weight_format(kind: str, tiny: Path, image_path: Path) -> None:
     options = ("--prompt", "What?", "--max-new-tokens", 12, "--json", "--device", "cpu")
     result = run_command(predict, tiny, image_path, *options, "--weight-format", kind)
@@ -57,7 +57,7 @@ def test_predict_uses_weight_format(kind: str, tiny: Path, image_path: Path) -> 
     assert kind not in ("nf4", "int4") or raw != baseline
 
 
-@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_eval_uses_weight_format(kind: str, tiny: Path, image_path: Path) -> None:
     data = image_path.parent / f"{kind}.jsonl"
     write_samples(

@@ -1,4 +1,4 @@
-"""A converted run is the run that the other program would do: its rates, and its parts."""
+"""Converted runs equal those of the other program in learning rates and trainable parts."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ STEPS = 40
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "constant_with_warmup"])
 @pytest.mark.parametrize("warmup", [{}, {"warmup_ratio": 0.1}, {"warmup_steps": 7}])
 def test_converted_lr_schedule_matches_transformers(kind, warmup, tmp_path):
-    """After the warm-up the same in each step; in it one step ahead, since here the first step
-    learns already, where transformers has a rate of 0."""
+    """Check equal learning rates after the warmup. During it, the schedule is one step ahead.
+
+    The first step of transformers has a learning rate of 0.
+    """
     settings = {"lr_scheduler_type": kind, "max_steps": STEPS, **warmup}
     convert_settings(tmp_path, SWIFT_SETTINGS | settings)
     ours = LRSchedule(load_converted_recipe(tmp_path).train, STEPS)
     rising = warmup.get("warmup_steps", math.ceil(warmup.get("warmup_ratio", 0) * STEPS))
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     theirs = get_scheduler(kind, optimizer, rising, STEPS)
-    rates = []
+    learning_rates = []
     for _ in range(STEPS + 1):
-        rates.append(theirs.get_last_lr()[0])
+        learning_rates.append(theirs.get_last_lr()[0])
         optimizer.step()
         theirs.step()
     flat = 0 if kind == "constant" else rising
     for step in range(STEPS):
-        expected = rates[step + 1] if step < flat else rates[step]
+        expected = learning_rates[step + 1] if step < flat else learning_rates[step]
         assert ours.lr_factor(step) == pytest.approx(expected, abs=1e-9), step
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"])
 def test_layer_names_match_transformers_models(family, tmp_path):
-    """Targets are looked for among the names of the families' layers."""
+    """Check that the converter finds targets by the layer names of transformers."""
     made = ModelFolder(create_tiny_model(tmp_path / family, family))
     model = init_random_model(
         made.config, 0, torch.float32, torch.device("cpu"), made.preprocessor_config

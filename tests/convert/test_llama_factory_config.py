@@ -161,8 +161,10 @@ def test_setting_is_converted(key: str, tmp_path: Path) -> None:
 
 
 def test_all_targets_exclude_the_merger(tmp_path):
-    """`all` collects names of layers outside of the merger: those of Qwen2.5-VL's merger are not
-    among them, those of Qwen3-VL's are if the tower's are."""
+    """Check that `all` excludes the layers of the merger, except where the vision encoder has them.
+
+    This applies to Qwen3-VL, not to Qwen2.5-VL.
+    """
     free = {"freeze_vision_tower": False, "freeze_multi_modal_projector": False}
     done = convert_settings(tmp_path, LLAMA_FACTORY_SETTINGS | free)
     assert load_converted_recipe(tmp_path).tune.merger == "frozen"
@@ -222,7 +224,7 @@ def test_datasets_are_resolved_from_dataset_info(tmp_path, monkeypatch):
     assert "random ones" in notes_by_setting(done, "differs")["online: num_samples"]
     limited = convert_settings(tmp_path, base | {"max_samples": 30})
     assert limited.import_commands[0].endswith("tickets --limit 30")
-    away = convert_settings(tmp_path, base | {"media_dir": "pictures"})
+    away = convert_settings(tmp_path, base | {"media_dir": "images"})
     assert "paths" in notes_by_setting(away, "note")["media_dir"]
     for name, words in (("liked", "preference learning"), ("none", "does not contain none")):
         with pytest.raises(UserError, match=words):
@@ -239,7 +241,7 @@ def test_descriptions_that_cannot_be_read_are_refused(content, tmp_path, monkeyp
     with pytest.raises(UserError) as caught:
         convert_settings(tmp_path, LLAMA_FACTORY_SETTINGS)
     assert caught.value.where == "data/dataset_info.json"
-    assert caught.value.expected == "descriptions of data sets by name"
+    assert caught.value.expected == "descriptions of datasets by name"
 
 
 def test_missing_dataset_info_gives_guessed_commands(tmp_path, monkeypatch):

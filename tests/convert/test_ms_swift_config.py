@@ -155,7 +155,7 @@ def test_inline_deepspeed_config_is_parsed(tmp_path):
 
 
 def test_target_modules_match_across_the_model(tmp_path):
-    """peft compares ends of names, whatever is frozen: Qwen2.5-VL's tower has a gate_proj, too."""
+    """Check that peft compares suffixes of all names: the vision encoder has a gate_proj, too."""
     made = recipe(tmp_path, target_modules=["gate_proj"])
     assert (made.tune.vision, made.tune.language) == ("lora", "lora")
     assert made.tune.lora.target_modules == ("gate_proj",)

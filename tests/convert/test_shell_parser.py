@@ -121,7 +121,7 @@ def test_comments_end_with_their_line(tmp_path):
 
 
 def test_hash_inside_a_word_starts_no_comment(tmp_path):
-    """ms-swift's way to say how many rows of a data set are taken."""
+    """ms-swift's way to say how many rows of a dataset are taken."""
     script = f"{START} --dataset AI-ModelScope/LaTeX_OCR#20 a.jsonl --lora_rank 4 # don't"
     done = convert_script(tmp_path, script)
     assert load_converted_recipe(tmp_path).tune.lora.rank == 4

@@ -51,7 +51,7 @@ def limit() -> None:
     signal.signal(signal.SIGALRM, stop)
 
 
-def peak() -> int:
+def read_peak_memory() -> int:
     """Return the peak resident memory in bytes; `ru_maxrss` would include that of the parent."""
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     return next(int(line.split()[1]) for line in status.splitlines() if "VmHWM" in line) * 1024
@@ -132,7 +132,7 @@ def describe_result(seed: int, number: int, folder: Path) -> dict[str, Any]:
         "problem": problem,
         "cpu_s": round(spent, 3),
         "wall_s": round(time.monotonic() - started, 3),
-        "peak": peak(),
+        "peak": read_peak_memory(),
         "folder": str(location),
     }
 

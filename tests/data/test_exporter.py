@@ -1,4 +1,4 @@
-"""Samples go out as a foreign format and come back the same, pictures and boxes included."""
+"""Round trips of samples through foreign formats, with images and boxes."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def data_file(out: Path) -> Path:
 
 
 def with_image_contents(samples: list[Sample], folder: Path) -> list[Sample]:
-    """The samples with each picture's pixels in place of its path."""
+    """Return the samples with the pixels of each image instead of its path."""
     return [
         sample.map_paths(lambda name: Image.open(folder / name).tobytes().hex())
         for sample in samples
@@ -410,7 +410,7 @@ def test_image_text_file_name_collision_is_rejected(
 ) -> None:
     shown = [{"type": "image", "image": name} for name in ("in/a.png", "in/a.jpg")]
     samples = make_located_samples(
-        tmp_path, *(turns([picture, text("?")], answer) for picture in shown)
+        tmp_path, *(turns([image, text("?")], answer) for image in shown)
     )
     write_gray_image(tmp_path / "in" / "a.jpg", 40, 20)
     with pytest.raises(UserError, match=r"two images with the text file images/a\.txt"):

@@ -1,4 +1,4 @@
-"""Data sets whose files are called in GBK, as unzip leaves them, from import to training."""
+"""Datasets whose files are called in GBK, as unzip leaves them, from import to training."""
 
 from __future__ import annotations
 
@@ -227,8 +227,8 @@ def test_from_import_to_training(
     recipe = make_task(tmp_path / "task", num_samples=4, num_eval_samples=2)
     home = tmp_path / in_gbk(CAT)
     (home / in_gbk(CAT)).mkdir(parents=True)
-    for number, picture in enumerate(sorted((tmp_path / "task").glob("train*.png"))):
-        shutil.copy(picture, home / in_gbk(CAT) / in_gbk(f"{CAT}{number}.png"))
+    for number, image_path in enumerate(sorted((tmp_path / "task").glob("train*.png"))):
+        shutil.copy(image_path, home / in_gbk(CAT) / in_gbk(f"{CAT}{number}.png"))
     names = [f"{CAT}/{CAT}{number}.png" for number in range(4)]
     write_jsonl(home / "a.jsonl", [{"image": n, "query": "?", "response": "x"} for n in names])
     monkeypatch.chdir(home)
@@ -254,7 +254,7 @@ def test_from_import_to_training(
 def test_findings_about_such_names_are_printed(tmp_path: Path, options: list[str]) -> None:
     """To a terminal that takes nothing but UTF-8."""
     folder = utf8_folder(tmp_path / in_gbk(CAT))
-    (folder / in_gbk("\u4e2d.jpg")).write_text("no picture")
+    (folder / in_gbk("\u4e2d.jpg")).write_text("no image")
     (folder / in_gbk("\u4e2d.txt")).write_text("x")
     code = "from finesight.cli.app import main; main()"
     command = [sys.executable, "-c", code, "data", "check", str(folder), "--prompt", "?", *options]

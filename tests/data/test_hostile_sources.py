@@ -108,7 +108,7 @@ def test_named_pipe_in_a_zip(tmp_path: Path) -> None:
 
 
 def sparse(path: Path) -> Path:
-    """A file whose second line has 64 MiB of zero bytes, which take no room on the disk."""
+    """Write a file whose second line has 64 MiB of zero bytes, which occupy no disk space."""
     with path.open("wb") as file:
         file.write(b'{"query": "a", "response": "b"}\n')
         file.seek(2**26)

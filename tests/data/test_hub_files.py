@@ -26,7 +26,7 @@ configs:
 - config_name: small
   data_files: small/*.parquet
 ---
-# A data set
+# A dataset
 """
 FILES = [
     *("README.md", "data/train-0.parquet", "full/train-0.parquet", "full/train-1.parquet"),
@@ -98,9 +98,9 @@ def test_split_name_synonyms() -> None:
 
 
 def test_repository_without_splits() -> None:
-    files = ["rows.json", "pictures.zip", "state.json", "configuration.json"]
+    files = ["rows.json", "images.zip", "state.json", "configuration.json"]
     found = select_files(files, None, "", "hf:a/b")
-    assert (found.row_files, found.support_files) == (("rows.json",), ("pictures.zip",))
+    assert (found.row_files, found.support_files) == (("rows.json",), ("images.zip",))
     assert select_files(["a.parquet", "b.parquet"], None, "", "x").row_files == (
         "a.parquet",
         "b.parquet",

@@ -1,4 +1,4 @@
-"""Sizes of pictures from their headers, and what is refused before a pixel is decoded."""
+"""Image sizes from headers, and files that are rejected before decoding."""
 
 from __future__ import annotations
 

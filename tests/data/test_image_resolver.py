@@ -1,4 +1,4 @@
-"""Pictures of foreign rows: found, saved out of tables, told apart by content, copied."""
+"""Images of foreign rows: resolved, saved from tables, distinguished by content, copied."""
 
 from __future__ import annotations
 

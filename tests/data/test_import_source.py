@@ -64,7 +64,7 @@ def test_invalid_samples_are_preserved(tmp_path: Path) -> None:
 
 
 def test_missing_images_remain_in_the_sample(tmp_path: Path) -> None:
-    (tmp_path / "b.png").write_text("no picture")
+    (tmp_path / "b.png").write_text("no image")
     rows = [sample(box(1, 2, 3, 4), image=name) for name in ("gone/a.png", "b.png")]
     found = read_unvalidated(write_jsonl(tmp_path / "data.jsonl", rows))
     parts = [row.samples[0].messages[0].content[0] for row in found]

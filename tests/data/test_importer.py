@@ -30,7 +30,7 @@ ANSWERS = ImportOptions(columns={"image": "image", "answer": "answer"}, prompt="
 
 
 def table(folder: Path, *images: str, **more: Any) -> Path:
-    """rows.jsonl with a row for each letter; equal letters show the same picture."""
+    """Write rows.jsonl with a row for each letter; equal letters use the same image."""
     for shade, letter in enumerate(sorted(set(images))):
         write_gray_image(folder / "in" / f"{letter}.png", gray_level=shade)
     rows = [
@@ -124,13 +124,13 @@ def test_all_rows_in_eval_write_no_training_file(tmp_path: Path) -> None:
 def test_split_by_image(tmp_path: Path) -> None:
     request = ImportOptions(columns=ANSWERS.columns, prompt="?", train_fraction=0.75, seed=3)
     summary = import_dataset(table(tmp_path, *"aabbccdd"), tmp_path / "out", request)
-    train, held_out = (
+    train, validation = (
         {word[0] for word in words(tmp_path / "out" / name)}
         for name in ("train.jsonl", "eval.jsonl")
     )
     assert len(train) == 3
-    assert len(held_out) == 1
-    assert not train & held_out
+    assert len(validation) == 1
+    assert not train & validation
     assert check_row_counts(summary)
 
 
@@ -175,8 +175,8 @@ def test_embedded_parquet_images(tmp_path: Path) -> None:
     summary = import_dataset(tmp_path / "rows.parquet", tmp_path / "out", request)
     assert summary.num_images == 3
     train = read_samples(tmp_path / "out" / "train.jsonl")
-    held_out = read_samples(tmp_path / "out" / "eval.jsonl")
-    found = list_image_paths(train + held_out, tmp_path / "out")
+    validation = read_samples(tmp_path / "out" / "eval.jsonl")
+    found = list_image_paths(train + validation, tmp_path / "out")
     assert [path.read_bytes() for path in found] == [data[0], data[1], data[1], data[2]]
     assert train[0].messages[-1].content == (BoxPart(xyxy=(1, 2, 31, 6)),)
     verify_folder(tmp_path / "out")
@@ -193,6 +193,14 @@ def test_ids_are_made_unique(tmp_path: Path) -> None:
         "y",
         "x-row3",
     ]
+
+
+def test_made_ids_differ_from_ids_of_other_rows(tmp_path: Path) -> None:
+    rows = [{"id": name, "query": "q", "response": "r"} for name in ("a", "a", "a", "a-row1")]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    import_dataset(source, tmp_path / "out", ImportOptions())
+    ids = [sample.id for sample in read_samples(tmp_path / "out" / "data.jsonl")]
+    assert ids == ["a-row1-copy", "a-row2", "a-row3", "a-row1"]
 
 
 def test_imported_file_can_be_imported_again(tmp_path: Path) -> None:
@@ -310,19 +318,22 @@ def captured_text(question: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("request_", "where"),
     [
-        (ImportOptions(columns={"picture": "image"}), "columns"),
+        (ImportOptions(columns={"photo": "image"}), "--map"),
         (ImportOptions(format="table"), "--format table"),
         (ImportOptions(format="query-response", columns={"image": "image"}), "--map"),
         (ImportOptions(format="samples", prompt="?"), "--prompt"),
         (ImportOptions(format="samples", box_format="xywh"), "--box-format or --box-units"),
-        (ImportOptions(columns={"image": "image"}, prompt="?", train_fraction=1.0), "split"),
+        (
+            ImportOptions(columns={"image": "image"}, prompt="?", train_fraction=1.0),
+            "--train-fraction",
+        ),
         (
             ImportOptions(columns={"image": "image"}, prompt="?", train_fraction=0.5, eval_last=1),
-            "split",
+            "--train-fraction, --eval-last",
         ),
         (
             ImportOptions(columns={"image": "image", "answer": "answer"}, prompt="?", eval_last=9),
-            "the last rows, held out",
+            "--eval-last 9",
         ),
     ],
 )
@@ -390,6 +401,6 @@ def test_real_formulas(shared: Path, tmp_path: Path) -> None:
     assert (summary.num_rows, summary.skipped_rows) == (1000, {})
     assert sum(written.num_samples for written in summary.output_files) == 1000
     train = list_image_paths(read_samples(tmp_path / "out" / "train.jsonl"), tmp_path / "out")
-    held_out = list_image_paths(read_samples(tmp_path / "out" / "eval.jsonl"), tmp_path / "out")
-    assert not {p.read_bytes() for p in train} & {p.read_bytes() for p in held_out}
-    assert abs(len(held_out) - 100) <= 1
+    validation = list_image_paths(read_samples(tmp_path / "out" / "eval.jsonl"), tmp_path / "out")
+    assert not {p.read_bytes() for p in train} & {p.read_bytes() for p in validation}
+    assert abs(len(validation) - 100) <= 1

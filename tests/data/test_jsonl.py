@@ -96,7 +96,7 @@ def test_sample_paths_are_relative_to_file(tmp_path: Path) -> None:
         (json.dumps(record(id=5)), "id is 5"),
         (json.dumps({"id": "a"}), "the key messages is missing"),
         (json.dumps(record(messages=[])), "messages is"),
-        (json.dumps(answer(type="picture")), "messages.1.content.0 is"),
+        (json.dumps(answer(type="photo")), "messages.1.content.0 is"),
         (json.dumps(answer(type="text", text=7)), "messages.1.content.0.text is 7"),
         (json.dumps(answer(type="box", xyxy=[1, 2, 3])), "xyxy"),
         (json.dumps(answer(type="box", xyxy=[9, 2, 3, 4])), r"the box \[9.0, 2.0, 3.0, 4.0\]"),

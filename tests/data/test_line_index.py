@@ -1,4 +1,4 @@
-"""Lines by their places: any of them, in any order, as an editor numbers them."""
+"""Line offsets: random access to lines with the line numbers of an editor."""
 
 from __future__ import annotations
 

@@ -24,13 +24,13 @@ from finesight.digests import sha256_file
 from finesight.errors import UserError
 from finesight.storage import FileSystem
 
-NAMES = [f"pictures.d/{number}.png" for number in range(7)]
+NAMES = [f"images.d/{number}.png" for number in range(7)]
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    """Seven samples, each with a picture of its own."""
-    (tmp_path / "pictures.d").mkdir()
+    """Write seven samples with different images."""
+    (tmp_path / "images.d").mkdir()
     rows = []
     for number, name in enumerate(NAMES):
         (tmp_path / name).write_bytes(make_png(number, 10 + number, 20))
@@ -80,9 +80,9 @@ def test_many_shards_are_scanned_in_parallel(
     pattern = write_tar_shards(table, tmp_path / "shards", each=1)
     alone = load(pattern)
     monkeypatch.setattr("finesight.data.corpus.MIN_PARALLEL_FILES", 7)
-    together = load(pattern)
-    assert together.fingerprint == alone.fingerprint
-    assert_same(together, table)
+    parallel = load(pattern)
+    assert parallel.fingerprint == alone.fingerprint
+    assert_same(parallel, table)
     (tmp_path / "shards" / "003.tar").write_bytes(b"none" * 500)
     with pytest.raises(UserError, match=r"003\.tar: cannot be read"):
         load(pattern)
@@ -173,7 +173,7 @@ def test_images_outside_the_container_are_not_read(
 def test_image_missing_from_tar(table: Path, tmp_path: Path) -> None:
     row = read_rows(table)[0]
     tar = write_tar(tmp_path / "a.tar", {"s0.json": json.dumps(row).encode()})
-    with pytest.raises(CorruptImageError, match=r"a\.tar/pictures\.d/0\.png: no such image"):
+    with pytest.raises(CorruptImageError, match=r"a\.tar/images\.d/0\.png: no such image"):
         read_image_size(image_file(load(tar), 0))
 
 

@@ -22,7 +22,7 @@ def skip_options(limit: int | None = None) -> ImportOptions:
 
 
 def table(folder: Path, letters: str) -> Path:
-    """rows.jsonl with a row and a picture for each letter."""
+    """Write rows.jsonl with a row and an image for each letter."""
     for shade, letter in enumerate(letters):
         write_gray_image(folder / "in" / f"{letter}.png", gray_level=shade)
     rows = [{"image": f"in/{c}.png", "answer": f"{c}{n}"} for n, c in enumerate(letters)]

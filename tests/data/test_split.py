@@ -1,4 +1,4 @@
-"""No picture on both sides."""
+"""Splits without images on both sides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finesight.errors import UserError
 
 
 def keys(*rows: str) -> list[frozenset[str]]:
-    """One row for each word, one picture for each letter."""
+    """Make one row for each word, and one image for each letter."""
     return [frozenset(row) for row in rows]
 
 
@@ -24,7 +24,7 @@ def test_all_rows_may_be_eval_rows() -> None:
 
 
 def test_too_many_eval_rows() -> None:
-    with pytest.raises(UserError, match="3 rows of 2"):
+    with pytest.raises(UserError, match="--eval-last 3: there are 2 rows"):
         split_last_rows(keys("a", "b"), 3)
     with pytest.raises(UserError, match="each of the other 1 rows"):
         split_last_rows(keys("a", "a"), 1)
@@ -35,18 +35,18 @@ def test_split_keeps_rows_of_an_image_together(seed: int) -> None:
     draw = random.Random(seed)
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     rows = [frozenset(draw.choices(letters, k=draw.choice([0, 1, 1, 1]))) for _ in range(60)]
-    train, held_out = split_by_image(rows, 0.8, seed)
-    assert sorted(train + held_out) == list(range(60))
+    train, validation = split_by_image(rows, 0.8, seed)
+    assert sorted(train + validation) == list(range(60))
     assert not frozenset().union(*(rows[i] for i in train)) & frozenset().union(
-        *(rows[i] for i in held_out)
+        *(rows[i] for i in validation)
     )
-    assert len(held_out) == 12
+    assert len(validation) == 12
 
 
 def test_transitively_shared_images_stay_together() -> None:
     # ab - bc - cd is one group, e and f are groups of their own.
-    train, held_out = split_by_image(keys("ab", "e", "bc", "f", "cd"), 0.6, 0)
-    assert held_out == [1, 3]
+    train, validation = split_by_image(keys("ab", "e", "bc", "f", "cd"), 0.6, 0)
+    assert validation == [1, 3]
     assert train == [0, 2, 4]
 
 

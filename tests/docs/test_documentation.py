@@ -143,9 +143,36 @@ def test_code_blocks_of_page_run(
     folder = tmp_path / "folder"
     prepare_page_folder(name, request.getfixturevalue("prepared_repositories"), folder)
     reader = DocsTerminal(folder, reader_env)
+    output: str | None = None
     try:
         for block in list_code_blocks(RUNNABLE_PAGES[name]):
+            if block.language == "text" and block.needs is None and output is not None:
+                missing = find_missing_lines(block.text, output)
+                assert not missing, f"{block}: the commands do not print {missing}"
+            output = None
             if block.needs is None and (block.caption or block.language in TYPED):
-                reader.run_block(block)
+                output = reader.run_block(block)
     finally:
         reader.close()
+
+
+def find_missing_lines(expected: str, output: str) -> list[str]:
+    """Return the lines of an output block that a command does not print.
+
+    Numbers, line breaks and lines of `...` are ignored.
+    """
+    printed = normalize_output(output)
+    lines = [line for line in expected.splitlines() if line.strip() not in ("", "...", "…")]
+    return [line for line in lines if normalize_output(line) not in printed]
+
+
+def normalize_output(text: str) -> str:
+    # Bars and plots depend on numbers.
+    text = re.sub(r"[#█▇▆▅▄▃▂▁━─]+", "", re.sub(r"\d[\d,.]*", "0", text))
+    return " ".join(text.split())
+
+
+def test_missing_output_lines_are_found() -> None:
+    output = "step 1/16  loss 9.64  1,024 tokens/s\nsaved to runs/mine\n"
+    assert find_missing_lines("step 9/16  loss 0.5  80 tokens/s\n...\n", output) == []
+    assert find_missing_lines("saved to\nruns/other", output) == ["runs/other"]

@@ -1,4 +1,4 @@
-"""Variables that break something: planted, found, and mended by typing the remedy."""
+"""Harmful environment variables: detected, and fixed by the remedy."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_secrets_are_never_printed() -> None:
         {"SSL_CERT_FILE": __file__, "MODELSCOPE_API_TOKEN": "ms-123"},
     ],
 )
-def test_valid_environment_has_no_fault(around: dict[str, str]) -> None:
+def test_valid_environment_has_no_issue(around: dict[str, str]) -> None:
     (found,) = environment_check.check_environment(around, NONE)
     assert found.severity == "ok"
 

@@ -26,14 +26,14 @@ def diagnose(seen: GpuSystem, torch: TorchInfo, **environment: str) -> list[gpu_
     return gpu_check.check_gpus(seen, torch, NONE, environment)
 
 
-def test_working_gpu_has_no_fault() -> None:
+def test_working_gpu_has_no_issue() -> None:
     found = diagnose(DRIVEN, CUDA)
     assert list_codes(found) == list_codes(found, "warning") == []
     assert "H200" in find_diagnosis(found, "gpu").what
     assert "bf16" in find_diagnosis(found, "gpu").what
 
 
-def test_missing_compiler_is_a_fault_with_triton(
+def test_missing_compiler_is_an_issue_with_triton(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_check.sysconfig, "get_path", lambda name: str(tmp_path))
@@ -54,7 +54,7 @@ def test_missing_compiler_is_a_fault_with_triton(
     assert list_codes(gpu_check.check_gpus(bare, CUDA, NONE, {})) == []
 
 
-def test_missing_gpu_is_no_fault() -> None:
+def test_missing_gpu_is_no_issue() -> None:
     assert list_codes(diagnose(BARE, CPU)) == []
 
 

@@ -76,7 +76,7 @@ def set_remedy_env(remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name, raising=False)
 
 
-def test_reachable_hub_has_no_fault(hub: FakeHubServer) -> None:
+def test_reachable_hub_has_no_issue(hub: FakeHubServer) -> None:
     assert [one.severity for one in diagnose()] == ["ok"]
     assert all(asked.token is None for asked in hub.requests)
 

@@ -45,16 +45,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_machine_facts_are_read() -> None:
     seen = machine_check.inspect_machine(dict(os.environ), Path.cwd())
     assert 0 < seen.available_memory <= seen.total_memory
-    assert {place.role for place in seen.locations} == set(machine_check.RECOMMENDED_FREE_BYTES)
+    assert {location.role for location in seen.locations} == set(
+        machine_check.RECOMMENDED_FREE_BYTES
+    )
     assert list_codes(diagnose()) == list_codes(diagnose(), "warning") == []
 
 
 def test_full_temp_disk_is_found_and_remedy_changes_it(small_disk: Path, tmp_path: Path) -> None:
     around = {"TMPDIR": str(small_disk), "HOME": str(tmp_path), "PATH": os.environ["PATH"]}
     seen = machine_check.inspect_machine(around, tmp_path)
-    (full,) = [place for place in seen.locations if place.role == "temporary files"]
+    (full,) = [location for location in seen.locations if location.role == "temporary files"]
     assert full.free_bytes < machine_check.MIN_FREE_BYTES
-    roomy = WriteLocation("disk", tmp_path / "room here", 500 * GB, True)
+    roomy = WriteLocation("disk", tmp_path / "free space", 500 * GB, True)
     found = find_diagnosis(
         machine_check.check_machine(replace(seen, locations=(full,), largest_location=roomy)),
         "disk-full",
@@ -62,7 +64,7 @@ def test_full_temp_disk_is_found_and_remedy_changes_it(small_disk: Path, tmp_pat
     assert found.severity == "error"
     assert str(small_disk) in found.what
     after = machine_check.inspect_machine(run_remedy(found.remedy, around), tmp_path)
-    (now,) = [place for place in after.locations if place.role == "temporary files"]
+    (now,) = [location for location in after.locations if location.role == "temporary files"]
     assert now.folder == roomy.folder / "finesight"
     assert now.folder.is_dir()
     assert now.free_bytes == machine_check.inspect_location("x", tmp_path).free_bytes
@@ -72,14 +74,14 @@ def test_cache_path_that_is_a_file_is_found(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     around = {"HF_HOME": str(tmp_path / "file"), "PATH": os.environ["PATH"]}
     seen = machine_check.inspect_machine(around, tmp_path)
-    (cache,) = [place for place in seen.locations if place.role == "models"]
+    (cache,) = [location for location in seen.locations if location.role == "models"]
     roomy = WriteLocation("disk", tmp_path, 500 * GB, True)
     found = find_diagnosis(
         machine_check.check_machine(replace(seen, locations=(cache,), largest_location=roomy)),
         "not-writable",
     )
     after = machine_check.inspect_machine(run_remedy(found.remedy, around), tmp_path)
-    (now,) = [place for place in after.locations if place.role == "models"]
+    (now,) = [location for location in after.locations if location.role == "models"]
     assert now.is_writable
 
 

@@ -35,7 +35,7 @@ def diagnose(path: Path) -> list[Diagnosis]:
     return model_check.check_model(path, NONE)
 
 
-def test_valid_model_has_no_fault(valid_model: Path) -> None:
+def test_valid_model_has_no_issue(valid_model: Path) -> None:
     assert [one.severity for one in diagnose(valid_model)] == ["ok"]
 
 

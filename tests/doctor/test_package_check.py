@@ -1,4 +1,4 @@
-"""Packages that clash, are missing or there twice: planted into an environment, found, mended."""
+"""Conflicting, missing and duplicate packages: detected, and fixed by the remedy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REQUIRES = (
 
 @pytest.fixture(scope="module")
 def faulty_environment(tmp_path_factory: pytest.TempPathFactory) -> VirtualEnvironment:
-    """An environment with four faults of packages, and the wheels that mend them."""
+    """Create an environment with four package issues, and the wheels that fix them."""
     made = VirtualEnvironment(tmp_path_factory.mktemp("env") / "with space")
     write_package_metadata(made.site, "finesight", "0.1.0", REQUIRES)
     write_package_metadata(made.site, "safetensors", "0.5.0")
@@ -63,7 +63,7 @@ def run_remedy(made: VirtualEnvironment, remedy: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_package_faults_are_found_and_commands_fix_them(
+def test_package_issues_are_found_and_commands_fix_them(
     faulty_environment: VirtualEnvironment, tmp_path: Path
 ) -> None:
     # A torch that is broken, too, is read more quickly, and hides nothing of the rest.
@@ -76,8 +76,8 @@ def test_package_faults_are_found_and_commands_fix_them(
     assert done.returncode == 2, done.stderr
     assert "libcudart" in done.stdout
     found = [one for one in json.loads(done.stdout)["diagnoses"] if one["section"] == "packages"]
-    faults = [one for one in found if one["severity"] == "error"]
-    output = {one["what"].split(" in /")[0] for one in faults}
+    errors = [one for one in found if one["severity"] == "error"]
+    output = {one["what"].split(" in /")[0] for one in errors}
     assert output == {
         "safetensors 0.5.0 is installed",
         "planted-piece is not installed",

@@ -44,7 +44,7 @@ def difference(verdict: str, before: float = 0.4, after: float = 0.5) -> JsonLin
     return {"name": "similarity", "verdict": verdict, **figures}
 
 
-def test_improved_metric_has_no_fault(fake_run_dir: FakeRunDir) -> None:
+def test_improved_metric_has_no_issue(fake_run_dir: FakeRunDir) -> None:
     fake_run_dir.write_finished(metric_differences=[difference("better")])
     assert list_codes(diagnose(fake_run_dir)) == list_codes(diagnose(fake_run_dir), "warning") == []
 
@@ -98,7 +98,7 @@ def test_truncated_answers_suggest_more_tokens(fake_run_dir: FakeRunDir) -> None
     assert words[words.index("--max-new-tokens") + 1] == "256"
 
 
-def test_single_truncated_answer_is_no_fault(fake_run_dir: FakeRunDir) -> None:
+def test_single_truncated_answer_is_no_issue(fake_run_dir: FakeRunDir) -> None:
     fake_run_dir.write_predictions(
         "after", [make_prediction_line("b", "x", "x", 1.0, stopped=n > 0) for n in range(40)]
     )

@@ -43,7 +43,7 @@ def remedy_overrides(path: Path, found: Diagnosis) -> list[str]:
     return words[3:]
 
 
-def test_trainable_recipe_has_no_fault(recipe: Path) -> None:
+def test_trainable_recipe_has_no_issue(recipe: Path) -> None:
     assert list_codes(diagnose(recipe)) == list_codes(diagnose(recipe), "warning") == []
 
 

@@ -80,10 +80,10 @@ def write_run(folder: Path, rng: random.Random) -> FakeRunDir:
             "result.json", json.dumps(maybe({"steps": 60, "metric_differences": differences}, 0.7))
         )
     made.write("moved.json", json.dumps(maybe(PARAM_AUDIT, 0.5)))
-    made.write_lines("dropped.jsonl", [maybe({"id": "a", "reason": "over 9 tokens"}, 0.5)])
+    made.write_lines("skipped_samples.jsonl", [maybe({"id": "a", "reason": "over 9 tokens"}, 0.5)])
     made.write("manifest.json", json.dumps(maybe(MANIFEST, 0.3)))
     box = {"image": 0, "label": "c", "xyxy": [1, 2, 30, 40]}
-    image = str(folder.parent / "picture.png")
+    image = str(folder.parent / "image.png")
     boxes = {"image": image, "boxes": [box], "gold_boxes": [box | {"xyxy": [9, 20, 90, 80]}]}
     lines = [
         make_prediction_line("a", "b " * 9, "c", 0.3, **boxes, stopped=n < 6) for n in range(12)
@@ -94,7 +94,7 @@ def write_run(folder: Path, rng: random.Random) -> FakeRunDir:
 
 @pytest.mark.parametrize("seed", range(16))
 def test_corrupt_records_still_give_remedies(tmp_path: Path, seed: int) -> None:
-    Image.new("1", (200, 100)).save(tmp_path / "picture.png")
+    Image.new("1", (200, 100)).save(tmp_path / "image.png")
     made = write_run(tmp_path / "run", random.Random(seed))
     sections = diagnose_run(made.folder)
     assert [section.title for section in sections] == ["run end", "training", "predictions"]

@@ -34,7 +34,7 @@ def task(tmp_path: Path) -> TinyTask:
 
 @pytest.fixture(scope="module")
 def unfinished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has not come to its end, to look at."""
+    """Create an unfinished run."""
     return TinyTask(tmp_path_factory.mktemp("stopped") / "task").rewind_to_checkpoint()
 
 
@@ -48,7 +48,7 @@ def run_remedy(remedy: str) -> None:
     for command in remedy.replace(" && ", "\n").splitlines():
         words = shlex.split(command)
         if words[0] == "finesight":
-            # What `data check` mends it also tells, by its exit code.
+            # `data check --fix` also reports the corrected issues by its exit code.
             assert run_command(words[1:]) == (2 if "--fix" in words else 0), command
         else:
             subprocess.run(command, shell=True, check=True)
@@ -83,11 +83,11 @@ def test_flat_loss_is_found_and_remedy_trains(task: TinyTask) -> None:
 def test_non_finite_loss_is_explained_and_fixed(task: TinyTask) -> None:
     with pytest.raises(UserError, match="non-finite"):
         task.run(*SHORT, "train.learning_rate=1e30")
-    faults = [one for one in diagnose(task.folder / "run") if one.severity == "error"]
-    assert [one.code for one in faults] == ["not-finite"]
-    assert "train.jsonl:" in faults[0].why
-    run_remedy(faults[0].remedy)
-    assert list_codes(diagnose(output_of(faults[0].remedy))) == []
+    errors = [one for one in diagnose(task.folder / "run") if one.severity == "error"]
+    assert [one.code for one in errors] == ["not-finite"]
+    assert "train.jsonl:" in errors[0].why
+    run_remedy(errors[0].remedy)
+    assert list_codes(diagnose(output_of(errors[0].remedy))) == []
 
 
 @pytest.mark.parametrize("ended", [False, True])

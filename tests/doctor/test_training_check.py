@@ -1,4 +1,4 @@
-"""Courses of runs, written by hand: rising, jumping, learned by heart, waiting."""
+"""Handwritten training curves: rising, jumping, overfitted and waiting for data."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def apply_remedy(remedy: str, tmp_path: Path) -> dict[str, object]:
     return recipe.model_dump()
 
 
-def test_converging_run_has_no_fault(tmp_path: Path) -> None:
+def test_converging_run_has_no_issue(tmp_path: Path) -> None:
     found = diagnose(tmp_path, steps(lambda n: 3 * math.exp(-n / 20) + 0.2))
     assert [one.severity for one in found] == ["ok"]
 
@@ -68,14 +68,16 @@ def test_rising_loss_suggests_lower_learning_rates(tmp_path: Path) -> None:
         diagnose(tmp_path, steps(lambda n: 2.0 - 0.05 * n if n < 20 else 1.0 + 0.05 * (n - 20))),
         "learning-rate-too-high",
     )
-    rates = apply_remedy(found.remedy, tmp_path)["train"]["learning_rate"]
-    assert (rates["default"], rates["language"]) == (1e-4, 2e-4)
+    learning_rates = apply_remedy(found.remedy, tmp_path)["train"]["learning_rate"]
+    assert (learning_rates["default"], learning_rates["language"]) == (1e-4, 2e-4)
     assert found.remedy.endswith("my run-2'")
 
 
 DESTROYED = """4.28 7.47 8.18 11.67 11.98 9.91 11.66 11.48 8.68 7.14 7.62 6.44 5.82 5.17 4.60 4.04
     4.09 4.07 3.95 3.83 3.75 3.69 3.68 3.65"""
-"""Losses of finesight-tiny on train tickets at a rate of 0.05; and at 0.01, which it stands."""
+"""Losses of finesight-tiny on train tickets with a learning rate of 0.05, and with 0.01, which is
+stable.
+"""
 STOOD = """4.28 2.85 2.13 4.85 2.61 3.62 1.98 1.17 0.94 0.77 0.60 0.59 0.33 0.28 0.14 0.39 0.25 0.23
     0.03 0.09 0.11 0.11 0.06 0.10"""
 
@@ -98,7 +100,7 @@ def test_noisy_loss_is_not_rising(tmp_path: Path) -> None:
     assert "learning-rate-too-high" not in list_codes(diagnose(tmp_path, lines))
 
 
-def test_small_gradients_after_convergence_are_no_fault(tmp_path: Path) -> None:
+def test_small_gradients_after_convergence_are_no_issue(tmp_path: Path) -> None:
     lines = steps(lambda n: 3 * math.exp(-n / 4) + 0.05)
     lines = [line | {"grad_norm": 1 / line["step"] ** 2} for line in lines]
     assert list_codes(diagnose(tmp_path, lines)) == []

@@ -45,7 +45,7 @@ class ExpectedEncoding:
 
 
 class HFChatReference:
-    """Chat template, tokenizer, picture processor and rope index of one model folder."""
+    """Chat template, tokenizer, image processor and rope index of one model folder."""
 
     def __init__(self, folder: ModelFolder) -> None:
         self.folder = folder
@@ -62,7 +62,7 @@ class HFChatReference:
         }
 
     def encode(self, located_sample: LocatedSample) -> ExpectedEncoding:
-        """Ids, learned marks, positions and patches of the whole conversation."""
+        """Return ids, supervised markers, positions and patches of the whole conversation."""
         seen = [
             v
             for part in located_sample.sample.iter_parts()
@@ -120,7 +120,7 @@ class HFChatReference:
                 ProcessedVisual("image", original, (grid[1] * p, grid[2] * p), grid, patches, 0.0)
             ]
         if isinstance(part, VideoPart):
-            # No video processor without torchvision: each frame goes through the pictures' own.
+            # Without torchvision there is no video processor; the image processor is used.
             frames = [Image.open(located_sample.resolve_path(name)) for name in part.frames]
             frames += frames[-1:] * (len(frames) % 2)
             processed = [self._process_image(frame) for frame in frames]
@@ -176,8 +176,10 @@ class HFChatReference:
         return positions[:, 0].numpy()
 
     def _published_rope_index(self, ids: list[int], seen: list[ProcessedVisual]) -> np.ndarray:
-        """The rule of the published code in words of one syllable: one token at a time; after a
-        picture or video, text goes on at one more than the largest position of any row."""
+        """Compute positions with the rule of the published code, one token at a time.
+
+        After an image or video, text continues at the largest position of any row plus one.
+        """
         rows: list[tuple[int, int, int]] = []
         left, at, following = list(seen), 0, 0
         while at < len(ids):
@@ -203,7 +205,7 @@ class HFChatReference:
 
 @dataclass(frozen=True)
 class ProcessedVisual:
-    """A picture or video as the reference processes it."""
+    """Process an image or video with the reference processor."""
 
     kind: str
     original: tuple[int, int]

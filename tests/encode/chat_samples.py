@@ -1,4 +1,4 @@
-"""Conversations about pictures, drawn from a seed: what ways to write a chat are compared on."""
+"""Random conversations about images, to compare implementations of the chat format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenizer_strings import random_text_without_specials
 
 @dataclass(frozen=True)
 class ChatImage:
-    """A picture of 1000 x 1000 pixels, where thousandths are pixels."""
+    """Write an image of 1000 x 1000 pixels, where thousandths are pixels."""
 
     name: str
 
@@ -43,7 +43,7 @@ class SampleChat:
 
 
 def make_chats(count: int, seed: int) -> list[SampleChat]:
-    """Conversations of one to four questions with up to three pictures each."""
+    """Make conversations of one to four questions with up to three images each."""
     rng = random.Random(seed)
     return [_make_chat(rng, number) for number in range(count)]
 

@@ -16,7 +16,7 @@ from finesight.errors import UserError
 OLD = "<|object_ref_start|>dog<|object_ref_end|><|box_start|>(100,200),(300,900)<|box_end|>"
 NEW = '{"bbox_2d": [100, 200, 300, 900], "label": "dog"}'
 PIXELS = '{"bbox_2d": [56, 56, 168, 252], "label": "dog"}'
-# A picture of 1000 x 500 pixels becomes 560 x 280.
+# An image of 1000 x 500 pixels becomes 560 x 280.
 RESIZING = ResizeSpec(PixelRange(min_pixels=3136, max_pixels=160000), 28)
 
 

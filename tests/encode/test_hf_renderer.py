@@ -48,7 +48,7 @@ def with_template(folder: Path, tmp_path: Path, template: str) -> HfRenderer:
 def decode_with_loss_mask(
     renderer: HfRenderer, located_sample: LocatedSample
 ) -> tuple[str, list[str]]:
-    """All tokens of a sample as text, and the learned stretches."""
+    """Return all tokens of a sample as text, and the supervised spans."""
     outline = renderer.tokenize(located_sample)
     stretches: list[list[int]] = []
     for at, (token, supervised) in enumerate(zip(outline.ids_T, outline.loss_mask_T, strict=True)):

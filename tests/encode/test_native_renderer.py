@@ -27,7 +27,7 @@ PUBLISHED = ("Qwen2-VL-2B-Instruct", "Qwen2.5-VL-3B-Instruct", "Qwen3-VL-Embeddi
 
 @pytest.fixture(scope="module")
 def image_set(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
-    return make_images(tmp_path_factory.mktemp("pictures"))
+    return make_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -94,7 +94,7 @@ def test_videos_match_reference(folder: ModelFolder, image_set: ImageSet) -> Non
 def test_videos_of_published_models_match_reference(
     shared: Path, name: str, image_set: ImageSet
 ) -> None:
-    # transformers 5.23 goes on after the larger side of the grid, the published code after the
+    # transformers 5.23 continues after the larger side of the grid, the published code after the
     # largest position: they differ where a video lasts longer than its frames are wide.
     published = ModelFolder(shared / "qwen_assets" / name)
     agreed = compare(published, image_set, range(1000, 1060), videos=True)

@@ -1,4 +1,4 @@
-"""Samples end to end: who predicts whom, where the pictures stand, what a budget holds."""
+"""Concatenated samples: labels, image positions and the token budget."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_first_token_has_no_loss() -> None:
 def sample_with_image_and_text(
     others: int, supervised: int, after: int, image: int | None = None
 ) -> TokenizedSample:
-    """So many tokens of each kind, and where a picture ends."""
+    """Make the given number of tokens of each kind, and the end of an image."""
     marks = [False] * others + [True] * supervised + [False] * after
     outline = text_sample("a", list(range(len(marks))), marks).tokenized
     spans = () if image is None else (replace(SPAN, start=image - 2, stop=image),)
@@ -82,7 +82,7 @@ def sample_with_image_and_text(
         (sample_with_image_and_text(6, 0, 0), 6),
     ],
 )
-def test_tokens_after_last_label_are_dropped(outline: TokenizedSample, needed: int) -> None:
+def test_tokens_after_last_label_are_removed(outline: TokenizedSample, needed: int) -> None:
     assert outline.num_packed_tokens == needed
     patches = np.empty((8 * len(outline.spans), 588), dtype=np.uint8)
     batch = pack([EncodedSample(outline, patches)])
@@ -95,7 +95,7 @@ def test_tokens_after_last_label_are_dropped(outline: TokenizedSample, needed: i
     assert full.labels_L.tolist() == batch.labels_L.tolist()
 
 
-def test_dropped_tokens_do_not_change_the_loss(tmp_path: Path) -> None:
+def test_removed_tokens_do_not_change_the_loss(tmp_path: Path) -> None:
     folder = ModelFolder(create_tiny_model(tmp_path / "model", "qwen2_vl"))
     renderer = NativeRenderer(folder)
     model = load_model(folder, torch.float32, torch.device("cpu"))
@@ -201,8 +201,10 @@ def test_image_padding_fills_odd_patch_counts() -> None:
 @pytest.mark.parametrize("samples", [64, 16])
 @pytest.mark.parametrize("one_size", [True, False])
 def test_padding_overhead_is_small(samples: int, one_size: bool) -> None:
-    """Under 2 % of the tokens and of the patches at the size of the caption recipes: pictures of
-    280 x 280 pixels or about that, and 20 to 60 tokens of text."""
+    """Check that padding is below 2 % of tokens and patches at the size of the caption recipes.
+
+    Images have about 280 x 280 pixels, texts 20 to 60 tokens.
+    """
     rng = random.Random(samples)
     tokens = patches = more_tokens = more_patches = 0
     for _ in range(50):
@@ -268,7 +270,7 @@ def test_images_are_one_frame_and_videos_complete(tmp_path: Path) -> None:
 
 
 def sample_with_prefix(same: list[int], others: list[int], supervised: int = 2) -> EncodedSample:
-    """So many tokens at the end are learned."""
+    """Make a sample whose last tokens are supervised."""
     ids = same + others
     marks = [False] * (len(ids) - supervised) + [True] * supervised
     return text_sample(str(others), ids, marks)

@@ -107,22 +107,22 @@ def test_each_frame_pair_is_a_visual_span(tmp_path: Path) -> None:
     ],
 )
 def test_reasoning_and_answer_of_data(text: str, thought: str | None, answer: str) -> None:
-    spoken = split_reasoning([TextPart(text=text)])
-    assert spoken.reasoning == (None if thought is None else (TextPart(text=thought),))
-    assert spoken.answer == (TextPart(text=answer),)
+    parts = split_reasoning([TextPart(text=text)])
+    assert parts.reasoning == (None if thought is None else (TextPart(text=thought),))
+    assert parts.answer == (TextPart(text=answer),)
 
 
 def test_reasoning_and_answer_may_contain_boxes() -> None:
     box, other = BoxPart(xyxy=(1, 2, 3, 4)), BoxPart(label="cat", xyxy=(5, 6, 7, 8))
     texts = ("<think>\nIt is at ", ".\n</think>\n\n", "!")
     start, middle, end = (TextPart(text=text) for text in texts)
-    spoken = split_reasoning((start, box, middle, other, end))
-    assert spoken.reasoning == (TextPart(text="It is at "), box, TextPart(text="."))
-    assert spoken.answer == (TextPart(text=""), other, end)
+    parts = split_reasoning((start, box, middle, other, end))
+    assert parts.reasoning == (TextPart(text="It is at "), box, TextPart(text="."))
+    assert parts.answer == (TextPart(text=""), other, end)
 
 
 @pytest.mark.parametrize(
-    ("text", "spoken"),
+    ("text", "answer"),
     [
         ("It is red.\n</think>\n\nRed.", ("It is red.", "Red.")),
         ("\n</think>\n\nRed.", ("", "Red.")),
@@ -130,8 +130,8 @@ def test_reasoning_and_answer_may_contain_boxes() -> None:
         ("a</think>b</think>c", ("a", "b</think>c")),
     ],
 )
-def test_reasoning_and_answer_of_generation(text: str, spoken: tuple[str, str]) -> None:
-    assert parse_reasoning(text) == spoken
+def test_reasoning_and_answer_of_generation(text: str, answer: tuple[str, str]) -> None:
+    assert parse_reasoning(text) == answer
 
 
 THINKING = "{{ '<|im_start|>assistant\n<think>\n' }}"
@@ -149,13 +149,13 @@ def conversation(*turns: str) -> LocatedSample:
         Message(role=("user", "assistant")[n % 2], content=(TextPart(text=text),))
         for n, text in enumerate(turns)
     ]
-    return LocatedSample(Sample(id="talk", messages=tuple(messages)), Path())
+    return LocatedSample(Sample(id="chat", messages=tuple(messages)), Path())
 
 
 def decode_with_loss_mask(
     renderer: NativeRenderer, located_sample: LocatedSample
 ) -> tuple[str, str]:
-    """The whole text of a sample, and what is learned of it."""
+    """Return the whole text of a sample, and its supervised text."""
     outline = renderer.tokenize(located_sample)
     decode = renderer.tokenizer.decode
     text = decode(outline.ids_T, skip_special_tokens=False)
@@ -212,9 +212,9 @@ def test_boxes_follow_the_reasoning(reasoning_renderer: NativeRenderer, tmp_path
     output = reasoning_renderer.tokenizer.encode(
         '[{"bbox_2d": [1, 2, 3, 4]}]\n</think>\n\nNothing.'
     )
-    spoken = reasoning_renderer.decode_completion([*output, reasoning_renderer.end_ids[0]])
-    assert reasoning_renderer.parse_boxes(spoken.raw_text, outline.spans) == []
-    assert spoken.reasoning == '[{"bbox_2d": [1, 2, 3, 4]}]'
+    answer = reasoning_renderer.decode_completion([*output, reasoning_renderer.end_ids[0]])
+    assert reasoning_renderer.parse_boxes(answer.raw_text, outline.spans) == []
+    assert answer.reasoning == '[{"bbox_2d": [1, 2, 3, 4]}]'
 
 
 def test_box_in_reasoning_is_supervised_but_no_reference(

@@ -1,4 +1,4 @@
-"""The first Qwen-VL's encoding: the published ids of whole chats, pictures, boxes, refusals."""
+"""Encoding of the first Qwen-VL: published ids of whole chats, images, boxes, errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def renderer() -> NativeRenderer:
 
 @pytest.fixture(scope="module")
 def image_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for number in range(12):
         Image.new("RGB", (1000, 1000), (number, 0, 0)).save(folder / f"{number}.png")
     return folder
@@ -59,7 +59,7 @@ def _message(turn: ChatTurn) -> Message:
 def _located(chat: SampleChat, folder: Path) -> LocatedSample:
     system = Message(role="system", content=(TextPart(text=chat.system),))
     messages = (system, *map(_message, chat.turns))
-    return LocatedSample(Sample(id="talk", messages=messages), folder)
+    return LocatedSample(Sample(id="chat", messages=messages), folder)
 
 
 def _sum(values: NDArray[np.generic]) -> list[int]:
@@ -77,8 +77,8 @@ def test_chat_ids_match_published_code(
         assert _sum(renderer.tokenize_prompt(located_sample).ids_T) == prompt
         outline = renderer.tokenize(located_sample)
         assert _sum(outline.ids_T) == full
-        # The published script also learns the marks of all turns, the user's too, and the newline
-        # after each. Here an answer and its end are learned, and nothing else.
+        # The published script also supervises the special tokens of all turns and the newline
+        # after each. Here only an answer and its end are supervised.
         ids_T = outline.ids_T
         start, end = (
             renderer.tokenizer.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>")

@@ -46,7 +46,7 @@ def test_two_adjacent_images() -> None:
 
 
 def test_text_after_long_video_continues_after_its_time() -> None:
-    # transformers 5.23 would go on at 1, on a position that the video's third group holds.
+    # transformers 5.23 would continue at 1, a position of the third group of the video.
     found = get_rope_index(4, [span(0, (3, 2, 2), "video")], [np.array([0, 2, 4])], 2)
     assert found.tolist() == [[0, 2, 4, 5], [0, 0, 0, 5], [0, 0, 0, 5]]
 

@@ -48,8 +48,8 @@ def _ids(tokenizer: TiktokenTokenizer, pieces: list[TextPiece]) -> Iterator[int]
             yield from tokenizer.encode("".join(texts))
         elif kind == "special":
             yield from map(tokenizer.token_to_id, texts)
-        for text in texts if kind == "picture" else ():
-            # The published code writes a picture's path, a byte an id, where its features will be.
+        for text in texts if kind == "image" else ():
+            # The published code writes the image path into the placeholders, one byte per id.
             name = text.encode()
             yield tokenizer.token_to_id("<img>")
             yield from [*name, *[tokenizer.token_to_id("<imgpad>")] * (NUM_IMAGE_IDS - len(name))]

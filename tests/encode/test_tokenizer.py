@@ -7,10 +7,11 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from conversation_fixtures import SPECIAL_TOKENS, WORDS, make_folder
+from conversation_fixtures import WORDS, make_folder
 
 from finesight.encode.tokenizer import TokenCache, Tokenizer
 from finesight.errors import UserError
+from finesight.model.tiny import SPECIAL_TOKENS
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ IMAGE_NAMES = (
 )
 
 TextPiece = tuple[str, str]
-"""A kind, "text" or "special" or "picture", and what it says."""
+"""A kind, "text", "special" or "image", and its content."""
 
 
 def random_text(rng: random.Random) -> str:
@@ -50,14 +50,14 @@ def random_text(rng: random.Random) -> str:
 
 
 def random_markup(rng: random.Random) -> list[TextPiece]:
-    """Pictures, references, boxes and text that spells no special token."""
+    """Make images, references, boxes, and text without special tokens."""
     pieces: list[TextPiece] = []
     for _ in range(rng.randrange(1, 6)):
         kind = rng.randrange(4)
         if kind == 0:
             pieces += [
                 ("text", f"Picture {rng.randrange(1, 30)}: "),
-                ("picture", rng.choice(IMAGE_NAMES)),
+                ("image", rng.choice(IMAGE_NAMES)),
             ]
             pieces += [("text", "\n")]
         elif kind == 1:

@@ -191,9 +191,9 @@ def test_sums_of_groups_are_those_of_a_dense_matrix(share: float) -> None:
     chance = np.random.default_rng(6)
     dense = np.where(chance.random((30, 4, 3)) < share, chance.random((30, 4, 3)), 0.0)
     groups = []
-    for place in range(4):
-        used = np.flatnonzero(dense[:, place].any(axis=1))
-        groups.append(SampleGroup(used, dense[used, place]))
+    for index in range(4):
+        used = np.flatnonzero(dense[:, index].any(axis=1))
+        groups.append(SampleGroup(used, dense[used, index]))
     weights = chance.random((5, 30))
     assert build_grouped_sums(groups, 30)(weights) == pytest.approx(weights @ dense.reshape(30, 12))
     assert build_grouped_sums([], 30)(weights).shape == (5, 0)

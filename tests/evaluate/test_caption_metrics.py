@@ -71,7 +71,7 @@ def test_rouge_l_uses_best_precision_and_recall():
 
 
 def test_cider_d_hand_computed():
-    # Two pictures, each word in one of them: cosines 1 for 1- and 2-grams, no longer n-grams.
+    # Two images, each word in one of them: cosines 1 for 1- and 2-grams, no longer n-grams.
     truths = [[split("a b")], [split("c d")]]
     assert compute_cider_d([split("a b"), split("c d")], truths) == pytest.approx([5, 5])
     # Repeated: counts clipped, and a Gaussian of the difference of 2 in length.
@@ -132,7 +132,7 @@ def test_single_caption_scores_match_coco_evaluation(seed):
 def test_real_caption_scores_match_coco_evaluation(shared):
     lines = (shared / "data/captions/captions.jsonl").read_text().splitlines()
     captions = [[tokenize_caption(text) for text in json.loads(line)["captions"]] for line in lines]
-    # Each person against the other four, and the captions of the next picture as wrong answers.
+    # Each person against the other four, and the captions of the next image as wrong answers.
     for i in range(5):
         _agree([own[i] for own in captions], [own[:i] + own[i + 1 :] for own in captions])
     _agree([captions[i - 1][0] for i in range(len(captions))], captions)

@@ -90,7 +90,7 @@ def _agree(cases: Sequence[EvalCase]) -> None:
 
 @pytest.mark.parametrize("first", range(0, 500, 50))
 def test_average_precision_matches_pycocotools(first):
-    """Fifty sets of up to eight pictures and three classes, boxes near the truth and elsewhere."""
+    """Make fifty sets of up to eight images and three classes, with correct and wrong boxes."""
     for seed in range(first, first + 50):
         chance = random.Random(seed)
         labels = "abc"[: chance.randint(1, 3)]
@@ -145,7 +145,7 @@ def test_boxes_of_different_images_do_not_match():
 
 
 def test_resampled_scores_match_drawn_images():
-    """Found boxes of one class a picture, so that repeating a picture repeats no order."""
+    """Make boxes of one class per image, so that a repeated image repeats no order."""
     chance = random.Random(3)
     cases = [
         case([_shift_box(chance, one)], [one, *_boxes(chance, 1, "ab")])

@@ -85,7 +85,7 @@ def test_the_results_on_record_hold_what_is_documented() -> None:
 
 @pytest.mark.parametrize(("language", "none"), [("en", "none"), ("zh", "无")])
 def test_the_documented_coverage_is_that_of_the_results(language: str, none: str) -> None:
-    page = (ROOT / "docs" / language / "metrics.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / language / "confidence-intervals.md").read_text(encoding="utf-8")
     for family in FAMILIES:
         cells = " | ".join(coverage_cells(ROWS, family, "now")).replace("none", none)
         assert f"| {cells} |" in page, family.name

@@ -9,7 +9,7 @@ from finesight.evaluate.qa_metrics import compute_anls, compute_word_f1, normali
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("The  Eiffel-Tower!", "eiffeltower"),
+        ("The  Eiffel-Bridge!", "eiffelbridge"),
         ("an apple a day", "apple day"),
         ("Theatre", "theatre"),
         ("$5.00", "500"),

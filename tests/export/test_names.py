@@ -1,12 +1,12 @@
-"""Names of tensors against what the engines load: a table of their maps, of our own making.
+"""Tensor names against those that inference engines load, with a table of their maps.
 
 vLLM (vllm/model_executor/models: qwen2_vl.py, qwen2_5_vl.py, qwen3_vl.py, `hf_to_vllm_mapper`)
-takes Qwen2-VL's and Qwen2.5-VL's tensors under `model.`, `visual.` and `lm_head.`, as first
-published, or under transformers 5's names; Qwen3-VL's under `model.language_model.`,
-`model.visual.` and `lm_head.`. SGLang (python/sglang/srt/models) has parameters of these very
-names, and for Qwen3-VL takes `language_model.` and the `model.` before `visual.` away. Both stack
-q, k and v, and gate and up, themselves: they must come apart. In the tower q, k and v come as one,
-`attn.qkv`; gate and up of Qwen2.5-VL's tower come apart there, too.
+accepts tensors of Qwen2-VL and Qwen2.5-VL under `model.`, `visual.` and `lm_head.`, as first
+published, or under the names of transformers 5; those of Qwen3-VL under `model.language_model.`,
+`model.visual.` and `lm_head.`. SGLang (python/sglang/srt/models) has parameters of the same names,
+and for Qwen3-VL removes `language_model.` and the `model.` before `visual.`. Both stack q, k and
+v, and gate and up, themselves, so these tensors must be separate. In the vision encoder q, k and v
+are one tensor, `attn.qkv`; gate and up of Qwen2.5-VL are separate there, too.
 """
 
 from __future__ import annotations

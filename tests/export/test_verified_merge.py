@@ -33,7 +33,7 @@ PROMPT = "Describe the picture."
 
 
 class MergeableRun(NamedTuple):
-    """A run with an adapter on the language model, the tower and the merger of finesight-tiny."""
+    """Make a run with an adapter on all parts of finesight-tiny."""
 
     folder: Path
     image: Path
@@ -76,7 +76,7 @@ def run_template(tmp_path_factory: pytest.TempPathFactory) -> MergeableRun:
         versions={},
     )
     (folder / "run" / "manifest.json").write_text(manifest.model_dump_json())
-    image = folder / "picture.png"
+    image = folder / "image.png"
     Image.linear_gradient("L").convert("RGB").resize((120, 90)).save(image)
     return MergeableRun(folder / "run", image)
 

@@ -128,7 +128,7 @@ def test_crash_while_writing_checkpoint(tmp_path: Path, crash: str, every_point:
     seen: list[int] = []
 
     def again(store: Path) -> None:
-        # As a run does that goes on.
+        # As a resumed run does.
         newest(store)
         save(store, 2)
 

@@ -2,53 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
 import pytest
+from crash_disk import FailingDisk
 from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
 
 from finesight import storage
 from finesight.cli.app import run_command as command
 from finesight.digests import verify_folder
-
-
-class FullDisk(storage.FileSystem):
-    """Disk that rejects all writes from an operation on; files can be removed."""
-
-    def __init__(self, last: int) -> None:
-        self.left = last
-
-    def _count_operation(self) -> None:
-        self.left -= 1
-        if self.left <= 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    def make_folder(self, path: Path) -> None:
-        self._count_operation()
-        super().make_folder(path)
-
-    def create(self, path: Path) -> int:
-        self._count_operation()
-        return super().create(path)
-
-    def open_append(self, path: Path) -> int:
-        self._count_operation()
-        return super().open_append(path)
-
-    def write(self, file: int, data: memoryview) -> int:
-        if self.left == 1:
-            super().write(file, data[: len(data) // 2])
-        self._count_operation()
-        return super().write(file, data)
-
-    def sync(self, file: int) -> None:
-        self._count_operation()
-        super().sync(file)
-
-    def sync_path(self, path: Path) -> None:
-        self._count_operation()
-        super().sync_path(path)
 
 
 class NearlyFullDisk(storage.FileSystem):
@@ -84,7 +46,7 @@ def test_disk_full_at_any_write(
     retained: list[int] = []
     for last in range(1, 1000, 4 if every_point else 29):
         path, run = recipe(task, f"run{last}"), task.folder / f"run{last}"
-        with storage.use_file_system(FullDisk(last)):
+        with storage.use_file_system(FailingDisk(last)):
             code = command(["train", path])
         output = capsys.readouterr().err
         if code == 0:

@@ -42,12 +42,12 @@ def test_image_corrupted_during_run_is_skipped_and_counted(task: TinyTask) -> No
     with before_step(2, lambda: broken.write_bytes(full[:-30])):
         result = task.run(*SETTINGS)
     lines = [line for line in task.read_metrics() if "loss" in line]
-    dropped = [line["step"] for line in lines if line["skipped_samples"] == ["train5"]]
-    assert len(dropped) >= 2
-    assert min(dropped) > 2
-    assert result.skipped_samples == len(dropped)
+    skipped = [line["step"] for line in lines if line["skipped_samples"] == ["train5"]]
+    assert len(skipped) >= 2
+    assert min(skipped) > 2
+    assert result.skipped_samples == len(skipped)
     assert "skipped train5" in task.console_output
-    assert [line["num_samples"] for line in lines if line["step"] in dropped] == [3] * len(dropped)
+    assert [line["num_samples"] for line in lines if line["step"] in skipped] == [3] * len(skipped)
     assert all(math.isfinite(line["loss"]) for line in lines)
     assert result.steps == len(lines) == 11
 

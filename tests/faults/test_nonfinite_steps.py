@@ -67,7 +67,7 @@ def test_nonfinite_step_does_not_update_state(
 
 
 def test_nonfinite_step_is_logged_and_run_continues(task: TinyTask) -> None:
-    """Corrupt one of six steps; it is skipped and recorded with its samples."""
+    """Corrupt one of six steps. It is skipped and logged with its samples."""
     with corrupt_steps("loss", [3]):
         result = task.run()
     lines = [line for line in task.read_metrics() if "loss" in line]
@@ -76,8 +76,8 @@ def test_nonfinite_step_is_logged_and_run_continues(task: TinyTask) -> None:
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 1, 1]
     assert len(lines[2]["nonfinite_samples"]) == 4
     assert all(
-        place.startswith(f"{task.folder / 'train.jsonl'}:")
-        for place in lines[2]["nonfinite_samples"]
+        sample.startswith(f"{task.folder / 'train.jsonl'}:")
+        for sample in lines[2]["nonfinite_samples"]
     )
     assert not any(line["nonfinite_samples"] for line in lines if line["step"] != 3)
     assert "skipped non-finite step 3: loss nan" in task.console_output

@@ -55,7 +55,7 @@ def test_killed_data_worker_is_restarted(
 
 
 def start_ranks(task: TinyTask, count: int) -> list[subprocess.Popen[str]]:
-    """Processes that learn together, without a launcher that would end the others."""
+    """Start ranks of one run, without a launcher that would end the others."""
     recipe = task.recipe | {"output_dir": str(task.folder / "run")}
     path = write_recipe(task.folder / "recipe.yaml", recipe, epochs=500)
     with socket.socket() as free:

@@ -1,4 +1,4 @@
-"""The hubs on this machine, for every test here."""
+"""Local hub servers for all tests of this folder."""
 
 from hub_fixtures import cache, certificate, huggingface, modelscope, web_server, without_sockets
 

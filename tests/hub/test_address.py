@@ -1,4 +1,4 @@
-"""Names of repositories, as they are typed."""
+"""Addresses of models and datasets."""
 
 from __future__ import annotations
 
@@ -23,8 +23,18 @@ from finesight.hub.address import (
         ("hf:datasets/a/b", None),
         ("hf:a/b:train", None),
         *(
-            (bad, None)
-            for bad in ("a", "a/b/c", "models/a/b", "./a/b", "a b/c", "hf:", "gs:a/b", "a/b@..", "")
+            (text, None)
+            for text in (
+                "a",
+                "a/b/c",
+                "models/a/b",
+                "./a/b",
+                "a b/c",
+                "hf:",
+                "gs:a/b",
+                "a/b@..",
+                "",
+            )
         ),
     ],
 )
@@ -53,7 +63,7 @@ def test_dataset_addresses(text: str, address: HubAddress) -> None:
 
 @pytest.mark.parametrize("text", ["a/b", "hf:a", "hf:models/a/b", "hf:a/b:../c", "hf:/a/b"])
 def test_invalid_dataset_addresses(text: str) -> None:
-    with pytest.raises(UserError, match="is not the address of a data set") as raised:
+    with pytest.raises(UserError, match="is not the address of a dataset") as raised:
         parse_dataset_address(text)
     assert text in raised.value.what
 

@@ -1,4 +1,4 @@
-"""Answers of servers that are wrong, endless or large: refused in words, never a crash."""
+"""Invalid, endless and large responses of servers raise UserError."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finesight.hub.transfer import RemoteFile, download_file
 
 
 class Server(ThreadingHTTPServer):
-    """Answers everything alike: `reply` is the status, the headers and the body."""
+    """Returns the status, headers and body in `reply` for all requests."""
 
     daemon_threads = True
     reply: tuple[int, dict[str, str], bytes] = (200, {}, b"")
@@ -28,11 +28,11 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/x?Signature=secret"
 
 
-class Answers(BaseHTTPRequestHandler):
+class ReplyHandler(BaseHTTPRequestHandler):
     server: Server
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Nothing on the screen."""
+        """Disable logging."""
 
     def do_GET(self) -> None:
         status, headers, body = self.server.reply
@@ -46,22 +46,22 @@ class Answers(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(http_client, "RETRY_DELAYS_S", ())
-    serving = Server(("127.0.0.1", 0), Answers)
-    threading.Thread(target=serving.serve_forever, args=(0.02,), daemon=True).start()
-    yield serving
-    serving.shutdown()
-    serving.server_close()
+    server = Server(("127.0.0.1", 0), ReplyHandler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 def site() -> HttpSite:
-    return HttpSite(lambda response, said: UserError(f"status {response.status_code}: {said[:9]}"))
+    return HttpSite(lambda response, body: UserError(f"status {response.status_code}: {body[:9]}"))
 
 
 def test_endless_error_body_is_bounded(server: Server) -> None:
     server.reply = (404, {"Content-Encoding": "gzip"}, gzip.compress(bytes(100_000_000)))
     tracemalloc.start()
-    with HttpClient(site()) as requested, pytest.raises(UserError, match="status 404"):
-        requested.get_json(server.url)
+    with HttpClient(site()) as client, pytest.raises(UserError, match="status 404"):
+        client.get_json(server.url)
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()
 
@@ -70,37 +70,37 @@ def test_endless_error_body_is_bounded(server: Server) -> None:
 def test_invalid_redirect_target(server: Server, location: str) -> None:
     server.reply = (302, {"Location": location}, b"")
     with (
-        HttpClient(site()) as requested,
+        HttpClient(site()) as client,
         pytest.raises(UserError, match="not an allowed address") as raised,
     ):
-        requested.get_json(server.url)
+        client.get_json(server.url)
     assert "secret" not in str(raised.value)
 
 
 def test_invalid_retry_after_header(server: Server, tmp_path: Path) -> None:
     server.reply = (503, {"Retry-After": "\xb2"}, b"")
-    with HttpClient(site()) as requested, pytest.raises(UserError, match="no response: status 503"):
-        requested.get_json(server.url)
+    with HttpClient(site()) as client, pytest.raises(UserError, match="no response: status 503"):
+        client.get_json(server.url)
     chunked = {"Transfer-Encoding": "chunked"}
     server.reply = (206, {**chunked, "Content-Range": f"bytes 0-1/{'9' * 5000}"}, CHUNKS)
-    assert fetched(server, tmp_path) == b"ab"
+    assert download(server, tmp_path) == b"ab"
 
 
 def test_missing_content_length(server: Server, tmp_path: Path) -> None:
     server.reply = (200, {}, b"ab")
     with pytest.raises(UserError, match="does not send the size of a") as raised:
-        fetched(server, tmp_path)
+        download(server, tmp_path)
     assert "secret" not in str(raised.value)
     assert not list(tmp_path.glob("a"))
     server.reply = (200, {"Transfer-Encoding": "chunked"}, CHUNKS)
-    assert fetched(server, tmp_path) == b"ab"
+    assert download(server, tmp_path) == b"ab"
 
 
 CHUNKS = b"2\r\nab\r\n0\r\n\r\n"
 
 
-def fetched(server: Server, folder: Path) -> bytes:
-    with HttpClient(site()) as requested:
+def download(server: Server, folder: Path) -> bytes:
+    with HttpClient(site()) as client:
         file = RemoteFile("a", server.url)
-        download_file(file, folder / "a", requested, lambda count: None, threading.Event())
+        download_file(file, folder / "a", client, lambda count: None, threading.Event())
     return (folder / "a").read_bytes()

@@ -1,4 +1,4 @@
-"""Object storage, by the one that fsspec keeps in memory: fetched once, whole, or refused."""
+"""Downloads from object storage, with the in-memory file system of fsspec."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def bucket() -> Iterator[MemoryFileSystem]:
-    system = MemoryFileSystem()
-    yield system
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
+    file_system = MemoryFileSystem()
+    yield file_system
+    file_system.store.clear()
+    file_system.pseudo_dirs[:] = [""]
 
 
 def test_object_is_cached_until_it_changes(
@@ -69,59 +69,63 @@ def test_concurrent_downloads_fetch_once(
 ) -> None:
     bucket.pipe("/b/1.tar", b"one")
     requested: list[str] = []
-    full = MemoryFileSystem.get_file
+    get_file = MemoryFileSystem.get_file
 
-    def counting(system: MemoryFileSystem, name: str, *more: Any) -> None:
+    def count_download(file_system: MemoryFileSystem, name: str, *arguments: Any) -> None:
         requested.append(name)
-        full(system, name, *more)
+        get_file(file_system, name, *arguments)
 
-    monkeypatch.setattr(MemoryFileSystem, "get_file", counting)
+    monkeypatch.setattr(MemoryFileSystem, "get_file", count_download)
     with ThreadPoolExecutor(4) as pool:
         files = list(pool.map(fetch_objects, ["memory://b/1.tar"] * 4))
     assert len({file for (file,) in files}) == 1
     assert requested == ["/b/1.tar"]
 
 
-@pytest.mark.parametrize("how", ["short", "broken", "changed"])
+@pytest.mark.parametrize("fault", ["short", "broken", "changed"])
 def test_partial_download_is_never_used(
-    bucket: MemoryFileSystem, cache_folder: Path, monkeypatch: pytest.MonkeyPatch, how: str
+    bucket: MemoryFileSystem, cache_folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     bucket.pipe("/b/1.tar", b"one")
 
-    def spoilt(system: MemoryFileSystem, name: str, target: str, *more: Any) -> None:
-        Path(target).write_bytes(b"on" if how == "short" else b"one")
-        if how == "broken":
+    def get_faulty_file(
+        file_system: MemoryFileSystem, name: str, target: str, *arguments: Any
+    ) -> None:
+        Path(target).write_bytes(b"on" if fault == "short" else b"one")
+        if fault == "broken":
             raise ConnectionResetError("line is down")
-        if how == "changed":
-            system.pipe(name, b"two")
+        if fault == "changed":
+            file_system.pipe(name, b"two")
 
     with monkeypatch.context() as patch:
-        patch.setattr(MemoryFileSystem, "get_file", spoilt)
-        with pytest.raises(UserError, match="line is down" if how == "broken" else "file changed"):
+        patch.setattr(MemoryFileSystem, "get_file", get_faulty_file)
+        with pytest.raises(
+            UserError, match="line is down" if fault == "broken" else "file changed"
+        ):
             fetch_objects("memory://b/1.tar")
     assert [path.suffix for path in cache_folder.iterdir()] == [".lock"]
     (file,) = fetch_objects("memory://b/1.tar")
-    assert file.read_bytes() == (b"two" if how == "changed" else b"one")
+    assert file.read_bytes() == (b"two" if fault == "changed" else b"one")
 
 
 @pytest.mark.parametrize(
-    ("address", "output"),
+    ("address", "message"),
     [
         ("memory://b/none.tar", "download failed .FileNotFoundError"),
         ("https://host/1.tar", r"an address of the web[\s\S]*--allow-host"),
         ("nothing://b/1.tar", "no package for nothing"),
     ],
 )
-def test_missing_objects_are_reported(address: str, output: str) -> None:
-    with pytest.raises(UserError, match=output):
+def test_missing_objects_are_reported(address: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         fetch_objects(address)
 
 
 def test_missing_storage_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(address: str) -> None:
+    def raise_import_error(address: str) -> None:
         raise ImportError("Install s3fs to access S3")
 
-    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    monkeypatch.setattr("fsspec.core.url_to_fs", raise_import_error)
     with pytest.raises(UserError, match=r"no package for s3: Install s3fs"):
         fetch_objects("s3://b/1.tar")
 

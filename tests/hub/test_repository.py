@@ -1,4 +1,4 @@
-"""Repositories of both hubs: listed, fetched whole, resumed, verified, found again offline."""
+"""Repositories of both hubs: listing, download, resumption, verification, offline use."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODEL = {
 
 @pytest.fixture(params=["hf", "modelscope"])
 def hub(request: pytest.FixtureRequest) -> FakeHubServer:
-    """Each hub in turn, with a model on it."""
+    """Server of each hub with a model."""
     server: FakeHubServer = request.getfixturevalue(
         {"hf": "huggingface"}.get(request.param, "modelscope")
     )
@@ -43,37 +43,41 @@ def hub(request: pytest.FixtureRequest) -> FakeHubServer:
 
 @pytest.fixture
 def address(request: pytest.FixtureRequest, hub: FakeHubServer) -> HubAddress:
-    """Where the model is on the hub that is being tested."""
+    """Address of the model on the tested hub."""
     return parse_address(f"{request.node.callspec.params['hub']}:Some/model")
 
 
-def weight_ranges(hub: FakeHubServer) -> list[str | None]:
-    """The ranges in which the weights were asked for."""
+def list_weight_ranges(hub: FakeHubServer) -> list[str | None]:
+    """Return the requested byte ranges of the weights."""
     return [
-        asked.range
-        for asked in hub.lfs_requests
-        if asked.path.split("?")[0] in is_weight_request(hub)
+        request.range
+        for request in hub.lfs_requests
+        if request.path.split("?")[0] in weight_paths(hub)
     ]
 
 
-def is_weight_request(hub: FakeHubServer) -> set[str]:
+def weight_paths(hub: FakeHubServer) -> set[str]:
     assert hub.storage is not None
-    return {f"/{d}" for d, (name, _) in hub.storage.blobs.items() if name == "model.safetensors"}
+    return {
+        f"/{digest}"
+        for digest, (name, _) in hub.storage.blobs.items()
+        if name == "model.safetensors"
+    }
 
 
 def test_model_files_exclude_code_and_weights_are_lazy(
     hub: FakeHubServer, address: HubAddress
 ) -> None:
-    wanted = {name: MODEL[name] for name in MODEL if not name.endswith((".py", ".bin"))}
-    small = {name: wanted[name] for name in wanted if name != "model.safetensors"}
+    model_files = {name: MODEL[name] for name in MODEL if not name.endswith((".py", ".bin"))}
+    small_files = {name: model_files[name] for name in model_files if name != "model.safetensors"}
     model = locate_model(str(address))
     assert model.family == "qwen2_vl"
-    assert read_folder(model.path) == small
-    assert not weight_ranges(hub)
+    assert read_folder(model.path) == small_files
+    assert not list_weight_ranges(hub)
     assert model.weight_files() == [model.path / "model.safetensors"]
-    assert read_folder(model.path) == wanted
+    assert read_folder(model.path) == model_files
     assert locate_model(str(address)).weight_files() == model.weight_files()
-    assert len(hub.lfs_requests) == 2, "files that are there were asked for again"
+    assert len(hub.lfs_requests) == 2, "existing files were requested again"
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
@@ -96,7 +100,7 @@ def test_interrupted_download_is_resumed(hub: FakeHubServer, address: HubAddress
     hub.faults.cuts["model.safetensors"] = [100_000, 0, 50_000]
     folder = fetch_model(address, DOWNLOAD_PATTERNS)
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
-    assert weight_ranges(hub) == [None, *["bytes=100000-"] * 2, "bytes=150000-"]
+    assert list_weight_ranges(hub) == [None, *["bytes=100000-"] * 2, "bytes=150000-"]
 
 
 def test_killed_download_is_resumed_by_next_process(
@@ -109,28 +113,28 @@ def test_killed_download_is_resumed_by_next_process(
     hub.lfs_requests.clear()
     folder = fetch_model(address, DOWNLOAD_PATTERNS)
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
-    assert weight_ranges(hub) == ["bytes=200000-"]
+    assert list_weight_ranges(hub) == ["bytes=200000-"]
     assert not [path for path in folder.rglob(".*") if path.name != ".cache"]
 
 
 def test_concurrent_processes_download_once(hub: FakeHubServer, address: HubAddress) -> None:
     hub.faults.stalls["model.safetensors"] = 1000
     with ThreadPoolExecutor(3) as threads:
-        asking = [
+        futures = [
             threads.submit(lambda: locate_model(str(address)).weight_files()) for _ in range(3)
         ]
         assert hub.faults.stalled_event.wait(30)
         hub.faults.resume_event.set()
-        ((weights,),) = {tuple(one.result()) for one in asking}
+        ((weights,),) = {tuple(future.result()) for future in futures}
     assert weights.read_bytes() == WEIGHTS
-    assert weight_ranges(hub) == [None]
+    assert list_weight_ranges(hub) == [None]
 
 
 def test_insufficient_disk_space(
     hub: FakeHubServer, address: HubAddress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    buffer = types.SimpleNamespace(f_bavail=10, f_frsize=1000)
-    monkeypatch.setattr(os, "statvfs", lambda folder: buffer)
+    disk_stats = types.SimpleNamespace(f_bavail=10, f_frsize=1000)
+    monkeypatch.setattr(os, "statvfs", lambda folder: disk_stats)
     with pytest.raises(UserError, match="bytes are required, 10000 are free") as raised:
         fetch_model(address, DOWNLOAD_PATTERNS)
     assert "--to" in raised.value.remedy
@@ -155,20 +159,22 @@ def test_digest_mismatch_is_rejected(hub: FakeHubServer, address: HubAddress, na
     with pytest.raises(UserError, match="differs from the listing: its") as raised:
         fetch_model(address, DOWNLOAD_PATTERNS)
     assert len(re.findall(r"[0-9a-f]{40,64}", raised.value.what)) == 2
-    home = repository._get_cache_folder(address)
-    assert not [path for path in home.rglob(f"*{name}*") if path.is_file()], "kept what is wrong"
+    cache_folder = repository._get_cache_folder(address)
+    assert not [path for path in cache_folder.rglob(f"*{name}*") if path.is_file()], (
+        "a corrupt file was kept"
+    )
 
 
-@pytest.mark.parametrize("output", [True, False])
+@pytest.mark.parametrize("has_total_size", [True, False])
 def test_short_file_is_not_requested_endlessly(
-    hub: FakeHubServer, address: HubAddress, monkeypatch: pytest.MonkeyPatch, output: bool
+    hub: FakeHubServer, address: HubAddress, monkeypatch: pytest.MonkeyPatch, has_total_size: bool
 ) -> None:
-    found = open_repository(address)
+    opened = open_repository(address)
     hub.repositories["models/Some/model"]["model.safetensors"] = WEIGHTS[1:]
-    if not output:
+    if not has_total_size:
         monkeypatch.setattr(transfer, "_get_total_bytes", lambda response: None)
     with pytest.raises(UserError, match=r"received 255999 bytes, expected|255999 of 256000 bytes"):
-        found.fetch_files(["model.safetensors"])
+        opened.fetch_files(["model.safetensors"])
 
 
 def test_partial_file_of_another_version_is_discarded(
@@ -195,8 +201,8 @@ def test_token_is_sent_only_to_the_hub(
     assert "license" in str(raised.value)
     monkeypatch.setenv(variable, TOKEN)
     fetch_model(address, DOWNLOAD_PATTERNS)
-    assert f"Bearer {TOKEN}" in [asked.token for asked in hub.requests]
-    assert {asked.token for asked in hub.lfs_requests} == {None}
+    assert f"Bearer {TOKEN}" in [request.token for request in hub.requests]
+    assert {request.token for request in hub.lfs_requests} == {None}
 
 
 def test_offline_mode_uses_the_cache(
@@ -228,9 +234,9 @@ def test_missing_repository_and_revision(hub: FakeHubServer, address: HubAddress
 
 
 def test_revision(hub: FakeHubServer, address: HubAddress) -> None:
-    found = open_repository(parse_address(f"{address}@v1"))
-    assert found.address.revision == "v1"
-    assert fetch_model(found.address, DOWNLOAD_PATTERNS) == found.folder
+    opened = open_repository(parse_address(f"{address}@v1"))
+    assert opened.address.revision == "v1"
+    assert fetch_model(opened.address, DOWNLOAD_PATTERNS) == opened.folder
 
 
 @pytest.mark.parametrize("path", ["../config.json", "/etc/config.json", "a/../../b.json", "C:\\a"])
@@ -264,13 +270,13 @@ def test_cache_is_separate_per_endpoint(
     huggingface: FakeHubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = parse_address("hf:Some/model")
-    for output in (b"mirror", b"origin"):
+    for config in (b"mirror", b"origin"):
         with run_hub_server(HuggingFaceHandler) as hub:
-            hub.repositories["models/Some/model"] = {**MODEL, "config.json": output}
+            hub.repositories["models/Some/model"] = {**MODEL, "config.json": config}
             monkeypatch.setattr(constants, "ENDPOINT", hub.url)
             template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
             monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-            assert (fetch_model(address, DOWNLOAD_PATTERNS) / "config.json").read_bytes() == output
+            assert (fetch_model(address, DOWNLOAD_PATTERNS) / "config.json").read_bytes() == config
     monkeypatch.setattr(constants, "ENDPOINT", "https://huggingface.co")
     assert repository._get_cache_folder(address).parts[-4:] == ("hf", "models", "Some", "model")
 
@@ -285,23 +291,25 @@ def test_concurrent_deliveries_create_one_folder(
     huggingface: FakeHubServer, tmp_path: Path
 ) -> None:
     huggingface.repositories["models/Some/model"] = {"config.json": b"{}"}
-    found = open_repository(parse_address("hf:Some/model"))
-    to = tmp_path / "models" / "mine"
+    opened = open_repository(parse_address("hf:Some/model"))
+    target = tmp_path / "models" / "mine"
     (tmp_path / "elsewhere").mkdir()
-    to.parent.mkdir()
-    (to.parent / f".mine.{COMMIT[:12]}.partial").symlink_to(tmp_path / "elsewhere")
+    target.parent.mkdir()
+    (target.parent / f".mine.{COMMIT[:12]}.partial").symlink_to(tmp_path / "elsewhere")
 
-    class Slower(HubRepository):
+    class ConcurrentRepository(HubRepository):
         def download_files(self, paths: Sequence[str], folder: Path) -> Path:
-            download_folder(found, paths, to)
+            download_folder(opened, paths, target)
             return HubRepository.download_files(self, paths, folder)
 
     with pytest.raises(UserError, match="mine exists already"):
         download_folder(
-            Slower(found.address, found.commit, found.files, found.folder), found.paths, to
+            ConcurrentRepository(opened.address, opened.commit, opened.files, opened.folder),
+            opened.paths,
+            target,
         )
-    assert [path.name for path in to.rglob("*")] == ["config.json"]
-    assert [path.name for path in to.parent.iterdir()] == ["mine"]
+    assert [path.name for path in target.rglob("*")] == ["config.json"]
+    assert [path.name for path in target.parent.iterdir()] == ["mine"]
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
@@ -338,8 +346,8 @@ def test_paginated_listing(huggingface: FakeHubServer, modelscope: FakeHubServer
     huggingface.page = 100
     for hub, source in ((huggingface, "hf"), (modelscope, "modelscope")):
         hub.repositories["datasets/Some/set"] = files
-        found = open_repository(parse_address(f"{source}:datasets/Some/set"))
-        assert sorted(found.paths) == sorted(files)
+        opened = open_repository(parse_address(f"{source}:datasets/Some/set"))
+        assert sorted(opened.paths) == sorted(files)
 
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://[", "nothing"])
@@ -372,15 +380,15 @@ def test_temporary_denied_page_is_retried(
     from finesight.hub.http_client import HttpClient
 
     modelscope.repositories["datasets/Some/set"] = {f"{n}.txt": b"a" for n in range(250)}
-    real, denied = HttpClient.get_json, []
+    get_json, denied = HttpClient.get_json, []
 
-    def json(self: HttpClient, url: str, params: dict[str, str]) -> object:
+    def deny_once(self: HttpClient, url: str, params: dict[str, str]) -> object:
         if params["PageNumber"] == "2" and not denied:
             denied.append(url)
             raise UserError("access denied")
-        return real(self, url, params)
+        return get_json(self, url, params)
 
-    monkeypatch.setattr(HttpClient, "get_json", json)
+    monkeypatch.setattr(HttpClient, "get_json", deny_once)
     assert len(open_repository(parse_address("modelscope:datasets/Some/set")).paths) == 250
     assert denied
 
@@ -396,11 +404,11 @@ def test_huggingface_hub_cache_is_reused(
     for name in MODEL:
         if name != "model.safetensors":
             (folder / name).write_bytes(MODEL[name])
-    assert locate_model("Some/model").path != folder, "a model would lie in two places"
+    assert locate_model("Some/model").path != folder, "the model would be stored twice"
     (folder / "model.safetensors").write_bytes(WEIGHTS)
     huggingface.requests.clear()
     assert locate_model("Some/model").weight_files() == [folder / "model.safetensors"]
-    assert not [asked for asked in huggingface.requests if "/resolve/" in asked.path]
+    assert not [request for request in huggingface.requests if "/resolve/" in request.path]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert locate_model("Some/model").path == folder
 

@@ -1,4 +1,4 @@
-"""Object storage as S3 speaks it, by moto's server: what is fetched, refused, and cut off."""
+"""S3 downloads from a moto server: success, rejection and interruption."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    store = server.ThreadedMotoServer(port=0, verbose=False)
-    store.start()
-    yield store.get_host_and_port()[1]
-    store.stop()
+    moto_server = server.ThreadedMotoServer(port=0, verbose=False)
+    moto_server.start()
+    yield moto_server.get_host_and_port()[1]
+    moto_server.stop()
 
 
 @pytest.fixture(autouse=True)
 def bucket(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(object_storage, "get_objects_folder", lambda: tmp_path / "objects")
-    result = {"ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "key", "DEFAULT_REGION": "us-east-1"}
-    for name, value in result.items():
+    credentials = {"ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "key", "DEFAULT_REGION": "us-east-1"}
+    for name, value in credentials.items():
         monkeypatch.setenv(f"AWS_{name}", value)
-    at(port, monkeypatch)
+    set_endpoint(port, monkeypatch)
     address = {"endpoint_url": f"http://127.0.0.1:{port}", "skip_instance_cache": True}
-    system = s3fs.S3FileSystem(key="id", secret="key", **address)
-    system.mkdir("bucket")
-    yield system
-    system.rm("bucket", recursive=True)
+    file_system = s3fs.S3FileSystem(key="id", secret="key", **address)
+    file_system.mkdir("bucket")
+    yield file_system
+    file_system.rm("bucket", recursive=True)
 
 
-def at(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The storage is at that port of this machine, from now on."""
+def set_endpoint(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set the endpoint to a port of this machine."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     s3fs.S3FileSystem.clear_instance_cache()
 
@@ -74,7 +74,7 @@ def test_changed_object_is_downloaded_again(bucket: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "output"),
+    ("address", "message"),
     [
         ("s3://bucket/none.tar", r"FileNotFoundError[\s\S]*check the address"),
         ("s3://bucket/none/*.tar", "no file matches"),
@@ -82,8 +82,8 @@ def test_changed_object_is_downloaded_again(bucket: Any) -> None:
         ("s3://*.tar", "download failed"),
     ],
 )
-def test_missing_object(address: str, output: str) -> None:
-    with pytest.raises(UserError, match=output):
+def test_missing_object(address: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         fetch_objects(address)
 
 
@@ -104,16 +104,16 @@ def test_wrong_credentials(name: str, bucket: Any) -> None:
 
     bucket.pipe("bucket/1.tar", b"one")
     s3fs.S3FileSystem.clear_instance_cache()
-    refused = set_initial_no_auth_action_count(0)(fetch_objects)
+    fetch_unauthorized = set_initial_no_auth_action_count(0)(fetch_objects)
     with pytest.raises(UserError, match=r"PermissionError[\s\S]*check the credentials"):
-        refused(f"s3://bucket/{name}")
+        fetch_unauthorized(f"s3://bucket/{name}")
 
 
 def test_unreachable_storage(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        missing = free.getsockname()[1]
-    at(missing, monkeypatch)
+    with socket.socket() as unused_socket:
+        unused_socket.bind(("127.0.0.1", 0))
+        unused_port = unused_socket.getsockname()[1]
+    set_endpoint(unused_port, monkeypatch)
     with pytest.raises(UserError, match=r"download failed[\s\S]*connection"):
         fetch_objects("s3://bucket/1.tar")
 
@@ -121,21 +121,21 @@ def test_unreachable_storage(port: int, monkeypatch: pytest.MonkeyPatch) -> None
 def test_interrupted_connection(
     port: int, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Now and then: what is missing comes afterwards. Always: nothing of it is kept."""
+    """Rare interruptions are retried; after permanent ones no partial file remains."""
     content = bytes(range(256)) * 20_000
     bucket.pipe("bucket/1.tar", content)
-    with FlakyProxy(port, after=1_000_000, times=2) as cutting:
-        at(cutting.port, monkeypatch)
+    with FlakyProxy(port, after=1_000_000, times=2) as proxy:
+        set_endpoint(proxy.port, monkeypatch)
         (file,) = fetch_objects("s3://bucket/1.tar")
         assert file.read_bytes() == content
-        assert cutting.remaining_cuts == 0
+        assert proxy.remaining_cuts == 0
     bucket.pipe("bucket/2.tar", content)
-    with FlakyProxy(port, after=100_000, times=1000) as cutting:
-        at(cutting.port, monkeypatch)
+    with FlakyProxy(port, after=100_000, times=1000) as proxy:
+        set_endpoint(proxy.port, monkeypatch)
         with pytest.raises(UserError, match=r"2\.tar: download failed[\s\S]*start again"):
             fetch_objects("s3://bucket/2.tar")
-    retained = [path for path in (tmp_path / "objects").rglob("*") if path.suffix != ".lock"]
-    assert {path.name for path in retained if path.is_file()} == {"1.tar", "sha256.json"}
-    at(port, monkeypatch)
+    paths = [path for path in (tmp_path / "objects").rglob("*") if path.suffix != ".lock"]
+    assert {path.name for path in paths if path.is_file()} == {"1.tar", "sha256.json"}
+    set_endpoint(port, monkeypatch)
     assert fetch_objects("s3://bucket/2.tar")[0].read_bytes() == content
     assert threading.active_count() < 50

@@ -1,4 +1,4 @@
-"""Addresses on the web: asked only when allowed, over HTTPS, up to a size."""
+"""Web downloads: allowed hosts, HTTPS, size limit."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_changed_file_is_downloaded_again(
         server.repositories["files"]["data.bin"] = expected
         file = fetch_url(address(server), ["LOCALHOST"], tmp_path)
         assert file.read_bytes() == expected
-    marks = [asked.headers.get("If-None-Match") for asked in server.requests]
-    assert [mark is None for mark in marks] == [True, False, False, True]
+    etags = [request.headers.get("If-None-Match") for request in server.requests]
+    assert [etag is None for etag in etags] == [True, False, False, True]
     file.with_name(f".{file.name}.etag").write_text("")
     server.repositories["files"]["data.bin"] = DATA
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -65,9 +65,9 @@ def test_other_protocols_are_rejected_without_request(
 
 
 def test_redirects(server: FakeHubServer, tmp_path: Path) -> None:
-    elsewhere = address(server, host="127.0.0.1")
+    other_url = address(server, host="127.0.0.1")
     for target in (
-        elsewhere,
+        other_url,
         "file:///etc/passwd",
         "http://169.254.169.254/a",
         "http://localhost/a",
@@ -78,8 +78,8 @@ def test_redirects(server: FakeHubServer, tmp_path: Path) -> None:
             fetch_url(address(server, f"to/{target}"), ["localhost"], tmp_path)
         assert "--allow-host" in raised.value.remedy
         assert target in raised.value.what
-    both = ["localhost", "127.0.0.1"]
-    assert fetch_url(address(server, f"to/{elsewhere}"), both, tmp_path).read_bytes() == DATA
+    hosts = ["localhost", "127.0.0.1"]
+    assert fetch_url(address(server, f"to/{other_url}"), hosts, tmp_path).read_bytes() == DATA
     with pytest.raises(UserError, match="more than 10 redirects"):
         fetch_url(address(server, "to/?"), ["localhost"], tmp_path)
 
@@ -87,7 +87,7 @@ def test_redirects(server: FakeHubServer, tmp_path: Path) -> None:
 def test_interrupted_download_is_resumed(server: FakeHubServer, tmp_path: Path) -> None:
     server.faults.cuts["data.bin"] = [100_000]
     assert fetch_url(address(server), ["localhost"], tmp_path).read_bytes() == DATA
-    assert [asked.range for asked in server.requests] == [None, "bytes=100000-"]
+    assert [request.range for request in server.requests] == [None, "bytes=100000-"]
 
 
 def test_file_changed_during_download_is_rejected(server: FakeHubServer, tmp_path: Path) -> None:
@@ -99,14 +99,14 @@ def test_file_changed_during_download_is_rejected(server: FakeHubServer, tmp_pat
 
 
 def test_sha256_fragment_is_verified(server: FakeHubServer, tmp_path: Path) -> None:
-    right = hashlib.sha256(DATA).hexdigest()
-    source = f"{address(server)}#sha256={right}"
+    digest = hashlib.sha256(DATA).hexdigest()
+    source = f"{address(server)}#sha256={digest}"
     for _ in range(2):
         assert fetch_url(source, ["localhost"], tmp_path).read_bytes() == DATA
-    assert len(server.requests) == 1, "a file that is there and verified was asked for again"
-    wrong = f"{address(server)}#sha256={'0' * 64}"
-    with pytest.raises(UserError, match=f"its SHA-256 is {right}, expected {'0' * 64}"):
-        fetch_url(wrong, ["localhost"], tmp_path)
+    assert len(server.requests) == 1, "a verified file was requested again"
+    wrong_source = f"{address(server)}#sha256={'0' * 64}"
+    with pytest.raises(UserError, match=f"its SHA-256 is {digest}, expected {'0' * 64}"):
+        fetch_url(wrong_source, ["localhost"], tmp_path)
     with pytest.raises(UserError, match="after the #"):
         fetch_url(f"{address(server)}#md5=1", ["localhost"], tmp_path)
 

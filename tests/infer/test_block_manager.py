@@ -24,88 +24,88 @@ def _key(number: int) -> bytes:
 
 
 def test_blocks_are_allocated_and_freed():
-    pages = BlockManager(4)
-    taken = pages.allocate(3)
+    manager = BlockManager(4)
+    taken = manager.allocate(3)
     assert sorted(taken) == [1, 2, 3]
-    assert pages.num_free_blocks == 0
+    assert manager.num_free_blocks == 0
     with pytest.raises(AssertionError, match="1 blocks requested, 0 free"):
-        pages.allocate(1)
-    pages.release(taken[1:])
-    assert pages.num_free_blocks == 2
-    assert sorted(pages.allocate(2)) == sorted(taken[1:])
+        manager.allocate(1)
+    manager.release(taken[1:])
+    assert manager.num_free_blocks == 2
+    assert sorted(manager.allocate(2)) == sorted(taken[1:])
     with pytest.raises(AssertionError, match="num_blocks is 1"):
         BlockManager(1)
 
 
 def test_cached_prefix_ends_at_first_unknown_block():
-    pages = BlockManager(8)
+    manager = BlockManager(8)
     keys = [_key(n) for n in range(4)]
-    taken = pages.allocate(4)
-    pages.cache_blocks(keys, taken)
-    assert pages.acquire_cached([keys[0], keys[1], _key(9), keys[3]]) == taken[:2]
-    assert pages.acquire_cached([_key(9), *keys]) == []
+    taken = manager.allocate(4)
+    manager.cache_blocks(keys, taken)
+    assert manager.acquire_cached([keys[0], keys[1], _key(9), keys[3]]) == taken[:2]
+    assert manager.acquire_cached([_key(9), *keys]) == []
 
 
 def test_prefix_blocks_are_evicted_last():
-    pages = BlockManager(4)
+    manager = BlockManager(4)
     keys = [_key(n) for n in range(3)]
-    first = pages.allocate(3)
-    pages.cache_blocks(keys, first)
-    pages.release(first)
-    assert pages.num_free_blocks == 3
-    assert pages.allocate(1) == [first[2]]
-    assert pages.acquire_cached(keys) == first[:2]
-    # Held now, and not to be had.
-    assert pages.num_free_blocks == 0
+    first = manager.allocate(3)
+    manager.cache_blocks(keys, first)
+    manager.release(first)
+    assert manager.num_free_blocks == 3
+    assert manager.allocate(1) == [first[2]]
+    assert manager.acquire_cached(keys) == first[:2]
+    # Both blocks are in use now.
+    assert manager.num_free_blocks == 0
 
 
 def test_first_of_two_equal_blocks_is_cached():
-    pages = BlockManager(5)
-    one, other = pages.allocate(1), pages.allocate(1)
-    pages.cache_blocks([_key(1)], one)
-    pages.cache_blocks([_key(1)], other)
-    assert pages.acquire_cached([_key(1)]) == one
-    pages.release(other)
-    pages.release(one)
-    assert pages.acquire_cached([_key(1)]) == one
-    pages.release(one)
-    pages.release(one)
-    assert pages.num_free_blocks == 4
-    assert sorted(pages.allocate(4)) == [1, 2, 3, 4]
+    manager = BlockManager(5)
+    one, other = manager.allocate(1), manager.allocate(1)
+    manager.cache_blocks([_key(1)], one)
+    manager.cache_blocks([_key(1)], other)
+    assert manager.acquire_cached([_key(1)]) == one
+    manager.release(other)
+    manager.release(one)
+    assert manager.acquire_cached([_key(1)]) == one
+    manager.release(one)
+    manager.release(one)
+    assert manager.num_free_blocks == 4
+    assert sorted(manager.allocate(4)) == [1, 2, 3, 4]
 
 
 class BlockLedger:
-    """What any number of answers did to pages, kept the plain way."""
+    """Reference implementation of the prefix cache."""
 
-    def __init__(self, pages: BlockManager) -> None:
-        self.pages = pages
+    def __init__(self, manager: BlockManager) -> None:
+        self.manager = manager
         self.answers: list[list[int]] = []
         self.content: dict[int, bytes] = {}
 
-    def begin(self, keys: list[bytes], more: int) -> None:
-        """An answer to a prompt with these keys, if there is room."""
-        found = self.pages.acquire_cached(keys)
-        assert [self.content[page] for page in found] == keys[: len(found)]
+    def start(self, keys: list[bytes], more: int) -> None:
+        """Start a sequence for a prompt with these keys, if enough blocks are available."""
+        found = self.manager.acquire_cached(keys)
+        assert [self.content[block] for block in found] == keys[: len(found)]
         needed = len(keys) - len(found) + more
-        if needed > self.pages.num_free_blocks:
-            self.pages.release(found)
+        if needed > self.manager.num_free_blocks:
+            self.manager.release(found)
             return
-        new = self.pages.allocate(needed)
-        held = {page for answer in self.answers for page in answer} | {*found}
-        assert not held & {*new}
+        new = self.manager.allocate(needed)
+        used = {block for answer in self.answers for block in answer} | {*found}
+        assert not used & {*new}
         assert len({*new}) == needed
-        for page in new:
-            self.content.pop(page, None)
+        for block in new:
+            self.content.pop(block, None)
         answer = found + new
         self.content.update(zip(answer, keys, strict=False))
-        self.pages.cache_blocks(keys, answer[: len(keys)])
+        self.manager.cache_blocks(keys, answer[: len(keys)])
         self.answers.append(answer)
 
     def check(self) -> None:
-        held = Counter(page for answer in self.answers for page in answer)
-        assert 0 not in held
-        assert self.pages.num_free_blocks == self.pages.num_blocks - 1 - len(held)
-        assert self.pages._ref_counts == held
+        used = Counter(block for answer in self.answers for block in answer)
+        assert 0 not in used
+        assert self.manager.num_free_blocks == self.manager.num_blocks - 1 - len(used)
+        assert self.manager._ref_counts == used
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -114,25 +114,25 @@ def test_random_operations_leak_no_blocks(seed):
     book = BlockLedger(BlockManager(rng.randrange(2, 30)))
     for _ in range(300):
         if book.answers and rng.random() < 0.5:
-            book.pages.release(book.answers.pop(rng.randrange(len(book.answers))))
+            book.manager.release(book.answers.pop(rng.randrange(len(book.answers))))
         else:
-            # Beginnings that many share: a page's key says all that comes before it.
+            # Shared prefixes: the key of a block identifies all tokens before it.
             branch = rng.randrange(3)
             keys = [_key(100 * branch + n) for n in range(rng.randrange(8))]
-            book.begin(keys, rng.randrange(1, 4))
+            book.start(keys, rng.randrange(1, 4))
         book.check()
     for answer in book.answers:
-        book.pages.release(answer)
-    assert book.pages.num_free_blocks == book.pages.num_blocks - 1
-    assert sorted(book.pages.allocate(book.pages.num_free_blocks)) == list(
-        range(1, book.pages.num_blocks)
+        book.manager.release(answer)
+    assert book.manager.num_free_blocks == book.manager.num_blocks - 1
+    assert sorted(book.manager.allocate(book.manager.num_free_blocks)) == list(
+        range(1, book.manager.num_blocks)
     )
 
 
 def _prompt(
     tokens: int = 18, num_images: tuple[tuple[int, int], ...] = ((3, 6), (9, 13))
 ) -> EncodedSample:
-    """Pictures of one row of patches each, one token a patch of one pixel."""
+    """Make images of one row of patches each, one token for a patch of one pixel."""
     spans = tuple(
         VisualSpan("image", start, stop, (1, 1, stop - start), (), (14, 14), (1, stop - start))
         for start, stop in num_images
@@ -146,15 +146,15 @@ def _prompt(
     )
 
 
-def _keys(prompt: EncodedSample, reader: str = "") -> list[BlockHash]:
-    return compute_block_hashes(prompt.tokenized, hash_images(prompt), S, reader)
+def _keys(prompt: EncodedSample, cache_salt: str = "") -> list[BlockHash]:
+    return compute_block_hashes(prompt.tokenized, hash_images(prompt), S, cache_salt)
 
 
 def _num_shared_blocks(
-    one: EncodedSample, other: EncodedSample, readers: tuple[str, str] = ("", "")
+    one: EncodedSample, other: EncodedSample, salts: tuple[str, str] = ("", "")
 ) -> int:
-    """How many pages both begin with."""
-    pairs = zip(_keys(one, readers[0]), _keys(other, readers[1]), strict=False)
+    """Return the number of shared blocks."""
+    pairs = zip(_keys(one, salts[0]), _keys(other, salts[1]), strict=False)
     equal = [mine == theirs for mine, theirs in pairs]
     assert equal == sorted(equal, reverse=True), "alike after a difference"
     return sum(equal)
@@ -184,11 +184,11 @@ def test_prompts_share_blocks_up_to_first_difference():
 
 def test_changed_pixels_change_the_block_hash():
     prompt = _prompt()
-    # Patch 0 is of the picture at tokens 3 to 5, patch 3 of that at 9 to 12.
-    for patch, pages in ((0, 0), (2, 0), (3, 2), (6, 2)):
+    # Patch 0 belongs to the image at tokens 3 to 5, patch 3 to that at 9 to 12.
+    for patch, manager in ((0, 0), (2, 0), (3, 2), (6, 2)):
         patches = prompt.patches_ND.copy()
         patches[patch, 1] ^= 1
-        assert _num_shared_blocks(prompt, replace(prompt, patches_ND=patches)) == pages
+        assert _num_shared_blocks(prompt, replace(prompt, patches_ND=patches)) == manager
 
 
 def test_image_shape_is_part_of_the_block_hash():

@@ -85,8 +85,8 @@ def test_saved_session_gives_the_same_answer(service, first, second, tmp_path):
     chat = ChatSession(service)
     _ask(chat, first[1], first[0])
     answer = _ask(chat, second[1], second[0])
-    assert chat.save(tmp_path / "talk.jsonl") == 1
-    [sample] = read_samples(tmp_path / "talk.jsonl")
+    assert chat.save(tmp_path / "chat.jsonl") == 1
+    [sample] = read_samples(tmp_path / "chat.jsonl")
     assert [message.role for message in sample.messages] == ["user", "assistant"] * 2
     assert any(isinstance(part, BoxPart) for part in sample.messages[1].content)
     alone = load_inference_model("finesight-tiny", "cpu", "fp32")
@@ -119,7 +119,7 @@ def test_boxes_refer_to_the_last_image(service, first, second):
     reply = chat.turns[1].replies[0]
     width, height = load_image(second[0]).size
     assert reply.image_path == second[0]
-    assert width != load_image(first[0]).size[0], "pictures of one size tell nothing apart"
+    assert width != load_image(first[0]).size[0], "images of one size cannot be distinguished"
     [values] = re.findall(r"\((\d+),(\d+)\),\((\d+),(\d+)\)", reply.text)
     x1, y1, x2, y2 = map(int, values)
     assert reply.boxes[0].xyxy == pytest.approx(
@@ -168,8 +168,8 @@ def test_cancelled_reply_is_saved_partially(service, first, tmp_path):
     assert reply.finish_reason == "cancelled"
     assert reply.prediction is not None
     assert 0 < reply.prediction.num_tokens < 900
-    chat.save(tmp_path / "talk.jsonl")
-    assert json.loads((tmp_path / "talk.jsonl").read_text())["meta"]["truncated_turns"] == [0]
+    chat.save(tmp_path / "chat.jsonl")
+    assert json.loads((tmp_path / "chat.jsonl").read_text())["meta"]["truncated_turns"] == [0]
 
 
 def test_parallel_models_use_their_own_history(pair, first):
@@ -198,7 +198,7 @@ def _answers(sample) -> list[tuple[object, ...]]:
 def test_rejected_question_leaves_session_unchanged(service, first, tmp_path):
     chat = ChatSession(service)
     _ask(chat, first[1], first[0])
-    (tmp_path / "no.png").write_text("no picture")
+    (tmp_path / "no.png").write_text("no image")
     with pytest.raises(UserError, match="text is ' ' and no image"):
         chat.send(" ", [], SHORT)
     with pytest.raises(UserError, match="not an image"):
@@ -208,9 +208,9 @@ def test_rejected_question_leaves_session_unchanged(service, first, tmp_path):
     with pytest.raises(UserError, match="unknown model 'other'"):
         chat.regenerate([GenerationOptions(model="other")])
     assert len(chat.turns) == 1
-    chat.save(tmp_path / "talk.jsonl")
+    chat.save(tmp_path / "chat.jsonl")
     with pytest.raises(UserError, match="exists already"):
-        chat.save(tmp_path / "talk.jsonl")
+        chat.save(tmp_path / "chat.jsonl")
     with pytest.raises(UserError, match="no conversation to save: 0 turns"):
         ChatSession(service).save(tmp_path / "empty.jsonl")
     with pytest.raises(UserError, match="the conversation has 0 turns"):

@@ -14,7 +14,7 @@ CARD = torch.device("cuda")
 
 
 def test_batch_sizes_are_rounded_to_few_graphs():
-    assert [pad_num_seqs(rows) for rows in (1, 2, 3, 4, 5, 8, 9, 16, 17)] == [
+    assert [pad_num_seqs(num_seqs) for num_seqs in (1, 2, 3, 4, 5, 8, 9, 16, 17)] == [
         1,
         2,
         4,
@@ -25,11 +25,11 @@ def test_batch_sizes_are_rounded_to_few_graphs():
         16,
         24,
     ]
-    assert len({pad_num_seqs(rows) for rows in range(1, 65)}) == 11
+    assert len({pad_num_seqs(num_seqs) for num_seqs in range(1, 65)}) == 11
 
 
 class FakeGraph:
-    """A recording that no card is needed for; its end may fail too."""
+    """CUDA graph without a GPU, whose capture may also fail at its end."""
 
     def __init__(self, spoiled: bool) -> None:
         self.open, self._spoiled = False, spoiled
@@ -40,7 +40,7 @@ class FakeGraph:
     def capture_end(self) -> None:
         self.open = False
         if self._spoiled:
-            raise RuntimeError("the recording is invalid")
+            raise RuntimeError("the capture is invalid")
 
 
 @pytest.mark.parametrize("spoiled", [False, True])
@@ -60,10 +60,10 @@ def test_capture_error_is_closed_and_raised(monkeypatch, spoiled):
             raise torch.OutOfMemoryError("the first error")
         return ids_R
 
-    recorded = CudaGraphCache(CARD)
-    assert recorded.run(2, decode) is ids_R
+    graphs = CudaGraphCache(CARD)
+    assert graphs.run(2, decode) is ids_R
     with pytest.raises(torch.OutOfMemoryError, match="the first error"):
-        recorded.run(2, decode)
+        graphs.run(2, decode)
     assert not graph.open
     assert cleared == ([(CARD, (0, 0))] if spoiled else [])
 
@@ -77,16 +77,16 @@ def test_failed_capture_falls_back_to_eager(output):
     expected = [torch.rand(3, device=CARD) for _ in range(3)]
     torch.manual_seed(7)
     drawn = [torch.rand(3, device=CARD)]
-    recorded, values = CudaGraphCache(CARD), torch.ones(3, device=CARD)
+    graphs, values = CudaGraphCache(CARD), torch.ones(3, device=CARD)
 
     def wait() -> torch.Tensor:
         with contextlib.nullcontext() if output else contextlib.suppress(RuntimeError):
             values.sum().item()
         return values * 2
 
-    assert recorded.run(1, wait).tolist() == [2, 2, 2]
+    assert graphs.run(1, wait).tolist() == [2, 2, 2]
     with pytest.raises(RuntimeError):
-        recorded.run(1, wait)
+        graphs.run(1, wait)
     drawn.append(torch.rand(3, device=CARD))
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
@@ -108,16 +108,16 @@ def test_failed_capture_falls_back_to_eager(output):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_graphs_are_captured_once_per_key():
-    """By number, in any order, each call once: launched, recorded, played."""
+    """Request keys in any order; each call runs once, eagerly, captured or replayed."""
     total = torch.zeros(8, device=CARD)
 
     def add(number: int) -> torch.Tensor:
         total[:number] += number
         return total[:number] * 2
 
-    recorded, wanted = CudaGraphCache(CARD), torch.zeros(8)
+    graphs, wanted = CudaGraphCache(CARD), torch.zeros(8)
     for number in (1, 4, 1, 1, 4, 8, 4, 1, 8, 8):
         wanted[:number] += number
-        found = recorded.run(number, lambda number=number: add(number))
+        found = graphs.run(number, lambda number=number: add(number))
         assert torch.equal(found.cpu(), 2 * wanted[:number])
     assert torch.equal(total.cpu(), wanted)

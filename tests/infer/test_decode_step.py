@@ -72,35 +72,35 @@ def test_fused_gemv_with_norm_bias_and_residual(
         x_1I, w_OI[:12].contiguous(), norm_I=norm_I, eps=1e-6, output_scale_1O=share_1S
     )
     assert relative_error(low, F.linear(normed, wide[:12]) * share_1S, 4e-3)
-    update = decode_kernels.GemvLoraDelta(low, ups_OS)
+    delta = decode_kernels.GemvLoraDelta(low, ups_OS)
     more = F.linear(low.double(), ups_OS.double())
-    found = decode_kernels.fused_gemv(x_1I, w_OI, lora_delta=update, residual_1O=added_1O)
+    found = decode_kernels.fused_gemv(x_1I, w_OI, lora_delta=delta, residual_1O=added_1O)
     assert relative_error(found, F.linear(x_1I.double(), wide) + more + added_1O.double(), 4e-3)
     gate, up = (F.linear(normed, wide) + more).chunk(2, dim=-1)
     found = decode_kernels.fused_gemv(
-        x_1I, w_OI, norm_I=norm_I, eps=1e-6, lora_delta=update, is_gated=True
+        x_1I, w_OI, norm_I=norm_I, eps=1e-6, lora_delta=delta, is_gated=True
     )
     assert relative_error(found, F.silu(gate) * up, 4e-3)
 
 
 @NARROW
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("num_seqs", [1, 5])
 @pytest.mark.parametrize("normed", [False, True])
-def test_rotary_and_cache_write_are_fused(dtype: torch.dtype, rows: int, normed: bool) -> None:
+def test_rotary_and_cache_write_are_fused(dtype: torch.dtype, num_seqs: int, normed: bool) -> None:
     from finesight.infer import decode_kernels
 
     heads, key_heads, width = 6, 2, 24
-    joint = random_tensor(rows, (heads + 2 * key_heads) * width, dtype=dtype)
+    qkv = random_tensor(num_seqs, (heads + 2 * key_heads) * width, dtype=dtype)
     q_RHD, k_RKD, v_RKD = (
         x.unflatten(1, (-1, width))
-        for x in joint.split([heads * width, key_heads * width, key_heads * width], 1)
+        for x in qkv.split([heads * width, key_heads * width, key_heads * width], 1)
     )
-    angles = random_tensor(rows, width // 2, dtype=torch.float32)
+    angles = random_tensor(num_seqs, width // 2, dtype=torch.float32)
     for kind in (dtype, torch.float32):
         rotation = RotaryCosSin.from_angles(angles, kind)
         norms = (random_tensor(width, dtype=dtype), random_tensor(width, dtype=dtype) * 2, 1e-6)
         keys, values = (torch.zeros(3, 16, key_heads, width, dtype=dtype).cuda() for _ in range(2))
-        at_R = torch.tensor([3, 20, 47, 16, 1][:rows], device="cuda")
+        at_R = torch.tensor([3, 20, 47, 16, 1][:num_seqs], device="cuda")
         found = decode_kernels.rope_and_cache(
             q_RHD, k_RKD, v_RKD, norms if normed else None, rotation.cos_T1D, rotation.sin_T1D,
             at_R, keys, values,
@@ -111,40 +111,49 @@ def test_rotary_and_cache_write_are_fused(dtype: torch.dtype, rows: int, normed:
         assert relative_error(found, apply_rotary_pos_emb(q, rotation), 2e-3)
         assert relative_error(keys.flatten(0, 1)[at_R], apply_rotary_pos_emb(k, rotation), 2e-3)
         assert torch.equal(values.flatten(0, 1)[at_R], v_RKD)
-        assert int(values.flatten(0, 1).any(-1).any(-1).sum()) == rows
+        assert int(values.flatten(0, 1).any(-1).any(-1).sum()) == num_seqs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("rows", "heads", "key_heads", "width", "page"),
+    ("num_seqs", "heads", "key_heads", "width", "block_size"),
     [(1, 12, 2, 128, 64), (3, 4, 2, 16, 16), (70, 28, 4, 128, 64), (2, 7, 1, 80, 64)],
 )
 def test_paged_attention_matches_reference(
-    dtype: torch.dtype, rows: int, heads: int, key_heads: int, width: int, page: int
+    dtype: torch.dtype, num_seqs: int, heads: int, key_heads: int, width: int, block_size: int
 ) -> None:
     from finesight.infer import paged_attention_kernels
 
-    pages, blocks = 40, 7
-    keys, values = (random_tensor(pages, page, key_heads, width, dtype=dtype) + n for n in range(2))
-    q_RHD = random_tensor(rows, heads, width, dtype=dtype)
-    generator = torch.Generator().manual_seed(rows)
-    table = torch.stack([torch.randperm(pages, generator=generator)[:blocks] for _ in range(rows)])
-    lengths = torch.randint(1, blocks * page + 1, (rows,), generator=generator)
+    num_blocks, blocks = 40, 7
+    keys, values = (
+        random_tensor(num_blocks, block_size, key_heads, width, dtype=dtype) + n for n in range(2)
+    )
+    q_RHD = random_tensor(num_seqs, heads, width, dtype=dtype)
+    generator = torch.Generator().manual_seed(num_seqs)
+    table = torch.stack(
+        [torch.randperm(num_blocks, generator=generator)[:blocks] for _ in range(num_seqs)]
+    )
+    lengths = torch.randint(1, blocks * block_size + 1, (num_seqs,), generator=generator)
     found = paged_attention_kernels.paged_attention(
         q_RHD, keys, values, table.int().cuda(), lengths.cuda()
     )
-    for row in range(rows):
-        k, v = (x[table[row].cuda()].flatten(0, 1)[: lengths[row]] for x in (keys, values))
+    for index in range(num_seqs):
+        k, v = (x[table[index].cuda()].flatten(0, 1)[: lengths[index]] for x in (keys, values))
         k, v = (x.double().repeat_interleave(heads // key_heads, 1) for x in (k, v))
-        scores = torch.einsum("hd,mhd->hm", q_RHD[row].double(), k) / width**0.5
+        scores = torch.einsum("hd,mhd->hm", q_RHD[index].double(), k) / width**0.5
         wanted = torch.einsum("hm,mhd->hd", scores.softmax(-1), v)
-        assert relative_error(found[row], wanted, 1e-5 if dtype == torch.float32 else 8e-3)
+        assert relative_error(found[index], wanted, 1e-5 if dtype == torch.float32 else 8e-3)
 
 
 def generate_tokens(
-    model: VisionLanguageModel, prompts: list[EncodedSample], rows: int, record: bool = True
+    model: VisionLanguageModel,
+    prompts: list[EncodedSample],
+    num_seqs: int,
+    use_cuda_graphs: bool = True,
 ) -> list[list[int]]:
-    engine = Engine(model, (), max_num_seqs=rows, num_cache_tokens=5000, use_cuda_graphs=record)
+    engine = Engine(
+        model, (), max_num_seqs=num_seqs, num_cache_tokens=5000, use_cuda_graphs=use_cuda_graphs
+    )
     number = None if model.lora_routing is None else 0
     tickets = [
         engine.add_request(
@@ -180,9 +189,9 @@ def test_fused_decode_matches_uncached_generation(
         NativeRenderer(tiny).encode_prompt(question) for question in make_mixed_questions(tmp_path)
     ]
     wanted = [generate_uncached(model, prompt, STEPS) for prompt in prompts]
-    for rows, record in ((6, True), (6, False), (1, True), (3, True)):
+    for num_seqs, use_cuda_graphs in ((6, True), (6, False), (1, True), (3, True)):
         for found, generated in zip(
-            generate_tokens(model, prompts, rows, record), wanted, strict=True
+            generate_tokens(model, prompts, num_seqs, use_cuda_graphs), wanted, strict=True
         ):
             ids, logits = generated.tokens, generated.logits
             if dtype == torch.float32:
@@ -193,4 +202,4 @@ def test_fused_decode_matches_uncached_generation(
                 logits_V = logits[apart].float()
                 gap = logits_V[ids[apart]] - logits_V[found[apart]]
                 bound = 0.05 if dtype == torch.bfloat16 else 0.01
-                assert gap <= bound * logits_V.abs().max(), (rows, record, apart)
+                assert gap <= bound * logits_V.abs().max(), (num_seqs, use_cuda_graphs, apart)

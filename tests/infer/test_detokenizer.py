@@ -53,16 +53,16 @@ def stream_text(
     end_ids: tuple[int, ...] = (),
 ) -> list[str]:
     """What is said with each token, and at the end."""
-    spoken = IncrementalDetokenizer(tokenizer, end_ids, stop, thinks)
-    deltas = [spoken.add_token(token) for token in ids]
-    deltas.append(spoken.flush())
-    assert spoken.text == "".join(deltas)
+    detokenizer = IncrementalDetokenizer(tokenizer, end_ids, stop, thinks)
+    deltas = [detokenizer.add_token(token) for token in ids]
+    deltas.append(detokenizer.flush())
+    assert detokenizer.text == "".join(deltas)
     return deltas
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_character_is_emitted_when_complete(byte_tokenizer, text):
-    """Byte by byte; a replacement character may be the beginning of another one."""
+    """Check byte by byte; a replacement character may be the start of another one."""
     deltas = stream_text(byte_tokenizer, list(text.encode()))
     assert "".join(deltas) == text
     if "\ufffd" not in text:
@@ -82,12 +82,12 @@ def test_stream_matches_full_decoding(byte_tokenizer, seed):
 
 def test_invalid_bytes_are_emitted_incrementally(byte_tokenizer):
     """And what is decoded for each token stays short."""
-    spoken = IncrementalDetokenizer(byte_tokenizer, (), (), False)
-    lengths = [len(spoken.add_token(token)) for token in [0x80] * 500]
+    detokenizer = IncrementalDetokenizer(byte_tokenizer, (), (), False)
+    lengths = [len(detokenizer.add_token(token)) for token in [0x80] * 500]
     # Each waits for the next one.
     assert lengths == [0] + [1] * 499
-    assert len(spoken._token_ids) - spoken._prefix_offset < 100
-    assert "".join(map(spoken.add_token, "😀中".encode())) == "\ufffd😀中"
+    assert len(detokenizer._token_ids) - detokenizer._prefix_offset < 100
+    assert "".join(map(detokenizer.add_token, "😀中".encode())) == "\ufffd😀中"
 
 
 def test_no_text_after_end_token(byte_tokenizer):
@@ -114,15 +114,15 @@ def test_answer_ends_before_first_stop_string(byte_tokenizer, text, stop, wanted
     rng = random.Random(0)
     for _ in range(20):
         ids = _in_pieces(text.encode(), rng)
-        spoken = IncrementalDetokenizer(byte_tokenizer, (), stop, False)
+        detokenizer = IncrementalDetokenizer(byte_tokenizer, (), stop, False)
         so_far = ""
         for token in ids:
-            so_far += spoken.add_token(token)
+            so_far += detokenizer.add_token(token)
             assert wanted.startswith(so_far)
-        assert so_far + spoken.flush() == spoken.text == wanted
-        assert spoken.has_stopped == (wanted != text)
-        if spoken.has_stopped:
-            assert spoken.add_token(0x41) == spoken.flush() == ""
+        assert so_far + detokenizer.flush() == detokenizer.text == wanted
+        assert detokenizer.has_stopped == (wanted != text)
+        if detokenizer.has_stopped:
+            assert detokenizer.add_token(0x41) == detokenizer.flush() == ""
 
 
 def _in_pieces(text: bytes, rng: random.Random) -> list[int]:

@@ -114,7 +114,7 @@ def test_float16_overflow_is_reported(tiny, tmp_path):
 
 
 def test_overflow_does_not_affect_other_requests(loaded_model, tmp_path, monkeypatch):
-    """Neither beside it nor after it, in the pages that it leaves."""
+    """Check the KV cache blocks of concurrent and later requests."""
     model, renderer = loaded_model
     questions = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
     wanted = [
@@ -174,8 +174,8 @@ def test_random_requests_leak_no_blocks(loaded_model, tmp_path, seed, late, monk
         for event in engine.step():
             result.setdefault(event.request_id, RequestEvents()).add_event(event)
         running = [*engine._scheduler.prefilling, *engine._scheduler.decoding]
-        held = {page for sequence in running for page in sequence.prompt.block_ids}
-        assert engine.num_free_blocks == engine.num_blocks - len(held)
+        used = {block for sequence in running for block in sequence.prompt.block_ids}
+        assert engine.num_free_blocks == engine.num_blocks - len(used)
     run_engine(engine, result)
     assert engine.num_free_blocks == engine.num_blocks
     assert (engine.num_running, engine.num_waiting) == (0, 0)
@@ -193,7 +193,7 @@ def test_random_requests_leak_no_blocks(loaded_model, tmp_path, seed, late, monk
 
 
 def test_repeated_prompt_reuses_cached_blocks(loaded_model, tmp_path):
-    """Every full page but that of its last token."""
+    """Count the full blocks without that of the last token."""
     model, renderer = loaded_model
     prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
     engine = Engine(model, (), max_num_seqs=4, num_cache_tokens=1024)

@@ -27,7 +27,7 @@ def test_progress_callback_counts_finished_answers(tmp_path):
 
 
 def test_generation_stops_at_max_positions(tmp_path):
-    """However long it may be: there is no room made for what is never said."""
+    """Check that no KV cache is reserved for tokens that are never generated."""
     tiny = ModelFolder(create_tiny_model(tmp_path / "tiny"))
     model, renderer = (
         load_model(tiny, torch.float32, torch.device("cpu")).eval(),

@@ -72,7 +72,7 @@ def test_batched_answers_match_single_ones(inference_model: InferenceModel, tmp_
         hf_models.make_sample(tmp_path, ("Which?", "red"), num_images=2, name="b"),
         hf_models.make_sample(tmp_path, ("Hello", ""), num_images=0, name="c"),
     ]
-    together = predict(
+    batched = predict(
         inference_model.model, inference_model.renderer, samples, max_new_tokens=9, batch_size=4
     )
     alone = [
@@ -81,8 +81,8 @@ def test_batched_answers_match_single_ones(inference_model: InferenceModel, tmp_
         )[0]
         for one in samples
     ]
-    assert together == alone
-    assert len({one.raw_text for one in together}) == 3
+    assert batched == alone
+    assert len({one.raw_text for one in batched}) == 3
 
 
 def test_completion_ends_at_the_last_position(

@@ -100,10 +100,10 @@ def test_engine_and_predict_match_single_samples(
         run_requests(Engine(model, (), max_num_seqs=1, num_cache_tokens=1024), one, tokens=STEPS)[0]
         for one in prompts
     ]
-    together = run_requests(
+    batched = run_requests(
         Engine(model, (), max_num_seqs=len(prompts), num_cache_tokens=4096), *prompts, tokens=STEPS
     )
-    assert [told.ids for told in together] == [told.ids for told in alone]
+    assert [told.ids for told in batched] == [told.ids for told in alone]
     single = [
         predict(model, renderer, [one], max_new_tokens=STEPS, batch_size=1)[0]
         for one in located_sample

@@ -43,7 +43,7 @@ class QuestionSet(NamedTuple):
 
 @pytest.fixture(scope="module")
 def question_set(tmp_path_factory: pytest.TempPathFactory) -> QuestionSet:
-    """A model that goes on as long as it may, questions, and what it answers to each alone."""
+    """A model that generates up to the limit, with prompts and their single answers."""
     folder = tmp_path_factory.mktemp("service")
     tiny = ModelFolder(create_tiny_model(folder / "tiny"))
     model = load_model(tiny, torch.float32, torch.device("cpu")).eval()
@@ -79,8 +79,10 @@ def text_of(deltas: list[CompletionDelta]) -> str:
 
 
 def assert_idle(service: InferenceService) -> None:
-    """Nothing runs, waits or holds a page: what a service tells once all have been heard out. Its
-    own thread may be in its last step still."""
+    """Check that no request runs, waits or holds a block after all have finished.
+
+    The thread of the service may still be in its last step.
+    """
     service.close()
     facts = service.get_stats()
     assert (facts.num_running, facts.num_waiting) == (0, 0)
@@ -180,7 +182,7 @@ def test_cancelled_request_frees_its_blocks(service, question_set):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_cancelling_at_any_stage_frees_blocks(question_set, seed):
-    """Right away, while they wait, are read and grow, after the end; the others go on."""
+    """Cancel requests in all states: submitted, waiting, in prefill, decoding and finished."""
     rng = random.Random(seed)
     service = InferenceService(
         question_set.answerer, max_num_seqs=rng.choice([1, 2, 5]), kv_cache_bytes=1 << 22
@@ -348,7 +350,7 @@ def test_step_error_reaches_running_requests_only(question_set, after, fail):
 
 
 def test_failed_engine_frees_its_cache(question_set, fail):
-    """There may be no room for both: the error that is told must not keep it alive."""
+    """Check that the error does not keep the engine alive: memory may not suffice for two."""
     service = InferenceService(question_set.answerer, max_num_seqs=2, kv_cache_bytes=1 << 22)
     cache = weakref.ref(service._engine._runner.cache)
     gc.disable()
@@ -365,13 +367,13 @@ def test_failed_engine_frees_its_cache(question_set, fail):
 
 
 def _limit_engine_size(most: int) -> Callable[..., Engine]:
-    """Engines of few rows; none of the size that is wanted, once `most` were made."""
+    """Make engines of a few sequences; the requested size fails after `most` engines."""
     made: list[int] = []
 
     def make(*args: object, max_num_seqs: int, num_cache_tokens: int) -> Engine:
         made.append(max_num_seqs)
         if made.count(max_num_seqs) > most:
-            raise torch.OutOfMemoryError("no room")
+            raise torch.OutOfMemoryError("out of memory")
         return Engine(*args, max_num_seqs=max_num_seqs, num_cache_tokens=num_cache_tokens)
 
     return make

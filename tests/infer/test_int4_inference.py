@@ -74,21 +74,21 @@ def force_decode(
 @pytest.mark.gpu
 @on_card
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rows", [1, MAX_GEMV_ROWS, MAX_GEMM_ROWS])
+@pytest.mark.parametrize("num_seqs", [1, MAX_GEMV_ROWS, MAX_GEMM_ROWS])
 @pytest.mark.parametrize(
     "way", [GptqConfig(), GptqConfig(64, act_order=True, symmetric=False)], ids=str
 )
 @pytest.mark.parametrize("change", [None, install_request_adapters])
 def test_cuda_graph_steps_match_the_dequantized_model(
     family: TinyFamily,
-    rows: int,
+    num_seqs: int,
     way: GptqConfig,
     change: Callable[[VisionLanguageModel], None] | None,
     tmp_path: Path,
 ) -> None:
     four, dense = write_quantized_and_dense(tmp_path, family, way)
-    prompts = [make_prompts(four, tmp_path)[0]] * rows
-    tokens = [[(7 * step + row) % 200 for step in range(STEPS)] for row in range(rows)]
+    prompts = [make_prompts(four, tmp_path)[0]] * num_seqs
+    tokens = [[(7 * step + row) % 200 for step in range(STEPS)] for row in range(num_seqs)]
     card = torch.device("cuda")
     for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.01)):
         models = [load_model(folder, dtype, card).eval() for folder in (four, dense)]
@@ -103,7 +103,7 @@ def test_cuda_graph_steps_match_the_dequantized_model(
 @pytest.mark.gpu
 @on_card
 def test_small_batches_do_not_dequantize_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And many make one, without room for it in a wider type."""
+    """Check several matrices as one, without memory for it in a wider dtype."""
     outputs, inputs = 1024, 4096
     matrix = Int4Matrix(outputs, inputs, group_size=128, where="a test")
     values = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
@@ -112,8 +112,8 @@ def test_small_batches_do_not_dequantize_the_matrix(monkeypatch: pytest.MonkeyPa
     matrix = matrix.cuda()
     full = outputs * inputs * 2
     cases = ((1, full // 8), (MAX_GEMM_ROWS, full // 8), (MAX_GEMM_ROWS + 1, full + full // 4))
-    for rows, most in cases:
-        x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
+    for num_seqs, most in cases:
+        x = torch.randn(num_seqs, inputs, device="cuda", dtype=torch.bfloat16)
         matrix(x, None)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -22,10 +22,12 @@ CPU = torch.device("cpu")
 SIZE = SimpleNamespace(num_layers=LAYERS, num_heads=HEADS, num_kv_heads=KEY_HEADS, head_dim=WIDTH)
 
 
-def _cache(rows: int, pages: int, page: int, device: torch.device = CPU, **kind) -> KVCache:
+def _cache(
+    num_seqs: int, blocks: int, block_size: int, device: torch.device = CPU, **kind
+) -> KVCache:
     kind = {"dtype": torch.float32} | kind
     return KVCache(
-        SIZE, num_blocks=pages, block_size=page, max_num_seqs=rows, device=device, **kind
+        SIZE, num_blocks=blocks, block_size=block_size, max_num_seqs=num_seqs, device=device, **kind
     )
 
 
@@ -34,16 +36,16 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _scatter_blocks(
-    lengths: tuple[int, ...], page: int, more: int = 0
+    lengths: tuple[int, ...], block_size: int, more: int = 0
 ) -> tuple[list[list[int]], int]:
-    """Pages for rows of these lengths, in no order, and how many there are with page 0."""
-    needed = [-(-(length + more) // page) for length in lengths]
+    """Return blocks in random order for sequences of these lengths, and the block count."""
+    needed = [-(-(length + more) // block_size) for length in lengths]
     free = (np.random.default_rng(1).permutation(sum(needed)) + 1).tolist()
     return [[free.pop() for _ in range(number)] for number in needed], sum(needed) + 1
 
 
-def _start(cache: KVCache, pages: list[list[int]], lengths: tuple[int, ...]) -> None:
-    for row, (own, length) in enumerate(zip(pages, lengths, strict=True)):
+def _start(cache: KVCache, blocks: list[list[int]], lengths: tuple[int, ...]) -> None:
+    for row, (own, length) in enumerate(zip(blocks, lengths, strict=True)):
         cache.block_table_RB[row, : len(own)] = torch.tensor(own, dtype=torch.int32)
         cache.seq_lens_R[row] = cache.prompt_lens_R[row] = length
         cache.active_R[row] = 1
@@ -65,10 +67,10 @@ def test_chunk_slots_follow_its_block_table():
     assert chunk.compute_slot_mapping(4, 0)[:4].tolist() == [20, 21, 22, 23]
 
 
-def _prefill(lengths: tuple[int, ...], page: int, chunk: int) -> tuple[KVCache, list[Tensor]]:
+def _prefill(lengths: tuple[int, ...], block_size: int, chunk: int) -> tuple[KVCache, list[Tensor]]:
     """What prompts read `chunk` tokens at a time see, each prompt's own, and the cache after."""
-    pages, number = _scatter_blocks(lengths, page)
-    cache = _cache(len(lengths), number, page)
+    blocks, number = _scatter_blocks(lengths, block_size)
+    cache = _cache(len(lengths), number, block_size)
     # What was there before does not matter.
     cache.keys_LPSKD.fill_(3.0)
     cache.values_LPSKD.fill_(3.0)
@@ -77,7 +79,7 @@ def _prefill(lengths: tuple[int, ...], page: int, chunk: int) -> tuple[KVCache, 
     for start in range(0, max(lengths), chunk):
         here = [n for n, length in enumerate(lengths) if length > start]
         chunks = [
-            PrefillChunk(pages[n], start, min(start + chunk, lengths[n]), lengths[n]) for n in here
+            PrefillChunk(blocks[n], start, min(start + chunk, lengths[n]), lengths[n]) for n in here
         ]
         attention = PrefillAttention(cache, chunks)
         contexts = [lengths[n] for n, c in zip(here, chunks, strict=True) for _ in _tokens(c)]
@@ -113,9 +115,9 @@ def test_chunked_prefill_matches_full_attention(chunk):
 def test_prompts_write_only_to_their_blocks():
     lengths = (3, 13)
     cache, _ = _prefill(lengths, 4, 5)
-    pages, _ = _scatter_blocks(lengths, 4)
+    blocks, _ = _scatter_blocks(lengths, 4)
     untouched = torch.ones(cache.keys_LPSKD.shape[1] * 4, dtype=torch.bool)
-    for own, length in zip(pages, lengths, strict=True):
+    for own, length in zip(blocks, lengths, strict=True):
         at = torch.from_numpy(PrefillChunk(own, 0, length, length).compute_slot_mapping(4, 0))
         assert torch.equal(cache.flat_keys(1)[at], _random(length, KEY_HEADS, WIDTH, seed=1))
         assert torch.equal(cache.flat_values(1)[at], _random(length, KEY_HEADS, WIDTH, seed=2))
@@ -127,16 +129,18 @@ def test_prompts_write_only_to_their_blocks():
 
 @pytest.mark.parametrize("stale", [0.0, 3.0, float("nan"), float("inf")])
 def test_decode_attends_only_to_its_sequence(stale):
-    """Whatever an earlier answer has left in its pages, even numbers that overflowed."""
-    lengths, page = (3, 5, 8), 4
-    pages, number = _scatter_blocks(lengths, page, more=2)
-    cache = _cache(4, number, page)
+    """Check that values of an earlier sequence in its blocks have no effect, even infinities."""
+    lengths, block_size = (3, 5, 8), 4
+    blocks, number = _scatter_blocks(lengths, block_size, more=2)
+    cache = _cache(4, number, block_size)
     cache.keys_LPSKD.fill_(stale)
     cache.values_LPSKD.fill_(stale)
-    _start(cache, pages, lengths)
+    _start(cache, blocks, lengths)
     k, v = ([_random(n + 2, KEY_HEADS, WIDTH, seed=s) for n in lengths] for s in (1, 2))
-    for own, length, k_TKD, v_TKD in zip(pages, lengths, k, v, strict=True):
-        at = torch.from_numpy(PrefillChunk(own, 0, length, length).compute_slot_mapping(page, 0))
+    for own, length, k_TKD, v_TKD in zip(blocks, lengths, k, v, strict=True):
+        at = torch.from_numpy(
+            PrefillChunk(own, 0, length, length).compute_slot_mapping(block_size, 0)
+        )
         cache.write(0, at, k_TKD[:length], v_TKD[:length])
     for generated in (1, 2):
         attention = DecodeAttention(cache, len(lengths), max(lengths) + generated)
@@ -177,27 +181,32 @@ def test_bytes_per_cached_token():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("stale", [0.0, float("nan")])
-@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize(("heads", "key_heads", "width"), [(12, 2, 128), (4, 4, 64), (5, 1, 40)])
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)]
 )
-def test_paged_kernel_matches_reference(stale, page, heads, key_heads, width, dtype, bound):
-    """Lengths around the borders of pages, of one row and of many, so that rows are cut into many
-    shares, few and none."""
+def test_paged_kernel_matches_reference(stale, block_size, heads, key_heads, width, dtype, bound):
+    """Check lengths around block sizes, for one sequence and many, with many, few and no splits."""
     from finesight.infer.paged_attention_kernels import paged_attention
 
     card = torch.device("cuda")
-    for lengths in ((1,), (page,), (page + 1,), (40 * page + 3,), (1, 7, page, 3 * page - 1) * 64):
-        pages, number = _scatter_blocks(lengths, page)
-        shape = number, page, key_heads, width
+    for lengths in (
+        (1,),
+        (block_size,),
+        (block_size + 1,),
+        (40 * block_size + 3,),
+        (1, 7, block_size, 3 * block_size - 1) * 64,
+    ):
+        blocks, number = _scatter_blocks(lengths, block_size)
+        shape = number, block_size, key_heads, width
         keys, values = (torch.full(shape, stale, dtype=dtype, device=card) for _ in range(2))
         table = torch.zeros(len(lengths), number, dtype=torch.int32)
         own = [_random(2, n, key_heads, width, seed=r) for r, n in enumerate(lengths)]
-        for row, (mine, length) in enumerate(zip(pages, lengths, strict=True)):
+        for row, (mine, length) in enumerate(zip(blocks, lengths, strict=True)):
             table[row, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
             at = torch.from_numpy(
-                PrefillChunk(mine, 0, length, length).compute_slot_mapping(page, 0)
+                PrefillChunk(mine, 0, length, length).compute_slot_mapping(block_size, 0)
             ).to(card)
             for store, x in zip((keys, values), own[row], strict=True):
                 store.flatten(0, 1).index_copy_(0, at, x.to(card, dtype))

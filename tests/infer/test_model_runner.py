@@ -1,4 +1,4 @@
-"""Pictures are looked at once, in passes of bounded size, and forgotten in time."""
+"""Vision encoding: once per image, in passes of limited size, with bounded caching."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from engine_fixtures import make_mixed_questions, make_sample, run_requests, write_noise_image
 
 from finesight.encode.native_renderer import NativeRenderer
-from finesight.infer import model_runner as rows_area
+from finesight.infer import model_runner as model_runner_module
 from finesight.infer.engine import Engine
 from finesight.infer.generate import generate
 from finesight.model.tiny import create_tiny_model
@@ -29,16 +29,16 @@ def loaded_model(tiny: ModelFolder) -> Loaded:
 
 
 def _count_encoded_images(model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pictures the model looks at, call by call."""
-    seen: list[int] = []
-    see = model.encode_images
+    """Return the number of images of each vision-encoder pass."""
+    batch_sizes: list[int] = []
+    encode_images = model.encode_images
 
     def count(patches, grids):
-        seen.append(len(grids))
-        return see(patches, grids)
+        batch_sizes.append(len(grids))
+        return encode_images(patches, grids)
 
     monkeypatch.setattr(model, "encode_images", count)
-    return seen
+    return batch_sizes
 
 
 def test_image_is_encoded_once(loaded_model, tmp_path, monkeypatch):
@@ -54,16 +54,16 @@ def test_image_is_encoded_once(loaded_model, tmp_path, monkeypatch):
         run_requests(Engine(model, (), max_num_seqs=1, num_cache_tokens=1024), prompt)[0].ids
         for prompt in prompts
     ]
-    seen = _count_encoded_images(model, monkeypatch)
+    batch_sizes = _count_encoded_images(model, monkeypatch)
     engine = Engine(model, (), max_num_seqs=4, num_cache_tokens=1024)
     assert [told.ids for told in run_requests(engine, *prompts)] == wanted
-    assert seen == [2]
+    assert batch_sizes == [2]
     assert [told.ids for told in run_requests(engine, *reversed(prompts))] == wanted[::-1]
-    assert seen == [2]
+    assert batch_sizes == [2]
 
 
 def test_vision_feature_cache_is_bounded(loaded_model, tmp_path, monkeypatch):
-    """The longest unused go; a picture of which they are gone is looked at again."""
+    """Check that the least recently used features are evicted and computed again on demand."""
     model, renderer = loaded_model
     prompts = []
     for seed in range(4):
@@ -73,16 +73,16 @@ def test_vision_feature_cache_is_bounded(loaded_model, tmp_path, monkeypatch):
         )
     (span,) = prompts[0].tokenized.spans
     image = (span.stop - span.start) * model.config.decoder.hidden_size * 4
-    monkeypatch.setattr(rows_area, "CPU_FEATURE_CACHE_BYTES", 2 * image)
-    seen = _count_encoded_images(model, monkeypatch)
-    # Pages for one question only: what is known by them is soon forgotten.
+    monkeypatch.setattr(model_runner_module, "CPU_FEATURE_CACHE_BYTES", 2 * image)
+    batch_sizes = _count_encoded_images(model, monkeypatch)
+    # Blocks for one request only: prefix cache entries are soon evicted.
     engine = Engine(model, (), max_num_seqs=1, num_cache_tokens=80)
     outcome = []
     for number in (0, 1, 0, 2, 0, 1):
-        before = len(seen)
+        before = len(batch_sizes)
         run_requests(engine, prompts[number], tokens=80 - prompts[number].tokenized.num_tokens)
         assert engine._runner._feature_cache._num_bytes <= 2 * image
-        outcome.append(len(seen) > before)
+        outcome.append(len(batch_sizes) > before)
     assert outcome == [True, True, False, True, False, True]
 
 
@@ -91,21 +91,21 @@ def test_images_are_encoded_in_bounded_batches(loaded_model, tmp_path, monkeypat
     prompts = [renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)]
     wanted = generate(model, prompts, max_new_tokens=5, end_ids=())
     sizes: list[int] = []
-    see = model.encode_images
+    encode_images = model.encode_images
 
     def counted(patches_ND, grids):
         sizes.append(len(patches_ND))
-        return see(patches_ND, grids)
+        return encode_images(patches_ND, grids)
 
     monkeypatch.setattr(model, "encode_images", counted)
     generate(model, prompts, max_new_tokens=1, end_ids=())
     assert len(sizes) == 1
     largest = max(
-        len(rows_area.get_span_patches(p, n))
+        len(model_runner_module.get_span_patches(p, n))
         for p in prompts
         for n in range(len(p.tokenized.spans))
     )
-    monkeypatch.setattr(rows_area, "MAX_ENCODER_PATCHES", largest)
+    monkeypatch.setattr(model_runner_module, "MAX_ENCODER_PATCHES", largest)
     sizes.clear()
     assert generate(model, prompts, max_new_tokens=5, end_ids=()) == wanted
     assert len(sizes) > 1

@@ -51,7 +51,7 @@ def test_predictions_are_ordered_across_batches(loaded_model, tmp_path):
 
 
 def test_short_answers_use_full_batches(loaded_model, tmp_path):
-    """Not one more with each step: that would leave most rows idle."""
+    """Check that more than one request is submitted per step, so that the batch is full."""
     model, renderer = loaded_model
     requested = make_mixed_questions(tmp_path) * 4
     result: list[int] = []
@@ -140,7 +140,7 @@ def test_damaged_image_is_reported_or_raised(loaded_model, tmp_path):
         on_corrupt_image=lambda index, error: result.append((index, str(error))),
     )
     assert [prediction.id for prediction in found] == ["a", "a"]
-    # A missing file shows before any picture is decoded, a cut one only then.
+    # A missing file is reported before any image is decoded, a truncated one while decoding.
     assert [index for index, _ in result] == [2, 1]
     assert "missing.png" in result[0][1]
     assert "cut.png" in result[1][1]
@@ -153,9 +153,9 @@ def test_boxes_refer_to_the_target_image(loaded_model, tmp_path):
     answer = BoxPart(image=1, label="dog", xyxy=(40, 30, 200, 150))
     sample = make_sample("s", tmp_path, "a.png", "b.png", "Where?", answer=answer)
     prompt = renderer.encode_prompt(sample)
-    spoken = renderer.tokenize(sample).ids_T[prompt.tokenized.num_tokens :].tolist()
-    spoken = spoken[: spoken.index(renderer.end_ids[0]) + 1]
-    prediction = build_prediction(renderer, sample, prompt.tokenized, spoken)
+    answer_ids = renderer.tokenize(sample).ids_T[prompt.tokenized.num_tokens :].tolist()
+    answer_ids = answer_ids[: answer_ids.index(renderer.end_ids[0]) + 1]
+    prediction = build_prediction(renderer, sample, prompt.tokenized, answer_ids)
     assert prediction.stopped
     (box,) = prediction.boxes
     assert (box.image, box.label) == (1, "dog")
@@ -176,9 +176,9 @@ def test_videos_are_no_target_images(loaded_model, tmp_path):
     )
     (prediction,) = predict(model, renderer, [sample], max_new_tokens=1, batch_size=1)
     assert prediction.images == (tmp_path / "a.png",)
-    spoken = renderer.tokenizer.encode("(100,100),(500,500)")
+    answer_ids = renderer.tokenizer.encode("(100,100),(500,500)")
     prompt = renderer.tokenize_prompt(sample)
-    (box,) = build_prediction(renderer, sample, prompt, list(spoken)).boxes
+    (box,) = build_prediction(renderer, sample, prompt, list(answer_ids)).boxes
     assert (box.image, box.xyxy) == (0, (20, 10, 100, 50))
 
 
@@ -224,7 +224,7 @@ def test_as_json_and_text(images, expected):
 
 @pytest.mark.parametrize("capacity", [3, 1, 0])
 def test_out_of_memory_reduces_the_batch_size(loaded_model, tmp_path, capacity):
-    """Played by rows that refuse to grow when they are more than so many."""
+    """Simulate a GPU whose memory suffices for `capacity` sequences only."""
     model, renderer = loaded_model
     full = write_noise_image(tmp_path / "cut.png", 200, 200).read_bytes()
     (tmp_path / "cut.png").write_bytes(full[: len(full) // 2])
@@ -239,12 +239,12 @@ def test_out_of_memory_reduces_the_batch_size(loaded_model, tmp_path, capacity):
     real = ModelRunner.decode
     result, done, refused = [], [], []
 
-    def step(self, rows, longest):
+    def step(self, num_seqs, longest):
         assert all(gone() is None for gone in refused), "two caches at once"
-        if rows > capacity:
+        if num_seqs > capacity:
             refused.append(weakref.ref(self))
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(self, rows, longest)
+        return real(self, num_seqs, longest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModelRunner, "decode", step)

@@ -75,7 +75,7 @@ def _run_prefill(scheduler: Scheduler) -> list[tuple[int, int]]:
     return [(sequence.request_id, stop) for sequence, stop in chunks]
 
 
-def _rows(scheduler: Scheduler) -> list[int]:
+def _request_ids(scheduler: Scheduler) -> list[int]:
     """Return the request id of each batch row."""
     assert [one.batch_index for one in scheduler.decoding] == list(range(len(scheduler.decoding)))
     return [sequence.request_id for sequence in scheduler.decoding]
@@ -97,7 +97,7 @@ def test_admission_is_limited_to_max_num_seqs():
     scheduler = _create_scheduler(max_num_seqs=2)
     sequences = _add_requests(scheduler, [4, 4, 4])
     _run_prefill(scheduler)
-    assert (_rows(scheduler), scheduler.num_running) == ([0, 1], 2)
+    assert (_request_ids(scheduler), scheduler.num_running) == ([0, 1], 2)
     scheduler.finish(sequences[0])
     # The row is free after the removal, not before.
     assert scheduler.admit_next() is None
@@ -116,7 +116,7 @@ def test_prefill_chunks_fit_the_token_budget(monkeypatch):
     assert _run_prefill(scheduler) == [(1, 9)]
     assert _run_prefill(scheduler) == [(2, 5)]
     assert _run_prefill(scheduler) == [(2, 7), (3, 3)]
-    assert _rows(scheduler) == [0, 1, 2, 3]
+    assert _request_ids(scheduler) == [0, 1, 2, 3]
 
 
 def test_prefill_batch_has_one_adapter():
@@ -174,9 +174,9 @@ def test_last_row_replaces_a_removed_row():
     _run_prefill(scheduler)
     for index in (1, 4, 3):
         scheduler.finish(sequences[index])
-    assert _rows(scheduler) == [0, 1, 2, 3, 4]
+    assert _request_ids(scheduler) == [0, 1, 2, 3, 4]
     assert scheduler.remove_finished() == [(1, 4), (1, 3), (1, 2)]
-    assert _rows(scheduler) == [0, 2]
+    assert _request_ids(scheduler) == [0, 2]
     assert scheduler.remove_finished() == []
 
 
@@ -187,7 +187,7 @@ def test_sequence_at_maximum_length_stops_decoding():
     _run_prefill(scheduler)
     scheduler.count_scheduled(sequences[:1])
     assert scheduler.remove_finished() == [(0, 1)]
-    assert _rows(scheduler) == [1]
+    assert _request_ids(scheduler) == [1]
     assert scheduler.block_manager.num_free_blocks == NUM_BLOCKS - 4
     assert not sequences[0].is_finished
 
@@ -200,10 +200,10 @@ def test_paused_sequence_resumes_with_its_blocks():
     first.logits_V = torch.zeros(3)
     scheduler.pause(first)
     assert scheduler.remove_finished() == [(0, 1)]
-    assert (_rows(scheduler), scheduler.paused, first.is_paused) == ([1], [first], True)
+    assert (_request_ids(scheduler), scheduler.paused, first.is_paused) == ([1], [first], True)
     assert scheduler.num_running == 2
     scheduler.resume([first])
     assert scheduler.add_to_batch(first) == 1
-    assert (_rows(scheduler), scheduler.paused) == ([1, 0], [])
+    assert (_request_ids(scheduler), scheduler.paused) == ([1, 0], [])
     assert first.prompt.block_ids == block_ids
     assert second.batch_index == 0

@@ -26,9 +26,9 @@ def _make_sampler(
     return TokenSampler(sampling, logprobs, constraint, prompt)
 
 
-def _logits(rows: int = 1, vocabulary: int = VOCABULARY, seed: int = 0) -> Tensor:
+def _logits(num_seqs: int = 1, vocabulary: int = VOCABULARY, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return 2 * torch.randn(rows, vocabulary, generator=generator)
+    return 2 * torch.randn(num_seqs, vocabulary, generator=generator)
 
 
 def _reference(logits_V: Tensor, sampling: SamplingParams) -> np.ndarray:
@@ -88,7 +88,7 @@ def test_sampling_frequencies_match_probabilities(sampling):
 @pytest.mark.parametrize("top_k", [0, 1, 2, 5, 8, 50])
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999, 1.0])
 def test_top_k_and_top_p_match_reference(top_k, top_p):
-    """Over many rows at once, each with logits of its own; every kept token comes in the end."""
+    """Check that a batch with different logits samples every token that the filters allow."""
     sampling = SamplingParams(temperature=5.0, top_k=top_k, top_p=top_p, seed=0)
     logits_SV = _logits(4, seed=7)
     choosers = [_make_sampler(sampling) for _ in logits_SV]
@@ -139,17 +139,17 @@ def test_seeded_draws_are_independent_of_the_batch():
     for row, chooser in enumerate(_kinds()):
         alone.append([int(sample_tokens(step[row : row + 1], [chooser]).ids_S) for step in steps])
     choosers = _kinds()
-    together = [sample_tokens(step, choosers).ids_S.tolist() for step in steps]
-    assert [list(ids) for ids in zip(*together, strict=True)] == alone
+    batched = [sample_tokens(step, choosers).ids_S.tolist() for step in steps]
+    assert [list(ids) for ids in zip(*batched, strict=True)] == alone
     # Others beside it, in another order, from step to step.
     choosers = _kinds()
     found: list[list[int]] = [[] for _ in choosers]
     for number, step in enumerate(steps):
         order = np.random.default_rng(number).permutation(8).tolist()
-        for rows in (order[: number % 9], order[number % 9 :]):
-            if rows:
-                chosen = sample_tokens(step[rows], [choosers[row] for row in rows])
-                for row, token in zip(rows, chosen.ids_S.tolist(), strict=True):
+        for indices in (order[: number % 9], order[number % 9 :]):
+            if indices:
+                chosen = sample_tokens(step[indices], [choosers[row] for row in indices])
+                for row, token in zip(indices, chosen.ids_S.tolist(), strict=True):
                     found[row].append(token)
     assert found == alone
 

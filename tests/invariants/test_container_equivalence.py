@@ -18,7 +18,7 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyTask:
 
 @pytest.mark.parametrize("cache", ["never", "disk"])
 def test_containers_give_identical_training(task: TinyTask, tmp_path: Path, cache: str) -> None:
-    """Also where features of pictures are kept, which a picture finds by its content."""
+    """Compare runs with and without a vision cache, whose key is the image content."""
     table = tmp_path / "train.jsonl"
     sources = {
         "jsonl": str(table),
@@ -43,11 +43,11 @@ def weights(run: Path) -> dict[str, bytes]:
 
 
 def test_tar_eval_samples_are_evaluated_and_shown(task: TinyTask, tmp_path: Path) -> None:
-    held_out = write_tar_shards(tmp_path / "eval.jsonl", tmp_path / "held-out", each=2)
-    data = {"train": str(tmp_path / "train.jsonl"), "eval": held_out}
-    measuring = {"metric": "qa", "max_new_tokens": 4}
-    baseline = task.run(name="plain", eval=measuring)
-    packed = task.run(name="packed", data=data, eval=measuring)
+    validation = write_tar_shards(tmp_path / "eval.jsonl", tmp_path / "validation", each=2)
+    data = {"train": str(tmp_path / "train.jsonl"), "eval": validation}
+    eval_settings = {"metric": "qa", "max_new_tokens": 4}
+    baseline = task.run(name="plain", eval=eval_settings)
+    packed = task.run(name="packed", data=data, eval=eval_settings)
     assert baseline.after is not None
     assert packed.after is not None
     assert packed.after.validation_loss == baseline.after.validation_loss

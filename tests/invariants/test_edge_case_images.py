@@ -1,4 +1,4 @@
-"""Odd pictures: each is trained on or refused with a reason; none crashes or takes the memory."""
+"""Unusual images: each is used or rejected with a reason, without a crash or much memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REFUSED = {odd.name for odd in ODDS if odd.expected == "refused"}
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What became of each picture in a process of its own, whose memory is looked at."""
+    """Results of each image in a separate process with measured memory."""
     done = subprocess.run(
         [sys.executable, edge_case_images.__file__, str(tmp_path_factory.mktemp("odd"))],
         capture_output=True,
@@ -57,15 +57,17 @@ def test_data_check_agrees_with_training(outcomes: list[dict[str, Any]]) -> None
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is counted in kilobytes")
 def test_headers_do_not_exhaust_memory(outcomes: list[dict[str, Any]]) -> None:
-    """Some files name 3.6 billion pixels, or unpack to 100 MB: not one picture took 30."""
+    """Check that no image takes 30 s, even those of 3.6 billion pixels or 100 MB unpacked."""
     for one in outcomes:
         assert one["megabytes"] < 30, one
     assert sum(one["megabytes"] for one in outcomes) < 120
 
 
 def test_run_trains_on_valid_images_only(tmp_path: Path) -> None:
-    """The very command: whatever is no picture is left out by name, before a step or in it. Where
-    more than a tenth of the pictures are none, a run ends: so many are added."""
+    """Check that training skips invalid images by name, at the start or in a step.
+
+    A run fails if more than a tenth of the images are invalid, so valid ones are added.
+    """
     task = make_task(tmp_path / "task")
     valid = [
         EdgeCaseImage(f"sound-{n}.png", encode_image(make_noise_image(), "PNG"), "taken")
@@ -114,10 +116,11 @@ def test_high_bit_depth_conversion_is_memory_bounded(mode: str, tmp_path: Path) 
         image.putalpha(Image.fromarray((values // 256).astype(np.uint8)))
     image.save(tmp_path / "large.tif")
     code = (
-        "import resource, sys\n"
+        "import sys\n"
         "from pathlib import Path\n"
         "from finesight.vision import image_decoding\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "status = Path('/proc/self/status')\n"
+        "peak = lambda: int(status.read_text().split('VmHWM:')[1].split()[0])\n"
         "before = peak()\n"
         "image = image_decoding.load_image(Path(sys.argv[1]))\n"
         "used = peak() - before\n"

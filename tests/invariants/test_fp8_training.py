@@ -30,7 +30,7 @@ on_card = [
 
 
 def tickets(folder: Path) -> dict[str, Any]:
-    """Train tickets to read into JSON, of which a part is held out."""
+    """Train to read train tickets as JSON, with a validation split."""
     write_tickets(folder / "tickets", 172, 0)
     columns = {"image": "image", "fields": ",".join(TICKET_FIELDS)}
     request = ImportOptions(columns=columns, prompt="Read the ticket.", eval_last=12)
@@ -66,7 +66,7 @@ def train_with(
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_card)])
 def test_fp8_training_loss_matches_bf16(tmp_path: Path, device: str) -> None:
-    """Each mean over 20 steps within 1 %, and so is the loss of what was held out."""
+    """Check that each mean over 20 steps and the validation loss are within 1 %."""
     data = tickets(tmp_path)
     baseline, losses = train_with(tmp_path / "plain", data, None, device)
     multiplied, found = train_with(tmp_path / "fp8", data, ["vision", "language"], device)

@@ -7,6 +7,7 @@ Each mutation is read by a command in a process of its own: exit 0 or 2 (3 for f
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import random
 import resource
@@ -24,6 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from fuzz_worker import read_peak_memory
 from mutations import ODD_FILES, mutated_bytes, mutated_json, mutated_lines, mutated_value
 from tiny_task import TinyTask
 
@@ -38,7 +40,10 @@ SECONDS, RESIDENT, ADDRESSES = 20.0, 2e9, 8 << 30
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended; `code` is None where it was stopped."""
+    """How a command ended.
+
+    `code` is None after a timeout. `memory` is 0 if a signal ended the process.
+    """
 
     code: int | None
     seconds: float
@@ -53,27 +58,28 @@ class Ended:
 def forked(command: list[str], folder: Path) -> Ended:
     """Carry out a command in a process that has imported everything already."""
     start = time.monotonic()
-    with tempfile.TemporaryFile("w+b") as said:
+    with tempfile.TemporaryFile("w+b") as said, mmap.mmap(-1, 8) as peak_memory:
         child = os.fork()
         if child == 0:
-            _command(command, folder, said.fileno())
+            _command(command, folder, said.fileno(), peak_memory)
         code: int | None = None
         while True:
-            done, status, usage = os.wait4(child, os.WNOHANG)
+            done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 code = os.waitstatus_to_exitcode(status)
                 break
             if time.monotonic() - start > SECONDS:
                 os.killpg(child, signal.SIGKILL)
-                _, _, usage = os.wait4(child, 0)
+                os.waitpid(child, 0)
                 break
             time.sleep(0.005)
         said.seek(0)
         text = said.read().decode(errors="replace")
-    return Ended(code, time.monotonic() - start, usage.ru_maxrss * 1024, text)
+        memory = int.from_bytes(peak_memory[:], "little")
+    return Ended(code, time.monotonic() - start, memory, text)
 
 
-def _command(command: list[str], folder: Path, output: int) -> None:
+def _command(command: list[str], folder: Path, output: int, peak_memory: mmap.mmap) -> None:
     code = 1
     try:
         os.setsid()
@@ -86,6 +92,7 @@ def _command(command: list[str], folder: Path, output: int) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
+        peak_memory[:] = read_peak_memory().to_bytes(8, "little")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from mutations import at, mutated_bytes
 from test_bounded_yaml import LAUGHS, MERGED
 from tiny_task import make_task
 
@@ -98,12 +99,6 @@ def list_value_paths(node: object, path: tuple[Any, ...] = ()) -> Iterator[tuple
         yield from list_value_paths(value, (*path, key))
 
 
-def at(node: Any, path: tuple[Any, ...]) -> Any:
-    for key in path:
-        node = node[key]
-    return node
-
-
 def corrupt_record(rng: random.Random, record: dict[str, Any]) -> dict[str, Any]:
     """A copy with a few values exchanged, lost, added or wrapped."""
     record = json.loads(json.dumps(record))
@@ -125,24 +120,6 @@ def corrupt_record(rng: random.Random, record: dict[str, Any]) -> dict[str, Any]
     return record
 
 
-def corrupt_bytes(rng: random.Random, content: bytes) -> bytes:
-    """Bytes changed, lost or repeated."""
-    found = bytearray(content or b"x")
-    for _ in range(rng.choice((1, 2, 5, 20))):
-        location = rng.randrange(len(found))
-        match rng.randrange(4):
-            case 0:
-                found[location] = rng.randrange(256)
-            case 1:
-                found[location] = rng.choice(b":-{}[]&*!|>'\"%@`#,? \n\t\0")
-            case 2:
-                del found[location : location + rng.randrange(1, 20)]
-                found = found or bytearray(b"x")
-            case _:
-                found[location:location] = found[rng.randrange(len(found)) :][:20]
-    return bytes(found)
-
-
 def corrupt_line(rng: random.Random, good: dict[str, Any]) -> bytes:
     """A line of a data file that something is wrong with, mostly."""
     record = corrupt_record(rng, rng.choice((SAMPLE, good)))
@@ -152,7 +129,7 @@ def corrupt_line(rng: random.Random, good: dict[str, Any]) -> bytes:
         case 0 | 1 | 2 | 3 | 4:
             return content
         case 5 | 6:
-            return corrupt_bytes(rng, content)
+            return mutated_bytes(rng, content)
         case 7:
             return content[: rng.randrange(len(content))]
         case 8:
@@ -171,7 +148,7 @@ def corrupt_recipe(rng: random.Random, good: str) -> bytes:
         case 0:
             return rng.choice(FILE_CONTENTS)
         case 1 | 2:
-            return corrupt_bytes(rng, good.encode())
+            return mutated_bytes(rng, good.encode())
         case _:
             lines = good.splitlines()
             for _ in range(rng.choice((1, 1, 2, 4))):

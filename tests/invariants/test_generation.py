@@ -190,12 +190,14 @@ def _alone(model: VisionLanguageModel, request: GenerationRequest) -> RequestEve
     return result[ticket]
 
 
-@pytest.mark.parametrize(("rows", "tokens", "late"), [(12, 4096, 0), (5, 512, 0), (12, 4096, 1)])
-def test_mixed_requests_match_single_requests(setup, rows, tokens, late):
+@pytest.mark.parametrize(
+    ("max_num_seqs", "tokens", "late"), [(12, 4096, 0), (5, 512, 0), (12, 4096, 1)]
+)
+def test_mixed_requests_match_single_requests(setup, max_num_seqs, tokens, late):
     """Requests come one by one, while earlier ones grow, end, and are cancelled."""
     wanted = [_alone(setup.model, request()) for request in _requests(setup)]
     assert len({tuple(told.ids) for told in wanted if len(told.ids) == STEPS}) == 6
-    engine = Engine(setup.model, (), max_num_seqs=rows, num_cache_tokens=tokens)
+    engine = Engine(setup.model, (), max_num_seqs=max_num_seqs, num_cache_tokens=tokens)
     engine._max_pending = late
     output: dict[int, RequestEvents] = {}
     tickets = []
@@ -221,7 +223,7 @@ def test_mixed_requests_match_single_requests(setup, rows, tokens, late):
 
 
 def test_streamed_equals_non_streamed(setup):
-    """By the service, in text and tokens, all together, against one alone at once."""
+    """Compare concurrent streamed answers, as text and tokens, with single generation."""
     answerer = InferenceModel(setup.model, setup.renderer, {"tiny": None})
     service = InferenceService(answerer, max_num_seqs=4, kv_cache_bytes=1 << 22)
     try:
@@ -245,17 +247,17 @@ def test_streamed_equals_non_streamed(setup):
 )
 @pytest.mark.parametrize("chunk", [None, 17])
 def test_gpu_batched_and_cached_equals_uncached(tmp_path, family, dtype, tolerance, chunk):
-    # The tokens of one are given to the other: in 16 bits near ties would lead them apart.
-    # Recordings of several numbers of rows: half of them leave.
+    # Both get the same tokens, because near ties differ in 16 bits. CUDA graphs of several batch
+    # sizes are used, because half of the sequences are removed.
     tiny = ModelFolder(create_tiny_model(tmp_path / "tiny", family))
     model = load_model(tiny, dtype, torch.device("cuda")).eval()
     prompts = [
         NativeRenderer(tiny).encode_prompt(question) for question in make_mixed_questions(tmp_path)
     ]
     single = [generate_uncached(model, prompt, STEPS) for prompt in prompts]
-    spoken = [grown.tokens for grown in single]
+    forced = [grown.tokens for grown in single]
     batched = generate_cached(
-        model, prompts, STEPS, chunk=chunk, drop_after=3, forced_tokens=spoken
+        model, prompts, STEPS, chunk=chunk, drop_after=3, forced_tokens=forced
     )
     for found, wanted in zip(batched, single, strict=True):
         assert len(found.logits) in (4, STEPS)

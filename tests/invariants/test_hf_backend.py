@@ -34,7 +34,7 @@ def task(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         build_renderer(ModelFolder(model))
     except UserError as error:
         if "torchvision" in str(error):
-            pytest.skip("this transformers reads its pictures with torchvision alone")
+            pytest.skip("this transformers requires torchvision for images")
         raise
     made.recipe |= {"model": str(model), "image": None, "tune": LORA}
     return made

@@ -1,7 +1,7 @@
-"""A day of training on ten million samples, simulated: only the order is computed, nothing learned.
+"""Simulated training of a day on ten million samples: only the sample order is computed.
 
-Runs are stopped with a checkpoint or killed without one, at random steps, and go on with another
-number of processes. Each life computes the order anew, as a new process does.
+Runs stop with a checkpoint or are killed without one, at random steps, and resume with another
+world size. Each start computes the order again, as a new process does.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CHECKED = 10
 
 
 def make_sampler() -> TrainSampler:
-    """As a process that starts or goes on makes it, out of the files' sizes and the settings."""
+    """Build the order from file sizes and settings, as a starting or resumed process does."""
     empty = np.empty(0, np.int64)
     # Every line begins at byte 0: they are counted and never read.
     indices = [SampleIndex(np.broadcast_to(np.int64(0), size + 1), empty, "") for size in SIZES]
@@ -48,7 +48,7 @@ def make_sampler() -> TrainSampler:
 
 @dataclass(slots=True)
 class SimulatedDay:
-    """What was learned from in every step so far; steps that a kill has undone are done again."""
+    """Samples of every step so far; steps lost by a kill are repeated."""
 
     taken_SB: NDArray[np.int64]
     step: int = 0

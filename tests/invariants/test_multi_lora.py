@@ -46,7 +46,7 @@ class MultiLoraSetup(NamedTuple):
     questions: list[LocatedSample]
     prompts: list[EncodedSample]
     base: VisionLanguageModel
-    banked: VisionLanguageModel
+    multi_lora_model: VisionLanguageModel
     alone: Mapping[str, VisionLanguageModel]
 
 
@@ -63,14 +63,14 @@ def setup(
     alone = {
         name: install_random_adapter(copy.deepcopy(base), *how) for name, how in ADAPTERS.items()
     }
-    banked = copy.deepcopy(base)
-    bank = MultiLora(banked)
+    multi_lora_model = copy.deepcopy(base)
+    multi_lora = MultiLora(multi_lora_model)
     for how in ADAPTERS.values():
-        install_random_adapter(banked, *how)
-        bank.collect_adapter()
-    banked.lora_routing = bank.install()
+        install_random_adapter(multi_lora_model, *how)
+        multi_lora.collect_adapter()
+    multi_lora_model.lora_routing = multi_lora.install()
     prompts = [renderer.encode_prompt(question) for question in questions]
-    return MultiLoraSetup(renderer, questions, prompts, base, banked, alone)
+    return MultiLoraSetup(renderer, questions, prompts, base, multi_lora_model, alone)
 
 
 def _answers(model: VisionLanguageModel, prompts: list[EncodedSample]) -> list[RequestEvents]:
@@ -116,14 +116,16 @@ def test_merged_model_answers_like_its_adapter(setup, single_adapter_answers):
             _assert_equal_events(found, wanted)
 
 
-@pytest.mark.parametrize(("rows", "late", "seed"), [(1, 0, 0), (5, 0, 1), (24, 1, 2)])
+@pytest.mark.parametrize(("max_num_seqs", "late", "seed"), [(1, 0, 0), (5, 0, 1), (24, 1, 2)])
 def test_mixed_adapter_batch_matches_single_adapters(
-    setup, single_adapter_answers, rows, late, seed
+    setup, single_adapter_answers, max_num_seqs, late, seed
 ):
-    """All adapters and the base side by side, in any order, twice: the second time from pages and
-    features that each has for itself."""
+    """Run all adapters and the base in one batch, in any order, twice.
+
+    The second time uses cached blocks and features, which each adapter has for itself.
+    """
     values = {None: None, **{name: n for n, name in enumerate(ADAPTERS)}}
-    engine = Engine(setup.banked, (), max_num_seqs=rows, num_cache_tokens=1 << 14)
+    engine = Engine(setup.multi_lora_model, (), max_num_seqs=max_num_seqs, num_cache_tokens=1 << 14)
     engine._max_pending = late
     order = [(name, n) for name in values for n in range(len(setup.prompts))]
     random.Random(seed).shuffle(order)
@@ -155,7 +157,9 @@ def test_mixed_adapter_batch_matches_single_adapters(
 def test_service_selects_adapter_by_name(setup, single_adapter_answers):
     names = {name: number for number, name in enumerate(ADAPTERS)} | {"base": None}
     service = InferenceService(
-        InferenceModel(setup.banked, setup.renderer, names), max_num_seqs=6, kv_cache_bytes=1 << 24
+        InferenceModel(setup.multi_lora_model, setup.renderer, names),
+        max_num_seqs=6,
+        kv_cache_bytes=1 << 24,
     )
     wanted = {
         **{name: single_adapter_answers[name] for name in ADAPTERS},
@@ -223,11 +227,13 @@ def test_adapters_from_files_match_written_ones(write_published, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("record", [False, True])
-def test_multi_lora_on_gpu(setup, single_adapter_answers, record):
-    """With and without CUDA graphs: what a recording reads by is what the step says."""
+@pytest.mark.parametrize("use_cuda_graphs", [False, True])
+def test_multi_lora_on_gpu(setup, single_adapter_answers, use_cuda_graphs):
+    """Check that graph replay uses the adapters of the current step."""
     model = _to_device(setup, torch.device("cuda"))
-    engine = Engine(model, (), max_num_seqs=24, num_cache_tokens=1 << 14, use_cuda_graphs=record)
+    engine = Engine(
+        model, (), max_num_seqs=24, num_cache_tokens=1 << 14, use_cuda_graphs=use_cuda_graphs
+    )
     values = {None: None, **{name: n for n, name in enumerate(ADAPTERS)}}
     tickets = {}
     for name, number in values.items():
@@ -243,14 +249,14 @@ def test_multi_lora_on_gpu(setup, single_adapter_answers, record):
 
 
 def _to_device(overrides: MultiLoraSetup, device: torch.device) -> VisionLanguageModel:
-    """The bank is made where the model is."""
+    """Copy the base and all adapters to a device, as multi-LoRA."""
     model = copy.deepcopy(overrides.base).to(device)
-    bank = MultiLora(model)
+    multi_lora = MultiLora(model)
     for name in ADAPTERS:
         for path, _, adapter in iter_adapters(overrides.alone[name]):
             group = model.get_submodule(path)
             assert isinstance(group, FusedLinear), path
             group.adapter = copy.deepcopy(adapter).to(device)
-        bank.collect_adapter()
-    model.lora_routing = bank.install()
+        multi_lora.collect_adapter()
+    model.lora_routing = multi_lora.install()
     return model.eval()

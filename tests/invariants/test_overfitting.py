@@ -1,7 +1,7 @@
-"""What was learned is what is said: a run that knows its samples by heart answers with them.
+"""An overfitted run reproduces its answers.
 
-Tokens, learned marks, positions, the end token, the export of the weights and the settings of the
-manifest all have to be right between training and prediction for this to hold.
+This requires consistent tokens, loss masks, positions, end tokens, exported weights and manifest
+settings between training and prediction.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ STEPS = 130
 
 
 def _samples(folder: Path) -> list[LocatedSample]:
-    """Pictures of noise, three of each size, with formulas of all lengths and boxes for answers:
-    nothing but the picture tells which one is right."""
+    """Write noise images, three of each size, with formulas of all lengths and boxes as answers.
+
+    Only the image determines the correct answer.
+    """
     chance = random.Random(0)
     samples = []
     for i in range(12):
@@ -45,7 +47,7 @@ def _samples(folder: Path) -> list[LocatedSample]:
 
 
 def _recipe(folder: Path, family: str, tune: dict[str, object]) -> Recipe:
-    # The first Qwen-VL reads pictures of its own size alone.
+    # The first Qwen-VL supports only its own image size.
     image = {} if family == "qwen" else {"image": {"longest_side": 112}}
     return Recipe.model_validate(
         {
@@ -99,11 +101,11 @@ def test_overfitted_run_generates_its_samples(tmp_path, family, tune):
     app = typer.Typer()
     app.command()(predict)
     images = [str(tmp_path / f"{i}.png") for i in range(12)]
-    spoken = CliRunner().invoke(
+    predicted = CliRunner().invoke(
         app, [result.run_dir, *images, "--prompt", "Read it.", "--json", "--device", "cpu"]
     )
-    assert spoken.exit_code == 0, spoken.output
-    for sample, line in zip(samples, spoken.stdout.splitlines(), strict=True):
+    assert predicted.exit_code == 0, predicted.output
+    for sample, line in zip(samples, predicted.stdout.splitlines(), strict=True):
         found = json.loads(line)
         (right,) = sample.sample.messages[-1].content
         assert found["raw_text"].endswith("<|im_end|>")
@@ -113,7 +115,7 @@ def test_overfitted_run_generates_its_samples(tmp_path, family, tune):
         else:
             (box,) = found["boxes"]
             assert box["label"] == right.label
-            # The family speaks of thousandths or of whole pixels of the resized picture.
+            # The family uses thousandths or whole pixels of the resized image.
             assert box["xyxy"] == pytest.approx(right.xyxy, abs=0.51)
 
 
@@ -133,9 +135,9 @@ def test_reasoning_model_separates_reasoning_from_answer(tmp_path):
     app = typer.Typer()
     app.command()(predict)
     words = [result.run_dir, *images, "--prompt", "Read it.", "--device", "cpu"]
-    spoken = CliRunner().invoke(app, [*words, "--json"])
-    assert spoken.exit_code == 0, spoken.output
-    for i, line in enumerate(spoken.stdout.splitlines()):
+    predicted = CliRunner().invoke(app, [*words, "--json"])
+    assert predicted.exit_code == 0, predicted.output
+    for i, line in enumerate(predicted.stdout.splitlines()):
         found = json.loads(line)
         assert found["answer"] == f"Number {i}"
         assert found["raw_text"] == f"Number {i}<|im_end|>"

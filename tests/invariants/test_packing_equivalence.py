@@ -26,19 +26,19 @@ SAMPLES = [
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
 def test_packed_logits_and_gradients_equal_single_samples(family: str) -> None:
     theirs = make_reference_model(make_config(family))
-    together, alone = (
+    packed_model, alone = (
         make_native_model(make_config(family), theirs),
         make_native_model(make_config(family), theirs),
     )
     batch = pack_conversations(theirs, SAMPLES)
-    found = together.compute_logits(together(batch))
+    found = packed_model.compute_logits(packed_model(batch))
     single = [pack_conversations(theirs, [sample]) for sample in SAMPLES]
     expected = torch.cat([alone.compute_logits(alone(one)) for one in single])
     assert max_relative_error(found, expected) <= 1e-6
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
-    packed_gradients, alone_gradients = collect_gradients(together), collect_gradients(alone)
+    packed_gradients, alone_gradients = collect_gradients(packed_model), collect_gradients(alone)
     off = {
         name: max_relative_error(packed_gradients[name], g) for name, g in alone_gradients.items()
     }

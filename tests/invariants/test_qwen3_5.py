@@ -1,6 +1,6 @@
-"""Qwen3.5, dense and with experts, through transformers: learned, answered, and read by peft.
+"""Qwen3.5, dense and with experts, through transformers: training, prediction, and loading by peft.
 
-Its processor needs torchvision, also for pictures alone.
+Its processor requires torchvision, also for images only.
 """
 
 from __future__ import annotations

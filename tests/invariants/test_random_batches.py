@@ -60,13 +60,13 @@ def loaded_model(
     tiny = ModelFolder(create_tiny_model(folder / "tiny", family, 2))
     renderer = NativeRenderer(tiny)
     model = load_model(tiny, torch.float32, torch.device("cpu")).eval()
-    bank = MultiLora(model)
+    multi_lora = MultiLora(model)
     for seed, tune in enumerate(
         (TUNE_SETTINGS["all parts"], TUNE_SETTINGS["merger, vision encoder frozen"])
     ):
         install_random_adapter(model, seed, tune)
-        bank.collect_adapter()
-    model.lora_routing = bank.install()
+        multi_lora.collect_adapter()
+    model.lora_routing = multi_lora.install()
     (folder / "images").mkdir()
     images = make_images(folder / "images")
     conversations = [
@@ -111,7 +111,7 @@ def _assert_equal(found: RequestEvents, alone: RequestEvents) -> None:
 def test_random_request_mixes_equal_single_requests(
     loaded_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With any number of rows, any cache, any budget of prompt tokens, and late requests."""
+    """Check any batch size, cache size and prefill budget, with late requests."""
     model, renderer = loaded_model.model, loaded_model.renderer
     answers: set[tuple[int, ...]] = set()
     for mix in range(MIXES):
@@ -164,11 +164,11 @@ def test_random_sample_mixes_equal_single_samples(loaded_model: LoadedModel) -> 
                 one = [loaded_model.conversations[member]]
                 made = predict(model, renderer, one, max_new_tokens=tokens, batch_size=1)
                 alone[member, tokens] = made[0]
-        together = predict(
+        batched = predict(
             model,
             renderer,
             [loaded_model.conversations[member] for member in members],
             max_new_tokens=tokens,
             batch_size=chance.randint(1, 8),
         )
-        assert together == [alone[member, tokens] for member in members]
+        assert batched == [alone[member, tokens] for member in members]

@@ -78,7 +78,7 @@ def test_task_has_the_expected_shape(uninterrupted_run: UninterruptedRun) -> Non
 def test_interrupted_at_every_model_call(
     task: dict[str, Any], uninterrupted_run: UninterruptedRun, tmp_path: Path, workers: int
 ) -> None:
-    """Within every step and after it, at the border of the epochs, and while measuring."""
+    """Stop within and after every step, at epoch boundaries, and during evaluation."""
     recipe = write_recipe(tmp_path / "recipe.yaml", task, num_workers=workers)
     names = {str(point): point for point in range(1, uninterrupted_run.calls + 1)}
     endings = in_new_process(recipe, tmp_path, "term", names)
@@ -150,7 +150,7 @@ def test_fp8_training_resumes_bit_exactly(task: dict[str, Any], tmp_path: Path) 
 def test_killed_before_file_operations(
     task: dict[str, Any], uninterrupted_run: UninterruptedRun, tmp_path: Path
 ) -> None:
-    """SIGKILL before every seventh operation, and what is left goes on to the same end."""
+    """Kill the run before every seventh file operation, and resume to the same result."""
     recipe = write_recipe(tmp_path / "recipe.yaml", task)
     points = {str(point): point for point in range(1, 176, 7)}
     killed = in_new_process(recipe, tmp_path, "kill", points)
@@ -166,11 +166,13 @@ def test_killed_before_file_operations(
 
 
 def test_early_stopping_is_the_same_after_resume(task: dict[str, Any], tmp_path: Path) -> None:
-    """Stopped during every third call, the run goes on to the same last step and back to the same
-    best one: of equal scores that of the lower loss, which is after the first step."""
+    """Stop the run during every third call, and resume to the same last and best step.
+
+    Of equal scores, the best step has the lower loss, which is after the first step.
+    """
     (tmp_path / "mine.py").write_text("def same(case):\n    return 0.0\n")
-    measuring = {"metric": f"{tmp_path / 'mine.py'}:same", "every": 1, "patience": 1}
-    changed = task | {"eval": measuring | {"max_new_tokens": 2}}
+    eval_settings = {"metric": f"{tmp_path / 'mine.py'}:same", "every": 1, "patience": 1}
+    changed = task | {"eval": eval_settings | {"max_new_tokens": 2}}
     settings = {"learning_rate": 0.3, "lr_schedule": "constant"}
     recipe = write_recipe(tmp_path / "recipe.yaml", changed, **settings)
     (ending,) = in_new_process(recipe, tmp_path, "term", {"whole": 0})
@@ -188,7 +190,7 @@ def test_early_stopping_is_the_same_after_resume(task: dict[str, Any], tmp_path:
 
 
 def _tensors(run: Path) -> dict[str, bytes]:
-    # Not the last state: one that a stop wrote before measuring knows of no measurement yet.
+    # Not the last state: a stop before an evaluation saves a state without its result.
     state = ("state.json", "sha256.json")
     return {name: data for name, data in read_final_files(run).items() if not name.endswith(state)}
 

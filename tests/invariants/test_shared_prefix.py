@@ -1,4 +1,4 @@
-"""What all samples of a pack begin with is computed once, and teaches what it teaches in each."""
+"""Shared prefixes of a pack: computed once, with the same loss and gradients."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def compute_loss_and_gradients(model: VisionLanguageModel, batch: PackedBatch) -
 def encoded(folder: Path, model: ModelFolder, *, videos: bool) -> list[EncodedSample]:
     images, renderer = make_images(folder), NativeRenderer(model)
     chats = (make_conversation(number, images, videos=videos) for number in range(6))
-    return [renderer.encode(make_prefixed_conversation(talk)) for talk in chats]
+    return [renderer.encode(make_prefixed_conversation(chat)) for chat in chats]
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"])
@@ -61,7 +61,7 @@ def encoded(folder: Path, model: ModelFolder, *, videos: bool) -> list[EncodedSa
 def test_shared_prefix_loss_and_gradients_match(
     tmp_path: Path, family: TinyFamily, tune: TuneSettings
 ) -> None:
-    """Also of a pack that is filled up, and with all layers computed twice."""
+    """Check padded packs, and activation checkpointing in all layers."""
     folder = ModelFolder(create_tiny_model(tmp_path / "model", family))
     samples = encoded(tmp_path, folder, videos=family != "qwen")
     shared = find_shared_prefix_length([one.tokenized for one in samples])
@@ -82,7 +82,7 @@ def test_shared_prefix_loss_and_gradients_match(
         "filled": compute_loss_and_gradients(model, pad_batch(once, merge)),
     }
     model.activation_checkpointing = 1.0
-    found["recomputed"] = compute_loss_and_gradients(model, once)
+    found["checkpointed"] = compute_loss_and_gradients(model, once)
     for numbers in found.values():
         off = {name: max_relative_error(numbers[name], value) for name, value in expected.items()}
         assert max(off.values()) <= 2e-5, sorted(off.items(), key=lambda item: -item[1])[:5]

@@ -175,7 +175,7 @@ def test_skypilot_parses_the_task(tmp_path: Path) -> None:
         assert task.num_nodes == 2
         (resources,) = task.resources
         assert resources.accelerators == {"H100": 8}
-        # Later looked at by SkyPilot itself, when it asks the cloud for the bucket.
+        # SkyPilot reads it later, when it requests the bucket.
         mounted = task.storage_mounts["/finesight"]
         assert mounted._validate_source(mounted.source, mounted.mode, False) == (
             mounted.source,

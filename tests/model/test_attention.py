@@ -99,9 +99,9 @@ ON_CARD = (
 
 def with_prefix_copies(lengths: list[int], q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
     """Compute reference attention of sequences with explicit copies of the prefix."""
-    trunk, rows, start = lengths[0], [], 0
+    prefix_length, rows, start = lengths[0], [], 0
     for number, length in enumerate(lengths):
-        before = trunk if number else 0
+        before = prefix_length if number else 0
         own = [torch.cat([x[:before], x[start : start + length]]) for x in (q_THD, k_TKD, v_TKD)]
         rows.append(reference_attention(*own, [before + length], causal=True)[before:])
         start += length

@@ -83,8 +83,8 @@ def test_context_shards_sum_to_the_full_sample(
     batch = pack([encoded])
     full = compute_loss_and_gradients(model, batch)
     barrier = FakeProcessGroup(count, monkeypatch)
-    for recompute in (0.0, 1.0):
-        model.activation_checkpointing = recompute
+    for checkpointed in (0.0, 1.0):
+        model.activation_checkpointing = checkpointed
         assert_same(
             barrier.run_all(
                 lambda n: compute_loss_and_gradients(model, make_shards(encoded, n, count))
@@ -122,7 +122,7 @@ def test_each_token_and_frame_has_one_rank(tiny: Path, tmp_path: Path) -> None:
         assert sum(batch.num_supervised_tokens for batch in cuts) == outline.num_supervised_tokens
         assert sum(batch.num_samples for batch in cuts) == 1
         wanted = [
-            place for share in shares for a, b in share.feature_ranges for place in range(a, b)
+            index for share in shares for a, b in share.feature_ranges for index in range(a, b)
         ]
         assert sorted(wanted) == list(range(sum(shares[0].features_per_rank)))
 

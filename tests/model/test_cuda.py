@@ -181,8 +181,8 @@ def test_frozen_encoder_attention_matches_fp32_cpu(
     lengths: list[int], width: int, dtype: torch.dtype
 ) -> None:
     # Adjacent as in a fused projection, inside of memory that must not be read.
-    joint = torch.full((sum(lengths) + 128, 12, width), torch.nan, dtype=dtype, device=CUDA)
-    inputs = [*joint[64:-64].chunk(3, dim=1)]
+    fused = torch.full((sum(lengths) + 128, 12, width), torch.nan, dtype=dtype, device=CUDA)
+    inputs = [*fused[64:-64].chunk(3, dim=1)]
     for own, drawn in zip(inputs, heads(4, width, dtype), strict=True):
         own.copy_(drawn.repeat(3, 1, 1)[: sum(lengths)])
     segments = Segments.from_lengths(lengths, CUDA)

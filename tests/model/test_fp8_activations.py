@@ -76,8 +76,8 @@ def test_fp8_codes_give_the_same_output(device: str) -> None:
         for found, other in zip(group(rows), expected, strict=True):
             assert found.dtype == torch.bfloat16
             assert torch.equal(found, other)
-        joint_TO = linear_concat(rows, group.weight, group.bias)
-        assert torch.equal(joint_TO, linear_concat(x_TI, group.weight, group.bias))
+        fused_TO = linear_concat(rows, group.weight, group.bias)
+        assert torch.equal(fused_TO, linear_concat(x_TI, group.weight, group.bias))
 
 
 def test_layer_accepts_codes_only_as_sole_reader() -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pytest
 import torch
+from decoder_fixtures import SMALL_DECODER
 from torch import Tensor
 
 from finesight.model import fused_decoder
 from finesight.model.attention import PackedAttention, Segments
-from finesight.model.config import DecoderConfig
 from finesight.model.decoder import DecoderLayer
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora import fused_matmul
@@ -33,20 +33,8 @@ IN_ORDER = (140, 3, 200, 135)
 """The same number of tokens in sequences for which the native kernels are deterministic; torch's
 kernels for longer ones are not.
 """
-GEOMETRY = DecoderConfig(
-    vocab_size=64,
-    hidden_size=384,
-    intermediate_size=1088,
-    num_layers=1,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=64,
-    use_qk_norm=False,
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
-    mrope_axes=(0,) * 32,
-    max_position_embeddings=1024,
-    tie_word_embeddings=True,
+CONFIG = replace(
+    SMALL_DECODER, hidden_size=384, intermediate_size=1088, head_dim=64, mrope_axes=(0,) * 32
 )
 ONLY = torch.tensor([2, 139, 141, 200, 413])
 
@@ -60,7 +48,7 @@ class PassResult:
 
 
 def layer(rank: int | None, dropout: float = 0.0, *, trainable: bool = False) -> DecoderLayer:
-    made = DecoderLayer(GEOMETRY, 0)
+    made = DecoderLayer(CONFIG, 0)
     generator = torch.Generator().manual_seed(0)
     for parameter in made.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
@@ -100,7 +88,7 @@ def run_pass(
 ) -> PassResult:
     generator = torch.Generator().manual_seed(1)
     x = (
-        torch.randn(TOKENS, GEOMETRY.hidden_size, generator=generator)
+        torch.randn(TOKENS, CONFIG.hidden_size, generator=generator)
         .to(CUDA, dtype)
         .requires_grad_()
     )
@@ -286,7 +274,7 @@ def test_updated_adapter_is_used_in_next_pass() -> None:
 def test_second_backward_raises() -> None:
     made = layer(16)
     x = torch.randn(
-        TOKENS, GEOMETRY.hidden_size, device=CUDA, dtype=torch.bfloat16, requires_grad=True
+        TOKENS, CONFIG.hidden_size, device=CUDA, dtype=torch.bfloat16, requires_grad=True
     )
     rotation = RotaryCosSin.from_angles(torch.randn(TOKENS, 32, device=CUDA), torch.bfloat16)
     made.to(torch.bfloat16)

@@ -89,8 +89,8 @@ def test_dropout_rate_and_scaling(share: float, dtype: torch.dtype) -> None:
     # deviations of a mean product of independent values.
     centred = gone.double().flatten() - share
     for lag in (1, 2, 3):
-        together = (centred[lag:] * centred[:-lag]).mean()
-        assert abs(together) < 6 * share * (1 - share) / (x.numel() - lag) ** 0.5
+        covariance = (centred[lag:] * centred[:-lag]).mean()
+        assert abs(covariance) < 6 * share * (1 - share) / (x.numel() - lag) ** 0.5
     assert not torch.equal(dropout(x, share)[0], dropped)
 
 

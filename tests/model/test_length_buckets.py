@@ -97,7 +97,7 @@ def test_head_rows_roundtrip(lengths: list[int], heads: int) -> None:
 )
 def test_shared_prefix_is_repeated_per_segment(lengths: tuple[int, ...], heads: int) -> None:
     runs = bucket_shared_prefix(lengths)
-    trunk, tokens, others = lengths[0], sum(lengths), len(lengths) - 1
+    prefix_length, tokens, others = lengths[0], sum(lengths), len(lengths) - 1
     rows = runs.head_rows(heads)
     assert torch.equal(rows.order_X[rows.inverse_Y], torch.arange(tokens * heads))
     idle = torch.arange(0) if rows.padding_Y is None else rows.padding_Y
@@ -107,8 +107,8 @@ def test_shared_prefix_is_repeated_per_segment(lengths: tuple[int, ...], heads: 
         assert rows.copies_RC is None
         return
     assert rows.copies_RC is not None
-    assert rows.copies_RC.shape == (trunk * heads, others - 1)
-    expected = torch.arange(trunk * heads)[:, None].expand(-1, others - 1)
+    assert rows.copies_RC.shape == (prefix_length * heads, others - 1)
+    expected = torch.arange(prefix_length * heads)[:, None].expand(-1, others - 1)
     assert torch.equal(rows.order_X[rows.copies_RC], expected)
     assert len(rows.copies_RC.unique()) == rows.copies_RC.numel()
     assert not torch.isin(rows.copies_RC, rows.inverse_Y).any()

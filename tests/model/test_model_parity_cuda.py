@@ -25,7 +25,7 @@ def test_one_line_per_model_with_errors_by_case(
     lines = [json.loads(line) for line in printed.splitlines()]
     assert [line["model"] for line in lines] == ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
     for line in lines:
-        for case in ("pictures", "video", "text", "all"):
+        for case in ("images", "video", "text", "all"):
             found = line[case]
             # bf16 has 8 bits, and the native model has no more roundings than the reference.
             assert 0 < found["native-fp32"]["rms"] < 1.2 * found["sdpa-fp32"]["rms"] < 0.02

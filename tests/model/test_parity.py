@@ -101,7 +101,7 @@ def pair(request: pytest.FixtureRequest) -> Any:
         [FILM, TEXT],
         [TWO_IMAGES, TEXT, ONE_IMAGE, BOTH, FILM],
     ],
-    ids=["text", "texts", "picture", "film", "all"],
+    ids=["text", "texts", "image", "video", "all"],
 )
 def test_packed_logits_match_reference(pair: Any, samples: list[Any]) -> None:
     ours, theirs = pair

@@ -193,12 +193,12 @@ def test_packed_samples_match_single_samples(family: str, tmp_path: Path) -> Non
     base = make_base(tmp_path / "base", family)
     model = tune_with_lora(load_model(base, torch.float32, CPU, EVERY), TUNE)
     supervised = [p for p in model.parameters() if p.requires_grad]
-    together = logits(model, SAMPLES)
+    batched = logits(model, SAMPLES)
     alone = torch.cat([logits(model, [sample]) for sample in SAMPLES])
-    assert max_relative_error(together, alone) <= 1e-5
+    assert max_relative_error(batched, alone) <= 1e-5
     weights = torch.randn(alone.shape, generator=torch.Generator().manual_seed(0))
     pairs = zip(
-        torch.autograd.grad((together * weights).sum(), supervised),
+        torch.autograd.grad((batched * weights).sum(), supervised),
         torch.autograd.grad((alone * weights).sum(), supervised),
         strict=True,
     )
@@ -226,7 +226,7 @@ def test_only_linear_layers_of_chosen_parts_are_quantized(
     parts: tuple[ModelPart, ...], tmp_path: Path
 ) -> None:
     base = make_base(tmp_path / "base", "qwen2_5_vl")
-    model, dense = (load_model(base, torch.bfloat16, CPU, kept) for kept in (parts, ()))
+    model, dense = (load_model(base, torch.bfloat16, CPU, stored) for stored in (parts, ()))
     prefixes = {"language": "model.layers.", "vision": "visual.blocks.", "merger": "visual.merger."}
     chosen = tuple(prefixes[part] for part in parts)
     groups = {n for n, module in dense.named_modules() if isinstance(module, FusedLinear)}
@@ -244,7 +244,7 @@ HEAD: tuple[ModelPart, ...] = ("language", "embeddings")
 
 def test_embeddings_quantize_only_the_lm_head(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "qwen2_vl", tie_word_embeddings=False)
-    model, dense = (load_model(base, torch.float32, CPU, kept) for kept in (HEAD, ()))
+    model, dense = (load_model(base, torch.float32, CPU, stored) for stored in (HEAD, ()))
     assert torch.equal(model.model.embed_tokens.weight, dense.model.embed_tokens.weight)
     head = find_quantized_weights(model)["lm_head.weight"]
     assert torch.equal(model.lm_head_weight, next(head.dequantize_layers()))

@@ -52,7 +52,7 @@ def test_frequencies_use_their_mrope_section() -> None:
 def test_vision_rope_uses_row_and_column_positions() -> None:
     vision = geometry(make_config("qwen2_vl")).vision
     rotation = compute_vision_rope(torch.tensor([[3, 8]]), vision)
-    expected = [place / 10000 ** (i / 4) for place in (3, 8) for i in range(4)]
+    expected = [position / 10000 ** (i / 4) for position in (3, 8) for i in range(4)]
     assert torch.allclose(rotation.cos_T1D[0, 0, :8], torch.tensor(expected).cos(), atol=1e-5)
 
 
@@ -86,18 +86,18 @@ def test_rotary_kernel_overwrites_its_input(sizes: tuple[int, int, int], fine: t
     from finesight.model.kernels.rotary import QkvLayout, rotate_qk
 
     heads, rows = QkvLayout(*sizes), 37
-    joint_TE = torch.randn(rows, heads.num_columns, device="cuda", dtype=torch.bfloat16)
+    fused_TE = torch.randn(rows, heads.num_columns, device="cuda", dtype=torch.bfloat16)
     rotation = RotaryCosSin.from_angles(
         torch.rand(rows, heads.head_dim // 2, device="cuda") * 6, fine
     )
     qk_THD, v_THD = (
-        joint_TE.clone()
+        fused_TE.clone()
         .view(rows, -1, heads.head_dim)
         .split([heads.num_heads + heads.num_kv_heads, heads.num_kv_heads], 1)
     )
     expected = apply_rotary_pos_emb(qk_THD, rotation)
-    rotate_qk(joint_TE, heads, rotation.cos_T1D, rotation.sin_T1D)
-    found_THD, same_THD = joint_TE.view(rows, -1, heads.head_dim).split(
+    rotate_qk(fused_TE, heads, rotation.cos_T1D, rotation.sin_T1D)
+    found_THD, same_THD = fused_TE.view(rows, -1, heads.head_dim).split(
         [heads.num_heads + heads.num_kv_heads, heads.num_kv_heads], 1
     )
     torch.testing.assert_close(found_THD, expected, rtol=1e-2, atol=2e-2)

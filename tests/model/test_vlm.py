@@ -176,9 +176,9 @@ def test_adapter_makes_frozen_encoder_trainable(reference_model: Any) -> None:
 def test_activation_checkpointing_is_bit_exact_with_dropout(reference_model: Any) -> None:
     batch = pack_conversations(reference_model, SAMPLES)
     found = []
-    for recompute in (0.0, 0.4, 1.0):
+    for checkpointed in (0.0, 0.4, 1.0):
         model = with_noise_adapters(reference_model)
-        model.activation_checkpointing = recompute
+        model.activation_checkpointing = checkpointed
         torch.manual_seed(3)
         loss = model(batch).square().sum()
         loss.backward()
@@ -191,9 +191,9 @@ def test_activation_checkpointing_is_bit_exact_with_dropout(reference_model: Any
 def test_activation_checkpointing_stores_less(reference_model: Any) -> None:
     batch = pack_conversations(reference_model, SAMPLES)
     retained = []
-    for recompute in (0.0, 0.5, 1.0):
+    for checkpointed in (0.0, 0.5, 1.0):
         model = make_native_model(reference_model.settings, reference_model)
-        model.activation_checkpointing = recompute
+        model.activation_checkpointing = checkpointed
         values = [0]
 
         def count(tensor: Tensor, values: list[int] = values) -> Tensor:

@@ -1,5 +1,7 @@
-"""What a fused layer is said to keep, and to have at its fullest moments, against what it really
-allocates: on a card, and without one by kernels that launch nothing."""
+"""Estimated saved and peak memory of a fused layer compared with allocated memory.
+
+Tests without a GPU use stub kernels.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from itertools import product
 
 import pytest
 import torch
+from decoder_fixtures import SMALL_DECODER
 from memory_profile import MemoryProfile, profile_memory
 from stub_kernels import stub_triton_kernels
 from torch import nn
@@ -26,31 +29,16 @@ from finesight.plan.fused_layer_memory import FusedLayerMemory
 from finesight.plan.layer_stack import compute_layer_memory
 from finesight.plan.saved_activations import ComputeConfig, LayerInputShape
 
-SMALL = DecoderConfig(
-    vocab_size=64,
-    hidden_size=192,
-    intermediate_size=640,
-    num_layers=1,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=32,
-    use_qk_norm=False,
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
-    mrope_axes=(0,) * 16,
-    max_position_embeddings=4096,
-    tie_word_embeddings=True,
-)
 LARGE = replace(
-    SMALL,
+    SMALL_DECODER,
     hidden_size=1536,
     intermediate_size=8960,
     num_heads=12,
     head_dim=128,
     mrope_axes=(0,) * 64,
 )
-CLOSE = 0.02
-"""What cuBLAS takes to work in, and what is left over of a piece of memory."""
+TOLERANCE = 0.02
+"""Relative tolerance: cuBLAS workspace and rounding of the allocator."""
 
 
 def with_adapters(rank: int, dropout: float = 0.0) -> Callable[[DecoderLayer], None]:
@@ -65,8 +53,8 @@ def with_adapters(rank: int, dropout: float = 0.0) -> Callable[[DecoderLayer], N
 
 def with_one_adapter(layer: DecoderLayer) -> None:
     layer.requires_grad_(False)
-    down = layer.fusible_linears[-1]
-    down.adapter = LoraLinear(down, {"down_proj": LoraConfig(16, 16.0)}, 0.1)
+    down_proj = layer.fusible_linears[-1]
+    down_proj.adapter = LoraLinear(down_proj, {"down_proj": LoraConfig(16, 16.0)}, 0.1)
 
 
 def to_fp8(layer: DecoderLayer) -> None:
@@ -82,11 +70,11 @@ def to_int8(layer: DecoderLayer) -> None:
 
 
 TUNES: dict[str, Callable[[DecoderLayer], object]] = {
-    "dropped": with_adapters(16, 0.05),
-    "adapted": with_adapters(72),
-    "one adapted": with_one_adapter,
+    "lora with dropout": with_adapters(16, 0.05),
+    "lora": with_adapters(72),
+    "one adapter": with_one_adapter,
     "frozen": lambda layer: layer.requires_grad_(False),
-    "all learns": lambda layer: layer.requires_grad_(True),
+    "full": lambda layer: layer.requires_grad_(True),
     "fp8": to_fp8,
     "int8": to_int8,
 }
@@ -94,8 +82,10 @@ TUNES: dict[str, Callable[[DecoderLayer], object]] = {
 
 @dataclass(frozen=True)
 class CountedBytes:
-    """Bytes that a pass keeps beside its input, and the most that it has at once: forwards beside
-    its input, backwards beside what it keeps."""
+    """Saved bytes and peak bytes of a pass, without its input.
+
+    The backward peak does not include the saved bytes.
+    """
 
     saved: int
     forward: int
@@ -104,147 +94,155 @@ class CountedBytes:
 
 @dataclass(frozen=True)
 class LayerCase:
-    """A layer and a pack to pass through it, all of its rows to the end or every seventh; whether
-    its input has a gradient."""
+    """A tuned layer; whether its input has a gradient, and whether it selects output rows."""
 
     tune: str
-    reached: bool
-    some: bool
+    has_input_grad: bool
+    selects_rows: bool
 
     def __str__(self) -> str:
-        return f"{self.tune}, {'reached' if self.reached else 'first'}, {'labels' * self.some}"
+        position = "reached" if self.has_input_grad else "first"
+        return f"{self.tune}, {position}, {'labels' * self.selects_rows}"
 
 
-CASES = [LayerCase(*of) for of in product(TUNES, (True, False), (True, False))]
+CASES = [LayerCase(*values) for values in product(TUNES, (True, False), (True, False))]
 
 
 @dataclass(frozen=True)
-class StubComputing:
-    """Where layers are counted: numbers of this type on this device."""
+class DeviceSetup:
+    """Device and dtype of a measured layer, and the memory profiler of the device."""
 
     device: torch.device
     dtype: torch.dtype
-    allocated: Callable[[], AbstractContextManager[MemoryProfile]]
+    profile: Callable[[], AbstractContextManager[MemoryProfile]]
 
 
 @contextmanager
 def measure_gpu_bytes() -> Iterator[MemoryProfile]:
-    """What torch allocates on the card while it is open."""
-    found, before = MemoryProfile(), torch.cuda.memory_allocated()
+    """Measure the bytes that torch allocates on the GPU in the block."""
+    memory, allocated_before = MemoryProfile(), torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    yield found
-    found.peak_bytes = torch.cuda.max_memory_allocated() - before
-    found.live_bytes = torch.cuda.memory_allocated() - before
+    yield memory
+    memory.peak_bytes = torch.cuda.max_memory_allocated() - allocated_before
+    memory.live_bytes = torch.cuda.memory_allocated() - allocated_before
 
 
-BARE = StubComputing(torch.device("cpu"), torch.float32, profile_memory)
-CARD = StubComputing(torch.device("cuda"), torch.bfloat16, measure_gpu_bytes)
+CPU_SETUP = DeviceSetup(torch.device("cpu"), torch.float32, profile_memory)
+GPU_SETUP = DeviceSetup(torch.device("cuda"), torch.bfloat16, measure_gpu_bytes)
 
 
 class MeasuredLayer:
-    """One of these sizes, tuned, with packs of these sequences."""
+    """Tuned layer with a pack of sequences of these lengths."""
 
     def __init__(
-        self, case: LayerCase, geometry: DecoderConfig, lengths: tuple[int, ...], on: StubComputing
+        self, case: LayerCase, config: DecoderConfig, lengths: tuple[int, ...], setup: DeviceSetup
     ) -> None:
-        self.case, self.lengths, self.tokens, self.on = case, lengths, sum(lengths), on
-        self.shape = self.tokens, geometry.hidden_size
-        with on.device:
-            self.layer = DecoderLayer(geometry, 0).to(on.dtype).train()
+        self.case, self.lengths, self.tokens, self.setup = case, lengths, sum(lengths), setup
+        self.shape = self.tokens, config.hidden_size
+        with setup.device:
+            self.layer = DecoderLayer(config, 0).to(setup.dtype).train()
             TUNES[case.tune](self.layer)
-            angles = torch.zeros(self.tokens, geometry.head_dim // 2)
-            self.rotation = RotaryCosSin.from_angles(angles, on.dtype)
+            angles = torch.zeros(self.tokens, config.head_dim // 2)
+            self.rotation = RotaryCosSin.from_angles(angles, setup.dtype)
             segments, seed_1 = (
-                Segments.from_lengths(lengths, on.device),
+                Segments.from_lengths(lengths, setup.device),
                 torch.ones(1, dtype=torch.int32),
             )
             self.attention = PackedAttention(segments, seed_1)
-            self.only = torch.arange(0, self.tokens, 7) if case.some else None
+            self.selected_rows = torch.arange(0, self.tokens, 7) if case.selects_rows else None
 
     @property
     def estimate(self) -> FusedLayerMemory:
-        """As the plan sees it."""
-        computing = ComputeConfig(
-            is_cuda=True, element_size=self.on.dtype.itemsize, has_varlen_attention=True
+        """Memory of the layer as estimated by the plan."""
+        compute = ComputeConfig(
+            is_cuda=True, element_size=self.setup.dtype.itemsize, has_varlen_attention=True
         )
-        found = compute_layer_memory(self.layer, self.case.reached, computing)
-        assert isinstance(found, FusedLayerMemory), f"a {type(found).__name__}"
-        return found
+        memory = compute_layer_memory(self.layer, self.case.has_input_grad, compute)
+        assert isinstance(memory, FusedLayerMemory), f"a {type(memory).__name__}"
+        return memory
 
     def estimated_bytes(self) -> CountedBytes:
-        """What a pass is said to take."""
-        layer, rows = self.estimate, self.tokens if self.only is None else len(self.only)
-        location = LayerInputShape(self.lengths, self.tokens, rows)
-        retained, entering = layer.saved_bytes(location), self.tokens * layer.input_row_bytes
+        """Return the estimated bytes of a pass."""
+        estimate, num_rows = (
+            self.estimate,
+            self.tokens if self.selected_rows is None else len(self.selected_rows),
+        )
+        input_shape = LayerInputShape(self.lengths, self.tokens, num_rows)
+        saved, input_bytes = (
+            estimate.saved_bytes(input_shape),
+            self.tokens * estimate.input_row_bytes,
+        )
         return CountedBytes(
-            saved=retained - entering * layer.has_qkv_grad,
-            forward=retained + layer.forward_workspace(location) - entering,
-            backward=layer.backward_workspace(location),
+            saved=saved - input_bytes * estimate.has_qkv_grad,
+            forward=saved + estimate.forward_workspace(input_shape) - input_bytes,
+            backward=estimate.backward_workspace(input_shape),
         )
 
     def measure_bytes(self) -> CountedBytes:
-        """What one really takes."""
+        """Return the allocated bytes of a pass."""
         self.layer.zero_grad(set_to_none=True)
-        x = torch.zeros(self.shape, device=self.on.device, dtype=self.on.dtype)
-        x.requires_grad_(self.case.reached)
-        with self.on.allocated() as forward:
-            y = self.layer(x, self.rotation, self.attention, self.only)
+        x = torch.zeros(self.shape, device=self.setup.device, dtype=self.setup.dtype)
+        x.requires_grad_(self.case.has_input_grad)
+        with self.setup.profile() as forward:
+            y = self.layer(x, self.rotation, self.attention, self.selected_rows)
         if not y.requires_grad:
             return CountedBytes(0, forward.peak_bytes, 0)
-        # The gradient of a sum is one number, which the layer lays out: nobody else holds that.
+        # The gradient of a sum is an expanded scalar, which only the layer materializes.
         total = y.sum()
-        with self.on.allocated() as back:
+        with self.setup.profile() as backward:
             total.backward()
         return CountedBytes(
-            forward.live_bytes - y.nbytes, forward.peak_bytes, back.peak_bytes - total.nbytes
+            forward.live_bytes - y.nbytes, forward.peak_bytes, backward.peak_bytes - total.nbytes
         )
 
 
-@pytest.mark.skipif(HAS_TRITON, reason="where Triton is, kernels are launched")
+@pytest.mark.skipif(HAS_TRITON, reason="requires an installation without Triton")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_estimated_bytes_match_allocated_bytes(
     case: LayerCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub_triton_kernels(monkeypatch)
-    layer = MeasuredLayer(case, SMALL, (140, 3, 250, 64, 171, 90), BARE)
-    # The first pass makes what stays.
+    layer = MeasuredLayer(case, SMALL_DECODER, (140, 3, 250, 64, 171, 90), CPU_SETUP)
+    # The first pass allocates persistent buffers.
     layer.measure_bytes()
     assert layer.measure_bytes() == layer.estimated_bytes()
 
 
-@pytest.mark.skipif(HAS_TRITON, reason="where Triton is, kernels are launched")
+@pytest.mark.skipif(HAS_TRITON, reason="requires an installation without Triton")
 def test_extra_weight_columns_are_allocated_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stub_triton_kernels(monkeypatch)
-    for tune in ("dropped", "adapted", "one adapted", "all learns"):
-        layer = MeasuredLayer(LayerCase(tune, True, False), SMALL, (20, 30), BARE)
+    for tune in ("lora with dropout", "lora", "one adapter", "full"):
+        layer = MeasuredLayer(LayerCase(tune, True, False), SMALL_DECODER, (20, 30), CPU_SETUP)
         layer.measure_bytes()
         weights = [group.weight for group in layer.layer.fusible_linears]
-        extra = 0
+        padding_bytes = 0
         for weight in weights:
             assert isinstance(weight, nn.Parameter), f"a {type(weight).__name__}"
-            extra += weight.untyped_storage().nbytes() - weight.nbytes
-        assert layer.estimate.persistent_bytes == extra
-        assert (extra > 0) == (tune != "all learns")
+            padding_bytes += weight.untyped_storage().nbytes() - weight.nbytes
+        assert layer.estimate.persistent_bytes == padding_bytes
+        assert (padding_bytes > 0) == (tune != "full")
 
 
-@pytest.mark.skipif(HAS_TRITON, reason="where Triton is, kernels are launched")
-@pytest.mark.parametrize("reached", [True, False])
+@pytest.mark.skipif(HAS_TRITON, reason="requires an installation without Triton")
+@pytest.mark.parametrize("has_input_grad", [True, False])
 def test_fp8_codes_are_duplicated_if_gradients_pass(
-    reached: bool, monkeypatch: pytest.MonkeyPatch
+    has_input_grad: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub_triton_kernels(monkeypatch)
-    layer = MeasuredLayer(LayerCase("fp8", reached, False), SMALL, (20, 30), BARE)
+    layer = MeasuredLayer(
+        LayerCase("fp8", has_input_grad, False), SMALL_DECODER, (20, 30), CPU_SETUP
+    )
     layer.measure_bytes()
-    made = 0
+    num_bytes = 0
     for group in layer.layer.fusible_linears:
         weight = group.weight
         assert isinstance(weight, Fp8Weight), f"a {type(weight).__name__}"
-        with profile_memory() as anew:
+        with profile_memory() as transposed:
             weight._transpose()
-        made += weight.num_elements + 4 * group.in_features - anew.live_bytes
-    assert layer.estimate.persistent_bytes == made
+        num_bytes += weight.num_elements + 4 * group.in_features - transposed.live_bytes
+    assert layer.estimate.persistent_bytes == num_bytes
 
 
 @pytest.mark.gpu
@@ -254,29 +252,34 @@ def test_fp8_codes_are_duplicated_if_gradients_pass(
 def test_estimated_gpu_bytes_match_allocated_bytes(
     case: LayerCase, lengths: tuple[int, ...]
 ) -> None:
-    layer = MeasuredLayer(case, LARGE, lengths, CARD)
+    layer = MeasuredLayer(case, LARGE, lengths, GPU_SETUP)
     layer.measure_bytes()
-    found, output = layer.measure_bytes(), layer.estimated_bytes()
-    assert output.saved == pytest.approx(found.saved, rel=CLOSE)
-    assert output.forward == pytest.approx(found.forward, rel=CLOSE)
-    assert output.backward == pytest.approx(found.backward, rel=CLOSE)
+    measured, estimated = layer.measure_bytes(), layer.estimated_bytes()
+    assert estimated.saved == pytest.approx(measured.saved, rel=TOLERANCE)
+    assert estimated.forward == pytest.approx(measured.forward, rel=TOLERANCE)
+    assert estimated.backward == pytest.approx(measured.backward, rel=TOLERANCE)
 
 
 def test_shared_prefix_kv_copies_are_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Keys and values as attention keeps them, where sequences are too long for its own kernel."""
+    """Attention copies the shared prefix if sequences are too long for the Triton kernel."""
     stub_triton_kernels(monkeypatch)
-    layer = MeasuredLayer(CASES[0], SMALL, (64, 60, 3), BARE)
-    output = layer.estimate
-    for trunk, copied in ((15, False), (300, True)):
-        lengths = trunk, 60, 30
-        tokens = sum(lengths)
+    layer = MeasuredLayer(CASES[0], SMALL_DECODER, (64, 60, 3), CPU_SETUP)
+    estimate = layer.estimate
+    for prefix_length, is_copied in ((15, False), (300, True)):
+        lengths = prefix_length, 60, 30
+        num_tokens = sum(lengths)
         attention = SharedPrefixAttention(
-            Segments.from_lengths(lengths, BARE.device), num_tokens=tokens
+            Segments.from_lengths(lengths, CPU_SETUP.device), num_tokens=num_tokens
         )
-        k_TKD = torch.zeros(tokens, SMALL.num_kv_heads, SMALL.head_dim, dtype=BARE.dtype)
-        one = attention._expand(k_TKD).nbytes
-        branched = LayerInputShape(attention.full_segments.lengths, tokens, tokens)
-        baseline = LayerInputShape(lengths, tokens, tokens)
-        assert output.saved_bytes(branched) - output.saved_bytes(baseline) == 2 * one * copied
+        k_TKD = torch.zeros(
+            num_tokens, SMALL_DECODER.num_kv_heads, SMALL_DECODER.head_dim, dtype=CPU_SETUP.dtype
+        )
+        expanded_bytes = attention._expand(k_TKD).nbytes
+        expanded_shape = LayerInputShape(attention.full_segments.lengths, num_tokens, num_tokens)
+        shared_shape = LayerInputShape(lengths, num_tokens, num_tokens)
+        assert (
+            estimate.saved_bytes(expanded_shape) - estimate.saved_bytes(shared_shape)
+            == 2 * expanded_bytes * is_copied
+        )

@@ -1,4 +1,4 @@
-"""Cards by name, however they are spelled."""
+"""GPU specifications by name, in several spellings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from finesight.plan.gpu_specs import GPU_SPECS, find_gpu_spec
 
 
 @pytest.mark.parametrize(
-    ("spelled", "name"),
+    ("spelling", "name"),
     [
         ("h200", "H200"),
         ("NVIDIA H200", "H200"),
@@ -22,8 +22,8 @@ from finesight.plan.gpu_specs import GPU_SPECS, find_gpu_spec
         ("l40s", "L40S"),
     ],
 )
-def test_gpu_name_spellings(spelled: str, name: str) -> None:
-    assert find_gpu_spec(spelled).name == name
+def test_gpu_name_spellings(spelling: str, name: str) -> None:
+    assert find_gpu_spec(spelling).name == name
 
 
 def test_unknown_gpu_suggests_similar_names() -> None:
@@ -37,12 +37,12 @@ def test_unknown_gpu_suggests_similar_names() -> None:
 
 
 def test_gpu_specs_are_unique_and_plausible() -> None:
-    assert len({card.name for card in GPU_SPECS}) == len(GPU_SPECS)
-    for one in GPU_SPECS:
-        assert find_gpu_spec(one.name) is one
-        assert 8 <= one.memory_gb <= 300
-        assert 20 <= one.tflops <= 3000
-        # Nothing that is sold does less than 50 or more than 500 operations for a byte.
-        assert 50 <= one.tflops * 1000 / one.gb_per_s <= 500
+    assert len({spec.name for spec in GPU_SPECS}) == len(GPU_SPECS)
+    for spec in GPU_SPECS:
+        assert find_gpu_spec(spec.name) is spec
+        assert 8 <= spec.memory_gb <= 300
+        assert 20 <= spec.tflops <= 3000
+        # Arithmetic intensity of available GPUs: 50 to 500 FLOPs per byte.
+        assert 50 <= spec.tflops * 1000 / spec.gb_per_s <= 500
     assert not find_gpu_spec("T4").supports_bf16
     assert find_gpu_spec("A10").supports_bf16

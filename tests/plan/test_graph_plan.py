@@ -1,4 +1,4 @@
-"""What recordings are said to hold against what they do."""
+"""Estimated memory of CUDA graphs compared with their static buffers."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ from finesight.plan.peak_memory import (
 from finesight.plan.planned_pack import PlannedPack, build_planned_pack
 from finesight.plan.saved_activations import ComputeConfig
 from finesight.plan.settings_search import PlannedSteps
-from finesight.train import cuda_graphs as train_recorded
+from finesight.train import cuda_graphs
 from finesight.train.cuda_graphs import MAX_GRAPHS
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.graph_buffers import MAX_GRAPH_TOKENS, GraphInputs, GraphShape
 from finesight.train.graph_vision_buffers import GraphVisionShape
 
 CPU = torch.device("cpu")
-CARD = ComputeConfig(is_cuda=True, element_size=2, has_varlen_attention=True)
+GPU = ComputeConfig(is_cuda=True, element_size=2, has_varlen_attention=True)
 LORA = {"language": "lora", "lora": {"rank": 8}}
-SEEING = LORA | {"vision": "lora"}
-WATCHING = SEEING | {"lora": {"rank": 8, "dropout": 0.0}}
-"""Of a tower that draws nothing, and is recorded, too."""
+VISION_LORA = LORA | {"vision": "lora"}
+VISION_LORA_NO_DROPOUT = VISION_LORA | {"lora": {"rank": 8, "dropout": 0.0}}
+"""Without dropout, the vision encoder is captured, too."""
 
 
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory: pytest.TempPathFactory) -> PackedBatch:
-    folder = tmp_path_factory.mktemp("recorded")
+    folder = tmp_path_factory.mktemp("graphs")
     make_task(folder)
     renderer = NativeRenderer(
         locate_model("finesight-tiny"), PixelRange(min_pixels=784, max_pixels=7056)
@@ -63,26 +63,26 @@ def make_model(tune: dict[str, object]) -> VisionLanguageModel:
     return model
 
 
-def load_of(batch: PackedBatch) -> PlannedPack:
+def make_planned_pack(batch: PackedBatch) -> PlannedPack:
     return PlannedPack(batch.lengths, batch.grid_thw, batch.num_supervised_tokens)
 
 
-@pytest.mark.parametrize("tune", [LORA, SEEING])
+@pytest.mark.parametrize("tune", [LORA, VISION_LORA])
 def test_graph_buffer_sizes_match_a_run(batch: PackedBatch, tune: dict[str, object]) -> None:
     model = make_model(tune)
     features = model.encode_images(batch.patches_ND, batch.grid_thw)
-    held = GraphInputs.allocate(GraphShape.from_batch(batch), batch, features, model.visual)
-    found = plan_graph(model, CARD, 0.0, load_of(batch))
-    assert found is not None
-    assert found.shape == held.shape
-    assert found.padded_pack.num_tokens == held.shape.num_tokens
-    values = [getattr(held.batch, field.name) for field in fields(held.batch)]
+    graph_inputs = GraphInputs.allocate(GraphShape.from_batch(batch), batch, features, model.visual)
+    graph_plan = plan_graph(model, GPU, 0.0, make_planned_pack(batch))
+    assert graph_plan is not None
+    assert graph_plan.shape == graph_inputs.shape
+    assert graph_plan.padded_pack.num_tokens == graph_inputs.shape.num_tokens
+    values = [getattr(graph_inputs.batch, field.name) for field in fields(graph_inputs.batch)]
     tensors = [
         value
-        for value in (*values, held.features_MKD, held.features_grad_MKD)
+        for value in (*values, graph_inputs.features_MKD, graph_inputs.features_grad_MKD)
         if isinstance(value, Tensor)
     ]
-    assert found.buffer_bytes == sum(tensor.nbytes for tensor in tensors)
+    assert graph_plan.buffer_bytes == sum(tensor.nbytes for tensor in tensors)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
@@ -91,111 +91,122 @@ def test_vision_graph_buffer_sizes_match_a_run(
 ) -> None:
     create_tiny_model(tmp_path / family, family)
     model = load_model(ModelFolder(tmp_path / family), torch.bfloat16, CPU).train()
-    configure_tuning(model, TuneSettings.model_validate(WATCHING), 0)
-    kind = GraphShape.from_batch(batch, GraphVisionShape.from_batch(batch, model.visual))
-    held = GraphInputs.allocate(kind, batch, None, model.visual)
-    found = plan_graph(model, CARD, 0.0, load_of(batch))
-    assert found is not None
-    assert found.shape == kind
-    assert held.vision_inputs is not None
-    assert (found.padded_pack.num_tokens, found.padded_pack.num_patches) == (
-        kind.num_tokens,
-        held.vision_inputs.shape.num_patches,
+    configure_tuning(model, TuneSettings.model_validate(VISION_LORA_NO_DROPOUT), 0)
+    shape = GraphShape.from_batch(batch, GraphVisionShape.from_batch(batch, model.visual))
+    graph_inputs = GraphInputs.allocate(shape, batch, None, model.visual)
+    graph_plan = plan_graph(model, GPU, 0.0, make_planned_pack(batch))
+    assert graph_plan is not None
+    assert graph_plan.shape == shape
+    assert graph_inputs.vision_inputs is not None
+    assert (graph_plan.padded_pack.num_tokens, graph_plan.padded_pack.num_patches) == (
+        shape.num_tokens,
+        graph_inputs.vision_inputs.shape.num_patches,
     )
-    values = [getattr(held.batch, field.name) for field in fields(held.batch)]
-    own = held.vision_inputs.layout
-    ways = {id(way): way.cu_seqlens_S1 for way in own.segments}.values()
+    values = [getattr(graph_inputs.batch, field.name) for field in fields(graph_inputs.batch)]
+    layout = graph_inputs.vision_inputs.layout
+    cu_seqlens = {id(segments): segments.cu_seqlens_S1 for segments in layout.segments}.values()
     values += [
-        held.vision_inputs.patches_NB,
-        own.position_ids_N2,
-        own.window_index_M,
-        own.reverse_index_M,
-        *ways,
+        graph_inputs.vision_inputs.patches_NB,
+        layout.position_ids_N2,
+        layout.window_index_M,
+        layout.reverse_index_M,
+        *cu_seqlens,
     ]
-    assert found.buffer_bytes == sum(value.nbytes for value in values if isinstance(value, Tensor))
+    assert graph_plan.buffer_bytes == sum(
+        value.nbytes for value in values if isinstance(value, Tensor)
+    )
 
 
 def test_only_small_packs_are_captured(batch: PackedBatch, monkeypatch: pytest.MonkeyPatch) -> None:
-    frozen, load = make_model(LORA), load_of(batch)
-    long = replace(load, lengths=(MAX_GRAPH_TOKENS + 1,))
-    assert plan_graph(frozen, CARD, 0.0, load) is not None
-    assert plan_graph(frozen, CARD, 0.5, load) is not None
-    some = make_model({"language": "lora", "lora": {"rank": 8, "target_modules": ["q_proj"]}})
-    assert plan_graph(some, CARD, 0.0, load) is not None
-    assert plan_graph(some, CARD, 0.5, load) is None
-    assert plan_graph(frozen, CARD, 0.0, long) is None
-    assert plan_graph(frozen, CARD, 0.0, replace(load, num_supervised_tokens=0)) is None
+    model, small_pack = make_model(LORA), make_planned_pack(batch)
+    long_pack = replace(small_pack, lengths=(MAX_GRAPH_TOKENS + 1,))
+    assert plan_graph(model, GPU, 0.0, small_pack) is not None
+    assert plan_graph(model, GPU, 0.5, small_pack) is not None
+    partial_model = make_model(
+        {"language": "lora", "lora": {"rank": 8, "target_modules": ["q_proj"]}}
+    )
+    assert plan_graph(partial_model, GPU, 0.0, small_pack) is not None
+    assert plan_graph(partial_model, GPU, 0.5, small_pack) is None
+    assert plan_graph(model, GPU, 0.0, long_pack) is None
+    assert plan_graph(model, GPU, 0.0, replace(small_pack, num_supervised_tokens=0)) is None
     assert (
         plan_graph(
-            frozen,
+            model,
             ComputeConfig(is_cuda=True, element_size=4, has_varlen_attention=False),
             0.0,
-            load,
+            small_pack,
         )
         is None
     )
-    assert plan_graph(make_model(SEEING), CARD, 0.0, load) is not None
-    monkeypatch.setattr(train_recorded, "MAX_TRAINABLE_PARAMS", 1000)
-    assert plan_graph(frozen, CARD, 0.0, load) is None
+    assert plan_graph(make_model(VISION_LORA), GPU, 0.0, small_pack) is not None
+    monkeypatch.setattr(cuda_graphs, "MAX_TRAINABLE_PARAMS", 1000)
+    assert plan_graph(model, GPU, 0.0, small_pack) is None
 
 
-def peak(model: VisionLanguageModel, loads: list[PlannedPack], recompute: float) -> PeakMemory:
-    stays, activations = (
-        compute_persistent_memory(model, TrainSettings(), CARD),
-        ActivationMemory(model, CARD, recompute),
+def compute_peak(
+    model: VisionLanguageModel, packs: list[PlannedPack], checkpointed_fraction: float
+) -> PeakMemory:
+    persistent, activations = (
+        compute_persistent_memory(model, TrainSettings(), GPU),
+        ActivationMemory(model, GPU, checkpointed_fraction),
     )
-    return compute_peak_memory(stays, activations, loads, CARD, 588, has_multiple_packs=False)
+    return compute_peak_memory(persistent, activations, packs, GPU, 588, has_multiple_packs=False)
 
 
 def test_cuda_graph_memory_includes_gradients(batch: PackedBatch) -> None:
     model = make_model(LORA)
-    load = load_of(batch)
-    learning = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    found = peak(model, [load], 0.0)
-    within = found.activations + found.workspace + found.logits + found.gradients - learning
-    assert found.gradients >= learning
-    assert found.cuda_graphs == pytest.approx(within, rel=0.1)
-    assert found.allocated == found.total - found.cuda_graphs - CUDA_CONTEXT_BYTES
-    assert found.libraries == 2 * CUBLAS_WORKSPACE_BYTES
-    again = peak(model, [load], 1.0)
-    assert 0 < again.cuda_graphs < found.cuda_graphs
-    long = replace(load, lengths=(MAX_GRAPH_TOKENS + 1,))
-    launched = peak(model, [long], 0.0)
-    assert (launched.cuda_graphs, launched.libraries) == (0, CUBLAS_WORKSPACE_BYTES)
+    small_pack = make_planned_pack(batch)
+    trainable_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    peak = compute_peak(model, [small_pack], 0.0)
+    graph_bytes = peak.activations + peak.workspace + peak.logits + peak.gradients - trainable_bytes
+    assert peak.gradients >= trainable_bytes
+    assert peak.cuda_graphs == pytest.approx(graph_bytes, rel=0.1)
+    assert peak.allocated == peak.total - peak.cuda_graphs - CUDA_CONTEXT_BYTES
+    assert peak.libraries == 2 * CUBLAS_WORKSPACE_BYTES
+    checkpointed_peak = compute_peak(model, [small_pack], 1.0)
+    assert 0 < checkpointed_peak.cuda_graphs < peak.cuda_graphs
+    long_pack = replace(small_pack, lengths=(MAX_GRAPH_TOKENS + 1,))
+    eager_peak = compute_peak(model, [long_pack], 0.0)
+    assert (eager_peak.cuda_graphs, eager_peak.libraries) == (0, CUBLAS_WORKSPACE_BYTES)
 
 
 def test_trainable_encoder_runs_outside_the_graph(batch: PackedBatch) -> None:
-    """It keeps what it needs for its way back while the decoder goes forth and back."""
-    load = load_of(batch)
-    frozen, seeing = make_model(LORA), make_model(SEEING)
-    both = [ActivationMemory(model, CARD, 0.0) for model in (frozen, seeing)]
-    retained = both[1].saved_vision_bytes(load)
-    assert retained > 4 * both[0].saved_vision_bytes(load)
-    found = peak(seeing, [load], 0.0)
-    assert found.activations + found.workspace >= retained
-    assert found.cuda_graphs < 1.05 * peak(frozen, [load], 0.0).cuda_graphs
+    """Its saved activations remain allocated during both passes of the decoder."""
+    small_pack = make_planned_pack(batch)
+    frozen_model, trainable_model = make_model(LORA), make_model(VISION_LORA)
+    memories = [ActivationMemory(model, GPU, 0.0) for model in (frozen_model, trainable_model)]
+    saved_bytes = memories[1].saved_vision_bytes(small_pack)
+    assert saved_bytes > 4 * memories[0].saved_vision_bytes(small_pack)
+    peak = compute_peak(trainable_model, [small_pack], 0.0)
+    assert peak.activations + peak.workspace >= saved_bytes
+    assert peak.cuda_graphs < 1.05 * compute_peak(frozen_model, [small_pack], 0.0).cuda_graphs
 
 
 def test_captured_encoder_memory_is_in_the_graph(batch: PackedBatch) -> None:
-    load = load_of(batch)
-    extra, inside = make_model(SEEING), make_model(WATCHING)
-    retained = ActivationMemory(inside, CARD, 0.0).saved_vision_bytes(load)
-    both = [peak(model, [load], 0.0) for model in (extra, inside)]
-    assert both[1].cuda_graphs > both[0].cuda_graphs + 0.9 * retained
-    assert both[1].activations + both[1].workspace == pytest.approx(both[1].cuda_graphs, rel=0.2)
+    small_pack = make_planned_pack(batch)
+    eager_model, captured_model = make_model(VISION_LORA), make_model(VISION_LORA_NO_DROPOUT)
+    saved_bytes = ActivationMemory(captured_model, GPU, 0.0).saved_vision_bytes(small_pack)
+    peaks = [compute_peak(model, [small_pack], 0.0) for model in (eager_model, captured_model)]
+    assert peaks[1].cuda_graphs > peaks[0].cuda_graphs + 0.9 * saved_bytes
+    assert peaks[1].activations + peaks[1].workspace == pytest.approx(peaks[1].cuda_graphs, rel=0.2)
 
 
 def test_excess_graph_shapes_run_eagerly(batch: PackedBatch) -> None:
     model = make_model(LORA)
-    kinds = [PlannedPack((64 * n,), (), 10) for n in range(1, MAX_GRAPHS + 1)]
-    another = PlannedPack((MAX_GRAPH_TOKENS - 64,), (), 10)
-    few, many = peak(model, kinds, 0.0), peak(model, [*kinds, another], 0.0)
-    assert many.activations > 2 * few.activations
-    assert many.cuda_graphs == few.cuda_graphs
+    packs = [PlannedPack((64 * n,), (), 10) for n in range(1, MAX_GRAPHS + 1)]
+    excess_pack = PlannedPack((MAX_GRAPH_TOKENS - 64,), (), 10)
+    captured_peak, excess_peak = (
+        compute_peak(model, packs, 0.0),
+        compute_peak(model, [*packs, excess_pack], 0.0),
+    )
+    assert excess_peak.activations > 2 * captured_peak.activations
+    assert excess_peak.cuda_graphs == captured_peak.cuda_graphs
 
 
 @pytest.mark.parametrize(
-    ("tune", "widths"), [(LORA, range(2, 82, 2)), (WATCHING, (2, 4, 6, 8))], ids=["frozen", "lora"]
+    ("tune", "widths"),
+    [(LORA, range(2, 82, 2)), (VISION_LORA_NO_DROPOUT, (2, 4, 6, 8))],
+    ids=["frozen", "lora"],
 )
 def test_one_pack_of_each_graph_shape_is_estimated(
     tune: dict[str, object], widths: Sequence[int]
@@ -210,7 +221,7 @@ def test_one_pack_of_each_graph_shape_is_estimated(
     model = make_model(tune)
 
     def list_shapes(packs: Sequence[PlannedPack]) -> set[GraphShape]:
-        graphs = [plan_graph(model, CARD, 0.0, planned) for planned in packs]
+        graphs = [plan_graph(model, GPU, 0.0, planned) for planned in packs]
         return {graph.shape for graph in graphs if graph is not None}
 
     planned_steps = PlannedSteps([[one] for one in stats])

@@ -1,4 +1,4 @@
-"""Estimates against what runs on one H200 really took (benchmarks/results)."""
+"""Estimates compared with measured runs on one H200 (benchmarks/results)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ ALL_BUT_VISION = {"language": "full", "merger": "full", "embeddings": "full"}
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """A run: `samples` in each pack of `tokens` and `labels` each with a picture of this grid, and
-    how many packs a step had."""
+    """A measured run.
+
+    Each step has `packs` packs of `samples` samples. A sample has `tokens` tokens, `labels` labels
+    and an image with this grid.
+    """
 
     name: str
     model: str
@@ -45,23 +48,23 @@ class MeasuredRun:
     nf4: tuple[QuantizablePart, ...] = ()
     fp8: tuple[QuantizablePart, ...] = ()
     largest_pack_ratio: float = 1.0
-    """The largest pack beside the mean one."""
+    """Tokens of the largest pack relative to the mean pack."""
     uses_cuda_graphs: bool = True
-    """Not where packs of forty steps are of so many sizes that most are launched."""
+    """False if the shapes of 40 steps differ so much that most packs run eagerly."""
     uses_vision_cache: bool = False
-    """Whether the features of its pictures were kept."""
+    """Whether the image features were cached."""
     prefix_length: int = 0
-    """Tokens that all samples begin with, computed once."""
-    calls: str = "beginnings_once"
-    """Where the report has runs with a beginning."""
+    """Tokens of the shared prefix."""
+    calls: str = "shared_prefix"
+    """Key of the runs with a shared prefix in the report."""
 
 
 QWEN2, QWEN25 = "Qwen2-VL-2B-Instruct", "Qwen2.5-VL-7B-Instruct"
-FIRST = ("Qwen-VL-Chat", SCRIPT, 4, 512, 235, (1, 32, 32), 2, 1.0)
+QWEN_VL = ("Qwen-VL-Chat", SCRIPT, 4, 512, 235, (1, 32, 32), 2, 1.0)
 CAPTIONS = (QWEN2, LORA, 64, 140, 14, (1, 20, 20))
-NEEDED = (QWEN2, LORA, 64, 138, 14, (1, 20, 20))
-ALONE: Any = {"prefix_length": 15, "calls": "needed_alone"}
-WAY_BACK: Any = {"prefix_length": 15, "calls": "adapters_way_back"}
+CAPTIONS_138 = (QWEN2, LORA, 64, 138, 14, (1, 20, 20))
+NEEDED_ALONE: Any = {"prefix_length": 15, "calls": "needed_alone"}
+LORA_BACKWARD: Any = {"prefix_length": 15, "calls": "lora_backward"}
 RUNS = (
     MeasuredRun("captions_2b_batch64", QWEN2, LORA, 64, 140, 14, (1, 20, 20)),
     MeasuredRun("captions_2b", QWEN2, LORA, 16, 140, 14, (1, 20, 20)),
@@ -79,16 +82,16 @@ RUNS = (
     MeasuredRun("7B LoRA", QWEN25, LORA, 16, 802, 21, (1, 46, 46)),
     MeasuredRun("7B LoRA FP8", QWEN25, LORA, 16, 802, 21, (1, 46, 46), fp8=("language", "vision")),
     MeasuredRun("3B full", "Qwen2.5-VL-3B-Instruct", ALL, 8, 110, 15, (1, 14, 14)),
-    MeasuredRun("lora", *FIRST, uses_vision_cache=True),
-    MeasuredRun("lora cached", *FIRST[:2], 8, *FIRST[3:6], uses_vision_cache=True),
-    MeasuredRun("qlora", *FIRST, "adamw_8bit", ("vision", "merger", "language")),
-    MeasuredRun("full", FIRST[0], ALL_BUT_VISION, *FIRST[2:], "adamw_8bit"),
+    MeasuredRun("lora", *QWEN_VL, uses_vision_cache=True),
+    MeasuredRun("lora cached", *QWEN_VL[:2], 8, *QWEN_VL[3:6], uses_vision_cache=True),
+    MeasuredRun("qlora", *QWEN_VL, "adamw_8bit", ("vision", "merger", "language")),
+    MeasuredRun("full", QWEN_VL[0], ALL_BUT_VISION, *QWEN_VL[2:], "adamw_8bit"),
     MeasuredRun("captions_2b", QWEN2, LORA, 16, 140, 14, (1, 20, 20), prefix_length=15),
     MeasuredRun("captions_2b_batch64", *CAPTIONS, prefix_length=15, fp8=("language", "vision")),
     MeasuredRun("captions_2b_batch64", *CAPTIONS, prefix_length=15, uses_vision_cache=True),
-    MeasuredRun("captions_2b_batch64", *NEEDED, **ALONE),
-    MeasuredRun("captions_2b_batch64", *NEEDED, **ALONE, fp8=("language", "vision")),
-    MeasuredRun("captions_2b_batch64", *NEEDED, **ALONE, uses_vision_cache=True),
+    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **NEEDED_ALONE),
+    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **NEEDED_ALONE, fp8=("language", "vision")),
+    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **NEEDED_ALONE, uses_vision_cache=True),
     MeasuredRun(
         "captions_2b_batch64",
         *CAPTIONS,
@@ -96,13 +99,13 @@ RUNS = (
         uses_vision_cache=True,
         fp8=("language", "vision"),
     ),
-    MeasuredRun("captions_2b_batch64", *NEEDED, **WAY_BACK),
-    MeasuredRun("captions_2b_batch64", *NEEDED, **WAY_BACK, fp8=("language", "vision")),
-    MeasuredRun("captions_2b_batch64", *NEEDED, **WAY_BACK, uses_vision_cache=True),
+    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **LORA_BACKWARD),
+    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **LORA_BACKWARD, fp8=("language", "vision")),
+    MeasuredRun("captions_2b_batch64", *CAPTIONS_138, **LORA_BACKWARD, uses_vision_cache=True),
     MeasuredRun(
         "captions_2b_batch64",
-        *NEEDED,
-        **WAY_BACK,
+        *CAPTIONS_138,
+        **LORA_BACKWARD,
         uses_vision_cache=True,
         fp8=("language", "vision"),
     ),
@@ -110,31 +113,33 @@ RUNS = (
 
 
 def measured_run(run: MeasuredRun) -> tuple[float, float]:
-    """Peak in 10^9 bytes and seconds of a step; of several calls the quickest, since with few
-    samples a step hangs on the host."""
-    found = []
+    """Return the peak memory in 10^9 bytes and the seconds of a step.
+
+    The time is the minimum of several calls, because small steps are bound by the host.
+    """
+    measurements = []
     files = ("recipes_h200", "grounding_full_h200", "first_qwen_vl_h200", "one_card_h200")
     for name in files:
         report = json.loads((RESULTS / f"{name}.json").read_text())
         calls = report.get("calls", [report])
         if run.prefix_length:
-            calls = [call for call in report.get(run.calls, []) if _as(run, call)]
-        for result in (one for call in calls for one in call["results"]):
+            calls = [call for call in report.get(run.calls, []) if _has_settings(run, call)]
+        for result in (result for call in calls for result in call["results"]):
             if run.name in (result.get("task"), result.get("variant"), result.get("case")):
                 seconds = result.get("step_s") or run.samples / result["samples_per_s"]
-                found.append((result.get("peak_gb") or result["gb"], seconds))
-    return max(peak for peak, _ in found), min(seconds for _, seconds in found)
+                measurements.append((result.get("peak_gb") or result["gb"], seconds))
+    return max(peak for peak, _ in measurements), min(seconds for _, seconds in measurements)
 
 
-def _as(run: MeasuredRun, call: dict[str, Any]) -> bool:
-    """Whether a call measured runs with these settings."""
+def _has_settings(run: MeasuredRun, call: dict[str, Any]) -> bool:
+    """Return whether a call measured runs with these settings."""
     command = call["command"]
     return ("fp8" in command, "never" in command) == (bool(run.fp8), not run.uses_vision_cache)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_memory_within_10_and_time_within_20_percent(shared: Path, run: MeasuredRun) -> None:
-    on = build_named_target("H200", "bf16")
+    target = build_named_target("H200", "bf16")
     recipe = Recipe(
         model=run.model,
         data={"train": (TrainFileSettings(path=Path("none")),)},  # type: ignore[arg-type]
@@ -144,32 +149,35 @@ def test_memory_within_10_and_time_within_20_percent(shared: Path, run: Measured
     )
     if run.nf4:
         pytest.importorskip("bitsandbytes")
-    made = build_planned_model(ModelFolder(shared / "qwen_assets" / run.model), recipe, run.nf4, on)
-    step = made.step_timer.estimate_step(
-        [load(run, 1.0)] * run.packs,
+    planned = build_planned_model(
+        ModelFolder(shared / "qwen_assets" / run.model), recipe, run.nf4, target
+    )
+    step = planned.step_timer.estimate_step(
+        [make_pack(run, 1.0)] * run.packs,
         run.checkpointed_fraction,
         use_graphs=run.uses_cuda_graphs,
         has_cached_features=run.uses_vision_cache,
     )
-    activations = ActivationMemory(made.model, made.compute, run.checkpointed_fraction)
-    peak = compute_peak_memory(
-        *(made.persistent, activations, [load(run, run.largest_pack_ratio)]),
-        *(made.compute, made.patch_bytes),
+    activations = ActivationMemory(planned.model, planned.compute, run.checkpointed_fraction)
+    peak_memory = compute_peak_memory(
+        *(planned.persistent, activations, [make_pack(run, run.largest_pack_ratio)]),
+        *(planned.compute, planned.patch_bytes),
         has_multiple_packs=run.packs > 1,
     )
     peak_gb, seconds = measured_run(run)
-    # Where features are kept, the tower leaves before the first step, and the fullest moment may be
-    # one of either time.
-    encoder = sum(p.nbytes for p in made.model.visual.parameters()) * run.uses_vision_cache
-    assert (peak.allocated - encoder) / 1.1e9 < peak_gb < peak.allocated / 0.9e9
+    # With cached features, the vision encoder is freed before the first step. The peak can be
+    # before or after that.
+    encoder_bytes = sum(p.nbytes for p in planned.model.visual.parameters()) * run.uses_vision_cache
+    assert (peak_memory.allocated - encoder_bytes) / 1.1e9 < peak_gb < peak_memory.allocated / 0.9e9
     assert step.total == pytest.approx(seconds, rel=0.2)
 
 
-def load(run: MeasuredRun, generated: float) -> PlannedPack:
-    number, prefix = run.samples, run.prefix_length
+def make_pack(run: MeasuredRun, token_ratio: float) -> PlannedPack:
+    num_samples, prefix_length = run.samples, run.prefix_length
     return PlannedPack(
-        (prefix,) * (prefix > 0) + (round(run.tokens * generated) - prefix,) * number,
-        (run.grid,) * number,
-        round(run.labels * generated) * number,
-        prefix,
+        (prefix_length,) * (prefix_length > 0)
+        + (round(run.tokens * token_ratio) - prefix_length,) * num_samples,
+        (run.grid,) * num_samples,
+        round(run.labels * token_ratio) * num_samples,
+        prefix_length,
     )

@@ -1,4 +1,4 @@
-"""What stays and what comes and goes, against what a step really allocates on a CPU."""
+"""Estimated persistent and peak memory compared with allocations on a CPU."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def batch_of(task: Path, *, once: bool = False) -> PackedBatch:
-    """What all samples begin with is laid `once`, or as often."""
+def make_batch(task: Path, *, shares_prefix: bool = False) -> PackedBatch:
+    """Pack all samples, with a shared prefix or without."""
     renderer = NativeRenderer(
         ModelFolder(task / "deep"), PixelRange(min_pixels=784, max_pixels=7056)
     )
@@ -62,7 +62,9 @@ def batch_of(task: Path, *, once: bool = False) -> PackedBatch:
     samples = [renderer.encode(sample) for sample in corpus.read_samples()]
     return pack(
         samples,
-        prefix_length=find_shared_prefix_length([one.tokenized for one in samples]) if once else 0,
+        prefix_length=find_shared_prefix_length([sample.tokenized for sample in samples])
+        if shares_prefix
+        else 0,
     )
 
 
@@ -73,14 +75,14 @@ def make_model(task: Path, dtype: torch.dtype, tune: dict[str, Any]) -> VisionLa
 
 
 def run_forward_backward(model: VisionLanguageModel, batch: PackedBatch) -> None:
-    """The batch forwards and backwards, as a run does it."""
+    """Run the forward and backward pass of a training step."""
     h_LD = model(batch, dropout_seed_1=torch.ones(1, dtype=torch.int32))
     loss = fused_linear_cross_entropy(h_LD, model.lm_head_weight, batch.labels_L, torch.tensor(1.0))
     loss.backward()  # type: ignore[no-untyped-call]
 
 
-class FusedComputing(ComputeConfig):
-    """A card, in wider numbers than are computed with there."""
+class FusedComputeConfig(ComputeConfig):
+    """GPU configuration that also works in fp32."""
 
     uses_elementwise_kernels = True
 
@@ -88,66 +90,78 @@ class FusedComputing(ComputeConfig):
 def measure_peak(
     task: Path,
     batch: PackedBatch,
-    computing: ComputeConfig,
+    compute: ComputeConfig,
     tune: dict[str, Any],
-    share: float,
+    checkpointed_fraction: float,
 ) -> tuple[int, int]:
-    """Most bytes that this pack, forwards and backwards, is said to have beside what was there
-    before, and those that it has, its gradients among them."""
-    model = make_model(task, torch.float32 if computing.element_size == 4 else torch.bfloat16, tune)
-    model.activation_checkpointing = share
+    """Return the estimated and the measured peak of a forward and backward pass.
+
+    Both include gradients, but not memory that was allocated before.
+    """
+    model = make_model(task, torch.float32 if compute.element_size == 4 else torch.bfloat16, tune)
+    model.activation_checkpointing = checkpointed_fraction
     run_forward_backward(model, batch)
     model.zero_grad(set_to_none=True)
-    with profile_memory() as really:
+    with profile_memory() as measured:
         run_forward_backward(model, batch)
-    load = PlannedPack(
+    planned_pack = PlannedPack(
         batch.lengths, batch.grid_thw, batch.num_supervised_tokens, batch.prefix_length
     )
-    activations = ActivationMemory(model, computing, share)
-    moments = activations.iter_snapshots(load, activations.gradient_timeline())
-    return max(moment.total for moment in moments), really.peak_bytes
+    activations = ActivationMemory(model, compute, checkpointed_fraction)
+    snapshots = activations.iter_snapshots(planned_pack, activations.gradient_timeline())
+    return max(snapshot.total for snapshot in snapshots), measured.peak_bytes
 
 
-@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("checkpointed_fraction", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("tune", [LORA, ALL], ids=["lora", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("shares_prefix", [False, True])
 def test_peak_memory_of_pack_is_within_an_eighth(
-    task: Path, once: bool, dtype: torch.dtype, tune: dict[str, Any], share: float
+    task: Path,
+    shares_prefix: bool,
+    dtype: torch.dtype,
+    tune: dict[str, Any],
+    checkpointed_fraction: float,
 ) -> None:
-    computing = ComputeConfig(
-        is_cuda=False, element_size=dtype.itemsize, has_varlen_attention=False
+    compute = ComputeConfig(is_cuda=False, element_size=dtype.itemsize, has_varlen_attention=False)
+    estimated, measured = measure_peak(
+        task, make_batch(task, shares_prefix=shares_prefix), compute, tune, checkpointed_fraction
     )
-    output, really = measure_peak(task, batch_of(task, once=once), computing, tune, share)
-    assert output == pytest.approx(really, rel=0.125)
+    assert estimated == pytest.approx(measured, rel=0.125)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("checkpointed_fraction", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("tune", [LORA, ALL], ids=["lora", "all"])
 def test_long_sequence_peak_is_within_six_percent(
-    task: Path, tune: dict[str, Any], share: float
+    task: Path, tune: dict[str, Any], checkpointed_fraction: float
 ) -> None:
-    batch = batch_of(task)
-    tokens = sum(batch.lengths)
-    cu_seqlens_S1 = torch.tensor([0, tokens], dtype=torch.int32)
-    long = replace(batch, lengths=(tokens,), cu_seqlens_S1=cu_seqlens_S1)
-    computing = ComputeConfig(is_cuda=False, element_size=2, has_varlen_attention=False)
-    output, really = measure_peak(task, long, computing, tune, share)
-    # What oneDNN lays anew on each thread is counted roughly.
-    assert output == pytest.approx(really, rel=0.06)
+    batch = make_batch(task)
+    num_tokens = sum(batch.lengths)
+    cu_seqlens_S1 = torch.tensor([0, num_tokens], dtype=torch.int32)
+    long_batch = replace(batch, lengths=(num_tokens,), cu_seqlens_S1=cu_seqlens_S1)
+    compute = ComputeConfig(is_cuda=False, element_size=2, has_varlen_attention=False)
+    estimated, measured = measure_peak(task, long_batch, compute, tune, checkpointed_fraction)
+    # The estimate of oneDNN buffers per thread is rough.
+    assert estimated == pytest.approx(measured, rel=0.06)
 
 
-@pytest.mark.skipif(HAS_TRITON, reason="where Triton is, kernels are launched")
-@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+@pytest.mark.skipif(HAS_TRITON, reason="requires an installation without Triton")
+@pytest.mark.parametrize("checkpointed_fraction", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("tune", [LORA, ALL_BUT_VISION], ids=["lora", "all but vision"])
-@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("shares_prefix", [False, True])
 def test_fused_kernel_peak_is_within_two_percent(
-    task: Path, once: bool, tune: dict[str, Any], share: float, monkeypatch: pytest.MonkeyPatch
+    task: Path,
+    shares_prefix: bool,
+    tune: dict[str, Any],
+    checkpointed_fraction: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stub_triton_kernels(monkeypatch)
-    computing = FusedComputing(is_cuda=True, element_size=4, has_varlen_attention=True)
-    output, really = measure_peak(task, batch_of(task, once=once), computing, tune, share)
-    assert output == pytest.approx(really, rel=0.02)
+    compute = FusedComputeConfig(is_cuda=True, element_size=4, has_varlen_attention=True)
+    estimated, measured = measure_peak(
+        task, make_batch(task, shares_prefix=shares_prefix), compute, tune, checkpointed_fraction
+    )
+    assert estimated == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "muon"])
@@ -157,34 +171,41 @@ def test_static_memory_matches_a_run(
     task: Path, dtype: torch.dtype, tune: dict[str, Any], optimizer: str
 ) -> None:
     train = TrainSettings.model_validate({"optimizer": optimizer})
-    bare = build_meta_model(ModelFolder(task / "deep"), dtype, (), ())
-    configure_tuning(bare, TuneSettings.model_validate(tune), 0)
-    output = compute_persistent_memory(
-        bare,
+    meta_model = build_meta_model(ModelFolder(task / "deep"), dtype, (), ())
+    configure_tuning(meta_model, TuneSettings.model_validate(tune), 0)
+    estimated = compute_persistent_memory(
+        meta_model,
         train,
         ComputeConfig(is_cuda=False, element_size=dtype.itemsize, has_varlen_attention=False),
     )
     model = make_model(task, dtype, tune)
-    masters = MasterWeightOptimizer(trainable_parameters(model), train, stacked_row_counts(model))
-    assert output.weight_bytes == sum(p.nbytes for p in model.parameters())
-    groups = masters.param_groups
-    wide = dtype == torch.float32
-    values = sum(len(group.master_weights) for group in groups)
-    assert output.num_trainable == pytest.approx(values, rel=0.01)
-    assert output.master_weight_bytes == (0 if wide else 2 * output.num_trainable)
-    run_forward_backward(model, batch_of(task))
-    came = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    masters.accumulate_gradients()
-    sums = sum(
-        g.nbytes for group in groups for g in group.gradients.per_parameter() if g is not None
+    master_optimizer = MasterWeightOptimizer(
+        trainable_parameters(model), train, stacked_row_counts(model)
     )
-    # Large gradients go into sums that are there already, and leave nothing behind.
-    come = GradientTimeline.from_model(bare, output.accumulated_ids[False])
-    assert come.at_end == came
-    assert output.grad_sum_bytes + output.multi_pack_grad_sum_bytes == pytest.approx(sums, rel=0.05)
-    moments = masters.optimizer_state()
-    retained = sum(tensor.nbytes for name, tensor in moments.items() if name != "steps")
-    assert output.optimizer_state_bytes == pytest.approx(retained, rel=0.01)
+    assert estimated.weight_bytes == sum(p.nbytes for p in model.parameters())
+    groups = master_optimizer.param_groups
+    is_fp32 = dtype == torch.float32
+    num_values = sum(len(group.master_weights) for group in groups)
+    assert estimated.num_trainable == pytest.approx(num_values, rel=0.01)
+    assert estimated.master_weight_bytes == (0 if is_fp32 else 2 * estimated.num_trainable)
+    run_forward_backward(model, make_batch(task))
+    grad_bytes = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    master_optimizer.accumulate_gradients()
+    grad_sum_bytes = sum(
+        gradient.nbytes
+        for group in groups
+        for gradient in group.gradients.per_parameter()
+        if gradient is not None
+    )
+    # Large gradients are accumulated into existing sums and then freed.
+    timeline = GradientTimeline.from_model(meta_model, estimated.accumulated_ids[False])
+    assert timeline.at_end == grad_bytes
+    assert estimated.grad_sum_bytes + estimated.multi_pack_grad_sum_bytes == pytest.approx(
+        grad_sum_bytes, rel=0.05
+    )
+    optimizer_state = master_optimizer.optimizer_state()
+    state_bytes = sum(tensor.nbytes for name, tensor in optimizer_state.items() if name != "steps")
+    assert estimated.optimizer_state_bytes == pytest.approx(state_bytes, rel=0.01)
 
 
 def test_memory_parts_sum_to_the_peak(task: Path) -> None:
@@ -197,25 +218,25 @@ def test_memory_parts_sum_to_the_peak(task: Path) -> None:
         "optimizer_state_bytes": 40,
         "optimizer_step_bytes": 5,
     }
-    stays = PersistentMemory(num_trainable=3, **sizes)
-    computing = ComputeConfig(is_cuda=True, element_size=2, has_varlen_attention=True)
-    activations = ActivationMemory(model, computing, 0.0)
-    none = stays, activations, [], computing, 4
-    no_pack = compute_peak_memory(*none, has_multiple_packs=False)
-    parts = (
+    persistent = PersistentMemory(num_trainable=3, **sizes)
+    compute = ComputeConfig(is_cuda=True, element_size=2, has_varlen_attention=True)
+    activations = ActivationMemory(model, compute, 0.0)
+    arguments = persistent, activations, [], compute, 4
+    peak = compute_peak_memory(*arguments, has_multiple_packs=False)
+    expected_bytes = (
         105
         + activations.persistent_bytes
         + sum(p.nbytes for p in trainable_parameters(model).values())
     )
-    assert no_pack.total == parts + CUBLAS_WORKSPACE_BYTES + CUDA_CONTEXT_BYTES
-    assert no_pack.allocated == parts + CUBLAS_WORKSPACE_BYTES
-    assert compute_peak_memory(*none, has_multiple_packs=True).total == no_pack.total + 7
-    computing = ComputeConfig(is_cuda=False, element_size=2, has_varlen_attention=False)
-    no_pack = compute_peak_memory(
-        stays, ActivationMemory(model, computing, 0.0), [], computing, 4, has_multiple_packs=False
+    assert peak.total == expected_bytes + CUBLAS_WORKSPACE_BYTES + CUDA_CONTEXT_BYTES
+    assert peak.allocated == expected_bytes + CUBLAS_WORKSPACE_BYTES
+    assert compute_peak_memory(*arguments, has_multiple_packs=True).total == peak.total + 7
+    compute = ComputeConfig(is_cuda=False, element_size=2, has_varlen_attention=False)
+    peak = compute_peak_memory(
+        persistent, ActivationMemory(model, compute, 0.0), [], compute, 4, has_multiple_packs=False
     )
     assert (
-        no_pack.allocated
-        == no_pack.total
-        == parts - activations.persistent_bytes + CPU_PROCESS_BYTES
+        peak.allocated
+        == peak.total
+        == expected_bytes - activations.persistent_bytes + CPU_PROCESS_BYTES
     )

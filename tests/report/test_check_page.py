@@ -32,7 +32,7 @@ def make_issue(
     number: int, code: str, *shown: IssueImage, text: str = "what is wrong"
 ) -> CheckIssue:
     location = f"labels.jsonl:{number}"
-    return CheckIssue(code, location, text, "mend it", sample_id=f"s{number}", images=shown)
+    return CheckIssue(code, location, text, "fix it", sample_id=f"s{number}", images=shown)
 
 
 @pytest.fixture

@@ -174,9 +174,10 @@ def test_large_images_use_bounded_memory(tmp_path: Path) -> None:
     for number in range(1, 8):
         os.link(tmp_path / "0.png", tmp_path / f"{number}.png")
     program = (
-        "import resource, sys; from finesight.report.example_data import ExampleDataBuilder;"
+        "import pathlib, sys; from finesight.report.example_data import ExampleDataBuilder;"
         "from finesight.report.examples import Example;"
-        "highest = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3;"
+        "status = pathlib.Path('/proc/self/status');"
+        "highest = lambda: int(status.read_text().split('VmHWM:')[1].split()[0]) / 1e3;"
         "before = highest();"
         "example = Example(None, {'id': '', 'image': sys.argv[1:]}, 'right', 0.0);"
         "found = ExampleDataBuilder((), None).build([example])['images'];"

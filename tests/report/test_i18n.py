@@ -27,7 +27,7 @@ TRANSLATE_CALL = re.compile(r'\btranslate\(\s*"((?:[^"\\]|\\.)*)"')
 SAME = {"", "CER", "WER", "F1", "AP", "BLEU", "ANLS", "CIDEr-D", "ROUGE-L"}
 """Texts that are equal in both languages."""
 
-PUT_TOGETHER = {
+COMPOSED_TEXTS = {
     *("errors", "warnings", "notes"),
 }
 """Texts that are composed at run time."""
@@ -66,7 +66,7 @@ def test_translation_table_has_no_unused_text() -> None:
     )
     with use_language("zh"):
         for text, output in get_translations().items():
-            assert text in joined or text in PUT_TOGETHER, text
+            assert text in joined or text in COMPOSED_TEXTS, text
             assert list_placeholders(text) == list_placeholders(output), text
 
 

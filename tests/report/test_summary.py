@@ -61,7 +61,7 @@ def test_quantized_frozen_weights_are_reported(tmp_path: Path) -> None:
     manifest["tune"]["quantize"] = {"nf4": None, "fp8": ["language"]}
     made.write("manifest.json", json.dumps(manifest))
     assert summary.describe_trained_parts(record(made)).endswith(
-        "merger with full fine-tuning; frozen weights of language multiplied in FP8"
+        "merger with full fine-tuning; frozen weights of language in FP8"
     )
 
 
@@ -186,7 +186,7 @@ def test_vision_cache_time_is_a_phase(tmp_path: Path) -> None:
 
 def test_skipped_samples_are_grouped_by_reason(tmp_path: Path) -> None:
     made = run(tmp_path)
-    cut = "cut off: the file ends before its picture does"
+    cut = "cut off: the file ends before its image does"
     reasons = [f"over {8192} tokens"] * 7 + [f"images/{i}.png: {cut}" for i in range(2)]
     made.write_lines(
         "skipped_samples.jsonl", [{"id": f"s{i}", "reason": r} for i, r in enumerate(reasons)]

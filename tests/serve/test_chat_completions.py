@@ -81,20 +81,22 @@ def test_several_choices_and_seeds(ask_about_scene, client, server):
 
 def test_logprobs(ask_about_scene, client, server):
     found = ask_about_scene(client, logprobs=True, top_logprobs=3, max_tokens=6)
-    rows = found.choices[0].logprobs.content
-    assert len(rows) == found.usage.completion_tokens
-    for row in rows:
-        assert row.logprob <= 0
-        assert len(row.top_logprobs) == 3
+    logprobs = found.choices[0].logprobs.content
+    assert len(logprobs) == found.usage.completion_tokens
+    for entry in logprobs:
+        assert entry.logprob <= 0
+        assert len(entry.top_logprobs) == 3
         # Greedy: the token is the most probable one.
-        assert row.token == row.top_logprobs[0].token
-        assert row.logprob == pytest.approx(row.top_logprobs[0].logprob)
-    output = b"".join(bytes(row.bytes) for row in rows).decode()
+        assert entry.token == entry.top_logprobs[0].token
+        assert entry.logprob == pytest.approx(entry.top_logprobs[0].logprob)
+    output = b"".join(bytes(entry.bytes) for entry in logprobs).decode()
     assert output.startswith(found.choices[0].message.content)
     chunks = list(ask_about_scene(client, logprobs=True, max_tokens=6, stream=True))
-    streamed = [row for c in chunks for x in c.choices if x.logprobs for row in x.logprobs.content]
-    assert [row.token for row in streamed] == [row.token for row in rows]
-    assert all(row.top_logprobs == [] for row in streamed)
+    streamed = [
+        entry for c in chunks for x in c.choices if x.logprobs for entry in x.logprobs.content
+    ]
+    assert [entry.token for entry in streamed] == [entry.token for entry in logprobs]
+    assert all(entry.top_logprobs == [] for entry in streamed)
 
 
 def test_stop_strings(ask_about_scene, client, server):
@@ -267,7 +269,7 @@ def test_conversation_with_system_prompt(ask_about_scene, client, server):
 def test_repeated_image_uses_prefix_cache(ask_about_scene, client, server):
     messages = make_messages(
         make_image_part(make_data_url(make_noise_png(168, 168, seed=99))),
-        "What does the picture show, please?",
+        "What does the image show, please?",
     )
     ask_about_scene(client, messages=messages, max_tokens=1)
     again = ask_about_scene(client, messages=messages, max_tokens=1)

@@ -341,7 +341,7 @@ def open_server(inference_model, tmp_path_factory):
         "FILE:///etc/passwd",
         "/etc/passwd",
         "../../../etc/passwd",
-        "picture-1",
+        "image-1",
         "http://127.0.0.1:{port}/a.png",
         "https://127.0.0.1:{port}/a.png",
         "https://localhost:{port}/a.png",

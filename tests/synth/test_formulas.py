@@ -1,4 +1,4 @@
-"""Formulas as pictures: scripts are scripts, what differs looks different, labels fit pictures."""
+"""Formula images: correct scripts, distinguishable symbols, labels that match the image."""
 
 from __future__ import annotations
 

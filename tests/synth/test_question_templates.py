@@ -1,4 +1,4 @@
-"""Questions: every kind in both languages, with words and boxes in their places."""
+"""Questions: every kind in both languages, with words and boxes inserted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scenes: relations, counts and boxes are those of the picture."""
+"""Scenes: relations, counts and boxes match the image."""
 
 from __future__ import annotations
 

@@ -48,5 +48,5 @@ def test_image_sides_are_multiples_of_token_size(street_samples):
 
 def test_clutter_has_texture():
     images = [streets.draw_clutter((112, 84), random.Random(number)) for number in range(20)]
-    assert all(np.asarray(picture).std() > 8 for picture in images)
-    assert all(picture.size == (112, 84) for picture in images)
+    assert all(np.asarray(image).std() > 8 for image in images)
+    assert all(image.size == (112, 84) for image in images)

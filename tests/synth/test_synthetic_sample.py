@@ -17,11 +17,11 @@ def test_generated_answer_becomes_a_sample():
     drawn = SyntheticSample(
         Image.new("RGB", (8, 8)), ("Where is ", box, "?"), (box,), "find", {"note": 1}
     )
-    made = drawn.to_sample("a-1", "pictures/1.png")
+    made = drawn.to_sample("a-1", "images/1.png")
     validate_sample(made, "here")
     requested, output = made.messages
     assert requested.content == (
-        ImagePart(image="pictures/1.png"),
+        ImagePart(image="images/1.png"),
         TextPart(text="Where is "),
         BoxPart(label="cat", xyxy=(1, 2, 3, 4)),
         TextPart(text="?"),
@@ -37,7 +37,7 @@ def test_extra_questions_use_the_same_image():
     assert len(answers) > 2, answers
     assert len(set(answers)) == len(answers), answers
     assert more.image is drawn.image
-    made = more.to_sample("b", "pictures/2.png")
+    made = more.to_sample("b", "images/2.png")
     validate_sample(made, "here")
     assert [message.role for message in made.messages] == ["user", "assistant"] * len(answers)
     assert sum(isinstance(part, ImagePart) for part in made.iter_parts()) == 1

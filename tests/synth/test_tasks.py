@@ -102,7 +102,7 @@ def test_different_seeds_share_no_image():
 
 
 def test_different_seeds_share_few_formulas():
-    train, held_out = (
+    train, validation = (
         [
             formula_grammar.sample_formula(random.Random(f"formula {seed} {i}"))
             for i in range(number)
@@ -110,7 +110,7 @@ def test_different_seeds_share_few_formulas():
         for seed, number in ((0, 20_000), (1, 1000))
     )
     known = set(train)
-    assert sum(label in known for label in held_out) < 40
+    assert sum(label in known for label in validation) < 40
 
 
 def test_tasks_and_samples_are_picklable():
@@ -154,14 +154,14 @@ def test_mixture_samples_tasks_by_weight():
 
 
 def test_eval_tasks_ask_their_question_kind(installed_fonts, chinese_fonts, mathtext):
-    for name, held_out in EVAL_TASKS.items():
-        values, drawn = zip(*_first(held_out, 3), strict=True)
-        assert {each.task_kind for each in drawn} == {held_out.task_kind}, name
+    for name, validation in EVAL_TASKS.items():
+        values, drawn = zip(*_first(validation, 3), strict=True)
+        assert {each.task_kind for each in drawn} == {validation.task_kind}, name
         assert len(set(values)) == 3
 
 
-def _first(held_out, number):
-    found = iter_samples_of_kind(held_out.task, 99, held_out.task_kind)
+def _first(validation, number):
+    found = iter_samples_of_kind(validation.task, 99, validation.task_kind)
     return [next(found) for _ in range(number)]
 
 

@@ -113,9 +113,9 @@ def test_text_has_contrast():
 def test_city_names_of_eval_tickets_are_new():
     trained = [sample_ticket(random.Random(number)) for number in range(1700)]
     known = {said[name] for said in trained[:1600] for name in ("from", "to")}
-    held_out = [said[name] for said in trained[1600:] for name in ("from", "to")]
-    assert sum(name not in known for name in held_out) > len(held_out) / 2
-    assert max(map(len, held_out)) <= 10
+    validation = [said[name] for said in trained[1600:] for name in ("from", "to")]
+    assert sum(name not in known for name in validation) > len(validation) / 2
+    assert max(map(len, validation)) <= 10
     assert all(said["from"] != said["to"] for said in trained)
     assert Counter(said["price"] for said in trained).most_common(1)[0][1] < 10
 
@@ -156,7 +156,7 @@ def test_pretraining_has_no_tickets():
         *TASK_GENERATORS,
         *MAIN_MIXTURE,
         *EVAL_TASKS,
-        *(held_out.task_kind for held_out in EVAL_TASKS.values()),
+        *(validation.task_kind for validation in EVAL_TASKS.values()),
     }
     requested = [
         text

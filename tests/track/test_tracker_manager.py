@@ -65,7 +65,7 @@ def test_failing_tracker_does_not_affect_the_run(
         in task.console_output
     )
     written = [*(tmp_path / "run" / "track" / "tensorboard").iterdir()]
-    assert len(written) == 1, "the one that does not fail goes on"
+    assert len(written) == 1, "the working tracker continues"
     assert b"run finished" in written[0].read_bytes()
 
 

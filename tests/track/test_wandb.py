@@ -37,7 +37,7 @@ def records(file: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def parts(tracked_run: TrackedRun) -> list[list[Any]]:
-    """Return records of the first process and of the resumed one."""
+    """Return records of the original run and of the resumed one."""
     files = sorted(tracked_run.folder("wandb").glob("wandb/offline-run-*/*.wandb"))
     return [list(records(file)) for file in files]
 

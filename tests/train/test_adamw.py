@@ -12,7 +12,7 @@ from finesight.train.optimizer import MasterWeightOptimizer
 
 MATRIX, BIAS = "model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.bias"
 SHAPES = {MATRIX: (40, 32), BIAS: (64,)}
-RATE, DECAY = 1e-3, 0.1
+LEARNING_RATE, DECAY = 1e-3, 0.1
 
 
 @pytest.mark.parametrize("micro", [1, 3])
@@ -25,7 +25,7 @@ def test_master_weights_match_fp32_adamw(dtype: torch.dtype, micro: int) -> None
         for name, shape in SHAPES.items()
     }
     baseline = {name: nn.Parameter(p.detach().float()) for name, p in named.items()}
-    settings = {"learning_rate": RATE, "weight_decay": DECAY, "max_grad_norm": None}
+    settings = {"learning_rate": LEARNING_RATE, "weight_decay": DECAY, "max_grad_norm": None}
     masters = MasterWeightOptimizer(named, TrainSettings.model_validate(settings))
     reference = torch.optim.AdamW(
         [
@@ -51,7 +51,7 @@ def test_master_weights_match_fp32_adamw(dtype: torch.dtype, micro: int) -> None
         for name, gradient in total.items():
             baseline[name].grad = gradient
         for group in reference.param_groups:
-            group["lr"] = RATE * factor
+            group["lr"] = LEARNING_RATE * factor
         reference.step()
         masters.step(factor, masters.grad_norm())
     for name, expected in baseline.items():
@@ -67,7 +67,7 @@ def test_master_weights_match_fp32_adamw(dtype: torch.dtype, micro: int) -> None
 def test_memory_per_parameter() -> None:
     named = {MATRIX: nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16))}
     for optimizer, moments in (("adamw", 8.0), ("adamw_8bit", 2 + 8 / 256)):
-        given = {"learning_rate": RATE, "optimizer": optimizer}
+        given = {"learning_rate": LEARNING_RATE, "optimizer": optimizer}
         masters = MasterWeightOptimizer(named, TrainSettings.model_validate(given))
         wide = masters.param_groups[0].master_weights
         assert wide.residual_E is not None

@@ -37,7 +37,7 @@ from finesight.train.graph_buffers import GraphInputs, GraphShape
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recorded")
+    folder = tmp_path_factory.mktemp("graphs")
     make_task(folder)
     return folder
 
@@ -51,11 +51,11 @@ WAYS = [
     (VISION_LORA, False, 1.0),
     (FULL_FINETUNE, False, 0.0),
 ]
-"""What is tuned, whether features are known, and the share of layers that are recomputed."""
+"""Tuned parts, whether features are cached, and the fraction of checkpointed layers."""
 
 
 class FailingGraphCache:
-    """Recordings for which there is no memory: what was computed by then waits in the error."""
+    """Graph cache without memory for graphs; its error holds a tensor of the failed pass."""
 
     def __init__(self, device: torch.device) -> None:
         self.num_requests = 0
@@ -65,16 +65,16 @@ class FailingGraphCache:
 
     def run(self, key: int, function: Callable[[], Tensor]) -> Tensor:
         self.num_requests += 1
-        held = torch.zeros(1)
-        WAITING.append(weakref.ref(held))
-        raise torch.OutOfMemoryError("no room for a recording")
+        waiting = torch.zeros(1)
+        WAITING.append(weakref.ref(waiting))
+        raise torch.OutOfMemoryError("out of memory during capture")
 
 
 WAITING: list[weakref.ref[Tensor]] = []
 
 
 class CountingGraphCache:
-    """Recordings that are launched, and how often."""
+    """Graph cache that runs eagerly and counts its requests."""
 
     def __init__(self, device: torch.device) -> None:
         self.num_requests = 0
@@ -116,8 +116,8 @@ def test_larger_packs_are_captured_if_launch_bound(
 
     def count_requests(packs: list[PackedBatch]) -> int:
         passes = CudaGraphRunner(model, list(trainable_parameters(model).values()))
-        # Segments of nothing, as a recording has, are for a card alone.
-        monkeypatch.setattr(passes, "_run_static", lambda held: share)
+        # Empty segments of static buffers require a GPU.
+        monkeypatch.setattr(passes, "_run_static", lambda static_inputs: share)
         found = passes._graphs
         for one in packs:
             passes.forward_backward(one, None, share)
@@ -150,7 +150,7 @@ def test_packs_share_graphs_if_launch_bound(folder: Path, monkeypatch: pytest.Mo
 
     def count_graphs() -> tuple[int, int]:
         passes = CudaGraphRunner(model, list(trainable_parameters(model).values()))
-        monkeypatch.setattr(passes, "_run_static", lambda held: share)
+        monkeypatch.setattr(passes, "_run_static", lambda static_inputs: share)
         found = passes._graphs
         for one in packs:
             passes.forward_backward(one, None, share)
@@ -158,7 +158,7 @@ def test_packs_share_graphs_if_launch_bound(folder: Path, monkeypatch: pytest.Mo
         return len(packs) - found.num_requests, len(passes._inputs)
 
     assert count_graphs() == (cuda_graphs.MIN_STARVED_PACKS, 1)
-    # Kinds may be hundreds: they are gone through for a recording that is made, not for every pack.
+    # There may be hundreds of shapes: they are searched for each capture, not for each pack.
     monkeypatch.setattr(GraphShape, "widen", None)
     card.half_free = False
     assert count_graphs() == (2 * cuda_graphs.NUM_WARMUP_PACKS, 2), "each kind has its own"
@@ -185,7 +185,7 @@ def test_slow_shared_graphs_are_dropped(folder: Path, monkeypatch: pytest.Monkey
         CudaGraphRunner(model, list(trainable_parameters(model).values())),
         torch.tensor(0.25),
     )
-    monkeypatch.setattr(passes, "_run_static", lambda held: share)
+    monkeypatch.setattr(passes, "_run_static", lambda static_inputs: share)
     found = passes._graphs
     assert isinstance(found, CountingGraphCache)
     for one in [smaller, larger] * cuda_graphs.MIN_STARVED_PACKS:
@@ -240,9 +240,7 @@ def test_capture_out_of_memory_disables_graphs(
         for parameter in learning:
             parameter.grad = None
     assert isinstance(full, FailingGraphCache)
-    assert full.num_requests == 1, (
-        "kinds that come once are not recorded, and one failure is enough"
-    )
+    assert full.num_requests == 1, "single shapes are not captured, and one failure disables graphs"
     assert passes._graphs is None
     (loss, grads), *others = found
     for loss_1, grads_1 in others:
@@ -299,7 +297,7 @@ def test_large_trainable_models_are_not_captured(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(
-    ("tune", "known", "recompute", "packed", "short"),
+    ("tune", "known", "checkpointed", "packed", "short"),
     [
         *((*way, pack, 256) for way in WAYS),
         *((*way, pack_shared_prefix, 256) for way in WAYS),
@@ -311,14 +309,14 @@ def test_graph_replay_matches_eager_training(
     folder: Path,
     tune: TuneSettings,
     known: bool,
-    recompute: float,
+    checkpointed: float,
     packed: Callable[[Sequence[EncodedSample]], PackedBatch],
     short: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cuda = torch.device("cuda")
     model = make_model(torch.bfloat16, cuda, tune)
-    model.activation_checkpointing = recompute
+    model.activation_checkpointing = checkpointed
     samples = encode_samples(folder)
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 0)
     # So that some take their way by the hooks, and others not.
@@ -342,8 +340,8 @@ def test_graph_replay_matches_eager_training(
         return results
 
     launched, first, again = train_all(0), train_all(6144), train_all(6144)
-    assert passes._graphs is not None, "recording failed"
-    assert passes._graphs._graphs, "nothing was recorded"
+    assert passes._graphs is not None, "capture failed"
+    assert passes._graphs._graphs, "nothing was captured"
     for (loss, grads), (loss_1, grads_1), (loss_2, grads_2) in zip(
         launched, first, again, strict=True
     ):
@@ -369,7 +367,7 @@ def test_shared_graph_matches_eager_training(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(graph_vision_buffers, "MAX_GRAPH_PATCHES", 0)
     # Of so few tokens a replay always is the sooner one; but a test hangs on no clock.
     monkeypatch.setattr(passes._timer, "is_replay_faster", lambda tokens: True)
-    # As if each kind had come already, and none had been recorded.
+    # Simulate that each shape has occurred, and none was captured.
     passes._shape_counts.update(GraphShape.from_batch(one) for one in packs)
 
     def train_all(most: int) -> list[tuple[Tensor, list[Tensor]]]:
@@ -385,7 +383,7 @@ def test_shared_graph_matches_eager_training(folder: Path, monkeypatch: pytest.M
         return results
 
     launched, shared = train_all(0), train_all(6144)
-    assert passes._graphs is not None, "recording failed"
+    assert passes._graphs is not None, "capture failed"
     assert len(passes._graphs._graphs) == len(passes._inputs) == 1
     for (loss, grads), (loss_1, grads_1) in zip(launched, shared, strict=True):
         torch.testing.assert_close(loss_1, loss, rtol=2e-3, atol=2e-3)

@@ -40,13 +40,15 @@ def folder(tmp_path: Path) -> Path:
 
 def steps_of(
     folder: Path,
-    unusable: Literal["skip", "fail"] = "skip",
+    on_invalid_sample: Literal["skip", "fail"] = "skip",
     budget: int = 100,
     rule: PixelRange | LongestSide = RULE,
 ) -> StepDataset:
     corpus: Corpus = load_corpus((TrainFileSettings(path=folder / "train.jsonl"),))
     renderer = NativeRenderer(ModelFolder(folder / "tiny"), rule)
-    return StepDataset(corpus, renderer, SequentialSampler(range(len(corpus)), 4), budget, unusable)
+    return StepDataset(
+        corpus, renderer, SequentialSampler(range(len(corpus)), 4), budget, on_invalid_sample
+    )
 
 
 def to_nested_lists(batch: PackedBatch) -> list[object]:

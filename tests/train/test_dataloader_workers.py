@@ -31,7 +31,7 @@ class NumberItems(Dataset[int | UserError]):
         return number
 
     def fail(self) -> int:
-        raise UserError("it broke", where="here", expected="better", remedy="mend it")
+        raise UserError("it broke", where="here", expected="better", remedy="fix it")
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -48,7 +48,7 @@ def test_worker_errors_are_reraised(workers: int) -> None:
     with pytest.raises(UserError) as caught:
         next(items)
     error = caught.value
-    assert (error.what, error.where, error.remedy) == ("it broke", "here", "mend it")
+    assert (error.what, error.where, error.remedy) == ("it broke", "here", "fix it")
 
 
 class ProcessGroupItems(Dataset[int | UserError]):

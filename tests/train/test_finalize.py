@@ -54,7 +54,7 @@ def test_worsening_run_stops_early(task: TinyTask) -> None:
 
 
 def test_best_checkpoint_weights_are_restored(task: TinyTask) -> None:
-    # By the score it is step 2, though the loss goes on falling.
+    # Step 2 has the best score, although the loss keeps falling.
     result = task.run(
         "train.keep_checkpoints=1",
         "train.save_every=1",

@@ -118,7 +118,7 @@ def test_attention_flops_hand_computed(tmp_path: Path) -> None:
 
 
 def test_shared_prefix_is_counted_once(tmp_path: Path) -> None:
-    """A sequence of 10 tokens that two of 20 and 5 go on from, against copies of it."""
+    """Compare a prefix of 10 tokens, shared by sequences of 20 and 5, with copies of it."""
     create_tiny_model(tmp_path / "a", "qwen2_vl")
     model = load_model(ModelFolder(tmp_path / "a"), torch.float32, CPU)
     configure_tuning(model, TuneSettings(language="lora"), 0)

@@ -28,7 +28,7 @@ from finesight.train.graph_vision_buffers import GraphVisionShape
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recorded")
+    folder = tmp_path_factory.mktemp("graphs")
     make_task(folder)
     return folder
 
@@ -52,30 +52,30 @@ def test_pack_padding_does_not_change_results(
         kind = kind.widen([larger])
         assert kind.fits(larger)
         assert kind != GraphShape.from_batch(batch)
-    held = GraphInputs.allocate(kind, batch, features, model.visual)
+    static_inputs = GraphInputs.allocate(kind, batch, features, model.visual)
     most = max(compute_context_lengths(batch.lengths, batch.prefix_length))
     assert (
-        max(compute_context_lengths(held.batch.lengths, held.batch.prefix_length))
-        == held.shape.max_seqlen
+        max(compute_context_lengths(static_inputs.batch.lengths, static_inputs.batch.prefix_length))
+        == static_inputs.shape.max_seqlen
         >= most
     )
-    assert held.batch.prefix_length == batch.prefix_length
+    assert static_inputs.batch.prefix_length == batch.prefix_length
     # Another one was there before.
     other = packed(samples[5:9])
-    held.copy_from(other, encode_images(model, other), torch.tensor(2.0), model.visual)
-    held.copy_from(batch, features, torch.tensor(0.5), model.visual)
-    lengths = held.batch.cu_seqlens_S1.diff().tolist()
-    assert len(lengths) == held.shape.num_sequences
+    static_inputs.copy_from(other, encode_images(model, other), torch.tensor(2.0), model.visual)
+    static_inputs.copy_from(batch, features, torch.tensor(0.5), model.visual)
+    lengths = static_inputs.batch.cu_seqlens_S1.diff().tolist()
+    assert len(lengths) == static_inputs.shape.num_sequences
     assert lengths[: len(batch.lengths)] == list(batch.lengths)
     # Without a kernel for segments of any length, empty ones have to be left out.
     full = [length for length in lengths if length]
-    bounds_S1 = held.batch.cu_seqlens_S1[: len(full) + 1]
-    filled = replace(held.batch, lengths=tuple(full), cu_seqlens_S1=bounds_S1)
-    found = model(filled, held.features_MKD)[: batch.num_supervised_tokens]
+    cu_seqlens_S1 = static_inputs.batch.cu_seqlens_S1[: len(full) + 1]
+    filled = replace(static_inputs.batch, lengths=tuple(full), cu_seqlens_S1=cu_seqlens_S1)
+    found = model(filled, static_inputs.features_MKD)[: batch.num_supervised_tokens]
     torch.testing.assert_close(found, model(batch, features))
-    assert torch.equal(held.batch.labels_L[: batch.num_supervised_tokens], batch.labels_L)
-    assert set(held.batch.labels_L[batch.num_supervised_tokens :].tolist()) <= {-1}
-    assert held.loss_weight.item() == 0.5
+    assert torch.equal(static_inputs.batch.labels_L[: batch.num_supervised_tokens], batch.labels_L)
+    assert set(static_inputs.batch.labels_L[batch.num_supervised_tokens :].tolist()) <= {-1}
+    assert static_inputs.loss_weight.item() == 0.5
 
 
 def test_padding_stays_within_graph_shape(folder: Path) -> None:
@@ -90,9 +90,9 @@ def test_padding_stays_within_graph_shape(folder: Path) -> None:
         lengths = [prefix, *lengths] if prefix else lengths
         batch = make_pack(some, lengths, prefix, some.num_supervised_tokens)
         kind = GraphShape.from_batch(batch)
-        held = GraphInputs.allocate(kind, batch, None, model.visual)
-        held.copy_from(batch, None, torch.tensor(1.0), model.visual)
-        packed_value = held.batch.cu_seqlens_S1.diff()
+        static_inputs = GraphInputs.allocate(kind, batch, None, model.visual)
+        static_inputs.copy_from(batch, None, torch.tensor(1.0), model.visual)
+        packed_value = static_inputs.batch.cu_seqlens_S1.diff()
         assert packed_value[: len(lengths)].tolist() == lengths
         assert int(packed_value.sum()) == kind.num_tokens
         assert int(packed_value.min()) >= 0
@@ -129,18 +129,18 @@ def test_merged_graph_shape_accepts_its_packs(folder: Path) -> None:
         kind = kinds[0].widen(kinds[1:])
         assert kind.fits(kinds[0])
         assert kind.num_tokens <= kinds[0].num_tokens * 9 // 8
-        held = GraphInputs.allocate(kind, packs[0], None, model.visual)
+        static_inputs = GraphInputs.allocate(kind, packs[0], None, model.visual)
         for own, batch in zip(kinds, packs, strict=True):
             if not kind.fits(own):
                 continue
             taken += own != kind
-            held.copy_from(batch, None, torch.tensor(1.0), model.visual)
-            packed_value, count = held.batch.cu_seqlens_S1.diff(), len(batch.lengths)
+            static_inputs.copy_from(batch, None, torch.tensor(1.0), model.visual)
+            packed_value, count = static_inputs.batch.cu_seqlens_S1.diff(), len(batch.lengths)
             assert packed_value[:count].tolist() == list(batch.lengths)
             assert int(packed_value.sum()) == kind.num_tokens
             assert int(packed_value.min()) >= 0
             assert int(packed_value[prefix > 0 :].max()) + prefix <= kind.max_seqlen
-            assert len(held.batch.labels_L) >= batch.num_supervised_tokens
+            assert len(static_inputs.batch.labels_L) >= batch.num_supervised_tokens
     assert taken > 100
 
 
@@ -190,13 +190,15 @@ def test_feature_gradients_reach_the_encoder(folder: Path) -> None:
     model = make_model(torch.float32, CPU, FULL_FINETUNE)
     batch = pack(encode_samples(folder)[:5])
     features = model.encode_images(batch.patches_ND, batch.grid_thw)
-    held = GraphInputs.allocate(GraphShape.from_batch(batch), batch, features, model.visual)
-    held.copy_from(batch, features, torch.tensor(1.0), model.visual)
-    ((packed_value, back),) = held.trainable_features
+    static_inputs = GraphInputs.allocate(
+        GraphShape.from_batch(batch), batch, features, model.visual
+    )
+    static_inputs.copy_from(batch, features, torch.tensor(1.0), model.visual)
+    ((packed_value, back),) = static_inputs.trainable_features
     assert torch.equal(packed_value[: len(features)], features)
-    # What a pack of nothing was filled up with has no way back.
+    # Gradients of padding features are ignored.
     back.copy_(torch.arange(back.numel()).view_as(back) / back.numel())
-    held.backward_features(features)
+    static_inputs.backward_features(features)
     parameters = list(model.visual.parameters())
     found = [parameter.grad for parameter in parameters]
     again = model.encode_images(batch.patches_ND, batch.grid_thw)

@@ -48,7 +48,7 @@ def test_static_gradients_keep_their_addresses() -> None:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T, whose way back is that of layers in few kernels."""
+    """Product x W^T with the backward pass of fused layers."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, wide: LoraMatmul) -> Tensor:

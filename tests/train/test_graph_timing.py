@@ -1,4 +1,4 @@
-"""What a recording is compared with: launches, and the card's own time."""
+"""Timing of CUDA graph replays against eager launches."""
 
 from __future__ import annotations
 
@@ -43,40 +43,40 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeEvent.clock, FakeEvent.through = 0.0, False
 
 
-def replay(pace: GraphTimer, tokens: int, seconds: float) -> None:
-    with pace.time_replay(tokens):
+def replay(timer: GraphTimer, tokens: int, seconds: float) -> None:
+    with timer.time_replay(tokens):
         FakeEvent.clock += seconds
 
 
 def test_replay_time_is_known_after_gpu_finishes() -> None:
-    pace = GraphTimer()
-    pace.record_launch(0.05)
-    assert pace.is_replay_faster(1000) is None
-    replay(pace, 1000, 0.02)
-    assert pace.is_replay_faster(1000) is None
-    replay(pace, 1000, 9.0)  # while the first is under way
+    timer = GraphTimer()
+    timer.record_launch(0.05)
+    assert timer.is_replay_faster(1000) is None
+    replay(timer, 1000, 0.02)
+    assert timer.is_replay_faster(1000) is None
+    replay(timer, 1000, 9.0)  # while the first is under way
     FakeEvent.through = True
-    assert pace.is_replay_faster(1000) is True
-    assert pace.is_replay_faster(2400) is True
-    assert pace.is_replay_faster(2600) is False
+    assert timer.is_replay_faster(1000) is True
+    assert timer.is_replay_faster(2400) is True
+    assert timer.is_replay_faster(2600) is False
 
 
 def test_fastest_launch_and_replay_are_compared() -> None:
-    pace = GraphTimer()
+    timer = GraphTimer()
     FakeEvent.through = True
-    replay(pace, 1000, 0.06)
-    assert pace.is_replay_faster(1000) is None, "nothing was launched"
+    replay(timer, 1000, 0.06)
+    assert timer.is_replay_faster(1000) is None, "nothing was launched"
     for seconds in (3.0, 0.05, 0.2):
-        pace.record_launch(seconds)
-    assert pace.is_replay_faster(1000) is False
-    replay(pace, 2000, 0.08)
-    assert pace.is_replay_faster(1000) is True
-    replay(pace, 1000, 0.06)
-    assert pace.is_replay_faster(1000) is True
+        timer.record_launch(seconds)
+    assert timer.is_replay_faster(1000) is False
+    replay(timer, 2000, 0.08)
+    assert timer.is_replay_faster(1000) is True
+    replay(timer, 1000, 0.06)
+    assert timer.is_replay_faster(1000) is True
 
 
 class FakeGraphCache:
-    """Recordings that are replayed from their third run on."""
+    """Graph cache that replays from the third run on."""
 
     def __init__(self, device: torch.device) -> None:
         self.runs = 0
@@ -99,10 +99,10 @@ def test_launches_and_replays_are_timed(tmp_path: Path, monkeypatch: pytest.Monk
     model = make_model(torch.float32, CPU).eval()
     batch, share = pack(encode_samples(tmp_path)[:4]), torch.tensor(0.25)
     passes = CudaGraphRunner(model, list(trainable_parameters(model).values()))
-    monkeypatch.setattr(passes, "_run_static", lambda held: share)
+    monkeypatch.setattr(passes, "_run_static", lambda static_inputs: share)
     for _ in range(cuda_graphs.NUM_WARMUP_PACKS + 2):
         passes.forward_backward(batch, None, share)
-    assert passes._timer.is_replay_faster(1) is None, "what is launched or recorded is no replay"
+    assert passes._timer.is_replay_faster(1) is None, "eager launches and captures are no replays"
     passes.forward_backward(batch, None, share)
     tokens = GraphShape.from_batch(batch).num_tokens
     assert passes._timer.is_replay_faster(100 * tokens) is False

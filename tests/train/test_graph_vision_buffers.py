@@ -41,7 +41,7 @@ FAMILIES = ["qwen2_vl", "qwen2_5_vl"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sight")
+    folder = tmp_path_factory.mktemp("vision")
     make_task(folder)
     for family in (*FAMILIES, "qwen3_vl", "qwen"):
         create_tiny_model(folder / family, family)
@@ -74,25 +74,31 @@ def without_empty(segments: Segments) -> Segments:
 
 
 def compute_loss_and_gradients(
-    model: VisionLanguageModel, held: GraphInputs
+    model: VisionLanguageModel, static_inputs: GraphInputs
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the loss of the buffers and all gradients."""
-    assert held.vision_inputs is not None
-    ways = {id(own): without_empty(own) for own in held.vision_inputs.layout.segments}
+    assert static_inputs.vision_inputs is not None
+    ways = {id(own): without_empty(own) for own in static_inputs.vision_inputs.layout.segments}
     layout = replace(
-        held.vision_inputs.layout,
-        segments=tuple(ways[id(own)] for own in held.vision_inputs.layout.segments),
+        static_inputs.vision_inputs.layout,
+        segments=tuple(ways[id(own)] for own in static_inputs.vision_inputs.layout.segments),
     )
-    features = replace(held.vision_inputs, layout=layout).encode(model.visual)
+    features = replace(static_inputs.vision_inputs, layout=layout).encode(model.visual)
     inside = without_empty(
-        Segments(held.batch.lengths, held.batch.cu_seqlens_S1, held.shape.max_seqlen)
+        Segments(
+            static_inputs.batch.lengths,
+            static_inputs.batch.cu_seqlens_S1,
+            static_inputs.shape.max_seqlen,
+        )
     )
-    filled = replace(held.batch, lengths=inside.lengths, cu_seqlens_S1=inside.cu_seqlens_S1)
+    filled = replace(
+        static_inputs.batch, lengths=inside.lengths, cu_seqlens_S1=inside.cu_seqlens_S1
+    )
     h_LD = model(filled, features)
     # The kernel leaves rows without a target out; here those of the pack come first.
-    count = int((held.batch.labels_L >= 0).sum())
+    count = int((static_inputs.batch.labels_L >= 0).sum())
     loss = fused_linear_cross_entropy(
-        h_LD, model.lm_head_weight, held.batch.labels_L[:count], held.loss_weight
+        h_LD, model.lm_head_weight, static_inputs.batch.labels_L[:count], static_inputs.loss_weight
     )
     named = trainable_parameters(model)
     return loss, dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
@@ -105,7 +111,7 @@ def test_image_padding_does_not_change_results(folder: Path, family: str) -> Non
     assert can_capture_vision(model)
     encoder = model.visual
     merge = encoder.config.merge_size
-    # Room for both of them, with more than one segment of nothing.
+    # Large enough for both of them, with more than one empty segment.
     kinds = [GraphVisionShape.from_batch(one, encoder) for one in (other, batch)]
     patches = max(kind.num_patches for kind in kinds) + 2 * PAD_MULTIPLE * merge**2
     ways = tuple(
@@ -120,16 +126,16 @@ def test_image_padding_does_not_change_results(folder: Path, family: str) -> Non
         max_seqlen=1024,
         num_labels=512,
     )
-    held = GraphInputs.allocate(kind, batch, None, encoder)
+    static_inputs = GraphInputs.allocate(kind, batch, None, encoder)
     # Another one was there before.
-    held.copy_from(other, None, torch.tensor(2.0), encoder)
-    held.copy_from(batch, None, torch.tensor(0.5), encoder)
-    assert held.vision_inputs is not None
-    for own in held.vision_inputs.layout.segments:
+    static_inputs.copy_from(other, None, torch.tensor(2.0), encoder)
+    static_inputs.copy_from(batch, None, torch.tensor(0.5), encoder)
+    assert static_inputs.vision_inputs is not None
+    for own in static_inputs.vision_inputs.layout.segments:
         lengths = own.cu_seqlens_S1.diff()
-        assert int(own.cu_seqlens_S1[-1]) == patches, "patches that nothing looks at"
+        assert int(own.cu_seqlens_S1[-1]) == patches, "patches outside all segments"
         assert 0 <= int(lengths.min()) <= int(lengths.max()) <= own.max_seqlen
-    loss, found = compute_loss_and_gradients(model, held)
+    loss, found = compute_loss_and_gradients(model, static_inputs)
     expected = fused_linear_cross_entropy(
         model(batch), model.lm_head_weight, batch.labels_L, torch.tensor(0.5)
     )
@@ -141,7 +147,7 @@ def test_image_padding_does_not_change_results(folder: Path, family: str) -> Non
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_graph_shape_fits_all_packs(folder: Path, family: str) -> None:
-    """Whatever fills them up: of each size of filling the bounds end where the patches do."""
+    """Check that the cumulative lengths end at the last patch for all sizes of padding."""
     model = make_model(folder, family)
     for each in (1, 2, 3, 5):
         for batch in packs(folder, family, each):
@@ -151,39 +157,41 @@ def test_graph_shape_fits_all_packs(folder: Path, family: str) -> None:
                 kind.num_features * model.visual.config.merge_size**2
                 == kind.vision_shape.num_patches
             )
-            held = GraphInputs.allocate(kind, batch, None, model.visual)
-            held.copy_from(batch, None, torch.tensor(1.0), model.visual)
-            assert held.vision_inputs is not None
-            for own in held.vision_inputs.layout.segments:
+            static_inputs = GraphInputs.allocate(kind, batch, None, model.visual)
+            static_inputs.copy_from(batch, None, torch.tensor(1.0), model.visual)
+            assert static_inputs.vision_inputs is not None
+            for own in static_inputs.vision_inputs.layout.segments:
                 assert int(own.cu_seqlens_S1[-1]) == kind.vision_shape.num_patches
                 assert int(own.cu_seqlens_S1.diff().max()) <= own.max_seqlen
 
 
 def test_capturable_vision_encoders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def seen(family: str, tune: dict[str, Any], recompute: float = 0.0) -> bool:
+    def is_captured(family: str, tune: dict[str, Any], checkpointed: float = 0.0) -> bool:
         return can_capture_vision(make_model(folder, family, tune)) and should_capture_vision(
-            100, recompute
+            100, checkpointed
         )
 
     lora: dict[str, Any] = {"language": "lora", "vision": "lora"}
     for family in FAMILIES:
-        assert seen(family, ALL)
-        assert seen(family, lora | {"lora": {"rank": 4, "dropout": 0.0}})
-        assert not seen(family, lora | {"lora": {"rank": 4, "dropout": 0.1}}), "draws elsewhere"
-        assert not seen(family, {"language": "full"}), "a frozen tower"
-        assert not seen(family, ALL, recompute=1.0), "draws again"
-    assert not seen("qwen3_vl", ALL), "positions that hang on sizes"
-    assert not seen("qwen", ALL)
+        assert is_captured(family, ALL)
+        assert is_captured(family, lora | {"lora": {"rank": 4, "dropout": 0.0}})
+        assert not is_captured(family, lora | {"lora": {"rank": 4, "dropout": 0.1}}), (
+            "draws elsewhere"
+        )
+        assert not is_captured(family, {"language": "full"}), "a frozen encoder"
+        assert not is_captured(family, ALL, checkpointed=1.0), "draws again"
+    assert not is_captured("qwen3_vl", ALL), "positions that hang on sizes"
+    assert not is_captured("qwen", ALL)
     odd = make_model(folder, "qwen2_vl")
     odd.visual.config = replace(odd.visual.config, num_heads=odd.visual.config.hidden_size // 4)
     assert not can_capture_vision(odd), "heads that the kernel does not take"
     monkeypatch.setattr(graph_vision_buffers, "MAX_GRAPH_PATCHES", 99)
-    assert not seen("qwen2_vl", ALL)
+    assert not is_captured("qwen2_vl", ALL)
     assert not should_capture_vision(0, 0.0), "texts"
 
 
 class FakeGraphCache:
-    """Recordings that are launched each time."""
+    """Graph cache that runs eagerly."""
 
     def __init__(self, device: torch.device) -> None:
         self.keys: list[int] = []
@@ -201,7 +209,7 @@ def run_graphs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     padding."""
     attend = attention.varlen_attention
 
-    def by_bounds(
+    def attend_nonempty(
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -218,7 +226,7 @@ def run_graphs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     for module in (attention, layers):
-        monkeypatch.setattr(module, "varlen_attention", by_bounds)
+        monkeypatch.setattr(module, "varlen_attention", attend_nonempty)
     monkeypatch.setattr(cuda_graphs, "fused_linear_cross_entropy", of_targets)
     monkeypatch.setattr(cuda_graphs, "_is_capturable", lambda *_: True)
     monkeypatch.setattr(cuda_graphs, "CudaGraphCache", FakeGraphCache)
@@ -271,7 +279,7 @@ def test_shared_graph_gives_each_pack_its_gradients(
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 100)
     monkeypatch.setattr(cuda_graphs, "_has_half_free", lambda device: True)
     monkeypatch.setattr("finesight.train.graph_buffers.MAX_PADDING_DIVISOR", 1)
-    # The tower stays outside: with it, pictures would have to be as many.
+    # The vision encoder runs eagerly; captured, it would need equal numbers of images.
     monkeypatch.setattr(graph_vision_buffers, "MAX_GRAPH_PATCHES", 0)
     model = make_model(folder, family, {"merger": "full", "language": "full"})
     few, more = packs(folder, family, 2)[0], packs(folder, family, 3)[0]
@@ -334,7 +342,7 @@ def test_graph_encoder_matches_eager_training(
     batches.append(replace(first, grid_thw=(), patches_ND=empty[0], visual_indices_M=empty[1]))
 
     def launched(batch: PackedBatch) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        # Its graph ends here: what it knows of streams would spoil the next recording.
+        # The autograd graph ends here: its streams would break the next capture.
         loss = fused_linear_cross_entropy(model(batch), model.lm_head_weight, batch.labels_L, share)
         return loss.detach(), torch.autograd.grad(loss, learning, allow_unused=True)
 
@@ -349,5 +357,5 @@ def test_graph_encoder_matches_eager_training(
             assert (mine is None) == (theirs is None)
             if mine is not None and theirs is not None:
                 assert relative_error(mine, theirs.float()) < 0.05
-    assert passes._graphs is not None, "a recording failed"
-    assert any(held.vision_inputs is not None for held in passes._inputs.values())
+    assert passes._graphs is not None, "a capture failed"
+    assert any(static_inputs.vision_inputs is not None for static_inputs in passes._inputs.values())

@@ -170,13 +170,13 @@ def test_only_common_samples_are_compared() -> None:
     assert found.count_touched(recorded) == 1
 
 
-@pytest.mark.parametrize("unusable", ["skip", "fail"])
-def test_damaged_image_may_be_repaired(task: TinyTask, unusable: str) -> None:
+@pytest.mark.parametrize("on_invalid_sample", ["skip", "fail"])
+def test_damaged_image_may_be_repaired(task: TinyTask, on_invalid_sample: str) -> None:
     image = task.folder / "train4.png"
     full = image.read_bytes()
     image.write_bytes(full[:60])
-    settings = (f"data.on_invalid_sample={unusable}", "train.save_every=1")
-    if unusable == "fail":
+    settings = (f"data.on_invalid_sample={on_invalid_sample}", "train.save_every=1")
+    if on_invalid_sample == "fail":
         with pytest.raises(UserError, match=r"train4\.png"):
             task.run(*settings)
     else:

@@ -25,8 +25,8 @@ PATIENCE = 30.0
 PROGRESS = TrainProgress(MemoryBudget(pack_tokens=100, activation_checkpointing=0.0))
 
 
-class RecordingDisk(FileSystem):
-    """A disk that keeps every version of a report."""
+class HistoryFileSystem(FileSystem):
+    """File system that stores every version of a report."""
 
     def __init__(self) -> None:
         self.pages: list[str] = []
@@ -49,7 +49,7 @@ def page_of(run: RunDir, every: float) -> LiveReport:
 
 
 def test_live_report_shows_newest_progress(run: RunDir) -> None:
-    with use_file_system(disk := RecordingDisk()):
+    with use_file_system(disk := HistoryFileSystem()):
         page = page_of(run, 0.001)
         with page.run_in_background(PROGRESS):
             run.append_metrics(make_step_line(9))
@@ -96,7 +96,7 @@ def test_failed_run_reports_its_error(task: TinyTask, monkeypatch: pytest.Monkey
 
 
 def test_interrupted_run_reports_it(task: TinyTask) -> None:
-    class Stopping(RecordingDisk):
+    class Stopping(HistoryFileSystem):
         def rename(self, source: Path, target: Path) -> None:
             super().rename(source, target)
             if target.name == "step-2":

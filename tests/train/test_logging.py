@@ -24,7 +24,7 @@ from finesight.train.run_dir import RunDir
 METRIC = {"metric": "ocr", "every": 2, "max_new_tokens": 4}
 
 
-class RecordingDisk(FileSystem):
+class HistoryFileSystem(FileSystem):
     """A disk that keeps every version of a report, and may refuse to take one."""
 
     def __init__(self, refuse: bool = False) -> None:
@@ -47,7 +47,7 @@ def read_status(page: str) -> str:
 
 
 def test_report_at_every_evaluation_and_at_the_end(task: TinyTask) -> None:
-    with use_file_system(disk := RecordingDisk()):
+    with use_file_system(disk := HistoryFileSystem()):
         task.run(eval=METRIC)
     assert [read_status(page) for page in disk.pages] == [
         *(f"not finished: {step} of 6 steps so far" for step in (0, 2, 4)),
@@ -59,11 +59,11 @@ def test_report_at_every_evaluation_and_at_the_end(task: TinyTask) -> None:
     assert (
         "11 samples, 2 epochs: language with LoRA of rank 4; merger with full fine-tuning" in last
     )
-    assert '"problem"' not in last, "every picture was found"
+    assert '"problem"' not in last, "every image was found"
 
 
 def test_interrupted_run_has_a_report(task: TinyTask) -> None:
-    class Stopping(RecordingDisk):
+    class Stopping(HistoryFileSystem):
         def rename(self, source: Path, target: Path) -> None:
             super().rename(source, target)
             if target.name == "step-2":
@@ -81,7 +81,7 @@ def test_interrupted_run_has_a_report(task: TinyTask) -> None:
 
 
 def test_run_survives_report_errors(task: TinyTask) -> None:
-    with use_file_system(RecordingDisk(refuse=True)):
+    with use_file_system(HistoryFileSystem(refuse=True)):
         result = task.run(eval=METRIC)
     assert result.steps == 6
     assert (

@@ -72,14 +72,17 @@ def test_zero_gradient_gives_zero_update() -> None:
     assert not newton_schulz(torch.zeros(2, 4, 3)).any()
 
 
-def reference(master: Tensor, grads: list[Tensor], rate: float, decay: float) -> Tensor:
+def reference(master: Tensor, grads: list[Tensor], learning_rate: float, decay: float) -> Tensor:
     """The published rule, one matrix at a time."""
     momentum = torch.zeros_like(master)
     for grad in grads:
         momentum = 0.95 * momentum + 0.05 * grad
         ahead = 0.05 * grad + 0.95 * momentum
         changed = newton_schulz(ahead[None])[0]
-        master = master * (1 - rate * decay) - rate * ADAMW_RMS * max(master.shape) ** 0.5 * changed
+        master = (
+            master * (1 - learning_rate * decay)
+            - learning_rate * ADAMW_RMS * max(master.shape) ** 0.5 * changed
+        )
     return master
 
 
@@ -120,10 +123,10 @@ def test_cuda_graph_steps_match_eager_steps() -> None:
     for recorded in (True, False):
         master_E, grad_E = start.clone(), torch.zeros_like(start)
         muon = Muon(SplitBf16Master(master_E), grad_E, matrices)
-        for grad, rate in zip(grads, (0.1, 0.2, 0.3, 0.2, 0.1), strict=True):
+        for grad, learning_rate in zip(grads, (0.1, 0.2, 0.3, 0.2, 0.1), strict=True):
             grad_E.copy_(grad)
             muon._is_warmed_up &= recorded
-            muon.step(rate, 0.5, torch.ones((), device="cuda"))
+            muon.step(learning_rate, 0.5, torch.ones((), device="cuda"))
         assert (muon._graph is not None) is recorded
         changed.append((master_E, muon.momentum_E))
     for one, other in zip(*changed, strict=True):
@@ -153,22 +156,22 @@ def test_skipped_step_changes_no_state(dtype: torch.dtype) -> None:
 
 
 def test_fused_layers_step_like_separate_layers() -> None:
-    together, apart = parameters(), parameters()
+    stacked, apart = parameters(), parameters()
     name = "visual.blocks.0.attn.qkv.weight"
     pieces = apart.pop(name).detach().split(4)
     apart |= {
         f"visual.blocks.0.attn.{n}.weight": nn.Parameter(p.clone()) for n, p in enumerate(pieces)
     }
-    one = MasterWeightOptimizer(together, settings(max_grad_norm=None), {name: (4, 4, 4)})
+    one = MasterWeightOptimizer(stacked, settings(max_grad_norm=None), {name: (4, 4, 4)})
     other = MasterWeightOptimizer(apart, settings(max_grad_norm=None))
     grad = torch.randn((12, 4), generator=torch.Generator().manual_seed(3))
-    (together[name] * grad).sum().backward()
+    (stacked[name] * grad).sum().backward()
     for n, piece in enumerate(grad.split(4)):
         (apart[f"visual.blocks.0.attn.{n}.weight"] * piece).sum().backward()
     for masters in (one, other):
         masters.step(1.0, masters.grad_norm())
     found = torch.cat([apart[f"visual.blocks.0.attn.{n}.weight"].detach() for n in range(3)])
-    torch.testing.assert_close(together[name].detach(), found)
+    torch.testing.assert_close(stacked[name].detach(), found)
 
 
 def test_stacked_experts_step_like_separate_matrices() -> None:

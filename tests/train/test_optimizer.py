@@ -17,7 +17,7 @@ NAMES = {
     "model.layers.0.mlp.down_proj.bias": (5,),
     "model.embed_tokens.weight": (7, 6),
 }
-RATES = {"default": 1e-2, "vision": 1e-3, "embeddings": 3e-3}
+LEARNING_RATES = {"default": 1e-2, "vision": 1e-3, "embeddings": 3e-3}
 
 
 def parameters(dtype: torch.dtype) -> dict[str, nn.Parameter]:
@@ -29,7 +29,9 @@ def parameters(dtype: torch.dtype) -> dict[str, nn.Parameter]:
 
 
 def settings(**changes: object) -> TrainSettings:
-    return TrainSettings.model_validate({"learning_rate": RATES, "weight_decay": 0.1, **changes})
+    return TrainSettings.model_validate(
+        {"learning_rate": LEARNING_RATES, "weight_decay": 0.1, **changes}
+    )
 
 
 def backward(named: dict[str, nn.Parameter], seed: int) -> None:
@@ -45,12 +47,13 @@ def take(masters: MasterWeightOptimizer, named: dict[str, nn.Parameter], seed: i
 
 def test_fp32_matches_torch_adamw_with_groups_and_clipping() -> None:
     named, baseline = parameters(torch.float32), parameters(torch.float32)
-    rates = {"visual": 1e-3, "model.layers": 1e-2, "model.embed": 3e-3}
+    learning_rates = {"visual": 1e-3, "model.layers": 1e-2, "model.embed": 3e-3}
     reference = torch.optim.AdamW(
         [
             {
                 "params": [parameter],
-                "lr": 0.5 * next(rate for start, rate in rates.items() if name.startswith(start)),
+                "lr": 0.5
+                * next(value for start, value in learning_rates.items() if name.startswith(start)),
                 "weight_decay": 0.1 if parameter.dim() > 1 else 0.0,
             }
             for name, parameter in baseline.items()

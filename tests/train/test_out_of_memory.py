@@ -1,6 +1,6 @@
-"""Runs whose GPU is full at times: they go on with less, to the results that they would have had.
+"""Out-of-memory errors of the GPU: runs continue with smaller packs and the same results.
 
-A card of little memory is played by a model that refuses packs of more than so many tokens.
+A model that refuses packs above a number of tokens simulates a GPU with little memory.
 """
 
 from __future__ import annotations
@@ -100,15 +100,15 @@ def test_results_match_up_to_rounding(task: TinyTask) -> None:
 
 
 def enable_fake_graphs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Let there be recordings, as on a card; the list is empty once they are given back."""
-    real, held = CudaGraphRunner.release_graphs, [True]
+    """Simulate CUDA graphs on a CPU. The returned list is empty after their release."""
+    real, graphs = CudaGraphRunner.release_graphs, [True]
 
     def forget(passes: CudaGraphRunner) -> bool:
         real(passes)
-        return held.pop() if held else False
+        return graphs.pop() if graphs else False
 
     monkeypatch.setattr(CudaGraphRunner, "release_graphs", forget)
-    return held
+    return graphs
 
 
 def test_graph_memory_is_freed_before_packs_shrink(
@@ -170,8 +170,8 @@ def test_failed_pack_leaves_no_gradients(task: TinyTask, monkeypatch: pytest.Mon
     assert_bit_identical(task, "run", "told")
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_failed_pack_frees_its_tensors(task: TinyTask, recompute: bool) -> None:
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_failed_pack_frees_its_tensors(task: TinyTask, checkpointed: bool) -> None:
     refused: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []
 
@@ -187,7 +187,9 @@ def test_failed_pack_frees_its_tensors(task: TinyTask, recompute: bool) -> None:
     try:
         with simulate_oom(refuses) as tried:
             task.run(
-                "train.steps=1", "train.epochs=null", f"train.activation_checkpointing={recompute}"
+                "train.steps=1",
+                "train.epochs=null",
+                f"train.activation_checkpointing={checkpointed}",
             )
     finally:
         hook.remove()
@@ -278,13 +280,15 @@ def test_sample_that_never_fits_ends_with_checkpoint(
 
 
 @contextmanager
-def limit_evaluation_memory(tokens: int, while_held: Sequence[bool] = (True,)) -> Iterator[None]:
-    """Limit the tokens of evaluation packs within the context, while `while_held` has entries."""
+def limit_evaluation_memory(
+    tokens: int, while_captured: Sequence[bool] = (True,)
+) -> Iterator[None]:
+    """Limit the tokens of evaluation packs while `while_captured` has entries."""
 
     def refuse(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         if isinstance(module, VisionLanguageModel) and not torch.is_grad_enabled():
             batch = inputs[0]
-            if while_held and sum(batch.lengths) > tokens:
+            if while_captured and sum(batch.lengths) > tokens:
                 raise torch.OutOfMemoryError(OOM_MESSAGE)
 
     hook = register_module_forward_pre_hook(refuse)
@@ -298,7 +302,7 @@ def test_validation_loss_uses_smaller_packs(task: TinyTask) -> None:
     with limit_evaluation_memory(60):
         result = task.run()
     assert task.console_output.count("the GPU memory is full") == 4, "once for each measurement"
-    # Learning had room.
+    # Training packs stay unchanged.
     assert {line["pack_tokens"] for line in steps_of(task)} == {100}
     baseline = task.run(name="plain")
     assert result.before is not None
@@ -308,10 +312,10 @@ def test_validation_loss_uses_smaller_packs(task: TinyTask) -> None:
 
 
 def test_evaluation_frees_graph_memory(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = enable_fake_graphs(monkeypatch)
-    with limit_evaluation_memory(0, while_held=held):
+    graphs = enable_fake_graphs(monkeypatch)
+    with limit_evaluation_memory(0, while_captured=graphs):
         result = task.run()
-    assert held == []
+    assert graphs == []
     assert task.console_output.count("the GPU memory is full") == 1
     assert "continuing with the same packs without CUDA graphs" in task.console_output
     baseline = task.run(name="plain")
@@ -328,7 +332,7 @@ def test_oversized_validation_sample_ends_with_checkpoint(task: TinyTask) -> Non
         assert not (task.folder / "run" / "checkpoints").exists()
     real, calls = trainer.run_evaluation, 0
 
-    def measuring(*args: Any) -> Any:
+    def evaluate_with_limit(*args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 1:
@@ -337,7 +341,7 @@ def test_oversized_validation_sample_ends_with_checkpoint(task: TinyTask) -> Non
             return real(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "run_evaluation", measuring)
+        patch.setattr(trainer, "run_evaluation", evaluate_with_limit)
         with pytest.raises(UserError, match="sufficient memory for one sample at a time\n"):
             task.run("train.save_every=3", resume=True)
     assert [path.name for path in (task.folder / "run" / "checkpoints").iterdir()] == ["step-3"]
@@ -347,8 +351,8 @@ def test_oversized_validation_sample_ends_with_checkpoint(task: TinyTask) -> Non
 def test_evaluation_batch_size_is_reduced(
     task: TinyTask, monkeypatch: pytest.MonkeyPatch, capacity: int
 ) -> None:
-    measuring = {"metric": "ocr", "max_new_tokens": 4}
-    task.run(eval=measuring, name="plain")
+    eval_settings = {"metric": "ocr", "max_new_tokens": 4}
+    task.run(eval=eval_settings, name="plain")
     real = ModelRunner.decode
 
     def step(self: ModelRunner, rows: int, longest: int) -> torch.Tensor:
@@ -360,11 +364,11 @@ def test_evaluation_batch_size_is_reduced(
     monkeypatch.setattr(ModelRunner, "decode", step)
     if not capacity:
         with pytest.raises(UserError, match=r"evaluation: the GPU memory[\s\S]*max_new_tokens"):
-            task.run(eval=measuring)
+            task.run(eval=eval_settings)
         checkpoints = task.folder / "run" / "checkpoints"
         assert sorted(path.name for path in checkpoints.iterdir()) == ["step-4", "step-6"]
         return
-    task.run(eval=measuring)
+    task.run(eval=eval_settings)
     assert (
         task.console_output.count(
             "memory is full: continuing with a batch of 1 answers (eval.batch_size)"

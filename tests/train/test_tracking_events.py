@@ -27,7 +27,7 @@ class Recorder:
         self.records.append(("figures", step, values))
 
     def log_images(self, step: int, images: list[Any]) -> None:
-        self.records.append(("pictures", step, len(images)))
+        self.records.append(("images", step, len(images)))
 
     def send_alert(self, level: str, title: str, text: str) -> None:
         self.records.append((level, title, text))
@@ -103,7 +103,7 @@ def test_worse_evaluation_sends_alert(
     scores = {f"scores/{headline}": now[0]} if headline else {}
     assert recorder.records[:2] == [
         ("figures", 4, {"validation_loss": now[1], **scores}),
-        ("pictures", 4, 0),
+        ("images", 4, 0),
     ]
     alerts = [] if worse is None else [("warning", "worse than before training", worse)]
     assert recorder.records[2:] == alerts

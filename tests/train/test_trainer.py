@@ -81,8 +81,11 @@ def test_metrics_of_each_step(task: TinyTask) -> None:
 
 
 def test_per_part_learning_rates(task: TinyTask) -> None:
-    rates = {"default": 0.01, "merger": 1e-6}
-    train_settings = task.recipe["train"] | {"learning_rate": rates, "lr_schedule": "constant"}
+    learning_rates = {"default": 0.01, "merger": 1e-6}
+    train_settings = task.recipe["train"] | {
+        "learning_rate": learning_rates,
+        "lr_schedule": "constant",
+    }
     result = task.run(train=train_settings)
     changed = {row.part: row.relative_change for row in result.param_changes if row.is_trained}
     assert changed["merger"] < changed["language"] / 100
@@ -315,9 +318,9 @@ def test_bf16_with_equal_image_sizes(task: TinyTask) -> None:
 def test_activation_checkpointing_changes_only_memory(task: TinyTask, tune: dict[str, Any]) -> None:
     tune = tune | {"lora": {"rank": 2, "dropout": 0.2}}
     task.run(name="plain", tune=tune)
-    task.run("train.activation_checkpointing=true", name="recomputed", tune=tune)
+    task.run("train.activation_checkpointing=true", name="checkpointed", tune=tune)
     task.run("train.activation_checkpointing=0.5", name="half", tune=tune)
-    names = ("plain", "recomputed", "half")
+    names = ("plain", "checkpointed", "half")
     assert len({tuple(read_losses(task.folder / name)) for name in names}) == 1
     weights = {
         (task.folder / name / "checkpoints" / "step-6" / "trainable.safetensors").read_bytes()

@@ -1,4 +1,4 @@
-"""Partial scans of large data sets."""
+"""Partial scans of large datasets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SAMPLES = 11
 
 @pytest.fixture(autouse=True)
 def large_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Treat eleven samples as a large data set, of which three are scanned."""
+    """Treat eleven samples as a large dataset, of which three are scanned."""
     monkeypatch.setattr("finesight.train.training_data.MAX_FULL_SCAN_SAMPLES", SAMPLES - 1)
     monkeypatch.setattr("finesight.train.dataset_stats.PARTIAL_SCAN_SAMPLES", 3)
 
@@ -53,7 +53,7 @@ def test_statistics_of_large_dataset_are_estimates(task: TinyTask) -> None:
         in task.console_output
     )
     assert "data.eval: 3 samples, " in task.console_output
-    assert "the data set is too large for a full scan" in task.console_output
+    assert "the dataset is too large for a full scan" in task.console_output
     steps = [line for line in task.read_metrics() if "loss" in line]
     assert sum(line["num_samples"] for line in steps) == 2 * SAMPLES
     estimate = task.read_metrics()[0]["data"]["train"]["num_tokens"]
@@ -76,7 +76,7 @@ def test_invalid_samples_are_found_while_reading(task: TinyTask) -> None:
 
 def test_fail_mode_raises(task: TinyTask) -> None:
     corrupt_samples(task)
-    with pytest.raises(UserError, match=r"broken JSON|roles are|tokens|not a picture"):
+    with pytest.raises(UserError, match=r"broken JSON|roles are|tokens|not an image"):
         task.run("data.max_length=100", "data.on_invalid_sample=fail")
 
 

@@ -225,10 +225,10 @@ def test_concurrent_runs_share_the_cache(tmp_path: Path) -> None:
     sessions = [
         make_train_state(tmp_path / "task", vision_cache=cache) for cache in ("disk", "auto")
     ]
-    together = threading.Barrier(2)
+    barrier = threading.Barrier(2)
 
     def encode(number: int) -> torch.Tensor:
-        together.wait(timeout=60)
+        barrier.wait(timeout=60)
         return read_all_features(sessions[number], build_vision_store(sessions[number]))
 
     with ThreadPoolExecutor(2) as pool:

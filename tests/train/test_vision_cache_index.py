@@ -64,7 +64,7 @@ def test_chunk_size_is_bounded() -> None:
     assert [chunk.stop - chunk.start for chunk in alone] == [1] * 20
 
 
-def test_bounds_are_patch_offsets() -> None:
+def test_feature_offsets_are_cumulative() -> None:
     assert make_index(range(3)).feature_offsets_P1.tolist() == [0, 16, 32, 48]
 
 

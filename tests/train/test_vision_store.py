@@ -44,8 +44,8 @@ CACHES = ["memory", "disk"]
 @pytest.mark.parametrize("cache", CACHES)
 def test_cached_features_match_encoded_features(tmp_path: Path, cache: str) -> None:
     session = make_train_state(tmp_path / "task", vision_cache=cache)
-    seen = build_vision_store(session)
-    bare = session.step_dataset.with_vision_cache(seen.reader)
+    store = build_vision_store(session)
+    bare = session.step_dataset.with_vision_cache(store.reader)
     for number in range(len(session.sampler)):
         step, without = session.step_dataset.get_step(number), bare.get_step(number)
         assert step.sample_indices == without.sample_indices
@@ -55,7 +55,7 @@ def test_cached_features_match_encoded_features(tmp_path: Path, cache: str) -> N
             assert (other.grid_thw, len(other.patches_ND)) == ((), 0)
             assert torch.equal(batch.ids_T, other.ids_T)
             expected = session.model.encode_images(batch.patches_ND, batch.grid_thw)
-            torch.testing.assert_close(seen.load_features(known), expected)
+            torch.testing.assert_close(store.load_features(known), expected)
 
 
 @pytest.mark.parametrize("family", get_args(TinyFamily))
@@ -63,18 +63,18 @@ def test_every_cache_tier_is_bit_exact(tmp_path: Path, family: TinyFamily) -> No
     """Chunk by chunk, with features of lower layers and of fixed size too; and where another run
     found them."""
     session = make_train_state(tmp_path / "task", mixed=True, family=family, vision_cache="memory")
-    seen = build_vision_store(session)
-    features_MKD, shown = seen.reader.features_AKD, seen.reader.image_index
-    assert len(shown.image_refs) < 10, "equal pictures are one"
+    store = build_vision_store(session)
+    features_MKD, shown = store.reader.features_AKD, store.reader.image_index
+    assert len(shown.image_refs) < 10, "equal images are shared"
     for chunk in shown.split_chunks():
         spans = tuple(image_ref.span for image_ref in shown.image_refs[chunk.start : chunk.stop])
         empty = torch.empty(0, dtype=torch.int32).numpy()
         outline = TokenizedSample("", empty, empty > 0, empty.reshape(3, 0), spans)
         patches = torch.from_numpy(session.renderer.load_patches(outline).patches_ND)
         expected = session.model.encode_images(patches, [span.grid_thw for span in spans])
-        bounds = seen.reader.feature_offsets_P1
-        assert torch.equal(features_MKD[bounds[chunk.start] : bounds[chunk.stop]], expected)
-    expected = read_all_features(session, seen)
+        offsets = store.reader.feature_offsets_P1
+        assert torch.equal(features_MKD[offsets[chunk.start] : offsets[chunk.stop]], expected)
+    expected = read_all_features(session, store)
     for cache, found in (
         ("disk", 0),
         ("disk", len(shown.image_refs)),
@@ -110,14 +110,14 @@ def test_videos_next_to_images(tmp_path: Path, family: TinyFamily, cache: str) -
     make_train_state(folder, family=family)
     _insert_videos(folder / "train.jsonl", {3: 5, 7: 2})
     session = make_train_state(folder, vision_cache=cache)
-    seen = build_vision_store(session)
-    assert len(seen.reader.image_indices([3])) > 1
+    store = build_vision_store(session)
+    assert len(store.reader.image_indices([3])) > 1
     for number in range(len(session.sampler)):
         step = session.step_dataset.get_step(number)
-        bare = session.step_dataset.with_vision_cache(seen.reader).get_step(number)
+        bare = session.step_dataset.with_vision_cache(store.reader).get_step(number)
         for batch, known in zip(step.packs, bare.cache_inputs, strict=True):
             expected = session.model.encode_images(batch.patches_ND, batch.grid_thw)
-            torch.testing.assert_close(seen.load_features(known), expected)
+            torch.testing.assert_close(store.load_features(known), expected)
 
 
 def test_run_with_images_and_videos_matches_without_cache(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_cached_run_matches_uncached_run(tmp_path: Path, monkeypatch: pytest.Mon
         settings = f"train.vision_cache={name.partition('-')[0]}", f"train.num_workers={number % 3}"
         task.run(*settings, name=name, tune=LORA)
         found.append(read_losses(tmp_path / "cached" / name))
-    # Places alone travel then, and features are gathered by the device that computes.
+        # Only indices are sent then; the compute device gathers the features.
     monkeypatch.setattr(vision_cache, "choose_cache_tier", lambda *inputs: "gpu")
     task.run(name="gpu", tune=LORA)
     assert "stored on the GPU" in task.console_output
@@ -162,16 +162,16 @@ def test_samples_with_zero_and_two_images(tmp_path: Path, budget: int, cache: st
         make_train_state(tmp_path / name, mixed=True, pack_tokens=budget, vision_cache=cache)
         for name in ("cached", "encoded")
     )
-    seen = build_vision_store(session)
-    assert [number for number in range(11) if not seen.reader.image_indices([number])] == [1, 6]
-    assert len(seen.reader.image_indices([2])) == 2
-    bare, texts, pairs = session.step_dataset.with_vision_cache(seen.reader), 0, 0
+    store = build_vision_store(session)
+    assert [number for number in range(11) if not store.reader.image_indices([number])] == [1, 6]
+    assert len(store.reader.image_indices([2])) == 2
+    bare, texts, pairs = session.step_dataset.with_vision_cache(store.reader), 0, 0
     for number in range(len(session.sampler)):
         step = other.step_dataset.get_step(number)
         texts += sum(not batch.grid_thw for batch in step.packs)
         pairs += sum(2 in members and len(members) > 1 for members in step.sample_indices)
         again = train_step(other, step, StopRequest()).wait()
-        retained = train_step(session, bare.get_step(number), StopRequest(), seen).wait()
+        retained = train_step(session, bare.get_step(number), StopRequest(), store).wait()
         assert retained == pytest.approx(again, rel=1e-4)
     assert (texts, pairs) == ((4, 0) if budget == 1 else (0, 2))
 
@@ -204,20 +204,20 @@ def test_finished_run_builds_no_cache(tmp_path: Path) -> None:
     (tmp_path / "run" / "result.json").unlink()
     task.run(tune=LORA, resume=True)
     kinds = [
-        "started_at" if "started_at" in line else "seen"
+        "started_at" if "started_at" in line else "store"
         for line in task.read_metrics()
         if STARTS & set(line)
     ]
-    assert kinds == ["started_at", "seen", "started_at"]
+    assert kinds == ["started_at", "store", "started_at"]
 
 
 def test_skipped_encoder_flops_are_not_counted(tmp_path: Path) -> None:
     session = make_train_state(tmp_path / "task")
-    seen, step = build_vision_store(session), session.step_dataset.get_step(0)
-    bare = session.step_dataset.with_vision_cache(seen.reader).get_step(0)
+    store, step = build_vision_store(session), session.step_dataset.get_step(0)
+    bare = session.step_dataset.with_vision_cache(store.reader).get_step(0)
     full, retained = (
         train_step(session, step, StopRequest()),
-        train_step(session, bare, StopRequest(), seen),
+        train_step(session, bare, StopRequest(), store),
     )
     assert retained.flops < full.flops
 
@@ -259,9 +259,9 @@ def test_corrupt_image_skips_only_its_sample(tmp_path: Path) -> None:
 
 def test_changed_image_size_raises(tmp_path: Path) -> None:
     session = make_train_state(tmp_path / "task")
-    seen = build_vision_store(session)
+    store = build_vision_store(session)
     with pytest.raises(CorruptImageError, match=r"png: an image has 99 tokens"):
-        seen.reader.check(0, 99)
+        store.reader.check(0, 99)
 
 
 def test_run_interrupted_after_cache_build_resumes(

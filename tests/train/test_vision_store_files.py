@@ -23,7 +23,7 @@ def features(number: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_written_features_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
-    with closing(VisionFileStore(tmp_path, "tower")) as files:
+    with closing(VisionFileStore(tmp_path, "encoder")) as files:
         written = files.write("a", features(1, dtype))
         buffer = torch.empty(5, 2, 8, dtype=dtype)
         assert files.read("a", buffer) == written
@@ -33,11 +33,11 @@ def test_written_features_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
         assert torch.equal(rows, features(1, dtype)[3:])
         assert torch.equal(load_file(written.path)["features"], buffer)
         assert files.read("b", buffer) is None
-    assert [path.name for path in (tmp_path / "tower").iterdir()] == ["a.safetensors"]
+    assert [path.name for path in (tmp_path / "encoder").iterdir()] == ["a.safetensors"]
 
 
 def test_dtype_mismatch_is_ignored(tmp_path: Path) -> None:
-    with closing(VisionFileStore(tmp_path, "tower")) as files:
+    with closing(VisionFileStore(tmp_path, "encoder")) as files:
         files.write("a", features(1, torch.float16))
         assert files.read("a", torch.empty(5, 2, 8, dtype=torch.bfloat16)) is None
         assert not files.has_chunk("a")
@@ -45,7 +45,7 @@ def test_dtype_mismatch_is_ignored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["gone", "cut off"])
 def test_missing_or_truncated_file_raises(tmp_path: Path, fault: str) -> None:
-    with closing(VisionFileStore(tmp_path, "tower")) as files:
+    with closing(VisionFileStore(tmp_path, "encoder")) as files:
         stored = files.write("a", features(1))
     if fault == "gone":
         stored.path.unlink()
@@ -100,12 +100,12 @@ def test_files_in_use_are_not_evicted(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_disk_reserve_is_never_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with closing(VisionFileStore(tmp_path, "tower")) as files:
+    with closing(VisionFileStore(tmp_path, "encoder")) as files:
         assert files.evict([], 0) == 500
 
 
 def test_leftover_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
-    with closing(VisionFileStore(tmp_path, "tower")) as files:
+    with closing(VisionFileStore(tmp_path, "encoder")) as files:
         left = files.folder / ".a.1234.5678.tmp"
         left.write_bytes(b"half")
         files.evict([], 0)
@@ -114,7 +114,7 @@ def test_leftover_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
 
 def test_invalid_header_is_rejected(tmp_path: Path) -> None:
     """Offsets that point elsewhere, as long as they fit the file."""
-    with closing(VisionFileStore(tmp_path, "tower")) as files:
+    with closing(VisionFileStore(tmp_path, "encoder")) as files:
         path = files.write("a", features(1)).path
         data = path.read_bytes()
         length = int.from_bytes(data[:8], "little")
@@ -126,7 +126,7 @@ def test_invalid_header_is_rejected(tmp_path: Path) -> None:
 
 
 def test_a_deeply_nested_header_is_not_taken(tmp_path: Path) -> None:
-    with closing(VisionFileStore(tmp_path, "tower")) as files:
+    with closing(VisionFileStore(tmp_path, "encoder")) as files:
         path = files.write("a", features(1)).path
         text = b"[" * 200_000
         path.write_bytes(len(text).to_bytes(8, "little") + text)

@@ -1,4 +1,4 @@
-"""Any picture becomes upright RGB on white, or says what is wrong with it."""
+"""Image decoding: upright RGB on white, or an error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pixels(path: Path) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_exif_orientation(tmp_path: Path, turn: int, kind: str) -> None:
-    # A bright top left corner of the upright picture, 40 wide and 24 high.
+    # A bright top left corner of the upright image, 40 wide and 24 high.
     upright = np.zeros((24, 40, 3), dtype=np.uint8)
     upright[:8, :8] = 255
     stored = {
@@ -240,7 +240,7 @@ def test_flipped_bytes_raise_damaged_error(tmp_path: Path) -> None:
 
 
 def test_invalid_and_missing_images(tmp_path: Path) -> None:
-    (tmp_path / "notes.jpg").write_text("no picture")
+    (tmp_path / "notes.jpg").write_text("no image")
     with pytest.raises(CorruptImageError, match="not an image"):
         load_image(tmp_path / "notes.jpg")
     with pytest.raises(CorruptImageError, match="no such image"):

@@ -1,4 +1,4 @@
-"""Generate docs/pictures/web.png: PYTHONPATH=tests python tests/web/screenshot.py"""
+"""Generate docs/images/web.png: PYTHONPATH=tests python tests/web/screenshot.py"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from service_fixture import run_service, write_shape_image
 from web_server_fixture import run_web_page
 
-TARGET = Path(__file__).parents[2] / "docs" / "pictures" / "web.png"
+TARGET = Path(__file__).parents[2] / "docs" / "images" / "web.png"
 NUM_COLORS = 96
 """Palette size, to keep the file small."""
 

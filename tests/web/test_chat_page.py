@@ -39,7 +39,7 @@ def tiny_page() -> Iterator[RunningWebPage]:
 
 @pytest.fixture(scope="module")
 def image_paths(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, str]]:
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     return [write_shape_image(folder, number) for number in (0, 10)]
 
 
@@ -206,7 +206,7 @@ def test_html_payloads_are_escaped(browser, tmp_path):
 
 
 def test_errors_are_shown_as_text(browser, tmp_path):
-    (tmp_path / "<b>x<b>.png").write_text("no picture")
+    (tmp_path / "<b>x<b>.png").write_text("no image")
     with run_web_page(ScriptedService(lambda text: (text, ()))) as location:
         visit = ChatPageDriver(browser, location.address)
         visit.submit("What?", [tmp_path / "<b>x<b>.png"])

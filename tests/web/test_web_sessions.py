@@ -195,6 +195,6 @@ def _bomb(side: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + check
 
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    rows = zlib.compress(bytes(side * (side // 8 + 1)), 9)
-    ends = chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    pixels = zlib.compress(bytes(side * (side // 8 + 1)), 9)
+    ends = chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + ends

@@ -1,1 +1,1 @@
-"""Dataset checks that run before training."""
+"""Dataset checks that find errors in training and validation data before training."""

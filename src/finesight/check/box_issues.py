@@ -1,4 +1,4 @@
-"""Check the boxes of a sample against the size of their image."""
+"""Check the bounding boxes of a sample against the size of their image."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from finesight.data.boxes import MAX_OVERHANG_PX, Box
 from finesight.data.sample import BoxPart, ImagePart, Sample
 
 MIN_BOX_SIDE = 2.0
-"""Minimum side length of a box in pixels."""
+"""Side length in pixels below which a box is reported as tiny."""
 
 FULL_IMAGE_FRACTION = 0.98
-"""Minimum fraction of the image area covered by a box that covers the full image."""
+"""Minimum fraction of the image area of a box that covers the full image."""
 
 _CONVENTION_HINT = (
     "boxes are in pixels of the original image after EXIF rotation; if most of them are not, "
@@ -28,9 +28,9 @@ _ORDER_HINT = "write [x1, y1, x2, y2] with x1 < x2 and y1 < y2: left, top, right
 def find_box_issues(
     sample: Sample, location: SampleLocation, catalog: ImageCatalog
 ) -> Iterator[CheckIssue]:
-    """Yield at most one issue per box.
+    """Yield at most one issue per box of a sample.
 
-    Boxes of invalid images are skipped because the image size is unknown.
+    Boxes in missing or corrupt images are not checked, because the image size is unknown.
     """
     image_paths = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
     for box in sample.iter_parts():
@@ -55,10 +55,10 @@ def find_box_issues(
 
 
 def sort_corners(xyxy: Box, size: tuple[int, int]) -> Box | None:
-    """Return the box with sorted corners if the correction is unambiguous.
+    """Return an inverted box with its corners sorted, or None if the correction is ambiguous.
 
-    It is unambiguous if both corners are inside the image and the four values cannot be a corner or
-    a center with a width and a height.
+    It is ambiguous if the sorted corners are outside the image, or if the values could be a corner
+    or center with width and height.
     """
     height, width = size
     a, b, c, d = xyxy
@@ -75,7 +75,7 @@ def sort_corners(xyxy: Box, size: tuple[int, int]) -> Box | None:
 
 
 def clip_box(xyxy: Box, size: tuple[int, int]) -> Box | None:
-    """Clip the box to the image. Return None if no area remains."""
+    """Clip a box to its image; return None if no area remains."""
     height, width = size
     x1, y1, x2, y2 = xyxy
     clipped_box = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))

@@ -1,4 +1,4 @@
-"""Inputs of a data check: files with options or the data files of a recipe, and the model."""
+"""Inputs of a data check: data files with import options, recipe, and model."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from finesight.model_folder import locate_model
 from finesight.recipe import load_recipe
 
 REMOTE_PREFIXES = ("hf:", "modelscope:", "https:/", "http:/")
-"""Prefixes of remote sources."""
+"""Prefixes of remote sources, as they appear after conversion to a path."""
 
 _OBJECT_STORE_PATH = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/(?P<name>.+\.(?:tar|parquet))")
-"""A URL in object storage after conversion to a path, with one slash instead of two."""
+"""Pattern of an object storage URL converted to a path, with a single slash."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImportCheckInput:
-    """A source to check through an importer, with its import options and split."""
+    """A dataset to check that must be imported before training."""
 
     path: Path
     options: ImportOptions
@@ -41,9 +41,9 @@ class ImportCheckInput:
 
 @dataclass(frozen=True, slots=True)
 class SampleCheckInput:
-    """Samples to check that are read with the training data loader.
+    """Samples to check that training reads directly, without an import.
 
-    These are tar and Parquet files, glob patterns and object storage URLs.
+    These are tar and Parquet files of samples, glob patterns, and object storage URLs.
     """
 
     path: Path | str
@@ -53,11 +53,11 @@ class SampleCheckInput:
 
 @dataclass(frozen=True, slots=True)
 class ModelRequirements:
-    """Requirements of a model on samples.
+    """Properties of a model that samples are checked against.
 
     Attributes:
-        special_tokens: Special tokens of the tokenizer to search for in texts.
-        renderer: Renderer that computes sample lengths; None if lengths are not checked.
+        special_tokens: Special tokens of the tokenizer, which must not occur in texts.
+        renderer: Renderer that computes the number of tokens of a sample; None skips this check.
         max_length: Maximum number of tokens per sample.
     """
 
@@ -69,7 +69,12 @@ class ModelRequirements:
 def inputs_from_files(
     train: Sequence[Path], validation: Sequence[Path], options: ImportOptions
 ) -> list[ImportCheckInput | SampleCheckInput]:
-    """Build check inputs from files that share the same import options.
+    """Build the check inputs of files given on the command line.
+
+    Args:
+        train: Training files.
+        validation: Validation files.
+        options: Import options of all files.
 
     Raises:
         UserError: A file is given more than once, or is an archive or a remote source.
@@ -109,7 +114,7 @@ def _reject_remote_source(source: Path) -> None:
     is_archive_file = is_archive(source.name) and source.is_file()
     if is_archive_file and is_tar_file(source) and is_webdataset(source):
         return
-    # As a path, https:// has one slash.
+    # A URL that was converted to a path has one slash.
     if is_archive_file or (not source.exists() and str(source).startswith(REMOTE_PREFIXES)):
         raise UserError(
             "archives and remote sources cannot be checked directly",
@@ -121,7 +126,9 @@ def _reject_remote_source(source: Path) -> None:
 
 
 def load_model_requirements(name_or_path: str | None, max_length: int | None) -> ModelRequirements:
-    """Load the requirements of a model folder or hub model.
+    """Load the requirements of a local or hub model on samples.
+
+    A renderer is loaded only if `max_length` is given. Without a model there are no requirements.
 
     Raises:
         UserError: `max_length` is given without a model.
@@ -145,7 +152,7 @@ def load_model_requirements(name_or_path: str | None, max_length: int | None) ->
 
 
 def is_recipe(path: Path) -> bool:
-    """Return whether a file is a recipe: YAML without the class names of a YOLO dataset file."""
+    """Return whether a file is a recipe: YAML, but not of a YOLO dataset."""
     if path.suffix.lower() not in (".yaml", ".yml"):
         return False
     try:
@@ -174,8 +181,10 @@ def inputs_from_recipe(
 ) -> tuple[list[ImportCheckInput | SampleCheckInput], ModelRequirements]:
     """Build check inputs and model requirements from a recipe.
 
-    The requirements include the image rule, system prompt and max_length of the recipe. Raises
-    UserError like `load_recipe` and `locate_model`.
+    Sample lengths are computed with the image settings, system prompt and max_length of the recipe.
+
+    Raises:
+        UserError: The recipe is invalid, or the model is not found.
     """
     settings = load_recipe(recipe)
     inputs = [

@@ -1,4 +1,4 @@
-"""Issue types of `data check`, their severities, and the result of a check."""
+"""Issue types of `finesight data check`, their severities, and the result of a check."""
 
 from __future__ import annotations
 
@@ -10,18 +10,25 @@ from typing import Any, Literal
 from finesight.data.boxes import Box
 
 Severity = Literal["error", "warning", "note"]
-"""error: The sample is unusable or invalidates the evaluation. warning: Most likely a mistake.
-note: Worth a review.
+"""Severity of an issue.
+
+- error: The sample cannot be used or invalidates the evaluation.
+- warning: Most likely a mistake.
+- note: Worth a review.
 """
 
 FixAction = Literal["skipped", "clipped", "reordered", "placeholders removed"]
-"""Actions of `--fix`: skip the sample, clip the box, sort the corners of the box, or remove image
-placeholders from the text.
+"""Change that `--fix` makes to a sample.
+
+The sample is skipped, a box is clipped, the corners of a box are sorted, or image placeholders are
+removed from the text.
 """
 
 EXIT_CODES: dict[Severity, int] = {"error": 2, "warning": 3, "note": 0}
-"""Exit codes of `data check` by the highest severity, most severe first. The exit code is 0 without
-issues."""
+"""Exit code of `finesight data check` by the highest severity, most severe first.
+
+The exit code is 0 without issues.
+"""
 
 ISSUE_TYPES: dict[str, tuple[Severity, str]] = {
     "boxes-xywh": ("error", "boxes are xywh (corner and size) but are parsed differently"),
@@ -73,12 +80,12 @@ ISSUE_TYPES: dict[str, tuple[Severity, str]] = {
     "duplicate-sample": ("note", "the sample is a duplicate"),
     "dominant-answer": ("note", "most answers are identical"),
 }
-"""Severity and description by issue code."""
+"""Severity and description of each issue code, most severe first."""
 
 
 @dataclass(frozen=True, slots=True)
 class IssueImage:
-    """An image of an issue.
+    """An image that is shown with an issue.
 
     Attributes:
         path: Path of the image.
@@ -96,15 +103,19 @@ class IssueImage:
 
 @dataclass(frozen=True, slots=True)
 class CheckIssue:
-    """An issue at a location.
+    """An issue found by a data check.
 
     Attributes:
         code: A key of ISSUE_TYPES.
-        where: file:line, the file and row, or the file for an issue of the full source.
-        source: The file.
-        sample_id: Sample ID; empty for an issue of the full source.
+        where: Location of the sample as file:line or file and row, or the file if all of it is
+            affected.
+        what: Description of the problem.
+        remedy: Suggested fix.
+        source: Data file.
+        sample_id: ID of the sample; empty for an issue of a full file.
+        images: Affected images.
         evidence: Additional lines that explain the issue.
-        fix: Action of `--fix`; None if the issue is not fixed automatically.
+        fix: Change that `--fix` makes; None if the issue cannot be fixed automatically.
     """
 
     code: str
@@ -122,7 +133,7 @@ class CheckIssue:
         return ISSUE_TYPES[self.code][0]
 
     def as_json(self) -> dict[str, Any]:
-        """Return the issue as JSON data. NaN and infinity become text."""
+        """Convert the issue to JSON data. NaN and infinity become text."""
         record = {"severity": self.severity, **asdict(self)}
         record["images"] = [
             {
@@ -138,9 +149,13 @@ class CheckIssue:
 
 @dataclass(frozen=True, slots=True)
 class SampleLocation:
-    """Location of a sample in a source.
+    """Location of a sample in a data file.
 
-    `row_index` counts the rows of the source, `sample_index` the samples of a row, both from 0.
+    Attributes:
+        source: Data file.
+        where: Location for messages, as file:line or file and row.
+        row_index: 0-based index of the row in the file.
+        sample_index: 0-based index of the sample in its row.
     """
 
     source: str
@@ -158,7 +173,7 @@ class SampleLocation:
         fix: FixAction | None = None,
         evidence: tuple[str, ...] = (),
     ) -> CheckIssue:
-        """Create an issue of the sample."""
+        """Create an issue of the sample at this location; see `CheckIssue` for the arguments."""
         return CheckIssue(
             code, self.where, what, remedy, self.source, self.sample_id, images, evidence, fix
         )
@@ -166,7 +181,12 @@ class SampleLocation:
 
 @dataclass(frozen=True, slots=True)
 class SourceStats:
-    """Statistics of a checked file. `num_unreadable_rows` counts rows that yield no sample."""
+    """Statistics of a checked data file.
+
+    Attributes:
+        detected_by: Reason for the detected format, shown to the user.
+        num_unreadable_rows: Number of rows that cannot be parsed as samples.
+    """
 
     path: str
     is_validation: bool
@@ -179,7 +199,13 @@ class SourceStats:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """Result of a check: issue counts by code, and the first issues of each code in full."""
+    """Result of a data check.
+
+    Attributes:
+        sources: Statistics of each data file.
+        issue_counts: Number of issues by code.
+        issues: First issues of each code in full; further issues are only counted.
+    """
 
     sources: tuple[SourceStats, ...]
     issue_counts: dict[str, int]
@@ -187,11 +213,11 @@ class CheckResult:
     num_images: int
     num_unique_images: int
     affected_samples: dict[str, int] = field(default_factory=dict)
-    """Number of affected samples by issue code; 0 for an issue of the full source."""
+    """Number of affected samples by issue code; 0 for issues of a full data file."""
 
     @property
     def severity(self) -> Severity | None:
-        """The highest severity of all issues, None without issues."""
+        """Highest severity of all issues, None if there are no issues."""
         return max_severity([ISSUE_TYPES[code][0] for code in self.issue_counts])
 
     @property
@@ -206,12 +232,12 @@ def format_location(source: str, row_location: str) -> str:
 
 
 def exit_code(severity: Severity | None) -> int:
-    """Return the exit code of `data check` for the highest severity."""
+    """Return the exit code of `finesight data check` for the highest severity of its issues."""
     return 0 if severity is None else EXIT_CODES[severity]
 
 
 def max_severity(severities: Sequence[Severity]) -> Severity | None:
-    """Return the highest severity, None for an empty sequence."""
+    """Return the highest of several severities, or None for an empty sequence."""
     return min(severities, key=list(EXIT_CODES).index, default=None)
 
 

@@ -1,4 +1,4 @@
-"""Format a check result as text or as JSON data."""
+"""Format the result of a data check as text or as JSON data."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from finesight.check.check_issues import (
 from finesight.check.dataset_fixer import FixResult
 
 MAX_LISTED_LOCATIONS = 3
-"""Number of locations listed per issue code in the table."""
+"""Maximum number of sample locations listed per issue code in the table."""
 
 _MAX_LINE_LENGTH = 200
-"""Maximum number of characters of an issue message per line."""
+"""Maximum number of characters of an issue description; longer ones are truncated."""
 
 
 def format_summary(result: CheckResult, max_issues: int) -> list[str]:
-    """Format the sources, a table of issue codes, and example issues.
+    """Format the result of a data check as lines of text.
 
-    Each code has up to `max_issues` examples.
+    The lines list the data files, a table of issue codes, and up to `max_issues` examples per code.
     """
     lines = [_format_source(source) for source in result.sources]
     lines.append(f"{result.num_images} images, {result.num_unique_images} unique")
@@ -41,7 +41,7 @@ def format_summary(result: CheckResult, max_issues: int) -> list[str]:
 
 
 def summary_to_dict(result: CheckResult, fix_result: FixResult | None) -> dict[str, Any]:
-    """Return the summary as JSON data, without the individual issues."""
+    """Convert the counts of a check result to JSON data, without the individual issues."""
     return {
         "severity": result.severity,
         "exit_code": exit_code(result.severity),
@@ -109,12 +109,12 @@ def _format_table(result: CheckResult, issues_by_code: dict[str, list[CheckIssue
 
 
 def _format_percent(fraction: float) -> str:
-    """Format a fraction with two digits, 100 % with three."""
+    """Format a fraction as a percentage with two significant digits."""
     return f"{100 * fraction:.0f} %" if fraction >= 0.1 else f"{100 * fraction:.2g} %"
 
 
 def _short_location(issue: CheckIssue) -> str:
-    """Return the location relative to its source."""
+    """Return the location of an issue without the path of its data file."""
     location = issue.where.removeprefix(issue.source).lstrip(":, ")
     return location.removeprefix("row ") or "full source"
 
@@ -126,7 +126,7 @@ def _format_issues(
     lines = [f"{severity}: {title} ({code}, {count})"]
     remedy = ""
     for issue in issues[:max_issues]:
-        # Issues of a full source are rare and contain the evidence: do not truncate.
+        # Issues of a full data file are rare and contain the evidence, so they are not truncated.
         sample_note = (
             f" (sample {issue.sample_id}): {_truncate_line(issue.what)}" if issue.sample_id else ""
         )

@@ -1,4 +1,4 @@
-"""Issues across samples: duplicates, contradictory answers, dominant answers."""
+"""Find issues across samples: duplicates, contradictory answers, a dominant answer."""
 
 from __future__ import annotations
 
@@ -14,31 +14,34 @@ from finesight.data.import_example import join_text
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, list_media_paths
 
 MAX_SHORT_ANSWER = 40
-"""Maximum number of characters of a short answer (a name, a number or a few words)."""
+"""Maximum number of characters of a short answer, such as a name or number."""
 
 MIN_MULTI_ANSWER_FRACTION, MIN_LONG_ANSWER_FRACTION, MIN_MULTI_ANSWER_SAMPLES = 0.3, 0.1, 10
-"""Thresholds for questions with several correct answers, such as several captions per image.
+"""Thresholds for questions that have several correct answers by design, such as captions.
 
-Minimum fraction of conflicting samples among the samples with the same question, minimum fraction
-of conflicts between long answers, and minimum number of samples.
+Their contradictions are not reported. The thresholds are the minimum fraction of contradictory
+samples among samples with the same question, the minimum fraction of contradictions between long
+answers, and the minimum number of such samples.
 """
 
 MIN_MATCH_IOU = 0.5
-"""Minimum intersection over union of two boxes of the same object."""
+"""Minimum intersection over union of two boxes that mark the same object."""
 
 MAX_ANSWER_FRACTION, MIN_SAMPLES = 0.5, 20
-"""Maximum fraction of samples with the same answer, and the minimum number of samples for the
-check."""
+"""Maximum fraction of samples with the same answer, and minimum number of samples."""
 
 _MAX_PREVIEW = 60
 
 
 @dataclass(frozen=True, slots=True)
 class _AnswerRecord:
-    """An answer and its location.
+    """Summary of an answer for comparison with the answers of other samples.
 
-    It stores the answer hash, preview, boxes, the first image of the sample, and the hash of the
-    question without its images.
+    Attributes:
+        preview: Start of the answer text.
+        boxes: Image index and corners of each box in the answer.
+        image_path: First image of the sample.
+        question_hash: Hash of the question text, without its images.
     """
 
     location: SampleLocation
@@ -50,9 +53,9 @@ class _AnswerRecord:
 
 
 class ConsistencyChecker:
-    """Compare the answers of one split by question and images.
+    """Compare the answers of all samples in a split that share question and images.
 
-    It stores a few hashes and a short preview per sample.
+    Memory is bounded to a few hashes and a short preview per sample.
     """
 
     def __init__(self, catalog: ImageCatalog) -> None:
@@ -64,7 +67,7 @@ class ConsistencyChecker:
         self._question_counts: Counter[int] = Counter()
 
     def add_sample(self, sample: Sample, location: SampleLocation) -> Iterator[CheckIssue]:
-        """Add a sample. Yield an issue if it is a duplicate."""
+        """Add a sample, and yield an issue if it duplicates an earlier sample."""
         turns = sample.messages[:-1]
         prompt_hash = hash(tuple(self._hash_message(turn) for turn in turns))
         answer = self._record_answer(sample, location)
@@ -72,7 +75,7 @@ class ConsistencyChecker:
         self._answer_counts[answer.answer_hash] += 1
         self._previews.setdefault(answer.answer_hash, answer.preview)
         first = self._first_answers.setdefault(prompt_hash, answer)
-        # Several answers in one row are intended.
+        # Several answers in the same row are intended.
         if (first.location.source, first.location.row_index) == (
             location.source,
             location.row_index,
@@ -91,9 +94,10 @@ class ConsistencyChecker:
     def find_global_issues(
         self, sources: str
     ) -> Iterator[tuple[SampleLocation | None, CheckIssue]]:
-        """Yield issues that require all samples.
+        """Yield the issues that can be found only after all samples were added.
 
-        These are contradictory answers with their location, and a dominant answer without one.
+        These are contradictory answers with the location of the sample, and a dominant answer with
+        None.
         """
         multi_answer_questions = self._find_multi_answer_questions()
         for one, other in self._conflicts:
@@ -107,7 +111,7 @@ class ConsistencyChecker:
             yield None, CheckIssue("dominant-answer", sources, message, remedy, source=sources)
 
     def _find_multi_answer_questions(self) -> set[int]:
-        """Return hashes of questions that have several correct answers by design."""
+        """Return the hashes of questions that have several correct answers by design."""
         conflict_counts = Counter(other.question_hash for _, other in self._conflicts)
         long_counts = Counter(
             pair[1].question_hash for pair in self._conflicts if not _are_short(pair)
@@ -143,7 +147,7 @@ class ConsistencyChecker:
         )
 
     def _hash_message(self, message: Message) -> int:
-        """Hash a message, with images compared by content."""
+        """Hash a message; images with identical content have equal hashes."""
         segments: list[object] = [message.role]
         for part in message.content:
             if isinstance(part, TextPart):
@@ -158,7 +162,10 @@ class ConsistencyChecker:
 
 
 def _are_contradictory(one: _AnswerRecord, other: _AnswerRecord) -> bool:
-    """Return whether two answers to the same question contradict each other."""
+    """Return whether two answers to the same question differ.
+
+    Boxes are compared by overlap, texts without case and punctuation at the ends.
+    """
     if one.boxes or other.boxes:
         boxes_match = len(one.boxes) == len(other.boxes) and all(
             any(image == i and iou(box, b) >= MIN_MATCH_IOU for i, b in other.boxes)

@@ -1,4 +1,7 @@
-"""Run a data check: one pass over the samples with image checks prefetched in worker processes."""
+"""Run a data check in one pass over the samples.
+
+Worker processes decode and check images ahead of the pass.
+"""
 
 from __future__ import annotations
 
@@ -32,22 +35,30 @@ from finesight.data.unvalidated_samples import open_unvalidated_samples
 from finesight.errors import UserError
 
 ROWS_PER_GROUP = 32
-"""Number of rows whose images are checked as a batch."""
+"""Number of rows whose images are submitted to the worker processes in one task."""
 
 MAX_BOX_CLAIMS = 40_000
-"""Approximate number of boxes per source for the detection of the box convention, evenly sampled.
+"""Approximate maximum number of boxes per file for detecting the box convention.
+
+The boxes are sampled evenly over the file.
 """
 
 
 def _no_callback(event: object) -> None:
-    """Ignore an event."""
+    """Ignore an event; default for optional callbacks."""
 
 
 class DataChecker:
-    """Check related sources; validation sources are read first.
+    """Check training and validation files together, including leakage between them.
 
-    Images embedded in tables are saved below `output_folder`, an existing folder. The result
-    contains the first `max_issues` issues of each code in full and counts all others.
+    Validation files are read first, so that their images are known when training files are read.
+
+    Args:
+        inputs: Data files to check.
+        output_folder: Existing folder in which images embedded in tables are saved.
+        model: Properties of the model that samples are checked against.
+        max_issues: Maximum number of issues per code in the result; further issues are only
+            counted.
     """
 
     def __init__(
@@ -57,7 +68,7 @@ class DataChecker:
         model: ModelRequirements | None = None,
         max_issues: int = 1000,
     ) -> None:
-        """Open all sources. Raises UserError like `open_unvalidated`."""
+        """Open all data files. Raises UserError like `open_unvalidated`."""
         self._requirements = model or ModelRequirements()
         self._max_issues = max_issues
         self._on_issue: Callable[[CheckIssue], None] = _no_callback
@@ -75,12 +86,12 @@ class DataChecker:
 
     @property
     def sources(self) -> list[UnvalidatedSource]:
-        """The sources in reading order."""
+        """The opened data files in reading order."""
         return [source for _, source in self._inputs]
 
     @property
     def num_rows(self) -> int:
-        """The number of rows of all sources."""
+        """Total number of rows of all data files."""
         return sum(map(len, self.sources))
 
     def run(
@@ -90,15 +101,15 @@ class DataChecker:
         *,
         single_process: bool = False,
     ) -> tuple[CheckResult, ImageCatalog]:
-        """Check all sources.
+        """Check all data files.
 
         Args:
-            on_issue: Called with each issue as it is found.
-            on_progress: Called with the number of processed rows.
-            single_process: Check images in this process instead of worker processes.
+            on_issue: Called with each issue when it is found.
+            on_progress: Called with the number of rows processed since the last call.
+            single_process: Check images in this process instead of in worker processes.
 
         Returns:
-            The result, with the most severe issues first, and the image catalog.
+            The result, with the most severe issues first, and the catalog of all images.
         """
         self._on_issue, self._on_progress = on_issue, on_progress
         with open_executor(0 if single_process else self.num_rows) as executor:
@@ -204,7 +215,7 @@ class DataChecker:
                 self._add_issue(issue, location)
 
     def _check_length(self, sample: Sample, location: SampleLocation) -> Iterator[CheckIssue]:
-        """Yield an issue if the sample exceeds the maximum length or cannot be rendered."""
+        """Yield an issue if the sample has too many tokens or cannot be rendered."""
         renderer, max_length = self._requirements.renderer, self._requirements.max_length
         if renderer is None or max_length is None:
             return
@@ -240,18 +251,23 @@ def check_sources(
     model: ModelRequirements | None = None,
     max_issues: int = 1000,
 ) -> CheckResult:
-    """Check related sources in a single process and return the result.
+    """Check training and validation files in a single process, and return the result.
 
-    It can be called from a script or notebook without a main guard, because no process is started.
-    Images embedded in tables are saved in a temporary folder. Raises UserError like
-    `open_unvalidated`.
+    As no process is started, scripts need no main guard, and notebooks are supported. Images
+    embedded in tables are saved in a temporary folder.
+
+    Raises:
+        UserError: A data file cannot be opened.
     """
     with tempfile.TemporaryDirectory() as folder:
         return DataChecker(inputs, Path(folder), model, max_issues).run(single_process=True)[0]
 
 
 class BoxClaimCollector:
-    """Collect the boxes of a source, sampled evenly if there are more than `max_claims`."""
+    """Collect the boxes of a data file for the detection of their convention.
+
+    If there are more than `max_claims` boxes, rows are sampled evenly over the file.
+    """
 
     def __init__(self, max_claims: int = MAX_BOX_CLAIMS) -> None:
         self._max_claims = max_claims
@@ -260,7 +276,7 @@ class BoxClaimCollector:
         self._num_rows = 0
 
     def add_row(self, row: UnvalidatedRow, location: str, catalog: ImageCatalog) -> None:
-        """Add the boxes of a sampled row that refer to valid images."""
+        """Add the boxes in valid images of a row, if the row is sampled."""
         self._num_rows += 1
         if not row.boxes or self._num_rows % self._step:
             return

@@ -1,4 +1,4 @@
-"""`--fix`: write a new folder with valid and fixed samples."""
+"""Write a fixed copy of checked data files, without invalid samples (`data check --fix`)."""
 
 from __future__ import annotations
 
@@ -25,13 +25,17 @@ from finesight.storage import write_file
 LOG_FILES = SKIPPED_SAMPLES_FILE, CHANGES_FILE = "skipped_samples.jsonl", "changes.jsonl"
 
 _SampleKey = tuple[str, int, int]
-"""Source, row index and sample index."""
+"""Data file, row index and index within the row, which identify a sample."""
 
 
 @dataclass(frozen=True, slots=True)
 class FixResult:
-    """Result of `--fix`: output files with sample counts, and counts of changed and skipped
-    samples.
+    """Result of `finesight data check --fix`.
+
+    Attributes:
+        output_files: Path and number of samples of each written file.
+        num_changed: Number of samples that were changed.
+        num_skipped: Number of samples and rows that were not written.
     """
 
     output_files: tuple[tuple[Path, int], ...]
@@ -39,23 +43,24 @@ class FixResult:
     num_skipped: int
 
     def as_lines(self) -> list[str]:
-        """Format the result as text lines."""
+        """Format the result as lines of text."""
         files = [f"{path}: {samples} samples" for path, samples in self.output_files]
         folder = self.output_files[0][0].parent
         summary = f"{self.num_changed} samples changed, {self.num_skipped} skipped"
         return [*files, f"{summary}: {folder / CHANGES_FILE}, {folder / SKIPPED_SAMPLES_FILE}"]
 
     def as_json(self) -> dict[str, Any]:
-        """Return the result as JSON data."""
+        """Convert the result to JSON data."""
         files = [{"file": str(path), "num_samples": samples} for path, samples in self.output_files]
         return {"files": files, "num_changed": self.num_changed, "num_skipped": self.num_skipped}
 
 
 class DatasetFixer:
-    """Decide for each sample whether to keep, fix or skip it, and write the result.
+    """Keep, fix or skip each sample based on its issues, and write the result.
 
-    Samples with an error that has no unambiguous fix are skipped. Warnings and notes cause no
-    changes, except that duplicates are skipped.
+    Samples with an error that has no unambiguous fix are skipped. Duplicates and training samples
+    with leaked validation images are skipped as well. Other notes cause a change only if they have
+    a fix, and warnings cause none.
     """
 
     def __init__(self) -> None:
@@ -65,7 +70,7 @@ class DatasetFixer:
         self._convention_issues: list[CheckIssue] = []
 
     def add_issue(self, location: SampleLocation, issue: CheckIssue) -> None:
-        """Add an issue of a sample."""
+        """Record an issue of a sample, which may lead to a fix or skip."""
         key = (location.source, location.row_index, location.sample_index)
         if issue.fix == "skipped" or (issue.severity == "error" and issue.fix is None):
             entry = {"location": issue.where, "sample_id": issue.sample_id}
@@ -74,22 +79,24 @@ class DatasetFixer:
             self._fixes.setdefault(key, set()).add(issue.fix)
 
     def add_source_issue(self, issue: CheckIssue) -> None:
-        """Add an issue of a full source."""
+        """Record an issue of a full data file; `write` fails for an error."""
         if issue.severity == "error":
             self._convention_issues.append(issue)
 
     def write(
         self, staging: Path, out: Path, catalog: ImageCatalog, sources: Sequence[UnvalidatedSource]
     ) -> FixResult:
-        """Read the sources again and write the fixed samples.
+        """Read the data files again and write the samples that are kept, with fixes applied.
 
         Args:
-            staging: Folder to write to.
+            staging: Temporary folder to write to.
             out: Final path of the folder.
+            catalog: Images of the check, which provide the sizes for clipping boxes.
+            sources: The checked data files.
 
         Raises:
-            UserError: The boxes of a source have another convention than declared, or no sample of
-                a source is valid.
+            UserError: The box convention of a file differs from the declared one, or a file has no
+                valid sample.
         """
         for issue in self._convention_issues:
             raise UserError(
@@ -128,7 +135,7 @@ class DatasetFixer:
     def _iter_fixed_samples(
         self, source: UnvalidatedSource, catalog: ImageCatalog
     ) -> Iterator[Sample]:
-        """Yield the samples to keep, with fixes applied."""
+        """Yield the samples of a data file that are kept, with fixes applied."""
         source_name = str(source.source.path)
         for row_index, row in enumerate(source):
             for sample_index, sample in enumerate(row.samples):
@@ -171,7 +178,7 @@ def _fix_sample(sample: Sample, fixes: set[FixAction], catalog: ImageCatalog) ->
 def _describe_change(
     where: str, before: Sample, after: Sample, fixes: set[FixAction]
 ) -> dict[str, Any]:
-    """Describe the changes message by message."""
+    """Describe a changed sample as JSON data, with messages before and after."""
     pairs = zip(sample_to_dict(before)["messages"], sample_to_dict(after)["messages"], strict=True)
     return {
         "location": where,
@@ -190,7 +197,7 @@ def _describe_change(
 
 
 def _assign_file_names(sources: Sequence[UnvalidatedSource]) -> list[str]:
-    """Return a unique output file name per source, its own name where available."""
+    """Return a unique output file name per data file, numbered if necessary."""
     names: list[str] = []
     for source in sources:
         stem = _source_stem(source.source.path)
@@ -200,9 +207,10 @@ def _assign_file_names(sources: Sequence[UnvalidatedSource]) -> list[str]:
 
 
 def _source_stem(source: Path) -> str:
-    """Return the file stem of the source.
+    """Return the stem of the output file for a data file.
 
-    For a pattern, it is the literal part of the stem, else the folder name.
+    For a glob pattern, this is the literal part of its stem or, without one, the name of its
+    folder.
     """
     if not is_glob(source):
         return source.resolve().stem
@@ -211,7 +219,7 @@ def _source_stem(source: Path) -> str:
 
 
 def _remove_unused_images(staging: Path, used_images: set[Path]) -> None:
-    """Delete saved table images of skipped samples."""
+    """Delete saved images that no written sample references."""
     for path in sorted(staging.rglob("*"), reverse=True):
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()

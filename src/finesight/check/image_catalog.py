@@ -1,4 +1,7 @@
-"""Image facts of a dataset: each file is hashed once, each content decoded once."""
+"""Collect size, validity and a thumbnail of each image in a dataset.
+
+Each file is hashed once, and files with identical content are decoded once.
+"""
 
 from __future__ import annotations
 
@@ -29,35 +32,38 @@ from finesight.vision.resize import MAX_ASPECT_RATIO
 ItemT = TypeVar("ItemT")
 
 FILES_PER_TASK = 16
-"""Number of files per worker task."""
+"""Number of image files per task of a worker process."""
 
 MAX_COMPARISONS = 16
-"""Maximum number of detailed comparisons per image, with the most similar candidates."""
+"""Maximum number of detailed comparisons per image, made with the most similar candidates."""
 
 _MIN_SIDE = 64
-"""Minimum length in pixels of the shorter side of an image decoded for a thumbnail."""
+"""Minimum shorter side in pixels of an image decoded for its thumbnail."""
 
 ISSUE_IMAGE_MISSING = "image-missing"
-"""Issue code of an image without a file."""
+"""Issue code of an image whose file does not exist."""
 
 _FileIdentity = tuple[int, int, int, int, str]
-"""File identity without reading: device, inode, size, modification time, and the member name inside
-a container.
+"""Key that identifies file content without reading it.
+
+It consists of device, inode, size, modification time, and the member path inside a tar or Parquet
+file.
 """
 
 
 _HashTask = tuple[list[tuple[int, str]], Future[list[bytes]]]
-"""Files by index and path, and their pending digests."""
+"""Files of a task as (file index, path), and a future of their digests."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """Properties of one image content, which may be in several files.
+    """Properties of an image. Files with identical content share one instance.
 
     Attributes:
-        size: Height and width after EXIF rotation.
-        exif_orientation: EXIF orientation, 1 to 8; 1 is none.
-        issue_code: Issue code of an invalid image, else None.
+        size: Height and width in pixels after EXIF rotation.
+        exif_orientation: EXIF orientation, 1 to 8; 1 means no rotation.
+        thumbnail: Gray levels of the thumbnail; see `compute_thumbnail`.
+        issue_code: Issue code of an invalid image, None for a valid one.
         error: Description of the issue.
     """
 
@@ -69,13 +75,17 @@ class ImageInfo:
 
 
 _DecodeTask = tuple[list[int], Future[list[ImageInfo]]]
-"""Contents by index, and their pending properties."""
+"""Image indices of a task, and a future of the image properties."""
 
 
 class ImageCatalog:
-    """The images of a check by path, processed by the worker processes of `executor`.
+    """Catalog of all images in a data check, filled by worker processes.
 
-    `image_infos` are numbered in order of appearance. `example_paths` has one path per content.
+    Paths with identical content share an image index.
+
+    Attributes:
+        image_infos: Properties by image index, in order of first appearance.
+        example_paths: Path of one file by image index.
     """
 
     def __init__(self, pool: Executor) -> None:
@@ -89,11 +99,11 @@ class ImageCatalog:
         self.example_paths: list[str] = []
 
     def __len__(self) -> int:
-        """Return the number of image paths."""
+        """Return the number of distinct image paths."""
         return len(self._file_indices)
 
     def image_index(self, path: str) -> int:
-        """Return the content index of a path."""
+        """Return the image index of a path; identical files share an index."""
         return self._image_of_file[self._file_indices[path]]
 
     def __getitem__(self, path: str) -> ImageInfo:
@@ -102,7 +112,14 @@ class ImageCatalog:
     def process_groups(
         self, groups: Iterable[ItemT], paths: Callable[[ItemT], Iterable[str]]
     ) -> Iterator[ItemT]:
-        """Yield the groups in order, each when all images at its `paths` are processed."""
+        """Yield groups in order, each after the images at its paths were checked.
+
+        Images of the following groups are hashed and decoded in the background.
+
+        Args:
+            groups: Groups of items such as rows.
+            paths: Function that returns the image paths of a group.
+        """
         hashed_groups = prefetch_map(
             groups, lambda group: self._submit_hashing(paths(group)), self._assign_image_indices
         )
@@ -113,7 +130,12 @@ class ImageCatalog:
     def find_near_duplicates(
         self, queries: Iterable[int], candidates: Iterable[int]
     ) -> Iterator[tuple[int, int]]:
-        """Yield pairs of a query and a candidate that are re-encoded copies of each other."""
+        """Yield pairs (query, candidate) of images that are re-encoded copies of each other.
+
+        Args:
+            queries: Indices of the images to search for.
+            candidates: Indices of the images to search in.
+        """
         valid = [
             image_index
             for image_index in candidates
@@ -162,7 +184,10 @@ class ImageCatalog:
             yield from pairs_chunk
 
     def _submit_hashing(self, paths: Iterable[str]) -> list[_HashTask]:
-        """Submit files for hashing that are not known by path or by file identity."""
+        """Submit tasks that hash the files among the given paths that are not known yet.
+
+        A file is known by its path, or by its identity (such as a hard link).
+        """
         unread: list[tuple[int, str]] = []
         for path in paths:
             if path in self._file_indices:
@@ -187,7 +212,7 @@ class ImageCatalog:
         return [(job, self._pool.submit(_hash_files, [path for _, path in job])) for job in jobs]
 
     def _assign_image_indices(self, group: ItemT, jobs: list[_HashTask]) -> ItemT:
-        """Assign an index to each new content."""
+        """Assign image indices to hashed files, with one index per distinct content."""
         for files, digests in jobs:
             for (file_index, path), digest in zip(files, digests.result(), strict=True):
                 if digest not in self._image_by_digest:
@@ -201,7 +226,7 @@ class ImageCatalog:
         return len(self.image_infos) - 1
 
     def _submit_decoding(self) -> list[_DecodeTask]:
-        """Submit all indexed contents for decoding that were not submitted before."""
+        """Submit tasks that decode all images that were indexed since the last call."""
         pending = range(self._num_submitted, len(self.image_infos))
         self._num_submitted = len(self.image_infos)
         valid = [
@@ -225,11 +250,11 @@ class ImageCatalog:
 
 
 def _read_identity(path: str) -> _FileIdentity | None:
-    """Return the file identity, None for a missing file."""
+    """Return the identity of an image file, or None if the file does not exist."""
     for file, inner_path in ((path, ""), split_container_path(path)):
         try:
             stat_result = os.stat(file)
-        except (OSError, ValueError):  # a name that cannot be one: too long, or with a zero byte
+        except (OSError, ValueError):  # name too long, or with a null byte
             continue
         return (
             stat_result.st_dev,
@@ -242,13 +267,13 @@ def _read_identity(path: str) -> _FileIdentity | None:
 
 
 def _hash_files(paths: Sequence[str]) -> list[bytes]:
-    """Return the SHA-256 of each file, or of its path if it is unreadable."""
+    """Return the SHA-256 of each file; an unreadable file is identified by its path instead."""
     return [_hash_file(path) for path in paths]
 
 
 def _hash_file(path: str) -> bytes:
     try:
-        if os.path.isfile(path):  # a pipe would keep its reader waiting, a device never ends
+        if os.path.isfile(path):  # pipes block, devices never end
             with open(path, "rb") as file:
                 return hashlib.file_digest(file, "sha256").digest()
         if split_container_path(path)[1]:
@@ -259,7 +284,7 @@ def _hash_file(path: str) -> bytes:
 
 
 def inspect_images(paths: Sequence[str]) -> list[ImageInfo]:
-    """Decode each file completely and return its properties."""
+    """Decode each image completely and return its properties."""
     return [_inspect_image(Path(path)) for path in paths]
 
 
@@ -285,5 +310,5 @@ def _inspect_image(path: Path) -> ImageInfo:
 
 
 def _compare_images(path: str, other_paths: Sequence[str]) -> list[bool]:
-    """Return which of `other_paths` are re-encoded copies of `path`."""
+    """Return whether each of the other images is a re-encoded copy of the first."""
     return [is_same_image(Path(path), Path(other_path)) for other_path in other_paths]

@@ -1,4 +1,4 @@
-"""Validation images in the training data: the same file, the same content, or a re-encoded copy."""
+"""Detect validation images in training data, including re-encoded copies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _REMEDY = "remove one of the two: scores on training images do not measure gener
 
 
 class LeakageDetector:
-    """Detect validation images in training samples. Validation samples must be added first."""
+    """Detect training samples that contain images of validation samples.
+
+    All validation samples must be added before the first training sample.
+    """
 
     def __init__(self, catalog: ImageCatalog) -> None:
         self._catalog = catalog
@@ -24,12 +27,12 @@ class LeakageDetector:
         self._train_locations: defaultdict[int, list[SampleLocation]] = defaultdict(list)
 
     def add_validation_sample(self, sample: Sample, location: SampleLocation) -> None:
-        """Add a validation sample."""
+        """Record the images of a validation sample."""
         for image_index in self._image_indices(sample):
             self._validation_locations.setdefault(image_index, location)
 
     def add_train_sample(self, sample: Sample, location: SampleLocation) -> Iterator[CheckIssue]:
-        """Add a training sample and yield issues of its validation images."""
+        """Record a training sample, and yield an issue per validation image in it."""
         if not self._validation_locations:
             return
         for image_index in self._image_indices(sample):
@@ -59,7 +62,10 @@ class LeakageDetector:
                 )
 
     def _image_indices(self, sample: Sample) -> list[int]:
-        """Return the content indices of a sample without blank and invalid images."""
+        """Return the catalog indices of the images in a sample.
+
+        Invalid images and images without contrast, such as blank pages, are omitted.
+        """
         image_indices = dict.fromkeys(
             self._catalog.image_index(path) for path in iter_media_paths(sample)
         )

@@ -1,9 +1,8 @@
-"""Detect re-encoded copies of an image (another JPEG quality, another format, a mild resize).
+"""Detect re-encoded copies of an image, such as another JPEG quality or a slight resize.
 
-Images are compared in two steps: by 16 x 16 grayscale thumbnails, then in detail. Many forms,
-receipts and formulas pass the first step. The second step compares patches of 8 x 8 pixels:
-re-encoding changes all textured patches slightly, while one additional character changes one patch
-strongly.
+Images are compared in two steps: by 16 x 16 grayscale thumbnails, then in detail by patches of 8 x
+8 pixels. Many different forms, receipts and formulas have similar thumbnails. Re-encoding changes
+all textured patches slightly, while a single changed character changes one patch strongly.
 """
 
 from __future__ import annotations
@@ -19,47 +18,52 @@ from PIL import Image
 from finesight.vision.image_decoding import load_image
 
 THUMBNAIL_SIZE = 16
-"""Side length of a thumbnail in pixels, independent of the aspect ratio."""
+"""Side length of a square thumbnail in pixels; the aspect ratio is not preserved."""
 
 ImageSize = tuple[int, int]
 Floats = NDArray[np.float64]
 
 _MAX_GRAY_DIFF, _MAX_CONTRAST_DIFF, _MAX_LOG_ASPECT_DIFF = 4.0, 0.5, 0.05
-"""Maximum thumbnail differences of two encodings of an image.
+"""Maximum differences between the thumbnails of two encodings of an image.
 
-The mean difference in gray levels, the same divided by the standard deviation of the gray levels,
-and the difference of the logarithmic aspect ratios. JPEG quality 30 causes up to 2.4 levels,
-downscaling by two 2.8 (1,469 photographs, receipts and formulas).
+They are the mean difference in gray levels, this difference divided by the standard deviation of
+the gray levels, and the difference of the logarithmic aspect ratios. On 1,469 photographs, receipts
+and formulas, JPEG quality 30 causes a mean difference of up to 2.4 levels, and downscaling by two
+2.8.
 """
 
 _MIN_CONTRAST = 1.0
-"""Minimum standard deviation of the gray levels of an identifiable image."""
+"""Minimum standard deviation of the gray levels of an image that can be compared."""
 
 _COMPARE_SIZE, _PATCH_SIZE = 512, 8
-"""Longest side in pixels for detailed comparison, and side length of a patch."""
+"""Longest image side in the detailed comparison, and patch side, in pixels."""
 
 _LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114])
-"""Weights of red, green and blue in brightness (ITU-R BT.601)."""
+"""Weights of red, green and blue in the brightness of a pixel (ITU-R BT.601)."""
 
 _STRICT_MAX_DIFF, _STRICT_MAX_RATIO = 0.58, 6.0
 _LOOSE_MAX_DIFF, _LOOSE_MAX_RATIO = 0.8, 3.5
-"""Limits of the largest patch difference: relative to its contrast, and relative to most patches.
+"""Limits of the largest patch difference in the detailed comparison.
 
-Re-encoded images reach 0.54 and 5.4, or 3.6 for photographs and documents. Different receipts and
-formulas with the same thumbnail start at 1.1. One exchanged character causes 0.6 or more, and 15,
-or after JPEG of quality 85 and 50, 7 and 4.
+The first limit applies to the difference relative to the contrast of the patch, the second to its
+ratio to the typical patch difference. An image pair must meet the strict or the loose pair of
+limits. Re-encoded images reach a difference of 0.54 and a ratio of 5.4 (3.6 for photographs and
+documents). Different receipts and formulas with the same thumbnail start at a difference of 1.1.
+One exchanged character causes a difference of at least 0.6 and a ratio of 15, or of 7 and 4 after
+JPEG of quality 85 and 50.
 """
 
 _MAX_PATCH_COLOR_DIFF, _MAX_MEAN_COLOR_DIFF, _COLOR_DIFF_SLOPE = 35.0, 2.5, 30.0
-"""Limits of the mean color difference of a patch and of the image, in levels.
+"""Limits of the mean color difference of a patch and of an image.
 
-JPEG rounds uniform colors more strongly at lower quality, estimated from the typical patch
-difference. Scenes that differ only in their background shade start above the limit.
+The limit of the full image grows with the typical patch difference (slope), because JPEG of low
+quality shifts uniform colors more. Scenes that differ only in the shade of their background exceed
+these limits.
 """
 
 
 def compute_thumbnail(image: Image.Image) -> bytes:
-    """Return the image as 16 x 16 gray levels in row-major order."""
+    """Return the 16 x 16 grayscale thumbnail of an image as bytes in row-major order."""
     return (
         image.convert("L")
         .resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.BICUBIC)
@@ -70,13 +74,13 @@ def compute_thumbnail(image: Image.Image) -> bytes:
 def has_contrast(thumbnail: bytes) -> bool:
     """Return whether a thumbnail has enough contrast to identify an image.
 
-    A blank page has not.
+    A blank page, for example, does not.
     """
     return bool(np.frombuffer(thumbnail, dtype=np.uint8).std() >= _MIN_CONTRAST)
 
 
 class NearDuplicateIndex:
-    """Index of images by thumbnail and size for similarity search."""
+    """Index of image thumbnails for similarity search."""
 
     def __init__(self, thumbnails: Sequence[bytes], sizes: Sequence[ImageSize]) -> None:
         gray_NT = _decode_thumbnails(thumbnails)
@@ -88,8 +92,9 @@ class NearDuplicateIndex:
         self._aspects = np.log([w / h for h, w in sizes] or [1.0])[self._order]
 
     def find_similar(self, thumbnail: bytes, size: ImageSize) -> list[int]:
-        """Return the indices of similar images, the most similar first. Empty for an image without
-        contrast.
+        """Return the indices of similar images, the most similar first.
+
+        The result is empty for an image without contrast.
         """
         if not has_contrast(thumbnail):
             return []
@@ -119,7 +124,7 @@ def _decode_thumbnails(thumbnails: Sequence[bytes]) -> NDArray[np.float32]:
 
 
 def _compute_block_means(gray_NT: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the means of 4 x 4 blocks of each thumbnail, [N, 16]."""
+    """Return the means of 4 x 4 pixel blocks of N thumbnails, [N, 16]."""
     blocks = gray_NT.reshape(-1, 4, THUMBNAIL_SIZE // 4, 4, THUMBNAIL_SIZE // 4)
     return np.asarray(blocks.mean(axis=(2, 4)).reshape(-1, 16))
 
@@ -127,14 +132,15 @@ def _compute_block_means(gray_NT: NDArray[np.float32]) -> NDArray[np.float32]:
 def _mean_abs_diff(
     candidates: NDArray[np.float32], query: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Return the mean absolute difference of each candidate row from the query row."""
+    """Return the mean absolute difference between each candidate row and the query row."""
     return np.asarray(np.abs(candidates - query).mean(axis=1))
 
 
 def is_same_image(path: Path, other_path: Path) -> bool:
-    """Return whether both files show the same image, compared by patches.
+    """Return whether two image files show the same image, compared by patches.
 
-    Raises CorruptImageError.
+    Raises:
+        CorruptImageError: A file cannot be decoded.
     """
     images = _open_resized(path), _open_resized(other_path)
     width, height = (min(sides) for sides in zip(*(p.size for p in images), strict=True))
@@ -173,10 +179,7 @@ def _open_resized(path: Path) -> Image.Image:
 
 
 def _box_means(values_HW: Floats, side: int) -> Floats:
-    """Return the means of all squares with side length `side`.
-
-    They are computed from an integral image over the last two axes.
-    """
+    """Return the means of all squares with a given side, over the last two axes."""
     padding = [(0, 0)] * (values_HW.ndim - 2) + [(1, 0), (1, 0)]
     sums = np.pad(values_HW, padding).cumsum(axis=-2).cumsum(axis=-1)
     upper, lower = sums[..., :-side, :], sums[..., side:, :]
@@ -185,6 +188,6 @@ def _box_means(values_HW: Floats, side: int) -> Floats:
 
 
 def _box_stds(values_HW: Floats, side: int) -> Floats:
-    """Return the standard deviations of all squares with side length `side`."""
+    """Return the standard deviations of all squares of a given side length."""
     means = _box_means(values_HW, side)
     return np.asarray(np.sqrt(np.maximum(_box_means(values_HW**2, side) - means**2, 0)))

@@ -21,18 +21,21 @@ ResultT = TypeVar("ResultT")
 ArgsP = ParamSpec("ArgsP")
 
 PREFETCH_ITEMS = 4
-"""Number of items that are started ahead of the current one."""
+"""Number of items whose work is started ahead of the current item."""
 
 MIN_PARALLEL_SAMPLES = 400
-"""Minimum number of samples for which worker processes are faster."""
+"""Minimum number of samples from which worker processes save time."""
 
 
 @contextmanager
 def open_executor(num_samples: int) -> Iterator[Executor]:
-    """Open an executor with one process per core, or an inline executor for few samples.
+    """Open a process pool, or an inline executor for few samples.
 
-    Processes are spawned, not forked, so that they copy no state. A worker that dies, mostly from
-    lack of memory, raises UserError.
+    The pool has one worker per core. Workers are spawned rather than forked, so that they inherit
+    no state.
+
+    Raises:
+        UserError: A worker died, most likely from lack of memory.
     """
     pool = _create_pool() if num_samples >= MIN_PARALLEL_SAMPLES else None
     if pool is None:
@@ -52,8 +55,9 @@ def open_executor(num_samples: int) -> Iterator[Executor]:
 
 
 def _create_pool() -> ProcessPoolExecutor | None:
-    """Create a process pool; return None if inter-process communication fails (e.g. read-only
-    /dev/shm).
+    """Create a process pool.
+
+    Returns None if inter-process communication is unavailable, such as with a read-only /dev/shm.
     """
     context = multiprocessing.get_context("spawn")
     try:
@@ -68,9 +72,9 @@ def prefetch_map(
     finish: Callable[[ItemT, StartedT], ResultT],
     max_pending: int = PREFETCH_ITEMS,
 ) -> Iterator[ResultT]:
-    """Yield `finish` of each item and its started work, in order.
+    """Yield `finish(item, start(item))` for each item in order, starting items ahead.
 
-    Up to `max_pending` items are started ahead.
+    At most `max_pending` items are started ahead of the current one.
     """
     pending: deque[tuple[ItemT, StartedT]] = deque()
     for item in items:
@@ -82,7 +86,7 @@ def prefetch_map(
 
 
 class _InlineExecutor(Executor):
-    """Run tasks immediately in this process."""
+    """Executor that runs each task immediately in the calling process."""
 
     def submit(
         self, fn: Callable[ArgsP, ResultT], /, *args: ArgsP.args, **kwargs: ArgsP.kwargs

@@ -1,4 +1,4 @@
-"""Issues of rows that cannot be parsed, by error type."""
+"""Convert the errors of rows that cannot be parsed to issues of a data check."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ _CODE_BY_ERROR: tuple[tuple[type[UserError], str], ...] = (
     (UnexpectedPlaceholderError, "placeholder-in-text"),
     (CorruptImageError, "image-missing"),
 )
-"""Issue codes by error type; the first match applies. Other errors are invalid rows. A lenient read
-rejects only images without a file."""
+"""Issue code by error type; the first match applies, and other errors are `invalid-row`.
+
+In a data check, CorruptImageError is raised only for missing files.
+"""
 
 
 def issue_from_error(error: UserError, location: SampleLocation) -> CheckIssue:
-    """Convert the error of a row to an issue."""
+    """Convert the error of a dataset row to an issue at its location."""
     code = next(
         (code for error_type, code in _CODE_BY_ERROR if isinstance(error, error_type)),
         "invalid-row",

@@ -1,4 +1,4 @@
-"""Issues of a single sample."""
+"""Find the issues of a single sample: roles, empty turns, images, texts and boxes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,14 @@ def find_sample_issues(
     catalog: ImageCatalog,
     special_tokens: Collection[str] = (),
 ) -> Iterator[CheckIssue]:
-    """Yield all issues of one sample."""
+    """Yield all issues of a sample that can be found without other samples.
+
+    Args:
+        sample: Sample to check.
+        location: Location of the sample.
+        catalog: Catalog that contains the images of the sample.
+        special_tokens: Special tokens of the tokenizer that must not occur in texts.
+    """
     yield from _check_roles(sample, location)
     yield from _check_empty_turns(sample, location)
     yield from _check_images(sample, location, catalog)

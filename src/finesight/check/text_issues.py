@@ -1,4 +1,4 @@
-"""Issues in texts: placeholders and special tokens that would be tokenized as text."""
+"""Find placeholders, boxes and special tokens in texts, which would be tokenized as plain text."""
 
 from __future__ import annotations
 
@@ -14,31 +14,34 @@ _IMAGE_PLACEHOLDER = re.compile(
     r"|<image>\n?",
     re.DOTALL,
 )
-"""Placeholders of a complete image in several dataset formats."""
+"""Pattern of a complete image placeholder in several dataset formats."""
 
 _TYPED_PLACEHOLDER = re.compile(
     r"<\|(?:image_pad|video_pad|vision_start|vision_end|vision_pad)\|>|<imgpad>"
     r"|<(?P<tag>video|audio)>(?!.{0,2000}?</(?P=tag)>)",
     re.DOTALL,
 )
-"""Incomplete image placeholders. In HTML, <video> and <audio> have a closing tag."""
+"""Pattern of a single placeholder token without its image.
+
+The tags <video> and <audio> with a closing tag are HTML and do not match.
+"""
 
 _TYPED_BOX = re.compile(
     r"<\|(?:box|quad|object_ref)_(?:start|end)\|>|<(?:box|quad)>\s*\(|</?ref>|<bbox>|<ref-object>"
     r'|["\']bbox_2d["\']\s*:\s*\['
 )
-"""A box or its label, written as text in the syntax of a model family or program."""
+"""Pattern of a box or its label, written as text in a known syntax."""
 
 _SPECIAL_TOKEN = re.compile(
     r"<\|(?:endoftext|im_start|im_end|fim_\w+|repo_name|file_sep|extra_\d+)\|>"
 )
-"""Special tokens of all Qwen families except image and box tokens."""
+"""Pattern of the special tokens of all Qwen families, except image and box tokens."""
 
 _REMEDY = "remove it from the text: it is tokenized as text, not as a special token"
 
 
 def filter_known_tokens(tokens: Iterable[str]) -> tuple[str, ...]:
-    """Return the special tokens of a tokenizer that the built-in patterns do not cover."""
+    """Return the special tokens that the patterns of this module do not match."""
     known_patterns = (_TYPED_PLACEHOLDER, _TYPED_BOX, _SPECIAL_TOKEN)
     return tuple(t for t in tokens if not any(pattern.fullmatch(t) for pattern in known_patterns))
 
@@ -46,7 +49,7 @@ def filter_known_tokens(tokens: Iterable[str]) -> tuple[str, ...]:
 def find_text_issues(
     sample: Sample, location: SampleLocation, special_tokens: Collection[str] = ()
 ) -> Iterator[CheckIssue]:
-    """Yield issues of placeholders and special tokens in the texts of a sample."""
+    """Yield the issues of a sample whose texts contain placeholders, boxes or special tokens."""
     texts = [part.text for part in sample.iter_parts() if isinstance(part, TextPart)]
     if not any(char in text for text in texts for char in "<{") and not special_tokens:
         return
@@ -67,7 +70,7 @@ def find_text_issues(
 
 
 def remove_placeholders(sample: Sample) -> Sample:
-    """Return the sample without image placeholders in user texts."""
+    """Return a copy of a sample without image placeholders in user texts."""
 
     def clean_message(message: Message) -> Message:
         if message.role != "user":
@@ -115,9 +118,9 @@ def _check_placeholders(sample: Sample, location: SampleLocation) -> Iterator[Ch
 
 
 def _are_at_edges(sample: Sample) -> bool:
-    """Return whether placeholders are only before or after the text.
+    """Return whether all placeholders are before or after the text of their part.
 
-    Elsewhere they can be quoted content.
+    Placeholders within the text may be quoted content and are not removed.
     """
     texts = (part.text for part in sample.iter_parts() if isinstance(part, TextPart))
     return all(
@@ -126,7 +129,7 @@ def _are_at_edges(sample: Sample) -> bool:
 
 
 def _stays_valid(sample: Sample) -> bool:
-    """Return whether every user turn has content after the placeholders are removed."""
+    """Return whether every message still has content after the placeholders are removed."""
     return all(message.content for message in remove_placeholders(sample).messages)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from io import TextIOWrapper
 from typing import Annotated
 
@@ -31,6 +32,7 @@ from finesight.cli.export import export
 from finesight.cli.launch import launch
 from finesight.cli.merge import merge
 from finesight.cli.openmp_spin import configure_openmp_spin
+from finesight.cli.plain_help import PlainHelpCommand
 from finesight.cli.predict import predict
 from finesight.cli.quickstart import quickstart
 from finesight.cli.report import report
@@ -52,7 +54,8 @@ app = typer.Typer(
 data_app = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="Import, check and convert datasets.\n\nExample: finesight data show recipe.yaml",
+    help="Import, check and convert datasets.\n\nExample: finesight data import labels.csv mine"
+    ' --map image=path --map answer=text --prompt "What is this?"',
 )
 
 
@@ -73,40 +76,52 @@ def configure_cli(
 ) -> None:
     """Fine-tune Qwen vision-language models on your own images.
 
+    Start with quickstart. With your own images: data import, data check, data plan, train, predict.
+
     Example: finesight quickstart
     """
 
 
-app.command(short_help="Run the complete workflow on generated data, on a CPU.")(quickstart)
-app.command(short_help="Download a model or dataset from a hub.")(download)
-app.command(short_help="Diagnose a machine, a recipe, a model or a run.")(doctor)
+_add_command = partial(app.command, cls=PlainHelpCommand)
+_add_data_command = partial(data_app.command, cls=PlainHelpCommand)
+
+_add_command(short_help="Run the complete workflow on generated data, on a CPU.")(quickstart)
+_add_command(short_help="Download a model or dataset from a hub.")(download)
+_add_command(short_help="Diagnose a machine, a recipe, a model or a run.")(doctor)
 app.add_typer(data_app, name="data", short_help="Import, check and convert datasets.")
-data_app.command("import", short_help="Import a dataset as samples.")(import_data)
-data_app.command(short_help="Validate samples.")(check)
-data_app.command("export", short_help="Export samples in the format of another program.")(
+_add_data_command("import", short_help="Import a dataset as samples.")(import_data)
+_add_data_command(short_help="Validate samples.")(check)
+_add_data_command("export", short_help="Export samples in the format of another program.")(
     export_data
 )
-data_app.command(short_help="Print the tokenized samples of a recipe.")(show)
-data_app.command(short_help="Estimate memory and time of a run and suggest settings that fit.")(
+_add_data_command(short_help="Print the tokenized samples of a recipe.")(show)
+_add_data_command(short_help="Estimate memory and time of a run and suggest settings that fit.")(
     plan
 )
-data_app.command(short_help="Convert the boxes of a file to another model family.")(migrate)
-app.command(short_help="Convert an ms-swift or LLaMA-Factory configuration to a recipe.")(convert)
-app.command(short_help="Fine-tune a model with a recipe.")(train)
-app.command(short_help="Write a training job for torchrun, Slurm, SkyPilot or Kubeflow.")(launch)
-app.command("eval", short_help="Evaluate a model or run on a dataset.")(evaluate)
-app.command(short_help="Write the HTML report of a run.")(report)
-app.command(short_help="Write an HTML comparison of runs.")(compare)
-app.command(short_help="Answer questions about images.")(predict)
-app.command(short_help="Start a chat in the terminal.")(chat)
-app.command(short_help="Start a chat UI in the browser.")(web)
-app.command(short_help="Start an OpenAI-compatible HTTP server.")(serve)
-app.command(short_help="Merge an adapter into its base model.")(merge)
-app.command(short_help="Upload a model, convert it to GGUF, or print serving commands.")(export)
+_add_data_command(short_help="Convert the boxes of a file to another model family.")(migrate)
+_add_command(short_help="Convert an ms-swift or LLaMA-Factory configuration to a recipe.")(convert)
+_add_command(short_help="Fine-tune a model with a recipe.")(train)
+_add_command(short_help="Write a training job for several GPUs or nodes.")(launch)
+_add_command("eval", short_help="Evaluate a model or run on a dataset.")(evaluate)
+_add_command(short_help="Write the HTML report of a run.")(report)
+_add_command(short_help="Compare runs or evaluations on an HTML page.")(compare)
+_add_command(short_help="Answer questions about images.")(predict)
+_add_command(short_help="Start a chat in the terminal.")(chat)
+_add_command(short_help="Start a chat UI in the browser.")(web)
+_add_command(short_help="Start an OpenAI-compatible HTTP server.")(serve)
+_add_command(short_help="Merge an adapter into its base model.")(merge)
+_add_command(short_help="Upload a model, convert it to GGUF, or print serving commands.")(export)
 
 
 def run_command(arguments: Sequence[str], typer_app: typer.Typer = app) -> int:
-    """Run one command line and return its exit code. Internal errors propagate."""
+    """Run one command line and return its exit code.
+
+    Internal errors propagate, so that Python prints their traceback and exits with code 1.
+
+    Args:
+        arguments: Words of the command line after `finesight`.
+        typer_app: Commands to run; tests replace them.
+    """
     configure_openmp_spin()
     try:
         typer_app(args=list(arguments), prog_name="finesight")
@@ -127,7 +142,7 @@ def run_command(arguments: Sequence[str], typer_app: typer.Typer = app) -> int:
 
 
 def main() -> None:
-    """Run the command line of this process (console script entry point)."""
+    """Run the command line of this process; the entry point of the `finesight` script."""
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8
     sys.exit(run_command(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""`finesight chat`: interactive chat in the terminal."""
+"""`finesight chat`: chat with a model in the terminal."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import typer
 
 from finesight.cli.options import (
     DeviceOption,
+    MaxNewTokensOption,
     PrecisionOption,
     RunOrModelArgument,
     WeightFormatOption,
@@ -38,27 +39,36 @@ COMMAND_HELP = {
 }
 
 TemperatureOption = Annotated[
-    float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy decoding.")
+    float,
+    typer.Option(min=0.0, help="Sampling temperature, 0 to 100; 0 is greedy decoding."),
 ]
 
 
 def chat(
     run_or_model: RunOrModelArgument,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Maximum length of an answer in tokens.")
-    ] = 512,
+    max_new_tokens: MaxNewTokensOption = 512,
     temperature: TemperatureOption = 0.0,
     top_p: Annotated[
-        float, typer.Option(help="Nucleus sampling: cumulative probability of candidate tokens.")
+        float,
+        typer.Option(
+            help="Nucleus sampling: sample from the most probable tokens whose probabilities add "
+            "up to this value, above 0 and at most 1 (all tokens). Needs --temperature above 0."
+        ),
     ] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Random seed of sampling.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Random seed of sampling, for --temperature above 0. Default: different each time."
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     weight_format: WeightFormatOption = "auto",
 ) -> None:
-    """Chat with a model about images. /help lists the commands.
+    """Chat with a model about images in the terminal. /help lists the commands of the chat.
 
-    Standard input may be a pipe; a script stops at the first error.
+    If standard input is a file or a pipe, its lines are the input, and the first error ends the
+    chat.
 
     Example: finesight chat runs/latex
     """
@@ -81,7 +91,11 @@ def chat(
 
 
 class ChatTerminal:
-    """Line-based chat. Errors end a script but not an interactive session."""
+    """Line-based chat with a model on standard input and output.
+
+    An error ends the chat if standard input is not a terminal. In an interactive chat, the message
+    is printed and the chat continues.
+    """
 
     def __init__(
         self, session: ChatSession, generation_options: GenerationOptions, is_interactive: bool
@@ -95,7 +109,7 @@ class ChatTerminal:
         self._num_regenerations = 0
 
     def run(self) -> None:
-        """Process lines until /quit or the end of input."""
+        """Read and process input lines until `/quit` or the end of standard input."""
         if self._is_interactive:
             _enable_line_editing()
             typer.echo(f"{self._session.service.model_names[0]}. Enter a question or /help.")
@@ -120,7 +134,7 @@ class ChatTerminal:
                 typer.echo("\n(use /quit or Ctrl-D to quit)")
 
     def _handle_line(self, line: str) -> bool:
-        """Process one line. Returns False to quit."""
+        """Process one input line: a command or a question. Returns False for `/quit`."""
         name, _, argument = line.partition(" ")
         argument = argument.strip()
         handlers: dict[str, Callable[[], None]] = {
@@ -226,7 +240,11 @@ def _print_help() -> None:
 
 
 def _parse_paths(argument: str) -> list[Path]:
-    """Parse paths: one existing file name with its spaces, else shell words."""
+    """Parse the file names of `/image`.
+
+    The argument is one name, spaces included, if such a file exists. Otherwise it is split into
+    words like a shell command.
+    """
     with contextlib.suppress(OSError, ValueError):
         if Path(argument).expanduser().is_file():
             return [Path(argument).expanduser()]
@@ -250,7 +268,7 @@ def _parse_paths(argument: str) -> list[Path]:
 
 
 def _enable_line_editing() -> None:
-    """Enable line editing, history and completion of file names."""
+    """Enable line editing, history and file name completion, if readline is installed."""
     with contextlib.suppress(ImportError):
         import readline
 
@@ -260,7 +278,7 @@ def _enable_line_editing() -> None:
 
 @contextmanager
 def _cancel_on_sigint(reply: ChatReply) -> Iterator[None]:
-    """Let Ctrl-C cancel only the current answer within the block."""
+    """Let Ctrl-C cancel the current answer instead of the process, within the `with` block."""
 
     def cancel(signal_number: int, frame: FrameType | None) -> None:
         reply.cancel()

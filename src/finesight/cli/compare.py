@@ -1,4 +1,4 @@
-"""`finesight compare`: an HTML comparison of runs."""
+"""`finesight compare`: write an HTML comparison of runs."""
 
 from __future__ import annotations
 
@@ -8,33 +8,36 @@ from typing import Annotated
 
 import typer
 
-from finesight.cli.options import LanguageOption
+from finesight.cli.options import AsJsonOption, LanguageOption
 
 
 def compare(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN...",
-            help="2 to 8 run folders, or prediction files of `finesight eval --out`.",
+            metavar="RUN",
+            help="2 to 8 run folders or prediction files of `finesight eval --out`. The first one "
+            "is the baseline.",
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", dir_okay=False, help="Output page.")] = Path(
+    out: Annotated[Path, typer.Option(metavar="FILE", dir_okay=False, help="HTML page.")] = Path(
         "comparison.html"
     ),
     language: LanguageOption = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as one JSON object.")
-    ] = False,
+    as_json: AsJsonOption = False,
 ) -> None:
-    """Compare runs with the first run, on the same validation samples.
+    """Compare runs with a baseline run, on the validation samples that both answered.
 
     The page contains the differences of recipes and data, metrics with 95 % intervals and the
     significance of each difference, loss curves, cost, and samples side by side. Unfinished runs
-    are allowed. The page needs no network. An existing page is replaced; other files are not
-    overwritten.
+    are allowed. The page needs no network. An existing page is replaced, but no other file.
+
+    To compare a base model with a tuned one, evaluate both with `finesight eval --out` and compare
+    the two files.
 
     Example: finesight compare runs/rank8 runs/rank64 --out ranks.html
+
+    Example: finesight compare base.jsonl tuned.jsonl
     """
     from finesight.report.compare_page import write_compare_page
     from finesight.report.html import raise_if_not_generated

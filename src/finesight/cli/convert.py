@@ -1,4 +1,4 @@
-"""`finesight convert`: recipes from configurations of other trainers."""
+"""`finesight convert`: convert configurations of other trainers to recipes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ def convert(
             "shell script with `swift sft` or `llamafactory-cli train`.",
         ),
     ],
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="New recipe file.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file to create.")],
     as_json: AsJsonOption = False,
 ) -> None:
     """Convert an ms-swift or LLaMA-Factory configuration to a recipe.
 
-    The recipe contains defaults that differ. The batch size counts all GPUs. Settings without a
-    counterpart are listed with their values and a recommendation. Scripts are parsed, not executed.
-    The printed commands import the data.
+    Writes the recipe, including defaults of the other program that differ. train.batch_size is the
+    product of batch size per device, gradient accumulation steps and GPUs. Settings that finesight
+    does not have are printed with a recommendation. Then run the printed `finesight data import`
+    and `finesight train` commands. Scripts are parsed, not executed.
 
     Example: finesight convert train_lora.yaml recipe.yaml
     """

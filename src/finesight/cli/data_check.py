@@ -1,4 +1,4 @@
-"""`finesight data check`: validation of samples before training or evaluation."""
+"""`finesight data check`: validate samples before training or evaluation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finesight.cli.options import (
+    JSON_OUTPUT,
     BoxFormatOption,
     BoxTaskOption,
     BoxUnitsOption,
@@ -29,39 +30,50 @@ if TYPE_CHECKING:
     from finesight.check.check_issues import CheckIssue
 
 MAX_PRINTED_ISSUES = 3
-"""Printed findings per issue; the others are only counted."""
+"""Maximum number of printed examples per kind of issue; further ones are only counted."""
 
 PROGRESS_LOG_ROWS = 10_000
-"""Rows between two progress lines of a log."""
+"""Number of rows between two progress lines, if standard error is not a terminal."""
 
 MAX_PAGE_ISSUES = 1000
-"""Findings per issue that an HTML page contains."""
+"""Maximum number of examples per kind of issue on the HTML page."""
 
 AgainstOption = Annotated[
     list[Path] | None,
     typer.Option(
-        metavar="EVAL", help="Validation samples; report their images that also occur in SOURCE."
+        metavar="EVAL",
+        help="Validation data, read with the same options. Reports images, also re-encoded ones, "
+        "that are in SOURCE as well. Repeatable.",
     ),
 ]
 ModelNameOption = Annotated[
     str | None,
-    typer.Option(help="Model folder or hub name; also report its special tokens in texts."),
+    typer.Option(
+        help="Model folder or hub name. Its tokenizer is used to report special tokens in texts "
+        "and, with --max-length, samples that are too long."
+    ),
 ]
 MaxLengthOption = Annotated[
-    int | None, typer.Option(min=1, help="With --model: report samples with more tokens.")
+    int | None,
+    typer.Option(
+        min=1,
+        help="With --model: report samples of more than this number of tokens, image tokens "
+        "included. Default: no limit.",
+    ),
 ]
 FixOption = Annotated[
     Path | None,
     typer.Option(
         metavar="OUT",
-        help="Write fixed samples into this new folder. Unambiguous issues are fixed, invalid "
-        "samples are skipped; skipped_samples.jsonl and changes.jsonl list the changes.",
+        help="Write a corrected copy into this new folder: unambiguous issues are fixed "
+        "(listed in changes.jsonl), duplicates and invalid samples are left out (listed in "
+        "skipped_samples.jsonl).",
     ),
 ]
 HtmlPageOption = Annotated[
     Path | None,
     typer.Option(
-        "--html", metavar="FILE", dir_okay=False, help="Write an HTML page of the findings."
+        "--html", metavar="FILE", dir_okay=False, help="Also write the issues as an HTML page."
     ),
 ]
 
@@ -69,7 +81,9 @@ HtmlPageOption = Annotated[
 def check(
     sources: Annotated[
         list[Path],
-        typer.Argument(metavar="SOURCE...", help="Sources as for `data import`, or one recipe."),
+        typer.Argument(
+            metavar="SOURCE", help="Local files or folders as for `data import`, or one recipe."
+        ),
     ],
     against: AgainstOption = None,
     format_name: SourceFormatOption = None,
@@ -85,14 +99,17 @@ def check(
     html: HtmlPageOption = None,
     language: LanguageOption = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object per finding, then a summary.")
+        bool,
+        typer.Option(
+            "--json", help=f"Print one JSON object per issue, then one summary, {JSON_OUTPUT}"
+        ),
     ] = False,
 ) -> None:
     """Validate samples: images, boxes, texts, roles, duplicates and leakage.
 
-    For a recipe, the train and eval files are checked with the tokenizer of the model and
-    max_length. Other sources are read like `data import` with these options. Sources are never
-    modified.
+    For a recipe, its training and validation files are checked with max_length and the tokenizer of
+    its model; only --fix, --html, --language and --json apply. Other sources are read as
+    by `data import` with these options. Sources are never modified.
 
     Exit code: 0 without issues or with notes only, 3 with warnings, 2 with errors.
 
@@ -141,7 +158,10 @@ def _run_check(
     language: LanguageOption,
     as_json: bool,
 ) -> int:
-    """Check the inputs and write the requested outputs. Returns the exit code."""
+    """Run a data check, and write its summary, HTML page and fixed samples.
+
+    Returns the exit code for the highest severity of the issues.
+    """
     from finesight.check.check_issues import exit_code
     from finesight.check.check_summary import format_summary, summary_to_dict
     from finesight.check.data_checker import DataChecker
@@ -180,7 +200,10 @@ def _run_check(
 
 @contextmanager
 def _show_progress(total_rows: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on a terminal or progress lines in a log. Yields the callback."""
+    """Show a progress bar on a terminal, or progress lines elsewhere.
+
+    Yields a callback that takes the number of newly checked rows.
+    """
     from rich.console import Console
 
     from finesight.train.console import TrainingConsole

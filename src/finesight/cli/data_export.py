@@ -1,4 +1,4 @@
-"""`finesight data export`: samples in the format of another program."""
+"""`finesight data export`: write samples in the format of another program."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def export_data(
             metavar="SAMPLES", help="Samples file, as written by `finesight data import`."
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="Folder to create; an existing one is an error."),
+    ],
     target_format: Annotated[
         str,
         typer.Option(
@@ -32,7 +35,11 @@ def export_data(
         ),
     ],
     copy_images: Annotated[
-        bool, typer.Option("--copy-images", help="Copy the images into OUT/images.")
+        bool,
+        typer.Option(
+            "--copy-images",
+            help="Copy the images into OUT/images. Default: OUT refers to the images in place.",
+        ),
     ] = False,
     as_json: AsJsonOption = False,
 ) -> None:
@@ -71,4 +78,4 @@ def _format_summary(out: Path, summary: ExportSummary) -> list[str]:
 
 
 MAX_PRINTED_FILES = 3
-"""Printed file names; the others are only counted."""
+"""Maximum number of printed file names; further files are only counted."""

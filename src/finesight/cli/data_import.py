@@ -1,4 +1,4 @@
-"""`finesight data import`: datasets as samples."""
+"""`finesight data import`: convert a dataset to samples."""
 
 from __future__ import annotations
 
@@ -31,20 +31,35 @@ if TYPE_CHECKING:
 EvalLastOption = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Use the last N rows for validation; skip other rows with the same images."
+        min=1,
+        help="Use the last N rows for validation, and leave out training rows with the same "
+        "images. Not with --train-fraction.",
     ),
 ]
 TrainFractionOption = Annotated[
     float | None,
-    typer.Option(metavar="FRACTION", help="Fraction of the rows for training, split by image."),
+    typer.Option(
+        metavar="FRACTION",
+        help="Fraction of the rows for training, between 0 and 1, such as 0.9; the others are for "
+        "validation. Rows with the same image stay together. Not with --eval-last. Default: no "
+        "split.",
+    ),
 ]
 SplitSeedOption = Annotated[int, typer.Option(min=0, help="Random seed of --train-fraction.")]
 CopyImagesOption = Annotated[
-    bool, typer.Option("--copy-images", help="Copy the images into OUT/images.")
+    bool,
+    typer.Option(
+        "--copy-images",
+        help="Copy the images into OUT/images. Default: OUT refers to the images in place; those "
+        "from hubs, the web and archives are always copied.",
+    ),
 ]
 OnInvalidRowOption = Annotated[
     Literal["fail", "skip"],
-    typer.Option(help="Invalid rows: fail, or skip them and list them in OUT."),
+    typer.Option(
+        help="Invalid rows, such as a missing image or an impossible box: fail and write nothing, "
+        "or skip them and list them in OUT/skipped_rows.jsonl."
+    ),
 ]
 SourceArgument = Annotated[
     str,
@@ -63,7 +78,9 @@ AllowHostOption = Annotated[
         help="Allow downloads of https:// sources and images from this host. Repeatable.",
     ),
 ]
-OutFolderArgument = Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")]
+OutFolderArgument = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Folder to create; an existing one is an error.")
+]
 
 
 def import_data(
@@ -91,9 +108,9 @@ def import_data(
     not exist there. Sources from a hub, the web or an archive contain their own images, which are
     copied.
 
-    A list of answers becomes one training sample per answer, and one validation sample with the
-    other answers as references. Downloads resume and use the cache (HF_HOME). For hub datasets,
-    only the files required by --rows and --limit are downloaded.
+    A row with several answers becomes one training sample per answer, or one validation sample that
+    accepts all of them. Downloads resume and use the cache (HF_HOME). For hub datasets, only the
+    files required by --rows and --limit are downloaded.
 
     Example: finesight data import latex.csv latex --map image=image_path --map answer=text
     --prompt "Read the formula." --train-fraction 0.9

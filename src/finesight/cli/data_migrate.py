@@ -1,4 +1,4 @@
-"""`finesight data migrate`: box answers in the format of another model family."""
+"""`finesight data migrate`: rewrite boxes in answers for another model family."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from finesight.cli.options import AsJsonOption
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,36 +18,52 @@ if TYPE_CHECKING:
 BoxFamily = Literal["qwen_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
 DEFAULT_SIZE_FACTOR = 28
-"""Resize factor of every published Qwen2.5-VL: image sides are multiples of it."""
+"""Divisor of resized image sides in pixels, for `--image` without `--model`.
+
+All published Qwen2.5-VL models use this value (patch size 14, merge size 2).
+"""
 
 MAX_PRINTED_RECORDS = 3
+"""Maximum number of printed locations of texts that were not converted."""
 
 
 def migrate(
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="Conversations in any structure: .json or .jsonl."),
+        typer.Argument(
+            metavar="FILE",
+            help=".json or .jsonl file in the format of any trainer; only box texts are changed.",
+        ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New file.")],
-    source_family: Annotated[BoxFamily, typer.Option("--from", help="Model family of the boxes.")],
-    target_family: Annotated[BoxFamily, typer.Option("--to", help="Target model family.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to create.")],
+    source_family: Annotated[
+        BoxFamily, typer.Option("--from", help="Model family whose box format FILE has.")
+    ],
+    target_family: Annotated[
+        BoxFamily, typer.Option("--to", help="Model family whose box format OUT gets.")
+    ],
     model: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="Qwen2.5-VL model whose image rule applies."),
+        typer.Option(
+            metavar="MODEL",
+            help="Qwen2.5-VL model (folder or hub name) whose pixel limits define the resized "
+            "image. For qwen2_5_vl, this or --image is required.",
+        ),
     ] = None,
     image: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="Image rule of the recipe instead: min_pixels and max_pixels, height and width, "
-            "or longest_side.",
+            help="Resizing as in `image` of a recipe: min_pixels=N and max_pixels=N, height=N and "
+            "width=N, or longest_side=N, each with its own --image. Repeatable.",
         ),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the summary as one JSON object.")
-    ] = False,
+    as_json: AsJsonOption = False,
 ) -> None:
-    """Convert the boxes in answers from one model family to another.
+    """Rewrite the boxes in answers of a file for another model family.
+
+    For files made for other trainers. Files of `finesight data import` fit every family: change the
+    model in the recipe instead.
 
     qwen_vl and qwen2_vl use special tokens in the text, qwen2_5_vl and qwen3_vl use JSON.
     Coordinates of qwen2_5_vl are pixels of the resized image, which --model or --image defines.
@@ -67,7 +84,10 @@ def migrate(
 
 
 def _resolve_resize_rule(model: str | None, pairs: list[str]) -> ResizeSpec | None:
-    """Build the resize rule of --image or --model. Returns None without both."""
+    """Build the resize rule of Qwen2.5-VL images from `--model` and `--image`.
+
+    `--image` has precedence over the rule of the model. Returns None if neither is given.
+    """
     from pydantic import TypeAdapter, ValidationError
 
     from finesight.config import ImageRule

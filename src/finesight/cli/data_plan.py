@@ -1,40 +1,38 @@
-"""`finesight data plan`: memory and time of a run, and settings that fit."""
+"""`finesight data plan`: estimate memory and time of a run, and suggest settings that fit."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from finesight.cli.options import AsJsonOption, OverridesArgument, RecipeArgument
 
 EXIT_DOES_NOT_FIT = 2
 
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe in YAML.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of recipe settings."),
-    ] = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
     gpu: Annotated[
         str | None,
         typer.Option(
             "--gpu",
             metavar="NAME",
-            help="GPU model: T4, 4090, A100-80GB, H200. Default: measure this machine.",
+            help='GPU to plan for, such as T4, "RTX 4090", A100-80GB or H200. Default: this '
+            "machine, measured in about a second.",
         ),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the plan as one JSON object.")
-    ] = False,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Estimate memory and time of a run and suggest settings that fit.
 
-    Reads image headers and the configuration and tokenizer of the model, but no weights. Without
-    --gpu, benchmarks this machine for a second. Prints tokens, FLOPs and memory per part, and the
-    time, for the recipe and for the largest packs with the fewest checkpointed layers that fit. The
-    last lines contain the overrides. The recipe is not modified.
+    Prints the tokens per sample, the FLOPs of each model part, and memory and training time in two
+    columns: for the recipe as written, and for chosen settings that fit into 90 % of the memory.
+    The last lines are overrides for `finesight train`. The recipe is not modified.
+
+    Reads image headers and the configuration and tokenizer of the model, but no weights.
 
     Exit code: 0 if the run fits, 2 if no setting makes it fit.
 

@@ -1,4 +1,4 @@
-"""`finesight data show`: tokenized samples of a recipe."""
+"""`finesight data show`: print the tokenized samples of a recipe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finesight.cli.options import LanguageOption, echo_json
+from finesight.cli.options import (
+    JSON_OUTPUT,
+    LanguageOption,
+    OverridesArgument,
+    RecipeArgument,
+    echo_json,
+)
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,31 +23,32 @@ if TYPE_CHECKING:
 
 
 def show(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe in YAML.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of recipe settings."),
-    ] = None,
-    num_samples: Annotated[int, typer.Option(min=1, help="Number of samples, from the first.")] = 1,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    num_samples: Annotated[
+        int, typer.Option(min=1, help="Number of samples, from the start of the data.")
+    ] = 1,
     use_eval_split: Annotated[
         bool, typer.Option("--eval", help="Show samples of data.eval instead of data.train.")
     ] = False,
     html: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Write an HTML page with images, boxes and tokens instead."
+            metavar="FILE",
+            help="Write an HTML page with the resized images, boxes and tokens instead of the "
+            "table. An existing page is replaced, but no other file.",
         ),
     ] = None,
     language: LanguageOption = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object per sample.")
+        bool, typer.Option("--json", help=f"Print one JSON object per sample {JSON_OUTPUT}")
     ] = False,
 ) -> None:
-    """Print the tokens of samples with id, loss mask (*) and position ids.
+    """Print the tokens of samples as the model receives them in training.
 
-    The placeholders of an image share one line. The command reads the configuration and tokenizer
-    of the model, but no weights. --html writes a self-contained page with the resized images and
-    the decoded boxes. It replaces an existing page, but no other file.
+    Each line is a token with its id, a * if it counts in the loss (label other than -100), its
+    position ids and its text. All placeholder tokens of an image share one line. Reads the
+    configuration and tokenizer of the model, but no weights.
 
     Example: finesight data show recipes/latex_ocr_qwen2_vl_2b.yaml --num-samples 2
     """
@@ -80,7 +87,10 @@ def show(
 def _write_sample_page(
     page: Path, renderer: Renderer, selected: Sequence[LocatedSample], source: str
 ) -> None:
-    """Write the HTML page of these samples with a progress bar."""
+    """Write an HTML page of the selected samples while showing a progress bar.
+
+    `source` is the title of the page: the number of samples and their files.
+    """
     from rich.console import Console
 
     from finesight.encode.native_renderer import NativeRenderer
@@ -104,7 +114,7 @@ def _write_sample_page(
 
 
 def _print_samples(renderer: Renderer, selected: Sequence[LocatedSample], as_json: bool) -> None:
-    """Print a table or a JSON object per sample."""
+    """Print one token table, or one JSON object, per sample."""
     from finesight.encode.token_table import format_token_table, token_table_to_dict
 
     for located_sample in selected:

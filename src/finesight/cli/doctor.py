@@ -1,4 +1,4 @@
-"""`finesight doctor`: diagnosis of a machine, model, recipe or run."""
+"""`finesight doctor`: diagnose a machine, model, recipe or run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 from typing import Annotated, Literal
 
 import typer
+
+from finesight.cli.options import AsJsonOption
 
 EXIT_ERROR_FOUND = 2
 
@@ -21,24 +23,33 @@ def doctor(
     ] = None,
     hub: Annotated[
         Literal["huggingface", "modelscope"] | None,
-        typer.Option(help="Also check the connection to this hub and the token."),
+        typer.Option(
+            help="Also check the connection to this hub and the token. Only for this machine."
+        ),
     ] = None,
     smoke_test: Annotated[
         bool,
-        typer.Option(help="Train and generate with finesight-tiny on the CPU and on every GPU."),
+        typer.Option(
+            help="Train and generate with finesight-tiny on the CPU and on every GPU, about half a "
+            "minute each. Only for this machine."
+        ),
     ] = True,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the findings as one JSON object.")
-    ] = False,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Report problems with their effect and a command that fixes them.
 
-    Machine: memory, disks, package conflicts, torch and driver, environment variables, a training
-    test of half a minute on every device, and extras. Run, from its own records: why it ended, flat
-    or rising loss, lower metrics, answers without end, boxes in wrong coordinates. Recipe: missing
-    requirements. Model folder: missing or corrupt files.
+    Without an argument, this machine: memory, disks, package conflicts, torch and driver,
+    environment variables, a short training on every device, and optional packages.
 
-    The command changes nothing. It uses the network only with --hub. Exit code: 0 without errors, 2
+    Run, from its records: why it ended, flat or rising loss, lower metrics, answers without end,
+    boxes in wrong coordinates.
+
+    Recipe: missing packages and data files, a precision that the GPU does not support, an output
+    folder without space.
+
+    Model or adapter folder: missing or corrupt files.
+
+    The command changes nothing and uses the network only with --hub. Exit code: 0 without errors, 2
     with errors.
 
     Example: finesight doctor runs/latex

@@ -1,4 +1,4 @@
-"""`finesight download`: download of a model or dataset from a hub."""
+"""`finesight download`: download a model or dataset from a hub."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ HubSourceArgument = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="[hf:|modelscope:]OWNER/NAME for a model, hf:datasets/OWNER/NAME or "
-        "modelscope:datasets/OWNER/NAME for a dataset; optional @REVISION, and :SPLIT for a data "
-        "set.",
+        help="OWNER/NAME or modelscope:OWNER/NAME for a model, hf:datasets/OWNER/NAME or "
+        "modelscope:datasets/OWNER/NAME for a dataset; optional @REVISION, and :SPLIT for a "
+        "dataset. Default hub: Hugging Face (hf:).",
     ),
 ]
 ToFolderOption = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="New folder instead of the cache."),
+    typer.Option(
+        metavar="FOLDER", help="Folder to create for the files. Default: the hub cache (HF_HOME)."
+    ),
 ]
 
 

@@ -1,4 +1,4 @@
-"""`finesight eval`: evaluation of a model or run."""
+"""`finesight eval`: evaluate a model or run on validation samples."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Annotated
 import typer
 
 from finesight.cli.options import (
+    AsJsonOption,
     DeviceOption,
     PrecisionOption,
     RunOrModelArgument,
+    TrustMetricOption,
     WeightFormatOption,
 )
 
@@ -20,46 +22,63 @@ def evaluate(
     run_or_model: RunOrModelArgument,
     data: Annotated[
         Path | None,
-        typer.Option(help="JSONL file of samples. Default for a run: its validation split."),
+        typer.Option(
+            help="JSONL file of samples with answers. Default for a run: its validation split; "
+            "required otherwise."
+        ),
     ] = None,
     metric: Annotated[
         str | None,
         typer.Option(
-            help="Metric: captions, latex, ocr, qa, classification, json, grounding, detection, or"
-            " FILE.py:FUNCTION. Default for a run: the metric of its recipe."
+            help="captions, latex, ocr, qa, classification, json, grounding or detection, or "
+            "FILE.py:FUNCTION for a custom metric. Default for a run: the metric of its recipe; "
+            "required otherwise."
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Evaluate only the first N samples.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Evaluate only the first N samples. Default for a run: of its recipe, else all.",
+        ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Samples per generation batch.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Answers generated at the same time; halved when GPU memory is exhausted. Default "
+            "for a run: of its recipe, else 32.",
+        ),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Maximum length of an answer in tokens.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Maximum number of tokens per answer. Default for a run: of its recipe, else 512.",
+        ),
     ] = None,
     predictions_file: Annotated[
         Path | None,
         typer.Option(
-            "--out", dir_okay=False, help="Write each answer with its scores to this JSONL file."
+            "--out",
+            dir_okay=False,
+            help="Write each answer with its scores to this JSONL file, for `finesight compare`.",
         ),
     ] = None,
-    trust_metric: Annotated[
-        bool,
-        typer.Option(
-            "--trust-metric", help="Execute metric.py of a run folder from another source."
-        ),
-    ] = False,
+    trust_metric: TrustMetricOption = False,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     weight_format: WeightFormatOption = "auto",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the scores as one JSON object.")
-    ] = False,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Generate answers to validation samples and compute metrics.
 
-    Example: finesight eval runs/latex --out answers.jsonl
+    A run has a metric and validation data in its recipe. Other models need --metric and --data.
+
+    Example: finesight eval runs/latex --out tuned.jsonl
+
+    Example: finesight eval Qwen/Qwen2-VL-2B-Instruct --data latex/eval.jsonl --metric latex
+    --out base.jsonl
     """
     from rich.console import Console
 

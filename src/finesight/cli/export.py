@@ -1,4 +1,4 @@
-"""`finesight export`: upload to a hub, GGUF files, and serving commands."""
+"""`finesight export`: upload a model, convert it to GGUF, or print serving commands."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from finesight.cli.options import AsJsonOption
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,41 +18,61 @@ if TYPE_CHECKING:
 
 def export(
     source: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Merged model folder, or a run with model/.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder written by `finesight merge`, or a fully fine-tuned run. Merge a LoRA run "
+            "first.",
+        ),
     ],
     out: Annotated[
         str | None,
         typer.Argument(
             metavar="OUT",
-            help="hf:OWNER/NAME, modelscope:OWNER/NAME, or a new folder for GGUF files.",
+            help="hf:OWNER/NAME or modelscope:OWNER/NAME to upload, or a folder to create for GGUF "
+            "files. Default: print serving commands.",
         ),
     ] = None,
     public: Annotated[
         bool, typer.Option("--public", help="Make the hub repository public. Default: private.")
     ] = False,
     confirm: Annotated[
-        bool, typer.Option("--yes", help="Upload the listed files. Default: only list them.")
+        bool, typer.Option("--yes", help="Upload the files. Default: only list them.")
     ] = False,
     converter: Annotated[
         Path | None,
-        typer.Option(help="Path of convert_hf_to_gguf.py of llama.cpp. Default: from PATH."),
+        typer.Option(
+            help="Path of convert_hf_to_gguf.py of llama.cpp. Default: the one in the folders of "
+            "the environment variable PATH."
+        ),
     ] = None,
     python: Annotated[
-        Path | None, typer.Option(help="Python interpreter with the packages of the converter.")
+        Path | None,
+        typer.Option(
+            help="Python interpreter of the environment with the packages of the converter. "
+            "Default: that of finesight."
+        ),
     ] = None,
     outtype: Annotated[
         Literal["auto", "f32", "f16", "bf16", "q8_0"],
-        typer.Option(help="Data type of the GGUF weights. auto: 16 bits, as in the model."),
+        typer.Option(
+            help="Data type of the language model in model.gguf; vision weights have at least 16 "
+            "bits. auto: 16 bits, as in the model. For smaller types such as Q4_K_M, run "
+            "llama-quantize of llama.cpp on model.gguf."
+        ),
     ] = "auto",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as one JSON object.")
-    ] = False,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Upload a model to a hub, convert it to GGUF, or print serving commands.
 
-    Without OUT, print vLLM and SGLang commands with the evaluated settings. Hub uploads contain
-    only data files, listed first; the token is HF_TOKEN or MODELSCOPE_API_TOKEN. The converter of
-    llama.cpp writes two GGUF files: the decoder, and the vision encoder with the merger.
+    Without OUT: print the commands that serve MODEL with vLLM and SGLang at the image size of the
+    training.
+
+    OUT is a hub repository: list the weights, configuration and tokenizer files (no code), and
+    upload them with --yes. The token is HF_TOKEN or MODELSCOPE_API_TOKEN.
+
+    OUT is a folder: run the converter of llama.cpp, which writes model.gguf (language model) and
+    mmproj.gguf (vision encoder and merger).
 
     Example: finesight export models/latex hf:me/latex --yes
     """
@@ -126,7 +147,7 @@ def _upload_to_hub(
 def _check_options(
     out: str | None, is_hub: bool, *, confirm: bool, public: bool, converting: bool
 ) -> None:
-    """Reject options that do not apply to this OUT."""
+    """Raise UserError for options that do not apply to the kind of OUT."""
     option = "--yes" if confirm else "--public"
     if (confirm or public) and not is_hub:
         raise UserError(

@@ -1,4 +1,4 @@
-"""`finesight launch`: training jobs for torchrun, Slurm, SkyPilot or Kubeflow."""
+"""`finesight launch`: write and submit training jobs for torchrun, Slurm, SkyPilot or Kubeflow."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from finesight.cli.options import AsJsonOption, OverridesArgument, RecipeArgument
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,61 +25,87 @@ _ENGINES_BY_OPTION = {
     "store": ("skypilot", "kubeflow"),
     "accelerator": ("skypilot",),
 }
-"""Engines that support an option."""
+"""Engines that support each option; other engines reject it."""
 
 
 def launch(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe in YAML.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of settings: train.batch_size=64"),
-    ] = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
     engine: Annotated[
-        LaunchEngine, typer.Option("--on", help="Launcher or scheduler of the job.")
+        LaunchEngine, typer.Option("--on", help="Launcher or scheduler that runs the job.")
     ] = "torchrun",
-    gpus_per_node: Annotated[int, typer.Option(min=1, max=64, help="GPUs per node.")] = 8,
+    gpus_per_node: Annotated[
+        int, typer.Option(min=1, max=64, help="GPUs of each node; each runs one process.")
+    ] = 8,
     nodes: Annotated[
         str,
         typer.Option(
             metavar="N|MIN:MAX",
-            help="Number of nodes. MIN:MAX is elastic (torchrun, slurm): training continues with"
-            " the available nodes.",
+            help="Number of nodes. MIN:MAX (torchrun, slurm) is elastic: training continues with "
+            "the nodes that are available.",
         ),
     ] = "1",
     name: Annotated[
-        str | None, typer.Option(help="Name of the job and its file. Default: from output_dir.")
+        str | None,
+        typer.Option(
+            help="Name of the job and of its file. Default: from the last folder of output_dir."
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Job file.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            dir_okay=False,
+            help="Job file. Default: NAME.sh (torchrun), NAME.sbatch, NAME.sky.yaml or "
+            "NAME.trainjob.yaml.",
+        ),
     ] = None,
     submit: Annotated[
-        bool, typer.Option("--submit", help="Submit the job with sbatch, sky or kubectl.")
+        bool,
+        typer.Option(
+            "--submit",
+            help="Start the job now, with sbatch (slurm), sky (skypilot) or kubectl (kubeflow). "
+            "torchrun has no queue: run the script instead.",
+        ),
     ] = False,
-    partition: Annotated[str | None, typer.Option(help="slurm: partition.")] = None,
-    account: Annotated[str | None, typer.Option(help="slurm: account.")] = None,
+    partition: Annotated[
+        str | None, typer.Option(help="slurm: partition. Default: of the cluster.")
+    ] = None,
+    account: Annotated[
+        str | None, typer.Option(help="slurm: account to charge. Default: of the cluster.")
+    ] = None,
     time: Annotated[
-        str | None, typer.Option(help="slurm: time limit of a job, 1-12:00:00.")
+        str | None,
+        typer.Option(
+            help="slurm: time limit as MINUTES or DAYS-HOURS:MINUTES:SECONDS, such as 1-12:00:00. "
+            "Default: of the partition."
+        ),
     ] = None,
     image: Annotated[
-        str | None, typer.Option(help="skypilot, kubeflow: container image with finesight.")
+        str | None,
+        typer.Option(help="skypilot, kubeflow: container image with finesight. Required for both."),
     ] = None,
     store: Annotated[
         str | None,
         typer.Option(
-            help="Storage of recipe, data and output: bucket (skypilot) or volume claim (kubeflow)."
+            help="skypilot, kubeflow: storage with recipe, data and output, mounted at /finesight. "
+            "A bucket URL such as s3://bucket/folder (skypilot) or the name of a "
+            "PersistentVolumeClaim (kubeflow). Required for both."
         ),
     ] = None,
     accelerator: Annotated[
-        str | None, typer.Option(help="skypilot: GPU type, such as H100.")
+        str | None, typer.Option(help="skypilot: GPU type, such as H100. Required.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as one JSON object.")
-    ] = False,
+    as_json: AsJsonOption = False,
 ) -> None:
-    """Write a training job for several GPUs or nodes, and submit it with --submit.
+    """Write a job file that trains a recipe on several GPUs or nodes.
 
-    A stopped job writes a checkpoint; Slurm signals the job before its time limit. A restarted job
-    resumes with the available world size and uses the same samples in each step.
+    The job starts only with --submit, or with the printed command. It trains with --resume: after a
+    stop or a failure, it continues from the newest checkpoint, also on another number of GPUs, with
+    the same samples in each step. Slurm signals the job before its time limit, and the job writes a
+    checkpoint.
+
+    One machine needs no job file: torchrun --nproc-per-node 4 -m finesight train RECIPE.
 
     Example: finesight launch recipe.yaml --on slurm --nodes 1:4 --partition gpu --submit
     """

@@ -1,4 +1,4 @@
-"""`finesight merge`: merging of an adapter into its base model."""
+"""`finesight merge`: merge an adapter into its base model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from finesight.cli.options import DeviceOption
+from finesight.cli.options import AsJsonOption, DeviceOption
 from finesight.config import PixelRange
 from finesight.errors import UserError
 
@@ -20,33 +20,46 @@ if TYPE_CHECKING:
 def merge(
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="Run, adapter folder, or 4-bit GPTQ model."),
+        typer.Argument(
+            metavar="SOURCE",
+            help="Folder of a run (LoRA, QLoRA or full fine-tuning), of a PEFT adapter, or of a "
+            "4-bit GPTQ model.",
+        ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New model folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Model folder to create.")],
     base: Annotated[
         str | None,
-        typer.Option(help="Folder or hub name of the base model. Default: as in the adapter."),
+        typer.Option(
+            help="Folder or hub name of the base model. Default: as recorded in the run or in the "
+            "adapter."
+        ),
     ] = None,
     precision: Annotated[
         Literal["auto", "bf16", "fp16", "fp32"],
-        typer.Option(help="Data type of the weights. auto: as in the base, fp32 if mixed."),
+        typer.Option(
+            help="Data type of the written weights. auto: that of the base model, or fp32 if it "
+            "has several."
+        ),
     ] = "auto",
     device: DeviceOption = "auto",
     num_samples: Annotated[
-        int, typer.Option(min=1, help="Number of samples for the verification.")
+        int,
+        typer.Option(
+            min=1,
+            help="Number of prompts with images on which the written and the trained model are "
+            "compared.",
+        ),
     ] = 4,
     max_shard_gb: Annotated[
         float, typer.Option(min=0.001, help="Maximum size of a weight file in GB (10^9 bytes).")
     ] = 5.0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as one JSON object.")
-    ] = False,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Merge an adapter into its base model, for transformers, vLLM and llama.cpp.
 
-    GPTQ weights (4 bits) are dequantized. A run with full fine-tuning is written with a model card
-    and the settings of other programs. The command loads the merged folder and compares it with the
-    trained model, on validation samples of the run or on generated images. A difference above
+    A fully fine-tuned run is copied, with a model card and the files that other programs need.
+    4-bit GPTQ weights are dequantized. The command loads the written folder and compares it with
+    the trained model, on validation samples of the run or on generated images. A difference above
     rounding errors is an error. The model card contains the results.
 
     Example: finesight merge runs/latex models/latex
@@ -106,7 +119,7 @@ def _result_to_dict(merge_result: VerifiedMerge, model_source: ModelSource) -> d
 
 
 def _print_result(merge_result: VerifiedMerge, model_source: ModelSource) -> None:
-    """Print the merged files, the verification and notes for users of the model."""
+    """Print the output folder, the results of the comparison, and notes about the model."""
     action = (
         f"{merge_result.merged_layers} layers merged into"
         if merge_result.merged_layers

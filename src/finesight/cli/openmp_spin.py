@@ -1,4 +1,8 @@
-"""Choose the OpenMP spin count of CPU threads before torch loads the OpenMP runtime."""
+"""Set the OpenMP spin count (GOMP_SPINCOUNT) of CPU threads before torch loads libgomp.
+
+Idle threads spin before they sleep. A long spin shortens training steps on an idle machine, and
+slows down concurrent processes on a busy one.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,8 @@ LOADAVG_PATH = Path("/proc/loadavg")
 def configure_openmp_spin() -> None:
     """Set GOMP_SPINCOUNT for this process and its children, unless it is set.
 
-    Unrelated processes that start at the same moment are not detected. Ranks of one run are.
+    The count is short if other threads use the CPUs, or if this process is one of several ranks.
+    Unrelated processes that start at the same moment are not detected.
     """
     is_single_process = os.environ.get("WORLD_SIZE", "1") == "1"
     spin_count = (
@@ -30,7 +35,12 @@ def configure_openmp_spin() -> None:
 
 
 def choose_spin_count(num_running: int | None, num_cpus: int) -> int:
-    """Return the long spin count if other threads leave most CPUs idle."""
+    """Return LONG_SPIN_COUNT if fewer than half of the CPUs are busy, else SHORT_SPIN_COUNT.
+
+    Args:
+        num_running: Number of runnable threads on the machine; None (unknown) counts as busy.
+        num_cpus: Number of CPUs that this process may use.
+    """
     return (
         LONG_SPIN_COUNT
         if num_running is not None and 2 * num_running < num_cpus
@@ -39,7 +49,10 @@ def choose_spin_count(num_running: int | None, num_cpus: int) -> int:
 
 
 def _count_running_threads() -> int | None:
-    """Count the other runnable threads (proc_loadavg(5)). Returns None if unknown."""
+    """Count the other runnable threads of the machine with /proc/loadavg (proc_loadavg(5)).
+
+    Returns None if the file cannot be read, as on macOS.
+    """
     try:
         num_running, _, _ = LOADAVG_PATH.read_text().split()[3].partition("/")
         return max(0, int(num_running) - 1)

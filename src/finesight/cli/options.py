@@ -1,9 +1,10 @@
-"""Define arguments and options shared by several commands."""
+"""Arguments and options that several commands share, and parsers of their values."""
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -18,30 +19,56 @@ RunOrModelArgument = Annotated[
     ),
 ]
 
-DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Compute device.")]
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="Recipe: YAML file of settings.")
+]
+
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Override settings of the recipe; values are YAML: train.batch_size=8 "
+        '"data.train=[a.jsonl, b.jsonl]".',
+    ),
+]
+
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option(help="Compute device. auto: the GPU if there is one, else the CPU."),
+]
 
 PrecisionOption = Annotated[
     Literal["auto", "bf16", "fp16", "fp32"],
     typer.Option(
-        help="Compute precision. auto: bf16 on recent GPUs, fp16 on older ones, fp32 on a CPU."
+        help="Data type of activations and of weights that are not quantized. auto: bf16 on GPUs "
+        "of compute capability 8.0 (Ampere) or higher, fp16 on older ones, fp32 on a CPU."
     ),
 ]
 
 WeightFormatOption = Annotated[
     Literal["auto", "nf4", "fp8", "int8", "int4"],
     typer.Option(
-        help="Weight format of the decoder and a separate output head. auto: as stored, or as in "
-        "training. Other formats are quantized while loading. The vision encoder uses 16 bits."
+        help="Quantize the language model while loading, to save GPU memory: compared with bf16, "
+        "nf4 and int4 need about a quarter, int8 and fp8 half. The vision encoder is not "
+        "quantized. auto: as stored, or as in the training of the run. nf4 requires "
+        "finesight[quant]."
     ),
 ]
+
+MaxNewTokensOption = Annotated[
+    int, typer.Option(min=1, help="Maximum number of tokens per answer.")
+]
+
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 selects a free port.")]
 
 SourceFormatOption = Annotated[
     str | None,
     typer.Option(
         "--format",
         metavar="NAME",
-        help="samples, openai, ms-swift, llava, llama-factory, qwen-vl, conversations, "
-        "query-response, image-path, table, coco, yolo, voc, labelme or folder. Default: detected.",
+        help="Format of SOURCE: samples, openai, ms-swift, llava, llama-factory, qwen-vl, "
+        "conversations, query-response, image-path, table (columns named with --map), coco, yolo, "
+        "voc, labelme or folder. Default: detected from the content.",
     ),
 ]
 
@@ -50,48 +77,82 @@ ColumnsOption = Annotated[
     typer.Option(
         "--map",
         metavar="ROLE=COLUMN",
-        help="Role of a table column: image, answer, question, box or label; or fields=A,B,C for "
-        "a JSON answer with these columns. Repeatable.",
+        help="Role of a table column: image=COLUMN, answer=COLUMN, question=COLUMN, box=COLUMN or "
+        "label=COLUMN. fields=A,B,C combines columns into a JSON answer. Repeat for each role.",
     ),
 ]
 
 PromptOption = Annotated[
     str | None,
     typer.Option(
-        help="Question, appended to the question of the row if it has one. For box datasets it "
-        "may contain {label} or {labels}."
+        help="Question about every image, appended to the question of the row if it has one. In "
+        "box datasets, {label} (grounding) or {labels} (detection) inserts the class names."
     ),
 ]
 
 BoxTaskOption = Annotated[
     Literal["detection", "grounding"],
-    typer.Option(help="Box datasets: one question for all boxes, or one for each label."),
+    typer.Option(
+        help="For coco, yolo, voc and labelme: one question per image about all boxes (detection), "
+        "or one per image and label (grounding)."
+    ),
 ]
 
 BoxFormatOption = Annotated[
     Literal["xyxy", "xywh", "cxcywh"] | None,
-    typer.Option("--box-format", help="Order of box coordinates."),
+    typer.Option(
+        "--box-format",
+        help="Box coordinates in SOURCE: xyxy (left, top, right, bottom), xywh (left, top, width, "
+        "height) or cxcywh (center x, center y, width, height). Default: of the format (coco: "
+        "xywh, yolo: cxcywh), else xyxy.",
+    ),
 ]
 
 BoxUnitsOption = Annotated[
     Literal["pixel", "1", "1000"] | None,
     typer.Option(
-        help="Box units: pixels of the original image, or image sides scaled to 1 or 1000."
+        help="Unit of box coordinates in SOURCE: pixel (of the original image), 1 (fractions of "
+        "width and height) or 1000 (thousandths). Default: of the format (yolo: 1, qwen-vl: "
+        "1000), else pixel."
     ),
 ]
 
 RowRangeOption = Annotated[
     str | None,
-    typer.Option("--rows", metavar="A:B", help="Use rows A to B - 1, counted from 0."),
+    typer.Option(
+        "--rows",
+        metavar="A:B",
+        help="Use rows A to B - 1, counted from 0. A: and :B are open; negative numbers count from "
+        "the end. Default: all rows.",
+    ),
 ]
 
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Use only the first N rows.")]
+LimitOption = Annotated[
+    int | None, typer.Option(min=1, help="Use only the first N rows. Default: all.")
+]
 
-AsJsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
+JSON_OUTPUT = "on standard output; messages go to standard error."
+"""End of the help text of every --json option."""
+
+AsJsonOption = Annotated[
+    bool, typer.Option("--json", help=f"Print the result as one JSON object {JSON_OUTPUT}")
+]
+
+TrustMetricOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-metric",
+        help="Execute the custom metric (metric.py) in a run folder that you received from someone "
+        "else. It is Python code: read it first.",
+    ),
+]
 
 
 def parse_column_map(pairs: list[str]) -> dict[str, str]:
-    """Parse ROLE=COLUMN pairs into a mapping. Raises UserError if a pair is invalid."""
+    """Parse ROLE=COLUMN pairs of `--map` into a dict from role to column.
+
+    Raises UserError for a pair without column and for a repeated role.
+    """
     columns: dict[str, str] = {}
     for pair in pairs:
         role, equals, column = pair.partition("=")
@@ -107,7 +168,10 @@ def parse_column_map(pairs: list[str]) -> dict[str, str]:
 
 
 def parse_row_range(row_range: str | None) -> tuple[int | None, int | None]:
-    """Parse A:B, A: or :B as slice bounds. Raises UserError for other text."""
+    """Parse the value of `--rows` (A:B, A: or :B) into slice bounds.
+
+    A missing bound is None. Raises UserError for any other text.
+    """
     match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", ":" if row_range is None else row_range.strip())
     if not match:
         raise UserError(
@@ -122,10 +186,12 @@ def parse_row_range(row_range: str | None) -> tuple[int | None, int | None]:
 
 LanguageOption = Annotated[
     Literal["en", "zh"] | None,
-    typer.Option("--language", help="Language of the page. Default: from the locale."),
+    typer.Option(
+        "--language", help="Language of the HTML page. Default: of the locale, else English."
+    ),
 ]
 
 
 def echo_json(data: object) -> None:
-    """Print data as one line of JSON. Invalid UTF-8 in file names is escaped."""
+    """Print data as one line of JSON, with non-UTF-8 bytes of file names escaped."""
     typer.echo(escape_surrogates(json.dumps(data, ensure_ascii=False, default=str)))

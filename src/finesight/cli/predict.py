@@ -1,4 +1,4 @@
-"""`finesight predict`: answers to questions about images."""
+"""`finesight predict`: answer questions about images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finesight.cli.options import (
+    JSON_OUTPUT,
     DeviceOption,
+    MaxNewTokensOption,
     PrecisionOption,
     RunOrModelArgument,
     WeightFormatOption,
@@ -24,16 +26,22 @@ def predict(
     run_or_model: RunOrModelArgument,
     images: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="IMAGE...", help="Images, one question per image."),
+        typer.Argument(metavar="IMAGE", help="Image files; each gets its own answer."),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="Question about each image.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Question about every image. Required with IMAGE.")
+    ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="JSONL file of samples instead of images.")
+        Path | None,
+        typer.Option(help="JSONL file of samples to answer, instead of IMAGE and --prompt."),
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Maximum length of an answer in tokens.")
-    ] = 512,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions per generation batch.")] = 16,
+    max_new_tokens: MaxNewTokensOption = 512,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Answers generated at the same time; halved when GPU memory is exhausted."
+        ),
+    ] = 16,
     annotated_dir: Annotated[
         Path | None,
         typer.Option(
@@ -48,13 +56,15 @@ def predict(
     as_json: Annotated[
         bool,
         typer.Option(
-            "--json", help="Print one JSON object per line: image, prompt, answer, raw_text, boxes."
+            "--json",
+            help="Print one JSON object per answer (image, prompt, answer, raw_text, boxes) "
+            f"{JSON_OUTPUT}",
         ),
     ] = False,
 ) -> None:
-    """Answer questions about images with greedy decoding. Answers are deterministic.
+    """Answer questions about images with greedy decoding, so that answers are deterministic.
 
-    Boxes are in pixels of the original images.
+    Boxes are left, top, right, bottom in pixels of the original images.
 
     Example: finesight predict runs/latex formula.png --prompt "Write the formula as LaTeX."
     """

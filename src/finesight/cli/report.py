@@ -1,4 +1,4 @@
-"""`finesight report`: the HTML report of a run."""
+"""`finesight report`: write the HTML report of a run."""
 
 from __future__ import annotations
 
@@ -8,25 +8,23 @@ from typing import Annotated
 
 import typer
 
-from finesight.cli.options import LanguageOption
+from finesight.cli.options import AsJsonOption, LanguageOption
 
 
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", dir_okay=False, help="Output page. Default: RUN/report.html."),
+        typer.Option(metavar="FILE", dir_okay=False, help="HTML page. Default: RUN/report.html."),
     ] = None,
     language: LanguageOption = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as one JSON object.")
-    ] = False,
+    as_json: AsJsonOption = False,
 ) -> None:
-    """Write the report of a run: one page with metrics, loss curves and answers.
+    """Write the HTML report of a run: one page with metrics, loss curves and answers.
 
-    Training writes the report at the end, and a short report about once a minute and after each
-    evaluation. This command reads the images again. The page needs no network and shows the current
-    state of the run. It replaces an existing page, but no other file.
+    Training writes the report at the end, and a short one about once a minute and after each
+    evaluation. This command writes it again, also for a running or killed run, with the images at
+    their current paths. The page needs no network. An existing page is replaced, but no other file.
 
     Example: finesight report runs/latex --out latex.html
     """

@@ -1,4 +1,4 @@
-"""`finesight serve`: OpenAI-compatible HTTP server."""
+"""`finesight serve`: start an OpenAI-compatible HTTP server."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from finesight.cli.options import (
     DeviceOption,
+    PortOption,
     PrecisionOption,
     RunOrModelArgument,
     WeightFormatOption,
@@ -30,14 +31,20 @@ def serve(
         ),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Listen address. Other addresses than loopback require an API key.")
+        str,
+        typer.Option(
+            help="Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: also the network, "
+            "which requires an API key."
+        ),
     ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port; 0 selects a free port.")
-    ] = 8000,
+    port: PortOption = 8000,
     key_file: Annotated[
         Path | None,
-        typer.Option(help="File with one API key per line. Default: FINESIGHT_KEY, if set."),
+        typer.Option(
+            help="File with one API key per line, each of at least 16 characters. Requests then "
+            'need the header "Authorization: Bearer KEY". Default: the environment variable '
+            "FINESIGHT_KEY, if set, else no key."
+        ),
     ] = None,
     allow_media_host: Annotated[
         list[str] | None,
@@ -54,22 +61,30 @@ def serve(
         ),
     ] = None,
     max_num_seqs: Annotated[
-        int, typer.Option(min=1, help="Maximum number of sequences per batch.")
+        int,
+        typer.Option(min=1, help="Maximum number of answers that are generated at the same time."),
     ] = 64,
     max_waiting: Annotated[
         int,
         typer.Option(
-            min=0, help="Maximum number of waiting requests; further requests are rejected."
+            min=0, help="Maximum number of waiting requests; further ones get HTTP status 429."
         ),
     ] = 256,
     request_timeout_s: Annotated[
-        float, typer.Option(min=1, help="Timeout of a request in seconds.")
+        float,
+        typer.Option(
+            min=1,
+            help="Seconds from the first byte of a request, waiting included, until it is "
+            "canceled.",
+        ),
     ] = 300.0,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     weight_format: WeightFormatOption = "auto",
 ) -> None:
-    """Start an OpenAI-compatible HTTP server. Ctrl-C stops it; see docs/en/serving.md.
+    """Start an OpenAI-compatible HTTP server (POST /v1/chat/completions).
+
+    Prints its base URL and an example request with curl. Ctrl-C stops the server.
 
     Example: finesight serve runs/latex
     """
@@ -111,7 +126,7 @@ def serve(
 
 
 def _print_address(service: InferenceService, address: str, *, has_api_key: bool) -> None:
-    """Print the URL and an example request."""
+    """Print the base URL of the server and an example request with curl."""
     auth_header = ' -H "Authorization: Bearer $FINESIGHT_KEY"' if has_api_key else ""
     messages = '[{"role": "user", "content": "Hello"}]'
     request_body = f'{{"model": "{service.model_names[0]}", "messages": {messages}}}'

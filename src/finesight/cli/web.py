@@ -1,4 +1,4 @@
-"""`finesight web`: chat UI in the browser."""
+"""`finesight web`: start a chat UI in the browser."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 
 from finesight.cli.options import (
     DeviceOption,
+    PortOption,
     PrecisionOption,
     RunOrModelArgument,
     WeightFormatOption,
@@ -23,28 +24,32 @@ MIN_PASSWORD_LENGTH = 8
 def web(
     run_or_model: RunOrModelArgument,
     host: Annotated[
-        str, typer.Option(help="Listen address; 0.0.0.0 accepts connections from the network.")
+        str,
+        typer.Option(
+            help="Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: also the network, "
+            "with a password."
+        ),
     ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port; 0 selects a free port.")
-    ] = 7860,
+    port: PortOption = 7860,
     password_file: Annotated[
         Path | None,
         typer.Option(
             dir_okay=False,
-            help="File with the password. Default: no password on loopback, else a generated one.",
+            help="File with the password, of at least 8 characters. Default: no password on "
+            "127.0.0.1; for other addresses, a generated one is printed.",
         ),
     ] = None,
     no_password: Annotated[
-        bool, typer.Option("--no-password", help="Disable the password, also for the network.")
+        bool, typer.Option("--no-password", help="Require no password, also from the network.")
     ] = False,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     weight_format: WeightFormatOption = "auto",
 ) -> None:
-    """Start a chat UI with images, predicted boxes and comparison with the base model.
+    """Start a chat UI in the browser.
 
-    Ctrl-C stops the server.
+    The page shows predicted boxes and compares answers with the base model. Prints its address.
+    Ctrl-C stops the server. Requires finesight[web].
 
     Example: finesight web runs/latex
     """
@@ -82,7 +87,10 @@ def _require_gradio() -> None:
 
 
 def _resolve_password(host: str, file: Path | None, no_password: bool) -> tuple[str | None, bool]:
-    """Return the password, if any, and whether it is generated."""
+    """Return the password of the chat UI, and whether it was generated.
+
+    The password is None if the chat UI is open.
+    """
     if file is not None and no_password:
         raise UserError(
             f"--no-password is given with --password-file {file}",
@@ -127,7 +135,11 @@ def _is_loopback(host: str) -> bool:
 
 
 def _get_reachable_host(host: str) -> str:
-    """Return the host for the printed URL; resolve wildcard addresses."""
+    """Return the host name for the printed URL.
+
+    For a wildcard address (`0.0.0.0` or `::`), return the address of the outgoing network
+    interface, or the host name of the machine.
+    """
     import socket
 
     if host in ("0.0.0.0", "::"):

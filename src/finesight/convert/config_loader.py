@@ -1,4 +1,4 @@
-"""Detect the program of a configuration file and load its settings."""
+"""Load the configuration of an ms-swift or LLaMA-Factory training from a file or shell script."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from finesight.convert.shell_parser import (
 from finesight.errors import UserError, suggest_similar_path
 
 MAX_CONFIG_BYTES = 4_000_000
-"""Maximum size of a configuration."""
+"""Maximum size of a configuration file in bytes."""
 
 _EXPECTED = (
     "YAML or JSON of LLaMA-Factory, a shell script with `swift sft` or `llamafactory-cli"
@@ -56,7 +56,7 @@ _OTHER_COMMANDS = {
     "webchat": "chat UI, in finesight `finesight web`",
     "api": "serving, in finesight `finesight serve`",
 }
-"""Description of other commands of both programs."""
+"""Commands of ms-swift and LLaMA-Factory that are no supervised fine-tuning, for messages."""
 _TRAINING_COMMANDS = ("sft", "train")
 _PROGRAM_BY_COMMAND: dict[str, SourceProgram] = {
     "swift": "ms-swift",
@@ -66,9 +66,12 @@ _PROGRAM_BY_COMMAND: dict[str, SourceProgram] = {
 
 
 def load_external_config(path: Path) -> ExternalConfig:
-    """Load a configuration of either program.
+    """Load a training configuration of ms-swift or LLaMA-Factory.
 
-    Raises UserError for an unreadable file and for one without a configuration.
+    YAML and JSON files contain the settings. In any other file, a shell script is assumed, whose
+    training command is parsed but not executed.
+
+    Raises UserError for an unreadable file and for one without a training configuration.
     """
     text = _read_text(path)
     if path.suffix in (".yaml", ".yml", ".json"):
@@ -137,7 +140,11 @@ def _build_unknown_error(path: Path, what: str) -> UserError:
 def _config_from_content(
     content: dict[str, object], path: Path, environment: Mapping[str, str]
 ) -> ExternalConfig:
-    """Build the configuration of a file; the program is detected from the model setting."""
+    """Build the configuration from the settings of a file.
+
+    The program is detected by its name of the model setting: `model_name_or_path` in LLaMA-Factory,
+    `model` or `model_id_or_path` in ms-swift.
+    """
     if isinstance(content.get("data"), dict) and "model" in content and "output_dir" in content:
         raise UserError(
             "is a finesight recipe already",
@@ -212,7 +219,11 @@ def _config_from_script(text: str, path: Path) -> ExternalConfig:
 
 
 def _find_program(words: tuple[str, ...]) -> tuple[SourceProgram | None, str, int]:
-    """Return the program that a command starts, its subcommand, and the index of its arguments."""
+    """Find the call of ms-swift or LLaMA-Factory in the words of a shell command.
+
+    Returns the program, its subcommand such as `sft`, and the index of the first argument. The
+    program is None if the command calls neither.
+    """
     for index, word in enumerate(words):
         basename, rest = word.rpartition("/")[2], words[index + 1 :]
         name = rest[0].replace("_", "-") if rest else ""
@@ -230,7 +241,11 @@ def _find_program(words: tuple[str, ...]) -> tuple[SourceProgram | None, str, in
 def _config_from_command(
     program: SourceProgram, command: ShellCommand, index: int, path: Path
 ) -> ExternalConfig:
-    """Build the configuration of a command from its configuration file and its options."""
+    """Build the configuration from the words of a training command in a shell script.
+
+    Options override the configuration file that the command names. `index` is that of the first
+    argument in `command.words`.
+    """
     rest = tuple(word for word in command.words[index:] if word not in SCRIPT_ARGUMENTS)
     content: dict[str, object] = {}
     if rest and rest[0].endswith((".yaml", ".yml", ".json")):
@@ -252,9 +267,10 @@ def _config_from_command(
 
 
 def _read_launcher(words: tuple[str, ...]) -> dict[str, str]:
-    """Read the number of processes from torchrun, deepspeed or accelerate.
+    """Read the number of processes from a torchrun, deepspeed or accelerate command.
 
-    Returns the variables that both programs use for it.
+    Returns NPROC_PER_NODE and NNODES, the environment variables that both programs use for it, or
+    an empty dict without a launcher.
     """
     basenames = [word.rpartition("/")[2] for word in words]
     launcher_options = {key: _first_value(value) for key, value in parse_options(words).items()}

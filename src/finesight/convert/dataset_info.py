@@ -1,4 +1,4 @@
-"""Read data sets of LLaMA-Factory from its dataset_info.json."""
+"""Read datasets of LLaMA-Factory from its dataset_info.json."""
 
 from __future__ import annotations
 
@@ -22,13 +22,21 @@ _STANDARD_COLUMNS = {
     "system": ("system",),
     "history": ("history",),
 }
-"""Column names in the formats of `finesight data import`."""
+"""Column names that `finesight data import` detects without `--map`, by LLaMA-Factory role."""
 
 
 def read_dataset_sources(
     config: ExternalConfig, draft: RecipeDraft, key: str
 ) -> list[DatasetSource]:
-    """Return the data sets listed in a setting. Raises UserError for an unknown name."""
+    """Return the datasets that a LLaMA-Factory setting lists, with their files or hub addresses.
+
+    Args:
+        config: Configuration with `dataset_dir`, the folder of dataset_info.json.
+        draft: Receives notes for the user.
+        key: Setting with the names, `dataset` or `eval_dataset`.
+
+    Raises UserError for a name that dataset_info.json does not contain.
+    """
     names = config.get_list(key)
     folder = config.get_str("dataset_dir") or "data"
     if not names:
@@ -64,10 +72,10 @@ def _hub_address(config: ExternalConfig, name: str) -> str:
 def _load_dataset_info(
     config: ExternalConfig, folder: str
 ) -> tuple[Path, dict[str, object]] | None:
-    """Load dataset_info.json and return it with its folder.
+    """Load dataset_info.json, and return its folder and content.
 
-    Searches the folder relative to the working directory, then to the configuration and its
-    parents.
+    `folder` is searched relative to the working directory, then to the folder of the configuration
+    and its parents. Returns None if the file does not exist.
     """
     config_folder = Path(config.where).parent
     candidates = (
@@ -77,7 +85,7 @@ def _load_dataset_info(
     for candidate in candidates:
         path = candidate / DATASET_INFO_FILE
         if os.path.exists(path):
-            expected = "descriptions of data sets by name"
+            expected = "descriptions of datasets by name"
             return candidate, read_json_object(path, expected=expected, remedy="correct the file")
     return None
 
@@ -119,7 +127,7 @@ def _build_source(
         raise _build_error(
             str(folder / DATASET_INFO_FILE),
             f"{name} has no file_name",
-            "a file, or the name of a data set on a hub",
+            "a file, or the name of a dataset on a hub",
         )
     media = config.get_str("media_dir")
     if media is not None and Path(media) != (folder / file).parent:
@@ -132,7 +140,10 @@ def _build_source(
 
 
 def _get_hub_address(config: ExternalConfig, entry: dict[str, object]) -> str | None:
-    """Return the hub address, with LLaMA-Factory's choice between two hubs."""
+    """Return the hub address of a dataset_info.json entry; None for a local file.
+
+    If the entry names both hubs, USE_MODELSCOPE_HUB decides, as in LLaMA-Factory.
+    """
     hf, modelscope = entry.get("hf_hub_url"), entry.get("ms_hub_url")
     prefers_modelscope = config.is_env_enabled("USE_MODELSCOPE_HUB")
     if isinstance(modelscope, str) and (prefers_modelscope or not isinstance(hf, str)):

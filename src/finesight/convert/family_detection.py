@@ -1,4 +1,4 @@
-"""Detect the family of a model from its folder, name, or configuration hints."""
+"""Detect the model family of a converted configuration, which determines recipe settings."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class FamilySettings:
     """Properties of a model family that determine recipe settings.
 
     Attributes:
-        name: Name of the family.
-        token_size: Side of an image token in pixels; 0 for a fixed image size.
-        min_pixels: Default minimum of image pixels.
-        max_length: Maximum number of tokens.
-        language_layers: Names of linear layers of the decoder.
-        vision_layers: Names of linear layers of the vision encoder.
-        merger_layers: Names of linear layers of the merger.
+        name: Name of the family, as in `model_type` of config.json.
+        token_size: Side of the image area of one token in pixels; 0 for a fixed image size.
+        min_pixels: Minimum number of pixels per image in the default image processor settings.
+        max_length: Maximum number of tokens per sample.
+        language_layers: Last name components of the linear layers in the decoder.
+        vision_layers: Last name components of the linear layers in the vision encoder.
+        merger_layers: Last name components of the linear layers in the merger.
     """
 
     name: str
@@ -83,7 +83,8 @@ _FAMILY_BY_TYPE = {
     "qwen3_vl_nothink": _QWEN3,
     "qwen3_moe_vl": _QWEN3_MOE,
 }
-"""Families by `model_type` in config.json, and by model and template names of both programs."""
+"""Family of each `model_type` in config.json, and of model type and template names of ms-swift and
+LLaMA-Factory."""
 
 _FAMILY_PATTERNS = (
     (r"qwen3-?vl.*-a\d+b", _QWEN3_MOE),
@@ -95,14 +96,14 @@ _FAMILY_PATTERNS = (
 
 
 def detect_family(model: str, hints: tuple[str | None, ...], where: str) -> FamilySettings:
-    """Detect the family of a model name or folder.
+    """Detect the model family from config.json, else from name, else from hints.
 
     Args:
-        model: Name or folder.
-        hints: Model types and templates in the configuration.
-        where: File of the configuration.
+        model: Hub name or folder of the model.
+        hints: Model type and template settings of the configuration.
+        where: File of the configuration, for messages.
 
-    Raises UserError for an unknown family.
+    Raises UserError if the model is not a Qwen vision-language model.
     """
     if not model:
         raise _build_error("the configuration has no model", where)
@@ -123,7 +124,7 @@ def detect_family(model: str, hints: tuple[str | None, ...], where: str) -> Fami
 
 
 def _read_model_type(folder: Path) -> str | None:
-    """Return the model type in config.json of a folder; None if there is none."""
+    """Return `model_type` of config.json in a folder, or None if the file cannot be read."""
     try:
         content = read_json(folder / "config.json")
     except UserError:

@@ -1,4 +1,7 @@
-"""Convert settings of transformers: optimizer, schedule, precision, checkpoints, trackers."""
+"""Convert settings of the transformers Trainer, which ms-swift and LLaMA-Factory both accept.
+
+These are model, schedule, optimizer, batch size, checkpoints, parallelism, trackers and output.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,15 @@ _NO_TRACKER_VALUES = ("none", "all", "[]")
 def set_model(
     config: ExternalConfig, draft: RecipeDraft, model: str, hub: tuple[str, str], adapters: str
 ) -> None:
-    """Set the base model with its hub, and the adapter from the setting `adapters`."""
+    """Set the base model and the adapter of the recipe.
+
+    Args:
+        config: Configuration of the other program.
+        draft: Recipe to fill.
+        model: Folder or hub name of the base model.
+        hub: Hub of the model (`hf` or `modelscope`), and a comment for the recipe.
+        adapters: Name of the setting that lists adapters to continue from.
+    """
     revision = config.get_str("model_revision")
     is_local = Path(model).expanduser().exists() or model.startswith(("/", ".", "~"))
     model_name = model if is_local or revision in (None, "main") else f"{model}@{revision}"
@@ -57,7 +68,7 @@ def set_model(
 
 
 def set_schedule(config: ExternalConfig, draft: RecipeDraft) -> None:
-    """Set duration, learning rate schedule and warmup."""
+    """Set the training duration, learning rate schedule and warmup of the recipe."""
     steps = config.get_int("max_steps")
     if steps is not None and steps > 0:
         draft.set("train.steps", steps)
@@ -110,7 +121,7 @@ def _format_warmup_comment(config: ExternalConfig, scheduler_type: str) -> str:
 
 
 def set_optimizer(config: ExternalConfig, draft: RecipeDraft) -> None:
-    """Set the optimizer and its parameters, without learning rates."""
+    """Set optimizer, weight decay, betas, gradient clipping, seeds and device of the recipe."""
     name = config.get_str("optim") or "adamw_torch"
     if name not in _OPTIMIZERS:
         draft.add_difference(
@@ -135,7 +146,11 @@ def set_optimizer(config: ExternalConfig, draft: RecipeDraft) -> None:
 
 
 def count_processes(config: ExternalConfig) -> tuple[int | None, str]:
-    """Return the number of processes from environment variables, and a note if it is unknown."""
+    """Return the number of training processes, which is the number of GPUs.
+
+    It is the product of NPROC_PER_NODE and NNODES. The number is None if NPROC_PER_NODE is not set
+    or if a script computes one of them. The second value is a note for the latter case.
+    """
     if any(has_variable(config.environment.get(name, "")) for name in _PROCESS_COUNT_VARIABLES):
         return None, NOTE_UNKNOWN_PROCESSES
     procs_per_node, num_nodes = (config.get_env_int(name) for name in _PROCESS_COUNT_VARIABLES)
@@ -149,7 +164,15 @@ def set_batch_size(
     num_gpus: int,
     comment_suffix: str,
 ) -> None:
-    """Set the number of samples per step over all GPUs."""
+    """Set `train.batch_size`, the number of samples per optimizer step over all GPUs.
+
+    Args:
+        config: Configuration with the batch size per device.
+        draft: Recipe to fill.
+        accumulation: Gradient accumulation steps.
+        num_gpus: Number of GPUs with different samples.
+        comment_suffix: End of the recipe comment.
+    """
     per_device = config.get_int("per_device_train_batch_size")
     if (
         per_device is None
@@ -170,7 +193,7 @@ def _pluralize_gpus(count: int) -> str:
 
 
 def set_checkpointing(config: ExternalConfig, draft: RecipeDraft) -> None:
-    """Set the checkpoint interval and the number of checkpoints."""
+    """Set the interval of checkpoints and the number of kept checkpoints."""
     strategy, steps = config.get_str("save_strategy"), config.get_float("save_steps")
     if strategy == "steps" and steps is not None and steps > 0:
         draft.set("train.save_every", steps if steps < 1 else math.ceil(steps))
@@ -188,7 +211,7 @@ def set_checkpointing(config: ExternalConfig, draft: RecipeDraft) -> None:
 
 
 def set_parallelism(config: ExternalConfig, draft: RecipeDraft) -> None:
-    """Set the parallelism mode."""
+    """Set `train.parallel` for the DeepSpeed or FSDP settings of the configuration."""
     deepspeed, fsdp = config.get_value("deepspeed"), config.get_str("fsdp")
     if deepspeed:
         stage, offload = _read_deepspeed_stage(deepspeed)
@@ -206,7 +229,14 @@ def set_parallelism(config: ExternalConfig, draft: RecipeDraft) -> None:
 
 
 def _read_deepspeed_stage(deepspeed: object) -> tuple[int | None, bool]:
-    """Return the stage of a DeepSpeed configuration and whether it offloads to the CPU."""
+    """Return the ZeRO stage of a DeepSpeed configuration, and whether it offloads to the CPU.
+
+    Args:
+        deepspeed: Content of the configuration, its file, or a name such as `zero2_offload`.
+
+    Returns:
+        The stage, None if it is unknown, and whether optimizer state or weights are offloaded.
+    """
     name = str(deepspeed)
     content: object = deepspeed
     if isinstance(deepspeed, str) and (name.endswith(".json") or name.startswith("{")):
@@ -233,7 +263,7 @@ def _offloads_to_cpu(offload: object) -> bool:
 
 
 def set_trackers(config: ExternalConfig, draft: RecipeDraft, project: str | None) -> None:
-    """Set the experiment trackers."""
+    """Set the experiment trackers of the recipe, with `project` for SwanLab."""
     names = [name for item in config.get_list("report_to") for name in item.split()]
     supported = [name for name in dict.fromkeys(names) if name in _TRACKERS]
     for name in names:
@@ -248,7 +278,10 @@ def set_trackers(config: ExternalConfig, draft: RecipeDraft, project: str | None
 
 
 def set_output_dir(config: ExternalConfig, draft: RecipeDraft, default: str) -> None:
-    """Set the output folder."""
+    """Set the output folder of the recipe.
+
+    It is a new one if a run recorded the configuration.
+    """
     output_dir = config.get_str("output_dir")
     if config.is_recorded and output_dir:
         comment = f"new folder: {output_dir} contains the run of {config.program}"
@@ -260,7 +293,16 @@ def set_output_dir(config: ExternalConfig, draft: RecipeDraft, default: str) -> 
 def require_method(
     config: ExternalConfig, key: str, supported: dict[str, str], reasons: dict[str, str]
 ) -> str:
-    """Return the supported training method. Raises UserError for other methods."""
+    """Return the recipe name of the training method.
+
+    Args:
+        config: Configuration of the other program.
+        key: Setting with the method.
+        supported: Recipe names by method.
+        reasons: Reasons why other methods are not supported, for messages.
+
+    Raises UserError for a method that is not supported.
+    """
     name = config.get_str(key) or ""
     if name in supported:
         return supported[name]

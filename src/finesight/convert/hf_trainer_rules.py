@@ -1,4 +1,7 @@
-"""Rules for settings of transformers 5, used by both programs."""
+"""Conversion rules for settings of the transformers 5 Trainer.
+
+ms-swift and LLaMA-Factory both accept these settings.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +100,7 @@ RULES: dict[str, SettingRule] = {
         equivalent_values=("no",),
     ),
     **unsupported(
-        "add eval: {metric: captions}, or another metric of docs/en/metrics.md",
+        "add eval: {metric: captions}, or another metric (finesight eval --help)",
         *("predict_with_generate", "generation_max_length", "generation_num_beams"),
         *("generation_config", "do_predict"),
     ),

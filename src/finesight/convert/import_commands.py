@@ -1,4 +1,4 @@
-"""Set the data files of a recipe, and build the commands that import them."""
+"""Set the data files of a converted recipe, and build the commands that import them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from pathlib import Path
 from finesight.convert.recipe_draft import RecipeDraft
 
 SAMPLES_FOLDER = "samples"
-"""Folder of all imported data sets."""
+"""Folder into which the printed commands import all datasets."""
 
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """Data set for `finesight data import`.
+    """Dataset of the other program, as a source for `finesight data import`.
 
-    `limit` is the number of rows, None for all. `title` is the name of the data set, if it has one.
+    Attributes:
+        name: File, folder or hub address.
+        limit: Number of rows from the start; None for all.
+        title: Name of the dataset in the other program, if it differs from the file name.
     """
 
     name: str
@@ -25,7 +28,7 @@ class DatasetSource:
     title: str | None = None
 
     def folder_name(self) -> str:
-        """Return the folder name of the imported samples."""
+        """Return the folder name for the samples, from title, file or hub name."""
         name = self.name
         if name.startswith(("hf:", "modelscope:")):
             name = name.split(":")[1]
@@ -35,12 +38,12 @@ class DatasetSource:
 
 
 _GENERIC_NAMES = ("data", "train", "dataset")
-"""Generic file names; the folder name is used instead."""
+"""File names that do not identify a dataset, so that the name of their folder is used."""
 
 
 @dataclass(frozen=True)
 class ValidationSource:
-    """Validation data: separate data sets, or import options that split each data set."""
+    """Validation data: separate datasets, or import options that split every training dataset."""
 
     sources: tuple[DatasetSource, ...] = ()
     options: tuple[str, ...] = ()
@@ -61,7 +64,7 @@ class _FolderNames:
 def set_data_files(
     draft: RecipeDraft, sources: list[DatasetSource], validation: ValidationSource
 ) -> None:
-    """Set the data files in the recipe, and record the import commands."""
+    """Set `data.train` and `data.eval` of the recipe, and add the commands that import them."""
     folder_names = _FolderNames()
     train_folders = [
         _add_import(draft, folder_names, source, validation.options) for source in sources
@@ -98,5 +101,5 @@ def _unwrap_single(items: list[str]) -> str | list[object]:
 
 
 def split_options(fraction: float) -> tuple[str, ...]:
-    """Return the import options that hold out a fraction of the images."""
+    """Return the import options that use a fraction of the rows for validation."""
     return ("--train-fraction", f"{round(1 - fraction, 6):g}")

@@ -1,4 +1,4 @@
-"""Convert a configuration of LLaMA-Factory to recipe settings."""
+"""Convert a LLaMA-Factory configuration to recipe settings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ _METHOD_REASONS = {
 
 
 def fill_recipe(config: ExternalConfig, draft: RecipeDraft) -> None:
-    """Set all recipe settings. Raises UserError for unsupported training."""
+    """Fill a recipe draft from a LLaMA-Factory configuration.
+
+    Raises UserError for an unsupported training method or model.
+    """
     _require_training(config)
     hf_trainer_config.require_method(config, "stage", {"sft": "sft"}, _STAGE_REASONS)
     method = hf_trainer_config.require_method(config, "finetuning_type", _METHODS, _METHOD_REASONS)
@@ -77,7 +80,7 @@ def _require_training(config: ExternalConfig) -> None:
 def _set_data(config: ExternalConfig, draft: RecipeDraft) -> None:
     sources = read_dataset_sources(config, draft, "dataset")
     if not sources:
-        raise config.build_error("dataset", "data set names")
+        raise config.build_error("dataset", "dataset names")
     validation_sources = read_dataset_sources(config, draft, "eval_dataset")
     val_size = config.get_float("val_size") or 0.0
     options: tuple[str, ...] = ()
@@ -88,7 +91,7 @@ def _set_data(config: ExternalConfig, draft: RecipeDraft) -> None:
         text = (
             "split by image"
             if val_size < 1
-            else "the last rows of each data set are the validation split"
+            else "the last rows of each dataset are the validation split"
         )
         draft.add_note("val_size", f"{val_size:g}", f"{text}; LLaMA-Factory draws random rows")
     set_data_files(draft, sources, ValidationSource(tuple(validation_sources), options))
@@ -153,8 +156,10 @@ def _set_tune(
 
 
 def _expand_all_targets(family: FamilySettings, trainable: TrainableParts) -> tuple[str, ...]:
-    """Return the layer names that `all` matches; merger layers only if the vision encoder has the
-    name.
+    """Return the layer names that `lora_target: all` matches in LLaMA-Factory.
+
+    These are the linear layers of the decoder and of a trained vision encoder. Layers of the merger
+    have adapters only if a layer of the vision encoder has the same name.
     """
     return (*family.language_layers, *(family.vision_layers if trainable.vision else ()))
 

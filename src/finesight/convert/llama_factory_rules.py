@@ -1,4 +1,4 @@
-"""Rules for settings of LLaMA-Factory 0.9.5."""
+"""Conversion rules and default values for settings of LLaMA-Factory 0.9.5."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DEFAULTS: dict[str, object] = {
 }
 
 ALIASES = {"image_resolution": "image_max_pixels"}
-"""Old names of settings."""
+"""Current names of renamed settings, by old name."""
 
 _REASON_OTHER_STAGES = "used in other training stages only"
 
@@ -154,7 +154,7 @@ RULES: dict[str, SettingRule] = {
         "finesight trains on the answers of all turns only", "mask_history", "train_on_prompt"
     ),
     **unsupported(
-        "import the data sets separately, and set their weights in data.train",
+        "import the datasets separately, and set their weights in data.train",
         "mix_strategy",
         "interleave_probs",
         equivalent_values=("concat",),

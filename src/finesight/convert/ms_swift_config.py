@@ -1,4 +1,4 @@
-"""Convert a configuration of ms-swift to recipe settings."""
+"""Convert an ms-swift configuration to recipe settings."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ _TASK_REASONS = dict.fromkeys(
 
 
 def fill_recipe(config: ExternalConfig, draft: RecipeDraft) -> None:
-    """Set all recipe settings. Raises UserError for unsupported training."""
+    """Fill a recipe draft from an ms-swift configuration.
+
+    Raises UserError for an unsupported training method or model.
+    """
     method = hf_trainer_config.require_method(config, "tuner_type", _METHODS, _METHOD_REASONS)
     if config.has("task_type"):
         hf_trainer_config.require_method(
@@ -78,7 +81,7 @@ def _default_hub(config: ExternalConfig) -> str:
 def _set_data(config: ExternalConfig, draft: RecipeDraft, family: FamilySettings) -> None:
     sources = [_build_source(config, draft, item) for item in config.get_list("dataset")]
     if not sources:
-        raise config.build_error("dataset", "data sets")
+        raise config.build_error("dataset", "datasets")
     validation_sources = [
         _build_source(config, draft, item) for item in config.get_list("val_dataset")
     ]
@@ -100,7 +103,10 @@ def _set_data(config: ExternalConfig, draft: RecipeDraft, family: FamilySettings
 
 
 def _read_system_prompt(config: ExternalConfig, system_prompt: str) -> str:
-    """Read the system prompt like ms-swift: from a .txt file, or with escaped newlines."""
+    """Return the system prompt of a `system` setting.
+
+    Its value is a .txt file, or text with escaped newlines.
+    """
     path = Path(system_prompt)
     if path.suffix == ".txt":
         try:
@@ -111,7 +117,7 @@ def _read_system_prompt(config: ExternalConfig, system_prompt: str) -> str:
 
 
 def _build_source(config: ExternalConfig, draft: RecipeDraft, item: str) -> DatasetSource:
-    """Parse `path#count` or `OWNER/NAME:subset#count` of a hub."""
+    """Parse an item of the `dataset` setting: `path#count` or `OWNER/NAME:subset#count`."""
     name, _, count = item.partition("#")
     limit = int(count) if count.isdecimal() and len(count) < 10 and int(count) else None
     if limit:
@@ -135,7 +141,10 @@ def _build_source(config: ExternalConfig, draft: RecipeDraft, item: str) -> Data
 
 
 def _set_image(config: ExternalConfig, draft: RecipeDraft, family: FamilySettings) -> None:
-    """Set the image size from tokens or pixels (4 to 16,384 tokens)."""
+    """Set the pixel limits of images from IMAGE_MAX_TOKEN_NUM or MAX_PIXELS and their minimums.
+
+    The default of ms-swift is 4 to 16,384 tokens per image.
+    """
     if not family.token_size:
         return
     token_pixels = family.token_size**2
@@ -170,7 +179,11 @@ def _set_image(config: ExternalConfig, draft: RecipeDraft, family: FamilySetting
 
 
 def _get_image_variable(config: ExternalConfig, name: str) -> int | None:
-    """Return a value from the environment or from model_kwargs, which set variables."""
+    """Return an image variable such as MAX_PIXELS as an integer.
+
+    Returns None if it is not set. ms-swift reads these variables from the environment and, with
+    precedence, from `model_kwargs`.
+    """
     model_kwargs = config.get_value("model_kwargs")
     if isinstance(model_kwargs, str):
         try:
@@ -215,7 +228,7 @@ def _set_tune(
 
 
 def _set_lora_llm(config: ExternalConfig, draft: RecipeDraft) -> None:
-    """Set LoRA for the decoder, and full fine-tuning for vision encoder and merger."""
+    """Convert `tuner_type: lora_llm`: LoRA in the decoder, full fine-tuning of the other parts."""
     draft.set("tune.vision", "full", "lora_llm")
     draft.set("tune.merger", "full", "lora_llm")
     draft.set("tune.language", "lora")
@@ -230,9 +243,10 @@ def _set_lora_llm(config: ExternalConfig, draft: RecipeDraft) -> None:
 
 
 def _note_frozen_parameters(config: ExternalConfig, draft: RecipeDraft) -> None:
-    """Note settings that freeze parameters by name, which is not supported.
+    """Add notes about settings that freeze parameters by name, which recipes do not support.
 
-    A recorded run contains the parts that freeze_vit and similar settings froze.
+    In the args.json of a run, names of whole parts come from `freeze_vit` and similar settings, and
+    are not noted.
     """
     for key in ("freeze_parameters", "trainable_parameters"):
         names = [part for item in config.get_list(key) for part in item.split()]

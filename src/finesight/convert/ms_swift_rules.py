@@ -1,4 +1,4 @@
-"""Rules for settings of ms-swift 4.6.0, including old names."""
+"""Conversion rules and default values for settings of ms-swift 4.6.0, including old names."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ ALIASES = {
     "dataset_test_ratio": "split_dataset_ratio",
     "torch_type": "torch_dtype",
 }
-"""Old names of settings."""
+"""Current names of renamed settings, by old name."""
 
 IDENTIFYING_KEYS = (
     "dataset",
@@ -57,7 +57,7 @@ IDENTIFYING_KEYS = (
     "freeze_vit",
     "ENV",
 )
-"""Settings that identify a configuration of ms-swift, in addition to a model."""
+"""Settings that, together with a model, identify a configuration of ms-swift."""
 
 _REASON_DERIVED = "computed by the run"
 
@@ -223,7 +223,7 @@ RULES: dict[str, SettingRule] = {
         equivalent_values=(0.0,),
     ),
     **unsupported(
-        "import the data sets separately: `finesight data import`",
+        "import the datasets separately: `finesight data import`",
         "cached_dataset",
         "cached_val_dataset",
         "custom_dataset_info",
@@ -251,7 +251,7 @@ RULES: dict[str, SettingRule] = {
         "init_strategy",
     ),
     **unsupported(
-        "add eval: {metric: captions}, or another metric of docs/en/metrics.md",
+        "add eval: {metric: captions}, or another metric (finesight eval --help)",
         "eval_use_evalscope",
         "eval_dataset",
         "eval_dataset_args",

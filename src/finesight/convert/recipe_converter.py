@@ -1,4 +1,7 @@
-"""Convert a configuration of another program to a recipe, and report differences."""
+"""Convert a training configuration of ms-swift or LLaMA-Factory to a recipe, with a report.
+
+The report lists the settings whose effect differs in finesight.
+"""
 
 from __future__ import annotations
 
@@ -42,20 +45,27 @@ _CONVERTED_VARIABLES = {
     *("MAX_PIXELS", "MIN_PIXELS", "IMAGE_MAX_TOKEN_NUM", "IMAGE_MIN_TOKEN_NUM", "USE_HF"),
     *("NPROC_PER_NODE", "NNODES", "CUDA_VISIBLE_DEVICES", "USE_MODELSCOPE_HUB"),
 }
-"""Environment variables that are converted to recipe settings."""
+"""Environment variables that the converters read; others are only reported."""
 
 _SECRET_WORDS = ("token", "api_key", "secret", "password", "webhook")
-"""Parts of setting names whose values are secret."""
+"""Parts of the names of settings whose values are not printed."""
 
 _EVAL_KEYS = ("eval_steps", "eval_strategy", "evaluation_strategy")
-"""Settings of evaluation times."""
+"""Settings that define when the other program evaluates."""
 
 _VIDEO_VARIABLES = ("VIDEO", "FPS", "NFRAMES")
 
 
 @dataclass(frozen=True)
 class ConvertedRecipe:
-    """Text of a recipe, notes for the user, and commands that import its data."""
+    """Result of a conversion.
+
+    Attributes:
+        program: Program of the converted configuration.
+        recipe_text: YAML text of the recipe.
+        notes: Notes for the user about settings.
+        import_commands: Shell commands that create the data files of the recipe.
+    """
 
     program: SourceProgram
     recipe_text: str
@@ -64,7 +74,7 @@ class ConvertedRecipe:
 
 
 def convert_config(source: Path, target: Path) -> ConvertedRecipe:
-    """Convert the configuration `source`, and write the recipe to `target`.
+    """Convert the configuration file or script `source`, and write a recipe to `target`.
 
     Raises UserError for an unknown configuration, unsupported methods and models, and an existing
     `target`.
@@ -76,7 +86,10 @@ def convert_config(source: Path, target: Path) -> ConvertedRecipe:
 
 
 def convert_settings(config: ExternalConfig) -> ConvertedRecipe:
-    """Convert settings to a valid recipe."""
+    """Convert a loaded configuration to a recipe.
+
+    Raises UserError for unsupported methods and models, and for values that recipes reject.
+    """
     draft = RecipeDraft()
     _CONVERTERS[config.program](config, draft)
     text = draft.to_yaml(
@@ -103,9 +116,9 @@ def _validate_recipe(text: str, config: ExternalConfig) -> None:
 
 
 def _iter_value_notes(config: ExternalConfig, draft: RecipeDraft) -> Iterator[ConversionNote]:
-    """Iterate over notes for settings that are not in the recipe.
+    """Yield notes about settings of the configuration that the recipe does not contain.
 
-    A recorded run contains all settings; empty and ignored ones are only counted.
+    The args.json of a run contains all settings of ms-swift: those without effect are only counted.
     """
     rules = _RULES[config.program]
     noted_keys = {note.key for note in draft.notes}
@@ -146,7 +159,10 @@ def _build_value_note(
 
 
 def _affects_result(value: object, equivalent_values: tuple[object, ...]) -> bool:
-    """Return whether a value is set and differs from the behavior of finesight."""
+    """Return whether the value of an unsupported setting changes the result of the training.
+
+    `equivalent_values` are values that match the behavior of finesight.
+    """
     text = str(value).strip().lower()
     if is_empty(value) or (text in ("false", "0") and True not in equivalent_values):
         return False

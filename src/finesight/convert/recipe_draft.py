@@ -1,4 +1,4 @@
-"""Build a recipe from dotted setting names with comments."""
+"""Recipe under construction: settings by dotted name, with YAML comments and notes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SettingValue = str | bool | int | float | None | list[object] | dict[str, object
 
 
 class RecipeDraft:
-    """Settings in insertion order, notes for the user, and import commands."""
+    """Recipe under construction, with notes for the user and commands that import its data."""
 
     def __init__(self) -> None:
         self.settings: dict[str, SettingValue] = {}
@@ -22,17 +22,17 @@ class RecipeDraft:
         self._comments: dict[str, str] = {}
 
     def set(self, name: str, value: SettingValue, comment: str = "") -> None:
-        """Set a setting, with an optional comment on its line."""
+        """Set a setting by its dotted name, with an optional YAML comment on its line."""
         self.settings[name] = value
         if comment:
             self._comments[name] = " ".join(escape_unprintable(comment).split())
 
     def add_difference(self, key: str, value: object, text: str) -> None:
-        """Note a difference of the result, and what the user can do."""
+        """Add a note about a setting whose effect differs in finesight, with a recommendation."""
         self.notes.append(ConversionNote("differs", key, str(value), text))
 
     def add_note(self, key: str, value: object, text: str) -> None:
-        """Note a decision of the conversion."""
+        """Add a note about how a setting was converted."""
         self.notes.append(ConversionNote("note", key, str(value), text))
 
     def to_yaml(self, title: str) -> str:
@@ -59,7 +59,7 @@ class RecipeDraft:
 
 
 class _SettingGroup(dict[str, object]):
-    """Group of settings, formatted on separate lines."""
+    """Section of a recipe, written with one line per setting."""
 
 
 def _nest_settings(settings: Mapping[str, SettingValue]) -> dict[str, object]:

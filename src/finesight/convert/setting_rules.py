@@ -1,4 +1,4 @@
-"""Rules for settings of another program, and notes for the user."""
+"""Types of conversion rules for settings of another program, and of notes about them."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class MappedSetting:
-    """Setting that determines these recipe settings."""
+    """Rule for a setting that a converter reads to set `recipe_settings`."""
 
     recipe_settings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class IgnoredSetting:
-    """Setting without effect on the result."""
+    """Rule for a setting that does not affect the trained model, with the reason."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class UnsupportedSetting:
-    """Setting with an effect on the result that finesight does not support.
+    """Rule for a setting that affects the trained model but has no counterpart in recipes.
 
-    Values in `equivalent_values` match the behavior of finesight.
+    The user sees `message` unless the value is one of `equivalent_values`, which match the behavior
+    of finesight.
     """
 
     message: str
@@ -40,7 +41,10 @@ NoteKind = Literal["differs", "unknown", "note", "ignored"]
 
 @dataclass(frozen=True)
 class ConversionNote:
-    """Note for the user about one setting. `value` is as written; empty if it is not set."""
+    """Note for the user about one setting.
+
+    `value` is the value as written, empty if the setting is not set.
+    """
 
     kind: NoteKind
     key: str
@@ -49,17 +53,17 @@ class ConversionNote:
 
 
 def maps_to(*recipe_settings: str) -> MappedSetting:
-    """Create a MappedSetting."""
+    """Create the rule of a setting that a converter maps to recipe settings."""
     return MappedSetting(recipe_settings)
 
 
 def ignored(reason: str, *keys: str) -> dict[str, SettingRule]:
-    """Create rules for settings that are ignored for one reason."""
+    """Create the rules of several settings that are ignored for the same reason."""
     return dict.fromkeys(keys, IgnoredSetting(reason))
 
 
 def unsupported(
     message: str, *keys: str, equivalent_values: tuple[object, ...] = ()
 ) -> dict[str, SettingRule]:
-    """Create rules for unsupported settings with one message."""
+    """Create the rules of several unsupported settings with the same message."""
     return dict.fromkeys(keys, UnsupportedSetting(message, equivalent_values))

@@ -23,9 +23,10 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
 
 
 def mark_arithmetic(script: str) -> str:
-    """Replace each arithmetic expression by one word, `${=16/N}`, for later evaluation.
+    """Replace each arithmetic expression of a script by one word such as `${=16/N}`.
 
-    Other expressions remain unchanged.
+    `evaluate_arithmetic` computes it when the variables are known. Expressions with other operators
+    remain unchanged.
     """
     return _ARITHMETIC.sub(_mark_match, script)
 
@@ -40,7 +41,10 @@ def _mark_match(match: re.Match[str]) -> str:
 
 
 def evaluate_arithmetic(text: str) -> int | None:
-    """Evaluate an expression between `${=` and `}` with substituted variables; None if invalid."""
+    """Evaluate the text between `${=` and `}` after variables were replaced by their values.
+
+    Returns None for anything but integer arithmetic.
+    """
     if len(text) > 2 * _MAX_LENGTH:
         return None
     try:
@@ -51,7 +55,7 @@ def evaluate_arithmetic(text: str) -> int | None:
 
 
 def _evaluate_node(node: ast.expr) -> int:
-    """Evaluate a syntax tree node. Raises ValueError for anything but integer arithmetic."""
+    """Evaluate a syntax tree of integer arithmetic. Raises ValueError for any other node."""
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return node.value
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:

@@ -1,4 +1,4 @@
-"""Find the training command in a shell script without running the script."""
+"""Parse the commands of a shell script without running it, to find the training command."""
 
 from __future__ import annotations
 
@@ -32,37 +32,42 @@ _HEREDOC = re.compile(r"(?<!<)<<-?[ \t]*(['\"]?)([A-Za-z_]\w*)\1")
 _OPERATOR = re.compile(r"[();<>|&{}]+")
 
 CONTROL_KEYWORDS = ("if", "case", "for", "while", "until")
-"""Keywords of commands that run conditionally or repeatedly."""
+"""Shell keywords that start conditional or repeated commands."""
 
 _HASH_ESCAPE = "\ue000"
-"""Replacement of `#` within a word, from the Unicode private use area."""
+"""Private-use character that replaces `#` within a word, where it starts no comment."""
 
 _MAX_VALUE_LENGTH = 100_000
-"""Maximum characters of a value, since variables may double in size on each line."""
+"""Maximum number of characters of an expanded value.
+
+Without a limit, a script could double a variable on each line.
+"""
 
 POSITIONAL_KEY = "arguments without an option"
-"""Key of arguments without an option name."""
+"""Key in the settings of `parse_options` for words that precede the first option."""
 
 UNRESOLVED = "${what_a_command_prints}"
-"""Replacement of values known only at run time."""
+"""Replacement of values that are known only when the script runs."""
 
 SCRIPT_ARGUMENTS = ("$@", "$*", "${@}", "${*}")
-"""All arguments of a script."""
+"""Spellings of the arguments of a script."""
 
 
 @dataclass(frozen=True)
 class ShellCommand:
-    """Words of a command and its environment variables."""
+    """A command of a script: its words after expansion, and its environment variables."""
 
     words: tuple[str, ...]
     environment: Mapping[str, str]
 
 
 def parse_commands(text: str, where: str) -> Iterator[ShellCommand]:
-    """Iterate over simple commands of a script with substituted variables.
+    """Yield the simple commands of a shell script, with variables replaced by their values.
 
-    Loops and conditions are not evaluated, and command substitutions remain unresolved, except
-    integer arithmetic. Raises UserError for unclosed quotes.
+    Commands in loops and conditions are yielded once. Command substitutions are not run and become
+    UNRESOLVED, except for integer arithmetic. `where` is the file, for messages.
+
+    Raises UserError for unclosed quotes.
     """
     variables, exported = _ShellVariables(), dict[str, str]()
     for words in _split_commands(text, where):
@@ -91,16 +96,16 @@ def parse_commands(text: str, where: str) -> Iterator[ShellCommand]:
 
 @dataclass
 class _ShellVariables:
-    """Variables and arrays set by a script."""
+    """Shell variables and arrays that a script has set so far."""
 
     values: dict[str, str] = field(default_factory=dict)
     arrays: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def expand_words(self, words: list[str]) -> tuple[str, ...]:
-        """Substitute variables in words.
+        """Replace variables in the words of a command by their values.
 
-        An array, or an unquoted variable with spaces, expands to several words, as in a shell
-        without quotes.
+        A word that is an array or a variable with spaces becomes several words, as an unquoted
+        variable does in a shell.
         """
         result: list[str] = []
         for word in words:
@@ -115,7 +120,7 @@ class _ShellVariables:
         return tuple(result)
 
     def expand_word(self, word: str) -> str:
-        """Substitute known variables in a word."""
+        """Replace the variables in a word by their values; unset variables remain."""
         expanded = _VARIABLE.sub(self._expand_match, word)
         return expanded if len(expanded) <= _MAX_VALUE_LENGTH else word
 
@@ -151,9 +156,9 @@ class _ShellVariables:
 
 
 def _split_commands(text: str, where: str) -> Iterator[list[str]]:
-    """Iterate over the words of each command, with unsubstituted variables.
+    """Yield the words of each command of a script, before variables are expanded.
 
-    An array (`NAME=(` to `)`, possibly on several lines) gives `NAME=(` and its words.
+    An array assignment, possibly on several lines, is yielded as `NAME=(` and its items.
     """
     # A comment ends at the end of its line, even after a backslash.
     joined = re.sub(r"(?m)^([ \t]*#.*?)\\+[ \t\r]*$", r"\1", _strip_heredocs(text))
@@ -182,7 +187,7 @@ def _split_commands(text: str, where: str) -> Iterator[list[str]]:
 
 
 def _strip_heredocs(script: str) -> str:
-    """Remove here-documents (`<<EOF` to `EOF`), whose lines are not commands."""
+    """Return a script without its here-documents (`<<EOF` to `EOF`), which are no commands."""
     lines = script.split("\n")
     last_line_by_text = {line.strip(): line_number for line_number, line in enumerate(lines)}
     stripped: list[str] = []
@@ -199,7 +204,7 @@ def _strip_heredocs(script: str) -> str:
 
 
 def _split_lines(text: str, where: str) -> Iterator[list[str]]:
-    """Iterate over the words of each line; quoted text may span lines."""
+    """Yield the words of each line of a script; quoted text may span several lines."""
     buffer, start_line = "", 0
     for line_number, line in enumerate(text.splitlines(), 1):
         buffer, start_line = (f"{buffer}\n{line}", start_line) if buffer else (line, line_number)
@@ -228,15 +233,15 @@ def _split_words(line: str) -> list[str]:
 
 
 def has_variable(value: object) -> bool:
-    """Return whether a value contains an unset variable."""
+    """Return whether a value still contains a shell variable, which the script does not set."""
     return _VARIABLE.search(str(value)) is not None
 
 
 def parse_options(words: tuple[str, ...]) -> dict[str, object]:
-    """Parse `--name value ...` and `--name=value` to settings.
+    """Parse the options of a command, `--name value ...` or `--name=value`, into a dict.
 
-    An option without a value is true, one with several values is a list, and the last duplicate
-    wins. Words before the first option have the key `POSITIONAL_KEY`.
+    An option without a value becomes "true", one with several values a list. Of repeated options,
+    the last one wins. Words before the first option are stored under `POSITIONAL_KEY`.
     """
     settings: dict[str, object] = {}
     name, values = POSITIONAL_KEY, list[str]()

@@ -1,4 +1,4 @@
-"""Convert the choice of trainable parts, LoRA settings and quantization."""
+"""Set the `tune` section of a converted recipe: trainable parts, LoRA and quantization."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finesight.convert.recipe_draft import RecipeDraft
 
 @dataclass(frozen=True)
 class TrainableParts:
-    """Parts of the model that are not frozen."""
+    """Whether vision encoder, merger and language model are trained."""
 
     vision: bool
     merger: bool
@@ -22,7 +22,7 @@ class TrainableParts:
 def set_full_tuning(draft: RecipeDraft, trainable: TrainableParts) -> None:
     """Set full fine-tuning of the trainable parts.
 
-    Both programs count embeddings and head as parts of the language model.
+    In ms-swift and LLaMA-Factory, embeddings and output head belong to the language model.
     """
     draft.set("tune.vision", "full" if trainable.vision else "frozen")
     draft.set("tune.merger", "full" if trainable.merger else "frozen")
@@ -34,7 +34,7 @@ def set_full_tuning(draft: RecipeDraft, trainable: TrainableParts) -> None:
 def set_lora_tuning(
     draft: RecipeDraft, trainable: TrainableParts, targets: tuple[str, ...] | None
 ) -> None:
-    """Set LoRA on the linear layers of the trainable parts."""
+    """Set LoRA in the trainable parts, on all linear layers or those in `targets`."""
     draft.set("tune.vision", "lora" if trainable.vision else "frozen")
     draft.set("tune.merger", "lora" if trainable.merger else "frozen")
     draft.set("tune.language", "lora" if trainable.language else "frozen")
@@ -45,8 +45,8 @@ def set_lora_tuning(
 def set_lora_config(config: ExternalConfig, draft: RecipeDraft, alpha: float) -> None:
     """Set rank, alpha and dropout of LoRA.
 
-    Rank-stabilized LoRA (Kalajdzievski 2023) scales by alpha / sqrt(rank), which equals another
-    alpha.
+    Rank-stabilized LoRA (Kalajdzievski 2023) scales by alpha / sqrt(rank) instead of alpha / rank.
+    It is converted to LoRA with alpha * sqrt(rank).
     """
     rank = config.get_int("lora_rank")
     if rank is None or rank < 1:
@@ -65,8 +65,10 @@ def set_lora_config(config: ExternalConfig, draft: RecipeDraft, alpha: float) ->
 
 
 def set_modules_to_save(draft: RecipeDraft, key: str, names: tuple[str, ...]) -> None:
-    """Set modules that are fully trained in addition to LoRA; only embeddings and head are
-    supported.
+    """Set full training of modules in addition to LoRA.
+
+    Recipes support it for embeddings and output head, which are trained together. Other modules in
+    `names`, the value of the setting `key`, are reported as different.
     """
     embedding_modules = {"embed_tokens", "lm_head", "all-embedding", "wte"}
     if set(names) & embedding_modules:
@@ -80,7 +82,10 @@ def set_modules_to_save(draft: RecipeDraft, key: str, names: tuple[str, ...]) ->
 
 
 def set_nf4(draft: RecipeDraft, parts: list[str], quant_type: str, is_double: bool) -> None:
-    """Set NF4 with double quantization, the only supported 4-bit format."""
+    """Set NF4 quantization of the parts, and report a difference for another 4-bit format.
+
+    Recipes support NF4 with double quantization only.
+    """
     draft.set("tune.quantize.nf4", list[object](parts))
     if quant_type != "nf4" or not is_double:
         what = f"{quant_type}{'' if is_double else ' without double quantization'}"
@@ -97,9 +102,18 @@ def set_lora_targets(
     targets: tuple[str, ...],
     match_suffix: bool,
 ) -> None:
-    """Set LoRA on the named layers of the trainable parts; parts without a match are frozen.
+    """Set LoRA on the layers that a list of names matches.
 
-    A name matches layers that end with it, or with `match_suffix` False layers that contain it.
+    Trainable parts without a matching layer are frozen.
+
+    Args:
+        draft: Recipe to fill.
+        family: Layer names of the model.
+        trainable: Parts that may have adapters.
+        key: Setting with the names, for notes.
+        targets: Layer names or parts of them.
+        match_suffix: Whether a name must end with the name of the layer (ms-swift) or be contained
+            in it (LLaMA-Factory).
     """
     layers_by_target = {target: _match_layers(family, target, match_suffix) for target in targets}
     if unmatched := [
@@ -133,7 +147,7 @@ def set_lora_targets(
 
 
 def _match_layers(family: FamilySettings, target: str, match_suffix: bool) -> dict[str, set[str]]:
-    """Return the linear layers of each part that match a target, by the last name components."""
+    """Return the layers that match a target by part, as last name components."""
     layers_by_part = {
         "vision": family.vision_layers,
         "merger": family.merger_layers,

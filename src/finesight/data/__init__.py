@@ -1,1 +1,1 @@
-"""Dataset files: importers, exporters and readers of samples."""
+"""Dataset files: importers, exporters and readers of training and evaluation samples."""

@@ -1,4 +1,4 @@
-"""Convert boxes of common conventions to `[x1, y1, x2, y2]` in original pixels."""
+"""Convert bounding boxes of common conventions to `[x1, y1, x2, y2]` in original pixels."""
 
 from __future__ import annotations
 
@@ -10,34 +10,39 @@ from typing import Literal
 from finesight.errors import UserError
 
 BoxFormat = Literal["xyxy", "xywh", "cxcywh"]
-"""Two corners; top left corner and size; center and size."""
+"""Order of box coordinates: two corners, corner and size, or center and size."""
 
 BoxUnits = Literal["pixel", "1", "1000"]
-"""Pixels of the original image, or coordinates normalized to 1 or 1000."""
+"""Coordinate units: pixels of the original image, or image sides scaled to 1 or 1000."""
 
 Box = tuple[float, float, float, float]
 
 
 class InvalidBoxError(UserError):
-    """Invalid coordinates, or a box outside its image."""
+    """Raised when box coordinates are invalid or lie outside the image."""
 
 
 BOX_DECIMALS = 6
-"""Number of decimals of converted corners: a millionth of a pixel."""
+"""Number of decimals to which converted pixel coordinates are rounded."""
 
 MAX_OVERHANG_PX = 1.0
-"""Maximum number of pixels by which a box may exceed its image due to rounded corners."""
+"""Maximum overhang of a box beyond its image due to rounding, in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class BoxConvention:
-    """Format and units of box coordinates."""
+    """Format and units of bounding box coordinates."""
 
     format: BoxFormat = "xyxy"
     units: BoxUnits = "pixel"
 
     def to_pixels(self, coordinates: Sequence[float], image_size: tuple[int, int]) -> Box:
-        """Convert to two corners in pixels of an image of size (height, width)."""
+        """Convert four coordinates of this convention to two corners in pixels.
+
+        Args:
+            coordinates: Four numbers in the format and units of this convention.
+            image_size: Height and width of the image in pixels.
+        """
         a, b, c, d = (float(value) for value in coordinates)
         if self.format == "xywh":
             corners = (a, b, a + c, b + d)
@@ -51,7 +56,7 @@ class BoxConvention:
         if self.units != "pixel":
             scale_x, scale_y = (side / float(self.units) for side in reversed(image_size))
             x1, y1, x2, y2 = x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y
-        # So that sums and shares in binary give the number that was meant, there and back.
+        # Remove floating-point noise, so that a box survives conversion in both directions.
         return (
             round(x1, BOX_DECIMALS),
             round(y1, BOX_DECIMALS),
@@ -61,7 +66,11 @@ class BoxConvention:
 
 
 def parse_coordinates(value: object) -> list[float]:
-    """Parse a list of four values given as integers, floats or text. Raises InvalidBoxError."""
+    """Parse four box coordinates from a list of integers, floats or numeric strings.
+
+    Raises:
+        InvalidBoxError: The value is not a list of four numbers.
+    """
     try:
         coordinates = [float(item) for item in value] if isinstance(value, list | tuple) else []
     except (TypeError, ValueError, OverflowError):
@@ -78,9 +87,14 @@ def parse_coordinates(value: object) -> list[float]:
 def clip_to_image(box: Box, image_size: tuple[int, int], convention: BoxConvention) -> Box:
     """Clip a box that exceeds its image by no more than a rounding error.
 
+    Args:
+        box: Two corners in pixels.
+        image_size: Height and width of the image in pixels.
+        convention: Convention that the box was converted from, named in the error message.
+
     Raises:
-        InvalidBoxError: The box is inverted, has no area, or exceeds the image further. The message
-            names the `convention`.
+        InvalidBoxError: The box is inverted, has no area, or exceeds the image by more than
+            `MAX_OVERHANG_PX`.
     """
     height, width = image_size
     x1, y1, x2, y2 = box
@@ -114,7 +128,7 @@ def _suggest_convention(convention: BoxConvention) -> str:
 def iou(a: Box, b: Box) -> float:
     """Compute the intersection over union of two boxes, in [0, 1].
 
-    Inverted corners count as an empty box: a wrong prediction is not corrected.
+    A box with inverted corners is treated as empty, so a malformed prediction scores 0.
     """
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])

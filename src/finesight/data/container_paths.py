@@ -1,8 +1,8 @@
-"""Paths of files inside tar archives and Parquet rows.
+"""Paths of images stored inside tar archives and Parquet files.
 
-`shard.tar/@1536+20480/0001.jpg` is 20,480 bytes of the tar from byte 1,536, and
-`part.parquet/@12/0001.jpg` the image with this name in row 12 (1-based). Such a path contains
-everything needed to read the file, without unpacking or an index.
+`shard.tar/@1536+20480/0001.jpg` refers to 20,480 bytes of `shard.tar` from byte 1,536, and
+`part.parquet/@12/0001.jpg` to the image of this name in row 12 (1-based). Such a path is sufficient
+to read the image without unpacking the container.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from finesight.data.parquet_row_groups import read_parquet_image
 from finesight.digests import sha256_file
 
 MAX_MEMBER_BYTES = 256 * 2**20
-"""Maximum number of bytes of an image, which is read at once."""
+"""Maximum number of bytes of an image in a tar, read into memory at once."""
 
 _TAR_MEMBER = re.compile(
     r"(?P<container>.+?)/@(?P<start>[0-9]{1,18})\+(?P<size>[0-9]{1,18})/.+", re.DOTALL
@@ -25,30 +25,37 @@ _PARQUET_ROW = re.compile(r"(?P<container>.+?)/@(?P<row>[0-9]{1,18})/(?P<name>.+
 
 
 def tar_member_path(start: int, size: int, name: str) -> str:
-    """Return the path suffix of a byte range in a tar."""
+    """Return the path suffix of a tar member at a byte offset.
+
+    It follows the path of the archive; see the module docstring.
+    """
     return f"@{start}+{size}/{name}"
 
 
 def parquet_row_path(row: int, name: str) -> str:
-    """Return the path suffix of an image in a row of a Parquet file."""
+    """Return the path suffix of an image in a Parquet row (1-based)."""
     return f"@{row}/{name}"
 
 
 def split_container_path(path: str) -> tuple[str, str]:
-    """Split a path into the container file and the member, empty for other paths."""
+    """Split a path into its tar or Parquet file and the path inside it.
+
+    The second part is empty for a path that is not inside a container.
+    """
     match = _TAR_MEMBER.fullmatch(path) or _PARQUET_ROW.fullmatch(path)
     return (path, "") if match is None else (match["container"], path[match.end("container") :])
 
 
 def is_container_path(path: Path) -> bool:
-    """Return whether a path refers to a file inside a container."""
+    """Return whether a path refers to an image inside a tar or Parquet file."""
     return split_container_path(str(path))[1] != "" and not path.exists()
 
 
 def resolve_content(path: Path) -> Path | io.BytesIO:
-    """Return the path itself, or the bytes of a member of a container.
+    """Return the path of a regular file, or the bytes of a container member.
 
-    Raises OSError like `open`, also if the container is shorter than the path states.
+    Raises:
+        OSError: The container cannot be read, or ends before the end of the member.
     """
     text = str(path)
     if "/@" not in text or path.exists():
@@ -65,7 +72,7 @@ def resolve_content(path: Path) -> Path | io.BytesIO:
 
 
 def sha256_content(path: Path) -> str:
-    """Return the SHA-256 of a file or container member in hexadecimal."""
+    """Compute the SHA-256 of a file or container member in hexadecimal."""
     content = resolve_content(path)
     if isinstance(content, Path):
         return sha256_file(content)

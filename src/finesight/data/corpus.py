@@ -1,4 +1,4 @@
-"""The data files of a recipe as one sequence of samples: JSONL, Parquet, tar, or glob patterns."""
+"""Concatenate the data files of a recipe (JSONL, Parquet, tar, glob patterns) into one corpus."""
 
 from __future__ import annotations
 
@@ -29,17 +29,23 @@ from finesight.data.tar_samples import open_tar_samples
 from finesight.hub.object_storage import fetch_objects
 
 MIN_PARALLEL_FILES = 8
-"""Minimum number of files for parallel indexing in worker processes."""
+"""Minimum number of data files that are indexed in parallel by worker processes."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The concatenated samples of all files, with limits applied.
+    """The samples of all data files of a recipe, concatenated, with `limit` applied per file.
 
-    Samples remain on disk and are read on access: a corpus of millions of samples needs little
-    memory. `fingerprint` is a SHA-256 over the bytes of the files, limits and weights. Two corpora
-    with the same fingerprint contain the same samples in the same order, independent of their
-    location.
+    Samples remain on disk and are read on access, so a corpus of millions of samples needs little
+    memory.
+
+    Attributes:
+        sources: One source of samples per entry of `data.train` or `data.eval`.
+        weights: Sampling weight of each source.
+        fingerprint: SHA-256 over the contents of the files, their limits and weights. Corpora with
+            equal fingerprints contain the same samples in the same order, regardless of the path of
+            the files.
+        require_answer: Whether validation rejects samples without a final assistant message.
     """
 
     sources: tuple[SampleSource, ...]
@@ -49,23 +55,30 @@ class Corpus:
 
     @property
     def source_sizes(self) -> tuple[int, ...]:
-        """Number of samples per file, in order."""
+        """Number of samples per source, in order."""
         return tuple(len(source) for source in self.sources)
 
     def read_samples(self, limit: int | None = None) -> list[LocatedSample]:
-        """Read and validate all samples, or the first `limit`."""
+        """Read and validate all samples of the corpus, or only the first `limit`."""
         return [self.read_validated(index) for index in range(len(self))[:limit]]
 
     def __len__(self) -> int:
         return self._ends[-1] if self.sources else 0
 
     def __getitem__(self, index: int) -> LocatedSample:
-        """Read a sample that was validated before; only its types are checked."""
+        """Read a sample and check its types.
+
+        The content is not validated again: samples are expected to have passed `read_validated`.
+        """
         source, local_index = self._locate(index)
         return source.read_sample(local_index)
 
     def read_validated(self, index: int) -> LocatedSample:
-        """Read and validate a sample. Raises UserError with file and line."""
+        """Read and fully validate a sample.
+
+        Raises:
+            UserError: The sample is invalid. The error names its file and line.
+        """
         source, local_index = self._locate(index)
         located_sample = source.read_sample(local_index)
         validate_sample(
@@ -74,7 +87,7 @@ class Corpus:
         return located_sample
 
     def location(self, index: int) -> str:
-        """Return file and line of a sample."""
+        """Return the location of a sample for messages, such as `train.jsonl:12`."""
         source, local_index = self._locate(index)
         return source.location(local_index)
 
@@ -91,7 +104,11 @@ class Corpus:
 
 
 def load_corpus(files: Sequence[DataFileSettings], *, require_answer: bool = True) -> Corpus:
-    """Open the files of `data.train` or `data.eval` without reading their samples.
+    """Open the data files of `data.train` or `data.eval` without reading their samples.
+
+    Args:
+        files: Entries of the recipe with path, limit and weight.
+        require_answer: Whether validation rejects samples without a final assistant message.
 
     Raises:
         UserError: A file is missing, unreadable or empty.
@@ -107,10 +124,10 @@ def load_corpus(files: Sequence[DataFileSettings], *, require_answer: bool = Tru
 
 
 def open_sample_source(path_or_url: Path | str) -> SampleSource:
-    """Open a local file, the files of a glob pattern, or an object storage URL.
+    """Open a data file, a glob pattern or an object storage URL as one source.
 
     Raises:
-        UserError: No file matches.
+        UserError: No file matches, a file is unreadable, or there are no samples.
     """
     files = (
         expand_files(path_or_url)
@@ -125,7 +142,7 @@ def open_sample_source(path_or_url: Path | str) -> SampleSource:
 
 
 def _open_files(files: list[Path]) -> list[SampleSource]:
-    """Open each file; many files are indexed in worker processes."""
+    """Open and index each data file, in worker processes if there are many."""
     num_cpus = os.cpu_count() or 1
     if len(files) < MIN_PARALLEL_FILES or num_cpus == 1 or sys.platform != "linux":
         return [_open_file(file) for file in files]
@@ -141,5 +158,5 @@ def _open_file(path: Path) -> SampleSource:
 
 
 def _file_weight(file: DataFileSettings) -> float:
-    # What is measured on is measured once.
+    # Evaluation files have no sampling weight.
     return file.weight if isinstance(file, TrainFileSettings) else 1.0

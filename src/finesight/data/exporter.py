@@ -1,4 +1,7 @@
-"""Export samples to a dataset format in a new folder, atomically."""
+"""Export samples to another dataset format in a new folder.
+
+The folder is created only if the export succeeds.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,12 @@ from finesight.storage import translate_os_errors, write_folder
 
 @dataclass(frozen=True, slots=True)
 class ExportSummary:
-    """Summary of an export. `lost_counts` counts content that the format cannot represent."""
+    """Result of an export.
+
+    Attributes:
+        lost_counts: Counts of sample content that the format cannot represent, by description.
+        notes: Notes for the user about reading the exported files.
+    """
 
     format: str
     num_samples: int
@@ -36,9 +44,9 @@ class ExportSummary:
 def export_dataset(
     samples: Sequence[LocatedSample], out: Path, format_name: str, *, copy_images: bool
 ) -> ExportSummary:
-    """Export `samples` to `out` in a format that `finesight data import` can read.
+    """Export samples to a folder in a format that `finesight data import` can read.
 
-    Images are referenced by their path relative to `out`, or copied to `out`/images.
+    Images are referenced by their path relative to `out`, or copied to the folder `out`/images.
 
     Raises:
         UserError: `out` exists, the format is unknown, an image is missing, or the format cannot
@@ -74,7 +82,7 @@ def export_dataset(
 
 
 def _resolve_image_paths(samples: Sequence[LocatedSample]) -> dict[Path, Path]:
-    """Resolve the path of each image and frame."""
+    """Map each image and video frame path to its path without symbolic links."""
     resolved_paths: dict[Path, Path] = {}
     for located_sample in samples:
         for name in (
@@ -90,14 +98,15 @@ def _resolve_image_paths(samples: Sequence[LocatedSample]) -> dict[Path, Path]:
                     expected="an existing file",
                     remedy="`finesight data check` lists all of them",
                 )
-            # The folder resolved, as `..` steps out of where a link leads to.
+            # Resolve the folder first: `..` is relative to the target of a link.
             resolved_paths[path] = path.parent.resolve() / path.name
     return resolved_paths
 
 
 def _write_files(chunks: Iterator[tuple[str, bytes]], staging: Path) -> list[str]:
-    """Write the chunks and return the file names in order. Consecutive chunks of a file share a
-    handle.
+    """Write chunks of (file name, content) and return the file names in order.
+
+    Consecutive chunks of the same file share one file handle.
     """
     current_name, stream = "", None
     names: dict[str, None] = {}
@@ -126,7 +135,10 @@ def _open_next(stream: BinaryIO | None, path: Path) -> BinaryIO:
 def _note_exif_orientations(
     samples: Sequence[LocatedSample], data_format: DatasetFormat
 ) -> Iterator[str]:
-    """Yield a note if boxes refer to images that other programs show without EXIF rotation."""
+    """Yield a note if samples have boxes in images with an EXIF orientation.
+
+    Programs that ignore the orientation show these boxes at the wrong position.
+    """
     if data_format.name == "samples":
         return
     image_paths = {
@@ -149,7 +161,7 @@ def _is_exif_rotated(path: Path) -> bool:
 
 
 def _iter_boxed_images(located_sample: LocatedSample) -> Iterator[Path]:
-    """Yield the images of a sample that have boxes."""
+    """Yield the path of the image of each box in a sample."""
     sample: Sample = located_sample.sample
     image_paths = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
     for part in sample.iter_parts():

@@ -1,7 +1,8 @@
-"""Select the files of a hub dataset repository: those of a split, and the files they refer to.
+"""Select the files to download from a dataset repository on a hub.
 
-A dataset card (README.md) may assign files to splits in its `configs`. Otherwise, file names
-decide: data/train-00000-of-00002.parquet, validation/rows.jsonl.
+These are the files of a split and the files that they refer to. A dataset card (README.md) may
+assign files to splits in its `configs`. Otherwise, splits are inferred from file names such as
+data/train-00000-of-00002.parquet or validation/rows.jsonl.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from finesight.hub.archive import ARCHIVE_SUFFIXES, is_archive
 from finesight.hub.repository import HubRepository
 
 SELF_CONTAINED_SUFFIXES = (".parquet", ".tar")
-"""Suffixes of files that contain images together with rows."""
+"""Suffixes of files that contain both rows and their images."""
 
 LABEL_SUFFIXES = (".txt", ".xml", ".yaml", ".yml")
 LICENSE_PREFIXES = ("license", "licence", "notice")
@@ -33,11 +34,11 @@ METADATA_FILES = frozenset(
         *("configuration.json", "config.json", "croissant.json"),
     }
 )
-"""JSON files with dataset metadata of other programs. They are ignored; some are invalid."""
+"""Lower-case names of JSON files with metadata of other programs, which contain no rows."""
 
 CARD_FILE = "README.md"
 MAX_CARD_BYTES = 2**20
-"""Maximum number of bytes read from a dataset card, whose front matter is sufficient."""
+"""Maximum number of characters read from a dataset card to find its front matter."""
 
 DEFAULT_SPLIT = "train"
 _SPLIT_ALIASES = {
@@ -49,10 +50,13 @@ _SPLIT_ALIASES = {
 
 @dataclass(frozen=True, slots=True)
 class SelectedFiles:
-    """The files with rows, in order, and other files that the rows may need.
+    """Files of a dataset repository that belong to a split.
 
-    `split` is the selected split, None in a repository without splits; `others` are the other
-    splits. Without row files, the repository is a dataset of folders.
+    Attributes:
+        row_files: Files with rows, in order. Empty for a dataset that consists of image folders.
+        support_files: Files that the rows may reference, such as images and archives.
+        split: Name of the selected split, None if the repository has no splits.
+        other_splits: Names of the splits that are not selected.
     """
 
     row_files: tuple[str, ...]
@@ -62,15 +66,21 @@ class SelectedFiles:
 
 
 def filter_data_files(paths: Sequence[str]) -> list[str]:
-    """Filter files that can be data: rows, images, labels, archives, the license; never code."""
+    """Keep only data files of a repository: rows, images, labels, archives and licenses.
+
+    Code and metadata files are removed.
+    """
     return [path for path in paths if _is_data_file(path)]
 
 
 def select_repository_files(repository: HubRepository) -> list[str]:
-    """Select the files to download: those of the selected part, or all data files, with card and
-    license.
+    """Select the files to download from a dataset repository.
 
-    Raises UserError like `select_files`.
+    These are the files of the requested split, or all data files if the address names none,
+    together with the dataset card and the license.
+
+    Raises:
+        UserError: The requested split is ambiguous or matches no file.
     """
     paths, address = repository.paths, repository.address
     extra_files = [
@@ -87,7 +97,7 @@ def select_repository_files(repository: HubRepository) -> list[str]:
 
 
 def read_card(repository: HubRepository) -> str:
-    """Download the start of the dataset card if necessary; empty without a card."""
+    """Download and read the start of the dataset card; "" without a card."""
     return (
         read_local_card(repository.fetch_files([CARD_FILE]))
         if CARD_FILE in repository.paths
@@ -96,7 +106,7 @@ def read_card(repository: HubRepository) -> str:
 
 
 def read_local_card(folder: Path) -> str:
-    """Read the start of the dataset card of a folder; empty without a card."""
+    """Read the start of the dataset card in a folder; "" without a card."""
     card = folder / CARD_FILE
     if not card.is_file():
         return ""
@@ -107,13 +117,14 @@ def read_local_card(folder: Path) -> str:
 def select_files(
     paths: Sequence[str], selector: str | None, card: str, source: str
 ) -> SelectedFiles:
-    """Select the files of a split, SUBSET/SPLIT, a subset, or a file.
+    """Select the files of a split, a subset, SUBSET/SPLIT, or a single file.
 
     Args:
-        paths: Files of the repository.
-        selector: The part to select; None is the default split.
-        card: Text of README.md.
-        source: Name of the source for errors.
+        paths: Paths of all files of the repository.
+        selector: Requested split, subset, SUBSET/SPLIT or file path. None selects the default
+            split.
+        card: Text of the dataset card (README.md).
+        source: Name of the dataset for error messages.
 
     Raises:
         UserError: The selection is ambiguous or matches no file.
@@ -132,7 +143,7 @@ def select_files(
         return SelectedFiles((), tuple(data))
     split = (selector or "").rpartition("/")[2]
     if split not in splits:
-        # Of a part that is a subset the usual split is meant, as of none.
+        # A selector that names only a subset, like no selector, selects its default split.
         split = _SPLIT_ALIASES.get(
             split, DEFAULT_SPLIT if selector is None or _is_subset(card, selector) else split
         )
@@ -159,7 +170,10 @@ def _is_row_file(path: str) -> bool:
 
 
 def _add_support_files(rows: tuple[str, ...], data_paths: Sequence[str]) -> SelectedFiles:
-    """Add image files for rows that reference them; Parquet and tar files contain their images."""
+    """Add the files that rows may reference, such as images and archives, to row files.
+
+    Parquet and tar files contain their images and need no other files.
+    """
     if all(path.lower().endswith(SELF_CONTAINED_SUFFIXES) for path in rows):
         return SelectedFiles(rows, ())
     others = [path for path in data_paths if path not in rows and not _is_row_file(path)]
@@ -168,13 +182,13 @@ def _add_support_files(rows: tuple[str, ...], data_paths: Sequence[str]) -> Sele
 
 
 def _infer_splits(data: Sequence[str]) -> dict[str, list[str]]:
-    """Group row files by the last split name in their path.
+    """Group row files into splits by the last split name in their path.
 
-    Without split names, all files are one group.
+    If no path contains a split name, all files form the default split.
     """
     splits: dict[str, list[str]] = {}
     rows = [path for path in data if path.lower().endswith(ROW_SUFFIXES)]
-    # A tar next to row files contains their images; alone it is the dataset.
+    # A tar next to row files contains their images; without row files, it is the dataset.
     for path in rows or [path for path in data if is_archive(path)]:
         words = re.split(r"[^a-z]+", path.lower())
         split_words = [_SPLIT_ALIASES[word] for word in words if word in _SPLIT_ALIASES]
@@ -186,7 +200,10 @@ def _infer_splits(data: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _filter_subset(data: Sequence[str], selector: str | None) -> Sequence[str]:
-    """Return the files in folders named like a subset that the card does not list."""
+    """Keep the files in folders named like the subset of a SUBSET/SPLIT selector.
+
+    This finds subsets that the dataset card does not list.
+    """
     subset = (selector or "").rpartition("/")[0]
     return [path for path in data if subset in path.split("/")[:-1]] if subset else data
 
@@ -207,7 +224,10 @@ def _read_card_splits(data: Sequence[str], card: str, selector: str | None) -> d
 
 
 def _find_subset(card: str, selector: str | None) -> dict[str, Any] | None:
-    """Return the entry of `configs`: the named one, the default one, or the first."""
+    """Return the entry of `configs` in a dataset card that matches a selector.
+
+    Without a match, the entry marked as default is returned, then the first entry, else None.
+    """
     subsets = list(_iter_subsets(card))
     subset_name = (selector or "").partition("/")[0]
     for subset in subsets:
@@ -233,7 +253,7 @@ def _iter_subsets(card: str) -> Iterator[dict[str, Any]]:
 
 
 def _read_front_matter(card: str) -> str:
-    """Return the text between the first line and the next line of three dashes."""
+    """Return the YAML front matter of a dataset card, between lines of three dashes."""
     first, *lines = card.split("\n")
     ends = (line_index for line_index, line in enumerate(lines) if line.rstrip() == "---")
     end = next(ends, None) if first.rstrip() == "---" else None
@@ -241,10 +261,10 @@ def _read_front_matter(card: str) -> str:
 
 
 def _iter_split_patterns(subset: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield splits and patterns of an entry.
+    """Yield (split, glob pattern) pairs of an entry of `configs` in a dataset card.
 
-    An entry is a pattern, a list of patterns, {split, path} per split, or a mapping from split to
-    patterns.
+    `data_files` is a pattern, a list of patterns, a list of {split, path}, or a mapping from split
+    to patterns.
     """
     entries = subset.get("data_files")
     if isinstance(entries, dict) and "path" not in entries:

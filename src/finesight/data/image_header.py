@@ -1,4 +1,4 @@
-"""Read the size of an image from its header without decoding pixels."""
+"""Read the size and EXIF orientation of an image from its header, without decoding pixels."""
 
 from __future__ import annotations
 
@@ -14,54 +14,64 @@ from finesight.data.container_paths import resolve_content
 from finesight.errors import UserError
 
 MAX_IMAGE_PIXELS = 64_000_000
-"""Maximum number of pixels (8000 x 8000): a 12 KB file can decode to gigabytes."""
+"""Maximum number of pixels of an image (8000 x 8000).
+
+Without a limit, a 12 KB file could decode to gigabytes.
+"""
 
 MAX_IMAGE_BYTES = 1 << 30
-"""Maximum file size: MAX_IMAGE_PIXELS uncompressed pixels of four 32-bit values."""
+"""Maximum file size of an image: `MAX_IMAGE_PIXELS` uncompressed pixels of four 32-bit values."""
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""Accepted image formats. Other formats of Pillow can start programs (EPS) or contain no pixels.
-JPEG includes MPO, the container format of phone cameras."""
+"""Accepted image formats, as named by Pillow. JPEG includes the MPO container of phone cameras.
+
+Other formats of Pillow are rejected: some start programs (EPS), others contain no pixels.
+"""
 
 EXIF_ORIENTATION_TAG = 0x0112
 TRANSPOSED_ORIENTATIONS = frozenset({5, 6, 7, 8})
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
-"""TIFF tags of the tile size. A tile is decoded completely even if little of it is inside the
-image."""
+"""TIFF tags of the tile size.
 
-# The limit above is enforced for every image; the limit of Pillow only warns above 89 Mpx.
+Pillow decodes a tile completely even if the image covers only a small part of it.
+"""
+
+# The limit above is enforced for every image; the limit of Pillow only warns above 89 megapixels.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class CorruptImageError(UserError):
-    """An unusable image: missing, not an image, truncated, or above the pixel limit."""
+    """Raised when an image cannot be used: missing, not an image, truncated, or too large."""
 
 
 class MissingImageError(CorruptImageError):
-    """An image without a file."""
+    """Raised when the file of an image does not exist."""
 
 
 class TruncatedImageError(CorruptImageError):
-    """An image whose file ends before its pixel data."""
+    """Raised when an image file ends before its pixel data."""
 
 
 class ImageTooLargeError(CorruptImageError):
-    """An image above the pixel limit."""
+    """Raised when an image exceeds the limit of pixels or bytes."""
 
 
 def open_image_header(
     path: Path, max_pixels: int = MAX_IMAGE_PIXELS, formats: Sequence[str] = IMAGE_FORMATS
 ) -> Image.Image:
-    """Open an image without decoding it. Its size is as stored, before EXIF rotation.
+    """Open an image without decoding its pixels.
+
+    The size of the returned image is the stored size, before EXIF rotation.
 
     Raises:
-        CorruptImageError: The file is missing, has none of the formats, or exceeds `max_pixels`.
+        CorruptImageError: The file is missing, has none of the accepted formats, or has more than
+            `max_pixels` pixels.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe is to wait for ever
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe blocks
         raise CorruptImageError(
             "a folder" if os.path.isdir(path) else "a pipe or a device, not a file",
             where=str(path),
-            expected="a picture's file",
+            expected="an image file",
             remedy="correct the path",
         )
     try:
@@ -90,7 +100,7 @@ def open_image_header(
         ) from error
     except CorruptImageError:
         raise
-    except Exception as error:  # a broken header can raise nearly anything inside Pillow
+    except Exception as error:  # Pillow raises many error types
         raise CorruptImageError(
             f"cannot be opened ({error})",
             where=str(path),
@@ -119,18 +129,18 @@ def _check_file_size(path: Path) -> None:
 
 
 def _count_tile_pixels(image: TiffImageFile) -> int:
-    """Return the number of pixels of a tile; 0 for an image without tiles."""
+    """Return the number of pixels per tile of a TIFF image, 0 without tiles."""
     sides = (image.tag_v2.get(_TILE_WIDTH, 0), image.tag_v2.get(_TILE_LENGTH, 0))
     width, length = (side if isinstance(side, int) else 0 for side in sides)
     return width * length
 
 
 def read_exif_orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation (1 to 8, 1 is none) to apply to an image.
+    """Return the EXIF orientation to apply to an image, 1 (no rotation) to 8.
 
-    The image is opened but not decoded. For PNG, the method of Pillow decodes the full image to
-    find EXIF data after the pixels; the method of the base class reads only the header, which this
-    package uses everywhere. A TIFF needs no rotation: Pillow applies it when decoding.
+    Only the header is read. The `getexif` override of Pillow's PNG class is bypassed, because it
+    decodes the full image to find EXIF data after the pixels. For TIFF the result is 1, because
+    Pillow rotates TIFF images when it decodes them.
     """
     if image.format == "TIFF":
         return 1
@@ -141,16 +151,17 @@ def read_exif_orientation(image: Image.Image) -> int:
 def read_image_size(
     path: Path, max_pixels: int = MAX_IMAGE_PIXELS, formats: Sequence[str] = IMAGE_FORMATS
 ) -> tuple[int, int]:
-    """Read height and width in pixels after EXIF rotation from the header.
+    """Read height and width of an image in pixels, after EXIF rotation, from its header.
 
     Raises:
-        CorruptImageError: The file is missing, has none of the formats, or exceeds `max_pixels`.
+        CorruptImageError: The file is missing, has none of the accepted formats, has invalid EXIF
+            data, or has more than `max_pixels` pixels.
     """
     with open_image_header(path, max_pixels, formats) as image:
         width, height = image.size
         try:
             is_transposed = read_exif_orientation(image) in TRANSPOSED_ORIENTATIONS
-        except Exception as error:  # EXIF that is not EXIF: struct, Syntax, Type and other errors
+        except Exception as error:  # invalid EXIF raises many types
             raise CorruptImageError(
                 f"its EXIF data cannot be read ({error})",
                 where=str(path),

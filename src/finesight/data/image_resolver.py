@@ -1,4 +1,4 @@
-"""Resolve the images of dataset rows: find, validate, and save embedded ones."""
+"""Locate, validate and save the images that dataset rows refer to during import."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from finesight.file_name_encoding import is_utf8, iter_spellings, to_readable_na
 from finesight.storage import translate_os_errors
 
 if TYPE_CHECKING:
-    # Not needed but for imports from the web, and slow to import.
-    from finesight.hub.web_files import RemoteImages as WebPictures
+    # Imported for type checking only: the import is slow, and only web imports need it.
+    from finesight.hub.web_files import RemoteImages
 
 IMAGES_FOLDER = "images"
-"""Subfolder of the output for images that an import saves or copies."""
+"""Name of the output subfolder with saved and copied images."""
 
 _SUFFIXES = {
     b"\xff\xd8": ".jpg",
@@ -38,14 +38,20 @@ _SUFFIXES = {
 
 
 class ImageResolver:
-    """Resolve images given as paths, or as bytes to be saved in the output folder.
+    """Resolve the image values of dataset rows to files on disk.
 
-    A relative path starts at `folder` or, if no image is there, at the current folder. A path with
-    backslashes, as written by Windows, is also tested with slashes. Without validation, missing and
-    invalid images are accepted under their expected path. With literal paths, only `folder` is
-    searched, as in training. Web URLs are downloaded through `web_images`, and rejected without it.
-    With `allowed_root`, the source is untrusted: paths outside that folder count as missing, and it
-    replaces the current folder.
+    Embedded images (bytes, data URLs) are saved in the output folder. A relative path is searched
+    in `folder` and then in the current directory. Backslashes in Windows paths are also tried as
+    slashes.
+
+    Args:
+        folder: Folder of the data file.
+        output_folder: Folder of the import, in which embedded images are saved.
+        validate: Reject missing and invalid images. Otherwise, they keep their expected path.
+        exact_paths: Search relative paths only in `folder` and without variations, as in training.
+        web_images: Downloader of image URLs. None rejects URLs.
+        allowed_root: Folder of an untrusted source. Images outside of it count as missing, and it
+            is searched instead of the current directory.
     """
 
     def __init__(
@@ -55,7 +61,7 @@ class ImageResolver:
         *,
         validate: bool = True,
         exact_paths: bool = False,
-        web_images: WebPictures | None = None,
+        web_images: RemoteImages | None = None,
         allowed_root: Path | None = None,
     ) -> None:
         self._folder, self._images_folder = folder, output_folder / IMAGES_FOLDER
@@ -68,7 +74,7 @@ class ImageResolver:
         self._resolved: dict[str, str] = {}
 
     def resolve(self, value: object) -> Path:
-        """Resolve the image of a cell.
+        """Return the file of an image value in a dataset row.
 
         Args:
             value: A path, bytes, a base64 data URL (RFC 2397), or {bytes, path} as in the datasets
@@ -98,7 +104,7 @@ class ImageResolver:
         )
 
     def image_size(self, path: Path) -> tuple[int, int]:
-        """Return height and width of a resolved image; see `read_image_size`."""
+        """Return height and width in pixels of an image after EXIF rotation, cached per path."""
         if path not in self._sizes:
             self._sizes[path] = read_image_size(path)
         return self._sizes[path]
@@ -111,7 +117,7 @@ class ImageResolver:
                 remedy="allow their host with --allow-host HOST, or download the images and put"
                 " their paths into the data",
             )
-        # Scripts write paths that start at the folder they were run in, not at their file's.
+        # Scripts often write paths relative to the directory in which they were started.
         folders = (self._folder, self._allowed_root or Path.cwd())
         if self._exact_paths:
             candidates = [os.path.join(self._folder, name)]
@@ -158,7 +164,7 @@ class ImageResolver:
             self._resolved[folder] = os.path.realpath(folder)
         return os.path.join(self._resolved[folder], path.name)
 
-    def _fetch_image(self, web_images: WebPictures, url: str) -> Path:
+    def _fetch_image(self, web_images: RemoteImages, url: str) -> Path:
         if url.startswith("file://"):
             return self._resolve_path(url)
         try:
@@ -166,7 +172,7 @@ class ImageResolver:
         except CorruptImageError:
             raise
         except UserError as error:
-            # A failed download is an error of its row, like a missing file.
+            # A failed download is an error of the row, like a missing file.
             raise CorruptImageError(
                 error.what, where=error.where, expected=error.expected, remedy=error.remedy
             ) from error
@@ -187,7 +193,7 @@ class ImageResolver:
                 if self._validate:
                     self.image_size(path)
             except CorruptImageError as error:
-                # Where it was saved is gone by the time that anyone reads this.
+                # Omit the path from the error: the staging folder is deleted when the import fails.
                 raise CorruptImageError(
                     f"the image of {len(data)} bytes: {error.what}",
                     expected=error.expected,
@@ -203,7 +209,11 @@ def _resolve_parent(path: Path) -> Path:
 
 
 def encode_data_url(path: Path) -> str:
-    """Encode an image file as a data URL (RFC 2397). Raises UserError for an unsupported format."""
+    """Encode an image file as a base64 data URL (RFC 2397).
+
+    Raises:
+        UserError: The file has an image format that data URLs do not support.
+    """
     data = path.read_bytes()
     suffix = next((s for magic, s in _SUFFIXES.items() if data.startswith(magic)), None)
     if suffix is None:
@@ -232,11 +242,12 @@ def _decode_data_url(url: str) -> bytes:
 
 
 class ImageNames:
-    """Image names in files of `out`: paths relative to `out`, which is still `staging`.
+    """Assign the image paths in the data files that are written to a folder.
 
-    Images outside `staging` keep their location. They are copied to `staging`/images with `copy`,
-    if they are inside a tar or Parquet file, whose layout may change, and if their path is not
-    UTF-8. Copies keep their names where possible; `taken` names are reserved.
+    Paths are relative to the final folder `out`, while files are still written to `staging`. Images
+    outside of `staging` are referenced where they are. They are copied to `staging`/images if
+    `copy` is set, if they are inside a tar or Parquet file, or if their path is not valid UTF-8.
+    Copies keep their file names unless a name is in use; the names in `taken` are reserved.
     """
 
     def __init__(
@@ -249,13 +260,13 @@ class ImageNames:
         self._counters: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(2))
 
     def name(self, image: str) -> str:
-        """Return the name of an image by its absolute path."""
+        """Return the path in the data files for an image, given by its absolute path."""
         if image not in self._names:
             self._names[image] = self._new_name(Path(image))
         return self._names[image]
 
     def copy(self, images: Iterable[str]) -> None:
-        """Copy those of the named images that require a copy, each once."""
+        """Copy those of the given images that cannot be referenced where they are, each once."""
         for image in images:
             target = self._copies.pop(image, None)
             if target is not None:
@@ -287,10 +298,7 @@ class ImageNames:
 
 
 def name_images(paths: Iterable[Path], staging: Path, out: Path, *, copy: bool) -> dict[Path, str]:
-    """Return the output name of each image, and copy images as required.
-
-    See `ImageNames`.
-    """
+    """Assign the output path of each image with `ImageNames`, and copy images as required."""
     names = ImageNames(staging, out, copy=copy)
     found = {path: names.name(str(path)) for path in paths}
     names.copy(map(str, found))
@@ -298,10 +306,10 @@ def name_images(paths: Iterable[Path], staging: Path, out: Path, *, copy: bool) 
 
 
 def hash_images(paths: Iterable[Path]) -> dict[Path, str]:
-    """Return a key per image that is equal for files of equal content.
+    """Return a key per image file that is equal for files with identical bytes.
 
-    Only files of equal size are read. Re-encoded copies (resized, another JPEG quality) have
-    different keys.
+    Only files of equal size are read and hashed. Re-encoded copies (resized, another JPEG quality)
+    have different keys.
     """
     by_length: defaultdict[int, set[Path]] = defaultdict(set)
     resolved = {path: path.resolve() for path in set(paths)}

@@ -1,5 +1,8 @@
-"""A question with all its correct answers, before the split into training
-and evaluation samples."""
+"""The intermediate form of an imported dataset row, before it becomes samples.
+
+A row with several correct answers becomes several training samples, or one evaluation sample with
+references.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from finesight.data.sample_validation import InvalidTurnsError
 
 @dataclass(frozen=True, slots=True)
 class ImportExample:
-    """Content of one dataset row.
+    """A question of a dataset row with all its correct answers.
 
     Attributes:
         prompt_messages: All messages except the last.
@@ -28,7 +31,7 @@ class ImportExample:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def to_train_samples(self) -> list[Sample]:
-        """Return one sample per answer."""
+        """Return one training sample per correct answer."""
         if len(self.answers) == 1:
             return [self._build_sample(self.id, self.answers[0], self.references)]
         return [
@@ -37,7 +40,7 @@ class ImportExample:
         ]
 
     def to_eval_sample(self) -> Sample:
-        """Return one sample with the first answer; the texts of the others are references."""
+        """Return an evaluation sample with the first answer, and the others as references."""
         answer, *other_answers = self.answers
         references = (
             *(join_text(answer).rstrip("\n") for answer in other_answers),
@@ -54,19 +57,19 @@ class ImportExample:
 
 
 def format_answer_id(name: str, number: int) -> str:
-    """Return the sample ID of one of several answers, 1-based."""
+    """Return the sample ID of one answer (1-based) to a question with several answers."""
     return f"{name}-{number}"
 
 
 def build_example(
     sample_id: str, messages: Sequence[tuple[Role, tuple[ContentPart, ...]]], meta: dict[str, Any]
 ) -> ImportExample:
-    """Build an example whose last message is its only answer.
+    """Build an example from messages whose last message is the only answer.
 
     Args:
-        sample_id: The ID of the example.
+        sample_id: ID of the example.
         messages: Role and content of each message.
-        meta: Further fields of the row.
+        meta: Metadata from the other keys of the row.
 
     Raises:
         InvalidTurnsError: The last message is not from the assistant.
@@ -82,5 +85,5 @@ def build_example(
 
 
 def join_text(content: tuple[ContentPart, ...]) -> str:
-    """Return the text of a message without images and boxes."""
+    """Return the concatenated text parts of a message, without images and boxes."""
     return "".join(part.text for part in content if isinstance(part, TextPart))

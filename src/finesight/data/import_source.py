@@ -1,4 +1,4 @@
-"""An opened dataset source: its rows, its format, and unvalidated samples."""
+"""Open dataset sources: select their rows, detect their format, and parse rows for checks."""
 
 from __future__ import annotations
 
@@ -28,25 +28,30 @@ from finesight.data.webdataset import is_tar_file, open_webdataset
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
-    # Not needed but for imports from the web, and slow to import.
-    from finesight.hub.web_files import RemoteImages as WebPictures
+    # Imported for type checking only: the import is slow, and only web imports need it.
+    from finesight.hub.web_files import RemoteImages
 
 NUM_DETECTION_ROWS = 100
-"""Number of records used for format detection."""
+"""Number of rows that are examined to detect the dataset format."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImportOptions:
-    """Options of an import: how to parse the source, which rows to select, and how to split them.
+    """Options of an import: parsing of the source, selection of rows, and split.
 
     Attributes:
-        row_range: Slice bounds of the rows of the source, 0-based; `limit` keeps the first of them.
-        eval_last: Number of rows at the end that are held out.
-        train_fraction: Fraction of the rows for training.
-        box_task: Task of box datasets.
+        format: Name of the dataset format, None to detect it.
+        columns: Column name per role (`--map ROLE=COLUMN`).
+        prompt: Question or prompt template from the user.
+        row_range: Slice bounds of the rows, 0-based. None means the first or last row.
+        limit: Maximum number of rows within `row_range`.
+        eval_last: Number of rows at the end for validation.
+        train_fraction: Fraction of the rows for training; the rest is for validation.
+        seed: Seed of the random split by `train_fraction`.
+        box_task: Whether box datasets become detection or grounding questions.
         on_invalid_row: Fail at invalid rows, or skip them.
-        row_files: Files of a folder that contain its rows; None to detect them.
-        web_images: Downloader of image URLs.
+        row_files: Files of a folder that contain its rows; empty to detect them.
+        web_images: Downloader of image URLs, None to reject URLs.
         allowed_root: Folder of an untrusted source: images outside of it are rejected.
     """
 
@@ -64,15 +69,18 @@ class ImportOptions:
     box_task: BoxTask = "detection"
     on_invalid_row: Literal["fail", "skip"] = "fail"
     row_files: tuple[Path, ...] = ()
-    web_images: WebPictures | None = None
+    web_images: RemoteImages | None = None
     allowed_root: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ImportSource:
-    """A source as rows: its format, the reason for the detection, and the selected rows.
+    """An opened dataset with its detected format and selected rows.
 
-    `columns` are the keys of the first selected row.
+    Attributes:
+        detected_by: Reason for the detected format, shown to the user.
+        columns: Keys of the first selected row.
+        row_bounds: First and last (exclusive) selected row, 0-based.
     """
 
     path: Path
@@ -83,13 +91,19 @@ class ImportSource:
     row_bounds: tuple[int, int]
 
     def iter_rows(self) -> Iterator[SourceRow]:
-        """Yield the rows selected by --rows and --limit."""
+        """Yield the rows that `--rows` and `--limit` select."""
         return self.rows.iter_range(*self.row_bounds)
 
     def create_context(
         self, options: ImportOptions, output_folder: Path, *, lenient: bool = False
     ) -> ImportContext:
-        """Create the import context; embedded images are saved below `output_folder`."""
+        """Create the import context that parses the rows of this source.
+
+        Args:
+            options: Options of the import.
+            output_folder: Folder below which embedded images are saved.
+            lenient: Accept invalid images and boxes unchanged, for data checks.
+        """
         folder = self.path if self.path.is_dir() else self.path.parent
         return ImportContext(
             ImageResolver(
@@ -111,10 +125,13 @@ class ImportSource:
 
 @dataclass(frozen=True, slots=True)
 class UnvalidatedRow:
-    """A row parsed without validation, with its samples or its error.
+    """A dataset row parsed without validation, for data checks.
 
-    Paths in the samples are absolute. Boxes are corners in pixels, neither clipped nor rejected;
-    `boxes` are the boxes of the row as stored in the source.
+    Attributes:
+        samples: Samples of the row with absolute image paths. Their boxes are two corners in
+            pixels, neither clipped nor rejected.
+        boxes: Boxes of the row with their coordinates as stored in the source.
+        error: Error of a row that cannot be parsed; it has no samples.
     """
 
     location: str
@@ -126,7 +143,10 @@ class UnvalidatedRow:
 
 @dataclass(frozen=True, slots=True)
 class UnvalidatedSource:
-    """A source parsed leniently, one row at a time; each iteration reads it again."""
+    """An iterable over the rows of a source, parsed without validation.
+
+    Rows are read one at a time, and again in each iteration.
+    """
 
     source: ImportSource
     options: ImportOptions
@@ -154,17 +174,19 @@ class UnvalidatedSource:
 def open_unvalidated(
     source: Path, options: ImportOptions, output_folder: Path
 ) -> UnvalidatedSource:
-    """Open a source like an import, but keep invalid content for checks.
+    """Open a dataset for a data check, keeping invalid images and boxes.
 
-    Missing and corrupt images keep their expected paths. See `UnvalidatedRow` for boxes and invalid
-    rows. Embedded images are saved below the existing `output_folder`. Raises UserError like
-    `open_source`.
+    Missing and corrupt images keep their expected paths. Embedded images are saved below
+    `output_folder`, which must exist. See `UnvalidatedRow` for invalid rows and boxes.
+
+    Raises:
+        UserError: The source cannot be opened, as in `open_source`.
     """
     return UnvalidatedSource(open_source(source, options), options, output_folder)
 
 
 def open_source(source: Path, options: ImportOptions) -> ImportSource:
-    """Open the rows of a source and detect its format.
+    """Open a dataset, detect its format, and select its rows.
 
     Raises:
         UserError: The source is unreadable, its format is ambiguous, an option does not apply, or
@@ -192,34 +214,38 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
 
 
 def _check_options(options: ImportOptions) -> None:
-    """Reject options that are invalid for any source."""
+    """Reject import options that are invalid for every source."""
     unknown = sorted(options.columns.keys() - set(table_format.MAPPABLE_COLUMNS))
     if unknown:
         matches = difflib.get_close_matches(unknown[0], table_format.MAPPABLE_COLUMNS, n=1)
         raise UserError(
             f"unknown role {unknown[0]!r}",
-            where="columns",
+            where="--map",
             expected=f"one of {', '.join(table_format.MAPPABLE_COLUMNS)}",
             remedy=f"did you mean {matches[0]}?" if matches else "remove the column",
         )
     if options.train_fraction is not None and options.eval_last is not None:
         raise UserError(
-            f"a split of {options.train_fraction:g} and the last {options.eval_last} held-out rows",
-            where="split",
-            expected="one split option",
+            f"both are set: {options.train_fraction:g} and {options.eval_last}",
+            where="--train-fraction, --eval-last",
+            expected="one of the two options",
             remedy="remove one of the two",
         )
     if options.train_fraction is not None and not 0 < options.train_fraction < 1:
         raise UserError(
-            f"a split of {options.train_fraction:g}",
-            where="split",
+            f"{options.train_fraction:g} is out of range",
+            where="--train-fraction",
             expected="the fraction of training rows, between 0 and 1 (exclusive)",
             remedy="for example 0.9",
         )
 
 
 def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, DatasetFormat | None, str]:
-    """Open rows with a format that opens its own sources, else as a row file."""
+    """Open the rows of a source, and return them with format and reason.
+
+    Formats with their own files (folders, COCO JSON) are tried first. For other row files, the
+    format is None and is detected from the rows later.
+    """
     requested = get_format(options.format) if options.format is not None else None
     as_table = options.columns and (source.is_file() or options.row_files)
     candidates = [requested] if requested else [] if as_table else FORMATS
@@ -252,7 +278,7 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
 
 
 def _open_row_files(files: Sequence[Path]) -> RowReader:
-    """Open the rows of one file, or of several files concatenated."""
+    """Open the rows of one file, or the concatenated rows of several files."""
     rows = [open_webdataset(file) if is_tar_file(file) else open_row_file(file) for file in files]
     return rows[0] if len(rows) == 1 else concat_rows(files, rows)
 
@@ -260,7 +286,11 @@ def _open_row_files(files: Sequence[Path]) -> RowReader:
 def _detect_format(
     first_records: Sequence[Record], source: Path, options: ImportOptions
 ) -> tuple[DatasetFormat, str]:
-    """Detect the format of a row file; a table without mapped columns is rejected."""
+    """Detect the format of a row file from its first records.
+
+    Raises:
+        UserError: No format matches, or the format is `table` and no columns are mapped.
+    """
     if options.format is not None:
         data_format, detected_by = get_format(options.format), "--format"
     elif options.columns:
@@ -280,7 +310,7 @@ def _detect_format(
 def check_format_options(
     data_format: DatasetFormat, detected_by: str, options: ImportOptions
 ) -> None:
-    """Reject options that do not apply to the format."""
+    """Reject import options that the dataset format does not support."""
     used_options = {
         "map": ("--map", bool(options.columns)),
         "prompt": ("--prompt", options.prompt is not None),

@@ -1,4 +1,7 @@
-"""Import dataset rows as samples in a new folder, atomically."""
+"""Import dataset rows as training and evaluation samples into a new folder.
+
+The folder is created only if the import succeeds.
+"""
 
 from __future__ import annotations
 
@@ -39,21 +42,25 @@ from finesight.errors import UserError, escape_surrogates
 from finesight.storage import write_chunks, write_folder
 
 MAX_DESCRIBED_ROWS = 5
-"""Number of invalid rows described in an error; the others are counted."""
+"""Maximum number of invalid rows that an error message describes; further rows are only counted."""
 
 MAX_INVALID_BOX_FRACTION = 0.1
-"""Maximum fraction of rows with invalid boxes that counts as individual errors. Above it, the box
-convention is probably wrong, and boxes that pass are wrong as well."""
+"""Maximum fraction of rows with invalid boxes that is attributed to individual annotation errors.
+
+Above it, the box convention is probably wrong, and boxes that pass validation are wrong as well.
+"""
 
 MAX_ROW_BYTES = 2**28
-"""Maximum number of bytes of all samples of one row."""
+"""Maximum number of bytes of all samples that one row yields."""
 
 LINE_OVERHEAD_BYTES, MAX_ESCAPED_BYTES = 100, 6
-"""Bytes of a line in addition to ID and content, and maximum bytes per character of an ID: a sample
-must fit into a readable line."""
+"""Bytes of a JSON line besides ID and content, and maximum bytes per ID character.
+
+They ensure that each sample fits into a line of at most `MAX_LINE_BYTES`.
+"""
 
 SKIPPED_ROWS_FILE = "skipped_rows.jsonl"
-"""File with the rows skipped by --on-invalid-row skip."""
+"""Name of the output file that lists the rows skipped by `--on-invalid-row skip`."""
 
 REASON_NOT_SELECTED = "not selected by --rows and --limit"
 REASON_IMAGE_IN_EVAL = "shares an image with the validation rows"
@@ -70,7 +77,7 @@ REASON_OTHER = "does not match its format"
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A file of samples and the number of its source rows."""
+    """A sample file written by an import, with its numbers of rows and samples."""
 
     file: Path
     num_rows: int
@@ -79,10 +86,15 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class ImportSummary:
-    """Summary of an import: each row of the source is in `output_files` or, by reason, in
-    `skipped_rows`.
+    """Result of an import. Each source row is counted in `output_files` or in `skipped_rows`.
 
-    `skipped_rows_file` lists the invalid rows.
+    Attributes:
+        detected_by: Reason for the detected format, shown to the user.
+        skipped_rows: Numbers of rows without output, by reason.
+        num_clipped_boxes: Number of boxes that exceeded their image by a rounding error.
+        source_notes: Counts of source content that samples do not represent, by description.
+        unused_columns: Table columns that no `--map` option uses.
+        skipped_rows_file: File that lists the invalid rows, None if there are none.
     """
 
     format: str
@@ -98,7 +110,13 @@ class ImportSummary:
 
 
 class _EncodedExample(NamedTuple):
-    """An example encoded as JSON samples without IDs; see `_SpooledExample`."""
+    """An imported example as JSON lines without the ID, which may still change.
+
+    Attributes:
+        training: One encoded training sample per answer.
+        evaluation: The encoded evaluation sample.
+        images: Paths of all images of the example.
+    """
 
     id: str
     training: tuple[bytes, ...]
@@ -107,10 +125,7 @@ class _EncodedExample(NamedTuple):
 
 
 class _SpooledExample(NamedTuple):
-    """An example whose encoded samples without IDs are in the `Spool`.
-
-    It has one piece per training sample and one for the evaluation sample.
-    """
+    """An encoded example whose JSON is stored in the `Spool`; see `_EncodedExample`."""
 
     id: str
     training: tuple[SpoolSpan, ...]
@@ -118,7 +133,7 @@ class _SpooledExample(NamedTuple):
     images: tuple[str, ...]
 
     def lines(self, spool: Spool, *, is_eval: bool) -> Iterator[bytes]:
-        """Yield the lines of its samples."""
+        """Yield one JSON line per sample of the example, with its final ID."""
         if is_eval or len(self.training) == 1:
             yield _format_line(self.id, spool.read(self.evaluation))
             return
@@ -127,14 +142,19 @@ class _SpooledExample(NamedTuple):
 
 
 RowExamples = list[_SpooledExample]
-"""Examples of one row."""
+"""Examples of one dataset row; box datasets may yield several."""
 
 
 @dataclass(slots=True)
 class _InvalidRows:
-    """The invalid rows: the first one, and counts by reason.
+    """Invalid rows of an import.
 
-    `lines` are the lines of skipped_rows.jsonl in the spool.
+    Attributes:
+        first: The first invalid row.
+        described: Location and error of the first `MAX_DESCRIBED_ROWS` invalid rows.
+        reasons: Number of invalid rows by reason.
+        boxes: Number of rows with an invalid box.
+        lines: Lines of skipped_rows.jsonl in the spool.
     """
 
     first: SourceRow | None = None
@@ -147,7 +167,10 @@ class _InvalidRows:
         return self.reasons.total()
 
     def add(self, row: SourceRow, error: UserError) -> None:
-        """Record an invalid row. Its error loses the traceback, which references the full row."""
+        """Record an invalid row.
+
+        The traceback of the error is removed, because it references the full row and its images.
+        """
         error.__traceback__ = error.__cause__ = error.__context__ = None
         self.first = self.first or row
         if len(self.described) < MAX_DESCRIBED_ROWS:
@@ -158,32 +181,37 @@ class _InvalidRows:
 
 @dataclass(frozen=True, slots=True)
 class _OutputSplit:
-    """An output file with training rows (one sample per answer) or validation rows."""
+    """Rows of one output file: training rows (one sample per answer) or validation rows."""
 
     name: str
     rows: list[RowExamples]
     is_eval: bool = False
 
     def __len__(self) -> int:
-        """Return the number of samples of the rows."""
+        """Return the number of samples in the output file."""
         examples = (example for examples in self.rows for example in examples)
         return sum(1 if self.is_eval else len(example.training) for example in examples)
 
     def images(self) -> dict[str, None]:
-        """Return each image and frame once, in order."""
+        """Return the path of each image and video frame of the split once, in order."""
         return dict.fromkeys(image for examples in self.rows for image in _images(examples))
 
 
 def import_dataset(path: Path, out: Path, options: ImportOptions) -> ImportSummary:
-    """Import `path` to `out`/data.jsonl, or to train.jsonl and eval.jsonl with held-out rows.
+    """Import a dataset to `out`/data.jsonl, or to train.jsonl and eval.jsonl with a split.
 
-    Paths in these files are relative to `out`. Images are referenced at their location, unless they
-    are copied or embedded in a table: then they are saved in `out`/images.
+    Image paths in these files are relative to `out`. Images stay where they are, except that copied
+    images and images embedded in a table are saved in `out`/images.
+
+    Args:
+        path: Dataset file or folder.
+        out: Folder to create.
+        options: How to parse, select and split the rows.
 
     Raises:
         UserError: `out` exists, an option does not apply, or a row is invalid. `out` is not
-            created. With on_invalid_row="skip", invalid rows are listed in `out`/skipped_rows.jsonl
-            instead.
+            created. With `on_invalid_row="skip"`, invalid rows are listed in
+            `out`/skipped_rows.jsonl instead.
     """
     source = open_source(path, options)
     with write_folder(out) as staging, Spool(staging, _source_bytes(source, options)) as spool:
@@ -224,9 +252,10 @@ def import_dataset(path: Path, out: Path, options: ImportOptions) -> ImportSumma
 
 @contextmanager
 def _paused_gc() -> Iterator[None]:
-    """Pause the cyclic garbage collector.
+    """Disable the cyclic garbage collector within the context.
 
-    Rows have no reference cycles, but their number makes each collection slow: 10 % of the time.
+    Dataset rows contain no reference cycles, but their number makes each collection slow (10 % of
+    the import time).
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -238,7 +267,7 @@ def _paused_gc() -> Iterator[None]:
 
 
 def _source_bytes(opened: ImportSource, request: ImportOptions) -> int:
-    """Return the number of bytes of the source files."""
+    """Return the total size of the source files in bytes."""
     files = request.row_files
     if not files:
         files = list_folder(opened.path).files if opened.path.is_dir() else (opened.path,)
@@ -246,7 +275,7 @@ def _source_bytes(opened: ImportSource, request: ImportOptions) -> int:
 
 
 def get_skip_reason(error: UserError) -> str:
-    """Return a short reason why a row is skipped."""
+    """Return the reason for skipping a row, as counted in the import summary."""
     reasons = (
         reason for error_type, reason in REASON_BY_ERROR.items() if isinstance(error, error_type)
     )
@@ -260,11 +289,11 @@ def _parse_rows(
     spool: Spool,
     names: ImageNames,
 ) -> tuple[list[RowExamples], _InvalidRows]:
-    """Parse all rows: write valid ones to the spool and collect the invalid ones.
+    """Parse the selected rows, write the encoded samples to the spool, and collect invalid rows.
 
     Raises:
-        UserError: Rows are invalid and may not be skipped, no row is valid, or so many boxes are
-            invalid that the box convention is probably wrong.
+        UserError: A row is invalid and `on_invalid_row` is "fail", no row is valid, or so many
+            boxes are invalid that the box convention is probably wrong.
     """
     rows: list[RowExamples] = []
     skipped = _InvalidRows()
@@ -300,7 +329,11 @@ def _parse_rows(
 
 
 def _encode_examples(examples: list[ImportExample], names: ImageNames) -> list[_EncodedExample]:
-    """Validate the samples of a row and encode them as JSON. Raises UserError."""
+    """Validate the samples of a row and encode them as JSON.
+
+    Raises:
+        UserError: A sample is invalid, or the row yields too many bytes.
+    """
     encoded = []
     size = 0
     for example in examples:
@@ -347,7 +380,7 @@ def _encode_sample(
     meta: dict[str, Any],
     name: Callable[[str], str],
 ) -> bytes:
-    """Encode a sample as JSON, from the key after the ID.
+    """Encode a sample as JSON without its opening brace and ID, which `_format_line` adds.
 
     Raises:
         UserError: The text is not valid UTF-8, or the sample exceeds the maximum line length.
@@ -375,7 +408,7 @@ def _format_line(name: str, encoded: bytes) -> bytes:
 def _suggest_format(
     row: SourceRow, context: ImportContext, data_format: DatasetFormat
 ) -> str | None:
-    """Return the --format option of another format that parses the row, None without one."""
+    """Return the `--format` option of another format that can parse the row, or None."""
     try:
         candidate, detected_by = detect_format([row.record], "")
         candidate.parse_examples(row, context)
@@ -389,7 +422,7 @@ def _suggest_format(
 
 
 def _format_skipped_row(row: SourceRow, error: UserError) -> bytes:
-    """Return the line of skipped_rows.jsonl for a row."""
+    """Encode an invalid row as a line of skipped_rows.jsonl with location, reason and error."""
     line = {"location": row.location, "reason": get_skip_reason(error), "error": str(error)}
     return f"{escape_surrogates(encode_json_line(line))}\n".encode()
 
@@ -425,25 +458,29 @@ def _build_import_error(
 
 
 def _make_ids_unique(rows: list[RowExamples]) -> list[RowExamples]:
-    """Append the row number to duplicate example IDs."""
+    """Append the number of the example to example IDs that occur more than once."""
     id_counts = Counter(example.id for examples in rows for example in examples)
     if len(id_counts) == sum(map(len, rows)):
         return rows
-    row_counter = itertools.count(1)
-    return [
-        [
-            example
-            if id_counts[example.id] == 1
-            else example._replace(id=f"{example.id}-row{row_number}")
-            for example, row_number in zip(examples, row_counter, strict=False)
-        ]
-        for examples in rows
-    ]
+    used_ids, numbers = set(id_counts), itertools.count(1)
+
+    def rename(example: _SpooledExample) -> _SpooledExample:
+        number = next(numbers)
+        if id_counts[example.id] == 1:
+            return example
+        name = f"{example.id}-row{number}"
+        while name in used_ids:
+            name += "-copy"
+        used_ids.add(name)
+        return example._replace(id=name)
+
+    return [[rename(example) for example in examples] for examples in rows]
 
 
 def _split_rows(rows: list[RowExamples], options: ImportOptions) -> list[_OutputSplit]:
-    """Split the rows into output files: one file without held-out rows, else train.jsonl and
-    eval.jsonl.
+    """Assign the rows to output files.
+
+    Without a split there is one file, data.jsonl, otherwise train.jsonl and eval.jsonl.
     """
     if options.eval_last is None and options.train_fraction is None:
         return [_OutputSplit("data.jsonl", rows)]
@@ -453,7 +490,7 @@ def _split_rows(rows: list[RowExamples], options: ImportOptions) -> list[_Output
     if options.train_fraction is not None:
         train, validation = split_by_image(image_keys, options.train_fraction, options.seed)
     else:
-        assert options.eval_last is not None, "neither split nor eval_last"
+        assert options.eval_last is not None, "neither train_fraction nor eval_last"
         train, validation = split_last_rows(image_keys, options.eval_last)
     splits = [
         _OutputSplit("train.jsonl", [rows[row_index] for row_index in train]),
@@ -465,9 +502,9 @@ def _split_rows(rows: list[RowExamples], options: ImportOptions) -> list[_Output
             raise UserError(
                 f"{part.name} would contain no samples: its {len(part.rows)} rows have no"
                 " training content",
-                where="held-out rows",
+                where="--train-fraction" if options.eval_last is None else "--eval-last",
                 expected="rows with answers in both files",
-                remedy="hold out other rows, or another fraction",
+                remedy="choose another fraction or number of rows",
             )
     return splits
 
@@ -484,14 +521,14 @@ def _write_split(split: _OutputSplit, spool: Spool, staging: Path, out: Path) ->
 
 
 def _remove_unused_images(staging: Path, used: set[str]) -> None:
-    """Delete saved table images of skipped rows."""
+    """Delete saved images that no output file references, such as those of skipped rows."""
     for saved in (staging / IMAGES_FOLDER).glob("*"):
         if saved.relative_to(staging).as_posix() not in used:
             saved.unlink()
 
 
 def _list_unused_columns(source: ImportSource, options: ImportOptions) -> tuple[str, ...]:
-    """Return the table columns without a role."""
+    """Return the table columns that no `--map` option uses."""
     if source.data_format is not table_format.FORMAT:
         return ()
     known, mapped_columns = source.columns, options.columns.values()

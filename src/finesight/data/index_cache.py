@@ -1,4 +1,4 @@
-"""Cache of sample offsets in large files.
+"""Cache the byte offsets of samples in large data files.
 
 An index is built once, then memory-mapped and shared by all processes of a machine.
 """
@@ -20,24 +20,28 @@ from finesight.errors import UserError
 from finesight.storage import make_folder, write_file
 
 MIN_INDEXED_BYTES = {"lines": 2**28, "tar": 2**24, "parquet": 2**24}
-"""Minimum file size for a cached index, by file type. Smaller files are indexed in less than a
-second, and there may be many of them."""
+"""Minimum file size for which an index is cached, by file type.
+
+Smaller files are indexed in less than a second, and there may be many of them.
+"""
 
 MAX_UNUSED_S = 90 * 24 * 3600.0
-"""Seconds after which an unused index is removed."""
+"""Time in seconds after which an unused index is deleted from the cache."""
 
 INDEX_VERSION = 1
-"""Format version of the index; increase it when the content changes."""
+"""Format version of the cached index. Increase it when the content of an index changes."""
 
 _DIGEST_WORDS = 4
-"""Number of 8-byte words of a SHA-256."""
+"""Number of 8-byte words in a SHA-256 digest."""
 
 
 class SampleIndex(NamedTuple):
-    """Index of the samples of a file.
+    """Positions of the samples in a data file.
 
-    It contains the offsets of samples and the end of the last one, additional values of the file
-    type, and the SHA-256 of the content in hexadecimal.
+    Attributes:
+        offsets_N1: Byte offsets of N samples, followed by the end of the last one.
+        extra_B: Additional values that depend on the file type.
+        digest: SHA-256 of the file content in hexadecimal.
     """
 
     offsets_N1: NDArray[np.int64]
@@ -50,8 +54,8 @@ class SampleIndex(NamedTuple):
 
 
 def index_cache_folder() -> Path:
-    """Return the folder of all cached indexes."""
-    # Imported here: it is slow to import.
+    """Return the cache folder that contains all cached indexes."""
+    # huggingface_hub is slow to import.
     from huggingface_hub import constants
 
     return Path(constants.HF_ASSETS_CACHE) / "finesight" / "index"
@@ -60,9 +64,10 @@ def index_cache_folder() -> Path:
 def load_or_build_index(
     file: BinaryIO, path: Path, kind: str, build_index: Callable[[], SampleIndex]
 ) -> SampleIndex:
-    """Return the cached index of an unchanged file, or build it.
+    """Return the cached index of a data file, or build and cache it.
 
-    A file is unchanged if its size and modification times are equal.
+    A cached index is used only if the file is unchanged, see `hash_file_identity`. Files smaller
+    than `MIN_INDEXED_BYTES` are not cached.
     """
     file_identity = hash_file_identity(file)
     if os.fstat(file.fileno()).st_size < MIN_INDEXED_BYTES[kind]:
@@ -78,7 +83,7 @@ def load_or_build_index(
 
 
 def hash_file_identity(file: BinaryIO) -> bytes:
-    """Hash the identity of an open file, which changes when it is written to."""
+    """Hash the device, inode, size and timestamps of an open file to detect modifications."""
     stat_result = os.fstat(file.fileno())
     # ctime, which programs cannot set, in addition to mtime, which copies preserve.
     times = stat_result.st_size, stat_result.st_mtime_ns, stat_result.st_ctime_ns
@@ -88,7 +93,10 @@ def hash_file_identity(file: BinaryIO) -> bytes:
 
 
 def _read_index(cache_path: Path, file_identity: bytes) -> SampleIndex | None:
-    """Memory-map a cached index; return None if it is missing, invalid, or of another file."""
+    """Memory-map a cached index.
+
+    Returns None if the index is missing, invalid, or belongs to another version of the file.
+    """
     try:
         words_N: NDArray[np.int64] = np.asarray(np.memmap(cache_path, np.int64, "r"))
         os.utime(cache_path)
@@ -109,10 +117,10 @@ def _read_index(cache_path: Path, file_identity: bytes) -> SampleIndex | None:
 
 
 def _write_index(cache_path: Path, file_identity: bytes, index: SampleIndex) -> None:
-    """Write an index as 8-byte words.
+    """Write an index to the cache as 8-byte words; write errors are ignored.
 
-    The words are: SHA-256 of the rest, of the file identity and of the content, the number of
-    samples, the values of the index.
+    The words are the SHA-256 of all following words, of the file identity and of the file content,
+    the number of samples, and the values of the index.
     """
     digests = np.frombuffer(file_identity + bytes.fromhex(index.digest), np.int64)
     num_samples_1 = np.array([len(index.offsets_N1) - 1])
@@ -123,13 +131,16 @@ def _write_index(cache_path: Path, file_identity: bytes, index: SampleIndex) -> 
         _remove_stale(cache_path.parent)
         write_file(cache_path, checksum + payload_N.tobytes())
     except (UserError, OSError):
-        # It would only have saved time.
+        # The cache is optional.
         return
 
 
 @lru_cache
 def _remove_stale(folder: Path) -> None:
-    """Remove unused indexes once per process, because there may be thousands of shards."""
+    """Delete unused indexes from the cache, once per process.
+
+    An index is written per shard, so the scan would otherwise run thousands of times.
+    """
     for index_file in folder.glob("*.index"):
         if time.time() - index_file.stat().st_mtime > MAX_UNUSED_S:
             index_file.unlink(missing_ok=True)

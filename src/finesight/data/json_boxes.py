@@ -1,4 +1,4 @@
-"""Find JSON values in text, and boxes under `bbox_2d` as two model families write them."""
+"""Find JSON values in text, and parse boxes under the key `bbox_2d` of Qwen2.5-VL answers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ LABEL_KEYS = ("label", "text_content")
 _CODE_FENCE = re.compile(r"```(?:json)?\s*([\[{][^`]*[\]}])\s*```")
 
 MAX_JSON_DEPTH = 200
-"""Maximum nesting of a JSON value in a text."""
+"""Maximum nesting depth of a JSON value in a text. Deeper values are ignored."""
 
 _DECODER = json.JSONDecoder()
 
 MAX_SCAN_RATIO = 4
-"""Limit of failed JSON searches as a multiple of the text length: unclosed brackets would need
-quadratic time."""
+"""Maximum work for failed JSON parses, as a multiple of the text length.
+
+Without a limit, a text of unclosed brackets would need quadratic time.
+"""
 
 
 class JsonMatch(NamedTuple):
-    """A JSON value in a text at [start, stop)."""
+    """A JSON value found in a text between the offsets `start` and `stop` (exclusive)."""
 
     start: int
     stop: int
@@ -30,17 +32,17 @@ class JsonMatch(NamedTuple):
 
 
 class JsonBox(NamedTuple):
-    """Unvalidated coordinates and label of a box."""
+    """Coordinates and label of a box as parsed from JSON, not validated."""
 
     coordinates: Any
     label: str | None
 
 
 def iter_json_values(text: str, openings: str = "[{") -> Iterator[JsonMatch]:
-    """Yield the outermost JSON values that start with one of `openings`, left to right.
+    """Yield the outermost JSON values in a text that start with one of `openings`.
 
-    Invalid JSON and values with more than `MAX_JSON_DEPTH` levels are skipped. The search ends
-    early in a text that consists of such values.
+    Invalid JSON and values nested deeper than `MAX_JSON_DEPTH` are skipped. The search ends early
+    if a text contains too much invalid JSON (`MAX_SCAN_RATIO`).
     """
     opening = re.compile(f"[{re.escape(openings)}]")
     offset, left = 0, MAX_SCAN_RATIO * len(text) + 100_000
@@ -49,8 +51,8 @@ def iter_json_values(text: str, openings: str = "[{") -> Iterator[JsonMatch]:
             value, offset = _DECODER.raw_decode(text, match.start())
         except json.JSONDecodeError as error:
             offset = match.end()
-            left -= error.pos - offset + error.pos // 16 + 10  # it counts the lines before it
-        except (ValueError, RecursionError):  # a number of thousands of digits; as many levels
+            left -= error.pos - offset + error.pos // 16 + 10  # JSONDecodeError counts newlines
+        except (ValueError, RecursionError):  # number too long, or too deep
             return
         else:
             if not _is_too_deep(value):
@@ -58,7 +60,7 @@ def iter_json_values(text: str, openings: str = "[{") -> Iterator[JsonMatch]:
 
 
 def _is_too_deep(value: object) -> bool:
-    """Return whether a value is too deep to print without a recursion error."""
+    """Return whether a value is nested too deeply to be printed without RecursionError."""
     level = [value]
     for _ in range(MAX_JSON_DEPTH):
         level = [
@@ -74,17 +76,16 @@ def _is_too_deep(value: object) -> bool:
 
 
 def strip_code_fences(text: str) -> str:
-    """Remove code fences around JSON with boxes."""
+    """Remove Markdown code fences around JSON that contains boxes."""
     if "```" not in text:
         return text
     return _CODE_FENCE.sub(lambda found: found[1] if f'"{BOX_KEY}"' in found[1] else found[0], text)
 
 
 def split_at_boxes(text: str) -> Iterator[str | list[object]]:
-    """Split a text into texts and boxes alternately.
+    """Split a text into plain text and lists of JSON objects with boxes, alternately.
 
-    A JSON value with boxes is the list of its items. Texts may be empty. A text that contains
-    `bbox_2d` has it outside of JSON.
+    Plain texts may be empty. A plain text that contains `bbox_2d` has it outside of valid JSON.
     """
     end = 0
     for match in iter_json_values(text):
@@ -96,7 +97,7 @@ def split_at_boxes(text: str) -> Iterator[str | list[object]]:
 
 
 def parse_json_box(value: object) -> JsonBox | None:
-    """Parse an object with `bbox_2d` and an optional label; return None for anything else."""
+    """Parse a JSON object with `bbox_2d` and an optional label; return None for other values."""
     if not isinstance(value, dict) or not {BOX_KEY} <= value.keys() <= {BOX_KEY, *LABEL_KEYS}:
         return None
     labels = [str(value[key]) for key in LABEL_KEYS if value.get(key) is not None]

@@ -1,4 +1,4 @@
-"""Sample files: JSON Lines, one sample per line, UTF-8."""
+"""Read and write sample files in JSON Lines format: one sample per line, UTF-8."""
 
 from __future__ import annotations
 
@@ -41,35 +41,38 @@ SAMPLE_KEYS = tuple(
         for name in kind.model_fields
     )
 )
-"""All keys of samples and their parts."""
+"""All keys of samples, messages and content parts."""
 
 FOREIGN_KEYS = frozenset(
     ("image", "images", "conversations", "conversation", "query", "response", "objects")
 )
-"""Keys that identify rows of other dataset formats."""
+"""Keys that identify a row of another dataset format rather than a sample."""
 
 
 @dataclass(frozen=True, slots=True)
 class LocatedSample:
-    """A sample and the folder that its paths are relative to."""
+    """A sample with the folder to which its image paths are relative."""
 
     sample: Sample
     folder: Path
 
     def resolve_path(self, name: str) -> Path:
-        """Return the path of an image or frame of the sample."""
+        """Return the file path of an image or video frame of the sample."""
         return self.folder / name
 
 
 def read_samples(path: Path, *, require_answer: bool = True) -> list[Sample]:
-    """Read the samples of a JSONL file with unchanged paths; blank lines are skipped.
+    """Read and validate all samples of a JSONL file. Blank lines are skipped.
+
+    Image paths are returned as stored in the file.
 
     Args:
-        path: The file.
-        require_answer: Reject samples whose last turn is a user turn.
+        path: JSONL file.
+        require_answer: Reject samples without a final assistant message.
 
     Raises:
-        UserError: A sample is invalid. The error names file and line.
+        UserError: The file is unreadable or empty, or a sample is invalid. The error names file and
+            line.
     """
     samples = []
     for line, where in read_lines(path):
@@ -82,45 +85,53 @@ def read_samples(path: Path, *, require_answer: bool = True) -> list[Sample]:
 
 @dataclass(frozen=True, slots=True)
 class JsonlSamples:
-    """The samples of a JSONL file, one per line."""
+    """Random access to the samples of an indexed JSONL file."""
 
     lines: IndexedLines
 
     @property
     def path(self) -> Path:
-        """Path of the file."""
+        """Path of the JSONL file."""
         return self.lines.path
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the bytes of the file."""
+        """SHA-256 of the file content in hexadecimal."""
         return self.lines.index.digest
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def read_sample(self, index: int) -> LocatedSample:
-        """Read a sample and check its types. Raises UserError."""
+        """Read a sample by index and check its types.
+
+        Raises:
+            UserError: The line is not a sample, or the file was modified.
+        """
         return LocatedSample(
             parse_sample(self.lines[index], self.location(index)), self.path.parent
         )
 
     def location(self, index: int) -> str:
-        """Return file and line for messages."""
+        """Return file and line number of a sample for messages."""
         return self.lines.location(index)
 
     def take(self, limit: int | None) -> JsonlSamples:
-        """Return the first `limit` samples."""
+        """Return a view of the first `limit` samples; None means all."""
         return JsonlSamples(self.lines.take(limit))
 
 
 def open_jsonl_samples(path: Path) -> JsonlSamples:
-    """Open a JSONL file without reading its samples. Raises UserError."""
+    """Open and index a JSONL file without parsing its samples.
+
+    Raises:
+        UserError: The file is unreadable, or a line is too long.
+    """
     return JsonlSamples(index_lines(path))
 
 
 def build_no_samples_error(path: Path | str) -> UserError:
-    """Build the error of a data file without samples."""
+    """Return the error for a data file that contains no samples."""
     return UserError(
         "contains no samples",
         where=str(path),
@@ -130,19 +141,24 @@ def build_no_samples_error(path: Path | str) -> UserError:
 
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
-    """Write samples atomically in the format of `read_samples`."""
+    """Write samples to a JSONL file atomically, in the format of `read_samples`."""
     lines = (f"{encode_json_line(sample_to_dict(sample))}\n".encode() for sample in samples)
     storage.write_chunks(path, lines)
 
 
 encode_json_line = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
-"""Encode JSON data as one line of text, which may contain surrogates that UTF-8 cannot encode."""
+"""Encode JSON data as one line of text.
+
+The text may contain lone surrogates, which cannot be encoded as UTF-8.
+"""
 
 
 def sample_to_dict(sample: Sample, renamed: Callable[[str], str] | None = None) -> dict[str, Any]:
     """Convert a sample to JSON data without empty keys.
 
-    `renamed` maps its image and frame paths.
+    Args:
+        sample: The sample.
+        renamed: Function that maps each image and frame path to the path to write. None keeps them.
     """
     fields = sample_fields(sample.messages, sample.references, sample.meta, renamed or str)
     return {"id": sample.id, **fields}
@@ -154,7 +170,7 @@ def sample_fields(
     meta: dict[str, Any],
     renamed: Callable[[str], str],
 ) -> dict[str, Any]:
-    """Build the JSON fields of a sample except its ID, like `sample_to_dict`."""
+    """Build the JSON data of a sample without its ID; see `sample_to_dict`."""
     record: dict[str, Any] = {
         "messages": [
             {
@@ -185,7 +201,7 @@ def _part_record(part: ContentPart, renamed: Callable[[str], str]) -> dict[str, 
 
 
 def to_json_data(value: Any) -> Any:
-    """Convert a value to JSON data: NaN and infinity become null, other types become text."""
+    """Convert a value to JSON data: NaN and infinity become null, unsupported types become text."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -196,7 +212,11 @@ def to_json_data(value: Any) -> Any:
 
 
 def sample_from_dict(record: dict[str, Any], where: str) -> Sample:
-    """Build a sample from parsed JSON data. Raises UserError at `where`."""
+    """Build a sample from parsed JSON data and check its types.
+
+    Raises:
+        UserError: A key or type is invalid. `where` is the location in the error message.
+    """
     try:
         return Sample.model_validate(record)
     except ValidationError as error:
@@ -204,10 +224,10 @@ def sample_from_dict(record: dict[str, Any], where: str) -> Sample:
 
 
 def read_data_file(path: Path, max_bytes: int | None = None) -> bytes:
-    """Read a data file without its byte order mark.
+    """Read the content of a data file without its byte order mark.
 
     Raises:
-        UserError: The file is unreadable or too large.
+        UserError: The file is unreadable, or larger than `max_bytes`.
     """
     with open_data_file(path) as file:
         content = file.read() if max_bytes is None else file.read(max_bytes + 1)
@@ -222,7 +242,11 @@ def read_data_file(path: Path, max_bytes: int | None = None) -> bytes:
 
 
 def parse_sample(line: bytes, where: str) -> Sample:
-    """Parse a line and check its types. Raises UserError at `where`."""
+    """Parse a JSON line as a sample and check its types.
+
+    Raises:
+        UserError: The line is not a sample. `where` is the location in the error message.
+    """
     check_json(line, where)
     try:
         return Sample.model_validate_json(line)
@@ -231,15 +255,15 @@ def parse_sample(line: bytes, where: str) -> Sample:
 
 
 def _to_user_error(error: ValidationError, where: str) -> UserError:
-    """Convert a pydantic error to a UserError.
+    """Convert a pydantic validation error of a sample to a UserError.
 
-    Of several errors, an unknown key is reported first: it is often the misspelled name of a
-    missing one.
+    If there are several errors, an unknown key is reported first: it is often the misspelled name
+    of a missing key.
     """
     errors = error.errors(include_url=False)
     first = min(errors, key=lambda details: details["type"] != "extra_forbidden")
     error_type, value, error_location = first["type"], first["input"], first["loc"]
-    # messages.0.content.1 is followed by the type of part that was tried, which no one wrote.
+    # The location in pydantic includes the union member after messages.0.content.1; omit it.
     key = ".".join(map(str, (*error_location[:4], *error_location[5:])))
     value_repr = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
     remedy = "correct the line, or create the file again with `finesight data import`"

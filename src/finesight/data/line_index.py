@@ -1,4 +1,7 @@
-"""Index of the lines of a file: a file of any size takes a few bytes per line."""
+"""Index the lines of data files for random access without loading them into memory.
+
+The index takes a few bytes per line.
+"""
 
 from __future__ import annotations
 
@@ -15,37 +18,41 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.bounded_files import translate_os_errors
 from finesight.data.index_cache import SampleIndex, load_or_build_index
-from finesight.errors import UserError, suggest_similar_path
-from finesight.regular_file import SpecialFileError, open_regular_file
+from finesight.errors import UserError
+from finesight.regular_file import open_regular_file
 
 UTF8_BOM = b"\xef\xbb\xbf"
-"""Byte order mark of UTF-8, which some editors write."""
+"""Byte order mark of UTF-8, which some editors write at the start of a file."""
 
 NEWLINE, SPACE = b"\n "
-"""White space has no byte above that of a space."""
+"""Byte values of newline and space. ASCII white space is at most `SPACE`."""
 
 BLOCK_BYTES = 2**22
-"""Number of bytes per block of the scan."""
+"""Number of bytes that are read and scanned for newlines at once."""
 
 MAX_LINE_BYTES = 2**25
-"""Maximum number of bytes of a line: parsed JSON takes up to 30 times its size in memory."""
+"""Maximum number of bytes of a line.
+
+Parsed JSON takes up to 30 times its size in memory.
+"""
 
 FileState = tuple[int, int]
-"""Size in bytes and modification time in nanoseconds."""
+"""Size in bytes and modification time in nanoseconds of a file, used to detect modifications."""
 
 
 class UnreadableFileError(UserError):
-    """A data file that is missing, unreadable or modified."""
+    """Raised when a data file is missing, unreadable, modified, or has an overlong line."""
 
 
 @dataclass(frozen=True, slots=True)
 class IndexedLines:
-    """The non-blank lines of a file.
+    """Random access to the non-blank lines of a file.
 
-    Line k starts at byte `offsets_N1[k]` and ends before `offsets_N1[k + 1]`, followed by optional
-    blank lines. The extra values of the index contain the number of preceding non-blank lines per
-    blank line. Lines are read on access from the unmodified file.
+    Lines are read on access, provided that the file is unmodified. Line k starts at byte
+    `offsets_N1[k]` of the index and ends before `offsets_N1[k + 1]`; blank lines may follow it. The
+    extra values of the index hold, for each blank line, the number of non-blank lines before it.
     """
 
     path: Path
@@ -56,7 +63,11 @@ class IndexedLines:
         return len(self.index.offsets_N1) - 1
 
     def __getitem__(self, index: int) -> bytes:
-        """Read a line. Raises UnreadableFileError if the file is modified or missing."""
+        """Read a line by index.
+
+        Raises:
+            UnreadableFileError: The file is missing or modified.
+        """
         start, stop = self.index.offsets_N1[index : index + 2].tolist()
         with open_unchanged(self.path, self.file_state) as file:
             file.seek(start)
@@ -64,17 +75,21 @@ class IndexedLines:
         return content[: content.find(b"\n") + 1 or None]
 
     def location(self, index: int) -> str:
-        """Return file and 1-based line number, blank lines included, for messages."""
+        """Return file and 1-based line number for messages; the number includes blank lines."""
         num_blank = np.searchsorted(self.index.extra_B, index, side="right")
         return f"{self.path}:{index + 1 + num_blank}"
 
     def take(self, limit: int | None) -> IndexedLines:
-        """Return the first `limit` lines."""
+        """Return a view of the first `limit` non-blank lines; None means all."""
         return replace(self, index=self.index.take(limit))
 
 
 def index_lines(path: Path) -> IndexedLines:
-    """Index all lines of a file in one pass. Raises UnreadableFileError."""
+    """Index all lines of a file in one pass, or load the cached index.
+
+    Raises:
+        UnreadableFileError: The file is unreadable, or a line is too long.
+    """
     with open_data_file(path) as file:
         return IndexedLines(
             path,
@@ -88,7 +103,7 @@ def _build_index(file: BinaryIO, path: Path) -> SampleIndex:
     starts: list[NDArray[np.int64]] = []
     blanks: list[NDArray[np.int64]] = []
     offset = num_lines = lines = 0
-    # In parallel with the line scan: the digest takes as long.
+    # Hash in a second thread: the SHA-256 takes as long as the line scan.
     with ThreadPoolExecutor(1) as executor:
         while block := file.read(BLOCK_BYTES) + file.readline(MAX_LINE_BYTES + 1):
             hash_future = executor.submit(sha256.update, block)
@@ -109,9 +124,9 @@ def _build_index(file: BinaryIO, path: Path) -> SampleIndex:
 def _find_line_starts(
     block: bytes, *, is_first: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return the line starts of a block, and a mask of blank lines.
+    """Return the byte offsets of lines in a block, and a mask of blank lines.
 
-    A byte order mark is skipped.
+    In the first block of a file, a byte order mark is skipped.
     """
     bytes_N = np.frombuffer(block, np.uint8)
     stops_L = np.flatnonzero(bytes_N == NEWLINE) + 1
@@ -122,16 +137,19 @@ def _find_line_starts(
     if is_first and block.startswith(UTF8_BOM):
         starts_L[0] = len(UTF8_BOM)
         is_blank_L[0] = True
-    # Some that begin with white space are not blank.
+    # Lines that start with white space are not necessarily blank.
     for line_index in np.flatnonzero(is_blank_L):
         is_blank_L[line_index] = not block[starts_L[line_index] : stops_L[line_index]].strip()
     return starts_L, is_blank_L
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, str]]:
-    """Yield non-blank lines with file and line number in one pass, also from a pipe.
+    """Yield each non-blank line of a file with its location for messages.
 
-    Raises UnreadableFileError.
+    The file may be a named pipe, because it is read in one pass.
+
+    Raises:
+        UnreadableFileError: The file is unreadable, or a line is too long.
     """
     with open_data_file(path, may_be_pipe=True) as file:
         for line_number, line in enumerate_lines(file, path):
@@ -140,7 +158,7 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, str]]:
 
 
 def enumerate_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield each line with its 1-based number, without a byte order mark.
+    """Yield the 1-based number and the content of each line, without a byte order mark.
 
     Raises:
         UnreadableFileError: A line has more than `MAX_LINE_BYTES` bytes.
@@ -162,14 +180,18 @@ def _too_long(path: Path, number: int) -> UnreadableFileError:
 
 
 def read_file_state(file: BinaryIO) -> FileState:
-    """Return the state of an open file."""
+    """Return the size and modification time of an open file, used to detect modifications."""
     stat_result = os.fstat(file.fileno())
     return stat_result.st_size, stat_result.st_mtime_ns
 
 
 @contextmanager
 def open_unchanged(path: Path, file_state: FileState) -> Iterator[BinaryIO]:
-    """Open the data file. Raises UnreadableFileError if it is modified or missing."""
+    """Open a data file for reading if its size and modification time are unchanged.
+
+    Raises:
+        UnreadableFileError: The file is missing or was modified since it was indexed.
+    """
     with open_data_file(path) as file:
         if read_file_state(file) != file_state:
             raise UnreadableFileError(
@@ -183,29 +205,23 @@ def open_unchanged(path: Path, file_state: FileState) -> Iterator[BinaryIO]:
 
 @contextmanager
 def open_data_file(path: Path, *, may_be_pipe: bool = False) -> Iterator[BinaryIO]:
-    """Open a data file.
+    """Open a data file for reading.
+
+    Args:
+        path: Path of the file.
+        may_be_pipe: Accept a named pipe.
 
     Raises:
-        UnreadableFileError: The file is unreadable, a device or, unless `may_be_pipe`, a pipe.
+        UnreadableFileError: The file is missing, unreadable, a device, or a pipe that is not
+            accepted.
     """
-    try:
-        with path.open("rb") if may_be_pipe and path.is_fifo() else open_regular_file(path) as file:
-            yield file
-    except SpecialFileError as error:
-        raise UnreadableFileError(
-            error.what, where=error.where, expected=error.expected, remedy=error.remedy
-        ) from error
-    except FileNotFoundError as error:
-        raise UnreadableFileError(
-            "no such file",
-            where=str(path),
-            expected="an existing data file",
-            remedy=suggest_similar_path(path),
-        ) from error
-    except OSError as error:
-        raise UnreadableFileError(
-            f"cannot be read: {error.strerror or error}",
-            where=str(path),
+    with (
+        translate_os_errors(
+            path,
             expected="a data file",
             remedy="check the path and its permissions",
-        ) from error
+            error_class=UnreadableFileError,
+        ),
+        path.open("rb") if may_be_pipe and path.is_fifo() else open_regular_file(path) as file,
+    ):
+        yield file

@@ -1,4 +1,4 @@
-"""Row groups of Parquet files, the smallest unit that can be read."""
+"""Read row groups, the smallest readable unit of Parquet files."""
 
 from __future__ import annotations
 
@@ -18,29 +18,37 @@ from finesight.regular_file import reject_special_file
 from finesight.storage import require_free_space, write_folder_once
 
 IMAGES_COLUMN = "images"
-"""Column with the images of a row: a list of structs of `path` and `bytes`."""
+"""Name of the column with images, a list of structs of `path` and `bytes`."""
 
 MAX_ROW_GROUP_BYTES = 256 * 2**20
-"""Maximum number of bytes of a row group: each reading process loads the full group to
-read a row."""
+"""Maximum number of bytes of a row group; larger ones are rewritten.
+
+A process loads a full row group to read one row.
+"""
 
 TARGET_ROW_GROUP_BYTES = 4 * 2**20
-"""Approximate number of bytes of a group after large groups are divided. Indexes refer to these
-groups: change the index version with this value."""
+"""Approximate number of bytes per row group of a rewritten file.
+
+Cached indexes refer to these row groups: increase `INDEX_VERSION` when this value changes.
+"""
 
 MAX_GROUP_ROWS = 1024
-"""Maximum number of rows of a group."""
+"""Maximum number of rows per row group of a rewritten file."""
 
 
 _DAMAGE = (
     *(ValueError, NotImplementedError, OSError, LookupError, OverflowError, TypeError),
     MemoryError,
 )
-"""Exceptions of pyarrow for invalid files."""
+"""Exceptions that pyarrow raises for corrupt files."""
 
 
 def import_parquet(path: Path) -> Any:
-    """Import pyarrow.parquet. Raises UserError if it is not installed."""
+    """Import `pyarrow.parquet` on first use.
+
+    Raises:
+        UserError: pyarrow is not installed. The error names `path`, the file to be read.
+    """
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -53,7 +61,11 @@ def import_parquet(path: Path) -> Any:
 
 
 def read_parquet_metadata(path: Path) -> Any:
-    """Read the file metadata. Raises UserError for a file of another format."""
+    """Read the metadata of a Parquet file.
+
+    Raises:
+        UserError: The file is corrupt or has another format.
+    """
     reject_special_file(path)
     try:
         return import_parquet(path).read_metadata(_open_non_utf8(path))
@@ -62,13 +74,17 @@ def read_parquet_metadata(path: Path) -> Any:
 
 
 def open_parquet(path: Path, metadata: Any = None) -> Any:
-    """Open a reader, to be closed by the caller. Raises ValueError or OSError for
-    a corrupt file."""
+    """Open a Parquet file and return its reader, which the caller must close.
+
+    Raises:
+        ValueError: The file is corrupt.
+        OSError: The file is corrupt or unreadable.
+    """
     return import_parquet(path).ParquetFile(_open_non_utf8(path), metadata=metadata)
 
 
 def _open_non_utf8(path: Path) -> Any:
-    """Return the path for pyarrow, or an open file if the name is not UTF-8."""
+    """Return a path as text, or an open pyarrow file for a non-UTF-8 path."""
     if is_utf8(str(path)):
         return str(path)
     import pyarrow
@@ -78,11 +94,11 @@ def _open_non_utf8(path: Path) -> Any:
 
 @contextmanager
 def translate_parquet_errors(path: Path) -> Iterator[None]:
-    """Convert errors of a corrupt file in the block to a UserError."""
+    """Convert pyarrow errors about a corrupt Parquet file to a UserError within the context."""
     try:
         yield
     except _DAMAGE as error:
-        # pyarrow raises OSError without a number for what it cannot read.
+        # pyarrow raises OSError without errno for corrupt files.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise _build_parquet_error(path, error) from error
@@ -98,32 +114,41 @@ def _build_parquet_error(path: Path, error: Exception) -> UserError:
 
 
 def list_row_group_sizes(path: Path) -> tuple[int, ...]:
-    """Return the number of rows of each group. Raises UserError for a file of another format."""
+    """Return the number of rows of each row group, after large groups are split.
+
+    Raises:
+        UserError: The file is corrupt or has another format.
+    """
     small_file = _ensure_small_groups(path, _file_version(path))
     return _list_group_sizes(small_file, _file_version(small_file))
 
 
 def read_text_columns(path: Path, group: int) -> Any:
-    """Read all columns of a group except the images as a pyarrow table."""
+    """Read all columns of a row group except the images, as a pyarrow table."""
     small_file = _ensure_small_groups(path, _file_version(path))
     return _read_text_columns(small_file, _file_version(small_file), group)
 
 
 def read_first_row(path: Path) -> dict[str, Any]:
-    """Read all columns of the first row except the images."""
+    """Read the first row of a Parquet file without its images."""
     with open_parquet(path) as file:
         columns = _non_image_columns(file)
         return next(iter_records(next(file.iter_batches(1, columns=columns)), str(path)))
 
 
 def has_images(path: Path) -> bool:
-    """Return whether the rows contain images."""
+    """Return whether a Parquet file contains a column of images."""
     with translate_parquet_errors(path), open_parquet(path) as file:
         return IMAGES_COLUMN in file.schema_arrow.names
 
 
 def read_parquet_image(path: Path, row: int, name: str) -> bytes:
-    """Read an image of a row by name, or by index among unnamed images. The row is 1-based.
+    """Read the bytes of an image stored in a Parquet row.
+
+    Args:
+        path: Parquet file.
+        row: Row number, 1-based.
+        name: Name of the image or, for an image without a name, its 0-based index in the row.
 
     Raises:
         OSError: The image is missing or unreadable.
@@ -154,7 +179,7 @@ def _get_image_bytes(images: Sequence[dict[str, Any]], name: str) -> bytes:
 
 
 def _file_version(path: Path) -> int:
-    """Return a cache key that changes when the file is modified."""
+    """Return the modification time of a file as a cache key."""
     return path.stat().st_mtime_ns
 
 
@@ -180,7 +205,10 @@ def _open_parquet(path: Path, version: int) -> Any:
 
 @lru_cache(64)
 def _read_metadata(path: Path, version: int) -> Any:
-    """Read and cache the metadata, which can be larger than a group."""
+    """Read and cache Parquet metadata, which can be larger than a row group.
+
+    A modified file has another `version`.
+    """
     return import_parquet(path).read_metadata(_open_non_utf8(path))
 
 
@@ -198,10 +226,12 @@ def _list_row_groups(path: Path) -> list[Any]:
 
 @lru_cache(1024)
 def _ensure_small_groups(path: Path, version: int) -> Path:
-    """Return the file, or a cached copy if a row group is too large.
+    """Return a Parquet file whose row groups are at most `MAX_ROW_GROUP_BYTES`.
+
+    This is the file itself, or a copy with smaller row groups that is written to the cache once.
 
     Raises:
-        UserError: The disk has not enough free space.
+        UserError: The disk has not enough free space for the copy.
     """
     largest = max((group.total_byte_size for group in _list_row_groups(path)), default=0)
     if largest <= MAX_ROW_GROUP_BYTES:
@@ -223,8 +253,8 @@ def _ensure_small_groups(path: Path, version: int) -> Path:
 
 
 def regrouped_folder() -> Path:
-    """Return the cache folder of files with smaller row groups."""
-    # Imported here: it is slow to import.
+    """Return the cache folder of Parquet files that were rewritten with smaller row groups."""
+    # huggingface_hub is slow to import.
     from huggingface_hub import constants
 
     return Path(constants.HF_ASSETS_CACHE) / "finesight" / "parquet"
@@ -232,7 +262,7 @@ def regrouped_folder() -> Path:
 
 def _rewrite_row_groups(path: Path, target: Path) -> None:
     parquet = import_parquet(path)
-    # Page by page: no complete column of a large group is in memory.
+    # Read page by page, so that no complete column of a large row group is in memory.
     with (
         translate_parquet_errors(path),
         parquet.ParquetFile(_open_non_utf8(path), pre_buffer=False, buffer_size=2**20) as file,

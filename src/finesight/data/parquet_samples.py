@@ -1,12 +1,12 @@
-"""Samples in Parquet files with the columns `id`, `messages` and optionally `references`, `meta`,
-`images`.
+"""Read samples from Parquet files.
 
-Messages are JSON text, or a list of structs. In structs, the image index of a box is text, because
-a column has one type.
+The columns are `id`, `messages` and optionally `references`, `meta` and `images`. Messages are JSON
+text or a list of structs. In structs, the image index of a box is stored as text, because a Parquet
+column has a single type.
 
 `images` is a list of structs of `path` and `bytes`, as in hub datasets. Samples refer to their
-images by these paths or, without paths, by 0-based index. Without the column, paths are relative to
-the folder of the file.
+images by these paths or, if images have no path, by 0-based index. Without this column, image paths
+are relative to the folder of the Parquet file.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from finesight.digests import sha256_file
 from finesight.errors import UserError
 
 JSON_COLUMNS = ("messages", "references", "meta")
-"""Columns that may contain JSON text."""
+"""Names of the columns that may contain JSON text."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParquetSamples:
-    """The first `num_samples` samples of an unmodified Parquet file.
+    """Random access to the first `num_samples` samples of an indexed Parquet file.
 
-    The extra values of the index contain the end row of each group.
+    The extra values of the index are the cumulative row counts at the end of each row group.
     """
 
     path: Path
@@ -55,14 +55,18 @@ class ParquetSamples:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the bytes of the file."""
+        """SHA-256 of the file content in hexadecimal."""
         return self.index.digest
 
     def __len__(self) -> int:
         return self.num_samples
 
     def read_sample(self, index: int) -> LocatedSample:
-        """Read a sample and check its types. Raises UserError."""
+        """Read a sample by index and check its types.
+
+        Raises:
+            UserError: The row is not a sample, or the file is corrupt or modified.
+        """
         ends_G = self.index.extra_B
         group = int(np.searchsorted(ends_G, index, side="right"))
         group_start = int(ends_G[group - 1]) if group else 0
@@ -81,16 +85,20 @@ class ParquetSamples:
         )
 
     def location(self, index: int) -> str:
-        """Return file and row for messages."""
+        """Return file and 1-based row number of a sample for messages."""
         return f"{self.path}, row {index + 1}"
 
     def take(self, limit: int | None) -> ParquetSamples:
-        """Return the first `limit` samples."""
+        """Return a view of the first `limit` samples; None means all."""
         return self if limit is None else replace(self, num_samples=min(limit, self.num_samples))
 
 
 def open_parquet_samples(path: Path) -> ParquetSamples:
-    """Open the samples of a Parquet file. Raises UserError for a file of another format."""
+    """Open and index a Parquet file of samples.
+
+    Raises:
+        UserError: The file is corrupt or has another format.
+    """
 
     def build_index() -> SampleIndex:
         ends = np.array([*accumulate(list_row_group_sizes(path))], dtype=np.int64)
@@ -106,10 +114,13 @@ def open_parquet_samples(path: Path) -> ParquetSamples:
 
 
 def read_first_record(path: Path) -> dict[str, Any] | None:
-    """Read the first row as JSON data without images.
+    """Read the first row of a Parquet file as JSON data, without its images.
 
-    Returns None for an empty file or texts that are not JSON. Raises UserError for a file of
-    another format.
+    Used to detect whether the file contains samples. Returns None if the file has no rows or the
+    first row is unreadable.
+
+    Raises:
+        UserError: The file is corrupt or has another format.
     """
     if not read_parquet_metadata(path).num_rows:
         return None
@@ -122,7 +133,7 @@ def read_first_record(path: Path) -> dict[str, Any] | None:
 
 
 def _decode_record(record: dict[str, Any], location: str) -> dict[str, Any]:
-    """Decode JSON texts of a row and remove keys without a value."""
+    """Decode the JSON columns of a Parquet row and remove keys whose value is null."""
     try:
         decoded = {
             name: parse_json(value) if name in JSON_COLUMNS and isinstance(value, str) else value

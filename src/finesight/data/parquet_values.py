@@ -1,8 +1,7 @@
-"""Convert Parquet values to Python values, in batches of bounded size.
+"""Convert Parquet rows to Python values with bounded memory.
 
-Some dates, times and durations have no Python value: years before 1 or after 9999, fractions of a
-microsecond, unknown time zones. They become null, are truncated to microseconds, or are converted
-to UTC.
+Some dates, times and durations cannot be represented in Python. Years before 1 or after 9999 become
+null, fractions of a microsecond are truncated, and unknown time zones are converted to UTC.
 """
 
 from __future__ import annotations
@@ -15,24 +14,30 @@ from finesight.data.limits import check_limit
 from finesight.errors import UserError
 
 MAX_ROW_BYTES = 2**28
-"""Maximum number of bytes of a row, of which two copies are in memory."""
+"""Maximum number of bytes of a row. Two copies of a row are in memory."""
 
 MAX_BATCH_BYTES = 2**29
-"""Maximum number of bytes of the rows of a batch with repeated values."""
+"""Maximum number of bytes of a batch.
+
+Each decoded row is assumed to be as large as its row group.
+"""
 
 MAX_BATCH_ROWS = 64
-"""Maximum number of rows of a batch."""
+"""Maximum number of rows in a batch."""
 
 MAX_UNCHECKED_ROWS = 100_000
-"""Number of rows that is accepted for any file size. More rows need at least a byte each: a smaller
-file repeats one row, which Parquet can encode in no bytes."""
+"""Number of rows that is accepted for any file size.
+
+Beyond it, a file must have at least one byte per row. A smaller file repeats one row, because
+Parquet can encode repeated rows in no space.
+"""
 
 _UNREPRESENTABLE = (ValueError, OverflowError, LookupError)
-"""Exceptions for dates out of range and unknown time zones."""
+"""Exceptions of pyarrow for dates out of range and unknown time zones."""
 
 
 def check_row_count(path: Path, rows: int) -> None:
-    """Reject a file with more rows than bytes.
+    """Reject a Parquet file with more rows than bytes.
 
     Raises:
         UserError: All rows are identical, and reading them would take hours or exhaust the memory.
@@ -48,19 +53,21 @@ def check_row_count(path: Path, rows: int) -> None:
 
 
 def get_batch_size(group: Any) -> int:
-    """Return the number of rows of a row group to read as a batch.
+    """Return the number of rows to read from a Parquet row group at once.
 
-    A dictionary stores a repeated value once, but each decoded row has a copy. Only the size of the
-    group is used: pyarrow can crash on the size of a corrupt column.
+    A dictionary-encoded value is stored once, but each decoded row has a copy of it. The size of
+    the full group is used, because pyarrow can crash on the size of a corrupt column.
     """
     size: int = group.total_byte_size
     return max(1, min(MAX_BATCH_ROWS, MAX_BATCH_BYTES // max(1, size)))
 
 
 def iter_records(batch: Any, where: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a record batch or table as dictionaries.
+    """Yield the rows of a pyarrow record batch or table as dictionaries.
 
-    Raises LimitExceededError at `where`.
+    Raises:
+        LimitExceededError: A row exceeds `MAX_ROW_BYTES`. `where` is the location in the error
+            message.
     """
     names = batch.schema.names
     step = batch.num_rows if batch.nbytes <= MAX_ROW_BYTES else 1
@@ -74,7 +81,10 @@ def iter_records(batch: Any, where: str) -> Iterator[dict[str, Any]]:
 
 
 def _convert_column(column: Any) -> list[Any]:
-    """Return the values of a column, converted individually if some have no Python value."""
+    """Convert a pyarrow column to Python values.
+
+    Values are converted one by one if some of them cannot be represented in Python.
+    """
     try:
         values: list[Any] = column.to_pylist()
     except _UNREPRESENTABLE:
@@ -83,7 +93,10 @@ def _convert_column(column: Any) -> list[Any]:
 
 
 def _convert_value(scalar: Any) -> Any:
-    """Convert one value, which may contain a time without a Python value."""
+    """Convert a pyarrow scalar to a Python value.
+
+    The scalar may contain nested times that Python cannot represent; see `_convert_time`.
+    """
     from pyarrow import types
 
     try:
@@ -101,11 +114,11 @@ def _convert_value(scalar: Any) -> Any:
 
 
 def _convert_time(scalar: Any) -> Any:
-    """Convert a time to microseconds and UTC; None if it is out of range."""
+    """Convert a time or duration to microseconds and UTC, or None if out of range."""
     import pyarrow
 
     kind = scalar.type
-    # Nanoseconds alone are converted: of other units a conversion could overflow.
+    # Only nanoseconds are converted: conversion from other units could overflow.
     is_fine = not pyarrow.types.is_date(kind) and kind.unit == "ns"
     candidate_types: list[Any] = []
     if pyarrow.types.is_timestamp(kind):

@@ -1,4 +1,4 @@
-"""Read rows of JSON, JSON Lines, CSV and Parquet files as dictionaries."""
+"""Read dataset rows from JSON, JSON Lines, CSV, TSV and Parquet files as dictionaries."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from finesight.errors import UserError
 from finesight.file_name_encoding import to_readable_name
 
 Record = dict[str, Any]
-"""One row as JSON-like data; Parquet rows may contain bytes."""
+"""A dataset row as JSON-like data; rows from Parquet may contain bytes."""
 
 
 SNIFF_BYTES = 4096
-"""Number of bytes that distinguish a JSON array from JSON Lines."""
+"""Number of bytes read to distinguish a JSON array from JSON Lines."""
 
 _BROKEN_AT = re.compile(r"(.*) at line ([0-9]+) column [0-9]+", re.DOTALL)
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -39,7 +39,14 @@ _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """A record with its location: `number` is its 1-based line (JSONL) or index."""
+    """A dataset row and its location in the source.
+
+    Attributes:
+        number: 1-based line number in JSON Lines, else 1-based row number.
+        location: Location of the row for messages, such as "line 12".
+        record: Keys and values of the row.
+        stem: Name of the source file without suffix, used for generated IDs.
+    """
 
     number: int
     location: str
@@ -48,10 +55,7 @@ class SourceRow:
 
     @property
     def id(self) -> str:
-        """The ID of the record, or one from file name and row index.
-
-        It is valid UTF-8 text.
-        """
+        """ID of the row: its `id`, else file stem and row number, as UTF-8."""
         own = self.record.get("id")
         is_own = isinstance(own, str | int)
         return to_readable_name(str(own) if is_own else f"{self.stem}-{self.number}")
@@ -59,7 +63,12 @@ class SourceRow:
 
 @dataclass(frozen=True, slots=True)
 class RowReader:
-    """A file of rows; `select(start, stop)` yields a 0-based range."""
+    """Access to the rows of a dataset.
+
+    Attributes:
+        num_rows: Total number of rows.
+        iter_range: Function that yields the rows from `start` to `stop` (exclusive), 0-based.
+    """
 
     num_rows: int
     iter_range: Callable[[int, int], Iterator[SourceRow]]
@@ -71,7 +80,12 @@ ItemT = TypeVar("ItemT")
 def rows_from_items(
     items: Sequence[ItemT], make_row: Callable[[int, ItemT], SourceRow]
 ) -> RowReader:
-    """Create a reader with one row per item, built on access from its 1-based number."""
+    """Create a row reader that builds one row per item on access.
+
+    Args:
+        items: Items such as file paths, one per row.
+        make_row: Function that builds a row from its 1-based number and its item.
+    """
 
     def iter_range(start: int, stop: int) -> Iterator[SourceRow]:
         selected = itertools.islice(enumerate(items, start=1), start, stop)
@@ -81,7 +95,7 @@ def rows_from_items(
 
 
 def concat_rows(files: Sequence[Path], readers: Sequence[RowReader]) -> RowReader:
-    """Concatenate the rows of several files with consecutive numbers."""
+    """Concatenate the rows of several files, with consecutive row numbers."""
 
     def iter_range(start: int, stop: int) -> Iterator[SourceRow]:
         row_offset = 0
@@ -98,10 +112,10 @@ def concat_rows(files: Sequence[Path], readers: Sequence[RowReader]) -> RowReade
 
 
 def open_row_file(source: Path) -> RowReader:
-    """Open the rows of a .json, .jsonl, .csv, .tsv or .parquet file.
+    """Open a .json, .jsonl, .csv, .tsv or .parquet file as rows.
 
     Raises:
-        UserError: The suffix is unknown, or the file is unreadable or empty.
+        UserError: The suffix is unknown, or the file is unreadable or contains no rows.
     """
     suffix = source.suffix.lower()
     if suffix == ".parquet":
@@ -148,7 +162,10 @@ def _decode_utf8(content: bytes, source: Path, line: int) -> str:
 
 
 def _open_json(source: Path) -> RowReader:
-    """Open a JSON array of objects, or one object per line, independent of the suffix."""
+    """Open a file that contains a JSON array of objects or one object per line.
+
+    The content decides, not the suffix.
+    """
     with open_data_file(source) as file:
         head = file.read(SNIFF_BYTES).removeprefix(UTF8_BOM).lstrip()
     if head.startswith(b"["):
@@ -168,9 +185,12 @@ def _open_json(source: Path) -> RowReader:
 
 
 def _reject_single_object(source: Path) -> None:
-    """Raise UserError for a file with a single object over several lines.
+    """Reject a JSON file that contains a single object over several lines.
 
-    If the first line is complete, the rest of the file is not read.
+    Only the first line is read if it is a complete object.
+
+    Raises:
+        UserError: The file contains a single object.
     """
     with open_data_file(source) as file:
         if _is_object(next(enumerate_lines(file, source), (1, b""))[1]):
@@ -193,7 +213,7 @@ def _is_object(content: bytes) -> bool:
 
 
 def _iter_json_lines(source: Path) -> Iterator[SourceRow]:
-    """Yield one line at a time: memory is bounded by the longest line."""
+    """Yield one row per non-blank line; memory is bounded by the longest line."""
     stem = source.stem
     with open_data_file(source) as file:
         for line_number, line in enumerate_lines(file, source):
@@ -206,7 +226,11 @@ def _iter_json_lines(source: Path) -> Iterator[SourceRow]:
 
 
 def _parse_json(content: bytes, source: Path, line: int) -> Any:
-    """Parse JSON that starts at a line of a file. Raises UserError with the invalid line."""
+    """Parse JSON that starts at line `line` of a file.
+
+    Raises:
+        UserError: The JSON is invalid. The error names the line of the problem.
+    """
     try:
         return parse_json(content)
     except ValueError as error:
@@ -242,7 +266,10 @@ def _no_object(record: object, location: str, source: Path) -> UserError:
 
 
 def _detect_delimiter(source: Path) -> str:
-    """Return a comma or, for a header without one, the semicolon of many spreadsheet locales."""
+    """Detect the delimiter of a CSV file (comma or semicolon) from its header.
+
+    Spreadsheet programs write semicolons in many locales.
+    """
     head = _read_text(source).partition("\n")[0]
     return ";" if ";" in head and "," not in head else ","
 
@@ -250,7 +277,7 @@ def _detect_delimiter(source: Path) -> str:
 def _read_csv(source: Path, delimiter: str) -> list[SourceRow]:
     rows = []
     text = io.StringIO(_read_text(source), newline="")
-    # Strict, as a quote that is never closed would otherwise swallow the rest of the file.
+    # Strict: an unclosed quote would otherwise consume the rest of the file.
     reader = csv.DictReader(text, delimiter=delimiter, strict=True)
     try:
         _reject_duplicate_columns(reader.fieldnames or (), source)

@@ -1,8 +1,7 @@
 """The sample format: a conversation about images, with boxes as coordinates.
 
-A JSONL file contains one sample per line. Paths are relative to the folder of the file. Boxes are
-`[x1, y1, x2, y2]` in pixels of the original image after EXIF rotation, with the origin at the top
-left.
+A JSONL file contains one sample per line, and paths are relative to its folder. Boxes are `[x1, y1,
+x2, y2]` in pixels of the original image after EXIF rotation, with the origin at the top left.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from pydantic import (
 
 
 class FrozenModel(BaseModel):
-    """Base of immutable sample parts; unknown keys are rejected."""
+    """Base class of samples and their parts: immutable, unknown keys are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,7 +37,7 @@ class ImagePart(FrozenModel):
 
 
 class VideoPart(FrozenModel):
-    """A video as images of its frames at `fps` frames per second."""
+    """A video, given as the images of its frames at `fps` frames per second."""
 
     type: Literal["video"] = "video"
     frames: tuple[str, ...] = Field(min_length=1)
@@ -46,16 +45,22 @@ class VideoPart(FrozenModel):
 
 
 def format_number(value: float) -> int | float:
-    """Return the number, as an integer if it has no fraction."""
+    """Convert a number without a fractional part to an integer, for compact JSON."""
     return int(value) if value.is_integer() else value
 
 
 PixelCoordinate = Annotated[float, PlainSerializer(format_number, when_used="json")]
-"""A coordinate; values without a fraction are written as integers."""
+"""A coordinate in pixels; a whole number is written to JSON as an integer."""
 
 
 class BoxPart(FrozenModel):
-    """A box in image `image` of the sample (0-based, image parts only)."""
+    """A bounding box in one image of the sample.
+
+    Attributes:
+        image: 0-based index among the image parts of the sample.
+        label: Name of the object, None without a label.
+        xyxy: Two corners, `[x1, y1, x2, y2]`, in pixels of the original image.
+    """
 
     type: Literal["box"] = "box"
     image: int = Field(default=0, ge=0)
@@ -67,7 +72,7 @@ ContentPart = Annotated[TextPart | ImagePart | VideoPart | BoxPart, Discriminato
 
 
 Role = Literal["system", "user", "assistant"]
-"""Role of a message."""
+"""Role of the author of a message."""
 
 
 def _as_parts(value: object) -> object:
@@ -80,7 +85,12 @@ class Message(FrozenModel):
 
 
 class Sample(FrozenModel):
-    """A conversation. `references` are additional correct answers to the last turn, for scoring."""
+    """A conversation about images for training or evaluation.
+
+    Attributes:
+        references: Further correct answers to the last user turn, used only for scoring.
+        meta: Arbitrary metadata.
+    """
 
     id: str
     messages: tuple[Message, ...] = Field(min_length=1)
@@ -88,15 +98,15 @@ class Sample(FrozenModel):
     meta: dict[str, Any] = Field(default_factory=dict)
 
     def iter_parts(self) -> Iterator[ContentPart]:
-        """Yield the parts of all messages in order."""
+        """Yield the content parts of all messages in order."""
         return (part for message in self.messages for part in message.content)
 
     def map_paths(self, rename: Callable[[str], str]) -> Sample:
-        """Return the sample with each image and frame path replaced by `rename(path)`."""
+        """Return a copy with each image and video frame path replaced by `rename(path)`."""
         return self.with_parts(lambda part: _map_part_paths(part, rename))
 
     def with_parts(self, changed: Callable[[ContentPart], ContentPart]) -> Sample:
-        """Return the sample with each part replaced by `changed(part)`."""
+        """Return a copy with each content part replaced by `changed(part)`."""
         messages = []
         for message in self.messages:
             parts = tuple(map(changed, message.content))
@@ -108,7 +118,7 @@ class Sample(FrozenModel):
 
 
 def list_media_paths(part: ContentPart) -> tuple[str, ...]:
-    """Return the paths of the image or video frames; empty for text and boxes."""
+    """Return the image or video frame paths of a content part; empty for others."""
     if isinstance(part, ImagePart):
         return (part.image,)
     return part.frames if isinstance(part, VideoPart) else ()

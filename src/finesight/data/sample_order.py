@@ -1,4 +1,7 @@
-"""Order of training samples: a pure function of (seed, epoch, position) without state."""
+"""Order of training samples as a pure function of seed, epoch and position.
+
+The order has no state, so that a resumed run continues at any position.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,15 @@ _WITHIN_SOURCE, _ACROSS_SOURCES = 0, 1
 
 
 class SampleOrder:
-    """The infinite order of the training samples of several sources.
+    """Infinite shuffled order of the training samples of several sources.
 
-    Each source is an infinite sequence of passes, each a permutation of all its samples. An epoch
-    takes the next `ceil(weight * size)` samples of each sequence and shuffles them: a weight of 2
-    repeats every sample once per epoch, a weight of 0.5 takes a different half, so that two epochs
-    cover all. Indices refer to the concatenated sources, as in `Corpus`. Permutations sort the raw
-    output of a Philox generator (Salmon et al. 2011), the part of numpy's random API that is stable
-    across releases.
+    Each source is an infinite sequence of passes, and each pass is a permutation of all its
+    samples. An epoch takes the next `ceil(weight * size)` samples of each source and shuffles them
+    together. With weight 2, every sample occurs twice per epoch. With weight 0.5, two epochs cover
+    all samples.
+
+    Indices refer to the concatenated sources, as in `Corpus`. Permutations sort the raw output of a
+    Philox generator (Salmon et al. 2011), which is stable across NumPy releases.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
@@ -29,7 +33,7 @@ class SampleOrder:
         assert min(sizes) > 0, f"an empty source among sizes {list(sizes)}"
         assert min(weights) > 0, f"a weight that is not positive among {list(weights)}"
         self._sizes, self._seed = tuple(sizes), seed
-        # As fractions of decimals, because 1.1 * 50 in floats is above 55.
+        # Exact fractions: in floating point, 1.1 * 50 is above 55 and would be rounded up to 56.
         self._samples_per_epoch = tuple(
             math.ceil(Fraction(str(weight)) * size)
             for size, weight in zip(sizes, weights, strict=True)
@@ -39,18 +43,18 @@ class SampleOrder:
 
     @property
     def epoch_length(self) -> int:
-        """Number of samples per epoch, equal for all epochs."""
+        """Number of samples per epoch, the same for all epochs."""
         return sum(self._samples_per_epoch)
 
     def index_at(self, position: int) -> int:
-        """Return the sample index at `position`, counted from the start of epoch 0."""
+        """Return the sample index at a position, counted from the start of epoch 0."""
         epoch, offset = divmod(position, self.epoch_length)
         if epoch != self._epoch:
             self._epoch, self._indices = epoch, self.epoch_indices(epoch)
         return int(self._indices[offset])
 
     def epoch_indices(self, epoch: int) -> NDArray[np.int64]:
-        """Return the sample indices of an epoch in order: int64 [epoch_length]."""
+        """Return the sample indices of an epoch in order, int64 of shape [epoch_length]."""
         base = 0
         source_indices = []
         for source, size in enumerate(self._sizes):
@@ -60,7 +64,7 @@ class SampleOrder:
         return np.concatenate(source_indices)[order]
 
     def _epoch_slice(self, source: int, epoch: int) -> NDArray[np.int64]:
-        """Return the part of a source's infinite sequence that belongs to an epoch."""
+        """Return the indices within a source that the source contributes to an epoch."""
         size, count = self._sizes[source], self._samples_per_epoch[source]
         start, stop = epoch * count, (epoch + 1) * count
         passes = range(start // size, -(-stop // size))
@@ -77,19 +81,19 @@ def _random_permutation(size: int, *key: int) -> NDArray[np.int64]:
 
 
 def _stable_argsort(values_N: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return the indices that sort the values, stable for equal values.
+    """Return the indices that sort the values; equal values keep their order.
 
-    Equal to `argsort(kind="stable")` in a third of the time.
+    Equivalent to `argsort(kind="stable")` in a third of the time.
     """
     size = len(values_N)
     shift = np.uint64(size.bit_length())
-    # Upper bits of the value with the index in the lower bits: one in-place sort.
+    # Combine the upper bits of each value with its index, and sort in place.
     packed_N = (values_N >> shift << shift) | np.arange(size, dtype=np.uint64)
     packed_N.sort()
     order_N = (packed_N & ((np.uint64(1) << shift) - np.uint64(1))).astype(np.int64)
     packed_N >>= shift
     ties = np.flatnonzero(packed_N[1:] == packed_N[:-1])
-    # The few that differ in the lower bits alone, run by run.
+    # Sort runs of equal upper bits again by their full values.
     for run in np.split(ties, np.flatnonzero(np.diff(ties) > 1) + 1):
         if len(run):
             tied = slice(run[0], run[-1] + 2)

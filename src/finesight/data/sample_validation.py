@@ -1,4 +1,4 @@
-"""Validation of samples beyond their types."""
+"""Validate the content of samples: role order, images, boxes and size limits."""
 
 from __future__ import annotations
 
@@ -17,24 +17,29 @@ from finesight.data.sample import BoxPart, Message, Sample
 from finesight.errors import UserError
 
 MAX_LISTED_ROLES = 10
-"""Number of roles listed in an error; the others are counted."""
+"""Maximum number of roles listed in an error message; further roles are counted."""
 
 
 class InvalidTurnsError(UserError):
-    """The turns have an invalid order, no answer or no content."""
+    """Raised when a sample has an invalid role order, no answer, or an empty turn."""
 
 
 class EmptyAnswerError(InvalidTurnsError):
-    """A row without an answer."""
+    """Raised when a dataset row has no answer."""
 
 
 def validate_sample(sample: Sample, where: str, *, require_answer: bool = True) -> None:
-    """Raise UserError at `where` for a sample that is invalid for training or evaluation.
+    """Raise UserError if a sample is invalid for training or evaluation.
 
-    Messages are an optional system message, then alternating user and assistant messages, starting
-    with the user and, with `require_answer`, ending with the assistant. Images are in user turns.
-    Boxes have an area and a valid image index. Their position requires the image header and is
-    checked by `finesight data import` and the renderer.
+    Messages are an optional system message, followed by alternating user and assistant messages
+    that start with the user. Images are in user turns. Boxes have a positive area and a valid image
+    index. Whether a box is inside its image is checked by `finesight data import` and the renderer,
+    which read the image header.
+
+    Args:
+        sample: The sample.
+        where: Location of the sample in the error message.
+        require_answer: Require an assistant message at the end.
     """
     check_messages(sample.messages, sample.references, where, answered=require_answer)
 
@@ -42,7 +47,7 @@ def validate_sample(sample: Sample, where: str, *, require_answer: bool = True) 
 def check_messages(
     messages: Sequence[Message], references: Sequence[str], where: str, *, answered: bool = True
 ) -> None:
-    """Validate the messages and references of a sample like `validate_sample`."""
+    """Validate the messages and references of a sample; see `validate_sample`."""
     check_limits(messages, references, where)
     validate_roles(messages, where, require_answer=answered)
     num_images, boxes = 0, list[BoxPart]()
@@ -65,9 +70,10 @@ def check_messages(
 
 
 def check_limits(messages: Sequence[Message], references: Sequence[str], where: str) -> None:
-    """Reject a sample with too many messages, parts or boxes.
+    """Reject a sample with too many messages, references, parts or boxes.
 
-    Raises LimitExceededError at `where`.
+    Raises:
+        LimitExceededError: A limit is exceeded. `where` is the location in the error message.
     """
     check_limit(len(messages), MAX_MESSAGES, "messages", where)
     check_limit(len(references), MAX_ANSWERS, "references", where)
@@ -81,7 +87,7 @@ def check_limits(messages: Sequence[Message], references: Sequence[str], where: 
 
 
 def validate_roles(messages: Sequence[Message], where: str, *, require_answer: bool = True) -> None:
-    """Raise InvalidTurnsError if the role order is invalid; see `validate_sample`."""
+    """Raise InvalidTurnsError if the messages have an invalid role order; see `validate_sample`."""
     roles = [message.role for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     is_alternating = turns[::2].count("user") + turns[1::2].count("assistant")

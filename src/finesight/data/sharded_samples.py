@@ -1,4 +1,4 @@
-"""Concatenated samples of several files."""
+"""Concatenate the samples of several data files (shards)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from finesight.data.jsonl import LocatedSample
 from finesight.errors import UserError, suggest_similar_path
 
 PACKED_SUFFIXES = (".tar", ".parquet")
-"""Suffixes of files that contain their images."""
+"""Suffixes of sample files that contain their images."""
 
 GLOB_CHARACTERS = frozenset("*?[")
-"""Characters of glob patterns."""
+"""Characters that mark a path as a glob pattern."""
 
 
 class SampleSource(Protocol):
-    """Samples of one source by index, read on access."""
+    """Interface for random access to the samples of a data file or shards.
+
+    Samples are read from disk on access.
+    """
 
     def __len__(self) -> int: ...
 
@@ -31,7 +34,7 @@ class SampleSource(Protocol):
         ...
 
     def read_sample(self, index: int) -> LocatedSample:
-        """Read a sample and check its types. Raises UserError."""
+        """Read a sample by index and check its types. Raises UserError."""
         ...
 
     def location(self, index: int) -> str:
@@ -39,12 +42,12 @@ class SampleSource(Protocol):
         ...
 
     def take(self, limit: int | None) -> SampleSource:
-        """Return the first `limit` samples."""
+        """Return a view of the first `limit` samples; None means all."""
         ...
 
 
 class ShardedSamples:
-    """The concatenated samples of several files."""
+    """The concatenated samples of several data files (shards)."""
 
     def __init__(self, sources: Sequence[SampleSource], limit: int | None = None) -> None:
         self._sources = sources
@@ -53,7 +56,7 @@ class ShardedSamples:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the digests of all files."""
+        """SHA-256 over the digests of all shards."""
         return hashlib.sha256(
             "".join(source.digest for source in self._sources).encode()
         ).hexdigest()
@@ -62,17 +65,17 @@ class ShardedSamples:
         return self._num_samples
 
     def read_sample(self, index: int) -> LocatedSample:
-        """Read a sample and check its types. Raises UserError."""
+        """Read a sample by index and check its types. Raises UserError."""
         source, local_index = self._locate(index)
         return source.read_sample(local_index)
 
     def location(self, index: int) -> str:
-        """Return file and position of a sample for messages."""
+        """Return shard file and position of a sample for messages."""
         source, local_index = self._locate(index)
         return source.location(local_index)
 
     def take(self, limit: int | None) -> ShardedSamples:
-        """Return the first `limit` samples from the start of the first file."""
+        """Return a view of the first `limit` samples over all shards; None means all."""
         return ShardedSamples(self._sources, limit)
 
     def _locate(self, index: int) -> tuple[SampleSource, int]:
@@ -83,7 +86,11 @@ class ShardedSamples:
 
 
 def check_packed_url(url: str) -> str:
-    """Return a URL of files that contain their images. Raises UserError for others."""
+    """Return the URL unchanged if it refers to a file that contains its images.
+
+    Raises:
+        UserError: The URL ends neither in .tar nor in .parquet.
+    """
     if not url.lower().endswith(PACKED_SUFFIXES):
         raise UserError(
             "a file in object storage that is neither .tar nor .parquet",
@@ -95,15 +102,15 @@ def check_packed_url(url: str) -> str:
 
 
 def is_glob(path: Path) -> bool:
-    """Return whether the path is a glob pattern and not an existing file."""
+    """Return whether a path is a glob pattern rather than an existing file."""
     return bool(GLOB_CHARACTERS & {*str(path)}) and not path.exists()
 
 
 def expand_files(path: Path) -> list[Path]:
-    """Return the file itself, or all files of a glob pattern by name.
+    """Return the files that match a glob pattern in sorted order, or the path itself.
 
     Raises:
-        UserError: No file matches.
+        UserError: No file matches the pattern.
     """
     if not is_glob(path):
         return [path]

@@ -1,8 +1,8 @@
-"""Fetch a data source: a path, an archive, a hub dataset or a web address.
+"""Fetch a dataset for import: local path, archive, hub dataset or web address.
 
 Hubs and the web are accessed only for sources with the prefix hf:, modelscope: or https://.
-Downloads stay in the cache, see `repository`. Archives are unpacked next to the output for the
-duration of the import.
+Downloads stay in the cache, see `repository`. Archives are unpacked next to the output folder and
+deleted after the import.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from finesight.storage import make_folder, raise_if_exists, translate_os_errors,
 
 @dataclass(frozen=True, slots=True)
 class FetchedSource:
-    """A local source: the path to import, the import options, and notes for the user."""
+    """A locally available dataset: its path, import options, and notes for the user."""
 
     path: Path
     options: ImportOptions
@@ -50,13 +50,18 @@ class FetchedSource:
 def fetch_source(
     source: str, out: Path, options: ImportOptions, hosts: Sequence[str] = ()
 ) -> Iterator[FetchedSource]:
-    """Fetch `source` for an import to `out`, for the duration of the context.
+    """Make a dataset available locally for the duration of the context.
 
-    `hosts` are the allowed hosts of https:// addresses of sources and images. Images of sources
-    other than local files are copied to `out`, and only images of the source itself.
+    Only images inside an archive or a downloaded source are accepted, and they are copied to `out`.
+
+    Args:
+        source: Local path, archive, hub address or URL.
+        out: Output folder of the import.
+        options: Import options.
+        hosts: Host names from which sources and images may be downloaded.
 
     Raises:
-        UserError: The source is unavailable.
+        UserError: The source is unavailable, or `out` exists.
     """
     raise_if_exists(out)
     if hosts:
@@ -87,7 +92,10 @@ def fetch_source(
 
 @contextlib.contextmanager
 def _make_unpack_folder(out: Path) -> Iterator[Path]:
-    """Create a folder with a fixed name, because row IDs may contain it."""
+    """Create a temporary folder for unpacked files.
+
+    Its name is fixed, because the IDs of rows may contain it.
+    """
     with working_folder(out.absolute()) as folder:
         yield folder / "unpacked"
 
@@ -99,7 +107,7 @@ def _download_cache_folder() -> Path:
 
 
 def _prepare_file(file: Path, work_folder: Path, options: ImportOptions) -> FetchedSource:
-    """Unpack an archive unless it is a WebDataset; return any other file unchanged."""
+    """Unpack an archive; a WebDataset or a file of another type is returned unchanged."""
     if not is_archive(file.name):
         return FetchedSource(file, options)
     if is_tar_file(file) and is_webdataset(file):
@@ -120,13 +128,13 @@ def _check_archive_exists(archive: Path) -> None:
 
 
 def _skip_single_folders(folder: Path) -> Path:
-    """Return the folder, or the nested folder if it is the only entry."""
+    """Descend into a folder as long as its only entry is another folder."""
     entries = list(folder.iterdir())
     return _skip_single_folders(entries[0]) if len(entries) == 1 and entries[0].is_dir() else folder
 
 
 def _prepare_local_folder(folder: Path, options: ImportOptions) -> FetchedSource:
-    """Return a local folder unchanged or, for a downloaded dataset, its Parquet files."""
+    """Return a local folder unchanged or, if it contains Parquet files, select its rows."""
     listing = list_folder(folder)
     suffixes = {suffix for suffix in ROW_SUFFIXES if listing.files_with_suffix(suffix)}
     return (
@@ -137,7 +145,7 @@ def _prepare_local_folder(folder: Path, options: ImportOptions) -> FetchedSource
 
 
 def _prepare_folder(folder: Path, options: ImportOptions) -> FetchedSource:
-    """Return a folder that a format reads as one source, or its row files."""
+    """Return a folder if a dataset format can open it, else its row files."""
     paths = [path.relative_to(folder).as_posix() for path in list_folder(folder).files]
     rows = [path for path in paths if path.lower().endswith(ROW_SUFFIXES)]
     if not rows or _is_folder_dataset(folder):
@@ -153,9 +161,9 @@ def _is_folder_dataset(folder: Path) -> bool:
 
 
 def _select_rows(folder: Path, selection: SelectedFiles, options: ImportOptions) -> FetchedSource:
-    """Return one row file as the source, or several concatenated ones.
+    """Return a single row file as the source, or several row files concatenated.
 
-    Image paths of a single file start at its folder.
+    Image paths in a single file are relative to its own folder.
     """
     notes = (
         (f"split {selection.split}, not {', '.join(selection.other_splits)}",)
@@ -197,7 +205,11 @@ def _fetch_hub_dataset(source: str, work_folder: Path, options: ImportOptions) -
 def _fetch_needed_files(
     repository: HubRepository, rows: Sequence[str], options: ImportOptions
 ) -> tuple[tuple[str, ...], Path]:
-    """Download the row files up to the last selected row; return them and their folder."""
+    """Download the row files up to the last row that `--rows` and `--limit` select.
+
+    Returns:
+        Paths of the downloaded files, and the folder that they are relative to.
+    """
     max_rows = _max_row(options)
     if max_rows is None:
         return tuple(rows), repository.fetch_files(rows)
@@ -213,7 +225,7 @@ def _fetch_needed_files(
 
 
 def _max_row(options: ImportOptions) -> int | None:
-    """Return the number of leading rows that --rows and --limit need; None for all."""
+    """Return the number of leading rows that `--rows` and `--limit` need; None for all."""
     start, stop = options.row_range
     if (start or 0) < 0 or (stop is not None and stop < 0):
         return None
@@ -224,7 +236,7 @@ def _max_row(options: ImportOptions) -> int | None:
 
 
 def _link_files(folder: Path, paths: Sequence[str], work_folder: Path) -> None:
-    """Link cached files under their names below `work_folder`, and unpack archives next to them."""
+    """Link cached files below `work_folder`, and unpack archives in their folders."""
     for path in paths:
         target = work_folder / path
         if not is_archive(path):
@@ -248,9 +260,12 @@ def _move_file(target: Path, file: Path) -> None:
 def _add_file(
     file: Path, target: Path, source: str, transfer: Callable[[Path, Path], None]
 ) -> None:
-    """Move a file to its target, where an identical file of another part may exist.
+    """Link or move a file to its target path; an identical existing file is accepted.
 
-    Each archive has its own license file; the first one is used.
+    Each archive may have its own license file; the first one is used.
+
+    Raises:
+        UserError: The target exists with different content.
     """
     with translate_os_errors(target):
         make_folder(target.parent)

@@ -1,4 +1,4 @@
-"""Split rows into training and validation without shared images."""
+"""Split dataset rows into training and validation rows that share no images."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ import numpy as np
 from finesight.errors import UserError
 
 ImageKeys = frozenset[str]
-"""The images of a row as keys that are equal for equal images."""
+"""Keys of the images in a row. Identical images have equal keys."""
 
 
 def split_last_rows(rows: Sequence[ImageKeys], num_eval_rows: int) -> tuple[list[int], list[int]]:
-    """Hold out the last rows, and remove training rows that share an image with them.
+    """Split off the last rows for validation; remove training rows that share an image.
 
     Returns:
-        Row indices (train, validation). The training indices are empty if all rows are held out.
+        Indices of the training rows and of the validation rows. There are no training rows if all
+            rows are for validation.
 
     Raises:
-        UserError: There are fewer rows, or every other row shares an image with the held-out rows.
+        UserError: There are fewer rows, or every other row shares an image with the last ones.
     """
     num_other_rows = len(rows) - num_eval_rows
     if num_other_rows < 0:
         raise UserError(
-            f"{num_eval_rows} rows of {len(rows)}",
-            where="the last rows, held out",
+            f"there are {len(rows)} rows",
+            where=f"--eval-last {num_eval_rows}",
             expected=f"at most {len(rows)}",
-            remedy="hold out fewer rows",
+            remedy="use fewer rows for validation",
         )
     eval_images = frozenset[str]().union(*rows[num_other_rows:])
     train = [row_index for row_index in range(num_other_rows) if not rows[row_index] & eval_images]
@@ -36,9 +37,9 @@ def split_last_rows(rows: Sequence[ImageKeys], num_eval_rows: int) -> tuple[list
         raise UserError(
             f"each of the other {num_other_rows} rows shares an image with the last"
             f" {num_eval_rows}",
-            where="the last rows, held out",
+            where=f"--eval-last {num_eval_rows}",
             expected="training rows with other images",
-            remedy="hold out another number of rows, or a fraction",
+            remedy="use another number of rows, or --train-fraction",
         )
     return train, list(range(num_other_rows, len(rows)))
 
@@ -46,10 +47,20 @@ def split_last_rows(rows: Sequence[ImageKeys], num_eval_rows: int) -> tuple[list
 def split_by_image(
     rows: Sequence[ImageKeys], train_fraction: float, seed: int
 ) -> tuple[list[int], list[int]]:
-    """Split about `train_fraction` of the rows for training, the rest for validation, in file
-    order.
+    """Split rows randomly into training and validation rows without shared images.
 
-    Rows that share an image stay together. The groups are shuffled with `seed`.
+    Rows that share an image stay together.
+
+    Args:
+        rows: Image keys of each row.
+        train_fraction: Approximate fraction of training rows.
+        seed: Seed of the random order of groups of rows.
+
+    Returns:
+        Indices of the training rows and of the validation rows, in ascending order.
+
+    Raises:
+        UserError: There are too few groups of rows for both splits.
     """
     groups = _group_rows(rows)
     num_eval_rows = max(1, round((1 - train_fraction) * len(rows)))
@@ -61,7 +72,7 @@ def split_by_image(
     if not eval_rows or len(eval_rows) == len(rows):
         raise UserError(
             f"{len(rows)} rows in {len(groups)} groups without shared images",
-            where=f"split {train_fraction:g}",
+            where=f"--train-fraction {train_fraction:g}",
             expected=f"enough groups for training and {num_eval_rows} validation rows",
             remedy="import more rows, or choose another fraction",
         )
@@ -72,7 +83,7 @@ def split_by_image(
 
 
 def _group_rows(rows: Sequence[ImageKeys]) -> list[list[int]]:
-    """Group rows that share images, also transitively (union-find)."""
+    """Group rows that share images, directly or through other rows (union-find)."""
     parent = list(range(len(rows)))
 
     def find_root(row_index: int) -> int:

@@ -1,4 +1,7 @@
-"""A temporary file for encoded rows until their output file is known."""
+"""Temporary storage for encoded samples during an import.
+
+Samples are assigned to output files only after all rows are parsed.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,26 @@ from finesight.storage import translate_os_errors
 
 FREE_BYTES = 2**30
 MAX_EXPANSION_RATIO = 1000
-"""Maximum ratio of output to source bytes beyond `FREE_BYTES`: boxes of a thousand classes reach
-100."""
+"""Maximum ratio of spooled bytes to source bytes, applied beyond `FREE_BYTES`.
+
+Valid datasets, such as boxes with a thousand classes, reach a ratio of 100.
+"""
 
 
 class SpoolSpan(NamedTuple):
-    """Byte range of a span in a spool."""
+    """Byte range of one encoded sample in the spool."""
 
     start: int
     size: int
 
 
 class Spool:
-    """Pieces in a temporary file in `folder`; memory holds only their offsets."""
+    """Temporary file of encoded samples. Callers keep only their byte ranges in memory.
+
+    Args:
+        folder: Folder of the temporary file.
+        source_bytes: Size of the source in bytes, which limits the size of the spool.
+    """
 
     def __init__(self, folder: Path, source_bytes: int) -> None:
         self._folder = folder
@@ -39,7 +49,7 @@ class Spool:
         self._file.close()
 
     def add(self, content: bytes) -> SpoolSpan:
-        """Append a span.
+        """Append an encoded sample and return its byte range.
 
         Raises:
             UserError: The disk is full, or the output is much larger than the source.
@@ -62,7 +72,7 @@ class Spool:
         return span
 
     def read(self, span: SpoolSpan) -> bytes:
-        """Return a span; `add` must not be called after the first read."""
+        """Return the bytes of a span. After the first read, `add` must not be called."""
         self._file.seek(span.start)
         content: bytes = self._file.read(span.size)
         assert len(content) == span.size, f"{len(content)} bytes of {span}"

@@ -1,8 +1,8 @@
-"""Samples in tar files in the layout of WebDataset shards.
+"""Read samples from tar files in the layout of WebDataset shards.
 
-`0001.json` is a sample. Its images are next to it with the same stem, `0001.jpg`, or
-`0001.left.jpg` and `0001.right.jpg`. The headers of a shard are read once to index its samples.
-Samples and images are then read by offset, without unpacking.
+`0001.json` is a sample. Its images are next to it with the same stem: `0001.jpg`, or
+`0001.left.jpg` and `0001.right.jpg`. The headers of a shard are scanned once to index its samples.
+Samples and images are then read by byte offset, without unpacking.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from finesight.hub.archive_members import TarArchive, open_tar
 
 @dataclass(frozen=True, slots=True)
 class TarSamples:
-    """The samples of an unmodified tar file.
+    """Random access to the samples of an indexed tar file.
 
-    Headers and files of sample k are in the bytes from `offsets_N1[k]` to `offsets_N1[k + 1]`.
+    The tar headers and files of sample k are in the bytes from `offsets_N1[k]` to `offsets_N1[k +
+    1]`.
     """
 
     path: Path
@@ -39,14 +40,21 @@ class TarSamples:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all names, sizes and samples, without the images, as for other data files."""
+        """SHA-256 of all member names, sizes and sample JSON in hexadecimal.
+
+        The content of images is not included, as for other data files.
+        """
         return self.index.digest
 
     def __len__(self) -> int:
         return len(self.index.offsets_N1) - 1
 
     def read_sample(self, index: int) -> LocatedSample:
-        """Read a sample and check its types. Raises UserError."""
+        """Read a sample by index and check its types.
+
+        Raises:
+            UserError: The JSON is not a sample, or the file is corrupt or modified.
+        """
         start, stop = self.index.offsets_N1[index : index + 2].tolist()
         with open_unchanged(self.path, self.file_state), open_tar(self.path, start) as tar:
             members = list(
@@ -55,7 +63,7 @@ class TarSamples:
             content, folder = _read_sample_json(tar, members)
         folder = to_readable_name(folder)
         sample = parse_sample(content, self.location(index))
-        # By name and, for names that are not UTF-8, by decoded name.
+        # Non-UTF-8 names are also found by their decoded form.
         paths_by_name = {
             name: tar_member_path(member.offset_data, member.size, posixpath.basename(member.name))
             for member in members
@@ -64,22 +72,27 @@ class TarSamples:
 
         def map_path(name: str) -> str:
             member_path = paths_by_name.get(posixpath.normpath(posixpath.join(folder, name)))
-            # Below the tar, which has no files on disk: only images inside the tar are valid.
+            # Other names become paths below the tar, where no files exist: only images inside the
+            # tar are valid.
             return member_path or posixpath.normpath(f"/{name}").lstrip("/")
 
         return LocatedSample(sample.map_paths(map_path), self.path)
 
     def location(self, index: int) -> str:
-        """Return file and position for messages."""
+        """Return file and 1-based sample number for messages."""
         return f"{self.path}, sample {index + 1}"
 
     def take(self, limit: int | None) -> TarSamples:
-        """Return the first `limit` samples."""
+        """Return a view of the first `limit` samples; None means all."""
         return replace(self, index=self.index.take(limit))
 
 
 def open_tar_samples(path: Path) -> TarSamples:
-    """Index the samples of a tar. Raises UserError for a corrupt tar or other content."""
+    """Open and index a tar file of samples.
+
+    Raises:
+        UserError: The tar is corrupt, or contains files without a sample.
+    """
     with open_data_file(path) as file:
         return TarSamples(
             path,
@@ -89,8 +102,10 @@ def open_tar_samples(path: Path) -> TarSamples:
 
 
 def read_first_json(path: Path) -> bytes | None:
-    """Return the JSON next to the first image of a tar, None without one. Raises UserError for a
-    corrupt tar.
+    """Return the JSON file of the first sample in a tar, None without one.
+
+    Raises:
+        UserError: The tar is corrupt.
     """
     with open_tar(path) as tar:
         members = next(iter_member_groups(tar), [])
@@ -118,7 +133,7 @@ def _build_index(path: Path) -> SampleIndex:
 
 
 def _read_sample_json(tar: TarArchive, members: Members) -> tuple[bytes, str]:
-    """Return the sample among the files of one stem, and its folder."""
+    """Return the JSON of a sample and its folder, given its tar members."""
     for member in members:
         if split_member_name(member)[1] == "json":
             return tar.read_member(member), posixpath.dirname(member.name)

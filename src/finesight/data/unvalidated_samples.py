@@ -1,4 +1,4 @@
-"""Open training samples (tar, Parquet, shards) with their errors for a check."""
+"""Open tar, Parquet and sharded training samples without validation, for data checks."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ from finesight.data.tar_samples import read_first_json
 
 
 def is_sample_source(path: Path) -> bool:
-    """Return whether a path refers to training samples.
+    """Return whether a path refers to tar or Parquet files of training samples.
 
-    These are glob patterns, and tar and Parquet files whose first row is a sample. Raises UserError
-    for corrupt files.
+    This is the case for a glob pattern of such files, and for a file whose first row is a sample.
+
+    Raises:
+        UserError: The file is corrupt.
     """
     if path.suffix.lower() not in PACKED_SUFFIXES:
         return False
@@ -54,9 +56,11 @@ def _read_first_tar_record(path: Path) -> dict[str, object] | None:
 def open_unvalidated_samples(
     path_or_url: Path | str, options: ImportOptions, output_folder: Path
 ) -> UnvalidatedSource:
-    """Open the samples of a path, pattern or object storage URL without validation.
+    """Open training samples from a path, glob pattern or object storage URL without validation.
 
-    Raises UserError like `open_sample_source`, and for import options that do not apply to samples.
+    Raises:
+        UserError: The samples cannot be opened, as in `open_sample_source`, or an import option
+            does not apply to samples.
     """
     samples = open_sample_source(path_or_url).take(options.limit)
     stem = Path(path_or_url).stem
@@ -69,9 +73,7 @@ def open_unvalidated_samples(
 
     def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
         located_sample = samples.read_sample(row.number - 1)
-        validate_roles(
-            located_sample.sample.messages, ""
-        )  # an example does not support other orders
+        validate_roles(located_sample.sample.messages, "")  # ImportExample requires valid roles
         sample = located_sample.sample.map_paths(
             lambda name: str(located_sample.resolve_path(name).absolute())
         )
@@ -87,6 +89,6 @@ def open_unvalidated_samples(
 
 
 def _strip_source(location: str, path_or_url: Path | str) -> str:
-    """Remove the file name or shard folder of the source from a location."""
+    """Remove the path of the source from the location of a sample."""
     suffix = location.removeprefix(f"{path_or_url}, ")
     return suffix if suffix != location else location.rpartition("/")[2]

@@ -1,8 +1,8 @@
-"""Rows of a WebDataset: a tar in which the files of a sample share their stem and are adjacent.
+"""Read rows of a WebDataset, a tar in which a sample is several adjacent files.
 
-0001.jpg, 0001.txt, 0001.json, 0002.jpg, ... A row has the image as `image`, the content of texts
-under their suffixes (`txt`, `cls`, `caption`), and the members of a JSON object under their keys.
-Files are read without unpacking. Rows of several tars are concatenated.
+The files of a sample share their stem: 0001.jpg, 0001.txt, 0001.json, 0002.jpg, and so on. A row
+contains the image as `image`, the content of text files under their suffixes (`txt`, `cls`,
+`caption`), and the keys of the JSON object. Files are read without unpacking.
 """
 
 from __future__ import annotations
@@ -26,20 +26,23 @@ from finesight.hub.archive_members import TarArchive, open_tar
 TEXT_SUFFIXES = frozenset({"txt", "text", "caption", "transcript", "cls", "id", "index"})
 
 MAX_MEMBER_BYTES = 256 * 2**20
-"""Maximum number of bytes of one file in the tar, which is read at once."""
+"""Maximum number of bytes of a file in a tar, read into memory at once."""
 
 MemberGroup = list[tarfile.TarInfo]
 
 
 def is_tar_file(path: Path) -> bool:
-    """Return whether a file is an uncompressed tar by its name."""
+    """Return whether a file has the suffix of an uncompressed tar."""
     return path.suffix.lower() == ".tar"
 
 
 def is_webdataset(path: Path) -> bool:
-    """Return whether each sample of a tar has an image and a text or JSON.
+    """Return whether each sample in a tar has an image and text or JSON.
 
-    Tar files with LabelMe JSON and any other tar are archives. Raises UserError for a corrupt tar.
+    Other tar files, including those with LabelMe JSON, are archives to unpack.
+
+    Raises:
+        UserError: The tar is corrupt.
     """
     with open_tar(path) as tar:
         first_record = None
@@ -52,7 +55,11 @@ def is_webdataset(path: Path) -> bool:
 
 
 def open_webdataset(source: Path) -> RowReader:
-    """Open a WebDataset as one row per sample. Raises UserError for another tar."""
+    """Open a WebDataset tar as rows, one per sample.
+
+    Raises:
+        UserError: The tar is corrupt or contains no samples.
+    """
     with open_data_file(source), open_tar(source) as tar:
         num_samples = sum(1 for _ in iter_member_groups(tar))
     if num_samples == 0:
@@ -76,7 +83,10 @@ def open_webdataset(source: Path) -> RowReader:
 
 
 def iter_member_groups(tar: TarArchive) -> Iterator[MemberGroup]:
-    """Yield the files of each sample, in order."""
+    """Yield the tar members of each sample: adjacent files with the same stem.
+
+    Hidden files are skipped.
+    """
     files = (member for member in tar.iter_headers() if member.isreg() and not _is_hidden(member))
     for _, members in itertools.groupby(files, key=lambda member: split_member_name(member)[0]):
         yield list(members)
@@ -87,7 +97,7 @@ def _is_hidden(member: tarfile.TarInfo) -> bool:
 
 
 def split_member_name(member: tarfile.TarInfo) -> tuple[str, str]:
-    """Split a member name into sample stem and suffix at the first dot."""
+    """Split a tar member path into stem and suffix at the first dot."""
     folder, slash, name = member.name.rpartition("/")
     stem, _, suffix = name.partition(".")
     return _normalize_folder(folder or slash) + stem, to_readable_name(suffix.lower())
@@ -95,7 +105,7 @@ def split_member_name(member: tarfile.TarInfo) -> tuple[str, str]:
 
 @lru_cache(1024)
 def _normalize_folder(folder: str) -> str:
-    """Return the path prefix of a folder without leading `./`."""
+    """Return a folder as a path prefix with trailing slash, without leading `./`."""
     path = str(PurePosixPath(folder))
     return "" if path == "." else f"{path.rstrip('/')}/"
 
@@ -105,9 +115,9 @@ def _is_image_suffix(suffix: str) -> bool:
 
 
 def _build_record(tar: TarArchive, members: MemberGroup) -> Record:
-    """Build a record of the files of a sample by suffix.
+    """Build a row from the files of a sample, with their suffixes as keys.
 
-    A single image is `image`.
+    A single image has the key `image`.
     """
     record: Record = {"id": split_member_name(members[0])[0]}
     image_members = {

@@ -11,7 +11,7 @@ from finesight.doctor.diagnosis import Diagnosis, make_ok, make_warning
 from finesight.doctor.package_check import PACKAGE_NAME, InstalledPackages
 
 EXTRA_DESCRIPTIONS: Mapping[str, str] = {
-    "hub": "Parquet files, the data set format of hubs",
+    "hub": "Parquet files, the dataset format of hubs",
     "objects": "data in object storage (s3://, gs://)",
     "latex": "rendering of formulas in reports and metrics",
     "hf": "model families without a native implementation, through transformers",

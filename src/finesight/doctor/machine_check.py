@@ -235,7 +235,7 @@ def _check_limits(machine: MachineInfo) -> Iterator[Diagnosis]:
         yield make_diagnosis(
             "low-shared-memory",
             f"/dev/shm has {machine.free_shm / 1e6:.3g} MB free",
-            why="data loading workers exchange images there and crash if it is full",
+            why="data loader workers exchange images there and crash if it is full",
             remedy="sudo mount -o remount,size=8G /dev/shm   # for a container: docker run"
             " --shm-size=8g; or train with train.num_workers=0",
         )
@@ -243,6 +243,6 @@ def _check_limits(machine: MachineInfo) -> Iterator[Diagnosis]:
         yield make_error(
             "low-open-files-limit",
             f"a process may open only {machine.max_open_files} files",
-            why="data shards, data loading workers and the server need more",
+            why="data shards, data loader workers and the server need more",
             remedy="ulimit -n 4096",
         )

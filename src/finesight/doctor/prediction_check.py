@@ -97,7 +97,7 @@ def check_predictions(run_record: RunRecord) -> list[Diagnosis]:
                 why="the effect of training is unknown; set validation samples (data.eval)"
                 " and a metric",
                 remedy=rerun_command(
-                    run_record, "data.eval=HELD_OUT.jsonl", "eval.metric=captions"
+                    run_record, "data.eval=VALIDATION.jsonl", "eval.metric=captions"
                 ),
             )
         ]

@@ -61,16 +61,16 @@ def load_run_recipe(run_record: RunRecord) -> Recipe:
 def get_learning_rates(run_record: RunRecord) -> dict[str, float]:
     """Return the learning rates of a run by part of the model, `default` first."""
     rates_by_part = load_run_recipe(run_record).train.learning_rate.model_dump()
-    return {part: rate for part, rate in rates_by_part.items() if rate is not None}
+    return {part: value for part, value in rates_by_part.items() if value is not None}
 
 
 def scale_learning_rates(run_record: RunRecord, factor: float) -> list[str]:
     """Return the overrides that multiply every learning rate of a run by a factor."""
     scaled = {
-        part: f"{round_to_digit(rate * factor):g}"
-        for part, rate in get_learning_rates(run_record).items()
+        part: f"{round_to_digit(value * factor):g}"
+        for part, value in get_learning_rates(run_record).items()
     }
-    return [f"train.learning_rate.{part}={rate}" for part, rate in scaled.items()]
+    return [f"train.learning_rate.{part}={value}" for part, value in scaled.items()]
 
 
 def lower_learning_rates(run_record: RunRecord) -> list[str]:
@@ -83,10 +83,10 @@ def lower_learning_rates(run_record: RunRecord) -> list[str]:
     )
 
 
-def round_to_digit(rate: float) -> float:
+def round_to_digit(learning_rate: float) -> float:
     """Round a learning rate to one significant digit."""
-    power = math.floor(math.log10(rate))
-    return float(round(rate / 10.0**power) * 10.0**power)
+    power = math.floor(math.log10(learning_rate))
+    return float(round(learning_rate / 10.0**power) * 10.0**power)
 
 
 def scale_duration(run_record: RunRecord, factor: float) -> list[str]:
@@ -103,6 +103,6 @@ def round_up_hundredth(value: float) -> float:
 
 
 def get_num_workers(run_record: RunRecord) -> int | None:
-    """Return the data loading workers of the last training process, or None if unknown."""
+    """Return the data loader workers of the last training process, or None if unknown."""
     value = get_last_start(run_record).get("num_workers")
     return value if isinstance(value, int) else None

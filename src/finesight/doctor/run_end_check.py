@@ -26,7 +26,7 @@ from finesight.report.summary import (
     count_training_samples,
     describe_progress,
     get_last_step,
-    list_remarks,
+    list_memory_remarks,
     list_skipped_samples,
 )
 from finesight.run_files import (
@@ -313,21 +313,15 @@ def _fix_command(run_record: RunRecord, reason: str) -> str:
 
 
 def _check_memory(run_record: RunRecord) -> Iterator[Diagnosis]:
-    for remark in list_remarks(run_record):
-        if remark.startswith("The run ran out of GPU memory"):
-            pack_tokens = [
-                line["pack_tokens"] for line in run_record.steps if line.get("pack_tokens")
-            ]
-            overrides = [f"train.pack_tokens={int(num_tokens)}" for num_tokens in pack_tokens[-1:]]
-            overrides += (
-                ["train.activation_checkpointing=true"]
-                if run_record.steps[-1].get("activation_checkpointing")
-                else []
-            )
-            yield make_warning(
-                "gpu-out-of-memory",
-                remark,
-                why="each step that ran out of memory was repeated; start the next run with"
-                " these settings",
-                remedy=rerun_command(run_record, *overrides),
-            )
+    for remark in list_memory_remarks(run_record):
+        pack_tokens = [line["pack_tokens"] for line in run_record.steps if line.get("pack_tokens")]
+        overrides = [f"train.pack_tokens={int(num_tokens)}" for num_tokens in pack_tokens[-1:]]
+        if run_record.steps[-1].get("activation_checkpointing"):
+            overrides.append("train.activation_checkpointing=true")
+        yield make_warning(
+            "gpu-out-of-memory",
+            remark,
+            why="each step that ran out of memory was repeated; start the next run with these"
+            " settings",
+            remedy=rerun_command(run_record, *overrides),
+        )

@@ -59,7 +59,7 @@ MIN_WEIGHT_CHANGE = 0.05
 """Relative weight change below which a flat loss is attributed to small updates."""
 
 MAX_USEFUL_WORKERS = 12
-"""Maximum number of data loading workers that a diagnosis suggests."""
+"""Maximum number of data loader workers that a diagnosis suggests."""
 
 MIN_LOSS_SPIKES = 3
 """Minimum number of loss spikes for a warning."""
@@ -197,7 +197,7 @@ def _check_loss(run_record: RunRecord, curve: LossCurve | None) -> Iterator[Diag
             ),
         )
         return
-    rates_text = ", ".join(f"{rate:g}" for rate in get_learning_rates(run_record).values())
+    rates_text = ", ".join(f"{value:g}" for value in get_learning_rates(run_record).values())
     if curve.has_risen:
         yield make_error(
             "learning-rate-too-high",
@@ -242,11 +242,11 @@ def _diagnose_flat_loss(run_record: RunRecord, curve: LossCurve, rates_text: str
                 "finesight", "data", "show", str(run_record.folder / "recipe.yaml")
             ),
         )
-    rate, weight_change = (
+    learning_rate, weight_change = (
         max(get_learning_rates(run_record).values()),
         _max_weight_change(run_record),
     )
-    if rate < LOW_LEARNING_RATE or weight_change < MIN_WEIGHT_CHANGE:
+    if learning_rate < LOW_LEARNING_RATE or weight_change < MIN_WEIGHT_CHANGE:
         change_note = (
             f"; the trained weights changed by {weight_change:.1%}"
             if weight_change < MIN_WEIGHT_CHANGE
@@ -259,7 +259,7 @@ def _diagnose_flat_loss(run_record: RunRecord, curve: LossCurve, rates_text: str
             remedy=rerun_command(
                 run_record,
                 *scale_learning_rates(
-                    run_record, 1e-4 / rate if rate < LOW_LEARNING_RATE else 10.0
+                    run_record, 1e-4 / learning_rate if learning_rate < LOW_LEARNING_RATE else 10.0
                 ),
             ),
         )
@@ -345,7 +345,7 @@ def _check_data_wait(run_record: RunRecord) -> Iterator[Diagnosis]:
     yield make_warning(
         "data-wait",
         f"{wait_fraction:.0%} of the step time is data wait",
-        why=f"{num_workers if num_workers is not None else 'the'} data loading workers are too"
+        why=f"{num_workers if num_workers is not None else 'the'} data loader workers are too"
         " few, or the images are too large: a smaller image size (image) also loads"
         " faster",
         remedy=rerun_command(run_record, *overrides)

@@ -54,9 +54,9 @@ class QwenVL:
     )
 
     def visual_markers(self, kind: Literal["image", "video"], visual_number: int) -> VisualMarkers:
-        """Return the markup of an image: `Picture N: <img>`, placeholder, `</img>` and newline.
+        """Return the markup of an image: `Picture 1: <img>`, placeholder, `</img>` and newline.
 
-        N is the 1-based number of the image in the conversation.
+        The number is the 1-based position of the image in the conversation.
         """
         prefix = (f"Picture {visual_number}: ", SpecialToken("<img>"))
         return VisualMarkers(prefix, "<imgpad>", (SpecialToken("</img>"), "\n"))

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from finesight.bounded_files import read_bytes
 from finesight.encode.tokenizer import (
     LARGEST_ID,
+    CachedTokenizer,
     TextTokenizer,
-    TokenCache,
     Tokenizer,
     check_tokenizer_file,
 )
@@ -40,14 +40,14 @@ The ids follow those of the rank file. No file of the model lists the special to
 """
 
 
-class TiktokenTokenizer:
+class TiktokenTokenizer(CachedTokenizer):
     """Tokenizer loaded from `qwen.tiktoken` that never parses special tokens in text.
 
     Implements the interface `encode.tokenizer.TextTokenizer`.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         ranks = _read_ranks(path)
         self._special_ids = {t: len(ranks) + n for n, t in enumerate(SPECIAL_TOKENS)}
         self._special_tokens_by_id = {
@@ -55,19 +55,6 @@ class TiktokenTokenizer:
         }
         self._bytes_by_id = {number: token_bytes for token_bytes, number in ranks.items()}
         self.encoding = _build_encoding(ranks, self._special_ids, path)
-        self._cached_tokenize = TokenCache(self._tokenize)
-
-    def __reduce__(self) -> tuple[type[TiktokenTokenizer], tuple[Path]]:
-        # Spawned worker processes load the file again.
-        return TiktokenTokenizer, (self.path,)
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Tokenize text; special tokens in it are tokenized as ordinary text."""
-        return self._cached_tokenize(text) if text else ()
-
-    def clear_cache(self) -> None:
-        """Remove all cached token ids."""
-        self._cached_tokenize.clear()
 
     def token_to_id(self, token: str) -> int:
         """Return the id of a special token.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import tokenizers
 
@@ -118,28 +119,16 @@ class TextTokenizer(Protocol):
         """Return the UTF-8 bytes of a token id; empty for an unknown id."""
 
 
-class Tokenizer:
-    """Tokenizer loaded from `tokenizer.json` that never parses special tokens in text.
-
-    Otherwise, `<|im_end|>` in a caption would end the turn, and `<|image_pad|>` would refer to a
-    missing image. Ids of special tokens are available only through `token_to_id`. Added tokens that
-    are not special, such as `<tool_call>`, remain single tokens.
-    """
+class CachedTokenizer(ABC):
+    """Base of tokenizers that are loaded from a file: token cache, and pickling by path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _translate_library_errors(path, Exception):  # the library raises Exception
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        # tokenizer.json may enable truncation and padding, which would silently change texts.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
-        self._added_token_ids = frozenset(self._tokenizer.get_added_tokens_decoder())
         self._cached_tokenize = TokenCache(self._tokenize)
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
-        # Pickling loses encode_special_tokens; spawned worker processes load the file again.
-        return Tokenizer, (self.path,)
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+        # Spawned worker processes load the file again; pickling would lose encode_special_tokens.
+        return type(self), (self.path,)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Tokenize text; special tokens in it are tokenized as ordinary text."""
@@ -148,6 +137,29 @@ class Tokenizer:
     def clear_cache(self) -> None:
         """Remove all cached token ids."""
         self._cached_tokenize.clear()
+
+    @abstractmethod
+    def _tokenize(self, text: str) -> tuple[int, ...]:
+        """Tokenize text without the cache."""
+
+
+class Tokenizer(CachedTokenizer):
+    """Tokenizer loaded from `tokenizer.json` that never parses special tokens in text.
+
+    Otherwise, `<|im_end|>` in a caption would end the turn, and `<|image_pad|>` would refer to a
+    missing image. Ids of special tokens are available only through `token_to_id`. Added tokens that
+    are not special, such as `<tool_call>`, remain single tokens.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        with _translate_library_errors(path, Exception):  # the library raises Exception
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        # tokenizer.json may enable truncation and padding, which would silently change texts.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self._added_token_ids = frozenset(self._tokenizer.get_added_tokens_decoder())
 
     def token_to_id(self, token: str) -> int:
         """Return the id of a token.

@@ -1,1 +1,1 @@
-"""Export tuned models: merge, publish, convert to GGUF, and build serving commands."""
+"""Export tuned models: merge adapters, upload to hubs, convert to GGUF, build serving commands."""

@@ -1,4 +1,4 @@
-"""Check free disk space before long operations."""
+"""Check the free disk space before long exports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from finesight.errors import UserError
 
 
 def check_free_space(out: Path, needed: int) -> None:
-    """Raise UserError if the disk of an existing or new folder has less free space."""
+    """Raise UserError if the disk of a folder has less than `needed` free bytes.
+
+    The folder need not exist.
+    """
     existing = next(
         folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists()
     )

@@ -1,8 +1,8 @@
-"""Convert models to GGUF with the converter of llama.cpp: decoder and vision encoder in two files.
+"""Convert models to GGUF files for llama.cpp, with the converter of llama.cpp.
 
-The user installs the converter (convert_hf_to_gguf.py of llama.cpp, with the packages in its
-requirements). It runs in a child process with only the path variables of this environment, in
-offline mode.
+One file contains the language model, the other the vision encoder and merger. The user installs the
+converter (convert_hf_to_gguf.py with its requirements). It runs offline in a child process that
+receives only a few environment variables, such as PATH, and no tokens.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ CONVERTER_SCRIPT = "convert_hf_to_gguf.py"
 GGUF_MODEL_FILE, MMPROJ_FILE = "model.gguf", "mmproj.gguf"
 
 SUPPORTED_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-"""Families that the converter supports completely; it lacks the vision encoder of the first
-Qwen-VL.
+"""Families that the converter supports.
+
+It does not support the vision encoder of Qwen-VL (2023).
 """
 
 _PASSED_VARIABLES = (
@@ -46,14 +47,17 @@ _NUM_ERROR_LINES = 5
 
 @dataclass(frozen=True, slots=True)
 class GgufFiles:
-    """Files for the options --model and --mmproj of llama.cpp."""
+    """Paths of the GGUF files, for the options `--model` and `--mmproj` of llama.cpp."""
 
     model: Path
     mmproj: Path
 
 
 def find_converter(path: Path | None) -> Path:
-    """Return the converter at `path` or in PATH. Raises UserError if it does not exist."""
+    """Return the path of the converter, by default the one in PATH.
+
+    Raises UserError if it does not exist.
+    """
     converter = path if path is not None else shutil.which(CONVERTER_SCRIPT)
     if converter is None or not Path(converter).is_file():
         raise UserError(
@@ -75,14 +79,14 @@ def write_gguf(
     outtype: GgufType = "auto",
     python: Path | None = None,
 ) -> GgufFiles:
-    """Write both GGUF files into a new folder.
+    """Convert a model to GGUF files of the language model and of the vision encoder.
 
     Args:
         model_source: Model from `resolve_model_source`.
-        out: New folder.
-        converter: Converter of llama.cpp.
-        outtype: Type of the decoder weights. Vision encoder and merger have at least 16 bits, since
-            fewer bits reduce the image quality.
+        out: Folder to create.
+        converter: Path of convert_hf_to_gguf.py.
+        outtype: Data type of the language model. Vision encoder and merger have at least 16 bits,
+            since fewer bits degrade the image features.
         python: Python interpreter with the packages of the converter.
 
     Raises UserError for an adapter, an existing `out`, an unsupported family, too little disk

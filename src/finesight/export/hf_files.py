@@ -1,4 +1,4 @@
-"""Complete the files that transformers, vLLM and SGLang read in addition to weights."""
+"""Write the configuration files that transformers, vLLM and SGLang need besides the weights."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ HF_ARCHITECTURES: Mapping[str, str] = {
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
 }
-"""Model class of each family in these programs."""
+"""Model class of each family in transformers, vLLM and SGLang."""
 
 HF_PROCESSORS: Mapping[str, str] = {
     "qwen2_vl": "Qwen2VLProcessor",
     "qwen2_5_vl": "Qwen2_5_VLProcessor",
 }
-"""Processor class of each family whose folders may not name it."""
+"""Processor class of each family, for folders that do not name it."""
 
 GREEDY_CONFIG = {"do_sample": True, "temperature": 1e-6, "top_k": 1, "repetition_penalty": 1.0}
 """Greedy decoding without penalties, as in the evaluation.
@@ -61,15 +61,15 @@ _SAMPLING_KEYS = {
     *("diversity_penalty", "length_penalty", "penalty_alpha", "presence_penalty"),
     *("frequency_penalty", "max_new_tokens", "max_length"),
 }
-"""Settings that would change completions compared to `finesight predict`."""
+"""Generation settings that are removed, since `finesight predict` does not use them."""
 
 
 def complete_hf_folder(folder: Path, family: str, end_ids: Sequence[int]) -> None:
-    """Add files that other programs need and the base may lack.
+    """Complete a model folder with settings that other programs need.
 
-    Writes the class in config.json, the image preprocessor settings, and a greedy
-    generation_config.json with `end_ids`. Makes the weights readable for the same users as the
-    other files.
+    Writes the model class into config.json, the image processor settings, and a greedy
+    generation_config.json with the end tokens `end_ids`. Gives the weights the same permissions as
+    config.json.
     """
     for weight_file in folder.glob("*.safetensors"):
         # The writer of weights restricts them to this user, but a server often runs as another
@@ -110,7 +110,7 @@ def complete_hf_folder(folder: Path, family: str, end_ids: Sequence[int]) -> Non
 
 
 def find_dropped_sampling(base_folder: ModelFolder) -> dict[str, Any]:
-    """Return the sampling settings of the base's generation_config.json that are not copied."""
+    """Return the generation settings of the base model that `complete_hf_folder` removes."""
     return {
         key: value
         for key, value in base_folder.generation_config.items()
@@ -120,7 +120,7 @@ def find_dropped_sampling(base_folder: ModelFolder) -> dict[str, Any]:
 
 
 def find_missing_files(folder: ModelFolder) -> list[str]:
-    """Return the files that other programs require and the folder lacks."""
+    """Return the names of files that other programs need but the folder lacks."""
     required: Iterable[tuple[str, ...]] = (
         _QWEN_VL_REQUIRED_FILES if folder.family == "qwen" else _REQUIRED_FILES
     )

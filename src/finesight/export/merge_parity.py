@@ -1,9 +1,12 @@
-"""Compare a merged model with its base and adapter: logits and completions.
+"""Compare logits and completions of a merged model with those of base and adapter.
 
-The comparison separates the causes of differences. In one precision, usually fp32, it computes the
-adapter on its base and the merged weights, which may differ by the order of additions only. Then
-the merged weights are rounded to the stored precision, and the model is loaded from disk; these two
-may differ by the order of additions only. The remaining difference is rounding, and is measured.
+The comparison has three steps, all computed in one precision, usually fp32:
+
+1. Base model with adapter, and merged weights: only the order of additions differs.
+2. Merged weights, and merged weights rounded to the stored precision: the rounding error.
+3. Rounded weights, and the model loaded from disk: only the order of additions differs.
+
+Steps 1 and 3 must agree within a tolerance. The rounding error of step 2 is reported.
 
 Shapes: n tokens of a completion, V vocabulary.
 """
@@ -27,20 +30,23 @@ from finesight.infer.generate import generate
 from finesight.model.vlm import VisionLanguageModel
 
 MAX_NEW_TOKENS = 48
-"""Maximum tokens of a compared completion; the logits of all tokens are held in memory."""
+"""Maximum number of tokens per compared completion, because their logits are kept in memory."""
 
 LOGIT_TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest relative difference of logits by the order of additions, for each precision.
+"""Maximum difference of logits that a different order of additions may cause, by precision.
 
-In 16 bits, it includes rounding of all activations.
+Differences are relative to the largest logit. In 16 bits, the tolerance includes the rounding of
+activations.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class ModelOutputs:
-    """Completions of a model and the logits of their tokens.
+    """Completions of a model, with the logits of each token.
 
-    `logits` has one tensor [n, V] per prompt, in fp32 on the CPU.
+    Attributes:
+        completions: Token ids of one completion per prompt.
+        logits: One tensor [n, V] per prompt, in fp32 on the CPU.
     """
 
     completions: tuple[tuple[int, ...], ...]
@@ -49,11 +55,13 @@ class ModelOutputs:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """First difference between two completions of a prompt.
+    """First token at which the completions of two models for one prompt differ.
 
-    `logit_gap` is the logit difference between the tokens of both completions in the reference
-    model. `max_difference` is the largest difference of the logits of both models at this token. A
-    gap of at most twice this difference is a tie that rounding can break.
+    Attributes:
+        sample_id: Sample of the prompt.
+        token_index: Index of the token in the completion.
+        logit_gap: Difference between the logits of the two tokens in the reference model.
+        max_difference: Largest difference between the logits of both models at this token.
     """
 
     sample_id: str
@@ -63,7 +71,7 @@ class Divergence:
 
     @property
     def is_tie(self) -> bool:
-        """True if rounding explains the difference."""
+        """Whether rounding explains the difference: the gap is at most twice `max_difference`."""
         return self.logit_gap <= 2 * self.max_difference
 
 
@@ -72,24 +80,27 @@ _ADAPTER_STEP = "adapter on base, and merged"
 
 @dataclass(frozen=True, slots=True)
 class MergeParity:
-    """Results of the comparison.
+    """Results of the comparison between a merged model and the trained model.
 
-    Differences of logits are relative to the largest logit of the trained model.
+    Differences are the largest differences of logits, relative to the largest logit of the trained
+    model.
 
     Attributes:
-        origin: Origin of the prompts.
+        origin: Kind of the images in the prompts: validation or generated images.
         num_prompts: Number of prompts.
-        num_tokens: Number of tokens of all completions.
-        compute_precision: Precision of the comparison.
-        weight_precision: Precision of the stored weights.
-        adapter_change: Effect of the adapter; None without one.
-        merge_change: Effect of merging, or of dequantizing 4-bit weights; None without either.
-        rounding_change: Effect of rounding to the stored precision; None if it is lossless.
-        reload_difference: Difference between the written model and the one loaded from disk.
-        num_equal: Number of equal completions.
-        divergences: First differences of the others.
-        quantized_comparison: Logit difference and fraction of equal completions, compared with the
-            quantized base on which the adapter was trained.
+        num_tokens: Number of generated tokens over all completions.
+        compute_precision: Precision in which both models are computed.
+        weight_precision: Precision of the written weights.
+        adapter_change: Difference between base model and base model with adapter; None without an
+            adapter.
+        merge_change: Difference due to merging, or to dequantizing 4-bit weights; None without
+            either.
+        rounding_change: Difference due to rounding to `weight_precision`; None if it is lossless.
+        reload_difference: Difference between the written weights and those loaded from disk.
+        num_equal: Number of prompts with equal completions.
+        divergences: First different token of the other completions.
+        quantized_comparison: For a run with quantized weights, logit difference and fraction of
+            equal completions between the merged model and the quantized model of the training.
     """
 
     origin: str
@@ -106,7 +117,7 @@ class MergeParity:
     quantized_comparison: tuple[float, float] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Convert to a JSON object."""
+        """Return the results as JSON data."""
         comparison = self.quantized_comparison
         comparison_dict = (
             None
@@ -116,7 +127,7 @@ class MergeParity:
         return asdict(self) | {"quantized_comparison": comparison_dict}
 
     def format_lines(self) -> list[str]:
-        """Format the results for the console."""
+        """Return the results as console lines."""
         lines = [
             f"{self.num_prompts} prompts about {self.origin}, {self.num_tokens} generated"
             f" tokens, computed in {self.compute_precision}",
@@ -151,7 +162,7 @@ class MergeParity:
 
 
 def check_same_prompts(actual: Sequence[EncodedSample], expected: Sequence[EncodedSample]) -> None:
-    """Raise UserError if the files of the folder produce other prompts or patches."""
+    """Raise UserError if the merged folder encodes prompts to other tokens or patches."""
     for actual_prompt, expected_prompt in zip(actual, expected, strict=True):
         actual_tokens, expected_tokens = actual_prompt.tokenized, expected_prompt.tokenized
         if not (
@@ -173,7 +184,7 @@ def check_same_prompts(actual: Sequence[EncodedSample], expected: Sequence[Encod
 def generate_completions(
     model: VisionLanguageModel, prompts: Sequence[EncodedSample], eos_ids: Sequence[int]
 ) -> tuple[tuple[int, ...], ...]:
-    """Generate greedily with at most MAX_NEW_TOKENS tokens, like `finesight predict`."""
+    """Generate a completion per prompt with greedy decoding, of at most MAX_NEW_TOKENS tokens."""
     output_ids = generate(model, prompts, max_new_tokens=MAX_NEW_TOKENS, end_ids=eos_ids)
     return tuple(tuple(sequence) for sequence in output_ids)
 
@@ -184,7 +195,10 @@ def compute_logits(
     prompts: Sequence[EncodedSample],
     completions: Sequence[Sequence[int]],
 ) -> tuple[Tensor, ...]:
-    """Compute the logits [n, V] of each token of the completions."""
+    """Compute the logits of the tokens of given completions.
+
+    Returns a tensor [n, V] per prompt.
+    """
     device = model.model.embed_tokens.weight.device
     logits = []
     for prompt, output_ids in zip(prompts, completions, strict=True):
@@ -194,7 +208,10 @@ def compute_logits(
 
 
 def _append_completion(prompt: EncodedSample, output_ids: Sequence[int]) -> EncodedSample:
-    """Append a completion with a full loss mask, so that its tokens are predicted."""
+    """Append the tokens of a completion to a prompt.
+
+    Their loss mask is 1, so that the model computes their logits.
+    """
     tokenized, num_tokens = prompt.tokenized, len(output_ids)
     # Text positions continue from the largest position in all axes.
     position_ids = int(tokenized.position_ids_3T.max()) + 1 + np.arange(num_tokens, dtype=np.int32)
@@ -214,12 +231,12 @@ def _append_completion(prompt: EncodedSample, output_ids: Sequence[int]) -> Enco
 
 
 def max_abs_logit(logits: Sequence[Tensor]) -> float:
-    """Return the largest absolute logit."""
+    """Return the largest absolute value of several logit tensors."""
     return max(float(tensor.abs().max()) for tensor in logits)
 
 
 def max_logit_difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return the largest difference of logits; infinity for a non-finite one."""
+    """Return the largest absolute difference between logits; infinity if one is not finite."""
     pairs = zip(actual, expected, strict=True)
     differences = [
         float((actual_logits - expected_logits).abs().max())
@@ -231,9 +248,12 @@ def max_logit_difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -
 def find_divergences(
     reference: ModelOutputs, other: ModelOutputs, sample_ids: Iterable[str]
 ) -> tuple[int, tuple[Divergence, ...]]:
-    """Count equal completions, and find the first difference of the others.
+    """Count the equal completions of two models, and find the first difference of the others.
 
-    `other` has its own completions, with logits for the completions of `reference`.
+    Args:
+        reference: Completions and logits of the trained model.
+        other: Completions of the merged model, and its logits for the tokens of `reference`.
+        sample_ids: Sample id of each prompt.
     """
     num_equal, divergences = 0, []
     for sample_id, reference_ids, other_ids, reference_logits, other_logits in zip(

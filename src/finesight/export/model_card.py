@@ -1,4 +1,4 @@
-"""Write the model card of a merged folder: training, evaluation, and serving."""
+"""Write the model card (README.md) of a merged model: training, evaluation and serving."""
 
 from __future__ import annotations
 
@@ -31,15 +31,26 @@ from finesight.report.run_reader import RunRecord, read_json_lines, read_run
 MODEL_CARD_FILE = "README.md"
 
 MAX_SHOWN_PROMPTS = 3
-"""Maximum number of prompts in the card, most frequent first."""
+"""Maximum number of prompts in the model card; the most frequent ones are shown."""
 
 _PRIVATE_SECTIONS = ("output_dir", "track")
-"""Recipe sections about folders, accounts and projects, omitted from the card."""
+"""Recipe sections with folders, accounts and projects, which the model card omits."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCardInfo:
-    """Content of a model card. `source` is the run or other source, `name` the folder name."""
+    """Content of the model card of a merged model.
+
+    Attributes:
+        source: Run, adapter or model that was merged.
+        model_source: Base model, adapter and manifest of the source.
+        name: Title of the card: the name of the output folder.
+        precision: Data type of the weights.
+        dequantized_layers: Number of layers dequantized from 4 bits.
+        parity: Comparison with the trained model.
+        missing_files: Files that other programs need and the base model does not contain.
+        dropped_sampling: Generation settings of the base model that were removed.
+    """
 
     source: Path
     model_source: ModelSource
@@ -52,7 +63,7 @@ class ModelCardInfo:
 
 
 def write_model_card(folder: Path, info: ModelCardInfo) -> None:
-    """Write README.md of a merged folder after all other files."""
+    """Write the model card of a merged folder, which already contains all other files."""
     manifest_file = info.source / MANIFEST_FILE
     run_record = read_run(info.source) if manifest_file.is_file() else None
     blocks = [
@@ -145,7 +156,10 @@ def _format_training_counts(run_record: RunRecord) -> list[str]:
 
 
 def _format_prompts(run_record: RunRecord | None) -> list[str]:
-    """Return the prompts of the validation samples, for which the model was trained."""
+    """Return the section with the most frequent prompts of the validation samples.
+
+    Users need these prompts because the model was trained with them.
+    """
     prompt_counts: Counter[str] = Counter()
     for path in (run_record.predictions_files if run_record else [])[-1:]:
         for line in read_json_lines(path):
@@ -209,7 +223,7 @@ def _format_recipe(run_record: RunRecord | None) -> list[str]:
 
 
 def _strip_paths(value: Any) -> Any:
-    """Replace absolute paths by their last component, for privacy."""
+    """Replace paths in recipe settings by their last component, to hide folder names."""
     if isinstance(value, Mapping):
         return {key: _strip_paths(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -270,7 +284,7 @@ def _format_license(base_folder: ModelFolder, folder: Path) -> str:
 
 
 def _read_front_matter(folder: Path) -> dict[str, Any]:
-    """Parse the YAML front matter of the card in a folder."""
+    """Parse the YAML front matter of the model card, empty if there is none."""
     path = folder / MODEL_CARD_FILE
     try:
         text = read_bytes(path, expected="a model card").decode(errors="replace")

@@ -1,4 +1,4 @@
-"""Select questions about images to compare a merged model with its adapter."""
+"""Select the questions about images on which a merged model is compared with its adapter."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from finesight.run_files import RECIPE_FILE
 from finesight.synth.tasks import SyntheticTask, generate_sample
 
 IMAGE_SEED = 20260
-"""Seed of generated images, used if the validation samples of a run are missing."""
+"""Random seed of the images that are generated if a run has no validation samples."""
 
 MAX_SCANNED_SAMPLES = 200
-"""Maximum number of validation samples searched for images."""
+"""Maximum number of validation samples that are searched for images."""
 
 
 def load_validation_samples(source: str, max_samples: int) -> list[LocatedSample]:
-    """Load the first validation samples with images from the recipe of a run.
+    """Load the first validation samples with images of a run.
 
-    Returns an empty list without a recipe, and if the data are missing.
+    Returns an empty list if `source` has no recipe, or if its validation data cannot be read.
     """
     path = Path(source) / RECIPE_FILE
     if not path.is_file():
@@ -41,7 +41,7 @@ def load_validation_samples(source: str, max_samples: int) -> list[LocatedSample
 
 
 def draw_questions(folder: Path, num_questions: int) -> list[LocatedSample]:
-    """Draw images of shapes into a folder, with one question each."""
+    """Save generated images of shapes in a folder, and return one question about each."""
     questions = []
     for index in range(num_questions):
         generated = generate_sample(SyntheticTask("scene"), IMAGE_SEED, index)
@@ -55,7 +55,7 @@ def draw_questions(folder: Path, num_questions: int) -> list[LocatedSample]:
 def encode_prompts(
     renderer: Renderer, questions: Sequence[LocatedSample]
 ) -> list[tuple[LocatedSample, EncodedSample]]:
-    """Encode the questions, without those that fail."""
+    """Encode questions as prompts, and omit those that cannot be encoded."""
     encoded_samples = []
     for question in questions:
         try:

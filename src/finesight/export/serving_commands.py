@@ -1,7 +1,8 @@
-"""Build the commands that serve a model with vLLM and SGLang as evaluated.
+"""Build the commands that serve a model with vLLM and SGLang.
 
-Options are those of vLLM's engine arguments (docs.vllm.ai, `vllm serve`) and of SGLang's server
-arguments (docs.sglang.io); docs/en/export.md explains them.
+The commands use the image size, context length and greedy decoding of the evaluation. Options are
+those of vLLM's engine arguments (docs.vllm.ai, `vllm serve`) and of SGLang's server arguments
+(docs.sglang.io); docs/en/export.md explains them.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from finesight.infer.model_loader import ModelSource
 from finesight.model_folder import ModelFolder
 
 RESERVED_TEXT_TOKENS = 2048
-"""Reserved tokens for question and answer, in addition to the largest image."""
+"""Number of tokens for question and answer, in addition to those of the largest image."""
 
 MIN_CONTEXT_LENGTH = 4096
-"""Minimum context length, if the model supports it."""
+"""Minimum context length of a server in tokens, if the model supports it."""
 
 REQUEST_PARAMETERS: dict[str, Any] = {"temperature": 0, "skip_special_tokens": False}
-"""Parameters of each request.
+"""Parameters that clients must send with each request.
 
-Without `skip_special_tokens` False, both engines remove the tokens of boxes; neither has a server
-option for it.
+By default, vLLM and SGLang remove special tokens, and with them the boxes, from answers. Neither
+has a server option to keep them.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class ServingCommands:
-    """Serving commands, parameters of each request, and notes for clients."""
+    """Serving commands of vLLM and SGLang, request parameters as JSON, and notes for clients."""
 
     vllm: str
     sglang: str
@@ -42,15 +43,15 @@ class ServingCommands:
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """Convert to a JSON object."""
+        """Return the commands as JSON data, with the request parameters as an object."""
         return asdict(self) | {"request": json.loads(self.request)}
 
 
 def build_serving_commands(model_source: ModelSource, source: str) -> ServingCommands:
-    """Build the commands for a model source.
+    """Build the serving commands of a model with the settings of its run.
 
-    Raises UserError for an adapter, quantized weights, and a family that these engines cannot load
-    from such a folder.
+    Raises UserError for an adapter, for quantized weights, and for a family that vLLM and SGLang do
+    not support.
     """
     if model_source.adapter is not None or model_source.quantization_summary:
         raise UserError(
@@ -86,9 +87,14 @@ def format_serving_commands(
     image_rule: ImageRule | None,
     system_prompt: str | None,
 ) -> ServingCommands:
-    """Format the commands for a folder at `path`, served as `name`.
+    """Format the serving commands of a model folder.
 
-    `image_rule` and `system_prompt` are those of the run.
+    Args:
+        folder: Model folder to read the configuration from.
+        path: Path of the folder in the commands.
+        name: Model name in requests.
+        image_rule: Image rule of the run; None for the default of the model.
+        system_prompt: System prompt of the run; None without one.
     """
     preprocessor_config = folder.preprocessor_config
     if isinstance(image_rule, PixelRange):
@@ -136,8 +142,10 @@ def _list_notes(
 
 
 def _compute_context_length(folder: ModelFolder, max_pixels: int) -> int:
-    """Return a context length for the largest image and text, a power of two within the model's
-    limit.
+    """Return the context length of a server in tokens.
+
+    It is the smallest power of two for an image of `max_pixels` and RESERVED_TEXT_TOKENS, but at
+    most the maximum of the model.
     """
     preprocessor_config = folder.preprocessor_config
     token_size: int = preprocessor_config["patch_size"] * preprocessor_config["merge_size"]

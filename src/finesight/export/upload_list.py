@@ -1,4 +1,4 @@
-"""List the files of a model folder to publish."""
+"""List the files of a model folder that an upload to a hub contains."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from finesight.model_folder import DOWNLOAD_PATTERNS
 
 
 def list_uploads(model_source: ModelSource, source: str) -> list[FileUpload]:
-    """List the data files of a model to publish; code is excluded.
+    """List the weights, configuration and tokenizer files of a model for an upload.
 
-    Raises UserError for an adapter and for a folder that changed since it was written.
+    Code and unrelated files are excluded. `source` is the model as the user named it, for messages.
+
+    Raises UserError for an adapter, and for a folder whose files changed since they were written.
     """
     if model_source.adapter is not None or model_source.quantization_summary:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Merge adapters, and verify the merged model before it becomes visible."""
+"""Merge an adapter, and verify the merged model before the output folder appears."""
 
 from __future__ import annotations
 
@@ -48,29 +48,29 @@ from finesight.model_folder import ModelFolder
 from finesight.storage import raise_if_exists, write_folder
 
 NUM_PARITY_SAMPLES = 4
-"""Default number of questions to compare."""
+"""Default number of questions on which the merged and the trained model are compared."""
 
 MEMORY_RESERVE_BYTES = 2 * 10**9
-"""Memory in addition to weights: activations, KV cache, and the process."""
+"""Memory in bytes for activations, KV cache and the process, in addition to the weights."""
 
 DISK_RESERVE_BYTES = 64 * 2**20
-"""Disk space in addition to weights and copied files: index, model card, digests."""
+"""Disk space in bytes for index, model card and digests, in addition to weights and copies."""
 
 LogFn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class VerifiedMerge:
-    """A merged folder with its verification.
+    """A merged model that was compared with the trained model.
 
     Attributes:
-        folder: The folder.
+        folder: Folder of the merged model.
         merged_layers: Number of layers with adapters.
         dequantized_layers: Number of layers dequantized from 4 bits.
-        precision: Precision of the weights.
+        precision: Data type of the written weights.
         parity: Results of the comparison.
-        missing_files: Files that other programs require and the base lacks.
-        dropped_sampling: Sampling settings of the base that were removed.
+        missing_files: Files that other programs need and the base model does not contain.
+        dropped_sampling: Generation settings of the base model that were removed.
     """
 
     folder: Path
@@ -96,15 +96,15 @@ def merge_and_verify(
     """Merge an adapter into a new folder, and compare it with the trained model.
 
     Args:
-        source: Source as the user wrote it.
-        model_source: Model of `source`, from `resolve_model_source`.
-        out: New folder.
-        precision: Precision of the weights.
+        source: Run, adapter or model as the user named it.
+        model_source: Base model and adapter of `source`, from `resolve_model_source`.
+        out: Folder to create.
+        precision: Data type of the written weights.
         device: Device of the comparison.
         num_samples: Number of questions about images: validation samples of the run, or generated
-            ones.
-        max_shard_bytes: Maximum size of a weight file.
-        log: Prints progress.
+            images.
+        max_shard_bytes: Maximum size of a weight file in bytes.
+        log: Prints a progress message.
 
     Raises UserError for an existing `out`, too little disk space, an unsupported family, an
     incompatible adapter, and a merged model that differs from the trained one. `out` does not exist
@@ -159,7 +159,7 @@ def merge_and_verify(
 
 @dataclass(frozen=True, slots=True)
 class _ParityQuestions:
-    """Questions of the comparison and their origin."""
+    """Questions on which two models are compared, as samples and as encoded prompts."""
 
     origin: str
     samples: list[LocatedSample]
@@ -179,9 +179,16 @@ class _ComputeTarget:
 
 @dataclass(frozen=True, slots=True)
 class _WrittenOutputs:
-    """Outputs before saving: adapter on base, base, merged, and merged with rounding.
+    """Logits before the model is saved, for the completions of base and adapter.
 
-    The last one is None if rounding is lossless.
+    Attributes:
+        merged_layers: Number of layers with adapters.
+        dequantized_layers: Number of layers dequantized from 4 bits.
+        adapter_outputs: Completions and logits of the base model with the adapter.
+        base_logits: Logits of the base model.
+        merged_logits: Logits of the merged weights.
+        rounded_logits: Logits of the merged weights in the written precision; None if rounding is
+            lossless.
     """
 
     merged_layers: int
@@ -241,7 +248,10 @@ def _load_model(
 def _run_quantized(
     model_source: ModelSource, questions: _ParityQuestions, target: _ComputeTarget, log: LogFn
 ) -> ModelOutputs | None:
-    """Generate with the quantized base of the run; None if it is not quantized or not available."""
+    """Generate with the quantized weights of the training.
+
+    Returns None if the run did not quantize weights, or if they cannot be quantized here.
+    """
     if not model_source.quantization_summary:
         return None
     try:
@@ -395,7 +405,11 @@ def _count_params(base_folder: ModelFolder) -> int:
 def _select_compute_target(
     requested: Device, num_params: int, fallback_dtype: torch.dtype
 ) -> _ComputeTarget:
-    """Select fp32 if memory suffices, preferably on the GPU; else the CPU with `fallback_dtype`."""
+    """Select device and precision of the comparison.
+
+    It runs in fp32 on the GPU if the model fits or the user requested cuda, else in fp32 on the CPU
+    if it fits into memory, else in `fallback_dtype` on the CPU.
+    """
     device = resolve_device(requested)
     num_bytes = num_params * torch.float32.itemsize + MEMORY_RESERVE_BYTES
     if device.type == "cuda" and (
@@ -407,7 +421,7 @@ def _select_compute_target(
 
 
 def _get_available_memory() -> float:
-    """Return available memory in bytes; infinity if unknown."""
+    """Return the available memory of the machine in bytes, or infinity if it is unknown."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

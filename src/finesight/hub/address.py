@@ -80,7 +80,7 @@ def parse_dataset_address(text: str) -> HubAddress:
     address = _parse(text, "dataset")
     if address is None or address.repo_type == "model" or not is_hub_address(text):
         raise UserError(
-            f"{text!r} is not the address of a data set",
+            f"{text!r} is not the address of a dataset",
             where="SOURCE",
             expected="hf:OWNER/NAME or modelscope:OWNER/NAME, optionally with @REVISION and :SPLIT",
             remedy="for example hf:jrzhang/TextVQA_GT_bbox:train",
@@ -102,7 +102,7 @@ def parse_address(text: str) -> HubAddress:
             f"{text!r} is not the address of a repository",
             where="SOURCE",
             expected="[hf:|modelscope:]OWNER/NAME for a model, hf:datasets/OWNER/NAME or"
-            " modelscope:datasets/OWNER/NAME for a data set, optionally with @REVISION",
+            " modelscope:datasets/OWNER/NAME for a dataset, optionally with @REVISION",
             remedy="for example hf:Qwen/Qwen2-VL-2B-Instruct or"
             " hf:datasets/jrzhang/TextVQA_GT_bbox",
         )

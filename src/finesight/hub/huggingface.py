@@ -174,7 +174,7 @@ def _build_refusal_error(
             f"{address} does not exist or is private (status {response.status_code})",
             where=repo_url,
             expected="a public repository, or a token (HF_TOKEN) with read access",
-            remedy="check the name, and whether it is a model or a data set; for a private one:"
+            remedy="check the name, and whether it is a model or a dataset; for a private one:"
             " export HF_TOKEN=hf_...",
         )
     return UserError(

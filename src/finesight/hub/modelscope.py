@@ -182,7 +182,7 @@ def _build_refusal_error(address: HubAddress, response: httpx2.Response, message
             where=repo_url,
             expected="a public repository, or a token (MODELSCOPE_API_TOKEN) with read access",
             remedy="check the name (the main branch is called master), and whether it is a model"
-            " or a data set",
+            " or a dataset",
         )
     return UserError(
         f"the hub rejects the request for {address} with status {status}: {message[:200]!r}",

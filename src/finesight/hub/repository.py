@@ -294,7 +294,7 @@ def _load_listing(address: HubAddress, listing_path: Path) -> HubRepository:
             expected="a downloaded copy",
             remedy=f"unset HF_HUB_OFFLINE, or run `finesight download {address}` with a connection",
         )
-    expected = "the file listing of a model or data set, written by `finesight download`"
+    expected = "the file listing of a model or dataset, written by `finesight download`"
     remedy = f"delete it, and run `finesight download {address}` with a connection"
     try:
         content = read_json_object(listing_path, expected=expected, remedy=remedy)

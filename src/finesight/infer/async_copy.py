@@ -1,6 +1,6 @@
 """Asynchronous device-to-host copies of sampled tokens.
 
-Shapes: R batch rows, S rows that are sampled instead of decoded greedily, N listed log
+Shapes: R batch rows, S sampled (not greedily decoded) rows, N listed log
 probabilities.
 """
 
@@ -22,8 +22,7 @@ class AsyncTokens:
 
     Attributes:
         ids_R: Token id of each batch row.
-        sampled: Sampler output and row index in it, for each batch row that is not decoded
-            greedily.
+        sampled: Sampler output and the index within it, by batch row, without greedy rows.
         is_finite_R: Whether the logits of each row are finite.
         ready: CUDA event recorded after the copies; None on CPU.
     """

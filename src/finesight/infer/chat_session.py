@@ -118,7 +118,7 @@ class ChatSession:
         Images are read in the calling thread. After an error the session is unchanged.
 
         Raises:
-            UserError: The message is empty, an image is unusable, or the service rejects the
+            UserError: The message is empty, an image is invalid, or the service rejects the
                 request.
         """
         assert options, f"no models requested: options are {options!r}"

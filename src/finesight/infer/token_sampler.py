@@ -107,13 +107,14 @@ def sample_tokens(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Sample
         row for row, sampler in enumerate(samplers) if not sampler.sampling_params.is_greedy
     ]
     filtered_rows = [row for row in stochastic_rows if _has_filter(samplers[row].sampling_params)]
-    for rows, draw_ids in (
+    for selected_rows, draw_ids in (
         (filtered_rows, _sample_filtered),
         (sorted({*stochastic_rows} - {*filtered_rows}), _sample_full),
     ):
-        if rows:
-            rows_S = copy_to_device(np.array(rows), logits_SV.device)
-            ids = draw_ids(processed_SV.index_select(0, rows_S), [samplers[row] for row in rows])
+        if selected_rows:
+            rows_S = copy_to_device(np.array(selected_rows), logits_SV.device)
+            selected_samplers = [samplers[row] for row in selected_rows]
+            ids = draw_ids(processed_SV.index_select(0, rows_S), selected_samplers)
             ids_S = ids_S.index_copy(0, rows_S, ids)
     for row, sampler in enumerate(samplers):
         sampler.record_token(ids_S[row : row + 1])
@@ -133,12 +134,12 @@ def _apply_penalties(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Ten
 
 
 def _apply_constraints(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
-    rows = [row for row, sampler in enumerate(samplers) if sampler.constraint is not None]
-    if not rows:
+    constrained_rows = [row for row, c in enumerate(samplers) if c.constraint is not None]
+    if not constrained_rows:
         return logits_SV
     bitmasks = [c.pop_bitmask() for c in samplers if c.constraint is not None]
     bits_SW = copy_to_device(np.stack(bitmasks), logits_SV.device)
-    rows_S = copy_to_device(np.array(rows), logits_SV.device)
+    rows_S = copy_to_device(np.array(constrained_rows), logits_SV.device)
     bit_positions_32 = torch.arange(32, device=logits_SV.device, dtype=torch.int32)
     allowed_SV = (bits_SW.unsqueeze(-1) >> bit_positions_32 & 1).flatten(1).bool()
     vocab_size = logits_SV.shape[1]

@@ -1,1 +1,1 @@
-"""Launch training jobs with torchrun, Slurm, SkyPilot or Kubeflow."""
+"""Build and submit training jobs for torchrun, Slurm, SkyPilot and Kubeflow."""

@@ -1,4 +1,4 @@
-"""Build YAML for SkyPilot and Kubeflow Trainer.
+"""Build the job files of SkyPilot (task YAML) and Kubeflow Trainer (TrainJob).
 
 The fields are those of SkyPilot tasks (docs.skypilot.co, "SkyPilot YAML") and of TrainJob
 (github.com/kubeflow/trainer, pkg/apis/trainer/v1alpha1/trainjob_types.go).
@@ -18,29 +18,35 @@ from finesight.launch.launch_job import MAX_RESTARTS, RENDEZVOUS_PORT, LaunchJob
 from finesight.launch.launch_scripts import CHECKPOINT_TIMEOUT_S
 
 MOUNT_PATH = "/finesight"
-"""Mount path of the persistent store with recipe, data and output."""
+"""Path in the container where the storage with recipe, data and output is mounted."""
 
 _BUCKET_PATTERN = re.compile(
     "((?:s3|gs|r2|oci|nebius|cw|vastdata)://[^/]+|(?:cos|https)://[^/]+/[^/]+)(?:/+(.*))?"
 )
-"""Store URLs that SkyPilot mounts, with a folder: https is Azure, cos is IBM with a region."""
+"""URLs of storage that SkyPilot mounts: bucket, then an optional folder.
+
+https is an Azure container, cos an IBM bucket with its region.
+"""
 
 _GPU_NAME_PATTERN = re.compile("[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 _CLAIM_NAME_PATTERN = re.compile("[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
-"""RFC 1123 subdomain, the format of names in Kubernetes."""
+"""Format of a PersistentVolumeClaim name: RFC 1123 subdomain."""
 
 
 @dataclass(frozen=True, slots=True)
 class ContainerImage:
-    """Container image with finesight, and the store mounted at MOUNT_PATH."""
+    """Container image with finesight, and the storage mounted at MOUNT_PATH in it."""
 
     name: str
     store: str
 
     @classmethod
     def from_options(cls, name: str | None, store: str | None) -> ContainerImage:
-        """Build from options. Raises UserError if one is missing or invalid."""
+        """Build from the options `--image` and `--store`.
+
+        Raises UserError if one of them is missing or invalid.
+        """
         for option, value, example in (
             ("--image", name, "--image registry.example/finesight:1"),
             ("--store", store, "--store s3://bucket/folder, or the name of a claim for kubeflow"),
@@ -59,7 +65,17 @@ class ContainerImage:
 
 
 def build_skypilot_task(job: LaunchJob, image: ContainerImage, accelerator: str | None) -> str:
-    """Build a task for `sky jobs launch`, which restarts it after preemption."""
+    """Build the YAML of a SkyPilot task, for `sky jobs launch`.
+
+    SkyPilot restarts the task after preemption.
+
+    Args:
+        job: Training job with a fixed number of nodes.
+        image: Container image, and a bucket URL as storage.
+        accelerator: GPU type such as H100; None is an error.
+
+    Raises UserError for invalid options, and for a recipe or output folder outside of the storage.
+    """
     node_spec, num_nodes = job.node_spec, job.node_spec.require_fixed("SkyPilot")
     job.require_inside_store(image.store)
     bucket, folder = _split_bucket(image.store)
@@ -95,7 +111,7 @@ def build_skypilot_task(job: LaunchJob, image: ContainerImage, accelerator: str 
 
 
 def _split_bucket(store: str) -> tuple[str, str]:
-    """Split a store into its bucket and a folder, since SkyPilot mounts buckets only."""
+    """Split a storage URL into bucket and folder, since SkyPilot mounts whole buckets."""
     match = _BUCKET_PATTERN.fullmatch(store)
     if match is None:
         raise UserError(
@@ -109,10 +125,12 @@ def _split_bucket(store: str) -> tuple[str, str]:
 
 
 def build_kubeflow_job(job: LaunchJob, image: ContainerImage) -> str:
-    """Build a TrainJob for the Kubeflow runtime torch-distributed.
+    """Build the YAML of a Kubeflow TrainJob for the runtime torch-distributed.
 
-    The runtime sets node count and rendezvous of torchrun by environment variables. The store is a
-    PersistentVolumeClaim.
+    The runtime passes the number of nodes and the rendezvous endpoint to torchrun in environment
+    variables. `image.store` is the name of a PersistentVolumeClaim.
+
+    Raises UserError for invalid options, and for a recipe or output folder outside of the storage.
     """
     num_nodes = job.node_spec.require_fixed("Kubeflow")
     job.require_inside_store(image.store)
@@ -166,7 +184,7 @@ def build_kubeflow_job(job: LaunchJob, image: ContainerImage) -> str:
 
 
 class _BlockTextDumper(yaml.SafeDumper):
-    """YAML dumper that writes multi-line text as blocks."""
+    """YAML dumper that writes multi-line text as literal blocks (`|`)."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

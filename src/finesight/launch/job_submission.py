@@ -1,4 +1,4 @@
-"""Write a job file and submit it with the command of its engine."""
+"""Write a job file, and submit it with sbatch, sky or kubectl."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILE_SUFFIXES = {
     "skypilot": ".sky.yaml",
     "kubeflow": ".trainjob.yaml",
 }
-"""File suffix of each engine."""
+"""Suffix of the default job file name, by engine."""
 
 _SUBMIT_COMMANDS = {
     "torchrun": ("bash",),
@@ -26,13 +26,16 @@ _SUBMIT_COMMANDS = {
 
 
 def build_submit_command(engine: str, file: Path) -> list[str]:
-    """Return the command that submits a job file."""
+    """Return the words of the command that starts or submits a job file."""
     # A file name that starts with a dash would be an option.
     return [*_SUBMIT_COMMANDS[engine], f"./{file}" if str(file).startswith("-") else str(file)]
 
 
 def write_job_file(file: Path, text: str) -> None:
-    """Write a job file. Raises UserError if the file exists with other content."""
+    """Write a job file, unless it exists with this content.
+
+    Raises UserError if it exists with other content.
+    """
     content = text.encode("utf-8", "surrogateescape")  # encoding of paths that are not UTF-8
     if file.is_file() and file.read_bytes() == content:
         return
@@ -41,9 +44,10 @@ def write_job_file(file: Path, text: str) -> None:
 
 
 def submit_job(engine: str, file: Path) -> str:
-    """Submit a job file; return the output of the engine.
+    """Submit a job file, and return the output of the submit command.
 
-    Raises UserError if the command is not installed or fails.
+    Raises UserError for torchrun, which has no job queue, and if the command is not installed or
+    fails.
     """
     command = build_submit_command(engine, file)
     if engine == "torchrun":

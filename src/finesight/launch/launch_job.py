@@ -1,4 +1,4 @@
-"""Describe a job: recipe, nodes, and command."""
+"""Training job of `finesight launch`: recipe, nodes, and the command of each process."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from finesight.recipe import load_recipe
 from finesight.run_files import RESULT_FILE
 
 MAX_RESTARTS = 3
-"""Maximum number of restarts after a failed process."""
+"""Maximum number of restarts by torchrun or SkyPilot after a failed process."""
 
 RENDEZVOUS_PORT = 29400
-"""Rendezvous port on the first node, torchrun's default."""
+"""Port on the first node where nodes find each other; the default of torchrun."""
 
 _JOB_NAME_PATTERN = re.compile("[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
-"""RFC 1035 label, the strictest format of job names among the engines."""
+"""Format of job names: RFC 1035 label, the strictest format among the engines."""
 
 _NODES_PATTERN = re.compile("([0-9]{1,5})(?::([0-9]{1,5}))?")
 
 
 @dataclass(frozen=True, slots=True)
 class NodeSpec:
-    """Range of nodes with GPUs each, and one process per GPU."""
+    """Minimum and maximum number of nodes of a job, and the GPUs (processes) per node."""
 
     min_nodes: int
     max_nodes: int
@@ -35,7 +35,10 @@ class NodeSpec:
 
     @classmethod
     def parse(cls, nodes: str, gpus_per_node: int) -> NodeSpec:
-        """Parse a number of nodes or MIN:MAX for elastic jobs. Raises UserError if invalid."""
+        """Parse the option `--nodes`: a number of nodes, or MIN:MAX for an elastic job.
+
+        Raises UserError for other text.
+        """
         match = _NODES_PATTERN.fullmatch(nodes)
         min_nodes, max_nodes = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= min_nodes <= max_nodes:
@@ -52,8 +55,9 @@ class NodeSpec:
         return self.min_nodes < self.max_nodes
 
     def require_fixed(self, engine: str) -> int:
-        """Return the number of nodes for an engine without elastic jobs. Raises UserError for a
-        range.
+        """Return the number of nodes for an engine that does not support elastic jobs.
+
+        Raises UserError for a range of nodes.
         """
         if self.is_elastic:
             raise UserError(
@@ -67,7 +71,17 @@ class NodeSpec:
 
 @dataclass(frozen=True, slots=True)
 class LaunchJob:
-    """A training job. `recipe` and `output_dir` are relative to `working_dir`."""
+    """A training job to write for an engine.
+
+    Attributes:
+        name: Name of the job in the scheduler.
+        recipe: Recipe file, relative to `working_dir` unless absolute.
+        overrides: Recipe overrides as typed.
+        output_dir: Output folder of the run, relative to `working_dir` unless absolute.
+        working_dir: Folder in which the processes start.
+        node_spec: Numbers of nodes and GPUs.
+        python: Python interpreter of the processes.
+    """
 
     name: str
     recipe: Path
@@ -81,7 +95,10 @@ class LaunchJob:
     def from_recipe(
         cls, recipe: Path, overrides: Sequence[str], name: str | None, node_spec: NodeSpec
     ) -> LaunchJob:
-        """Build from a recipe. Raises UserError for an invalid recipe or job name."""
+        """Build the job of a recipe. Without `name`, the output folder names it.
+
+        Raises UserError for an invalid recipe or job name.
+        """
         output_dir = load_recipe(recipe, overrides).output_dir
         job_name = _sanitize_name(output_dir.name) if name is None else name
         if not _JOB_NAME_PATTERN.fullmatch(job_name):
@@ -96,13 +113,13 @@ class LaunchJob:
 
     @property
     def python_arguments(self) -> str:
-        """Arguments of `python`, quoted for a shell. The run resumes if there is a checkpoint."""
+        """Arguments of the Python interpreter for training with `--resume`, quoted for a shell."""
         words = ["-m", "finesight", "train", *self._recipe_arguments(), "--resume"]
         return shlex.join(words)
 
     @property
     def result_file(self) -> str:
-        """Result file of the run, quoted for a shell."""
+        """Path of the file that a finished run contains, quoted for a shell."""
         return shlex.quote(str(self.output_dir / RESULT_FILE))
 
     def _recipe_arguments(self) -> list[str]:
@@ -111,7 +128,7 @@ class LaunchJob:
         return [f"./{recipe}" if recipe.startswith("-") else recipe, *self.overrides]
 
     def require_inside_store(self, store: str) -> None:
-        """Raise UserError unless recipe and output are in the mounted store."""
+        """Raise UserError unless recipe and output folder are relative paths in the storage."""
         for where, path in (("RECIPE", self.recipe), ("output", self.output_dir)):
             if path.is_absolute() or ".." in path.parts:
                 raise UserError(
@@ -123,13 +140,16 @@ class LaunchJob:
 
 
 def _sanitize_name(text: str) -> str:
-    """Convert text to a valid job name; `finesight` if no characters remain."""
+    """Convert a folder name to a valid job name, `finesight` if no valid character remains."""
     words = re.sub("[^a-z0-9]+", "-", text.lower()).lstrip("-0123456789")
     return words[:63].strip("-") or "finesight"
 
 
 def validate_name(value: str | None, option: str) -> str | None:
-    """Validate an unquoted directive value. Raises UserError for other characters."""
+    """Return an option value that is safe to write into a job file without quotes.
+
+    Raises UserError for a value with other characters than those of names.
+    """
     if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,:/@+-]*", value):
         raise UserError(
             f"{value!r} is not a name",

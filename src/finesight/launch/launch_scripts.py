@@ -1,4 +1,4 @@
-"""Build shell scripts for torchrun and Slurm.
+"""Build the job files of torchrun (shell script) and Slurm (sbatch script).
 
 Options are those of torchrun (docs.pytorch.org, "torchrun (Elastic Launch)") and of sbatch, srun,
 scancel and scontrol (slurm.schedmd.com, manual pages).
@@ -12,14 +12,20 @@ from dataclasses import dataclass
 from finesight.launch.launch_job import MAX_RESTARTS, RENDEZVOUS_PORT, LaunchJob, validate_name
 
 PREEMPTION_WARNING_S = 300
-"""Seconds before the time limit at which Slurm sends a signal, for a step and its checkpoint."""
+"""Seconds before the time limit at which Slurm signals the job, enough to save a checkpoint."""
 
 CHECKPOINT_TIMEOUT_S = 3600
-"""Seconds that torchrun waits for processes to save a checkpoint; its default is 30."""
+"""Seconds that torchrun waits for its processes after a signal, while they save a checkpoint.
+
+Its default is 30.
+"""
 
 
 def build_torchrun_script(job: LaunchJob) -> str:
-    """Build a script to run on each node; with several, MASTER_ADDR is the name of one."""
+    """Build a shell script that starts torchrun, to run on each node of a job.
+
+    With several nodes, the user sets MASTER_ADDR to the name of one node.
+    """
     node_spec = job.node_spec
     lines = [
         "#!/bin/bash",
@@ -55,14 +61,17 @@ def build_torchrun_script(job: LaunchJob) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SlurmOptions:
-    """Partition, account and time limit of a Slurm job; unset ones use cluster defaults."""
+    """Partition, account and time limit of a Slurm job.
+
+    None is the default of the cluster.
+    """
 
     partition: str | None = None
     account: str | None = None
     time_limit: str | None = None
 
     def format_directives(self) -> list[str]:
-        """Return the sbatch directives. Raises UserError for an invalid value."""
+        """Return the sbatch options of the set values. Raises UserError for an invalid value."""
         values = {"partition": self.partition, "account": self.account, "time": self.time_limit}
         validated = {name: validate_name(value, f"--{name}") for name, value in values.items()}
         return [f"--{name}={value}" for name, value in validated.items() if value is not None]
@@ -73,18 +82,21 @@ trap : TERM USR1
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
 "$@"
 code=$?
-# Stopped with a checkpoint: nothing has failed, for which srun would kill the others.
+# 75: stopped after a checkpoint. With another exit code, srun would kill the other tasks.
 [ "$code" -eq 75 ] && exit 0
 exit "$code"
 """
-"""Script of one process. The shell ignores signals, which its child receives as well."""
+"""Script that starts the training process of one Slurm task.
+
+Its shell ignores signals, which Slurm also sends to the training process.
+"""
 
 _SLURM_TEMPLATE = """\
 set -u
 cd -- {folder} || exit 1
 
-# Slurm warns this script of the end, and it the processes, by scancel: srun makes SIGKILL of some
-# signals that it gets itself.
+# Slurm signals this script before the time limit. The script forwards the signal with scancel,
+# because srun answers some signals with SIGKILL.
 warned='' heard=''
 warn() {{
     warned=1 heard=1
@@ -109,7 +121,7 @@ while :; do
 done
 [ "$code" -eq 0 ] && [ -e {result} ] && exit 0
 if [ -n "$warned" ]; then
-    # However it ended: from the newest checkpoint it goes on.
+    # The requeued job resumes from the newest checkpoint.
     scontrol requeue "$SLURM_JOB_ID"
     exit 75
 fi
@@ -119,9 +131,10 @@ exit 75
 
 
 def build_slurm_script(job: LaunchJob, options: SlurmOptions) -> str:
-    """Build an sbatch script with one task per GPU.
+    """Build an sbatch script that starts one task per GPU.
 
-    The job is requeued at the time limit or after preemption, and resumes with any number of nodes.
+    Slurm signals the job PREEMPTION_WARNING_S before its time limit; the processes save a
+    checkpoint, and the job is requeued, as after preemption. It resumes with any number of nodes.
     """
     node_spec = job.node_spec
     nodes = (

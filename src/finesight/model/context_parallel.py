@@ -47,7 +47,7 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather_rows(rows_R: Tensor, world_size: int) -> Tensor:
-    """All-gather rows from all ranks, [P, R, ...].
+    """Gather rows from all ranks by an all-gather, [P, R, ...].
 
     Every rank must pass the same number of rows. The backward pass reduce-scatters the gradients.
     """
@@ -103,7 +103,7 @@ class ContextParallelAttention(PackedAttention):
         )
 
     def _all_gather_kv(self, kv_T2KD: Tensor) -> Tensor:
-        """All-gather keys and values of all ranks in sequence order, [W, 2, K, D]."""
+        """Gather keys and values of all ranks in sequence order, [W, 2, K, D]."""
         shard = self.context_shard
         padded_chunks = [
             pad_rows(chunk, shard.max_range_length) for chunk in torch.split(kv_T2KD, shard.lengths)

@@ -150,13 +150,13 @@ class LayerStack:
         layer, shape = self.layers[layer_index], shapes[layer_index]
         workspace = layer.backward_workspace(shape)
         if layer_index < self.num_checkpointed:
-            recompute_bytes = (
+            second_forward_bytes = (
                 layer.forward_workspace(shape) + shape.mlp_rows * layer.input_row_bytes
             )
             # The input of the layer already exists.
-            recomputed_saved = (
+            activation_bytes = (
                 layer.saved_bytes(shape)
                 - shape.num_tokens * layer.input_row_bytes * layer.saves_input
             )
-            workspace = recomputed_saved + max(workspace, recompute_bytes)
+            workspace = activation_bytes + max(workspace, second_forward_bytes)
         return max(0, workspace)

@@ -60,7 +60,7 @@ def _format_summary(plan: RunPlan) -> Iterator[str]:
     )
     yield (
         f"run     {plan.total_steps} steps of {plan.batch_size} samples,"
-        f" {plan.chosen_estimate.packs_per_step:.3g} packs per step"
+        f" packs per step: {plan.chosen_estimate.packs_per_step:.3g}"
     )
 
 
@@ -143,12 +143,12 @@ def _format_estimates(plan: RunPlan) -> Iterator[str]:
 
 
 def _format_row(name: str, cells: list[str]) -> str:
-    return f"  {name:<24}" + "".join(f"{cell:>16}" for cell in cells)
+    return f"  {name:<32}" + "".join(f" {cell:>15}" for cell in cells)
 
 
 def _find_bottleneck(step_time: StepTime) -> str:
     seconds_by_part = {
-        "matrix products": step_time.matmul_s,
+        "matmul": step_time.matmul_s,
         "memory": step_time.memory_s,
         "optimizer": step_time.optimizer_s,
     }
@@ -183,7 +183,7 @@ def _format_overheads(plan: RunPlan) -> Iterator[str]:
             f" {_format_seconds(cached_step_s)}, {plan.batch_size / cached_step_s:.4g}"
             " samples/s"
         )
-    yield f"precision {plan.precision}, {plan.num_workers} data loading workers"
+    yield f"precision {plan.precision}, data loader workers: {plan.num_workers}"
 
 
 def _format_verdict(plan: RunPlan) -> Iterator[str]:

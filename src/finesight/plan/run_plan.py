@@ -37,7 +37,7 @@ from finesight.train.sampler import TrainSampler
 from finesight.train.training_data import load_training_data
 
 WORKER_MARGIN = 1.3
-"""Safety factor for the number of data loading workers, since images differ in size."""
+"""Safety factor for the number of data loader workers, since images differ in size."""
 
 NUM_BINS = 10
 """Approximate number of bins of the token histogram."""
@@ -237,7 +237,7 @@ def _list_quantization_choices(
 
 
 def _choose_num_workers(recipe: Recipe, estimate: SettingsEstimate, target: TargetDevice) -> int:
-    """Choose the number of data loading workers.
+    """Choose the number of data loader workers.
 
     On a GPU, data loading must keep up with the training steps. The number is at least that of the
     recipe or the default, and at most `MAX_WORKERS`.

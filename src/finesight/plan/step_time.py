@@ -114,7 +114,7 @@ class StepTime:
 
     The device (`matmul_s` and `memory_s`) and the host, which launches kernels (`host_s`), work
     concurrently, so that the slower one determines the time. `is_loading_blocking` is true without
-    data loading workers.
+    data loader workers.
     """
 
     matmul_s: float
@@ -185,7 +185,7 @@ class StepTimeEstimator:
             flops += self._effective_flops(
                 self._flop_counter.count_by_part(pack), has_cached_features
             )
-            flops += self._flop_counter.count_recompute(pack, activation_checkpointing)
+            flops += self._flop_counter.count_checkpointing(pack, activation_checkpointing)
             memory_bytes += (
                 efficiency.traffic_per_saved_byte
                 * self._activations.saved_bytes(pack)

@@ -48,7 +48,7 @@ class TargetDevice:
         memory_bandwidth: Memory bandwidth in bytes/s.
         dtype: Data type of the weights.
         compute: Properties that determine saved activations.
-        num_workers: Default number of data loading workers.
+        num_workers: Default number of data loader workers.
         is_measured: True for this machine, False for a data sheet.
     """
 

@@ -101,7 +101,7 @@ class ChartData(TypedDict):
 
 
 class SeriesData(TypedDict):
-    """One line in `ChartData`: its name, and points (x, y, formatted y)."""
+    """Line in `ChartData`: its name, and points (x, y, formatted y)."""
 
     name: str
     points: list[tuple[float, float, str]]

@@ -75,10 +75,16 @@ class RunComparison:
     def format_table(self) -> str:
         """Format the primary metric and validation loss of each run as a console table.
 
-        Differences are relative to the baseline and have 95 % intervals.
+        Differences are relative to the baseline and have 95 % intervals. Prediction files do not
+        record the primary metric: without a run, all metrics are listed.
         """
         lines = [("run", "metric", "value", "difference", "95 % interval", "")]
-        rows = [row for row in self.metric_rows if row.is_primary or row.name == VALIDATION_LOSS]
+        has_primary = any(row.is_primary for row in self.metric_rows)
+        rows = [
+            row
+            for row in self.metric_rows
+            if row.is_primary or row.name == VALIDATION_LOSS or not has_primary
+        ]
         for row in rows:
             for run, cell in zip(self.runs, row.cells, strict=True):
                 lines.append((run.label, row.name, *_format_cell(cell)))
@@ -159,6 +165,7 @@ def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLE
         metric_rows=comparison.metric_rows,
         warnings=comparison.warnings,
         config_diff=diff_configs(runs),
+        has_unknown_config=any(run.run_record is None for run in runs),
         costs=compare_costs(runs),
         charts=charts,
         histograms=histograms,

@@ -35,7 +35,7 @@ IDs need not be unique.
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One input of a comparison: a run or a prediction file.
+    """Input of a comparison: a run or a prediction file.
 
     Attributes:
         letter: Letter that identifies the run on the page.
@@ -237,7 +237,7 @@ def list_warnings(reference_run: ComparedRun, other_run: ComparedRun) -> list[st
         reference_run.predictions
     ) != len(other_run.predictions):
         text = (
-            "Average precision decreases with the size of a data set. {} and {} answered {:,} and"
+            "Average precision decreases with the size of a dataset. {} and {} answered {:,} and"
             " {:,} samples, so their AP values are not comparable. The differences use the samples"
             " that both answered."
         )

@@ -84,7 +84,7 @@ def raise_if_not_generated(file: Path) -> None:
             f"{file.name} exists and is not a page of finesight",
             where=str(file),
             expected="a new file name, or an older page to replace",
-            remedy="Choose another name, or move the file.",
+            remedy="choose another name, or move the file",
         )
 
 

@@ -34,7 +34,7 @@ from finesight.report.metrics import (
 
 @dataclass(frozen=True)
 class MetricCell(MetricChange):
-    """One metric of one run in the comparison table.
+    """Metric of a run in the comparison table.
 
     Attributes:
         value: Value of the metric. None if the run does not have it.

@@ -123,7 +123,7 @@ class MetricChange(ABC):
 
 @dataclass(frozen=True)
 class MetricRow(MetricChange):
-    """One metric before and after training, with 95 % confidence intervals.
+    """Metric before and after training, with 95 % confidence intervals.
 
     Unknown values are None.
 

@@ -92,10 +92,12 @@ def _build_lr_series(steps: Sequence[JsonObject]) -> list[ChartSeries]:
 
     Parts with equal learning rates share a line.
     """
-    rates = [(line.get("step"), line["lr"]) for line in steps if isinstance(line.get("lr"), dict)]
-    parts = dict.fromkeys(part for _, lr_by_part in rates for part in lr_by_part)
+    lr_by_step = [
+        (line.get("step"), line["lr"]) for line in steps if isinstance(line.get("lr"), dict)
+    ]
+    parts = dict.fromkeys(part for _, lr_by_part in lr_by_step for part in lr_by_part)
     lines = {
-        part: filter_finite((step, lr_by_part.get(part)) for step, lr_by_part in rates)
+        part: filter_finite((step, lr_by_part.get(part)) for step, lr_by_part in lr_by_step)
         for part in parts
     }
     groups: list[tuple[list[str], list[tuple[float, float]]]] = []

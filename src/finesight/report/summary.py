@@ -151,7 +151,7 @@ def describe_trained_parts(run_record: RunRecord) -> str:
         phrases.append(translate("{} with full fine-tuning", join_words(full_parts)))
     quantization_texts = {
         "nf4": "frozen weights of {} in NF4",
-        "fp8": "frozen weights of {} multiplied in FP8",
+        "fp8": "frozen weights of {} in FP8",
     }
     quantize = tune.get("quantize")
     quantize = quantize if isinstance(quantize, dict) else {}
@@ -240,7 +240,7 @@ def _translate_names(*items: SummaryItem) -> list[SummaryItem]:
 
 def list_remarks(run_record: RunRecord) -> list[str]:
     """Return advice about data wait, and notes on reduced memory settings."""
-    return [*_list_data_wait_remarks(run_record), *_list_memory_remarks(run_record)]
+    return [*_list_data_wait_remarks(run_record), *list_memory_remarks(run_record)]
 
 
 def _compute_data_wait_fraction(run_record: RunRecord) -> float | None:
@@ -263,7 +263,7 @@ def _list_data_wait_remarks(run_record: RunRecord) -> list[str]:
     return [translate(text, 100 * fraction, workers_text)]
 
 
-def _list_memory_remarks(run_record: RunRecord) -> list[str]:
+def list_memory_remarks(run_record: RunRecord) -> list[str]:
     """Return a note on settings that the run changed after running out of GPU memory."""
     settings = run_record.recipe.get("train")
     settings = settings if isinstance(settings, dict) else {}

@@ -162,7 +162,7 @@ class RequestMiddleware:
 
 
 class RequestExchange:
-    """One request and its response, with limits on size and time."""
+    """HTTP request and its response, with limits on size and time."""
 
     def __init__(
         self,

@@ -121,12 +121,12 @@ def format_limits_table(limits: ServerLimits, translate: Callable[[str], str] = 
         translate: Translates the texts of the table.
     """
     titles = " | ".join(map(translate, ("limit", "default", "description", "option")))
-    rows = [f"| {titles} |", "|---|---|---|---|"]
+    lines = [f"| {titles} |", "|---|---|---|---|"]
     for name, value in asdict(limits).items():
         description, option = LIMIT_DESCRIPTIONS[name]
         cells = f"`{name}`", _format_limit(name, value), translate(description), option
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _format_limit(name: str, value: float) -> str:

@@ -1,1 +1,1 @@
-"""Experiment trackers."""
+"""Send metrics, images and alerts of a run to experiment trackers."""

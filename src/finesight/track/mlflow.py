@@ -1,4 +1,7 @@
-"""MLflow tracker: uses `track.uri`, `MLFLOW_TRACKING_URI`, or the MLflow default."""
+"""Tracker for MLflow servers and local MLflow stores.
+
+The server is `track.uri`, the environment variable `MLFLOW_TRACKING_URI`, or the MLflow default.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,10 @@ from finesight.track.tracker_records import (
 )
 
 MAX_PARAM_CHARS = 6000
-"""Maximum length of a parameter on MLflow servers."""
+"""Maximum number of characters of a parameter on MLflow servers."""
 
 MAX_PARAMS_PER_REQUEST, MAX_METRICS_PER_REQUEST = 100, 1000
-"""Request limits of MLflow servers."""
+"""Maximum number of parameters and of metrics in one request to an MLflow server."""
 
 MLFLOW_STATUSES: dict[RunState, str] = {
     "finished": "FINISHED",
@@ -35,7 +38,10 @@ MLFLOW_STATUSES: dict[RunState, str] = {
 
 
 class MLflowTracker(Tracker):
-    """MLflow run in the experiment of the project. Alerts are tags."""
+    """Tracker that logs to an MLflow run; the experiment has the name of the project.
+
+    Alerts are logged as tags.
+    """
 
     def start_run(self, record: StartRecord) -> RunStarted:
         uri, project = record.tracker.uri, record.tracker.project
@@ -92,7 +98,7 @@ class MLflowTracker(Tracker):
 
 
 def _run_exists(client: MlflowClient, run_id: str) -> bool:
-    """Return whether the run exists and is not deleted."""
+    """Return whether an MLflow run exists and is not deleted."""
     try:
         return bool(client.get_run(run_id).info.lifecycle_stage == "active")
     except MlflowException as error:

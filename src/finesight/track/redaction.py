@@ -1,7 +1,7 @@
-"""Redaction of secrets and home folders in texts for trackers.
+"""Remove secrets and home folders from texts that are sent to trackers.
 
-Three rules complement each other: values of environment variables with names of secrets, known
-formats of secrets, and names of settings. Redaction is idempotent.
+Three rules find secrets: values of environment variables with names such as HF_TOKEN, known formats
+of tokens, and settings with such names. Redaction is idempotent.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ _SECRET_NAME = re.compile(
     r"(?:^|[_-])(?:api_?key|key|token|secret|password|passwd|pass|pwd|credentials?)(?:$|[_-])",
     re.IGNORECASE,
 )
-"""Names of secrets, such as WANDB_API_KEY and HF_TOKEN, but not `max_new_tokens` or
-`TOKENIZERS_PARALLELISM`."""
+"""Names of variables and settings with secret values, such as WANDB_API_KEY and HF_TOKEN.
+
+`max_new_tokens` and `TOKENIZERS_PARALLELISM` do not match.
+"""
 
 MIN_SECRET_LENGTH = 8
-"""Minimum length of redacted values. Shorter values, such as `MY_KEY=on`, would remove common
-words."""
+"""Minimum number of characters of a redacted value.
+
+Shorter values, such as that of `MY_KEY=on`, would remove common words.
+"""
 
 _URL_CREDENTIALS = re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s@]+@", re.IGNORECASE)
 _QUERY_SECRET = re.compile(
@@ -44,7 +48,7 @@ _HOME_FOLDERS = re.compile(r"(?<![\w.])/(?:home|Users)/[^/\s\"']+")
 
 
 def redact(text: str) -> str:
-    """Replace secrets by `[removed]` and home folders by `~`."""
+    """Replace secrets in a text by `[removed]` and home folders by `~`."""
     for secret in _iter_secret_values():
         text = text.replace(secret, REDACTED)
     text = _URL_CREDENTIALS.sub(r"\1", text)
@@ -57,7 +61,7 @@ def redact(text: str) -> str:
 
 
 def redact_tree(tree: dict[str, Any]) -> dict[str, Any]:
-    """Redact texts of a settings tree, and values of settings named like secrets."""
+    """Redact all texts of nested settings, and the values of settings with names of secrets."""
     return {
         redact(name): REDACTED if _SECRET_NAME.search(name) else _redact_value(value)
         for name, value in tree.items()
@@ -77,7 +81,10 @@ def _redact_value(value: object) -> object:
 
 
 def _iter_secret_values() -> Iterator[str]:
-    """Yield secrets, longest first, since one may contain another."""
+    """Yield the secret values of environment variables, longest first.
+
+    A secret may contain a shorter one.
+    """
     values = {
         v
         for name, v in os.environ.items()

@@ -1,4 +1,4 @@
-"""SwanLab tracker: cloud or self-hosted with a key, or local files."""
+"""Tracker for the SwanLab cloud, a self-hosted SwanLab server, or local SwanLab files."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ SWANLAB_STATES: dict[RunState, str] = {
 
 
 class SwanLabTracker(Tracker):
-    """SwanLab experiment without information about machine, user, command, terminal, code and
-    packages.
+    """Tracker that logs to a SwanLab experiment.
 
-    Alerts are texts. They are also sent to the webhook of `SWANLAB_WEBHOOK`, like those of SwanLab.
+    Machine, user, command, terminal output, code and packages are not recorded. Alerts are logged
+    as texts, and sent to the webhook in the environment variable `SWANLAB_WEBHOOK`, if it is set.
     """
 
     def start_run(self, record: StartRecord) -> RunStarted:

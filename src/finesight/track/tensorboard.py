@@ -1,4 +1,4 @@
-"""TensorBoard tracker with the writer of the tensorboard package, without torch."""
+"""Tracker that writes TensorBoard event files with the tensorboard package, without torch."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from finesight.track.tracker_records import (
 )
 
 FLUSH_INTERVAL_S = 10
-"""Seconds between flushes of event files."""
+"""Seconds between two flushes of an event file."""
 
 
 class TensorBoardTracker(Tracker):
-    """Event files in the folder of the tracker. Alerts are texts."""
+    """Tracker that writes TensorBoard event files in the run folder; alerts are texts."""
 
     def start_run(self, record: StartRecord) -> RunStarted:
         self._event_writer: Any = EventFileWriter(str(record.folder), flush_secs=FLUSH_INTERVAL_S)
@@ -86,5 +86,5 @@ class TensorBoardTracker(Tracker):
 
 
 def _to_code_block(caption: str) -> str:
-    """Format a caption as a code block, to prevent Markdown rendering."""
+    """Format a caption as a Markdown code block, since TensorBoard renders texts as Markdown."""
     return "".join(f"    {line}\n" for line in caption.splitlines())

@@ -1,6 +1,6 @@
-"""Example images for trackers: reference boxes, boxes before training, and current boxes.
+"""Render validation images with reference boxes, boxes before training and current boxes.
 
-The samples are the same at every evaluation.
+Trackers show them. The samples are the same at every evaluation of a run.
 """
 
 from __future__ import annotations
@@ -21,22 +21,27 @@ from finesight.track.tracker_records import TrackedImage
 from finesight.vision.image_decoding import load_image
 
 MAX_SAMPLES = 8
-"""Maximum number of samples, evenly spaced over the validation data."""
+"""Maximum number of rendered samples, evenly spaced over the validation data."""
 
 MAX_PANEL_SIDE = 640
-"""Longer side of each panel in pixels."""
+"""Maximum side length of a panel in pixels; each panel shows the image with one set of boxes."""
 
 PANEL_GAP = 6
-"""Gap between panels in pixels."""
+"""Gap between two panels in pixels."""
 
 MAX_CAPTION_CHARS = 1000
-"""Maximum length of each text in a caption."""
+"""Maximum number of characters of each text in a caption, such as the answer."""
 
 
 def render_example_images(before: Path, after: Path) -> list[TrackedImage]:
-    """Render samples of two prediction files: before training and current.
+    """Render validation samples with the boxes of two prediction files.
 
-    `before` may be missing or equal to `after`. Samples without a readable image are skipped.
+    Args:
+        before: Prediction file before training; may be missing, or equal to `after`.
+        after: Prediction file of the current evaluation.
+
+    Returns:
+        One captioned image per sample. Samples without a readable image are skipped.
     """
     baseline = before if before.is_file() and before != after else None
     line_pairs = list(pair_predictions(baseline, after)) if after.is_file() else []
@@ -87,7 +92,7 @@ def _render_example(before: JsonObject | None, after: JsonObject) -> TrackedImag
 
 
 def _open_resized(path: Path) -> tuple[Image.Image, float]:
-    """Return the resized image and its scale."""
+    """Return an image of at most MAX_PANEL_SIDE, and its scale relative to the original."""
     height, width = read_image_size(path)
     scale = min(1.0, MAX_PANEL_SIDE / max(width, height))
     size = max(1, round(width * scale)), max(1, round(height * scale))

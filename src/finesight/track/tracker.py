@@ -1,4 +1,4 @@
-"""Base class of trackers, and helpers for packages without nested settings."""
+"""Interface that each tracker package implements, and a helper for settings."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from finesight.track.tracker_records import (
 
 
 class Tracker(ABC):
-    """Interface to one tracker package.
+    """Interface to one tracker package; its methods run in the process of the tracker.
 
-    An exception of a method ends this tracker only. A call may take as long as the response timeout
-    of the client.
+    An exception in a method stops this tracker, but not the training. A call may take up to
+    `tracker_client.RESPONSE_TIMEOUT_S`.
     """
 
     @abstractmethod
     def start_run(self, record: StartRecord) -> RunStarted:
-        """Create a run, or resume the run `record.id`."""
+        """Create a run in the tracker, or resume the run with the id `record.id`."""
 
     @abstractmethod
     def log_metrics(self, record: MetricsRecord) -> None:
-        """Log the metrics of one or more steps."""
+        """Log the metrics of one or more training steps."""
 
     @abstractmethod
     def log_images(self, record: ImagesRecord) -> None:
-        """Log images with captions."""
+        """Log the images of an evaluation with their captions."""
 
     @abstractmethod
     def send_alert(self, record: AlertRecord) -> None:
-        """Send an alert, or log it if the package has no alerts."""
+        """Send an alert to the user, or log it if the package has none."""
 
     @abstractmethod
     def finish_run(self, record: FinishRecord) -> None:
-        """Flush buffered data and close the run."""
+        """Send buffered data and close the run."""
 
 
 def flatten_settings(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield settings by dotted names, for packages without nested settings."""
+    """Yield nested settings as pairs of dotted name and text, for packages without nesting."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from flatten_settings(value, f"{prefix}{name}.")

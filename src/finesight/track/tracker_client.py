@@ -1,7 +1,7 @@
-"""Client of one tracker: a queue, a thread, and a process that runs the package.
+"""Client that sends records to one tracker without blocking the training.
 
-The client never blocks training. A tracker that fails, times out or crashes is disabled, and its
-process is killed.
+A thread passes queued records to a process, which runs the tracker package. A tracker that fails,
+times out or crashes is disabled, and its process is killed.
 """
 
 from __future__ import annotations
@@ -29,35 +29,46 @@ from finesight.track.tracker_records import (
 from finesight.track.tracker_registry import TELEMETRY_OFF_ENV
 
 RESPONSE_TIMEOUT_S = 120.0
-"""Time limit of one record, which covers a network outage of a minute."""
+"""Maximum seconds until the tracker replies to a record.
+
+It exceeds a network outage of a minute.
+"""
 
 MAX_QUEUED_RECORDS = 10_000
-"""Maximum number of queued records; further records are dropped. A record takes a kilobyte, except
-for the images of an evaluation."""
+"""Maximum number of queued records; further ones are dropped.
+
+A record takes about a kilobyte, except for the images of an evaluation.
+"""
 
 MAX_BATCHED_STEPS = 50
-"""Maximum number of steps in one metrics record."""
+"""Maximum number of training steps whose metrics are sent in one record."""
 
 EXIT_TIMEOUT_S = 5.0
-"""Time limit for the process to exit after the run is closed."""
+"""Seconds that the tracker process may take to exit after the run is closed."""
 
 
 class _TrackerFailedError(Exception):
-    """The tracker accepts no more records."""
+    """Raised when the tracker process exits or reports an error."""
 
 
 class TrackerStopped(NamedTuple):
-    """The tracker stopped, with a message for the user."""
+    """Response of a tracker that stopped before the end of the run, with the reason."""
 
     message: str
 
 
 class TrackerClient:
-    """Client of one tracker.
+    """Client that sends records to one tracker.
+
+    Creating it starts the thread and the process of the tracker.
 
     Args:
         kind: Tracker package.
-        log_file: Receives the output of the package.
+        log_file: File for the output of the tracker process.
+
+    Attributes:
+        num_submitted: Number of submitted records, including dropped ones.
+        num_delivered: Number of records that the tracker accepted.
     """
 
     def __init__(self, kind: TrackerKind, log_file: Path) -> None:
@@ -71,7 +82,10 @@ class TrackerClient:
         self._thread.start()
 
     def submit(self, record: TrackerRecord) -> None:
-        """Queue a record without blocking. Dropped records are counted as submitted."""
+        """Queue a record without blocking.
+
+        The record is dropped if the queue is full or the tracker has stopped.
+        """
         self.num_submitted += 1
         has_capacity = (
             isinstance(record, StartRecord | FinishRecord)
@@ -81,16 +95,16 @@ class TrackerClient:
             self._queue.put(record)
 
     def poll_responses(self) -> Iterator[RunStarted | TrackerStopped]:
-        """Yield the responses since the last call."""
+        """Yield the responses of the tracker since the last call."""
         while not self._responses.empty():
             yield self._responses.get()
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until the tracker has stopped. Returns False after the timeout."""
+        """Wait until the tracker has finished or failed. Returns False after the timeout."""
         return self._finished.wait(timeout_s)
 
     def kill(self) -> None:
-        """Stop the tracker immediately."""
+        """Stop the tracker immediately; queued records are lost."""
         if self._finished.is_set():
             return
         self._responses.put(TrackerStopped("stopped before all records were delivered"))
@@ -132,10 +146,9 @@ class TrackerClient:
                 self._responses.put(reply.started)
 
     def _iter_batched(self) -> Iterator[TrackerRecord]:
-        """Yield queued records until the run finishes.
+        """Yield queued records up to the end of the run, with consecutive metrics merged.
 
-        Consecutive metrics records are merged. With one request per step, a remote tracker would be
-        slower than training.
+        With one request per step, a remote tracker would be slower than the training.
         """
         record: TrackerRecord | None = None
         while True:

@@ -1,4 +1,4 @@
-"""Manager that sends metrics, images and alerts to all trackers of a run."""
+"""Send metrics, images and alerts to all trackers of a run."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ LogFn = Callable[[str], None]
 RUN_IDS_FILE = "ids.json"
 
 FINISH_TIMEOUTS_S: dict[RunState, float] = {"finished": 60.0, "failed": 20.0, "interrupted": 20.0}
-"""Time limit for all trackers to deliver their queues at the end of the run."""
+"""Maximum seconds for all trackers to deliver queued records at the end of a run, by its state."""
 
 WAIT_NOTICE_DELAY_S = 2.0
-"""Delay before a message about the wait is logged."""
+"""Seconds of waiting for trackers before a message is logged."""
 
 
 class TrackerRun(BaseModel):
-    """Run ID of a tracker, stored for resuming the run."""
+    """Run id of a tracker, stored so that a resumed training continues its run."""
 
     tracker: TrackerSettings
     id: str
@@ -52,9 +52,15 @@ _TRACKER_RUNS_ADAPTER: TypeAdapter[list[TrackerRun]] = TypeAdapter(list[TrackerR
 
 
 class TrackerManager:
-    """Trackers of a run.
+    """Send records to all trackers of a run.
 
-    Only `finish_run` blocks. Messages of trackers are logged at the next call.
+    Only `finish_run` blocks. Messages of trackers are logged at the next call of a method.
+
+    Args:
+        recipe: Recipe with the trackers.
+        run_dir: Run folder.
+        step: Number of finished steps.
+        log: Logs a message.
     """
 
     def __init__(self, recipe: Recipe, run_dir: Path, step: int, log: LogFn) -> None:
@@ -71,11 +77,14 @@ class TrackerManager:
 
     @property
     def is_active(self) -> bool:
-        """Return whether any tracker still accepts records."""
+        """Whether any tracker still accepts records."""
         return any(not client.wait(0) for _, client in self._clients)
 
     def start_run(self, run_facts: Mapping[str, Any]) -> None:
-        """Start or resume the run with its recipe and `run_facts`."""
+        """Start or resume the run in all trackers.
+
+        The recipe and `run_facts`, such as the model size, are logged as its settings.
+        """
         self._is_started = True
         settings = self._recipe.model_dump(mode="json", exclude={"track"}) | {
             "run": dict(run_facts)
@@ -94,7 +103,7 @@ class TrackerManager:
         self._log_responses()
 
     def get_run_id(self, tracker: TrackerSettings) -> str | None:
-        """Return the run ID of a tracker, if the run has one."""
+        """Return the stored run id of a tracker, or None for a new run."""
         return next(
             (
                 tracker_run.id
@@ -105,21 +114,24 @@ class TrackerManager:
         )
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Log metrics after `step` steps."""
+        """Queue the metrics of a training step for all trackers."""
         self._step = step
         self._submit(MetricsRecord(steps=(StepMetrics(step=step, values=dict(values)),)))
 
     def log_images(self, step: int, images: Sequence[TrackedImage]) -> None:
-        """Log the images of an evaluation after `step` steps."""
+        """Queue the images of an evaluation after `step` steps for all trackers."""
         if images:
             self._submit(ImagesRecord(step=step, images=tuple(images)))
 
     def send_alert(self, level: AlertLevel, title: str, text: str) -> None:
-        """Send an alert for the current step."""
+        """Queue an alert about the current step for all trackers."""
         self._submit(AlertRecord(step=self._step, level=level, title=title, text=text))
 
     def finish_run(self, record: FinishRecord) -> None:
-        """Wait for a limited time until all records are delivered, and log undelivered ones."""
+        """Close the run in all trackers, and wait until queued records are delivered.
+
+        After the time limit, trackers are stopped, and the number of lost records is logged.
+        """
         if not self._is_started:
             for _, client in self._clients:
                 client.kill()
@@ -153,7 +165,10 @@ class TrackerManager:
             self._log_responses()
 
     def _log_responses(self) -> None:
-        """Log messages of trackers, from the training thread."""
+        """Log the new messages of trackers, and save their run ids.
+
+        It runs in the training thread, not in the threads of the clients.
+        """
         for tracker, client in self._clients:
             for response in client.poll_responses():
                 match response:
@@ -185,11 +200,13 @@ class TrackerManager:
 def start_trackers(
     recipe: Recipe, run_dir: Path, step: int, log: LogFn
 ) -> Iterator[TrackerManager]:
-    """Start the trackers of a recipe, and finish them when the run ends.
+    """Start the trackers of a recipe, and close their runs when the `with` block ends.
+
+    An exception in the block marks the runs as interrupted or failed, and propagates.
 
     Args:
-        recipe: Recipe of the run.
-        run_dir: Run directory.
+        recipe: Recipe with the trackers.
+        run_dir: Run folder.
         step: Number of finished steps.
         log: Logs a message.
     """

@@ -1,7 +1,7 @@
-"""Process of one tracker: receives records from a socket and replies to each.
+"""Process that runs one tracker package and replies to records from a socket.
 
-Side effects of the package, such as signal handlers, threads and a hang at exit, are limited to
-this process. Usage: `python -m finesight.track.tracker_process KIND DESCRIPTOR`.
+A separate process limits side effects of the package, such as signal handlers, threads and hangs at
+exit. Usage: `python -m finesight.track.tracker_process KIND FILE_DESCRIPTOR`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,14 @@ from finesight.track.tracker_records import (
 from finesight.track.tracker_registry import create_tracker
 
 ORPHAN_TIMEOUT_S = 60.0
-"""Time limit to close the run after the training process has died."""
+"""Maximum seconds to close the run after the training process has died."""
 
 
 def main(kind: TrackerKind, connection: socket.socket) -> None:
-    """Serve one tracker until the run finishes or the training process dies."""
+    """Pass records from a connection to one tracker until the run ends.
+
+    If the training process dies, the run is closed as failed.
+    """
     for signal_number in (
         signal.SIGINT,
         signal.SIGTERM,
@@ -66,7 +69,11 @@ def main(kind: TrackerKind, connection: socket.socket) -> None:
 
 
 def _read_lines(file: BinaryIO, lines: queue.SimpleQueue[bytes]) -> None:
-    """Queue the lines of a file. After the last one, end the process after a timeout."""
+    """Queue the lines of the connection.
+
+    At its end, when the training process has finished or died, end this process after
+    ORPHAN_TIMEOUT_S, even if the package hangs.
+    """
     for line in file:
         lines.put(line)
     lines.put(b"")

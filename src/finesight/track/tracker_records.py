@@ -1,6 +1,6 @@
-"""Records sent to the process of a tracker.
+"""Messages between the training process and the process of a tracker.
 
-Text fields redact secrets on validation, so a record cannot contain them.
+Validation redacts secrets in all text fields, so that no record contains them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from finesight.config import TrackerSettings
 from finesight.track.redaction import redact, redact_tree
 
 EXAMPLES_KEY = "examples"
-"""Key of example images in all trackers."""
+"""Prefix of the names of example images in all trackers."""
 
 RedactedText = Annotated[str, AfterValidator(redact)]
 RedactedSettings = Annotated[dict[str, Any], AfterValidator(redact_tree)]
@@ -35,11 +35,15 @@ class _TrackerMessage(BaseModel):
 
 
 class StartRecord(_TrackerMessage):
-    """Start or resume of a run after `step` steps.
+    """Record that starts or resumes a run in the tracker.
 
     Attributes:
-        folder: Folder for files of the tracker.
-        id: Run ID of the tracker. None for a new run.
+        tracker: Settings of the tracker in the recipe.
+        name: Name of the run.
+        folder: Folder for local files of the tracker.
+        settings: Recipe and facts about the run.
+        step: Number of finished steps.
+        id: Run id of the tracker; None for a new run.
     """
 
     type: Literal["start"] = "start"
@@ -52,39 +56,42 @@ class StartRecord(_TrackerMessage):
 
 
 class StepMetrics(_TrackerMessage):
-    """Metrics by name after `step` steps."""
+    """Metrics of one training step, by name."""
 
     step: int
     values: dict[str, float]
 
 
 class MetricsRecord(_TrackerMessage):
-    """Metrics of one step, or of several queued steps."""
+    """Record with the metrics of one or several training steps."""
 
     type: Literal["metrics"] = "metrics"
     steps: tuple[StepMetrics, ...]
 
 
 class TrackedImage(_TrackerMessage):
-    """JPEG image with a caption."""
+    """An example image as JPEG, with its caption."""
 
     jpeg: bytes
     caption: RedactedText
 
     def decode(self) -> Image.Image:
-        """Return the decoded image."""
+        """Decode the JPEG data to an image."""
         return Image.open(io.BytesIO(self.jpeg))
 
 
 class ImagesRecord(_TrackerMessage):
-    """Rendered answers to the same samples at every evaluation."""
+    """Record with the example images of an evaluation.
+
+    The samples are the same at every evaluation of a run.
+    """
 
     type: Literal["images"] = "images"
     step: int
     images: tuple[TrackedImage, ...]
 
     def iter_named(self) -> Iterator[tuple[str, TrackedImage]]:
-        """Yield images with names that are equal at every evaluation and in every tracker."""
+        """Yield example images with stable names, so that trackers show them as one series."""
         for image_number, image in enumerate(self.images, 1):
             yield f"{EXAMPLES_KEY}/{image_number}", image
 
@@ -93,7 +100,7 @@ AlertLevel = Literal["info", "warning", "error"]
 
 
 class AlertRecord(_TrackerMessage):
-    """Alert for the user."""
+    """Record with an alert for the user, such as a stopped run."""
 
     type: Literal["alert"] = "alert"
     step: int
@@ -106,7 +113,7 @@ RunState = Literal["finished", "failed", "interrupted"]
 
 
 class FinishRecord(_TrackerMessage):
-    """End of the run, with the reason of a failure."""
+    """Record that closes a run, with the reason if it failed or was interrupted."""
 
     type: Literal["finish"] = "finish"
     state: RunState
@@ -121,11 +128,11 @@ RECORD_ADAPTER: TypeAdapter[TrackerRecord] = TypeAdapter(TrackerRecord)
 
 
 class RunStarted(_TrackerMessage):
-    """Response of a tracker to the start of a run.
+    """Response of a tracker after it started a run.
 
     Attributes:
-        id: Run ID for a later resume, if the tracker supports it.
-        message: Location of the dashboard or files, for the user.
+        id: Run id for a later resume; None if the tracker does not support it.
+        message: Message for the user with the address of the dashboard, or the folder.
     """
 
     id: str | None
@@ -133,7 +140,10 @@ class RunStarted(_TrackerMessage):
 
 
 class RecordReply(_TrackerMessage):
-    """Reply to a record, with an error if it failed."""
+    """Reply of the tracker process to one record.
+
+    `started` is the response to a StartRecord, `error` the reason if the tracker failed.
+    """
 
     started: RunStarted | None = None
     error: str | None = None

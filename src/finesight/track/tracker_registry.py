@@ -1,7 +1,7 @@
-"""Registry of trackers.
+"""Registry of tracker packages: how to import, install and configure each.
 
-A new tracker needs a module with a `Tracker`, an entry in each table, and a name in
-`config.TrackerKind`.
+A new tracker needs a module with a subclass of `Tracker`, an entry in each table below, and a name
+in `config.TrackerKind`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TRACKER_EXTRAS: dict[TrackerKind, str] = {
     "mlflow": "mlflow",
     "trackio": "trackio",
 }
-"""Extra that installs each tracker. Its package has the name of the tracker."""
+"""Extra of finesight that installs the package of each tracker."""
 
 TELEMETRY_OFF_ENV: dict[TrackerKind, dict[str, str]] = {
     "swanlab": {},
@@ -29,12 +29,17 @@ TELEMETRY_OFF_ENV: dict[TrackerKind, dict[str, str]] = {
     "mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true"},
     "trackio": {"HF_HUB_DISABLE_TELEMETRY": "1"},
 }
-"""Environment variables that disable error and usage reports of a package. Variables of the user
-take precedence."""
+"""Environment variables that disable error and usage reports of each package.
+
+Variables that the user sets take precedence.
+"""
 
 
 def create_tracker(kind: TrackerKind) -> Tracker:
-    """Import the package of a tracker and create the tracker. Raises ImportError without it."""
+    """Import the package of a tracker, and create the tracker.
+
+    Raises ImportError if the package is not installed.
+    """
     match kind:
         case "swanlab":
             from finesight.track.swanlab import SwanLabTracker
@@ -59,7 +64,7 @@ def create_tracker(kind: TrackerKind) -> Tracker:
 
 
 def require_packages(trackers: Sequence[TrackerSettings]) -> None:
-    """Raise UserError for a tracker whose package is not installed, without importing it."""
+    """Raise UserError if the package of a tracker is not installed. Imports no package."""
     for tracker in trackers:
         if find_spec(tracker.kind) is None:
             raise _missing_package_error(

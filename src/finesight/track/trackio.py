@@ -1,4 +1,4 @@
-"""Trackio tracker: local folder, Space, or self-hosted server."""
+"""Tracker for Trackio: a local folder, a Hugging Face Space, or a self-hosted server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ ALERT_LEVELS: dict[AlertLevel, Any] = {
 
 
 class TrackioTracker(Tracker):
-    """Trackio run, resumed by its name. A new Space is private."""
+    """Tracker that logs to a Trackio run, which is resumed by its name.
+
+    A Space that it creates is private.
+    """
 
     def start_run(self, record: StartRecord) -> RunStarted:
         uri, project = record.tracker.uri, record.tracker.project

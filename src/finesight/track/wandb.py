@@ -1,4 +1,4 @@
-"""Weights & Biases tracker: cloud or self-hosted with a key, or offline files."""
+"""Tracker for the Weights & Biases cloud, a self-hosted server, or offline files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finesight.track.tracker_records import (
 )
 
 INIT_TIMEOUT_S = 30
-"""Time limit to reach the server. After it, the run is logged offline."""
+"""Maximum seconds to reach the server; afterwards, the run is logged offline."""
 
 ALERT_LEVELS: dict[AlertLevel, Any] = {
     "info": wandb.AlertLevel.INFO,
@@ -31,7 +31,7 @@ ALERT_LEVELS: dict[AlertLevel, Any] = {
 
 
 class WandbTracker(Tracker):
-    """W&B run with the step as x axis.
+    """Tracker that logs to a W&B run, with the training step as x axis.
 
     Machine, user, command, code and packages are not recorded.
     """

@@ -1,6 +1,6 @@
-"""Scan of a data set before training: checks samples and counts tokens and patches.
+"""Scan of a dataset before training: checks samples and counts tokens and patches.
 
-Large data sets are scanned partially, and their statistics are estimates.
+Large datasets are scanned partially, and their statistics are estimates.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from finesight.train.dataloader_workers import catch_user_error, prefetch_items
 from finesight.train.image_record import ImageState, ImageStates, read_image_state
 
 MAX_FULL_SCAN_SAMPLES = 500_000
-"""Maximum number of samples of a completely scanned data set; limits time and memory."""
+"""Maximum number of samples of a completely scanned dataset; limits time and memory."""
 
 PARTIAL_SCAN_SAMPLES = 10_000
-"""Number of samples that a partial scan of a larger data set reads."""
+"""Number of samples that a partial scan of a larger dataset reads."""
 
 SCAN_CHUNK_SIZE = 64
 """Number of samples per item of the scan, loaded by one data loader worker."""
@@ -41,7 +41,7 @@ SCAN_CHUNK_SIZE = 64
 
 @dataclass(frozen=True, slots=True)
 class DatasetStats:
-    """Statistics of a data set, and the selection of its valid samples.
+    """Statistics of a dataset, and the selection of its valid samples.
 
     After a partial scan, all samples count as valid, the totals are estimates, and the image counts
     are unknown (0).
@@ -83,7 +83,7 @@ class DatasetStats:
 
 
 class SampleStats(NamedTuple):
-    """Statistics of one sample, small enough to keep for all samples of a data set.
+    """Statistics of one sample, small enough to keep for all samples of a dataset.
 
     Attributes:
         id: ID of the sample.
@@ -200,7 +200,7 @@ def compute_dataset_stats(
     watched_images: Set[str] = frozenset(),
     subset: Sequence[int] | None = None,
 ) -> DatasetStats:
-    """Scan a data set: check and tokenize its samples, and select the valid ones.
+    """Scan a dataset: check and tokenize its samples, and select the valid ones.
 
     Samples that are too long, lack supervised tokens or have corrupt images are skipped, or raise
     an error with `on_invalid_sample=fail`. All other errors of a sample are raised.
@@ -318,7 +318,7 @@ def _estimate_stats(
     leaked_images: set[str],
     prefix_length: int,
 ) -> DatasetStats:
-    """Extrapolate the statistics of a partial scan to the complete data set."""
+    """Extrapolate the statistics of a partial scan to the complete dataset."""
     scale = num_samples / len(indices)
     return DatasetStats(
         sample_indices=range(num_samples),

@@ -139,7 +139,7 @@ class FlopCounter:
             *self._count_attention(batch.lengths, batch.grid_thw, batch.prefix_length),
         )
 
-    def count_recompute(self, batch: PackShape, fraction: float) -> float:
+    def count_checkpointing(self, batch: PackShape, fraction: float) -> float:
         """Count the additional FLOPs of activation checkpointing.
 
         Args:

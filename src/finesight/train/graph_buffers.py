@@ -249,12 +249,12 @@ class GraphInputs:
         static_batch.position_ids_3T[:, :num_tokens].copy_(batch.position_ids_3T)
         static_batch.position_ids_3T[:, num_tokens:].copy_(padding_positions)
         # Empty sequences follow the padding sequences.
-        num_bounds = len(batch.cu_seqlens_S1)
+        num_cu_seqlens = len(batch.cu_seqlens_S1)
         ends = torch.arange(
-            1, len(static_batch.cu_seqlens_S1) - num_bounds + 1, device=padding_positions.device
+            1, len(static_batch.cu_seqlens_S1) - num_cu_seqlens + 1, device=padding_positions.device
         )
-        static_batch.cu_seqlens_S1[:num_bounds].copy_(batch.cu_seqlens_S1)
-        static_batch.cu_seqlens_S1[num_bounds:].copy_(
+        static_batch.cu_seqlens_S1[:num_cu_seqlens].copy_(batch.cu_seqlens_S1)
+        static_batch.cu_seqlens_S1[num_cu_seqlens:].copy_(
             (ends * self.shape.max_suffix_length + num_tokens).clamp_(max=self.shape.num_tokens)
         )
         _copy_padded(static_batch.logit_indices_L, batch.logit_indices_L, 0)

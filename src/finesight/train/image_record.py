@@ -2,7 +2,7 @@
 
 A fingerprint covers the size of each image file and its first and last `EDGE_BYTES` bytes, which
 cost little in addition to reading the header. Modification times are recorded but do not count as
-changes, because copying a data set changes them.
+changes, because copying a dataset changes them.
 """
 
 from __future__ import annotations

@@ -273,7 +273,7 @@ def _describe_frozen_weights(state: TrainState, quantized: Collection[str]) -> s
     """Describe the quantized and FP8 weights of the model; empty if there are none."""
     tune, notes = state.recipe.tune, []
     if tune.quantize.nf4:
-        notes.append(f"weights of {' and '.join(tune.quantize.nf4)} in NF4")
+        notes.append(f"frozen weights of {' and '.join(tune.quantize.nf4)} in NF4")
     if tune.quantize.fp8:
         num_unquantized = count_unquantized_layers(state.model, tune.quantize.fp8)
         exception = (

@@ -187,7 +187,7 @@ class _RankWorker:
                 self.checkpointer.save(state.checkpoint_state(), *tensors)
             case RankCommand.EVALUATE:
                 with self.encoder_offloader.reload():
-                    # A signal is handled before the next step, together with all ranks.
+                    # All ranks handle a signal before the next step.
                     run_evaluation(state, "", self.console, StopRequest())
             case RankCommand.TRAIN:
                 self.run_steps()

@@ -155,10 +155,10 @@ def _scan_split(
 
 
 def _log_partial_scan(stats: DatasetStats, console: TrainingConsole, split_name: str) -> None:
-    num_unusable = stats.num_scanned - len(stats.scanned_indices)
+    num_invalid = stats.num_scanned - len(stats.scanned_indices)
     console.log(
         f"data.{split_name}: {len(stats.sample_indices)} samples, too many for a full scan;"
-        f" {stats.num_scanned} samples scanned, {num_unusable} of them invalid; estimated total:"
+        f" {stats.num_scanned} samples scanned, {num_invalid} of them invalid; estimated total:"
         f" {stats.num_tokens} tokens (longest {stats.max_sample_tokens}),"
         f" {stats.num_patches} patches"
     )

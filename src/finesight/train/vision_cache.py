@@ -145,7 +145,7 @@ def _find_cache_blocker(state: TrainState) -> str | None:
     if state.parallel.is_sharded:
         return f"the vision encoder is sharded (train.parallel={state.recipe.train.parallel})"
     if not state.train_data.stats.is_complete:
-        return "the data set is too large for a full scan"
+        return "the dataset is too large for a full scan"
     if state.recipe.train.vision_cache == "never":
         return "train.vision_cache=never"
     if state.progress.step and not _was_started_with_cache(state):

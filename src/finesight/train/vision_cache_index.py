@@ -1,4 +1,4 @@
-"""Index of the unique images of a data set, split into chunks for encoding."""
+"""Index of the unique images of a dataset, split into chunks for encoding."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ImageChunk:
 
 @dataclass(frozen=True, slots=True)
 class ImageIndex:
-    """Unique images of a data set.
+    """Unique images of a dataset.
 
     Attributes:
         image_refs: Unique images in the order of their keys.
@@ -98,22 +98,22 @@ class ImageIndex:
         )
 
     def split_chunks(self) -> list[ImageChunk]:
-        """Split the images into content-defined chunks, so that other data sets can reuse them.
+        """Split the images into content-defined chunks, so that other datasets can reuse them.
 
         A chunk ends after an image whose key ends in 0 (one of 16), or at `CHUNK_PATCHES` patches.
         An added or removed image changes only its own chunk. The last bits of the features of an
         image may depend on the other images in the batch, so chunks make features reproducible.
         """
-        bounds, num_patches = [0], 0
+        chunk_ends, num_patches = [0], 0
         for position, image_ref in enumerate(self.image_refs, 1):
             num_patches += image_ref.num_patches
             last = position == len(self.image_refs)
             if last or image_ref.key[-1] == "0" or num_patches >= CHUNK_PATCHES:
-                bounds.append(position)
+                chunk_ends.append(position)
                 num_patches = 0
         return [
             ImageChunk(self._hash_keys(start, stop), start, stop)
-            for start, stop in pairwise(bounds)
+            for start, stop in pairwise(chunk_ends)
         ]
 
     def _hash_keys(self, start: int, stop: int) -> str:

@@ -25,7 +25,7 @@ class VisionIndexReader(VisionCacheReader):
     """Vision cache reader for features on the GPU; the data loader sends only feature indices.
 
     Attributes:
-        image_index: Unique images of the data set.
+        image_index: Unique images of the dataset.
         feature_offsets_P1: Start of each image in the concatenated features, and their total
             number.
     """

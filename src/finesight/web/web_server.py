@@ -92,7 +92,7 @@ def bind_socket(host: str, port: int) -> Iterator[socket.socket]:
                 f"cannot listen on {host}:{port} ({error})",
                 where="--host, --port",
                 expected="a local address and a free port",
-                remedy="Choose another --port.",
+                remedy="choose another --port",
             ) from error
         yield listener
 

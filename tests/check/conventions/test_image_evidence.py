@@ -1,4 +1,4 @@
-"""What pictures say of boxes: the measures of known sides, and the chance of an accident."""
+"""Evidence of images for boxes: measures of known sides, and the probability of chance."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_unreadable_images_are_skipped() -> None:
 
     def look(path: Path) -> EdgeContrast:
         if int(path.name) % 2:
-            raise CorruptImageError("cut off", where=str(path), expected="a picture", remedy="none")
+            raise CorruptImageError("cut off", where=str(path), expected="an image", remedy="none")
         return seen[path]
 
     witness = ImageEvidence(table, look)

@@ -1,4 +1,4 @@
-"""Pictures for the readers of formats."""
+"""Images for the tests of data formats."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from finesight.errors import UserError
 
 
 def answer(folder: Path, text: str, *images: str) -> list[object]:
-    """What is read of an answer about a picture of 1000 x 500 pixels, or about others."""
+    """Parse an answer about an image of 1000 x 500 pixels, or about the given images."""
     scene = RowImages(ImportContext(ImageResolver(folder, folder / "out")))
     for image in images or ("b.png",):
         scene.add_image(image)

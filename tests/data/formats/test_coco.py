@@ -68,7 +68,7 @@ def instances() -> dict[str, Any]:
 def write(
     root: Path, document: dict[str, Any], location: str = "annotations/instances.json"
 ) -> Path:
-    """The document as a file, and its pictures in `images` beside its folder."""
+    """Write the document, and its images to `images` beside its folder."""
     for image in document["images"]:
         write_box_image(root / "images" / image["file_name"], WHITE)
     file = root / location
@@ -85,7 +85,7 @@ def test_detection(tmp_path: Path) -> None:
         [("dog", (2, 1, 7, 6)), ("dog", (20, 1, 25, 6))],
         ["none"],
     ]
-    requested = "Locate every object of these classes in the picture: dog, person, toothbrush."
+    requested = "Locate every object of these classes in the image: dog, person, toothbrush."
     assert list_questions(samples) == [requested] * 3
     assert samples[0].id == "000000397133"
     assert samples[0].meta["image_id"] == 397133
@@ -308,4 +308,4 @@ def test_windows_paths_and_unnamed_category(tmp_path: Path) -> None:
     (tmp_path / "set" / "set.json").write_text(json.dumps(document), encoding="utf-8")
     samples, _ = import_samples(tmp_path / "set" / "set.json", tmp_path / "out")
     assert list_answers(samples) == [[("dog", (12, 3, 32, 17))]]
-    assert list_questions(samples) == ["Locate every object of these classes in the picture: dog."]
+    assert list_questions(samples) == ["Locate every object of these classes in the image: dog."]

@@ -69,7 +69,7 @@ def test_detection(source: Path, tmp_path: Path) -> None:
     samples, _ = import_samples(source, tmp_path / "out")
     dogs = [("dog", WHITE), ("dog", (4, 5, 12, 13))]
     assert list_answers(samples) == [[*dogs, ("lawn", (0, 0, 40, 20))]]
-    requested = "Locate every object of these classes in the picture: dog, lawn."
+    requested = "Locate every object of these classes in the image: dog, lawn."
     assert list_questions(samples) == [requested]
     assert samples[0].id == "a"
 

@@ -84,7 +84,7 @@ LLAVA = [
             "a beautiful painting of chernobyl. hyper detailed. octane render. ",
         ),
     },
-    {"id": "2", "conversations": turns("And without a picture?", "Nothing.")},
+    {"id": "2", "conversations": turns("And without an image?", "Nothing.")},
 ]
 QUERY = [
     {
@@ -150,7 +150,7 @@ EXAMPLES: list[tuple[str, list[dict[str, Any]], dict[str, Any]]] = [
 
 
 def with_image_bytes(samples: list[Sample], folder: Path) -> list[Sample]:
-    """The samples with the pixels of their pictures in place of the names."""
+    """Return the samples with the pixels of their images instead of the names."""
     return [
         one.map_paths(lambda name: Image.open(folder / name).tobytes().hex()) for one in samples
     ]

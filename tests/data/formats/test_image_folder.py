@@ -1,4 +1,4 @@
-"""Folders: pictures with texts beside them, and folders that are no data set."""
+"""Image folders with text files, and folders that are not a dataset."""
 
 from __future__ import annotations
 

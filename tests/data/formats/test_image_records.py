@@ -1,4 +1,4 @@
-"""Samples gathered by the pictures that they show."""
+"""Samples grouped by their images."""
 
 from __future__ import annotations
 

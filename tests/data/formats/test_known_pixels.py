@@ -1,4 +1,4 @@
-"""Each format's boxes are where they say: on the white pixels of a picture that is black else."""
+"""Box positions of each format: the white pixels of an image that is black elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finesight.data.jsonl import LocatedSample, read_samples
 from finesight.data.sample import BoxPart, ImagePart, Sample
 
 WHITE = (10, 4, 30, 16)
-"""Corners in a picture of 40 x 20 pixels."""
+"""Corners in an image of 40 x 20 pixels."""
 
 SHARES = [0.25, 0.2, 0.75, 0.8]
 THOUSANDTHS = [250, 200, 750, 800]

@@ -116,7 +116,7 @@ def test_embedded_image(root: Path, tmp_path: Path) -> None:
 
 
 def test_sizes_include_exif_rotation(root: Path, tmp_path: Path) -> None:
-    """LabelMe turns a picture before it shows it."""
+    """Check that the EXIF orientation is applied, as LabelMe does."""
     exif = Image.Exif()
     exif[0x0112] = 6
     with Image.open(root / "a.png") as image:

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's data sets, sharegpt and alpaca (the README of its folder `data`)."""
+"""LLaMA-Factory's datasets, sharegpt and alpaca (the README of its folder `data`)."""
 
 from __future__ import annotations
 

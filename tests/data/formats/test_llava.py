@@ -1,4 +1,4 @@
-"""LLaVA's data sets (its "Finetune LLaVA on Custom Datasets")."""
+"""LLaVA's datasets (its "Finetune LLaVA on Custom Datasets")."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_line_break_after_image_is_removed(folder: Path) -> None:
         ("user", [folder / "a.png", "Write a prompt to generate this image."]),
         ("assistant", ["a beautiful painting"]),
     ]
-    form, reason = detect_format([rows, record("No picture?", "None.", image=None)], "here")
+    form, reason = detect_format([rows, record("No image?", "None.", image=None)], "here")
     assert form is FORMAT
     assert "image in 1 of the first 2" in reason
 

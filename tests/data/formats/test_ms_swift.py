@@ -1,7 +1,8 @@
-"""ms-swift's data sets: boxes under `objects`, pictures under `images` (its "Custom Dataset")."""
+"""ms-swift's datasets: boxes under `objects`, images under `images` (its "Custom Dataset")."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from format_fixtures import list_turns, parse_record
 
 from finesight.data.formats import detect_format
 from finesight.data.formats.ms_swift import FORMAT
+from finesight.data.sample import VideoPart
 from finesight.errors import UserError
 
 
@@ -165,6 +167,14 @@ def test_invalid_rows_are_rejected(folder: Path, rows: dict[str, Any], what: str
         parse_record(FORMAT, rows, folder)
     assert caught.value.expected
     assert caught.value.remedy
+
+
+def test_video_error_names_the_sample_format(folder: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_record(FORMAT, record("<image>?", "x", videos=["a.mp4"]), folder)
+    part = re.search(r"\{.*\}", caught.value.remedy)
+    assert part is not None
+    VideoPart.model_validate_json(part[0])
 
 
 def test_rows_of_other_formats_are_not_detected(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Chat messages with pictures as parts (OpenAI's guide "Vision fine-tuning", and TRL's form)."""
+"""Chat messages with images as parts (OpenAI's guide "Vision fine-tuning", and TRL's form)."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def test_several_images(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "columns", "what"),
     [
-        ({"a": "x"}, "image=picture answer=a", "no column 'picture'"),
+        ({"a": "x"}, "image=photo answer=a", "no column 'photo'"),
         ({"a": ""}, "image=image answer=a", "the answer is ''"),
         ({"a": ["x", None]}, "image=image answer=a", "the answer is 'None'"),
         ({"a": {"raw": "x"}}, "image=image answer=a", "the answer is"),

@@ -1,4 +1,4 @@
-"""YOLO data sets as Ultralytics documents them, and those with classes.txt."""
+"""YOLO datasets as Ultralytics documents them, and those with classes.txt."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_detection(root: Path, tmp_path: Path) -> None:
         ["none"],
         [("red car", (0, 0, 40, 20))],
     ]
-    requested = "Locate every object of these classes in the picture: person, dog, red car."
+    requested = "Locate every object of these classes in the image: person, dog, red car."
     assert list_questions(samples) == [requested] * 3
     assert [sample.meta["split"] for sample in samples] == ["train", "train", "val"]
     assert summary.detected_by == "names in data.yaml: 3 classes, images: train 3, val 1"
@@ -78,9 +78,9 @@ def test_box_matches_known_pixels(root: Path, tmp_path: Path) -> None:
 def test_grounding(root: Path, tmp_path: Path) -> None:
     samples, summary = import_samples(root, tmp_path / "out", box_task="grounding")
     assert list_questions(samples) == [
-        "Locate every dog in the picture.",
-        "Locate every person in the picture.",
-        "Locate every red car in the picture.",
+        "Locate every dog in the image.",
+        "Locate every person in the image.",
+        "Locate every red car in the image.",
     ]
     assert [sample.id for sample in samples] == ["a-dog", "a-person", "c-red car"]
     assert summary.output_files[0].num_rows == 2
@@ -99,6 +99,15 @@ def test_val_split_becomes_last_rows(root: Path, tmp_path: Path) -> None:
     import_dataset(root, tmp_path / "out", ImportOptions(eval_last=1))
     assert '"val"' in (tmp_path / "out" / "eval.jsonl").read_text(encoding="utf-8")
     assert '"val"' not in (tmp_path / "out" / "train.jsonl").read_text(encoding="utf-8")
+
+
+def test_empty_lines_of_classes_txt_keep_the_class_ids(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    write_box_image(root / "a.png", WHITE)
+    (root / "a.txt").write_text(LINE.replace("1", "2", 1), encoding="utf-8")
+    (root / "classes.txt").write_text("person\n\ndog\n\n", encoding="utf-8")
+    samples, _ = import_samples(root, tmp_path / "out")
+    assert list_answers(samples) == [[("dog", WHITE)]]
 
 
 def test_flat_folder_with_classes_txt(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ GRIDS = [(1, 2, 2), (1, 8, 8), (1, 10, 14), (3, 6, 4), (2, 16, 24), (1, 18, 2), 
 def test_windows_match_reference(grid: tuple[int, int, int], window: int) -> None:
     from transformers.vision_utils import get_vision_window_index
 
-    order, bounds = get_vision_window_index(
+    order, cu_seqlens = get_vision_window_index(
         torch.tensor([grid]), spatial_merge_size=2, window_size=window * 28, patch_size=14
     )
     ours, squares = window_order(grid, 2, window)
     assert ours.tolist() == order.tolist()
-    assert np.cumsum(squares * 4).tolist() == bounds[1:].tolist()
+    assert np.cumsum(squares * 4).tolist() == cu_seqlens[1:].tolist()
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

@@ -81,10 +81,10 @@ def preserved_fraction(group: FusedLinear, x_TI: Tensor, found: list[Tensor]) ->
     mine = dict(zip(group.output_sizes, found, strict=True))
     along = full = 0.0
     for name, (a_RI, b_OR) in adapter.factors().items():
-        update_TO = (x_TI @ a_RI.T).double() @ b_OR.double().T
-        assert update_TO.abs().mean() < 2**-8 * bare[name].abs().mean(), "no small update"
-        along += float(((mine[name].double() - bare[name].double()) * update_TO).sum())
-        full += float((update_TO * update_TO).sum())
+        delta_TO = (x_TI @ a_RI.T).double() @ b_OR.double().T
+        assert delta_TO.abs().mean() < 2**-8 * bare[name].abs().mean(), "the delta is too large"
+        along += float(((mine[name].double() - bare[name].double()) * delta_TO).sum())
+        full += float((delta_TO * delta_TO).sum())
     return along / full
 
 
@@ -118,13 +118,13 @@ def test_layer_without_adapter_is_unchanged(kind: Kind, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_multi_lora_delta_is_not_lost_to_rounding(bias: bool, kind: Kind, device: str) -> None:
     group, x_TI = make_adapted_layer(list(WIDTHS), bias, kind, device)
-    trained, bank = group.adapter, MultiLora(nn.ModuleDict({"gate_up_proj": group.eval()}))
-    bank.collect_adapter()
-    readers = bank.install()
-    assert readers is not None
-    readers.set_mask(readers.build_mask(0))
+    trained, multi_lora = group.adapter, MultiLora(nn.ModuleDict({"gate_up_proj": group.eval()}))
+    multi_lora.collect_adapter()
+    routing = multi_lora.install()
+    assert routing is not None
+    routing.set_mask(routing.build_mask(0))
     found = list(group(x_TI))
-    readers.set_mask(readers.build_mask(None))
+    routing.set_mask(routing.build_mask(None))
     base = list(group(x_TI))
     group.adapter = trained
     assert preserved_fraction(group, x_TI, found) == pytest.approx(1.0, abs=0.1)

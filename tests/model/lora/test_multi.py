@@ -51,14 +51,14 @@ def _install(model: nn.ModuleDict, number: int) -> None:
 
 def _make_multi_lora() -> tuple[nn.ModuleDict, LoraRouting]:
     model = _model()
-    bank = MultiLora(model)
+    multi_lora = MultiLora(model)
     for number in range(len(ADAPTERS)):
         _install(model, number)
-        bank.collect_adapter()
+        multi_lora.collect_adapter()
         assert not list(iter_adapters(model))
-    readers = bank.install()
-    assert readers is not None
-    return model, readers
+    routing = multi_lora.install()
+    assert routing is not None
+    return model, routing
 
 
 @torch.no_grad()
@@ -74,11 +74,11 @@ CHOICES = [None, *range(len(ADAPTERS))]
 
 @torch.no_grad()
 def test_single_adapter_matches_installed_adapter():
-    model, readers = _make_multi_lora()
+    model, routing = _make_multi_lora()
     x_TI = torch.randn(7, INPUTS, generator=torch.Generator().manual_seed(9))
     found = {}
     for number in CHOICES:
-        readers.set_mask(readers.build_mask(number))
+        routing.set_mask(routing.build_mask(number))
         found[number] = [y for path in ("qkv_proj", "o_proj") for y in model[path](x_TI)]
         for mine, wanted in zip(found[number], _alone(number, x_TI), strict=True):
             torch.testing.assert_close(mine, wanted)
@@ -97,11 +97,11 @@ def test_single_adapter_matches_installed_adapter():
 @pytest.mark.parametrize("seed", range(5))
 @torch.no_grad()
 def test_each_row_uses_its_adapter(seed):
-    model, readers = _make_multi_lora()
+    model, routing = _make_multi_lora()
     generator = torch.Generator().manual_seed(seed)
     x_TI = torch.randn(11, INPUTS, generator=generator)
     chosen = [CHOICES[n] for n in torch.randint(len(CHOICES), (11,), generator=generator).tolist()]
-    readers.set_mask(torch.cat([readers.build_mask(number) for number in chosen]))
+    routing.set_mask(torch.cat([routing.build_mask(number) for number in chosen]))
     found = [y for path in ("qkv_proj", "o_proj") for y in model[path](x_TI)]
     for row, number in enumerate(chosen):
         for mine, wanted in zip(found, _alone(number, x_TI[row : row + 1]), strict=True):
@@ -111,9 +111,9 @@ def test_each_row_uses_its_adapter(seed):
 @torch.no_grad()
 def test_more_than_two_input_dimensions():
     """Inputs with the batch dimensions of a vision encoder."""
-    model, readers = _make_multi_lora()
+    model, routing = _make_multi_lora()
     x = torch.randn(2, 3, INPUTS, generator=torch.Generator().manual_seed(1))
-    readers.set_mask(readers.build_mask(0))
+    routing.set_mask(routing.build_mask(0))
     found = model["qkv_proj"](x)
     wanted = _alone(0, x.flatten(0, 1))
     assert [y.shape for y in found] == [(2, 3, width) for width in WIDTHS.values()]
@@ -131,9 +131,9 @@ def test_no_adapter_gives_the_base_output():
 
 def test_empty_multi_lora_is_none():
     model = _model()
-    bank = MultiLora(model)
-    bank.collect_adapter()
-    assert bank.install() is None
+    multi_lora = MultiLora(model)
+    multi_lora.collect_adapter()
+    assert multi_lora.install() is None
     assert all(group.adapter is None for group in model.values())
 
 

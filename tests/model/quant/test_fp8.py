@@ -172,11 +172,11 @@ def test_fused_layers_match_separate_layers() -> None:
     """Includes inputs with more dimensions."""
     group = make_layer()
     x_TI = random_rows((12, INPUTS))
-    joint_TO = linear_concat(x_TI, get_fp8_weight(group), group.bias)
-    assert torch.equal(joint_TO, compute_fused(group, x_TI))
+    fused_TO = linear_concat(x_TI, get_fp8_weight(group), group.bias)
+    assert torch.equal(fused_TO, compute_fused(group, x_TI))
     shaped = [tuple(y.shape) for y in group(x_TI.view(3, 4, INPUTS))]
     assert shaped == [(3, 4, width) for width in WIDTHS.values()]
-    assert torch.equal(compute_fused(group, x_TI.view(3, 4, INPUTS)).view(12, -1), joint_TO)
+    assert torch.equal(compute_fused(group, x_TI.view(3, 4, INPUTS)).view(12, -1), fused_TO)
     assert [len(y) for y in group(x_TI[:0])] == [0, 0, 0]
 
 
@@ -205,8 +205,8 @@ def test_evaluation_quantizes_only_weights() -> None:
     assert x_TI.grad is not None
     expected = torch.ones_like(found) @ dense_OI
     torch.testing.assert_close(x_TI.grad, expected, rtol=1e-5, atol=1e-5)
-    joint_TO = linear_concat(x_TI.detach(), get_fp8_weight(group), group.bias)
-    torch.testing.assert_close(joint_TO, found.detach(), rtol=1e-5, atol=1e-5)
+    fused_TO = linear_concat(x_TI.detach(), get_fp8_weight(group), group.bias)
+    torch.testing.assert_close(fused_TO, found.detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -46,7 +46,7 @@ from finesight.synth.dataset_writer import write_task
 from finesight.synth.tasks import SyntheticTask
 
 CPU = torch.device("cpu")
-FEW: list[WeightFormat] = [kind for kind in get_args(WeightFormat) if kind != "auto"]
+FORMATS: list[WeightFormat] = [kind for kind in get_args(WeightFormat) if kind != "auto"]
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 FAMILIES: list[TinyFamily] = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen"]
 SIGNS, SAMPLES = SyntheticTask("street", "built-in"), 24
@@ -54,7 +54,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_every_quantization_format_is_registered() -> None:
-    assert set(MATRIX_TYPES) == set(FEW)
+    assert set(MATRIX_TYPES) == set(FORMATS)
 
 
 def tiny(folder: Path, family: TinyFamily = "qwen2_5_vl", head: bool = False) -> ModelFolder:
@@ -86,7 +86,7 @@ def dequantize_model(model: VisionLanguageModel) -> VisionLanguageModel:
     return model.requires_grad_(False)
 
 
-@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_the_decoder_is_quantized(
     kind: WeightFormat, family: TinyFamily, tmp_path: Path
@@ -105,7 +105,7 @@ def test_only_the_decoder_is_quantized(
     assert retained == {MATRIX_TYPES[kind]}
 
 
-@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_untied_lm_head_is_quantized(kind: WeightFormat, tmp_path: Path) -> None:
     own = load_model(tiny(tmp_path, head=True), torch.float32, CPU, (), kind)
     assert "lm_head.weight" in find_quantized_weights(own)
@@ -113,7 +113,7 @@ def test_untied_lm_head_is_quantized(kind: WeightFormat, tmp_path: Path) -> None
     assert {get_part(name) for name in find_quantized_weights(tied)} == {"language"}
 
 
-@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("dtype", TYPES[:2], ids=str)
 def test_logits_match_dequantized_weights(
     kind: WeightFormat, dtype: torch.dtype, tmp_path: Path
@@ -125,7 +125,7 @@ def test_logits_match_dequantized_weights(
     assert torch.equal(found, logits(dequantize_model(model), batch))
 
 
-@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_explicit_weight_format_overrides_the_run(kind: WeightFormat, tmp_path: Path) -> None:
     folder = tiny(tmp_path)
     model = load_model(folder, torch.float32, CPU, ("vision", "merger", "language"), kind)
@@ -133,7 +133,7 @@ def test_explicit_weight_format_overrides_the_run(kind: WeightFormat, tmp_path: 
     assert parts == {"language"}
 
 
-@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_adapter_stays_unmerged_on_quantized_weights(kind: WeightFormat, tmp_path: Path) -> None:
     folder = tiny(tmp_path)
     batch = questions(folder, tmp_path)
@@ -155,7 +155,7 @@ def test_adapter_stays_unmerged_on_quantized_weights(kind: WeightFormat, tmp_pat
     assert max_relative_error(found, logits(baseline, batch)) > 0.01
 
 
-@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_loading_never_upcasts_a_full_matrix(
     kind: WeightFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +174,7 @@ def test_loading_never_upcasts_a_full_matrix(
     assert seen.most <= max(t.num_elements for t in hub_tensors(model))
 
 
-@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_unsupported_models_are_rejected(kind: WeightFormat, tmp_path: Path) -> None:
     experts = ModelFolder(create_tiny_model(tmp_path / "experts", "qwen3_vl_moe"))
     with pytest.raises(UserError, match=rf"in {kind}, but this model has experts") as refused:
@@ -199,7 +199,7 @@ def test_triton_interpreter_runs_all_kernels(tmp_path: Path) -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "few_bits.py", tmp_path / "found.json"],
+        [sys.executable, ROOT / "benchmarks" / "quant_gemv.py", tmp_path / "found.json"],
         capture_output=True,
         text=True,
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -208,7 +208,7 @@ def test_triton_interpreter_runs_all_kernels(tmp_path: Path) -> None:
     if "only 0-dimensional arrays" in done.stdout:
         pytest.skip("this Triton interprets nothing with this NumPy")
     lines = json.loads((tmp_path / "found.json").read_text())["lines"]
-    assert {line["kind"] for line in lines} == set(FEW)
+    assert {line["kind"] for line in lines} == set(FORMATS)
     assert not [line for line in lines if "failed" in line or line["error"] > 1e-3]
 
 
@@ -232,7 +232,7 @@ def baseline_accuracy(word_samples: list[LocatedSample]) -> float:
     return accuracy(word_samples, "auto")
 
 
-@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_quantized_model_accuracy_is_preserved(
     kind: WeightFormat, word_samples: list[LocatedSample], baseline_accuracy: float
 ) -> None:
@@ -243,7 +243,7 @@ def test_quantized_model_accuracy_is_preserved(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize(
     "rows", [1, 2, MAX_GEMV_ROWS, MAX_GEMV_ROWS + 1, 40, MAX_GEMM_ROWS, MAX_GEMM_ROWS + 1]
@@ -271,7 +271,7 @@ def test_gpu_products_match_dequantized_weights(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("rows", [1, 5, MAX_GEMM_ROWS])
 def test_cuda_graph_product_matches(kind: str, rows: int) -> None:
     """The matmul allocates no dense matrix."""

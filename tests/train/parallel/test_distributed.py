@@ -144,8 +144,10 @@ def test_training_is_equal_for_any_world_size(tmp_path: Path) -> None:
 
 
 def test_evaluation_is_distributed(tmp_path: Path) -> None:
-    """Three held-out samples, one of them damaged: of four processes some have none to answer, and
-    what is measured and written is what one process does. The first process alone tracks."""
+    """Evaluate three validation samples, one of them corrupt, on four ranks, and compare with one.
+
+    Some ranks have no sample. Only the main process uses the tracker.
+    """
     task = TinyTask(tmp_path / "task")
     task.recipe["track"] = ["tensorboard"]
     broken = task.folder / "eval1.png"
@@ -192,7 +194,7 @@ def test_failing_rank_ends_all_ranks(tmp_path: Path) -> None:
         assert not (task.folder / f"run{number}" / "result.json").exists()
         broken.write_bytes(content)
     words = "--resume", "data.on_invalid_sample=fail"
-    # The first process does not know what another one has read.
+    # The main process does not know which images another rank has read.
     (task.folder / "run4" / "images.safetensors").unlink()
     resumed = run_to_completion(task, 2, "run4", *words, epochs=1, save_every=100)
     assert dict(read_losses(resumed)) == pytest.approx(dict(read_losses(full_value)), rel=1e-6)
@@ -200,7 +202,7 @@ def test_failing_rank_ends_all_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pack_tokens", [100, 10])
 def test_corrupt_image_is_skipped_on_all_ranks(tmp_path: Path, pack_tokens: int) -> None:
-    """Also where all processes learn each sample together, from features that each has."""
+    """Check context parallelism with cached features, too."""
     task = TinyTask(tmp_path / "task")
     broken = task.folder / "train3.png"
     broken.write_bytes(broken.read_bytes()[:60])
@@ -209,16 +211,16 @@ def test_corrupt_image_is_skipped_on_all_ranks(tmp_path: Path, pack_tokens: int)
         run_to_completion(task, n, f"run{n}", "data.on_invalid_sample=skip", **settings)
         for n in (1, 2)
     ]
-    dropped = []
+    skipped = []
     for folder in folders:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        dropped.append([line["skipped_samples"] for line in lines if "skipped_samples" in line])
-    assert dropped[0] == dropped[1]
+        skipped.append([line["skipped_samples"] for line in lines if "skipped_samples" in line])
+    assert skipped[0] == skipped[1]
     assert_close(folders[1], folders[0])
 
 
 def make_ranks(folder: Path, rank: int) -> Iterator[int]:
-    """Those that learn in this folder as this one of several."""
+    """Yield the process ids of a rank that trains in this folder."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:

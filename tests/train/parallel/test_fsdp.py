@@ -96,8 +96,10 @@ def test_single_process_does_not_import_fsdp(tmp_path: Path) -> None:
 
 
 def test_training_is_equal_for_1_2_and_4_ranks(tmp_path: Path) -> None:
-    """Each run is gone on with by another number of processes, or another way to share, and in
-    smaller packs: some samples are then too long for one process."""
+    """Resume each run with another world size, another sharding and smaller packs.
+
+    Some samples are then too long for one rank.
+    """
     task = make_mixed_task(tmp_path / "task")
     alone = run_training(task, 1, "alone")
     two = run_training(task, 2, "two", parallel="fsdp")

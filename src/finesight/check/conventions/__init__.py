@@ -1,1 +1,1 @@
-"""Detection of box conventions from the statistics of a full source."""
+"""Detect wrong box conventions (format, units, image size) from all boxes of a data file."""

@@ -1,4 +1,4 @@
-"""Hypotheses about box coordinates: their format and their coordinate frame."""
+"""Hypotheses about the meaning of box coordinates: their format and their coordinate frame."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 EDGE_TOLERANCE = 0.003
-"""Fraction of the image side by which a box may exceed the image, in addition to one pixel for
-rounding."""
+"""Fraction of the image side by which a valid box may exceed the image.
+
+One pixel is allowed in addition for rounding.
+"""
 
 
 DEFAULT_CONVENTION = BoxConvention()
@@ -25,12 +27,15 @@ DEFAULT_CONVENTION = BoxConvention()
 
 @dataclass(frozen=True, slots=True)
 class BoxClaim:
-    """A box as stored in its file: four coordinates in an unknown convention.
+    """A box as stored in a data file, whose declared convention may be wrong.
 
     Attributes:
-        image_size: (height, width) after EXIF rotation.
-        orientation: EXIF orientation; 1 is none.
-        convention: The convention declared for the coordinates.
+        location: Location of the row.
+        sample_id: ID of the sample.
+        image_size: Height and width of the image in pixels after EXIF rotation.
+        orientation: EXIF orientation of the image, 1 to 8; 1 means no rotation.
+        coordinates: Four coordinates as stored in the file.
+        convention: Convention declared for the coordinates.
     """
 
     location: str
@@ -43,7 +48,10 @@ class BoxClaim:
 
 
 class BoxClaimTable:
-    """Box claims as arrays: `coordinates` [N, 4] and one value per box for the other attributes."""
+    """Columns of N box claims as arrays.
+
+    `coordinates` has the shape [N, 4]; the other columns have one value per box.
+    """
 
     def __init__(self, claims: Sequence[BoxClaim]) -> None:
         self.convention = claims[0].convention
@@ -62,7 +70,7 @@ class BoxClaimTable:
         return len(self.coordinates)
 
     def count_samples(self, rows: Bools) -> int:
-        """Count the samples that contain at least one of the boxes."""
+        """Count the samples that contain at least one of the selected boxes."""
         return len(np.unique(self.sample_index[rows]))
 
 
@@ -71,18 +79,20 @@ FrameBase = Literal["image", "stored", "fixed", "factor", "longest", "shortest",
 
 @dataclass(frozen=True, slots=True)
 class BoxFrame:
-    """Width and height of the coordinate frame of a box.
+    """Coordinate frame in which boxes may have been annotated.
+
+    The frame is defined by its width and height per image, derived from `base`:
 
     - image: The image itself, after EXIF rotation.
     - stored: The image before EXIF rotation.
     - fixed: `frame_width` x `frame_height` for all images.
-    - factor: The image scaled by `frame_width`.
+    - factor: The image scaled by the factor `frame_width`.
     - longest, shortest, pixels: A resized image of the same aspect ratio whose longest side,
       shortest side, or square root of the pixel count is `frame_width`.
 
     With `is_capped`, smaller images are not enlarged. Sides are rounded to multiples of
-    `side_multiple` like the image processor of Qwen2-VL: down when downscaling, up when upscaling,
-    else to the nearest.
+    `side_multiple` like in the image processor of Qwen2-VL: down when downscaling, up when
+    upscaling, else to the nearest.
     """
 
     base: FrameBase = "image"
@@ -92,7 +102,7 @@ class BoxFrame:
     side_multiple: int = 1
 
     def compute_size(self, width: Floats, height: Floats) -> tuple[Floats, Floats]:
-        """Compute width and height of the frame for the given image sizes."""
+        """Compute width and height of the frame for images of the given sizes."""
         if self.base == "fixed":
             return np.full_like(width, self.frame_width), np.full_like(height, self.frame_height)
         factor = self.frame_width / get_reference_side(self.base, width, height)
@@ -109,7 +119,7 @@ class BoxFrame:
 
 
 def get_reference_side(base: FrameBase, width: Floats, height: Floats) -> Floats:
-    """Return the side length (or mean side) that the frame size refers to."""
+    """Return the image dimension that `frame_width` replaces: a side, a mean side, or 1."""
     if base == "longest":
         return np.maximum(width, height)
     if base == "shortest":
@@ -119,13 +129,17 @@ def get_reference_side(base: FrameBase, width: Floats, height: Floats) -> Floats
 
 @dataclass(frozen=True, slots=True)
 class BoxHypothesis:
-    """An interpretation of box coordinates: a box format and a coordinate frame."""
+    """A possible meaning of box coordinates: a box format and a coordinate frame."""
 
     box_format: BoxFormat
     frame: BoxFrame = BoxFrame()
 
     def normalize_boxes(self, claims: BoxClaimTable) -> Floats:
-        """Return the boxes [N, 4] as two corners, normalized to the upright image."""
+        """Interpret box coordinates under this hypothesis.
+
+        Returns:
+            Two corners per box [N, 4], as fractions of the image after EXIF rotation.
+        """
         corners = to_corners(self.box_format, claims.coordinates)
         if self.frame.base != "stored":
             frame_width, frame_height = self.frame.compute_size(claims.width, claims.height)
@@ -142,14 +156,14 @@ class BoxHypothesis:
 
 
 def hypothesis_from_convention(convention: BoxConvention) -> BoxHypothesis:
-    """Build the hypothesis of a box convention."""
+    """Return the hypothesis that corresponds to a declared box convention."""
     full_side = 1.0 if convention.units == "pixel" else float(convention.units)
     base: FrameBase = "image" if convention.units == "pixel" else "fixed"
     return BoxHypothesis(convention.format, BoxFrame(base, full_side, full_side))
 
 
 def to_corners(box_format: BoxFormat, coordinates: Floats) -> Floats:
-    """Convert boxes of a format to two corners [..., 4] in the same units."""
+    """Convert boxes [..., 4] of a format to two corners in the same units."""
     first, last = coordinates[..., :2], coordinates[..., 2:]
     if box_format == "xywh":
         return np.concatenate((first, first + last), axis=-1)
@@ -159,12 +173,14 @@ def to_corners(box_format: BoxFormat, coordinates: Floats) -> Floats:
 
 
 def apply_exif_orientation(boxes: Floats, orientation: NDArray[np.int_]) -> Floats:
-    """Rotate normalized boxes [N, 4] of stored images by the EXIF orientation.
+    """Rotate boxes of stored images by the EXIF orientation (Exif 2.32, tag 0x0112).
 
-    See Exif 2.32, tag 0x0112.
+    Args:
+        boxes: Normalized corners in the stored image, [N, 4].
+        orientation: EXIF orientation of each image, [N].
     """
     x1, y1, x2, y2 = boxes.T
-    # 5 to 8 swap the axes; then 2, 3, 7 and 6 count from the right, 3, 4, 7 and 8 from below.
+    # Orientations 5 to 8 swap the axes. Afterwards, 2, 3, 6 and 7 flip x, and 3, 4, 7 and 8 flip y.
     swap = orientation >= 5
     x1, y1, x2, y2 = (
         np.where(swap, swapped, other)
@@ -183,9 +199,10 @@ def find_inverted_boxes(boxes: Floats) -> Bools:
 
 
 def find_invalid_boxes(boxes: Floats, claims: BoxClaimTable) -> Bools:
-    """Return a mask of normalized boxes [N, 4] that are impossible.
+    """Return a mask of normalized boxes [N, 4] that are impossible in their image.
 
-    They are inverted, outside the image, or below one pixel.
+    These are boxes that are inverted, outside the image, or smaller than one pixel in both
+    dimensions.
     """
     sides = np.stack((claims.width, claims.height, claims.width, claims.height), axis=1)
     tolerance = MAX_OVERHANG_PX / sides + EDGE_TOLERANCE
@@ -197,7 +214,7 @@ def find_invalid_boxes(boxes: Floats, claims: BoxClaimTable) -> Bools:
 
 
 def pairwise_iou(boxes: Floats, other_boxes: Floats) -> Floats:
-    """Compute the intersection over union [N] of boxes [N, 4] and boxes [N, 4]."""
+    """Compute the intersection over union [N] of corresponding boxes in two arrays [N, 4]."""
     top_left = np.maximum(boxes[:, :2], other_boxes[:, :2])
     bottom_right = np.minimum(boxes[:, 2:], other_boxes[:, 2:])
     intersection = np.clip(bottom_right - top_left, 0, None).prod(axis=1)

@@ -1,16 +1,16 @@
-"""Detect the box convention of a source from all its boxes and images.
+"""Detect the true box convention of a data file from all its boxes and images.
 
 Two kinds of evidence are compared for each alternative hypothesis.
 
-Bounds. Boxes are impossible under a hypothesis if their corners are inverted, outside the image, or
+Bounds. A box is impossible under a hypothesis if its corners are inverted, outside the image, or
 below one pixel. Bounds favor an alternative if at least 5 % of the samples (and 10) have an
 impossible box under the declared convention, while the alternative leaves at most 5 %, and at most
 a quarter of those.
 
 Images. The contrast across the sides of each box is measured on a downscaled image (see
-`edge_contrast`), and for comparison on three other images of the source. Boxes around image content
-score above 0; boxes of a wrong hypothesis score 0 on average, independent of the layout. The sum
-over the source, one vote per image, has a bound that holds for any number and size of votes (see
+`edge_contrast`) and, for comparison, on three other images of the file. Boxes around image content
+score above 0. Boxes of a wrong hypothesis score 0 on average, independent of the layout. The sum
+over the file, one vote per image, has a bound that holds for any number and size of votes (see
 `image_evidence.hoeffding_bound`).
 
 A hypothesis is accepted if all conditions hold:
@@ -66,28 +66,31 @@ from finesight.check.conventions.image_evidence import (
 from finesight.data.boxes import BoxConvention, BoxFormat, BoxUnits
 
 MIN_SAMPLES = 20
-"""Minimum number of samples for a verdict."""
+"""Minimum number of samples for which a convention is tested."""
 
 MAX_INVALID_FRACTION = 0.05
 """Maximum fraction of samples with impossible boxes that is attributed to annotation errors."""
 
 MIN_INVALID_FRACTION = 0.2
-"""Minimum fraction of impossible samples for a verdict without image evidence."""
+"""Minimum fraction of samples with impossible boxes to report an issue without image evidence."""
 
 STRETCH_FACTOR = 0.1
-"""A hypothesis must fit better than the same boxes stretched or shrunk by this fraction."""
+"""Fraction by which boxes are stretched and shrunk in a control test.
+
+A hypothesis must fit its images better than the changed boxes.
+"""
 
 MAX_SAME_IOU = 0.85
-"""Boxes with a higher overlap do not distinguish two hypotheses."""
+"""Median overlap of the boxes of two hypotheses from which they are considered the same."""
 
 MAX_FRAME_DIFF = 0.05
-"""Frames with a smaller relative difference are treated as equal."""
+"""Relative difference in size below which two coordinate frames are considered the same."""
 
 MIN_SIDE_SHIFT = 0.01
-"""Minimum shift of a side to count, as a fraction of the image."""
+"""Minimum shift of a compared box side, as a fraction of the image."""
 
 MIN_Z = 4.0
-"""Minimum z score for the comparison of two hypotheses; exp(-8) is 3e-4."""
+"""Minimum z score to prefer one hypothesis over another; its false-positive bound is 3e-4."""
 
 BOX_UNITS: tuple[BoxUnits, ...] = ("pixel", "1000", "1")
 
@@ -99,9 +102,12 @@ Floats = NDArray[np.float64]
 def find_convention_issues(
     claims: Sequence[BoxClaim], open_image: ImageOpener | None = open_edge_contrast
 ) -> list[ConventionIssue]:
-    """Detect boxes of a source whose convention differs from the declared one.
+    """Detect boxes of a data file whose convention differs from the declared one.
 
-    `open_image` opens images. Without it, only bounds are used. At most 300 images are opened.
+    Args:
+        claims: Boxes as stored in the file.
+        open_image: Function that opens an image for measurements; at most 300 images are opened.
+            None uses only the bounds of the boxes.
     """
     issues: list[ConventionIssue] = []
     usable = [claim for claim in claims if np.isfinite(claim.coordinates).all()]
@@ -115,8 +121,10 @@ def find_convention_issues(
 def _detect_convention(
     claims: Sequence[BoxClaim], open_image: ImageOpener | None
 ) -> list[ConventionIssue]:
-    """Test images with EXIF rotation first and separately; other images carry no information about
-    it.
+    """Detect a wrong convention among boxes with the same declared convention.
+
+    Images with EXIF rotation are tested first and separately, because other images carry no
+    information about it.
     """
     rotated = [claim for claim in claims if claim.orientation != 1]
     if _has_enough_samples(rotated):
@@ -142,7 +150,7 @@ def _has_enough_samples(claims: Sequence[BoxClaim]) -> bool:
 
 
 def _iter_alternatives(convention: BoxConvention) -> Iterator[BoxHypothesis]:
-    """Yield all other named hypotheses, the most likely mistakes first."""
+    """Yield all other combinations of box format and units, the most likely mistakes first."""
     box_formats = (
         convention.format,
         *(box_format for box_format in BOX_FORMATS if box_format != convention.format),
@@ -156,7 +164,7 @@ def _iter_alternatives(convention: BoxConvention) -> Iterator[BoxHypothesis]:
 
 
 class ConventionDetector:
-    """Test the declared convention of one source against alternative hypotheses."""
+    """Test the declared box convention of one data file against alternative hypotheses."""
 
     def __init__(self, claims: BoxClaimTable, open_image: ImageOpener | None) -> None:
         self.claims = claims
@@ -168,7 +176,12 @@ class ConventionDetector:
     def detect(
         self, alternatives: Sequence[BoxHypothesis], *, search_frames: bool
     ) -> ConventionIssue | None:
-        """Return the accepted alternative, including resized frames if `search_frames` is set."""
+        """Return an issue for the best alternative hypothesis that is accepted, or None.
+
+        Args:
+            alternatives: Hypotheses to test.
+            search_frames: Also search for boxes that were annotated in resized images.
+        """
         if self._count_invalid(self.declared) <= self._max_invalid_samples and self._is_supported(
             self.declared
         ):
@@ -196,7 +209,10 @@ class ConventionDetector:
         return self._find_mixed_issue(alternatives)
 
     def _detect_resized_frames(self, feasible: Sequence[BoxHypothesis]) -> ConventionIssue | None:
-        """Return the best-fitting frame, or the named convention that it corresponds to."""
+        """Search for the best-fitting resized image size, and return an issue or None.
+
+        A size close to a known hypothesis is attributed to that hypothesis.
+        """
         assert self._evidence is not None, "a search without images"
         searches = [
             find_frame(self.claims, self._evidence, box_format)
@@ -218,10 +234,10 @@ class ConventionDetector:
         )
 
     def _is_same_frame(self, hypothesis: BoxHypothesis, candidate: BoxHypothesis) -> bool:
-        """Return whether a frame equals a known hypothesis within the annotation accuracy.
+        """Return whether a candidate frame equals a known hypothesis within annotation accuracy.
 
-        No coordinate exceeds 1000 in thousandths. If some do, the frame is a resized image of about
-        that size.
+        Coordinates in thousandths do not exceed 1000. If some do, the frame is a resized image of
+        about that size.
         """
         if self._exceeds_thousandths(hypothesis):
             return False
@@ -236,9 +252,9 @@ class ConventionDetector:
         )
 
     def _list_feasible_formats(self) -> list[BoxFormat]:
-        """Return the box formats that are possible in some frame.
+        """Return the box formats that can be valid in some coordinate frame.
 
-        If the declared format is possible, it is the only one.
+        This is only the declared format if few of its boxes are inverted.
         """
 
         def count_inverted(box_format: BoxFormat) -> int:
@@ -253,11 +269,11 @@ class ConventionDetector:
             if count_inverted(box_format) <= self._max_invalid_samples
         ]
 
-    # Bounds
+    # Evidence from the bounds of boxes
 
     @property
     def _max_invalid_samples(self) -> float:
-        """Return the maximum number of impossible samples attributed to annotation errors."""
+        """Maximum number of samples with impossible boxes due to annotation errors."""
         return MAX_INVALID_FRACTION * self.claims.num_samples
 
     def _find_invalid(self, hypothesis: BoxHypothesis) -> Bools:
@@ -267,7 +283,7 @@ class ConventionDetector:
         return self.claims.count_samples(self._find_invalid(hypothesis))
 
     def _is_favored_by_bounds(self, alternative: BoxHypothesis) -> bool:
-        """Return whether boxes are impossible as declared but possible under the alternative."""
+        """Return whether many boxes are impossible as declared but possible as the alternative."""
         num_declared, num_alternative = (
             self._count_invalid(self.declared),
             self._count_invalid(alternative),
@@ -278,7 +294,7 @@ class ConventionDetector:
         )
 
     def _exceeds_thousandths(self, hypothesis: BoxHypothesis) -> bool:
-        """Return whether more than a few boxes exceed 1000 in thousandths."""
+        """Return whether a hypothesis in thousandths has more than a few boxes beyond 1000."""
         frame = hypothesis.frame
         if frame.base != "fixed" or frame.frame_width != 1000:
             return False
@@ -288,10 +304,11 @@ class ConventionDetector:
         return self.claims.count_samples(above) > 0.005 * self.claims.num_samples
 
     def _is_certain_by_bounds(self, alternative: BoxHypothesis) -> bool:
-        """Return whether bounds are sufficient without image evidence.
+        """Return whether impossible boxes suffice as evidence for an alternative without images.
 
-        Many boxes must be impossible. In thousandths, some must be close to the far end of the
-        shorter image side; boxes in a resized image of the same aspect ratio are not.
+        Many declared boxes must be impossible. For thousandths, some boxes must also be close to
+        the far end of the shorter image side; boxes in a resized image of the same aspect ratio are
+        not.
         """
         if (
             not self._is_favored_by_bounds(alternative)
@@ -304,15 +321,18 @@ class ConventionDetector:
         wide = self.claims.width >= self.claims.height
         return bool(max(np.where(wide, normalized[:, 3], normalized[:, 2])) > 0.9)
 
-    # Images
+    # Evidence from images
 
     def _get_side_scores(self, hypothesis: BoxHypothesis) -> Floats:
-        """Return scores [n, 2] of the tested boxes: left and upper sides, right and lower sides."""
+        """Return the image scores [n, 2] of the tested boxes under a hypothesis.
+
+        The columns are the left and upper sides, and the right and lower sides.
+        """
         self._ensure_scores([hypothesis])
         return self._scores[hypothesis]
 
     def _ensure_scores(self, hypotheses: Sequence[BoxHypothesis]) -> None:
-        """Compute the missing scores of several hypotheses in one batch."""
+        """Compute the image scores of the hypotheses that have none, in one batch."""
         new = [hypothesis for hypothesis in hypotheses if hypothesis not in self._scores]
         if self._evidence is not None and new:
             rows = self._evidence.claim_rows
@@ -332,7 +352,7 @@ class ConventionDetector:
         )
 
     def _mean_score(self, hypothesis: BoxHypothesis) -> float:
-        """Return the mean score; 0 without images, which preserves the order."""
+        """Return the mean image score of a hypothesis, 0 if there are no images."""
         if self._evidence is None:
             return 0.0
         scores = self._get_scores(hypothesis)
@@ -344,7 +364,7 @@ class ConventionDetector:
         )
 
     def _compare(self, hypothesis: BoxHypothesis, other: BoxHypothesis) -> float:
-        """Return the z score by which one hypothesis fits the images better than the other."""
+        """Return the z score by which one hypothesis fits the images better than another."""
         if self._evidence is None:
             return 0.0
         return self._evidence.z_score(self._get_scores(hypothesis) - self._get_scores(other))
@@ -371,7 +391,11 @@ class ConventionDetector:
         )
 
     def _is_preferred(self, alternative: BoxHypothesis) -> bool:
-        """Return whether the alternative is better by bounds or images, and clearly different."""
+        """Return whether an alternative is better than the declared convention, and different.
+
+        It is better by bounds, or by images on all sides. It is different if the median overlap of
+        the boxes is below `MAX_SAME_IOU`.
+        """
         ious = pairwise_iou(
             self.declared.normalize_boxes(self.claims), alternative.normalize_boxes(self.claims)
         )
@@ -382,7 +406,7 @@ class ConventionDetector:
         return self._is_better(alternative, self.declared) and self._improves_all_sides(alternative)
 
     def _improves_all_sides(self, alternative: BoxHypothesis) -> bool:
-        """Return whether all shifted sides improve.
+        """Return whether an alternative fits the images better on all sides that it shifts.
 
         A frame that only compensates for boxes drawn too large or too small improves two sides and
         worsens the other two.
@@ -400,7 +424,7 @@ class ConventionDetector:
             if np.isfinite(gain[rows]).sum() >= MIN_SAMPLES
         )
 
-    # Words
+    # Construction of issues
 
     def _build_issue(self, alternative: BoxHypothesis, num_tries: int) -> ConventionIssue:
         return build_convention_issue(self._compare_hypotheses(alternative, num_tries))
@@ -427,7 +451,7 @@ class ConventionDetector:
         )
 
     def _find_mixed_issue(self, alternatives: Sequence[BoxHypothesis]) -> ConventionIssue | None:
-        """Detect a source in which some boxes follow one convention and the rest another."""
+        """Detect a data file in which some boxes follow one convention and the rest another."""
         min_samples = max(MIN_SAMPLES, 2 * MAX_INVALID_FRACTION * self.claims.num_samples)
         declared_invalid = self._find_invalid(self.declared)
         if self._evidence is None or self.claims.count_samples(declared_invalid) < min_samples:

@@ -1,4 +1,4 @@
-"""Issue of a source with a wrong box convention: evidence, uncertainty and remedy."""
+"""A suspected wrong box convention in one data file, with evidence and a suggested fix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finesight.check.conventions.image_evidence import ImageEvidence, hoeffding_
 Floats = NDArray[np.float64]
 
 MIN_SCORE_DIFF = 2.0
-"""Minimum score difference of two hypotheses for the image of a sample to be decisive."""
+"""Minimum difference of image scores with which a sample favors one of two hypotheses."""
 
 _FORMAT_NAMES = {
     "xyxy": "two corners (x1, y1, x2, y2)",
@@ -31,14 +31,16 @@ _FORMAT_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class ConventionIssue:
-    """A detected box convention.
+    """A data file whose boxes follow another convention than declared.
 
     Attributes:
         code: A key of ISSUE_TYPES.
-        hypothesis: The detected interpretation of the coordinates; `description` is its text.
-        num_invalid: Number of the `num_samples` with a box that is impossible as declared.
-        undecided_fraction: Fraction of samples that do not distinguish the two hypotheses.
+        hypothesis: The detected meaning of the coordinates; `description` is its text.
+        num_invalid: Number of the `num_samples` that have an impossible box under the declared
+            convention.
+        undecided_fraction: Fraction of samples that fit both hypotheses.
         summary: The strongest evidence.
+        evidence: All evidence, one line each.
         options: Command-line options that fix the issue.
         manual_fix: Manual steps that fix the issue.
     """
@@ -55,9 +57,12 @@ class ConventionIssue:
     manual_fix: str = ""
 
     def to_check_issue(self, source: str, *, takes_options: bool = True) -> CheckIssue:
-        """Convert to an issue of the full source.
+        """Convert to an issue of the full data file.
 
-        Sample files accept no options: their boxes are always two corners in pixels.
+        Args:
+            source: Data file.
+            takes_options: Whether the format accepts box options. Files of samples do not: their
+                boxes are always two corners in pixels.
         """
         prefix = "give" if takes_options else "import the original data again, with"
         options = f"{prefix} {self.options}" if self.options else ""
@@ -73,10 +78,20 @@ class ConventionIssue:
 
 @dataclass(frozen=True)
 class HypothesisComparison:
-    """Comparison of the declared convention with an alternative.
+    """Comparison of the declared box convention with an alternative hypothesis.
 
-    It holds the boxes that each makes impossible, the number of tested hypotheses and, if images
-    were tested, the image scores.
+    Attributes:
+        declared_invalid: Mask of boxes that are impossible under the declared convention.
+        alternative_invalid: Mask of boxes that are impossible under the alternative.
+        num_tries: Number of tested hypotheses.
+        num_images: Number of measured images; this and the following fields are 0 without images.
+        z: z score of the alternative.
+        difference_z: z score of the alternative minus the declared convention.
+        positive_fractions: Fractions of boxes with a positive image score, declared and
+            alternative.
+        num_for_alternative: Number of tested samples whose images favor the alternative.
+        num_for_declared: Number of tested samples whose images favor the declared convention.
+        num_tested: Number of measured samples that are possible under the declared convention.
     """
 
     claims: BoxClaimTable
@@ -96,7 +111,7 @@ class HypothesisComparison:
     def with_evidence(
         self, evidence: ImageEvidence, declared_scores: Floats, alternative_scores: Floats
     ) -> HypothesisComparison:
-        """Return a copy with the image scores of both hypotheses."""
+        """Return a copy that includes the image scores of both hypotheses."""
         rows = evidence.claim_rows
         is_undecided = ~np.isin(
             self.claims.sample_index[rows], self.claims.sample_index[self.declared_invalid]
@@ -135,7 +150,7 @@ class HypothesisComparison:
 
     @property
     def undecided_fraction(self) -> float:
-        """Fraction of samples whose boxes fit both hypotheses and whose image is not decisive."""
+        """Fraction of samples that neither bounds nor images assign to a hypothesis."""
         share = 1 - self.num_invalid / self.claims.num_samples
         if self.num_tested:
             share *= 1 - (self.num_for_alternative + self.num_for_declared) / self.num_tested
@@ -148,7 +163,7 @@ def _positive_fraction(scores: Floats) -> float:
 
 
 def build_convention_issue(comparison: HypothesisComparison) -> ConventionIssue:
-    """Build the issue of an accepted alternative."""
+    """Build the issue of a data file whose boxes follow the alternative hypothesis."""
     code, description, options, manual_fix = _describe_alternative(comparison)
     return ConventionIssue(
         code,
@@ -165,7 +180,7 @@ def build_convention_issue(comparison: HypothesisComparison) -> ConventionIssue:
 
 
 def build_mixed_issue(comparison: HypothesisComparison) -> ConventionIssue:
-    """Build the issue of a source with two conventions."""
+    """Build the issue of a data file that mixes two box conventions."""
     total, num_alternative = (
         comparison.claims.num_samples,
         comparison.claims.count_samples(comparison.alternative_invalid),
@@ -257,7 +272,7 @@ def _describe_declared(comparison: HypothesisComparison) -> str:
 
 
 def _describe_alternative(comparison: HypothesisComparison) -> tuple[str, str, str, str]:
-    """Return code, description, command-line options and manual steps of the alternative."""
+    """Return issue code, description, command-line options and manual steps for the alternative."""
     alternative, convention = comparison.alternative, comparison.claims.convention
     format_name = _FORMAT_NAMES[alternative.box_format]
     option = (

@@ -1,7 +1,7 @@
-"""Measure how well boxes fit image content by the contrast across their sides.
+"""Measure how well boxes fit image content, by the contrast across their sides.
 
 Three cues are measured per side on a small grayscale image: the brightness difference between a
-strip just inside and a strip just outside, the difference of their gradient magnitude, and the
+strip just inside and a strip just outside, the difference of their gradient magnitudes, and the
 strength of an edge along the side. Objects and text lines start and end at the sides of their
 boxes, so all three cues are larger there than at random positions. No model is involved.
 """
@@ -18,21 +18,25 @@ from finesight.data.image_header import open_image_header
 from finesight.vision.image_decoding import load_image
 
 MAX_SIDE = 448
-"""Longer side in pixels of the small grayscale images; words of 12 pixels in 1000 remain visible.
+"""Length of the longer side in pixels to which images are downscaled.
+
+Words of 12 pixels in an image of 1000 pixels remain visible.
 """
 
 CUE_WEIGHTS = np.array([5.0, 3.3, 1.7])
-"""Weights of brightness step, gradient step and edge strength: about the inverse of their standard
-deviation over photographs and documents."""
+"""Weights of the cues: brightness difference, gradient difference and edge strength.
+
+They are about the inverse of the standard deviations over photographs and documents.
+"""
 
 STRIP_DIVISOR = 4
-"""A strip is this fraction of the shorter box side wide, and at least 2 pixels."""
+"""Ratio of the shorter box side to the strip width (at least 2 pixels)."""
 
 GRID_CELLS = 16
-"""Number of cells per side for the similarity of images."""
+"""Number of grid cells per image side for comparing the brightness of images."""
 
 _MAX_GRADIENT = 60
-"""Differences between neighboring pixels are capped at this value."""
+"""Maximum of the gradient magnitude, at which larger differences between pixels are capped."""
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -40,7 +44,7 @@ Sums = NDArray[np.int32]
 
 
 def load_small_gray(path: Path) -> NDArray[np.uint8]:
-    """Load an upright grayscale image with a longer side of at most MAX_SIDE.
+    """Load an upright grayscale image with a longer side of at most `MAX_SIDE`.
 
     Raises:
         CorruptImageError: The file cannot be decoded.
@@ -67,8 +71,8 @@ def _downscale(image: Image.Image) -> NDArray[np.uint8]:
 class EdgeContrast:
     """Contrast measurements of one grayscale image.
 
-    The image takes one byte per pixel. Integral images make a box a few look-ups; they take four
-    times the memory and are computed per measurement.
+    Integral images, with which a box takes a few look-ups, are computed per call of `score_boxes`:
+    they take four times the memory of the image.
     """
 
     def __init__(self, gray_HW: NDArray[np.uint8]) -> None:
@@ -88,7 +92,10 @@ class EdgeContrast:
         self._max_grad_y = _max_with_neighbors(grad_y).astype(np.uint8)
 
     def score_boxes(self, boxes: Floats) -> Floats:
-        """Score normalized boxes [N, 4] (two corners).
+        """Score how well the sides of boxes match edges in the image.
+
+        Args:
+            boxes: Normalized corners [N, 4].
 
         Returns:
             Scores [N, 2] of the left and upper sides and of the right and lower sides. Sides on the
@@ -138,10 +145,7 @@ class EdgeContrast:
         return means.T
 
     def mean_brightness(self) -> Floats:
-        """Return the mean brightness (0 to 255) of the image cells as one row.
-
-        There are GRID_CELLS x GRID_CELLS cells.
-        """
+        """Return the mean brightness (0 to 255) of grid cells, flattened to [GRID_CELLS ** 2]."""
         cell_xs = np.linspace(0, self._width, GRID_CELLS + 1).astype(np.int64)
         cell_ys = np.linspace(0, self._height, GRID_CELLS + 1).astype(np.int64)
         y1, x1 = (grid.ravel() for grid in np.meshgrid(cell_ys[:-1], cell_xs[:-1], indexing="ij"))
@@ -151,9 +155,9 @@ class EdgeContrast:
         return means
 
     def _to_pixel_corners(self, boxes: Floats) -> tuple[Ints, Ints, Ints, Ints]:
-        """Convert to pixel corners of the small image.
+        """Convert normalized boxes to pixel corners of the small image.
 
-        Boxes are at least two pixels wide and high.
+        The result is at least two pixels wide and high.
         """
         scale = np.array([self._width, self._height, self._width, self._height])
         x1, y1, x2, y2 = np.rint(boxes * scale).astype(np.int64).T
@@ -169,7 +173,10 @@ class EdgeContrast:
         inside: tuple[Ints, ...],
         outside: tuple[Ints, ...],
     ) -> tuple[Floats, Floats]:
-        """Return the brightness step and the logarithmic gradient step between two strips."""
+        """Return two cues of a box side from the strips inside and outside.
+
+        These are the brightness difference and the logarithmic ratio of gradient magnitudes.
+        """
         area_in, area_out = _strip_area(inside), _strip_area(outside)
         step = (
             self._box_sum(gray_integral, inside) / area_in
@@ -189,14 +196,14 @@ class EdgeContrast:
         return sums
 
     def _vertical_edge(self, cumsum_x: Sums, x: Ints, y1: Ints, y2: Ints) -> Floats:
-        """Return the edge strength along a vertical side relative to the mean of the image."""
+        """Return the log edge strength along a vertical side, relative to the image mean."""
         offset = x.clip(max=self._width - 1) * (self._height + 1)
         mean = (cumsum_x[offset + y2] - cumsum_x[offset + y1]) / np.maximum(y2 - y1, 1)
         edge: Floats = np.log(mean / self._grad_x_mean + 0.3)
         return edge
 
     def _horizontal_edge(self, cumsum_y: Sums, y: Ints, x1: Ints, x2: Ints) -> Floats:
-        """Return the edge strength along a horizontal side."""
+        """Return the log edge strength along a horizontal side, relative to the image mean."""
         offset = y.clip(max=self._height - 1) * (self._width + 1)
         mean = (cumsum_y[offset + x2] - cumsum_y[offset + x1]) / np.maximum(x2 - x1, 1)
         edge: Floats = np.log(mean / self._grad_y_mean + 0.3)
@@ -204,7 +211,7 @@ class EdgeContrast:
 
 
 def _integral_image(values: NDArray[np.uint8]) -> Sums:
-    """Compute the flattened integral image."""
+    """Compute the flattened integral image, with a leading row and column of zeros."""
     table = np.zeros((values.shape[0] + 1, values.shape[1] + 1), np.int32)
     np.cumsum(values, axis=0, dtype=np.int32, out=table[1:, 1:])
     np.cumsum(table[1:, 1:], axis=1, out=table[1:, 1:])
@@ -212,14 +219,14 @@ def _integral_image(values: NDArray[np.uint8]) -> Sums:
 
 
 def _row_cumsum(values: NDArray[np.uint8]) -> Sums:
-    """Compute the cumulative sums of each row with a leading zero, flattened."""
+    """Compute the cumulative sums along each row with a leading 0, flattened."""
     table = np.zeros((values.shape[0], values.shape[1] + 1), np.int32)
     np.cumsum(values, axis=1, dtype=np.int32, out=table[:, 1:])
     return table.ravel()
 
 
 def _max_with_neighbors(values: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return the maximum of each value and the values in the rows above and below."""
+    """Return the maximum of each value and its neighbors in the rows above and below."""
     result = values.copy()
     np.maximum(result[1:], values[:-1], out=result[1:])
     np.maximum(result[:-1], values[1:], out=result[:-1])

@@ -1,4 +1,4 @@
-"""Search for the resized image size in which boxes were annotated."""
+"""Search for the size of the resized images in which boxes were annotated."""
 
 from __future__ import annotations
 
@@ -24,23 +24,25 @@ from finesight.data.boxes import BoxFormat
 Floats = NDArray[np.float64]
 
 COARSE_STEP = 1.03
-"""Ratio between consecutive candidate sizes."""
+"""Ratio between consecutive candidate sizes in the coarse search."""
 
 FINE_STEP = 1.005
-"""Ratio between consecutive candidate sizes around the best ones."""
+"""Ratio between consecutive candidate sizes in the fine search around the best ones."""
 
 MAX_SCALE = 2.6
-"""Candidate sizes range from the smallest one that contains all boxes to this multiple. In larger
-frames, all boxes would be in one corner."""
+"""Ratio between the largest and the smallest candidate size.
+
+The smallest candidate just contains all boxes. In larger frames, all boxes would be in one corner.
+"""
 
 NUM_COARSE_IMAGES = 150
-"""Number of images for the coarse search."""
+"""Number of images that are measured in the coarse search."""
 
 OUTLIER_FRACTION = 0.01
-"""Fraction of boxes that may be outside the frame."""
+"""Fraction of boxes that may be outside of a candidate frame."""
 
 FrameKind = tuple[FrameBase, bool, int]
-"""Base of the frame size, whether it is capped, and the multiple of its sides (see BoxFrame)."""
+"""Resize rule: `base`, `is_capped` and `side_multiple` of a `BoxFrame`."""
 
 FRAME_KINDS: tuple[FrameKind, ...] = (
     ("factor", False, 1),
@@ -52,15 +54,19 @@ FRAME_KINDS: tuple[FrameKind, ...] = (
     ("pixels", False, 28),
     ("pixels", True, 28),
 )
-"""Resize rules that (nearly) preserve the aspect ratio."""
+"""Resize rules that preserve the aspect ratio, exactly or except for rounding."""
 
 MIN_Z_GAIN = 3.0
-"""Minimum z score by which a more complex frame must be better."""
+"""Minimum z score to prefer a more complex resize rule over a simpler one."""
 
 
 @dataclass(frozen=True)
 class FrameSearchResult:
-    """The best-fitting frame as a hypothesis, and the number of tested frames."""
+    """Hypothesis with the best-fitting coordinate frame.
+
+    Attributes:
+        num_tries: Number of tested frames, which increases the probability of a false positive.
+    """
 
     hypothesis: BoxHypothesis
     num_tries: int
@@ -69,10 +75,11 @@ class FrameSearchResult:
 def find_frame(
     claims: BoxClaimTable, evidence: ImageEvidence, box_format: BoxFormat
 ) -> FrameSearchResult:
-    """Find the frame in which boxes of this format fit their images best.
+    """Find the coordinate frame in which boxes of a given format fit their images best.
 
-    The search tests sizes in steps of 3 %, then in finer steps around the best of each kind. The
-    kind matters only if images differ in size. Of kinds with equal fit, the simplest is returned.
+    The search tests sizes in steps of 3 %, then in finer steps around the best sizes of each resize
+    rule. The rules differ only if the images differ in size. Of rules that fit equally well, the
+    simplest is returned.
     """
     coarse_search = _FrameScorer(claims, evidence.take(NUM_COARSE_IMAGES), box_format)
     coarse_frames = coarse_search.fixed_frames() + coarse_search.scaled_frames()
@@ -105,14 +112,14 @@ class _FrameScorer:
         self._is_single_size = len(np.unique(sizes, axis=0)) == 1
 
     def fixed_frames(self) -> list[BoxFrame]:
-        """Return candidate frames of one size for all images."""
+        """Return candidate frames with the same size for all images."""
         widths, heights = (_candidate_sizes(_max_extent(extents)) for extents in (self._x, self._y))
         return [BoxFrame("fixed", x, y) for x, y in itertools.product(widths, heights)]
 
     def scaled_frames(self) -> list[BoxFrame]:
-        """Return candidate frames with the aspect ratio of the images.
+        """Return candidate frames with the aspect ratio of each image.
 
-        There are none if all images have the same size.
+        There are none if all images have the same size, because fixed frames are then equivalent.
         """
         if self._is_single_size:
             return []
@@ -129,7 +136,10 @@ class _FrameScorer:
         return frames
 
     def score_frames(self, frames: Sequence[BoxFrame], controls: int = 3) -> Floats:
-        """Return image scores [n, R] of the claims in each frame, summed over all sides."""
+        """Return the image scores [n, R] of n boxes in R candidate frames.
+
+        The scores are summed over all sides of a box.
+        """
         boxes = np.empty((len(self._corners), len(frames), 4))
         for frame_index, frame in enumerate(frames):
             frame_width, frame_height = frame.compute_size(self._width, self._height)
@@ -157,7 +167,7 @@ def _candidate_sizes(min_size: float) -> list[float]:
 
 
 def _group_by_kind(frames: Sequence[BoxFrame]) -> list[list[int]]:
-    """Return the indices of the frames of each kind, the simplest kind first."""
+    """Return the indices of the frames of each resize rule, the simplest rule first."""
     order: list[FrameKind] = [FRAME_KINDS[0], FRAME_KINDS[1], ("fixed", False, 1), *FRAME_KINDS[2:]]
     groups = [
         [n for n, f in enumerate(frames) if (f.base, f.is_capped, f.side_multiple) == kind]
@@ -167,7 +177,7 @@ def _group_by_kind(frames: Sequence[BoxFrame]) -> list[list[int]]:
 
 
 def _select_best(frames: Sequence[BoxFrame], values: Floats) -> list[list[BoxFrame]]:
-    """Return the best few frames of each kind."""
+    """Return the frames with the best scores for each resize rule."""
     num_best = 3
     groups = [
         sorted(group, key=lambda n: -values[n])[:num_best] for group in _group_by_kind(frames)

@@ -1,4 +1,4 @@
-"""Image evidence for a hypothesis: test whether boxes match their own image better than others."""
+"""Test whether boxes match their own image better than other images."""
 
 from __future__ import annotations
 
@@ -17,42 +17,46 @@ from finesight.data.image_header import CorruptImageError
 Floats = NDArray[np.float64]
 
 ImageOpener = Callable[[Path], EdgeContrast]
-"""Open an image for measurements. Raises CorruptImageError for an invalid image."""
+"""Function that opens an image for measurements. It raises CorruptImageError for an invalid image.
+"""
 
 MAX_IMAGES = 300
-"""Maximum number of opened images, evenly distributed over the source."""
+"""Maximum number of measured images, evenly distributed over the data file."""
 
 MAX_BOXES = 1200
-"""Maximum number of measured boxes, with at least 4 per image where available."""
+"""Approximate maximum number of measured boxes; at least 4 per image are measured."""
 
 NUM_CONTROLS = 3
-"""Number of control images per box."""
+"""Number of control images in which each box is also measured."""
 
 MIN_IMAGES = 20
-"""Minimum number of images for image evidence."""
+"""Minimum number of dissimilar images for image evidence."""
 
 MAX_BRIGHTNESS_DIFF = 2.0
-"""Maximum mean brightness difference (of 255) of similar images."""
+"""Mean brightness difference (of 255) below which two images are considered similar."""
 
 MAX_BOX_DIFF = 0.03
-"""Maximum relative difference of the coordinates of similar boxes."""
+"""Relative coordinate difference below which two boxes are considered similar."""
 
 MAX_FALSE_POSITIVE_RATE = 1e-6
-"""Maximum probability of a false positive."""
+"""Maximum probability that boxes of a wrong hypothesis are accepted."""
 
 MAX_SCORE = 10.0
 """Cap of the score of a single box, about twice the standard deviation of scores."""
 
 
 def open_edge_contrast(path: Path) -> EdgeContrast:
-    """Open an image: decode, downscale and compute the contrast."""
+    """Decode and downscale an image, and prepare its contrast measurements."""
     return EdgeContrast(load_small_gray(path))
 
 
 class ImageEvidence:
-    """Opened images of a source and the claims about them.
+    """Measured images of a data file, which score the boxes of a hypothesis.
 
-    `rows` are the indices of the claims in the table.
+    Attributes:
+        claim_rows: Indices of the measured boxes in the table of box claims.
+        image_of_claim: Index of the image of each measured box.
+        is_sufficient: Whether there are at least `MIN_IMAGES` dissimilar images.
     """
 
     def __init__(self, claims: BoxClaimTable, open_image: ImageOpener, seed: int = 0) -> None:
@@ -68,7 +72,7 @@ class ImageEvidence:
             try:
                 self._images.append(open_image(claims.image_paths[image_index]))
             except CorruptImageError:
-                continue  # a finding of its own
+                continue  # reported as a separate issue
             claim_rows = np.flatnonzero(claims.image_index == image_index)
             groups.append(
                 claim_rows[
@@ -95,10 +99,10 @@ class ImageEvidence:
         return subset
 
     def _assign_vote_groups(self, claims: BoxClaimTable) -> NDArray[np.int_]:
-        """Assign a group number to each image.
+        """Assign a group number to each image, which has one vote per group.
 
-        Similar images with similar first boxes (video frames, scans of one form) share a group and
-        have one vote.
+        Images with similar brightness and a similar first box, such as video frames or scans of the
+        same form, share a group.
         """
         first_rows = np.searchsorted(self.image_of_claim, np.arange(len(self._images)))
         boxes = claims.coordinates[self.claim_rows[first_rows]]
@@ -120,11 +124,14 @@ class ImageEvidence:
         return groups
 
     def score_boxes(self, boxes: Floats, num_controls: int = NUM_CONTROLS) -> Floats:
-        """Score by how much boxes fit their own images better than control images.
+        """Score how much better boxes fit their own image than control images.
 
-        Boxes [n, R, 4] of R hypotheses are normalized, one set for each of `rows`. The scores of
-        the same boxes in the control images are subtracted, so that effects of position, size and
-        layout are 0 on average.
+        The scores of the same boxes in control images are subtracted. Effects of position, size and
+        layout are then 0 on average.
+
+        Args:
+            boxes: Normalized corners [n, R, 4] of the n measured boxes under R hypotheses.
+            num_controls: Number of control images.
 
         Returns:
             Scores [n, R, 2] of the left and upper sides and of the right and lower sides. NaN if a
@@ -153,10 +160,14 @@ class ImageEvidence:
         return np.where(is_valid[..., None], own_scores - control_scores / num_controls, np.nan)
 
     def z_score(self, values: Floats, mask: Bools | None = None) -> float:
-        """Return the z score by which values [n] (or differences) of `rows` are above 0.
+        """Return the z score by which the values of the measured boxes are above 0.
 
-        Boxes of one image, or of similar images, are not independent. Their values are added and
-        divided by the square root of their number. See `hoeffding_bound`.
+        Boxes in one image, or in similar images, are not independent: their sum is divided by the
+        square root of their number. See `hoeffding_bound`.
+
+        Args:
+            values: Scores or differences of scores, [n].
+            mask: Boxes to include, [n]; None includes all.
         """
         is_used = np.isfinite(values) if mask is None else np.isfinite(values) & mask
         votes = self._vote_groups[self.image_of_claim[is_used]]
@@ -167,14 +178,15 @@ class ImageEvidence:
 
 
 def hoeffding_bound(z: float, num_tries: int = 1) -> float:
-    """Bound the probability that a sum of n symmetric differences reaches z.
+    """Bound the probability that the z score of a wrong hypothesis reaches z by chance.
 
-    z is in units of the square root of the sum of squares. The bound is exp(-z^2 / 2) by Hoeffding
-    (1963), for any n and any sizes. It is multiplied by the number of tested hypotheses.
+    The z score is a sum of symmetric values in units of the square root of their sum of squares.
+    The bound exp(-z^2 / 2) by Hoeffding (1963) holds for any number and size of values. It is
+    multiplied by the number of tested hypotheses.
     """
     return min(1.0, num_tries * math.exp(-z * z / 2)) if z > 0 else 1.0
 
 
 def min_z_score(num_tries: int = 1) -> float:
-    """Return the z score at which `hoeffding_bound` equals MAX_FALSE_POSITIVE_RATE."""
+    """Return the z score at which `hoeffding_bound` equals `MAX_FALSE_POSITIVE_RATE`."""
     return math.sqrt(2 * math.log(num_tries / MAX_FALSE_POSITIVE_RATE))

@@ -1,8 +1,8 @@
-"""Importers and exporters of dataset formats, one module each; the first match reads a source.
+"""Registry of dataset formats that can be imported and exported.
 
-To add a format: a module with its `FORMAT` (description, detection, parser and writer), an entry in
-FORMATS below, a row copied from its documentation in tests/data/formats/test_documented.py, and its
-name in the help of `--format` in cli/options.py.
+To add a format, write a module with a `FORMAT` (description, detection, parser and writer), add it
+to `FORMATS` below and to the help of `--format` in cli/options.py, and copy a row from its
+documentation to tests/data/formats/test_documented.py.
 """
 
 from __future__ import annotations
@@ -48,15 +48,22 @@ FORMATS = (
     conversations.FORMAT,
     table.FORMAT,
 )
-"""Specific formats come before general ones: any turns match `conversations`, any record is a
-`table`."""
+"""All dataset formats, in the order in which detection tries them.
+
+Specific formats come before general ones: `conversations` matches any turns, and `table` accepts
+any columns.
+"""
 
 
 def get_format(name: str, option: str = "--format") -> DatasetFormat:
-    """Return the format with this name.
+    """Return the dataset format with a given name.
+
+    Args:
+        name: Name of the format, such as "coco".
+        option: Command-line option that the name comes from, for error messages.
 
     Raises:
-        UserError: The name is unknown. The error lists the closest and all other names.
+        UserError: The name is unknown. The error lists all names and suggests the closest.
     """
     for data_format in FORMATS:
         if data_format.name == name:
@@ -72,20 +79,20 @@ def get_format(name: str, option: str = "--format") -> DatasetFormat:
 
 
 def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat, str]:
-    """Detect the format of the first records.
+    """Detect the dataset format of the first records of a source.
 
     Returns:
-        The format and the reason for the match.
+        The format, and the reason for the match.
 
     Raises:
-        UserError: No format matches. The error names the closest format.
+        UserError: No format matches. The error suggests the closest format.
     """
     for data_format in FORMATS:
         detected_by = data_format.detect(records)
         if detected_by is not None:
             return data_format, detected_by
     record_keys = _collect_keys(records[0])
-    # Of equally near ones the most general.
+    # If several formats are equally close, choose the most general one.
     closest = max(
         reversed(FORMATS), key=lambda data_format: len(data_format.typical_keys & record_keys)
     )
@@ -101,7 +108,7 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
 
 
 def _collect_keys(record: Record) -> set[str]:
-    """Return the keys of a record and its first turn without image keys."""
+    """Return the keys of a record and its first turn, except image keys."""
     turns = record.get("conversations", record.get("messages"))
     first = turns[0] if isinstance(turns, list) and turns else {}
     return {*record, *(first if isinstance(first, dict) else {})}.difference(IMAGE_KEYS)

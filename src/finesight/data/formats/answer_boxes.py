@@ -1,11 +1,13 @@
-"""Boxes in answer texts, in the syntax of Qwen2.5-VL or Qwen2-VL.
+"""Parse and format boxes in answer texts, in the syntax of Qwen2.5-VL or Qwen2-VL.
 
 Qwen2.5-VL writes JSON with `bbox_2d`, one object or a list, with corners in pixels of the original
-image. Text around the JSON is preserved; a ```json fence is removed, because each family adds its
-own. Qwen2-VL writes
+image. Text around the JSON is preserved. A ```json fence is removed, because each model family adds
+its own. Qwen2-VL writes
 <|object_ref_start|>dog<|object_ref_end|><|box_start|>(88,99),(500,700)<|box_end|> on a grid of
-1000. --box-format and --box-units override both. Boxes left as text would have an undefined
-coordinate frame after the image is resized.
+1000. The options --box-format and --box-units override both conventions.
+
+Boxes are parsed rather than left as text, because coordinates in text would be wrong after the
+image is resized.
 """
 
 from __future__ import annotations
@@ -44,10 +46,11 @@ JsonBoxes = list[JsonBox]
 
 
 def parse_answer(answer: str, images: RowImages) -> Iterator[ContentPart]:
-    """Parse an answer into text and box parts.
+    """Parse an answer text into text parts and box parts.
 
     Raises:
-        UserError: `bbox_2d` or a box token remains as text, or the number of images is not one.
+        UserError: `bbox_2d` occurs outside of valid JSON, a box token remains in the text, or a
+            text with boxes belongs to a row that does not have exactly one image.
     """
     marked = (
         split_at_pattern(answer, _TOKEN_BOXES)
@@ -77,10 +80,13 @@ def _parse_json_answer(answer: str, images: RowImages) -> Iterator[ContentPart]:
 
 
 def format_answer(content: Sequence[ContentPart], num_images: int) -> str:
-    """Format text and box parts so that `parse_answer` reads them back, in original pixels.
+    """Format text and box parts as text, with boxes as JSON in original pixels.
+
+    `parse_answer` restores the same parts from the result.
 
     Raises:
-        UserError: The parsed result would differ, such as for text that contains `bbox_2d`.
+        UserError: `parse_answer` would not restore the parts, for example because a text contains
+            `bbox_2d`.
     """
     segments: list[str | JsonBoxes] = []
     for part in content:
@@ -113,7 +119,10 @@ def format_answer(content: Sequence[ContentPart], num_images: int) -> str:
 
 
 def _trailing_boxes(segments: list[str | JsonBoxes]) -> JsonBoxes:
-    """Return the boxes at the end of the segments, which the next box extends."""
+    """Return the boxes at the end of the segments; empty after text.
+
+    A following box is added to the same JSON list.
+    """
     return segments[-1] if segments and not isinstance(segments[-1], str) else []
 
 

@@ -1,14 +1,16 @@
-"""COCO JSON, captions or instances: one document of images, annotations and categories.
+"""COCO JSON, captions or instances: a document of images, annotations and categories.
 
 {"images": [{"id": 1, "file_name": "a.jpg", "width": 640, "height": 480}],
  "annotations": [{"id": 7, "image_id": 1, "category_id": 2, "bbox": [x, y, width, height]}],
  "categories": [{"id": 2, "name": "dog"}]}
 
-Boxes are the top left corner and size in pixels, 0-based. Captions of one image are answers to one
-question. Crowd regions and annotations without a box are skipped and counted. Segmentation, area
-and keypoints are ignored. All images are in the folder of the document or its parent, or in
-`images` or another subfolder of these: the first candidate that contains all images, else the one
-that contains most. Of several folders, the name of the document decides.
+A box is its top left corner and size in pixels, 0-based. Several captions of an image are answers
+to the same question. Crowd regions and annotations without a box are skipped and counted;
+segmentation, area and keypoints are ignored.
+
+Images are searched in the folder of the document, its parent, `images` in either, and other
+subfolders. The first folder that contains all images is used, else the folder that contains most.
+If several folders match, the one whose name occurs in the name of the document is used.
 """
 
 from __future__ import annotations
@@ -53,22 +55,26 @@ from finesight.data.sample import ContentPart, Message
 from finesight.errors import UserError
 from finesight.file_name_encoding import find_existing
 
-CAPTION_PROMPT = "Describe the picture."
-"""Default prompt of images with captions; --prompt overrides it."""
+CAPTION_PROMPT = "Describe the image."
+"""Default question about images with captions; `--prompt` overrides it."""
 
 COCO_BOX_CONVENTION = BoxConvention(format="xywh")
 REASON_NO_CAPTION = "images without a caption"
 NUM_PROBED_IMAGES = 500
-"""Approximate number of images to probe for the image folder."""
+"""Approximate number of images that are looked up to find the image folder."""
 
 UNSUPPORTED_ANNOTATION_KEYS = ("segmentation", "keypoints")
 
 
 def open_document(source: Path) -> tuple[RowReader, str] | None:
-    """Open a .json file with images and annotations, one row per image.
+    """Open a COCO JSON document as rows, one per image.
+
+    Returns:
+        The rows and the reason for the match, or None if the file is not a COCO document.
 
     Raises:
-        UserError: None of its images is found.
+        UserError: The document has no captions or boxes, duplicate image IDs, or none of its images
+            is found.
     """
     document = _read_document(source)
     if document is None:
@@ -116,7 +122,7 @@ def open_document(source: Path) -> tuple[RowReader, str] | None:
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
-    """Parse a row; see the module docstring."""
+    """Build the training examples of an image in a COCO document."""
     image, annotations = row.record["image"], row.record["annotations"]
     meta = {"image_id": image.get("id"), "license": image.get("license")}
     meta = {key: value for key, value in meta.items() if value is not None}
@@ -138,7 +144,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
 def write_files(
     samples: Sequence[LocatedSample], context: ExportContext
 ) -> Iterator[tuple[str, bytes]]:
-    """Write one document, of type instances if any answer contains a box, else captions."""
+    """Write a COCO document, of instances if any answer contains a box, else of captions."""
     is_detection = has_boxes(samples)
     group_by_image = group_boxes_by_image if is_detection else group_texts_by_image
     records = group_by_image(samples, context, {"image_id", "license"})
@@ -170,7 +176,7 @@ def write_files(
 
 
 def _read_document(source: Path) -> dict[str, list[Record]] | None:
-    """Return the three lists of a COCO document, None for any other file."""
+    """Return the lists of images, annotations and categories of a COCO document, else None."""
     content = read_data_file(source) if is_json_object(source) else b""
     if b'"annotations"' not in content:
         return None
@@ -196,8 +202,10 @@ def _reject_duplicate_ids(ids: Counter[str], source: Path) -> None:
 
 
 def _find_image_folder(source: Path, images: Sequence[Record]) -> Path:
-    """Find the image folder: the first candidate group that contains all probed images, else most
-    of them.
+    """Return the folder that contains the images of a COCO document; see the module docstring.
+
+    Raises:
+        UserError: No image is found, or several folders match equally well.
     """
     step = max(1, len(images) // NUM_PROBED_IMAGES)
     names = [_get_file_name(image) for image in images[::step]]
@@ -233,12 +241,12 @@ def _find_image_folder(source: Path, images: Sequence[Record]) -> Path:
 
 
 def _get_file_name(image: Record) -> str:
-    """Return the file name with slashes, also for backslashes written by tools on Windows."""
+    """Return the file name of an image with forward slashes; some tools write backslashes."""
     return str(image.get("file_name")).replace("\\", "/")
 
 
 def _iter_candidate_folders(source: Path) -> Iterator[list[Path]]:
-    """Yield groups of candidate folders, the closest first."""
+    """Yield groups of folders that may contain the images, the closest to the document first."""
     base_folders = (source.parent, source.parent.parent)
     yield from ([base_folder] for base_folder in base_folders)
     yield from ([base_folder / "images"] for base_folder in base_folders)
@@ -254,7 +262,10 @@ def _list_subfolders(folder: Path) -> list[Path]:
 
 
 def _is_box_annotation(annotation: Record, source_notes: Counter[str]) -> bool:
-    """Return whether the annotation is a single object with a box; count others."""
+    """Return whether an annotation is a single object with a box.
+
+    Other annotations and ignored keys are counted in `source_notes`.
+    """
     if annotation.get("iscrowd"):
         source_notes["crowd regions (skipped)"] += 1
         return False
@@ -319,7 +330,7 @@ def _read_caption(annotation: Record) -> str:
 
 
 def _assign_image_ids(records: Sequence[ImageRecord]) -> list[int]:
-    """Return the imported IDs if all images have unique ones, else sequential IDs."""
+    """Return the image IDs of the imported data if they are unique, else sequential IDs."""
     declared_ids = [record.meta.get("image_id") for record in records]
     ids = [value for value in declared_ids if isinstance(value, int)]
     return ids if len(set(ids)) == len(declared_ids) else list(range(1, len(declared_ids) + 1))

@@ -1,11 +1,11 @@
-"""Turns with an image path between `<|vision_start|>` and `<|vision_end|>` in the text.
+"""Conversations with image paths between `<|vision_start|>` and `<|vision_end|>` in the text.
 
 {"conversations": [{"from": "user", "value": "COCO Yes: <|vision_start|>a.jpg<|vision_end|>"},
                    {"from": "assistant", "value": "A dog on a lawn."}]}
 
-Any number of turns with several images at any position in the text. If a record lists its images
-under `image` or `images`, each `<image>` in the text is the next of them. See `answer_boxes` for
-boxes in the answers.
+A record may have any number of turns, with several images at any position in the text. If it lists
+its images under `image` or `images`, each `<image>` in the text stands for the next of them. See
+`answer_boxes` for boxes in answers.
 """
 
 from __future__ import annotations
@@ -45,11 +45,14 @@ IMAGE_PLACEHOLDER = re.compile(
 
 
 KEYS = ("conversations", "system", *IMAGE_KEYS)
-"""Keys of a record that are read."""
+"""Keys of a record that become content; all other keys become metadata."""
 
 
 def detect(records: Sequence[Record]) -> str | None:
-    """Match any turns: formats with their own placeholders are tested first."""
+    """Detect conversations of any kind, and return the reason for the match or None.
+
+    Formats with their own placeholders are tested earlier.
+    """
     turns_per_record = [list_turn_texts(record) for record in records]
     if not all(turns_per_record):
         return None
@@ -63,14 +66,18 @@ def detect(records: Sequence[Record]) -> str | None:
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
-    """Parse a row; see the module docstring."""
+    """Build a training example from a conversation row."""
     return read_conversation(row, context, parse_turns(row.record))
 
 
 def read_conversation(
     row: SourceRow, reading: ImportContext, turns: Sequence[Turn]
 ) -> ImportExample:
-    """Build the example of a row from the role and text of each turn."""
+    """Build a training example from the role and text of each turn of a row.
+
+    Raises:
+        UserError: A user turn contains only a path, or images and placeholders differ in number.
+    """
     scene = RowImages(reading)
     named = list_checked_images(row.record)
     unplaced = iter(named)
@@ -112,7 +119,10 @@ def _next_image(remaining_images: Iterator[object], text: str) -> object:
 
 
 def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
-    """Write images as paths in placeholders, and boxes as JSON in original pixels."""
+    """Write conversations with image paths in placeholders, and boxes as JSON.
+
+    Boxes are in pixels of the original image.
+    """
 
     def make_record(located_sample: LocatedSample) -> Record:
         def make_placeholder(part: ImagePart) -> str:
@@ -130,8 +140,12 @@ def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> tex
 def render_turns(
     located_sample: LocatedSample, make_placeholder: Callable[[ImagePart], str]
 ) -> list[Turn]:
-    """Render the turns of a sample. Raises UserError for a question that would be read
-    as a path."""
+    """Render the turns of a sample as texts with image placeholders.
+
+    Raises:
+        UserError: A question consists of an image file name, which an import would read as an
+            image.
+    """
     turns = text_export.render_turns(located_sample, make_placeholder)
     paths = [text for role, text in turns if role == "user" and is_image_path(text)]
     if paths:

@@ -1,4 +1,4 @@
-"""Interface of dataset formats, and the context of an import or export."""
+"""Interface of dataset formats, and the state of an import or export that they share."""
 
 from __future__ import annotations
 
@@ -27,16 +27,26 @@ from finesight.data.sample import BoxPart, ContentPart, ImagePart, TextPart
 from finesight.errors import UserError
 
 BoxTask = Literal["detection", "grounding"]
-"""Task of a box dataset: one question about all boxes of an image, or one per label."""
+"""Task of a box dataset: one question per image, or one per label."""
 
 IMAGE_KEYS = ("image", "images")
+VIDEO_KEYS = ("video", "videos")
 UNSUPPORTED_KEYS = (
-    *("video", "videos", "audio", "audios"),
+    *(*VIDEO_KEYS, "audio", "audios"),
     *("tools", "objects", "history", "kto_tag"),
     *("chosen", "rejected", "rejected_response", "rejected_messages"),
 )
-"""Conversation keys of other programs whose content the import cannot represent: media, tools,
-boxes, history, and rejected answers."""
+"""Keys of conversation records with content that an import cannot represent.
+
+They contain other media, tools, boxes, earlier turns, or rejected answers. A format that supports
+one of them exempts it.
+"""
+
+_VIDEO_REMEDY = (
+    "extract the frames, and write these rows as samples (--format samples) with the content part"
+    ' {"type": "video", "frames": ["0.jpg", "1.jpg"], "fps": 2.0}; see "Videos" on the page "Data"'
+    " of the documentation"
+)
 
 _PLACEHOLDERS = re.compile(
     r"<\|(?:vision|image|video|box|object_ref)_\w+\|>|<img>|<(?:box|quad)>\s*\("
@@ -45,24 +55,27 @@ _PLACEHOLDERS = re.compile(
 
 
 class UnexpectedPlaceholderError(UserError):
-    """The text contains an image or box placeholder of another format."""
+    """Raised when a text contains an image or box placeholder of another format."""
 
 
 class InvalidOptionError(UserError):
-    """An option does not apply to the source. The error is raised once, not per row."""
+    """Raised when an import option does not apply to the source.
+
+    It ends the import, in contrast to errors of single rows.
+    """
 
 
 class PlaceholderCountError(UserError):
-    """Image placeholders and images in a row differ in number."""
+    """Raised when the numbers of image placeholders and images in a row differ."""
 
 
 class UnsupportedKeyError(UserError):
-    """A key has a value that the import cannot represent."""
+    """Raised when a row has a key with content that the import cannot represent."""
 
 
 @dataclass(frozen=True, slots=True)
 class RawBox:
-    """Coordinates of a box as in the source, and their declared convention."""
+    """A box with its coordinates as stored in the source, and their declared convention."""
 
     coordinates: Box
     image_path: Path
@@ -77,12 +90,18 @@ _OBJECT_REF = re.compile(
 
 @dataclass(slots=True)
 class ImportContext:
-    """State of one import: its images and import options.
+    """State of one import that dataset formats use to parse rows.
 
     Attributes:
-        raw_boxes: All boxes as found in the source.
+        images: Resolver of image paths and embedded images.
+        columns: Column name per role (`--map ROLE=COLUMN`).
+        prompt: Question or prompt template from the user; None uses the default.
+        box_format: Box format from the user; None uses the default of the dataset format.
+        box_units: Box units from the user; None uses the default of the dataset format.
+        box_task: Whether box datasets become detection or grounding questions.
+        lenient: Accept every box unchanged, for data checks.
+        raw_boxes: Boxes of the current row with coordinates as stored in the source.
         num_clipped: Number of boxes that exceeded their image by a rounding error.
-        is_lenient: Accept every box unchanged.
         source_notes: Counts of source content that samples do not represent, by description.
         skipped_rows: Counts of rows without training content, by reason.
     """
@@ -100,7 +119,7 @@ class ImportContext:
     skipped_rows: Counter[str] = field(default_factory=Counter)
 
     def resolve_convention(self, default: BoxConvention) -> BoxConvention:
-        """Return the box convention: the options of the user, else the default of the format."""
+        """Return the box convention of the user options, else that of the dataset format."""
         if self.box_format is None and self.box_units is None:
             return default
         return replace(
@@ -112,7 +131,18 @@ class ImportContext:
     def read_box(
         self, value: object, image_path: Path, default: BoxConvention, label: str | None = None
     ) -> Box:
-        """Convert four coordinates to two corners in pixels inside the image; see `fit_box`."""
+        """Convert four coordinates of a row to two corners in pixels inside the image.
+
+        Args:
+            value: Four coordinates as stored in the source.
+            image_path: Image that contains the box.
+            default: Convention of the dataset format, which user options override.
+            label: Label of the box.
+
+        Raises:
+            InvalidBoxError: The value is not a box, or the box is not inside the image; see
+                `clip_to_image`. A lenient import accepts a box outside the image.
+        """
         convention = self.resolve_convention(default)
         a, b, c, d = parse_coordinates(value)
         self.raw_boxes.append(RawBox((a, b, c, d), image_path, convention, label))
@@ -127,10 +157,12 @@ class ImportContext:
         return clipped_box
 
     def add_prompt(self, parts: Sequence[ContentPart]) -> tuple[ContentPart, ...]:
-        """Add `--prompt` to the first user turn, on a new line after text.
+        """Append the text of `--prompt` to the parts of the first user turn.
+
+        It starts on a new line after existing text.
 
         Raises:
-            UserError: The turn contains no text.
+            UserError: There is no prompt and the turn contains no text.
         """
         if self.prompt is None and not any(p.type == "text" and p.text.strip() for p in parts):
             raise UserError(
@@ -146,7 +178,7 @@ class ImportContext:
 
 
 class RowImages:
-    """The images of one row in order of appearance, and the boxes in them."""
+    """Images of one dataset row in order of appearance, to which boxes refer by index."""
 
     def __init__(self, context: ImportContext) -> None:
         self._context = context
@@ -154,7 +186,10 @@ class RowImages:
         self.paths: list[Path] = []
 
     def add_image(self, value: object) -> ImagePart:
-        """Add the image of a value (see `ImageResolver.resolve`) as the current image."""
+        """Resolve an image of the row and return its image part.
+
+        The value is a path, a URL or embedded bytes; see `ImageResolver.resolve`.
+        """
         self.paths.append(self._context.images.resolve(value))
         return ImagePart(image=str(self.paths[-1]))
 
@@ -165,7 +200,17 @@ class RowImages:
         default: BoxConvention,
         image_index: int | None = None,
     ) -> BoxPart:
-        """Create a box in the current image, or in `image_index`, from four coordinates."""
+        """Create a box part from four coordinates.
+
+        Args:
+            value: Four coordinates as stored in the source.
+            label: Label of the box.
+            default: Convention of the dataset format, which user options override.
+            image_index: 0-based index of the image; None is the last added image.
+
+        Raises:
+            UserError: The box precedes the first image, or is invalid.
+        """
         if not self.paths:
             raise UserError(
                 f"the box {value} precedes the first image",
@@ -185,7 +230,7 @@ class RowImages:
         return BoxPart(image=resolved_index, label=label, xyxy=xyxy)
 
     def require_single_image(self) -> None:
-        """Raise UserError unless the row has exactly one image for its boxes."""
+        """Raise UserError unless the row has exactly one image, to which all boxes belong."""
         if len(self.paths) != 1:
             raise UserError(
                 f"boxes in a row with {len(self.paths)} images",
@@ -196,11 +241,13 @@ class RowImages:
 
 @dataclass(slots=True)
 class ExportContext:
-    """State of one export: image names and sizes, and counts of lost content.
+    """State of one export that dataset formats use to write files.
 
     Attributes:
+        image_names: Path relative to the output folder, by absolute image path.
+        read_size: Function that returns height and width of an image.
         lost_counts: Counts of sample content that the format cannot represent, by description.
-        notes: Notes for the user about reading the files.
+        notes: Notes for the user about reading the exported files.
     """
 
     image_names: Mapping[Path, str]
@@ -213,23 +260,29 @@ class ExportContext:
         return self.image_names[path]
 
     def image_size(self, path: Path) -> tuple[int, int]:
-        """Return height and width of an image after EXIF rotation. Raises CorruptImageError."""
+        """Return height and width of an image in pixels after EXIF rotation.
+
+        Raises:
+            CorruptImageError: The image is unreadable.
+        """
         return self.read_size(path)
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetFormat:
-    """A dataset format with its detection, parser and writer.
+    """A dataset format: how to detect, parse and write it.
 
     Attributes:
-        detect: Returns the reason why the first records match, or None.
-        keys: Keys for the comparison with records of an unknown format.
-        supported_options: Applicable options ("map", "prompt", "boxes", "box_task").
-        parse_row: Returns one example, or several (one question per label).
-        open: Opens sources other than row files (a folder, a JSON document). Returns the rows and
-            the reason for the match, or None.
-        write: Yields relative file names with content; a repeated name appends. Raises UserError
-            for a sample that the format cannot represent.
+        name: Name for `--format` and `--to`.
+        description: Example or description of the format for messages.
+        typical_keys: Keys that suggest this format for records that no format matches.
+        detect: Function that returns the reason why records match this format, or None.
+        parse_row: Function that returns one example, or several (such as one question per label).
+        supported_options: Supported import options: "map", "prompt", "boxes", "box_task".
+        open_dataset: Function that opens sources other than row files, such as a folder or a COCO
+            document. It returns the rows and the reason for the match, or None.
+        write_files: Function that yields relative file names with content; a repeated name appends.
+            It raises UserError for a sample that the format cannot represent.
     """
 
     name: str
@@ -244,18 +297,24 @@ class DatasetFormat:
     ) = None
 
     def parse_examples(self, row: SourceRow, context: ImportContext) -> list[ImportExample]:
-        """Return the examples of a row; see `parse_row`."""
+        """Parse a row and return its examples as a list, which may be empty."""
         result = self.parse_row(row, context)
         return [result] if isinstance(result, ImportExample) else result
 
 
 def never_detect(records: Sequence[Record]) -> str | None:
-    """Return None: the format is selected explicitly or detected when its source is opened."""
+    """Return None, for formats that cannot be detected from records.
+
+    They are detected when their source is opened, or selected explicitly.
+    """
     return None
 
 
 def split_at_pattern(text: str, pattern: re.Pattern[str]) -> Iterator[str | re.Match[str]]:
-    """Yield the non-empty texts between matches, and the matches, in order."""
+    """Split a text at a regular expression.
+
+    Yields the non-empty texts between matches, and the matches, in order.
+    """
     end = 0
     for match in pattern.finditer(text):
         if match.start() > end:
@@ -267,7 +326,11 @@ def split_at_pattern(text: str, pattern: re.Pattern[str]) -> Iterator[str | re.M
 
 
 def make_text_part(text: str) -> TextPart:
-    """Create a text part. Raises UnexpectedPlaceholderError for a placeholder of another format."""
+    """Create a text part from a text without placeholders.
+
+    Raises:
+        UnexpectedPlaceholderError: The text contains an image or box placeholder of another format.
+    """
     match = _PLACEHOLDERS.search(text) if "<" in text else None
     if match:
         raise UnexpectedPlaceholderError(
@@ -279,12 +342,16 @@ def make_text_part(text: str) -> TextPart:
 
 
 def strip_object_refs(text: str) -> TextPart:
-    """Create a text part and replace object references of Qwen2-VL by their text."""
+    """Create a text part, and replace object references of Qwen2-VL by the text they contain.
+
+    Raises:
+        UnexpectedPlaceholderError: The text contains an image or box placeholder of another format.
+    """
     return make_text_part(_OBJECT_REF.sub(r"\1", text) if "<" in text else text)
 
 
 def merge_text_parts(parts: Iterable[ContentPart]) -> tuple[ContentPart, ...]:
-    """Merge adjacent text parts."""
+    """Merge adjacent text parts of a message into one part."""
     merged_parts: list[ContentPart] = []
     run: list[TextPart] = []
     for part in parts:
@@ -305,23 +372,26 @@ def _joined(run: Sequence[TextPart]) -> TextPart:
 
 
 def reject_unsupported_keys(record: Record, keys: Iterable[str] = UNSUPPORTED_KEYS) -> None:
-    """Raise UnsupportedKeyError if one of `keys` has a value."""
+    """Raise UnsupportedKeyError if a record has a non-empty value under one of the given keys."""
     present_keys = sorted(key for key in keys if key in record and has_value(record[key]))
     if present_keys:
+        key = present_keys[0]
         raise UnsupportedKeyError(
-            f"the key {present_keys[0]!r} with {str(record[present_keys[0]])[:60]}",
+            f"the key {key!r} with {str(record[key])[:60]}",
             expected="a conversation of text, images and boxes",
-            remedy="write these rows as samples, or remove the key",
+            remedy=_VIDEO_REMEDY
+            if key in VIDEO_KEYS
+            else "write these rows as samples, or remove the key",
         )
 
 
 def has_value(value: object) -> bool:
-    """Return whether a value has content; False has."""
+    """Return whether a value is not None and not an empty string, list or dictionary."""
     return value is not None and value != "" and value != [] and value != {}
 
 
 def as_list(value: object) -> list[object]:
-    """Wrap a value other than a list in a list; None becomes an empty list."""
+    """Wrap a single value in a list; None becomes an empty list."""
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]

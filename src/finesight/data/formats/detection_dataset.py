@@ -1,10 +1,12 @@
-"""Shared code of box dataset formats: convert labeled boxes of an image to questions.
+"""Convert box annotations of images to questions, for all box dataset formats.
 
-With `--box-task detection` an image yields one question, answered by all its boxes. With
-`--box-task grounding` it yields one question per label, answered by the boxes of that label. Boxes
-are sorted by label, then top to bottom and left to right. The answer for an image without boxes is
-`none`, which is scored as no boxes; grounding skips it. An image whose objects are all unsupported
-is skipped, because `none` would be wrong.
+With `--box-task detection`, an image yields one question that is answered by all its boxes. With
+`--box-task grounding`, it yields one question per label that is answered by the boxes of this
+label. Boxes are sorted by label, then from top to bottom and left to right.
+
+The answer for an image without objects is `none`, which is scored as no boxes; grounding skips such
+an image. An image whose objects are all of unsupported types is skipped, because `none` would be
+wrong.
 """
 
 from __future__ import annotations
@@ -35,28 +37,33 @@ from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import BoxPart, ContentPart, Message, TextPart
 from finesight.errors import UserError
 
-DETECTION_PROMPT = "Locate every object of these classes in the picture: {labels}."
-"""Default prompt of --box-task detection; --prompt overrides it."""
+DETECTION_PROMPT = "Locate every object of these classes in the image: {labels}."
+"""Default question for `--box-task detection`; `--prompt` overrides it."""
 
-GROUNDING_PROMPT = "Locate every {label} in the picture."
-"""Default prompt of --box-task grounding; --prompt overrides it."""
+GROUNDING_PROMPT = "Locate every {label} in the image."
+"""Default question for `--box-task grounding`; `--prompt` overrides it."""
 
 NO_OBJECTS_ANSWER = "none"
-"""Answer for an image without objects."""
+"""Answer text for an image without objects."""
 
 REASON_UNSUPPORTED_OBJECTS = "images whose objects are all of unsupported types"
 REASON_NO_OBJECTS = "images without objects (skipped by --box-task grounding)"
 
 MAX_CLASSES = 100_000
-"""Maximum number of classes in a question, which is repeated for each image."""
+"""Maximum number of class names in a detection question, which is repeated for each image."""
 
 ImageSize = tuple[int, int]
-"""Height and width in pixels."""
+"""Height and width of an image in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectAnnotation:
-    """An object with its class, its coordinates in the format of the source, and metadata."""
+    """An annotated object with its class name and box.
+
+    Attributes:
+        coordinates: Four coordinates in the convention of the source.
+        attributes: Further properties such as `difficult`, stored in the metadata of the sample.
+    """
 
     label: str
     coordinates: Sequence[object]
@@ -68,8 +75,9 @@ class ImageAnnotation:
     """Annotations of one image in a box dataset.
 
     Attributes:
-        size: (height, width) declared by the source, None if missing.
-        classes: All class names of the source.
+        image: Path or embedded bytes of the image.
+        class_names: Class names of the full dataset, listed in detection questions.
+        declared_size: Height and width stated by the annotation file, None if missing.
         source_notes: Counts of ignored content, by description.
     """
 
@@ -87,11 +95,14 @@ def build_detection_examples(
     context: ImportContext,
     default_convention: BoxConvention,
 ) -> list[ImportExample]:
-    """Build the examples of an image; none if there is no question to ask.
+    """Build the training examples of an annotated image.
+
+    Images without objects yield none for grounding, and images with only unsupported objects yield
+    none.
 
     Raises:
         InvalidOptionError: The prompt template is invalid.
-        InvalidBoxError: A box is outside its image (see `fit_box`), or the declared size differs.
+        InvalidBoxError: A box is outside the image, or the image has another size than declared.
     """
     check_limit(len(annotation.objects), MAX_BOXES, "boxes")
     images = RowImages(context)
@@ -145,9 +156,12 @@ def build_detection_examples(
 def format_prompt(
     prompt: str | None, default_template: str, values: Mapping[str, str]
 ) -> list[TextPart]:
-    """Format the prompt template of the user or the default; "" yields no text.
+    """Fill in the placeholders of a prompt template.
 
-    Doubled braces are literal braces.
+    Args:
+        prompt: Template from the user, None for the default. "" yields no text part.
+        default_template: Default template of the task.
+        values: Value per placeholder. Doubled braces in the template are literal braces.
 
     Raises:
         InvalidOptionError: The template contains unknown placeholders, or lacks {label}, which
@@ -187,9 +201,10 @@ def format_prompt(
 def check_declared_size(
     declared: ImageSize | None, image_path: Path, context: ImportContext
 ) -> None:
-    """Raise InvalidBoxError if the declared image size differs from the actual size.
+    """Raise InvalidBoxError if an image has another size than its annotation file declares.
 
-    The boxes are then in another coordinate frame: before EXIF rotation, or of a resized image.
+    The boxes would then be in another coordinate frame: before EXIF rotation, or of a resized
+    image.
     """
     try:
         actual = context.images.image_size(image_path)

@@ -1,4 +1,4 @@
-"""List the files of a dataset folder by type."""
+"""List the files of a dataset folder and group them by suffix."""
 
 from __future__ import annotations
 
@@ -18,40 +18,44 @@ IMAGE_SUFFIXES = frozenset(
         *(".tif", ".tiff", ".ppm", ".jp2", ".avif"),
     }
 )
-"""Suffixes of image files."""
+"""Suffixes of image files, in lower case."""
 
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
-"""Suffixes of files with rows or a complete dataset."""
+"""Suffixes of files that contain rows or a complete dataset, in lower case."""
 
 NUM_DETECTION_FILES = 5
-"""Number of annotation files that are read for format detection."""
+"""Number of annotation files that are read to detect the dataset format."""
 
 SNIFF_BYTES = 4096
-"""Number of bytes that are read from the start of a file for detection."""
+"""Number of bytes read from the start of a file to detect its format."""
 
 
 @dataclass(frozen=True, slots=True)
 class FolderListing:
-    """The files below a folder sorted by path, without hidden files and finesight checksums."""
+    """Sorted paths of the files in a folder and its subfolders.
+
+    Hidden files and the checksum file of finesight are excluded.
+    """
 
     root: Path
     files: tuple[Path, ...]
 
     def image_files(self) -> list[Path]:
-        """The files with an image suffix."""
+        """Return the files with the suffix of an image format."""
         return [path for path in self.files if path.suffix.lower() in IMAGE_SUFFIXES]
 
     def files_with_suffix(self, suffix: str) -> list[Path]:
-        """Return the files with a suffix, given in lower case with its dot."""
+        """Return the files with a given suffix, in lower case with its dot."""
         return [path for path in self.files if path.suffix.lower() == suffix]
 
     def count_suffixes(self) -> Counter[str]:
-        """Count the files by suffix."""
+        """Count the files of the folder by suffix."""
         return Counter(path.suffix.lower() or "no suffix" for path in self.files)
 
     def suggest_source(self) -> str:
-        """Return a remedy for a folder that no format opens: the closest format and what is
-        missing.
+        """Return a suggestion for a folder that no dataset format can open.
+
+        It names the closest format and the files that it misses.
         """
         for suffix in ROW_SUFFIXES:
             if self.files_with_suffix(suffix):
@@ -75,7 +79,9 @@ class FolderListing:
 
 
 def list_folder(root: Path) -> FolderListing:
-    """List all files below `root`, following links to folders, each folder once.
+    """List all files below a folder, including those behind symbolic links to folders.
+
+    Each folder is visited once.
 
     Raises:
         SpecialFileError: A file is a named pipe, a socket or a device.
@@ -90,11 +96,18 @@ def open_annotation_files(
     is_annotation: Callable[[Path], bool],
     read_classes: Callable[[Path], set[str]],
 ) -> tuple[RowReader, str] | None:
-    """Open annotation files as one row per image.
+    """Open annotation files as rows, one per image.
+
+    Args:
+        files: All candidate annotation files.
+        stem: Name used for generated IDs.
+        description: Description of the format, part of the reason for the match.
+        is_annotation: Function that returns whether a file is an annotation of the format.
+        read_classes: Function that returns the class names in a file.
 
     Returns:
-        The rows with the classes of all files and the reason for the match, or None if none of the
-            first files is an annotation of the format.
+        The rows and the reason for the match, or None if none of the first files is an annotation
+            of the format. Each row lists the class names of all files.
     """
     if not any(map(is_annotation, files[:NUM_DETECTION_FILES])):
         return None
@@ -108,7 +121,7 @@ def open_annotation_files(
 
 
 def is_json_object(path: Path) -> bool:
-    """Return whether a .json file starts with an object; only its start is read."""
+    """Return whether a .json file contains an object, judged by its first bytes."""
     if path.suffix.lower() != ".json" or not path.is_file():
         return False
     try:
@@ -120,7 +133,7 @@ def is_json_object(path: Path) -> bool:
 
 
 def _iter_files(root: Path) -> Iterator[Path]:
-    """Yield all files below a folder, breadth first, each folder once.
+    """Yield all files below a folder, breadth first, visiting each folder once.
 
     Raises:
         SpecialFileError: A file is a named pipe, a socket or a device.
@@ -138,7 +151,7 @@ def _iter_files(root: Path) -> Iterator[Path]:
                 waiting.append(entry.path)
                 continue
             if not _is(entry.is_file):
-                reject_special_file(Path(entry.path))  # a link to nowhere stays
+                reject_special_file(Path(entry.path))  # broken links are listed
             if entry.name != DIGESTS_FILE:
                 yield Path(entry.path)
 
@@ -151,7 +164,10 @@ def _is(kind: Callable[[], bool]) -> bool:
 
 
 def _list_entries(folder: str) -> list[os.DirEntry[str]]:
-    """Return the visible entries of a folder by name; empty for an unreadable folder."""
+    """Return the entries of a folder sorted by name, without hidden ones.
+
+    An unreadable folder has no entries.
+    """
     try:
         with os.scandir(folder) as entries:
             shown = [entry for entry in entries if not entry.name.startswith(".")]

@@ -1,7 +1,8 @@
-"""A folder of images, each with a text file that contains the answer.
+"""A folder of images with one answer per image in a text file.
 
-folder/a.jpg, folder/a.txt. --prompt sets the question. Trailing line breaks of a text are removed.
-Images without a text file are skipped and counted.
+The files have the same name, such as folder/a.jpg and folder/a.txt. The option --prompt sets the
+question. Trailing line breaks of a text are removed. Images without a text file are skipped and
+counted.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ REASON_NO_TEXT_FILE = "images without a text file of the same name"
 
 
 def open_folder(source: Path) -> tuple[RowReader, str] | None:
-    """Open a folder with at least one text file as one row per image."""
+    """Open a folder of images and text files as rows, one per image.
+
+    Returns:
+        The rows and the reason for the match, or None if no image has a text file.
+    """
     if not source.is_dir():
         return None
     listing = list_folder(source)
@@ -56,7 +61,7 @@ def open_folder(source: Path) -> tuple[RowReader, str] | None:
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
-    """Parse a row; see the module docstring."""
+    """Build a training example from an image and its text file."""
     if row.record["text"] is None:
         context.skipped_rows[REASON_NO_TEXT_FILE] += 1
         return []
@@ -79,9 +84,11 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
 def write_files(
     samples: Sequence[LocatedSample], context: ExportContext
 ) -> Iterator[tuple[str, bytes]]:
-    """Write a text file with one answer next to each image.
+    """Write a text file with the answer next to each image.
 
-    The images must be in the output folder.
+    Raises:
+        UserError: An image is outside of the output folder or has several answers, or two images
+            need the same text file.
     """
     used_names: set[str] = set()
     for record in group_texts_by_image(samples, context, set()):

@@ -1,10 +1,10 @@
-"""Turns whose user text is only an image path.
+"""Conversations whose first user message is only an image path.
 
 {"conversations": [{"role": "user", "value": "LaTeX_OCR/0.jpg"},
                    {"role": "assistant", "value": "x ^ { 2 }"}]}
 
-The file contains no question: `--prompt` sets it. Later user turns are text unless they are paths
-as well. See `answer_boxes` for boxes in the answers.
+The rows contain no question: `--prompt` sets it. Later user messages are text unless they are image
+paths as well. See `answer_boxes` for boxes in answers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _IMAGE_PATH = re.compile(r"[^\n<>|]+\.(?:jpe?g|png|webp|bmp|gif|tiff?|ppm|jp2|av
 
 
 def detect(records: Sequence[Record]) -> str | None:
-    """Match if the first user turn of every record is a path."""
+    """Detect conversations that start with an image path, and return the reason or None."""
     for record in records:
         question = next((text for role, text in list_turn_texts(record) if role == "user"), "")
         if not is_image_path(question):
@@ -42,7 +42,7 @@ def detect(records: Sequence[Record]) -> str | None:
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
-    """Parse a row; see the module docstring."""
+    """Build a training example from a conversation that starts with an image path."""
     images = RowImages(context)
 
     def parse_text(role: Role, text: str) -> Iterator[ContentPart]:
@@ -58,12 +58,14 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
 
 
 def is_image_path(text: str) -> bool:
-    """Return whether a text is only an image path."""
+    """Return whether a text consists of a single image path."""
     return _IMAGE_PATH.fullmatch(text.strip()) is not None
 
 
 def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
-    """Write turns whose first user text is the image path, and report the question.
+    """Write conversations whose first user message is the image path.
+
+    The question, which must be the same for all samples, is reported as a note.
 
     Raises:
         UserError: The samples have different questions, or a question is not one image followed by

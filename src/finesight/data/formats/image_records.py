@@ -1,4 +1,4 @@
-"""Group samples by image, for formats with one record per image."""
+"""Group samples by image, for exports to formats with one record per image."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ LOST_QUESTIONS = "questions, which an import regenerates from --prompt and --box
 LOST_WHITESPACE = "white space around answers"
 
 REGENERATED_META_KEYS = frozenset({"classes"})
-"""Metadata keys that an import regenerates."""
+"""Metadata keys that an import generates again, so that an export does not lose them."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportBox:
-    """A box to export: its label, its corners in pixels and its metadata."""
+    """A box to export, with its label, its corners in pixels and its metadata."""
 
     label: str
     xyxy: Box
@@ -33,7 +33,7 @@ class ExportBox:
 
 @dataclass(slots=True)
 class ImageRecord:
-    """An image with the answers of all its samples as texts or boxes."""
+    """An image with the answers of all its samples, as texts or as boxes."""
 
     image_path: Path
     answers: list[str] = field(default_factory=list)
@@ -41,7 +41,7 @@ class ImageRecord:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def merge_boxes(self, boxes: Sequence[ExportBox]) -> None:
-        """Add the boxes of a sample without duplicates."""
+        """Add the boxes of a sample, except those that the image already has."""
         existing = list(self.boxes)
         for box in boxes:
             if box in existing:
@@ -53,7 +53,12 @@ class ImageRecord:
 def group_boxes_by_image(
     samples: Iterable[LocatedSample], context: ExportContext, meta_keys: Set[str]
 ) -> list[ImageRecord]:
-    """Group the boxes of all samples by image, in order; `meta_keys` are preserved.
+    """Group the boxes of all samples by image, in order of appearance.
+
+    Args:
+        samples: Samples to export.
+        context: State of the export, which counts lost content.
+        meta_keys: Metadata keys that the format preserves.
 
     Raises:
         UserError: A sample is not a single question about one image, or an answer is neither
@@ -70,7 +75,12 @@ def group_boxes_by_image(
 def group_texts_by_image(
     samples: Iterable[LocatedSample], context: ExportContext, meta_keys: Set[str]
 ) -> list[ImageRecord]:
-    """Group the answers and references of all samples by image, in order.
+    """Group the answers and references of all samples by image, in order of appearance.
+
+    Args:
+        samples: Samples to export.
+        context: State of the export, which counts lost content.
+        meta_keys: Metadata keys that the format preserves.
 
     Raises:
         UserError: A sample is not a single question about one image, or an answer contains boxes.
@@ -84,7 +94,7 @@ def group_texts_by_image(
 
 
 def has_boxes(samples: Sequence[LocatedSample]) -> bool:
-    """Return whether any answer contains a box."""
+    """Return whether the answer of any sample contains a box."""
     return any(
         isinstance(part, BoxPart)
         for located_sample in samples
@@ -93,15 +103,19 @@ def has_boxes(samples: Sequence[LocatedSample]) -> bool:
 
 
 def collect_classes(records: Sequence[ImageRecord]) -> list[str]:
-    """Return all class names: in the imported order, additional ones sorted."""
+    """Return all class names: those of the imported dataset in order, then new ones sorted."""
     declared_names = [name for record in records for name in record.meta.get("classes", ())]
     used_names = sorted({box.label for record in records for box in record.boxes})
     return list(dict.fromkeys([*declared_names, *used_names]))
 
 
 def require_inside_output(path: Path, context: ExportContext, format_name: str) -> str:
-    """Return the image path relative to the output folder. Raises UserError for
-    an image outside."""
+    """Return the path of an image relative to the output folder.
+
+    Raises:
+        UserError: The image is outside of the output folder, so that the format cannot reference
+            it.
+    """
     name = context.image_name(path)
     if name.startswith("../") or Path(name).is_absolute():
         raise UserError(
@@ -114,7 +128,11 @@ def require_inside_output(path: Path, context: ExportContext, format_name: str) 
 
 
 def assign_text_file(name: str, used_names: set[str]) -> str:
-    """Reserve the text file of an image. Raises UserError if another image uses it."""
+    """Reserve the text file of an image, and return its name.
+
+    Raises:
+        UserError: Another image with the same stem uses the text file.
+    """
     text = str(Path(name).with_suffix(".txt"))
     if text in used_names:
         raise UserError(
@@ -127,7 +145,7 @@ def assign_text_file(name: str, used_names: set[str]) -> str:
 
 
 def make_unique_stem(stem: str, used_stems: set[str]) -> str:
-    """Reserve `stem`, with a number appended if it is used."""
+    """Reserve an unused file stem, numbered if necessary, and return it."""
     name, suffix = stem, 2
     while name in used_stems:
         name, suffix = f"{stem}-{suffix}", suffix + 1
@@ -136,7 +154,7 @@ def make_unique_stem(stem: str, used_stems: set[str]) -> str:
 
 
 def round_coordinate(value: float) -> int | float:
-    """Round a coordinate to the precision of the import; integers have no decimal point."""
+    """Round a coordinate to `BOX_DECIMALS`, and convert a whole number to an integer."""
     rounded = round(value, BOX_DECIMALS)
     return int(rounded) if rounded == int(rounded) else rounded
 
@@ -160,7 +178,11 @@ def _get_record(
 
 
 def _get_single_image(sample: Sample) -> str:
-    """Return the image of a sample with one image and one question."""
+    """Return the image path of a sample with a single question about one image.
+
+    Raises:
+        UserError: The sample has several turns, or not exactly one image.
+    """
     turns = [message.role for message in sample.messages if message.role != "system"]
     images = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
     if turns != ["user", "assistant"] or len(images) != 1:

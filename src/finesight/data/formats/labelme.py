@@ -3,10 +3,12 @@
 {"imagePath": "a.jpg", "imageHeight": 480, "imageWidth": 640, "imageData": null, "shapes":
  [{"label": "dog", "shape_type": "rectangle", "points": [[10.5, 20.0], [110.0, 220.5]]}]}
 
-A rectangle is any two opposite corners (some tools write all four). A polygon is converted to its
-bounding box and counted. Points, lines, circles and masks are skipped and counted. Pixels are
-0-based, after EXIF rotation. The path is relative to the JSON file; a missing image is saved from
-`imageData`. Images without a JSON file are unlabeled and ignored.
+A rectangle is given by two opposite corners in any order; some tools write all four. A polygon is
+converted to its bounding box and counted. Points, lines, circles and masks are skipped and counted.
+Coordinates are in pixels, 0-based, after EXIF rotation.
+
+The image path is relative to the JSON file. If the image is missing, it is saved from `imageData`.
+Images without a JSON file are considered unlabeled and ignored.
 """
 
 from __future__ import annotations
@@ -49,13 +51,17 @@ from finesight.errors import UserError
 from finesight.file_name_encoding import find_existing
 
 LABELME_VERSION = "5.5.0"
-"""Version of LabelMe written to exported files."""
+"""LabelMe version that exported files declare."""
 
 NOTE_POLYGON_AS_BOX = "polygons (converted to bounding boxes)"
 
 
 def open_folder(source: Path) -> tuple[RowReader, str] | None:
-    """Open the JSON files of a folder, or one JSON file, as one row each."""
+    """Open the LabelMe JSON files of a folder, or a single one, as rows.
+
+    Returns:
+        The rows and the reason for the match, or None if the first files are not from LabelMe.
+    """
     files = [source] if is_json_object(source) else []
     if source.is_dir():
         files = list_folder(source).files_with_suffix(".json")
@@ -64,7 +70,7 @@ def open_folder(source: Path) -> tuple[RowReader, str] | None:
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
-    """Parse a row; see the module docstring."""
+    """Build the training examples of a LabelMe file."""
     file = Path(row.record["file"])
     record = _read_record(file)
     source_notes: Counter[str] = Counter()
@@ -80,7 +86,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
 def write_files(
     samples: Sequence[LocatedSample], context: ExportContext
 ) -> Iterator[tuple[str, bytes]]:
-    """Write a JSON file per image with its boxes as rectangles."""
+    """Write a LabelMe file per image, with its boxes as rectangles."""
     used_stems: set[str] = set()
     for record in group_boxes_by_image(samples, context, set()):
         content = json.dumps(_build_record(record, context), ensure_ascii=False, indent=2)
@@ -91,7 +97,11 @@ def write_files(
 
 
 def _read_record(file: Path) -> Record:
-    """Read a file. Raises UserError for a file of another format."""
+    """Read and validate a LabelMe file.
+
+    Raises:
+        UserError: The file is not JSON, or has no list of shapes.
+    """
     content = read_data_file(file, MAX_LINE_BYTES)
     check_json(content, str(file))
     try:
@@ -121,7 +131,10 @@ def _is_labelme(file: Path) -> bool:
 
 
 def _read_classes(file: Path) -> set[str]:
-    """Return the labels of a file's boxes. Unreadable files are reported when the row is parsed."""
+    """Return the labels of the boxes in a LabelMe file.
+
+    An invalid file has none; its error is reported when the row is parsed.
+    """
     try:
         shapes = _read_record(file)["shapes"]
     except UserError:
@@ -131,7 +144,7 @@ def _read_classes(file: Path) -> set[str]:
 
 
 def _get_shape_type(shape: Record) -> str:
-    # The first versions knew polygons only, and named no type.
+    # The first versions of LabelMe supported only polygons and wrote no type.
     return str(shape.get("shape_type") or "polygon")
 
 
@@ -156,9 +169,9 @@ def _parse_shape(shape: Record, source_notes: Counter[str]) -> Iterator[ObjectAn
 
 
 def _find_image(file: Path, record: Record) -> str | bytes:
-    """Return the image path, or the embedded bytes if the file is missing.
+    """Return the image path, or the bytes of `imageData` if the image is missing.
 
-    Paths may have Windows separators.
+    The image path in the record may have Windows separators.
     """
     name = str(record.get("imagePath") or "")
     path = file.parent / name

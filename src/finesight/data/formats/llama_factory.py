@@ -4,11 +4,13 @@
                    {"from": "gpt", "value": "A dog."}], "images": ["a.jpg"]}
 {"instruction": "<image>What is this?", "input": "", "output": "A dog.", "images": ["a.jpg"]}
 
-As documented in the README of its `data` folder, with the default names of columns and speakers.
-Its messages of role and content are read as `ms-swift`. An image is inserted at its `<image>`. In
-alpaca, the question is the instruction followed by the input on a new line; `system` and `history`
-are the system prompt and earlier rounds. The format has no boxes: see `answer_boxes` for boxes in
-answer texts.
+The README of its `data` folder documents them; the default names of columns and roles are
+supported. Each `<image>` in the text stands for the next image. In alpaca, the question is the
+instruction followed by the input on a new line; `system` and `history` are the system prompt and
+earlier turns.
+
+LLaMA-Factory messages with `role` and `content` are read as `ms-swift`. The format has no boxes of
+its own: see `answer_boxes` for boxes in answers.
 """
 
 from __future__ import annotations
@@ -46,7 +48,11 @@ ALPACA_KEYS = ("instruction", "input", "output", "history")
 
 
 def detect(records: Sequence[Record]) -> str | None:
-    """Match an instruction with an output (all records), or turns with images (some records)."""
+    """Detect the alpaca or sharegpt format, and return the reason for the match or None.
+
+    All alpaca records have an instruction and an output. In sharegpt, at least one record lists
+    images.
+    """
     if all({"instruction", "output"} <= record.keys() for record in records):
         return f"keys instruction and output in all of the first {len(records)} (alpaca)"
     if not all(list_turn_texts(record) for record in records):
@@ -60,7 +66,7 @@ def detect(records: Sequence[Record]) -> str | None:
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
-    """Parse a row; see the module docstring."""
+    """Build a training example from a row in the alpaca or sharegpt format."""
     if "conversations" in row.record:
         return conversations.parse_row(row, context)
     other_values = {key: value for key, value in row.record.items() if key not in ALPACA_KEYS}
@@ -87,7 +93,7 @@ def _parse_alpaca(record: Record) -> list[Turn]:
 
 
 def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
-    """Write sharegpt turns, and a dataset_info.json that registers them as `finesight`."""
+    """Write sharegpt rows, and a dataset_info.json that registers them as `finesight`."""
 
     def make_record(located_sample: LocatedSample) -> Record:
         placeholder = text_export.ImagePlaceholder(located_sample, context)

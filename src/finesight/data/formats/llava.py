@@ -1,12 +1,12 @@
-r"""The format of LLaVA: ShareGPT turns with an image.
+r"""The format of LLaVA: ShareGPT conversations with an image.
 
 [{"id": "1", "image": "a.jpg",
   "conversations": [{"from": "human", "value": "<image>\nWhat is this?"},
                     {"from": "gpt", "value": "A dog on a lawn."}]}]
 
-As documented in "Finetune LLaVA on Custom Datasets". The line break after `<image>` is removed,
-because each family adds its own. In a list of images, each has its `<image>`. See `answer_boxes`
-for boxes in answers.
+The LLaVA guide "Finetune LLaVA on Custom Datasets" documents it. The line break after `<image>` is
+removed, because each model family adds its own. If `image` is a list, each `<image>` stands for the
+next image. See `answer_boxes` for boxes in answers.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ LLAVA_FILE = "data.json"
 
 
 def detect(records: Sequence[Record]) -> str | None:
-    """Match turns with `<image>` and an image under `image`.
+    """Detect LLaVA conversations, and return the reason for the match or None.
 
-    Records without an image have only turns.
+    At least one record has an `image` and an `<image>` placeholder; others may be text only.
     """
     num_with_images = 0
     for record in records:
@@ -43,7 +43,7 @@ def detect(records: Sequence[Record]) -> str | None:
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
-    """Parse a row; see the module docstring."""
+    """Build a training example from a LLaVA conversation."""
     turns = [(role, text.replace("<image>\n", "<image>")) for role, text in parse_turns(row.record)]
     return conversations.read_conversation(row, context, turns)
 
@@ -51,7 +51,11 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
 def write_files(
     samples: Sequence[LocatedSample], context: ExportContext
 ) -> Iterator[tuple[str, bytes]]:
-    """Write one JSON list. Raises UserError for two images or a system prompt."""
+    """Write a JSON array of LLaVA conversations.
+
+    Raises:
+        UserError: A sample has more than one image, or a system prompt.
+    """
 
     def make_record(located_sample: LocatedSample) -> Record:
         placeholder = text_export.ImagePlaceholder(located_sample, context, "<image>\n")

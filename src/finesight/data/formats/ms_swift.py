@@ -4,14 +4,17 @@
               {"role": "assistant", "content": "<bbox><bbox>"}], "images": ["a.jpg"],
  "objects": {"ref": ["sheep"], "bbox": [[90.9, 160.8, 135, 212.8], [360.9, 480.8, 495, 532.8]]}}
 
-As documented in "Custom Dataset". Each `<image>` is the next of `images` (without placeholders, the
-images precede the first question), each `<ref-object>` the next of `ref` and each `<bbox>` the next
-of `bbox`. A box is two corners. With `bbox_type` "real", the default, they are in pixels of the
-image with the 0-based index `image_id`; with "norm1" they are normalized. A reference directly
-before boxes is their label, elsewhere it is text. References without a placeholder are ignored, as
-in ms-swift. Messages are also read from `conversation`, pairs of human and assistant, and from
-`query`, `response` and `history`. Messages of LLaMA-Factory with images are identical. Answers may
-also contain boxes as text, see `answer_boxes`.
+The page "Custom Dataset" of ms-swift documents it. Placeholders in the text are replaced in order:
+`<image>` by the next of `images`, `<ref-object>` by the next of `ref`, and `<bbox>` by the next of
+`bbox`. Without `<image>` placeholders, the images precede the first question.
+
+A box is two corners. With `bbox_type` "real", the default, they are in pixels of the image with the
+0-based index `image_id`; with "norm1" they are normalized. A reference directly before boxes is
+their label; elsewhere it is text. References without a placeholder are ignored, as in ms-swift.
+
+Messages may also be given under `conversation`, as pairs of human and assistant, or under `query`,
+`response` and `history`. LLaMA-Factory messages with images have the same format. See
+`answer_boxes` for boxes in answer texts.
 """
 
 from __future__ import annotations
@@ -58,7 +61,11 @@ MESSAGE_KEYS = ("messages", "conversation", "query", "response", "history", "sys
 
 
 def detect(records: Sequence[Record]) -> str | None:
-    """Match text messages in all records, or pairs, or boxes together with a query."""
+    """Detect ms-swift rows, and return the reason for the match or None.
+
+    All records have messages of text, or pairs under `conversation`, or a query with `objects` in
+    at least one record.
+    """
     if all(isinstance(record.get("conversation"), list) for record in records):
         return f"pairs of turns under `conversation` in all of the first {len(records)}"
     num_with_boxes = sum(has_value(record.get("objects")) for record in records)
@@ -88,7 +95,7 @@ def _has_text_messages(record: Record) -> bool:
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
-    """Parse a row; see the module docstring."""
+    """Build a training example from an ms-swift row."""
     reject_unsupported_keys(row.record, ("label",))
     images, objects = RowImages(context), _ObjectQueue.from_value(row.record.get("objects"))
     listed_images = list_checked_images(row.record)
@@ -150,7 +157,7 @@ def _parse_pairs(value: object) -> list[Turn]:
 
 @dataclass(slots=True)
 class _ObjectQueue:
-    """Values of `<ref-object>` and `<bbox>` in order of appearance."""
+    """References and boxes of a row in the order of their placeholders in the text."""
 
     refs: Iterator[object]
     boxes: Iterator[tuple[object, int]]
@@ -158,8 +165,10 @@ class _ObjectQueue:
 
     @classmethod
     def from_value(cls, value: object) -> _ObjectQueue:
-        """Build the queue from the `objects` of a row. Raises UserError for an undocumented
-        structure.
+        """Build the queue from the value of the key `objects` of a row.
+
+        Raises:
+            UserError: The value does not have the documented structure.
         """
         objects: dict[str, Any] = value if isinstance(value, dict) else {}
         bbox_type = objects.get("bbox_type") or "real"
@@ -209,7 +218,10 @@ class _ObjectQueue:
         )
 
     def check_consumed(self) -> None:
-        """Reject boxes without a placeholder; references without a placeholder are ignored."""
+        """Raise UserError if boxes remain for which the text has no placeholder.
+
+        Remaining references are ignored, as in ms-swift.
+        """
         num_left = len(list(self.boxes))
         if num_left:
             raise UserError(
@@ -220,7 +232,7 @@ class _ObjectQueue:
 
 
 def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
-    """Write messages with `<image>`, and boxes under `objects` in "real" pixels."""
+    """Write ms-swift rows with `<image>` placeholders, and boxes in pixels under `objects`."""
 
     def make_record(located_sample: LocatedSample) -> Record:
         placeholder, objects = (
@@ -247,7 +259,7 @@ def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> tex
 
 @dataclass(slots=True)
 class _ObjectColumns:
-    """The `objects` of a row to write."""
+    """Columns of the key `objects` of an exported row, filled while its texts are rendered."""
 
     ref: list[str]
     bbox: list[list[int | float]]

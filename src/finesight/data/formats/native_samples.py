@@ -1,4 +1,4 @@
-"""The native sample format, with images and boxes validated."""
+"""The native sample format, imported with validation of its images and boxes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from finesight.data.sample_validation import check_limits, validate_roles, valid
 
 
 def detect(records: Sequence[Record]) -> str | None:
-    """Match messages with role and content in every record and no part of another format.
+    """Detect native samples, and return the reason for the match or None.
 
-    Text-only messages are ambiguous: any key that samples do not have excludes a match.
+    Every record has messages with role and content, and no content part of another format. Because
+    messages of plain text are ambiguous, any key that samples do not have then excludes a match.
     """
     for record in records:
         messages = record.get("messages")
@@ -41,9 +42,10 @@ def _is_foreign(part: Record) -> bool:
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
-    """Parse a sample with absolute paths and validated boxes.
+    """Build a training example from a native sample, with absolute paths and validated boxes.
 
-    A lenient import keeps invalid content. A box without its image has no raw coordinates.
+    A lenient import keeps invalid content. Boxes whose image index is invalid are not recorded in
+    `raw_boxes`.
     """
     sample = sample_from_dict({**row.record, "id": row.id}, "")
     if context.lenient:
@@ -57,7 +59,10 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
 
 
 def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample:
-    """Build an example from a sample with absolute paths and read its boxes."""
+    """Build a training example from a native sample with absolute image paths.
+
+    Its boxes are validated and clipped to their images, unless the import is lenient.
+    """
     if any(part.type == "box" for part in sample.iter_parts()):
         sample = _with_fitted_boxes(sample, context)
     *turns, answer = sample.messages
@@ -77,7 +82,7 @@ def _with_fitted_boxes(sample: Sample, reading: ImportContext) -> Sample:
 
 
 def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
-    """Write the samples with the image names of the output."""
+    """Write samples with image paths relative to the output folder."""
     for located_sample in samples:
         sample = located_sample.sample.map_paths(_make_renamer(located_sample, context))
         yield (

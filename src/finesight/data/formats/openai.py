@@ -4,11 +4,13 @@
                 {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}]},
               {"role": "assistant", "content": "Danbo"}]}
 
-The training files of the OpenAI guide "Vision fine-tuning". An image is a data URL or a path;
-`detail`, the resolution of the service, is ignored. Adjacent messages of one role, as in the guide,
-are merged into one turn. An image may also be a part of type `image` with its path under `image`,
-`url` or `path`, or the next of the `images` of the record, as in TRL. See `answer_boxes` for boxes
-in the answers.
+The OpenAI guide "Vision fine-tuning" documents it. An image is a data URL or a path; `detail`, the
+resolution used by the OpenAI service, is ignored. Adjacent messages of the same role, as in the
+guide, are merged into one turn.
+
+An image may also be a part of type `image` with its path under `image`, `url` or `path`, or without
+a path, which stands for the next of the `images` of the record, as in TRL. See `answer_boxes` for
+boxes in answers.
 """
 
 from __future__ import annotations
@@ -45,7 +47,10 @@ from finesight.errors import UserError
 
 
 def detect(records: Sequence[Record]) -> str | None:
-    """Match messages in all records with an image part in at least one."""
+    """Detect OpenAI chat messages, and return the reason for the match or None.
+
+    All records have messages, and at least one message has an image part.
+    """
     num_image_parts = 0
     for record in records:
         messages = record.get("messages")
@@ -63,7 +68,7 @@ def detect(records: Sequence[Record]) -> str | None:
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
-    """Parse a row; see the module docstring."""
+    """Build a training example from a row of OpenAI chat messages."""
     reject_unsupported_keys(row.record)
     messages, images = row.record.get("messages"), RowImages(context)
     if not isinstance(messages, list) or not messages:
@@ -108,7 +113,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
 
 
 def _parse_message(message: object) -> tuple[Role, list[object]]:
-    """Return the role and the content parts of a message."""
+    """Return the role and the list of content parts of an OpenAI chat message."""
     role = (
         get_role({**message, **_developer_as_system(message)})
         if isinstance(message, dict)
@@ -156,9 +161,9 @@ def _is_image(item: object) -> bool:
 
 
 def _join(before: list[ContentPart], after: list[ContentPart]) -> None:
-    """Append a message to the previous one of the same role.
+    """Append message content to the previous message of the same role.
 
-    Adjacent texts are joined by a line break.
+    Adjacent texts are separated by a line break.
     """
     if before and after and isinstance(before[-1], TextPart) and isinstance(after[0], TextPart):
         before.append(TextPart(text="\n"))
@@ -166,7 +171,7 @@ def _join(before: list[ContentPart], after: list[ContentPart]) -> None:
 
 
 def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
-    """Write images as data URLs, which need no server, and boxes in answers as JSON."""
+    """Write OpenAI chat messages with images as data URLs, and boxes in answers as JSON."""
 
     def make_record(located_sample: LocatedSample) -> Record:
         text_turns = text_export.render_turns(located_sample, lambda part: "")

@@ -3,9 +3,10 @@ r"""Rows of `query`, `response` and `image`, with boxes as JSON under `bbox_2d` 
 {"image": ["a.jpg"], "query": "what is written on the ghost?",
  "response": "{\"bbox_2d\": [467, 628, 521, 661]}"}
 
-See `answer_boxes` for boxes. `history` contains earlier rounds as pairs of texts and `system` the
-system prompt. Images precede the first question unless `<image>` placeholders set their positions.
-This is the query-response format of ms-swift ("Custom Dataset" in its documentation).
+This is the query-response format of ms-swift ("Custom Dataset" in its documentation). `history`
+contains earlier turns as pairs of texts, and `system` the system prompt. Images precede the first
+question unless `<image>` placeholders set their positions. See `answer_boxes` for boxes in
+responses.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ QUERY_KEYS = ("query", "response", "history", "system", *IMAGE_KEYS)
 
 
 def detect(records: Sequence[Record]) -> str | None:
-    """Match a query and a response in every record."""
+    """Detect query-response rows, and return the reason for the match or None."""
     if not all({"query", "response"} <= record.keys() for record in records):
         return None
     boxes = sum(BOX_KEY in str(record["response"]) for record in records)
@@ -51,7 +52,7 @@ def detect(records: Sequence[Record]) -> str | None:
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
-    """Parse a row; see the module docstring."""
+    """Build a training example from a query-response row."""
     images = RowImages(context)
     record = row.record
     system = record.get("system")
@@ -76,10 +77,11 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
 
 
 def add_image_placeholders(turns: list[Turn], num_images: int) -> list[Turn]:
-    """Add an `<image>` per image to the first question of turns without placeholders.
+    """Add one `<image>` per image to the first question, unless the turns have placeholders.
 
     Raises:
-        UserError: Only some images have a placeholder.
+        UserError: The number of existing placeholders differs from the number of images, or there
+            is no user turn.
     """
     num_placeholders = sum(len(IMAGE_PLACEHOLDER.findall(text)) for _, text in turns)
     if num_placeholders == num_images:
@@ -111,7 +113,7 @@ def _get_text(record: Record, key: str) -> str:
 
 
 def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
-    """Write earlier rounds under `history`, `<image>` placeholders, and boxes as JSON."""
+    """Write query-response rows, with earlier turns under `history` and boxes as JSON."""
 
     def make_record(located_sample: LocatedSample) -> Record:
         placeholder = text_export.ImagePlaceholder(located_sample, context)

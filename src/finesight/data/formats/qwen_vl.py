@@ -1,10 +1,11 @@
-r"""The format of the first Qwen-VL: images in `<img>`, boxes in `<box>` on a grid of 1000.
+r"""The format of Qwen-VL: images in `<img>`, boxes in `<box>` on a grid of 1000.
 
 {"conversations": [{"from": "user", "value": "Picture 1: <img>a.jpg</img>\nWhere is the dog?"},
                    {"from": "assistant", "value": "<ref>a dog</ref><box>(88,99),(500,700)</box>"}]}
 
-Any number of turns and images. `Picture 1:` and the line break after an image are removed, because
-each family adds its own. A box belongs to the last image before it, in any turn.
+A conversation may have any number of turns and images. `Picture 1:` and the line break after an
+image are removed, because each model family adds its own. A box belongs to the last image before
+it, in any turn.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ QWEN_VL_BOX_CONVENTION = BoxConvention(format="xyxy", units="1000")
 
 
 def detect(records: Sequence[Record]) -> str | None:
-    """Match an image, box or reference tag of Qwen-VL in any turn."""
+    """Detect Qwen-VL tags of images, boxes or references, and return the reason or None."""
     texts = (text for record in records for _, text in list_turn_texts(record))
     first = next((match[0] for text in texts for match in PLACEHOLDER.finditer(text)), None)
     return f"a turn contains {first.strip()[:60]!r}" if first else None
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
-    """Parse a row; see the module docstring."""
+    """Build a training example from a Qwen-VL conversation."""
     images = RowImages(context)
 
     def parse_text(role: Role, text: str) -> Iterator[ContentPart]:
@@ -76,9 +77,9 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
 
 
 def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
-    """Write turns in the syntax of the first Qwen-VL.
+    """Write conversations in the syntax of Qwen-VL.
 
-    Boxes are on its integer grid up to 999.
+    Box coordinates are rounded to its grid of 1000, with 999 as the maximum.
     """
 
     def make_record(located_sample: LocatedSample) -> Record:
@@ -99,14 +100,18 @@ def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> tex
 
 
 class _PartRenderer:
-    """Render the parts of one sample and count its images."""
+    """Render the parts of one sample in the syntax of Qwen-VL, and number its images."""
 
     def __init__(self, located_sample: LocatedSample, context: ExportContext) -> None:
         self._located, self._context = located_sample, context
         self._image_paths: list[Path] = []
 
     def render_part(self, message: Message, part_index: int) -> str:
-        """Render one part of a message as text."""
+        """Render one part of a message as text.
+
+        Raises:
+            UserError: A text contains Qwen-VL tags, or a box cannot be represented.
+        """
         part = message.content[part_index]
         if not isinstance(part, BoxPart):
             text = text_export.render_part(part, self._render_image)
@@ -145,7 +150,11 @@ class _PartRenderer:
 
 
 def _check_no_markup(text: str) -> str:
-    """Return the text. Raises UserError if it contains markup of the format."""
+    """Return a text unchanged if it contains no Qwen-VL tags.
+
+    Raises:
+        UserError: The text contains <img>, <ref> or <box>.
+    """
     if re.search(r"</?(?:img|ref|box)>", text):
         raise UserError(
             f"markup in {text[:60]!r}",

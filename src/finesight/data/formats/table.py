@@ -1,9 +1,9 @@
-"""Any table with columns mapped by the user: --map image=COLUMN --map answer=COLUMN.
+"""Tables with columns mapped by the user: --map image=COLUMN --map answer=COLUMN.
 
-The user turn is the image (or several, from a list), then the question, then the prompt on a new
-line. A list of answers yields one training sample each. Columns mapped to `fields` become one
-answer, a JSON object. Boxes without an answer are the answer; with both, the answer text is
-followed by the boxes on a new line. See `answer_boxes` for boxes within the answer text.
+The user turn consists of the image (or several, from a list), the question, and the prompt on a new
+line. A list of answers yields one training sample per answer. The columns mapped to `fields` become
+one answer, a JSON object. Boxes are the answer if there is no other one, else they follow the
+answer text on a new line. See `answer_boxes` for boxes within the answer text.
 """
 
 from __future__ import annotations
@@ -37,14 +37,16 @@ from finesight.errors import UserError
 
 _COLUMN_ROLES = ("image", "answer", "question", "box", "label")
 MAPPABLE_COLUMNS = (*_COLUMN_ROLES, "fields")
-"""Roles of `--map ROLE=COLUMN`. A box may use four columns, fields any number: --map
-ROLE=COLUMN,COLUMN."""
+"""Roles in `--map ROLE=COLUMN`.
+
+A box may use four columns and `fields` any number: `--map ROLE=COLUMN,COLUMN`.
+"""
 
 _SEPARATOR = re.compile(r"(?<=[\d.\])])[\s;]+(?=[\d.+\-\[(])")
-"""White space or a semicolon that separates two coordinates or two boxes."""
+"""Pattern of white space or a semicolon between coordinates or boxes in a cell."""
 
 MAX_CELL_CHARS = 2**20
-"""Maximum number of characters of a cell with boxes."""
+"""Maximum number of characters of a table cell with boxes."""
 
 _COMMON_NAMES = {
     "image": ("image", "img", "picture", "path", "file"),
@@ -55,12 +57,12 @@ _COMMON_NAMES = {
 
 
 def detect(records: Sequence[Record]) -> str | None:
-    """Never match: --map or --format selects a table."""
+    """Return None: a table is never detected, but selected with --map or --format."""
     return None
 
 
 def suggest_mapping(record: Record) -> str:
-    """Suggest --map options from the column names of a record."""
+    """Suggest `--map` options for a record, based on common column names."""
     options = []
     for role, names in _COMMON_NAMES.items():
         matches = (key for name in names for key in record if name in key.lower())
@@ -72,7 +74,7 @@ def suggest_mapping(record: Record) -> str:
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
-    """Parse a row; see the module docstring."""
+    """Build a training example from a table row with mapped columns."""
     images = RowImages(context)
     parts: list[ContentPart] = list(_iter_images(row, context, images))
     question = _read_cell(row, context, "question")
@@ -104,16 +106,22 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
 def _iter_images(
     row: SourceRow, context: ImportContext, images: RowImages
 ) -> Iterator[ContentPart]:
-    """Yield the images of a row. An empty list is valid; an empty cell is rejected."""
+    """Yield the image parts of a table row.
+
+    An empty list yields no images; an empty cell is rejected.
+    """
     if "image" in context.columns:
         values = _read_cell(row, context, "image")
         yield from map(images.add_image, values if isinstance(values, list) else [values])
 
 
 def _read_cell(row: SourceRow, context: ImportContext, role: str) -> object:
-    """Return the value of the column mapped to `role`, None without a mapping.
+    """Return the value of the column mapped to a role, None without a mapping.
 
     Several comma-separated columns yield a list, such as the four coordinates of a box.
+
+    Raises:
+        UserError: The table has no such column.
     """
     column = context.columns.get(role)
     if column is None:
@@ -131,7 +139,7 @@ def _read_cell(row: SourceRow, context: ImportContext, role: str) -> object:
 
 
 def split_column_names(column: str, record: Collection[str]) -> list[str]:
-    """Return the columns mapped to a role, unless the value is a single existing column."""
+    """Split the comma-separated columns mapped to a role, without surrounding spaces."""
     return [name if name in record else name.strip() for name in column.split(",")]
 
 
@@ -148,9 +156,10 @@ def _get_text(value: object, role: str) -> str:
 
 
 def _build_json_answers(row: SourceRow, context: ImportContext) -> list[str]:
-    """Build one JSON object from the `fields` cells by column name, without empty cells.
+    """Build the answer, a JSON object, from the columns mapped to `fields`.
 
-    The list is empty if all cells are empty or no columns are mapped.
+    Keys are column names, and empty cells are omitted. The list is empty if all cells are empty or
+    no columns are mapped.
     """
     column = context.columns.get("fields")
     if column is None:
@@ -189,7 +198,11 @@ def _is_empty(value: object) -> bool:
 
 
 def _format_member(name: str, value: object) -> str:
-    """Format a name and value as a JSON member. Raises UserError that names the column."""
+    """Format a column name and its value as a member of a JSON object.
+
+    Raises:
+        UserError: The value cannot be written as JSON. The error names the column.
+    """
     try:
         written = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_json_default)
         return make_text_part(f"{json.dumps(name, ensure_ascii=False)}: {written}").text
@@ -206,7 +219,7 @@ def _format_member(name: str, value: object) -> str:
 
 
 def _json_default(value: object) -> str:
-    """Convert a value of a type that JSON lacks, such as a date."""
+    """Convert a value that JSON does not support, such as a date, to text."""
     if isinstance(value, bytes):
         raise ValueError(f"{len(value)} bytes that are not text")
     return str(value)
@@ -230,10 +243,10 @@ def _iter_boxes(row: SourceRow, context: ImportContext, images: RowImages) -> It
 
 
 def _parse_boxes(value: object) -> list[object]:
-    """Parse one box or a list of boxes.
+    """Parse a table cell with one box or a list of boxes.
 
     A text cell may be "1, 2, 3, 4" with or without brackets and commas, as printed by Python and
-    numpy.
+    NumPy.
     """
     if isinstance(value, str) and value.strip():
         check_limit(len(value), MAX_CELL_CHARS, "characters of boxes")
@@ -249,10 +262,12 @@ def _parse_boxes(value: object) -> list[object]:
 
 
 def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
-    """Write rows of image, question, answer, box and label, and their mapping.
+    """Write table rows of image, question, answer, box and label.
+
+    The `--map` options that import the table are reported as a note.
 
     Raises:
-        UserError: A sample has several rounds or a system prompt, its question is not images
+        UserError: A sample has several questions or a system prompt, its question is not images
             followed by text, or only some samples have a question.
     """
     columns: dict[str, bool] = {}

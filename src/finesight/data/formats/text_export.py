@@ -1,4 +1,4 @@
-"""Export samples as rows of another format, with turns as texts and images as placeholders."""
+"""Export samples as JSON Lines rows of conversation formats, with images as placeholders."""
 
 from __future__ import annotations
 
@@ -26,16 +26,20 @@ RESERVED_KEYS = frozenset(
         *("instruction", "input", "output", "label"),
     }
 )
-"""Metadata keys that some format would read as content."""
+"""Metadata keys that are not exported, because a dataset format would read them as content."""
 
 Files = Iterator[tuple[str, bytes]]
-"""Relative file names and content; a repeated name appends to its file."""
+"""Relative file names with content. A repeated name appends to the file."""
 
 
 def write_rows(
     samples: Sequence[LocatedSample], make_record: Callable[[LocatedSample], Record]
 ) -> Files:
-    """Write one line per sample to data.jsonl. Raises UserError for an unsupported sample."""
+    """Yield one JSON line per sample for the file data.jsonl.
+
+    Raises:
+        UserError: The format cannot represent a sample.
+    """
     for located_sample in samples:
         yield JSONL_FILE, f"{format_record(make_record, located_sample)}\n".encode()
 
@@ -43,7 +47,7 @@ def write_rows(
 def add_box_note(
     samples: Sequence[LocatedSample], context: ExportContext, suffix: str = ""
 ) -> None:
-    """Add a note about the representation of boxes in the texts."""
+    """Add a note for the user that boxes in answers are written as JSON text."""
     num_with_boxes = sum(
         any(isinstance(part, BoxPart) for part in located_sample.sample.iter_parts())
         for located_sample in samples
@@ -59,7 +63,11 @@ def add_box_note(
 def format_record(
     make_record: Callable[[LocatedSample], Record], located_sample: LocatedSample
 ) -> str:
-    """Format the record of a sample; errors name the sample ID."""
+    """Build the record of a sample and encode it as JSON.
+
+    Raises:
+        UserError: The format cannot represent the sample. The error names the sample ID.
+    """
     try:
         return json.dumps(make_record(located_sample), ensure_ascii=False)
     except UserError as error:
@@ -74,7 +82,10 @@ def format_record(
 def build_record(
     located_sample: LocatedSample, context: ExportContext, fields: Mapping[str, object]
 ) -> Record:
-    """Build a row from `fields`, the sample ID and its metadata, and count lost content."""
+    """Build the exported row of a sample from its content, ID and metadata.
+
+    References and metadata under reserved keys are not written; they are counted as lost content.
+    """
     sample = located_sample.sample
     reserved = {"id", *fields, *RESERVED_KEYS, *IMAGE_KEYS, *UNSUPPORTED_KEYS}
     context.lost_counts["references"] += len(sample.references)
@@ -88,11 +99,13 @@ def build_record(
 def render_turns(
     located_sample: LocatedSample, make_placeholder: Callable[[ImagePart], str]
 ) -> list[Turn]:
-    """Render the turns with image placeholders and boxes in answers as JSON (see `answer_boxes`).
+    """Render the turns of a sample as texts, with image placeholders and boxes as JSON.
+
+    See `answer_boxes` for the JSON of boxes.
 
     Raises:
-        UserError: The sample contains videos, boxes in questions, or texts that would be parsed
-            differently.
+        UserError: The sample contains videos, boxes in questions, or texts that an import would
+            parse differently.
     """
     sample = located_sample.sample
     num_images = sum(isinstance(part, ImagePart) for part in sample.iter_parts())
@@ -108,7 +121,11 @@ def render_turns(
 
 
 def render_part(part: ContentPart, make_placeholder: Callable[[ImagePart], str]) -> str:
-    """Render a part of a question as text."""
+    """Render a text or image part of a question as text.
+
+    Raises:
+        UserError: The part is a video or a box.
+    """
     if isinstance(part, TextPart):
         return make_text_part(part.text).text
     if isinstance(part, ImagePart):
@@ -121,7 +138,7 @@ def render_part(part: ContentPart, make_placeholder: Callable[[ImagePart], str])
 
 
 class ImagePlaceholder:
-    """The images of a sample in the order of their placeholders."""
+    """Renderer of image parts as placeholders, which collects the image names in order."""
 
     def __init__(
         self, located_sample: LocatedSample, context: ExportContext, placeholder: str = "<image>"

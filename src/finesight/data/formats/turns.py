@@ -1,4 +1,4 @@
-"""Parse turn lists that several formats share."""
+"""Parse lists of conversation turns, which several dataset formats share."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ UNSUPPORTED_TURN_KEYS = (
     "audio",
     "refusal",
 )
-"""Turn keys with content other than text: tools, other media, and loss weights."""
+"""Keys of a turn with unsupported content: tool calls, other media, and loss weights."""
 
 _UNNOTED = frozenset({"id", *UNSUPPORTED_KEYS})
 _UNREAD = frozenset(UNSUPPORTED_KEYS)
@@ -53,9 +53,16 @@ def build_turns_example(
     parse_text: Callable[[Role, str], Iterator[ContentPart]],
     *handled_keys: str,
 ) -> ImportExample:
-    """Build the example of turns; `parse_text` parses each text.
+    """Build a training example from the turns of a row.
 
-    The keys that are neither read nor unsupported become metadata.
+    Keys of the row that are neither handled nor unsupported become metadata.
+
+    Args:
+        row: Dataset row.
+        context: State of the import.
+        turns: Role and text of each turn.
+        parse_text: Function that parses a text into content parts, given its role.
+        *handled_keys: Keys of the row that the format has parsed.
     """
     if not _UNREAD.isdisjoint(row.record):
         reject_unsupported_keys(row.record, _UNREAD.difference(handled_keys))
@@ -71,10 +78,12 @@ def build_turns_example(
 
 
 def parse_turns(record: Record, key: str = "conversations") -> list[Turn]:
-    """Parse the turns under `key`, with the system prompt of the record first.
+    """Return role and text of each turn under a key of a record.
+
+    The system prompt of the record comes first.
 
     Raises:
-        UserError: The structure is invalid.
+        UserError: The value is not a list of turns.
         UnsupportedKeyError: A turn has content other than text.
     """
     turns = record.get(key)
@@ -103,7 +112,10 @@ def _parse_turn(turn: object) -> Turn:
 
 
 def reject_unsupported_turn_keys(turn: Record) -> None:
-    """Raise UnsupportedKeyError if a turn calls tools or has a loss weight."""
+    """Raise UnsupportedKeyError if a turn has tool calls, other media, or a loss weight.
+
+    A loss weight of 1 is accepted.
+    """
     if not _MORE.isdisjoint(turn):
         reject_unsupported_keys(
             {key: turn[key] for key in _MORE & turn.keys() if turn[key] != 1}, UNSUPPORTED_TURN_KEYS
@@ -111,15 +123,15 @@ def reject_unsupported_turn_keys(turn: Record) -> None:
 
 
 def get_role(turn: Record) -> Role | None:
-    """Return the role of a turn, None if it is unknown."""
+    """Return the role of a turn, or None if it is missing or unknown."""
     speaker = turn["from"] if "from" in turn else turn.get("role")
     return ROLES.get(speaker) if isinstance(speaker, str) else None
 
 
 def list_turn_texts(record: Record) -> list[tuple[Role | None, str]]:
-    """List role and text of the turns of a record for format detection.
+    """Return role and text of each turn of a record, for format detection.
 
-    Turns without text are skipped here and rejected when the row is parsed.
+    Turns without text are omitted here and rejected when the row is parsed.
     """
     turns = record.get("conversations")
     return [
@@ -130,7 +142,7 @@ def list_turn_texts(record: Record) -> list[tuple[Role | None, str]]:
 
 
 def list_images(record: Record) -> list[object]:
-    """Return the images that a record lists separately from its texts, in order."""
+    """Return the images under the keys `image` and `images` of a record, in order."""
     named: list[object] = []
     for key in IMAGE_KEYS:
         if key in record and has_value(record[key]):
@@ -139,9 +151,10 @@ def list_images(record: Record) -> list[object]:
 
 
 def list_checked_images(record: Record) -> list[object]:
-    """Return the images that a record lists separately from its texts.
+    """Return the images under the keys `image` and `images` of a record, in order.
 
-    Raises LimitExceededError.
+    Raises:
+        LimitExceededError: There are too many images.
     """
     named = list_images(record)
     check_limit(len(named), MAX_PARTS, "images")
@@ -149,7 +162,7 @@ def list_checked_images(record: Record) -> list[object]:
 
 
 def parse_history(record: Record) -> list[Turn]:
-    """Return the earlier rounds under `history`, pairs of user and assistant texts."""
+    """Return the earlier turns of a record, question-answer pairs under `history`."""
     turns: list[Turn] = []
     for pair in as_list(record.get("history")):
         if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
@@ -163,10 +176,10 @@ def parse_history(record: Record) -> list[Turn]:
 
 
 def collect_meta(record: Record, *handled_keys: str) -> Record:
-    """Return the unparsed content of a record as JSON data.
+    """Return the keys of a record that are not parsed, as sample metadata.
 
-    The ID and the parsed keys are excluded. Unsupported keys are included only if they are empty.
-    NaN, which tables use for missing values, becomes null.
+    The ID, handled keys and unsupported keys are excluded. NaN, which tables use for missing
+    values, becomes null.
     """
     notes = record.keys() - _UNNOTED
     notes.difference_update(handled_keys)

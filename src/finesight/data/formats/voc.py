@@ -6,10 +6,13 @@
   <bndbox><xmin>48</xmin><ymin>240</ymin><xmax>195</xmax><ymax>371</ymax></bndbox></object>
 </annotation>
 
-The development kit counts pixels from 1, inclusive, so a box starts at xmin - 1 and ends at xmax.
-Use --box-format xyxy for tools that count from 0. `difficult`, `truncated` and `occluded` are
-stored in meta. The image is next to the XML file or in `JPEGImages`, `images` or its `folder` next
-to the folder of the XML file. Entities and DOCTYPE are rejected.
+The VOC development kit counts pixels from 1, inclusive, so a box starts at xmin - 1 and ends at
+xmax. Use --box-format xyxy for tools that count from 0. `difficult`, `truncated` and `occluded` are
+stored in the metadata.
+
+The image is searched next to the XML file, and in `JPEGImages`, `images` and the `folder` of the
+annotation, next to the folder of the XML file. XML with a DOCTYPE is rejected, because it could
+declare entities.
 """
 
 from __future__ import annotations
@@ -57,10 +60,10 @@ NOTE_PARTS = "parts of objects (ignored)"
 
 
 class _SafeTreeBuilder(ElementTree.TreeBuilder):
-    """A tree builder that rejects DOCTYPE, the only context where entities can be declared."""
+    """XML tree builder that rejects a DOCTYPE, without which no entities can be declared."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        """Reject a DOCTYPE with a UserError."""
+        """Raise UserError; the parser calls this method for a DOCTYPE."""
         raise UserError(
             f"a DOCTYPE, {name[:60]!r}",
             expected="XML without DOCTYPE, as written by the development kit and labeling tools",
@@ -69,7 +72,11 @@ class _SafeTreeBuilder(ElementTree.TreeBuilder):
 
 
 def open_folder(source: Path) -> tuple[RowReader, str] | None:
-    """Open the XML files of a folder, or one XML file, as one row each."""
+    """Open the Pascal VOC files of a folder, or a single one, as rows.
+
+    Returns:
+        The rows and the reason for the match, or None if the first files are not annotations.
+    """
     files = [source] if source.suffix.lower() == ".xml" and source.is_file() else []
     if source.is_dir():
         files = list_folder(source).files_with_suffix(".xml")
@@ -78,7 +85,7 @@ def open_folder(source: Path) -> tuple[RowReader, str] | None:
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
-    """Parse a row; see the module docstring."""
+    """Build the training examples of a Pascal VOC file."""
     file = Path(row.record["file"])
     root = _parse_xml(file)
     if root.tag != "annotation":
@@ -109,7 +116,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
 def write_files(
     samples: Sequence[LocatedSample], context: ExportContext
 ) -> Iterator[tuple[str, bytes]]:
-    """Write Annotations/*.xml, one file per image."""
+    """Write a Pascal VOC file per image to the folder Annotations."""
     used_stems: set[str] = set()
     for record in group_boxes_by_image(samples, context, {"boxes"}):
         stem = make_unique_stem(record.image_path.stem, used_stems)
@@ -142,7 +149,10 @@ def _is_annotation(file: Path) -> bool:
 
 
 def _read_classes(file: Path) -> set[str]:
-    """Return the object names of a file. Unreadable files are reported when the row is parsed."""
+    """Return the class names of the objects in a Pascal VOC file.
+
+    An invalid file has none; its error is reported when the row is parsed.
+    """
     try:
         root = _parse_xml(file)
     except UserError:
@@ -168,10 +178,13 @@ def _parse_object(element: ElementTree.Element, *, one_based: bool) -> ObjectAnn
 
 
 def _find_image(file: Path, root: ElementTree.Element, *, required: bool) -> Path:
-    """Return the first candidate path that exists, else the first candidate.
+    """Return the image of an annotation: the first candidate path that exists.
+
+    If none exists and the image is not required, the path next to the XML file is returned.
 
     Raises:
-        CorruptImageError: The image is missing and `required`. The error lists all candidates.
+        CorruptImageError: The image is missing and `required` is set. The error lists all
+            candidates.
     """
     name = root.findtext("filename", "").strip().replace("\\", "/") or file.with_suffix(".jpg").name
     folder = root.findtext("folder", "").strip()
@@ -191,7 +204,7 @@ def _read_size(root: ElementTree.Element) -> ImageSize | None:
     height, width = (
         parse_integer(root.findtext(f"size/{side}", "").strip()) for side in ("height", "width")
     )
-    # Some tools write 0 for what they do not know.
+    # Some tools write 0 for an unknown size.
     return (height, width) if height and width else None
 
 

@@ -1,13 +1,15 @@
-"""YOLO datasets: images with a text file each, one line `class cx cy width height` per box.
+"""YOLO datasets: a label file per image with lines `class cx cy width height`.
 
-dataset/data.yaml (names, train, val), images/train/a.jpg, labels/train/a.txt, or all in one folder
-with classes.txt. Coordinates are normalized to the image size; the class is its index in the names.
-Labels are next to the image, or in the path with `images` replaced by `labels`.
+A dataset consists of dataset/data.yaml (names, train, val), images/train/a.jpg and
+labels/train/a.txt, or of a single folder with classes.txt. Coordinates are normalized to the image
+size, and the class is an index of the list of names. Labels are next to the image, or in the path
+with `images` replaced by `labels`.
 
 An empty label file is an image without objects; an image without a label file is skipped and
-counted. Lines with polygon corners become the bounding box and are counted. With `kpt_shape` in
-data.yaml, the values after the box are keypoints and ignored. Splits are ordered train, test, val,
-so that --eval-last holds out the last one, and are stored in the meta of each sample.
+counted. Lines with polygon corners become their bounding box and are counted. If data.yaml has
+`kpt_shape`, the values after the box are keypoints and ignored. Splits are ordered train, test,
+val, so that --eval-last uses the last one for validation. The metadata of each sample contains its
+split.
 """
 
 from __future__ import annotations
@@ -73,7 +75,14 @@ _LABEL_LINE = re.compile(r"\d+(?:\s+[-+.\deE]+){4,}\s*")
 
 @dataclass(frozen=True, slots=True)
 class _YoloDataset:
-    """Content of a YOLO dataset: its class names, and its images with their splits."""
+    """Class names and images of a YOLO dataset.
+
+    Attributes:
+        class_names: Class name by class ID.
+        images: Split and path of each image; the split is "" in a dataset without splits.
+        has_keypoints: Whether label lines contain keypoints after the box.
+        detected_by: Reason for the match.
+    """
 
     class_names: dict[int, str]
     images: tuple[tuple[str, Path], ...]
@@ -82,9 +91,12 @@ class _YoloDataset:
 
 
 def open_folder(source: Path) -> tuple[RowReader, str] | None:
-    """Open a folder with data.yaml, or with class names and label files.
+    """Open a YOLO dataset as rows, one per image.
 
-    Returns one row per image.
+    The source is a folder with data.yaml or with class names and label files, or the YAML file.
+
+    Returns:
+        The rows and the reason for the match, or None if the source is not a YOLO dataset.
 
     Raises:
         UserError: The YAML file lists no classes or no existing images, or label files have no
@@ -116,7 +128,7 @@ def open_folder(source: Path) -> tuple[RowReader, str] | None:
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
-    """Parse a row; see the module docstring."""
+    """Build the training examples of an image in a YOLO dataset."""
     record = row.record
     label_file = Path(record["labels"])
     if not os.path.isfile(label_file):
@@ -140,10 +152,11 @@ def write_files(
 ) -> Iterator[tuple[str, bytes]]:
     """Write data.yaml, an image list per split, and a label file next to each image.
 
-    Images without a split in their meta belong to `train`.
+    Images without a split in their metadata are assigned to `train`.
 
     Raises:
-        UserError: An image is outside the output folder: label files are found by the image path.
+        UserError: An image is outside the output folder. YOLO derives the path of a label file from
+            the path of the image.
     """
     records = group_boxes_by_image(samples, context, {"split"})
     classes = collect_classes(records)
@@ -191,19 +204,23 @@ def _read_yaml(file: Path) -> Record:
     try:
         content = load_yaml(read_data_file(file, MAX_DESCRIPTION_BYTES))
     except yaml.YAMLError:
-        return {}  # some other program's file
+        return {}  # YAML of another program
     return content if isinstance(content, dict) else {}
 
 
 def _parse_class_names(value: object, file: Path) -> dict[int, str]:
-    """Parse a list of names, or a mapping from class IDs to names."""
+    """Parse the list or mapping `names` of data.yaml to class names by ID.
+
+    Raises:
+        UserError: The value is neither a list nor a mapping of class names.
+    """
     pairs = list(value.items()) if isinstance(value, dict) else list(enumerate(as_list(value)))
     are_valid = (
         isinstance(class_id, int) and isinstance(name, str | int) for class_id, name in pairs
     )
     if not pairs or not all(are_valid):
         raise UserError(
-            f"names is {reprlib.repr(value)[:60]}",  # aliases can make its text endless
+            f"names is {reprlib.repr(value)[:60]}",  # aliases can make repr endless
             where=str(file),
             expected="a list of class names, or names by class ID",
             remedy="add the class names",
@@ -212,7 +229,11 @@ def _parse_class_names(value: object, file: Path) -> dict[int, str]:
 
 
 def _iter_split_images(description: Record, file: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the images of each split, each image once, from folders and path lists."""
+    """Yield split and path of each image in the folders and image lists of data.yaml.
+
+    Each image is yielded once. Without splits, all images below the folder of data.yaml are
+    yielded.
+    """
     if not any(description.get(split) for split in SPLITS):
         yield from (("", image) for image in list_folder(file.parent).image_files())
         return
@@ -226,9 +247,13 @@ def _iter_split_images(description: Record, file: Path) -> Iterator[tuple[str, P
 
 
 def _resolve_entry(entry: str, root: str, file: Path, split: str) -> Path:
-    """Resolve an entry of data.yaml relative to `path` or to the file.
+    """Resolve a path in data.yaml relative to its key `path` or to the YAML file.
 
-    Some tools write an additional `../`, or a `path` relative to another folder.
+    Variants are tried because some tools write an additional `../`, or a `path` that is relative to
+    another folder.
+
+    Raises:
+        UserError: None of the variants exists.
     """
     base_folder = file.parent
     stripped = _UPWARDS.sub("", entry)
@@ -264,7 +289,10 @@ def _list_images(path: Path) -> list[Path]:
 
 
 def _open_from_class_names(source: Path) -> _YoloDataset | None:
-    """Open a folder without data.yaml: class names in a list, and label files with class IDs."""
+    """Open a YOLO folder with a class name file instead of data.yaml.
+
+    Returns None if the folder has no label files.
+    """
     if not source.is_dir():
         return None
     images = list_folder(source).image_files()
@@ -274,7 +302,7 @@ def _open_from_class_names(source: Path) -> _YoloDataset | None:
     ]
     lines = [line for file in label_files for line in _first_lines(file)]
     label_lines = [line for line in lines if line.strip()]
-    # Single broken lines do not make a text of it: they are refused when it is their turn.
+    # Tolerate some invalid lines; they are reported when their row is parsed.
     if not label_lines or 2 * sum(
         _LABEL_LINE.fullmatch(line) is not None for line in label_lines
     ) <= len(label_lines):
@@ -282,7 +310,8 @@ def _open_from_class_names(source: Path) -> _YoloDataset | None:
     for name in CLASS_NAME_FILES:
         if (source / name).is_file():
             name_lines = _list_of_names(source / name)
-            names = dict(enumerate(text.strip() for text in name_lines if text.strip()))
+            # The class ID is the line number, also after an empty line.
+            names = {n: text.strip() for n, text in enumerate(name_lines) if text.strip()}
             known_by = f"label files with class IDs, {name}"
             return _YoloDataset(names, tuple(("", path) for path in images), False, known_by)
     raise UserError(
@@ -295,7 +324,7 @@ def _open_from_class_names(source: Path) -> _YoloDataset | None:
 
 
 def _first_lines(file: Path) -> list[str]:
-    """Return the complete lines at the start of a file."""
+    """Return the complete lines within the first `SNIFF_BYTES` of a file."""
     with open_data_file(file) as content:
         start = content.read(SNIFF_BYTES)
     lines = start.decode("utf-8", "replace").splitlines()
@@ -315,9 +344,10 @@ def _list_of_names(file: Path) -> list[str]:
 
 
 def _find_label_file(image: Path) -> Path:
-    """Return the label file of an image.
+    """Return the path of the label file of an image.
 
-    It is the path with `images` replaced by `labels` if it exists, else the file next to the image.
+    This is the path with `images` replaced by `labels` if it exists, else the path next to the
+    image.
     """
     parts = list(image.parts)
     if "images" in parts[:-1]:

@@ -105,7 +105,7 @@ def swiglu_lora(
 def _swiglu_lora_backward_kernel(
     gate_up: Ptr, a: Ptr, dh: Ptr, dlow: Ptr, partial: Ptr, rows: int, per_chunk: int, width: int,
     ranks: int, dh_stride: int, dlow_stride: int, seed: Ptr, salt: int, threshold: int,
-    scale: float, has_lora: tl.constexpr, is_dropped: tl.constexpr, is_recomputed: tl.constexpr,
+    scale: float, has_lora: tl.constexpr, is_dropped: tl.constexpr, writes_h: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr, range_stages: tl.constexpr,
 ) -> None:  # fmt: skip
     c = tl.program_id(0) * block_n + tl.arange(0, block_n)
@@ -135,7 +135,7 @@ def _swiglu_lora_backward_kernel(
         sig_MN = 1.0 / (1.0 + tl.exp2(g_MN * -1.4426950408889634))
         silu_MN = g_MN * sig_MN
         h_MN = (silu_MN * u_MN).to(narrow)
-        if is_recomputed:
+        if writes_h:
             tl.store(h_ptrs, h_MN, mask=mask)
         if has_lora:
             if is_dropped:
@@ -186,7 +186,7 @@ def swiglu_lora_backward(
     _swiglu_lora_backward_kernel[(column_tiles, chunks)](
         gate_up_TF2, dh_TF if lora_A_RF is None else lora_A_RF, dh_TF, dlow, partial_CRF, rows,
         per_chunk, width, ranks, dh_TF.stride(0), dlow.stride(0), *dropout.kernel_args(gate_up_TF2),
-        has_lora=lora_A_RF is not None, is_dropped=dropout.p > 0.0, is_recomputed=recompute_h,
+        has_lora=lora_A_RF is not None, is_dropped=dropout.p > 0.0, writes_h=recompute_h,
         block_m=tile.block_m, block_n=tile.block_n, block_r=rank_block_size(ranks),
         num_warps=tile.num_warps, range_stages=tile.num_stages,
     )  # fmt: skip

@@ -59,13 +59,23 @@ def _prefix_rows(prefix_length: tl.tensor, has_prefix: tl.constexpr) -> tl.tenso
 
 
 @triton.jit
+def _locate_rows(
+    x: tl.tensor, segment_start: tl.tensor, rows: tl.tensor, stride: tl.tensor, head: tl.tensor,
+    head_dim: tl.tensor, length: tl.tensor, d: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """Return pointers to `rows` [M] of one head of a segment, and their mask: [M, D]."""
+    mask = (rows < length)[:, None] & (d < head_dim)[None, :]
+    ptrs = x + (segment_start + rows).to(tl.int64)[:, None] * stride + head * head_dim + d[None, :]
+    return ptrs, mask
+
+
+@triton.jit
 def _load_rows(
     x: tl.tensor, segment_start: tl.tensor, rows: tl.tensor, stride: tl.tensor, head: tl.tensor,
     head_dim: tl.tensor, length: tl.tensor, d: tl.tensor,
 ) -> tl.tensor:  # fmt: skip
     """Load rows of one head of a segment, [M, D], with zeros beyond its end."""
-    mask = (rows < length)[:, None] & (d < head_dim)[None, :]
-    ptrs = x + (segment_start + rows).to(tl.int64)[:, None] * stride + head * head_dim + d[None, :]
+    ptrs, mask = _locate_rows(x, segment_start, rows, stride, head, head_dim, length, d)
     return tl.load(ptrs, mask=mask, other=0.0)
 
 
@@ -93,6 +103,7 @@ def _attention_fwd(
     block_n: tl.constexpr, block_d: tl.constexpr,
 ) -> None:  # fmt: skip
     segment_start, length, start_m, head = locate_tile(cu_seqlens, block_m)
+    key_head = head // num_kv_groups
     prefix = _prefix_rows(prefix_length, has_prefix)
     if start_m >= length:
         return
@@ -105,16 +116,7 @@ def _attention_fwd(
     for start in range(0, end, block_n):
         n = start + tl.arange(0, block_n)
         k_ND = _load_keys(
-            k,
-            segment_start,
-            n,
-            k_stride,
-            head // num_kv_groups,
-            head_dim,
-            length,
-            d,
-            prefix,
-            has_prefix,
+            k, segment_start, n, k_stride, key_head, head_dim, length, d, prefix, has_prefix
         )
         s_MN = tl.dot(q_MD, tl.trans(k_ND)) * qk_scale
         mask_MN = (n < prefix + length)[None, :]
@@ -127,27 +129,14 @@ def _attention_fwd(
         alpha_M = tl.exp2(max_M - new_max_M)
         sum_M = sum_M * alpha_M + tl.sum(p_MN, 1)
         v_ND = _load_keys(
-            v,
-            segment_start,
-            n,
-            v_stride,
-            head // num_kv_groups,
-            head_dim,
-            length,
-            d,
-            prefix,
-            has_prefix,
+            v, segment_start, n, v_stride, key_head, head_dim, length, d, prefix, has_prefix
         )
         o_MD = o_MD * alpha_M[:, None] + tl.dot(p_MN.to(v_ND.dtype), v_ND)
         max_M = new_max_M
-    mask = (m < length)[:, None] & (d < head_dim)[None, :]
-    ptrs = (
-        o
-        + (segment_start + m).to(tl.int64)[:, None] * num_heads * head_dim
-        + head * head_dim
-        + d[None, :]
+    o_ptrs, mask = _locate_rows(
+        o, segment_start, m, num_heads * head_dim, head, head_dim, length, d
     )
-    tl.store(ptrs, o_MD / sum_M[:, None], mask=mask)
+    tl.store(o_ptrs, o_MD / sum_M[:, None], mask=mask)
     tl.store(lse + head * rows + segment_start + m, max_M + tl.log2(sum_M), mask=m < length)
 
 
@@ -159,6 +148,7 @@ def _attention_bwd_dq(
     has_prefix: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr,
 ) -> None:  # fmt: skip
     segment_start, length, start_m, head = locate_tile(cu_seqlens, block_m)
+    key_head = head // num_kv_groups
     prefix = _prefix_rows(prefix_length, has_prefix)
     if start_m >= length:
         return
@@ -174,28 +164,10 @@ def _attention_bwd_dq(
     for start in range(0, end, block_n):
         n = start + tl.arange(0, block_n)
         k_ND = _load_keys(
-            k,
-            segment_start,
-            n,
-            k_stride,
-            head // num_kv_groups,
-            head_dim,
-            length,
-            d,
-            prefix,
-            has_prefix,
+            k, segment_start, n, k_stride, key_head, head_dim, length, d, prefix, has_prefix
         )
         v_ND = _load_keys(
-            v,
-            segment_start,
-            n,
-            v_stride,
-            head // num_kv_groups,
-            head_dim,
-            length,
-            d,
-            prefix,
-            has_prefix,
+            v, segment_start, n, v_stride, key_head, head_dim, length, d, prefix, has_prefix
         )
         p_MN = tl.exp2(tl.dot(q_MD, tl.trans(k_ND)) * qk_scale - lse_M[:, None])
         mask_MN = (n < prefix + length)[None, :]
@@ -204,14 +176,10 @@ def _attention_bwd_dq(
         dp_MN = tl.dot(do_MD, tl.trans(v_ND))
         ds_MN = tl.where(mask_MN, p_MN * (dp_MN - delta_M[:, None]), 0.0)
         dq_MD += tl.dot(ds_MN.to(k_ND.dtype), k_ND)
-    mask = (m < length)[:, None] & (d < head_dim)[None, :]
-    ptrs = (
-        dq
-        + (segment_start + m).to(tl.int64)[:, None] * num_heads * head_dim
-        + head * head_dim
-        + d[None, :]
+    dq_ptrs, mask = _locate_rows(
+        dq, segment_start, m, num_heads * head_dim, head, head_dim, length, d
     )
-    tl.store(ptrs, dq_MD * scale, mask=mask)
+    tl.store(dq_ptrs, dq_MD * scale, mask=mask)
 
 
 @triton.jit(do_not_specialize=["prefix_length"])

@@ -121,7 +121,7 @@ class RankMonitor:
         self._store, self._rank, self._world_size, self._name = store, rank, world_size, name
         self._round = 0
         self.has_stepped = False
-        """Whether the processes have taken a step together."""
+        """Whether all ranks have completed a step."""
         self._missing_ranks = ""
 
     def new_channel(self) -> RankMonitor:
@@ -408,7 +408,7 @@ class ProcessGroup:
 
     @contextmanager
     def sync_errors(self) -> Iterator[None]:
-        """Exchange errors at the end of the context, so that all ranks fail together.
+        """Exchange errors at the end of the context, so that all ranks fail at the same point.
 
         Raises:
             PeerFailedError: The context succeeded on this rank and failed on another one.

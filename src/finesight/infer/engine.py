@@ -263,10 +263,10 @@ class Engine:
     def _sample(
         self, logits_RV: Tensor, sequences: Sequence[SequenceState], ids_R: Tensor
     ) -> dict[int, tuple[SampledTokens, int]]:
-        """Sample tokens of rows that need more than an argmax.
+        """Sample tokens of sequences that need more than an argmax.
 
-        The tokens are written to `ids_R`. Rows without sampling, log probabilities or a constraint
-        keep the argmax. Sequences whose bitmask is late are paused.
+        The tokens are written to `ids_R`. Sequences without sampling, log probabilities or a
+        constraint keep the argmax. Sequences whose bitmask is late are paused.
 
         Returns:
             Sampler output and the index within it, by batch row.

@@ -1,4 +1,7 @@
-"""Parse repository addresses: hf:OWNER/NAME@REVISION, modelscope:OWNER/NAME@REVISION."""
+"""Addresses of repositories on the Hugging Face Hub and ModelScope.
+
+The syntax is `hf:OWNER/NAME@REVISION` or `modelscope:OWNER/NAME@REVISION`.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,12 @@ _ADDRESS_PATTERN = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class HubAddress:
-    """Address of a repository on a hub.
+    """Address of a model or dataset repository on a hub.
 
-    `revision` None means the latest. `part` selects a split, SUBSET/SPLIT, or a file of a dataset.
+    Attributes:
+        repo_id: Name of the repository, `OWNER/NAME`.
+        revision: Branch, tag or commit; None for the default branch.
+        data_part: Split, `SUBSET/SPLIT` or file of a data set; None for the complete data set.
     """
 
     hub: HubName
@@ -40,14 +46,21 @@ class HubAddress:
 
 
 def is_hub_address(source: str) -> bool:
-    """Return whether a source has the prefix of a hub, valid or not."""
+    """Return whether a string starts with `hf:` or `modelscope:`.
+
+    The rest of the string is not validated.
+    """
     return source.startswith(("hf:", "modelscope:"))
 
 
 def parse_model_address(text: str) -> HubAddress | None:
-    """Parse the address of a model: OWNER/NAME, hf:OWNER/NAME or modelscope:OWNER/NAME.
+    """Parse the hub address of a model.
 
-    Each form may end with @REVISION. Returns None for anything else.
+    Accepted forms are `OWNER/NAME`, `hf:OWNER/NAME` and `modelscope:OWNER/NAME`, each optionally
+    with `@REVISION`.
+
+    Returns:
+        The address, or None if the text is not the address of a model, such as a local path.
     """
     address = _parse(text)
     if address is None or address.repo_type == "dataset" or address.data_part is not None:
@@ -56,9 +69,13 @@ def parse_model_address(text: str) -> HubAddress | None:
 
 
 def parse_dataset_address(text: str) -> HubAddress:
-    """Parse the address of a dataset: hf:OWNER/NAME[@REVISION][:PART], or with modelscope:.
+    """Parse the hub address of a data set.
 
-    Raises UserError for anything else.
+    Accepted forms are `hf:OWNER/NAME` and `modelscope:OWNER/NAME`, optionally followed by
+    `@REVISION` and `:PART`.
+
+    Raises:
+        UserError: The text has another form, or is the address of a model.
     """
     address = _parse(text, "dataset")
     if address is None or address.repo_type == "model" or not is_hub_address(text):
@@ -72,9 +89,12 @@ def parse_dataset_address(text: str) -> HubAddress:
 
 
 def parse_address(text: str) -> HubAddress:
-    """Parse the address of a model, or of a dataset with the prefix datasets/.
+    """Parse the hub address of a model or data set.
 
-    Raises UserError for anything else.
+    The address of a data set has the prefix `datasets/`, as in `hf:datasets/OWNER/NAME`.
+
+    Raises:
+        UserError: The text is not the address of a repository.
     """
     address = _parse(text)
     if address is None or (address.repo_type == "model" and address.data_part is not None):

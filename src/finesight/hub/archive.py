@@ -1,6 +1,7 @@
-"""Unpack zip and tar archives safely: no path traversal, links, devices or bombs.
+"""Safe extraction of zip and tar archives from untrusted sources.
 
-Headers of an archive are untrusted: names are checked, and output bytes are counted.
+Extraction rejects path traversal, links, devices, encrypted files and decompression bombs. File
+names are validated and output bytes are counted, because headers of an archive can be forged.
 """
 
 from __future__ import annotations
@@ -34,13 +35,19 @@ ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 MAX_UNPACKED_BYTES = 500 * 10**9
 MAX_COMPRESSION_RATIO = 100
-"""Maximum ratio of output to input bytes. Text labels reach 20, bombs more than 1,000."""
+"""Maximum ratio of unpacked to archive bytes.
+
+Archives of text labels reach a ratio of 20, decompression bombs more than 1,000.
+"""
 
 UNCHECKED_BYTES = 100 * 10**6
-"""Output bytes without a ratio check, since small archives may be very regular."""
+"""Unpacked bytes below which the compression ratio is not checked.
+
+Small archives of regular data may have a high ratio.
+"""
 
 _IS_UTF8 = 0x800
-"""Flag of a zip member with a UTF-8 name."""
+"""Flag bit of a zip member whose name is encoded in UTF-8."""
 
 _UNICODE_PATH = 0x7075
 
@@ -49,7 +56,10 @@ _IGNORED_MEMBERS = ("__MACOSX/", ".DS_Store", "Thumbs.db")
 
 @dataclass(slots=True)
 class _UnpackBudget:
-    """Remaining output bytes of an archive. Raises UserError if they are exceeded."""
+    """Counter of unpacked bytes and files of one archive.
+
+    Its methods raise UserError if the archive exceeds a limit or contains two files of one name.
+    """
 
     archive: Path
     archive_bytes: int
@@ -79,15 +89,18 @@ class _UnpackBudget:
 
 
 def is_archive(name: str) -> bool:
-    """Return whether a file name has the suffix of an archive."""
+    """Return whether a file name has the suffix of a zip or tar archive."""
     return name.lower().endswith(ARCHIVE_SUFFIXES)
 
 
 def unpack_archive(archive: Path, target: Path) -> None:
-    """Unpack an archive into a folder. The caller removes the folder after an error.
+    """Unpack a zip or tar archive into a folder.
 
-    Raises UserError for path traversal, links, devices, too many bytes or files, encryption, and
-    corrupt archives.
+    After an error, the caller must remove the folder, which may contain some of the files.
+
+    Raises:
+        UserError: The archive is corrupt or encrypted, exceeds a size limit, or contains links,
+            devices or paths outside the folder.
     """
     budget = _UnpackBudget(archive, archive.stat().st_size)
     make_folder(target)
@@ -141,10 +154,11 @@ def _iter_zip_members(archive: Path, file: zipfile.ZipFile) -> Iterator[_Archive
 
 
 def _zip_name(info: zipfile.ZipInfo) -> str:
-    """Decode the raw member name, since ZipFile truncates at NUL and converts backslashes.
+    """Decode the file name of a zip member from its raw bytes.
 
-    A name without the UTF-8 flag may have its UTF-8 form in an extra field. Otherwise, UTF-8 and
-    GBK are tried before the default of ZipFile.
+    ZipFile truncates names at NUL and converts backslashes. Without the UTF-8 flag, the name is
+    read from the Unicode path extra field if there is one, else decoded as UTF-8, GBK or the
+    default encoding of ZipFile, in this order.
     """
     name = info.orig_filename
     if info.flag_bits & _IS_UTF8:
@@ -157,7 +171,10 @@ def _zip_name(info: zipfile.ZipInfo) -> str:
 
 
 def _unicode_name(extra: bytes, name: bytes) -> str | None:
-    """Return the name in the Unicode path extra field, if its checksum matches."""
+    """Return the file name in the Unicode path extra field of a zip member.
+
+    Returns None without this field, or if its checksum does not match the raw name.
+    """
     while len(extra) >= 4:
         kind, size = struct.unpack_from("<HH", extra)
         field_, extra = extra[4 : 4 + size], extra[4 + size :]

@@ -1,6 +1,6 @@
-"""Read archive headers with limits, and convert errors of corrupt archives.
+"""Reading of archive headers with limits, and errors for corrupt archives.
 
-All tar files are opened here, for unpacking and for reading rows.
+Both extraction and the WebDataset reader open tar files with this module.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_MEMBERS = 2_000_000
 
 CHUNK_BYTES = 2**20
 MAX_READ_BYTES = 16 * CHUNK_BYTES
-"""Maximum bytes of one read; headers have a few hundred."""
+"""Maximum number of bytes of a single read; a header has a few hundred."""
 
 _CORRUPT_ERRORS = (
     zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, struct.error,
@@ -41,7 +41,10 @@ HeaderT = TypeVar("HeaderT")
 
 @contextlib.contextmanager
 def translate_archive_errors(archive: Path) -> Iterator[None]:
-    """Convert exceptions of a corrupt archive to UserError."""
+    """Convert exceptions that a corrupt archive causes to UserError.
+
+    Disk errors, such as a full disk, are not converted.
+    """
     try:
         yield
     except (*_CORRUPT_ERRORS, OSError) as error:
@@ -54,7 +57,7 @@ def translate_archive_errors(archive: Path) -> Iterator[None]:
 
 
 def build_corrupt_archive_error(archive: Path, reason: str) -> UserError:
-    """Build the error for an archive that cannot be read."""
+    """Build the UserError for an archive that cannot be read."""
     return UserError(
         f"cannot be read: {reason}",
         where=str(archive),
@@ -64,7 +67,7 @@ def build_corrupt_archive_error(archive: Path, reason: str) -> UserError:
 
 
 def build_archive_limit_error(archive: Path, what: str, expected: str) -> UserError:
-    """Build the error for an archive that exceeds a limit."""
+    """Build the UserError for an archive that exceeds a size or file limit."""
     return UserError(
         f"it would unpack to {what}; no files were kept",
         where=str(archive),
@@ -75,9 +78,10 @@ def build_archive_limit_error(archive: Path, what: str, expected: str) -> UserEr
 
 
 def iter_limited(archive: Path, headers: Iterable[HeaderT]) -> Iterator[HeaderT]:
-    """Iterate over the headers of an archive.
+    """Iterate over the headers of an archive, up to the maximum number of files.
 
-    Raises UserError for too many headers and for corrupt ones.
+    Raises:
+        UserError: The archive has more than `MAX_MEMBERS` files, or a header is corrupt.
     """
     iterator = iter(headers)
     for _ in range(MAX_MEMBERS):
@@ -93,14 +97,17 @@ def iter_limited(archive: Path, headers: Iterable[HeaderT]) -> Iterator[HeaderT]
 
 @dataclass(frozen=True, slots=True)
 class TarArchive:
-    """An open tar archive."""
+    """An open tar archive whose headers and files are read with limits."""
 
     archive: Path
     file: tarfile.TarFile
 
     def iter_headers(self) -> Iterator[tarfile.TarInfo]:
-        """Iterate over headers. Raises UserError for a header with a negative offset, which would
-        loop.
+        """Iterate over the headers of the archive.
+
+        Raises:
+            UserError: A header is corrupt. This includes a negative size, with which tarfile would
+                loop.
         """
         for header in iter_limited(self.archive, self.file):
             if header.size < 0:
@@ -110,7 +117,11 @@ class TarArchive:
             yield header
 
     def read_member(self, header: tarfile.TarInfo) -> bytes:
-        """Read the content of a file. Raises UserError if it is truncated."""
+        """Return the content of one file in the archive.
+
+        Raises:
+            UserError: The file is truncated or cannot be read.
+        """
         with translate_archive_errors(self.archive):
             content: bytes = self.open_member(header).read()
         if len(content) != header.size:
@@ -118,14 +129,17 @@ class TarArchive:
         return content
 
     def open_member(self, header: tarfile.TarInfo) -> Any:
-        """Open the content of a file as a stream."""
+        """Open one file in the archive as a stream."""
         stream = self.file.extractfile(header)
         assert stream is not None, f"{header.name} is a regular file without content"
         return stream
 
 
 class _BoundedReader(io.BufferedReader):
-    """Limit the size of a read, since tarfile reads names of any declared length."""
+    """Buffered reader that rejects reads above `MAX_READ_BYTES`.
+
+    A forged tar header can declare a name of any length, which tarfile would read into memory.
+    """
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size < 0 or size > MAX_READ_BYTES:
@@ -135,9 +149,14 @@ class _BoundedReader(io.BufferedReader):
 
 @contextlib.contextmanager
 def open_tar(archive: Path, start: int = 0) -> Iterator[TarArchive]:
-    """Open a tar archive, compressed or not, from the header at byte `start`.
+    """Open an uncompressed or compressed tar archive.
 
-    Raises UserError for a file that is not a tar archive.
+    Args:
+        archive: Path of the archive.
+        start: Byte offset of the first header to read, in the uncompressed archive.
+
+    Raises:
+        UserError: The file is not a tar archive.
     """
     openers: dict[str, Callable[..., Any]]
     openers = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}

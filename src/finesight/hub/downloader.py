@@ -1,4 +1,4 @@
-"""Download many files in parallel with a progress bar."""
+"""Parallel download of several files with a progress bar."""
 
 from __future__ import annotations
 
@@ -28,22 +28,28 @@ from finesight.hub.transfer import (
 )
 
 MAX_PARALLEL_DOWNLOADS = 4
-"""Maximum number of parallel downloads; datasets may have many small files."""
+"""Number of files that are downloaded in parallel.
+
+Data sets may consist of many small files.
+"""
 
 
 def download_files(
     files: Sequence[RemoteFile], folder: Path, http_client: HttpClient, source: str
 ) -> None:
-    """Download files below a folder, without those that exist.
+    """Download files in parallel, except those that exist in the target folder.
+
+    After an error, the other downloads are stopped. Partial files remain, so that the next attempt
+    resumes them.
 
     Args:
         files: Files to download.
         folder: Target folder.
-        http_client: HTTP client.
-        source: Address as the user wrote it.
+        http_client: HTTP client of the site.
+        source: Address as the user wrote it, for messages.
 
-    Raises the first error after stopping the other downloads. Partial files remain for the next
-    attempt.
+    Raises:
+        UserError: A download fails, or the disk has too little free space.
     """
     targets = [(file, safe_join(folder, file.path, source)) for file in files]
     missing = [(file, target) for file, target in targets if not target.exists()]

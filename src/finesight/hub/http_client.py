@@ -1,4 +1,7 @@
-"""HTTP client with host checks, validated redirects, retries, and UserError for failures."""
+"""HTTP client for hubs and allowed web hosts.
+
+It validates redirects, retries temporary failures, and reports all others as UserError.
+"""
 
 from __future__ import annotations
 
@@ -22,23 +25,26 @@ from finesight.errors import UserError
 
 CONNECT_TIMEOUT_S = 15.0
 READ_TIMEOUT_S = 60.0
-"""Timeout of one read, not of the complete response."""
+"""Timeout of a single read in seconds; a complete response may take longer."""
 
 MAX_REDIRECTS = 10
 MAX_JSON_BYTES = 64 * 2**20
-"""Maximum bytes of a JSON response; a page of a listing has a few hundred KB."""
+"""Maximum size of a JSON response; one page of a file listing has a few hundred KB."""
 
 MAX_ERROR_BYTES = 4096
-"""Maximum bytes of an error response, before decompression."""
+"""Maximum number of bytes of an error response that are read."""
 
 RETRY_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""HTTP statuses of temporary failures."""
+"""HTTP status codes of temporary failures, after which a request is retried."""
 
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0)
-"""Delays between attempts in seconds."""
+"""Delays before successive retries in seconds."""
 
 MAX_RETRY_DELAY_S = 60.0
-"""Maximum Retry-After in seconds; with a longer one, the request is not repeated."""
+"""Maximum delay in seconds that a server may request with Retry-After.
+
+If a server requests a longer delay, the request fails.
+"""
 
 PRIVATE_DOMAINS = frozenset(
     {"localhost", "local", "lan", "internal", "intranet", "home", "corp", "arpa"}
@@ -55,14 +61,17 @@ SPECIAL_NETWORKS = tuple(
         *("2001::/23", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20"),
     )
 )
-"""Networks of the IANA special-purpose address registries (RFC 6890), and multicast.
+"""Networks without public hosts: special-purpose (RFC 6890) and multicast networks.
 
-They contain no public hosts. The `ipaddress` module depends on the Python version. For IPv6, only
-those within PUBLIC_IPV6 are listed.
+They are listed here because `ipaddress.is_global` differs between Python versions. IPv6 networks
+outside of PUBLIC_IPV6 are omitted.
 """
 
 PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")
-"""Global unicast addresses: loopback, translation and local networks are outside."""
+"""Network of global unicast addresses, the only public addresses of IPv6.
+
+Loopback and link-local addresses and mapped IPv4 addresses are outside of it.
+"""
 _TRUE_VALUES = frozenset({"1", "ON", "YES", "TRUE"})
 
 
@@ -70,16 +79,20 @@ ReadT = TypeVar("ReadT")
 
 
 class RetryableError(Exception):
-    """Temporary failure of a server or connection, with the requested delay in seconds."""
+    """Raised after a temporary failure of a server or connection.
+
+    `retry_after` is the delay in seconds that the server requests, or None.
+    """
 
     def __init__(self, what: str, retry_after: float | None = None) -> None:
         self.what, self.retry_after = what, retry_after
         super().__init__(what)
 
     def retry_delay(self, num_failures: int) -> float | None:
-        """Return the delay before the next attempt; None if there is none.
+        """Return the seconds to wait before the next attempt, or None to give up.
 
-        Without failures, as after received bytes, the next attempt is immediate.
+        With 0 failures (some bytes were received), the next attempt is immediate unless the server
+        requests a delay.
         """
         if num_failures > len(RETRY_DELAYS_S) or (self.retry_after or 0) > MAX_RETRY_DELAY_S:
             return None
@@ -90,11 +103,16 @@ class RetryableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class HttpSite:
-    """Target of requests. `headers`, which may contain a token, are sent to the first host only.
+    """A hub or web site, with its request headers, allowed hosts and error messages.
 
-    `allowed_hosts` lists all hosts of requests and redirects. None, for a hub, allows the host of
-    the first address and any public host over HTTPS, since hubs store large files on other hosts.
-    The error callback converts a status >= 400 and the response text to UserError.
+    Attributes:
+        build_error: Converts a response with a status of at least 400, and its text, to a
+            UserError.
+        headers: Request headers, which may contain a token. Redirects to other hosts do not receive
+            them.
+        allowed_hosts: Hosts of requests and redirects. None, used for hubs, allows the host of the
+            request, and redirects to any public host over HTTPS, because hubs store large files on
+            other hosts.
     """
 
     build_error: Callable[[httpx2.Response, str], UserError]
@@ -103,12 +121,15 @@ class HttpSite:
 
 
 def is_offline() -> bool:
-    """Return whether HF_HUB_OFFLINE disables requests to all hubs."""
+    """Return whether the environment variable HF_HUB_OFFLINE disables all requests."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE_VALUES
 
 
 class HttpClient:
-    """HTTP client of one site. Raises UserError for each request in offline mode."""
+    """HTTP client of one site.
+
+    In offline mode, every request raises UserError.
+    """
 
     def __init__(self, site: HttpSite) -> None:
         self._site = site
@@ -129,10 +150,11 @@ class HttpClient:
     def stream_get(
         self, url: str, headers: Mapping[str, str] | None = None
     ) -> Iterator[httpx2.Response]:
-        """Send a GET request, follow valid redirects, and return the response before its body.
+        """Send a GET request, follow allowed redirects, and yield the response before its body.
 
-        Raises UserError for an invalid redirect or a rejected request, and RetryableError for a
-        temporary failure.
+        Raises:
+            UserError: A redirect is not allowed, or the server rejects the request.
+            RetryableError: The failure is temporary.
         """
         _raise_if_offline(url)
         target = url
@@ -164,9 +186,11 @@ class HttpClient:
         )
 
     def get_json(self, url: str, params: Mapping[str, str] | None = None) -> Any:
-        """Send a GET request with retries, and parse the JSON response.
+        """Send a GET request with retries and parse the JSON response.
 
-        Raises UserError for a rejected request, invalid content, and no response.
+        Raises:
+            UserError: The server rejects the request or does not respond, or the response is not
+                JSON.
         """
         full_url = f"{url}?{urlencode(params)}" if params else url
         content = self._get_content(full_url)
@@ -181,9 +205,10 @@ class HttpClient:
             ) from error
 
     def is_unchanged(self, url: str, etag: str) -> bool:
-        """Return whether the file at an address still has this ETag.
+        """Ask the server whether a file still has the given ETag or Last-Modified date.
 
-        Raises UserError like `get_json`.
+        Raises:
+            UserError: The server rejects the request or does not respond.
         """
         conditional_headers = {"If-None-Match" if '"' in etag else "If-Modified-Since": etag}
         return self._get_with_retries(
@@ -199,7 +224,7 @@ class HttpClient:
         headers: Mapping[str, str],
         read_response: Callable[[httpx2.Response], ReadT],
     ) -> ReadT:
-        """Send a GET request with retries, and read the response."""
+        """Send a GET request with retries and return the result of `read_response`."""
         for num_failures in itertools.count(1):
             try:
                 with self.stream_get(url, headers) as response:
@@ -241,10 +266,15 @@ class HttpClient:
 
 
 def is_allowed_url(original: str, target: str, allowed_hosts: frozenset[str] | None) -> bool:
-    """Return whether a redirect from `original` to `target` is allowed.
+    """Return whether a request to `original` may be redirected to `target`.
 
-    Rejects other protocols, downgrades from HTTPS to HTTP, and private addresses that the user did
-    not list.
+    Rejects protocols other than HTTP and HTTPS, downgrades from HTTPS to HTTP, and hosts that are
+    neither listed nor public.
+
+    Args:
+        original: URL of the request.
+        target: URL of the redirect, or the original URL.
+        allowed_hosts: Hosts that the user allows; None for a hub (see `HttpSite`).
     """
     original_parts, target_parts = urlsplit(original), urlsplit(target)
     host = (target_parts.hostname or "").lower()
@@ -281,7 +311,7 @@ def _is_public_host(host: str) -> bool:
 
 
 def is_public_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Return whether an address belongs to a host of the public network."""
+    """Return whether an IP address is reachable on the public internet."""
     if isinstance(address, ipaddress.IPv6Address) and address not in PUBLIC_IPV6:
         return False
     special = any(address in network for network in SPECIAL_NETWORKS)
@@ -300,7 +330,7 @@ def _raise_if_offline(url: str) -> None:
 
 @contextlib.contextmanager
 def _translate_http_errors(url: str) -> Iterator[None]:
-    """Convert network errors to RetryableError, and an invalid address to UserError."""
+    """Convert connection errors to RetryableError, and an invalid URL to UserError."""
     try:
         yield
     except httpx2.TransportError as error:
@@ -331,23 +361,23 @@ def _is_not_modified(response: httpx2.Response, etag: str) -> bool:
 
 
 def get_etag(response: httpx2.Response) -> str:
-    """Return the ETag of a response, or its Last-Modified date."""
+    """Return the ETag of a response, else its Last-Modified date, else an empty string."""
     etag: str = response.headers.get("etag", "") or response.headers.get("last-modified", "")
     return etag if etag.isascii() else ""
 
 
 def parse_int(text: str) -> int | None:
-    """Parse a header with decimal ASCII digits; None for anything else."""
+    """Parse a non-negative integer in an HTTP header; None for any other text."""
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
 def strip_query(url: str) -> str:
-    """Remove the query of an address, which may contain a signature."""
+    """Remove the query string of a URL, which may contain a signature."""
     return url.partition("?")[0]
 
 
 def join_url(base: str, location: str) -> str:
-    """Resolve the location of a redirect."""
+    """Resolve the Location header of a redirect against the URL of the request."""
     try:
         return urljoin(base, location)
     except ValueError:  # rejected later like any invalid address

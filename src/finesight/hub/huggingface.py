@@ -1,6 +1,7 @@
-"""List repositories of the Hugging Face Hub or a mirror (HF_ENDPOINT).
+"""File listings and cached files of the Hugging Face Hub or a mirror (HF_ENDPOINT).
 
-huggingface_hub sends the requests and handles token and address. `transfer` downloads the files.
+The package huggingface_hub sends the listing requests and provides the token and the URLs of files.
+The module `transfer` downloads the files.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ from finesight.hub.transfer import RemoteFile
 _DEFAULT_REVISION = "main"
 _COMMIT_PATTERN = re.compile(r"[0-9a-f]{7,64}")
 _INVALID_RESPONSE_ERRORS = (ValueError, LookupError, TypeError, AttributeError)
-"""Exceptions of huggingface_hub for responses that are not from a hub."""
+"""Exceptions of huggingface_hub if a server other than a hub responds."""
 
 
 def list_files(address: HubAddress) -> tuple[str, list[RemoteFile]]:
-    """Return the current commit of an address and its files.
+    """Return the current commit of a repository and its files.
 
-    Raises UserError for an unknown, gated or private repository, and without a connection.
+    Raises:
+        UserError: The repository is unknown, gated or private, or the hub does not respond.
     """
     api = HfApi(library_name="finesight", library_version=__version__)
     revision = address.revision or _DEFAULT_REVISION
@@ -70,16 +72,19 @@ def list_files(address: HubAddress) -> tuple[str, list[RemoteFile]]:
 
 
 def build_site(address: HubAddress) -> HttpSite:
-    """Build the HTTP site of a repository. Only the hub receives the token."""
+    """Build the `HttpSite` of a repository, with the token of the user."""
     token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     return HttpSite(lambda response, message: _build_refusal_error(address, response), headers)
 
 
 def find_cached_files(address: HubAddress, commit: str, paths: list[str]) -> Path | None:
-    """Return the cache folder of huggingface_hub with all of these files at a commit.
+    """Find files of a commit in the cache of huggingface_hub.
 
-    Another program may have downloaded them. Returns None if files are missing.
+    Another program, such as transformers, may have downloaded them.
+
+    Returns:
+        The snapshot folder that contains all files, or None if any is missing.
     """
     folder = None
     for path in paths:
@@ -93,9 +98,16 @@ def find_cached_files(address: HubAddress, commit: str, paths: list[str]) -> Pat
 
 
 def find_cached_snapshot(address: HubAddress, patterns: Sequence[str]) -> Path | None:
-    """Return the cache folder of huggingface_hub with files that match the patterns.
+    """Find the cached snapshot of a repository in the cache of huggingface_hub.
 
-    Sends no request. Returns None if there is no such folder.
+    No request is sent.
+
+    Args:
+        address: Address of the repository.
+        patterns: Glob patterns of the required files.
+
+    Returns:
+        The snapshot folder, or None if the repository is not cached.
     """
     try:
         return Path(
@@ -125,9 +137,9 @@ def _to_remote_file(address: HubAddress, commit: str, entry: RepoFile) -> Remote
 def _build_refusal_error(
     address: HubAddress, response: httpx2.Response, error: HfHubHTTPError | None = None
 ) -> UserError:
-    """Convert a rejected request to UserError.
+    """Build the UserError for a rejected request.
 
-    The reason is in a header of the response, or known to huggingface_hub.
+    The hub sends the reason in a response header; huggingface_hub raises an exception for it.
     """
     code = response.headers.get("x-error-code", "")
     repo_url = (

@@ -1,8 +1,8 @@
-"""List repositories of ModelScope or a compatible hub (MODELSCOPE_ENDPOINT).
+"""File listings of ModelScope or a compatible hub (MODELSCOPE_ENDPOINT).
 
-The package modelscope is not used: it reads its token from a pickle, verifies no digests if a
-listing has none, requires compiled cryptography, and has no offline mode. Only two requests are
-needed.
+This module sends its two kinds of requests itself. The package modelscope reads its token from a
+pickle, verifies no digests if a listing has none, requires a compiled cryptography package, and has
+no offline mode.
 """
 
 from __future__ import annotations
@@ -23,29 +23,34 @@ from finesight.hub.transfer import RemoteFile
 
 DEFAULT_REVISION = "master"
 PAGE_SIZE = 200
-"""Page size of the listing of a dataset; a shorter page is the last one."""
+"""Number of entries per page of a dataset listing; the last page is shorter."""
 
 MAX_MODEL_ENTRIES = 3000
 """Number of entries at which the hub truncates the listing of a model without an error."""
 
 MAX_PAGES = 5000
 MAX_PAGE_ATTEMPTS = 3
-"""Maximum attempts for pages after the first, which the hub sometimes denies by mistake."""
+"""Maximum attempts for each page of a dataset listing after the first.
+
+The hub sometimes rejects such a request by mistake.
+"""
 
 
 def get_endpoint() -> str:
-    """Return the address of the hub without a trailing slash."""
+    """Return the base URL of the hub, without a trailing slash."""
     configured = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or ""
     url = configured.strip() or "https://www.modelscope.cn"
     return (url if "://" in url else f"https://{url}").rstrip("/")
 
 
 def list_files(address: HubAddress) -> tuple[str, list[RemoteFile]]:
-    """Return a revision digest and the files of a repository. Raises UserError for errors of the
-    hub.
+    """Return a digest of the file listing, which serves as a commit, and the files.
 
-    The hub does not return the commit of a branch. The digest is over names and digests of all
-    files.
+    The hub does not return the commit of a branch. The digest covers the names, sizes and SHA-256
+    digests of all files.
+
+    Raises:
+        UserError: The repository is unknown or private, or the hub does not respond.
     """
     with HttpClient(build_site(address)) as http_client:
         entries = [
@@ -59,7 +64,11 @@ def list_files(address: HubAddress) -> tuple[str, list[RemoteFile]]:
 
 
 def build_site(address: HubAddress) -> HttpSite:
-    """Build the HTTP site of a repository. Only the hub receives the token."""
+    """Build the `HttpSite` of a repository, with the token of the user.
+
+    Raises:
+        UserError: The token contains invalid characters.
+    """
     token = os.environ.get("MODELSCOPE_API_TOKEN", "").strip()
     if not re.fullmatch(r"[!-~]*", token):
         raise UserError(

@@ -1,7 +1,7 @@
-"""Upload files to ModelScope with the requests of its own client.
+"""Upload of files to ModelScope, with the HTTP requests of the official client.
 
-POST /api/v1/models creates a repository. Large files use the Git LFS batch request and one PUT
-each. One commit adds all files, small ones as base64.
+`POST /api/v1/models` creates a repository. Large files are uploaded with the Git LFS batch API and
+one PUT request each. One commit then adds all files, with small ones embedded as base64.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from finesight.hub.http_client import (
 from finesight.hub.modelscope import DEFAULT_REVISION, build_site, get_endpoint
 
 PRIVATE, PUBLIC = 1, 5
-"""Visibility values of the hub."""
+"""Values of the field `Visibility` of a ModelScope repository."""
 
 MIN_LFS_BYTES = 2**20
-"""File size above which LFS is used for any name."""
+"""File size above which a file is uploaded with Git LFS, whatever its name."""
 
 LFS_SUFFIXES = (".safetensors", ".gguf", ".bin", ".model")
-"""Suffixes of files that use LFS at any size."""
+"""Suffixes of files that are uploaded with Git LFS at any size."""
 
 CHUNK_BYTES = 2**20
 
@@ -47,9 +47,20 @@ NamedFiles = Sequence[tuple[str, Path]]
 def publish_files(
     address: HubAddress, files: NamedFiles, *, public: bool, commit_message: str
 ) -> str:
-    """Publish files on ModelScope; see `publisher.publish_model`.
+    """Publish files in a model repository on ModelScope.
 
-    `files` maps names in the repository to local paths.
+    Args:
+        address: Address of the repository, which is created if it does not exist.
+        files: Pairs of a name in the repository and a local path.
+        public: Whether the repository is public.
+        commit_message: Message of the commit.
+
+    Returns:
+        URL of the repository page.
+
+    Raises:
+        UserError: There is no token, the repository has another visibility, or the hub rejects a
+            request.
     """
     headers = dict(build_site(address).headers)
     repo_url = f"{get_endpoint()}/models/{address.repo_id}"
@@ -71,7 +82,7 @@ def publish_files(
 
 
 def build_visibility_error(address: HubAddress, repo_url: str, public: bool) -> UserError:
-    """Build the error for an existing repository with another visibility."""
+    """Build the UserError for a repository that exists with another visibility."""
     current = "private" if public else "public"
     return UserError(
         f"the repository {address} exists and is {current}",
@@ -89,7 +100,11 @@ class _ModelScopeClient:
         self._api_url = f"{get_endpoint()}/api/v1"
 
     def ensure_repository(self, public: bool, repo_url: str) -> None:
-        """Create the repository, or check the visibility of an existing one."""
+        """Create the repository if it does not exist.
+
+        Raises:
+            UserError: The repository exists with another visibility.
+        """
         url = f"{self._api_url}/models/{self._address.repo_id}"
         existing = self._send_json("GET", url, allow_missing=True)
         if existing is None:
@@ -104,7 +119,7 @@ class _ModelScopeClient:
             raise build_visibility_error(self._address, repo_url, public)
 
     def create_commit(self, files: NamedFiles, commit_message: str) -> None:
-        """Upload large files, then add all files in one commit."""
+        """Upload large files to Git LFS, then add all files in one commit."""
         digests_by_path = {
             path: sha256_file(path)
             for name, path in files
@@ -165,9 +180,10 @@ class _ModelScopeClient:
         content: bytes | Path | None,
         allow_missing: bool = False,
     ) -> httpx2.Response | None:
-        """Send a request with retries; return None for a 404 if `allow_missing`.
+        """Send a request, with retries unless it creates a repository or a commit.
 
-        Requests that create a repository or a commit are sent once.
+        Returns:
+            The response, or None for status 404 if `allow_missing`.
         """
         is_single_attempt = method == "POST" and not url.endswith("/batch")
         for num_failures in itertools.count(1):
@@ -202,7 +218,10 @@ class _ModelScopeClient:
 
 
 def _parse_upload_urls(payload: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return the upload address of each object by digest; None for existing objects."""
+    """Return the upload URL of each Git LFS object by its SHA-256 digest.
+
+    The URL is None for objects that the hub already has.
+    """
     data = payload.get("Data", payload)
     objects = data.get("objects") if isinstance(data, dict) else None
     upload_urls: dict[str, str | None] = {}
@@ -228,7 +247,10 @@ def _iter_chunks(path: Path) -> Iterator[bytes]:
 
 
 def is_same_domain(url: str, hub_url: str) -> bool:
-    """Return whether an address has the hub's domain. Only this domain receives the token."""
+    """Return whether a URL belongs to the domain of the hub.
+
+    The token is sent only to this domain.
+    """
     target, hub_parts = urlsplit(url), urlsplit(hub_url)
     host, domain = target.hostname or "", (hub_parts.hostname or "").removeprefix("www.")
     is_subdomain = not domain.replace(".", "").isdigit() and host.endswith(f".{domain}")

@@ -1,7 +1,6 @@
-"""Download files from object storage, such as `s3://BUCKET/NAME`, with fsspec.
+"""Download of files from object storage, such as `s3://BUCKET/NAME`, with fsspec.
 
-A file is downloaded completely into a folder named by its version in the storage, so that another
-version uses another folder.
+Each version of an object is cached in a separate folder, whose name is derived from its version id.
 """
 
 from __future__ import annotations
@@ -16,13 +15,16 @@ from finesight.errors import UserError
 from finesight.storage import write_folder_once
 
 WEB_SCHEMES = frozenset({"http", "https"})
-"""Schemes for `finesight data import --allow-host`, which checks hosts."""
+"""URL schemes that are rejected here.
+
+Files from the web require `finesight data import --allow-host`, which checks the host.
+"""
 
 GLOB_CHARACTERS = frozenset("*?[")
 
 
 def get_objects_folder() -> Path:
-    """Return the cache folder of downloaded objects."""
+    """Return the cache folder of files from object storage."""
     # This import is slow.
     from huggingface_hub import constants
 
@@ -30,9 +32,19 @@ def get_objects_folder() -> Path:
 
 
 def fetch_objects(url: str) -> list[Path]:
-    """Download the file at an address, or all files that match its pattern.
+    """Download a file from object storage, or all files that match a pattern.
 
-    Raises UserError if no file matches or a download fails.
+    Cached files are not downloaded again.
+
+    Args:
+        url: URL such as `s3://bucket/data.tar`, or a glob pattern such as
+            `s3://bucket/shards/*.tar`.
+
+    Returns:
+        Local paths of the files, sorted by name.
+
+    Raises:
+        UserError: No file matches, a download fails, or the package of the storage is missing.
     """
     file_system, path = _open_file_system(url)
     is_pattern = GLOB_CHARACTERS & {*path}
@@ -71,7 +83,7 @@ def _build_fetch_error(url: str, error: Exception) -> UserError:
 
 
 def _open_file_system(url: str) -> tuple[Any, str]:
-    """Return the file system of an address and the path of its file."""
+    """Return the fsspec file system of a URL and the path within it."""
     scheme = url.partition("://")[0].lower()
     if scheme in WEB_SCHEMES:
         raise UserError(
@@ -100,7 +112,7 @@ def _open_file_system(url: str) -> tuple[Any, str]:
 
 
 def _fetch_once(file_system: Any, name: str) -> Path:
-    """Return the local copy of a file, downloaded if it is not in the cache."""
+    """Return the local copy of an object; download it if it is not cached."""
     version = str(file_system.ukey(name))
     cache_key = f"{type(file_system).__name__} {file_system.storage_options!r} {name} {version}"
     folder = get_objects_folder() / hashlib.sha256(cache_key.encode()).hexdigest()[:32]

@@ -1,6 +1,6 @@
-"""Publish files in a repository of a hub.
+"""Publication of models on the Hugging Face Hub or ModelScope.
 
-Hugging Face uses huggingface_hub, ModelScope uses `modelscope_upload`.
+Uploads to Hugging Face use huggingface_hub, those to ModelScope `modelscope_upload`.
 """
 
 from __future__ import annotations
@@ -24,25 +24,36 @@ from finesight.hub.http_client import is_offline
 
 @dataclass(frozen=True, slots=True)
 class FileUpload:
-    """A local file and its name in the repository."""
+    """A local file and its name in the hub repository."""
 
     path: Path
     name: str
 
     @property
     def size(self) -> int:
-        """Size in bytes."""
+        """Size of the file in bytes."""
         return self.path.stat().st_size
 
 
 def publish_model(
     address: HubAddress, files: Sequence[FileUpload], *, public: bool, message: str
 ) -> str:
-    """Upload files to a repository in one commit; return the address of its page.
+    """Upload files to a model repository in one commit.
 
-    A missing repository is created, private unless `public`. Other existing files remain. Raises
-    UserError without a token, if an existing repository has another visibility, if the hub rejects
-    the request, and in offline mode.
+    A missing repository is created. Files that exist in the repository under other names are kept.
+
+    Args:
+        address: Address of the repository, without a revision.
+        files: Files to upload.
+        public: Whether the repository is public.
+        message: Message of the commit.
+
+    Returns:
+        URL of the repository page.
+
+    Raises:
+        UserError: There is no token, the repository has another visibility, the hub rejects the
+            request, or HF_HUB_OFFLINE is set.
     """
     if address.repo_type != "model" or address.revision or address.data_part:
         raise UserError(

@@ -1,8 +1,8 @@
-"""Open a hub repository at one commit, and download its files.
+"""Access to the files of a hub repository at one commit.
 
-Files are in the assets cache of huggingface_hub (set by HF_HOME), by hub, name and commit, with
-mirrors in separate folders. Listings are cached as well, so that downloaded files are available
-offline.
+Files are stored in the assets cache of huggingface_hub (below HF_HOME), in one folder per hub,
+repository and commit. Mirrors have separate folders. File listings are cached as well, so that
+downloaded files are available offline.
 """
 
 from __future__ import annotations
@@ -29,18 +29,29 @@ from finesight.storage import make_folder, translate_os_errors
 DEFAULT_ENDPOINTS = {"hf": "https://huggingface.co", "modelscope": "https://www.modelscope.cn"}
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-"""Suffixes of pickled weights, which run code when loaded."""
+"""Suffixes of pickled weights, which can execute code when they are loaded."""
 
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
-"""Suffixes of weights; commands that do not load weights skip these large files."""
+"""Suffixes of weight files.
+
+Commands that do not load weights do not download these large files.
+"""
 
 PICKLED_WEIGHTS_PATTERN = "pytorch_model*.bin"
-"""Pickled weights that `finesight.pickle_conversion` converts without running code."""
+"""Pattern of pickled weights that can be converted without executing code.
+
+See `finesight.pickle_conversion`.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class HubRepository:
-    """A repository at one commit. `folder` is the local folder of its files."""
+    """A hub repository at one commit.
+
+    Attributes:
+        files: Files in the listing of the hub.
+        folder: Local folder of downloaded files.
+    """
 
     address: HubAddress
     commit: str
@@ -49,18 +60,21 @@ class HubRepository:
 
     @property
     def paths(self) -> list[str]:
-        """Paths of all files."""
+        """Paths of all files, relative to the repository."""
         return [file.path for file in self.files]
 
     def fetch_files(self, paths: Sequence[str]) -> Path:
-        """Download and verify files, and return their folder. Raises UserError if one fails."""
+        """Download and verify files of the repository, and return their local folder.
+
+        Raises:
+            UserError: A download or the verification of a file fails.
+        """
         return self.download_files(paths, self.locate_folder(paths))
 
     def locate_folder(self, paths: Sequence[str]) -> Path:
-        """Return the folder of these files.
+        """Return the local folder of the given files, which may not be downloaded yet.
 
-        A copy of all of them in the cache of huggingface_hub, from another program, is used as
-        well.
+        If another program has downloaded all of them, this is the cache folder of huggingface_hub.
         """
         for path in paths:
             safe_join(self.folder, path, str(self.address))
@@ -71,7 +85,14 @@ class HubRepository:
         return self.folder
 
     def download_files(self, paths: Sequence[str], folder: Path) -> Path:
-        """Download files below a folder, without existing ones; return the folder."""
+        """Download the files that are missing in a folder.
+
+        Returns:
+            The same folder.
+
+        Raises:
+            UserError: A download fails, or files are missing in offline mode.
+        """
         names = set(paths)
         requested = [file for file in self.files if file.path in names]
         source = str(self.address)
@@ -94,9 +115,13 @@ class HubRepository:
 
 
 def open_repository(address: HubAddress) -> HubRepository:
-    """Open a repository with the current listing of the hub; offline, with the cached listing.
+    """Request the file listing of a repository from the hub and cache it.
 
-    Raises UserError if it is not available.
+    In offline mode, the cached listing is used.
+
+    Raises:
+        UserError: The repository is unknown or private, the hub does not respond, or offline mode
+            is set and there is no cached listing.
     """
     listing_path = _get_listing_path(address)
     if is_offline():
@@ -125,10 +150,14 @@ def _check_path_conflicts(files: Sequence[RemoteFile], source: str) -> None:
 
 
 def open_model_repository(address: HubAddress, patterns: Sequence[str]) -> HubRepository:
-    """Open a model repository with the files that match the patterns, without downloading.
+    """Open a model repository, restricted to files that match patterns.
 
-    A cached copy without a listing, found in offline mode, has no other files. Raises UserError if
-    the repository is not available or has no readable weights.
+    No file is downloaded. In offline mode without a cached listing, the repository is the cached
+    snapshot of huggingface_hub and `files` is empty.
+
+    Raises:
+        UserError: The repository is not available, or contains only weights that cannot be read
+            safely.
     """
     if is_offline() and address.hub == "hf" and not _get_listing_path(address).exists():
         from finesight.hub.huggingface import find_cached_snapshot
@@ -143,16 +172,23 @@ def open_model_repository(address: HubAddress, patterns: Sequence[str]) -> HubRe
 
 
 def fetch_model(address: HubAddress, patterns: Sequence[str]) -> Path:
-    """Download the files of a model that match the patterns, and return their folder.
+    """Download the files of a model that match patterns, and return their folder.
 
-    Raises UserError like `open_model_repository`, and if a download fails.
+    Raises:
+        UserError: The repository is not available, has no readable weights, or a download fails.
     """
     repository = open_model_repository(address, patterns)
     return repository.download_files(repository.paths, repository.folder)
 
 
 def select_model_files(repository: HubRepository, patterns: Sequence[str]) -> list[str]:
-    """Select the files of a model that match the patterns; see `open_model_repository`."""
+    """Return the paths of a model repository that match patterns.
+
+    If no safetensors file matches, pickled weights that can be converted are added.
+
+    Raises:
+        UserError: The repository contains only pickled weights that cannot be converted.
+    """
     paths = repository.paths
     selected = [path for path in paths if any(fnmatch(path, pattern) for pattern in patterns)]
     if any(path.endswith(".safetensors") for path in selected):
@@ -172,10 +208,13 @@ def select_model_files(repository: HubRepository, patterns: Sequence[str]) -> li
 
 
 def download_folder(repository: HubRepository, paths: Sequence[str], target: Path) -> None:
-    """Download files into a new folder; complete, or not at all.
+    """Download files into a new folder, which appears only when it is complete.
 
-    Partial files remain in a hidden folder next to it for the next attempt. Raises UserError if the
-    target exists.
+    After an error, partial files remain in a hidden folder next to the target, so that the next
+    attempt resumes them.
+
+    Raises:
+        UserError: The target exists, or a download fails.
     """
     _raise_if_exists(target)
     partial = target.absolute().with_name(
@@ -273,7 +312,7 @@ def _load_listing(address: HubAddress, listing_path: Path) -> HubRepository:
 
 
 def _save_listing(path: Path, text: str) -> None:
-    """Write a listing atomically, since several processes may write it at once."""
+    """Write a file listing atomically, because several processes may write it at once."""
     make_folder(path.parent)
     with translate_os_errors(path):
         fd, name = tempfile.mkstemp(dir=path.parent, prefix=".")

@@ -1,4 +1,4 @@
-"""Join untrusted file names to a folder without path traversal."""
+"""Validation of untrusted file names in archives and file listings."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ _DRIVE_PATTERN = re.compile(r"[A-Za-z]:")
 
 
 def safe_join(folder: Path, name: str, source: str) -> Path:
-    """Return the path of an untrusted file name below a folder.
+    """Join an untrusted relative file name to a folder, without path traversal.
 
-    Raises UserError for absolute paths, drive letters and `..`. `source` names the origin in the
-    error.
+    Args:
+        folder: Folder that must contain the result.
+        name: Untrusted name, with slashes or backslashes.
+        source: Origin of the name, for the error message.
+
+    Raises:
+        UserError: The name is an absolute path, or contains a drive letter, `..` or NUL.
     """
     # Archives from Windows separate folders with backslashes.
     path = PurePosixPath(name.replace("\\", "/"))

@@ -1,8 +1,8 @@
-"""Download one file over HTTP with resume and verification.
+"""Download of one file over HTTP, with resume and verification.
 
-A file is downloaded to a hidden partial file, verified by size and digest, and renamed. The next
-attempt resumes a partial file with a Range request. huggingface_hub would restart it, and verifies
-no digest.
+The content is written to a hidden partial file, verified by size and digest, and renamed. The next
+attempt resumes a partial file with a Range request. The download of huggingface_hub would start
+again after an interruption and does not verify digests.
 """
 
 from __future__ import annotations
@@ -32,22 +32,26 @@ from finesight.hub.http_client import (
 from finesight.storage import make_folder, translate_os_errors, write_file
 
 CHUNK_BYTES = 2**20
-"""Bytes per read to compute a digest."""
+"""Number of bytes per read when the digest of a file is computed."""
 
 LOCK_POLL_S = 0.2
-"""Interval to check whether another process finished a file."""
+"""Interval in seconds at which the lock of another process is checked."""
 
 ProgressCallback = Callable[[int], None]
-"""Callback with the number of new bytes; negative if bytes are discarded."""
+"""Callback that receives the number of new bytes; negative if bytes are discarded."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file on a server with its known properties.
+    """A file on a server, with the properties that the listing contains.
 
-    `size` is in bytes. `sha256` and `git_sha1` are hexadecimal; git_sha1 includes the git header.
-    Without a size, at most `max_bytes` are downloaded. A mutable file may change; see
-    `remove_if_stale`.
+    Attributes:
+        path: Path relative to the target folder.
+        size: Size in bytes; None if unknown.
+        sha256: SHA-256 digest in hexadecimal; None if unknown.
+        git_sha1: SHA-1 digest of the git blob, which includes the git header; None if unknown.
+        limit: Maximum number of bytes to download if the size is unknown.
+        is_mutable: Whether the content at the URL may change; see `remove_if_stale`.
     """
 
     path: str
@@ -60,7 +64,10 @@ class RemoteFile:
 
 
 class DownloadCancelled(Exception):
-    """Another download failed, or the user stopped: this file is not needed."""
+    """Raised to stop a download that is no longer needed.
+
+    Another download failed, or the user cancelled.
+    """
 
 
 def download_file(
@@ -70,9 +77,21 @@ def download_file(
     on_progress: ProgressCallback,
     stop_event: Event,
 ) -> None:
-    """Download and verify a file, unless it exists.
+    """Download and verify a file, unless the target exists.
 
-    Raises UserError if it is not available, fails verification, or `target` is not writable.
+    A partial file of an earlier attempt is resumed. If several processes request the same file, one
+    downloads it and the others wait.
+
+    Args:
+        file: File to download.
+        target: Path of the downloaded file.
+        http_client: HTTP client of the site.
+        on_progress: Called with the number of new bytes.
+        stop_event: Event that cancels the download.
+
+    Raises:
+        UserError: The file is not available, fails verification, or `target` is not writable.
+        DownloadCancelled: `stop_event` is set.
     """
     make_folder(target.parent)
     partial = target.with_name(f".{target.name}.partial")
@@ -100,9 +119,12 @@ def download_file(
 
 
 def remove_if_stale(file: RemoteFile, target: Path, http_client: HttpClient) -> None:
-    """Remove an existing mutable file unless the server confirms that it is unchanged.
+    """Remove the local copy of a mutable file if it is outdated.
 
-    Keeps it in offline mode. Raises UserError if the server does not respond.
+    The copy is kept only if the server confirms that the file is unchanged, or in offline mode.
+
+    Raises:
+        UserError: The server does not respond.
     """
     if is_offline() or not target.exists():
         return
@@ -123,9 +145,12 @@ def _read_etag(etag_path: Path) -> str:
 
 @contextlib.contextmanager
 def _lock_partial_file(partial: Path, target: Path, stop_event: Event) -> Iterator[BinaryIO | None]:
-    """Lock the partial file for this process. Yields None if the target exists.
+    """Open and lock the partial file of a download.
 
-    Several ranks may request a file at once; the others wait.
+    Other processes, such as other ranks, wait until the first one has finished.
+
+    Yields:
+        The open partial file, or None if the target exists.
     """
     while not target.exists():
         with partial.open("ab+") as stream:
@@ -139,7 +164,7 @@ def _lock_partial_file(partial: Path, target: Path, stop_event: Event) -> Iterat
 
 
 def _is_locked_elsewhere(stream: BinaryIO) -> bool:
-    """Try to lock a file; return whether another process holds the lock."""
+    """Try to lock a file, and return whether another process holds the lock."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -150,7 +175,10 @@ def _is_locked_elsewhere(stream: BinaryIO) -> bool:
 
 
 def _is_same_file(path: Path, stream: BinaryIO) -> bool:
-    """Return whether a path still refers to the open file, not renamed by another process."""
+    """Return whether a path still refers to an open file.
+
+    Another process may have renamed or removed the file.
+    """
     try:
         return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
     except FileNotFoundError:
@@ -165,7 +193,11 @@ def _receive_file(
     on_progress: ProgressCallback,
     stop_event: Event,
 ) -> None:
-    """Append to the stream until the file is complete. Raises UserError if retries fail."""
+    """Append to a partial file until it is complete, with retries.
+
+    Raises:
+        UserError: All attempts fail.
+    """
     num_attempts = max_received = 0
     while True:
         num_received = stream.seek(0, os.SEEK_END)
@@ -203,7 +235,12 @@ def _receive_range(
     on_progress: ProgressCallback,
     stop_event: Event,
 ) -> bool:
-    """Send one request from byte `num_received`; return whether the file is complete."""
+    """Request the remaining bytes of a file and append them to the partial file.
+
+    Returns:
+        True if the file is complete. If the server does not support the range, the partial file is
+        truncated.
+    """
     headers = {"Range": f"bytes={num_received}-"} if num_received else {}
     if num_received and _has_no_digest(file) and _read_etag(etag_path):
         # Without a digest, only the server can tell whether the file is unchanged.
@@ -240,14 +277,17 @@ def _has_no_digest(file: RemoteFile) -> bool:
 
 
 def _get_range_start(response: httpx2.Response) -> int:
-    """Return the start of the response range, `bytes 100-199/200`; -1 if missing."""
+    """Return the first byte of the Content-Range header; -1 if it is missing."""
     first = response.headers.get("content-range", "").removeprefix("bytes ").partition("-")[0]
     number = parse_int(first)
     return -1 if number is None else number
 
 
 def _get_total_bytes(response: httpx2.Response) -> int | None:
-    """Return the total size of the file from a full or partial response."""
+    """Return the complete size of a file from the headers of a response.
+
+    A partial response contains it in Content-Range. Returns None if the size is unknown.
+    """
     range_total = response.headers.get("content-range", "").rpartition("/")[2]
     length = (
         range_total if response.status_code == 206 else response.headers.get("content-length", "")
@@ -256,7 +296,7 @@ def _get_total_bytes(response: httpx2.Response) -> int | None:
 
 
 def _check_length_known(file: RemoteFile, response: httpx2.Response) -> None:
-    """Reject a file whose end cannot be detected."""
+    """Raise UserError if a truncated response could not be detected."""
     if "chunked" not in response.headers.get("transfer-encoding", "").lower():
         raise UserError(
             f"the server does not send the size of {file.path}",
@@ -286,7 +326,11 @@ def _check_size(file: RemoteFile, size: int | None) -> None:
 
 
 def _find_mismatch(file: RemoteFile, stream: BinaryIO) -> str:
-    """Describe the difference between received and expected bytes; empty if equal."""
+    """Compare the size and digests of a downloaded file with its listing.
+
+    Returns:
+        Description of the first difference; empty if there is none.
+    """
     size = stream.seek(0, os.SEEK_END)
     if file.size is not None and size != file.size:
         return f"received {size} bytes, expected {file.size}"
@@ -326,7 +370,10 @@ def _build_incomplete_error(
 
 
 def require_free_space(folder: Path, num_bytes: int) -> None:
-    """Raise UserError if the disk of a folder has less free space than required."""
+    """Raise UserError if a disk has less free space than required.
+
+    The folder may not exist yet.
+    """
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     stats = os.statvfs(existing)
     free = stats.f_bavail * stats.f_frsize

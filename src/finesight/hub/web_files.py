@@ -1,4 +1,4 @@
-"""Download files from allowed web hosts over HTTPS, up to a size limit."""
+"""Download of files from allowed web hosts over HTTPS, up to a size limit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finesight.hub.http_client import HttpClient, HttpSite, strip_query
 from finesight.hub.transfer import RemoteFile, download_file, remove_if_stale
 
 MAX_FILE_BYTES = 50 * 10**9
-"""Maximum size of a file."""
+"""Maximum size of a downloaded file in bytes."""
 
 MAX_IMAGE_BYTES = 200 * 10**6
 
@@ -25,21 +25,24 @@ _DIGEST_PATTERN = re.compile(r"sha256=([0-9a-fA-F]{64})")
 
 
 def is_url(source: str) -> bool:
-    """Return whether a source is a URL of any scheme."""
+    """Return whether a string starts with a URL scheme."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source) is not None
 
 
 def fetch_url(source: str, hosts: Sequence[str], folder: Path) -> Path:
-    """Download https://HOST/PATH into a folder, under its own name.
+    """Download a file from an allowed web host over HTTPS.
 
     Args:
-        source: URL; #sha256=HEX at its end verifies the file. Without it, the server is asked
-            whether
-            an existing file is unchanged.
-        hosts: Allowed hosts, including redirects.
-        folder: Target folder.
+        source: URL. With `#sha256=HEX` at its end, the file is verified. Otherwise an existing file
+            is downloaded again if the server reports a change.
+        hosts: Allowed hosts, including those of redirects.
+        folder: Cache folder. The file is stored in a subfolder per URL.
 
-    Raises UserError for another scheme or host, a failed download, and a file that is too large.
+    Returns:
+        Local path, with the file name of the URL.
+
+    Raises:
+        UserError: The scheme or host is not allowed, the download fails, or the file is too large.
     """
     url, _, fragment = source.partition("#")
     allowed_hosts = frozenset(host.lower() for host in hosts)
@@ -64,7 +67,11 @@ def fetch_url(source: str, hosts: Sequence[str], folder: Path) -> Path:
 
 
 def _check_url(url: str, allowed_hosts: frozenset[str]) -> str:
-    """Return the host of a valid URL. Raises UserError for any other URL."""
+    """Return the host of an HTTPS URL.
+
+    Raises:
+        UserError: The URL is invalid, or its host is not allowed.
+    """
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -97,7 +104,11 @@ def _build_refusal_error(response: httpx2.Response, message: str) -> UserError:
 
 
 class RemoteImages:
-    """Download cache of images that rows reference by URL; each import revalidates it."""
+    """Downloader of images that the rows of a data source reference by URL.
+
+    Images are cached in a folder. Each import asks the server once per image whether it has
+    changed.
+    """
 
     def __init__(self, hosts: Sequence[str], folder: Path) -> None:
         self._allowed_hosts = frozenset(host.lower() for host in hosts)
@@ -109,7 +120,12 @@ class RemoteImages:
         self._fetched_urls: set[str] = set()
 
     def fetch(self, url: str) -> Path:
-        """Download a file from an allowed host. Raises UserError like `fetch_url`."""
+        """Download an image from an allowed host, and return its local path.
+
+        Raises:
+            UserError: The URL or host is not allowed, the download fails, or the image is too
+                large.
+        """
         _check_url(url, self._allowed_hosts)
         target = self._folder / hashlib.sha256(url.encode()).hexdigest()
         file = RemoteFile(url, url, limit=MAX_IMAGE_BYTES, is_mutable=True)
@@ -121,4 +137,4 @@ class RemoteImages:
 
 
 def _ignore_progress(num_bytes: int) -> None:
-    """Single images have no progress bar."""
+    """Ignore the progress of a single image, which has no progress bar."""

@@ -1,9 +1,9 @@
-"""Continuous batching: requests join and leave the batch while other sequences decode.
+"""Inference engine with continuous batching.
 
-Each step prefills a chunk of the waiting prompts and decodes one token of every running sequence.
-On a GPU the next step is launched before the host has read the tokens of the previous step, so the
-device does not idle. As a result, a finished sequence decodes one more token, which is
-discarded.
+Requests join and leave the batch while other sequences are decoded. Each step prefills a chunk of
+the waiting prompts and decodes one token of every running sequence. On a GPU the next step is
+launched before the host has read the tokens of the previous step, so that the device is not idle. A
+finished sequence therefore decodes one more token, which is discarded.
 """
 
 from __future__ import annotations
@@ -33,18 +33,24 @@ from finesight.infer.token_sampler import SampledTokens, sample_tokens
 from finesight.model.vlm import VisionLanguageModel
 
 KV_CACHE_BYTES = 7 << 30
-"""Size of the KV cache: 2^18 tokens of Qwen2-VL-2B in bf16."""
+"""Default size of the KV cache in bytes: 2^18 tokens of Qwen2-VL-2B in bf16."""
 
 GPU_BLOCK_SIZE = 64
 """Tokens per KV-cache block on a GPU."""
 
 CPU_BLOCK_SIZE = 16
-"""Tokens per block on CPU, where each step copies the blocks of a sequence."""
+"""Tokens per KV-cache block on a CPU.
+
+Blocks are small, because each step copies those of a sequence.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class _PendingTokens:
-    """Tokens of one launched step; None for a paused sequence."""
+    """Tokens of a launched step that the host has not read yet.
+
+    `sequences` contains the sequence of each batch row; None for a paused sequence.
+    """
 
     sequences: list[SequenceState | None]
     async_tokens: AsyncTokens
@@ -82,23 +88,23 @@ class Engine:
             use_cuda_graphs=use_cuda_graphs,
         )
         self._max_pending = 1 if is_cuda else 0
-        """Number of launched steps whose tokens the host has not read."""
+        """Maximum number of launched steps whose tokens the host has not read."""
         self._pending: deque[_PendingTokens] = deque()
         self._events: list[EngineEvent] = []
 
     @property
     def has_work(self) -> bool:
-        """True while any request is unfinished."""
+        """True while any request is unfinished or its tokens have not been read."""
         return bool(self.num_waiting or self.num_running or self._pending)
 
     @property
     def num_running(self) -> int:
-        """Number of sequences that hold KV-cache blocks."""
+        """Number of admitted sequences, which hold KV-cache blocks."""
         return self._scheduler.num_running
 
     @property
     def num_waiting(self) -> int:
-        """Number of queued requests."""
+        """Number of requests in the queue."""
         return len(self._scheduler.waiting)
 
     @property
@@ -108,11 +114,13 @@ class Engine:
 
     @property
     def num_blocks(self) -> int:
-        """Number of usable KV-cache blocks."""
+        """Number of KV-cache blocks for sequences, without the reserved block."""
         return self._scheduler.block_manager.num_blocks - 1
 
     def get_max_new_tokens(self, prompt: EncodedSample) -> int:
-        """Return the maximum completion length of a prompt.
+        """Return the maximum number of completion tokens for a prompt.
+
+        The size of the KV cache and the model's `max_position_embeddings` limit it.
 
         Raises:
             UserError: The prompt exceeds the KV cache or the model's positions.
@@ -152,13 +160,19 @@ class Engine:
         return self._scheduler.add_request(request, cache_salt)
 
     def cancel(self, request_id: int) -> None:
-        """Finish an unfinished request immediately and release its blocks."""
+        """Cancel a request and release its KV-cache blocks.
+
+        Has no effect if the request is finished.
+        """
         sequence = self._scheduler.find_unfinished(request_id)
         if sequence is not None:
             self._emit_event(sequence, "cancelled")
 
     def step(self) -> list[EngineEvent]:
-        """Run one prefill and decoding step and return the events of completed tokens."""
+        """Run one prefill and decoding step, and return the events of completed tokens.
+
+        On a GPU, the host reads the tokens of a step during the next one.
+        """
         with torch.inference_mode():
             for batch_index, last_index in self._scheduler.remove_finished():
                 self._runner.remove_sequence(batch_index, last_index)
@@ -184,7 +198,7 @@ class Engine:
             self._start_decoding(completed, logits_RV)
 
     def _start_decoding(self, sequences: list[SequenceState], logits_RV: Tensor) -> None:
-        """Sample the next token of sequences and add them to the batch."""
+        """Sample the first or next token of sequences and add them to the decoding batch."""
         ids_R = logits_RV.argmax(-1)
         sampled = self._sample(logits_RV, sequences, ids_R)
         is_finite_R = logits_RV.isfinite().all(-1)
@@ -196,7 +210,10 @@ class Engine:
         self._enqueue_tokens(sequences, AsyncTokens.from_device(ids_R, sampled, is_finite_R))
 
     def _resume_paused(self) -> None:
-        """Resume paused sequences whose bitmask is available; wait if all sequences are paused."""
+        """Resume paused sequences whose token bitmask has been computed.
+
+        If all sequences are paused, wait up to `MAX_MASK_WAIT_S` for a bitmask.
+        """
         scheduler = self._scheduler
         is_idle = not (scheduler.waiting or scheduler.prefilling or scheduler.decoding)
         deadline = time.monotonic() + (MAX_MASK_WAIT_S if is_idle else 0.0)
@@ -215,7 +232,12 @@ class Engine:
         self._start_decoding(sequences, torch.stack(logits))
 
     def _wait_for_bitmask(self, sequence: SequenceState, timeout_s: float) -> bool:
-        """Wait for the bitmask of the next token; an error finishes the sequence."""
+        """Wait until the token bitmask of a constrained sequence is available.
+
+        Returns:
+            False after a timeout. If the computation of the bitmask fails, the sequence is finished
+            with the error and the result is True.
+        """
         constraint = sequence.request.constraint
         if constraint is None or sequence.is_finished:
             return True
@@ -241,7 +263,10 @@ class Engine:
     def _sample(
         self, logits_RV: Tensor, sequences: Sequence[SequenceState], ids_R: Tensor
     ) -> dict[int, tuple[SampledTokens, int]]:
-        """Sample tokens of all rows without pure argmax decoding and write them to `ids_R`.
+        """Sample tokens of sequences that need more than an argmax.
+
+        The tokens are written to `ids_R`. Sequences without sampling, log probabilities or a
+        constraint keep the argmax. Sequences whose bitmask is late are paused.
 
         Returns:
             Sampler output and the index within it, by batch row.
@@ -277,13 +302,16 @@ class Engine:
         return {row: (sampled, index) for index, row in enumerate(row_indices)}
 
     def _enqueue_tokens(self, sequences: list[SequenceState], async_tokens: AsyncTokens) -> None:
-        """Queue the tokens of a launched step; sequences at their maximum length stop decoding."""
+        """Queue the tokens of a launched step until the host reads them.
+
+        Sequences that reach their maximum length leave the batch.
+        """
         scheduled = [None if item.is_paused else item for item in sequences]
         self._pending.append(_PendingTokens(scheduled, async_tokens))
         self._scheduler.count_scheduled(item for item in scheduled if item is not None)
 
     def _collect_tokens(self) -> None:
-        """Wait for the oldest pending step and emit its events."""
+        """Wait for the tokens of the oldest launched step and emit their events."""
         pending = self._pending.popleft()
         tokens = pending.async_tokens.wait_tokens(
             [None if a is None else a.request.logprobs for a in pending.sequences]
@@ -309,7 +337,7 @@ class Engine:
             self._emit_event(sequence, finish_reason, token=token)
 
     def _run_isolated(self, sequence: SequenceState, callback: Callable[[], None]) -> None:
-        """Run a callback of one sequence; an error finishes this sequence only."""
+        """Run a callback of one sequence; an exception finishes only this sequence."""
         try:
             callback()
         except Exception as error:
@@ -322,7 +350,10 @@ class Engine:
         error: Exception | None = None,
         token: GeneratedToken | None = None,
     ) -> None:
-        """Emit a token or the end of a sequence; release a finished sequence."""
+        """Emit an event with a token or the end of a sequence.
+
+        A finished sequence releases its KV-cache blocks.
+        """
         request_id, num_cached_tokens = sequence.request_id, sequence.num_cached_tokens
         self._events.append(EngineEvent(request_id, token, finish_reason, error, num_cached_tokens))
         if finish_reason is not None or error is not None:
@@ -353,7 +384,7 @@ def _get_last_position(prompt: EncodedSample, max_positions: int) -> int:
 
 
 def compute_cache_capacity(model: VisionLanguageModel, max_bytes: int = KV_CACHE_BYTES) -> int:
-    """Return the number of tokens that a KV cache of `max_bytes` holds."""
+    """Return the number of tokens that a KV cache of `max_bytes` can hold."""
     return max_bytes // get_kv_bytes_per_token(
         model.config.decoder, model.model.embed_tokens.weight.dtype
     )
@@ -365,9 +396,16 @@ def compute_required_tokens(
     max_new_tokens: int,
     max_num_seqs: int,
 ) -> int:
-    """Return the KV-cache tokens needed for the longest `max_num_seqs` prompts with completions.
+    """Return the required size of a KV cache in tokens.
 
-    Limited by `compute_cache_capacity`, but sufficient for at least one sequence.
+    The cache fits the longest `max_num_seqs` prompts with their completions, up to
+    `compute_cache_capacity`, and always at least one sequence.
+
+    Args:
+        model: Model.
+        prompt_lengths: Number of tokens of each prompt.
+        max_new_tokens: Maximum number of completion tokens.
+        max_num_seqs: Maximum number of concurrent sequences.
     """
     max_completion = min(max_new_tokens, model.config.decoder.max_position_embeddings)
     # One block more per sequence for its partially filled last block.

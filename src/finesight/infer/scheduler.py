@@ -1,4 +1,8 @@
-"""Scheduling of requests: admission, KV-cache blocks, prefill chunks and batch rows."""
+"""Scheduler of the inference engine.
+
+It admits requests, allocates KV-cache blocks, splits prompts into prefill chunks and assigns rows
+of the decoding batch.
+"""
 
 from __future__ import annotations
 
@@ -21,26 +25,37 @@ from finesight.infer.request import GenerationRequest
 from finesight.infer.token_sampler import TokenSampler
 
 MAX_PREFILL_TOKENS = 8192
-"""Maximum number of prompt tokens per prefill step; bounds activation memory including images."""
+"""Maximum number of prompt tokens per prefill step.
+
+It limits the activation memory, including that of images.
+"""
 
 MAX_MIXED_PREFILL_TOKENS = 2048
-"""Maximum number of prompt tokens per step while sequences decode; bounds the decoding latency."""
+"""Maximum number of prompt tokens per step while other sequences decode.
+
+It limits the decoding latency of these sequences.
+"""
 
 MAX_MASK_WAIT_S = 0.05
-"""Maximum wait per step for token bitmasks; sequences whose bitmask is late are paused."""
+"""Maximum seconds per step that the engine waits for token bitmasks.
+
+A constrained sequence whose bitmask is late is paused.
+"""
 
 MASK_WAIT_PER_TOKEN_S = 0.002
-"""Long-term average wait per token for the bitmasks of one sequence."""
+"""Average seconds per token that the engine may wait for the bitmasks of one sequence."""
 
 
 @dataclass(slots=True)
 class PromptState:
-    """A prompt with its KV-cache blocks.
+    """A prompt and its KV-cache blocks.
 
     Attributes:
-        image_hashes: Pixel hash of each visual span.
-        num_computed_tokens: Number of prompt tokens in the KV cache.
-        features: Vision features that the rest of the prompt needs, by span.
+        block_ids: KV-cache blocks of the prompt and its completion.
+        image_hashes: Pixel hash of each image or video.
+        num_computed_tokens: Number of prompt tokens whose keys and values are in the KV cache.
+        features: Vision features of each image or video that the rest of the prompt needs; None for
+            others.
     """
 
     encoded: EncodedSample
@@ -56,19 +71,28 @@ class PromptState:
 
     @property
     def max_position(self) -> int:
-        """Largest position id in any axis; M-RoPE continues from it in all axes."""
+        """Largest position id of the prompt in any axis.
+
+        The M-RoPE positions of the completion continue from it in all axes.
+        """
         return int(self.encoded.tokenized.position_ids_3T.max())
 
 
 @dataclass(slots=True, eq=False)
 class SequenceState:
-    """State of a request.
+    """State of a request from the queue to its end.
 
     Attributes:
-        batch_index: Index in the decoding batch; None if the sequence is not decoding.
-        num_scheduled: Number of tokens launched on the device; the host knows `len(output_ids)`.
-        logits_V: Logits of the next token while the sequence is paused.
-        mask_wait_budget_s: Time that steps may still wait for bitmasks of this sequence.
+        cache_salt: Part of the block hashes. Blocks are shared only between requests with the same
+            salt.
+        block_hashes: Hashes of the full prompt blocks, for prefix caching.
+        num_cached_tokens: Number of prompt tokens that were found in the prefix cache.
+        batch_index: Row in the decoding batch; None if the sequence is not decoding.
+        num_scheduled: Number of tokens launched on the device, including those that the host has
+            not read.
+        output_ids: Completion tokens that the host has read.
+        logits_V: Logits of the next token while the sequence is paused; else None.
+        mask_wait_budget_s: Seconds that the next step may wait for the bitmask of this sequence.
     """
 
     request_id: int
@@ -91,13 +115,15 @@ class SequenceState:
 
 
 class Scheduler:
-    """First-come, first-served scheduler of requests; it does not run the model.
+    """First-come, first-served scheduler of requests.
+
+    It decides which sequences a step processes, but does not run the model.
 
     Attributes:
         waiting: Requests without KV-cache blocks.
-        prefilling: Sequences whose prompt is not in the KV cache yet.
+        prefilling: Sequences whose prompt is not completely in the KV cache yet.
         decoding: Sequences of the decoding batch, by row.
-        paused: Sequences with a late bitmask; they hold KV-cache blocks but no batch row.
+        paused: Sequences with a late bitmask, which hold KV-cache blocks but no batch row.
     """
 
     def __init__(self, *, max_num_seqs: int, num_blocks: int, block_size: int) -> None:
@@ -107,22 +133,25 @@ class Scheduler:
         self.decoding: list[SequenceState] = []
         self.paused: list[SequenceState] = []
         self._leaving: list[SequenceState] = []
-        """Sequences that `remove_finished` removes from the batch."""
+        """Sequences that `remove_finished` will remove from the decoding batch."""
         self.max_num_seqs, self.block_size = max_num_seqs, block_size
         self._request_ids = itertools.count()
 
     @property
     def num_running(self) -> int:
-        """Number of sequences that hold KV-cache blocks."""
+        """Number of admitted sequences, which hold KV-cache blocks."""
         return len(self.prefilling) + len(self.decoding) + len(self.paused)
 
     @property
     def token_budget(self) -> int:
-        """Maximum number of prompt tokens of the next step."""
+        """Maximum number of prompt tokens in the next step."""
         return MAX_MIXED_PREFILL_TOKENS if self.decoding else MAX_PREFILL_TOKENS
 
     def add_request(self, request: GenerationRequest, cache_salt: str) -> int:
-        """Queue a request and return its id."""
+        """Add a request to the queue and return its id.
+
+        Blocks are shared only between requests with the same `cache_salt`.
+        """
         tokenized = request.prompt.tokenized
         image_hashes = request.image_hashes
         if image_hashes is None:
@@ -141,14 +170,21 @@ class Scheduler:
         return sequence.request_id
 
     def find_unfinished(self, request_id: int) -> SequenceState | None:
-        """Return the sequence of an unfinished request, or None."""
+        """Return the sequence with a request id; None if it is finished or unknown."""
         for sequence in [*self.waiting, *self.prefilling, *self.decoding, *self.paused]:
             if sequence.request_id == request_id and not sequence.is_finished:
                 return sequence
         return None
 
     def admit_next(self) -> SequenceState | None:
-        """Admit the next request if blocks, batch rows and token budget suffice."""
+        """Admit the next request and allocate KV-cache blocks for its maximum length.
+
+        Blocks of a cached prefix are reused.
+
+        Returns:
+            The admitted sequence, or None if there is no request, or too few blocks, batch rows or
+            prefill tokens.
+        """
         num_unread = sum(
             other.prompt.num_tokens - other.prompt.num_computed_tokens for other in self.prefilling
         )
@@ -170,7 +206,13 @@ class Scheduler:
         return sequence
 
     def schedule_prefill(self) -> list[tuple[SequenceState, int]]:
-        """Select prompts of one adapter in FIFO order, with their chunk ends."""
+        """Select the prompt chunks of the next prefill step, first come, first served.
+
+        All selected prompts use the same adapter.
+
+        Returns:
+            Pairs of a sequence and the prompt index before which its chunk ends.
+        """
         token_budget = self.token_budget
         chunks: list[tuple[SequenceState, int]] = []
         for sequence in self.prefilling:
@@ -182,7 +224,10 @@ class Scheduler:
         return chunks
 
     def complete_prefill(self, chunks: Sequence[tuple[SequenceState, int]]) -> list[SequenceState]:
-        """Cache the blocks of completed prompts and return their sequences."""
+        """Return the sequences whose prompt is complete.
+
+        Their full prompt blocks are added to the prefix cache.
+        """
         completed = [sequence for sequence, stop in chunks if stop == sequence.prompt.num_tokens]
         for sequence in completed:
             self.block_manager.cache_blocks(
@@ -198,23 +243,35 @@ class Scheduler:
         return sequence.batch_index
 
     def count_scheduled(self, sequences: Iterable[SequenceState]) -> None:
-        """Count a launched token of each sequence; stop decoding at the maximum length."""
+        """Count one launched token per sequence.
+
+        Sequences that reach their maximum length leave the batch before the next step.
+        """
         for sequence in sequences:
             sequence.num_scheduled += 1
             if sequence.num_scheduled == sequence.request.max_new_tokens:
                 self._leaving.append(sequence)
 
     def pause(self, sequence: SequenceState) -> None:
-        """Pause a sequence, which leaves the batch before the next step."""
+        """Pause a sequence with a late bitmask.
+
+        It leaves the decoding batch before the next step.
+        """
         self.paused.append(sequence)
         self._leaving.append(sequence)
 
     def resume(self, sequences: Sequence[SequenceState]) -> None:
-        """Resume paused sequences, which `add_to_batch` then adds to the batch."""
+        """Remove sequences from the paused ones.
+
+        The caller adds them to the decoding batch with `add_to_batch`.
+        """
         self.paused = [item for item in self.paused if item not in sequences]
 
     def finish(self, sequence: SequenceState) -> None:
-        """Finish a sequence and release its blocks, cached for the next turn of a conversation."""
+        """Finish a sequence and release its KV-cache blocks.
+
+        Full blocks stay in the prefix cache for the next turn of a conversation.
+        """
         prompt = sequence.prompt
         sequence.is_finished = True
         for queue in (self.waiting, self.prefilling, self.paused):
@@ -232,9 +289,10 @@ class Scheduler:
         prompt.block_ids = []
 
     def remove_finished(self) -> list[tuple[int, int]]:
-        """Remove finished and paused sequences from the batch; the last row replaces a removed row.
+        """Remove finished and paused sequences from the decoding batch.
 
-        Must not run between sampling and `Engine._enqueue_tokens`, which identify sequences by row.
+        The sequence in the last row takes the row of a removed one. Must not run between sampling
+        and `Engine._enqueue_tokens`, which identify sequences by row.
 
         Returns:
             Pairs of a removed row and the last row, in the order of the removals.

@@ -1,4 +1,4 @@
-"""Canvas for synthetic images: backgrounds, text with ink bounds, and camera noise."""
+"""Drawing of synthetic images: backgrounds, text with bounding boxes, and camera noise."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from finesight.synth.synthetic_sample import PixelBox
 Color = tuple[int, int, int]
 
 INK_THRESHOLD = 64
-"""Minimum coverage (of 255) of a pixel that belongs to a word."""
+"""Minimum coverage (0 to 255) of a pixel that belongs to the bounding box of a word."""
 
 MIN_CONTRAST = 90.0
-"""Minimum brightness difference between ink and paper."""
+"""Minimum difference in luma (0 to 255) between text and background."""
 
 TOKEN_SIZE = 28
-"""Side length in pixels of the image area of one token."""
+"""Side length in pixels of the image area that becomes one token."""
 
 _NOISE_SIZE = 512
 
 
 @dataclass(frozen=True)
 class RenderedWord:
-    """A rendered word and the bounds of its ink."""
+    """A drawn word and its bounding box in pixels."""
 
     text: str
     box: PixelBox
@@ -38,10 +38,11 @@ class RenderedWord:
 
 @dataclass
 class Canvas:
-    """An image in progress.
+    """A synthetic image while it is drawn.
 
-    Text is rotated by `angle` degrees (counterclockwise) about the image center. `background` is
-    the mean color of the paper.
+    Attributes:
+        background: Mean color of the background.
+        angle: Rotation of texts about the image center in degrees, counterclockwise.
     """
 
     image: Image.Image
@@ -51,10 +52,12 @@ class Canvas:
     def draw_text(
         self, text: str, font: ImageFont.FreeTypeFont, left: float, baseline: float, ink: Color
     ) -> RenderedWord | None:
-        """Draw a text that, before rotation, starts at `left` on the line `baseline`.
+        """Draw a text unless it exceeds the canvas or has no visible pixels.
+
+        `left` and `baseline` are the position of the text before rotation.
 
         Returns:
-            The bounds of its ink, or None, without drawing, if it has no ink or exceeds the canvas.
+            The text with its bounding box, or None if nothing was drawn.
         """
         mask, (x, y) = self._render_text(text, font, left, baseline)
         ink_bounds = mask.point(_INK_LOOKUP).getbbox()
@@ -92,7 +95,7 @@ _INK_LOOKUP = [255 if cover >= INK_THRESHOLD else 0 for cover in range(256)]
 
 
 def compute_luma(color: Color) -> float:
-    """Compute the luma of ITU-R BT.601, 0 to 255."""
+    """Compute the luma (ITU-R BT.601) of a color, 0 to 255."""
     red, green, blue = color
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
@@ -102,7 +105,7 @@ def sample_color(rng: random.Random) -> Color:
 
 
 def sample_ink(background: Color, rng: random.Random) -> Color:
-    """Sample a color with sufficient contrast, mostly black or white."""
+    """Sample a text color with sufficient contrast to the background, mostly black or white."""
     default_ink: Color = (0, 0, 0) if compute_luma(background) > 127 else (255, 255, 255)
     if rng.random() < 0.5:
         return default_ink
@@ -114,7 +117,13 @@ def sample_ink(background: Color, rng: random.Random) -> Color:
 
 
 def make_canvas(size: tuple[int, int], rng: random.Random, pale_fraction: float = 0.6) -> Canvas:
-    """Create a canvas of (width, height) with a pale or any color, uniform or textured."""
+    """Create a canvas with a uniform or textured background.
+
+    Args:
+        size: Width and height in pixels.
+        rng: Random number generator.
+        pale_fraction: Probability of a pale background color; others have any color.
+    """
     pale_color = (
         tuple(rng.randint(205, 255) for _ in range(3)) if rng.random() < pale_fraction else None
     )
@@ -136,9 +145,9 @@ def make_canvas(size: tuple[int, int], rng: random.Random, pale_fraction: float 
 
 
 def round_up_size(width: int, height: int, rng: random.Random) -> tuple[int, int]:
-    """Round the size up to multiples of the token size in most samples.
+    """Round an image size up to multiples of the token size, in most samples.
 
-    Such images need no resizing.
+    The processor does not resize such images.
     """
     if rng.random() < 0.05:
         return width, height
@@ -148,8 +157,10 @@ def round_up_size(width: int, height: int, rng: random.Random) -> tuple[int, int
 def apply_camera_noise(
     image: Image.Image, rng: random.Random, strength: float = 1.0
 ) -> Image.Image:
-    """Return the image unchanged, blurred, noisy, or JPEG-compressed; `strength`
-    scales the effect."""
+    """Apply blur, noise or JPEG compression to an image, or return it unchanged.
+
+    `strength` scales the effect.
+    """
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(strength * rng.uniform(0.3, 0.7)))
     if rng.random() < 0.4:
@@ -162,7 +173,10 @@ def apply_camera_noise(
 
 
 def add_noise(image: Image.Image, strength: float, rng: random.Random) -> Image.Image:
-    """Add noise with a standard deviation of `strength` (of 255)."""
+    """Add random noise to an image.
+
+    `strength` is the standard deviation on the scale of 0 to 255.
+    """
     width, height = image.size
     x, y = rng.randrange(_NOISE_SIZE), rng.randrange(_NOISE_SIZE)
     rows = (np.arange(height) + y) % _NOISE_SIZE
@@ -185,7 +199,7 @@ def _jitter_color(color: Color, max_delta: int, rng: random.Random) -> Color:
 
 
 def _make_gradient(size: tuple[int, int], color: Color, rng: random.Random) -> Image.Image:
-    """Create a color gradient across the image."""
+    """Create a background with a color gradient."""
     corners = Image.new("RGB", (2, 2))
     for x in range(2):
         for y in range(2):
@@ -194,7 +208,7 @@ def _make_gradient(size: tuple[int, int], color: Color, rng: random.Random) -> I
 
 
 def _make_blotches(size: tuple[int, int], color: Color, rng: random.Random) -> Image.Image:
-    """Create soft spots of similar colors, like an out-of-focus wall."""
+    """Create a background of soft spots in similar colors, like an out-of-focus wall."""
     cells = (rng.randint(3, 9), rng.randint(3, 9))
     spots = Image.new("RGB", cells)
     spots.putdata([_jitter_color(color, 26, rng) for _ in range(cells[0] * cells[1])])
@@ -202,7 +216,7 @@ def _make_blotches(size: tuple[int, int], color: Color, rng: random.Random) -> I
 
 
 def _make_lines(size: tuple[int, int], color: Color, rng: random.Random) -> Image.Image:
-    """Create ruled or checked paper, planks or tiles."""
+    """Create a background of ruled or checked paper, planks or tiles."""
     image = Image.new("RGB", size, color)
     draw, line = ImageDraw.Draw(image), _jitter_color(color, 30, rng)
     gap, thickness = rng.randint(8, 30), rng.randint(1, 3)

@@ -91,10 +91,11 @@ _CHINESE_FILLS = dict(zip(FILLS, ("", "条纹", "空心"), strict=True))
 
 @dataclass(frozen=True)
 class CaptionFacts:
-    """Facts of a caption: objects, and relations normalized to `left`, `above`, `inside` and
-    `larger`.
+    """Content of a caption: its objects and the relations between them.
 
-    `unparsed` are sentences outside the grammar.
+    Attributes:
+        relations: Relations, normalized to `left`, `above`, `inside` and `larger`.
+        unparsed: Sentences that the grammar does not contain.
     """
 
     objects: frozenset[ShapeKind]
@@ -105,7 +106,10 @@ class CaptionFacts:
 def write_caption(
     objects: Sequence[ShapeKind], relations: Sequence[RelationTriple], *, is_chinese: bool = False
 ) -> str:
-    """Write sentences for the relations in order or, without relations, the single object."""
+    """Write a caption with one sentence per relation.
+
+    Without relations, the caption names the only object.
+    """
     if is_chinese:
         return (
             "".join(_write_chinese_fact(fact) for fact in relations)
@@ -126,7 +130,10 @@ def write_caption(
 
 
 def parse_caption(text: str) -> CaptionFacts:
-    """Parse a caption in either language; equivalent captions give equal facts."""
+    """Parse an English or Chinese caption.
+
+    Captions with the same meaning give equal results.
+    """
     objects: set[ShapeKind] = set()
     relations: set[RelationTriple] = set()
     unparsed = []
@@ -145,11 +152,11 @@ def parse_caption(text: str) -> CaptionFacts:
 
 
 def score_caption(answer: str, reference: str) -> dict[str, float]:
-    """Score the facts of a predicted caption against the reference.
+    """Score a predicted caption against the reference by the facts that it states.
 
     Returns:
         `exact`, and separate scores for `colours`, `shapes`, `things` (fill, color and shape) and
-            `relations`.
+        `relations`.
     """
     predicted, expected = parse_caption(answer), parse_caption(reference)
     colors, shapes = (
@@ -172,7 +179,7 @@ def describe_in_chinese(kind: ShapeKind) -> str:
 
 
 def describe_kind(kind: ShapeKind, is_chinese: bool) -> str:
-    """Describe an object in the language of the question."""
+    """Describe a kind of shape by fill, color and shape name, in English or Chinese."""
     return describe_in_chinese(kind) if is_chinese else kind.phrase
 
 
@@ -238,7 +245,7 @@ def _parse_relation(first: str, relation: str, second: str) -> RelationTriple | 
 
 
 def _normalize_relation(fact: RelationTriple) -> RelationTriple:
-    """Normalize the direction of a relation."""
+    """Reverse the relations `right`, `below` and `smaller`, so that equal facts compare equal."""
     first, relation, second = fact
     if relation in _INVERSE_RELATIONS:
         return second, _INVERSE_RELATIONS[relation], first

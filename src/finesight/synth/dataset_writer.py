@@ -1,4 +1,4 @@
-"""Write synthetic samples as an image folder and a data file."""
+"""Writing of synthetic samples as a data set: a JSONL file and an image folder."""
 
 from __future__ import annotations
 
@@ -18,16 +18,22 @@ IMAGES_FOLDER = "images"
 def write_task(
     target: Path, task: SyntheticTask, num_samples: int, seed: int, task_kind: str | None = None
 ) -> Path:
-    """Write the first samples of a task, optionally of one question type.
+    """Write the first samples of a synthetic task as a data set.
 
-    The new folder contains `data.jsonl` and `images/`.
+    The new folder contains `data.jsonl` and `images/`. After an error, no partial output remains.
+
+    Args:
+        target: Folder to create.
+        task: Synthetic task.
+        num_samples: Number of samples.
+        seed: Seed of the task.
+        task_kind: Question type of the samples; None for all types.
 
     Returns:
-        The path of the data file.
+        Path of the data file.
 
     Raises:
-        UserError: `target` exists or is not writable, or a drawing dependency is missing. No
-            partial output remains.
+        UserError: `target` exists or is not writable, or a package for drawing is missing.
     """
     return _write_dataset(
         target,
@@ -38,10 +44,10 @@ def write_task(
 
 
 def write_mixture(target: Path, mixture: Mapping[str, float], seed: int, indices: range) -> Path:
-    """Write the samples with these indices of a task mixture like `write_task`, with uncompressed
-    images.
+    """Write the samples of a task mixture with the given indices.
 
-    Uncompressed images are five times as fast to write, and seven times to read.
+    The files are those of `write_task`, but images are not compressed. They are five times as fast
+    to write and seven times as fast to read.
     """
     samples = ((index, generate_mixture_sample(mixture, seed, index)) for index in indices)
     return _write_dataset(target, f"mixture-{seed}", samples, "bmp")

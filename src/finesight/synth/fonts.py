@@ -1,8 +1,7 @@
-"""Fonts for synthetic images, found in installed Python packages, with separate training and
-evaluation faces.
+"""Fonts for synthetic images, from installed Python packages.
 
-finesight contains no font files. All listed licenses allow drawing with a font and training on the
-images; none of them applies to the output.
+Some font families are reserved for evaluation. finesight contains no font files. All listed
+licenses allow drawing with a font and training on the images; none of them applies to the output.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from PIL import ImageFont
 from finesight.errors import UserError
 
 FontSplit = Literal["built-in", "seen", "unseen"]
-"""The built-in face of Pillow; the faces for training; the faces for evaluation only."""
+"""Set of fonts for a task: the built-in font of Pillow, training or evaluation fonts."""
 
 Script = Literal["latin", "chinese"]
 
 MISSING_GLYPH = "\uffff"
-"""A character without a glyph in any font: it is drawn as the missing-glyph symbol."""
+"""Character without a glyph in any font, drawn as the symbol for a missing glyph."""
 
 SYSTEM_FONT_DIRS = ("/usr/share/fonts", "~/.local/share/fonts", "~/.fonts", "/Library/Fonts")
-"""Folders of fonts that no Python package provides."""
+"""Folders that are searched for fonts that no Python package provides."""
 
 _OFL_LICENSE = "SIL Open Font License 1.1"
 _APACHE_LICENSE = "Apache License 2.0"
@@ -38,9 +37,12 @@ _ITALIC_WEIGHTS = (400,)
 
 @dataclass(frozen=True, slots=True)
 class FontFace:
-    """A font face: a file, the index of the face in it and, for a variable font, its weight.
+    """A font face, such as the regular or italic style of a font family.
 
-    Without a path, it is the built-in face of Pillow.
+    Attributes:
+        path: Font file; None for the built-in font of Pillow.
+        index: Index of the face in a font collection file.
+        weight: Weight of a variable font; None for other fonts.
     """
 
     family: str
@@ -51,10 +53,14 @@ class FontFace:
 
 @dataclass(frozen=True, slots=True)
 class FontFamily:
-    """Faces of one design with their package and license.
+    """A font family with its package and license.
 
-    `files` are paths within the folder of the module, or file names in SYSTEM_FONT_DIRS, each with
-    the weights to use (none for fonts that are not variable).
+    Attributes:
+        package: Python package that provides the fonts.
+        module: Python module with the font files; None for system fonts.
+        files: Font files with the weights to use; no weights for fonts that are not variable. Files
+            are paths within the folder of the module, or file names in SYSTEM_FONT_DIRS.
+        is_unseen: Whether the family is used for evaluation only.
     """
 
     name: str
@@ -69,7 +75,7 @@ class FontFamily:
 def _variable_family(
     name: str, package: str, *, is_unseen: bool = False, axes: str = "[wght]"
 ) -> FontFamily:
-    """Build a family of a `fontpkg-...` package: an upright and an italic variable font."""
+    """Build a family from a `fontpkg-...` package with an upright and an italic variable font."""
     stem = f"files/{name.replace(' ', '')}"
     files = ((f"{stem}{axes}.ttf", _UPRIGHT_WEIGHTS), (f"{stem}-Italic{axes}.ttf", _ITALIC_WEIGHTS))
     module = package.replace("-", "_")
@@ -79,7 +85,7 @@ def _variable_family(
 def _upright_family(
     name: str, license_name: str, package: str, *, is_unseen: bool = False
 ) -> FontFamily:
-    """Build a family of a `fontpkg-...` package: one variable font."""
+    """Build a family from a `fontpkg-...` package with one variable font."""
     files = ((f"files/{name.replace(' ', '')}[wght].ttf", _UPRIGHT_WEIGHTS),)
     return FontFamily(name, license_name, package, package.replace("-", "_"), files, is_unseen)
 
@@ -159,25 +165,29 @@ FONT_FAMILIES = (
     ),
     _noto_family("Noto Serif CJK SC", "NotoSerifCJK", is_unseen=True),
 )
-"""All font families. A family with all its styles is either in the training or in the evaluation
-split."""
+"""All font families.
+
+The styles of a family are either all for training or all for evaluation.
+"""
 
 MATHTEXT_LICENSES = {
     "Computer Modern": _BAKOMA_LICENSE,
     "STIX": _STIX_LICENSE,
     "DejaVu Sans and Serif": _DEJAVU_LICENSE,
 }
-"""Fonts of matplotlib's mathtext and their licenses, as stated by the LICENSE of matplotlib. The
-licenses of the families are those stated by font files and packages."""
+"""Licenses of the fonts in matplotlib's mathtext, as stated by the LICENSE of matplotlib.
+
+The licenses of other font families are those that font files and packages state.
+"""
 
 
 @lru_cache
 def list_faces(font_split: FontSplit, script: Script = "latin") -> tuple[FontFace, ...]:
-    """List the faces of a split in a fixed order.
+    """List the font faces of a split for a script, in a fixed order.
 
     Raises:
-        UserError: A font package is missing. The error names the packages to install: with other
-            fonts, the same seed would give other images.
+        UserError: A font package is missing. With other fonts, the same seed would give other
+            images, so the error names the packages to install.
     """
     if font_split == "built-in" and script == "latin":
         return (FontFace("Aileron"),)
@@ -191,9 +201,9 @@ def list_faces(font_split: FontSplit, script: Script = "latin") -> tuple[FontFac
 
 
 def sample_face(rng: random.Random, font_split: FontSplit, script: Script = "latin") -> FontFace:
-    """Sample a family and then one of its faces.
+    """Sample a font family, and then one of its faces.
 
-    Large families are not preferred.
+    All families are equally likely, whatever their number of faces.
     """
     return rng.choice(rng.choice(_group_by_family(font_split, script)))
 
@@ -207,7 +217,10 @@ def _group_by_family(font_split: FontSplit, script: Script) -> list[list[FontFac
 
 
 def require_fonts(families: Iterable[FontFamily]) -> None:
-    """Raise UserError with the packages to install if any family is missing."""
+    """Raise UserError if any of the font families is not installed.
+
+    The error names the packages to install.
+    """
     missing = [family for family in families if len(_find_font_files(family)) < len(family.files)]
     if not missing:
         return
@@ -225,9 +238,10 @@ def require_fonts(families: Iterable[FontFamily]) -> None:
 
 @lru_cache(maxsize=1024)
 def load_font(face: FontFace, size: int) -> ImageFont.FreeTypeFont:
-    """Load the face at `size` pixels per em with the layout engine of Pillow.
+    """Load a font face at a size in pixels per em.
 
-    The output does not depend on other libraries.
+    The basic layout engine of Pillow is used, so that the output does not depend on other
+    libraries.
     """
     layout = ImageFont.Layout.BASIC
     if face.path is None:
@@ -241,7 +255,10 @@ def load_font(face: FontFace, size: int) -> ImageFont.FreeTypeFont:
 
 
 def can_draw(face: FontFace, text: str) -> bool:
-    """Return whether the face has a glyph for every character of `text` except spaces."""
+    """Return whether a font face has glyphs for all characters of a text.
+
+    Spaces are ignored.
+    """
     return all(_has_glyph(face, character) for character in text if character != " ")
 
 
@@ -255,7 +272,10 @@ def _has_glyph(face: FontFace, character: str) -> bool:
 
 
 def _get_axis_values(font: ImageFont.FreeTypeFont, weight: int) -> list[float]:
-    """Return the default value of every axis except the weight."""
+    """Return the values of all axes of a variable font for the given weight.
+
+    Other axes have their default value.
+    """
     return [
         float(weight) if axis["name"] == b"Weight" else float(axis["default"] or 0)
         for axis in font.get_variation_axes()
@@ -299,7 +319,7 @@ def _list_family_faces(family: FontFamily) -> list[FontFace]:
 
 
 def _find_face_index(path: Path, family: str) -> int:
-    """Return the index of a named face in a collection."""
+    """Return the index of the face with the given name in a font collection file."""
     for index in range(64):
         if ImageFont.truetype(str(path), 12, index).getname()[0] == family:
             return index

@@ -1,7 +1,7 @@
-r"""Sample formulas from a grammar as space-separated LaTeX tokens in canonical form.
+r"""Random formulas, as space-separated LaTeX tokens in canonical form.
 
-Identical renderings have identical LaTeX: subscripts precede superscripts, every argument and only
-arguments have braces, symbols have one name (`\rightarrow`, never `\to`), brackets stretch
+Formulas that look identical have identical LaTeX: subscripts precede superscripts, every argument
+and only arguments have braces, symbols have one name (`\rightarrow`, never `\to`), brackets stretch
 (`\left (`) only around tall content, and letters that fonts draw identically (o, O, I) are
 excluded.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 Tokens = list[str]
 
 MIN_TOKENS, MAX_TOKENS = 3, 40
-"""Number of tokens of a formula, including braces."""
+"""Minimum and maximum number of LaTeX tokens of a formula, including braces."""
 
 LETTERS = tuple("abcdefghijklmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ")
 BOLD_LETTERS = tuple("abdefhkprxyzABCDEFGHKLMNPRSTXYZ")
@@ -63,14 +63,17 @@ SYMBOLS = tuple(
         )
     )
 )
-"""All single-token symbols."""
+"""All symbols that are a single LaTeX token."""
 
 _TALL_COMMANDS = {r"\frac", r"\sum", r"\prod", r"\int", r"\oint"}
 _MAX_DEPTH = 3
 
 
 def sample_formula(rng: random.Random) -> str:
-    """Sample a formula of MIN_TOKENS to MAX_TOKENS space-separated tokens."""
+    """Sample a formula as LaTeX tokens, separated by spaces.
+
+    It has MIN_TOKENS to MAX_TOKENS tokens.
+    """
     target_length = rng.choice((4, 6, 8, 10, 12, 15, 18, 22, 26, 32))
     while True:
         tokens = _sample_expression(rng, _MAX_DEPTH, target_length)
@@ -92,14 +95,17 @@ def wrap_braces(tokens: Sequence[str]) -> Tokens:
 
 
 def wrap_brackets(tokens: Sequence[str], left: str, right: str) -> Tokens:
-    """Wrap tokens in brackets, which stretch around tall content."""
+    r"""Enclose LaTeX tokens in brackets.
+
+    The brackets stretch (`\left`, `\right`) around tall content only.
+    """
     if _TALL_COMMANDS.intersection(tokens):
         return [r"\left", left, *tokens, r"\right", right]
     return [left, *tokens, right]
 
 
 def _sample_expression(rng: random.Random, depth: int, target_length: int) -> Tokens:
-    """Sample terms with operators, with about `target_length` tokens."""
+    """Sample terms that are joined by operators, with about `target_length` LaTeX tokens."""
     tokens = ["-"] if rng.random() < 0.08 else []
     tokens += _sample_term(rng, depth, target_length)
     while len(tokens) < target_length - 1 and rng.random() < 0.9:

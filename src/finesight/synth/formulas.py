@@ -1,4 +1,4 @@
-"""Render formulas of the grammar with matplotlib's mathtext in its five font families."""
+"""Rendering of random formulas as images, with the fonts of matplotlib's mathtext."""
 
 from __future__ import annotations
 
@@ -34,14 +34,20 @@ MAX_WIDTH = 336
 MAX_HEIGHT = 140
 
 _MIN_FONT_SIZE = 12
-"""Minimum font size in pixels per em at which nested scripts are legible."""
+"""Minimum font size in pixels per em.
+
+Nested subscripts and superscripts are not legible below it.
+"""
 _MARGIN = 3
 
 
 def generate_formula(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
-    """Generate a formula in dark ink with its LaTeX tokens as the answer.
+    """Generate an image of a formula, with its LaTeX tokens as the answer.
 
-    `fonts` is ignored: mathtext has its own fonts. Raises UserError if matplotlib is missing.
+    The argument `fonts` is ignored, because mathtext has its own fonts.
+
+    Raises:
+        UserError: matplotlib is not installed.
     """
     latex = formula_grammar.sample_formula(rng)
     mask = render_to_fit(latex, rng.choice(MATH_FONT_FAMILIES), rng.choice(FONT_SIZES))
@@ -70,9 +76,9 @@ def generate_formula(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
 
 
 def render_to_fit(latex: str, family: str, size: int) -> Image.Image | None:
-    """Render the formula at a size at which it fits.
+    """Render a formula, at a smaller font size if it exceeds the maximum image width.
 
-    Returns None if it would be illegible.
+    Returns None if the formula would be illegible.
     """
     mask = render_formula(latex, family, size)
     max_size = (MAX_WIDTH - 2 * _MARGIN, MAX_HEIGHT - 2 * _MARGIN)
@@ -87,7 +93,10 @@ def render_to_fit(latex: str, family: str, size: int) -> Image.Image | None:
 
 
 def render_formula(latex: str, family: str, size: int) -> Image.Image:
-    """Render the cropped coverage mask (mode L) of a formula at `size` pixels per em."""
+    """Render a formula at a font size in pixels per em.
+
+    Returns the coverage mask (mode L), cropped to the formula.
+    """
     source = f"${to_mathtext(latex)}$"
     # At 72 dots an inch a point is a pixel.
     parsed = _get_parser().parse(
@@ -100,7 +109,7 @@ def render_formula(latex: str, family: str, size: int) -> Image.Image:
 
 
 def to_mathtext(latex: str) -> str:
-    """Convert a label for mathtext.
+    """Convert the LaTeX of an answer to the syntax of mathtext.
 
     Outer fractions keep the full text size. Spaces are removed except after command names, because
     a space after `^` or `_` would end the script.
@@ -137,7 +146,7 @@ def _get_font_properties(family: str, size: int) -> FontProperties:
 
 
 def _make_canvas(size: tuple[int, int], rng: random.Random) -> Canvas:
-    """Create white or pale paper."""
+    """Create a white or pale background for a formula."""
     if rng.random() < 0.6:
         return Canvas(Image.new("RGB", size, (255, 255, 255)), (255, 255, 255))
     return make_canvas(size, rng, pale_fraction=1.0)

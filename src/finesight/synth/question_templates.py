@@ -1,4 +1,4 @@
-"""Question templates: several phrasings of each question, in English and some in Chinese."""
+"""Templates of the questions in synthetic samples, in English and Chinese."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from string import Formatter
 from finesight.synth.synthetic_sample import ContentPart
 
 CHINESE_FRACTION = 0.15
-"""Fraction of Chinese questions among those available in both languages."""
+"""Probability that a question is in Chinese if it is available in both languages."""
 
 ENGLISH_TEMPLATES = {
     "read": (
@@ -124,9 +124,13 @@ def sample_is_chinese(rng: random.Random) -> bool:
 def fill_template(
     task_kind: str, rng: random.Random, *, is_chinese: bool | None = None, **values: ContentPart
 ) -> tuple[ContentPart, ...]:
-    """Fill one phrasing of a question with its words and boxes.
+    """Sample a template of a question type and fill in texts and boxes.
 
-    `is_chinese` sets the language, which is sampled by default.
+    Args:
+        task_kind: Question type.
+        rng: Random number generator.
+        is_chinese: Whether the question is in Chinese; sampled if None.
+        values: Texts and boxes by their name in the template.
     """
     use_chinese = sample_is_chinese(rng) if is_chinese is None else is_chinese
     template = rng.choice((CHINESE_TEMPLATES if use_chinese else ENGLISH_TEMPLATES)[task_kind])

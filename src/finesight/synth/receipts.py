@@ -1,4 +1,7 @@
-"""Synthetic receipts: a shop, a date, items with prices and their total, with a box per word."""
+"""Synthetic receipts with a shop, a date, items and a total.
+
+Each word has a bounding box.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ _INK_COLORS: tuple[Color, ...] = ((0, 0, 0), (25, 25, 35), (50, 40, 60), (40, 40
 
 @dataclass
 class Receipt:
-    """Content of a receipt with word positions."""
+    """Content of a receipt, and the bounding boxes of its words once it is drawn."""
 
     shop: str
     date: str
@@ -69,7 +72,10 @@ class Receipt:
 
 
 class _ReceiptWriter:
-    """Write a receipt from top to bottom: text on the left, an amount at the right edge."""
+    """Writer of the lines of a receipt, from top to bottom.
+
+    Texts are on the left and amounts at the right edge.
+    """
 
     def __init__(
         self, canvas: Canvas, font: ImageFont.FreeTypeFont, ink: Color, line_height: float
@@ -83,8 +89,10 @@ class _ReceiptWriter:
     def write_line(
         self, text: str, amount: str = "", *, centered: bool = False
     ) -> RenderedWord | None:
-        """Write a line and return the word of its amount. A line that does not fit marks the
-        receipt incomplete.
+        """Write a line of text with an optional amount.
+
+        A line that does not fit marks the receipt as incomplete. Returns the word of the amount, or
+        None.
         """
         width = self.canvas.image.width
         x = (width - self.font.getlength(text)) / 2 if centered else self.margin
@@ -99,7 +107,7 @@ class _ReceiptWriter:
         return amount_word
 
     def write_rule(self) -> None:
-        """Write a row of dashes, which is not text."""
+        """Draw a row of dashes, which does not count as text."""
         dash = self.font.getlength("-")
         count = int((self.canvas.image.width - 2 * self.margin) / dash)
         self.canvas.draw_text("-" * count, self.font, self.margin, self.baseline, self.ink)
@@ -115,7 +123,7 @@ class _ReceiptWriter:
 
 
 def generate_receipt(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
-    """Generate a receipt with a question about all its fields or one word."""
+    """Generate an image of a receipt with a question about its content."""
     receipt_data = sample_receipt(rng)
     image = draw_receipt(receipt_data, rng, fonts)
     if image is None:
@@ -128,7 +136,7 @@ def generate_receipt(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
 def sample_receipt(rng: random.Random) -> Receipt:
     """Sample a shop, a date and one to five items with prices.
 
-    The total is their sum in cents.
+    The total is the sum of the prices in cents.
     """
     shop = f"{vocabulary.sample_pseudoword(rng).capitalize()} {rng.choice(SHOP_TYPES)}"
     names = rng.sample(ITEMS, rng.randint(1, 5))
@@ -143,7 +151,10 @@ def _format_amount(cents: int, sign: str) -> str:
 
 
 def draw_receipt(receipt_data: Receipt, rng: random.Random, fonts: FontSplit) -> Image.Image | None:
-    """Draw the receipt and record its words; None if the paper is too narrow."""
+    """Draw a receipt and record the bounding boxes of its words.
+
+    Returns None if a line does not fit on the paper.
+    """
     font = load_font(sample_face(rng, fonts), rng.choice(_FONT_SIZES))
     line_height = font.size * rng.uniform(1.15, 1.5)
     num_lines = len(receipt_data.prices) + rng.randint(5, 7)
@@ -172,7 +183,7 @@ def draw_receipt(receipt_data: Receipt, rng: random.Random, fonts: FontSplit) ->
 
 
 def _make_paper(size: tuple[int, int], rng: random.Random) -> Canvas:
-    """Create a sheet of pale paper, often on a background of another color."""
+    """Create a sheet of pale paper, often in front of a background of another color."""
     canvas = make_canvas(size, rng, pale_fraction=0.3)
     if rng.random() < 0.5:
         shade = rng.randint(235, 255)

@@ -1,4 +1,4 @@
-"""Scenes of colored shapes with questions: description, counting, localization and comparison."""
+"""Scenes of colored shapes, with questions that describe, count, locate and compare them."""
 
 from __future__ import annotations
 
@@ -36,20 +36,26 @@ from finesight.synth.synthetic_sample import (
 )
 
 MAX_DESCRIBED_SHAPES = 4
-"""Maximum number of shapes in a described scene, without a nested one."""
+"""Maximum number of shapes in a described scene, not counting a nested shape."""
 
 MAX_LISTED_SHAPES = 5
 
 LARGE_SIZE_RANGE, SMALL_SIZE_RANGE = (0.82, 0.92), (0.42, 0.5)
-"""Side lengths of shapes as fractions of their cell. The gap makes size comparisons unambiguous."""
+"""Side lengths of large and small shapes, as fractions of their grid cell.
+
+The ranges are separated, so that comparisons of size are unambiguous.
+"""
 
 _COUNT_WEIGHTS = (1, 3, 3, 2)
-"""Weights of one to MAX_DESCRIBED_SHAPES shapes in a described scene."""
+"""Sampling weights of one to MAX_DESCRIBED_SHAPES shapes in a described scene."""
 
 _MIN_COLOR_DISTANCE = 110.0
 
 _MIN_SHAPE_SIZE = 20
-"""Minimum side length of a shape in pixels; smaller hexagons resemble circles."""
+"""Minimum side length of a shape in pixels.
+
+Smaller hexagons would resemble circles.
+"""
 
 _CELL_SIZE_RANGE = (48, 88)
 _MAX_IMAGE_SIZE = 288
@@ -57,7 +63,10 @@ _MAX_IMAGE_SIZE = 288
 
 @dataclass(frozen=True)
 class PlacedShape:
-    """A shape in its cell (column, row); `container` is the shape around it."""
+    """A shape at a position in the grid of a scene.
+
+    `cell` is (column, row). `container` is the shape that surrounds this one, or None.
+    """
 
     kind: ShapeKind
     cell: tuple[int, int]
@@ -73,12 +82,12 @@ class ShapeScene:
 
     @property
     def outer_shapes(self) -> list[PlacedShape]:
-        """The shapes without a container, in row-major order."""
+        """Shapes that are not inside another shape, in row-major order."""
         return [shape for shape in self.shapes if shape.container is None]
 
 
 def generate_scene(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
-    """Generate a few distinct shapes with a question about one, two or all of them."""
+    """Generate an image of a few distinct shapes with a question about some of them."""
     shape_scene = compose_scene(rng, crowded=False)
     kind_weights = {"describe": 5.0, "all_shapes": 1.5, "find_shapes": 1.5, "shape_at": 1.5}
     if len(shape_scene.outer_shapes) > 1:
@@ -90,7 +99,10 @@ def generate_scene(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
 
 
 def generate_crowd(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
-    """Generate many shapes of few kinds, to be counted and located."""
+    """Generate an image of many shapes of few kinds.
+
+    The question is to count or locate shapes.
+    """
     shape_scene = compose_scene(rng, crowded=True)
     min_count = min(Counter(shape.kind for shape in shape_scene.shapes).values())
     kind_weights = {
@@ -103,9 +115,9 @@ def generate_crowd(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
 
 
 def list_relations(shape_scene: ShapeScene) -> list[RelationTriple]:
-    """List the relations in a caption of the scene.
+    """List the relations that a caption of the scene states.
 
-    These are the positions of neighboring shapes in row-major order, nested shapes, and the larger
+    These are the relative positions of neighbors in row-major order, nested shapes, and the larger
     of two neighbors.
     """
     shapes = shape_scene.outer_shapes
@@ -124,8 +136,9 @@ def list_relations(shape_scene: ShapeScene) -> list[RelationTriple]:
 
 
 def get_relation(first: PlacedShape, second: PlacedShape) -> Relation:
-    """Return the relation of two shapes: horizontal if they are further apart horizontally, else
-    vertical.
+    """Return the relative position of two shapes.
+
+    It is `left` or `right` if they are further apart horizontally, else `above` or `below`.
     """
     dx, dy = (first.cell[axis] - second.cell[axis] for axis in (0, 1))
     if abs(dx) > abs(dy):
@@ -144,10 +157,10 @@ def _build_sample(
 
 
 def compose_scene(rng: random.Random, *, crowded: bool) -> ShapeScene:
-    """Compose shapes in grid cells in row-major order.
+    """Compose shapes in the cells of a grid, in row-major order.
 
-    The scene has up to MAX_DESCRIBED_SHAPES distinct shapes and an optional nested one, or a crowd
-    of few kinds.
+    A scene has up to MAX_DESCRIBED_SHAPES distinct shapes and possibly a nested one. With `crowded`
+    it has many shapes of few kinds.
     """
     canvas, cell, (columns, rows) = _make_grid(rng, 3 if crowded else 2)
     cells = [(x, y) for y in range(rows) for x in range(columns)]
@@ -171,7 +184,10 @@ def compose_scene(rng: random.Random, *, crowded: bool) -> ShapeScene:
 
 
 def _make_grid(rng: random.Random, min_columns: int) -> tuple[Canvas, int, tuple[int, int]]:
-    """Return the canvas, the cell size in pixels, and the column and row counts."""
+    """Create the canvas and grid of a scene.
+
+    Returns the canvas, the cell size in pixels, and the numbers of columns and rows.
+    """
     cell = rng.randint(*_CELL_SIZE_RANGE)
     max_columns = min(4, _MAX_IMAGE_SIZE // cell)
     columns = rng.randint(min(min_columns, max_columns), max_columns)
@@ -183,9 +199,10 @@ def _make_grid(rng: random.Random, min_columns: int) -> tuple[Canvas, int, tuple
 def _sample_kinds(
     canvas: Canvas, num_shapes: int, rng: random.Random, *, crowded: bool
 ) -> list[ShapeKind]:
-    """Sample visible shape kinds, no two of the same color and shape.
+    """Sample kinds of shapes that are visible on the background.
 
-    A crowd repeats a few kinds; other scenes have each kind once.
+    No two kinds have the same color and shape. With `crowded`, a few kinds are repeated; otherwise
+    each kind occurs once.
     """
     colors = [
         name
@@ -211,7 +228,7 @@ def _sample_kind(rng: random.Random, color: str) -> ShapeKind:
 def _add_inner_shape(
     canvas: Canvas, placed: Sequence[PlacedShape], rng: random.Random
 ) -> list[PlacedShape]:
-    """Add a small shape inside a large solid one, if there is any."""
+    """Add a small shape inside a large solid one, if the scene has one."""
     containers = [
         shape
         for shape in placed
@@ -243,7 +260,10 @@ def _add_inner_shape(
 
 
 def _max_inner_size(container: PlacedShape) -> float:
-    """Return the maximum side length of an inner shape that leaves a visible margin."""
+    """Return the maximum side length of a shape nested in a container.
+
+    It leaves a visible margin.
+    """
     x1, y1, x2, y2 = container.box
     return 0.46 * min(x2 - x1, y2 - y1)
 
@@ -267,7 +287,10 @@ def _ask_count(shape_scene: ShapeScene, is_chinese: bool, rng: random.Random) ->
 def sample_counted_class(
     shape_scene: ShapeScene, is_chinese: bool, rng: random.Random
 ) -> tuple[str, int]:
-    """Sample a class of shapes in the plural and its count, which may be 0."""
+    """Sample a class of shapes, such as red circles, to be counted.
+
+    Returns the plural of its name and the count, which may be 0.
+    """
     kind = rng.choice(shape_scene.shapes).kind
     share = rng.random()
     if share < 0.15:
@@ -390,7 +413,7 @@ def _sample_pair(shape_scene: ShapeScene, rng: random.Random) -> tuple[PlacedSha
 def _sample_question(
     shape_scene: ShapeScene, kind_weights: Mapping[str, float], rng: random.Random
 ) -> QuestionAnswer:
-    """Sample a question by weight, in one of the two languages."""
+    """Sample a question about a scene by the weights of question types and by language."""
     kind = rng.choices(list(kind_weights), list(kind_weights.values()))[0]
     return QuestionAnswer(*_QUESTION_MAKERS[kind](shape_scene, sample_is_chinese(rng), rng), kind)
 

@@ -1,4 +1,4 @@
-"""Colored shapes with several fills and their ink bounds."""
+"""Drawing of colored shapes with several fills."""
 
 from __future__ import annotations
 
@@ -34,10 +34,16 @@ SHAPES = (
 )
 
 FILLS = ("solid", "striped", "hollow")
-"""Fills of shapes; captions omit the solid fill."""
+"""Fills of shapes.
+
+Captions name a fill unless it is solid.
+"""
 
 HOLLOW_SHAPES = ("square", "rectangle", "triangle", "diamond", "hexagon")
-"""Shapes that can be hollow; a hollow circle is a ring."""
+"""Shapes that can be hollow.
+
+A circle is excluded, because a hollow circle would be a ring.
+"""
 
 STRIPED_SHAPES = tuple(shape for shape in SHAPES if shape not in ("ring", "crescent"))
 """Shapes with enough area for stripes."""
@@ -55,7 +61,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, order=True)
 class ShapeKind:
-    """Properties of a shape: fill, color and shape name."""
+    """Kind of a shape: its fill, color and shape name."""
 
     fill: str
     color: str
@@ -70,7 +76,10 @@ class ShapeKind:
 def draw_shape(
     image: Image.Image, kind: ShapeKind, center: Point, size: int, rng: random.Random
 ) -> PixelBox:
-    """Draw a shape `size` pixels wide on the image and return its ink bounds."""
+    """Draw a shape on an image and return its bounding box.
+
+    `size` is the width in pixels.
+    """
     mask = render_mask(kind, size)
     bounds = mask.point(_INK_LOOKUP).getbbox()
     assert bounds, f"a {kind.phrase} of {size} pixels has no ink"
@@ -80,7 +89,10 @@ def draw_shape(
 
 
 def render_mask(kind: ShapeKind, size: int) -> Image.Image:
-    """Render the coverage mask (mode L, `size` by `size`) of a shape."""
+    """Render the coverage mask of a shape.
+
+    Returns an image of mode L with `size` by `size` pixels.
+    """
     mask = _full_mask(kind.shape)
     if kind.fill == "striped":
         mask = ImageChops.multiply(mask, _stripe_mask())
@@ -94,7 +106,10 @@ _INK_LOOKUP = [255 if cover >= INK_THRESHOLD else 0 for cover in range(256)]
 
 
 def are_distinct(first: Color, second: Color, min_distance: float) -> bool:
-    """Return whether two colors differ by at least `min_distance` (Euclidean, of 441)."""
+    """Return whether two colors have at least a Euclidean distance in RGB.
+
+    The maximum distance of two colors is 441.
+    """
     return math.dist(first, second) >= min_distance
 
 
@@ -151,7 +166,7 @@ def _stripe_mask() -> Image.Image:
 
 
 def _get_polygon(shape: str) -> Sequence[Point]:
-    """Return the corners of a shape in the unit square."""
+    """Return the corners of a polygonal shape in the unit square."""
     if shape == "star":
         return [
             _circle_point(corner / 10, 0.5 if corner % 2 == 0 else 0.21) for corner in range(10)
@@ -201,7 +216,10 @@ _POLYGONS: dict[str, Sequence[Point]] = {
 
 
 def _circle_point(fraction: float, radius: float) -> Point:
-    """Return the point at a fraction of the circle, clockwise from the top."""
+    """Return a point on a circle.
+
+    `fraction` is the clockwise angle from the top as a fraction of the full circle.
+    """
     angle = 2 * math.pi * (fraction - 0.25)
     return 0.5 + radius * math.cos(angle), 0.5 + radius * math.sin(angle)
 
@@ -213,9 +231,9 @@ def _heart_point(angle: float) -> Point:
 
 
 def _scale_about_centroid(points: Sequence[Point], scale: float) -> list[Point]:
-    """Scale points about the mean of the corners.
+    """Scale a polygon about the mean of its corners.
 
-    For a triangle, it is below the center.
+    For a triangle, this point is below the center of the unit square.
     """
     x = sum(point[0] for point in points) / len(points)
     y = sum(point[1] for point in points) / len(points)

@@ -1,4 +1,4 @@
-"""Larger images full of distractors with a few text plates."""
+"""Large synthetic street images with a few text plates among distractors."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ from finesight.synth.synthetic_sample import PixelBox, QuestionAnswer, Synthetic
 from finesight.synth.text_images import find_unique_words, make_question
 
 COLUMN_RANGE, ROW_RANGE = (9, 20), (7, 13)
-"""Image width and height in tokens."""
+"""Ranges of image width and height, in tokens of TOKEN_SIZE pixels."""
 
 MAX_PLATES = 5
 
 _FONT_SIZES = (11, 12, 13, 14, 16, 18, 20, 24, 30)
 _CLUTTER_SCALE = 2
-"""Clutter is drawn at this reduced scale and enlarged, for soft edges."""
+"""Factor by which distractors are enlarged after drawing, which softens their edges."""
 
 
 def generate_street(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
-    """Generate text plates among clutter with a question to locate or read one of them."""
+    """Generate a street image with text plates among distractors.
+
+    The question is to locate or read a word on a plate.
+    """
     size = TOKEN_SIZE * rng.randint(*COLUMN_RANGE), TOKEN_SIZE * rng.randint(*ROW_RANGE)
     image = draw_clutter(size, rng)
     occupied: list[PixelBox] = []
@@ -86,9 +89,9 @@ def draw_clutter(size: tuple[int, int], rng: random.Random) -> Image.Image:
 
 
 def _draw_plate(rng: random.Random, fonts: FontSplit) -> tuple[Image.Image, list[RenderedWord]]:
-    """Draw one to three lines with one word each.
+    """Draw a plate with one to three lines of one word each.
 
-    The words are empty if one did not fit.
+    The list of words is empty if a word did not fit.
     """
     texts = rng.choice(vocabulary.SIGN_TEXTS).split("|") if rng.random() < 0.3 else None
     texts = texts or [vocabulary.sample_word(rng) for _ in range(rng.randint(1, 3))]

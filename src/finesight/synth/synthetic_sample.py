@@ -1,4 +1,4 @@
-"""Output of a synthetic task: an image, a question and the correct answer."""
+"""Output of synthetic tasks: an image with questions and correct answers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from PIL import Image
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
 
 PixelBox = tuple[int, int, int, int]
-"""A box in pixels, x1, y1, x2, y2: the first ink pixels, inclusive, and the last, exclusive."""
+"""Bounding box in pixels: x1, y1 (inclusive), x2, y2 (exclusive)."""
 
 ContentPart = str | BoxPart
-"""A part of a question or an answer."""
+"""Part of a question or an answer: text or a box."""
 
 
 class QuestionAnswer(NamedTuple):
-    """A question and its answer; `task_kind` names the metric of the answer."""
+    """A question about an image and its correct answer.
+
+    `task_kind` is the question type, which selects the metric of the answer.
+    """
 
     question: tuple[ContentPart, ...]
     answer: tuple[ContentPart, ...]
@@ -27,15 +30,18 @@ class QuestionAnswer(NamedTuple):
 
 
 QuestionSampler = Callable[[random.Random], QuestionAnswer]
-"""Samples one of the questions about an image."""
+"""Function that samples a question about an image, with its answer."""
 
 
 @dataclass(frozen=True)
 class SyntheticSample:
-    """An RGB image with a question and its answer.
+    """A synthetic RGB image with one or more questions and their answers.
 
-    `extra_turns` follow the first turn; `question_sampler` samples further ones. `meta` is the
-    metadata of the sample.
+    Attributes:
+        task_kind: Type of the first question.
+        meta: Metadata of the sample.
+        extra_turns: Questions and answers after the first.
+        question_sampler: Samples further questions about the image; None if there are none.
     """
 
     image: Image.Image
@@ -50,11 +56,14 @@ class SyntheticSample:
     def from_sampler(
         cls, image: Image.Image, question_sampler: QuestionSampler, rng: random.Random
     ) -> SyntheticSample:
-        """Create a sample with one question about the image."""
+        """Create a sample with one question, drawn from `question_sampler`."""
         return cls(image, *question_sampler(rng), question_sampler=question_sampler)
 
     def add_questions(self, num_questions: int, rng: random.Random) -> SyntheticSample:
-        """Add up to `num_questions` further questions whose answers were not given before."""
+        """Return the sample with up to `num_questions` further questions.
+
+        Questions whose answer occurs already are omitted.
+        """
         seen_answers = {self.answer}
         extra_turns = []
         for turn in (
@@ -68,7 +77,10 @@ class SyntheticSample:
         return replace(self, extra_turns=tuple(extra_turns))
 
     def to_sample(self, sample_id: str, image_path: str) -> Sample:
-        """Convert to a sample of all turns with the image at `image_path`."""
+        """Convert the image and all turns to a training sample.
+
+        `image_path` is the path of the image file that the sample refers to.
+        """
         messages = [
             Message(
                 role="user", content=(ImagePart(image=image_path), *_to_sample_parts(self.question))
@@ -83,7 +95,7 @@ class SyntheticSample:
 
 
 def make_box_part(label: str | None, box: PixelBox) -> BoxPart:
-    """Create a box part of a question or an answer."""
+    """Convert a bounding box in pixels to a part of a question or an answer."""
     x1, y1, x2, y2 = box
     return BoxPart(label=label, xyxy=(float(x1), float(y1), float(x2), float(y2)))
 

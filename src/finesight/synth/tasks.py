@@ -1,4 +1,4 @@
-"""Synthetic tasks of unlimited size: each sample is a function of task, seed and index."""
+"""Synthetic tasks with unlimited samples, which are reproducible from task, seed and index."""
 
 from __future__ import annotations
 
@@ -27,17 +27,24 @@ TASK_GENERATORS: dict[str, Callable[[random.Random, FontSplit], SyntheticSample]
     "scene": scenes.generate_scene,
     "crowd": scenes.generate_crowd,
 }
-"""Generators by task. All except `formula` need only Pillow; `chinese` needs a Chinese font, and
-every text task needs the fonts of its split."""
+"""Functions that generate a sample, by task name.
+
+All tasks except `formula` need only Pillow. The task `chinese` needs a Chinese font, and every
+other task with text needs the fonts of its split.
+"""
 
 
 MAX_REJECTED_SAMPLES = 500
-"""Number of consecutive samples without a question type after which it counts as unavailable."""
+"""Number of consecutive samples without a question type after which the search stops."""
 
 
 @dataclass(frozen=True)
 class SyntheticTask:
-    """A task by name and the font split of its texts. Raises UserError for unknown names."""
+    """A synthetic task, with the fonts of its texts.
+
+    Raises:
+        UserError: The task name or the font split is unknown.
+    """
 
     name: str
     font_split: FontSplit = "seen"
@@ -58,15 +65,17 @@ class SyntheticTask:
 
 @dataclass(frozen=True)
 class EvalTask:
-    """A task and the question type to evaluate."""
+    """A synthetic task and the question type to evaluate."""
 
     task: SyntheticTask
     task_kind: str
 
 
 WARMUP_MIXTURE: dict[str, float] = {"letters": 0.4, "pieces": 0.3, "word": 0.15, "scene": 0.15}
-"""Task weights at the start of pretraining. Training on single letters first is many times faster
-than starting with complete words."""
+"""Task weights at the start of pretraining.
+
+Training on single letters first is many times faster than starting with complete words.
+"""
 
 MAIN_MIXTURE: dict[str, float] = {
     "letters": 0.02,
@@ -82,10 +91,13 @@ MAIN_MIXTURE: dict[str, float] = {
     "scene": 0.10,
     "crowd": 0.02,
 }
-"""Task weights in the rest of pretraining."""
+"""Task weights of pretraining after the first phase."""
 
 MAX_TURNS = 8
-"""Maximum number of questions per image of a mixture: images are more expensive than questions."""
+"""Maximum number of questions per image in a task mixture.
+
+Several questions share an image, because images are more expensive than questions.
+"""
 
 EVAL_TASKS: dict[str, EvalTask] = {
     "words": EvalTask(SyntheticTask("word"), "word"),
@@ -100,13 +112,16 @@ EVAL_TASKS: dict[str, EvalTask] = {
     "receipts": EvalTask(SyntheticTask("receipt"), "receipt"),
     "chinese": EvalTask(SyntheticTask("chinese"), "read"),
 }
-"""Evaluation tasks on an unused seed, by report name."""
+"""Evaluation tasks by their name in reports.
+
+They use a seed that training does not use.
+"""
 
 
 def generate_sample(task: SyntheticTask, seed: int, index: int) -> SyntheticSample:
-    """Generate sample number `index` of the task.
+    """Generate the sample of a task with the given seed and index.
 
-    It is reproducible for the same fonts and the same versions of Pillow and matplotlib.
+    It is reproducible with the same fonts and the same versions of Pillow and matplotlib.
     """
     # A text seed is hashed: adjacent indices give independent samples.
     rng = random.Random(f"{task.name} {seed} {index}")
@@ -116,8 +131,7 @@ def generate_sample(task: SyntheticTask, seed: int, index: int) -> SyntheticSamp
 def generate_mixture_sample(
     mixture: Mapping[str, float], seed: int, index: int, font_split: FontSplit = "seen"
 ) -> SyntheticSample:
-    """Generate sample number `index` of a weighted task mixture, with one
-    to MAX_TURNS questions."""
+    """Generate a sample of a weighted task mixture, with one to MAX_TURNS questions."""
     rng = random.Random(f"mixture {seed} {index}")
     name = rng.choices(list(mixture), list(mixture.values()))[0]
     return generate_sample(SyntheticTask(name, font_split), seed, index).add_questions(
@@ -128,7 +142,12 @@ def generate_mixture_sample(
 def iter_samples_of_kind(
     task: SyntheticTask, seed: int, task_kind: str | None
 ) -> Iterator[tuple[int, SyntheticSample]]:
-    """Yield the indexed samples of a task with this question type (any for None).
+    """Yield the samples of a task that have a question type, with their indices.
+
+    Args:
+        task: Synthetic task.
+        seed: Seed of the task.
+        task_kind: Question type of the first question; None for all types.
 
     Raises:
         UserError: MAX_REJECTED_SAMPLES consecutive samples have other question types.

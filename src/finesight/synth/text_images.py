@@ -1,4 +1,4 @@
-"""Text images: words, lines, signs and Chinese text, with a box per word."""
+"""Synthetic images of letters, words, lines, signs and Chinese text, with a box per word."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from finesight.synth.synthetic_sample import (
 )
 
 WordRows = list[list[RenderedWord]]
-"""The words of an image in reading order, by line."""
+"""Words of an image in reading order, one list per line."""
 
 MAX_IMAGE_SIZE = 336
-"""Maximum length of the longest side in pixels."""
+"""Maximum length of the longer image side in pixels."""
 
 PUNCTUATION = ",.;:!?"
-"""Punctuation after a word of a line."""
+"""Punctuation marks that may follow a word in a line of text."""
 
 _MAX_TRIES = 20
 _MAX_WORDS = 6
 
 
 def generate_word(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
-    """Generate one word, number or code that fills most of the image.
+    """Generate an image that one word, number or code mostly fills.
 
-    The question is to read or locate it.
+    The question is to read or to locate it.
     """
     text = vocabulary.sample_word(rng)
     face = _sample_face_for(text, rng, fonts)
@@ -68,7 +68,10 @@ def generate_word(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
 
 
 def generate_letters(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
-    """Generate one to four characters that nearly fill a small image, the first reading task."""
+    """Generate a small image that one to four characters nearly fill.
+
+    It is the first reading task of pretraining.
+    """
     text = vocabulary.sample_fragment(rng)
     face = _sample_face_for(text, rng, fonts)
     font = load_font(face, rng.randint(16, 36))
@@ -87,7 +90,10 @@ def generate_letters(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
 
 
 def generate_words(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
-    """Generate up to six words in rows, with individual or common face, size and color."""
+    """Generate an image of up to six words in rows.
+
+    The words share a font face, size and color, or each has its own.
+    """
     size = round_up_size(rng.randint(112, 308), rng.randint(56, 224), rng)
     canvas = make_canvas(size, rng)
     canvas.angle = _sample_angle(rng, 4)
@@ -97,9 +103,9 @@ def generate_words(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
 
 
 def generate_fragments(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
-    """Generate two to five word fragments in rows with a question about one of them.
+    """Generate an image of two to five word fragments in rows.
 
-    The task trains reading at an early stage.
+    The question is about one fragment. The task trains reading early in pretraining.
     """
     canvas = make_canvas(
         round_up_size(rng.randint(84, 196), rng.randint(56, 140), rng), rng, pale_fraction=0.8
@@ -115,7 +121,7 @@ def generate_fragments(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
 
 
 def generate_lines(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
-    """Generate one to four lines of text in one face."""
+    """Generate an image of one to four lines of text in one font face."""
     size = round_up_size(rng.randint(168, MAX_IMAGE_SIZE), rng.randint(40, 140), rng)
     canvas = make_canvas(size, rng, pale_fraction=0.8)
     canvas.angle = _sample_angle(rng, 2)
@@ -132,7 +138,7 @@ def generate_lines(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
 
 
 def generate_sign(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
-    """Generate a board with large capitals in front of a wall."""
+    """Generate an image of a sign with large capitals in front of a wall."""
     texts = rng.choice(vocabulary.SIGN_TEXTS).split("|")
     if rng.random() < 0.35:
         texts = [vocabulary.sample_word(rng).upper() for _ in range(rng.randint(1, 3))]
@@ -161,7 +167,7 @@ def generate_sign(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
 
 
 def generate_chinese(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
-    """Generate one to three short Chinese phrases in rows."""
+    """Generate an image of one to three short Chinese phrases in rows."""
     size = round_up_size(rng.randint(84, 252), rng.randint(40, 168), rng)
     canvas = make_canvas(size, rng, pale_fraction=0.7)
     canvas.angle = _sample_angle(rng, 3)
@@ -191,7 +197,7 @@ def _build_sample(
     *,
     countable: bool = True,
 ) -> SyntheticSample:
-    """Build the sample with one of the questions about the text."""
+    """Build the sample of an image with a question about its text."""
     all_words = [word for row in rows for word in row]
     kind_weights = {task_kind: 5.0, "find": 3.0 if find_unique_words(rows) else 0.0}
     if len(all_words) > 1:
@@ -206,7 +212,7 @@ def _build_sample(
 def _sample_question(
     rows: WordRows, kind_weights: Mapping[str, float], rng: random.Random
 ) -> QuestionAnswer:
-    """Sample a question by weight."""
+    """Sample a question about the text of an image by the weights of question types."""
     task_kind = rng.choices(list(kind_weights), list(kind_weights.values()))[0]
     return QuestionAnswer(*make_question(task_kind, rows, rng), task_kind)
 
@@ -215,12 +221,18 @@ QuestionAndAnswer = tuple[tuple[ContentPart, ...], tuple[ContentPart, ...]]
 
 
 def make_question(task_kind: str, rows: WordRows, rng: random.Random) -> QuestionAndAnswer:
-    """Make a question of a type about the text, and its answer."""
+    """Make a question of the given type about the text of an image.
+
+    Returns the question and its answer.
+    """
     return _QUESTION_MAKERS[task_kind](rows, rng)
 
 
 def find_unique_words(rows: WordRows) -> list[RenderedWord]:
-    """Return words that occur once and have no punctuation that a question could include."""
+    """Return the words that occur once and do not end in punctuation.
+
+    Only these can be named in a question without ambiguity.
+    """
     all_words = [word for row in rows for word in row]
     counts = Counter(word.text for word in all_words)
     return [
@@ -263,12 +275,12 @@ _QUESTION_MAKERS: dict[str, Callable[[WordRows, random.Random], QuestionAndAnswe
 
 
 def _sample_angle(rng: random.Random, max_degrees: float) -> float:
-    """Sample a rotation in degrees; half of the images have none."""
+    """Sample the rotation of a text in degrees; half of the images are not rotated."""
     return rng.uniform(-max_degrees, max_degrees) if rng.random() < 0.5 else 0.0
 
 
 def _sample_face_for(text: str, rng: random.Random, fonts: FontSplit) -> FontFace:
-    """Sample a face that has all characters of the text."""
+    """Sample a font face that has glyphs for all characters of a text."""
     for _ in range(_MAX_TRIES):
         face = sample_face(rng, fonts)
         if can_draw(face, text):
@@ -280,7 +292,7 @@ TextStyle = tuple[FontFace, int, Color]
 
 
 def _sample_styles(background: Color, rng: random.Random, fonts: FontSplit) -> list[TextStyle]:
-    """Sample one style for all words, or several."""
+    """Sample either one text style for all words of an image, or several."""
     return [
         (sample_face(rng, fonts), rng.randint(12, 34), sample_ink(background, rng))
         for _ in range(rng.choice((1, 1, 3)))
@@ -314,9 +326,9 @@ def _draw_row(
     sample_text: TextSampler,
     rng: random.Random,
 ) -> tuple[list[RenderedWord], float]:
-    """Draw words on one baseline below `y`.
+    """Draw a row of words on one baseline below the position `y`.
 
-    Returns the words and the start of the next row.
+    Returns the words and the vertical position of the next row.
     """
     chosen = [rng.choice(styles) for _ in range(rng.randint(1, min(3, max_words)))]
     ascent = max(load_font(face, size).getmetrics()[0] for face, size, _ in chosen)
@@ -342,7 +354,10 @@ def _draw_line(
     ink: Color,
     rng: random.Random,
 ) -> list[RenderedWord]:
-    """Draw words from `left` to the right edge, or fewer, some with punctuation."""
+    """Draw a line of words from `left` to the right edge.
+
+    The line may end earlier, and some words are followed by punctuation.
+    """
     row, x, max_words = list[RenderedWord](), left, rng.randint(2, 9)
     while len(row) < max_words:
         text = (
@@ -361,7 +376,10 @@ def _draw_line(
 
 
 def _draw_board(canvas: Canvas, rng: random.Random) -> Canvas:
-    """Draw a panel on the canvas and return it as the new canvas."""
+    """Draw a sign on a canvas.
+
+    Returns the area of the sign as a new canvas.
+    """
     color = sample_color(rng)
     if 100 < sum(color) / 3 < 160:
         color = rng.choice(((20, 60, 150), (190, 20, 30), (10, 100, 60), (250, 220, 40)))

@@ -1,7 +1,8 @@
-"""Synthetic train tickets, a document type that pretraining does not contain, with a label table.
+"""Synthetic train tickets with a table of labels.
 
-The tickets are drawn with the built-in face of Pillow, in three layouts with labels and colors of
-several rail companies. City names are generated, so that validation tickets cannot be memorized.
+Pretraining contains no tickets. They are drawn with the built-in font of Pillow, in three layouts
+with the labels and colors of several rail companies. City names are generated, so that a model
+cannot memorize those of validation tickets.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from finesight.synth.canvas import Canvas, Color
 from finesight.synth.fonts import list_faces, load_font
 
 TABLE_FILE = "tickets.csv"
-"""Label file with one row per image."""
+"""Name of the label table, which has one row per image."""
 
 TICKET_FIELDS = ("from", "to", "date", "seat", "price")
-"""Fields of a ticket, the columns of the table after `image`."""
+"""Fields of a ticket, which are the columns of the label table after `image`."""
 
 IMAGE_WIDTH = 224
-"""Width in pixels; the height depends on the layout."""
+"""Width of a ticket in pixels; the height depends on the layout."""
 
 TicketFields = dict[str, str]
-"""Values of a ticket by TICKET_FIELDS."""
+"""Values of a ticket by the names in TICKET_FIELDS."""
 
 _COMPANIES = (
     *("Northline", "Coast Rail", "Valley Express", "Blue Arrow", "Green Line", "City Link"),
@@ -42,7 +43,7 @@ _LABEL_SETS: tuple[tuple[str, ...], ...] = (
     ("From", "To", "Date", "Seat", "Fare"),
     ("Departs", "Arrives", "Day", "Place", "Paid"),
 )
-"""Printed labels of TICKET_FIELDS by company, in their order."""
+"""Printed labels of the fields for each company, in the order of TICKET_FIELDS."""
 
 _BAND_COLORS: tuple[Color, ...] = ((20, 70, 150), (170, 30, 40), (15, 105, 75), (60, 50, 90))
 _PAPER_COLORS: tuple[Color, ...] = (
@@ -76,13 +77,15 @@ _MAX_CITY_LETTERS = 10
 """Maximum number of letters of a city name."""
 
 _MAX_CITY_WIDTH = IMAGE_WIDTH // 2 - 12
-"""Maximum width in pixels of a city name at the larger of _FONT_SIZES, so that two fit next to each
-other."""
+"""Maximum width of a city name in pixels at the larger font size.
+
+Two city names fit next to each other.
+"""
 
 _BAND_HEIGHT = 26
 _MARGIN = 8
 _LABEL_SIZE, _FONT_SIZES = 14, (16, 17)
-"""Font sizes of labels and values in pixels per em."""
+"""Font sizes of printed labels, and of the field values, in pixels per em."""
 
 _FIRST_DAY = datetime.date(2024, 1, 1)
 _NUM_DAYS = 1500
@@ -90,7 +93,7 @@ _NUM_DAYS = 1500
 
 @dataclass(frozen=True)
 class _TicketStyle:
-    """Style of a company: name, labels, colors and font size of the values."""
+    """Style of the tickets of one company: name, labels, colors and font size of the values."""
 
     company: str
     labels: dict[str, str]
@@ -100,13 +103,18 @@ class _TicketStyle:
 
 
 def write_tickets(target: Path, num_tickets: int, seed: int) -> Path:
-    """Write images of tickets and their table to the new folder `target`.
+    """Write images of tickets and their label table to a new folder.
 
-    A row has `image` (a path relative to the table) and TICKET_FIELDS. Output is deterministic in
-    the seed, and a larger set starts with the same tickets.
+    A row of the table consists of `image`, a path relative to the table, and TICKET_FIELDS. The
+    output is determined by the seed. A larger number of tickets extends a smaller one.
+
+    Args:
+        target: Folder to create.
+        num_tickets: Number of tickets.
+        seed: Seed of the tickets.
 
     Returns:
-        The path of the table.
+        Path of the label table.
 
     Raises:
         UserError: `target` exists.
@@ -127,7 +135,7 @@ def write_tickets(target: Path, num_tickets: int, seed: int) -> Path:
 
 
 def sample_ticket(rng: random.Random) -> TicketFields:
-    """Sample a journey between two cities, a date, a seat and a price."""
+    """Sample the fields of a ticket: two cities, a date, a seat and a price."""
     start = _sample_city(rng)
     end = start
     while end == start:
@@ -153,7 +161,10 @@ def _sample_city(rng: random.Random) -> str:
 
 
 def draw_ticket(fields: TicketFields, rng: random.Random) -> Image.Image:
-    """Draw the ticket as an RGB image, IMAGE_WIDTH pixels wide, in one of three layouts."""
+    """Draw a ticket as an RGB image in one of three layouts.
+
+    The image is IMAGE_WIDTH pixels wide.
+    """
     labels = dict(zip(TICKET_FIELDS, rng.choice(_LABEL_SETS), strict=True))
     company, size = rng.choice(_COMPANIES), rng.choice(_FONT_SIZES)
     style = _TicketStyle(company, labels, rng.choice(_BAND_COLORS), rng.choice(_PAPER_COLORS), size)
@@ -164,7 +175,10 @@ def draw_ticket(fields: TicketFields, rng: random.Random) -> Image.Image:
 
 
 def _draw_background(height: int, style: _TicketStyle, rng: random.Random) -> Canvas:
-    """Draw paper with a numbered company band, and holes or a stripe at the bottom."""
+    """Draw the background of a ticket.
+
+    It has a band with the company and a ticket number, and holes or a stripe at the bottom.
+    """
     image = Image.new("RGB", (IMAGE_WIDTH, height), style.background)
     draw, canvas = ImageDraw.Draw(image), Canvas(image, style.background)
     draw.rectangle((0, 0, IMAGE_WIDTH, _BAND_HEIGHT - 1), style.band_color)
@@ -189,7 +203,10 @@ def _draw_background(height: int, style: _TicketStyle, rng: random.Random) -> Ca
 def _draw_two_rows(
     canvas: Canvas, fields: TicketFields, style: _TicketStyle, rng: random.Random
 ) -> None:
-    """Draw the cities side by side and the other fields below, with labels."""
+    """Draw a ticket with both cities side by side and other fields below.
+
+    Each field has a label.
+    """
     first = rng.random() < 0.5
     rest = (("seat", 114), ("price", 160)) if first else (("price", 114), ("seat", 176))
     _draw_labeled_fields(
@@ -201,9 +218,9 @@ def _draw_two_rows(
 def _draw_list(
     canvas: Canvas, fields: TicketFields, style: _TicketStyle, rng: random.Random
 ) -> None:
-    """Draw one line per field with labels on the left.
+    """Draw a ticket with one line per field and its label on the left.
 
-    The order of the last three is random.
+    The last three fields are in random order.
     """
     shuffled = rng.sample(TICKET_FIELDS[2:], 3)
     for line, name in enumerate((*TICKET_FIELDS[:2], *shuffled)):
@@ -215,7 +232,10 @@ def _draw_list(
 def _draw_route(
     canvas: Canvas, fields: TicketFields, style: _TicketStyle, rng: random.Random
 ) -> None:
-    """Draw large city names next to a line with two stops, without labels."""
+    """Draw a ticket with large city names next to a line with two stops.
+
+    The fields have no labels.
+    """
     draw = ImageDraw.Draw(canvas.image)
     draw.line((15, _BAND_HEIGHT + 14, 15, _BAND_HEIGHT + 38), style.band_color, 2)
     for y, name in ((_BAND_HEIGHT + 14, "from"), (_BAND_HEIGHT + 38, "to")):
@@ -234,7 +254,7 @@ _LAYOUTS: tuple[
     (_draw_list, 140),
     (_draw_route, 112),
 )
-"""Layouts and their heights in pixels."""
+"""Functions that draw a layout, with the image height of the layout in pixels."""
 
 
 def _draw_labeled_fields(
@@ -244,7 +264,7 @@ def _draw_labeled_fields(
     columns: Sequence[tuple[str, int]],
     top: int,
 ) -> None:
-    """Draw fields at their columns, each under its label."""
+    """Draw fields of a ticket side by side, each under its label."""
     for name, x in columns:
         _draw_text(canvas, style.labels[name], _LABEL_SIZE, x, top + 16, _LABEL_COLOR)
         _draw_text(canvas, fields[name], style.font_size, x, top + 35, _INK_COLOR)

@@ -1,4 +1,4 @@
-"""Vocabulary of synthetic texts: words, pseudowords, amounts, prices, dates and codes."""
+"""Random words, numbers, prices, dates and codes for synthetic texts."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ SIGN_TEXTS = _split_words(
     DO|NOT|ENTER PRIVATE|PROPERTY SPEED|LIMIT BEWARE|OF|DOG NEXT|STATION GATE|A GATE|B
     """
 )
-"""Texts of signs; the words of one are joined by bars."""
+"""Texts of signs, with `|` between the words of one text."""
 
 CHINESE_CHARACTERS = (
     "的一是不了人我在有他这中大来上个国到说们为子和你地出道也时年得就那要下以生会自着去之过家学对"
@@ -75,7 +75,7 @@ CHINESE_CHARACTERS = (
     "转量空甚众技轻程告江语英基派满式李息写呢识极令黄德收脸钱党倒未持取设始版双历越史商千片容研像"
     "找友孩站广改议形委早房音火际则首单据导影失拿网香似斯专石若兵弟谁校读志飞观争究包组造落视济喜"
 )
-"""Common Chinese characters, the most frequent first."""
+"""Common Chinese characters in order of decreasing frequency."""
 
 CHINESE_PHRASES = _split_words(
     "出口 入口 营业中 休息 请勿吸烟 小心地滑 停车场 洗手间 欢迎光临 谢谢惠顾 合计 总计 现金 找零 "
@@ -97,22 +97,22 @@ _CODAS = _split_words(
 BLOCKED_FRAGMENTS = _split_words(
     "ass coc cok cum cun dic dik fag fuc fuk hor kok nig pis rap sex shi slu tit"
 )
-"""Fragments excluded from pseudowords."""
+"""Offensive letter sequences that pseudowords must not contain."""
 
 _CODE_LETTERS = "ABCDEFGHJKLMNPQRTUVWXYZ"
 _CODE_DIGITS = "2346789"
 _CASE_AMBIGUOUS_LETTERS = frozenset("cosuvwxz")
-"""Letters whose upper and lower case differ only in size."""
+"""Letters whose upper and lower case differ in size only."""
 
 _MONTHS = _split_words("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec")
 _FIRST_DAY = datetime.date(1990, 1, 1)
 _NUM_DAYS = 18_000
 _AMBIGUOUS_CHARACTERS = frozenset("lI1|oO0-.,:/")
-"""Characters that look like another character, or like noise, in isolation."""
+"""Characters that, without context, look like another character or like noise."""
 
 
 def sample_word(rng: random.Random) -> str:
-    """Sample a word, a number or a code that is readable without context."""
+    """Sample a word, number or code whose characters are readable without context."""
     share = rng.random()
     if share < 0.34:
         text = _randomize_case(rng.choice(COMMON_WORDS), rng)
@@ -126,7 +126,10 @@ def sample_word(rng: random.Random) -> str:
 
 
 def sample_fragment(rng: random.Random) -> str:
-    """Sample one to four characters from the middle of a word, without ambiguous ones."""
+    """Sample one to four characters from the middle of a word.
+
+    Characters that are ambiguous without context are excluded.
+    """
     text = sample_word(rng)
     start, length = rng.randrange(len(text)), rng.randint(1, 4)
     fragment = text[start : start + length]
@@ -138,12 +141,15 @@ def sample_fragment(rng: random.Random) -> str:
 
 
 def has_readable_case(text: str) -> bool:
-    """Return whether upper and lower case are distinguishable without context."""
+    """Return whether the case of the letters of a text is recognizable without context."""
     return not text.isalpha() or not _CASE_AMBIGUOUS_LETTERS.issuperset(text.lower())
 
 
 def sample_pseudoword(rng: random.Random) -> str:
-    """Sample one to three lower-case syllables without blocked fragments."""
+    """Sample a pseudoword of one to three syllables in lower case.
+
+    Offensive letter sequences are excluded.
+    """
     while True:
         syllables = rng.choice((1, 2, 2, 2, 3, 3))
         text = "".join(rng.choice(_ONSETS) + rng.choice(_NUCLEI) for _ in range(syllables))
@@ -153,7 +159,10 @@ def sample_pseudoword(rng: random.Random) -> str:
 
 
 def sample_code(rng: random.Random) -> str:
-    """Sample capitals and digits without characters that many fonts draw identically."""
+    """Sample a code of capitals and digits.
+
+    Characters that many fonts draw identically are excluded.
+    """
     parts = [
         "".join(rng.choice(alphabet) for _ in range(rng.randint(1, 4)))
         for alphabet in rng.sample((_CODE_LETTERS, _CODE_DIGITS), 2)
@@ -166,8 +175,9 @@ def sample_integer(rng: random.Random) -> str:
 
 
 def sample_decimal(rng: random.Random) -> str:
-    """Sample a number with one or two decimals: with three, the point resembles a thousands
-    separator.
+    """Sample a decimal number with one or two decimals.
+
+    With three decimals, the point could be read as a thousands separator.
     """
     return f"{rng.uniform(0, 10 ** rng.randint(1, 3)):.{rng.randint(1, 2)}f}"
 
@@ -181,7 +191,7 @@ def sample_percentage(rng: random.Random) -> str:
 
 
 def sample_price(rng: random.Random) -> str:
-    """Sample an amount with two decimals after a dollar sign."""
+    """Sample a price in dollars, such as `$12.50`."""
     return f"${sample_cents(rng) / 100:.2f}"
 
 
@@ -225,7 +235,7 @@ NUMBER_SAMPLERS: tuple[Callable[[random.Random], str], ...] = (
 
 
 def sample_chinese(rng: random.Random) -> str:
-    """Sample a phrase, or one to five random characters."""
+    """Sample a Chinese phrase, or one to five random characters."""
     if rng.random() < 0.4:
         return rng.choice(CHINESE_PHRASES)
     return "".join(rng.choice(CHINESE_CHARACTERS) for _ in range(rng.randint(1, 5)))

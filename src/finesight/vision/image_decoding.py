@@ -1,4 +1,4 @@
-"""Image decoding: any supported format to upright RGB on a white background."""
+"""Decoding of image files to upright RGB images on a white background."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ _EXIF_TRANSPOSES = {
 _WHITE_RGBA = (255, 255, 255, 255)
 
 MAX_BAND_PIXELS = 1 << 20
-"""Number of pixels per band of conversions that need wide intermediate types."""
+"""Maximum number of pixels per horizontal band in conversions of wide pixel types.
+
+Conversion in bands limits the memory of 16-bit, 32-bit and floating-point intermediates.
+"""
 
 
 def load_image(

@@ -1,4 +1,4 @@
-"""Conversion of images to the patches of a vision encoder, as bytes."""
+"""Conversion of images to vision-encoder patches, stored as bytes before normalization."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ NUM_CHANNELS = 3
 
 @dataclass(frozen=True, slots=True)
 class PatchConfig:
-    """Patch size in pixels and frames; `merge_size` x `merge_size` patches become one token."""
+    """Patch sizes of a vision encoder.
+
+    Attributes:
+        patch_size: Height and width of a patch in pixels.
+        merge_size: Number of patches per side of a merge block, which becomes one token.
+        temporal_patch_size: Number of frames per patch.
+    """
 
     patch_size: int = 14
     merge_size: int = 2
@@ -29,16 +35,19 @@ class PatchConfig:
 
     @property
     def resize_factor(self) -> int:
-        """Factor that both sides of a resized image are multiples of."""
+        """Divisor of both sides of a resized image, in pixels."""
         return self.patch_size * self.merge_size
 
     @property
     def patch_dim(self) -> int:
-        """Number of values per patch (D)."""
+        """Number of values per patch, including all channels and frames."""
         return NUM_CHANNELS * self.temporal_patch_size * self.patch_size**2
 
     def compute_grid(self, size: ImageSize, num_frames: int = 1) -> GridTHW:
-        """Return the patch grid; an incomplete frame group is padded by repetition."""
+        """Return the patch grid of an image or video of the given size.
+
+        The last group of frames may be incomplete, because `patchify` repeats the last frame.
+        """
         height, width = size
         return (
             -(-num_frames // self.temporal_patch_size),
@@ -47,13 +56,13 @@ class PatchConfig:
         )
 
     def count_tokens(self, grid_thw: GridTHW) -> int:
-        """Return the number of placeholder tokens of a grid."""
+        """Return the number of placeholder tokens of an image or video with a patch grid."""
         t, h, w = grid_thw
         return t * h * w // self.merge_size**2
 
 
 def load_patch_config(folder: ModelFolder) -> PatchConfig:
-    """Load the patch sizes of a model.
+    """Load the patch sizes of a model folder.
 
     Raises:
         UserError: config.json and preprocessor_config.json disagree.
@@ -90,13 +99,21 @@ def load_patch_config(folder: ModelFolder) -> PatchConfig:
 def patchify(
     frames: Sequence[Image.Image], size: ImageSize, config: PatchConfig
 ) -> NDArray[np.uint8]:
-    """Resize RGB frames and split them into patches, uint8 [N, D].
+    """Resize RGB frames and split them into patches.
 
-    Patch order (as in the reference processor): time, rows and columns of merge blocks, rows and
-    columns within a block. Value order within a patch: channel, frame, row, column. Incomplete
-    frame groups repeat the last frame. Patches of a single image store one frame;
-    `repeat_still_frames` repeats it. Resizing is one bicubic step of Pillow from the original
-    size.
+    Patches are ordered by time, rows and columns of merge blocks, and rows and columns within a
+    block. The values of a patch are ordered by channel, frame, row and column. Both orders are
+    those of the reference processor. Each frame is resized in one bicubic step of Pillow from the
+    original size. An incomplete group of frames is padded with the last frame.
+
+    Args:
+        frames: One image, or the frames of a video.
+        size: Height and width after resizing.
+        config: Patch sizes.
+
+    Returns:
+        Patches, uint8 [N, D]. Those of a single image store one frame; `repeat_still_frames` adds
+        the others.
     """
     t, h, w = config.compute_grid(size, len(frames))
     p, m = config.patch_size, config.merge_size
@@ -113,7 +130,10 @@ def patchify(
 
 
 def repeat_still_frames(patches_ND: NDArray[np.uint8], patch_dim: int) -> NDArray[np.uint8]:
-    """Repeat single-frame patches to `patch_dim` values."""
+    """Expand patches that store one frame to `patch_dim` values by repeating the frame.
+
+    Patches of that dimension are returned unchanged.
+    """
     num_patches, current_dim = patches_ND.shape
     if current_dim == patch_dim:
         return patches_ND
@@ -122,7 +142,10 @@ def repeat_still_frames(patches_ND: NDArray[np.uint8], patch_dim: int) -> NDArra
 
 
 def first_frame(patches_ND: NDArray[np.uint8], patch: int) -> NDArray[np.uint8]:
-    """Return the first frame of each patch; inverse of `repeat_still_frames`."""
+    """Return the first frame of each patch.
+
+    This is the inverse of `repeat_still_frames`. The argument `patch` is the patch size in pixels.
+    """
     number, width = patches_ND.shape
     values_per_frame = NUM_CHANNELS * patch**2
     if width == values_per_frame:
@@ -132,7 +155,10 @@ def first_frame(patches_ND: NDArray[np.uint8], patch: int) -> NDArray[np.uint8]:
 
 
 def concat_shape(patches: Sequence[NDArray[np.uint8]]) -> tuple[int, int]:
-    """Return the shape [N, D] of concatenated patches: single-frame if all are."""
+    """Return the shape [N, D] of the result of `concat_patches`.
+
+    Patches store a single frame if those of all images and videos do.
+    """
     patch_dims = (array.shape[1] for array in patches if len(array))
     return sum(map(len, patches)), max(patch_dims, default=patches[0].shape[1])
 
@@ -140,10 +166,13 @@ def concat_shape(patches: Sequence[NDArray[np.uint8]]) -> tuple[int, int]:
 def concat_patches(
     patches: Sequence[NDArray[np.uint8]], out: NDArray[np.uint8] | None = None
 ) -> NDArray[np.uint8]:
-    """Concatenate patches with a common patch dimension.
+    """Concatenate the patches of several images and videos.
+
+    If any patches store several frames, single frames of the others are repeated.
 
     Args:
-        out: Output array of shape `concat_shape(patches)`.
+        patches: Patches of each image or video, uint8 [N, D].
+        out: Output array of shape `concat_shape(patches)`; allocated if None.
     """
     if len(patches) == 1 and out is None:
         return patches[0]
@@ -154,7 +183,10 @@ def concat_patches(
 def unpatchify(
     patches_ND: NDArray[np.uint8], grid_thw: GridTHW, config: PatchConfig
 ) -> list[Image.Image]:
-    """Reconstruct the resized frames of `patchify`, including repeated frames."""
+    """Reconstruct the resized frames from the patches that `patchify` returned.
+
+    Frames that were repeated to complete a group are included.
+    """
     t, h, w = grid_thw
     p, m = config.patch_size, config.merge_size
     temporal_size = patches_ND.shape[1] // (NUM_CHANNELS * p * p)
@@ -165,7 +197,10 @@ def unpatchify(
 
 
 def _to_channel_planes(frame: Image.Image, size: ImageSize) -> NDArray[np.uint8]:
-    """Resize a frame to contiguous planes [C, H, W], so that patch rows are contiguous."""
+    """Resize a frame and convert it to a contiguous array [C, H, W].
+
+    The rows of a patch are then contiguous in memory.
+    """
     assert frame.mode == "RGB", f"frame has mode {frame.mode}, not RGB"
     height, width = size
     if frame.size != (width, height):

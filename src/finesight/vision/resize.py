@@ -1,4 +1,4 @@
-"""Image resizing rules of model families and recipes."""
+"""Computation of the size to which images are resized for a model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ MAX_ASPECT_RATIO = 200
 
 
 def get_default_image_rule(preprocessor: Mapping[str, Any]) -> PixelRange:
-    """Return the rule of the model's preprocessor."""
+    """Return the range of pixel counts in the preprocessor config of a model."""
     return PixelRange(min_pixels=preprocessor["min_pixels"], max_pixels=preprocessor["max_pixels"])
 
 
 def resolve_image_rule(preprocessor: Mapping[str, Any], requested: ImageRule | None) -> ImageRule:
-    """Return the rule of the recipe, or the default of the model.
+    """Return the image rule of the recipe, or the default of the model.
 
     Raises:
         UserError: The model supports one fixed image size and the recipe requests another.
@@ -80,9 +80,10 @@ def _round_to_factor(side: float, factor: int) -> int:
 
 
 def _smart_resize(original_size: ImageSize, rule: PixelRange, factor: int) -> ImageSize:
-    """Scale the area into the pixel range: round down to the maximum, up to the minimum.
+    """Scale an image size into a range of pixel counts, rounded to multiples of `factor`.
 
-    As in the reference preprocessor, sides are rounded before the area is compared.
+    Sides are rounded down to meet the maximum and up to meet the minimum. As in the reference
+    preprocessor, they are rounded before the pixel count is compared.
     """
     height, width = original_size
     rounded = round(height / factor) * factor, round(width / factor) * factor

@@ -1,4 +1,4 @@
-"""Videos as sequences of frame images."""
+"""Reading of videos that are stored as sequences of frame images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from finesight.vision.resize import ImageSize
 
 
 def get_frame_size(files: Sequence[Path]) -> ImageSize:
-    """Return the common height and width of all frames, from their headers.
+    """Return the common height and width of all frames of a video.
+
+    Only image headers are read.
 
     Raises:
         CorruptImageError: A frame cannot be used, or the frame sizes differ.
@@ -38,8 +40,9 @@ def get_frame_size(files: Sequence[Path]) -> ImageSize:
 def patchify_video(
     files: Sequence[Path], size: ImageSize, config: PatchConfig
 ) -> NDArray[np.uint8]:
-    """Resize frames and split them into patches, uint8 [N, D], in groups along time.
+    """Resize the frames of a video and split them into patches, uint8 [N, D].
 
-    The last frame is repeated if the number of frames is odd, as in the reference video processor.
+    Each patch spans several frames. As in the reference video processor, the last frame is repeated
+    if the last group of frames is incomplete.
     """
     return patchify([load_image(file) for file in files], size, config)

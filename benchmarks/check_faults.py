@@ -1,4 +1,4 @@
-"""Measure detection rate and false alarms of `data check` for faults in single samples.
+"""Measure detection rate and false alarms of `data check` for injected faults.
 
     python benchmarks/check_faults.py DATA [--count 20] [--seed 0] [--out FILE]
 

@@ -88,7 +88,7 @@ def test_documentation_page_output_is_correct(page, monkeypatch):
     monkeypatch.chdir(work)
     with pytest.raises(UserError) as caught:
         api.train("recipe.yaml", {"train.stesp": 10})
-    assert PRINTED[2] == f"{caught.value.where}: {caught.value.remedy}\n"
+    assert PRINTED[-1] == f"{caught.value.where}: {caught.value.remedy}\n"
 
 
 def test_documentation_blocks_are_short():

@@ -122,7 +122,7 @@ def test_help_names_every_format() -> None:
         (["--rows", "a:b"], "--rows"),
         (["--format", "csv"], "--format"),
         (["--map", "image=image", "--box-task", "grounding"], "--box-task"),
-        (["--map", "image=image", "--train-fraction", "2"], "--train-fraction"),
+        (["--map", "image=image", "--train-fraction", "2"], "train_fraction"),
     ],
 )
 def test_invalid_options_are_rejected(

@@ -325,15 +325,15 @@ def captured_text(question: str) -> list[dict[str, str]]:
         (ImportOptions(format="samples", box_format="xywh"), "--box-format or --box-units"),
         (
             ImportOptions(columns={"image": "image"}, prompt="?", train_fraction=1.0),
-            "--train-fraction",
+            "train_fraction",
         ),
         (
             ImportOptions(columns={"image": "image"}, prompt="?", train_fraction=0.5, eval_last=1),
-            "--train-fraction, --eval-last",
+            "train_fraction, eval_last",
         ),
         (
             ImportOptions(columns={"image": "image", "answer": "answer"}, prompt="?", eval_last=9),
-            "--eval-last 9",
+            "eval_last=9",
         ),
     ],
 )

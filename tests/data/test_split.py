@@ -24,7 +24,7 @@ def test_all_rows_may_be_eval_rows() -> None:
 
 
 def test_too_many_eval_rows() -> None:
-    with pytest.raises(UserError, match="--eval-last 3: there are 2 rows"):
+    with pytest.raises(UserError, match="eval_last=3: there are 2 rows"):
         split_last_rows(keys("a", "b"), 3)
     with pytest.raises(UserError, match="each of the other 1 rows"):
         split_last_rows(keys("a", "a"), 1)

@@ -63,7 +63,7 @@ def export(
     ] = "auto",
     as_json: AsJsonOption = False,
 ) -> None:
-    """Upload a model to a hub, convert it to GGUF, or print serving commands.
+    """Export a merged model: print vLLM and SGLang commands, upload to a hub, or write GGUF.
 
     Without OUT: print the commands that serve MODEL with vLLM and SGLang at the image size of the
     training.
@@ -74,7 +74,13 @@ def export(
     OUT is a folder: run the converter of llama.cpp, which writes model.gguf (language model) and
     mmproj.gguf (vision encoder and merger).
 
-    Example: finesight export models/latex hf:me/latex --yes
+    Examples:
+
+    finesight export models/latex
+
+    finesight export models/latex hf:me/latex --yes
+
+    finesight export models/latex gguf/latex --converter llama.cpp/convert_hf_to_gguf.py
     """
     from finesight.hub.address import is_hub_address
     from finesight.infer.model_loader import resolve_model_source

@@ -227,14 +227,14 @@ def _check_options(options: ImportOptions) -> None:
     if options.train_fraction is not None and options.eval_last is not None:
         raise UserError(
             f"both are set: {options.train_fraction:g} and {options.eval_last}",
-            where="--train-fraction, --eval-last",
+            where="train_fraction, eval_last",
             expected="one of the two options",
             remedy="remove one of the two",
         )
     if options.train_fraction is not None and not 0 < options.train_fraction < 1:
         raise UserError(
             f"{options.train_fraction:g} is out of range",
-            where="--train-fraction",
+            where="train_fraction",
             expected="the fraction of training rows, between 0 and 1 (exclusive)",
             remedy="for example 0.9",
         )

@@ -502,7 +502,7 @@ def _split_rows(rows: list[RowExamples], options: ImportOptions) -> list[_Output
             raise UserError(
                 f"{part.name} would contain no samples: its {len(part.rows)} rows have no"
                 " training content",
-                where="--train-fraction" if options.eval_last is None else "--eval-last",
+                where="train_fraction" if options.eval_last is None else "eval_last",
                 expected="rows with answers in both files",
                 remedy="choose another fraction or number of rows",
             )

@@ -27,7 +27,7 @@ def split_last_rows(rows: Sequence[ImageKeys], num_eval_rows: int) -> tuple[list
     if num_other_rows < 0:
         raise UserError(
             f"there are {len(rows)} rows",
-            where=f"--eval-last {num_eval_rows}",
+            where=f"eval_last={num_eval_rows}",
             expected=f"at most {len(rows)}",
             remedy="use fewer rows for validation",
         )
@@ -37,9 +37,9 @@ def split_last_rows(rows: Sequence[ImageKeys], num_eval_rows: int) -> tuple[list
         raise UserError(
             f"each of the other {num_other_rows} rows shares an image with the last"
             f" {num_eval_rows}",
-            where=f"--eval-last {num_eval_rows}",
+            where=f"eval_last={num_eval_rows}",
             expected="training rows with other images",
-            remedy="use another number of rows, or --train-fraction",
+            remedy="use another number of rows, or train_fraction",
         )
     return train, list(range(num_other_rows, len(rows)))
 
@@ -72,7 +72,7 @@ def split_by_image(
     if not eval_rows or len(eval_rows) == len(rows):
         raise UserError(
             f"{len(rows)} rows in {len(groups)} groups without shared images",
-            where=f"--train-fraction {train_fraction:g}",
+            where=f"train_fraction={train_fraction:g}",
             expected=f"enough groups for training and {num_eval_rows} validation rows",
             remedy="import more rows, or choose another fraction",
         )

@@ -1,4 +1,4 @@
-"""Check the end of a run, and that its files permit inference and resuming."""
+"""Checks of why a run ended, and whether its files allow inference and resuming."""
 
 from __future__ import annotations
 

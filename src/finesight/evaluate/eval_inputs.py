@@ -69,7 +69,7 @@ def load_eval_inputs(
 
 
 def _build_missing_error(setting: str, expected: str, run_or_model: str) -> UserError:
-    """Build the error of a missing metric or missing data."""
+    """Create the UserError for an evaluation without a metric or data."""
     is_run = (Path(run_or_model) / RECIPE_FILE).is_file()
     return UserError(
         f"not set, and {run_or_model} "

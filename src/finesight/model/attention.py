@@ -183,7 +183,10 @@ class SharedPrefixAttention(PackedAttention):
 
     @property
     def context_lengths_T(self) -> Tensor:
-        """Unavailable, since a prefix token belongs to several sequences."""
+        """Raise AssertionError: context lengths are undefined with a shared prefix.
+
+        A token of the shared prefix belongs to several sequences.
+        """
         raise AssertionError("prefix tokens belong to several sequences and have no context length")
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:

@@ -440,9 +440,10 @@ class FusedLayerMemory:
         )
 
     def backward_workspace(self, shape: LayerInputShape) -> int:
-        """Return the peak of the backward pass minus saved bytes freed by then.
+        """Return the additional peak memory of the backward pass in bytes.
 
-        Includes the gradients of the layer output and of the weights.
+        The backward pass frees saved activations while it allocates gradients of the layer output
+        and of the weights. The result is the maximum of allocated minus freed bytes.
         """
         if not self.has_output_grad:
             return 0

@@ -75,7 +75,7 @@ class LiveReportState:
     )
 
     def get_examples(self, run_record: RunRecord, max_examples: int) -> tuple[ExampleSet, JsonData]:
-        """Return the examples of a run and their page data, from the cache if possible."""
+        """Return the examples of a run and their HTML data; reuse them if no file changed."""
         file_versions = [
             (str(path), path.stat().st_mtime_ns) for path in run_record.predictions_files
         ]

@@ -38,7 +38,10 @@ class Tracker(ABC):
 
     @abstractmethod
     def send_alert(self, record: AlertRecord) -> None:
-        """Send an alert to the user, or log it if the package has none."""
+        """Send an alert through the tracker.
+
+        Trackers without an alert function log the text instead.
+        """
 
     @abstractmethod
     def finish_run(self, record: FinishRecord) -> None:

@@ -133,7 +133,7 @@ class GradientAccumulator:
         return sum_
 
     def use_flat_buffer(self) -> None:
-        """Store the fp32 sums in one flat tensor, even for a single micro-batch.
+        """Store the fp32 gradient sums in one flat tensor, even for one micro-batch.
 
         `flat_gradient` and `all_reduce` require it.
         """

@@ -151,7 +151,7 @@ class OnlineQuantizedMatrix(QuantizedMatrix):
 
     @torch.no_grad()
     def quantize(self, values_OI: Tensor) -> None:
-        """Quantize a dense matrix [O, I] on the device of the codes."""
+        """Quantize a dense matrix [O, I] on the device of the quantized weights."""
         self._check_shape(values_OI)
         for rows in self._row_chunks():
             self.quantize_rows(rows, values_OI[rows].to(self.device).float())

@@ -87,9 +87,12 @@ class Int4Matrix(Packed4BitMatrix):
 
     @torch.no_grad()
     def load_tensor(self, name: str, values: Tensor) -> None:
-        """Load one of AutoGPTQ's four tensors; the last one completes the matrix.
+        """Load one of AutoGPTQ's tensors: `qweight`, `qzeros`, `scales` or `g_idx`.
 
-        Raises UserError if the groups in `g_idx` contradict the group size of the config.
+        The matrix is assembled when all four tensors are loaded.
+
+        Raises:
+            UserError: The groups in `g_idx` contradict the group size of the config.
         """
         self._loaded[name] = values.to(self.device)
         if len(self._loaded) == len(self.tensor_specs()):
@@ -203,7 +206,7 @@ class RtnInt4Matrix(Int4Matrix):
 
     @torch.no_grad()
     def quantize(self, values_OI: Tensor) -> None:
-        """Quantize a dense matrix [O, I] on the device of the codes."""
+        """Quantize a dense matrix [O, I] on the device of the quantized weights."""
         self._check_shape(values_OI)
         self.permutation_I.copy_(torch.arange(self.in_features))
         rows_per_chunk = max(1, CHUNK_ELEMENTS // self.in_features)

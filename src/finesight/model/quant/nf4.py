@@ -105,7 +105,7 @@ class Nf4Matrix(Packed4BitMatrix):
 
     @torch.no_grad()
     def quantize(self, values_OI: Tensor) -> None:
-        """Quantize a dense matrix [O, I] on the device of the codes."""
+        """Quantize a dense matrix [O, I] on the device of the quantized weights."""
         self._check_shape(values_OI)
         functional = _import_bitsandbytes().functional
         # Create it now: during a CUDA graph capture it would be allocated in the memory pool of the

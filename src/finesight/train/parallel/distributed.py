@@ -131,7 +131,7 @@ class RankMonitor:
         )
 
     def all_gather(self, value: str, timeout: timedelta) -> list[bytes]:
-        """Exchange a string with every rank.
+        """Gather a string from all ranks on every rank (all-gather).
 
         Returns:
             The strings in rank order, encoded in UTF-8.

@@ -74,13 +74,9 @@ def export(
     OUT is a folder: run the converter of llama.cpp, which writes model.gguf (language model) and
     mmproj.gguf (vision encoder and merger).
 
-    Examples:
+    Example: finesight export models/latex hf:me/latex --yes
 
-    finesight export models/latex
-
-    finesight export models/latex hf:me/latex --yes
-
-    finesight export models/latex gguf/latex --converter llama.cpp/convert_hf_to_gguf.py
+    GGUF: finesight export models/latex gguf/latex --converter llama.cpp/convert_hf_to_gguf.py
     """
     from finesight.hub.address import is_hub_address
     from finesight.infer.model_loader import resolve_model_source

@@ -19,7 +19,7 @@ from finesight.evaluate.predictions_file import format_prediction_line
 from finesight.evaluate.proportions import ConfidenceInterval
 from finesight.evaluate.task_metrics import check_references, compute_metrics, get_primary_metric
 from finesight.infer.prediction import Prediction, predict
-from finesight.model.auto_model import AnyModel
+from finesight.model.hf_backend import AnyModel
 from finesight.storage import write_file
 
 MAX_LISTED_DETAILS = 10

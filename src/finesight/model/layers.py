@@ -373,4 +373,5 @@ def _is_tma_aligned(x: Tensor) -> bool:
 @lru_cache
 def _is_hopper(device: torch.device) -> bool:
     """Return True for Hopper GPUs; the fused kernel is untested on newer tensor cores."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) == (9, 0)

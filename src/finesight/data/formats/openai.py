@@ -9,8 +9,8 @@ resolution used by the OpenAI service, is ignored. Adjacent messages of the same
 guide, are merged into one turn.
 
 An image may also be a part of type `image` with its path under `image`, `url` or `path`, or without
-a path, which stands for the next of the `images` of the record, as in TRL. See `conversation_rows` for
-boxes in answers.
+a path, which stands for the next of the `images` of the record, as in TRL. See `conversation_rows`
+for boxes in answers.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from finesight.check.data_checker import check_sources
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import TrainingInterrupted, UserError
-from finesight.evaluate.predictions_file import read_predictions
+from finesight.evaluate.metric_difference import read_predictions
 from finesight.infer.model_loader import select_cpu_precision
 from finesight.model_folder import TINY_MODEL
 from finesight.recipe import load_recipe

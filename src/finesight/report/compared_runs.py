@@ -12,8 +12,7 @@ from typing import Any
 from finesight.errors import UserError, suggest_similar_path
 from finesight.evaluate import custom_metric
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.metric_difference import index_by_sample
-from finesight.evaluate.predictions_file import ScoredPrediction, read_predictions
+from finesight.evaluate.metric_difference import ScoredPrediction, index_by_sample, read_predictions
 from finesight.evaluate.task_metrics import TASK_METRICS
 from finesight.report.i18n import translate
 from finesight.report.metrics import read_metrics

@@ -365,8 +365,7 @@ def check_data(
     Raises:
         UserError: A file is unreadable.
     """
-    from finesight.check.check_inputs import inputs_from_files
-    from finesight.check.data_checker import check_sources
+    from finesight.check.data_checker import check_sources, inputs_from_files
     from finesight.data.import_source import ImportOptions
 
     return check_sources(inputs_from_files(to_paths(data), to_paths(validation), ImportOptions()))

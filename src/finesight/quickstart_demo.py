@@ -18,9 +18,8 @@ from typing import Any
 
 from rich.console import Console
 
-from finesight.check.check_inputs import inputs_from_recipe
-from finesight.check.check_summary import format_summary
-from finesight.check.data_checker import check_sources
+from finesight.check.check_issues import format_summary
+from finesight.check.data_checker import check_sources, inputs_from_recipe
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import TrainingInterrupted, UserError

@@ -164,7 +164,7 @@ def _run_check(
     """
     from finesight.check.check_issues import exit_code, format_summary, summary_to_dict
     from finesight.check.data_checker import DataChecker
-    from finesight.report.check_page import render_check_page
+    from finesight.report.data_pages import render_check_page
     from finesight.report.html import raise_if_not_generated, write_page
     from finesight.report.i18n import detect_language, use_language
     from finesight.storage import write_folder

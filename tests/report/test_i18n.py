@@ -53,7 +53,7 @@ def test_every_page_text_is_translated() -> None:
 
 
 def test_translation_table_has_no_unused_text() -> None:
-    modules = ("bootstrap", "metric_difference", "detection_metrics")
+    modules = ("bootstrap", "metric_difference", "box_metrics")
     notes = (f"evaluate/{name}.py" for name in modules)
     names = ("check/check_issues.py", "cli/data_show.py", *notes)
     extra = [SOURCES.parent / name for name in names]

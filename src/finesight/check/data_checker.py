@@ -30,17 +30,18 @@ from finesight.check.dataset_fixer import DatasetFixer
 from finesight.check.dataset_issues import ConsistencyChecker, LeakageDetector
 from finesight.check.image_catalog import ImageCatalog, open_executor
 from finesight.check.sample_issues import filter_known_tokens, find_sample_issues, iter_media_paths
+from finesight.data.corpus import PACKED_SUFFIXES, is_glob
 from finesight.data.import_source import (
     ImportOptions,
     UnvalidatedRow,
     UnvalidatedSource,
+    is_sample_source,
     open_unvalidated,
+    open_unvalidated_samples,
 )
 from finesight.data.jsonl import LocatedSample
+from finesight.data.row_reader import is_tar_file, is_webdataset
 from finesight.data.sample import Sample
-from finesight.data.sharded_samples import PACKED_SUFFIXES, is_glob
-from finesight.data.unvalidated_samples import is_sample_source, open_unvalidated_samples
-from finesight.data.webdataset import is_tar_file, is_webdataset
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.encode.tiktoken_tokenizer import load_tokenizer
 from finesight.errors import UserError

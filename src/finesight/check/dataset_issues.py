@@ -15,7 +15,7 @@ from finesight.check.image_catalog import ImageCatalog
 from finesight.check.near_duplicates import has_contrast
 from finesight.check.sample_issues import iter_media_paths
 from finesight.data.boxes import Box, iou
-from finesight.data.import_example import join_text
+from finesight.data.formats.dataset_format import join_text
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, list_media_paths
 
 MAX_SHORT_ANSWER = 40

@@ -20,7 +20,6 @@ from typing import ParamSpec, TypeVar
 
 from finesight.check.near_duplicates import NearDuplicateIndex, compute_thumbnail, is_same_image
 from finesight.child_processes import exit_with_parent
-from finesight.data.container_paths import sha256_content, split_container_path
 from finesight.data.image_header import (
     TRANSPOSED_ORIENTATIONS,
     CorruptImageError,
@@ -29,6 +28,8 @@ from finesight.data.image_header import (
     TruncatedImageError,
     open_image_header,
     read_exif_orientation,
+    sha256_content,
+    split_container_path,
 )
 from finesight.errors import UserError
 from finesight.host_memory import num_allowed_cpus

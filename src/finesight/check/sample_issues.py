@@ -13,13 +13,14 @@ from finesight.data.boxes import MAX_OVERHANG_PX, Box
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
+    InvalidTurnsError,
     Message,
     Sample,
     TextPart,
     VideoPart,
     list_media_paths,
+    validate_roles,
 )
-from finesight.data.sample_validation import InvalidTurnsError, validate_roles
 
 MIN_BOX_SIDE = 2.0
 """Side length in pixels below which a box is reported as tiny."""

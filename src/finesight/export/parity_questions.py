@@ -45,8 +45,8 @@ def draw_questions(folder: Path, num_questions: int) -> list[LocatedSample]:
     """Save generated images of shapes in a folder, and return one question about each."""
     questions = []
     for index in range(num_questions):
-        rng = random.Random(f"{IMAGE_SEED} {index}")
-        compose_scene(rng, crowded=index % 2 == 1).image.save(folder / f"{index}.png")
+        rng = random.Random(f"scene {IMAGE_SEED} {index}")
+        compose_scene(rng, crowded=False).image.save(folder / f"{index}.png")
         parts = (ImagePart(image=f"{index}.png"), TextPart(text="Describe this image."))
         sample = Sample(
             id=f"generated {index}", messages=(Message(role="user", content=parts),), meta={}

@@ -83,7 +83,7 @@ def _rowwise_gemv_kernel(
 def rowwise_gemv(
     x_RI: Tensor, codes_OI: Tensor, scales_O: Tensor, bias: Tensor | None, tiling: MatmulTiling
 ) -> Tensor:
-    """Compute x W^T + bias [R, O] with an 8-bit matrix of `model.quant.rowwise_quant`.
+    """Compute x W^T + bias [R, O] with an 8-bit matrix of `model.quant.int8`.
 
     The number of inputs must be divisible by 16.
     """

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finesight.encode.context_shard import ContextShard
+from finesight.encode.packing import compute_cu_seqlens
 from finesight.model.cpu_attention import (
     MAX_CPU_SEQLEN,
     LengthBuckets,
@@ -90,8 +91,8 @@ class Segments:
     def from_lengths(cls, lengths: Iterable[int], device: torch.device) -> Segments:
         """Build segments from their lengths and copy `cu_seqlens` to `device`."""
         lengths = tuple(lengths)
-        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        return cls(lengths, copy_to_device(cu_seqlens, device), max(lengths))
+        cu_seqlens = copy_to_device(compute_cu_seqlens(lengths), device)
+        return cls(lengths, cu_seqlens, max(lengths))
 
     @cached_property
     def context_lengths_T(self) -> Tensor:

@@ -329,7 +329,7 @@ class FusedGelu:
 
     def apply_linear(self, linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> Tensor:
         """Apply a linear layer and the GELU, [N, D] to [N, F]."""
-        operands = _kernel_operands(linear, x_ND)
+        operands = gemm_gelu_operands(linear, x_ND)
         if operands is None:
             return self.eager(single_output(linear(x_ND)))
         return gemm_gelu_kernels.gemm_gelu(
@@ -344,7 +344,7 @@ _TANH_SCALE = 2 * math.sqrt(2 / math.pi)
 TANH_GELU = FusedGelu(_TANH_SCALE, _TANH_SCALE * 0.044715, partial(F.gelu, approximate="tanh"))
 
 
-def _kernel_operands(linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> tuple[Tensor, Tensor] | None:
+def gemm_gelu_operands(linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> tuple[Tensor, Tensor] | None:
     """Return the operands of the fused kernel, or None if it cannot be used.
 
     The kernel requires 16-bit dense rows and weight without gradients or an adapter, a Hopper GPU
@@ -358,7 +358,7 @@ def _kernel_operands(linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> tuple[Tenso
     tma_aligned = _is_tma_aligned(x_ND) and _is_tma_aligned(w_FD) and len(w_FD) % ALIGNMENT == 0
     if (
         tma_aligned
-        and _is_hopper(x_ND.device)
+        and is_hopper(x_ND.device)
         and gemm_gelu_kernels.saturates_device(len(x_ND), len(w_FD), x_ND.device)
     ):
         return x_ND, w_FD
@@ -371,7 +371,7 @@ def _is_tma_aligned(x: Tensor) -> bool:
 
 
 @lru_cache
-def _is_hopper(device: torch.device) -> bool:
+def is_hopper(device: torch.device) -> bool:
     """Return True for Hopper GPUs; the fused kernel is untested on newer tensor cores."""
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     return is_nvidia and torch.cuda.get_device_capability(device) == (9, 0)

@@ -65,19 +65,23 @@ class TensorHeader:
         return self.native_name.rpartition(".")[0]
 
 
-def read_header(file: Path, to_native_name: Callable[[str], str] = str) -> list[TensorHeader]:
-    """Read the header entries of a safetensors file.
+def read_headers(
+    files: Sequence[Path], to_native_name: Callable[[str], str] = str
+) -> list[TensorHeader]:
+    """Read the header entries of safetensors files.
 
     `to_native_name` maps published tensor names to native names.
     """
-    with open_safetensors(file) as file_handle:
-        pieces = {name: file_handle.get_slice(name) for name in file_handle.keys()}  # noqa: SIM118
-        return [
-            TensorHeader(
-                file, name, to_native_name(name), tuple(piece.get_shape()), piece.get_dtype()
-            )
-            for name, piece in pieces.items()
-        ]
+    headers = []
+    for file in files:
+        with open_safetensors(file) as file_handle:
+            for name in file_handle.keys():  # noqa: SIM118
+                piece = file_handle.get_slice(name)
+                shape = tuple(piece.get_shape())
+                headers.append(
+                    TensorHeader(file, name, to_native_name(name), shape, piece.get_dtype())
+                )
+    return headers
 
 
 def tensor_error(names: list[str], problem: str, expected: str, where: Path) -> UserError:
@@ -166,9 +170,24 @@ def _check_quantizable(
     if parts and bit_format == "nf4":
         import_bitsandbytes(where)
     if "embeddings" in parts and model.lm_head is None:
-        raise _tied_embeddings_error(folder)
+        raise UserError(
+            "embeddings are in nf4, but the head of this model is tied to the embedding table, "
+            "which is not quantized",
+            where="tune.quantize.nf4",
+            expected="embeddings only for a model with a head of its own (tie_word_embeddings "
+            "false)",
+            remedy=f"leave embeddings out of nf4 for {folder.name}",
+        )
     if "language" in parts and model.config.decoder.moe is not None:
-        raise _moe_error(folder, bit_format, where)
+        is_option = where == "--weight-format"
+        excluded = f"{where} {bit_format} out" if is_option else f"language out of {bit_format}"
+        raise UserError(
+            f"language is in {bit_format}, but this model has experts, which remain in 16 bits "
+            "and hold nearly all of its parameters",
+            where=where,
+            expected="language only for a model without experts",
+            remedy=f"leave {excluded} for {folder.name}",
+        )
 
 
 def _select_linears(model: nn.Module, parts: Collection[ModelPart]) -> list[FusedLinear]:
@@ -190,31 +209,6 @@ def count_unquantized_layers(model: nn.Module, fp8_parts: Collection[ModelPart])
     """Count the linear layers of `fp8_parts` whose sizes do not support FP8 matmuls."""
     linears = _select_linears(model, fp8_parts)
     return sum(len(linear.output_sizes) for linear in linears if not supports_fp8_matmul(linear))
-
-
-def _tied_embeddings_error(folder: Path) -> UserError:
-    return UserError(
-        "embeddings are in nf4, but the head of this model is tied to the embedding table, which "
-        "is not quantized",
-        where="tune.quantize.nf4",
-        expected="embeddings only for a model with a head of its own (tie_word_embeddings false)",
-        remedy=f"leave embeddings out of nf4 for {folder.name}",
-    )
-
-
-def _moe_error(folder: Path, weight_format: str, where: str) -> UserError:
-    excluded = (
-        f"{where} {weight_format} out"
-        if where == "--weight-format"
-        else f"language out of {weight_format}"
-    )
-    return UserError(
-        f"language is in {weight_format}, but this model has experts, which remain in 16 bits and "
-        "hold nearly all of its parameters",
-        where=where,
-        expected="language only for a model without experts",
-        remedy=f"leave {excluded} for {folder.name}",
-    )
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -371,8 +365,7 @@ def load_model(
             verify_folder(written_folder)
     model = build_model(hf_config, preprocessor, dtype, torch.device("meta"))
     quantize_model_parts(model, nf4_parts, fp8_parts, weight_format, folder.path)
-    to_native_name = model.architecture.to_native_name
-    headers = [tensor for file in files for tensor in read_header(file, to_native_name)]
+    headers = read_headers(files, model.architecture.to_native_name)
     if group_size is not None:
         layers = {t.layer_name for t in headers if t.native_name.endswith(_QWEIGHT_SUFFIX)}
         quantize_gptq_layers(model, layers, group_size, str(folder.path))
@@ -437,7 +430,7 @@ def stored_precision(folder: ModelFolder) -> str:
     Quantized layers are ignored. Raises UserError for unsupported dtypes.
     """
     is_quantized = gptq_group_size(folder) is not None
-    tensors = [tensor for file in folder.weight_files() for tensor in read_header(file)]
+    tensors = read_headers(folder.weight_files())
     packed_layers = {
         t.layer_name for t in tensors if is_quantized and t.native_name.endswith(_QWEIGHT_SUFFIX)
     }
@@ -508,7 +501,10 @@ def save_model(
     num_adapters = sum(linear.adapter is not None for linear in linears)
     assert num_adapters == 0, f"{num_adapters} linear layers still have an adapter"
     tensors = list(hub_tensors(model))
-    source_headers = _read_source_headers(folder, model) if find_quantized_weights(model) else {}
+    source_headers: dict[str, TensorHeader] = {}
+    if find_quantized_weights(model):
+        headers = read_headers(folder.weight_files(), model.architecture.to_native_name)
+        source_headers = {header.native_name: header for header in headers}
     dtypes = {t.name: _stored_dtype(t, dtype, source_headers) for t in tensors}
     shards = _split_shards(tensors, dtypes, max_shard_bytes)
     dropped_keys = (
@@ -549,17 +545,6 @@ def _split_shards(
         shards[-1].append(tensor)
         size += num_bytes
     return shards
-
-
-def _read_source_headers(
-    folder: ModelFolder, model: VisionLanguageModel
-) -> dict[str, TensorHeader]:
-    to_native_name = model.architecture.to_native_name
-    return {
-        t.native_name: t
-        for file in folder.weight_files()
-        for t in read_header(file, to_native_name)
-    }
 
 
 def _stored_dtype(

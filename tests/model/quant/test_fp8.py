@@ -243,14 +243,14 @@ def test_transposed_weight_is_created_by_first_backward() -> None:
     weight, x_TI = get_fp8_weight(group), random_rows((5, INPUTS))
     total = sum(WIDTHS.values())
     linear_concat(x_TI, weight, None)
-    assert weight._backward_codes is None
+    assert weight.backward_codes is None
     assert sum(buffer.nbytes for buffer in weight.buffers()) == total * INPUTS + 4 * total
     assert len({buffer.untyped_storage().data_ptr() for buffer in weight.buffers()}) == 2
     back_TI = linear_concat_backward(random_values((5, total)), weight)
-    assert weight._backward_codes is not None
-    assert weight._backward_codes.codes.nbytes == total * INPUTS
+    assert weight.backward_codes is not None
+    assert weight.backward_codes.codes.nbytes == total * INPUTS
     group.to(CPU)
-    assert weight._backward_codes is None
+    assert weight.backward_codes is None
     assert torch.equal(linear_concat_backward(random_values((5, total)), weight), back_TI)
 
 
@@ -338,7 +338,7 @@ def test_gpu_products_match_the_codes(rows: int, scale: int) -> None:
     x_TI = random_rows((rows, scale * INPUTS)).cuda().bfloat16()
     dy_TO = random_rows((rows, scale * sum(WIDTHS.values())), 40).cuda().bfloat16()
     w_OI = torch.cat(list(weight.dequantize_layers())).double()
-    scales_O = torch.cat([layer.scales_O for layer in weight._fp8_matrices])
+    scales_O = torch.cat([layer.scales_O for layer in weight.matrices])
     forward = quantize_fp8(x_TI), w_OI.T, linear_concat(x_TI, weight, None)
     back = (
         quantize_fp8(dy_TO, scales_O),

@@ -160,11 +160,11 @@ class Fp8Weight(QuantizedWeight):
     def __init__(self, matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) -> None:
         super().__init__(matrices, dtype)
         self._forward_codes: _ScaledCodes | None = None
-        self._backward_codes: _ScaledCodes | None = None
+        self.backward_codes: _ScaledCodes | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Weight:
         # Drop the derived copies when the codes change device or dtype.
-        self._forward_codes = self._backward_codes = None
+        self._forward_codes = self.backward_codes = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -189,12 +189,12 @@ class Fp8Weight(QuantizedWeight):
 
     def _transpose(self) -> _ScaledCodes:
         """Return the transposed codes [I, O] with unit scales for the backward pass."""
-        if self._backward_codes is None:
+        if self.backward_codes is None:
             codes_IO = self._concatenate().codes.t().contiguous()
-            self._backward_codes = _ScaledCodes(
+            self.backward_codes = _ScaledCodes(
                 codes_IO, codes_IO.new_ones(len(codes_IO), dtype=torch.float32)
             )
-        return self._backward_codes
+        return self.backward_codes
 
     def linear_per_layer(self, x: Tensor | Fp8Rows, bias: Tensor | None) -> tuple[Tensor, ...]:
         """Compute x W_i^T + bias_i for each layer, with autograd unless `x` is FP8."""

@@ -15,7 +15,7 @@ from finesight.data.corpus import PACKED_SUFFIXES, is_glob
 from finesight.data.import_source import ImportOptions, is_sample_source
 from finesight.data.row_reader import is_tar_file, is_webdataset
 from finesight.encode.renderer import Renderer, build_renderer
-from finesight.encode.tiktoken_tokenizer import load_tokenizer
+from finesight.encode.tokenizer import load_tokenizer
 from finesight.errors import UserError
 from finesight.hub.archive import is_archive
 from finesight.hub.object_storage import WEB_SCHEMES

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from finesight.config import WeightFormat
-from finesight.encode.hf_config import is_native
+from finesight.encode.family import is_native
 from finesight.model.hf_backend import HfModel, load_hf_model, save_hf_model
 from finesight.model.trainable import ModelPart
 from finesight.model.vlm import VisionLanguageModel

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finesight.encode.context_shard import ContextShard
+from finesight.encode.packing import ContextShard
 from finesight.model.attention import PackedAttention, Segments, varlen_attention
 from finesight.model.length_buckets import copy_to_device
 

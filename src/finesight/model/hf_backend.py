@@ -16,7 +16,11 @@ from torch import Tensor, nn
 
 from finesight.config import WeightFormat
 from finesight.digests import DIGESTS_FILE, verify_folder
-from finesight.encode.hf_config import FROM_PRETRAINED_OPTIONS, import_transformers, load_hf_config
+from finesight.encode.hf_renderer import (
+    FROM_PRETRAINED_OPTIONS,
+    import_transformers,
+    load_hf_config,
+)
 from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
 from finesight.model.fused_linear import FusedLinear, single_output

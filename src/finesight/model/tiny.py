@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.processors import ByteLevel
 from torch import Tensor, nn
 
-from finesight.encode.tiktoken_tokenizer import PRETOKENIZE_PATTERN
+from finesight.encode.tokenizer import PRETOKENIZE_PATTERN
 from finesight.model import tiny_qwen_vl
 from finesight.model.families.qwen_vl import ResamplerAttention, VisionResampler
 from finesight.model.fused_linear import FusedLinear

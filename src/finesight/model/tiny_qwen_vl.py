@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from finesight.encode.tiktoken_tokenizer import SPECIAL_TOKENS
+from finesight.encode.tokenizer import SPECIAL_TOKENS
 from finesight.model.families.qwen_vl import RESAMPLER_HEAD_DIM
 from finesight.model.tiny_config import TinyConfig
 

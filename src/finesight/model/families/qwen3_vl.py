@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from finesight.encode.tokenized_sample import GridTHW
 from finesight.model.array_cache import array_cache
 from finesight.model.config import (
     ConfigReader,
@@ -33,6 +32,7 @@ from finesight.model.layers import FeedForward, VisionBlock, empty_embedding
 from finesight.model.length_buckets import copy_to_device
 from finesight.model.quant.fp8 import Fp8Rows
 from finesight.model.vision_encoder import VisionEncoder, patch_coordinates
+from finesight.vision.patches import GridTHW
 
 _norm = partial(nn.LayerNorm, eps=1e-6)
 

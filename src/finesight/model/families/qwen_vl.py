@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from finesight.encode.tokenized_sample import GridTHW
 from finesight.model.attention import Segments, varlen_attention
 from finesight.model.config import ConfigReader, PixelNormalization, VisionConfig
 from finesight.model.families.architecture import Architecture
@@ -30,6 +29,7 @@ from finesight.model.lora.peft_config import QWEN_VL_MAPPING
 from finesight.model.quant.fp8 import Fp8Rows
 from finesight.model.rope import RotaryCosSin
 from finesight.model.vision_encoder import VisionEncoder, patch_coordinates
+from finesight.vision.patches import GridTHW
 
 DEFAULT_NUM_QUERIES = 256
 """Default number of resampler queries, as in the published model."""

@@ -232,7 +232,7 @@ class VisionLanguageModel(nn.Module):
         if fused_decoder.supports_fused_layers(self.model.embed_tokens.weight):
             layers = (layer for layer in self.model.layers if isinstance(layer, DecoderLayer))
             linears = (linear for layer in layers for linear in layer.fusible_linears)
-            self._fused_weight_sync.copy_up_projections(fused_decoder.fuse_lora_weights(linears))
+            self._fused_weight_sync.copy_up_projections(linears)
         return self.apply_final_norm(
             self.forward_hidden(batch, attention, batch.logit_indices_L, features_MKD)
         )

@@ -116,10 +116,12 @@ BoxTask = Literal["detection", "grounding"]
 
 IMAGE_KEYS = ("image", "images")
 VIDEO_KEYS = ("video", "videos")
-UNSUPPORTED_KEYS = (
-    *(*VIDEO_KEYS, "audio", "audios"),
-    *("tools", "objects", "history", "kto_tag"),
-    *("chosen", "rejected", "rejected_response", "rejected_messages"),
+UNSUPPORTED_KEYS = frozenset(
+    {
+        *(*VIDEO_KEYS, "audio", "audios"),
+        *("tools", "objects", "history", "kto_tag"),
+        *("chosen", "rejected", "rejected_response", "rejected_messages"),
+    }
 )
 """Keys of conversation records with content that an import cannot represent.
 

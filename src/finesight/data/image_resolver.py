@@ -213,11 +213,7 @@ def _resolve_parent(path: Path) -> Path:
 
 
 def encode_data_url(path: Path) -> str:
-    """Encode an image file as a base64 data URL (RFC 2397).
-
-    Raises:
-        UserError: The file has an image format that data URLs do not support.
-    """
+    """Encode an image file as a base64 data URL (RFC 2397)."""
     data = path.read_bytes()
     suffix = next((s for magic, s in _SUFFIXES.items() if data.startswith(magic)), None)
     if suffix is None:

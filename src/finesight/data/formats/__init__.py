@@ -57,9 +57,6 @@ def get_format(name: str, option: str = "--format") -> DatasetFormat:
     Args:
         name: Name of the format, such as "coco".
         option: Command-line option that the name comes from, for error messages.
-
-    Raises:
-        UserError: The name is unknown. The error lists all names and suggests the closest.
     """
     for data_format in FORMATS:
         if data_format.name == name:
@@ -79,9 +76,6 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
 
     Returns:
         The format, and the reason for the match.
-
-    Raises:
-        UserError: No format matches. The error suggests the closest format.
     """
     for data_format in FORMATS:
         detected_by = data_format.detect(records)

@@ -99,12 +99,7 @@ def parse_text(role: Role, text: str, images: RowImages) -> Iterable[ContentPart
 
 
 def parse_answer(answer: str, images: RowImages) -> Iterator[ContentPart]:
-    """Parse an answer text into text parts and box parts.
-
-    Raises:
-        UserError: `bbox_2d` occurs outside of valid JSON, a box token remains in the text, or a
-            text with boxes belongs to a row that does not have exactly one image.
-    """
+    """Parse an answer text into text parts and box parts."""
     for piece in split_at_pattern(answer, _TOKEN_BOXES) if "<|box_start|>" in answer else [answer]:
         if not isinstance(piece, str):
             images.require_single_image()
@@ -127,10 +122,6 @@ def format_answer(content: Sequence[ContentPart], num_images: int) -> str:
     """Format text and box parts as text, with boxes as JSON in original pixels.
 
     `parse_answer` restores the same parts from the result.
-
-    Raises:
-        UserError: `parse_answer` would not restore the parts, for example because a text contains
-            `bbox_2d`.
     """
     segments: list[str | JsonBoxes] = []
     for part in content:
@@ -338,9 +329,6 @@ def encode_row(
     """Encode the row of a sample as JSON: ID, content from `make_fields`, and metadata.
 
     References and metadata under reserved keys are not written; they are counted as lost content.
-
-    Raises:
-        UserError: The format cannot represent the sample. The error names the sample ID.
     """
     sample = located_sample.sample
     try:
@@ -386,10 +374,6 @@ def render_turns(
 
     Returns:
         The turns, and the image names in order.
-
-    Raises:
-        UserError: The sample contains videos, boxes in questions, or texts that an import would
-            parse differently.
     """
     sample = located_sample.sample
     num_images = sum(isinstance(part, ImagePart) for part in sample.iter_parts())

@@ -180,11 +180,7 @@ def _parse_query(record: Record) -> list[Turn]:
 
 
 def _add_image_placeholders(turns: list[Turn], num_images: int) -> list[Turn]:
-    """Add one `<image>` per image to the first question, unless the turns have placeholders.
-
-    Raises:
-        PlaceholderCountError: The number of existing placeholders differs from that of images.
-    """
+    """Add one `<image>` per image to the first question, unless the turns have placeholders."""
     num_placeholders = sum(len(IMAGE_PLACEHOLDER.findall(text)) for _, text in turns)
     if num_placeholders == num_images:
         return turns

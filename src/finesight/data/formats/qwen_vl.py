@@ -100,11 +100,7 @@ def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> Fil
 
 
 def _iter_texts(message: Message, renderer: PartRenderer, context: ExportContext) -> Iterator[str]:
-    """Yield the text of each part of a message, and number its images.
-
-    Raises:
-        UserError: A text contains Qwen-VL tags, or a box cannot be represented.
-    """
+    """Yield the text of each part of a message, and number its images."""
     label = None
     for part in message.content:
         if not isinstance(part, BoxPart):

@@ -131,9 +131,6 @@ def _read_cell(row: SourceRow, context: ImportContext, role: str) -> object:
     """Return the value of the column mapped to a role, None without a mapping.
 
     Several comma-separated columns yield a list, such as the four coordinates of a box.
-
-    Raises:
-        UserError: The table has no such column.
     """
     column = context.columns.get(role)
     if column is None:
@@ -210,11 +207,7 @@ def _is_empty(value: object) -> bool:
 
 
 def _format_member(name: str, value: object) -> str:
-    """Format a column name and its value as a member of a JSON object.
-
-    Raises:
-        UserError: The value cannot be written as JSON. The error names the column.
-    """
+    """Format a column name and its value as a member of a JSON object."""
     try:
         written = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_json_default)
         return make_text_part(f"{json.dumps(name, ensure_ascii=False)}: {written}").text
@@ -277,10 +270,6 @@ def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> Fil
     """Write table rows of image, question, answer, box and label.
 
     The `--map` options that import the table are reported as a note.
-
-    Raises:
-        UserError: A sample has several questions or a system prompt, its question is not images
-            followed by text, or only some samples have a question.
     """
     columns: dict[str, bool] = {}
 

@@ -26,7 +26,6 @@ from finesight.data.sharded_samples import (
     expand_files,
 )
 from finesight.data.tar_samples import open_tar_samples
-from finesight.hub.object_storage import fetch_objects
 
 MIN_PARALLEL_FILES = 8
 """Minimum number of data files that are indexed in parallel by worker processes."""
@@ -129,11 +128,12 @@ def open_sample_source(path_or_url: Path | str) -> SampleSource:
     Raises:
         UserError: No file matches, a file is unreadable, or there are no samples.
     """
-    files = (
-        expand_files(path_or_url)
-        if isinstance(path_or_url, Path)
-        else fetch_objects(check_packed_url(path_or_url))
-    )
+    if isinstance(path_or_url, Path):
+        files = expand_files(path_or_url)
+    else:
+        from finesight.hub.url_files import fetch_objects
+
+        files = fetch_objects(check_packed_url(path_or_url))
     sources = _open_files(files)
     source = sources[0] if len(files) == 1 else ShardedSamples(tuple(sources))
     if not len(source):

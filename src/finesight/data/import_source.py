@@ -29,7 +29,7 @@ from finesight.errors import UserError
 
 if TYPE_CHECKING:
     # Imported for type checking only: the import is slow, and only web imports need it.
-    from finesight.hub.web_files import RemoteImages
+    from finesight.hub.url_files import RemoteImages
 
 NUM_DETECTION_ROWS = 100
 """Number of rows that are examined to detect the dataset format."""

@@ -23,7 +23,7 @@ from finesight.data.webdataset import MemberGroup as Members
 from finesight.data.webdataset import iter_member_groups, split_member_name
 from finesight.errors import UserError
 from finesight.file_name_encoding import to_readable_name
-from finesight.hub.archive_members import TarArchive, open_tar
+from finesight.hub.archive import TarArchive, open_tar
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from finesight.data.line_index import open_data_file
 from finesight.data.row_reader import Record, RowReader, SourceRow
 from finesight.errors import UserError
 from finesight.file_name_encoding import to_readable_name
-from finesight.hub.archive_members import TarArchive, open_tar
+from finesight.hub.archive import TarArchive, open_tar
 
 TEXT_SUFFIXES = frozenset({"txt", "text", "caption", "transcript", "cls", "id", "index"})
 

@@ -30,7 +30,6 @@ SECRET = "wehrlos-4711"
 
 OPENERS = {
     "data/image_header.py": "the one that all others use",
-    "synth/canvas.py": "images that the package draws",
     "track/tracker_records.py": "the same, on their way to a tracker's process",
 }
 """Modules that open files with Pillow."""

@@ -41,7 +41,7 @@ CLIENTS = {
     "hub/modelscope.py",
     "hub/url_files.py",
     "serve/image_fetcher.py",
-    "track/swanlab.py",
+    "track/backends.py",
 }
 """Modules that send requests: to hubs and URLs of the user, and to allowed media hosts."""
 

@@ -7,11 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from finesight.config import ExactSize, ImageRule, LongestSide, PixelRange
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_header import CorruptImageError, ImageSize
 from finesight.errors import UserError
-
-ImageSize = tuple[int, int]
-"""Height and width in pixels."""
 
 MAX_ASPECT_RATIO = 200
 """Maximum aspect ratio; the reference processors reject other images."""

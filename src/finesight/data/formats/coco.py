@@ -36,7 +36,6 @@ from finesight.data.formats.image_annotations import (
     LOST_WHITESPACE,
     ImageAnnotation,
     ImageRecord,
-    ImageSize,
     ObjectAnnotation,
     build_detection_examples,
     collect_classes,
@@ -45,6 +44,7 @@ from finesight.data.formats.image_annotations import (
     has_boxes,
     round_coordinate,
 )
+from finesight.data.image_header import ImageSize
 from finesight.data.jsonl import LocatedSample, read_data_file
 from finesight.data.row_reader import Record, RowReader, SourceRow, is_json_object, rows_from_items
 from finesight.data.sample import MAX_ANSWERS, MAX_BOXES, ContentPart, Message, check_limit

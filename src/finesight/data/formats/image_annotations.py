@@ -31,6 +31,7 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.image_header import (
     TRANSPOSED_ORIENTATIONS,
     CorruptImageError,
+    ImageSize,
     open_image_header,
     read_exif_orientation,
 )
@@ -70,9 +71,6 @@ REASON_NO_OBJECTS = "images without objects (skipped by --box-task grounding)"
 
 MAX_CLASSES = 100_000
 """Maximum number of class names in a detection question, which is repeated for each image."""
-
-ImageSize = tuple[int, int]
-"""Height and width of an image in pixels."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,12 +33,12 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.formats.image_annotations import (
     ImageAnnotation,
     ImageRecord,
-    ImageSize,
     ObjectAnnotation,
     build_detection_examples,
     group_boxes_by_image,
     make_unique_stem,
 )
+from finesight.data.image_header import ImageSize
 from finesight.data.jsonl import LocatedSample, read_data_file
 from finesight.data.line_index import MAX_LINE_BYTES, open_data_file
 from finesight.data.row_reader import (

@@ -241,6 +241,7 @@ def check_recipe(path: Path, recipe: Recipe, context: RecipeContext) -> list[Dia
 def _check_extras(recipe: Recipe, packages: InstalledPackages) -> Iterator[Diagnosis]:
     """Detect missing extras that settings of the recipe require."""
     required = [("quant", "tune.quantize.nf4")] if recipe.tune.quantize.nf4 else []
+    required += [("modelscope", "model")] if recipe.model.startswith("modelscope:") else []
     required += [(TRACKERS[one.kind].extra, f"track={one.kind}") for one in recipe.track]
     paths = [str(file.path) for file in (*recipe.data.train, *recipe.data.eval)]
     required += [("objects", path) for path in paths if "://" in path]

@@ -104,10 +104,6 @@ def convert_boxes(
 
     Returns:
         The converted text and the number of boxes.
-
-    Raises:
-        UserError: A box is invalid, exceeds its frame, has another format, or cannot be
-            represented.
     """
     for name, pattern in _FORMAT_PATTERNS.items():
         foreign_box = (
@@ -510,11 +506,7 @@ def _check_arguments(
 def _get_resized_size(
     image_names: list[object], images: ImageResolver, resize_spec: ResizeSpec
 ) -> ImageSize:
-    """Return the resized size of the only image of a record.
-
-    Raises:
-        UserError: The record does not have exactly one image.
-    """
+    """Return the resized size of the only image of a record."""
     if len(image_names) != 1:
         raise UserError(
             f"a box in a record of {len(image_names)} images",

@@ -104,11 +104,7 @@ FAMILIES: Mapping[str, Callable[[ModelFolder], ModelFamily]] = {
 
 
 def load_family(folder: ModelFolder) -> ModelFamily:
-    """Create the `ModelFamily` of the model in a folder.
-
-    Raises:
-        UserError: The family is not supported.
-    """
+    """Create the `ModelFamily` of the model in a folder."""
     if folder.family not in FAMILIES:
         raise UserError(
             f"unsupported model family {folder.family}",

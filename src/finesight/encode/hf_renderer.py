@@ -40,11 +40,7 @@ FROM_PRETRAINED_OPTIONS = {"local_files_only": True, "trust_remote_code": False}
 
 @lru_cache
 def import_transformers() -> Any:
-    """Import transformers, with hub kernels and progress bars disabled.
-
-    Raises:
-        UserError: transformers is not installed.
-    """
+    """Import transformers, with hub kernels and progress bars disabled."""
     # Hub kernels would download and execute code from the hub.
     os.environ.setdefault("USE_HUB_KERNELS", "NO")
     try:
@@ -61,12 +57,7 @@ def import_transformers() -> Any:
 
 
 def load_hf_config(folder: ModelFolder) -> Any:
-    """Load the config of a model folder with transformers.
-
-    Raises:
-        UserError: transformers has no image-text-to-text decoder class for the family, the family
-            needs remote code, or the weights are quantized.
-    """
+    """Load the config of a model folder with transformers."""
     package = import_transformers()
     config_file = str(folder.path / "config.json")
     expected = (

@@ -605,11 +605,7 @@ def _list_visual_parts(sample: Sample) -> list[ImagePart | VideoPart]:
 
 
 def _to_image_box(box: BoxPart, images: Sequence[_VisualInput], sample_id: str) -> ImageBox:
-    """Convert a box of a sample to an `ImageBox` with the sizes of its image.
-
-    Raises:
-        UserError: The box exceeds its image, or the image does not exist.
-    """
+    """Convert a box of a sample to an `ImageBox` with the sizes of its image."""
     if box.image >= len(images):
         raise UserError(
             f"a box refers to image {box.image} (0-based)",

@@ -49,11 +49,7 @@ class Qwen25VL(Qwen2VLBase):
 
 
 def from_folder(folder: ModelFolder) -> Qwen25VL:
-    """Create the Qwen2.5-VL family with `tokens_per_second` from config.json.
-
-    Raises:
-        UserError: `tokens_per_second` is not a positive value.
-    """
+    """Create the Qwen2.5-VL family with `tokens_per_second` from config.json."""
     vision = folder.config.get("vision_config")
     value = vision.get("tokens_per_second", 2) if isinstance(vision, dict) else 2
     if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:

@@ -100,11 +100,7 @@ class QwenVL:
 
 
 def from_folder(folder: ModelFolder) -> QwenVL:
-    """Create the Qwen-VL family for a model folder.
-
-    Raises:
-        UserError: The model is a text-only Qwen, which has the same `model_type`.
-    """
+    """Create the Qwen-VL family for a model folder."""
     if not isinstance(folder.config.get("visual"), dict):
         raise UserError(
             f"visual is {folder.config.get('visual')!r:.40}: a text-only Qwen model",

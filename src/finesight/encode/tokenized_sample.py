@@ -143,9 +143,6 @@ def filter_samples(
 
     Samples are never truncated, because a truncated sample loses its answer or part of an image.
     `samples` is iterated once and not stored.
-
-    Raises:
-        UserError: A sample is invalid and `on_invalid_sample` is `fail`, or no sample is valid.
     """
     sample_indices, token_counts = [], []
     too_long, unsupervised = [], []

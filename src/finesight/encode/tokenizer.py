@@ -110,11 +110,7 @@ class TextTokenizer(Protocol):
         """Remove all cached token ids."""
 
     def token_to_id(self, token: str) -> int:
-        """Return the id of a special token.
-
-        Raises:
-            UserError: The token does not exist.
-        """
+        """Return the id of a special token."""
 
     def list_special_tokens(self) -> tuple[str, ...]:
         """Return all special tokens in the order of their ids."""
@@ -172,11 +168,7 @@ class Tokenizer(CachedTokenizer):
         self._added_token_ids = frozenset(self._tokenizer.get_added_tokens_decoder())
 
     def token_to_id(self, token: str) -> int:
-        """Return the id of a token.
-
-        Raises:
-            UserError: The token does not exist.
-        """
+        """Return the id of a token."""
         token_id = self._tokenizer.token_to_id(token)
         if token_id is None:
             raise UserError(
@@ -239,10 +231,6 @@ def check_tokenizer_file(path: Path, *, is_native_family: bool, vocabulary: int)
         is_native_family: Whether the family has a byte-level vocabulary, so that only
             ALLOWED_NORMALIZERS are accepted.
         vocabulary: Number of rows of the token embedding; all token ids must be smaller.
-
-    Raises:
-        UserError: The file is not JSON, its normalizer is damaged or not allowed, or an id is too
-            large.
     """
     content = read_json_object(path, expected=_EXPECTED, remedy=_REMEDY)
     for token, number in _iter_largest_ids(content):
@@ -370,11 +358,7 @@ class TiktokenTokenizer(CachedTokenizer):
         self.encoding = _build_encoding(ranks, self._special_ids, path)
 
     def token_to_id(self, token: str) -> int:
-        """Return the id of a special token.
-
-        Raises:
-            UserError: The token does not exist.
-        """
+        """Return the id of a special token."""
         token_id = self._special_ids.get(token)
         if token_id is None:
             raise UserError(

@@ -67,11 +67,7 @@ class PatchConfig:
 
 
 def load_patch_config(folder: ModelFolder) -> PatchConfig:
-    """Load the patch sizes of a model folder.
-
-    Raises:
-        UserError: config.json and preprocessor_config.json disagree.
-    """
+    """Load the patch sizes of a model folder."""
     preprocessor = folder.preprocessor_config
     raw_config = folder.config.get("vision_config")
     # A missing or invalid vision_config is rejected when the model is built.

@@ -101,11 +101,7 @@ def write_files(
 
 
 def _read_record(file: Path) -> Record:
-    """Read and validate a LabelMe file.
-
-    Raises:
-        UserError: The file is not JSON, or has no list of shapes.
-    """
+    """Read and validate a LabelMe file."""
     content = read_data_file(file, MAX_LINE_BYTES)
     check_json(content, str(file))
     try:

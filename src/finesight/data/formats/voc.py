@@ -177,10 +177,6 @@ def _find_image(file: Path, root: ElementTree.Element, *, required: bool) -> Pat
     """Return the image of an annotation: the first candidate path that exists.
 
     If none exists and the image is not required, the path next to the XML file is returned.
-
-    Raises:
-        CorruptImageError: The image is missing and `required` is set. The error lists all
-            candidates.
     """
     name = root.findtext("filename", "").strip().replace("\\", "/") or file.with_suffix(".jpg").name
     folder = root.findtext("folder", "").strip()

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -176,27 +176,36 @@ class UnreadableFileError(UserError):
 
 
 @dataclass(frozen=True, slots=True)
-class IndexedLines:
-    """Random access to the non-blank lines of a file.
-
-    Lines are read on access, provided that the file is unmodified. Line k starts at byte
-    `offsets_N1[k]` of the index and ends before `offsets_N1[k + 1]`; blank lines may follow it. The
-    extra values of the index hold, for each blank line, the number of non-blank lines before it.
-    """
+class IndexedFile:
+    """Random access to the samples of an indexed file, provided that it is unmodified."""
 
     path: Path
     index: SampleIndex
     file_state: FileState
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hexadecimal that identifies the samples and their order."""
+        return self.index.digest
+
     def __len__(self) -> int:
         return len(self.index.offsets_N1) - 1
 
-    def __getitem__(self, index: int) -> bytes:
-        """Read a line by index.
+    def take(self, limit: int | None) -> Self:
+        """Return a view of the first `limit` samples; None means all."""
+        return replace(self, index=self.index.take(limit))
 
-        Raises:
-            UnreadableFileError: The file is missing or modified.
-        """
+
+class IndexedLines(IndexedFile):
+    """Random access to the non-blank lines of a file.
+
+    Line k starts at byte `offsets_N1[k]` of the index and ends before `offsets_N1[k + 1]`; blank
+    lines may follow it. The extra values of the index hold, for each blank line, the number of
+    non-blank lines before it.
+    """
+
+    def __getitem__(self, index: int) -> bytes:
+        """Read a line by index."""
         start, stop = self.index.offsets_N1[index : index + 2].tolist()
         with open_unchanged(self.path, self.file_state) as file:
             file.seek(start)
@@ -207,10 +216,6 @@ class IndexedLines:
         """Return file and 1-based line number for messages; the number includes blank lines."""
         num_blank = np.searchsorted(self.index.extra_B, index, side="right")
         return f"{self.path}:{index + 1 + num_blank}"
-
-    def take(self, limit: int | None) -> IndexedLines:
-        """Return a view of the first `limit` non-blank lines; None means all."""
-        return replace(self, index=self.index.take(limit))
 
 
 def index_lines(path: Path) -> IndexedLines:

@@ -55,8 +55,7 @@ from finesight.data.sample import validate_sample
 from finesight.digests import sha256_file
 from finesight.errors import UserError, suggest_similar_path
 from finesight.file_name_encoding import to_readable_name
-from finesight.hub.archive_members import TarArchive, open_tar
-from finesight.hub.object_storage import fetch_objects
+from finesight.hub.archive import TarArchive, open_tar
 
 PACKED_SUFFIXES = (".tar", ".parquet")
 """Suffixes of sample files that contain their images."""
@@ -438,11 +437,12 @@ def open_sample_source(path_or_url: Path | str) -> SampleSource:
     Raises:
         UserError: No file matches, a file is unreadable, or there are no samples.
     """
-    files = (
-        expand_files(path_or_url)
-        if isinstance(path_or_url, Path)
-        else fetch_objects(check_packed_url(path_or_url))
-    )
+    if isinstance(path_or_url, Path):
+        files = expand_files(path_or_url)
+    else:
+        from finesight.hub.url_files import fetch_objects
+
+        files = fetch_objects(check_packed_url(path_or_url))
     sources = _open_files(files)
     source = sources[0] if len(files) == 1 else ShardedSamples(tuple(sources))
     if not len(source):

@@ -25,7 +25,7 @@ from finesight.storage import translate_os_errors
 
 if TYPE_CHECKING:
     # Imported for type checking only: the import is slow, and only web imports need it.
-    from finesight.hub.web_files import RemoteImages
+    from finesight.hub.url_files import RemoteImages
 
 IMAGES_FOLDER = "images"
 """Name of the output subfolder with saved and copied images."""

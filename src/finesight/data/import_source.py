@@ -44,7 +44,7 @@ from finesight.data.sample import Sample, validate_roles
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
-    from finesight.hub.web_files import RemoteImages
+    from finesight.hub.url_files import RemoteImages
 
 
 NUM_DETECTION_ROWS = 100

@@ -38,7 +38,7 @@ from finesight.data.sample import check_json
 from finesight.digests import DIGESTS_FILE
 from finesight.errors import UserError
 from finesight.file_name_encoding import to_readable_name
-from finesight.hub.archive_members import TarArchive, open_tar
+from finesight.hub.archive import TarArchive, open_tar
 from finesight.regular_file import reject_special_file
 
 Record = dict[str, Any]

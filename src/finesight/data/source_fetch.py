@@ -36,7 +36,7 @@ from finesight.errors import UserError, suggest_similar_path
 from finesight.hub.address import is_hub_address, parse_dataset_address
 from finesight.hub.archive import ARCHIVE_SUFFIXES, is_archive, unpack_archive
 from finesight.hub.repository import HubRepository, open_repository
-from finesight.hub.web_files import RemoteImages, fetch_url, is_url
+from finesight.hub.url_files import RemoteImages, fetch_url, is_url
 from finesight.regular_file import reject_special_file
 from finesight.storage import make_folder, raise_if_exists, translate_os_errors, working_folder
 

@@ -200,6 +200,19 @@ def read_data_file(path: Path, max_bytes: int | None = None) -> bytes:
     return content.removeprefix(UTF8_BOM)
 
 
+def read_text_file(path: Path, max_bytes: int | None = None) -> str:
+    """Read the text of a data file in UTF-8; see `read_data_file`."""
+    try:
+        return read_data_file(path, max_bytes).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"byte {error.start} is not UTF-8 text",
+            where=str(path),
+            expected="a file in UTF-8",
+            remedy="save the file as UTF-8",
+        ) from error
+
+
 def parse_sample(line: bytes, where: str) -> Sample:
     """Parse a JSON line as a sample and check its types."""
     check_json(line, where)

@@ -134,7 +134,7 @@ def _write_index(cache_path: Path, file_identity: bytes, index: SampleIndex) -> 
     checksum = hashlib.sha256(payload_N.data).digest()
     try:
         make_folder(cache_path.parent)
-        _remove_stale(cache_path.parent)
+        remove_stale_indexes(cache_path.parent)
         write_file(cache_path, checksum + payload_N.tobytes())
     except (UserError, OSError):
         # The cache is optional.
@@ -142,7 +142,7 @@ def _write_index(cache_path: Path, file_identity: bytes, index: SampleIndex) -> 
 
 
 @lru_cache
-def _remove_stale(folder: Path) -> None:
+def remove_stale_indexes(folder: Path) -> None:
     """Delete unused indexes from the cache, once per process.
 
     An index is written per shard, so the scan would otherwise run thousands of times.
@@ -227,12 +227,12 @@ def index_lines(path: Path) -> IndexedLines:
     with open_data_file(path) as file:
         return IndexedLines(
             path,
-            load_or_build_index(file, path, "lines", lambda: _build_index(file, path)),
+            load_or_build_index(file, path, "lines", lambda: build_line_index(file, path)),
             read_file_state(file),
         )
 
 
-def _build_index(file: BinaryIO, path: Path) -> SampleIndex:
+def build_line_index(file: BinaryIO, path: Path) -> SampleIndex:
     sha256 = hashlib.sha256()
     starts: list[NDArray[np.int64]] = []
     blanks: list[NDArray[np.int64]] = []

@@ -77,7 +77,7 @@ def test_images_are_processed_once_without_later_images(
 ) -> None:
     read: list[Path] = []
     image = renderer.load_image
-    monkeypatch.setattr(renderer, "_load_image", lambda path: (read.append(path), image(path))[1])
+    monkeypatch.setattr(renderer, "load_image", lambda path: (read.append(path), image(path))[1])
     first = hf_models.make_sample(tmp_path, ("Which?", "red"), ("Sure?", "yes"), num_images=2)
     assert decode_with_loss_mask(renderer, first)[1] == ["red<|im_end|>", "yes<|im_end|>"]
     assert len(read) == 2

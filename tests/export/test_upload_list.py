@@ -16,7 +16,7 @@ from fake_upload_servers import (
 from huggingface_hub import constants
 
 from finesight.errors import UserError
-from finesight.export.upload_list import list_uploads
+from finesight.export.hf_files import list_uploads
 from finesight.hub import modelscope
 from finesight.hub.address import parse_address
 from finesight.hub.repository import publish_model

@@ -20,8 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from finesight.bounded_files import parse_json
-from finesight.child_processes import exit_with_parent
+from finesight.bounded_files import parse_json, to_readable_name
 from finesight.config import DataFileSettings, TrainFileSettings
 from finesight.data.image_header import parquet_row_path, tar_member_path
 from finesight.data.jsonl import (
@@ -54,8 +53,8 @@ from finesight.data.row_reader import iter_member_groups, split_member_name
 from finesight.data.sample import validate_sample
 from finesight.digests import sha256_file
 from finesight.errors import UserError, suggest_similar_path
-from finesight.file_name_encoding import to_readable_name
 from finesight.hub.archive import TarArchive, open_tar
+from finesight.worker_pool import exit_with_parent
 
 PACKED_SUFFIXES = (".tar", ".parquet")
 """Suffixes of sample files that contain their images."""

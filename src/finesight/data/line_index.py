@@ -20,9 +20,8 @@ from typing import BinaryIO, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.bounded_files import translate_os_errors
+from finesight.bounded_files import open_regular_file, translate_os_errors
 from finesight.errors import UserError
-from finesight.regular_file import open_regular_file
 from finesight.storage import make_folder, write_file
 
 MIN_INDEXED_BYTES = {"lines": 2**28, "tar": 2**24, "parquet": 2**24}

@@ -15,11 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from finesight.bounded_files import is_utf8, reject_special_file
 from finesight.data.line_index import hash_file_identity
 from finesight.data.sample import check_limit
 from finesight.errors import UserError
-from finesight.file_name_encoding import is_utf8
-from finesight.regular_file import reject_special_file
 from finesight.storage import require_free_space, write_folder_once
 
 MAX_ROW_BYTES = 2**28

@@ -20,7 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from finesight.bounded_files import parse_json
+from finesight.bounded_files import find_existing, parse_json
 from finesight.data.boxes import BoxConvention
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
@@ -49,7 +49,6 @@ from finesight.data.jsonl import LocatedSample, read_data_file
 from finesight.data.row_reader import Record, RowReader, SourceRow, is_json_object, rows_from_items
 from finesight.data.sample import MAX_ANSWERS, MAX_BOXES, ContentPart, Message, check_limit
 from finesight.errors import UserError
-from finesight.file_name_encoding import find_existing
 
 CAPTION_PROMPT = "Describe the image."
 """Default question about images with captions; `--prompt` overrides it."""

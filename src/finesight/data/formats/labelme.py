@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from finesight.bounded_files import parse_json
+from finesight.bounded_files import find_existing, parse_json
 from finesight.data.boxes import BoxConvention, InvalidBoxError
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
@@ -53,7 +53,6 @@ from finesight.data.row_reader import (
 )
 from finesight.data.sample import MAX_BOXES, check_json, check_limit
 from finesight.errors import UserError
-from finesight.file_name_encoding import find_existing
 
 LABELME_VERSION = "5.5.0"
 """LabelMe version that exported files declare."""

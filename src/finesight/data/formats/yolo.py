@@ -25,6 +25,7 @@ from pathlib import Path
 
 import yaml
 
+from finesight.bounded_files import find_existing
 from finesight.bounded_yaml import load_yaml
 from finesight.data.boxes import BoxConvention, InvalidBoxError
 from finesight.data.formats.dataset_format import (
@@ -64,7 +65,6 @@ from finesight.data.sample import (
     check_limit,
 )
 from finesight.errors import UserError
-from finesight.file_name_encoding import find_existing
 
 YOLO_BOX_CONVENTION = BoxConvention(format="cxcywh", units="1")
 SPLITS = ("train", "test", "val")

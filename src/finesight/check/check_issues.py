@@ -95,11 +95,9 @@ class IssueImage:
     """An image that is shown with an issue.
 
     Attributes:
-        path: Path of the image.
         image_index: Index of the image in the sample (0-based, image parts only).
         boxes: Affected boxes as [x1, y1, x2, y2] in original pixels after EXIF rotation. They may
             be invalid: inverted, outside the image, or not finite.
-        labels: Labels of the boxes.
     """
 
     path: Path
@@ -113,15 +111,9 @@ class CheckIssue:
     """An issue found by a data check.
 
     Attributes:
-        code: A key of ISSUE_TYPES.
         where: Location of the sample as file:line or file and row, or the file if all of it is
             affected.
-        what: Description of the problem.
-        remedy: Suggested fix.
-        source: Data file.
         sample_id: ID of the sample; empty for an issue of a full file.
-        images: Affected images.
-        evidence: Additional lines that explain the issue.
         fix: Change that `--fix` makes; None if the issue cannot be fixed automatically.
     """
 
@@ -159,7 +151,6 @@ class SampleLocation:
     """Location of a sample in a data file.
 
     Attributes:
-        source: Data file.
         where: Location for messages, as file:line or file and row.
         row_index: 0-based index of the row in the file.
         sample_index: 0-based index of the sample in its row.
@@ -209,8 +200,6 @@ class CheckResult:
     """Result of a data check.
 
     Attributes:
-        sources: Statistics of each data file.
-        issue_counts: Number of issues by code.
         issues: First issues of each code in full; further issues are only counted.
     """
 
@@ -237,8 +226,6 @@ class FixResult:
     """Result of `finesight data check --fix`.
 
     Attributes:
-        output_files: Path and number of samples of each written file.
-        num_changed: Number of samples that were changed.
         num_skipped: Number of samples and rows that were not written.
     """
 

@@ -85,7 +85,6 @@ class ModelRequirements:
     Attributes:
         special_tokens: Special tokens of the tokenizer, which must not occur in texts.
         renderer: Renderer that computes the number of tokens of a sample; None skips this check.
-        max_length: Maximum number of tokens per sample.
     """
 
     special_tokens: tuple[str, ...] = ()
@@ -97,11 +96,6 @@ def inputs_from_files(
     train: Sequence[Path], validation: Sequence[Path], options: ImportOptions
 ) -> list[ImportCheckInput | SampleCheckInput]:
     """Build the check inputs of files given on the command line.
-
-    Args:
-        train: Training files.
-        validation: Validation files.
-        options: Import options of all files.
 
     Raises:
         UserError: A file is given more than once, or is an archive or a remote source.
@@ -246,7 +240,6 @@ class DataChecker:
     Validation files are read first, so that their images are known when training files are read.
 
     Args:
-        inputs: Data files to check.
         output_folder: Existing folder in which images embedded in tables are saved.
         model: Properties of the model that samples are checked against.
         max_issues: Maximum number of issues per code in the result; further issues are only
@@ -296,7 +289,6 @@ class DataChecker:
         """Check all data files.
 
         Args:
-            on_issue: Called with each issue when it is found.
             on_progress: Called with the number of rows processed since the last call.
             single_process: Check images in this process instead of in worker processes.
 

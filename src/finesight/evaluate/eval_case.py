@@ -31,12 +31,8 @@ class EvalCase:
     """Prediction and references of one evaluated sample.
 
     Attributes:
-        answer: Predicted text.
-        boxes: Predicted boxes.
         references: Reference texts; any of them is correct.
         reference_boxes: Reference boxes; all of them are expected.
-        id: Id of the sample.
-        stopped: Whether the completion ended with an end token.
     """
 
     answer: str
@@ -52,7 +48,6 @@ class MetricResult:
     """Result of a task metric on N predictions.
 
     Attributes:
-        per_sample: Scores of each prediction.
         estimators: Estimators of the scores over all predictions, by name.
         details: Additional machine-readable results, such as a confusion matrix or scores by field.
     """
@@ -98,7 +93,6 @@ def mean_metrics(
     """Return the estimators of the means of per-sample scores.
 
     Args:
-        per_sample: Scores of each sample.
         names: Name of the per-sample score by the name of its mean; by default, all scores with the
             same names.
         bounds: Bounds of all scores, or of some by name; others are in [0, 1].

@@ -32,11 +32,8 @@ class ChartSeries:
     """Input of a chart: one series of values by step.
 
     Attributes:
-        name: Name in the legend.
-        points: Pairs of step and value.
         style: `line`, `faint` (a line behind its smoothed series), or `marks` (a line with
             markers).
-        error_bars: Triples of step, low and high.
     """
 
     name: str
@@ -47,12 +44,7 @@ class ChartSeries:
 
 @dataclass(frozen=True)
 class AxisTick:
-    """Tick of a chart axis.
-
-    Attributes:
-        offset: Coordinate in SVG units.
-        label: Formatted value.
-    """
+    """Tick of a chart axis."""
 
     offset: float
     label: str
@@ -63,9 +55,6 @@ class ChartLine:
     """Drawn line of a chart, in SVG coordinates.
 
     Attributes:
-        name: Name of the series.
-        style: Style of the series.
-        path: SVG path of the line.
         markers: Coordinates (x, y) of the markers.
         error_bars: Coordinates (x, y of high, y of low) of the error bars.
     """
@@ -94,9 +83,6 @@ class ChartData(TypedDict):
     """Chart data for the JavaScript of the page, which shows values under the cursor.
 
     Attributes:
-        x: Low and high end of the x axis.
-        y: Low and high end of the y axis.
-        series: Points of each line.
         labels: Texts for x values 0, 1, 2 and so on. Only histograms have them.
     """
 
@@ -243,10 +229,6 @@ def compute_ticks(
     """Return about `num_ticks` round values for an axis from `low` to `high`.
 
     Args:
-        low: Lower end of the axis.
-        high: Upper end of the axis.
-        num_ticks: Approximate number of ticks.
-        integer_only: Use integer distances between ticks.
         include_ends: Add the next round values below `low` and above `high`.
     """
     if high - low <= 1e-6 * max(abs(low), abs(high)):

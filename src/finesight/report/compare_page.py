@@ -142,7 +142,6 @@ def get_size_histogram(run_record: RunRecord, name: str) -> object:
     """Return a histogram of the training samples that the run has recorded.
 
     Args:
-        run_record: Content of the run directory.
         name: `tokens` per sample or `patches` per image.
     """
     size_histograms: Any = summary.get_last_start(run_record).get("size_histograms")
@@ -254,7 +253,6 @@ def write_compare_page(
 
     Args:
         paths: Run directories and prediction files. The first one is the baseline.
-        out: Output file.
         language: Language of the page, by default that of the locale.
 
     Raises:

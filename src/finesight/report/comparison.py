@@ -64,14 +64,11 @@ class ComparedRun:
     """Input of a comparison: a run or a prediction file.
 
     Attributes:
-        letter: Letter that identifies the run on the page.
         name: Shortest path suffix that is unique among the inputs.
-        path: Run directory or prediction file.
         run_record: Content of the run directory. None for a prediction file.
         status: Status of the run. None for a prediction file.
         evaluation: Evaluation of the final weights, or the last one. Empty for a prediction file.
         metric: Task metric. None if unknown.
-        predictions: Predictions of the evaluation by sample.
     """
 
     letter: str
@@ -323,7 +320,6 @@ class MetricCell(MetricChange):
         value: Value of the metric. None if the run does not have it.
         interval: 95 % confidence interval.
         difference: Difference from the baseline. None for the baseline, or if not comparable.
-        note: Reason of a missing interval, or a warning.
     """
 
     value: float | None
@@ -508,10 +504,7 @@ class ComparedSamples:
     """Validation samples of a comparison page.
 
     Attributes:
-        displayed: Samples on the page, largest differences first.
         counts: Number of samples by class, including those that are not displayed.
-        metric: Name of the compared per-sample score.
-        max_score: Maximum of this score.
     """
 
     displayed: list[ComparedSample]
@@ -526,12 +519,7 @@ class ComparedSamples:
 
 
 def compare_samples(runs: Sequence[ComparedRun], max_samples: int = MAX_SAMPLES) -> ComparedSamples:
-    """Compare the validation samples that the baseline and another run answered.
-
-    Args:
-        runs: Compared runs, the baseline first.
-        max_samples: Maximum number of displayed samples.
-    """
+    """Compare the validation samples that the baseline and another run answered."""
     reference_run = runs[0]
     common_keys = [
         set(reference_run.predictions),

@@ -47,8 +47,6 @@ def render_sample_page(
     the format of the model family.
 
     Args:
-        renderer: Renderer of the model.
-        samples: Samples to render.
         source: Description of the file or split that contains the samples.
         on_progress: Called with 1 after each sample.
     """
@@ -222,8 +220,6 @@ def render_check_page(
     Images are distributed over issue types, so that rare types have images as well.
 
     Args:
-        check_result: Result of the data check.
-        max_images: Maximum number of images on the page.
         on_progress: Called with 1 after each issue.
     """
     selected = _select_illustrated_issues(check_result.issues, max_images)

@@ -127,7 +127,6 @@ def read_examples(
         before: Prediction file before training. None if missing.
         after: Prediction file after training. None if missing.
         primary_metric: Primary metric of the run, by which examples are classified.
-        max_examples: Maximum number of displayed examples.
     """
     line_pairs = list(pair_predictions(before, after))
     metric = select_sample_metric(
@@ -241,12 +240,6 @@ def estimate_differences(
     after_metrics: Mapping[str, float],
 ) -> dict[str, MetricDifference]:
     """Estimate the differences of all metrics that are means over samples.
-
-    Args:
-        before: Earlier prediction file.
-        after: Later prediction file.
-        before_metrics: Recorded metrics of the earlier evaluation.
-        after_metrics: Recorded metrics of the later evaluation.
 
     Returns:
         Difference with confidence interval by metric name. Other metrics are omitted.

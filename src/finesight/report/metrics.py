@@ -126,9 +126,6 @@ class MetricRow(MetricChange):
     """Metric before and after training, with 95 % confidence intervals.
 
     Unknown values are None.
-
-    Attributes:
-        notes: Reasons of missing intervals, and warnings.
     """
 
     name: str

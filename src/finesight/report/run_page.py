@@ -102,9 +102,7 @@ def write_report(
     """Write the HTML report of a run.
 
     Args:
-        run_dir: Run directory.
         out: Output file, by default `report.html` in the run directory.
-        max_examples: Maximum number of examples.
         language: Language of the page, by default that of the locale.
         live_state: Cache that the training process passes. None for a report after training.
 

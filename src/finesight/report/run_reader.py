@@ -52,10 +52,6 @@ class RunRecord:
     """Content of a run directory.
 
     Attributes:
-        folder: Run directory.
-        recipe: Settings of the recipe.
-        recipe_text: Recipe file as text.
-        manifest: Content of the manifest.
         steps: Lines of `metrics.jsonl` for training steps.
         evaluations: Lines of `metrics.jsonl` for evaluations.
         starts: Lines of `metrics.jsonl` for the start of each training process.
@@ -67,7 +63,6 @@ class RunRecord:
         checkpoint_identity: Fingerprints of data and base model in the newest checkpoint.
         end_event: Line of `metrics.jsonl` for the interruption or failure of the last training
             process. None if there was none.
-        unreadable_files: Names of damaged files.
     """
 
     folder: Path
@@ -106,10 +101,6 @@ class RunRecord:
 
 def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
     """Read the content of a run directory.
-
-    Args:
-        folder: Run directory.
-        where: Command to name in the error.
 
     Raises:
         UserError: `folder` is not a run directory.
@@ -155,7 +146,6 @@ def read_json_lines(path: Path, damaged_lines: list[int] | None = None) -> Itera
     """Yield the objects of a JSON Lines file, without invalid lines.
 
     Args:
-        path: File to read.
         damaged_lines: List to which the numbers of invalid lines are added, from 1. A truncated
             last line is omitted, since a process may be writing it.
     """

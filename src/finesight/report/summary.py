@@ -45,13 +45,7 @@ class TimePhase:
 
 @dataclass(frozen=True)
 class SkippedGroup:
-    """Skipped samples of a run with the same reason.
-
-    Attributes:
-        reason: Reason for skipping the samples.
-        count: Number of samples.
-        ids: IDs of the first samples as text.
-    """
+    """Skipped samples of a run with the same reason."""
 
     reason: str
     count: int
@@ -371,7 +365,6 @@ def list_commands(run_record: RunRecord, prompt: str) -> list[SummaryItem]:
     """Return shell commands that use, resume or repeat a run.
 
     Args:
-        run_record: Content of the run directory.
         prompt: Prompt of a validation sample, used as an example.
     """
     folder = str(run_record.folder)
@@ -440,8 +433,6 @@ class RunStatus:
     """Status and progress of a run.
 
     Attributes:
-        kind: Kind of status.
-        step: Number of finished steps.
         total_steps: Total number of steps. None if unknown.
         remaining_s: Estimated remaining seconds of an active run. None if unknown.
         reason: Recorded reason of an interruption or failure. None if unknown.
@@ -484,7 +475,6 @@ def get_run_status(run_record: RunRecord, is_training: bool = False) -> RunStatu
     """Return the status of a run.
 
     Args:
-        run_record: Content of the run directory.
         is_training: True if the calling process is training this run.
     """
     kind = _classify_status(run_record, is_training)

@@ -41,7 +41,7 @@ from finesight.data.import_source import (
 )
 from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import is_tar_file, is_webdataset
-from finesight.data.sample import Sample
+from finesight.data.sample import Sample, VideoPart
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.encode.tiktoken_tokenizer import load_tokenizer
 from finesight.errors import UserError
@@ -268,6 +268,7 @@ class DataChecker:
         self._affected_samples: Counter[str] = Counter()
         self._last_location: dict[str, SampleLocation] = {}
         self._issues: list[CheckIssue] = []
+        self._frame_paths: set[str] = set()
 
     @property
     def sources(self) -> list[UnvalidatedSource]:
@@ -326,7 +327,8 @@ class DataChecker:
             sources=tuple(source_stats),
             issue_counts=issue_counts,
             issues=tuple(sorted_issues),
-            num_images=len(catalog),
+            num_images=len(catalog) - len(self._frame_paths),
+            num_video_frames=len(self._frame_paths),
             num_unique_images=len(catalog.image_infos),
             affected_samples={code: self._affected_samples[code] for code in issue_counts},
         )
@@ -385,6 +387,9 @@ class DataChecker:
         catalog: ImageCatalog,
         consistency: ConsistencyChecker,
     ) -> None:
+        for part in sample.iter_parts():
+            if isinstance(part, VideoPart):
+                self._frame_paths.update(part.frames)
         is_valid = True
         for issue in find_sample_issues(
             sample, location, catalog, self._requirements.special_tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,12 +73,18 @@ class MetricResult:
         return {name: note for name, note in notes.items() if note}
 
 
-def note_lines(notes: Mapping[str, str]) -> list[str]:
+def group_notes(notes: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Return the different names of scores by note, from pairs of name and note."""
+    names_by_note: dict[str, dict[str, None]] = {}
+    for name, note in notes:
+        if note:
+            names_by_note.setdefault(note, {})[name] = None
+    return {note: list(names) for note, names in names_by_note.items()}
+
+
+def note_lines(notes: Iterable[tuple[str, str]]) -> list[str]:
     """Format one line per distinct note, preceded by the names of its scores."""
-    names: dict[str, list[str]] = {}
-    for name, note in notes.items():
-        names.setdefault(note, []).append(name)
-    return [f"{', '.join(several)}: {note}" for note, several in names.items() if note]
+    return [f"{', '.join(names)}: {note}" for note, names in group_notes(notes).items()]
 
 
 MetricFn = Callable[[Sequence[EvalCase]], MetricResult]

@@ -169,7 +169,7 @@ class GenerationEvalResult:
         header = (
             f"{self.metric}: {len(self.predictions)} samples{skipped_note}, with 95 % intervals"
         )
-        notes = note_lines(self.notes)
+        notes = note_lines(self.notes.items())
         return "\n".join(
             [
                 header,

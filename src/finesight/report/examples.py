@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,8 @@ from finesight.report.i18n import translate
 from finesight.report.metrics import format_metric_name
 from finesight.report.run_reader import JsonObject, is_finite, read_json_lines
 from finesight.vision.image_decoding import load_image
+
+T = TypeVar("T")
 
 ExampleKind = Literal["better", "worse", "wrong", "right"]
 EXAMPLE_KINDS: tuple[ExampleKind, ...] = ("worse", "better", "wrong", "right")
@@ -132,13 +134,16 @@ def read_examples(
     metric = select_sample_metric(
         primary_metric, [line for pair in line_pairs for line in pair if line is not None]
     )
-    examples = [
-        _classify_example(before_line, after_line, metric) for before_line, after_line in line_pairs
-    ]
-    counts = Counter(example.kind for example in examples)
+    groups: dict[ExampleKind, list[Example]] = {kind: [] for kind in EXAMPLE_KINDS}
+    for pair in line_pairs:
+        example = _classify_example(*pair, metric)
+        groups[example.kind].append(example)
+    for group in groups.values():
+        group.sort(key=lambda example: -abs(example.change))
+    quotas = [max_examples // len(EXAMPLE_KINDS)] * len(EXAMPLE_KINDS)
     return ExampleSet(
-        displayed=_select_examples(examples, max_examples),
-        counts={kind: counts[kind] for kind in EXAMPLE_KINDS},
+        displayed=select_by_quota(list(groups.values()), quotas, max_examples),
+        counts={kind: len(group) for kind, group in groups.items()},
         metric=metric,
         is_paired=before is not None and after is not None,
     )
@@ -200,23 +205,17 @@ def _classify_example(before: JsonObject | None, after: JsonObject | None, metri
     return Example(before, after, kind, change)
 
 
-def _select_examples(examples: Iterable[Example], max_examples: int) -> list[Example]:
-    """Select at most `max_examples` examples, largest score changes first.
+def select_by_quota(
+    groups: Sequence[Sequence[T]], quotas: Sequence[int], max_items: int
+) -> list[T]:
+    """Select at most `max_items` items, the first ones of each group up to its quota.
 
-    Each class gets a quarter of the examples. Classes with more examples use quotas of smaller
-    ones.
+    Groups with more items use the rest of the quotas of smaller ones.
     """
-    by_kind: dict[ExampleKind, list[Example]] = {kind: [] for kind in EXAMPLE_KINDS}
-    for example in examples:
-        by_kind[example.kind].append(example)
-    for group in by_kind.values():
-        group.sort(key=lambda example: -abs(example.change))
-    quotas = {
-        kind: min(len(group), max_examples // len(EXAMPLE_KINDS)) for kind, group in by_kind.items()
-    }
-    for kind, group in by_kind.items():
-        quotas[kind] += min(len(group) - quotas[kind], max_examples - sum(quotas.values()))
-    return [example for kind, group in by_kind.items() for example in group[: quotas[kind]]]
+    counts = [min(len(group), quota) for group, quota in zip(groups, quotas, strict=True)]
+    for index, group in enumerate(groups):
+        counts[index] += min(len(group) - counts[index], max_items - sum(counts))
+    return [item for group, count in zip(groups, counts, strict=True) for item in group[:count]]
 
 
 def read_image_paths(line: JsonObject) -> list[str]:

@@ -48,7 +48,7 @@ from finesight.report.metrics import (
     format_value,
     read_metrics,
 )
-from finesight.report.run_reader import RunRecord
+from finesight.report.run_reader import RunRecord, list_image_folders
 
 DiffRow = tuple[str, list[str]]
 """Row of the table of differences: a name, and its value in each run."""
@@ -261,10 +261,11 @@ def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLE
     """Render the comparison of runs as an HTML page in the current language."""
     runs = comparison.runs
     samples = compare_samples(runs, max_samples)
+    records = [run.run_record for run in runs if run.run_record is not None]
+    file_folders = [run.path.parent for run in runs if run.run_record is None]
+    folders = [*list_image_folders(records), *file_folders]
     has_latex = any(run.metric == "latex" for run in runs)
-    sample_data = build_sample_data(
-        samples, _list_image_folders(runs), FormulaConverter() if has_latex else None
-    )
+    sample_data = build_sample_data(samples, folders, FormulaConverter() if has_latex else None)
     charts = [chart for chart in _build_charts(runs) if chart is not None]
     histograms = [chart for chart in _build_histograms(runs) if chart is not None]
     labels = [run.label for run in runs]
@@ -362,23 +363,6 @@ def _build_histograms(runs: Sequence[ComparedRun]) -> list[Chart | None]:
     return [
         build_histogram(translate(title), translate(caption), counts)
         for title, caption, counts in titles
-    ]
-
-
-def _list_image_folders(runs: Sequence[ComparedRun]) -> list[Path]:
-    """Return the folders to which relative image paths may refer.
-
-    These are the current folder, the working directories in which the runs were started, and the
-    folders of prediction files.
-    """
-    start_folders = [
-        line.get("working_dir") for run in runs if run.run_record for line in run.run_record.starts
-    ]
-    file_folders = [run.path.parent for run in runs if run.run_record is None]
-    return [
-        Path(),
-        *(Path(folder) for folder in start_folders if isinstance(folder, str)),
-        *file_folders,
     ]
 
 

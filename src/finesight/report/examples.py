@@ -190,18 +190,16 @@ def _classify_example(before: JsonObject | None, after: JsonObject | None, metri
     before_score, after_score = (
         read_scores(line).get(metric) if line else None for line in (before, after)
     )
-    change = (
-        after_score - before_score if before_score is not None and after_score is not None else 0.0
-    )
-    max_score = MAX_SCORES.get(metric, 1.0)
+    change = 0.0
+    if before_score is not None and after_score is not None:
+        change = after_score - before_score
     last_score = after_score if after_score is not None else before_score
-    kind: ExampleKind = (
-        "right"
-        if last_score is not None and last_score >= max_score - MIN_SCORE_CHANGE
-        else "wrong"
-    )
+    max_score = MAX_SCORES.get(metric, 1.0)
+    kind: ExampleKind = "wrong"
     if abs(change) > MIN_SCORE_CHANGE:
         kind = "better" if change > 0 else "worse"
+    elif last_score is not None and last_score >= max_score - MIN_SCORE_CHANGE:
+        kind = "right"
     return Example(before, after, kind, change)
 
 
@@ -243,11 +241,7 @@ def estimate_differences(
     Returns:
         Difference with confidence interval by metric name. Other metrics are omitted.
     """
-    line_pairs = [
-        (before_line, after_line)
-        for before_line, after_line in pair_predictions(before, after)
-        if before_line is not None and after_line is not None
-    ]
+    line_pairs = [pair for pair in pair_predictions(before, after) if None not in pair]
     old_means: dict[str, ScoreEstimator] = {}
     new_means: dict[str, ScoreEstimator] = {}
     if not line_pairs:
@@ -262,22 +256,14 @@ def estimate_differences(
             abs(before_scores.mean() - before_metrics[name]) < MAX_MEAN_ERROR
             and abs(after_scores.mean() - after_metrics[name]) < MAX_MEAN_ERROR
         ):
-            bounds = (
-                BOUNDED if _is_bounded(before_scores) and _is_bounded(after_scores) else UNBOUNDED
-            )
-            old_means[name], new_means[name] = (
-                estimate_mean(before_scores, bounds),
-                estimate_mean(after_scores, bounds),
-            )
+            all_scores = np.concatenate([before_scores, after_scores])
+            bounds = BOUNDED if ((all_scores >= 0) & (all_scores <= 1)).all() else UNBOUNDED
+            old_means[name] = estimate_mean(before_scores, bounds)
+            new_means[name] = estimate_mean(after_scores, bounds)
     return {difference.name: difference for difference in compare_estimators(old_means, new_means)}
 
 
-def _is_bounded(values: FloatArray) -> bool:
-    """Return whether all scores are between 0 and 1."""
-    return bool(((values >= 0) & (values <= 1)).all())
-
-
-def _read_score_column(metric: str, lines: tuple[JsonObject, ...]) -> FloatArray | None:
+def _read_score_column(metric: str, lines: tuple[Any, ...]) -> FloatArray | None:
     """Return one score of every prediction, or None if any prediction lacks it."""
     if metric == "stopped":
         return np.array([float(line.get("stopped") is True) for line in lines])
@@ -389,29 +375,20 @@ class ExampleDataBuilder:
         Returns None without decoding if the image has more than `max_source_pixels`.
         """
         try:
-            path = self._resolve_path(name)
+            candidates = [folder / name for folder in self._folders]
+            path = next((file for file in candidates if file.exists()), Path(name))
             height, width = read_image_size(path)
             if height * width > max_source_pixels:
                 return None
             scale = min(1.0, math.sqrt(max_pixels / (width * height)))
-            longest, shortest = (
-                max(1, round(side_fn(width, height) * scale)) for side_fn in (max, min)
-            )
-            inline_image = build_inline_image(
-                load_image(path, min_side=shortest), longest, THUMBNAIL_QUALITY
-            )
+            longest = max(1, round(max(width, height) * scale))
+            image = load_image(path, min_side=max(1, round(min(width, height) * scale)))
+            inline_image = build_inline_image(image, longest, THUMBNAIL_QUALITY)
         except CorruptImageError as error:
             return {"path": name, "error": error.what}
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # permission, null byte in path
+        except (OSError, ValueError) as error:  # permission, null byte in path
             return {"path": name, "error": f"unreadable ({error})"}
         return {"path": name, "src": inline_image["src"], "width": width, "height": height}
-
-    def _resolve_path(self, name: str) -> Path:
-        candidates = [folder / name for folder in self._folders]
-        return next((candidate for candidate in candidates if candidate.exists()), Path(name))
 
     def _build_example(self, example: Example, image_indices: dict[str, int]) -> JsonData:
         return {
@@ -466,29 +443,14 @@ def read_boxes(content: object) -> list[JsonData]:
     Each box has `image` (index), `label` and `xyxy` (corners in pixels).
     """
     boxes = content if isinstance(content, list) else []
-    return [
-        _to_box_data(box)
-        for box in boxes[:MAX_BOXES]
-        if isinstance(box, dict) and _has_valid_corners(box)
-    ]
-
-
-def _to_box_data(box: JsonObject) -> JsonData:
-    label = box.get("label")
-    return {
-        "image": box.get("image", 0),
-        "label": str(label)[:80] if label else "",
-        "xyxy": [float(corner) for corner in box["xyxy"]],
-    }
-
-
-def _has_valid_corners(box: JsonObject) -> bool:
-    corners = box.get("xyxy")
-    return isinstance(corners, list) and len(corners) == 4 and _all_finite(corners)
-
-
-def _all_finite(values: Iterable[object]) -> bool:
-    return all(map(is_finite, values))
+    valid_boxes = []
+    for box in boxes[:MAX_BOXES]:
+        corners = box.get("xyxy") if isinstance(box, dict) else None
+        if isinstance(corners, list) and len(corners) == 4 and all(map(is_finite, corners)):
+            label = str(box["label"])[:80] if box.get("label") else ""
+            xyxy = [float(corner) for corner in corners]
+            valid_boxes.append({"image": box.get("image", 0), "label": label, "xyxy": xyxy})
+    return valid_boxes
 
 
 def _truncate(text: str, max_chars: int = MAX_ANSWER_CHARS) -> str:

@@ -7,7 +7,7 @@ are recorded.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -142,6 +142,16 @@ def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
     )
 
 
+def list_image_folders(run_records: Iterable[RunRecord]) -> list[Path]:
+    """Return the folders to which relative image paths may refer.
+
+    These are the current folder and the working directories in which the runs were started.
+    """
+    starts = [line for run_record in run_records for line in run_record.starts]
+    folders: list[Any] = [line.get("working_dir") for line in starts]
+    return [Path(), *(Path(folder) for folder in folders if isinstance(folder, str))]
+
+
 def read_json_lines(path: Path, damaged_lines: list[int] | None = None) -> Iterator[JsonObject]:
     """Yield the objects of a JSON Lines file, without invalid lines.
 
@@ -184,16 +194,13 @@ def _read_result(content: JsonObject) -> JsonObject:
 
 def _drop_invalid_values(line: JsonObject) -> JsonObject:
     """Replace the values of a line that have an unexpected type by None."""
-    return {
-        key: value if key not in FIELD_TYPES or _has_type(value, FIELD_TYPES[key]) else None
-        for key, value in line.items()
-    }
 
+    def is_valid(key: str, value: object) -> bool:
+        if FIELD_TYPES.get(key) is float:
+            return isinstance(value, int | float) and abs(value) < MAX_ABS_VALUE
+        return key not in FIELD_TYPES or isinstance(value, FIELD_TYPES[key])
 
-def _has_type(value: object, expected_type: type) -> bool:
-    if expected_type is float:
-        return isinstance(value, int | float) and abs(value) < MAX_ABS_VALUE
-    return isinstance(value, expected_type)
+    return {key: value if is_valid(key, value) else None for key, value in line.items()}
 
 
 class _RunFolderReader:

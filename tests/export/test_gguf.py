@@ -135,7 +135,7 @@ def test_too_little_disk_space(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match="1,000 are free"):
+    with pytest.raises(UserError, match="1e-06 GB are free on this disk"):
         write_gguf(model, tmp_path / "gguf", converter(tmp_path))
 
 

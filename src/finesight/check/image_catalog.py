@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from finesight.check.near_duplicates import NearDuplicateIndex, compute_thumbnail, is_same_image
-from finesight.child_processes import exit_with_parent
 from finesight.data.image_header import (
     TRANSPOSED_ORIENTATIONS,
     CorruptImageError,
@@ -35,6 +34,7 @@ from finesight.errors import UserError
 from finesight.host_memory import num_allowed_cpus
 from finesight.vision.image_decoding import load_image
 from finesight.vision.resize import MAX_ASPECT_RATIO
+from finesight.worker_pool import exit_with_parent
 
 ItemT = TypeVar("ItemT")
 StartedT = TypeVar("StartedT")

@@ -14,33 +14,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.encode.packing import PackedBatch
-from finesight.encode.tokenized_sample import GridTHW
 from finesight.errors import UserError
 from finesight.model import fused_decoder
 from finesight.model.attention import (
     AttentionBackend,
+    ContextParallelAttention,
     PackedAttention,
     Segments,
     SharedPrefixAttention,
+    exchange_features,
 )
 from finesight.model.config import ConfigReader, ModelConfig, parse_pixel_normalization
-from finesight.model.context_parallel import ContextParallelAttention, exchange_features
 from finesight.model.decoder import DecoderLayer, DeepstackFeatures
-from finesight.model.families import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen3_vl_moe, qwen_vl
-from finesight.model.families.architecture import Architecture
+from finesight.model.families import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen_vl
+from finesight.model.families.architecture import (
+    QWEN_VL_MAPPING,
+    TRANSFORMERS_V5_MAPPING,
+    Architecture,
+    KeyMapping,
+)
 from finesight.model.fused_linear import FusedLinear, single_output
-from finesight.model.lora.fused_weight import FusedWeightSync
+from finesight.model.lora.fused import FusedWeightSync
 from finesight.model.lora.multi import LoraRouting
-from finesight.model.lora.peft_config import QWEN_VL_MAPPING, TRANSFORMERS_V5_MAPPING, KeyMapping
 from finesight.model.moe import requires_host_sync
 from finesight.model.quant.base import QuantizedWeight
 from finesight.model.vision_encoder import VisionEncoder
+from finesight.vision.patches import GridTHW
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2_vl": qwen2_vl.ARCHITECTURE,
     "qwen2_5_vl": qwen2_5_vl.ARCHITECTURE,
     "qwen3_vl": qwen3_vl.ARCHITECTURE,
-    "qwen3_vl_moe": qwen3_vl_moe.ARCHITECTURE,
+    "qwen3_vl_moe": qwen3_vl.MOE_ARCHITECTURE,
     "qwen": qwen_vl.ARCHITECTURE,
 }
 """Model families by `model_type` of config.json; a new family is a module and an entry here."""
@@ -227,7 +232,7 @@ class VisionLanguageModel(nn.Module):
         if fused_decoder.supports_fused_layers(self.model.embed_tokens.weight):
             layers = (layer for layer in self.model.layers if isinstance(layer, DecoderLayer))
             linears = (linear for layer in layers for linear in layer.fusible_linears)
-            self._fused_weight_sync.copy_up_projections(fused_decoder.fuse_lora_weights(linears))
+            self._fused_weight_sync.copy_up_projections(linears)
         return self.apply_final_norm(
             self.forward_hidden(batch, attention, batch.logit_indices_L, features_MKD)
         )

@@ -1,4 +1,10 @@
-"""Building blocks shared by Triton kernels: reduction of partial sums, fast sigmoid, layouts."""
+"""Building blocks shared by Triton kernels.
+
+They reduce partial sums, compute a fast sigmoid, and recompute dropout masks from a seed, so that
+no mask is stored.
+
+Shapes: M rows (tokens), N columns of an input.
+"""
 
 from __future__ import annotations
 
@@ -68,3 +74,30 @@ def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
         partial, y, total, chunks, block_chunks=block_chunks, block=block
     )
     return y
+
+
+@triton.jit
+def hash_u32(x: tl.tensor) -> tl.tensor:
+    """Hash 32-bit integers with lowbias32 by Chris Wellons."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def keep_mask(
+    seed: tl.tensor, salt: tl.tensor, m: tl.tensor, c: tl.tensor, threshold: tl.tensor
+) -> tl.tensor:
+    """Return the mask [M, N] of the elements that dropout retains.
+
+    `m` and `c` are the indices of rows and columns. Most of the hash is computed per row and per
+    column, not per element.
+    """
+    key = hash_u32(tl.load(seed).to(tl.uint32) ^ (salt.to(tl.uint32) * 0xC2B2AE35))
+    key_M = hash_u32(m.to(tl.uint32) * 0x9E3779B1 + key)
+    key_N = hash_u32(c.to(tl.uint32) * 0x85EBCA77 + 0x7FEB352D)
+    x_MN = (key_M[:, None] ^ key_N[None, :]) * 0x9E3779B1
+    x_MN = (x_MN ^ (x_MN >> 15)) * 0x846CA68B
+    return x_MN.to(tl.int32, bitcast=True) >= threshold

@@ -15,16 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.kernels.dropout import SeededDropout, keep_mask
 from finesight.model.kernels.launch_config import (
     SWIGLU_BACKWARD_TILE,
     SWIGLU_TILE,
+    SeededDropout,
     columns_per_chunk,
     rows_per_chunk,
 )
 from finesight.model.kernels.primitives import (
     Ptr,
     align_layouts,
+    keep_mask,
     rank_block_size,
     sum_partials,
     times_sigmoid,

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from finesight.plan.activation_memory import ActivationMemory
+from finesight.plan.graph_plan import plan_graph
+from finesight.plan.saved_activations import ComputeConfig
 from tiny_task import make_task
 from torch import Tensor
 
@@ -20,8 +23,6 @@ from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder, locate_model
-from finesight.plan.activation_memory import ActivationMemory
-from finesight.plan.graph_plan import plan_graph
 from finesight.plan.peak_memory import (
     CUBLAS_WORKSPACE_BYTES,
     CUDA_CONTEXT_BYTES,
@@ -30,7 +31,6 @@ from finesight.plan.peak_memory import (
     compute_persistent_memory,
 )
 from finesight.plan.planned_pack import PlannedPack, build_planned_pack
-from finesight.plan.saved_activations import ComputeConfig
 from finesight.plan.settings_search import PlannedSteps
 from finesight.train import cuda_graphs
 from finesight.train.cuda_graphs import MAX_GRAPHS

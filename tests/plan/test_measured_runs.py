@@ -11,7 +11,6 @@ import pytest
 
 from finesight.config import QuantizablePart, Recipe, TrainFileSettings, TrainSettings, TuneSettings
 from finesight.model_folder import ModelFolder
-from finesight.plan.activation_memory import ActivationMemory
 from finesight.plan.peak_memory import compute_peak_memory
 from finesight.plan.planned_model import build_planned_model
 from finesight.plan.planned_pack import PlannedPack
@@ -138,7 +137,7 @@ def _has_settings(run: MeasuredRun, call: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_memory_within_10_and_time_within_20_percent(shared: Path, run: MeasuredRun) -> None:
+def test_memory_within_10_and_time_within_15_percent(shared: Path, run: MeasuredRun) -> None:
     target = build_named_target("H200", "bf16")
     recipe = Recipe(
         model=run.model,
@@ -158,18 +157,25 @@ def test_memory_within_10_and_time_within_20_percent(shared: Path, run: Measured
         use_graphs=run.uses_cuda_graphs,
         has_cached_features=run.uses_vision_cache,
     )
-    activations = ActivationMemory(planned.model, planned.compute, run.checkpointed_fraction)
     peak_memory = compute_peak_memory(
-        *(planned.persistent, activations, [make_pack(run, run.largest_pack_ratio)]),
-        *(planned.compute, planned.patch_bytes),
+        planned.persistent,
+        planned.tracer,
+        [make_pack(run, run.largest_pack_ratio)],
+        run.checkpointed_fraction,
         has_multiple_packs=run.packs > 1,
     )
     peak_gb, seconds = measured_run(run)
     # With cached features, the vision encoder is freed before the first step. The peak can be
     # before or after that.
     encoder_bytes = sum(p.nbytes for p in planned.model.visual.parameters()) * run.uses_vision_cache
+    import sys
+
+    print(
+        f"{run.name:20} fp8={bool(run.fp8):d} vc={run.uses_vision_cache:d} mem {peak_gb:6.2f} est {(peak_memory.allocated - encoder_bytes) / 1e9:6.2f}..{peak_memory.allocated / 1e9:6.2f} ({peak_memory.allocated / 1e9 / peak_gb - 1:+.1%}) time {seconds:.4f} {step.total:.4f} {step.total / seconds - 1:+.1%}",
+        file=sys.stderr,
+    )
     assert (peak_memory.allocated - encoder_bytes) / 1.1e9 < peak_gb < peak_memory.allocated / 0.9e9
-    assert step.total == pytest.approx(seconds, rel=0.2)
+    assert step.total == pytest.approx(seconds, rel=0.15)
 
 
 def make_pack(run: MeasuredRun, token_ratio: float) -> PlannedPack:

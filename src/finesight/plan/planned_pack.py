@@ -52,6 +52,19 @@ class PlannedPack:
         """Number of patches of all images and videos."""
         return sum(t * h * w for t, h, w in self.grid_thw)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes that determine the memory of the pack.
+
+        These are tokens, patches, supervised tokens, and squared lengths.
+        """
+        return (
+            self.num_tokens,
+            self.num_patches,
+            self.num_supervised_tokens,
+            sum(length**2 for length in self.context_lengths),
+        )
+
     def stored_patch_dim(self, config: VisionConfig) -> int:
         """Return the number of elements that the pack stores per patch.
 

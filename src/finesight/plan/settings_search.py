@@ -13,9 +13,12 @@ from statistics import fmean
 from finesight.config import QuantizablePart
 from finesight.encode.packing import compute_min_budget, effective_prefix_length
 from finesight.model.vlm import VisionLanguageModel
-from finesight.plan.activation_memory import ActivationMemory
-from finesight.plan.graph_plan import compute_graph_shape
-from finesight.plan.peak_memory import USABLE_MEMORY_FRACTION, PeakMemory, compute_peak_memory
+from finesight.plan.peak_memory import (
+    USABLE_MEMORY_FRACTION,
+    PeakMemory,
+    compute_graph_shape,
+    compute_peak_memory,
+)
 from finesight.plan.planned_model import PlannedModel
 from finesight.plan.planned_pack import PlannedPack, plan_step_packs
 from finesight.plan.step_time import StepTime
@@ -257,19 +260,15 @@ class SettingsSearch:
 
     def _compute_peak(self, settings: PlannedSettings, *, use_graphs: bool) -> PeakMemory:
         planned = self._build_model(settings.nf4_parts)
-        activations = ActivationMemory(
-            planned.model, planned.compute, settings.activation_checkpointing
-        )
         packs = self._steps.largest_packs(
             settings.pack_tokens, planned.model, settings.activation_checkpointing
         )
         has_multiple_packs = self._steps.has_multiple_packs(settings.pack_tokens)
-        sizes = planned.compute, planned.patch_bytes
         return compute_peak_memory(
             planned.persistent,
-            activations,
+            planned.tracer,
             packs,
-            *sizes,
+            settings.activation_checkpointing,
             has_multiple_packs=has_multiple_packs,
             use_graphs=use_graphs,
         )

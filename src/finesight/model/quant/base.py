@@ -35,14 +35,7 @@ kernel."""
 
 @dataclass(frozen=True)
 class WeightTensorSpec:
-    """Tensor in a weight file that a matrix is loaded from.
-
-    Attributes:
-        name: Suffix of the tensor name.
-        shape: Shape in the file.
-        dtypes: Allowed dtypes, by their names in safetensors files.
-        load: Function that loads the values.
-    """
+    """Tensor in a weight file that a matrix is loaded from."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,12 +52,10 @@ class QuantizedMatrix(nn.Module, ABC):
 
     @property
     def num_elements(self) -> int:
-        """Number of elements of the dequantized matrix."""
         return self.out_features * self.in_features
 
     @property
     def device(self) -> torch.device:
-        """Device of the quantized codes."""
         return next(self.buffers()).device
 
     @abstractmethod
@@ -102,10 +93,7 @@ class QuantizedMatrix(nn.Module, ABC):
         )
 
     def kernel_matmul(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Compute x W^T + bias with a kernel for quantized weights, without autograd.
-
-        Returns None if no kernel supports the matrix, the device or the number of rows.
-        """
+        """Compute x W^T + bias with a kernel for quantized weights, without autograd."""
         num_rows = x.numel() // self.in_features
         if not (x.is_cuda and self.supports_kernels()) or not 0 < num_rows <= MAX_GEMM_ROWS:
             return None
@@ -132,10 +120,7 @@ class QuantizedMatrix(nn.Module, ABC):
 
 @lru_cache
 def has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return True if Triton and flash attention can use tensor cores for this dtype.
-
-    Requires 16-bit dtypes and compute capability 8.0 or newer.
-    """
+    """Return True if Triton and flash attention can use tensor cores for this dtype."""
     is_16_bit = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     return is_16_bit and torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -147,7 +132,6 @@ class OnlineQuantizedMatrix(QuantizedMatrix):
     """
 
     def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
-        """Return the spec of the dense weight."""
         return self._dense_spec(self.quantize)
 
     @torch.no_grad()
@@ -166,7 +150,6 @@ class OnlineQuantizedMatrix(QuantizedMatrix):
         """Return the dequantized values of a range of rows, [R, I] in fp32."""
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the dequantized matrix [O, I], each element rounded once."""
         w_OI = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
         for rows in self._row_chunks():
             w_OI[rows] = self.dequantize_rows(rows).to(dtype)
@@ -204,17 +187,14 @@ class QuantizedWeight(nn.Module):
 
     @property
     def matrices(self) -> tuple[QuantizedMatrix, ...]:
-        """Quantized matrices of the layers, in order."""
         return tuple(layer for layer in self.layers if isinstance(layer, QuantizedMatrix))
 
     @property
     def device(self) -> torch.device:
-        """Device of the quantized codes."""
         return self.matrices[0].device
 
     @property
     def num_elements(self) -> int:
-        """Number of elements of the dequantized weight."""
         return sum(matrix.num_elements for matrix in self.matrices)
 
     def dequantize(self) -> Tensor:
@@ -264,12 +244,7 @@ class RmsNormParams(NamedTuple):
 
 
 class PackedInput(NamedTuple):
-    """Input row in the layout that GEMV kernels for 4-bit matrices read.
-
-    Attributes:
-        values_8N: Inputs of the k-th code of all words, for each of the 8 codes of a word.
-        group_sums_G: Sum of the inputs of each group, for formats with zero points; else None.
-    """
+    """Input row in the layout that GEMV kernels for 4-bit matrices read."""
 
     values_8N: Tensor
     group_sums_G: Tensor | None
@@ -280,10 +255,7 @@ class Packed4BitMatrix(QuantizedMatrix):
 
     @property
     def is_unpermuted(self) -> bool:
-        """True if the columns are in their original order.
-
-        Matrices of a fused linear can then share the packed input.
-        """
+        """True if the columns are in their original order."""
         return True
 
     @abstractmethod
@@ -297,7 +269,6 @@ class Packed4BitMatrix(QuantizedMatrix):
         """Compute x W^T + bias + residual of a packed input row into `y_O`."""
 
     def gemv(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias [R, O], row by row."""
         y_RO = x_RI.new_empty(len(x_RI), self.out_features)
         for x_1I, y_O in zip(torch.split(x_RI, 1), y_RO, strict=True):
             self.gemv_packed(self.pack_input(x_1I, None), y_O, bias, None)
@@ -307,10 +278,7 @@ class Packed4BitMatrix(QuantizedMatrix):
 def pack_inputs(
     matrices: Sequence[Packed4BitMatrix], x_1I: Tensor, norm: RmsNormParams | None
 ) -> Iterator[PackedInput]:
-    """Yield the packed input row for each matrix of a fused linear.
-
-    The row is packed once unless the columns of a matrix are permuted.
-    """
+    """Yield the packed input row for each matrix of a fused linear."""
     shared = matrices[0].pack_input(x_1I, norm)
     all_unpermuted = all(matrix.is_unpermuted for matrix in matrices)
     yield shared

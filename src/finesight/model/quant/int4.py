@@ -69,7 +69,6 @@ class Int4Matrix(Packed4BitMatrix):
         self.register_buffer("permutation_I", torch.empty(in_features, dtype=torch.int32))
 
     def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
-        """Return the specs of AutoGPTQ's tensors `qweight`, `qzeros`, `scales` and `g_idx`."""
         shapes = {
             "qweight": (self.in_features // PACK_FACTOR, self.out_features),
             "qzeros": (self._num_groups, self.out_features // PACK_FACTOR),
@@ -91,9 +90,6 @@ class Int4Matrix(Packed4BitMatrix):
         """Load one of AutoGPTQ's tensors: `qweight`, `qzeros`, `scales` or `g_idx`.
 
         The matrix is assembled when all four tensors are loaded.
-
-        Raises:
-            UserError: The groups in `g_idx` contradict the group size of the config.
         """
         self._loaded[name] = values.to(self.device)
         if len(self._loaded) == len(self.tensor_specs()):
@@ -122,7 +118,6 @@ class Int4Matrix(Packed4BitMatrix):
         self._is_unpermuted = torch.equal(permutation_I, positions_I)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the dequantized matrix [O, I], each element rounded once."""
         quant_params = self.scales_OG, self.zeros_OG, self.permutation_I, self.group_size
         if self._kernels_available():
             return quant_gemv_kernels.dequantize_int4(self.codes, *quant_params, dtype)
@@ -144,10 +139,6 @@ class Int4Matrix(Packed4BitMatrix):
         return values.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
 
     def supports_kernels(self) -> bool:
-        """Return True if the kernels support this matrix and its device.
-
-        Each half row must consist of full groups of 32, 64 or 128 inputs.
-        """
         is_aligned = (
             self.group_size in KERNEL_GROUP_SIZES and self.in_features % (2 * self.group_size) == 0
         )
@@ -155,14 +146,9 @@ class Int4Matrix(Packed4BitMatrix):
 
     @property
     def is_unpermuted(self) -> bool:
-        """True if the columns of the codes are in their original order."""
         return self._is_unpermuted
 
     def pack_input(self, x_1I: Tensor, norm: RmsNormParams | None) -> PackedInput:
-        """Pack an input row for `gemv_packed`, after an optional RMS norm.
-
-        A word holds the codes of four inputs of the first half and four of the second.
-        """
         if not self._is_unpermuted and norm is not None:
             x_1I, norm = F.rms_norm(x_1I, norm.weight_I.shape, *norm), None
         return quant_gemv_kernels.pack_input(self._permute_input(x_1I), norm, self.group_size)
@@ -170,12 +156,10 @@ class Int4Matrix(Packed4BitMatrix):
     def gemv_packed(
         self, x: PackedInput, y_O: Tensor, bias_O: Tensor | None, residual_O: Tensor | None
     ) -> None:
-        """Compute x W^T + bias + residual of a packed input row into `y_O`."""
         quant_params = self.codes, self.scales_OG, self.zeros_OG, self.group_size
         quant_gemv_kernels.int4_gemv(x, *quant_params, y_O, bias_O, residual_O)
 
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias [R, O] with a tensor-core kernel."""
         quant_params = self.codes, self.scales_OG, self.zeros_OG
         tiling = quant_gemm_kernels.choose_gemm_tiling(self.out_features, len(x_RI))
         return quant_gemm_kernels.int4_gemm(
@@ -202,7 +186,6 @@ class RtnInt4Matrix(Int4Matrix):
         )
 
     def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
-        """Return the spec of the dense weight."""
         return self._dense_spec(self.quantize)
 
     @torch.no_grad()
@@ -273,18 +256,7 @@ def gptq_group_size(folder: ModelFolder) -> int | None:
 def quantize_gptq_layers(
     model: nn.Module, layer_names: Collection[str], group_size: int, where: str
 ) -> None:
-    """Replace the weights of layers that GPTQ quantized by empty INT4 matrices.
-
-    Args:
-        model: Model without values.
-        layer_names: Native names of the quantized layers.
-        group_size: Inputs per group; -1 for one group per row.
-        where: Path of the model, for error messages.
-
-    Raises:
-        UserError: Only some layers of a fused linear are quantized, a size is not a multiple of 8,
-            or another quantization was requested for a layer.
-    """
+    """Replace the weights of layers that GPTQ quantized by empty INT4 matrices."""
     for path, module in list(model.named_modules()):
         if not isinstance(module, FusedLinear):
             continue

@@ -48,7 +48,6 @@ class RowwiseMatrix(OnlineQuantizedMatrix):
         """Round scaled values, with magnitudes up to `max_code`, to codes."""
 
     def quantize_rows(self, rows: slice, values_RI: Tensor) -> None:
-        """Quantize a range of rows, [R, I] in fp32."""
         # A row of zeros has the scale 1, to avoid division by zero.
         amax_R = values_RI.abs().amax(1)
         scales_R = torch.where(amax_R > 0, amax_R / self.max_code, 1.0)
@@ -56,11 +55,9 @@ class RowwiseMatrix(OnlineQuantizedMatrix):
         self.scales_O[rows] = scales_R
 
     def dequantize_rows(self, rows: slice) -> Tensor:
-        """Return the dequantized values of a range of rows, [R, I] in fp32."""
         return self.codes_OI[rows].float() * self.scales_O[rows, None]
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the dequantized matrix [O, I], each element rounded once."""
         if self._kernels_available():
             return quant_gemm_kernels.dequantize_rowwise(self.codes_OI, self.scales_O, dtype)
         return super().dequantize(dtype)
@@ -69,16 +66,13 @@ class RowwiseMatrix(OnlineQuantizedMatrix):
         return HAS_TRITON and self.codes_OI.is_cuda
 
     def supports_kernels(self) -> bool:
-        """Return True if the kernels support the row size and the device."""
         return self.in_features % KERNEL_VECTOR_SIZE == 0 and self._kernels_available()
 
     def gemv(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias [R, O] with a GEMV kernel, row by row."""
         tiling = quant_gemv_kernels.choose_gemv_tiling(self.out_features, self.in_features)
         return quant_gemv_kernels.rowwise_gemv(x_RI, self.codes_OI, self.scales_O, bias, tiling)
 
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias [R, O] with a tensor-core kernel."""
         tiling = quant_gemm_kernels.choose_gemm_tiling(self.out_features, len(x_RI))
         return quant_gemm_kernels.rowwise_gemm(x_RI, self.codes_OI, self.scales_O, bias, tiling)
 
@@ -93,5 +87,4 @@ class Int8Matrix(RowwiseMatrix):
     max_code = 127.0
 
     def round_to_codes(self, values_RI: Tensor) -> Tensor:
-        """Round scaled values to the nearest integer from -127 to 127."""
         return values_RI.round().clamp(-self.max_code, self.max_code).to(torch.int8)

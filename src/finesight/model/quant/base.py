@@ -44,7 +44,11 @@ class WeightTensorSpec:
 
 
 class QuantizedMatrix(nn.Module, ABC):
-    """Frozen quantized matrix [O, I] with matmul kernels and dequantization."""
+    """Frozen quantized matrix [O, I] with matmul kernels and dequantization.
+
+    By default it is computed from a dense weight while loading, in chunks of rows. The codes of a
+    row depend on that row alone.
+    """
 
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
@@ -58,13 +62,48 @@ class QuantizedMatrix(nn.Module, ABC):
     def device(self) -> torch.device:
         return next(self.buffers()).device
 
-    @abstractmethod
     def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
-        """Return the file tensors that the matrix is loaded from."""
+        """Return the file tensors that the matrix is loaded from, by default a dense weight."""
+        shape = self.out_features, self.in_features
+        return (WeightTensorSpec("weight", shape, tuple(SAFETENSORS_DTYPES), self.quantize),)
 
-    @abstractmethod
+    @torch.no_grad()
+    def quantize(self, values_OI: Tensor) -> None:
+        """Quantize a dense matrix [O, I] on the device of the quantized weights."""
+        shape = tuple(values_OI.shape)
+        assert shape == (self.out_features, self.in_features), (
+            f"{shape}, not {self.out_features, self.in_features}"
+        )
+        self.quantize_values(values_OI)
+
+    def quantize_values(self, values_OI: Tensor) -> None:
+        """Quantize a dense matrix of the right shape."""
+        for rows in self._row_chunks():
+            self.quantize_rows(rows, values_OI[rows].to(self.device).float())
+
+    def quantize_rows(self, rows: slice, values_RI: Tensor) -> None:
+        """Quantize a range of rows, [R, I] in fp32."""
+        raise NotImplementedError
+
+    def dequantize_rows(self, rows: slice) -> Tensor:
+        """Return the dequantized values of a range of rows, [R, I] in fp32."""
+        raise NotImplementedError
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the dequantized matrix [O, I] in bf16, fp16 or fp32."""
+        """Return the dequantized matrix [O, I] in bf16, fp16 or fp32, each element rounded once."""
+        w_OI = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
+        for rows in self._row_chunks():
+            w_OI[rows] = self.dequantize_rows(rows).to(dtype)
+        return w_OI
+
+    def _row_chunks(self) -> Iterator[slice]:
+        step = max(1, CHUNK_ELEMENTS // self.in_features)
+        return (slice(start, start + step) for start in range(0, self.out_features, step))
+
+    @property
+    def has_kernels(self) -> bool:
+        """True if Triton kernels can run on the device of the codes."""
+        return HAS_TRITON and self.device.type == "cuda"
 
     @abstractmethod
     def supports_kernels(self) -> bool:
@@ -78,32 +117,6 @@ class QuantizedMatrix(nn.Module, ABC):
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias [R, O] with a tensor-core kernel, for 16-bit rows."""
 
-    def _dense_spec(self, load: Callable[[Tensor], None]) -> tuple[WeightTensorSpec, ...]:
-        """Return the spec of a dense weight that is quantized while loading."""
-        return (
-            WeightTensorSpec(
-                "weight", (self.out_features, self.in_features), tuple(SAFETENSORS_DTYPES), load
-            ),
-        )
-
-    def _check_shape(self, values_OI: Tensor) -> None:
-        shape = tuple(values_OI.shape)
-        assert shape == (self.out_features, self.in_features), (
-            f"{shape}, not {self.out_features, self.in_features}"
-        )
-
-    def kernel_matmul(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Compute x W^T + bias with a kernel for quantized weights, without autograd."""
-        num_rows = x.numel() // self.in_features
-        if not (x.is_cuda and self.supports_kernels()) or not 0 < num_rows <= MAX_GEMM_ROWS:
-            return None
-        use_gemm = num_rows > 1 and has_tensor_cores(x.dtype, x.device)
-        if not use_gemm and num_rows > MAX_GEMV_ROWS:
-            return None
-        x_RI = x.reshape(num_rows, self.in_features).contiguous()
-        y_RO = self.gemm(x_RI, bias) if use_gemm else self.gemv(x_RI, bias)
-        return y_RO.view(*x.shape[:-1], self.out_features)
-
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias with autograd, [..., I] to [..., O].
 
@@ -113,9 +126,15 @@ class QuantizedMatrix(nn.Module, ABC):
         return y
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias without autograd, [..., I] to [..., O]."""
-        y = self.kernel_matmul(x, bias)
-        return F.linear(x, self.dequantize(x.dtype), bias) if y is None else y
+        """Compute x W^T + bias without autograd, by a kernel for quantized weights if possible."""
+        num_rows = x.numel() // self.in_features
+        if x.is_cuda and 0 < num_rows <= MAX_GEMM_ROWS and self.supports_kernels():
+            use_gemm = num_rows > 1 and has_tensor_cores(x.dtype, x.device)
+            if use_gemm or num_rows <= MAX_GEMV_ROWS:
+                x_RI = x.reshape(num_rows, self.in_features).contiguous()
+                y_RO = self.gemm(x_RI, bias) if use_gemm else self.gemv(x_RI, bias)
+                return y_RO.view(*x.shape[:-1], self.out_features)
+        return F.linear(x, self.dequantize(x.dtype), bias)
 
 
 @lru_cache
@@ -123,41 +142,6 @@ def has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
     """Return True if Triton and flash attention can use tensor cores for this dtype."""
     is_16_bit = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     return is_16_bit and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-class OnlineQuantizedMatrix(QuantizedMatrix):
-    """Quantized matrix that is computed from a dense weight while loading.
-
-    Rows are quantized in chunks. The codes of each row depend on that row alone.
-    """
-
-    def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
-        return self._dense_spec(self.quantize)
-
-    @torch.no_grad()
-    def quantize(self, values_OI: Tensor) -> None:
-        """Quantize a dense matrix [O, I] on the device of the quantized weights."""
-        self._check_shape(values_OI)
-        for rows in self._row_chunks():
-            self.quantize_rows(rows, values_OI[rows].to(self.device).float())
-
-    @abstractmethod
-    def quantize_rows(self, rows: slice, values_RI: Tensor) -> None:
-        """Quantize a range of rows, [R, I] in fp32."""
-
-    @abstractmethod
-    def dequantize_rows(self, rows: slice) -> Tensor:
-        """Return the dequantized values of a range of rows, [R, I] in fp32."""
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        w_OI = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
-        for rows in self._row_chunks():
-            w_OI[rows] = self.dequantize_rows(rows).to(dtype)
-        return w_OI
-
-    def _row_chunks(self) -> Iterator[slice]:
-        step = max(1, CHUNK_ELEMENTS // self.in_features)
-        return (slice(start, start + step) for start in range(0, self.out_features, step))
 
 
 class _QuantizedMatmul(torch.autograd.Function):
@@ -253,10 +237,8 @@ class PackedInput(NamedTuple):
 class Packed4BitMatrix(QuantizedMatrix):
     """Quantized 4-bit matrix whose GEMV kernel requires a packed input row."""
 
-    @property
-    def is_unpermuted(self) -> bool:
-        """True if the columns are in their original order."""
-        return True
+    is_unpermuted = True
+    """True if the columns are in their original order."""
 
     @abstractmethod
     def pack_input(self, x_1I: Tensor, norm: RmsNormParams | None) -> PackedInput:

@@ -48,12 +48,10 @@ class Fp8Matrix(RowwiseMatrix):
         # The next code after the largest value is NaN; clamp quotients that were rounded up.
         return values_RI.clamp(-self.max_code, self.max_code).to(torch.float8_e4m3fn)
 
-    def _kernels_available(self) -> bool:
+    @property
+    def has_kernels(self) -> bool:
         # Older GPUs cannot convert this dtype.
-        return super()._kernels_available() and torch.cuda.get_device_capability(self.device) >= (
-            8,
-            9,
-        )
+        return super().has_kernels and torch.cuda.get_device_capability(self.device) >= (8, 9)
 
 
 FP8_ALIGNMENT = 16

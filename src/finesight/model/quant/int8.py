@@ -14,7 +14,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from finesight.model.quant.base import HAS_TRITON, OnlineQuantizedMatrix
+from finesight.model.quant.base import HAS_TRITON, QuantizedMatrix
 
 if HAS_TRITON:
     from finesight.model.kernels import quant_gemm as quant_gemm_kernels
@@ -25,7 +25,7 @@ KERNEL_VECTOR_SIZE = 16
 """Number of inputs that a kernel reads at once, and divisor of supported row sizes."""
 
 
-class RowwiseMatrix(OnlineQuantizedMatrix):
+class RowwiseMatrix(QuantizedMatrix):
     """8-bit matrix [O, I] with the values `scales_O` times `codes_OI`.
 
     The largest magnitude of each output row has the code `max_code`.
@@ -58,15 +58,12 @@ class RowwiseMatrix(OnlineQuantizedMatrix):
         return self.codes_OI[rows].float() * self.scales_O[rows, None]
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        if self._kernels_available():
+        if self.has_kernels:
             return quant_gemm_kernels.dequantize_rowwise(self.codes_OI, self.scales_O, dtype)
         return super().dequantize(dtype)
 
-    def _kernels_available(self) -> bool:
-        return HAS_TRITON and self.codes_OI.is_cuda
-
     def supports_kernels(self) -> bool:
-        return self.in_features % KERNEL_VECTOR_SIZE == 0 and self._kernels_available()
+        return self.in_features % KERNEL_VECTOR_SIZE == 0 and self.has_kernels
 
     def gemv(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
         tiling = quant_gemv_kernels.choose_gemv_tiling(self.out_features, self.in_features)

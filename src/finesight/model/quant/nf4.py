@@ -21,7 +21,6 @@ from finesight.model.quant.base import (
     Packed4BitMatrix,
     PackedInput,
     RmsNormParams,
-    WeightTensorSpec,
 )
 
 if HAS_TRITON:
@@ -104,13 +103,7 @@ class Nf4Matrix(Packed4BitMatrix):
         self.register_buffer("nested_absmax", torch.empty(-(-blocks // SCALE_BLOCK_SIZE)))
         self.register_buffer("absmax_mean", torch.empty(()))
 
-    def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
-        return self._dense_spec(self.quantize)
-
-    @torch.no_grad()
-    def quantize(self, values_OI: Tensor) -> None:
-        """Quantize a dense matrix [O, I] on the device of the quantized weights."""
-        self._check_shape(values_OI)
+    def quantize_values(self, values_OI: Tensor) -> None:
         functional = _import_bitsandbytes().functional
         # Create it now: during a CUDA graph capture it would be allocated in the memory pool of the
         # graph.
@@ -157,7 +150,7 @@ class Nf4Matrix(Packed4BitMatrix):
         return flat.reshape(self.out_features, self.in_features)
 
     def supports_kernels(self) -> bool:
-        return HAS_TRITON and self.codes.is_cuda and self.in_features % BLOCK_SIZE == 0
+        return self.has_kernels and self.in_features % BLOCK_SIZE == 0
 
     def pack_input(self, x_1I: Tensor, norm: RmsNormParams | None) -> PackedInput:
         return quant_gemv_kernels.pack_input(x_1I, norm, None)

@@ -46,11 +46,11 @@ from finesight.model.lora.layer import (
 )
 from finesight.model_folder import ModelFolder
 
-_IGNORED_SETTINGS = set(
-    "auto_mapping corda_config ensure_weight_tying eva_config fan_in_fan_out inference_mode "
-    "loftq_config lora_ga_config megatron_core peft_version qalora_group_size revision "
-    "runtime_config task_type".split()
-)
+_IGNORED_SETTINGS = {
+    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
+    "inference_mode", "loftq_config", "lora_ga_config", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "runtime_config", "task_type",
+}  # fmt: skip
 """PEFT settings without effect on a trained adapter, or only in combination with another
 setting."""
 
@@ -58,15 +58,16 @@ _SUPPORTED_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Supported values of `init_lora_weights`, which leave the base weight unchanged. Others, such as
 PiSSA, change it."""
 
-_NOT_MERGED = set(
-    "alora_invocation_tokens arrow_config layer_replication megatron_config r use_qalora".split()
-)
+_NOT_MERGED = {
+    "alora_invocation_tokens", "arrow_config", "layer_replication", "megatron_config", "r",
+    "use_qalora",
+}  # fmt: skip
 """Settings of LoRA adapters that peft cannot merge into a base model."""
 
-_PROMPTS = set(
-    "ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING POLY PREFIX_TUNING PROMPT_TUNING "
-    "P_TUNING SHADOW XLORA".split()
-)
+_PROMPTS = {
+    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "POLY", "PREFIX_TUNING",
+    "PROMPT_TUNING", "P_TUNING", "SHADOW", "XLORA",
+}  # fmt: skip
 """PEFT types that train prompts or route by the input, and cannot be merged into a base model."""
 
 _SUPPORTED_FORMS = {"peft_type": "with peft_type=LORA", "r": "with a rank of at least 1"}

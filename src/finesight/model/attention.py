@@ -48,11 +48,7 @@ class AttentionBackend(Protocol):
 
     @property
     def context_lengths_T(self) -> Tensor:
-        """Context length of the sequence of each new token, [T] on the device.
-
-        During generation this is the length of the prompt. Decoders whose rotary base depends on
-        the context length use it.
-        """
+        """Context length of the sequence of each new token, [T] on the device."""
         ...
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
@@ -119,11 +115,6 @@ class SharedPrefixIndices(NamedTuple):
 
     The packed batch has T rows and stores the prefix of P tokens once. In the expanded batch of M
     rows, each sequence starts with a copy of the prefix.
-
-    Attributes:
-        source_indices_M: Packed row that each expanded row is copied from.
-        position_indices_T: Expanded row of each packed row.
-        prefix_indices_SP: Expanded rows of the prefix in each sequence.
     """
 
     source_indices_M: Tensor
@@ -192,7 +183,6 @@ class SharedPrefixAttention(PackedAttention):
 
     @cached_property
     def full_segments(self) -> Segments:
-        """Segments of the expanded batch, in which each sequence starts with the prefix."""
         cu_seqlens_S1, (first, *others) = self.segments.cu_seqlens_S1, self.segments.lengths
         lengths = first, *(first + length for length in others)
         num_prefixes_S1 = torch.arange(-1, len(others) + 1, device=cu_seqlens_S1.device).clamp(0)
@@ -201,7 +191,6 @@ class SharedPrefixAttention(PackedAttention):
 
     @cached_property
     def length_buckets(self) -> LengthBuckets:
-        """Sequences including their prefix, grouped into padded buckets for a CPU."""
         return bucket_shared_prefix(self.segments.lengths)
 
     @cached_property
@@ -266,11 +255,7 @@ def varlen_attention(
 
 
 def _use_cpu_attention(q_THD: Tensor, segments: Segments) -> bool:
-    """Return True if explicit matmuls are faster than torch's fused CPU attention.
-
-    Without gradients on a CPU with AMX, the fused kernel is faster (twice as fast for a vision
-    encoder on a Xeon).
-    """
+    """Return True if explicit matmuls are faster than torch's fused CPU attention."""
     if q_THD.device.type != "cpu" or q_THD.dtype != torch.bfloat16:
         return False
     return segments.max_seqlen <= MAX_CPU_SEQLEN and (torch.is_grad_enabled() or not has_amx_bf16())
@@ -335,7 +320,7 @@ def _flash_attention(
 
     # If a segment has fewer queries than keys, the causal mask is aligned to its last key. Releases
     # before 2.12 support grouped-query attention without a flag.
-    options = {"enable_gqa": True} if _TORCH_VERSION >= (2, 12) else {}
+    options: dict[str, Any] = {"enable_gqa": True} if _TORCH_VERSION >= (2, 12) else {}
     o_THD = varlen_attn(
         q_THD,
         k_TKD,
@@ -485,11 +470,7 @@ class ContextParallelAttention(PackedAttention):
 
 
 def exchange_features(features_MFD: Tensor, shard: ContextShard) -> Tensor:
-    """Exchange image features so that each rank has those of its own image tokens.
-
-    Each rank encodes a part of the frames, which may belong to tokens of other ranks. This is a
-    collective operation that all ranks must call.
-    """
+    """Exchange image features so that each rank has those of its own image tokens."""
     # At least one row, so that the features of a dummy image remain in the autograd graph.
     max_features = max(1, *shard.features_per_rank)
     local_MFD = features_MFD[: shard.features_per_rank[shard.rank]]

@@ -122,7 +122,6 @@ class PeftConfig(BaseModel):
         return None
 
     def regex_patterns(self) -> list[str]:
-        """Return all settings of the config that are regular expressions."""
         rules = [self.target_modules, self.exclude_modules]
         return [
             *(rule for rule in rules if isinstance(rule, str)),
@@ -148,10 +147,7 @@ def _as_list(rule: str | list[str] | None) -> list[str]:
 
 
 def _matches(rule: str | list[str] | None, module: str) -> bool:
-    """Return True if a rule of PEFT matches a module name.
-
-    A regular expression must match the full name, a list item the last components.
-    """
+    """Return True if a rule of PEFT matches a module name."""
     if not rule:
         return False
     if isinstance(rule, str):
@@ -178,11 +174,7 @@ def _detect_key_mapping(modules: Collection[str], key_mappings: Sequence[KeyMapp
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """Description of a PEFT adapter.
-
-    `base_fingerprint` is that of the base model if finesight wrote the adapter. `configs` holds
-    rank and alpha by native layer name.
-    """
+    """Description of a PEFT adapter."""
 
     peft_config: PeftConfig
     base_fingerprint: str | None
@@ -199,7 +191,6 @@ class AdapterSpec:
         return self.peft_config.lora_dropout
 
     def targets_layer(self, layer: str) -> bool:
-        """Return True if peft would adapt the layer with this native name."""
         return self.peft_config.is_target(to_module_name(layer, self.key_mapping))
 
 
@@ -398,7 +389,6 @@ def build_target_pattern(
 
 
 def _group_layer_indices(names: list[str]) -> dict[tuple[str, str], list[int]]:
-    """Group layer indices by the parts of the name before and after the index."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name in names:
         if match := _NUMBERED_LAYER.fullmatch(name):

@@ -437,7 +437,7 @@ class Worker:
 
     def _limit_error(self) -> WorkerLimitError:
         return WorkerLimitError(
-            f"took more than {self._max_cpu_s:g} s of processor time or"
+            f"took more than {self._max_cpu_s:g} s of CPU time or"
             f" {self._memory_bytes >> 20} MiB of memory, and was killed",
             expected="input within the time and memory limits",
             remedy="use smaller or simpler input",

@@ -12,11 +12,11 @@ from check_fixtures import make_record, write_records
 from click.testing import Result
 from container_fixtures import write_parquet, write_tar_shards
 from image_fixtures import write_gray_image
+from tiny_model import create_tiny_model
 from typer.testing import CliRunner
 
 from finesight.cli.data_check import check
 from finesight.errors import UserError
-from finesight.model.tiny import create_tiny_model
 
 app = typer.Typer()
 app.command()(check)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from conversation_fixtures import WORDS, make_folder
+from tiny_model import SPECIAL_TOKENS
 
 from finesight.encode.tokenizer import TokenCache, Tokenizer
 from finesight.errors import UserError
-from finesight.model.tiny import SPECIAL_TOKENS
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gptq_fixtures import with_untied_head
 from hf_reference import CPU
+from tiny_model import TINY_PRESETS, create_tiny_model
 from torch import Tensor, nn
 
 from finesight.errors import UserError
@@ -17,7 +18,6 @@ from finesight.model.lora.layer import LoraConfig, LoraLinear
 from finesight.model.quant import fp8
 from finesight.model.quant.base import QuantizedWeight, find_quantized_weights
 from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight, quantize_fp8, require_fp8_support
-from finesight.model.tiny import TINY_PRESETS, create_tiny_model
 from finesight.model.trainable import get_part
 from finesight.model.weights_io import count_unquantized_layers, load_model
 from finesight.model_folder import ModelFolder

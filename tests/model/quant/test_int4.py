@@ -21,6 +21,7 @@ from gptq_fixtures import (
 )
 from hf_reference import max_relative_error
 from safetensors.torch import load_file
+from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
 from finesight.config import Precision, TuneSettings
@@ -34,7 +35,6 @@ from finesight.model.lora.peft_io import load_adapter, save_adapter
 from finesight.model.quant import int4
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.quant.int4 import Int4Matrix
-from finesight.model.tiny import TinyFamily, create_tiny_model
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import DTYPES, load_model, save_model, stored_precision

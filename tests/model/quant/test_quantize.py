@@ -18,6 +18,7 @@ from gptq_fixtures import GptqConfig, with_untied_head, write_quantized_model
 from hf_reference import max_relative_error
 from synthetic_tasks.dataset_writer import write_task
 from synthetic_tasks.tasks import SyntheticTask
+from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
 from finesight.config import EvalSettings, TuneSettings, WeightFormat
@@ -38,7 +39,6 @@ from finesight.model.quant.base import (
     QuantizedMatrix,
     find_quantized_weights,
 )
-from finesight.model.tiny import TinyFamily, create_tiny_model
 from finesight.model.trainable import configure_tuning, get_part
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import MATRIX_TYPES, hub_tensors, load_model

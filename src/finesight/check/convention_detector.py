@@ -393,7 +393,8 @@ class ConventionDetector:
     def _exceeds_thousandths(self, hypothesis: BoxHypothesis) -> bool:
         """Return whether a hypothesis in thousandths has more than a few boxes beyond 1000."""
         corners = to_corners(hypothesis.box_format, self.claims.coordinates)
-        num_above = self.claims.count_samples((corners > 1001).any(axis=1))
+        is_above: Bools = np.any(corners > 1001, axis=1)
+        num_above = self.claims.count_samples(is_above)
         return hypothesis.frame.units == "1000" and num_above > 0.005 * self.claims.num_samples
 
     def _is_certain_by_bounds(self, alternative: BoxHypothesis) -> bool:

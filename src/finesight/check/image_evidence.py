@@ -296,8 +296,8 @@ class ImageEvidence:
                 box is not inside its image.
         """
         with np.errstate(invalid="ignore"):
-            is_valid: Bools = ((boxes > -0.01) & (boxes < 1.01)).all(axis=2)
-            is_valid &= (boxes[..., 2:] > boxes[..., :2]).all(axis=2)
+            is_valid: Bools = np.all((boxes > -0.01) & (boxes < 1.01), axis=2)
+            is_valid &= np.all(boxes[..., 2:] > boxes[..., :2], axis=2)
         safe_boxes = np.where(is_valid[..., None], boxes, np.array([0.0, 0.0, 1.0, 1.0]))
         own_scores, control_scores = np.zeros((2, *boxes.shape[:2], 2))
         num_images = len(self._images)

@@ -445,9 +445,9 @@ class BoxClaimCollector:
             image = catalog[str(box.image_path)]
             if image.issue_code is None:
                 size, orientation = image.size, image.exif_orientation
-                place = location, sample_id, box.image_path
+                key = location, sample_id, box.image_path
                 self.claims.append(
-                    BoxClaim(*place, size, orientation, box.coordinates, box.convention)
+                    BoxClaim(*key, size, orientation, box.coordinates, box.convention)
                 )
         if len(self.claims) > self._max_claims:
             self._step *= 2

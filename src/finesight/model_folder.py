@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finesight.bounded_files import read_bytes, read_json, read_json_object, read_text
-from finesight.child_processes import FileLock
 from finesight.errors import UserError
 from finesight.hub.address import HubAddress, is_hub_address, parse_model_address
-from finesight.storage import remove_folder, write_folder
+from finesight.storage import FileLock, remove_folder, write_folder
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,6 +17,8 @@ import contextlib
 import fcntl
 import gc
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import resource
@@ -435,7 +437,7 @@ class Worker:
 
     def _limit_error(self) -> WorkerLimitError:
         return WorkerLimitError(
-            f"took more than {self._max_cpu_s:g} s of processor time or"
+            f"took more than {self._max_cpu_s:g} s of CPU time or"
             f" {self._memory_bytes >> 20} MiB of memory, and was killed",
             expected="input within the time and memory limits",
             remedy="use smaller or simpler input",
@@ -590,3 +592,22 @@ class WorkerPool:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
+
+
+def exit_with_parent() -> None:
+    """End this worker process as soon as the process that started it dies.
+
+    Called in processes of `multiprocessing`, which would otherwise wait for work forever.
+    DataLoader workers of torch notice a dead parent after 5 s, and never if it dies before they
+    have started.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "not a process of multiprocessing"
+    threading.Thread(target=_wait_for_death, args=(parent.sentinel,), daemon=True).start()
+
+
+def _wait_for_death(sentinel: int) -> None:
+    # The pipe behind the sentinel closes with the parent. Workers that were forked later hold a
+    # copy of it, and end first.
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)

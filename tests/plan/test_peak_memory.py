@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from memory_profile import profile_memory
+from tiny_model import create_tiny_model
 from tiny_task import make_task
 
 from finesight.config import PixelRange, TrainFileSettings, TrainSettings, TuneSettings
@@ -16,7 +17,6 @@ from finesight.data.corpus import load_corpus
 from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack
 from finesight.model.lora.layer import stacked_row_counts
-from finesight.model.tiny import create_tiny_model
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model

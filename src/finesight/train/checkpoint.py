@@ -219,9 +219,7 @@ class CheckpointManager:
                     folder = stack.enter_context(write_folder(self.step_dir(state.step)))
             finally:
                 # The other ranks need an answer even after an error.
-                folder_name = process_group.all_gather_str(folder.name if folder else "")[
-                    0
-                ].decode()
+                folder_name = process_group.broadcast_str(folder.name if folder else "")
             if folder_name:
                 with process_group.sync_errors():
                     _write_tensors(

@@ -30,7 +30,6 @@ from finesight.storage import write_file, write_folder
 from finesight.train.checkpoint import BestEval, CheckpointManager
 from finesight.train.console import TrainingConsole
 from finesight.train.evaluation import EvalResult, load_eval_history
-from finesight.train.parallel.distributed import RankCommand
 from finesight.train.param_audit import ParamChange, check_param_changes
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import TrainState
@@ -85,8 +84,10 @@ class RunResult(BaseModel):
 
 def finalize_run(
     state: TrainState, console: TrainingConsole, checkpoint_manager: CheckpointManager
-) -> RunResult:
+) -> RunResult | None:
     """Audit the parameters, export the trained weights, and write the result and the report.
+
+    All ranks must call this function. Only the main process writes files and returns a result.
 
     LoRA weights are exported to `adapter/`, fully fine-tuned parts to `model/`. If both exist, the
     base model of the adapter is `model/`. The weights are those of the last step; with early
@@ -96,8 +97,8 @@ def finalize_run(
         RuntimeError: A frozen part changed, which is a bug.
         UserError: A trainable part did not change.
     """
-    run_dir = state.run_dir
-    eval_history = load_eval_history(run_dir)
+    run_dir, process_group = state.run_dir, state.hardware.process_group
+    eval_history = load_eval_history(run_dir) if process_group.is_main else []
     best_eval = _select_best(eval_history[1:])
     before, after = (eval_history[0], eval_history[-1]) if len(eval_history) > 1 else (None, None)
     step = state.progress.step
@@ -107,12 +108,18 @@ def finalize_run(
             step = best_eval.step
             console.log(f"restoring the weights of step {step}, which have the best evaluation")
         _copy_best_predictions(run_dir, best_eval)
-    state.shard_group.sync_command(RankCommand.FINALIZE, step)
+    step = int(process_group.broadcast_str(str(step)))
+    if not (process_group.is_main or state.parallel.is_sharded):
+        return None
     with load_final_weights(state, checkpoint_manager, step) as param_changes:
-        run_dir.write(PARAM_AUDIT_FILE, [change.as_json() for change in param_changes])
-        console.log(format_param_changes(param_changes))
+        if process_group.is_main:
+            run_dir.write(PARAM_AUDIT_FILE, [change.as_json() for change in param_changes])
+            console.log(format_param_changes(param_changes))
         check_param_changes(param_changes)
-        _save_weights(state, checkpoint_manager, step)
+        if process_group.is_main:
+            _save_weights(state, checkpoint_manager, step)
+    if not process_group.is_main:
+        return None
     loss, num_late_skipped = None, 0
     for line in run_dir.iter_metrics():
         line_loss = line.get("loss")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,7 +60,7 @@ class MetricsLogger:
     """Logger of finished steps, with a delay of one step.
 
     A step is logged after the next one has been queued, so that the device stays busy while the
-    host waits for the results.
+    host waits for the results. All ranks check the steps. Only the main process writes files.
     """
 
     def __init__(
@@ -106,8 +106,12 @@ class MetricsLogger:
                 if data is not None
             },
         }
-        state.run_dir.append_metrics(entry | facts)
+        self._append_metrics(entry | facts)
         self._tracking_events.log_start(facts)
+
+    def _append_metrics(self, metrics: Mapping[str, Any]) -> None:
+        if self._state.hardware.process_group.is_main:
+            self._state.run_dir.append_metrics(metrics)
 
     def log_vision_cache(self, seconds: float, result: VisionCacheResult) -> None:
         """Log the vision cache, or the reason for training without it.
@@ -119,7 +123,7 @@ class MetricsLogger:
         self._console.log(result.reason)
         timing = {"vision_cache_s": seconds} if result.cache is not None else {}
         step = self._state.progress.step
-        self._state.run_dir.append_metrics({"step": step, **timing, **result.as_json()})
+        self._append_metrics({"step": step, **timing, **result.as_json()})
 
     @contextmanager
     def show_progress(self, total: int) -> Iterator[None]:
@@ -154,7 +158,7 @@ class MetricsLogger:
             return
         step_output, data_wait = pending
         metrics = self._build_metrics(step_output, data_wait)
-        self._state.run_dir.append_metrics(metrics)
+        self._append_metrics(metrics)
         self._tracking_events.log_step(metrics)
         for skipped in step_output.global_stats.skipped:
             self._console.log(f"skipped {skipped.id}: {skipped.reason}")
@@ -205,7 +209,7 @@ class MetricsLogger:
             name: Name of the file in `predictions/` with its predictions.
             seconds: Duration of the evaluation.
         """
-        self._state.run_dir.append_metrics(eval_result.as_json() | {"eval_s": seconds})
+        self._append_metrics(eval_result.as_json() | {"eval_s": seconds})
         self._tracking_events.log_evaluation(eval_result, name)
         summary = "  ".join(f"{score} {value:.4f}" for score, value in eval_result.scores.items())
         interval = eval_result.intervals.get(eval_result.primary_metric or "")

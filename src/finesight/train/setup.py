@@ -456,9 +456,7 @@ def _load_latest_checkpoint(
     with process_group.sync_errors():
         if process_group.is_main and resume:
             checkpoint = checkpoint_manager.load_latest(console.log)
-    step_text = process_group.all_gather_str("" if checkpoint is None else str(checkpoint[0].step))[
-        0
-    ]
+    step_text = process_group.broadcast_str("" if checkpoint is None else str(checkpoint[0].step))
     if step_text and not process_group.is_main:
         checkpoint = checkpoint_manager.load_unverified(int(step_text), "start again with --resume")
     return checkpoint

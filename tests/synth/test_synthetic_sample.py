@@ -6,8 +6,7 @@ import random
 
 from PIL import Image
 
-from finesight.data.sample import BoxPart, ImagePart, TextPart
-from finesight.data.sample_validation import validate_sample
+from finesight.data.sample import BoxPart, ImagePart, TextPart, validate_sample
 from finesight.synth.synthetic_sample import SyntheticSample, make_box_part
 from finesight.synth.tasks import SyntheticTask, generate_sample
 

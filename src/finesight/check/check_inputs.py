@@ -11,10 +11,9 @@ import yaml
 
 from finesight.bounded_yaml import load_yaml
 from finesight.check.text_issues import filter_known_tokens
-from finesight.data.import_source import ImportOptions
-from finesight.data.sharded_samples import PACKED_SUFFIXES, is_glob
-from finesight.data.unvalidated_samples import is_sample_source
-from finesight.data.webdataset import is_tar_file, is_webdataset
+from finesight.data.corpus import PACKED_SUFFIXES, is_glob
+from finesight.data.import_source import ImportOptions, is_sample_source
+from finesight.data.row_reader import is_tar_file, is_webdataset
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.encode.tiktoken_tokenizer import load_tokenizer
 from finesight.errors import UserError

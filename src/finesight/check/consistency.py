@@ -10,7 +10,7 @@ from pathlib import Path
 from finesight.check.check_issues import CheckIssue, IssueImage, SampleLocation
 from finesight.check.image_catalog import ImageCatalog
 from finesight.data.boxes import Box, iou
-from finesight.data.import_example import join_text
+from finesight.data.formats.dataset_format import join_text
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, list_media_paths
 
 MAX_SHORT_ANSWER = 40

@@ -28,10 +28,14 @@ from finesight.check.leakage import LeakageDetector
 from finesight.check.parallel_executor import open_executor
 from finesight.check.row_issues import issue_from_error
 from finesight.check.sample_issues import find_sample_issues, iter_media_paths
-from finesight.data.import_source import UnvalidatedRow, UnvalidatedSource, open_unvalidated
+from finesight.data.import_source import (
+    UnvalidatedRow,
+    UnvalidatedSource,
+    open_unvalidated,
+    open_unvalidated_samples,
+)
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import Sample
-from finesight.data.unvalidated_samples import open_unvalidated_samples
 from finesight.errors import UserError
 
 ROWS_PER_GROUP = 32

@@ -14,11 +14,11 @@ from finesight.check.check_issues import CheckIssue, FixAction, SampleLocation, 
 from finesight.check.image_catalog import ImageCatalog
 from finesight.check.sample_issues import iter_media_paths
 from finesight.check.text_issues import remove_placeholders
+from finesight.data.corpus import GLOB_CHARACTERS, is_glob
 from finesight.data.image_resolver import ImageNames
 from finesight.data.import_source import UnvalidatedSource
 from finesight.data.jsonl import sample_to_dict, write_samples
 from finesight.data.sample import BoxPart, ContentPart, ImagePart, Sample
-from finesight.data.sharded_samples import GLOB_CHARACTERS, is_glob
 from finesight.errors import UserError, escape_surrogates
 from finesight.storage import write_file
 

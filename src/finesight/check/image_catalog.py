@@ -15,7 +15,6 @@ from typing import TypeVar
 
 from finesight.check.near_duplicates import NearDuplicateIndex, compute_thumbnail, is_same_image
 from finesight.check.parallel_executor import prefetch_map
-from finesight.data.container_paths import sha256_content, split_container_path
 from finesight.data.image_header import (
     TRANSPOSED_ORIENTATIONS,
     CorruptImageError,
@@ -24,6 +23,8 @@ from finesight.data.image_header import (
     TruncatedImageError,
     open_image_header,
     read_exif_orientation,
+    sha256_content,
+    split_container_path,
 )
 from finesight.errors import UserError
 from finesight.vision.image_decoding import load_image

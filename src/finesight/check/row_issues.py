@@ -5,7 +5,7 @@ from __future__ import annotations
 from finesight.check.check_issues import CheckIssue, SampleLocation
 from finesight.data.formats.dataset_format import PlaceholderCountError, UnexpectedPlaceholderError
 from finesight.data.image_header import CorruptImageError
-from finesight.data.sample_validation import EmptyAnswerError, InvalidTurnsError
+from finesight.data.sample import EmptyAnswerError, InvalidTurnsError
 from finesight.errors import UserError
 
 _CODE_BY_ERROR: tuple[tuple[type[UserError], str], ...] = (

@@ -10,8 +10,15 @@ from finesight.check.check_issues import CheckIssue, IssueImage, SampleLocation
 from finesight.check.image_catalog import ImageCatalog
 from finesight.check.row_issues import issue_from_error
 from finesight.check.text_issues import find_text_issues
-from finesight.data.sample import ImagePart, Sample, TextPart, VideoPart, list_media_paths
-from finesight.data.sample_validation import InvalidTurnsError, validate_roles
+from finesight.data.sample import (
+    ImagePart,
+    InvalidTurnsError,
+    Sample,
+    TextPart,
+    VideoPart,
+    list_media_paths,
+    validate_roles,
+)
 
 _FETCH_REMEDY = "download or export the image again, or remove the sample"
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from finesight.data.sample import ContentPart, ImagePart, Message, Sample, TextPart
-from finesight.data.sample_validation import validate_sample
+from finesight.data.sample import ContentPart, ImagePart, Message, Sample, TextPart, validate_sample
 from finesight.serve.api_errors import ApiError
 from finesight.serve.chat_schema import (
     AssistantMessage,

@@ -322,7 +322,7 @@ class Trainer:
             self.is_due(self.eval_interval),
             self.is_due(self.save_interval),
         )
-        # Several ranks stop together at the start of the next step.
+        # In a distributed run, all ranks stop before the next step.
         is_single_process = self.process_group.is_single_process
         should_stop = is_single_process and self.stop.is_requested
         if not (should_evaluate or should_save or should_stop):

@@ -16,6 +16,8 @@ import torch
 from engine_fixtures import make_mixed_questions
 from gptq_fixtures import GptqConfig, with_untied_head, write_quantized_model
 from hf_reference import max_relative_error
+from synthetic_tasks.dataset_writer import write_task
+from synthetic_tasks.tasks import SyntheticTask
 from torch import Tensor
 
 from finesight.config import EvalSettings, TuneSettings, WeightFormat
@@ -42,8 +44,6 @@ from finesight.model.trainable import configure_tuning, get_part
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import hub_tensors, load_model
 from finesight.model_folder import TINY_MODEL, ModelFolder
-from finesight.synth.dataset_writer import write_task
-from finesight.synth.tasks import SyntheticTask
 
 CPU = torch.device("cpu")
 FORMATS: list[WeightFormat] = [kind for kind in get_args(WeightFormat) if kind != "auto"]

@@ -11,11 +11,12 @@ import numpy as np
 from PIL import Image
 
 from finesight.errors import UserError
-from finesight.synth import formula_grammar
-from finesight.synth.canvas import Canvas, apply_camera_noise, make_canvas, round_up_size
-from finesight.synth.fonts import FontSplit
-from finesight.synth.question_templates import fill_template
-from finesight.synth.synthetic_sample import SyntheticSample
+from finesight.synth.canvas import Canvas, make_canvas, round_up_size
+from synthetic_tasks import formula_grammar
+from synthetic_tasks.camera_noise import apply_camera_noise
+from synthetic_tasks.fonts import FontSplit
+from synthetic_tasks.question_templates import fill_template
+from synthetic_tasks.synthetic_sample import SyntheticSample
 
 if TYPE_CHECKING:
     from matplotlib.font_manager import FontProperties
@@ -131,7 +132,7 @@ def _get_parser() -> MathTextParser[RasterParse]:
             "matplotlib is not installed",
             where="generated tasks: formula",
             expected="matplotlib, which draws the formulas",
-            remedy="pip install 'finesight[synth]', or leave the task `formula` out",
+            remedy="pip install matplotlib, or leave the task `formula` out",
         ) from error
     # It warns of roots that it does not stretch to the pixel, each with pages of boxes.
     logging.getLogger("matplotlib.mathtext").setLevel(logging.ERROR)

@@ -9,21 +9,20 @@ from functools import partial
 
 from PIL import ImageDraw, ImageFont
 
-from finesight.synth import vocabulary
 from finesight.synth.canvas import (
     TOKEN_SIZE,
     Canvas,
     Color,
     RenderedWord,
-    apply_camera_noise,
     make_canvas,
     round_up_size,
     sample_color,
-    sample_ink,
 )
-from finesight.synth.fonts import FontFace, FontSplit, can_draw, load_font, sample_face
-from finesight.synth.question_templates import fill_template
-from finesight.synth.synthetic_sample import (
+from synthetic_tasks import vocabulary
+from synthetic_tasks.camera_noise import apply_camera_noise, sample_ink
+from synthetic_tasks.fonts import FontFace, FontSplit, can_draw, load_font, sample_face
+from synthetic_tasks.question_templates import fill_template
+from synthetic_tasks.synthetic_sample import (
     ContentPart,
     QuestionAnswer,
     SyntheticSample,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from finesight import storage
 from finesight.data.jsonl import write_samples
-from finesight.synth.synthetic_sample import SyntheticSample
-from finesight.synth.tasks import SyntheticTask, generate_mixture_sample, iter_samples_of_kind
+from synthetic_tasks.synthetic_sample import SyntheticSample
+from synthetic_tasks.tasks import SyntheticTask, generate_mixture_sample, iter_samples_of_kind
 
 DATA_FILE = "data.jsonl"
 IMAGES_FOLDER = "images"

@@ -17,6 +17,7 @@ from typing import Literal
 from PIL import ImageFont
 
 from finesight.errors import UserError
+from finesight.synth.canvas import load_builtin_font
 
 FontSplit = Literal["built-in", "seen", "unseen"]
 """Set of fonts for a task: the built-in font of Pillow, training or evaluation fonts."""
@@ -243,11 +244,9 @@ def load_font(face: FontFace, size: int) -> ImageFont.FreeTypeFont:
     The basic layout engine of Pillow is used, so that the output does not depend on other
     libraries.
     """
-    layout = ImageFont.Layout.BASIC
     if face.path is None:
-        font = ImageFont.load_default(size)
-        assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
-        return font.font_variant(layout_engine=layout)
+        return load_builtin_font(size)
+    layout = ImageFont.Layout.BASIC
     font = ImageFont.truetype(str(face.path), size, face.index, layout_engine=layout)
     if face.weight is not None:
         font.set_variation_by_axes(_get_axis_values(font, face.weight))

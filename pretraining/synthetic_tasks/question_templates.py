@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from string import Formatter
 
-from finesight.synth.synthetic_sample import ContentPart
+from synthetic_tasks.synthetic_sample import ContentPart
 
 CHINESE_FRACTION = 0.15
 """Probability that a question is in Chinese if it is available in both languages."""

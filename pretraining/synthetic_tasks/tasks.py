@@ -9,9 +9,9 @@ from itertools import count
 from typing import get_args
 
 from finesight.errors import UserError
-from finesight.synth import formulas, receipts, scenes, streets, text_images
-from finesight.synth.fonts import FontSplit
-from finesight.synth.synthetic_sample import SyntheticSample
+from synthetic_tasks import formulas, receipts, scene_questions, streets, text_images
+from synthetic_tasks.fonts import FontSplit
+from synthetic_tasks.synthetic_sample import SyntheticSample
 
 TASK_GENERATORS: dict[str, Callable[[random.Random, FontSplit], SyntheticSample]] = {
     "letters": text_images.generate_letters,
@@ -24,8 +24,8 @@ TASK_GENERATORS: dict[str, Callable[[random.Random, FontSplit], SyntheticSample]
     "chinese": text_images.generate_chinese,
     "receipt": receipts.generate_receipt,
     "formula": formulas.generate_formula,
-    "scene": scenes.generate_scene,
-    "crowd": scenes.generate_crowd,
+    "scene": scene_questions.generate_scene,
+    "crowd": scene_questions.generate_crowd,
 }
 """Functions that generate a sample, by task name.
 

@@ -6,12 +6,9 @@ import datetime
 import random
 from collections.abc import Callable
 
+from finesight.synth.tickets import sample_pseudoword, split_words
 
-def _split_words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-COMMON_WORDS = _split_words(
+COMMON_WORDS = split_words(
     """
     the and you that was for are with his they this have from one had word but not what all were
     when your can said there use each which she how their will other about out many then them these
@@ -52,7 +49,7 @@ COMMON_WORDS = _split_words(
     """
 )
 
-SIGN_TEXTS = _split_words(
+SIGN_TEXTS = split_words(
     """
     OPEN CLOSED EXIT ENTRANCE STOP SLOW YIELD SALE PUSH PULL DANGER CAUTION WARNING PARKING TAXI
     HOTEL CAFE BAKERY MARKET PHARMACY POLICE BANK LIBRARY MUSEUM TICKETS INFORMATION TOILETS LIFT
@@ -77,7 +74,7 @@ CHINESE_CHARACTERS = (
 )
 """Common Chinese characters in order of decreasing frequency."""
 
-CHINESE_PHRASES = _split_words(
+CHINESE_PHRASES = split_words(
     "出口 入口 营业中 休息 请勿吸烟 小心地滑 停车场 洗手间 欢迎光临 谢谢惠顾 合计 总计 现金 找零 "
     "单价 数量 收据 日期 时间 电话 地址 超市 书店 饭店 医院 学校 银行 车站 公园 图书馆 火车站 地铁 "
     "机场 茶 咖啡 牛奶 面包 米饭 面条 苹果 香蕉 水 红茶 绿茶 果汁 鸡蛋 白菜 豆腐 北京 上海 广州 "
@@ -85,26 +82,12 @@ CHINESE_PHRASES = _split_words(
     "朋友 家人 老师 学生 安全第一 禁止停车 注意安全"
 )
 
-_ONSETS = _split_words(
-    "b c d f g h j k l m n p r s t v w z bl br ch cl cr dr fl fr gl gr pl pr qu sc sh sk sl sm sn "
-    "sp st str sw th tr tw wh"
-)
-_NUCLEI = _split_words("a e i o u a e i o u ai au ea ee ei ie oa oo ou y")
-_CODAS = _split_words(
-    "b d g k l m n p r s t x ck ct ft ld lk ll lp lt mp nd ng nk nt rd rk rm rn rt ss st"
-)
-
-BLOCKED_FRAGMENTS = _split_words(
-    "ass coc cok cum cun dic dik fag fuc fuk hor kok nig pis rap sex shi slu tit"
-)
-"""Offensive letter sequences that pseudowords must not contain."""
-
 _CODE_LETTERS = "ABCDEFGHJKLMNPQRTUVWXYZ"
 _CODE_DIGITS = "2346789"
 _CASE_AMBIGUOUS_LETTERS = frozenset("cosuvwxz")
 """Letters whose upper and lower case differ in size only."""
 
-_MONTHS = _split_words("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec")
+_MONTHS = split_words("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec")
 _FIRST_DAY = datetime.date(1990, 1, 1)
 _NUM_DAYS = 18_000
 _AMBIGUOUS_CHARACTERS = frozenset("lI1|oO0-.,:/")
@@ -143,19 +126,6 @@ def sample_fragment(rng: random.Random) -> str:
 def has_readable_case(text: str) -> bool:
     """Return whether the case of the letters of a text is recognizable without context."""
     return not text.isalpha() or not _CASE_AMBIGUOUS_LETTERS.issuperset(text.lower())
-
-
-def sample_pseudoword(rng: random.Random) -> str:
-    """Sample a pseudoword of one to three syllables in lower case.
-
-    Offensive letter sequences are excluded.
-    """
-    while True:
-        syllables = rng.choice((1, 2, 2, 2, 3, 3))
-        text = "".join(rng.choice(_ONSETS) + rng.choice(_NUCLEI) for _ in range(syllables))
-        text += rng.choice(_CODAS) if rng.random() < 0.6 else ""
-        if not any(fragment in text for fragment in BLOCKED_FRAGMENTS):
-            return text
 
 
 def sample_code(rng: random.Random) -> str:

@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
-
-PixelBox = tuple[int, int, int, int]
-"""Bounding box in pixels: x1, y1 (inclusive), x2, y2 (exclusive)."""
+from finesight.synth.canvas import PixelBox
 
 ContentPart = str | BoxPart
 """Part of a question or an answer: text or a box."""

@@ -6,8 +6,9 @@ import random
 import string
 
 import pytest
+from synthetic_tasks import vocabulary
 
-from finesight.synth import vocabulary
+from finesight.synth import tickets
 
 
 def test_words_are_printable_ascii_without_spaces():
@@ -42,10 +43,8 @@ def test_codes_avoid_ambiguous_characters():
 
 def test_pseudowords_avoid_blocked_fragments():
     rng = random.Random(4)
-    words = [vocabulary.sample_pseudoword(rng) for _ in range(20_000)]
-    assert not [
-        word for word in words if any(part in word for part in vocabulary.BLOCKED_FRAGMENTS)
-    ]
+    words = [tickets.sample_pseudoword(rng) for _ in range(20_000)]
+    assert not [word for word in words if any(part in word for part in tickets.BLOCKED_FRAGMENTS)]
     assert len(set(words)) > 15_000
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from synthetic_tasks import fonts
 
 from finesight.errors import UserError
-from finesight.synth import fonts
 
 
 @pytest.fixture(scope="session")

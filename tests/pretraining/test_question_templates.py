@@ -6,9 +6,8 @@ import random
 from string import Formatter
 
 import pytest
-
-from finesight.synth import question_templates
-from finesight.synth.synthetic_sample import make_box_part
+from synthetic_tasks import question_templates
+from synthetic_tasks.synthetic_sample import make_box_part
 
 
 def _names(template):

@@ -6,9 +6,10 @@ import random
 
 import numpy as np
 import pytest
+from synthetic_tasks import streets
 
 from finesight.data.sample import BoxPart
-from finesight.synth import canvas, streets
+from finesight.synth import canvas
 
 
 @pytest.fixture(scope="module")

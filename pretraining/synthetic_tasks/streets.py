@@ -7,20 +7,19 @@ from functools import partial
 
 from PIL import Image, ImageDraw, ImageFilter
 
-from finesight.synth import vocabulary
 from finesight.synth.canvas import (
     TOKEN_SIZE,
     Canvas,
     Color,
     RenderedWord,
-    apply_camera_noise,
     make_canvas,
     sample_color,
-    sample_ink,
 )
-from finesight.synth.fonts import FontSplit, can_draw, load_font, sample_face
-from finesight.synth.synthetic_sample import PixelBox, QuestionAnswer, SyntheticSample
-from finesight.synth.text_images import find_unique_words, make_question
+from synthetic_tasks import vocabulary
+from synthetic_tasks.camera_noise import apply_camera_noise, sample_ink
+from synthetic_tasks.fonts import FontSplit, can_draw, load_font, sample_face
+from synthetic_tasks.synthetic_sample import PixelBox, QuestionAnswer, SyntheticSample
+from synthetic_tasks.text_images import find_unique_words, make_question
 
 COLUMN_RANGE, ROW_RANGE = (9, 20), (7, 13)
 """Ranges of image width and height, in tokens of TOKEN_SIZE pixels."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
+from synthetic_tasks import text_images
 
 from finesight.data.sample import BoxPart
-from finesight.synth import canvas, text_images
+from finesight.synth import canvas
 
 TASKS = (
     text_images.generate_word,

@@ -13,18 +13,12 @@ from functools import partial
 
 from PIL import Image, ImageDraw, ImageFont
 
-from finesight.synth import vocabulary
-from finesight.synth.canvas import (
-    Canvas,
-    Color,
-    RenderedWord,
-    apply_camera_noise,
-    make_canvas,
-    round_up_size,
-)
-from finesight.synth.fonts import FontSplit, load_font, sample_face
-from finesight.synth.question_templates import fill_template
-from finesight.synth.synthetic_sample import (
+from finesight.synth.canvas import Canvas, Color, RenderedWord, make_canvas, round_up_size
+from synthetic_tasks import vocabulary
+from synthetic_tasks.camera_noise import apply_camera_noise
+from synthetic_tasks.fonts import FontSplit, load_font, sample_face
+from synthetic_tasks.question_templates import fill_template
+from synthetic_tasks.synthetic_sample import (
     ContentPart,
     QuestionAnswer,
     SyntheticSample,

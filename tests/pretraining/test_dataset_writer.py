@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 from PIL import Image
+from synthetic_tasks.dataset_writer import write_mixture, write_task
+from synthetic_tasks.tasks import SyntheticTask, generate_mixture_sample, generate_sample
 
 from finesight.data.jsonl import read_samples
 from finesight.data.sample import BoxPart, ImagePart, TextPart
 from finesight.digests import verify_folder
 from finesight.errors import UserError
-from finesight.synth.dataset_writer import write_mixture, write_task
-from finesight.synth.tasks import SyntheticTask, generate_mixture_sample, generate_sample
 
 
 def test_written_folder_contains_the_samples(tmp_path):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 
 from PIL import Image
+from synthetic_tasks.synthetic_sample import SyntheticSample, make_box_part
+from synthetic_tasks.tasks import SyntheticTask, generate_sample
 
 from finesight.data.sample import BoxPart, ImagePart, TextPart, validate_sample
-from finesight.synth.synthetic_sample import SyntheticSample, make_box_part
-from finesight.synth.tasks import SyntheticTask, generate_sample
 
 
 def test_generated_answer_becomes_a_sample():

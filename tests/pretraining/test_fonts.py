@@ -8,9 +8,9 @@ import string
 from collections import Counter
 
 import pytest
+from synthetic_tasks import fonts
 
 from finesight.errors import UserError
-from finesight.synth import fonts
 
 BUILT_IN = fonts.list_faces("built-in")[0]
 

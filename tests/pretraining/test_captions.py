@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
+from synthetic_tasks import captions, scene_questions
+from synthetic_tasks.captions import CaptionFacts, parse_caption, score_caption, write_caption
 
-from finesight.synth import captions, scenes
-from finesight.synth.captions import CaptionFacts, parse_caption, score_caption, write_caption
-from finesight.synth.shapes import COLORS, FILLS, SHAPES, ShapeKind
+from finesight.synth import scenes
+from finesight.synth.scenes import COLORS, FILLS, SHAPES, ShapeKind
 
 STAR = ShapeKind("solid", "orange", "star")
 RING = ShapeKind("solid", "blue", "ring")
@@ -34,7 +35,7 @@ def test_chinese_caption():
 def test_scene_captions_roundtrip(chinese):
     for number in range(300):
         made = scenes.compose_scene(random.Random(number), crowded=False)
-        things, stated = [shape.kind for shape in made.shapes], scenes.list_relations(made)
+        things, stated = [shape.kind for shape in made.shapes], scene_questions.list_relations(made)
         facts = parse_caption(write_caption(things, stated, is_chinese=chinese))
         assert facts.objects == frozenset(things)
         assert len(facts.relations) == len(stated)

@@ -6,8 +6,7 @@ import random
 
 import numpy as np
 import pytest
-
-from finesight.synth import formula_grammar, formulas
+from synthetic_tasks import formula_grammar, formulas
 
 FAMILIES = sorted(set(formulas.MATH_FONT_FAMILIES))
 

@@ -7,9 +7,9 @@ import random
 from decimal import Decimal
 
 import pytest
+from synthetic_tasks import receipts
 
 from finesight.data.sample import BoxPart
-from finesight.synth import receipts
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import re
 from collections import Counter
 
 import pytest
+from synthetic_tasks import formula_grammar
 
 from finesight.evaluate.latex_metrics import tokenize_latex
-from finesight.synth import formula_grammar
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PackedBatch
 from finesight.model_folder import ModelFolder
 from finesight.train.dataloader import (
+    DataWorkerError,
     StepBatch,
     StepDataset,
     StepTransfer,
@@ -26,7 +27,6 @@ from finesight.train.dataloader import (
     TensorSpec,
     read_steps,
 )
-from finesight.train.dataloader_workers import DataWorkerError
 from finesight.train.sampler import SequentialSampler
 
 RULE = PixelRange(min_pixels=784, max_pixels=7056)

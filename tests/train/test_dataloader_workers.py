@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from finesight.errors import UserError
-from finesight.train.dataloader_workers import MAX_RESTARTS, catch_user_error, prefetch_items
+from finesight.train.dataloader import MAX_RESTARTS, catch_user_error, prefetch_items
 
 
 class NumberItems(Dataset[int | UserError]):

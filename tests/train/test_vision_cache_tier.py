@@ -12,7 +12,7 @@ from finesight.config import VisionCacheMode
 from finesight.host_memory import available_memory
 from finesight.model.tiny import TinyFamily
 from finesight.model.vlm import VisionLanguageModel
-from finesight.train.vision_cache_tier import (
+from finesight.train.vision_cache_build import (
     CacheTier,
     FreeBytes,
     choose_cache_tier,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,22 +18,24 @@ from finesight import __version__
 from finesight.config import Recipe
 from finesight.digests import sha256_file
 from finesight.encode.packing import PackedBatch, pad_batch
-from finesight.encode.renderer import Renderer
+from finesight.encode.renderer import Renderer, build_renderer
+from finesight.errors import UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.task_metrics import get_task_metric
-from finesight.infer.model_loader import resolve_device, resolve_precision
-from finesight.manifest import Manifest
+from finesight.infer.model_loader import resolve_device, resolve_model_source, resolve_precision
+from finesight.manifest import MANIFEST_FILE, Manifest
 from finesight.model.auto_model import AnyModel, load_auto_model
 from finesight.model.families.qwen_vl import QwenVisionEncoder
 from finesight.model.hf_backend import LIMITATIONS, HfModel
 from finesight.model.lora.layer import stacked_row_counts
+from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE as ADAPTER_CONFIG
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE as ADAPTER_WEIGHTS
 from finesight.model.lora.peft_io import load_trainable_adapter
 from finesight.model.quant.fp8 import require_fp8_support
 from finesight.model.quant.nf4 import import_bitsandbytes
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
-from finesight.train.base_model import BaseModelRef, resolve_base_model
+from finesight.model_folder import ModelFolder, get_portable_name
 from finesight.train.checkpoint import (
     CheckpointManager,
     CheckpointState,
@@ -41,8 +45,8 @@ from finesight.train.checkpoint import (
 )
 from finesight.train.console import TrainingConsole
 from finesight.train.cuda_graphs import CudaGraphRunner
-from finesight.train.dataloader import ContextParallelSampler, StepDataset
-from finesight.train.dataloader_workers import default_num_workers
+from finesight.train.dataloader import ContextParallelSampler, StepDataset, default_num_workers
+from finesight.train.dataset_stats import TrainingData, load_training_data
 from finesight.train.distributed_sampler import build_rank_sampler
 from finesight.train.flops import FlopCounter, NullFlopCounter, measure_peak_flops
 from finesight.train.image_record import (
@@ -59,7 +63,74 @@ from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
 from finesight.train.param_audit import ParamAudit
 from finesight.train.run_dir import RunDir
 from finesight.train.sampler import SequentialSampler, TrainSampler
-from finesight.train.training_data import TrainingData, load_training_data
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModelRef:
+    """Base model that a run starts from.
+
+    Attributes:
+        name: Name stored in manifests and adapters: an absolute path, or the name of a hub model.
+        folder: Folder of the model files.
+        adapter: Folder of an adapter to continue training; None to start with a new one.
+        manifest: Manifest of the run that produced the model or adapter, if any.
+    """
+
+    name: str
+    folder: ModelFolder
+    adapter: Path | None
+    manifest: Manifest | None
+
+    def build_renderer(self, recipe: Recipe) -> Renderer:
+        """Create the renderer (tokenizer, chat template and image processor) of a recipe.
+
+        Image settings and the system prompt that the recipe does not set are read from the manifest
+        of the run that produced the model.
+        """
+        image_rule, system_prompt = recipe.image, recipe.data.system_prompt
+        if self.manifest is not None:
+            image_rule = self.manifest.image_rule if image_rule is None else image_rule
+            system_prompt = self.manifest.system_prompt if system_prompt is None else system_prompt
+        return build_renderer(self.folder, image_rule, system_prompt)
+
+
+def resolve_base_model(recipe: Recipe) -> BaseModelRef:
+    """Resolve the `model` and `adapter` settings of a recipe.
+
+    `model` is a model folder, a hub name, an adapter folder or a run directory.
+
+    Raises:
+        UserError: The model or adapter does not exist, or the recipe specifies two adapters.
+    """
+    parts = resolve_model_source(recipe.model)
+    # Store absolute paths of folders, and names of hub models and packaged models.
+    is_path = Path(recipe.model).expanduser().exists()
+    name = get_portable_name(parts.folder) if is_path else recipe.model
+    adapter = recipe.adapter
+    if adapter is None:
+        return BaseModelRef(name, parts.folder, parts.adapter, parts.manifest)
+    if parts.adapter is not None:
+        raise UserError(
+            f"model {recipe.model} already has an adapter, and adapter is {adapter}",
+            where="adapter",
+            expected="a single adapter to continue",
+            remedy="remove adapter, or set model to the base model of the adapter",
+        )
+    manifest = parts.manifest
+    if os.path.isfile(adapter / MANIFEST_FILE):
+        parts.folder.fetch_weights()  # needed for the fingerprint of the base model
+        manifest = resolve_model_source(str(adapter), base=str(parts.folder.path)).manifest
+    if not os.path.isfile(adapter / ADAPTER_CONFIG) and os.path.isdir(adapter / "adapter"):
+        adapter = adapter / "adapter"
+    if not os.path.isfile(adapter / ADAPTER_CONFIG):
+        raise UserError(
+            f"no {ADAPTER_CONFIG} in {adapter}",
+            where="adapter",
+            expected="an adapter folder, or a run folder with an adapter",
+            remedy="correct the path",
+        )
+    return BaseModelRef(name, parts.folder, adapter, manifest)
+
 
 MUTABLE_SETTINGS = {
     *("num_workers", "vision_cache", "parallel", "pack_tokens", "activation_checkpointing"),

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 
+import torch
 from rich.console import Console
 
 from finesight.config import Recipe
 from finesight.data.line_index import UnreadableFileError
 from finesight.errors import TrainingInterrupted
+from finesight.model.quant.base import HAS_TRITON
+from finesight.model.vlm import VisionLanguageModel
 from finesight.storage import require_free_space
 from finesight.track.tracker_manager import start_trackers
 from finesight.track.tracker_registry import require_packages
-from finesight.train.async_checkpoint import build_async_checkpointer
-from finesight.train.checkpoint import CheckpointManager
+from finesight.train.checkpoint import MAX_ASYNC_PARAMS, AsyncCheckpointer, CheckpointManager
 from finesight.train.console import TrainingConsole
-from finesight.train.data_wait import time_data_waits
-from finesight.train.dataloader_workers import DataWorkerError
-from finesight.train.disk_space import check_disk_space, estimate_checkpoint_bytes
+from finesight.train.dataloader import DataWorkerError
 from finesight.train.evaluation import count_evals_since_best, load_eval_history, run_evaluation
 from finesight.train.finalize import (
+    LiveReport,
     RunResult,
     build_best_eval,
     finalize_run,
     load_result,
     write_run_report,
 )
-from finesight.train.host_settings import configure_host
 from finesight.train.image_record import save_image_record
-from finesight.train.kernel_warmup import warm_up_kernels
-from finesight.train.live_report import LiveReport
-from finesight.train.logging import MetricsLogger, describe_run
+from finesight.train.logging import MetricsLogger, describe_run, time_data_waits
 from finesight.train.lr_schedule import resolve_save_interval, resolve_steps
 from finesight.train.oom import (
     GpuOutOfMemoryError,
@@ -51,9 +52,136 @@ from finesight.train.run_dir import RunDir
 from finesight.train.setup import TrainState, build_train_state
 from finesight.train.signals import StopRequest
 from finesight.train.step import iter_train_steps, train_step
-from finesight.train.vision_cache import open_vision_cache
-from finesight.train.vision_encoder_offload import EncoderOffloader, should_offload
+from finesight.train.vision_cache import EncoderOffloader, open_vision_cache, should_offload
 from finesight.train.vision_store import VisionCache
+
+
+def estimate_checkpoint_bytes(state: TrainState) -> int:
+    """Return the bytes of a checkpoint: fp32 weights and optimizer state of all ranks."""
+    optimizer = state.optimizer
+    rank_bytes = 4 * optimizer.num_params + sum(
+        moment.nbytes for moment in optimizer.optimizer_state().values()
+    )
+    return rank_bytes * state.shard_group.world_size
+
+
+def check_disk_space(state: TrainState, num_existing: int) -> None:
+    """Verify that the disk has space for the checkpoints and trained weights of a run.
+
+    The estimate includes the retained checkpoints, the best checkpoint and one that is being
+    written.
+
+    Args:
+        state: State of the run.
+        num_existing: Number of checkpoints that are already on disk, which need no more space.
+
+    Raises:
+        UserError: There is not enough free space.
+    """
+    recipe, total_steps = state.recipe, len(state.sampler)
+    checkpoint_size, interval = (
+        estimate_checkpoint_bytes(state),
+        resolve_save_interval(recipe.train, total_steps),
+    )
+    num_remaining = 1 + ((total_steps - state.progress.step) // interval if interval else 0)
+    num_new = max(
+        1,
+        min(recipe.train.keep_checkpoints + 2, num_remaining + 1 if interval else 1) - num_existing,
+    )
+    weight_bytes = 4 * state.parallel.num_trainable_params if recipe.tune.has_mode("lora") else 0
+    if recipe.tune.has_mode("full"):
+        weight_bytes += sum(parameter.nbytes for parameter in state.model.parameters())
+    require_free_space(
+        state.run_dir.path,
+        num_new * checkpoint_size + weight_bytes,
+        f"{num_new} checkpoints of {checkpoint_size / 1e9:.3g} GB and"
+        f" {weight_bytes / 1e9:.3g} GB of trained weights",
+        "free disk space, set another output_dir, or lower train.keep_checkpoints",
+    )
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Parameters of `mallopt` in glibc's malloc.h."""
+
+_DEFAULT_THRESHOLD = 128 << 10
+"""Default value of both `mallopt` thresholds, in bytes."""
+
+_LARGE_THRESHOLD = 1 << 30
+
+
+@contextmanager
+def configure_host(device: torch.device) -> Iterator[None]:
+    """Apply the CPU thread and allocator settings for a device within the context."""
+    with _limit_cpu_threads(device), retain_freed_memory(device):
+        yield
+
+
+@contextmanager
+def _limit_cpu_threads(device: torch.device) -> Iterator[None]:
+    """Use one CPU thread of PyTorch within the context if the device is a GPU.
+
+    More threads would compete with the data loader workers.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@contextmanager
+def retain_freed_memory(device: torch.device) -> Iterator[None]:
+    """Keep freed CPU memory in the process within the context, for training on a CPU.
+
+    By default, glibc returns large blocks to the system. Page faults of new blocks then take a
+    tenth of the step time of a small model. Blocks above 1 GiB are still returned.
+    """
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_THRESHOLD)
+    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        libc.mallopt(_M_MMAP_THRESHOLD, _DEFAULT_THRESHOLD)
+        libc.mallopt(_M_TRIM_THRESHOLD, _DEFAULT_THRESHOLD)
+        libc.malloc_trim(0)
+
+
+if HAS_TRITON:
+    from finesight.model.kernels.parallel_compile import compile_in_parallel, is_compile_cache_empty
+
+
+def warm_up_kernels(state: TrainState) -> None:
+    """Compile all Triton kernels in parallel, by running packs of the next step.
+
+    This is done only if the Triton cache is empty. No parameter is updated. Errors are only logged
+    at debug level, because the training step raises them again.
+    """
+    device = state.hardware.device
+    is_native = isinstance(state.model, VisionLanguageModel)
+    if not (HAS_TRITON and device.type == "cuda" and is_native) or state.parallel.is_sharded:
+        return
+    if not is_compile_cache_empty() or state.progress.step == len(state.sampler):
+        return
+    try:
+        packs = state.step_dataset.get_step(state.progress.step).packs
+        # Split packs need all ranks. Packs with and without shared prefix use other kernels.
+        unsplit = [packed_batch for packed_batch in packs if packed_batch.context_shard is None]
+        variants = {packed_batch.prefix_length > 0: packed_batch for packed_batch in unsplit}
+        for packed_batch in variants.values():
+            with torch.random.fork_rng([device]), compile_in_parallel(device):
+                state.graph_runner.warm_up(state.to_device(packed_batch))
+    except Exception as error:
+        logging.getLogger(__name__).debug("kernels were not compiled beforehand: %s", error)
+    finally:
+        state.optimizer.zero_grad()
 
 
 def train(
@@ -184,7 +312,12 @@ class Trainer:
         self.checkpoint_manager = CheckpointManager(
             state.run_dir.checkpoint_dir, settings.keep_checkpoints
         )
-        self.checkpointer = build_async_checkpointer(state, self.checkpoint_manager)
+        on_gpu = state.hardware.device.type == "cuda"
+        self.checkpointer = AsyncCheckpointer(
+            self.checkpoint_manager,
+            is_async=on_gpu and state.optimizer.num_params <= MAX_ASYNC_PARAMS,
+            process_group=state.shard_group.new_group(),
+        )
         self.encoder_offloader = EncoderOffloader(state.model)
         self.process_group = state.hardware.process_group
         self.is_main = self.process_group.is_main

@@ -19,7 +19,7 @@ from finesight.model.moe import MoeExperts
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.quant.quantize import count_unquantized_layers
 from finesight.model.trainable import get_part
-from finesight.report.histograms import HistogramCounts, count_half_octaves
+from finesight.report.charts import HistogramCounts, count_half_octaves
 from finesight.track.tracked_images import render_example_images
 from finesight.track.tracker_manager import TrackerManager
 from finesight.train.anomaly import AnomalyDetector

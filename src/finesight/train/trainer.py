@@ -18,8 +18,8 @@ from finesight.errors import TrainingInterrupted
 from finesight.model.quant.base import HAS_TRITON
 from finesight.model.vlm import VisionLanguageModel
 from finesight.storage import require_free_space
+from finesight.track.backends import require_packages
 from finesight.track.tracker_manager import start_trackers
-from finesight.track.tracker_registry import require_packages
 from finesight.train.checkpoint import MAX_ASYNC_PARAMS, AsyncCheckpointer, CheckpointManager
 from finesight.train.console import TrainingConsole
 from finesight.train.dataloader import DataWorkerError

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.check.check_issues import CheckIssue
-from finesight.check.conventions.box_hypothesis import (
+from finesight.check.box_hypothesis import (
     Bools,
     BoxClaimTable,
     BoxFrame,
     BoxHypothesis,
     pairwise_iou,
 )
-from finesight.check.conventions.image_evidence import ImageEvidence, hoeffding_bound
+from finesight.check.check_issues import CheckIssue
+from finesight.check.image_evidence import ImageEvidence, hoeffding_bound
 
 Floats = NDArray[np.float64]
 

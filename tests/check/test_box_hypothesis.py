@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from finesight.check.conventions.box_hypothesis import (
+from finesight.check.box_hypothesis import (
     BoxClaim,
     BoxClaimTable,
     BoxFrame,

@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from finesight.check.box_hypothesis import BoxClaim, BoxClaimTable, BoxFrame
 from finesight.check.check_issues import ISSUE_TYPES
-from finesight.check.conventions.box_hypothesis import BoxClaim, BoxClaimTable, BoxFrame
-from finesight.check.conventions.convention_detector import find_convention_issues
-from finesight.check.conventions.edge_contrast import EdgeContrast
-from finesight.check.conventions.frame_search import find_frame
-from finesight.check.conventions.image_evidence import ImageEvidence, open_edge_contrast
+from finesight.check.convention_detector import find_convention_issues, find_frame
+from finesight.check.image_evidence import EdgeContrast, ImageEvidence, open_edge_contrast
 from finesight.data.boxes import BoxConvention
 
 Coordinates = tuple[float, float, float, float]

@@ -11,7 +11,7 @@ from tiny_task import TinyTask
 
 from finesight.config import TrackerKind, TrackerSettings
 from finesight.errors import UserError
-from finesight.track.tracker_registry import TRACKER_EXTRAS, require_packages
+from finesight.track.backends import TRACKERS, require_packages
 
 
 @pytest.mark.parametrize("kind", get_args(TrackerKind))
@@ -19,7 +19,7 @@ def test_missing_package_error_names_the_extra(
     kind: TrackerKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, kind, None)
-    install = rf"{kind} is not[\s\S]*pip install 'finesight\[{TRACKER_EXTRAS[kind]}\]'"
+    install = rf"{kind} is not[\s\S]*pip install 'finesight\[{TRACKERS[kind].extra}\]'"
     with pytest.raises(UserError, match=install):
         require_packages([TrackerSettings(kind=kind)])
 

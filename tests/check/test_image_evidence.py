@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finesight.check.conventions.box_hypothesis import BoxClaim, BoxClaimTable, BoxHypothesis
-from finesight.check.conventions.edge_contrast import MAX_SIDE, EdgeContrast, load_small_gray
-from finesight.check.conventions.image_evidence import (
+from finesight.check.box_hypothesis import BoxClaim, BoxClaimTable, BoxHypothesis
+from finesight.check.image_evidence import (
     MAX_FALSE_POSITIVE_RATE,
+    MAX_SIDE,
     MIN_IMAGES,
+    EdgeContrast,
     ImageEvidence,
     hoeffding_bound,
+    load_small_gray,
     min_z_score,
     open_edge_contrast,
 )

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, TypeVar
 from zlib import crc32
 
 import torch
@@ -30,9 +30,9 @@ from finesight.encode.context_shard import ContextShard
 from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack, plan_packs
 from finesight.encode.renderer import Renderer
 from finesight.encode.sample_filter import find_sample_error
-from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
+from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
-from finesight.train.sampler import StepSampler
+from finesight.train.sampler import DistributedSampler, StepSampler
 from finesight.vision.patches import concat_shape
 
 Item = TypeVar("Item")
@@ -193,42 +193,6 @@ _ALIGNMENT = 64
 
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 """Dtype and shape of a tensor."""
-
-
-@runtime_checkable
-class ContextParallelSampler(StepSampler, Protocol):
-    """Interface of a step sampler of one rank that splits long samples over all ranks.
-
-    `batch_indices` returns the samples that this rank processes alone.
-    """
-
-    def with_pack_tokens(self, pack_tokens: int) -> ContextParallelSampler:
-        """Return a copy of the sampler for packs of at most `pack_tokens` tokens."""
-        ...
-
-    def split_indices(self, step: int) -> Sequence[int]:
-        """Return the corpus indices of a step's samples that are split over all ranks."""
-        ...
-
-    def context_shard(self, tokenized: TokenizedSample) -> ContextShard:
-        """Return the part of a split sample that this rank processes."""
-        ...
-
-    @property
-    def max_unsplit_tokens(self) -> int | None:
-        """Maximum number of tokens of a sample that is not split over the ranks.
-
-        None if samples are never split.
-        """
-        ...
-
-    @property
-    def reports_skipped(self) -> bool:
-        """True if this rank reports skipped split samples.
-
-        One rank reports them, so that each sample is counted once.
-        """
-        ...
 
 
 class VisionCacheReader(Protocol):
@@ -477,7 +441,7 @@ class StepDataset(Dataset[StepTransfer | UserError]):
     def with_pack_tokens(self, pack_tokens: int) -> StepDataset:
         """Return a copy of the dataset with packs of at most `pack_tokens` tokens."""
         sampler = self.sampler
-        if isinstance(sampler, ContextParallelSampler):
+        if isinstance(sampler, DistributedSampler):
             sampler = sampler.with_pack_tokens(pack_tokens)
         return replace(self, sampler=sampler, pack_tokens=pack_tokens)
 
@@ -552,7 +516,7 @@ class StepDataset(Dataset[StepTransfer | UserError]):
             samples if this rank reports them.
         """
         sampler = self.sampler
-        if not isinstance(sampler, ContextParallelSampler):
+        if not isinstance(sampler, DistributedSampler):
             return [], [], []
         samples, skipped = self._read_samples(sampler.split_indices(step_index))
         shards = [sampler.context_shard(encoded.tokenized) for _, encoded in samples]

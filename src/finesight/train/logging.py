@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from finesight.encode.packing import PackedBatch
 from finesight.evaluate.eval_case import note_lines
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
 from finesight.model.moe import MoeExperts
@@ -289,6 +290,7 @@ class MetricsLogger:
         position = min(
             (step_batch.step_index + 1) * state.recipe.train.batch_size, state.sampler.num_samples
         )
+        flops = sum(count_flops(state, batch) for batch in step_batch.packs)
         return {
             "step": step_batch.step_index + 1,
             "epoch": round(position / state.sampler.epoch_length, 4),
@@ -309,7 +311,7 @@ class MetricsLogger:
             "samples_per_s": global_stats.num_samples / seconds,
             "tokens_per_s": global_stats.num_tokens / seconds,
             # None for the transformers backend, whose FLOPs are unknown.
-            "mfu": step_output.flops / seconds / state.hardware.peak_flops or None,
+            "mfu": flops / seconds / state.hardware.peak_flops or None,
             "peak_memory_gb": peak_memory_gb(state.hardware.device),
         }
 
@@ -340,6 +342,17 @@ class MetricsLogger:
     def log_result(self, result: RunResult) -> None:
         """Send the result of the run to the experiment trackers."""
         self._tracking_events.log_result(result)
+
+
+def count_flops(state: TrainState, batch: PackedBatch) -> float:
+    """Count the FLOPs of a pack on this rank.
+
+    The shards of a split sample count equally.
+    """
+    context_shard = batch.context_shard
+    if context_shard is None:
+        return state.flop_counter.count(batch)
+    return state.flop_counter.count(context_shard.sample_shape) / context_shard.world_size
 
 
 def build_size_histograms(sample_stats: Sequence[SampleStats]) -> dict[str, HistogramCounts]:

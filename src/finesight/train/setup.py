@@ -17,6 +17,7 @@ from torch import Tensor
 from finesight import __version__
 from finesight.config import Recipe
 from finesight.digests import sha256_file
+from finesight.encode.context_shard import SampleShape
 from finesight.encode.packing import PackedBatch, pad_batch
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.errors import UserError
@@ -45,9 +46,8 @@ from finesight.train.checkpoint import (
 )
 from finesight.train.console import TrainingConsole
 from finesight.train.cuda_graphs import CudaGraphRunner
-from finesight.train.dataloader import ContextParallelSampler, StepDataset, default_num_workers
-from finesight.train.dataset_stats import TrainingData, load_training_data
-from finesight.train.distributed_sampler import build_rank_sampler
+from finesight.train.dataloader import StepDataset, default_num_workers
+from finesight.train.dataset_stats import SampleStatsMap, TrainingData, load_training_data
 from finesight.train.flops import FlopCounter, NullFlopCounter, measure_peak_flops
 from finesight.train.image_record import (
     ImageStates,
@@ -55,14 +55,13 @@ from finesight.train.image_record import (
     collect_reported_errors,
     load_image_record,
 )
-from finesight.train.lr_schedule import LRSchedule
 from finesight.train.oom import MemoryBudget
-from finesight.train.optimizer import LossScaler, MasterWeightOptimizer
+from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.parallel.ddp import ParallelStrategy, parallelize_model
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
 from finesight.train.param_audit import ParamAudit
 from finesight.train.run_dir import RunDir
-from finesight.train.sampler import SequentialSampler, TrainSampler
+from finesight.train.sampler import DistributedSampler, SequentialSampler, StepSampler, TrainSampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +222,7 @@ class TrainState:
         None if samples are never split.
         """
         sampler = self.step_dataset.with_pack_tokens(self.progress.budget.pack_tokens).sampler
-        return sampler.max_unsplit_tokens if isinstance(sampler, ContextParallelSampler) else None
+        return sampler.max_unsplit_tokens if isinstance(sampler, DistributedSampler) else None
 
     def build_validation_dataset(self, pack_tokens: int) -> StepDataset | None:
         """Create the dataset of this rank's validation samples; None without validation data.
@@ -429,6 +428,51 @@ def build_train_state(
         _restore_checkpoint(state, *checkpoint)
     _log_overrides(state, budget, console)
     return state
+
+
+def build_rank_sampler(
+    sampler: StepSampler,
+    process_group: ProcessGroup,
+    sample_stats: SampleStatsMap | None,
+    flop_counter: FlopCounter | NullFlopCounter,
+    pack_tokens: int,
+) -> StepSampler:
+    """Create the step sampler of this rank, balanced by estimated FLOPs.
+
+    The cost ignores the shared prefix, which adds almost no computation.
+
+    Args:
+        sampler: Sampler of complete steps, returned unchanged in a single-process run.
+        process_group: Ranks of the run.
+        sample_stats: Statistics of all samples. Without them (None), all ranks get the same number
+            of samples, because the ranks must agree on the costs.
+        flop_counter: Counter that estimates the cost of a sample.
+        pack_tokens: Maximum number of tokens of a pack.
+    """
+    if process_group.is_single_process:
+        return sampler
+    if sample_stats is None:
+        return DistributedSampler(sampler, process_group, lambda index: 1.0, None, pack_tokens)
+    stats = sample_stats
+
+    def estimate_cost(index: int) -> float:
+        sample = stats[index]
+        num_tokens = max(0, sample.num_packed_tokens - stats.prefix_length)
+        return (
+            flop_counter.count(
+                SampleShape((num_tokens,), sample.grid_thw, sample.num_supervised_tokens)
+            )
+            or sample.num_packed_tokens
+        )
+
+    def count_tokens(index: int) -> int:
+        return stats[index].num_packed_tokens
+
+    # Models of the transformers backend cannot split samples.
+    can_split = not isinstance(flop_counter, NullFlopCounter)
+    return DistributedSampler(
+        sampler, process_group, estimate_cost, count_tokens if can_split else None, pack_tokens
+    )
 
 
 def _images(

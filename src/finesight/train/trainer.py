@@ -22,7 +22,7 @@ from finesight.track.backends import require_packages
 from finesight.track.tracker_manager import start_trackers
 from finesight.train.checkpoint import MAX_ASYNC_PARAMS, AsyncCheckpointer, CheckpointManager
 from finesight.train.console import TrainingConsole
-from finesight.train.dataloader import DataWorkerError
+from finesight.train.dataloader import DataWorkerError, StepBatch
 from finesight.train.evaluation import count_evals_since_best, load_eval_history, run_evaluation
 from finesight.train.finalize import (
     LiveReport,
@@ -34,13 +34,13 @@ from finesight.train.finalize import (
 )
 from finesight.train.image_record import save_image_record
 from finesight.train.logging import MetricsLogger, describe_run, time_data_waits
-from finesight.train.lr_schedule import resolve_save_interval, resolve_steps
 from finesight.train.oom import (
     GpuOutOfMemoryError,
     MemoryBudget,
     retry_on_oom,
     translate_oom_errors,
 )
+from finesight.train.optimizer import resolve_save_interval, resolve_steps
 from finesight.train.parallel.distributed import (
     PeerFailedError,
     ProcessGroup,
@@ -51,7 +51,7 @@ from finesight.train.parallel.distributed import (
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import TrainState, build_train_state
 from finesight.train.signals import StopRequest
-from finesight.train.step import iter_train_steps, train_step
+from finesight.train.step import StepOutput, iter_train_steps, sync_step, train_step
 from finesight.train.vision_cache import EncoderOffloader, open_vision_cache, should_offload
 from finesight.train.vision_store import VisionCache
 
@@ -416,16 +416,25 @@ class Trainer:
         state.apply_budget(budget)
         with closing(iter_train_steps(state, vision_cache)) as steps:
             for step_batch, data_wait in time_data_waits(steps, state.hardware.device):
-                global_stats = self.process_group.sync_step(step_batch, self.stop.signal_number)
-                self.stop.request(global_stats.signal)
-                # A signal that arrives later is shared before the next step.
-                if global_stats.signal and not self.process_group.is_single_process:
-                    self.stop.raise_if_requested()
-                step_output = train_step(state, step_batch, self.stop, vision_cache, global_stats)
+                step_output = self.train_step(step_batch, vision_cache)
                 progress.step += 1
                 self.metrics_logger.log_step(step_output, data_wait)
                 if not self.on_step_end():
                     break
+
+    def train_step(self, step_batch: StepBatch, vision_cache: VisionCache | None) -> StepOutput:
+        """Run one training step on all ranks, unless a rank received a stop signal.
+
+        Raises:
+            TrainingInterrupted: A stop was requested.
+            PeerFailedError: A rank failed.
+        """
+        global_stats = sync_step(self.process_group, step_batch, self.stop.signal_number)
+        self.stop.request(global_stats.signal)
+        # A signal that arrives later is shared before the next step.
+        if global_stats.signal and not self.process_group.is_single_process:
+            self.stop.raise_if_requested()
+        return train_step(self.state, step_batch, self.stop, vision_cache, global_stats)
 
     @contextmanager
     def open_vision_cache(self) -> Iterator[VisionCache | None]:

@@ -27,7 +27,6 @@ from finesight.encode.context_shard import SampleShape
 from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE
 from finesight.train.dataloader import StepBatch
 from finesight.train.dataset_stats import SampleStats
-from finesight.train.distributed_sampler import DistributedSampler, build_rank_sampler
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, max_unsplit_packs
 from finesight.train.parallel.distributed import (
     PeerFailedError,
@@ -35,6 +34,9 @@ from finesight.train.parallel.distributed import (
     RankDesyncError,
     RankMonitor,
 )
+from finesight.train.sampler import DistributedSampler
+from finesight.train.setup import build_rank_sampler
+from finesight.train.step import sync_step
 
 
 def read_trained_state(folder: Path) -> dict[str, Tensor]:
@@ -137,9 +139,9 @@ def test_ranks_at_different_steps_are_detected() -> None:
     store = dist.HashStore()
     first, second = (ProcessGroup(n, 2, monitor=RankMonitor(store, n, 2)) for n in range(2))
     with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(second.sync_step, StepBatch(4, (), (), ()))
+        other = pool.submit(sync_step, second, StepBatch(4, (), (), ()))
         with pytest.raises(RankDesyncError, match=r"rank 0 at 3 \(step\), rank 1 at 4 \(step\)"):
-            first.sync_step(StepBatch(3, (), (), ()))
+            sync_step(first, StepBatch(3, (), (), ()))
         assert isinstance(other.exception(), RankDesyncError)
         other = pool.submit(second.broadcast_str, "")
         with (

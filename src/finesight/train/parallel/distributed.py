@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finesight.errors import UserError
-from finesight.train.dataloader import SkippedSample, StepBatch
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget
 
 T = TypeVar("T")
@@ -49,37 +48,6 @@ class RankDesyncError(UserError):
 
     No further communication between the ranks is possible.
     """
-
-
-class GlobalStepStats(NamedTuple):
-    """Statistics of a step over all ranks.
-
-    Attributes:
-        num_supervised_tokens: Number of tokens that contribute to the loss.
-        num_samples: Number of samples.
-        num_tokens: Number of tokens.
-        max_packs: Largest number of packs on one rank.
-        skipped: Samples that were skipped because reading or encoding failed.
-        signal: Number of a stop signal that any rank received, or 0.
-    """
-
-    num_supervised_tokens: int = 0
-    num_samples: int = 0
-    num_tokens: int = 0
-    max_packs: int = 0
-    skipped: tuple[SkippedSample, ...] = ()
-    signal: int = 0
-
-    @classmethod
-    def from_step(cls, step_batch: StepBatch, signal: int = 0) -> GlobalStepStats:
-        """Compute the statistics of a step on this rank alone."""
-        metrics = (
-            step_batch.num_supervised_tokens,
-            step_batch.num_samples,
-            step_batch.num_tokens,
-            len(step_batch.packs),
-        )
-        return cls(*metrics, step_batch.skipped, signal)
 
 
 class _RankMessage(NamedTuple):
@@ -212,44 +180,17 @@ class ProcessGroup:
         """Return every `world_size`-th item, starting at the rank of this process."""
         return items[self.rank :: self.world_size]
 
-    def sync_step(self, step_batch: StepBatch, signal: int = 0) -> GlobalStepStats:
-        """Exchange step statistics with all ranks; all ranks must call this before each step.
-
-        Args:
-            step_batch: Step data of this rank.
-            signal: Number of the stop signal that this rank received, or 0.
-
-        Returns:
-            Statistics over all ranks.
+    def start_step(self, step_index: int, value: str) -> list[bytes]:
+        """Exchange strings at the start of a step; later collectives belong to this step.
 
         Raises:
-            PeerFailedError: A rank has failed, or the ranks have different data.
+            PeerFailedError: A rank has failed.
             RankDesyncError: The ranks are at different steps.
         """
-        local_stats = GlobalStepStats.from_step(step_batch, signal)
-        if self.monitor is None:
-            return local_stats
-        num_skipped = len(step_batch.skipped)
-        own_values = (step_batch.split_checksum, *local_stats[:4], num_skipped, signal)
-        payloads = self._exchange("step", json.dumps(own_values), step_batch.step_index)
-        checksums, supervised, samples, tokens, packs, skipped_counts, signals = zip(
-            *map(json.loads, payloads), strict=True
-        )
-        if len({*checksums}) > 1:
-            raise PeerFailedError(
-                "a sample that is split over the ranks differs between them",
-                where="training",
-                expected="the same files on every rank during the run",
-                remedy="verify that every machine can read the images of the sample, then start"
-                " again with --resume",
-            )
-        self.monitor.step = step_batch.step_index
-        skipped: list[SkippedSample] = []
-        if any(skipped_counts):
-            for payload in self.all_gather_str(json.dumps(step_batch.skipped)):
-                skipped += [SkippedSample(*sample) for sample in json.loads(payload)]
-        totals = sum(supervised), sum(samples), sum(tokens), max(packs)
-        return GlobalStepStats(*totals, tuple(skipped), max(signals))
+        assert self.monitor is not None, f"rank {self.rank} of {self.world_size} has no monitor"
+        values = self._exchange("step", value, step_index)
+        self.monitor.step = step_index
+        return values
 
     def sync_failure(self, own_state: Sequence[int]) -> list[list[int]]:
         """Report a failure to all ranks, and wait until every rank reports one.

@@ -29,7 +29,7 @@ from finesight.evaluate.task_metrics import (
     get_primary_metric,
 )
 from finesight.infer.prediction import Prediction, predict
-from finesight.model.auto_model import AnyModel
+from finesight.model.hf_backend import AnyModel
 from finesight.recipe import load_recipe
 from finesight.storage import write_file
 

@@ -23,7 +23,7 @@ from finesight.encode.packing import PAD_MULTIPLE, PackedBatch, compute_context_
 from finesight.encode.tokenized_sample import GridTHW
 from finesight.model import attention
 from finesight.model.attention import Segments
-from finesight.model.lora.fused_matmul import write_gradients_to
+from finesight.model.lora.fused import write_gradients_to
 from finesight.model.lora.layer import LoraLinear
 from finesight.model.vision_encoder import PatchLayout, VisionEncoder, unique_objects
 from finesight.model.vlm import VisionLanguageModel

@@ -18,8 +18,8 @@ from finesight.evaluate.eval_case import note_lines
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
 from finesight.model.moe import MoeExperts
 from finesight.model.quant.base import find_quantized_weights
-from finesight.model.quant.quantize import count_unquantized_layers
 from finesight.model.trainable import get_part
+from finesight.model.weights_io import count_unquantized_layers
 from finesight.report.charts import HistogramCounts, count_half_octaves
 from finesight.track.tracked_images import render_example_images
 from finesight.track.tracker_manager import TrackerManager

@@ -25,9 +25,8 @@ from finesight.evaluate import custom_metric
 from finesight.evaluate.task_metrics import get_task_metric
 from finesight.infer.model_loader import resolve_device, resolve_model_source, resolve_precision
 from finesight.manifest import MANIFEST_FILE, Manifest
-from finesight.model.auto_model import AnyModel, load_auto_model
 from finesight.model.families.qwen_vl import QwenVisionEncoder
-from finesight.model.hf_backend import LIMITATIONS, HfModel
+from finesight.model.hf_backend import LIMITATIONS, AnyModel, HfModel, load_auto_model
 from finesight.model.lora.layer import stacked_row_counts
 from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE as ADAPTER_CONFIG
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE as ADAPTER_WEIGHTS
@@ -228,7 +227,7 @@ class TrainState:
         """Create the dataset of this rank's validation samples; None without validation data.
 
         It does not use shared prefixes: in evaluation mode, some families compute a token depending
-        on the length of its sample (`model.families.qwen_decoder`).
+        on the length of its sample (`model.families.qwen_vl`).
 
         Args:
             pack_tokens: Maximum number of tokens of a pack.

@@ -26,7 +26,7 @@ from finesight.data.image_header import CorruptImageError
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.host_memory import available_memory
 from finesight.model.attention import has_amx_bf16
-from finesight.model.auto_model import AnyModel
+from finesight.model.hf_backend import AnyModel
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.console import TrainingConsole
 from finesight.train.oom import first_error_line, release_memory

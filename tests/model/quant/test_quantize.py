@@ -27,8 +27,8 @@ from finesight.encode.packing import PackedBatch, pack
 from finesight.errors import UserError
 from finesight.evaluate.generation_eval import evaluate
 from finesight.infer.model_loader import load_inference_model
-from finesight.model.auto_model import load_auto_model
 from finesight.model.fused_linear import FusedLinear
+from finesight.model.hf_backend import load_auto_model
 from finesight.model.lora.layer import iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.quant import base, nf4
@@ -38,11 +38,10 @@ from finesight.model.quant.base import (
     QuantizedMatrix,
     find_quantized_weights,
 )
-from finesight.model.quant.quantize import MATRIX_TYPES
 from finesight.model.tiny import TinyFamily, create_tiny_model
 from finesight.model.trainable import configure_tuning, get_part
 from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import hub_tensors, load_model
+from finesight.model.weights_io import MATRIX_TYPES, hub_tensors, load_model
 from finesight.model_folder import TINY_MODEL, ModelFolder
 
 CPU = torch.device("cpu")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from finesight.bounded_files import read_json
 from finesight.errors import UserError
-
-_DECODER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -21,68 +20,49 @@ class FamilySettings:
         token_size: Side of the image area of one token in pixels; 0 for a fixed image size.
         min_pixels: Minimum number of pixels per image in the default image processor settings.
         max_length: Maximum number of tokens per sample.
-        language_layers: Last name components of the linear layers in the decoder.
-        vision_layers: Last name components of the linear layers in the vision encoder.
-        merger_layers: Last name components of the linear layers in the merger.
+        layers: Last name components of the linear layers, by part of the model.
     """
 
     name: str
     token_size: int
     min_pixels: int
     max_length: int
-    language_layers: tuple[str, ...]
-    vision_layers: tuple[str, ...]
-    merger_layers: tuple[str, ...]
+    layers: Mapping[str, tuple[str, ...]]
 
 
+def _list_layers(language: str, vision: str, merger: str) -> dict[str, tuple[str, ...]]:
+    texts = {"vision": vision, "merger": merger, "language": language}
+    return {part: tuple(text.split()) for part, text in texts.items()}
+
+
+_ATTENTION = "q_proj k_proj v_proj o_proj"
+_DECODER = f"{_ATTENTION} gate_proj up_proj down_proj"
+_QWEN3_VISION = "qkv proj linear_fc1 linear_fc2", "linear_fc1 linear_fc2"
+_QWEN = FamilySettings(
+    "qwen",
+    0,
+    0,
+    8192,
+    _list_layers("c_attn c_proj w1 w2", "in_proj out_proj c_fc c_proj", "kv_proj out_proj"),
+)
 _QWEN2 = FamilySettings(
-    "qwen2_vl", 28, 3136, 32_768, _DECODER_LAYERS, ("qkv", "proj", "fc1", "fc2"), ("mlp.0", "mlp.2")
+    "qwen2_vl", 28, 3136, 32_768, _list_layers(_DECODER, "qkv proj fc1 fc2", "mlp.0 mlp.2")
 )
 _QWEN2_5 = FamilySettings(
     "qwen2_5_vl",
     28,
     3136,
     128_000,
-    _DECODER_LAYERS,
-    ("qkv", "proj", "gate_proj", "up_proj", "down_proj"),
-    ("mlp.0", "mlp.2"),
+    _list_layers(_DECODER, "qkv proj gate_proj up_proj down_proj", "mlp.0 mlp.2"),
 )
-_QWEN3 = FamilySettings(
-    "qwen3_vl",
-    32,
-    65_536,
-    262_144,
-    _DECODER_LAYERS,
-    ("qkv", "proj", "linear_fc1", "linear_fc2"),
-    ("linear_fc1", "linear_fc2"),
-)
+_QWEN3 = FamilySettings("qwen3_vl", 32, 65_536, 262_144, _list_layers(_DECODER, *_QWEN3_VISION))
 _QWEN3_MOE = FamilySettings(
-    "qwen3_vl_moe",
-    32,
-    65_536,
-    262_144,
-    ("q_proj", "k_proj", "v_proj", "o_proj"),
-    ("qkv", "proj", "linear_fc1", "linear_fc2"),
-    ("linear_fc1", "linear_fc2"),
-)
-_QWEN = FamilySettings(
-    "qwen",
-    0,
-    0,
-    8192,
-    ("c_attn", "c_proj", "w1", "w2"),
-    ("in_proj", "out_proj", "c_fc", "c_proj"),
-    ("kv_proj", "out_proj"),
+    "qwen3_vl_moe", 32, 65_536, 262_144, _list_layers(_ATTENTION, *_QWEN3_VISION)
 )
 
 _FAMILY_BY_TYPE = {
     family.name: family for family in (_QWEN, _QWEN2, _QWEN2_5, _QWEN3, _QWEN3_MOE)
-} | {
-    "qwen_vl": _QWEN,
-    "qvq": _QWEN2,
-    "qwen3_vl_nothink": _QWEN3,
-    "qwen3_moe_vl": _QWEN3_MOE,
-}
+} | {"qwen_vl": _QWEN, "qvq": _QWEN2, "qwen3_vl_nothink": _QWEN3, "qwen3_moe_vl": _QWEN3_MOE}
 """Family of each `model_type` in config.json, and of model type and template names of ms-swift and
 LLaMA-Factory."""
 
@@ -105,22 +85,27 @@ def detect_family(model: str, hints: tuple[str | None, ...], where: str) -> Fami
 
     Raises UserError if the model is not a Qwen vision-language model.
     """
-    if not model:
-        raise _build_error("the configuration has no model", where)
-    model_type = _read_model_type(Path(model).expanduser())
+    what = f"cannot determine whether {model!r} is a Qwen vision-language model"
+    model_type = _read_model_type(Path(model).expanduser()) if model else None
     if model_type is not None:
         if model_type in _FAMILY_BY_TYPE:
             return _FAMILY_BY_TYPE[model_type]
-        raise _build_error(f"{model} has the model type {model_type}", where)
-    name = re.sub(r"[_ ]", "-", model.rstrip("/").rpartition("/")[2].lower())
-    for pattern, family in _FAMILY_PATTERNS:
-        if re.search(pattern, name):
-            return family
-    for hint in hints:
-        # qwen without vl means a text model in both programs.
-        if hint in _FAMILY_BY_TYPE and hint != "qwen":
-            return _FAMILY_BY_TYPE[hint]
-    raise _build_error(f"cannot determine whether {model!r} is a Qwen vision-language model", where)
+        what = f"{model} has the model type {model_type}"
+    elif model:
+        name = re.sub(r"[_ ]", "-", model.rstrip("/").rpartition("/")[2].lower())
+        for pattern, family in _FAMILY_PATTERNS:
+            if re.search(pattern, name):
+                return family
+        for hint in hints:
+            # qwen without vl means a text model in both programs.
+            if hint in _FAMILY_BY_TYPE and hint != "qwen":
+                return _FAMILY_BY_TYPE[hint]
+    raise UserError(
+        what if model else "the configuration has no model",
+        where=where,
+        expected="a model of Qwen-VL, Qwen2-VL, Qwen2.5-VL or Qwen3-VL",
+        remedy="use the name on its hub, or run this command where the model folder exists",
+    )
 
 
 def _read_model_type(folder: Path) -> str | None:
@@ -133,12 +118,3 @@ def _read_model_type(folder: Path) -> str | None:
     if model_type == "qwen" and "visual" not in content:
         return "qwen without a vision encoder"
     return model_type if isinstance(model_type, str) else None
-
-
-def _build_error(what: str, where: str) -> UserError:
-    return UserError(
-        what,
-        where=where,
-        expected="a model of Qwen-VL, Qwen2-VL, Qwen2.5-VL or Qwen3-VL",
-        remedy="use the name on its hub, or run this command where the model folder exists",
-    )

@@ -1,20 +1,101 @@
-"""Triton GEMV kernels for 4-bit matrices (INT4 and NF4).
+"""Triton kernels of matrix-vector products (GEMV) with quantized matrices, and INT4 dequantization.
 
-A thread reads 32-bit words of eight codes. The inputs of the k-th code of all words are stored in a
-separate array, so that a word and its inputs are in the same thread and threads exchange only sums.
-A preceding kernel packs the input row in this layout and applies the RMS norm.
+8-bit matrices (INT8 and FP8): a thread reads 16 bytes of several outputs at once, converts them in
+registers and accumulates in fp32; threads exchange only the final sums. Programs that compute the
+same outputs for several rows are adjacent in the grid and share the cached codes.
 
-Shapes: I inputs, O outputs, N = I / 8 words of a row, J words per block.
+4-bit matrices (INT4 and NF4): a thread reads 32-bit words of eight codes. The inputs of the k-th
+code of all words are stored in a separate array, so that a word and its inputs are in the same
+thread. A preceding kernel packs the input row in this layout and applies the RMS norm.
+
+Shapes: R rows, O outputs, I inputs, T chunks of 16 bytes, E bytes of a chunk, N = I / 8 words of a
+row, J words per block, G groups of inputs.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.quant.packed_4bit import PackedInput, RmsNormParams
+from finesight.model.quant.base import PackedInput, RmsNormParams
+
+
+class MatmulTiling(NamedTuple):
+    """Tiling of a matmul with a quantized matrix.
+
+    Attributes:
+        block_outputs: Outputs per program.
+        block_chunks: Chunks or groups of inputs per step.
+        num_warps: Warps per program.
+    """
+
+    block_outputs: int
+    block_chunks: int
+    num_warps: int
+
+
+def choose_gemv_tiling(out_features: int, row_bytes: int) -> MatmulTiling:
+    """Choose the tiling of a GEMV by output count and bytes per output."""
+    # With few outputs SMs are idle unless several warps share a row.
+    warps = 4 if out_features <= 6144 and row_bytes >= 2048 else 2 if out_features <= 6144 else 1
+    return MatmulTiling(block_outputs=4, block_chunks=32 * warps, num_warps=warps)
+
+
+@triton.jit
+def _store_sums(
+    total_OTE, bias, y, first, out_features, has_bias: tl.constexpr, block_o: tl.constexpr
+):
+    sums_O = tl.sum(tl.sum(total_OTE, axis=2), axis=1)
+    o = first + tl.arange(0, block_o)
+    if has_bias:
+        sums_O += tl.load(bias + o, mask=o < out_features, other=0.0).to(tl.float32)
+    out_ptrs = y + tl.program_id(0).to(tl.int64) * out_features + o
+    tl.store(out_ptrs, sums_O.to(y.dtype.element_ty), mask=o < out_features)
+
+
+@triton.jit
+def _rowwise_gemv_kernel(
+    x, codes, scales, bias, y, out_features, in_features, has_bias: tl.constexpr,
+    block_o: tl.constexpr, block_t: tl.constexpr,
+):  # fmt: skip
+    x += tl.program_id(0).to(tl.int64) * in_features
+    first = tl.program_id(1) * block_o
+    o, e = tl.arange(0, block_o), tl.arange(0, 16)
+    num_chunks = in_features // 16
+    codes += first.to(tl.int64) * in_features
+    total_OTE = tl.zeros((block_o, block_t, 16), tl.float32)
+    for start in range(0, num_chunks, block_t):
+        t = start + tl.arange(0, block_t)
+        mask_OT = (first + o < out_features)[:, None] & (t < num_chunks)[None, :]
+        offsets_OTE = (o * in_features)[:, None, None] + (t * 16)[None, :, None] + e[None, None, :]
+        w_OTE = tl.load(codes + offsets_OTE, mask=mask_OT[:, :, None], other=0.0).to(tl.float32)
+        offsets_TE = (t * 16)[:, None] + e[None, :]
+        x_TE = tl.load(x + offsets_TE, mask=(t < num_chunks)[:, None], other=0.0)
+        total_OTE += w_OTE * x_TE.to(tl.float32)[None, :, :]
+    scale_O = tl.load(scales + first + o, mask=first + o < out_features, other=0.0)
+    _store_sums(total_OTE * scale_O[:, None, None], bias, y, first, out_features, has_bias, block_o)
+
+
+def rowwise_gemv(
+    x_RI: Tensor, codes_OI: Tensor, scales_O: Tensor, bias: Tensor | None, tiling: MatmulTiling
+) -> Tensor:
+    """Compute x W^T + bias [R, O] with an 8-bit matrix of `model.quant.int8`.
+
+    The number of inputs must be divisible by 16.
+    """
+    rows, (out_features, in_features) = len(x_RI), codes_OI.shape
+    y_RO = x_RI.new_empty(rows, out_features)
+    _rowwise_gemv_kernel[(rows, triton.cdiv(out_features, tiling.block_outputs))](
+        x_RI, codes_OI, scales_O, x_RI if bias is None else bias, y_RO, out_features, in_features,
+        has_bias=bias is not None, block_o=tiling.block_outputs, block_t=tiling.block_chunks,
+        num_warps=tiling.num_warps,
+    )  # fmt: skip
+    return y_RO
+
 
 _WORDS_PER_PROGRAM = 128
 """Number of words per program of the kernel that packs the input row."""
@@ -260,3 +341,49 @@ def nf4_gemv(
         has_residual=residual_O is not None, shuffled=y_O.is_cuda, block_o=block_o, block_j=block_j,
         num_warps=warps,
     )  # fmt: skip
+
+
+_BLOCK = 1024
+"""Number of bytes of a row per program."""
+
+
+@triton.jit
+def _dequantize_int4_kernel(
+    codes, scales, zeros, permutation, w, half, num_groups, group_size, block: tl.constexpr
+):
+    o = tl.program_id(0).to(tl.int64)
+    offsets = tl.program_id(1) * block + tl.arange(0, block)
+    mask = offsets < half
+    pairs = tl.load(codes + o * half + offsets, mask=mask, other=0).to(tl.int32)
+    for half_index in tl.static_range(2):
+        i = offsets + half_index * half
+        group_offsets = o * num_groups + i // group_size
+        scale = tl.load(scales + group_offsets, mask=mask, other=0.0).to(tl.float32)
+        zero = tl.load(zeros + group_offsets, mask=mask, other=0).to(tl.int32)
+        value = (((pairs >> (4 * half_index)) & 15) - zero).to(tl.float32) * scale
+        columns = tl.load(permutation + i, mask=mask, other=0)
+        tl.store(w + o * 2 * half + columns, value.to(w.dtype.element_ty), mask=mask)
+
+
+def dequantize_int4(
+    codes: Tensor, scales_OG: Tensor, zeros_OG: Tensor, permutation_I: Tensor, group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Return the dequantized matrix [O, I], scale * (code - zero), rounded once.
+
+    Column n of the codes is written to column `permutation_I[n]`.
+    """
+    out_features, half = codes.shape
+    w_OI = torch.empty(out_features, 2 * half, dtype=dtype, device=codes.device)
+    _dequantize_int4_kernel[(out_features, triton.cdiv(half, _BLOCK))](
+        codes,
+        scales_OG,
+        zeros_OG,
+        permutation_I,
+        w_OI,
+        half,
+        scales_OG.shape[1],
+        group_size,
+        block=_BLOCK,
+    )
+    return w_OI

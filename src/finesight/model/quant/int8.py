@@ -1,9 +1,8 @@
-"""Frozen 8-bit weights with a scale per output: symmetric INT8 and FP8.
+"""Frozen 8-bit weights with a scale per output: the base class of INT8 and FP8, and INT8.
 
-FP8 is e4m3 of Micikevicius et al. 2022, arXiv:2209.05433. Only weights are quantized, never
-activations: a matmul with many rows uses the dequantized matrix. FP8 matmuls would be faster there,
-but they would round the prompt's tokens (by up to 6 % of an element) and not the tokens decoded
-after them.
+Only weights are quantized, never activations: a matmul with many rows uses the dequantized matrix.
+8-bit matmuls would be faster there, but they would round the prompt's tokens (in FP8 by up to 6 %
+of an element) and not the tokens decoded after them.
 
 Shapes: O outputs, I inputs of one layer, R rows of a chunk or of an input.
 """
@@ -18,8 +17,9 @@ from torch import Tensor
 from finesight.model.quant.base import HAS_TRITON, OnlineQuantizedMatrix
 
 if HAS_TRITON:
-    from finesight.model.kernels import int8_gemv as int8_gemv_kernels
     from finesight.model.kernels import quant_gemm as quant_gemm_kernels
+    from finesight.model.kernels import quant_gemv as quant_gemv_kernels
+
 
 KERNEL_VECTOR_SIZE = 16
 """Number of inputs that a kernel reads at once, and divisor of supported row sizes."""
@@ -74,8 +74,8 @@ class RowwiseMatrix(OnlineQuantizedMatrix):
 
     def gemv(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias [R, O] with a GEMV kernel, row by row."""
-        tiling = int8_gemv_kernels.choose_gemv_tiling(self.out_features, self.in_features)
-        return int8_gemv_kernels.rowwise_gemv(x_RI, self.codes_OI, self.scales_O, bias, tiling)
+        tiling = quant_gemv_kernels.choose_gemv_tiling(self.out_features, self.in_features)
+        return quant_gemv_kernels.rowwise_gemv(x_RI, self.codes_OI, self.scales_O, bias, tiling)
 
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias [R, O] with a tensor-core kernel."""
@@ -95,25 +95,3 @@ class Int8Matrix(RowwiseMatrix):
     def round_to_codes(self, values_RI: Tensor) -> Tensor:
         """Round scaled values to the nearest integer from -127 to 127."""
         return values_RI.round().clamp(-self.max_code, self.max_code).to(torch.int8)
-
-
-class Fp8Matrix(RowwiseMatrix):
-    """FP8 matrix (e4m3, three mantissa bits).
-
-    The error of an element is at most a sixteenth of it or 2^-10 of the scale, whichever is larger.
-    """
-
-    code_dtype = torch.float8_e4m3fn
-    max_code = 448.0
-
-    def round_to_codes(self, values_RI: Tensor) -> Tensor:
-        """Round scaled values to the nearest FP8 value."""
-        # The next code after the largest value is NaN; clamp quotients that were rounded up.
-        return values_RI.clamp(-self.max_code, self.max_code).to(torch.float8_e4m3fn)
-
-    def _kernels_available(self) -> bool:
-        # Older GPUs cannot convert this dtype.
-        return super()._kernels_available() and torch.cuda.get_device_capability(self.device) >= (
-            8,
-            9,
-        )

@@ -25,6 +25,7 @@ from finesight.train.dataloader import (
     StepTransfer,
     TensorBlock,
     TensorSpec,
+    catch_user_error,
     read_steps,
 )
 from finesight.train.sampler import SequentialSampler
@@ -134,7 +135,7 @@ def test_full_shared_memory_is_reported(folder: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("finesight.train.dataloader.get_worker_info", lambda: object())
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
-    found = steps_of(folder)[0]
+    found = catch_user_error(steps_of(folder).load_step, 0)
     assert isinstance(found, DataWorkerError), "the run saves a checkpoint before it ends"
     assert "no shared memory for" in str(found)
     assert "--shm-size" in str(found)

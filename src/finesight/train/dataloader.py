@@ -54,23 +54,24 @@ def default_num_workers(device: torch.device, local_world_size: int = 1) -> int:
 
 
 def prefetch_items(
-    dataset: Dataset[Item | UserError], indices: Iterable[int], num_workers: int, pin_memory: bool
+    load_item: Callable[[int], Item], indices: Iterable[int], num_workers: int, pin_memory: bool
 ) -> Iterator[Item]:
-    """Iterate over the items of a dataset in the given order, loaded by worker processes.
+    """Iterate over items in the given order, loaded by worker processes.
 
     The workers start immediately. If a worker is killed, all workers are restarted at the next
     pending item.
 
     Args:
-        dataset: Map-style dataset. An item that is a `UserError` is raised.
+        load_item: Function from an index to an item; must be picklable.
         indices: Indices of the items.
         num_workers: Number of worker processes; 0 loads in this process.
         pin_memory: Whether to copy items to pinned memory.
 
     Raises:
-        UserError: An item is an error.
+        UserError: An item cannot be loaded.
         DataWorkerError: Workers were killed repeatedly at the same item.
     """
+    dataset = _ItemDataset(load_item)
     # A range of any length takes no memory.
     index_list = indices if isinstance(indices, range) else list(indices)
 
@@ -78,6 +79,16 @@ def prefetch_items(
         return _start_workers(dataset, index_list[start:], num_workers, pin_memory)
 
     return _iter_items(iter_from, iter_from(0), num_workers)
+
+
+class _ItemDataset(Dataset[Item | UserError]):
+    """Map-style dataset over a function from an index to an item."""
+
+    def __init__(self, load_item: Callable[[int], Item]) -> None:
+        self._load_item = load_item
+
+    def __getitem__(self, index: int) -> Item | UserError:
+        return catch_user_error(self._load_item, index)
 
 
 def _start_workers(
@@ -176,14 +187,14 @@ def _start_worker(worker: int) -> None:
     os.setsid()
 
 
-def catch_user_error(fn: Callable[[], Item]) -> Item | UserError:
-    """Call a function and return its result, or the `UserError` that it raised.
+def catch_user_error(load_item: Callable[[int], Item], index: int) -> Item | UserError:
+    """Load an item, and return it or the `UserError` that was raised.
 
     PyTorch's data loader wraps an exception of a worker in its traceback. Returned as a value, the
     error reaches the main process unchanged.
     """
     try:
-        return fn()
+        return load_item(index)
     except UserError as error:
         return error
 
@@ -404,10 +415,8 @@ def _with_tensors(batch: PackedBatch, patches_ND: Tensor, tensors: Iterator[Tens
 
 
 @dataclass(frozen=True)
-class StepDataset(Dataset[StepTransfer | UserError]):
-    """Map-style dataset of training steps of one rank.
-
-    Item k contains the encoded and packed samples of step k. Samples that are split over the ranks
+class StepDataset:
+    """Training steps of one rank: encoded and packed samples. Samples that are split over the ranks
     come first, then the other samples of the rank. A sample that cannot be read or encoded is
     skipped, or raises an error with `on_invalid_sample="fail"`.
 
@@ -448,8 +457,9 @@ class StepDataset(Dataset[StepTransfer | UserError]):
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __getitem__(self, step_index: int) -> StepTransfer | UserError:
-        return catch_user_error(lambda: StepTransfer.from_step(*self.build_step(step_index)))
+    def load_step(self, step_index: int) -> StepTransfer:
+        """Build a step in a data loader worker."""
+        return StepTransfer.from_step(*self.build_step(step_index))
 
     def compute_order(self, step_index: int) -> None:
         """Compute the sample order around a step, so that forked workers inherit it."""
@@ -576,7 +586,5 @@ def read_steps(
     """
     if num_workers:
         data.compute_order(start)
-    transfers: Iterator[StepTransfer] = prefetch_items(
-        data, range(start, len(data)), num_workers, pin_memory
-    )
+    transfers = prefetch_items(data.load_step, range(start, len(data)), num_workers, pin_memory)
     return (transfer.unpack() for transfer in transfers)

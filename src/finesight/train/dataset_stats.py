@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from finesight.config import DataSettings, Recipe
 from finesight.data.corpus import Corpus, load_corpus
@@ -119,27 +119,16 @@ class _ScanResult(NamedTuple):
     images: ImageState
 
 
-class _ScanDataset(Dataset[list[_ScanResult | UserError] | UserError]):
-    """Map-style dataset of scan results; an item contains up to `SCAN_CHUNK_SIZE` samples."""
-
-    def __init__(
-        self, corpus: Corpus, indices: Sequence[int], renderer: Renderer, watched_images: Set[str]
-    ) -> None:
-        self._corpus, self._indices = corpus, indices
-        self._renderer, self._watched_images = renderer, watched_images
-
-    def __getitem__(self, chunk_index: int) -> list[_ScanResult | UserError] | UserError:
-        chunk = self._indices[chunk_index * SCAN_CHUNK_SIZE : (chunk_index + 1) * SCAN_CHUNK_SIZE]
-        return [self._scan_guarded(index) for index in chunk]
-
-    def _scan_guarded(self, index: int) -> _ScanResult | UserError:
-        return catch_user_error(
-            lambda: _scan_sample(self._corpus, index, self._renderer, self._watched_images)
-        )
+def _scan_chunk(
+    scan_sample: Callable[[int], _ScanResult], indices: Sequence[int], chunk_index: int
+) -> list[_ScanResult | UserError]:
+    """Scan up to `SCAN_CHUNK_SIZE` samples; a sample with an error gives the error."""
+    start = chunk_index * SCAN_CHUNK_SIZE
+    return [catch_user_error(scan_sample, i) for i in indices[start : start + SCAN_CHUNK_SIZE]]
 
 
 def _scan_sample(
-    corpus: Corpus, index: int, renderer: Renderer, watched_images: Set[str]
+    corpus: Corpus, renderer: Renderer, watched_images: Set[str], index: int
 ) -> _ScanResult:
     sample = corpus.read_validated(index)
     tokenized = renderer.tokenize(sample)
@@ -170,12 +159,11 @@ class SampleStatsMap(dict[int, SampleStats]):
             zip(dataset_stats.scanned_indices, dataset_stats.sample_stats, strict=True)
         )
         self.prefix_length = dataset_stats.prefix_length
-        self._corpus, self._renderer, self._max_length = corpus, renderer, max_length
+        self._max_length = max_length
+        self._scan_sample = partial(_scan_sample, corpus, renderer, frozenset())
 
     def __missing__(self, index: int) -> SampleStats:
-        result = catch_user_error(
-            lambda: _scan_sample(self._corpus, index, self._renderer, frozenset())
-        )
+        result = catch_user_error(self._scan_sample, index)
         if (
             isinstance(result, UserError)
             or find_sample_error(result.stats, self._max_length) is not None
@@ -221,9 +209,10 @@ def compute_dataset_stats(
     """
     indices = range(len(corpus)) if subset is None else subset
     chunks = range(-(-len(indices) // SCAN_CHUNK_SIZE))
-    source = _ScanDataset(corpus, indices, renderer, watched_images)
-    result_lists: Iterator[list[_ScanResult | UserError]] = prefetch_items(
-        source, chunks, min(num_workers, len(chunks) // 4), pin_memory=False
+    scan_sample = partial(_scan_sample, corpus, renderer, watched_images)
+    scan_chunk = partial(_scan_chunk, scan_sample, indices)
+    result_lists = prefetch_items(
+        scan_chunk, chunks, min(num_workers, len(chunks) // 4), pin_memory=False
     )
     corrupt_samples: dict[int, str] = {}
     all_stats: list[SampleStats] = []

@@ -7,16 +7,15 @@ width.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from finesight.config import VisionCacheMode
 from finesight.data.image_header import CorruptImageError
@@ -25,7 +24,7 @@ from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import TokenizedSample
 from finesight.errors import UserError
 from finesight.model.vlm import VisionLanguageModel
-from finesight.train.dataloader import TensorBlock, catch_user_error, prefetch_items
+from finesight.train.dataloader import TensorBlock, prefetch_items
 from finesight.train.setup import TrainState, padding_merge_size
 from finesight.train.vision_store import (
     ImageChunk,
@@ -161,50 +160,33 @@ class DecodedChunk:
         return replace(self, patches=self.patches.pin_memory())
 
 
-class _ChunkDataset(Dataset[DecodedChunk | UserError]):
-    """Map-style dataset of image chunks, which are decoded on access."""
-
-    def __init__(
-        self,
-        image_index: ImageIndex,
-        chunks: Sequence[ImageChunk],
-        renderer: Renderer,
-        on_invalid_sample: Literal["skip", "fail"],
-    ) -> None:
-        self._image_index, self._chunks = image_index, chunks
-        self._renderer, self._on_invalid_sample = renderer, on_invalid_sample
-
-    def __getitem__(self, index: int) -> DecodedChunk | UserError:
-        return catch_user_error(lambda: self._decode_chunk(self._chunks[index]))
-
-    def _decode_chunk(self, chunk: ImageChunk) -> DecodedChunk:
-        patches, corrupt_images = [], {}
-        for index in range(chunk.start, chunk.stop):
-            try:
-                patches.append(self._decode_patches(index))
-            except CorruptImageError as error:
-                if self._on_invalid_sample == "fail":
-                    raise
-                corrupt_images[index] = error
-        if not patches:
-            return DecodedChunk(
-                chunk,
-                TensorBlock(((torch.uint8, (0, 0)),), torch.empty(0, dtype=torch.uint8)),
-                corrupt_images,
-            )
-        block = TensorBlock.allocate((torch.uint8, concat_shape(patches)))
-        concat_patches(patches, next(block.tensors()).numpy())
-        return DecodedChunk(chunk, block, corrupt_images)
-
-    def _decode_patches(self, index: int) -> NDArray[np.uint8]:
+def _decode_chunk(
+    image_index: ImageIndex,
+    chunks: Sequence[ImageChunk],
+    renderer: Renderer,
+    on_invalid_sample: Literal["skip", "fail"],
+    index: int,
+) -> DecodedChunk:
+    chunk, patches, corrupt_images = chunks[index], [], {}
+    empty_ids_T, position_ids = np.empty(0, dtype=np.int32), np.empty((3, 0), dtype=np.int32)
+    for image in range(chunk.start, chunk.stop):
+        span = image_index.image_refs[image].span
         # A sample with this image and no text.
-        empty_ids_T = np.empty(0, dtype=np.int32)
-        position_ids = np.empty((3, 0), dtype=np.int32)
-        span = self._image_index.image_refs[index].span
         tokenized = TokenizedSample(
             span.files[0].name, empty_ids_T, empty_ids_T > 0, position_ids, (span,)
         )
-        return self._renderer.load_patches(tokenized).patches_ND
+        try:
+            patches.append(renderer.load_patches(tokenized).patches_ND)
+        except CorruptImageError as error:
+            if on_invalid_sample == "fail":
+                raise
+            corrupt_images[image] = error
+    if not patches:
+        no_patches = TensorBlock(((torch.uint8, (0, 0)),), torch.empty(0, dtype=torch.uint8))
+        return DecodedChunk(chunk, no_patches, corrupt_images)
+    block = TensorBlock.allocate((torch.uint8, concat_shape(patches)))
+    concat_patches(patches, next(block.tensors()).numpy())
+    return DecodedChunk(chunk, block, corrupt_images)
 
 
 def read_image_chunks(
@@ -217,10 +199,11 @@ def read_image_chunks(
     Raises:
         UserError: An image is corrupt and `on_invalid_sample` is `fail`.
     """
-    source = _ChunkDataset(image_index, chunks, state.renderer, state.recipe.data.on_invalid_sample)
+    on_invalid_sample = state.recipe.data.on_invalid_sample
+    decode_chunk = partial(_decode_chunk, image_index, chunks, state.renderer, on_invalid_sample)
     num_workers, pin_memory = state.hardware.num_workers, state.hardware.device.type == "cuda"
-    decoded_chunks: Iterator[DecodedChunk] = prefetch_items(
-        source, range(len(chunks)), min(num_workers, len(chunks)), pin_memory
+    decoded_chunks = prefetch_items(
+        decode_chunk, range(len(chunks)), min(num_workers, len(chunks)), pin_memory
     )
     return (chunk for chunk in decoded_chunks)
 

@@ -18,12 +18,12 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from finesight.bounded_files import parse_json
 from finesight.child_processes import FileLock
@@ -148,21 +147,17 @@ class ImageIndex:
         return hashlib.sha256(keys.encode()).hexdigest()
 
 
-class _ImageRefDataset(Dataset[list[list[ImageRef] | UserError] | UserError]):
-    """Map-style dataset of image references; an item contains up to `_SAMPLES_PER_ITEM` samples."""
+class _ImageRefReader:
+    """Reader of the images of up to `_SAMPLES_PER_ITEM` samples per call."""
 
     def __init__(self, corpus: Corpus, renderer: Renderer, samples: Sequence[int]) -> None:
         self._corpus, self._renderer, self._samples = corpus, renderer, samples
         self._digests: dict[Path, str] = {}
 
-    def __getitem__(self, item_index: int) -> list[list[ImageRef] | UserError] | UserError:
+    def __call__(self, item_index: int) -> list[list[ImageRef] | UserError]:
         start = item_index * _SAMPLES_PER_ITEM
-        return [
-            self._read_guarded(index) for index in self._samples[start : start + _SAMPLES_PER_ITEM]
-        ]
-
-    def _read_guarded(self, index: int) -> list[ImageRef] | UserError:
-        return catch_user_error(lambda: self._read_image_refs(index))
+        chunk = self._samples[start : start + _SAMPLES_PER_ITEM]
+        return [catch_user_error(self._read_image_refs, index) for index in chunk]
 
     def _read_image_refs(self, index: int) -> list[ImageRef]:
         spans = self._renderer.tokenize(self._corpus[index]).spans
@@ -212,12 +207,14 @@ def index_images(
         UserError: A sample has an error other than a corrupt image.
     """
     item_indices = range(-(-len(samples) // _SAMPLES_PER_ITEM))
-    source = _ImageRefDataset(corpus, renderer, samples)
     refs_by_sample: dict[int, list[ImageRef]] = {}
     corrupt_samples: dict[int, CorruptImageError] = {}
     indices = iter(samples)
-    result_lists: Iterator[list[list[ImageRef] | UserError]] = prefetch_items(
-        source, item_indices, min(num_workers, len(item_indices) // 4), pin_memory=False
+    result_lists = prefetch_items(
+        _ImageRefReader(corpus, renderer, samples),
+        item_indices,
+        min(num_workers, len(item_indices) // 4),
+        pin_memory=False,
     )
     with closing(result for result in result_lists) as results:
         # Drop the last reference, so that the workers end with the block.
@@ -416,8 +413,8 @@ class VisionFileStore:
         """
         path = self.chunk_path(name)
         try:
-            with path.open("rb", buffering=0) as file:
-                data_offset = _read_verified(file.fileno(), features_MKD)
+            with path.open("rb") as file:
+                data_offset = _read_verified(file, features_MKD)
         except FileNotFoundError:
             return None
         except (ValueError, OSError):
@@ -430,16 +427,16 @@ class VisionFileStore:
         return StoredChunk(path, data_offset)
 
 
-def _read_verified(fd: int, features_MKD: Tensor) -> int:
+def _read_verified(file: BinaryIO, features_MKD: Tensor) -> int:
     """Read the features in an open file and verify their SHA-256; return their byte offset.
 
     Raises:
         ValueError: The file does not contain features of this shape and dtype, or is corrupt.
     """
-    length = int.from_bytes(_read_at(fd, 8, 0), "little")
+    length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER_BYTES:
         raise ValueError(f"a header of {length} bytes")
-    header: Any = parse_json(_read_at(fd, length, 8))
+    header: Any = parse_json(file.read(length))
     buffer = _as_bytes(features_MKD)
     expected_spec = {
         "dtype": _DTYPE_NAMES[features_MKD.dtype],
@@ -449,32 +446,17 @@ def _read_verified(fd: int, features_MKD: Tensor) -> int:
     if not isinstance(header, dict) or header.get(_TENSOR_KEY) != expected_spec:
         raise ValueError("another tensor")
     metadata = header.get("__metadata__")
-    read_into(fd, buffer, 8 + length)
+    _read_into(file, buffer)
     digest = hashlib.sha256(buffer).hexdigest()
     if not isinstance(metadata, dict) or metadata.get(_SHA256_KEY) != digest:
         raise ValueError("other bytes")
     return 8 + length
 
 
-def _read_at(fd: int, length: int, offset: int) -> bytes:
-    data = os.pread(fd, length, offset)
-    if len(data) < length:
+def _read_into(file: BinaryIO, buffer: memoryview) -> None:
+    """Fill a buffer with the next bytes of a file; raise ValueError if it is too short."""
+    if file.readinto(buffer) < len(buffer):  # type: ignore[attr-defined]
         raise ValueError("cut off")
-    return data
-
-
-def read_into(fd: int, buffer: memoryview, offset: int) -> None:
-    """Fill a buffer with the bytes of an open file, starting at an offset.
-
-    Raises:
-        ValueError: The file is too short.
-    """
-    position = 0
-    while position < len(buffer):
-        num_bytes = os.preadv(fd, [buffer[position:]], offset + position)
-        if not num_bytes:
-            raise ValueError("cut off")
-        position += num_bytes
 
 
 def _as_bytes(tensor: Tensor) -> memoryview:
@@ -497,11 +479,9 @@ def read_rows(stored_chunk: StoredChunk, start_row: int, features_MKD: Tensor) -
     buffer = _as_bytes(features_MKD)
     row_bytes = len(buffer) // max(1, len(features_MKD))
     try:
-        fd = os.open(stored_chunk.path, os.O_RDONLY)
-        try:
-            read_into(fd, buffer, stored_chunk.data_offset + start_row * row_bytes)
-        finally:
-            os.close(fd)
+        with stored_chunk.path.open("rb") as file:
+            file.seek(stored_chunk.data_offset + start_row * row_bytes)
+            _read_into(file, buffer)
     except (OSError, ValueError) as error:
         reason = os.strerror(error.errno or errno.EIO) if isinstance(error, OSError) else error
         raise UnreadableFileError(

@@ -15,8 +15,7 @@ import pytest
 from finesight.config import ExactSize
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import Sample
-from finesight.encode.hf_config import import_transformers
-from finesight.encode.hf_renderer import HfRenderer
+from finesight.encode.hf_renderer import HfRenderer, import_transformers
 from finesight.encode.renderer import build_renderer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
@@ -77,8 +76,8 @@ def test_images_are_processed_once_without_later_images(
     renderer: HfRenderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Path] = []
-    image = renderer._load_image
-    monkeypatch.setattr(renderer, "_load_image", lambda path: (read.append(path), image(path))[1])
+    image = renderer.load_image
+    monkeypatch.setattr(renderer, "load_image", lambda path: (read.append(path), image(path))[1])
     first = hf_models.make_sample(tmp_path, ("Which?", "red"), ("Sure?", "yes"), num_images=2)
     assert decode_with_loss_mask(renderer, first)[1] == ["red<|im_end|>", "yes<|im_end|>"]
     assert len(read) == 2
@@ -123,8 +122,8 @@ def test_image_rule_is_applied_before_processor(folder: Path, tmp_path: Path) ->
         HfRenderer(ModelFolder(folder)),
         HfRenderer(ModelFolder(folder), rule),
     )
-    assert retained._load_image(tmp_path / "0.png").size == (40, 30)
-    assert scaled._load_image(tmp_path / "0.png").size == (9, 7)
+    assert retained.load_image(tmp_path / "0.png").size == (40, 30)
+    assert scaled.load_image(tmp_path / "0.png").size == (9, 7)
     assert (
         scaled.tokenize(located_sample).num_tokens == retained.tokenize(located_sample).num_tokens
     )

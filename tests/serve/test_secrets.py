@@ -30,22 +30,18 @@ SECRET = "wehrlos-4711"
 
 OPENERS = {
     "data/image_header.py": "the one that all others use",
-    "synth/canvas.py": "images that the package draws",
     "track/tracker_records.py": "the same, on their way to a tracker's process",
 }
 """Modules that open files with Pillow."""
 
 CLIENTS = {
-    "doctor/hub_check.py",
+    "doctor/network_check.py",
+    "hub/download.py",
     "hub/huggingface.py",
-    "hub/web_files.py",
     "hub/modelscope.py",
-    "hub/modelscope_upload.py",
-    "hub/publisher.py",
-    "hub/transfer.py",
-    "hub/http_client.py",
+    "hub/url_files.py",
     "serve/image_fetcher.py",
-    "track/swanlab.py",
+    "track/backends.py",
 }
 """Modules that send requests: to hubs and URLs of the user, and to allowed media hosts."""
 

@@ -30,12 +30,8 @@ class BoxClaim:
     """A box as stored in a data file, whose declared convention may be wrong.
 
     Attributes:
-        location: Location of the row.
-        sample_id: ID of the sample.
         image_size: Height and width of the image in pixels after EXIF rotation.
         orientation: EXIF orientation of the image, 1 to 8; 1 means no rotation.
-        coordinates: Four coordinates as stored in the file.
-        convention: Convention declared for the coordinates.
     """
 
     location: str

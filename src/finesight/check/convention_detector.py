@@ -290,7 +290,6 @@ def find_convention_issues(
     """Detect boxes of a data file whose convention differs from the declared one.
 
     Args:
-        claims: Boxes as stored in the file.
         open_image: Function that opens an image for measurements; at most 300 images are opened.
             None uses only the bounds of the boxes.
     """
@@ -364,7 +363,6 @@ class ConventionDetector:
         """Return an issue for the best alternative hypothesis that is accepted, or None.
 
         Args:
-            alternatives: Hypotheses to test.
             search_frames: Also search for boxes that were annotated in resized images.
         """
         if self._count_invalid(self.declared) <= self._max_invalid_samples and self._is_supported(

@@ -34,15 +34,9 @@ class ConventionIssue:
     """A data file whose boxes follow another convention than declared.
 
     Attributes:
-        code: A key of ISSUE_TYPES.
         hypothesis: The detected meaning of the coordinates; `description` is its text.
         num_invalid: Number of the `num_samples` that have an impossible box under the declared
             convention.
-        undecided_fraction: Fraction of samples that fit both hypotheses.
-        summary: The strongest evidence.
-        evidence: All evidence, one line each.
-        options: Command-line options that fix the issue.
-        manual_fix: Manual steps that fix the issue.
     """
 
     code: str
@@ -60,7 +54,6 @@ class ConventionIssue:
         """Convert to an issue of the full data file.
 
         Args:
-            source: Data file.
             takes_options: Whether the format accepts box options. Files of samples do not: their
                 boxes are always two corners in pixels.
         """
@@ -83,9 +76,7 @@ class HypothesisComparison:
     Attributes:
         declared_invalid: Mask of boxes that are impossible under the declared convention.
         alternative_invalid: Mask of boxes that are impossible under the alternative.
-        num_tries: Number of tested hypotheses.
         num_images: Number of measured images; this and the following fields are 0 without images.
-        z: z score of the alternative.
         difference_z: z score of the alternative minus the declared convention.
         positive_fractions: Fractions of boxes with a positive image score, declared and
             alternative.

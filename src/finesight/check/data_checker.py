@@ -41,12 +41,12 @@ from finesight.data.import_source import (
 )
 from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import is_tar_file, is_webdataset
-from finesight.data.sample import Sample
+from finesight.data.sample import Sample, VideoPart
 from finesight.encode.renderer import Renderer, build_renderer
-from finesight.encode.tiktoken_tokenizer import load_tokenizer
+from finesight.encode.tokenizer import load_tokenizer
 from finesight.errors import UserError
 from finesight.hub.archive import is_archive
-from finesight.hub.object_storage import WEB_SCHEMES
+from finesight.hub.url_policy import WEB_SCHEMES
 from finesight.model_folder import locate_model
 from finesight.recipe import load_recipe
 
@@ -85,7 +85,6 @@ class ModelRequirements:
     Attributes:
         special_tokens: Special tokens of the tokenizer, which must not occur in texts.
         renderer: Renderer that computes the number of tokens of a sample; None skips this check.
-        max_length: Maximum number of tokens per sample.
     """
 
     special_tokens: tuple[str, ...] = ()
@@ -97,11 +96,6 @@ def inputs_from_files(
     train: Sequence[Path], validation: Sequence[Path], options: ImportOptions
 ) -> list[ImportCheckInput | SampleCheckInput]:
     """Build the check inputs of files given on the command line.
-
-    Args:
-        train: Training files.
-        validation: Validation files.
-        options: Import options of all files.
 
     Raises:
         UserError: A file is given more than once, or is an archive or a remote source.
@@ -246,7 +240,6 @@ class DataChecker:
     Validation files are read first, so that their images are known when training files are read.
 
     Args:
-        inputs: Data files to check.
         output_folder: Existing folder in which images embedded in tables are saved.
         model: Properties of the model that samples are checked against.
         max_issues: Maximum number of issues per code in the result; further issues are only
@@ -275,6 +268,7 @@ class DataChecker:
         self._affected_samples: Counter[str] = Counter()
         self._last_location: dict[str, SampleLocation] = {}
         self._issues: list[CheckIssue] = []
+        self._frame_paths: set[str] = set()
 
     @property
     def sources(self) -> list[UnvalidatedSource]:
@@ -296,7 +290,6 @@ class DataChecker:
         """Check all data files.
 
         Args:
-            on_issue: Called with each issue when it is found.
             on_progress: Called with the number of rows processed since the last call.
             single_process: Check images in this process instead of in worker processes.
 
@@ -334,7 +327,8 @@ class DataChecker:
             sources=tuple(source_stats),
             issue_counts=issue_counts,
             issues=tuple(sorted_issues),
-            num_images=len(catalog),
+            num_images=len(catalog) - len(self._frame_paths),
+            num_video_frames=len(self._frame_paths),
             num_unique_images=len(catalog.image_infos),
             affected_samples={code: self._affected_samples[code] for code in issue_counts},
         )
@@ -393,6 +387,9 @@ class DataChecker:
         catalog: ImageCatalog,
         consistency: ConsistencyChecker,
     ) -> None:
+        for part in sample.iter_parts():
+            if isinstance(part, VideoPart):
+                self._frame_paths.update(part.frames)
         is_valid = True
         for issue in find_sample_issues(
             sample, location, catalog, self._requirements.special_tokens

@@ -71,10 +71,7 @@ class DatasetFixer:
         """Read the data files again and write the samples that are kept, with fixes applied.
 
         Args:
-            staging: Temporary folder to write to.
-            out: Final path of the folder.
             catalog: Images of the check, which provide the sizes for clipping boxes.
-            sources: The checked data files.
 
         Raises:
             UserError: The box convention of a file differs from the declared one, or a file has no

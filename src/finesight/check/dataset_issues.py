@@ -43,9 +43,6 @@ class _AnswerRecord:
     """Summary of an answer for comparison with the answers of other samples.
 
     Attributes:
-        preview: Start of the answer text.
-        boxes: Image index and corners of each box in the answer.
-        image_path: First image of the sample.
         question_hash: Hash of the question text, without its images.
     """
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from finesight.check.near_duplicates import NearDuplicateIndex, compute_thumbnail, is_same_image
-from finesight.child_processes import exit_with_parent
 from finesight.data.image_header import (
     TRANSPOSED_ORIENTATIONS,
     CorruptImageError,
@@ -35,6 +34,7 @@ from finesight.errors import UserError
 from finesight.host_memory import num_allowed_cpus
 from finesight.vision.image_decoding import load_image
 from finesight.vision.resize import MAX_ASPECT_RATIO
+from finesight.worker_pool import exit_with_parent
 
 ItemT = TypeVar("ItemT")
 StartedT = TypeVar("StartedT")
@@ -156,7 +156,6 @@ class ImageInfo:
         exif_orientation: EXIF orientation, 1 to 8; 1 means no rotation.
         thumbnail: Gray levels of the thumbnail; see `compute_thumbnail`.
         issue_code: Issue code of an invalid image, None for a valid one.
-        error: Description of the issue.
     """
 
     size: tuple[int, int] = (0, 0)
@@ -177,7 +176,6 @@ class ImageCatalog:
 
     Attributes:
         image_infos: Properties by image index, in order of first appearance.
-        example_paths: Path of one file by image index.
     """
 
     def __init__(self, pool: Executor) -> None:
@@ -222,12 +220,7 @@ class ImageCatalog:
     def find_near_duplicates(
         self, queries: Iterable[int], candidates: Iterable[int]
     ) -> Iterator[tuple[int, int]]:
-        """Yield pairs (query, candidate) of images that are re-encoded copies of each other.
-
-        Args:
-            queries: Indices of the images to search for.
-            candidates: Indices of the images to search in.
-        """
+        """Yield pairs (query, candidate) of images that are re-encoded copies of each other."""
         valid = [
             image_index
             for image_index in candidates

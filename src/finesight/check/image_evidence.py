@@ -281,7 +281,6 @@ class ImageEvidence:
 
     Attributes:
         claim_rows: Indices of the measured boxes in the table of box claims.
-        image_of_claim: Index of the image of each measured box.
         is_sufficient: Whether there are at least `MIN_IMAGES` dissimilar images.
     """
 
@@ -357,7 +356,6 @@ class ImageEvidence:
 
         Args:
             boxes: Normalized corners [n, R, 4] of the n measured boxes under R hypotheses.
-            num_controls: Number of control images.
 
         Returns:
             Scores [n, R, 2] of the left and upper sides and of the right and lower sides. NaN if a

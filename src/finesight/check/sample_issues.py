@@ -293,9 +293,6 @@ def find_sample_issues(
     """Yield all issues of a sample that can be found without other samples.
 
     Args:
-        sample: Sample to check.
-        location: Location of the sample.
-        catalog: Catalog that contains the images of the sample.
         special_tokens: Special tokens of the tokenizer that must not occur in texts.
     """
     yield from _check_roles(sample, location)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finesight.bounded_files import is_utf8, iter_spellings, to_readable_name
 from finesight.data.image_header import (
     CorruptImageError,
     is_container_path,
@@ -20,12 +21,11 @@ from finesight.data.image_header import (
 )
 from finesight.digests import sha256_file
 from finesight.errors import UserError
-from finesight.file_name_encoding import is_utf8, iter_spellings, to_readable_name
 from finesight.storage import translate_os_errors
 
 if TYPE_CHECKING:
     # Imported for type checking only: the import is slow, and only web imports need it.
-    from finesight.hub.web_files import RemoteImages
+    from finesight.hub.url_files import RemoteImages
 
 IMAGES_FOLDER = "images"
 """Name of the output subfolder with saved and copied images."""
@@ -213,11 +213,7 @@ def _resolve_parent(path: Path) -> Path:
 
 
 def encode_data_url(path: Path) -> str:
-    """Encode an image file as a base64 data URL (RFC 2397).
-
-    Raises:
-        UserError: The file has an image format that data URLs do not support.
-    """
+    """Encode an image file as a base64 data URL (RFC 2397)."""
     data = path.read_bytes()
     suffix = next((s for magic, s in _SUFFIXES.items() if data.startswith(magic)), None)
     if suffix is None:

@@ -83,51 +83,18 @@ def read_samples(path: Path, *, require_answer: bool = True) -> list[Sample]:
     return samples
 
 
-@dataclass(frozen=True, slots=True)
-class JsonlSamples:
+class JsonlSamples(IndexedLines):
     """Random access to the samples of an indexed JSONL file."""
 
-    lines: IndexedLines
-
-    @property
-    def path(self) -> Path:
-        """Path of the JSONL file."""
-        return self.lines.path
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the file content in hexadecimal."""
-        return self.lines.index.digest
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
     def read_sample(self, index: int) -> LocatedSample:
-        """Read a sample by index and check its types.
-
-        Raises:
-            UserError: The line is not a sample, or the file was modified.
-        """
-        return LocatedSample(
-            parse_sample(self.lines[index], self.location(index)), self.path.parent
-        )
-
-    def location(self, index: int) -> str:
-        """Return file and line number of a sample for messages."""
-        return self.lines.location(index)
-
-    def take(self, limit: int | None) -> JsonlSamples:
-        """Return a view of the first `limit` samples; None means all."""
-        return JsonlSamples(self.lines.take(limit))
+        """Read a sample by index and check its types."""
+        return LocatedSample(parse_sample(self[index], self.location(index)), self.path.parent)
 
 
 def open_jsonl_samples(path: Path) -> JsonlSamples:
-    """Open and index a JSONL file without parsing its samples.
-
-    Raises:
-        UserError: The file is unreadable, or a line is too long.
-    """
-    return JsonlSamples(index_lines(path))
+    """Open and index a JSONL file without parsing its samples."""
+    lines = index_lines(path)
+    return JsonlSamples(path, lines.index, lines.file_state)
 
 
 def build_no_samples_error(path: Path | str) -> UserError:
@@ -212,11 +179,7 @@ def to_json_data(value: Any) -> Any:
 
 
 def sample_from_dict(record: dict[str, Any], where: str) -> Sample:
-    """Build a sample from parsed JSON data and check its types.
-
-    Raises:
-        UserError: A key or type is invalid. `where` is the location in the error message.
-    """
+    """Build a sample from parsed JSON data and check its types."""
     try:
         return Sample.model_validate(record)
     except ValidationError as error:
@@ -224,11 +187,7 @@ def sample_from_dict(record: dict[str, Any], where: str) -> Sample:
 
 
 def read_data_file(path: Path, max_bytes: int | None = None) -> bytes:
-    """Read the content of a data file without its byte order mark.
-
-    Raises:
-        UserError: The file is unreadable, or larger than `max_bytes`.
-    """
+    """Read the content of a data file without its byte order mark."""
     with open_data_file(path) as file:
         content = file.read() if max_bytes is None else file.read(max_bytes + 1)
     if max_bytes is not None and len(content) > max_bytes:
@@ -241,12 +200,21 @@ def read_data_file(path: Path, max_bytes: int | None = None) -> bytes:
     return content.removeprefix(UTF8_BOM)
 
 
-def parse_sample(line: bytes, where: str) -> Sample:
-    """Parse a JSON line as a sample and check its types.
+def read_text_file(path: Path, max_bytes: int | None = None) -> str:
+    """Read the text of a data file in UTF-8; see `read_data_file`."""
+    try:
+        return read_data_file(path, max_bytes).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"byte {error.start} is not UTF-8 text",
+            where=str(path),
+            expected="a file in UTF-8",
+            remedy="save the file as UTF-8",
+        ) from error
 
-    Raises:
-        UserError: The line is not a sample. `where` is the location in the error message.
-    """
+
+def parse_sample(line: bytes, where: str) -> Sample:
+    """Parse a JSON line as a sample and check its types."""
     check_json(line, where)
     try:
         return Sample.model_validate_json(line)

@@ -18,7 +18,7 @@ import httpx2
 
 from finesight import __version__
 from finesight.errors import UserError
-from finesight.hub.http_client import (
+from finesight.hub.url_policy import (
     is_allowed_url,
     is_offline,
     is_public_address,

@@ -22,18 +22,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from finesight.child_processes import exit_with_parent
 from finesight.data.corpus import Corpus
 from finesight.data.jsonl import LocatedSample
 from finesight.data.line_index import UnreadableFileError
-from finesight.encode.context_shard import ContextShard
-from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack, plan_packs
+from finesight.encode.packing import (
+    ContextShard,
+    PackedBatch,
+    find_shared_prefix_length,
+    pack,
+    plan_packs,
+)
 from finesight.encode.renderer import Renderer
-from finesight.encode.sample_filter import find_sample_error
-from finesight.encode.tokenized_sample import EncodedSample
+from finesight.encode.tokenized_sample import EncodedSample, find_sample_error
 from finesight.errors import UserError
 from finesight.train.sampler import DistributedSampler, StepSampler
 from finesight.vision.patches import concat_shape
+from finesight.worker_pool import exit_with_parent
 
 Item = TypeVar("Item")
 

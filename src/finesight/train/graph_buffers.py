@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from finesight.encode.packing import PAD_MULTIPLE, PackedBatch, compute_context_lengths
-from finesight.encode.tokenized_sample import GridTHW
 from finesight.model import attention
 from finesight.model.attention import Segments
 from finesight.model.lora.fused import write_gradients_to
@@ -28,6 +27,7 @@ from finesight.model.lora.layer import LoraLinear
 from finesight.model.vision_encoder import PatchLayout, VisionEncoder, unique_objects
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.grad_accumulation import LARGE_PARAM_ELEMENTS
+from finesight.vision.patches import GridTHW
 
 MAX_GRAPH_PATCHES = 4096
 """Maximum number of patches of a pack for capturing the vision encoder.

@@ -17,7 +17,7 @@ from typing import Protocol
 from finesight.config import TrainSettings
 from finesight.data.corpus import Corpus
 from finesight.data.sample_order import SampleOrder
-from finesight.encode.context_shard import ContextShard
+from finesight.encode.packing import ContextShard
 from finesight.encode.tokenized_sample import TokenizedSample
 from finesight.train.oom import max_unsplit_packs
 from finesight.train.parallel.distributed import ProcessGroup

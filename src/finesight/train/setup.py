@@ -17,8 +17,7 @@ from torch import Tensor
 from finesight import __version__
 from finesight.config import Recipe
 from finesight.digests import sha256_file
-from finesight.encode.context_shard import SampleShape
-from finesight.encode.packing import PackedBatch, pad_batch
+from finesight.encode.packing import PackedBatch, SampleShape, pad_batch
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.errors import UserError
 from finesight.evaluate import custom_metric

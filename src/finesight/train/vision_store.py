@@ -33,7 +33,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finesight.bounded_files import parse_json
-from finesight.child_processes import FileLock
 from finesight.data.corpus import Corpus
 from finesight.data.image_header import CorruptImageError, sha256_content
 from finesight.data.line_index import UnreadableFileError
@@ -41,7 +40,7 @@ from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import VisualSpan
 from finesight.errors import UserError
 from finesight.model_folder import MAX_HEADER_BYTES
-from finesight.storage import make_folder, translate_os_errors
+from finesight.storage import FileLock, make_folder, translate_os_errors
 from finesight.train.console import ProgressCallback
 from finesight.train.dataloader import (
     TensorSpec,

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import yaml
 
+from finesight.bounded_files import find_existing
 from finesight.bounded_yaml import load_yaml
 from finesight.data.boxes import BoxConvention, InvalidBoxError
 from finesight.data.formats.dataset_format import (
@@ -36,6 +37,7 @@ from finesight.data.formats.dataset_format import (
     never_detect,
 )
 from finesight.data.formats.image_annotations import (
+    NOTE_POLYGON_AS_BOX,
     ImageAnnotation,
     ImageRecord,
     ObjectAnnotation,
@@ -46,7 +48,7 @@ from finesight.data.formats.image_annotations import (
     parse_integer,
     require_inside_output,
 )
-from finesight.data.jsonl import LocatedSample, read_data_file
+from finesight.data.jsonl import LocatedSample, read_data_file, read_text_file
 from finesight.data.line_index import open_data_file
 from finesight.data.row_reader import (
     SNIFF_BYTES,
@@ -63,13 +65,11 @@ from finesight.data.sample import (
     check_limit,
 )
 from finesight.errors import UserError
-from finesight.file_name_encoding import find_existing
 
 YOLO_BOX_CONVENTION = BoxConvention(format="cxcywh", units="1")
 SPLITS = ("train", "test", "val")
 CLASS_NAME_FILES = ("classes.txt", "obj.names", "labels/classes.txt", "_darknet.labels")
 REASON_NO_LABEL_FILE = "images without a label file"
-NOTE_POLYGON_AS_BOX = "polygons (converted to bounding boxes)"
 NOTE_KEYPOINTS = "keypoints (ignored)"
 NUM_DETECTION_FILES = 20
 
@@ -101,10 +101,6 @@ def open_folder(source: Path) -> tuple[RowReader, str] | None:
 
     Returns:
         The rows and the reason for the match, or None if the source is not a YOLO dataset.
-
-    Raises:
-        UserError: The YAML file lists no classes or no existing images, or label files have no
-            class names.
     """
     dataset = _open_from_yaml(source) or _open_from_class_names(source)
     if dataset is None:
@@ -157,10 +153,6 @@ def write_files(
     """Write data.yaml, an image list per split, and a label file next to each image.
 
     Images without a split in their metadata are assigned to `train`.
-
-    Raises:
-        UserError: An image is outside the output folder. YOLO derives the path of a label file from
-            the path of the image.
     """
     records = group_boxes_by_image(samples, context, {"split"})
     classes = collect_classes(records)
@@ -213,11 +205,7 @@ def _read_yaml(file: Path) -> Record:
 
 
 def _parse_class_names(value: object, file: Path) -> dict[int, str]:
-    """Parse the list or mapping `names` of data.yaml to class names by ID.
-
-    Raises:
-        UserError: The value is neither a list nor a mapping of class names.
-    """
+    """Parse the list or mapping `names` of data.yaml to class names by ID."""
     pairs = list(value.items()) if isinstance(value, dict) else list(enumerate(as_list(value)))
     are_valid = (
         isinstance(class_id, int) and isinstance(name, str | int) for class_id, name in pairs
@@ -255,9 +243,6 @@ def _resolve_entry(entry: str, root: str, file: Path, split: str) -> Path:
 
     Variants are tried because some tools write an additional `../`, or a `path` that is relative to
     another folder.
-
-    Raises:
-        UserError: None of the variants exists.
     """
     base_folder = file.parent
     stripped = _UPWARDS.sub("", entry)
@@ -313,7 +298,7 @@ def _open_from_class_names(source: Path) -> _YoloDataset | None:
         return None
     for name in CLASS_NAME_FILES:
         if (source / name).is_file():
-            name_lines = _list_of_names(source / name)
+            name_lines = read_text_file(source / name, MAX_LABEL_FILE_BYTES).split("\n")
             # The class ID is the line number, also after an empty line.
             names = {n: text.strip() for n, text in enumerate(name_lines) if text.strip()}
             known_by = f"label files with class IDs, {name}"
@@ -333,18 +318,6 @@ def _first_lines(file: Path) -> list[str]:
         start = content.read(SNIFF_BYTES)
     lines = start.decode("utf-8", "replace").splitlines()
     return lines[:-1] if len(start) == SNIFF_BYTES and len(lines) > 1 else lines
-
-
-def _list_of_names(file: Path) -> list[str]:
-    try:
-        return read_data_file(file, MAX_LABEL_FILE_BYTES).decode().split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"byte {error.start} is not UTF-8 text",
-            where=str(file),
-            expected="the class names in UTF-8",
-            remedy="save the file as UTF-8",
-        ) from error
 
 
 def _find_label_file(image: Path) -> Path:

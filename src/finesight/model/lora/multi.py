@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finesight.model.fused_linear import FusedLinear, LoraDelta, linear_with_deltas
+from finesight.model.fused_linear import FusedLinear, LoraDelta, add_lora_delta, linear_with_deltas
 from finesight.model.lora.layer import LoraLinear, iter_adapters
 from finesight.model.quant.base import QuantizedWeight
 
@@ -36,10 +36,7 @@ class LoraRouting:
         self.rank_scales_TX = self._scales_NX[:1]
 
     def register_ranks(self, scales_NS: Tensor) -> slice:
-        """Register the ranks of a linear and return their slice of all ranks.
-
-        `scales_NS` holds the scale of each rank in the row of its adapter and zeros elsewhere.
-        """
+        """Register the ranks of a linear and return their slice of all ranks."""
         start = sum(scales.shape[1] for scales in self._scales)
         self._scales.append(scales_NS)
         self._scales_NX = torch.cat(self._scales, 1)
@@ -54,10 +51,7 @@ class LoraRouting:
         return mask_1N.to(self._device)
 
     def set_mask(self, mask_TN: Tensor) -> None:
-        """Select the adapter of each token of the next forward pass.
-
-        `mask_TN` holds one-hot masks; a single row applies to all tokens.
-        """
+        """Select the adapter of each token of the next forward pass."""
         self.rank_scales_TX = mask_TN @ self._scales_NX
 
 
@@ -109,15 +103,17 @@ class MultiLoraLinear(nn.Module):
 
     @property
     def rank_scales_TS(self) -> Tensor:
-        """LoRA scale of each rank for each token of the next forward pass.
-
-        The scales of ranks of other adapters are zero.
-        """
+        """LoRA scale of each rank for each token of the next forward pass."""
         return self._routing.rank_scales_TX[:, self._routing_slice]
 
     def scale_activations(self, low_TS: Tensor) -> Tensor:
         """Multiply LoRA activations by the scale of each rank, without changing their dtype."""
         return (low_TS * self.rank_scales_TS).to(low_TS.dtype)
+
+    def add_delta(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
+        """Add the LoRA deltas of an input to its concatenated base products, in place."""
+        low_TS = self.scale_activations(F.linear(x_TI, self.lora_A_SI))
+        return add_lora_delta(y_TO, low_TS, self.lora_B_OS)
 
     def forward(
         self, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None
@@ -153,10 +149,7 @@ class MultiLora:
         self._adapters.append(collected)
 
     def install(self) -> LoraRouting | None:
-        """Install all collected adapters in the model.
-
-        Returns the routing that selects adapters per token, or None if there are no adapters.
-        """
+        """Install all collected adapters in the model."""
         any_adapter = next((m for members in self._adapters for m in members.values()), None)
         if any_adapter is None:
             return None

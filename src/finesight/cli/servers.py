@@ -1,0 +1,274 @@
+"""`finesight serve` and `finesight web`: start an HTTP server or a chat UI in the browser."""
+
+from __future__ import annotations
+
+import secrets
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finesight.cli.options import (
+    DeviceOption,
+    PortOption,
+    PrecisionOption,
+    RunOrModelArgument,
+    WeightFormatOption,
+)
+from finesight.errors import UserError
+
+if TYPE_CHECKING:
+    from finesight.infer.inference_service import InferenceService
+
+
+def serve(
+    run_or_model: RunOrModelArgument,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RUN",
+            help="Additional run or adapter of the same base model. Requests select it by folder "
+            "name. Repeatable.",
+        ),
+    ] = None,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: also the network, "
+            "which requires an API key."
+        ),
+    ] = "127.0.0.1",
+    port: PortOption = 8000,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with one API key per line, each of at least 16 characters. Requests then "
+            'need the header "Authorization: Bearer KEY". Default: the environment variable '
+            "FINESIGHT_KEY, if set, else no key."
+        ),
+    ] = None,
+    allow_media_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST", help="Allow image downloads over https from this host. Repeatable."
+        ),
+    ] = None,
+    image_format: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="Additional image format besides JPEG, PNG, WEBP and GIF: AVIF, BMP, JPEG2000, "
+            "PPM or TIFF. Repeatable.",
+        ),
+    ] = None,
+    max_num_seqs: Annotated[
+        int,
+        typer.Option(min=1, help="Maximum number of answers that are generated at the same time."),
+    ] = 64,
+    max_waiting: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Maximum number of waiting requests; further ones get HTTP status 429."
+        ),
+    ] = 256,
+    request_timeout_s: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            help="Seconds from the first byte of a request, waiting included, until it is "
+            "canceled.",
+        ),
+    ] = 300.0,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    weight_format: WeightFormatOption = "auto",
+) -> None:
+    """Start an OpenAI-compatible HTTP server (POST /v1/chat/completions).
+
+    Prints its base URL and an example request with curl. Ctrl-C stops the server.
+
+    Example: finesight serve runs/latex
+    """
+    try:
+        from finesight.serve.api_keys import read_api_keys
+        from finesight.serve.api_server import bind_socket, run_api_server
+        from finesight.serve.formats import read_formats
+        from finesight.serve.server_limits import ServerLimits
+    except ImportError as error:
+        raise UserError(
+            f"the package {error.name} cannot be imported: {error}",
+            where="finesight serve",
+            expected="fastapi, uvicorn, prometheus-client, python-multipart and llguidance",
+            remedy="pip install 'finesight[serve]'",
+        ) from error
+    from finesight.infer.model_loader import load_multi_adapter_model
+
+    formats = read_formats(image_format or ())
+    keys = read_api_keys(key_file)
+    listener = bind_socket(host, port, keys)
+    limits = ServerLimits(
+        max_num_seqs=max_num_seqs, max_waiting=max_waiting, request_timeout_s=request_timeout_s
+    )
+    inference_model = load_multi_adapter_model(
+        run_or_model, adapter or (), device, precision, weight_format
+    )
+    url_host = f"[{host}]" if ":" in host else host
+    address = f"http://{url_host}:{listener.getsockname()[1]}/v1"
+
+    run_api_server(
+        inference_model,
+        listener,
+        api_keys=keys,
+        limits=limits,
+        allowed_media_hosts=allow_media_host or (),
+        extra_image_formats=formats,
+        on_ready=lambda service: _print_address(service, address, has_api_key=bool(keys)),
+    )
+
+
+def _print_address(service: InferenceService, address: str, *, has_api_key: bool) -> None:
+    """Print the base URL of the server and an example request with curl."""
+    auth_header = ' -H "Authorization: Bearer $FINESIGHT_KEY"' if has_api_key else ""
+    messages = '[{"role": "user", "content": "Hello"}]'
+    request_body = f'{{"model": "{service.model_names[0]}", "messages": {messages}}}'
+    typer.echo(f"serving {', '.join(service.model_names)} at {address}")
+    typer.echo(
+        f"  curl {address}/chat/completions{auth_header} -H 'Content-Type: application/json'"
+        f" -d '{request_body}'"
+    )
+
+
+MIN_PASSWORD_LENGTH = 8
+
+
+def web(
+    run_or_model: RunOrModelArgument,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: also the network, "
+            "with a password."
+        ),
+    ] = "127.0.0.1",
+    port: PortOption = 7860,
+    password_file: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="File with the password, of at least 8 characters. Default: no password on "
+            "127.0.0.1; for other addresses, a generated one is printed.",
+        ),
+    ] = None,
+    no_password: Annotated[
+        bool, typer.Option("--no-password", help="Require no password, also from the network.")
+    ] = False,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    weight_format: WeightFormatOption = "auto",
+) -> None:
+    """Start a chat UI in the browser.
+
+    The page shows predicted boxes and compares answers with the base model. Prints its address.
+    Ctrl-C stops the server. Requires finesight[web].
+
+    Example: finesight web runs/latex
+    """
+    _require_gradio()
+    password, is_generated = _resolve_password(host, password_file, no_password)
+
+    from finesight.infer.inference_service import InferenceService
+    from finesight.infer.model_loader import load_multi_adapter_model
+    from finesight.web.web_server import bind_socket, run_web_server
+
+    with bind_socket(host, port) as listener:
+        service = InferenceService(
+            load_multi_adapter_model(run_or_model, (), device, precision, weight_format)
+        )
+        try:
+            typer.echo(f"http://{_get_reachable_host(host)}:{listener.getsockname()[1]}")
+            if is_generated:
+                typer.echo(f"password: {password}")
+                typer.echo(
+                    "The page uses HTTP without encryption: the password is sent as plain text."
+                )
+            run_web_server(service, listener, password, _is_loopback(host))
+        finally:
+            service.close(wait_for_running=False)
+
+
+def _require_gradio() -> None:
+    if find_spec("gradio") is None:
+        raise UserError(
+            "gradio is not installed",
+            where="finesight web",
+            expected="the extra web",
+            remedy="pip install 'finesight[web]'",
+        )
+
+
+def _resolve_password(host: str, file: Path | None, no_password: bool) -> tuple[str | None, bool]:
+    """Return the password of the chat UI, and whether it was generated.
+
+    The password is None if the chat UI is open.
+    """
+    if file is not None and no_password:
+        raise UserError(
+            f"--no-password is given with --password-file {file}",
+            where="--no-password",
+            expected="one of the two options",
+            remedy="remove one of the options",
+        )
+    if file is not None:
+        return _read_password(file), False
+    if no_password or _is_loopback(host):
+        return None, False
+    return secrets.token_urlsafe(12), True
+
+
+def _read_password(file: Path) -> str:
+    try:
+        password = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot be read ({error})",
+            where=str(file),
+            expected="a text file with the password",
+            remedy="correct --password-file",
+        ) from error
+    if len(password) < MIN_PASSWORD_LENGTH:
+        raise UserError(
+            f"the password has {len(password)} characters",
+            where=str(file),
+            expected=f"at least {MIN_PASSWORD_LENGTH}",
+            remedy="choose a longer password, or remove --password-file to generate one",
+        )
+    return password
+
+
+def _is_loopback(host: str) -> bool:
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _get_reachable_host(host: str) -> str:
+    """Return the host name for the printed URL.
+
+    For a wildcard address (`0.0.0.0` or `::`), return the address of the outgoing network
+    interface, or the host name of the machine.
+    """
+    import socket
+
+    if host in ("0.0.0.0", "::"):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe_socket:
+            try:
+                # Selects the outgoing interface for a documentation address; sends no packet.
+                probe_socket.connect(("192.0.2.1", 9))
+                return str(probe_socket.getsockname()[0])
+            except OSError:
+                return socket.gethostname()
+    return f"[{host}]" if ":" in host else host

@@ -15,7 +15,8 @@ from finesight.model.config import (
 from finesight.model.families.architecture import Architecture
 from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.layers import QUICK_GELU, FeedForward, PatchMerger, VisionBlock
-from finesight.model.quant.fp8 import Fp8Rows, quantize_fp8_gelu
+from finesight.model.quant.base import Fp8Rows
+from finesight.model.quant.fp8 import quantize_fp8_gelu
 from finesight.model.vision_encoder import VisionEncoder
 
 _norm = partial(nn.LayerNorm, eps=1e-6)
@@ -42,10 +43,6 @@ class Qwen2VisionMlp(FeedForward):
 def build_vision_encoder(
     hf_config: ConfigReader, normalization: PixelNormalization
 ) -> VisionEncoder:
-    """Build the Qwen2-VL vision encoder from `vision_config`.
-
-    In this family `hidden_size` is the width of the features and `embed_dim` that of the encoder.
-    """
     vision = hf_config.section("vision_config")
     vision.require_supported("hidden_act", "quick_gelu", ("quick_gelu",))
     intermediate_size = int(vision.get_int("embed_dim") * vision.get_float("mlp_ratio"))

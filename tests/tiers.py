@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-# Beginnings of test ids below tests/: folders, files, or single tests of a file.
+# Prefixes of test ids below tests/: folders, files, or single tests of a file.
 SLOW = (
     "docs/test_documentation.py::test_code_blocks_of_page_run",
     "docs/test_site.py",

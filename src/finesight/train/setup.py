@@ -14,7 +14,6 @@ from torch import Tensor
 
 from finesight import __version__
 from finesight.config import Recipe
-from finesight.digests import sha256_file
 from finesight.encode.packing import PackedBatch, pad_batch
 from finesight.encode.renderer import Renderer
 from finesight.evaluate import custom_metric
@@ -30,6 +29,7 @@ from finesight.model.quant.fp8 import require_fp8_support
 from finesight.model.quant.nf4 import import_bitsandbytes
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
+from finesight.storage import sha256_file
 from finesight.train.base_model import BaseModelRef, resolve_base_model
 from finesight.train.checkpoint import (
     CheckpointManager,

@@ -18,24 +18,27 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.plan.dry_run import ComputeTarget
 from finesight.plan.planned_pack import PlannedPack
 from finesight.plan.step_trace import StepMemory, StepTracer
-from finesight.train.adamw import MAX_CHUNK_ELEMENTS
 from finesight.train.cuda_graphs import MAX_GRAPHS, has_few_trainable_params, should_capture
 from finesight.train.grad_accumulation import LARGE_PARAM_ELEMENTS
-from finesight.train.graph_buffers import GraphShape
-from finesight.train.graph_vision_buffers import (
+from finesight.train.graph_buffers import (
+    GraphShape,
     GraphVisionShape,
     can_capture_vision,
     should_capture_vision,
 )
-from finesight.train.muon import MAX_STACK_ELEMENTS
 from finesight.train.optim_states import BLOCK_SIZE
-from finesight.train.optimizer import MasterWeightOptimizer, ParamGroup
+from finesight.train.optimizer import (
+    MAX_CHUNK_ELEMENTS,
+    MAX_STACK_ELEMENTS,
+    MasterWeightOptimizer,
+    ParamGroup,
+)
 
 FP32_BYTES, INDEX_BYTES, CU_SEQLEN_BYTES = 4, 8, 4
 """Bytes of an fp32 element, of an int64 index, and of an element of `cu_seqlens` (int32)."""
 
 ADAMW_STEP_BYTES = 20
-"""Workspace bytes per parameter of an AdamW step on a CPU, without a kernel (`train.adamw`)."""
+"""Workspace bytes per parameter of an AdamW step on a CPU, without a kernel (`train.optimizer`)."""
 
 CUBLAS_WORKSPACE_BYTES = 70 << 20
 """Bytes of the cuBLAS workspace that torch allocates on compute capability 9.0.

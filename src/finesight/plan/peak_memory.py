@@ -318,11 +318,11 @@ def compute_peak_memory(
     waiting_bytes = sum(p.nbytes for p in parameters if id(p) not in accumulated_ids)
     peak = StepMemory(workspace=persistent.optimizer_step_bytes, gradients=waiting_bytes)
     input_bytes = pool_bytes = 0
-    for pack in select_largest_packs(eager_packs):
+    for pack in bound_packs(eager_packs, compute):
         memory = tracer.trace(pack, activation_checkpointing, accumulated_ids)
         if memory.total + count_input_bytes(model, pack) > peak.total + input_bytes:
             peak, input_bytes = memory, count_input_bytes(model, pack)
-    for pack in select_largest_packs(graph_packs):
+    for pack in bound_packs(graph_packs, compute):
         graph = plan_graph(model, compute, activation_checkpointing, pack)
         assert graph is not None, "a pack with a graph"
         for memory, pool in _trace_graph(
@@ -356,17 +356,21 @@ def count_input_bytes(model: VisionLanguageModel, pack: PlannedPack) -> int:
     return pack.num_patches * patch_bytes + pack.num_tokens * 5 * INDEX_BYTES
 
 
-def select_largest_packs(packs: Sequence[PlannedPack]) -> list[PlannedPack]:
-    """Return the packs that no other pack exceeds in all sizes."""
-    pack_by_sizes = {pack.sizes: pack for pack in packs}
-    return [
-        pack
-        for sizes, pack in pack_by_sizes.items()
-        if not any(
-            other != sizes and all(a >= b for a, b in zip(other, sizes, strict=True))
-            for other in pack_by_sizes
-        )
-    ]
+def bound_packs(packs: Sequence[PlannedPack], compute: ComputeTarget) -> list[PlannedPack]:
+    """Return few packs that need at least the memory of each given pack.
+
+    They combine the most tokens with the most patches and supervised tokens. Where attention scores
+    are stored, the pack with the most scores counts, too.
+    """
+    if not packs:
+        return []
+    longest = [max(packs, key=lambda pack: pack.num_tokens)]
+    if not compute.has_varlen_attention:
+        longest.append(max(packs, key=lambda pack: pack.num_attention_scores))
+    grid_thw = max(packs, key=lambda pack: pack.num_patches).grid_thw
+    num_supervised = max(pack.num_supervised_tokens for pack in packs)
+    bounds = (replace(p, grid_thw=grid_thw, num_supervised_tokens=num_supervised) for p in longest)
+    return list(dict.fromkeys(bounds))
 
 
 def _trace_graph(

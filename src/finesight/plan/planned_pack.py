@@ -53,17 +53,9 @@ class PlannedPack:
         return sum(t * h * w for t, h, w in self.grid_thw)
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Sizes that determine the memory of the pack.
-
-        These are tokens, patches, supervised tokens, and squared lengths.
-        """
-        return (
-            self.num_tokens,
-            self.num_patches,
-            self.num_supervised_tokens,
-            sum(length**2 for length in self.context_lengths),
-        )
+    def num_attention_scores(self) -> int:
+        """Number of attention scores of a head of the decoder."""
+        return sum(length**2 for length in self.context_lengths)
 
     def stored_patch_dim(self, config: VisionConfig) -> int:
         """Return the number of elements that the pack stores per patch.

@@ -6,8 +6,9 @@ The search covers the pack size, activation checkpointing and NF4 quantization.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from statistics import fmean
 
 from finesight.config import QuantizablePart
@@ -107,7 +108,7 @@ class PlannedSteps:
         """Return the packs that may need the most memory with this token budget.
 
         These are the first pack of each CUDA graph shape, and the packs with the most tokens,
-        patches, supervised tokens, attention scores, and all of these combined.
+        patches, supervised tokens and attention scores.
 
         Args:
             token_budget: Maximum number of tokens per pack.
@@ -166,26 +167,9 @@ def _select_per_graph_shape(
     return list(pack_by_shape.values())
 
 
-def _select_largest(packs: Sequence[PlannedPack]) -> Iterator[PlannedPack]:
-    size_functions: tuple[Callable[[PlannedPack], float], ...] = (
-        lambda pack: pack.num_tokens,
-        lambda pack: pack.num_patches,
-        lambda pack: pack.num_supervised_tokens,
-        lambda pack: sum(length**2 for length in pack.context_lengths),
-    )
-    max_sizes = [max(map(size, packs)) or 1 for size in size_functions]
-
-    def combined_size(pack: PlannedPack) -> float:
-        return sum(
-            size(pack) / max_size for size, max_size in zip(size_functions, max_sizes, strict=True)
-        )
-
-    indices = {
-        max(range(len(packs)), key=lambda i: size(packs[i]))
-        for size in (*size_functions, combined_size)
-    }
-    for index in sorted(indices):
-        yield packs[index]
+def _select_largest(packs: Sequence[PlannedPack]) -> list[PlannedPack]:
+    size_names = "num_tokens", "num_patches", "num_supervised_tokens", "num_attention_scores"
+    return list(dict.fromkeys(max(packs, key=attrgetter(name)) for name in size_names))
 
 
 class SettingsSearch:

@@ -48,7 +48,8 @@ class StepTracer:
     def __init__(self, model: VisionLanguageModel, compute: ComputeTarget) -> None:
         self.model, self.compute = model, compute
         self._traces: dict[tuple[object, ...], StepMemory] = {}
-        self._saved_rates: tuple[float, float] | None = None
+        self._token_bytes: float | None = None
+        self._patch_bytes: float | None = None
         self.persistent_bytes, self._is_warm = 0, False
 
     def _warm_up(self, batch: PackedBatch, features_MKD: Tensor | None) -> None:
@@ -114,16 +115,16 @@ class StepTracer:
     def saved_bytes(self, pack: PlannedPack) -> float:
         """Estimate the bytes that a pack saves without activation checkpointing.
 
-        Packs of a run are similar: the first one determines the bytes per token and per patch.
+        Packs of a run are similar: the first one determines the bytes per token, and the first one
+        with images the bytes per patch.
         """
-        if self._saved_rates is None or (pack.num_patches and not self._saved_rates[1]):
-            text_saved = self.trace(replace(pack, grid_thw=()), 0.0).saved
-            per_patch = 0.0
-            if pack.num_patches:
-                per_patch = (self.trace(pack, 0.0).saved - text_saved) / pack.num_patches
-            self._saved_rates = text_saved / pack.num_tokens, per_patch
-        per_token, per_patch = self._saved_rates
-        return per_token * pack.num_tokens + per_patch * pack.num_patches
+        text_pack = replace(pack, grid_thw=())
+        if self._token_bytes is None:
+            self._token_bytes = self.trace(text_pack, 0.0).saved / pack.num_tokens
+        if self._patch_bytes is None and pack.num_patches:
+            vision_saved = self.trace(pack, 0.0).saved - self.trace(text_pack, 0.0).saved
+            self._patch_bytes = vision_saved / pack.num_patches
+        return self._token_bytes * pack.num_tokens + (self._patch_bytes or 0.0) * pack.num_patches
 
     def _run(
         self, batch: PackedBatch, features_MKD: Tensor | None, accumulated_ids: Collection[int]

@@ -168,12 +168,6 @@ def test_memory_within_10_and_time_within_15_percent(shared: Path, run: Measured
     # With cached features, the vision encoder is freed before the first step. The peak can be
     # before or after that.
     encoder_bytes = sum(p.nbytes for p in planned.model.visual.parameters()) * run.uses_vision_cache
-    import sys
-
-    print(
-        f"{run.name:20} fp8={bool(run.fp8):d} vc={run.uses_vision_cache:d} mem {peak_gb:6.2f} est {(peak_memory.allocated - encoder_bytes) / 1e9:6.2f}..{peak_memory.allocated / 1e9:6.2f} ({peak_memory.allocated / 1e9 / peak_gb - 1:+.1%}) time {seconds:.4f} {step.total:.4f} {step.total / seconds - 1:+.1%}",
-        file=sys.stderr,
-    )
     assert (peak_memory.allocated - encoder_bytes) / 1.1e9 < peak_gb < peak_memory.allocated / 0.9e9
     assert step.total == pytest.approx(seconds, rel=0.15)
 

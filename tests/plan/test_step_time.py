@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_model import create_tiny_model
 
 from finesight.config import Recipe, TrainFileSettings

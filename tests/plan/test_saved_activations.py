@@ -1,0 +1,150 @@
+"""Traced saved activations compared with memory that the real model allocates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from memory_profile import profile_memory
+from tiny_model import TinyFamily, create_tiny_model
+from tiny_task import make_task
+
+from finesight.config import PixelRange, TrainFileSettings, TuneSettings
+from finesight.data.corpus import load_corpus
+from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.packing import PackedBatch, pack
+from finesight.model.trainable import configure_tuning
+from finesight.model.vlm import VisionLanguageModel
+from finesight.model.weights_io import load_model
+from finesight.model_folder import ModelFolder
+from finesight.plan.dry_run import ComputeTarget
+from finesight.plan.planned_model import build_meta_model
+from finesight.plan.planned_pack import PlannedPack
+from finesight.plan.step_trace import StepTracer
+from finesight.train.loss import fused_linear_cross_entropy
+
+FAMILIES: tuple[TinyFamily, ...] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen")
+GPU = ComputeTarget(is_cuda=True, dtype=torch.bfloat16, capability=(9, 0))
+LORA = {"rank": 8, "dropout": 0.05}
+TUNES: dict[str, dict[str, Any]] = {
+    "lora": {"language": "lora", "lora": LORA},
+    "lora without dropout": {"language": "lora", "lora": LORA | {"dropout": 0.0}},
+    "lora everywhere": {"language": "lora", "vision": "lora", "merger": "lora", "lora": LORA},
+    "partial lora": {"language": "lora", "lora": LORA | {"target_modules": ["down_proj"]}},
+    "language": {"language": "full"},
+    "merger": {"language": "frozen", "merger": "full"},
+    "vision": {"language": "frozen", "vision": "full"},
+    "all": {"language": "full", "vision": "full", "merger": "full", "embeddings": "full"},
+}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    make_task(folder)
+    for family in FAMILIES:
+        create_tiny_model(folder / family, family)
+    return folder
+
+
+def make_batch(task: Path, family: str) -> PackedBatch:
+    image_rule = None if family == "qwen" else PixelRange(min_pixels=784, max_pixels=7056)
+    renderer = NativeRenderer(ModelFolder(task / family), image_rule)
+    corpus = load_corpus((TrainFileSettings(path=task / "train.jsonl"),))
+    return pack([renderer.encode(sample) for sample in corpus.read_samples()[:6]])
+
+
+def make_tracer(task: Path, family: str, compute: ComputeTarget, tune: str) -> StepTracer:
+    model = build_meta_model(ModelFolder(task / family), compute.dtype, (), ()).train()
+    configure_tuning(model, TuneSettings.model_validate(TUNES[tune]), 0)
+    return StepTracer(model, compute)
+
+
+def make_planned_pack(batch: PackedBatch) -> PlannedPack:
+    return PlannedPack(batch.lengths, batch.grid_thw, batch.num_supervised_tokens)
+
+
+def forward(model: VisionLanguageModel, batch: PackedBatch) -> torch.Tensor:
+    seed_1 = torch.ones(1, dtype=torch.int32, device=batch.ids_T.device)
+    h_LD = model(batch, dropout_seed_1=seed_1)
+    scale = torch.tensor(1.0, device=h_LD.device)
+    return fused_linear_cross_entropy(h_LD, model.lm_head_weight, batch.labels_L, scale)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Settings whose traced memory is compared."""
+
+    tune: str
+    checkpointed_fraction: float = 0.0
+
+
+CASES = [*map(Case, TUNES), Case("lora", 0.5), Case("all", 1.0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_traced_cpu_memory_matches_allocated_memory(
+    task: Path, family: str, dtype: torch.dtype
+) -> None:
+    batch = make_batch(task, family)
+    for case in CASES:
+        if family == "qwen" and case.tune == "partial lora":
+            continue
+        model = load_model(ModelFolder(task / family), dtype, torch.device("cpu")).train()
+        configure_tuning(model, TuneSettings.model_validate(TUNES[case.tune]), 0)
+        model.activation_checkpointing = case.checkpointed_fraction
+        forward(model, batch).backward()  # type: ignore[no-untyped-call]
+        model.zero_grad(set_to_none=True)
+        with profile_memory() as saved:
+            loss = forward(model, batch)
+        with profile_memory() as backward:
+            loss.backward()  # type: ignore[no-untyped-call]
+        tracer = make_tracer(task, family, ComputeTarget(is_cuda=False, dtype=dtype), case.tune)
+        traced = tracer.trace(make_planned_pack(batch), case.checkpointed_fraction)
+        print(family, dtype, case, traced.saved / saved.live_bytes, traced.total / max(saved.peak_bytes, saved.live_bytes + backward.peak_bytes))
+
+
+@pytest.mark.parametrize("is_last", [False, True], ids=["middle", "last"])
+def test_fused_layer_saves_required_activations(task: Path, is_last: bool) -> None:
+    """A middle layer adds norms, attention and MLP; the last one keeps supervised tokens only."""
+    pack = PlannedPack((512, 512), (), 256)
+    saved = []
+    for num_layers in (3, 2) if not is_last else (2, 1):
+        tracer = make_tracer(task, "qwen2_vl", GPU, "lora")
+        config, layer = tracer.model.config.decoder, tracer.model.model.layers[1]
+        tracer.model.model.layers = torch.nn.ModuleList([layer] * 0)
+        saved.append(num_layers)
+    print(config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activation_checkpointing_saves_less_on_a_gpu(task: Path, family: str) -> None:
+    planned_pack = make_planned_pack(make_batch(task, family))
+    tracer = make_tracer(task, family, GPU, "lora")
+    saved = [tracer.trace(planned_pack, fraction).saved for fraction in (0.0, 0.5, 1.0)]
+    print(family, saved)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_traced_gpu_memory_matches_allocated_memory(task: Path, family: str) -> None:
+    device, capability = torch.device("cuda"), torch.cuda.get_device_capability()
+    compute = ComputeTarget(True, torch.bfloat16, capability)
+    batch = make_batch(task, family)
+    for tune in TUNES:
+        model = load_model(ModelFolder(task / family), compute.dtype, device).train()
+        configure_tuning(model, TuneSettings.model_validate(TUNES[tune]), 0)
+        device_batch = batch.to(device)
+        forward(model, device_batch).backward()  # type: ignore[no-untyped-call]
+        model.zero_grad(set_to_none=True)
+        before = torch.cuda.memory_allocated()
+        loss = forward(model, device_batch)
+        saved_bytes = torch.cuda.memory_allocated() - before
+        traced = make_tracer(task, family, compute, tune).trace(make_planned_pack(batch), 0.0)
+        assert traced.saved == pytest.approx(saved_bytes, rel=0.05), tune
+        del loss

@@ -37,12 +37,8 @@ from box_sources import (
     load_real_sources,
 )
 
-from finesight.check.conventions.box_hypothesis import (
-    DEFAULT_CONVENTION,
-    BoxClaim,
-    apply_exif_orientation,
-)
-from finesight.check.conventions.convention_detector import find_convention_issues
+from finesight.check.box_hypothesis import DEFAULT_CONVENTION, BoxClaim, apply_exif_orientation
+from finesight.check.convention_detector import find_convention_issues
 from finesight.data.boxes import BoxConvention
 
 SAMPLES_PER_TRIAL = 300

@@ -38,9 +38,8 @@ from finesight.infer.request import GenerationRequest
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora.layer import LoraConfig, LoraLinear
 from finesight.model.lora.multi import MultiLora
-from finesight.model.quant.quantize import MATRIX_TYPES
 from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import init_random_model
+from finesight.model.weights_io import MATRIX_TYPES, init_random_model
 from finesight.model_folder import ModelFolder
 
 PROMPT = "Describe the image in detail."

@@ -33,10 +33,11 @@ import numpy as np
 from numpy.random import Generator
 
 from finesight.data.sample import BoxPart
-from finesight.evaluate import detection_metrics
+from finesight.evaluate import box_metrics
 from finesight.evaluate.bootstrap import (
     NON_NEGATIVE,
     UNBOUNDED,
+    ConfidenceInterval,
     FloatArray,
     ResampleWeights,
     ScoreBounds,
@@ -48,7 +49,6 @@ from finesight.evaluate.bootstrap import (
 )
 from finesight.evaluate.caption_metrics import MAX_NGRAM_ORDER, estimate_bleu
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.proportions import ConfidenceInterval
 from finesight.evaluate.task_metrics import compute_metrics
 
 OUT = Path(__file__).parent / "results" / "interval_coverage.json"
@@ -91,7 +91,7 @@ def of_cases(metric: Any, cases: list[EvalCase]) -> Drawn:
     """A set as the task's measure scores it."""
     resampled: Resampled = {}
     if metric == "detection":
-        ap = weighted_ap(detection_metrics.match_detections(cases))
+        ap = weighted_ap(box_metrics.match_detections(cases))
         resampled = {name: ap[name] for name in ("ap", "ap_50", "ap_75")}
     estimators = compute_metrics(metric, cases).estimators
     return Drawn({n: e for n, e in estimators.items() if n != "stopped"}, resampled)
@@ -386,7 +386,7 @@ def _student(freedom: int) -> float:
 
 
 def weighted_ap(
-    classes: list[detection_metrics.ClassDetections],
+    classes: list[box_metrics.ClassDetections],
 ) -> dict[str, Callable[[ResampleWeights], FloatArray]]:
     """COCO's average precision of resamples, as the earlier method had it."""
     memory: dict[int, FloatArray] = {}
@@ -394,7 +394,7 @@ def weighted_ap(
     def by_threshold(weights: ResampleWeights) -> FloatArray:
         if id(weights) not in memory:
             memory.clear()
-            total = np.zeros((len(weights), len(detection_metrics.IOU_THRESHOLDS)))
+            total = np.zeros((len(weights), len(box_metrics.IOU_THRESHOLDS)))
             present = np.zeros(len(weights))
             for one in classes:
                 wanted = weights @ one.num_references
@@ -411,11 +411,11 @@ def weighted_ap(
 
 
 def _class_ap(
-    one: detection_metrics.ClassDetections, weights: ResampleWeights, wanted: FloatArray
+    one: box_metrics.ClassDetections, weights: ResampleWeights, wanted: FloatArray
 ) -> FloatArray:
     drawn = weights[:, one.sample_indices]
     ranked = np.cumsum(drawn, axis=1)
-    result = np.zeros((len(weights), len(detection_metrics.IOU_THRESHOLDS)))
+    result = np.zeros((len(weights), len(box_metrics.IOU_THRESHOLDS)))
     for t, right in enumerate(one.is_correct):
         locations = np.flatnonzero(right)
         if not len(locations):
@@ -424,11 +424,9 @@ def _class_ap(
         precision = hits / (ranked[:, locations] + np.spacing(1))
         best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
         recall = safe_divide(hits, np.broadcast_to(wanted[:, None], hits.shape))
-        reached = np.searchsorted(detection_metrics.RECALL_LEVELS, recall, side="right") * (
-            hits > 0
-        )
+        reached = np.searchsorted(box_metrics.RECALL_LEVELS, recall, side="right") * (hits > 0)
         steps = np.diff(reached, axis=1, prepend=0)
-        result[:, t] = (steps * best).sum(axis=1) / len(detection_metrics.RECALL_LEVELS)
+        result[:, t] = (steps * best).sum(axis=1) / len(box_metrics.RECALL_LEVELS)
     return result
 
 

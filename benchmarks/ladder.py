@@ -28,16 +28,15 @@ from torch import Tensor
 from finesight.config import TrainSettings, TuneSettings
 from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
-from finesight.model import attention, fused_decoder, fused_gelu, layers
+from finesight.model import attention, fused_decoder, layers
 from finesight.model.attention import Segments
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora.layer import stacked_row_counts
 from finesight.model.quant import fp8
-from finesight.model.quant.quantize import supports_fp8_matmul
-from finesight.model.quant.rowwise_quant import Fp8Matrix
+from finesight.model.quant.fp8 import Fp8Matrix
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import init_random_model
+from finesight.model.weights_io import init_random_model, supports_fp8_matmul
 from finesight.model_folder import locate_model
 from finesight.train import cuda_graphs
 from finesight.train.cuda_graphs import CudaGraphRunner
@@ -159,8 +158,8 @@ def disable_optimizations(*disabled: str) -> Iterator[None]:
         "attention": (attention, "MAX_TRITON_SEQLEN", 0),
         "layers": (fused_decoder, "supports_fused_layers", lambda *_: False),
         "vision_encoder": (layers, "has_kernels", lambda *_: False),
-        "vision_attention": (attention.vision_kernels, "vision_attention", _varlen),
-        "gelu": (fused_gelu, "_kernel_operands", lambda *_: None),
+        "vision_attention": (attention.varlen_kernels, "vision_attention", _varlen),
+        "gelu": (layers, "_kernel_operands", lambda *_: None),
         "cuda_graphs": (cuda_graphs, "should_capture", lambda *_: False),
     }
     originals = {

@@ -316,9 +316,11 @@ def model_name(model: str) -> str:
 
 def run_benchmark(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run all trials and rounds."""
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "pretraining"))
+    from synthetic_tasks.dataset_writer import write_task
+    from synthetic_tasks.tasks import SyntheticTask
+
     from finesight.model_folder import locate_model
-    from finesight.synth.dataset_writer import write_task
-    from finesight.synth.tasks import SyntheticTask
 
     task = SyntheticTask("receipt", "built-in")
     data = write_task(folder / "data", task, args.samples, seed=5, task_kind="receipt")

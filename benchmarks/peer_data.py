@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,6 @@ from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import build_model
 from finesight.model.weights_io import init_random_model, save_model
 from finesight.model_folder import locate_model
-from finesight.synth.tasks import EVAL_TASKS, iter_samples_of_kind
 from finesight.train.dataloader import StepDataset
 from finesight.train.flops import FlopCounter, measure_peak_flops
 from finesight.train.sampler import SequentialSampler
@@ -53,6 +53,9 @@ def write_caption_dataset(output_dir: Path) -> Path:
     if table.exists():
         return table
     (output_dir / "images").mkdir(parents=True)
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "pretraining"))
+    from synthetic_tasks.tasks import EVAL_TASKS, iter_samples_of_kind
+
     scenes = EVAL_TASKS["captions"]
     samples = []
     for number, drawn in islice(iter_samples_of_kind(scenes.task, 11, scenes.task_kind), SAMPLES):

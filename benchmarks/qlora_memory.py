@@ -227,8 +227,9 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(list(VARIANTS)[:3]))
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
-    from finesight.synth.dataset_writer import write_task
-    from finesight.synth.tasks import SyntheticTask
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "pretraining"))
+    from synthetic_tasks.dataset_writer import write_task
+    from synthetic_tasks.tasks import SyntheticTask
 
     options.work.mkdir(parents=True, exist_ok=True)
     data = options.work / "data" / "data.jsonl"

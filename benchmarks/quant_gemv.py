@@ -27,14 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finesight.model.kernels import int8_gemv as int8_gemv_kernels
 from finesight.model.kernels import quant_gemm as quant_gemm_kernels
-from finesight.model.kernels.int8_gemv import MatmulTiling
-from finesight.model.quant.base import QuantizedMatrix
+from finesight.model.kernels import quant_gemv as quant_gemv_kernels
+from finesight.model.kernels.quant_gemv import MatmulTiling
+from finesight.model.quant.base import Packed4BitMatrix, QuantizedMatrix
+from finesight.model.quant.fp8 import Fp8Matrix
 from finesight.model.quant.int4 import Int4Matrix, RtnInt4Matrix
+from finesight.model.quant.int8 import Int8Matrix, RowwiseMatrix
 from finesight.model.quant.nf4 import Nf4Matrix, import_bitsandbytes
-from finesight.model.quant.packed_4bit import Packed4BitMatrix
-from finesight.model.quant.rowwise_quant import Fp8Matrix, Int8Matrix, RowwiseMatrix
 
 MATRIX_FORMATS = {"nf4": Nf4Matrix, "int4": RtnInt4Matrix, "int8": Int8Matrix, "fp8": Fp8Matrix}
 SHAPES = {
@@ -89,7 +89,7 @@ def matmul(matrix: QuantizedMatrix, x_RI: Tensor, config: KernelConfig) -> Tenso
         parts = matrix.codes, matrix.scales_OG, matrix.zeros_OG
         return quant_gemm_kernels.int4_gemm(x_RI, *parts, None, matrix.group_size, config.tiling)
     assert isinstance(matrix, RowwiseMatrix), f"a {type(matrix).__name__}"
-    call = quant_gemm_kernels.rowwise_gemm if is_tiled else int8_gemv_kernels.rowwise_gemv
+    call = quant_gemm_kernels.rowwise_gemm if is_tiled else quant_gemv_kernels.rowwise_gemv
     return call(x_RI, matrix.codes_OI, matrix.scales_O, None, config.tiling)
 
 

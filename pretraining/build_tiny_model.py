@@ -27,6 +27,9 @@ import torch
 from card_facts import EVAL_RESULTS_FILE, collect_facts
 from model_card import EVAL_STAGE, ModelCardFacts, render_card
 from rich.console import Console
+from synthetic_tasks.dataset_writer import DATA_FILE, write_mixture, write_task
+from synthetic_tasks.synthetic_sample import ContentPart
+from synthetic_tasks.tasks import EVAL_TASKS, MAIN_MIXTURE, WARMUP_MIXTURE, generate_mixture_sample
 from train_stages import LAST_STAGE, TRAIN_STAGES, TrainStage
 
 from finesight.config import EvalSettings, MetricSpec
@@ -40,9 +43,6 @@ from finesight.model.weights_io import save_model
 from finesight.model_folder import TINY_MODEL, ModelFolder
 from finesight.recipe import load_recipe
 from finesight.storage import make_folder, write_file, write_folder
-from finesight.synth.dataset_writer import DATA_FILE, write_mixture, write_task
-from finesight.synth.synthetic_sample import ContentPart
-from finesight.synth.tasks import EVAL_TASKS, MAIN_MIXTURE, WARMUP_MIXTURE, generate_mixture_sample
 from finesight.train.trainer import train
 
 PRETRAINING_DIR = Path(__file__).parent

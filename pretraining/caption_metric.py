@@ -1,7 +1,8 @@
 """Caption metric for generated scenes, used as a custom `eval.metric`."""
 
+from synthetic_tasks.captions import score_caption
+
 from finesight.evaluate.eval_case import EvalCase
-from finesight.synth.captions import score_caption
 
 
 def caption(case: EvalCase) -> dict[str, float]:

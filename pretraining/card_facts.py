@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from model_card import loss_curve
+from synthetic_tasks import formula_grammar, vocabulary
+from synthetic_tasks.tasks import MAIN_MIXTURE, WARMUP_MIXTURE
 from train_stages import LAST_STAGE, TRAIN_STAGES
 
 from finesight.recipe import load_recipe
 from finesight.run_files import PARAM_AUDIT_FILE
-from finesight.synth import formula_grammar, vocabulary
-from finesight.synth.tasks import MAIN_MIXTURE, WARMUP_MIXTURE
 
 EVAL_RESULTS_FILE = "eval_results.json"
 """File with the results of all evaluation sets."""

@@ -33,16 +33,16 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from synthetic_tasks.fonts import FONT_FAMILIES, MATHTEXT_LICENSES
+from synthetic_tasks.streets import COLUMN_RANGE, ROW_RANGE
+from synthetic_tasks.tasks import MAX_TURNS, TASK_GENERATORS
+from synthetic_tasks.text_images import MAX_IMAGE_SIZE
+from synthetic_tasks.vocabulary import CHINESE_CHARACTERS
 
 from finesight.errors import UserError
 from finesight.model_folder import TINY_MODEL
 from finesight.storage import write_file
 from finesight.synth.canvas import TOKEN_SIZE
-from finesight.synth.fonts import FONT_FAMILIES, MATHTEXT_LICENSES
-from finesight.synth.streets import COLUMN_RANGE, ROW_RANGE
-from finesight.synth.tasks import MAX_TURNS, TASK_GENERATORS
-from finesight.synth.text_images import MAX_IMAGE_SIZE
-from finesight.synth.vocabulary import CHINESE_CHARACTERS
 
 EVAL_STAGE = "evaluation"
 """Name of the evaluation stage after training."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from finesight.synth.tasks import MAIN_MIXTURE, WARMUP_MIXTURE
+from synthetic_tasks.tasks import MAIN_MIXTURE, WARMUP_MIXTURE
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from run_dir_fixtures import (
     make_step_line,
 )
 
-from finesight.evaluate.predictions_file import read_predictions
+from finesight.evaluate.metric_difference import read_predictions
 from finesight.evaluate.task_metrics import compute_metrics
-from finesight.report.histograms import count_half_octaves
+from finesight.report.charts import count_half_octaves
 
 RECIPE: dict[str, Any] = {
     "model": "Qwen/Qwen2-VL-2B-Instruct",

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finesight.model import context_parallel
+from finesight.model import attention
 
 T = TypeVar("T")
 
@@ -25,8 +25,8 @@ class FakeProcessGroup:
         self._barrier = threading.Barrier(world_size, timeout=60)
         self._contributions: list[Tensor] = [torch.empty(0)] * world_size
         self._local = threading.local()
-        monkeypatch.setattr(context_parallel, "ALLGATHER", self._concat_all)
-        monkeypatch.setattr(context_parallel, "REDUCE_SCATTER", self._reduce_and_split)
+        monkeypatch.setattr(attention, "ALLGATHER", self._concat_all)
+        monkeypatch.setattr(attention, "REDUCE_SCATTER", self._reduce_and_split)
         monkeypatch.setattr(dist, "broadcast", self._broadcast)
 
     def run_all(self, work: Callable[[int], T]) -> list[T]:

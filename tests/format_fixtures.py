@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from finesight.data.formats.dataset_format import DatasetFormat, ImportContext
+from finesight.data.formats.dataset_format import DatasetFormat, ImportContext, ImportExample
 from finesight.data.image_resolver import ImageResolver
-from finesight.data.import_example import ImportExample
 from finesight.data.row_reader import SourceRow
 from finesight.data.sample import BoxPart, ContentPart, ImagePart, Message, TextPart
 

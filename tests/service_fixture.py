@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from lora_fixtures import TUNE_SETTINGS, tune_with_lora
+from synthetic_tasks.tasks import SyntheticTask, iter_samples_of_kind
 
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import load_inference_model, load_multi_adapter_model
@@ -15,7 +16,6 @@ from finesight.model.lora.layer import iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import TINY_MODEL
-from finesight.synth.tasks import SyntheticTask, iter_samples_of_kind
 
 
 def write_random_adapter(folder: Path) -> Path:

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from finesight.model import attention, fused_decoder, fused_ops, layers
-from finesight.model.lora import fused_weight
+from finesight.model.lora import fused
 from finesight.model.quant import fp8
-from finesight.model.quant.rowwise_quant import Int8Matrix
+from finesight.model.quant.int8 import Int8Matrix
 from finesight.train import loss
 
 KERNEL_MODULES = {
     "model.kernels.primitives": "primitives",
-    "model.kernels.dropout": "dropout_kernels",
     "model.kernels.elementwise": "elementwise",
     "model.kernels.fp8_quantize": "fp8_kernels",
     "model.kernels.lora_gemm": "lora_gemm_kernels",
@@ -28,12 +27,11 @@ KERNEL_MODULES = {
     "model.kernels.swiglu": "swiglu_kernels",
     "model.kernels.rotary": "rotary_kernels",
     "model.kernels.varlen_attention": "varlen_kernels",
-    "model.kernels.vision_attention": "vision_kernels",
     "train.loss_kernels": "loss_kernels",
 }
 """Kernel modules and their aliases in the modules that import them."""
 
-KERNEL_USERS = (fused_decoder, layers, fused_weight, fused_ops, attention, fp8, loss)
+KERNEL_USERS = (fused_decoder, layers, fused, fused_ops, attention, fp8, loss)
 """Modules that import kernels if Triton is installed."""
 
 
@@ -76,7 +74,7 @@ def stub_triton_kernels(patch: pytest.MonkeyPatch) -> None:
         patch.delitem(sys.modules, f"finesight.{name}")
         for owner in KERNEL_USERS:
             patch.setattr(owner, KERNEL_MODULES[name], module, raising=False)
-    dropout = made["model.kernels.dropout"]
+    dropout = made["model.kernels.primitives"]
     patch.setattr(fused_decoder, "SeededDropout", dropout.SeededDropout, raising=False)
     patch.setattr(
         fused_decoder, "RmsNormStats", made["model.kernels.lora_gemm"].RmsNormStats, raising=False

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from synthetic_tasks.dataset_writer import write_task
+from synthetic_tasks.tasks import SyntheticTask
 
 from finesight.config import EvalSettings
 from finesight.data.jsonl import LocatedSample, read_samples
@@ -21,8 +23,6 @@ from finesight.infer.prediction import predict
 from finesight.model_folder import TINY_MODEL
 from finesight.quickstart_demo import QuickstartSettings, run_quickstart, write_recipe
 from finesight.recipe import load_recipe
-from finesight.synth.dataset_writer import write_task
-from finesight.synth.tasks import SyntheticTask
 
 ROOT = Path(__file__).parents[1]
 SEED = 7

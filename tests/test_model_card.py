@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 from module_loader import load_module
+from synthetic_tasks.fonts import FONT_FAMILIES
+from synthetic_tasks.tasks import MAIN_MIXTURE, TASK_GENERATORS, WARMUP_MIXTURE
 
 from finesight.errors import UserError
-from finesight.synth.fonts import FONT_FAMILIES
-from finesight.synth.tasks import MAIN_MIXTURE, TASK_GENERATORS, WARMUP_MIXTURE
 
 FILE = Path(__file__).parents[1] / "pretraining" / "model_card.py"
 

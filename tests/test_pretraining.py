@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from synthetic_tasks import fonts
+from synthetic_tasks.tasks import EVAL_TASKS
 
 from finesight.digests import verify_folder
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model
 from finesight.model_folder import ModelFolder
-from finesight.synth import fonts
-from finesight.synth.tasks import EVAL_TASKS
 
 BUILD_PROGRAM = Path(__file__).parents[1] / "pretraining" / "build_tiny_model.py"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finesight.config import TrackerKind
-from finesight.track.tracker_registry import TRACKER_EXTRAS
+from finesight.track.backends import TRACKERS
 
 METRIC = {"metric": "ocr", "every": 2, "max_new_tokens": 4}
 
@@ -41,7 +41,7 @@ class TrackedRun:
 
     def folder(self, kind: TrackerKind) -> Path:
         if find_spec(kind) is None:
-            pytest.skip(f"{kind} is not installed (extra `{TRACKER_EXTRAS[kind]}`)")
+            pytest.skip(f"{kind} is not installed (extra `{TRACKERS[kind].extra}`)")
         return self.run / "track" / kind
 
     def console_lines(self, kind: str) -> list[str]:

@@ -365,8 +365,7 @@ def check_data(
     Raises:
         UserError: A file is unreadable.
     """
-    from finesight.check.check_inputs import inputs_from_files
-    from finesight.check.data_checker import check_sources
+    from finesight.check.data_checker import check_sources, inputs_from_files
     from finesight.data.import_source import ImportOptions
 
     return check_sources(inputs_from_files(to_paths(data), to_paths(validation), ImportOptions()))
@@ -398,7 +397,7 @@ def train(
         TrainingInterrupted: Ctrl-C or a scheduler stopped the run; a checkpoint was saved.
     """
     from finesight.config import Recipe
-    from finesight.evaluate.metric_trust import check_recipe_metric
+    from finesight.evaluate.custom_metric import check_recipe_metric
     from finesight.recipe import load_recipe, recipe_from_dict
     from finesight.train.finalize import load_result
     from finesight.train.run_dir import RunDir
@@ -458,9 +457,9 @@ def evaluate(
     """
     from rich.console import Console
 
-    from finesight.evaluate.eval_inputs import load_eval_inputs
+    from finesight.evaluate.custom_metric import check_metric
     from finesight.evaluate.generation_eval import evaluate as run_evaluation
-    from finesight.evaluate.metric_trust import check_metric
+    from finesight.evaluate.generation_eval import load_eval_inputs
     from finesight.train.console import TrainingConsole
 
     check_counts(limit=limit, max_new_tokens=max_new_tokens, batch_size=batch_size)

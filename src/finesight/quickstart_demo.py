@@ -18,13 +18,12 @@ from typing import Any
 
 from rich.console import Console
 
-from finesight.check.check_inputs import inputs_from_recipe
-from finesight.check.check_summary import format_summary
-from finesight.check.data_checker import check_sources
+from finesight.check.check_issues import format_summary
+from finesight.check.data_checker import check_sources, inputs_from_recipe
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import TrainingInterrupted, UserError
-from finesight.evaluate.predictions_file import read_predictions
+from finesight.evaluate.metric_difference import read_predictions
 from finesight.infer.model_loader import select_cpu_precision
 from finesight.model_folder import TINY_MODEL
 from finesight.recipe import load_recipe

@@ -12,11 +12,14 @@ from check_fixtures import make_record, write_records
 from image_fixtures import write_gray_image
 from PIL import Image
 
-from finesight.check.check_inputs import inputs_from_files, is_recipe
 from finesight.check.check_issues import ISSUE_TYPES, CheckIssue
-from finesight.check.data_checker import BoxClaimCollector, DataChecker
-from finesight.check.image_catalog import ImageCatalog
-from finesight.check.parallel_executor import MIN_PARALLEL_SAMPLES, open_executor
+from finesight.check.data_checker import (
+    BoxClaimCollector,
+    DataChecker,
+    inputs_from_files,
+    is_recipe,
+)
+from finesight.check.image_catalog import MIN_PARALLEL_SAMPLES, ImageCatalog, open_executor
 from finesight.data.boxes import BoxConvention
 from finesight.data.formats.dataset_format import RawBox
 from finesight.data.import_source import ImportOptions, UnvalidatedRow
@@ -60,7 +63,7 @@ def test_unguarded_script_can_run_check(folder):
     script.write_text(
         "from pathlib import Path\n"
         "from finesight.check.data_checker import check_sources\n"
-        "from finesight.check.check_inputs import inputs_from_files\n"
+        "from finesight.check.data_checker import inputs_from_files\n"
         "from finesight.data.import_source import ImportOptions\n"
         f"subjects = inputs_from_files([Path({str(source)!r})], [], ImportOptions())\n"
         "print(check_sources(subjects).num_samples)\n"

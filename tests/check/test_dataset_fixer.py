@@ -10,8 +10,7 @@ from check_fixtures import make_record, run_check, run_fix, write_records
 from image_fixtures import write_gray_image
 from shape_images import write_shape_images
 
-from finesight.check.check_inputs import inputs_from_files
-from finesight.check.data_checker import DataChecker
+from finesight.check.data_checker import DataChecker, inputs_from_files
 from finesight.data.import_source import ImportOptions
 from finesight.data.jsonl import read_samples
 from finesight.errors import UserError

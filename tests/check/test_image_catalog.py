@@ -13,8 +13,13 @@ import pytest
 from image_fixtures import write_gray_image
 from PIL import Image
 
-from finesight.check.image_catalog import ImageCatalog, inspect_images
-from finesight.check.parallel_executor import MIN_PARALLEL_SAMPLES, open_executor, prefetch_map
+from finesight.check.image_catalog import (
+    MIN_PARALLEL_SAMPLES,
+    ImageCatalog,
+    inspect_images,
+    open_executor,
+    prefetch_map,
+)
 from finesight.data.image_header import TruncatedImageError
 from finesight.errors import UserError
 from finesight.vision.image_decoding import load_image

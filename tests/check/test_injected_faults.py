@@ -17,13 +17,13 @@ from fault_injection import (
 )
 from shape_images import LABELS_FILE, write_shape_images
 
-from finesight.check.check_inputs import (
+from finesight.check.check_issues import CheckResult
+from finesight.check.data_checker import (
+    DataChecker,
     ModelRequirements,
     inputs_from_files,
     load_model_requirements,
 )
-from finesight.check.check_issues import CheckResult
-from finesight.check.data_checker import DataChecker
 from finesight.data.import_source import ImportOptions
 from finesight.model.tiny import create_tiny_model
 

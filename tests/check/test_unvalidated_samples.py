@@ -14,10 +14,14 @@ from image_fixtures import write_gray_image
 from PIL import Image
 from pyarrow import parquet
 
-from finesight.check.check_inputs import ImportCheckInput, SampleCheckInput, inputs_from_files
 from finesight.check.check_issues import CheckResult
-from finesight.check.data_checker import DataChecker
-from finesight.check.parallel_executor import MIN_PARALLEL_SAMPLES
+from finesight.check.data_checker import (
+    DataChecker,
+    ImportCheckInput,
+    SampleCheckInput,
+    inputs_from_files,
+)
+from finesight.check.image_catalog import MIN_PARALLEL_SAMPLES
 from finesight.config import TrainFileSettings
 from finesight.data.corpus import load_corpus
 from finesight.data.import_source import ImportOptions

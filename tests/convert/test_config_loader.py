@@ -16,7 +16,7 @@ from convert_fixtures import (
     notes_by_setting,
 )
 
-from finesight.convert import llama_factory_rules, ms_swift_rules
+from finesight.convert.external_config import load_rules
 from finesight.convert.recipe_converter import convert_config
 from finesight.errors import UserError
 
@@ -73,21 +73,19 @@ def test_script_is_parsed_like_a_shell(tmp_path):
     script = f"""#!/bin/bash
     set -e
     # swift sft --model commented-out
-    export MAX_PIXELS=$((1280 * 28 * 28)) MIN_PIXELS=50176
-    RANK=16
-    more="--lora_alpha 64 --lora_dropout 0"
+    export MAX_PIXELS=1003520 MIN_PIXELS=50176
     unused=1
-    mkdir -p out && cd out; NPROC_PER_NODE=2 MAX_PIXELS=401408 {START} \\
-        --lora_rank $RANK $more --system "Say 'it' --briefly
+    mkdir -p $HOME/out && cd $HOME/out; NPROC_PER_NODE=2 MAX_PIXELS=401408 {START} \\
+        --lora_rank 16 --lora_alpha 64 --lora_dropout 0 --system "Say 'it' --briefly # really
 in two lines" \\
-        --learning_rate=${{RATE:-3e-5}} --freeze_vit false \\
+        --learning_rate=3e-5 --freeze_vit false \\
         --warmup_steps 5 2>&1 | tee train.log &
     """
     done = convert_script(tmp_path, script)
     made = load_converted_recipe(tmp_path)
     lora = made.tune.lora
     assert (lora.rank, lora.alpha, lora.dropout) == (16, 64.0, 0.0)
-    assert made.data.system_prompt == "Say 'it' --briefly in two lines"
+    assert made.data.system_prompt == "Say 'it' --briefly # really in two lines"
     assert (made.train.learning_rate.default, made.train.warmup) == (3e-5, 5)
     assert (made.image.min_pixels, made.image.max_pixels) == (50_176, 401_408)
     assert made.tune.vision == "lora"
@@ -96,18 +94,35 @@ in two lines" \\
     assert "unused" not in str(done.notes)
 
 
-def test_values_known_only_at_run_time_are_reported(tmp_path):
-    done = convert_script(
-        tmp_path, f"{START} --output_dir out/$(date +%s) --system $WORDS\n{START}\n"
-    )
-    unknown = notes_by_setting(done, "unknown")
-    assert set(unknown) == {"output_dir", "system", "also in the file"}
-    with pytest.raises(UserError, match="MAX_PIXELS"):
-        convert_script(tmp_path, f"MAX_PIXELS=$(cat size) {START}")
-    stray = notes_by_setting(
-        convert_script(tmp_path, START.replace("--model", "stray --model")), "unknown"
-    )
-    assert set(stray) == {"arguments without an option"}
+@pytest.mark.parametrize(
+    ("script", "text"),
+    [
+        (f"{START} --output_dir out/$(date +%s)", "out/$..."),
+        (f"RANK=8\n{START} --lora_rank $RANK", "$RANK"),
+        (f"{START} --lora_rank ${{RANK:-8}}", "${RANK:-8}"),
+        (f"{START} --max_steps `wc -l steps`", "`wc"),
+        (f'{START} "$@"', "$@"),
+        (f"MAX_PIXELS=$(cat size) {START}", "$..."),
+        (f"export NPROC_PER_NODE=$N\n{START}", "$N"),
+        (f"torchrun --nproc_per_node $N swift/cli/sft.py {START[10:]}", "$N"),
+        (f'if [ "$1" = full ]; then\n  {START}\nfi', "if ..."),
+        (f"for rate in 1 2; do\n{START}\ndone", "for ..."),
+    ],
+)
+def test_unresolved_command_is_rejected(script, text, tmp_path):
+    """Check that a command whose values only the shell knows asks for the resolved command."""
+    with pytest.raises(UserError, match="does not execute scripts") as caught:
+        convert_script(tmp_path, script)
+    assert repr(text) in caught.value.what
+    assert "resolved command" in caught.value.remedy
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_other_commands_and_stray_words_are_reported(tmp_path):
+    done = convert_script(tmp_path, f"{START}\n{START}\n")
+    assert set(notes_by_setting(done, "unknown")) == {"also in the file"}
+    done = convert_script(tmp_path, START.replace("--model", "stray --model"))
+    assert set(notes_by_setting(done, "unknown")) == {"arguments without an option"}
 
 
 @pytest.mark.parametrize(
@@ -117,7 +132,6 @@ def test_values_known_only_at_run_time_are_reported(tmp_path):
         "python -m swift.cli.sft",
         "torchrun --nproc_per_node=2 /opt/swift/cli/sft.py",
         "nohup env A=1 swift sft",
-        "for i in 1; do swift sft",
     ],
 )
 def test_start_commands_are_recognized(start, tmp_path):
@@ -143,9 +157,9 @@ def test_random_settings_raise_no_traceback(program, tmp_path, monkeypatch):
     """Each recipe that is written loads, whatever stood there; everything else is refused."""
     monkeypatch.chdir(tmp_path)
     base = SWIFT_SETTINGS if program == "ms-swift" else LLAMA_FACTORY_SETTINGS
-    keys = ms_swift_rules if program == "ms-swift" else llama_factory_rules
+    rules = load_rules(program)
     chance = random.Random(7)
-    names = [*keys.RULES, *keys.ALIASES, "ENV", "made up", "é"]
+    names = [*sorted(rules.converted), *rules.other, *rules.aliases, "ENV", "made up", "é"]
     written = 0
     for turn in range(160):
         count = 1 if turn < 110 else chance.randint(2, 6)

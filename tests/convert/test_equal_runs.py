@@ -9,7 +9,7 @@ import torch
 from convert_fixtures import SWIFT_SETTINGS, convert_settings, load_converted_recipe
 from transformers import get_scheduler
 
-from finesight.convert.family_detection import detect_family
+from finesight.convert.model_detection import detect_family
 from finesight.model.tiny import create_tiny_model, init_random_model
 from finesight.model.trainable import find_adaptable_layers, get_part
 from finesight.model_folder import ModelFolder
@@ -55,6 +55,4 @@ def test_layer_names_match_transformers_models(family, tmp_path):
         last = ".".join(pieces[-2:]) if pieces[-1].isdigit() else pieces[-1]
         names.setdefault(get_part(name), set()).add(last)
     known = detect_family(str(made.path), (), "a.yaml")
-    assert set(known.language_layers) == names["language"]
-    assert set(known.vision_layers) == names["vision"]
-    assert set(known.merger_layers) == names["merger"]
+    assert {part: set(layers) for part, layers in known.layers.items()} == names

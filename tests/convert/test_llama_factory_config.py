@@ -18,8 +18,7 @@ from convert_fixtures import (
     notes_by_setting,
 )
 
-from finesight.convert.llama_factory_rules import RULES
-from finesight.convert.setting_rules import MappedSetting
+from finesight.convert.external_config import load_rules
 from finesight.errors import UserError
 
 recipe = partial(convert_to_recipe, LLAMA_FACTORY_SETTINGS)
@@ -151,7 +150,7 @@ ELSEWHERE = {"stage", "dataset_dir", "media_dir", "max_samples"} | {
 
 
 def test_every_convertible_setting_has_an_example():
-    becoming = {key for key, rule in RULES.items() if isinstance(rule, MappedSetting)}
+    becoming = load_rules("LLaMA-Factory").converted
     assert becoming == set(EXAMPLES) | ELSEWHERE
 
 

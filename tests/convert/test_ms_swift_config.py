@@ -16,8 +16,7 @@ from convert_fixtures import (
     notes_by_setting,
 )
 
-from finesight.convert.ms_swift_rules import RULES
-from finesight.convert.setting_rules import MappedSetting
+from finesight.convert.external_config import load_rules
 from finesight.errors import UserError
 
 recipe = partial(convert_to_recipe, SWIFT_SETTINGS)
@@ -127,10 +126,9 @@ ELSEWHERE = {"task_type", "freeze_parameters", "trainable_parameters"} | {
 
 
 def test_every_convertible_setting_has_an_example():
-    from finesight.convert.hf_trainer_rules import RULES as OF_BOTH
-
-    becoming = {key for key, rule in RULES.items() if isinstance(rule, MappedSetting)}
-    assert becoming == set(EXAMPLES) | ELSEWHERE | (becoming & set(OF_BOTH))
+    becoming = load_rules("ms-swift").converted
+    of_both = load_rules("LLaMA-Factory").converted
+    assert becoming == set(EXAMPLES) | ELSEWHERE | (becoming & of_both)
 
 
 @pytest.mark.parametrize("key", EXAMPLES)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from image_fixtures import write_gray_image, write_jsonl
 
-from finesight.data import line_index, spool
+from finesight.data import importer, line_index
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import ImportSummary, import_dataset
 from finesight.data.jsonl import read_samples
@@ -389,8 +389,8 @@ def test_a_small_source_that_becomes_a_large_one(
     boxes = [{"image_id": 0, "category_id": 0, "bbox": [1, 1, 9, 9]}]
     document = {"images": images, "annotations": boxes, "categories": categories}
     (tmp_path / "a.json").write_text(json.dumps(document))
-    monkeypatch.setattr(spool, "FREE_BYTES", 2**20)
-    monkeypatch.setattr(spool, "MAX_EXPANSION_RATIO", 10)
+    monkeypatch.setattr(importer, "FREE_BYTES", 2**20)
+    monkeypatch.setattr(importer, "MAX_EXPANSION_RATIO", 10)
     assert "bytes of samples out of" in refusal(tmp_path / "a.json").what
 
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from finesight.data.hub_files import filter_data_files, select_files
+from finesight.data.source_fetch import filter_data_files, select_files
 from finesight.errors import UserError
 
 SHARDS = [f"data/{s}-0000{n}-of-00002.parquet" for s in ("train", "test") for n in (0, 1)]

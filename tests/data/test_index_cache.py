@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finesight.data import index_cache
+from finesight.data import line_index
 from finesight.data.line_index import IndexedLines, index_lines
 
 
@@ -16,9 +16,9 @@ from finesight.data.line_index import IndexedLines, index_lines
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where indices lie; every file is a large one."""
     monkeypatch.setattr(
-        index_cache, "MIN_INDEXED_BYTES", dict.fromkeys(index_cache.MIN_INDEXED_BYTES, 1)
+        line_index, "MIN_INDEXED_BYTES", dict.fromkeys(line_index.MIN_INDEXED_BYTES, 1)
     )
-    monkeypatch.setattr(index_cache, "index_cache_folder", lambda: tmp_path / "index")
+    monkeypatch.setattr(line_index, "index_cache_folder", lambda: tmp_path / "index")
     return tmp_path / "index"
 
 
@@ -94,7 +94,7 @@ def test_unused_indices_are_removed(tmp_path: Path, cache_folder: Path) -> None:
         os.utime(file, (0, 0))
     index_lines(tmp_path / "a.jsonl")
     (tmp_path / "c.jsonl").write_bytes(b"1\n")
-    index_cache._remove_stale.cache_clear()
+    line_index._remove_stale.cache_clear()
     index_lines(tmp_path / "c.jsonl")
     assert len(list(cache_folder.iterdir())) == 2
 
@@ -102,7 +102,7 @@ def test_unused_indices_are_removed(tmp_path: Path, cache_folder: Path) -> None:
 def test_small_files_are_not_cached(
     tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_cache, "MIN_INDEXED_BYTES", {"lines": 4})
+    monkeypatch.setattr(line_index, "MIN_INDEXED_BYTES", {"lines": 4})
     (tmp_path / "a.jsonl").write_bytes(b"1\n")
     index_lines(tmp_path / "a.jsonl")
     assert not cache_folder.exists()

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from finesight.data.json_boxes import (
+from finesight.data.boxes import (
     MAX_JSON_DEPTH,
     JsonBox,
     iter_json_values,

@@ -14,10 +14,14 @@ from hub_fixtures import make_png
 from pyarrow import parquet
 
 from finesight.config import TrainFileSettings
-from finesight.data import parquet_row_groups
-from finesight.data.container_paths import resolve_content, sha256_content
+from finesight.data import parquet_reader
 from finesight.data.corpus import Corpus, load_corpus
-from finesight.data.image_header import CorruptImageError, read_image_size
+from finesight.data.image_header import (
+    CorruptImageError,
+    read_image_size,
+    resolve_content,
+    sha256_content,
+)
 from finesight.data.line_index import UnreadableFileError
 from finesight.data.sample import ImagePart
 from finesight.digests import sha256_file
@@ -194,20 +198,20 @@ def test_large_row_groups_are_split_once(
     path = write_parquet(table, tmp_path / "a.parquet", group=5, texts=texts)
     baseline = load(path)
     written: list[Path] = []
-    divide = parquet_row_groups._rewrite_row_groups
-    monkeypatch.setattr(parquet_row_groups, "regrouped_folder", lambda: tmp_path / "divided")
-    monkeypatch.setattr(parquet_row_groups, "MAX_ROW_GROUP_BYTES", 10)
-    monkeypatch.setattr(parquet_row_groups, "MAX_GROUP_ROWS", 2)
+    divide = parquet_reader._rewrite_row_groups
+    monkeypatch.setattr(parquet_reader, "regrouped_folder", lambda: tmp_path / "divided")
+    monkeypatch.setattr(parquet_reader, "MAX_ROW_GROUP_BYTES", 10)
+    monkeypatch.setattr(parquet_reader, "MAX_GROUP_ROWS", 2)
     monkeypatch.setattr(
-        parquet_row_groups,
+        parquet_reader,
         "_rewrite_row_groups",
         lambda *paths: (written.append(paths[1]), divide(*paths)),
     )
     for _ in range(2):
-        parquet_row_groups._ensure_small_groups.cache_clear()
+        parquet_reader._ensure_small_groups.cache_clear()
         corpus = load(path)
         assert_same(corpus, table)
-    assert parquet_row_groups.list_row_group_sizes(path) == (2, 2, 1, 2)
+    assert parquet_reader.list_row_group_sizes(path) == (2, 2, 1, 2)
     assert len(written) == 1
     assert corpus.fingerprint == baseline.fingerprint
     assert corpus.location(4) == f"{path}, row 5"
@@ -222,8 +226,8 @@ def test_no_disk_space_for_split_row_groups(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_parquet(table, tmp_path / "a.parquet")
-    monkeypatch.setattr(parquet_row_groups, "regrouped_folder", lambda: tmp_path / "divided")
-    monkeypatch.setattr(parquet_row_groups, "MAX_ROW_GROUP_BYTES", 10)
+    monkeypatch.setattr(parquet_reader, "regrouped_folder", lambda: tmp_path / "divided")
+    monkeypatch.setattr(parquet_reader, "MAX_ROW_GROUP_BYTES", 10)
     monkeypatch.setattr(FileSystem, "free_bytes", lambda disk, folder: 100)
     with pytest.raises(UserError, match=r"GB are free[\s\S]*row_group_size"):
         load(path)
@@ -236,8 +240,8 @@ def test_corrupt_parquet_raises_user_error(
 ) -> None:
     """Whatever byte is wrong: what is read, if anything, or a UserError."""
     if large:
-        monkeypatch.setattr(parquet_row_groups, "regrouped_folder", lambda: tmp_path / "divided")
-        monkeypatch.setattr(parquet_row_groups, "MAX_ROW_GROUP_BYTES", 10)
+        monkeypatch.setattr(parquet_reader, "regrouped_folder", lambda: tmp_path / "divided")
+        monkeypatch.setattr(parquet_reader, "MAX_ROW_GROUP_BYTES", 10)
     full = write_parquet(table, tmp_path / "a.parquet").read_bytes()
     output: list[str] = []
     for at in range(4, len(full), len(full) // 150):

@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from finesight.data import parquet_values
+from finesight.data import parquet_reader
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.data.row_reader import open_row_file
@@ -101,9 +101,9 @@ def test_rows_that_take_no_bytes(tmp_path: Path) -> None:
 
 def test_rows_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "a.parquet", {"a": ["x" * n for n in (10, 3000, 10)]})
-    monkeypatch.setattr(parquet_values, "MAX_ROW_BYTES", 4000)
+    monkeypatch.setattr(parquet_reader, "MAX_ROW_BYTES", 4000)
     assert [len(record["a"]) for record in read(path)] == [10, 3000, 10]
-    monkeypatch.setattr(parquet_values, "MAX_ROW_BYTES", 2000)
+    monkeypatch.setattr(parquet_reader, "MAX_ROW_BYTES", 2000)
     with pytest.raises(UserError, match="bytes in a sample"):
         read(path)
 
@@ -113,9 +113,9 @@ def test_long_values_that_repeat_are_read_few_at_a_time(
 ) -> None:
     path = written(tmp_path / "a.parquet", {"a": ["x" * 1000] * 500, "b": list(range(500))})
     group = parquet.read_metadata(path).row_group(0)
-    assert parquet_values.get_batch_size(group) == 64
-    monkeypatch.setattr(parquet_values, "MAX_BATCH_BYTES", 10_000)
-    assert 1 <= parquet_values.get_batch_size(group) < 10
+    assert parquet_reader.get_batch_size(group) == 64
+    monkeypatch.setattr(parquet_reader, "MAX_BATCH_BYTES", 10_000)
+    assert 1 <= parquet_reader.get_batch_size(group) < 10
     assert [record["b"] for record in read(path)] == list(range(500))
 
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from finesight.data.split import split_by_image, split_last_rows
+from finesight.data.importer import split_by_image, split_last_rows
 from finesight.errors import UserError
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hub_fixtures import make_png
 
-from finesight.data import webdataset
-from finesight.data.webdataset import is_webdataset, open_webdataset, split_member_name
+from finesight.data import row_reader
+from finesight.data.row_reader import is_webdataset, open_webdataset, split_member_name
 from finesight.errors import UserError
 
 
@@ -83,7 +83,7 @@ def test_invalid_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         open_webdataset(tmp_path / "missing.tar")
     with pytest.raises(UserError, match="contains no samples"):
         open_webdataset(tar_of(tmp_path / "empty.tar", {}))
-    monkeypatch.setattr(webdataset, "MAX_MEMBER_BYTES", 10)
+    monkeypatch.setattr(row_reader, "MAX_MEMBER_BYTES", 10)
     with pytest.raises(UserError, match="has 11 bytes"):
         list(open_webdataset(tar_of(full, {"1.txt": b"a" * 11})).iter_range(0, 1))
 

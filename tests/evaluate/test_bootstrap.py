@@ -18,10 +18,12 @@ from finesight.evaluate.bootstrap import (
     REASON_NO_SAMPLES,
     REASON_RARE_CLASS,
     UNBOUNDED,
+    ConfidenceInterval,
     FloatArray,
     SampleGroup,
     ScoreEstimator,
     build_grouped_sums,
+    clopper_pearson_interval,
     compute_difference_intervals,
     compute_intervals,
     estimate_mean,
@@ -29,10 +31,6 @@ from finesight.evaluate.bootstrap import (
     get_missing_difference_reason,
     iter_resample_weights,
     safe_divide,
-)
-from finesight.evaluate.proportions import (
-    ConfidenceInterval,
-    clopper_pearson_interval,
     tango_interval,
 )
 

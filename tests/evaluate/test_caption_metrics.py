@@ -12,9 +12,9 @@ from finesight.evaluate.caption_metrics import (
     compute_corpus_bleu,
     compute_rouge_l,
     score_captions,
+    tokenize_caption,
 )
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.ptb_tokenizer import tokenize_caption
 
 
 def split(text: str) -> list[str]:

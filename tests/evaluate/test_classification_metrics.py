@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from finesight.evaluate.bootstrap import REASON_RARE_CLASS
-from finesight.evaluate.classification_metrics import OTHER_CLASS, score_classification
 from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.text_metrics import OTHER_CLASS, score_classification
 
 
 def _cases(*pairs: tuple[str, str]) -> list[EvalCase]:

@@ -11,7 +11,7 @@ import pytest
 
 from finesight.data.sample import BoxPart
 from finesight.evaluate.bootstrap import REASON_RARE_CLASS
-from finesight.evaluate.detection_metrics import score_detection
+from finesight.evaluate.box_metrics import score_detection
 from finesight.evaluate.eval_case import EvalCase
 
 

@@ -7,7 +7,7 @@ import pytest
 from finesight.data.jsonl import write_samples
 from finesight.data.sample import Message, Sample, TextPart
 from finesight.errors import UserError
-from finesight.evaluate.eval_inputs import load_eval_inputs
+from finesight.evaluate.generation_eval import load_eval_inputs
 
 
 def _data(path: Path, count: int) -> Path:

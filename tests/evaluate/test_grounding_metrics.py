@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from finesight.data.sample import BoxPart
+from finesight.evaluate.box_metrics import compute_box_scores, match_boxes, score_grounding
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.grounding_metrics import compute_box_scores, match_boxes, score_grounding
 
 
 def box(x1: float, y1: float, x2: float, y2: float, label: str | None = None, image: int = 0):

@@ -12,7 +12,7 @@ from finesight import api
 from finesight.cli.app import run_command
 from finesight.errors import UserError
 from finesight.evaluate import custom_metric
-from finesight.evaluate.metric_trust import (
+from finesight.evaluate.custom_metric import (
     check_metric,
     check_recipe_metric,
     in_run_folder,

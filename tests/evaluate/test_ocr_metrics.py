@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from finesight.evaluate.ocr_metrics import compute_edit_distance, fold_text, normalize_text
+from finesight.evaluate.text_metrics import compute_edit_distance, fold_text, normalize_text
 
 
 def _distance_by_table(a: list[str], b: list[str]) -> int:

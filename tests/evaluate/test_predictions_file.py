@@ -7,7 +7,7 @@ import pytest
 from finesight.data.sample import BoxPart
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.predictions_file import format_prediction_line, read_predictions
+from finesight.evaluate.metric_difference import format_prediction_line, read_predictions
 from finesight.infer.prediction import Prediction
 
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from finesight.evaluate.proportions import (
+from finesight.evaluate.bootstrap import (
     beta_cdf,
     beta_quantile,
     clopper_pearson_interval,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from finesight.evaluate.ptb_tokenizer import tokenize_caption
+from finesight.evaluate.caption_metrics import tokenize_caption
 
 # What the COCO evaluation's tokeniser (pycocoevalcap 1.2) makes of these texts.
 REFERENCE = [

@@ -3,7 +3,12 @@ from __future__ import annotations
 import pytest
 
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.qa_metrics import compute_anls, compute_word_f1, normalize_answer, score_qa
+from finesight.evaluate.text_metrics import (
+    compute_anls,
+    compute_word_f1,
+    normalize_answer,
+    score_qa,
+)
 
 
 @pytest.mark.parametrize(

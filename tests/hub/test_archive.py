@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from finesight.data.webdataset import is_webdataset, open_webdataset
+from finesight.data.row_reader import is_webdataset, open_webdataset
 from finesight.errors import UserError
 from finesight.hub import archive, archive_members
 from finesight.hub.archive import unpack_archive

@@ -15,7 +15,7 @@ from finesight.infer.kv_cache import (
     get_kv_bytes_per_token,
 )
 from finesight.model.attention import PackedAttention, Segments
-from finesight.model.tiny_config import TINY_PRESETS
+from finesight.model.tiny import TINY_PRESETS
 
 LAYERS, HEADS, KEY_HEADS, WIDTH = 2, 4, 2, 8
 CPU = torch.device("cpu")

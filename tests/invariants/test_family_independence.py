@@ -20,7 +20,7 @@ from finesight.encode.native_renderer import NativeRenderer
 from finesight.model.tiny import create_tiny_model
 from finesight.model_folder import ModelFolder
 from finesight.recipe import load_recipe
-from finesight.report.sample_page import render_sample_page
+from finesight.report.data_pages import render_sample_page
 from finesight.train.trainer import train
 
 

@@ -13,8 +13,15 @@ from finesight.data.image_header import read_image_size
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.data.jsonl import LocatedSample, read_samples
-from finesight.data.sample import BoxPart, ContentPart, ImagePart, Message, Sample, TextPart
-from finesight.data.sample_validation import validate_sample
+from finesight.data.sample import (
+    BoxPart,
+    ContentPart,
+    ImagePart,
+    Message,
+    Sample,
+    TextPart,
+    validate_sample,
+)
 from finesight.errors import UserError
 
 SIZES = {"a.png": (40, 20), "b.png": (1000, 500), "c.png": (333, 777)}

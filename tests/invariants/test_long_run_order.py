@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from finesight.config import TrainSettings
 from finesight.data.corpus import Corpus
-from finesight.data.index_cache import SampleIndex
 from finesight.data.jsonl import JsonlSamples
-from finesight.data.line_index import IndexedLines
+from finesight.data.line_index import IndexedLines, SampleIndex
 from finesight.data.sample_order import SampleOrder
 from finesight.train.distributed_sampler import DistributedSampler
 from finesight.train.parallel.distributed import ProcessGroup

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.model.array_cache import array_cache
+from finesight.model.vision_encoder import array_cache
 
 
 def test_cache_is_bounded_in_bytes():

@@ -17,8 +17,8 @@ from finesight.encode.context_shard import ContextShard
 from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.renderer import build_renderer
 from finesight.encode.tokenized_sample import EncodedSample
-from finesight.model import context_parallel
-from finesight.model.context_parallel import select_shard_features
+from finesight.model import attention
+from finesight.model.attention import select_shard_features
 from finesight.model.tiny import create_tiny_model
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
@@ -141,8 +141,8 @@ def test_gpu_kernels_support_context_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both chunks of a sample in one process, with collectives on itself."""
-    monkeypatch.setattr(context_parallel, "ALLGATHER", Tensor.copy_)
-    monkeypatch.setattr(context_parallel, "REDUCE_SCATTER", Tensor.copy_)
+    monkeypatch.setattr(attention, "ALLGATHER", Tensor.copy_)
+    monkeypatch.setattr(attention, "REDUCE_SCATTER", Tensor.copy_)
     tiny = create_tiny_model(tmp_path / "tiny")
     encoded = long_sample(tmp_path, tiny)
     device = torch.device("cuda")

@@ -15,10 +15,9 @@ from finesight.model import fused_decoder
 from finesight.model.attention import PackedAttention, Segments
 from finesight.model.decoder import DecoderLayer
 from finesight.model.fused_linear import FusedLinear
-from finesight.model.lora import fused_matmul
+from finesight.model.lora import fused
 from finesight.model.lora.layer import LoraConfig, LoraLinear
-from finesight.model.quant.fp8 import Fp8Weight
-from finesight.model.quant.rowwise_quant import Fp8Matrix
+from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight
 from finesight.model.rope import RotaryCosSin
 
 pytestmark = [
@@ -157,7 +156,7 @@ def test_fused_fp8_norms_match_unfused(
     exact = run_pass(layer(rank), torch.float32, None, lengths=IN_ORDER)
     made = to_fp8(layer(rank, share).to(dtype))
     codes = run_pass(made, dtype, None, lengths=IN_ORDER)
-    monkeypatch.setattr(fused_matmul, "accepts_fp8_input", lambda _: False)
+    monkeypatch.setattr(fused, "accepts_fp8_input", lambda _: False)
     own = run_pass(made, dtype, None, lengths=IN_ORDER)
     assert torch.equal(codes.y, own.y)
     assert all(torch.equal(codes.grads[name], own.grads[name]) for name in own.grads)
@@ -167,7 +166,7 @@ def test_fused_fp8_norms_match_unfused(
 def test_dropout_mean_matches_no_dropout() -> None:
     """The mean output over many seeds equals that without dropout where the layer is linear."""
     from finesight.model.kernels import lora_gemm as lora_gemm_kernels
-    from finesight.model.kernels.dropout import SeededDropout
+    from finesight.model.kernels.primitives import SeededDropout
 
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(300, 384, generator=generator).to(CUDA, torch.bfloat16)
@@ -191,7 +190,7 @@ def test_backward_uses_the_forward_dropout_mask() -> None:
     from finesight.model.kernels import lora_gemm as lora_gemm_kernels
     from finesight.model.kernels import norm as norm_kernels
     from finesight.model.kernels import swiglu as swiglu_kernels
-    from finesight.model.kernels.dropout import SeededDropout
+    from finesight.model.kernels.primitives import SeededDropout
 
     seeds = torch.tensor([11], dtype=torch.int32, device=CUDA)
     drop = SeededDropout(seeds, salt=1, p=0.4, scale=1.0)
@@ -232,7 +231,7 @@ def test_backward_uses_the_forward_dropout_mask() -> None:
 def test_dropout_masks_are_uncorrelated() -> None:
     """Masks of adjacent rows, columns and layers agree as often as by chance."""
     from finesight.model.kernels import norm as norm_kernels
-    from finesight.model.kernels.dropout import SeededDropout
+    from finesight.model.kernels.primitives import SeededDropout
 
     ones = torch.ones(2048, 1536, device=CUDA, dtype=torch.bfloat16)
 
@@ -253,7 +252,7 @@ def test_dropout_masks_are_uncorrelated() -> None:
 
 
 def test_updated_adapter_is_used_in_next_pass() -> None:
-    from finesight.model.lora.fused_weight import FusedWeightSync
+    from finesight.model.lora.fused import FusedWeightSync
 
     made, laying = layer(16).to(torch.bfloat16), FusedWeightSync()
     first = run_pass(made, torch.bfloat16, None)

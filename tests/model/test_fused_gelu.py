@@ -11,13 +11,12 @@ import torch
 from hf_reference import make_config, max_relative_error
 from torch import Tensor
 
-from finesight.model import fused_gelu
-from finesight.model.fused_gelu import QUICK_GELU, TANH_GELU, FusedGelu
+from finesight.model import layers
 from finesight.model.fused_linear import FusedLinear
+from finesight.model.layers import QUICK_GELU, TANH_GELU, FusedGelu
 from finesight.model.lora.layer import LoraConfig, LoraLinear
 from finesight.model.quant.base import HAS_TRITON
-from finesight.model.quant.fp8 import Fp8Weight, quantize_fp8
-from finesight.model.quant.rowwise_quant import Fp8Matrix
+from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight, quantize_fp8
 from finesight.model.weights_io import init_random_model
 
 if HAS_TRITON:
@@ -96,13 +95,13 @@ def test_kernel_is_used_only_for_supported_inputs(
     taken: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fused_gelu, "has_kernels", lambda x: True)
-    monkeypatch.setattr(fused_gelu, "_is_hopper", lambda device: True)
-    monkeypatch.setattr(fused_gelu, "gemm_gelu_kernels", SaturatedDevice(), raising=False)
+    monkeypatch.setattr(layers, "has_kernels", lambda x: True)
+    monkeypatch.setattr(layers, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(layers, "gemm_gelu_kernels", SaturatedDevice(), raising=False)
     with torch.no_grad():
         given = change(layer(16, 16).bfloat16(), torch.ones(32, 16, dtype=torch.bfloat16))
-        assert (fused_gelu._kernel_operands(*given) is not None) == taken
-    assert fused_gelu._kernel_operands(*given) is None, "gradients required"
+        assert (layers._kernel_operands(*given) is not None) == taken
+    assert layers._kernel_operands(*given) is None, "gradients required"
 
 
 def with_adapter(group: FusedLinear) -> FusedLinear:

@@ -22,8 +22,8 @@ from finesight.model.config import DecoderConfig
 from finesight.model.decoder import DecoderLayer
 from finesight.model.lora.layer import LoraConfig, LoraLinear
 from finesight.model.quant.base import HAS_TRITON
-from finesight.model.quant.fp8 import Fp8Weight
-from finesight.model.quant.rowwise_quant import Fp8Matrix, Int8Matrix
+from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight
+from finesight.model.quant.int8 import Int8Matrix
 from finesight.model.rope import RotaryCosSin
 from finesight.plan.fused_layer_memory import FusedLayerMemory
 from finesight.plan.layer_stack import compute_layer_memory

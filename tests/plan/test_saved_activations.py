@@ -20,8 +20,7 @@ from finesight.model.decoder import DecoderLayer
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.layers import GatedMlp
 from finesight.model.quant.base import HAS_TRITON
-from finesight.model.quant.fp8 import Fp8Weight
-from finesight.model.quant.rowwise_quant import Fp8Matrix
+from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight
 from finesight.model.tiny import TinyFamily, create_tiny_model
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel

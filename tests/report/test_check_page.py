@@ -17,7 +17,7 @@ from finesight.check.check_issues import (
     IssueImage,
     SourceStats,
 )
-from finesight.report.check_page import MAX_IMAGES_PER_ISSUE, render_check_page
+from finesight.report.data_pages import MAX_IMAGES_PER_ISSUE, render_check_page
 
 CODES = ("image-missing", "box-outside", "contradictory-answers", "box-tiny")
 

@@ -12,8 +12,8 @@ from html_text import read_script_data, read_visible_text
 from run_dir_fixtures import make_prediction_line
 
 from finesight.report.compare_page import compare_runs, render_compare_page, write_compare_page
+from finesight.report.comparison import compare_samples
 from finesight.report.i18n import Language
-from finesight.report.sample_comparison import compare_samples
 
 A, B, C = [0.5, 1.0, 0.5, 1.0] * 3, [1.0, 1.0, 0.5, 0.25] * 3, [0.75] * 12
 

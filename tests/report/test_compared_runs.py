@@ -10,7 +10,7 @@ from comparison_fixtures import RECIPE, make_run, make_sign_answers, start_recor
 from run_dir_fixtures import START_RECORD, FakeRunDir, make_step_line
 
 from finesight.errors import UserError
-from finesight.report.compared_runs import find_common_samples, list_warnings, read_compared_runs
+from finesight.report.comparison import find_common_samples, list_warnings, read_compared_runs
 
 HALF, FULL = [0.5] * 8, [1.0] * 8
 

@@ -15,15 +15,15 @@ import pytest
 from PIL import Image
 from run_dir_fixtures import make_prediction_line
 
-from finesight.report import example_data
-from finesight.report.example_data import (
+from finesight.report import examples
+from finesight.report.examples import (
     MAX_ANSWER_CHARS,
     MAX_BOXES,
+    Example,
     ExampleDataBuilder,
     read_boxes,
 )
-from finesight.report.examples import Example
-from finesight.report.mathml import FormulaConverter
+from finesight.report.html import FormulaConverter
 from finesight.vision.image_decoding import load_image
 
 
@@ -75,9 +75,9 @@ def test_later_page_renders_only_new_images(
         opened.append(path.name)
         return load_image(path, **kwargs)
 
-    monkeypatch.setattr(example_data, "load_image", noted)
+    monkeypatch.setattr(examples, "load_image", noted)
     missing = str(tmp_path / "later.png")
-    known: example_data.ThumbnailCache = {}
+    known: examples.ThumbnailCache = {}
 
     def shown(*paths: str) -> Any:
         lines = [make_prediction_line("s", "", "", 1.0, image=path) for path in paths]
@@ -174,7 +174,7 @@ def test_large_images_use_bounded_memory(tmp_path: Path) -> None:
     for number in range(1, 8):
         os.link(tmp_path / "0.png", tmp_path / f"{number}.png")
     program = (
-        "import pathlib, sys; from finesight.report.example_data import ExampleDataBuilder;"
+        "import pathlib, sys; from finesight.report.examples import ExampleDataBuilder;"
         "from finesight.report.examples import Example;"
         "status = pathlib.Path('/proc/self/status');"
         "highest = lambda: int(status.read_text().split('VmHWM:')[1].split()[0]) / 1e3;"

@@ -10,7 +10,7 @@ import pytest
 from comparison_fixtures import RECIPE, make_run, make_sign_answers, start_record
 from run_dir_fixtures import FakeRunDir
 
-from finesight.report import i18n, run_reader, run_status
+from finesight.report import i18n, run_reader, summary
 from finesight.report.compare_page import compare_runs, render_compare_page
 from finesight.report.html import render_page
 from finesight.report.i18n import (
@@ -53,7 +53,7 @@ def test_every_page_text_is_translated() -> None:
 
 
 def test_translation_table_has_no_unused_text() -> None:
-    modules = ("bootstrap", "metric_difference", "detection_metrics")
+    modules = ("bootstrap", "metric_difference", "box_metrics")
     notes = (f"evaluate/{name}.py" for name in modules)
     names = ("check/check_issues.py", "cli/data_show.py", *notes)
     extra = [SOURCES.parent / name for name in names]
@@ -95,7 +95,7 @@ def test_dynamic_page_texts_are_translated(tmp_path: Path, monkeypatch: pytest.M
         for name in ("result.json", "param_audit.json"):
             (other.folder / name).unlink()
         for going in (False, True):
-            assert run_status.get_run_status(run_reader.read_run(other.folder), going).description
+            assert summary.get_run_status(run_reader.read_run(other.folder), going).description
         render_run_page(other.folder)
         render_run_page(FakeRunDir(tmp_path / "new").folder)
     assert missed - SAME == set()

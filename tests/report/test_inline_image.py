@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finesight.report.inline_image import build_inline_image, encode_data_url
+from finesight.report.html import build_inline_image, encode_data_url
 
 
 def decode_data_url(data: str) -> Image.Image:

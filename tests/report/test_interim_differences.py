@@ -13,7 +13,7 @@ from finesight.data.sample import BoxPart
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.metric_difference import compare_cases
 from finesight.evaluate.task_metrics import compute_metrics
-from finesight.report.interim_differences import estimate_differences
+from finesight.report.examples import estimate_differences
 
 TEXTS = ["one two", "three", "four five six", "seven", "eight nine", "ten", "eleven", "twelve"]
 

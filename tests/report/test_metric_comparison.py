@@ -9,8 +9,7 @@ import pytest
 from comparison_fixtures import RECIPE, make_run, make_sign_answers, start_record
 
 from finesight.evaluate.metric_difference import compare_prediction_files
-from finesight.report.compared_runs import read_compared_runs
-from finesight.report.metric_comparison import MetricComparisonRow, compare_metrics
+from finesight.report.comparison import MetricComparisonRow, compare_metrics, read_compared_runs
 
 MIXED, BETTER = [0.5, 1.0, 0.25, 0.5, 0.75, 0.5, 0.5, 0.25], [1.0] * 8
 

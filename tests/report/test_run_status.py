@@ -21,7 +21,7 @@ from run_dir_fixtures import (
 from finesight.report.i18n import use_language
 from finesight.report.run_page import LiveReportState, render_run_page, write_report
 from finesight.report.run_reader import read_run
-from finesight.report.run_status import get_run_status
+from finesight.report.summary import get_run_status
 
 
 @pytest.fixture

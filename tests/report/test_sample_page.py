@@ -20,7 +20,7 @@ from finesight.data.sample import BoxPart, ContentPart, ImagePart, Message, Samp
 from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.token_table import iter_token_rows
 from finesight.model_folder import ModelFolder
-from finesight.report.sample_page import render_sample_page
+from finesight.report.data_pages import render_sample_page
 
 
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])

@@ -16,10 +16,10 @@ from api_server_fixtures import (
     run_server,
 )
 from openai import OpenAI
+from synthetic_tasks.dataset_writer import write_task
+from synthetic_tasks.tasks import SyntheticTask
 
 from finesight.infer.model_loader import InferenceModel, load_inference_model
-from finesight.synth.dataset_writer import write_task
-from finesight.synth.tasks import SyntheticTask
 
 
 @pytest.fixture(scope="session")

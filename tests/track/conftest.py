@@ -13,7 +13,7 @@ from tiny_task import TinyTask
 from tracking_fixtures import METRIC, PLANTED_SECRETS, PROMPT, TrackedRun
 
 from finesight import storage
-from finesight.track.tracker_registry import TRACKER_EXTRAS
+from finesight.track.backends import TRACKERS
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def tracked_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackedRun
         patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
         patch.chdir(folder)
         task = TinyTask(home)
-        track: list[Any] = [k for k in TRACKER_EXTRAS if k != "mlflow" and find_spec(k) is not None]
+        track: list[Any] = [k for k in TRACKERS if k != "mlflow" and find_spec(k) is not None]
         if find_spec("mlflow") is not None:
             track.append({"kind": "mlflow", "uri": mlflow})
         task.recipe["data"]["system_prompt"] = PROMPT

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from finesight.config import TrackerSettings
-from finesight.track.tracker_client import TrackerClient
+from finesight.track.backends import TRACKERS
+from finesight.track.tracker_manager import TrackerClient
 from finesight.track.tracker_records import (
     AlertRecord,
     FinishRecord,
@@ -24,7 +25,6 @@ from finesight.track.tracker_records import (
     StepMetrics,
     TrackedImage,
 )
-from finesight.track.tracker_registry import TRACKER_EXTRAS
 
 OFFLINE = {"wandb": "offline", "swanlab": "offline", "mlflow": "mlruns"}
 """URIs of offline modes."""
@@ -75,12 +75,12 @@ def proxy() -> Iterator[tuple[int, list[bytes]]]:
         thread.join()
 
 
-@pytest.mark.parametrize("kind", TRACKER_EXTRAS)
+@pytest.mark.parametrize("kind", TRACKERS)
 def test_offline_tracker_opens_no_connection(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proxy: tuple[int, list[bytes]]
 ) -> None:
     if find_spec(kind) is None:
-        pytest.skip(f"{kind} is not installed (extra `{TRACKER_EXTRAS[kind]}`)")
+        pytest.skip(f"{kind} is not installed (extra `{TRACKERS[kind].extra}`)")
     port, requested = proxy
     (tmp_path / "sitecustomize.py").write_text(REFUSING)
     refused = tmp_path / "refused"

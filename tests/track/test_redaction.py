@@ -9,8 +9,15 @@ import pytest
 from tracking_fixtures import PLANTED_SECRETS, TrackedRun
 
 from finesight.config import TrackerSettings
-from finesight.track.redaction import REDACTED, redact, redact_tree
-from finesight.track.tracker_records import RECORD_ADAPTER, AlertRecord, StartRecord, TrackedImage
+from finesight.track.tracker_records import (
+    RECORD_ADAPTER,
+    REDACTED,
+    AlertRecord,
+    StartRecord,
+    TrackedImage,
+    redact,
+    redact_tree,
+)
 
 
 @pytest.mark.parametrize(

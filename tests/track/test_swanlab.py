@@ -85,7 +85,7 @@ def test_dashboard_command_is_printed(tracked_run: TrackedRun) -> None:
 
 def test_alert_is_sent_to_webhook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failing webhook does not stop the tracker."""
-    from finesight.track.swanlab import SwanLabTracker
+    from finesight.track.backends import SwanLabTracker
 
     bodies: list[dict[str, Any]] = []
 

@@ -14,8 +14,8 @@ import pytest
 from broken_trackers import install_broken_tracker
 
 from finesight.config import TrackerSettings
-from finesight.track import tracker_client, tracker_process
-from finesight.track.tracker_client import TrackerClient, TrackerStopped
+from finesight.track import tracker_manager, tracker_process
+from finesight.track.tracker_manager import TrackerClient, TrackerStopped
 from finesight.track.tracker_records import (
     AlertRecord,
     FinishRecord,
@@ -50,7 +50,7 @@ def start_hanging_tracker(
 
 
 def test_unresponsive_tracker_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracker_client, "RESPONSE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(tracker_manager, "RESPONSE_TIMEOUT_S", 0.3)
     one = start_hanging_tracker(tmp_path, monkeypatch, 5)
     assert one.wait(LONG)
     assert one.num_delivered < one.num_submitted == 6
@@ -64,7 +64,7 @@ def test_unresponsive_tracker_is_dropped(tmp_path: Path, monkeypatch: pytest.Mon
 def test_records_over_the_queue_limit_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracker_client, "MAX_QUEUED_RECORDS", 3)
+    monkeypatch.setattr(tracker_manager, "MAX_QUEUED_RECORDS", 3)
     one = start_hanging_tracker(tmp_path, monkeypatch, 50)
     one.kill()
     assert one.wait(0)
@@ -84,7 +84,7 @@ def test_pending_metrics_are_batched_in_order(
         def _run(self) -> None:
             pass
 
-    monkeypatch.setattr(tracker_client, "MAX_BATCHED_STEPS", 3)
+    monkeypatch.setattr(tracker_manager, "MAX_BATCHED_STEPS", 3)
     one = Still("swanlab", tmp_path / "log")
     alert = AlertRecord(step=5, level="info", title="t", text="t")
     given = [
@@ -121,7 +121,7 @@ def test_working_tracker_receives_all_records(
 
 
 def test_tracker_process_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracker_client.sys, "executable", str(tmp_path / "no-python"))
+    monkeypatch.setattr(tracker_manager.sys, "executable", str(tmp_path / "no-python"))
     one = TrackerClient("swanlab", tmp_path / "log")
     one.submit(begin(tmp_path))
     assert one.wait(LONG)
@@ -133,7 +133,7 @@ PARENT = """
 import os, signal, sys
 from pathlib import Path
 from finesight.config import TrackerSettings
-from finesight.track.tracker_client import TrackerClient
+from finesight.track.tracker_manager import TrackerClient
 from finesight.track.tracker_records import StartRecord
 
 folder = Path(sys.argv[1])

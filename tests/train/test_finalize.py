@@ -12,7 +12,7 @@ from tiny_task import TinyTask
 
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import REASON_FEW_SAMPLES
-from finesight.evaluate.eval_inputs import load_eval_inputs
+from finesight.evaluate.generation_eval import load_eval_inputs
 from finesight.evaluate.metric_difference import REASON_NO_PREDICTIONS, REASON_UNSAMPLED
 from finesight.train.finalize import RunResult
 

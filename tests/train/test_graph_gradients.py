@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from finesight.model.fused_linear import FusedLinear
-from finesight.model.lora import fused_matmul
-from finesight.model.lora.fused_matmul import LoraMatmul
+from finesight.model.lora import fused
+from finesight.model.lora.fused import LoraMatmul
 from finesight.train import graph_gradients
 from finesight.train.grad_accumulation import LARGE_PARAM_ELEMENTS
 from finesight.train.graph_gradients import GraphGradients
@@ -84,4 +84,4 @@ def test_large_weight_gradient_is_written_directly(
             torch.testing.assert_close(weight.grad, x.sum(0).expand_as(weight))
     assert large.weight.grad.data_ptr() in came, "made elsewhere, and copied"
     assert small.weight.grad.data_ptr() not in came
-    assert fused_matmul._GRADIENT_BUFFERS == []
+    assert fused._GRADIENT_BUFFERS == []

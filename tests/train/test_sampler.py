@@ -9,9 +9,8 @@ import numpy as np
 
 from finesight.config import TrainSettings
 from finesight.data.corpus import Corpus
-from finesight.data.index_cache import SampleIndex
 from finesight.data.jsonl import JsonlSamples
-from finesight.data.line_index import IndexedLines
+from finesight.data.line_index import IndexedLines, SampleIndex
 from finesight.train.sampler import SequentialSampler, TrainSampler
 
 

@@ -4,55 +4,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from finesight.check.box_issues import clip_box, sort_corners
-from finesight.check.check_issues import CheckIssue, FixAction, SampleLocation, format_location
+from finesight.check.check_issues import (
+    CHANGES_FILE,
+    LOG_FILES,
+    SKIPPED_SAMPLES_FILE,
+    CheckIssue,
+    FixAction,
+    FixResult,
+    SampleLocation,
+    format_location,
+)
 from finesight.check.image_catalog import ImageCatalog
-from finesight.check.sample_issues import iter_media_paths
-from finesight.check.text_issues import remove_placeholders
+from finesight.check.sample_issues import (
+    clip_box,
+    iter_media_paths,
+    remove_placeholders,
+    sort_corners,
+)
+from finesight.data.corpus import GLOB_CHARACTERS, is_glob
 from finesight.data.image_resolver import ImageNames
 from finesight.data.import_source import UnvalidatedSource
 from finesight.data.jsonl import sample_to_dict, write_samples
 from finesight.data.sample import BoxPart, ContentPart, ImagePart, Sample
-from finesight.data.sharded_samples import GLOB_CHARACTERS, is_glob
 from finesight.errors import UserError, escape_surrogates
 from finesight.storage import write_file
 
-LOG_FILES = SKIPPED_SAMPLES_FILE, CHANGES_FILE = "skipped_samples.jsonl", "changes.jsonl"
-
 _SampleKey = tuple[str, int, int]
 """Data file, row index and index within the row, which identify a sample."""
-
-
-@dataclass(frozen=True, slots=True)
-class FixResult:
-    """Result of `finesight data check --fix`.
-
-    Attributes:
-        output_files: Path and number of samples of each written file.
-        num_changed: Number of samples that were changed.
-        num_skipped: Number of samples and rows that were not written.
-    """
-
-    output_files: tuple[tuple[Path, int], ...]
-    num_changed: int
-    num_skipped: int
-
-    def as_lines(self) -> list[str]:
-        """Format the result as lines of text."""
-        files = [f"{path}: {samples} samples" for path, samples in self.output_files]
-        folder = self.output_files[0][0].parent
-        summary = f"{self.num_changed} samples changed, {self.num_skipped} skipped"
-        return [*files, f"{summary}: {folder / CHANGES_FILE}, {folder / SKIPPED_SAMPLES_FILE}"]
-
-    def as_json(self) -> dict[str, Any]:
-        """Convert the result to JSON data."""
-        files = [{"file": str(path), "num_samples": samples} for path, samples in self.output_files]
-        return {"files": files, "num_changed": self.num_changed, "num_skipped": self.num_skipped}
 
 
 class DatasetFixer:

@@ -1,4 +1,4 @@
-"""Collect size, validity and a thumbnail of each image in a dataset.
+"""Collect size, validity and a thumbnail of each image in a dataset, in worker processes.
 
 Each file is hashed once, and files with identical content are decoded once.
 """
@@ -6,16 +6,20 @@ Each file is hashed once, and files with identical content are decoded once.
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
+import signal
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from finesight.check.near_duplicates import NearDuplicateIndex, compute_thumbnail, is_same_image
-from finesight.check.parallel_executor import prefetch_map
-from finesight.data.container_paths import sha256_content, split_container_path
+from finesight.child_processes import exit_with_parent
 from finesight.data.image_header import (
     TRANSPOSED_ORIENTATIONS,
     CorruptImageError,
@@ -24,12 +28,100 @@ from finesight.data.image_header import (
     TruncatedImageError,
     open_image_header,
     read_exif_orientation,
+    sha256_content,
+    split_container_path,
 )
 from finesight.errors import UserError
+from finesight.host_memory import num_allowed_cpus
 from finesight.vision.image_decoding import load_image
 from finesight.vision.resize import MAX_ASPECT_RATIO
 
 ItemT = TypeVar("ItemT")
+StartedT = TypeVar("StartedT")
+ResultT = TypeVar("ResultT")
+ArgsP = ParamSpec("ArgsP")
+
+PREFETCH_ITEMS = 4
+"""Number of items whose work is started ahead of the current item."""
+
+MIN_PARALLEL_SAMPLES = 400
+"""Minimum number of samples from which worker processes save time."""
+
+
+@contextmanager
+def open_executor(num_samples: int) -> Iterator[Executor]:
+    """Open a process pool, or an inline executor for few samples.
+
+    The pool has one worker per core. Workers are spawned rather than forked, so that they inherit
+    no state.
+
+    Raises:
+        UserError: A worker died, most likely from lack of memory.
+    """
+    pool = _create_pool() if num_samples >= MIN_PARALLEL_SAMPLES else None
+    if pool is None:
+        yield _InlineExecutor()
+        return
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"an image worker process died ({error})",
+            where="data check",
+            expected="enough memory to decode one image per core",
+            remedy="free memory and start again",
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _create_pool() -> ProcessPoolExecutor | None:
+    """Create a process pool.
+
+    Returns None if inter-process communication is unavailable, such as with a read-only /dev/shm.
+    """
+    context = multiprocessing.get_context("spawn")
+    try:
+        return ProcessPoolExecutor(num_allowed_cpus(), context, initializer=_start_worker)
+    except OSError:
+        return None
+
+
+def prefetch_map(
+    items: Iterable[ItemT],
+    start: Callable[[ItemT], StartedT],
+    finish: Callable[[ItemT, StartedT], ResultT],
+    max_pending: int = PREFETCH_ITEMS,
+) -> Iterator[ResultT]:
+    """Yield `finish(item, start(item))` for each item in order, starting items ahead.
+
+    At most `max_pending` items are started ahead of the current one.
+    """
+    pending: deque[tuple[ItemT, StartedT]] = deque()
+    for item in items:
+        pending.append((item, start(item)))
+        if len(pending) > max_pending:
+            yield finish(*pending.popleft())
+    while pending:
+        yield finish(*pending.popleft())
+
+
+class _InlineExecutor(Executor):
+    """Executor that runs each task immediately in the calling process."""
+
+    def submit(
+        self, fn: Callable[ArgsP, ResultT], /, *args: ArgsP.args, **kwargs: ArgsP.kwargs
+    ) -> Future[ResultT]:
+        future: Future[ResultT] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def _start_worker() -> None:
+    exit_with_parent()
+    # Ctrl-C reaches every process of the group; the parent process ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
 
 FILES_PER_TASK = 16
 """Number of image files per task of a worker process."""

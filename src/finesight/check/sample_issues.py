@@ -2,16 +2,277 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from finesight.check.box_issues import find_box_issues
-from finesight.check.check_issues import CheckIssue, IssueImage, SampleLocation
+from finesight.check.check_issues import CheckIssue, IssueImage, SampleLocation, issue_from_error
 from finesight.check.image_catalog import ImageCatalog
-from finesight.check.row_issues import issue_from_error
-from finesight.check.text_issues import find_text_issues
-from finesight.data.sample import ImagePart, Sample, TextPart, VideoPart, list_media_paths
-from finesight.data.sample_validation import InvalidTurnsError, validate_roles
+from finesight.data.boxes import MAX_OVERHANG_PX, Box
+from finesight.data.sample import (
+    BoxPart,
+    ImagePart,
+    InvalidTurnsError,
+    Message,
+    Sample,
+    TextPart,
+    VideoPart,
+    list_media_paths,
+    validate_roles,
+)
+
+MIN_BOX_SIDE = 2.0
+"""Side length in pixels below which a box is reported as tiny."""
+
+FULL_IMAGE_FRACTION = 0.98
+"""Minimum fraction of the image area of a box that covers the full image."""
+
+_CONVENTION_HINT = (
+    "boxes are in pixels of the original image after EXIF rotation; if most of them are not, "
+    "import them again with --box-format and --box-units"
+)
+
+_ORDER_HINT = "write [x1, y1, x2, y2] with x1 < x2 and y1 < y2: left, top, right, bottom"
+
+
+def find_box_issues(
+    sample: Sample, location: SampleLocation, catalog: ImageCatalog
+) -> Iterator[CheckIssue]:
+    """Yield at most one issue per box of a sample.
+
+    Boxes in missing or corrupt images are not checked, because the image size is unknown.
+    """
+    image_paths = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
+    for box in sample.iter_parts():
+        if not isinstance(box, BoxPart):
+            continue
+        if box.image >= len(image_paths):
+            yield location.create_issue(
+                "box-without-image",
+                (
+                    f"box refers to image {box.image} (0-based); the sample has {len(image_paths)}"
+                    " images"
+                ),
+                "correct the box's `image`, or add the image",
+            )
+            continue
+        image_info = catalog[image_paths[box.image]]
+        if image_info.issue_code is None:
+            issue_image = IssueImage(
+                Path(image_paths[box.image]), box.image, (box.xyxy,), (box.label or "",)
+            )
+            yield from _check_box(box.xyxy, image_info.size, location, issue_image)
+
+
+def sort_corners(xyxy: Box, size: tuple[int, int]) -> Box | None:
+    """Return an inverted box with its corners sorted, or None if the correction is ambiguous.
+
+    It is ambiguous if the sorted corners are outside the image, or if the values could be a corner
+    or center with width and height.
+    """
+    height, width = size
+    a, b, c, d = xyxy
+    sorted_box = (min(a, c), min(b, d), max(a, c), max(b, d))
+    if (
+        sorted_box[0] == sorted_box[2]
+        or sorted_box[1] == sorted_box[3]
+        or not _is_within(sorted_box, size, 0)
+    ):
+        return None
+    fits_as_xywh = a + c <= width + MAX_OVERHANG_PX and b + d <= height + MAX_OVERHANG_PX
+    fits_as_cxcywh = _is_within((a - c / 2, b - d / 2, a + c / 2, b + d / 2), size, MAX_OVERHANG_PX)
+    return None if fits_as_xywh or fits_as_cxcywh else sorted_box
+
+
+def clip_box(xyxy: Box, size: tuple[int, int]) -> Box | None:
+    """Clip a box to its image; return None if no area remains."""
+    height, width = size
+    x1, y1, x2, y2 = xyxy
+    clipped_box = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
+    return (
+        clipped_box if clipped_box[0] < clipped_box[2] and clipped_box[1] < clipped_box[3] else None
+    )
+
+
+def _check_box(
+    xyxy: Box, size: tuple[int, int], location: SampleLocation, issue_image: IssueImage
+) -> Iterator[CheckIssue]:
+    height, width = size
+    x1, y1, x2, y2 = xyxy
+    coordinates = ", ".join(f"{value:g}" for value in xyxy)
+    message = f"[{coordinates}] in an image of {width} x {height}"
+    issue_images = (issue_image,)
+    if not all(map(math.isfinite, xyxy)):
+        yield location.create_issue(
+            "box-empty", f"{message}: not four finite values", _ORDER_HINT, issue_images
+        )
+    elif x2 < x1 or y2 < y1:
+        is_certain = sort_corners(xyxy, size) is not None
+        yield location.create_issue(
+            "box-inverted",
+            message,
+            _ORDER_HINT,
+            issue_images,
+            "reordered" if is_certain else None,
+        )
+    elif x1 == x2 or y1 == y2:
+        yield location.create_issue(
+            "box-empty", f"{message}: a line or a point", _ORDER_HINT, issue_images
+        )
+    elif not _is_within(xyxy, size, MAX_OVERHANG_PX) or clip_box(xyxy, size) is None:
+        yield location.create_issue("box-outside", message, _CONVENTION_HINT, issue_images)
+    elif not _is_within(xyxy, size, 0):
+        yield location.create_issue(
+            "box-at-edge", message, "clip it to the image", issue_images, "clipped"
+        )
+    elif min(x2 - x1, y2 - y1) < MIN_BOX_SIDE:
+        yield location.create_issue(
+            "box-tiny", message, "check that the box is not too small", issue_images
+        )
+    elif (x2 - x1) * (y2 - y1) >= FULL_IMAGE_FRACTION * width * height:
+        yield location.create_issue(
+            "box-covers-image", message, "check that the box locates an object", issue_images
+        )
+
+
+def _is_within(xyxy: Box, size: tuple[int, int], tolerance: float) -> bool:
+    x1, y1, x2, y2 = xyxy
+    return min(x1, y1) >= -tolerance and x2 <= size[1] + tolerance and y2 <= size[0] + tolerance
+
+
+_IMAGE_PLACEHOLDER = re.compile(
+    r"(?:Picture \d+:\s*)?<img>[^<\n]{1,500}</img>\n?"
+    r"|<\|vision_start\|>(?:(?!<\|vision_start\|>).){0,500}?<\|vision_end\|>"
+    r"|<image>\n?",
+    re.DOTALL,
+)
+"""Pattern of a complete image placeholder in several dataset formats."""
+
+_TYPED_PLACEHOLDER = re.compile(
+    r"<\|(?:image_pad|video_pad|vision_start|vision_end|vision_pad)\|>|<imgpad>"
+    r"|<(?P<tag>video|audio)>(?!.{0,2000}?</(?P=tag)>)",
+    re.DOTALL,
+)
+"""Pattern of a single placeholder token without its image.
+
+The tags <video> and <audio> with a closing tag are HTML and do not match.
+"""
+
+_TYPED_BOX = re.compile(
+    r"<\|(?:box|quad|object_ref)_(?:start|end)\|>|<(?:box|quad)>\s*\(|</?ref>|<bbox>|<ref-object>"
+    r'|["\']bbox_2d["\']\s*:\s*\['
+)
+"""Pattern of a box or its label, written as text in a known syntax."""
+
+_SPECIAL_TOKEN = re.compile(
+    r"<\|(?:endoftext|im_start|im_end|fim_\w+|repo_name|file_sep|extra_\d+)\|>"
+)
+"""Pattern of the special tokens of all Qwen families, except image and box tokens."""
+
+_REMEDY = "remove it from the text: it is tokenized as text, not as a special token"
+
+
+def filter_known_tokens(tokens: Iterable[str]) -> tuple[str, ...]:
+    """Return the special tokens that the patterns of this module do not match."""
+    known_patterns = (_TYPED_PLACEHOLDER, _TYPED_BOX, _SPECIAL_TOKEN)
+    return tuple(t for t in tokens if not any(pattern.fullmatch(t) for pattern in known_patterns))
+
+
+def find_text_issues(
+    sample: Sample, location: SampleLocation, special_tokens: Collection[str] = ()
+) -> Iterator[CheckIssue]:
+    """Yield the issues of a sample whose texts contain placeholders, boxes or special tokens."""
+    texts = [part.text for part in sample.iter_parts() if isinstance(part, TextPart)]
+    if not any(char in text for text in texts for char in "<{") and not special_tokens:
+        return
+    yield from _check_placeholders(sample, location)
+    stripped_texts = [_IMAGE_PLACEHOLDER.sub("", text) for text in texts]
+    found = _find_first(_TYPED_PLACEHOLDER, stripped_texts)
+    if found:
+        yield location.create_issue("placeholder-in-text", f"{found} in a text", _REMEDY)
+    found = _find_first(_TYPED_BOX, stripped_texts)
+    if found:
+        remedy = "write boxes as box parts in pixels; `finesight data import` reads them"
+        yield location.create_issue("box-in-text", f"{found} in a text", remedy)
+    found = _find_first(_SPECIAL_TOKEN, stripped_texts) or _find_token(
+        special_tokens, stripped_texts
+    )
+    if found:
+        yield location.create_issue("special-token-in-text", f"{found} in a text", _REMEDY)
+
+
+def remove_placeholders(sample: Sample) -> Sample:
+    """Return a copy of a sample without image placeholders in user texts."""
+
+    def clean_message(message: Message) -> Message:
+        if message.role != "user":
+            return message
+        content = [
+            TextPart(text=_IMAGE_PLACEHOLDER.sub("", part.text))
+            if isinstance(part, TextPart)
+            else part
+            for part in message.content
+        ]
+        remaining = tuple(p for p in content if not isinstance(p, TextPart) or p.text)
+        return message.model_copy(update={"content": remaining})
+
+    return sample.model_copy(update={"messages": tuple(map(clean_message, sample.messages))})
+
+
+def _check_placeholders(sample: Sample, location: SampleLocation) -> Iterator[CheckIssue]:
+    placeholders = [
+        (message.role, found[0].strip())
+        for message in sample.messages
+        for part in message.content
+        if isinstance(part, TextPart)
+        for found in _IMAGE_PLACEHOLDER.finditer(part.text)
+    ]
+    if not placeholders:
+        return
+    num_images = sum(isinstance(part, ImagePart) for part in sample.iter_parts())
+    preview = (
+        placeholders[0][1] if len(placeholders[0][1]) <= 60 else f"{placeholders[0][1][:57]}..."
+    )
+    if len(placeholders) != num_images:
+        yield location.create_issue(
+            "placeholder-count-mismatch",
+            f"{len(placeholders)} image placeholders in the texts ({preview}), {num_images} images",
+            "one image part per placeholder, and no placeholders in the text",
+        )
+    else:
+        is_fixable = all(role == "user" for role, _ in placeholders) and _are_at_edges(sample)
+        yield location.create_issue(
+            "placeholder-in-text",
+            f"{preview} in a text; the {num_images} images of the sample are image parts",
+            "remove the placeholders from the text: the image parts define the positions",
+            fix="placeholders removed" if is_fixable and _stays_valid(sample) else None,
+        )
+
+
+def _are_at_edges(sample: Sample) -> bool:
+    """Return whether all placeholders are before or after the text of their part.
+
+    Placeholders within the text may be quoted content and are not removed.
+    """
+    texts = (part.text for part in sample.iter_parts() if isinstance(part, TextPart))
+    return all(
+        sum(bool(piece.strip()) for piece in _IMAGE_PLACEHOLDER.split(text)) <= 1 for text in texts
+    )
+
+
+def _stays_valid(sample: Sample) -> bool:
+    """Return whether every message still has content after the placeholders are removed."""
+    return all(message.content for message in remove_placeholders(sample).messages)
+
+
+def _find_first(pattern: re.Pattern[str], texts: list[str]) -> str | None:
+    return next((found[0] for text in texts for found in pattern.finditer(text)), None)
+
+
+def _find_token(tokens: Collection[str], texts: list[str]) -> str | None:
+    return next((token for token in tokens for text in texts if token in text), None)
+
 
 _FETCH_REMEDY = "download or export the image again, or remove the sample"
 

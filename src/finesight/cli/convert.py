@@ -15,8 +15,8 @@ from finesight.cli.options import AsJsonOption
 from finesight.errors import escape_unprintable
 
 if TYPE_CHECKING:
+    from finesight.convert.external_config import ConversionNote
     from finesight.convert.recipe_converter import ConvertedRecipe
-    from finesight.convert.setting_rules import ConversionNote
 
 
 def convert(

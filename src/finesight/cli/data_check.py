@@ -26,8 +26,8 @@ from finesight.cli.options import (
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
-    from finesight.check.check_inputs import ImportCheckInput, ModelRequirements, SampleCheckInput
     from finesight.check.check_issues import CheckIssue
+    from finesight.check.data_checker import ImportCheckInput, ModelRequirements, SampleCheckInput
 
 MAX_PRINTED_ISSUES = 3
 """Maximum number of printed examples per kind of issue; further ones are only counted."""
@@ -115,7 +115,7 @@ def check(
 
     Example: finesight data check latex/train.jsonl --against latex/eval.jsonl --html check.html
     """
-    from finesight.check.check_inputs import (
+    from finesight.check.data_checker import (
         inputs_from_files,
         inputs_from_recipe,
         is_recipe,
@@ -162,10 +162,9 @@ def _run_check(
 
     Returns the exit code for the highest severity of the issues.
     """
-    from finesight.check.check_issues import exit_code
-    from finesight.check.check_summary import format_summary, summary_to_dict
+    from finesight.check.check_issues import exit_code, format_summary, summary_to_dict
     from finesight.check.data_checker import DataChecker
-    from finesight.report.check_page import render_check_page
+    from finesight.report.data_pages import render_check_page
     from finesight.report.html import raise_if_not_generated, write_page
     from finesight.report.i18n import detect_language, use_language
     from finesight.storage import write_folder

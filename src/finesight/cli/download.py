@@ -47,7 +47,7 @@ def download(
 
 
 def _fetch_repository(address: HubAddress, to: Path | None) -> Path:
-    from finesight.data.hub_files import select_repository_files
+    from finesight.data.source_fetch import select_repository_files
     from finesight.hub.repository import (
         download_folder,
         fetch_model,

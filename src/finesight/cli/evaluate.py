@@ -82,10 +82,9 @@ def evaluate(
     """
     from rich.console import Console
 
-    from finesight.evaluate.custom_metric import parse_metric_path
-    from finesight.evaluate.eval_inputs import load_eval_inputs
+    from finesight.evaluate.custom_metric import check_metric, parse_metric_path
     from finesight.evaluate.generation_eval import evaluate as run_evaluation
-    from finesight.evaluate.metric_trust import check_metric
+    from finesight.evaluate.generation_eval import load_eval_inputs
     from finesight.infer.model_loader import load_inference_model
     from finesight.train.console import TrainingConsole
 

@@ -51,7 +51,7 @@ def train(
 
     Example: finesight train runs/short --resume
     """
-    from finesight.evaluate.metric_trust import check_recipe_metric
+    from finesight.evaluate.custom_metric import check_recipe_metric
     from finesight.recipe import load_recipe
 
     if os.path.isdir(recipe):  # False for an invalid path, which load_recipe reports

@@ -2,43 +2,48 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-from collections.abc import Mapping
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
 from finesight.bounded_files import parse_json
 from finesight.bounded_yaml import load_yaml
-from finesight.convert import llama_factory_rules, ms_swift_rules
-from finesight.convert.external_config import ExternalConfig, SourceProgram
-from finesight.convert.setting_rules import ConversionNote
-from finesight.convert.shell_parser import (
-    CONTROL_KEYWORDS,
-    POSITIONAL_KEY,
-    SCRIPT_ARGUMENTS,
-    UNRESOLVED,
-    ShellCommand,
-    parse_commands,
-    parse_options,
+from finesight.convert.external_config import (
+    ConversionNote,
+    ExternalConfig,
+    SourceProgram,
+    load_rules,
 )
 from finesight.errors import UserError, suggest_similar_path
 
 MAX_CONFIG_BYTES = 4_000_000
 """Maximum size of a configuration file in bytes."""
 
+UNKNOWN_COUNT = "unknown"
+"""Value of NPROC_PER_NODE if a launcher determines the number of processes at run time."""
+
+CONVERTED_VARIABLES = {
+    *("MAX_PIXELS", "MIN_PIXELS", "IMAGE_MAX_TOKEN_NUM", "IMAGE_MIN_TOKEN_NUM", "USE_HF"),
+    *("NPROC_PER_NODE", "NNODES", "CUDA_VISIBLE_DEVICES", "USE_MODELSCOPE_HUB"),
+}
+"""Environment variables that the converters read; others are only reported."""
+
 _EXPECTED = (
     "YAML or JSON of LLaMA-Factory, a shell script with `swift sft` or `llamafactory-cli"
     " train`, YAML of ms-swift, or args.json of an ms-swift run"
 )
-_DEFAULTS: dict[SourceProgram, Mapping[str, object]] = {
-    "ms-swift": ms_swift_rules.DEFAULTS,
-    "LLaMA-Factory": llama_factory_rules.DEFAULTS,
-}
-_ALIASES: dict[SourceProgram, Mapping[str, str]] = {
-    "ms-swift": ms_swift_rules.ALIASES,
-    "LLaMA-Factory": llama_factory_rules.ALIASES,
-}
+_CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+_MS_SWIFT_KEYS = (
+    *("dataset", "tuner_type", "train_type", "sft_type", "swift_version", "freeze_vit", "ENV"),
+)
+"""Settings that, together with a model, identify a configuration of ms-swift."""
+
 _OTHER_COMMANDS = {
     "megatron sft": "training with Megatron, which has other settings",
     "rlhf": "preference and reinforcement learning (DPO, GRPO, PPO, KTO, ...)",
@@ -57,12 +62,22 @@ _OTHER_COMMANDS = {
     "api": "serving, in finesight `finesight serve`",
 }
 """Commands of ms-swift and LLaMA-Factory that are no supervised fine-tuning, for messages."""
+
 _TRAINING_COMMANDS = ("sft", "train")
-_PROGRAM_BY_COMMAND: dict[str, SourceProgram] = {
+_PROGRAMS: dict[str, SourceProgram] = {
     "swift": "ms-swift",
     "llamafactory-cli": "LLaMA-Factory",
     "lmf": "LLaMA-Factory",
 }
+_COMMAND_PREFIXES = ("env", "nohup", "exec", "time", "sudo", "export", "declare", "-x")
+_CONTROL_KEYWORDS = ("if", "for", "while", "until", "case", "function")
+_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+_SUBSTITUTION = re.compile(r"\$\((?:[^()]|\([^()]*\))*\)")
+_QUOTED_OR_SKIPPED = re.compile(
+    r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.)|(?<!\S)#[^\n]*|(?<!\S)[\d&]*[<>]+&?[ \t]*[^\s;|&]+""",
+    re.DOTALL,
+)
+"""Quoted text and escaped characters, which remain, or comments and redirections."""
 
 
 def load_external_config(path: Path) -> ExternalConfig:
@@ -73,94 +88,58 @@ def load_external_config(path: Path) -> ExternalConfig:
 
     Raises UserError for an unreadable file and for one without a training configuration.
     """
-    text = _read_text(path)
-    if path.suffix in (".yaml", ".yml", ".json"):
-        return _config_from_content(_parse_content(text, path), path, {})
-    return _config_from_script(text, path)
+    if path.suffix in _CONFIG_SUFFIXES:
+        return _config_from_content(_parse_content(path), path)
+    return _config_from_script(_read_text(path), path)
+
+
+def _build_error(path: Path, what: str, remedy: str) -> UserError:
+    return UserError(what, where=str(path), expected=_EXPECTED, remedy=remedy)
 
 
 def _read_text(path: Path) -> str:
     try:
         if not path.exists():
-            raise UserError(
-                "file does not exist",
-                where=str(path),
-                expected=_EXPECTED,
-                remedy=suggest_similar_path(path),
-            )
+            raise _build_error(path, "file does not exist", suggest_similar_path(path))
         if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
-            raise UserError(
-                "is not a configuration file",
-                where=str(path),
-                expected=f"{_EXPECTED}, up to {MAX_CONFIG_BYTES / 1e6:g} MB",
-                remedy="use the configuration file itself",
-            )
+            limit = f"a configuration file of at most {MAX_CONFIG_BYTES / 1e6:g} MB"
+            raise _build_error(path, "is not a configuration file", f"use {limit}")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"byte {error.start} is not UTF-8 text",
-            where=str(path),
-            expected=_EXPECTED,
-            remedy="save the file as UTF-8",
-        ) from error
+        what = f"byte {error.start} is not UTF-8 text"
+        raise _build_error(path, what, "save the file as UTF-8") from error
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot be read: {error}",
-            where=str(path),
-            expected=_EXPECTED,
-            remedy="check the path and its permissions",
-        ) from error
+        what = f"cannot be read: {error}"
+        raise _build_error(path, what, "check the path and its permissions") from error
 
 
-def _parse_content(text: str, path: Path) -> dict[str, object]:
+def _parse_content(path: Path) -> dict[str, object]:
+    text = _read_text(path)
     try:
         content = parse_json(text) if path.suffix == ".json" else load_yaml(text)
     except (yaml.YAMLError, ValueError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(
-            f"cannot be read: {line}",
-            where=str(path),
-            expected=_EXPECTED,
-            remedy="correct the file",
-        ) from error
+        what = f"cannot be read: {' '.join(str(error).split())}"
+        raise _build_error(path, what, "correct the file") from error
     if not isinstance(content, dict) or not content:
-        raise _build_unknown_error(path, "has no named settings")
+        remedy = "use the file that started the training"
+        raise _build_error(path, "has no named settings", remedy)
     return {str(key): value for key, value in content.items()}
 
 
-def _build_unknown_error(path: Path, what: str) -> UserError:
-    return UserError(
-        what,
-        where=str(path),
-        expected=_EXPECTED,
-        remedy="use the file that started the training",
-    )
-
-
-def _config_from_content(
-    content: dict[str, object], path: Path, environment: Mapping[str, str]
-) -> ExternalConfig:
+def _config_from_content(content: dict[str, object], path: Path) -> ExternalConfig:
     """Build the configuration from the settings of a file.
 
     The program is detected by its name of the model setting: `model_name_or_path` in LLaMA-Factory,
     `model` or `model_id_or_path` in ms-swift.
     """
     if isinstance(content.get("data"), dict) and "model" in content and "output_dir" in content:
-        raise UserError(
-            "is a finesight recipe already",
-            where=str(path),
-            expected=_EXPECTED,
-            remedy=f"finesight train {path}",
-        )
+        raise _build_error(path, "is a finesight recipe already", f"finesight train {path}")
     if "model_name_or_path" in content:
-        return _build_config("LLaMA-Factory", content, path, environment)
-    if any(name in content for name in ("model", "model_id_or_path")) and any(
-        name in content for name in ms_swift_rules.IDENTIFYING_KEYS
-    ):
-        return _build_config("ms-swift", content, path, environment)
-    raise _build_unknown_error(
-        path, f"is not a known configuration: {', '.join(list(content)[:6])}"
-    )
+        return _build_config("LLaMA-Factory", content, path, {})
+    if content.keys() & {"model", "model_id_or_path"} and content.keys() & {*_MS_SWIFT_KEYS}:
+        return _build_config("ms-swift", content, path, {})
+    what = f"is not a known configuration: {', '.join(list(content)[:6])}"
+    raise _build_error(path, what, "use the file that started the training")
 
 
 def _build_config(
@@ -169,38 +148,41 @@ def _build_config(
     path: Path,
     environment: Mapping[str, str],
 ) -> ExternalConfig:
-    aliases = _ALIASES[program]
+    aliases = load_rules(program).aliases
     values = {aliases.get(key, key): value for key, value in content.items()}
-    if program == "ms-swift" and isinstance(environment_values := values.pop("ENV", None), dict):
+    if program == "ms-swift" and isinstance(file_environment := values.pop("ENV", None), dict):
         # Variables set outside take precedence.
-        environment = {str(k): str(v) for k, v in environment_values.items()} | dict(environment)
+        environment = {str(k): str(v) for k, v in file_environment.items()} | dict(environment)
     is_recorded = program == "ms-swift" and "swift_version" in values
-    return ExternalConfig(program, str(path), values, _DEFAULTS[program], environment, is_recorded)
+    return ExternalConfig(program, str(path), values, environment, is_recorded)
 
 
 def _config_from_script(text: str, path: Path) -> ExternalConfig:
     config: ExternalConfig | None = None
-    other_commands: list[str] = []
     notes: list[ConversionNote] = []
-    for command in parse_commands(text, str(path)):
-        if command.words[0] in CONTROL_KEYWORDS:
-            message = "conditions and loops are not evaluated: check these values"
-            notes.append(
-                ConversionNote("unknown", command.words[0], " ".join(command.words[1:]), message)
-            )
-        if command.words[0].startswith("--"):
+    other_commands: list[str] = []
+    exported: dict[str, str] = {}
+    for command in _split_commands(text, path):
+        words, assigned = list(command), dict[str, str]()
+        while words and (words[0] in _COMMAND_PREFIXES or _ASSIGNMENT.fullmatch(words[0])):
+            if match := _ASSIGNMENT.fullmatch(words.pop(0)):
+                assigned[match[1]] = match[2]
+        if command[0] in ("export", "declare"):
+            exported |= assigned
+        if words and words[0].startswith("--"):
             message = "not a part of the command: the previous line does not end with a backslash"
-            first, *rest = command.words
-            notes.append(ConversionNote("unknown", first, " ".join(rest), message))
-        program, name, index = _find_program(command.words)
+            notes.append(ConversionNote("unknown", words[0], " ".join(words[1:]), message))
+        program, name, index = _find_program(words)
         if program is None:
             continue
-        if config is None and name in _TRAINING_COMMANDS:
-            config = _config_from_command(program, command, index, path)
-        else:
-            other_commands.append(
-                f"{program}'s {name}: {_OTHER_COMMANDS.get(name, 'another training')}"
-            )
+        if config is not None or name not in _TRAINING_COMMANDS:
+            kind = _OTHER_COMMANDS.get(name, "another training")
+            other_commands.append(f"{program}'s {name}: {kind}")
+            continue
+        environment = exported | assigned
+        _require_resolved(words, environment, path)
+        environment |= _read_launcher(words[:index])
+        config = _config_from_command(program, words[index:], environment, path)
     if config is not None:
         message = "only the first training was converted"
         notes += [
@@ -208,29 +190,67 @@ def _config_from_script(text: str, path: Path) -> ExternalConfig:
             for other in other_commands
         ]
         return dataclasses.replace(config, extra_notes=tuple(notes))
-    if other_commands:
-        raise UserError(
-            other_commands[0],
-            where=str(path),
-            expected="supervised fine-tuning: `swift sft` or `llamafactory-cli train`",
-            remedy="use the script of such a training",
-        )
-    raise _build_unknown_error(path, "contains no command of ms-swift or LLaMA-Factory")
+    what = "contains no command of ms-swift or LLaMA-Factory"
+    remedy = "use the script of a supervised fine-tuning"
+    raise _build_error(path, other_commands[0] if other_commands else what, remedy)
 
 
-def _find_program(words: tuple[str, ...]) -> tuple[SourceProgram | None, str, int]:
+def _split_commands(text: str, path: Path) -> Iterator[list[str]]:
+    """Yield the words of each simple command of a shell script.
+
+    Raises UserError for conditions, loops, here-documents and unclosed quotation marks.
+    """
+    text = _SUBSTITUTION.sub("$...", text)
+    text = _QUOTED_OR_SKIPPED.sub(lambda match: match[1] or "", text).replace("\\\n", " ")
+    lexer = shlex.shlex(text, posix=True, punctuation_chars="\n;|&()<>")
+    lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
+    try:
+        words = [*lexer, "\n"]
+    except ValueError as error:
+        remedy = "close the quotation mark"
+        raise _build_error(path, "has an unclosed quotation mark", remedy) from error
+    command: list[str] = []
+    for word in words:
+        if not set(word) <= set("\n;|&()<>{}"):
+            command.append(word)
+        elif command:
+            if command[0] in _CONTROL_KEYWORDS:
+                raise _build_unresolved_error(path, f"{command[0]} ...")
+            yield command
+            command = []
+
+
+def _require_resolved(words: Sequence[str], environment: Mapping[str, str], path: Path) -> None:
+    """Raise UserError if the values of a command are known only when its script runs."""
+    values = [environment[name] for name in environment.keys() & CONVERTED_VARIABLES]
+    for value in (*words, *values):
+        if "$" in value or "`" in value:
+            raise _build_unresolved_error(path, value)
+
+
+def _build_unresolved_error(path: Path, text: str) -> UserError:
+    return UserError(
+        f"the training command depends on {text!r}, and finesight does not execute scripts",
+        where=str(path),
+        expected="a command without variables, command substitutions, conditions and loops",
+        remedy="print the resolved command (bash -x), and save it in a file ending in .sh",
+    )
+
+
+def _find_program(words: Sequence[str]) -> tuple[SourceProgram | None, str, int]:
     """Find the call of ms-swift or LLaMA-Factory in the words of a shell command.
 
     Returns the program, its subcommand such as `sft`, and the index of the first argument. The
     program is None if the command calls neither.
     """
     for index, word in enumerate(words):
-        basename, rest = word.rpartition("/")[2], words[index + 1 :]
-        name = rest[0].replace("_", "-") if rest else ""
-        if basename == "megatron" and name in (*_TRAINING_COMMANDS, *_OTHER_COMMANDS):
-            return "ms-swift", f"megatron {name}", len(words)
-        if basename in _PROGRAM_BY_COMMAND and name in (*_TRAINING_COMMANDS, *_OTHER_COMMANDS):
-            return _PROGRAM_BY_COMMAND[basename], name, index + 2
+        basename, following = word.rpartition("/")[2], words[index + 1 : index + 2]
+        name = following[0].replace("_", "-") if following else ""
+        if name in (*_TRAINING_COMMANDS, *_OTHER_COMMANDS):
+            if basename == "megatron":
+                return "ms-swift", f"megatron {name}", len(words)
+            if basename in _PROGRAMS:
+                return _PROGRAMS[basename], name, index + 2
         if word == "swift.cli.sft" or word.endswith("swift/cli/sft.py"):
             return "ms-swift", "sft", index + 1
         if word.endswith(("src/train.py", "llamafactory/launcher.py")):
@@ -239,63 +259,70 @@ def _find_program(words: tuple[str, ...]) -> tuple[SourceProgram | None, str, in
 
 
 def _config_from_command(
-    program: SourceProgram, command: ShellCommand, index: int, path: Path
+    program: SourceProgram, arguments: list[str], environment: Mapping[str, str], path: Path
 ) -> ExternalConfig:
-    """Build the configuration from the words of a training command in a shell script.
+    """Build the configuration from the arguments of a training command.
 
-    Options override the configuration file that the command names. `index` is that of the first
-    argument in `command.words`.
+    Options override the configuration file that the command names.
     """
-    rest = tuple(word for word in command.words[index:] if word not in SCRIPT_ARGUMENTS)
     content: dict[str, object] = {}
-    if rest and rest[0].endswith((".yaml", ".yml", ".json")):
-        config_path = Path(rest[0])
-        existing_path = config_path if config_path.exists() else path.parent / config_path
-        content = _parse_content(_read_text(existing_path), existing_path)
-        rest = rest[1:]
+    if arguments and arguments[0].endswith(_CONFIG_SUFFIXES):
+        config_path = Path(arguments.pop(0))
+        exists = os.path.exists(config_path)
+        content = _parse_content(config_path if exists else path.parent / config_path)
         # LLaMA-Factory accepts name=value after a file.
-        assignments = [word.partition("=") for word in rest if "=" in word and word[0] != "-"]
-        content |= {name: value for name, separator, value in assignments if separator}
-        rest = tuple(word for word in rest if "=" not in word or word[0] == "-")
-    content |= parse_options(rest)
+        while arguments and "=" in arguments[0] and arguments[0][0] != "-":
+            name, _, value = arguments.pop(0).partition("=")
+            content[name] = value
+    content |= _parse_options(arguments)
     if not content:
-        raise _build_unknown_error(path, f"the command of {program} has no settings")
-    if any(word in SCRIPT_ARGUMENTS for word in command.words[index:]):
-        content.setdefault(POSITIONAL_KEY, SCRIPT_ARGUMENTS[0])
-    launcher_variables = _read_launcher(command.words[:index])
-    return _build_config(program, content, path, {**command.environment, **launcher_variables})
+        remedy = "use the file that started the training"
+        raise _build_error(path, f"the command of {program} has no settings", remedy)
+    return _build_config(program, content, path, environment)
 
 
-def _read_launcher(words: tuple[str, ...]) -> dict[str, str]:
-    """Read the number of processes from a torchrun, deepspeed or accelerate command.
+def _parse_options(words: Sequence[str]) -> dict[str, object]:
+    """Parse the options of a command, `--name value ...` or `--name=value`.
+
+    An option without a value becomes "true", one with several values a list. Of repeated options,
+    the last one wins. Words before the first option have the key `arguments without an option`.
+    """
+    settings: dict[str, object] = {}
+    name, values = "", list[str]()
+    for word in (*words, "--"):
+        if not re.match(r"--?[A-Za-z]|--$", word):
+            values.append(word)
+            continue
+        if name or values:
+            key = name or "arguments without an option"
+            settings[key] = values[0] if len(values) == 1 else values or "true"
+        name, separator, value = word.lstrip("-").partition("=")
+        name, values = name.replace("-", "_"), [value] if separator else []
+    return settings
+
+
+def _read_launcher(words: Sequence[str]) -> dict[str, str]:
+    """Read the number of processes from the words of torchrun, deepspeed or accelerate.
 
     Returns NPROC_PER_NODE and NNODES, the environment variables that both programs use for it, or
     an empty dict without a launcher.
     """
     basenames = [word.rpartition("/")[2] for word in words]
-    launcher_options = {key: _first_value(value) for key, value in parse_options(words).items()}
-    if "torchrun" in basenames or any(name.startswith("torch.distributed.") for name in basenames):
-        procs_per_node, num_nodes = (
-            launcher_options.get("nproc_per_node", "1"),
-            launcher_options.get("nnodes", "1"),
-        )
-    elif "deepspeed" in basenames:
-        _, _, included = launcher_options.get("include", "").partition(":")
-        is_single_node = included and "@" not in included
-        procs_per_node = (
-            str(len(included.split(",")))
-            if is_single_node
-            else launcher_options.get("num_gpus", UNRESOLVED)
-        )
-        num_nodes = launcher_options.get("num_nodes", "1")
-    elif "accelerate" in basenames:
-        # Total of all nodes.
-        procs_per_node, num_nodes = launcher_options.get("num_processes", UNRESOLVED), "1"
-    else:
+    is_torchrun = any(re.match(r"torchrun$|torch\.distributed\.", name) for name in basenames)
+    if not is_torchrun and not {"deepspeed", "accelerate"} & {*basenames}:
         return {}
-    counts = {"NPROC_PER_NODE": procs_per_node, "NNODES": num_nodes}
-    return {name: count if count.isdecimal() else UNRESOLVED for name, count in counts.items()}
-
-
-def _first_value(value: object) -> str:
-    return str(value[0] if isinstance(value, list) else value)
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    parser.add_argument("--nproc_per_node", "--nproc-per-node", default="1")
+    parser.add_argument("--nnodes", "--num_nodes", default="1")
+    parser.add_argument("--num_gpus", "--num_processes", default=UNKNOWN_COUNT)
+    parser.add_argument("--include", default="")
+    try:
+        options, _ = parser.parse_known_args(list(words))
+    except argparse.ArgumentError:
+        return {"NPROC_PER_NODE": UNKNOWN_COUNT}
+    num_processes = options.nproc_per_node if is_torchrun else options.num_gpus
+    if options.include and "@" not in options.include:
+        num_processes = str(len(options.include.partition(":")[2].split(",")))
+    if not num_processes.isdecimal() or not options.nnodes.isdecimal():
+        return {"NPROC_PER_NODE": UNKNOWN_COUNT}
+    return {"NPROC_PER_NODE": num_processes, "NNODES": options.nnodes}

@@ -2,19 +2,88 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
-from finesight.convert.setting_rules import ConversionNote
-from finesight.convert.shell_parser import has_variable
+from finesight.bounded_yaml import load_yaml
 from finesight.errors import UserError
 
 SourceProgram = Literal["ms-swift", "LLaMA-Factory"]
 
+MAX_VALUE_LENGTH = 4096
+"""Maximum number of characters of a formatted value."""
+
 _TRUE_WORDS = {"true", "yes", "on", "1", "t", "y"}
 _FALSE_WORDS = {"false", "no", "off", "0", "f", "n"}
+
+
+@dataclass(frozen=True)
+class SettingRule:
+    """Rule for a setting that recipes do not have.
+
+    Attributes:
+        reason: Text for the user.
+        is_ignored: Whether the setting does not affect the trained model.
+        equivalent_values: Values of an unsupported setting that match the behavior of finesight.
+    """
+
+    reason: str
+    is_ignored: bool
+    equivalent_values: tuple[object, ...] = ()
+
+
+@dataclass(frozen=True)
+class ProgramRules:
+    """Rules for the settings of a program.
+
+    Attributes:
+        defaults: Default values of the program.
+        aliases: Current names of renamed settings, by old name.
+        converted: Settings that a converter reads.
+        other: Rules for all other settings.
+    """
+
+    defaults: Mapping[str, object]
+    aliases: Mapping[str, str]
+    converted: frozenset[str]
+    other: Mapping[str, SettingRule]
+
+
+@cache
+def load_rules(program: SourceProgram) -> ProgramRules:
+    """Load the rules of a program, including those of the transformers Trainer."""
+    file = importlib.resources.files("finesight.convert") / "rules.yaml"
+    content = load_yaml(file.read_text(encoding="utf-8"))
+    other: dict[str, SettingRule] = {}
+    converted: set[str] = set()
+    for section in (content["transformers"], content[program]):
+        own_converted = section["converted"].split()
+        for group in (*section["ignored"], *section["unsupported"]):
+            is_ignored = group in section["ignored"]
+            rule = SettingRule(group["reason"], is_ignored, tuple(group.get("equivalent", ())))
+            other |= dict.fromkeys(group["keys"].split(), rule)
+            converted -= set(group["keys"].split())
+        converted |= set(own_converted)
+        other = {key: rule for key, rule in other.items() if key not in own_converted}
+    own = content[program]
+    return ProgramRules(own["defaults"], own["aliases"], frozenset(converted), other)
+
+
+@dataclass(frozen=True)
+class ConversionNote:
+    """Note for the user about one setting.
+
+    `value` is the value as written, empty if the setting is not set.
+    """
+
+    kind: Literal["differs", "unknown", "note", "ignored"]
+    key: str
+    value: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -25,7 +94,6 @@ class ExternalConfig:
         program: Program that the configuration is written for.
         where: File of the configuration, for messages.
         values: Settings by name, as written.
-        defaults: Default values of the program, for settings that are not in `values`.
         environment: Environment variables of the training.
         is_recorded: Whether ms-swift wrote the file (args.json of a run), so that `values` contains
             all settings.
@@ -35,23 +103,17 @@ class ExternalConfig:
     program: SourceProgram
     where: str
     values: Mapping[str, object]
-    defaults: Mapping[str, object]
     environment: Mapping[str, str]
     is_recorded: bool = False
     extra_notes: tuple[ConversionNote, ...] = ()
 
-    @property
-    def is_script(self) -> bool:
-        """True if the configuration is a shell script, whose values may contain variables."""
-        return not self.where.endswith((".yaml", ".yml", ".json"))
-
-    def has(self, key: str) -> bool:
-        """Return whether the configuration sets a setting to a value other than null."""
-        return not is_empty(self.values.get(key))
+    def has(self, *keys: str) -> bool:
+        """Return whether the configuration sets one of the settings to a value other than null."""
+        return any(not is_empty(self.values.get(key)) for key in keys)
 
     def get_value(self, key: str) -> object:
         """Return the value of a setting as written, else the default of the program."""
-        return self.values[key] if self.has(key) else self.defaults.get(key)
+        return self.values[key] if self.has(key) else load_rules(self.program).defaults.get(key)
 
     def get_str(self, key: str) -> str | None:
         """Return a setting as text, or None if it has no value."""
@@ -107,14 +169,13 @@ class ExternalConfig:
             return ()
         if isinstance(value, list | tuple):
             return tuple(format_value(item) for item in value)
-        is_comma_separated = self.program == "LLaMA-Factory"
-        parts = str(value).split(",") if is_comma_separated else [str(value)]
+        parts = str(value).split(",") if self.program == "LLaMA-Factory" else [str(value)]
         return tuple(part.strip() for part in parts if part.strip())
 
     def get_env_int(self, name: str) -> int | None:
-        """Return an environment variable of the training as an integer.
+        """Return an environment variable of the training as an integer, None if it is not set.
 
-        Returns None if it is not set. Raises UserError for other values.
+        Raises UserError for other values.
         """
         text = self.environment.get(name, "").strip()
         if not text:
@@ -132,25 +193,17 @@ class ExternalConfig:
         """Return whether an environment variable of the training is 1 or true."""
         return self.environment.get(variable, "0").lower() in ("1", "true")
 
-    def is_any_set(self, *keys: str) -> bool:
-        """Return whether the configuration sets at least one of the settings."""
-        return any(self.has(key) for key in keys)
-
     def default_comment(self, *keys: str) -> str:
         """Return the recipe comment of a default value; empty if a setting is set."""
-        return "" if self.is_any_set(*keys) else f"{self.program}'s default"
+        return "" if self.has(*keys) else f"{self.program}'s default"
 
     def build_error(self, key: str, expected: str) -> UserError:
         """Build the error for the invalid value of a setting."""
-        value = self.get_value(key)
-        is_unresolved = self.is_script and has_variable(value)
         return UserError(
-            f"{key} is {format_value(value)!r}",
+            f"{key} is {format_value(self.get_value(key))!r}",
             where=self.where,
             expected=expected,
-            remedy=f"replace {key} with its value in a copy of the script"
-            if is_unresolved
-            else f"correct {key}",
+            remedy=f"correct {key}",
         )
 
 
@@ -164,7 +217,3 @@ def format_value(value: object) -> str:
     text = str(value).lower() if isinstance(value, bool) else str(value)
     line = " ".join(text.split())
     return line if len(line) <= MAX_VALUE_LENGTH else f"{line[: MAX_VALUE_LENGTH - 3]}..."
-
-
-MAX_VALUE_LENGTH = 4096
-"""Maximum number of characters of a formatted value."""

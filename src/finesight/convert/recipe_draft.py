@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import yaml
 
-from finesight.convert.setting_rules import ConversionNote
+from finesight.convert.external_config import ConversionNote
 from finesight.errors import escape_unprintable
 
 SettingValue = str | bool | int | float | None | list[object] | dict[str, object]

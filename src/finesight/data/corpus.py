@@ -1,32 +1,414 @@
-"""Concatenate the data files of a recipe (JSONL, Parquet, tar, glob patterns) into one corpus."""
+"""Concatenate the samples of several data files (shards)."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import itertools
 import os
+import posixpath
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
+
+from finesight.bounded_files import parse_json
 from finesight.child_processes import exit_with_parent
 from finesight.config import DataFileSettings, TrainFileSettings
-from finesight.data.jsonl import LocatedSample, build_no_samples_error, open_jsonl_samples
-from finesight.data.parquet_samples import open_parquet_samples
-from finesight.data.sample_validation import validate_sample
-from finesight.data.sharded_samples import (
-    SampleSource,
-    ShardedSamples,
-    check_packed_url,
-    expand_files,
+from finesight.data.image_header import parquet_row_path, tar_member_path
+from finesight.data.jsonl import (
+    LocatedSample,
+    build_no_samples_error,
+    open_jsonl_samples,
+    parse_sample,
+    sample_from_dict,
 )
-from finesight.data.tar_samples import open_tar_samples
+from finesight.data.line_index import (
+    FileState,
+    SampleIndex,
+    load_or_build_index,
+    open_data_file,
+    open_unchanged,
+    read_file_state,
+)
+from finesight.data.parquet_reader import (
+    IMAGES_COLUMN,
+    has_images,
+    iter_records,
+    list_row_group_sizes,
+    read_first_row,
+    read_parquet_metadata,
+    read_text_columns,
+    translate_parquet_errors,
+)
+from finesight.data.row_reader import MemberGroup as Members
+from finesight.data.row_reader import iter_member_groups, split_member_name
+from finesight.data.sample import validate_sample
+from finesight.digests import sha256_file
+from finesight.errors import UserError, suggest_similar_path
+from finesight.file_name_encoding import to_readable_name
+from finesight.hub.archive_members import TarArchive, open_tar
 from finesight.hub.object_storage import fetch_objects
+
+PACKED_SUFFIXES = (".tar", ".parquet")
+"""Suffixes of sample files that contain their images."""
+
+GLOB_CHARACTERS = frozenset("*?[")
+"""Characters that mark a path as a glob pattern."""
+
+
+class SampleSource(Protocol):
+    """Interface for random access to the samples of a data file or shards.
+
+    Samples are read from disk on access.
+    """
+
+    def __len__(self) -> int: ...
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hexadecimal that identifies the samples and their order."""
+        ...
+
+    def read_sample(self, index: int) -> LocatedSample:
+        """Read a sample by index and check its types. Raises UserError."""
+        ...
+
+    def location(self, index: int) -> str:
+        """Return file and position of a sample for messages."""
+        ...
+
+    def take(self, limit: int | None) -> SampleSource:
+        """Return a view of the first `limit` samples; None means all."""
+        ...
+
+
+class ShardedSamples:
+    """The concatenated samples of several data files (shards)."""
+
+    def __init__(self, sources: Sequence[SampleSource], limit: int | None = None) -> None:
+        self._sources = sources
+        self._ends = list(accumulate(map(len, sources)))
+        self._num_samples = self._ends[-1] if limit is None else min(limit, self._ends[-1])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the digests of all shards."""
+        return hashlib.sha256(
+            "".join(source.digest for source in self._sources).encode()
+        ).hexdigest()
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def read_sample(self, index: int) -> LocatedSample:
+        """Read a sample by index and check its types. Raises UserError."""
+        source, local_index = self._locate(index)
+        return source.read_sample(local_index)
+
+    def location(self, index: int) -> str:
+        """Return shard file and position of a sample for messages."""
+        source, local_index = self._locate(index)
+        return source.location(local_index)
+
+    def take(self, limit: int | None) -> ShardedSamples:
+        """Return a view of the first `limit` samples over all shards; None means all."""
+        return ShardedSamples(self._sources, limit)
+
+    def _locate(self, index: int) -> tuple[SampleSource, int]:
+        source_index = bisect_right(self._ends, index)
+        return self._sources[source_index], index - (
+            self._ends[source_index] - len(self._sources[source_index])
+        )
+
+
+def check_packed_url(url: str) -> str:
+    """Return the URL unchanged if it refers to a file that contains its images.
+
+    Raises:
+        UserError: The URL ends neither in .tar nor in .parquet.
+    """
+    if not url.lower().endswith(PACKED_SUFFIXES):
+        raise UserError(
+            "a file in object storage that is neither .tar nor .parquet",
+            where=url,
+            expected="files that contain their images",
+            remedy="pack samples and images into tar or Parquet files, or download them",
+        )
+    return url
+
+
+def is_glob(path: Path) -> bool:
+    """Return whether a path is a glob pattern rather than an existing file."""
+    return bool(GLOB_CHARACTERS & {*str(path)}) and not path.exists()
+
+
+def expand_files(path: Path) -> list[Path]:
+    """Return the files that match a glob pattern in sorted order, or the path itself.
+
+    Raises:
+        UserError: No file matches the pattern.
+    """
+    if not is_glob(path):
+        return [path]
+    matches = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    files = [file for file in matches if file.is_file()]
+    if not files:
+        raise UserError(
+            "no file matches",
+            where=str(path),
+            expected="a path, or a pattern such as shards/*.tar that matches at least one file",
+            remedy=suggest_similar_path(path),
+        )
+    return files
+
+
+@dataclass(frozen=True, slots=True)
+class TarSamples:
+    """Random access to the samples of an indexed tar file.
+
+    The tar headers and files of sample k are in the bytes from `offsets_N1[k]` to `offsets_N1[k +
+    1]`.
+    """
+
+    path: Path
+    index: SampleIndex
+    file_state: FileState
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all member names, sizes and sample JSON in hexadecimal.
+
+        The content of images is not included, as for other data files.
+        """
+        return self.index.digest
+
+    def __len__(self) -> int:
+        return len(self.index.offsets_N1) - 1
+
+    def read_sample(self, index: int) -> LocatedSample:
+        """Read a sample by index and check its types.
+
+        Raises:
+            UserError: The JSON is not a sample, or the file is corrupt or modified.
+        """
+        start, stop = self.index.offsets_N1[index : index + 2].tolist()
+        with open_unchanged(self.path, self.file_state), open_tar(self.path, start) as tar:
+            members = list(
+                itertools.takewhile(lambda member: member.offset < stop, tar.iter_headers())
+            )
+            content, folder = _read_sample_json(tar, members)
+        folder = to_readable_name(folder)
+        sample = parse_sample(content, self.location(index))
+        # Non-UTF-8 names are also found by their decoded form.
+        paths_by_name = {
+            name: tar_member_path(member.offset_data, member.size, posixpath.basename(member.name))
+            for member in members
+            for name in (member.name, to_readable_name(member.name))
+        }
+
+        def map_path(name: str) -> str:
+            member_path = paths_by_name.get(posixpath.normpath(posixpath.join(folder, name)))
+            # Other names become paths below the tar, where no files exist: only images inside the
+            # tar are valid.
+            return member_path or posixpath.normpath(f"/{name}").lstrip("/")
+
+        return LocatedSample(sample.map_paths(map_path), self.path)
+
+    def location(self, index: int) -> str:
+        """Return file and 1-based sample number for messages."""
+        return f"{self.path}, sample {index + 1}"
+
+    def take(self, limit: int | None) -> TarSamples:
+        """Return a view of the first `limit` samples; None means all."""
+        return replace(self, index=self.index.take(limit))
+
+
+def open_tar_samples(path: Path) -> TarSamples:
+    """Open and index a tar file of samples.
+
+    Raises:
+        UserError: The tar is corrupt, or contains files without a sample.
+    """
+    with open_data_file(path) as file:
+        return TarSamples(
+            path,
+            load_or_build_index(file, path, "tar", lambda: _build_tar_index(path)),
+            read_file_state(file),
+        )
+
+
+def read_first_json(path: Path) -> bytes | None:
+    """Return the JSON file of the first sample in a tar, None without one.
+
+    Raises:
+        UserError: The tar is corrupt.
+    """
+    with open_tar(path) as tar:
+        members = next(iter_member_groups(tar), [])
+        return next(
+            (
+                tar.read_member(member)
+                for member in members
+                if split_member_name(member)[1] == "json"
+            ),
+            None,
+        )
+
+
+def _build_tar_index(path: Path) -> SampleIndex:
+    sha256 = hashlib.sha256()
+    starts, stop = [], 0
+    with open_tar(path) as tar:
+        for members in iter_member_groups(tar):
+            starts.append(members[0].offset)
+            stop = members[-1].offset_data + members[-1].size
+            for member in members:
+                sha256.update(f"{member.name!r} {member.size}\n".encode(errors="surrogatepass"))
+            sha256.update(_read_sample_json(tar, members)[0])
+    return SampleIndex(np.array([*starts, stop]), np.empty(0, np.int64), sha256.hexdigest())
+
+
+def _read_sample_json(tar: TarArchive, members: Members) -> tuple[bytes, str]:
+    """Return the JSON of a sample and its folder, given its tar members."""
+    for member in members:
+        if split_member_name(member)[1] == "json":
+            return tar.read_member(member), posixpath.dirname(member.name)
+    raise UserError(
+        f"no sample next to {members[0].name}",
+        where=str(tar.archive),
+        expected="a .json file with a sample per image: 0001.json, 0001.jpg, 0002.json, ...",
+        remedy="import other tar files with `finesight data import`",
+    )
+
+
+JSON_COLUMNS = ("messages", "references", "meta")
+"""Names of the columns that may contain JSON text."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetSamples:
+    """Random access to the first `num_samples` samples of an indexed Parquet file.
+
+    The extra values of the index are the cumulative row counts at the end of each row group.
+    """
+
+    path: Path
+    index: SampleIndex
+    file_state: FileState
+    num_samples: int
+    has_images: bool
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file content in hexadecimal."""
+        return self.index.digest
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def read_sample(self, index: int) -> LocatedSample:
+        """Read a sample by index and check its types.
+
+        Raises:
+            UserError: The row is not a sample, or the file is corrupt or modified.
+        """
+        ends_G = self.index.extra_B
+        group = int(np.searchsorted(ends_G, index, side="right"))
+        group_start = int(ends_G[group - 1]) if group else 0
+        with open_unchanged(self.path, self.file_state), translate_parquet_errors(self.path):
+            (record,) = iter_records(
+                read_text_columns(self.path, group).slice(index - group_start, 1),
+                self.location(index),
+            )
+        sample = sample_from_dict(
+            _decode_record(record, self.location(index)), self.location(index)
+        )
+        if not self.has_images:
+            return LocatedSample(sample, self.path.parent)
+        return LocatedSample(
+            sample.map_paths(lambda name: parquet_row_path(index + 1, name)), self.path
+        )
+
+    def location(self, index: int) -> str:
+        """Return file and 1-based row number of a sample for messages."""
+        return f"{self.path}, row {index + 1}"
+
+    def take(self, limit: int | None) -> ParquetSamples:
+        """Return a view of the first `limit` samples; None means all."""
+        return self if limit is None else replace(self, num_samples=min(limit, self.num_samples))
+
+
+def open_parquet_samples(path: Path) -> ParquetSamples:
+    """Open and index a Parquet file of samples.
+
+    Raises:
+        UserError: The file is corrupt or has another format.
+    """
+
+    def build_index() -> SampleIndex:
+        ends = np.array([*accumulate(list_row_group_sizes(path))], dtype=np.int64)
+        return SampleIndex(np.zeros(1, np.int64), ends, sha256_file(path))
+
+    with open_data_file(path) as file:
+        index, file_state = (
+            load_or_build_index(file, path, "parquet", build_index),
+            read_file_state(file),
+        )
+    num_rows = int(index.extra_B[-1]) if len(index.extra_B) else 0
+    return ParquetSamples(path, index, file_state, num_rows, has_images(path))
+
+
+def read_first_record(path: Path) -> dict[str, Any] | None:
+    """Read the first row of a Parquet file as JSON data, without its images.
+
+    Used to detect whether the file contains samples. Returns None if the file has no rows or the
+    first row is unreadable.
+
+    Raises:
+        UserError: The file is corrupt or has another format.
+    """
+    if not read_parquet_metadata(path).num_rows:
+        return None
+    try:
+        with translate_parquet_errors(path):
+            row = read_first_row(path)
+        return _decode_record(row, str(path)) | ({IMAGES_COLUMN: []} if has_images(path) else {})
+    except UserError:
+        return None
+
+
+def _decode_record(record: dict[str, Any], location: str) -> dict[str, Any]:
+    """Decode the JSON columns of a Parquet row and remove keys whose value is null."""
+    try:
+        decoded = {
+            name: parse_json(value) if name in JSON_COLUMNS and isinstance(value, str) else value
+            for name, value in record.items()
+        }
+    except ValueError as error:
+        raise UserError(
+            f"broken JSON: {error}",
+            where=location,
+            expected=f"JSON, or lists and structs, in {', '.join(JSON_COLUMNS)}",
+            remedy="write the file again",
+        ) from error
+    cleaned: dict[str, Any] = _drop_none(decoded)
+    return cleaned
+
+
+def _drop_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _drop_none(item) for key, item in value.items() if item is not None}
+    return [_drop_none(item) for item in value] if isinstance(value, list) else value
+
 
 MIN_PARALLEL_FILES = 8
 """Minimum number of data files that are indexed in parallel by worker processes."""

@@ -12,8 +12,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finesight.data.container_paths import is_container_path, resolve_content
-from finesight.data.image_header import CorruptImageError, read_image_size
+from finesight.data.image_header import (
+    CorruptImageError,
+    is_container_path,
+    read_image_size,
+    resolve_content,
+)
 from finesight.digests import sha256_file
 from finesight.errors import UserError
 from finesight.file_name_encoding import is_utf8, iter_spellings, to_readable_name

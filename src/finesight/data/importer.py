@@ -1,6 +1,7 @@
 """Import dataset rows as training and evaluation samples into a new folder.
 
-The folder is created only if the import succeeds.
+The folder is created only if the import succeeds. Samples are assigned to output files only after
+all rows are parsed; until then, a temporary file contains them.
 """
 
 from __future__ import annotations
@@ -8,12 +9,15 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-from collections import Counter
+import tempfile
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
+
+import numpy as np
 
 from finesight.data.boxes import InvalidBoxError
 from finesight.data.formats import detect_format
@@ -21,25 +25,186 @@ from finesight.data.formats import table as table_format
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ImportContext,
+    ImportExample,
     InvalidOptionError,
     UnexpectedPlaceholderError,
     UnsupportedKeyError,
+    format_answer_id,
 )
-from finesight.data.formats.folder_listing import list_folder
 from finesight.data.image_header import CorruptImageError
 from finesight.data.image_resolver import IMAGES_FOLDER, ImageNames, hash_images
-from finesight.data.import_example import ImportExample, format_answer_id
 from finesight.data.import_source import ImportOptions, ImportSource, open_source
 from finesight.data.jsonl import encode_json_line, sample_fields, to_json_data
-from finesight.data.limits import LimitExceededError, check_limit
 from finesight.data.line_index import MAX_LINE_BYTES
-from finesight.data.row_reader import SourceRow
-from finesight.data.sample import Message
-from finesight.data.sample_validation import InvalidTurnsError, check_messages
-from finesight.data.split import split_by_image, split_last_rows
-from finesight.data.spool import Spool, SpoolSpan
+from finesight.data.row_reader import SourceRow, list_folder
+from finesight.data.sample import (
+    InvalidTurnsError,
+    LimitExceededError,
+    Message,
+    check_limit,
+    check_messages,
+)
 from finesight.errors import UserError, escape_surrogates
-from finesight.storage import write_chunks, write_folder
+from finesight.storage import translate_os_errors, write_chunks, write_folder
+
+FREE_BYTES = 2**30
+MAX_EXPANSION_RATIO = 1000
+"""Maximum ratio of spooled bytes to source bytes, applied beyond `FREE_BYTES`.
+
+Valid datasets, such as boxes with a thousand classes, reach a ratio of 100.
+"""
+
+
+class SpoolSpan(NamedTuple):
+    """Byte range of one encoded sample in the spool."""
+
+    start: int
+    size: int
+
+
+class Spool:
+    """Temporary file of encoded samples. Callers keep only their byte ranges in memory.
+
+    Args:
+        folder: Folder of the temporary file.
+        source_bytes: Size of the source in bytes, which limits the size of the spool.
+    """
+
+    def __init__(self, folder: Path, source_bytes: int) -> None:
+        self._folder = folder
+        self._source_bytes = source_bytes
+        self.end = 0
+
+    def __enter__(self) -> Self:
+        with translate_os_errors(self._folder):
+            self._file = tempfile.TemporaryFile(dir=self._folder, buffering=2**20)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def add(self, content: bytes) -> SpoolSpan:
+        """Append an encoded sample and return its byte range.
+
+        Raises:
+            UserError: The disk is full, or the output is much larger than the source.
+        """
+        span = SpoolSpan(self.end, len(content))
+        self.end += len(content)
+        if self.end > max(FREE_BYTES, MAX_EXPANSION_RATIO * self._source_bytes):
+            raise UserError(
+                f"over {self.end - 1:,} bytes of samples out of {self._source_bytes:,} bytes",
+                where="the source",
+                expected=f"no more than {MAX_EXPANSION_RATIO} times its size",
+                remedy="check the source; shorten what repeats in each row,"
+                " or import parts of it with --rows",
+            )
+        try:
+            self._file.write(content)
+        except OSError:
+            with translate_os_errors(self._folder):
+                raise
+        return span
+
+    def read(self, span: SpoolSpan) -> bytes:
+        """Return the bytes of a span. After the first read, `add` must not be called."""
+        self._file.seek(span.start)
+        content: bytes = self._file.read(span.size)
+        assert len(content) == span.size, f"{len(content)} bytes of {span}"
+        return content
+
+
+ImageKeys = frozenset[str]
+"""Keys of the images in a row. Identical images have equal keys."""
+
+
+def split_last_rows(rows: Sequence[ImageKeys], num_eval_rows: int) -> tuple[list[int], list[int]]:
+    """Split off the last rows for validation; remove training rows that share an image.
+
+    Returns:
+        Indices of the training rows and of the validation rows. There are no training rows if all
+            rows are for validation.
+
+    Raises:
+        UserError: There are fewer rows, or every other row shares an image with the last ones.
+    """
+    num_other_rows = len(rows) - num_eval_rows
+    if num_other_rows < 0:
+        raise UserError(
+            f"there are {len(rows)} rows",
+            where=f"eval_last={num_eval_rows}",
+            expected=f"at most {len(rows)}",
+            remedy="use fewer rows for validation",
+        )
+    eval_images = frozenset[str]().union(*rows[num_other_rows:])
+    train = [row_index for row_index in range(num_other_rows) if not rows[row_index] & eval_images]
+    if num_other_rows and not train:
+        raise UserError(
+            f"each of the other {num_other_rows} rows shares an image with the last"
+            f" {num_eval_rows}",
+            where=f"eval_last={num_eval_rows}",
+            expected="training rows with other images",
+            remedy="use another number of rows, or train_fraction",
+        )
+    return train, list(range(num_other_rows, len(rows)))
+
+
+def split_by_image(
+    rows: Sequence[ImageKeys], train_fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Split rows randomly into training and validation rows without shared images.
+
+    Rows that share an image stay together.
+
+    Args:
+        rows: Image keys of each row.
+        train_fraction: Approximate fraction of training rows.
+        seed: Seed of the random order of groups of rows.
+
+    Returns:
+        Indices of the training rows and of the validation rows, in ascending order.
+
+    Raises:
+        UserError: There are too few groups of rows for both splits.
+    """
+    groups = _group_rows(rows)
+    num_eval_rows = max(1, round((1 - train_fraction) * len(rows)))
+    eval_rows: list[int] = []
+    random_values = np.random.Philox(np.random.SeedSequence(seed)).random_raw(len(groups))
+    for group_index in np.argsort(random_values, kind="stable"):
+        if len(eval_rows) + len(groups[group_index]) <= num_eval_rows:
+            eval_rows += groups[group_index]
+    if not eval_rows or len(eval_rows) == len(rows):
+        raise UserError(
+            f"{len(rows)} rows in {len(groups)} groups without shared images",
+            where=f"train_fraction={train_fraction:g}",
+            expected=f"enough groups for training and {num_eval_rows} validation rows",
+            remedy="import more rows, or choose another fraction",
+        )
+    eval_row_set = set(eval_rows)
+    return [row_index for row_index in range(len(rows)) if row_index not in eval_row_set], sorted(
+        eval_rows
+    )
+
+
+def _group_rows(rows: Sequence[ImageKeys]) -> list[list[int]]:
+    """Group rows that share images, directly or through other rows (union-find)."""
+    parent = list(range(len(rows)))
+
+    def find_root(row_index: int) -> int:
+        while parent[row_index] != row_index:
+            parent[row_index] = row_index = parent[parent[row_index]]
+        return row_index
+
+    first_row_by_key: dict[str, int] = {}
+    for row_index, keys in enumerate(rows):
+        for key in keys:
+            parent[find_root(row_index)] = find_root(first_row_by_key.setdefault(key, row_index))
+    groups: defaultdict[int, list[int]] = defaultdict(list)
+    for row_index in range(len(rows)):
+        groups[find_root(row_index)].append(row_index)
+    return list(groups.values())
+
 
 MAX_DESCRIBED_ROWS = 5
 """Maximum number of invalid rows that an error message describes; further rows are only counted."""

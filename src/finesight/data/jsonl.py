@@ -13,7 +13,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from finesight import storage
-from finesight.data.limits import check_json
 from finesight.data.line_index import (
     UTF8_BOM,
     IndexedLines,
@@ -29,9 +28,10 @@ from finesight.data.sample import (
     Sample,
     TextPart,
     VideoPart,
+    check_json,
     format_number,
+    validate_sample,
 )
-from finesight.data.sample_validation import validate_sample
 from finesight.errors import UserError
 
 SAMPLE_KEYS = tuple(

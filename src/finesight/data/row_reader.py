@@ -1,37 +1,52 @@
-"""Read dataset rows from JSON, JSON Lines, CSV, TSV and Parquet files as dictionaries."""
+"""Read rows from JSON, JSON Lines, CSV, TSV, Parquet and WebDataset files, and list folders.
+
+In a WebDataset, a tar, a sample is several adjacent files with the same stem: 0001.jpg, 0001.txt,
+0001.json, 0002.jpg, and so on. A row contains the image as `image`, the content of text files under
+their suffixes (`txt`, `cls`, `caption`), and the keys of the JSON object.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import itertools
+import os
+import posixpath
 import re
-from collections import Counter
+import tarfile
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from finesight.bounded_files import parse_json
+from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.jsonl import read_data_file
-from finesight.data.limits import check_json
 from finesight.data.line_index import UTF8_BOM, enumerate_lines, open_data_file
-from finesight.data.parquet_row_groups import (
+from finesight.data.parquet_reader import (
+    check_row_count,
+    get_batch_size,
     import_parquet,
+    iter_records,
     open_parquet,
     read_parquet_metadata,
     translate_parquet_errors,
 )
-from finesight.data.parquet_values import check_row_count, get_batch_size, iter_records
+from finesight.data.sample import check_json
+from finesight.digests import DIGESTS_FILE
 from finesight.errors import UserError
 from finesight.file_name_encoding import to_readable_name
+from finesight.hub.archive_members import TarArchive, open_tar
+from finesight.regular_file import reject_special_file
 
 Record = dict[str, Any]
 """A dataset row as JSON-like data; rows from Parquet may contain bytes."""
 
 
 SNIFF_BYTES = 4096
-"""Number of bytes read to distinguish a JSON array from JSON Lines."""
+"""Number of bytes read from the start of a file to detect its format."""
 
 _BROKEN_AT = re.compile(r"(.*) at line ([0-9]+) column [0-9]+", re.DOTALL)
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -338,3 +353,308 @@ def _open_parquet(source: Path) -> RowReader:
                 position += 1
 
     return RowReader(found.num_rows, iter_range)
+
+
+TEXT_SUFFIXES = frozenset({"txt", "text", "caption", "transcript", "cls", "id", "index"})
+
+MAX_MEMBER_BYTES = 256 * 2**20
+"""Maximum number of bytes of a file in a tar, read into memory at once."""
+
+MemberGroup = list[tarfile.TarInfo]
+
+
+def is_tar_file(path: Path) -> bool:
+    """Return whether a file has the suffix of an uncompressed tar."""
+    return path.suffix.lower() == ".tar"
+
+
+def is_webdataset(path: Path) -> bool:
+    """Return whether each sample in a tar has an image and text or JSON.
+
+    Other tar files, including those with LabelMe JSON, are archives to unpack.
+
+    Raises:
+        UserError: The tar is corrupt.
+    """
+    with open_tar(path) as tar:
+        first_record = None
+        for members in iter_member_groups(tar):
+            suffixes = {split_member_name(member)[1] for member in members}
+            if not any(map(_is_image_suffix, suffixes)) or not suffixes & {*TEXT_SUFFIXES, "json"}:
+                return False
+            first_record = first_record or _build_record(tar, members)
+        return first_record is not None and "imagePath" not in first_record
+
+
+def open_webdataset(source: Path) -> RowReader:
+    """Open a WebDataset tar as rows, one per sample.
+
+    Raises:
+        UserError: The tar is corrupt or contains no samples.
+    """
+    with open_data_file(source), open_tar(source) as tar:
+        num_samples = sum(1 for _ in iter_member_groups(tar))
+    if num_samples == 0:
+        raise UserError(
+            "contains no samples",
+            where=str(source),
+            expected="a WebDataset: 0001.jpg, 0001.txt, 0002.jpg, ...",
+            remedy="check the file",
+        )
+
+    def iter_range(start: int, stop: int) -> Iterator[SourceRow]:
+        with open_tar(source) as tar:
+            selected = itertools.islice(enumerate(iter_member_groups(tar), start=1), start, stop)
+            for row_number, members in selected:
+                key = split_member_name(members[0])[0]
+                yield SourceRow(
+                    row_number, f"sample {key}", _build_record(tar, members), source.stem
+                )
+
+    return RowReader(num_samples, iter_range)
+
+
+def iter_member_groups(tar: TarArchive) -> Iterator[MemberGroup]:
+    """Yield the tar members of each sample: adjacent files with the same stem.
+
+    Hidden files are skipped.
+    """
+    files = (member for member in tar.iter_headers() if member.isreg() and not _is_hidden(member))
+    for _, members in itertools.groupby(files, key=lambda member: split_member_name(member)[0]):
+        yield list(members)
+
+
+def _is_hidden(member: tarfile.TarInfo) -> bool:
+    return posixpath.basename(member.name.rstrip("/")).startswith((".", "__"))
+
+
+def split_member_name(member: tarfile.TarInfo) -> tuple[str, str]:
+    """Split a tar member path into stem and suffix at the first dot."""
+    folder, slash, name = member.name.rpartition("/")
+    stem, _, suffix = name.partition(".")
+    return _normalize_folder(folder or slash) + stem, to_readable_name(suffix.lower())
+
+
+@lru_cache(1024)
+def _normalize_folder(folder: str) -> str:
+    """Return a folder as a path prefix with trailing slash, without leading `./`."""
+    path = str(PurePosixPath(folder))
+    return "" if path == "." else f"{path.rstrip('/')}/"
+
+
+def _is_image_suffix(suffix: str) -> bool:
+    return f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES
+
+
+def _build_record(tar: TarArchive, members: MemberGroup) -> Record:
+    """Build a row from the files of a sample, with their suffixes as keys.
+
+    A single image has the key `image`.
+    """
+    record: Record = {"id": split_member_name(members[0])[0]}
+    image_members = {
+        split_member_name(m)[1]: m for m in members if _is_image_suffix(split_member_name(m)[1])
+    }
+    for suffix, member in image_members.items():
+        record["image" if len(image_members) == 1 else suffix] = _read_member(tar, member)
+    for member in members:
+        suffix = split_member_name(member)[1]
+        if suffix in TEXT_SUFFIXES or suffix == "json":
+            text = _read_member_text(tar, member)
+            values = (
+                _parse_member_json(text, member, tar.archive)
+                if suffix == "json"
+                else {suffix: text}
+            )
+            record = {**values, **record}
+    return record
+
+
+def _parse_member_json(text: str, member: tarfile.TarInfo, source: Path) -> Record:
+    check_json(text.encode(), f"{source}, {member.name}")
+    try:
+        content = parse_json(text)
+    except ValueError as error:
+        raise UserError(
+            f"{member.name}: broken JSON: {error}",
+            where=str(source),
+            expected="JSON in each .json file",
+            remedy="create the tar again",
+        ) from error
+    return content if isinstance(content, dict) else {"json": content}
+
+
+def _read_member_text(tar: TarArchive, member: tarfile.TarInfo) -> str:
+    try:
+        return _read_member(tar, member).decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{member.name}: byte {error.start} is not UTF-8 text",
+            where=str(tar.archive),
+            expected="texts in UTF-8",
+            remedy="create the tar again",
+        ) from error
+
+
+def _read_member(tar: TarArchive, member: tarfile.TarInfo) -> bytes:
+    if member.size > MAX_MEMBER_BYTES:
+        raise UserError(
+            f"{member.name} has {member.size} bytes",
+            where=str(tar.archive),
+            expected=f"files of at most {MAX_MEMBER_BYTES} bytes",
+            remedy="create the tar again without it",
+        )
+    return tar.read_member(member)
+
+
+ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+"""Suffixes of files that contain rows or a complete dataset, in lower case."""
+
+NUM_DETECTION_FILES = 5
+"""Number of annotation files that are read to detect the dataset format."""
+
+
+@dataclass(frozen=True, slots=True)
+class FolderListing:
+    """Sorted paths of the files in a folder and its subfolders.
+
+    Hidden files and the checksum file of finesight are excluded.
+    """
+
+    root: Path
+    files: tuple[Path, ...]
+
+    def image_files(self) -> list[Path]:
+        """Return the files with the suffix of an image format."""
+        return [path for path in self.files if path.suffix.lower() in IMAGE_SUFFIXES]
+
+    def files_with_suffix(self, suffix: str) -> list[Path]:
+        """Return the files with a given suffix, in lower case with its dot."""
+        return [path for path in self.files if path.suffix.lower() == suffix]
+
+    def count_suffixes(self) -> Counter[str]:
+        """Count the files of the folder by suffix."""
+        return Counter(path.suffix.lower() or "no suffix" for path in self.files)
+
+    def suggest_source(self) -> str:
+        """Return a suggestion for a folder that no dataset format can open.
+
+        It names the closest format and the files that it misses.
+        """
+        for suffix in ROW_SUFFIXES:
+            if self.files_with_suffix(suffix):
+                return f"give the file itself, such as {self.files_with_suffix(suffix)[0]}"
+        if self.files_with_suffix(".xml"):
+            first = self.files_with_suffix(".xml")[0]
+            return f"the closest is voc: its XML files contain <annotation>, in contrast to {first}"
+        if self.image_files() and self.files_with_suffix(".txt"):
+            names = self.image_files()[0].name, self.files_with_suffix(".txt")[0].name
+            return (
+                "the closest is folder: texts have the names of their images, a.jpg and a.txt; "
+                f"found {names[0]} and {names[1]}"
+            )
+        if self.image_files():
+            return "the closest is folder: a .txt file with the answer next to each image"
+        return "give the folder with the images and labels, or the file with the rows"
+
+    def __str__(self) -> str:
+        kinds = [f"{count} {suffix}" for suffix, count in self.count_suffixes().most_common(6)]
+        return ", ".join(kinds) or "no file"
+
+
+def list_folder(root: Path) -> FolderListing:
+    """List all files below a folder, including those behind symbolic links to folders.
+
+    Each folder is visited once.
+
+    Raises:
+        SpecialFileError: A file is a named pipe, a socket or a device.
+    """
+    return FolderListing(root, tuple(sorted(_iter_files(root))))
+
+
+def open_annotation_files(
+    files: Sequence[Path],
+    stem: str,
+    description: str,
+    is_annotation: Callable[[Path], bool],
+    read_classes: Callable[[Path], set[str]],
+) -> tuple[RowReader, str] | None:
+    """Open annotation files as rows, one per image.
+
+    Args:
+        files: All candidate annotation files.
+        stem: Name used for generated IDs.
+        description: Description of the format, part of the reason for the match.
+        is_annotation: Function that returns whether a file is an annotation of the format.
+        read_classes: Function that returns the class names in a file.
+
+    Returns:
+        The rows and the reason for the match, or None if none of the first files is an annotation
+            of the format. Each row lists the class names of all files.
+    """
+    if not any(map(is_annotation, files[:NUM_DETECTION_FILES])):
+        return None
+    classes = sorted({name for file in files for name in read_classes(file)})
+
+    def make_row(row_number: int, file: Path) -> SourceRow:
+        record = {"id": file.stem, "file": str(file), "classes": classes}
+        return SourceRow(row_number, str(file), record, stem)
+
+    return rows_from_items(files, make_row), f"{description}, {len(classes)} classes"
+
+
+def is_json_object(path: Path) -> bool:
+    """Return whether a .json file contains an object, judged by its first bytes."""
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            head = file.read(SNIFF_BYTES)
+    except OSError:  # the row reader reports it
+        return False
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+
+
+def _iter_files(root: Path) -> Iterator[Path]:
+    """Yield all files below a folder, breadth first, visiting each folder once.
+
+    Raises:
+        SpecialFileError: A file is a named pipe, a socket or a device.
+    """
+    visited: set[str] = set()
+    waiting = deque([str(root)])
+    while waiting:
+        folder = waiting.popleft()
+        real_path = os.path.realpath(folder)
+        if real_path in visited:
+            continue
+        visited.add(real_path)
+        for entry in _list_entries(folder):
+            if _is(entry.is_dir):
+                waiting.append(entry.path)
+                continue
+            if not _is(entry.is_file):
+                reject_special_file(Path(entry.path))  # broken links are listed
+            if entry.name != DIGESTS_FILE:
+                yield Path(entry.path)
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    try:
+        return kind()
+    except OSError:  # a link into an unreadable folder
+        return False
+
+
+def _list_entries(folder: str) -> list[os.DirEntry[str]]:
+    """Return the entries of a folder sorted by name, without hidden ones.
+
+    An unreadable folder has no entries.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            shown = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError:
+        return []
+    return sorted(shown, key=lambda entry: entry.name)

@@ -1,8 +1,8 @@
-"""Fetch a dataset for import: local path, archive, hub dataset or web address.
+"""Select the files to download from a dataset repository on a hub.
 
-Hubs and the web are accessed only for sources with the prefix hf:, modelscope: or https://.
-Downloads stay in the cache, see `repository`. Archives are unpacked next to the output folder and
-deleted after the import.
+These are the files of a split and the files that they refer to. A dataset card (README.md) may
+assign files to splits in its `configs`. Otherwise, splits are inferred from file names such as
+data/train-00000-of-00002.parquet or validation/rows.jsonl.
 """
 
 from __future__ import annotations
@@ -10,31 +10,323 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any
 
+import yaml
+
+from finesight.bounded_yaml import load_yaml
 from finesight.data.formats import FORMATS
-from finesight.data.formats.folder_listing import ROW_SUFFIXES, list_folder
-from finesight.data.hub_files import (
-    LICENSE_PREFIXES,
-    SELF_CONTAINED_SUFFIXES,
-    SelectedFiles,
-    read_card,
-    read_local_card,
-    select_files,
-)
+from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.import_source import ImportOptions
-from finesight.data.row_reader import open_row_file
-from finesight.data.webdataset import is_tar_file, is_webdataset, open_webdataset
+from finesight.data.row_reader import (
+    ROW_SUFFIXES,
+    is_tar_file,
+    is_webdataset,
+    list_folder,
+    open_row_file,
+    open_webdataset,
+)
 from finesight.errors import UserError, suggest_similar_path
 from finesight.hub.address import is_hub_address, parse_dataset_address
-from finesight.hub.archive import is_archive, unpack_archive
+from finesight.hub.archive import ARCHIVE_SUFFIXES, is_archive, unpack_archive
 from finesight.hub.repository import HubRepository, open_repository
 from finesight.hub.web_files import RemoteImages, fetch_url, is_url
 from finesight.regular_file import reject_special_file
 from finesight.storage import make_folder, raise_if_exists, translate_os_errors, working_folder
+
+SELF_CONTAINED_SUFFIXES = (".parquet", ".tar")
+"""Suffixes of files that contain both rows and their images."""
+
+LABEL_SUFFIXES = (".txt", ".xml", ".yaml", ".yml")
+LICENSE_PREFIXES = ("license", "licence", "notice")
+
+METADATA_FILES = frozenset(
+    {
+        *("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"),
+        *("configuration.json", "config.json", "croissant.json"),
+    }
+)
+"""Lower-case names of JSON files with metadata of other programs, which contain no rows."""
+
+CARD_FILE = "README.md"
+MAX_CARD_BYTES = 2**20
+"""Maximum number of characters read from a dataset card to find its front matter."""
+
+DEFAULT_SPLIT = "train"
+_SPLIT_ALIASES = {
+    "train": "train", "training": "train",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class SelectedFiles:
+    """Files of a dataset repository that belong to a split.
+
+    Attributes:
+        row_files: Files with rows, in order. Empty for a dataset that consists of image folders.
+        support_files: Files that the rows may reference, such as images and archives.
+        split: Name of the selected split, None if the repository has no splits.
+        other_splits: Names of the splits that are not selected.
+    """
+
+    row_files: tuple[str, ...]
+    support_files: tuple[str, ...]
+    split: str | None = None
+    other_splits: tuple[str, ...] = ()
+
+
+def filter_data_files(paths: Sequence[str]) -> list[str]:
+    """Keep only data files of a repository: rows, images, labels, archives and licenses.
+
+    Code and metadata files are removed.
+    """
+    return [path for path in paths if _is_data_file(path)]
+
+
+def select_repository_files(repository: HubRepository) -> list[str]:
+    """Select the files to download from a dataset repository.
+
+    These are the files of the requested split, or all data files if the address names none,
+    together with the dataset card and the license.
+
+    Raises:
+        UserError: The requested split is ambiguous or matches no file.
+    """
+    paths, address = repository.paths, repository.address
+    extra_files = [
+        path for path in paths if path == CARD_FILE or path.lower().startswith(LICENSE_PREFIXES)
+    ]
+    if address.data_part is None:
+        selected = filter_data_files(paths)
+        if not selected:
+            raise _build_no_data_error(paths, str(address))
+    else:
+        selection = select_files(paths, address.data_part, read_card(repository), str(address))
+        selected = [*selection.row_files, *selection.support_files]
+    return list(dict.fromkeys([*selected, *extra_files]))
+
+
+def read_card(repository: HubRepository) -> str:
+    """Download and read the start of the dataset card; "" without a card."""
+    return (
+        read_local_card(repository.fetch_files([CARD_FILE]))
+        if CARD_FILE in repository.paths
+        else ""
+    )
+
+
+def read_local_card(folder: Path) -> str:
+    """Read the start of the dataset card in a folder; "" without a card."""
+    card = folder / CARD_FILE
+    if not card.is_file():
+        return ""
+    with card.open(encoding="utf-8", errors="replace") as file:
+        return file.read(MAX_CARD_BYTES)
+
+
+def select_files(
+    paths: Sequence[str], selector: str | None, card: str, source: str
+) -> SelectedFiles:
+    """Select the files of a split, a subset, SUBSET/SPLIT, or a single file.
+
+    Args:
+        paths: Paths of all files of the repository.
+        selector: Requested split, subset, SUBSET/SPLIT or file path. None selects the default
+            split.
+        card: Text of the dataset card (README.md).
+        source: Name of the dataset for error messages.
+
+    Raises:
+        UserError: The selection is ambiguous or matches no file.
+    """
+    data = filter_data_files(paths)
+    if not data:
+        raise _build_no_data_error(paths, source)
+    if selector is not None and selector in paths:
+        return _add_support_files((selector,), data)
+    splits = _read_card_splits(data, card, selector) or _infer_splits(
+        _filter_subset(data, selector)
+    )
+    if not splits:
+        if selector is not None:
+            raise _build_no_split_error(selector, [], data, source)
+        return SelectedFiles((), tuple(data))
+    split = (selector or "").rpartition("/")[2]
+    if split not in splits:
+        # A selector that names only a subset, like no selector, selects its default split.
+        split = _SPLIT_ALIASES.get(
+            split, DEFAULT_SPLIT if selector is None or _is_subset(card, selector) else split
+        )
+    if selector is None and split not in splits and len(splits) == 1:
+        split = next(iter(splits))
+    if split not in splits:
+        raise _build_no_split_error(selector, list(splits), data, source)
+    others = tuple(name for name in splits if name != split)
+    selection = _add_support_files(tuple(sorted(splits[split])), data)
+    return SelectedFiles(selection.row_files, selection.support_files, split, others)
+
+
+def _is_data_file(path: str) -> bool:
+    name = PurePosixPath(path).name.lower()
+    if name.startswith(".") or name in METADATA_FILES:
+        return False
+    return name.endswith(
+        (*ROW_SUFFIXES, *IMAGE_SUFFIXES, *LABEL_SUFFIXES, *ARCHIVE_SUFFIXES)
+    ) or name.startswith(LICENSE_PREFIXES)
+
+
+def _is_row_file(path: str) -> bool:
+    return path.lower().endswith((*ROW_SUFFIXES, *SELF_CONTAINED_SUFFIXES))
+
+
+def _add_support_files(rows: tuple[str, ...], data_paths: Sequence[str]) -> SelectedFiles:
+    """Add the files that rows may reference, such as images and archives, to row files.
+
+    Parquet and tar files contain their images and need no other files.
+    """
+    if all(path.lower().endswith(SELF_CONTAINED_SUFFIXES) for path in rows):
+        return SelectedFiles(rows, ())
+    others = [path for path in data_paths if path not in rows and not _is_row_file(path)]
+    tars = [path for path in data_paths if path.lower().endswith(".tar") and path not in rows]
+    return SelectedFiles(rows, (*others, *tars))
+
+
+def _infer_splits(data: Sequence[str]) -> dict[str, list[str]]:
+    """Group row files into splits by the last split name in their path.
+
+    If no path contains a split name, all files form the default split.
+    """
+    splits: dict[str, list[str]] = {}
+    rows = [path for path in data if path.lower().endswith(ROW_SUFFIXES)]
+    # A tar next to row files contains their images; without row files, it is the dataset.
+    for path in rows or [path for path in data if is_archive(path)]:
+        words = re.split(r"[^a-z]+", path.lower())
+        split_words = [_SPLIT_ALIASES[word] for word in words if word in _SPLIT_ALIASES]
+        splits.setdefault(split_words[-1] if split_words else "", []).append(path)
+    if splits.keys() == {""}:
+        return {DEFAULT_SPLIT: splits[""]}
+    splits.pop("", None)
+    return splits
+
+
+def _filter_subset(data: Sequence[str], selector: str | None) -> Sequence[str]:
+    """Keep the files in folders named like the subset of a SUBSET/SPLIT selector.
+
+    This finds subsets that the dataset card does not list.
+    """
+    subset = (selector or "").rpartition("/")[0]
+    return [path for path in data if subset in path.split("/")[:-1]] if subset else data
+
+
+def _read_card_splits(data: Sequence[str], card: str, selector: str | None) -> dict[str, list[str]]:
+    subset_config = _find_subset(card, selector)
+    if subset_config is None:
+        return {}
+    folder = subset_config.get("data_dir")
+    if isinstance(folder, str) and not subset_config.get("data_files"):
+        return _infer_splits([path for path in data if _matches_glob(path, f"{folder}/*")])
+    splits: dict[str, list[str]] = {}
+    for split, pattern in _iter_split_patterns(subset_config):
+        matching = [path for path in data if _is_row_file(path) and _matches_glob(path, pattern)]
+        if matching:
+            splits.setdefault(split, []).extend(matching)
+    return splits
+
+
+def _find_subset(card: str, selector: str | None) -> dict[str, Any] | None:
+    """Return the entry of `configs` in a dataset card that matches a selector.
+
+    Without a match, the entry marked as default is returned, then the first entry, else None.
+    """
+    subsets = list(_iter_subsets(card))
+    subset_name = (selector or "").partition("/")[0]
+    for subset in subsets:
+        if subset["config_name"] == subset_name:
+            return subset
+    defaults = [s for s in subsets if s.get("default") is True or s["config_name"] == "default"]
+    return next(iter([*defaults, *subsets]), None)
+
+
+def _is_subset(card: str, selector: str) -> bool:
+    return selector in [subset["config_name"] for subset in _iter_subsets(card)]
+
+
+def _iter_subsets(card: str) -> Iterator[dict[str, Any]]:
+    try:
+        head = load_yaml(_read_front_matter(card.removeprefix("\ufeff")))
+    except yaml.YAMLError:  # the card is optional; file names are sufficient
+        return
+    configs = head.get("configs") if isinstance(head, dict) else None
+    for subset in configs if isinstance(configs, list) else []:
+        if isinstance(subset, dict) and isinstance(subset.get("config_name"), str):
+            yield subset
+
+
+def _read_front_matter(card: str) -> str:
+    """Return the YAML front matter of a dataset card, between lines of three dashes."""
+    first, *lines = card.split("\n")
+    ends = (line_index for line_index, line in enumerate(lines) if line.rstrip() == "---")
+    end = next(ends, None) if first.rstrip() == "---" else None
+    return "\n".join(lines[:end]) if end is not None else ""
+
+
+def _iter_split_patterns(subset: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (split, glob pattern) pairs of an entry of `configs` in a dataset card.
+
+    `data_files` is a pattern, a list of patterns, a list of {split, path}, or a mapping from split
+    to patterns.
+    """
+    entries = subset.get("data_files")
+    if isinstance(entries, dict) and "path" not in entries:
+        entries = [{"split": split, "path": path} for split, path in entries.items()]
+    for entry in entries if isinstance(entries, list) else [entries]:
+        split, paths = DEFAULT_SPLIT, entry
+        if isinstance(entry, dict):
+            split, paths = str(entry.get("split", DEFAULT_SPLIT)), entry.get("path")
+        for path in paths if isinstance(paths, list) else [paths]:
+            if isinstance(path, str):
+                yield split, path
+
+
+def _matches_glob(path: str, pattern: str) -> bool:
+    relative = pattern.removeprefix("./")
+    return fnmatch(path, relative) or fnmatch(path, relative.replace("**/", ""))
+
+
+def _build_no_data_error(paths: Sequence[str], source: str) -> UserError:
+    scripts = [path for path in paths if path.endswith(".py")]
+    listed = ", ".join(paths[:6]) or "nothing"
+    return UserError(
+        f"no data file among {len(paths)}: {listed}",
+        where=source,
+        expected="Parquet, JSON, CSV, archives or images",
+        remedy=f"{scripts[0]} generates the data, and remote code is never executed: look"
+        " for a copy of the data as files (on Hugging Face possibly @refs/convert/parquet)"
+        if scripts
+        else "check the name: a model is not a dataset",
+    )
+
+
+def _build_no_split_error(
+    selector: str | None, splits: Sequence[str], data: Sequence[str], source: str
+) -> UserError:
+    rows = [path for path in data if _is_row_file(path)]
+    return UserError(
+        f"no split {selector!r}"
+        if selector is not None
+        else "several splits without a train split",
+        where=source,
+        expected=f"one of {', '.join(splits)}" if splits else "no split: there are none",
+        remedy=f"name a split after a colon, or one of its files: {source}:{(rows or data)[0]}",
+    )
 
 
 @dataclass(frozen=True, slots=True)

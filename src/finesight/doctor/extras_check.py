@@ -22,7 +22,6 @@ EXTRA_DESCRIPTIONS: Mapping[str, str] = {
     "mlflow": "experiment tracking with MLflow",
     "trackio": "experiment tracking with Trackio",
     "qwen-vl": "tokenizer of the first Qwen-VL",
-    "synth": "formulas and additional fonts in generated tasks",
     "web": "chat UI in the browser",
 }
 """Description of each extra for users, by name."""

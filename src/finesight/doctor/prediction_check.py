@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
-from finesight.check.conventions.box_hypothesis import (
+from finesight.check.box_hypothesis import (
     DEFAULT_CONVENTION,
     BoxClaim,
     BoxClaimTable,

@@ -31,7 +31,7 @@ from finesight.doctor.package_check import InstalledPackages
 from finesight.errors import UserError
 from finesight.model_folder import resolve_model_path
 from finesight.recipe import load_recipe
-from finesight.track.tracker_registry import TRACKER_EXTRAS
+from finesight.track.backends import TRACKERS
 
 MIN_FP8_CAPABILITY = (8, 9)
 """Minimum CUDA compute capability for FP8 matrix products."""
@@ -102,7 +102,7 @@ def _list_required_extras(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.tune.quantize.nf4:
         yield "quant", "tune.quantize.nf4"
     for tracker in recipe.track:
-        yield TRACKER_EXTRAS[tracker.kind], f"track={tracker.kind}"
+        yield TRACKERS[tracker.kind].extra, f"track={tracker.kind}"
     for file in (*recipe.data.train, *recipe.data.eval):
         if "://" in str(file.path):
             yield "objects", str(file.path)

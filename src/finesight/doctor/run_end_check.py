@@ -21,11 +21,11 @@ from finesight.errors import UserError
 from finesight.model_folder import ModelFolder, resolve_model_path
 from finesight.recipe import load_recipe
 from finesight.report.run_reader import RunRecord
-from finesight.report.run_status import get_run_status
 from finesight.report.summary import (
     count_training_samples,
     describe_progress,
     get_last_step,
+    get_run_status,
     list_memory_remarks,
     list_skipped_samples,
 )

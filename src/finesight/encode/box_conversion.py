@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from finesight.data.json_boxes import BOX_KEY, parse_json_box, split_at_boxes, strip_code_fences
+from finesight.data.boxes import BOX_KEY, parse_json_box, split_at_boxes, strip_code_fences
 from finesight.encode.family_base import (
     FRAME_1000,
     QWEN_VL_MAX_COORDINATE,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finesight.config import ImageRule
-from finesight.data.formats.turns import ROLE_KEYS, ROLES
+from finesight.data.formats.conversation_rows import ROLE_KEYS, ROLES
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.jsonl import read_data_file
 from finesight.encode.box_conversion import BOX_FORMATS, PIXEL_BOX_FORMAT, convert_boxes, has_boxes

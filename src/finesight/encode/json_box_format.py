@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from finesight.data.json_boxes import BOX_KEY, LABEL_KEYS, iter_json_values
+from finesight.data.boxes import BOX_KEY, LABEL_KEYS, iter_json_values
 from finesight.encode.family_base import (
     BoxCorners,
     ImageBox,

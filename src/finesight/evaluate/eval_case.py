@@ -13,12 +13,12 @@ from finesight.encode.reasoning import split_reasoning
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import (
     BOUNDED,
+    ConfidenceInterval,
     ScoreBounds,
     ScoreEstimator,
     compute_intervals,
     estimate_mean,
 )
-from finesight.evaluate.proportions import ConfidenceInterval
 
 MetricValues = dict[str, float]
 

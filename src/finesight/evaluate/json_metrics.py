@@ -28,7 +28,7 @@ from finesight.evaluate.bootstrap import (
     typical_classes,
 )
 from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, mean_metrics
-from finesight.evaluate.ocr_metrics import normalize_text
+from finesight.evaluate.text_metrics import normalize_text
 
 JsonForm = dict[str, Any] | list[Any]
 """Nested dicts and lists of strings in canonical form: without empty values, lists sorted."""

@@ -11,7 +11,7 @@ from finesight.evaluate import latex_rendering
 from finesight.evaluate.bootstrap import NON_NEGATIVE, estimate_ratio
 from finesight.evaluate.caption_metrics import MAX_NGRAM_ORDER, count_bleu_statistics, estimate_bleu
 from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, mean_metrics
-from finesight.evaluate.ocr_metrics import find_nearest_reference
+from finesight.evaluate.text_metrics import find_nearest_reference
 
 LatexTokens = list[str]
 

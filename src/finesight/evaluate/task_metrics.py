@@ -13,15 +13,12 @@ from typing import Literal
 from finesight.config import MetricSpec, TaskName
 from finesight.errors import UserError
 from finesight.evaluate import (
+    box_metrics,
     caption_metrics,
-    classification_metrics,
     custom_metric,
-    detection_metrics,
-    grounding_metrics,
     json_metrics,
     latex_metrics,
-    ocr_metrics,
-    qa_metrics,
+    text_metrics,
 )
 from finesight.evaluate.eval_case import (
     EvalCase,
@@ -51,14 +48,12 @@ class TaskMetric:
 TASK_METRICS: dict[TaskName, TaskMetric] = {
     "captions": TaskMetric("cider_d", caption_metrics.score_captions),
     "latex": TaskMetric("similarity", latex_metrics.score_latex),
-    "ocr": TaskMetric("similarity", ocr_metrics.score_ocr),
-    "qa": TaskMetric("anls", qa_metrics.score_qa),
-    "classification": TaskMetric("accuracy", classification_metrics.score_classification),
+    "ocr": TaskMetric("similarity", text_metrics.score_ocr),
+    "qa": TaskMetric("anls", text_metrics.score_qa),
+    "classification": TaskMetric("accuracy", text_metrics.score_classification),
     "json": TaskMetric("f1", json_metrics.score_json, reference_kind="json"),
-    "grounding": TaskMetric(
-        "accuracy_at_0.5", grounding_metrics.score_grounding, reference_kind="box"
-    ),
-    "detection": TaskMetric("f1_at_0.5", detection_metrics.score_detection, reference_kind="box"),
+    "grounding": TaskMetric("accuracy_at_0.5", box_metrics.score_grounding, reference_kind="box"),
+    "detection": TaskMetric("f1_at_0.5", box_metrics.score_detection, reference_kind="box"),
 }
 
 LOWER_IS_BETTER = frozenset({"edit_distance", "cer", "wer", "validation_loss"})

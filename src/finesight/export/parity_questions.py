@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
 from finesight.data.corpus import load_corpus
 from finesight.data.image_header import CorruptImageError
 from finesight.data.jsonl import LocatedSample
-from finesight.data.sample import ImagePart
+from finesight.data.sample import ImagePart, Message, Sample, TextPart
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
 from finesight.recipe import load_recipe
 from finesight.run_files import RECIPE_FILE
-from finesight.synth.tasks import SyntheticTask, generate_sample
+from finesight.synth.scenes import compose_scene
 
 IMAGE_SEED = 20260
 """Random seed of the images that are generated if a run has no validation samples."""
@@ -44,11 +45,13 @@ def draw_questions(folder: Path, num_questions: int) -> list[LocatedSample]:
     """Save generated images of shapes in a folder, and return one question about each."""
     questions = []
     for index in range(num_questions):
-        generated = generate_sample(SyntheticTask("scene"), IMAGE_SEED, index)
-        generated.image.save(folder / f"{index}.png")
-        questions.append(
-            LocatedSample(generated.to_sample(f"generated {index}", f"{index}.png"), folder)
+        rng = random.Random(f"scene {IMAGE_SEED} {index}")
+        compose_scene(rng, crowded=False).image.save(folder / f"{index}.png")
+        parts = (ImagePart(image=f"{index}.png"), TextPart(text="Describe this image."))
+        sample = Sample(
+            id=f"generated {index}", messages=(Message(role="user", content=parts),), meta={}
         )
+        questions.append(LocatedSample(sample, folder))
     return questions
 
 

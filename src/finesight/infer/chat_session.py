@@ -13,9 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finesight.data.boxes import MAX_OVERHANG_PX
+from finesight.data.boxes import (
+    BOX_KEY,
+    MAX_OVERHANG_PX,
+    parse_json_box,
+    split_at_boxes,
+    strip_code_fences,
+)
 from finesight.data.image_header import read_image_size
-from finesight.data.json_boxes import BOX_KEY, parse_json_box, split_at_boxes, strip_code_fences
 from finesight.data.jsonl import LocatedSample, write_samples
 from finesight.data.sample import BoxPart, ContentPart, ImagePart, Message, Sample, TextPart
 from finesight.encode.reasoning import THINK_END, THINK_START

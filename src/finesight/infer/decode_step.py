@@ -18,13 +18,11 @@ from torch import Tensor
 
 from finesight.infer.kv_cache import DecodeAttention
 from finesight.model.decoder import DecoderAttention, DecoderLayer
-from finesight.model.fused_linear import FusedLinear, single_output
+from finesight.model.fused_linear import FusedLinear, add_lora_delta, single_output
 from finesight.model.layers import GatedMlp, RmsNorm
-from finesight.model.lora.lora_delta import add_lora_delta
 from finesight.model.lora.multi import MultiLoraLinear
 from finesight.model.moe import SparseMoeBlock
-from finesight.model.quant.base import QuantizedWeight
-from finesight.model.quant.packed_4bit import Packed4BitMatrix, RmsNormParams, pack_inputs
+from finesight.model.quant.base import Packed4BitMatrix, QuantizedWeight, RmsNormParams, pack_inputs
 from finesight.model.rope import RotaryCosSin
 from finesight.model.vlm import VisionLanguageModel
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from finesight.model.attention import Segments, supports_varlen_attention, varlen_attention
 from finesight.model.config import DecoderConfig
-from finesight.model.length_buckets import copy_to_device
+from finesight.model.cpu_attention import copy_to_device
 
 _HAS_TRITON = find_spec("triton") is not None
 

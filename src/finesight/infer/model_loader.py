@@ -14,10 +14,14 @@ from finesight.config import Device, Precision, WeightFormat
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.errors import UserError
 from finesight.manifest import MANIFEST_FILE, Manifest, load_manifest
-from finesight.model.auto_model import AnyModel, load_auto_model
+from finesight.model.hf_backend import AnyModel, load_auto_model
 from finesight.model.lora.multi import MultiLora
-from finesight.model.lora.peft_config import PeftConfig, read_peft_config
-from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE, load_adapter
+from finesight.model.lora.peft_io import (
+    ADAPTER_CONFIG_FILE,
+    PeftConfig,
+    load_adapter,
+    read_peft_config,
+)
 from finesight.model.trainable import ModelPart
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import DTYPES

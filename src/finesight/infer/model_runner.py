@@ -26,7 +26,7 @@ from finesight.infer.kv_cache import (
     has_paged_kernels,
 )
 from finesight.infer.scheduler import PromptState
-from finesight.model.length_buckets import copy_to_device
+from finesight.model.cpu_attention import copy_to_device
 from finesight.model.vlm import VisionLanguageModel
 from finesight.vision.patches import concat_patches
 

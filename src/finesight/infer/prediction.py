@@ -22,8 +22,7 @@ from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
 from finesight.infer import hf_generation
 from finesight.infer.engine import Engine, compute_required_tokens
 from finesight.infer.request import GenerationRequest
-from finesight.model.auto_model import AnyModel
-from finesight.model.hf_backend import HfModel
+from finesight.model.hf_backend import AnyModel, HfModel
 from finesight.model.vlm import VisionLanguageModel
 
 T = TypeVar("T")

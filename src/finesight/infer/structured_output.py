@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.json_boxes import BOX_KEY
+from finesight.data.boxes import BOX_KEY
 from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.qwen_vl import BOX_TOKENS
 from finesight.encode.tiktoken_tokenizer import TiktokenTokenizer

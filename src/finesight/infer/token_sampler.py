@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finesight.infer.request import DecodingConstraint, SamplingParams
-from finesight.model.length_buckets import copy_to_device
+from finesight.model.cpu_attention import copy_to_device
 
 _MIN_TEMPERATURE = 1e-30
 """Smallest temperature that does not overflow in fp32."""

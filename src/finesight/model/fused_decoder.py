@@ -22,8 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from finesight.model.attention import supports_varlen_attention
 from finesight.model.fused_linear import FusedLinear
-from finesight.model.lora.fused_matmul import LoraMatmul, get_fused_weight
-from finesight.model.lora.fused_weight import FusedLoraWeight
+from finesight.model.lora.fused import FusedLoraWeight, LoraMatmul, get_fused_weight
 from finesight.model.lora.layer import LoraLinear
 from finesight.model.quant.base import HAS_TRITON
 from finesight.model.quant.fp8 import Fp8Rows, empty_fp8_rows
@@ -34,8 +33,8 @@ if HAS_TRITON:
     from finesight.model.kernels import norm as norm_kernels
     from finesight.model.kernels import rotary as rotary_kernels
     from finesight.model.kernels import swiglu as swiglu_kernels
-    from finesight.model.kernels.dropout import SeededDropout
     from finesight.model.kernels.lora_gemm import RmsNormStats
+    from finesight.model.kernels.primitives import SeededDropout
     from finesight.model.kernels.rotary import QkvLayout
 
 MAX_RANK = 128

@@ -22,7 +22,7 @@ _KERNEL_TYPES = (torch.bfloat16, torch.float16)
 if HAS_TRITON:
     from finesight.model.kernels import elementwise
     from finesight.model.kernels import swiglu as swiglu_kernels
-    from finesight.model.kernels.dropout import NO_DROPOUT
+    from finesight.model.kernels.primitives import NO_DROPOUT
 
 
 def apply_rotary(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:

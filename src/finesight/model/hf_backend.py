@@ -1,6 +1,6 @@
-"""Backend that runs models without a native implementation through transformers.
+"""Models without a native implementation through transformers, and loading of any family.
 
-It processes one sample at a time.
+The transformers backend processes one sample at a time.
 """
 
 from __future__ import annotations
@@ -16,13 +16,19 @@ from torch import Tensor, nn
 
 from finesight.config import WeightFormat
 from finesight.digests import DIGESTS_FILE, verify_folder
-from finesight.encode.hf_config import FROM_PRETRAINED_OPTIONS, import_transformers, load_hf_config
+from finesight.encode.hf_config import (
+    FROM_PRETRAINED_OPTIONS,
+    import_transformers,
+    is_native,
+    load_hf_config,
+)
 from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
+from finesight.model.families.architecture import KeyMapping
 from finesight.model.fused_linear import FusedLinear, single_output
-from finesight.model.lora.peft_config import KeyMapping
-from finesight.model.trainable import HF_PREFIX
-from finesight.model.weights_io import copy_model_files
+from finesight.model.trainable import HF_PREFIX, ModelPart
+from finesight.model.vlm import VisionLanguageModel
+from finesight.model.weights_io import copy_model_files, load_model, save_model
 from finesight.model_folder import ModelFolder
 
 LIMITATIONS = (
@@ -261,3 +267,33 @@ def save_hf_model(model: HfModel, folder: ModelFolder, target: Path, dtype: torc
     model.inner.config.dtype = dtype
     model.inner.config.save_pretrained(target)
     model.inner.save_pretrained(target, state_dict=copies)
+
+
+AnyModel = VisionLanguageModel | HfModel
+
+
+def load_auto_model(
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    device: torch.device,
+    nf4_parts: Collection[ModelPart] = (),
+    weight_format: WeightFormat = "auto",
+    fp8_parts: Collection[ModelPart] = (),
+) -> AnyModel:
+    """Load the model of a folder with native code or, for other families, transformers.
+
+    Arguments and errors are those of `load_model` and `load_hf_model`.
+    """
+    loader = load_model if is_native(folder) else load_hf_model
+    return loader(folder, dtype, device, nf4_parts, weight_format, fp8_parts)
+
+
+def save_auto_model(model: AnyModel, folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:
+    """Write the weights of a model without adapters to `target`.
+
+    Config and tokenizer files are copied from `folder`, which the model was loaded from.
+    """
+    if isinstance(model, HfModel):
+        save_hf_model(model, folder, target, dtype)
+    else:
+        save_model(model, folder, target, dtype)

@@ -19,19 +19,24 @@ from finesight.errors import UserError
 from finesight.model import fused_decoder
 from finesight.model.attention import (
     AttentionBackend,
+    ContextParallelAttention,
     PackedAttention,
     Segments,
     SharedPrefixAttention,
+    exchange_features,
 )
 from finesight.model.config import ConfigReader, ModelConfig, parse_pixel_normalization
-from finesight.model.context_parallel import ContextParallelAttention, exchange_features
 from finesight.model.decoder import DecoderLayer, DeepstackFeatures
-from finesight.model.families import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen3_vl_moe, qwen_vl
-from finesight.model.families.architecture import Architecture
+from finesight.model.families import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen_vl
+from finesight.model.families.architecture import (
+    QWEN_VL_MAPPING,
+    TRANSFORMERS_V5_MAPPING,
+    Architecture,
+    KeyMapping,
+)
 from finesight.model.fused_linear import FusedLinear, single_output
-from finesight.model.lora.fused_weight import FusedWeightSync
+from finesight.model.lora.fused import FusedWeightSync
 from finesight.model.lora.multi import LoraRouting
-from finesight.model.lora.peft_config import QWEN_VL_MAPPING, TRANSFORMERS_V5_MAPPING, KeyMapping
 from finesight.model.moe import requires_host_sync
 from finesight.model.quant.base import QuantizedWeight
 from finesight.model.vision_encoder import VisionEncoder
@@ -40,7 +45,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2_vl": qwen2_vl.ARCHITECTURE,
     "qwen2_5_vl": qwen2_5_vl.ARCHITECTURE,
     "qwen3_vl": qwen3_vl.ARCHITECTURE,
-    "qwen3_vl_moe": qwen3_vl_moe.ARCHITECTURE,
+    "qwen3_vl_moe": qwen3_vl.MOE_ARCHITECTURE,
     "qwen": qwen_vl.ARCHITECTURE,
 }
 """Model families by `model_type` of config.json; a new family is a module and an entry here."""

@@ -1,16 +1,19 @@
-"""Reading and writing of model weights in safetensors files with published tensor names."""
+"""Reading, quantization and writing of model weights with published tensor names."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -29,15 +32,11 @@ from finesight.model.quant.base import (
     WeightTensorSpec,
     find_quantized_weights,
 )
-from finesight.model.quant.int4 import gptq_group_size, quantize_gptq_layers
-from finesight.model.quant.quantize import quantize_model_parts
-from finesight.model.safetensors_header import (
-    TensorHeader,
-    open_safetensors,
-    read_header,
-    tensor_error,
-)
-from finesight.model.trainable import ModelPart
+from finesight.model.quant.fp8 import FP8_ALIGNMENT, Fp8Matrix, Fp8Weight
+from finesight.model.quant.int4 import RtnInt4Matrix, gptq_group_size, quantize_gptq_layers
+from finesight.model.quant.int8 import Int8Matrix
+from finesight.model.quant.nf4 import Nf4Matrix, import_bitsandbytes
+from finesight.model.trainable import ModelPart, get_part
 from finesight.model.vlm import (
     VisionLanguageModel,
     build_model,
@@ -46,15 +45,192 @@ from finesight.model.vlm import (
 )
 from finesight.model_folder import PICKLE_INDEX_FILE, PREPROCESSOR_DEFAULTS, ModelFolder
 
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """Header entry of a tensor in a safetensors file.
+
+    `name` is the published name of the tensor and `native_name` its name in the native model.
+    """
+
+    file: Path
+    name: str
+    native_name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def layer_name(self) -> str:
+        """Native name of the layer that owns the tensor."""
+        return self.native_name.rpartition(".")[0]
+
+
+def read_header(file: Path, to_native_name: Callable[[str], str] = str) -> list[TensorHeader]:
+    """Read the header entries of a safetensors file.
+
+    `to_native_name` maps published tensor names to native names.
+    """
+    with open_safetensors(file) as file_handle:
+        pieces = {name: file_handle.get_slice(name) for name in file_handle.keys()}  # noqa: SIM118
+        return [
+            TensorHeader(
+                file, name, to_native_name(name), tuple(piece.get_shape()), piece.get_dtype()
+            )
+            for name, piece in pieces.items()
+        ]
+
+
+def tensor_error(names: list[str], problem: str, expected: str, where: Path) -> UserError:
+    """Build a UserError that lists up to five affected tensors."""
+    listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return UserError(
+        f"{len(names)} tensors are {problem}: {listed}",
+        where=str(where),
+        expected=expected,
+        remedy=_REMEDY,
+    )
+
+
+@contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """Open a safetensors file for reading; raises UserError if it is damaged."""
+    try:
+        with safe_open(file, framework="pt") as file_handle:
+            yield file_handle
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"not a complete safetensors file ({error})",
+            where=str(file),
+            expected="a safetensors file as published",
+            remedy=_REMEDY,
+        ) from error
+
+
+MATRIX_TYPES: Mapping[str, Callable[[int, int], QuantizedMatrix]] = {
+    "nf4": Nf4Matrix,
+    "fp8": Fp8Matrix,
+    "int8": Int8Matrix,
+    "int4": RtnInt4Matrix,
+}
+
+_DECODER_PARTS: tuple[ModelPart, ...] = ("language", "embeddings")
+"""Model parts that `--weight-format` quantizes, if the head is not tied to the embeddings."""
+
+
+def quantize_model_parts(
+    model: VisionLanguageModel,
+    nf4_parts: Collection[ModelPart],
+    fp8_parts: Collection[ModelPart],
+    weight_format: WeightFormat,
+    folder: Path,
+) -> None:
+    """Replace weights of a model by empty quantized matrices before the weights are loaded.
+
+    `nf4_parts` selects all linear layers of these parts, `fp8_parts` those whose sizes support FP8
+    matmuls (`model.quant.fp8`). A `weight_format` other than auto selects the decoder and the head
+    in that format instead.
+
+    With `weight_format`, vision encoder and merger remain in their stored dtype: they process an
+    image once, with more rows than quantized kernels accelerate, and their errors affect all later
+    tokens. A tied head remains as well, because it is the embedding table.
+
+    Raises:
+        UserError: Quantization was requested for a tied head or for a decoder with experts, or a
+            package is missing. The message names `folder`.
+    """
+    requests: list[tuple[Collection[ModelPart], str, str]] = [
+        (nf4_parts, "nf4", "tune.quantize.nf4"),
+        (fp8_parts, "fp8", "tune.quantize.fp8"),
+    ]
+    if weight_format != "auto":
+        decoder: tuple[ModelPart, ...] = ("language",) if model.lm_head is None else _DECODER_PARTS
+        requests = [(decoder, weight_format, "--weight-format")]
+    for parts, bit_format, where in requests:
+        _check_quantizable(model, parts, bit_format, where, folder)
+        uses_fp8_matmul = where == "tune.quantize.fp8"
+        for linear in _select_linears(model, parts):
+            if supports_fp8_matmul(linear) or not uses_fp8_matmul:
+                with torch.device("meta"):
+                    linear.set_quantized_weight(
+                        MATRIX_TYPES[bit_format], Fp8Weight if uses_fp8_matmul else QuantizedWeight
+                    )
+
+
+def _check_quantizable(
+    model: VisionLanguageModel,
+    parts: Collection[ModelPart],
+    bit_format: str,
+    where: str,
+    folder: Path,
+) -> None:
+    if parts and bit_format == "nf4":
+        import_bitsandbytes(where)
+    if "embeddings" in parts and model.lm_head is None:
+        raise _tied_embeddings_error(folder)
+    if "language" in parts and model.config.decoder.moe is not None:
+        raise _moe_error(folder, bit_format, where)
+
+
+def _select_linears(model: nn.Module, parts: Collection[ModelPart]) -> list[FusedLinear]:
+    return [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, FusedLinear) and get_part(f"{path}.weight") in parts
+    ]
+
+
+def supports_fp8_matmul(linear: FusedLinear) -> bool:
+    """Return True if the sizes of all layers of a fused linear support FP8 matmuls."""
+    return not any(
+        size % FP8_ALIGNMENT for size in (linear.in_features, *linear.output_sizes.values())
+    )
+
+
+def count_unquantized_layers(model: nn.Module, fp8_parts: Collection[ModelPart]) -> int:
+    """Count the linear layers of `fp8_parts` whose sizes do not support FP8 matmuls."""
+    linears = _select_linears(model, fp8_parts)
+    return sum(len(linear.output_sizes) for linear in linears if not supports_fp8_matmul(linear))
+
+
+def _tied_embeddings_error(folder: Path) -> UserError:
+    return UserError(
+        "embeddings are in nf4, but the head of this model is tied to the embedding table, which "
+        "is not quantized",
+        where="tune.quantize.nf4",
+        expected="embeddings only for a model with a head of its own (tie_word_embeddings false)",
+        remedy=f"leave embeddings out of nf4 for {folder.name}",
+    )
+
+
+def _moe_error(folder: Path, weight_format: str, where: str) -> UserError:
+    excluded = (
+        f"{where} {weight_format} out"
+        if where == "--weight-format"
+        else f"language out of {weight_format}"
+    )
+    return UserError(
+        f"language is in {weight_format}, but this model has experts, which remain in 16 bits and "
+        "hold nearly all of its parameters",
+        where=where,
+        expected="language only for a model without experts",
+        remedy=f"leave {excluded} for {folder.name}",
+    )
+
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Dtypes of weights and computation by their names in settings."""
 
 _LM_HEAD_KEY = "lm_head.weight"
+
 _PATCH_EMBED_KEY = "visual.patch_embed.proj.weight"
+
 _QWEIGHT_SUFFIX = ".qweight"
 """Suffix of a tensor name that only layers quantized with GPTQ have."""
+
 _INDEX_FILE = "model.safetensors.index.json"
+
 _COPIED_SUFFIXES = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
+
 _REMEDY = "download the model again"
 
 
@@ -174,7 +350,7 @@ def load_model(
             from the stored dtype, so that the codes do not depend on the compute dtype. Of the
             embeddings this is the head.
         weight_format: If not auto, format to which the decoder and an untied head are quantized,
-            instead of the other parts (`model.quant.quantize`).
+            instead of the other parts (`model.weights_io`).
         fp8_parts: Parts with FP8 weights, which use FP8 matmuls in training (`model.quant.fp8`).
 
     Raises:

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from finesight.model.families.qwen2_5_vl import WindowVisionEncoder
-from finesight.model.families.qwen_decoder import QwenDecoder
-from finesight.model.families.qwen_vl import QwenVisionBlock, QwenVisionEncoder
+from finesight.model.families.qwen_vl import QwenDecoder, QwenVisionBlock, QwenVisionEncoder
 from finesight.model.layers import VisionBlock
 from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.vlm import VisionLanguageModel

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from finesight.model.cpu_attention import QUERY_BLOCK
-from finesight.model.length_buckets import LengthBuckets
+from finesight.model.cpu_attention import QUERY_BLOCK, LengthBuckets
 
 BF16_BYTES, FP32_BYTES, INDEX_BYTES = (
     torch.bfloat16.itemsize,

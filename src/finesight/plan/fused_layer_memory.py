@@ -26,7 +26,7 @@ from finesight.model.kernels.launch_config import (
     rows_per_chunk,
 )
 from finesight.model.layers import GatedMlp
-from finesight.model.lora.fused_weight import padding_columns
+from finesight.model.lora.fused import padding_columns
 from finesight.model.lora.layer import LoraLinear
 from finesight.model.quant.base import QuantizedWeight
 from finesight.model.quant.fp8 import Fp8Weight

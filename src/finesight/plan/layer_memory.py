@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from finesight.model.decoder import DecoderAttention, DecoderLayer
-from finesight.model.families.qwen_decoder import QwenDecoderLayer
-from finesight.model.families.qwen_vl import QwenVisionBlock
+from finesight.model.families.qwen_vl import QwenDecoderLayer, QwenVisionBlock
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.layers import VisionBlock
 from finesight.plan.mlp_memory import compute_mlp_memory

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from finesight.model.families.qwen2_vl import Qwen2VisionMlp
-from finesight.model.families.qwen_decoder import QwenMlp
+from finesight.model.families.qwen_vl import QwenMlp
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.layers import GatedMlp
 from finesight.model.moe import SparseMoeBlock

@@ -14,9 +14,9 @@ from finesight.model.config import ConfigReader
 from finesight.model.lora.layer import find_adaptable_layers
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.quant.int4 import gptq_group_size, quantize_gptq_layers
-from finesight.model.quant.quantize import quantize_model_parts
 from finesight.model.trainable import ModelPart, configure_tuning, get_part, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel, build_model
+from finesight.model.weights_io import quantize_model_parts
 from finesight.model_folder import ModelFolder
 from finesight.plan.peak_memory import PersistentMemory, compute_persistent_memory
 from finesight.plan.saved_activations import ComputeConfig

@@ -15,10 +15,9 @@ import torch
 from torch import nn
 
 from finesight.model.attention import MAX_TRITON_SEQLEN
-from finesight.model.cpu_attention import MAX_CPU_SEQLEN
+from finesight.model.cpu_attention import MAX_CPU_SEQLEN, bucket_by_length, bucket_with_padding
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.layers import RmsNorm
-from finesight.model.length_buckets import bucket_by_length, bucket_with_padding
 from finesight.model.lora.layer import LoraLinear
 from finesight.model.quant.fp8 import Fp8Weight
 from finesight.plan.cpu_attention_memory import CpuAttentionMemory

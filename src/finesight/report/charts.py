@@ -1,14 +1,20 @@
-"""Line charts for HTML pages: axis scales, ticks and downsampled lines in SVG coordinates."""
+"""Charts for HTML pages in SVG coordinates: lines by step, and histograms.
+
+A page draws axis ticks and downsampled lines. Its script shows values under the cursor.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NotRequired, TypedDict
+from itertools import pairwise
+from typing import Any, Literal, NotRequired, TypedDict
 
 from finesight.report.i18n import translate
-from finesight.report.run_reader import is_finite
+from finesight.report.metrics import format_metric_name, read_interval
+from finesight.report.run_reader import JsonObject, RunRecord, is_finite
 
 Point = tuple[float, float]
 """A (step, value) pair."""
@@ -297,3 +303,233 @@ def _summarize_chart(title: str, series: Sequence[ChartSeries]) -> str:
             values = item.name, format_exact(y1), f"{x1:g}", format_exact(y2), f"{x2:g}"
             descriptions.append(translate("{} {} at step {}, {} at step {}", *values))
     return translate("{}: {}", title, translate("; ").join(descriptions))
+
+
+HistogramCounts = Mapping[str, int]
+"""Number of values by bin. A bin is half an octave wide.
+
+Bin k covers values from 2^(k/2) to below 2^((k+1)/2). Keys are strings, as in JSON.
+"""
+
+
+def count_half_octaves(values: Iterable[int]) -> dict[str, int]:
+    """Count positive integers by bins of half an octave (`HistogramCounts`)."""
+    counts = Counter(math.floor(2 * math.log2(value) + 1e-9) for value in values if value > 0)
+    return {str(bin_index): counts[bin_index] for bin_index in sorted(counts)}
+
+
+def parse_counts(content: object) -> HistogramCounts:
+    """Return the valid bins of a histogram that a run has recorded."""
+    items = content if isinstance(content, dict) else {}
+    return {
+        name: count
+        for name, count in items.items()
+        if isinstance(name, str)
+        and name.isdecimal()
+        and int(name) < 120
+        and isinstance(count, int)
+        and count > 0
+    }
+
+
+def build_histogram(
+    title: str, caption: str, counts_by_run: Sequence[tuple[str, HistogramCounts]]
+) -> Chart | None:
+    """Build a chart of histograms in percent, with one step line per run.
+
+    Runs without values are omitted. Returns None if no run has values.
+    """
+    nonempty = [(name, counts) for name, counts in counts_by_run if counts]
+    if not nonempty:
+        return None
+    low = min(int(bin_index) for _, counts in nonempty for bin_index in counts)
+    high = max(int(bin_index) for _, counts in nonempty for bin_index in counts)
+    percentages = [
+        (
+            name,
+            [
+                100 * counts.get(str(bin_index), 0) / sum(counts.values())
+                for bin_index in range(low, high + 1)
+            ],
+        )
+        for name, counts in nonempty
+    ]
+    y_tick_values = compute_ticks(
+        0.0, max(max(values) for _, values in percentages), 4, include_ends=True
+    )
+    edges = [math.ceil(2 ** (bin_index / 2) - 1e-9) for bin_index in range(low, high + 2)]
+    label_interval = max(1, math.ceil(len(edges) / 7))
+    scale = _HistogramScale(len(edges) - 1, y_tick_values[-1])
+    return Chart(
+        title=title,
+        caption=caption,
+        summary=_summarize_histogram(title, percentages, edges),
+        lines=tuple(
+            ChartLine(name, "line", scale.build_path(values), (), ())
+            for name, values in percentages
+        ),
+        x_ticks=tuple(
+            AxisTick(scale.to_x(bin_index), f"{edge:,}")
+            for bin_index, edge in enumerate(edges)
+            if bin_index % label_interval == 0
+        ),
+        y_ticks=tuple(AxisTick(scale.to_y(value), f"{value:g} %") for value in y_tick_values),
+        data=ChartData(
+            x=[-0.5, len(edges) - 1.5],
+            y=[0.0, y_tick_values[-1]],
+            series=[
+                SeriesData(
+                    name=name,
+                    points=[
+                        (bin_index, value, f"{format_exact(value)} %")
+                        for bin_index, value in enumerate(values)
+                    ],
+                )
+                for name, values in percentages
+            ],
+            labels=[
+                translate("{:,} to {:,}", lower, upper - 1) if upper - 1 > lower else f"{lower:,}"
+                for lower, upper in pairwise(edges)
+            ],
+        ),
+    )
+
+
+class _HistogramScale:
+    def __init__(self, num_bins: int, max_percentage: float) -> None:
+        self._num_bins, self._max_percentage = num_bins, max_percentage
+
+    def to_x(self, edge: int) -> float:
+        return round(MARGIN_LEFT + edge / self._num_bins * (WIDTH - MARGIN_LEFT - MARGIN_RIGHT), 1)
+
+    def to_y(self, percentage: float) -> float:
+        return round(
+            HEIGHT
+            - MARGIN_BOTTOM
+            - percentage / self._max_percentage * (HEIGHT - MARGIN_TOP - MARGIN_BOTTOM),
+            1,
+        )
+
+    def build_path(self, percentages: Sequence[float]) -> str:
+        segments = [f"M{self.to_x(0):g} {self.to_y(0):g}"]
+        segments += [
+            f"V{self.to_y(value):g}H{self.to_x(bin_index + 1):g}"
+            for bin_index, value in enumerate(percentages)
+        ]
+        return "".join([*segments, f"V{self.to_y(0):g}"])
+
+
+def _summarize_histogram(
+    title: str, percentages: Sequence[tuple[str, Sequence[float]]], edges: list[int]
+) -> str:
+    descriptions = []
+    for name, values in percentages:
+        bin_index = max(range(len(values)), key=values.__getitem__)
+        descriptions.append(
+            translate(
+                "{} mostly {:,} to {:,}",
+                name,
+                edges[bin_index],
+                max(edges[bin_index], edges[bin_index + 1] - 1),
+            )
+        )
+    return translate("{}: {}", title, translate("; ").join(descriptions))
+
+
+def build_run_charts(run_record: RunRecord) -> list[Chart]:
+    """Build the charts of a run report, without charts that have no values.
+
+    They show loss, primary metric, learning rate, gradient norm, throughput and MFU.
+    """
+    steps = run_record.steps
+    charts = [
+        build_chart(
+            translate("Loss"),
+            [
+                *_build_smoothed_series(translate("training"), _read_points(steps, "loss")),
+                _build_validation_series(run_record),
+            ],
+            translate("nats per supervised token"),
+        ),
+        *_build_primary_metric_chart(run_record),
+        build_chart(translate("Learning rate"), _build_lr_series(steps)),
+        build_chart(
+            translate("Gradient norm"),
+            _build_smoothed_series(translate("norm"), _read_points(steps, "grad_norm")),
+            translate("before clipping"),
+        ),
+        build_chart(
+            translate("Throughput"),
+            _build_smoothed_series(translate("samples/s"), _read_points(steps, "samples_per_s")),
+            translate("samples/s"),
+        ),
+        build_chart(
+            translate("MFU"),
+            _build_smoothed_series(
+                translate("MFU"),
+                [(x, 100 * y) for x, y in _read_points(steps, "mfu")],
+            ),
+            translate("% of the measured peak FLOPS"),
+        ),
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
+def _read_points(lines: Sequence[JsonObject], name: str) -> list[tuple[float, float]]:
+    return filter_finite((line.get("step"), line.get(name)) for line in lines)
+
+
+def _build_smoothed_series(name: str, points: Sequence[tuple[float, float]]) -> list[ChartSeries]:
+    """Return a series and, if it has many points, its smoothed version."""
+    smoothed = smooth_points(points)
+    if not smoothed:
+        return [ChartSeries(name, points)]
+    return [ChartSeries(name, points, "faint"), ChartSeries(translate("smoothed"), smoothed)]
+
+
+def _build_validation_series(run_record: RunRecord) -> ChartSeries:
+    return ChartSeries(
+        translate("validation"), _read_points(run_record.evaluations, "validation_loss"), "marks"
+    )
+
+
+def _build_primary_metric_chart(run_record: RunRecord) -> list[Chart | None]:
+    names = [
+        line["primary_metric"] for line in run_record.evaluations if line.get("primary_metric")
+    ]
+    if not names:
+        return []
+    name = str(names[-1])
+    points, error_bars = [], []
+    for line in run_record.evaluations:
+        scores: Any = line.get("scores")
+        points += filter_finite([(line.get("step"), scores.get(name) if scores else None)])
+        interval = read_interval(line, name)
+        if interval is not None:
+            error_bars.append((float(line["step"]), *interval))
+    note = translate("validation, bars: 95 % intervals" if error_bars else "validation")
+    title = format_metric_name(name)
+    return [build_chart(title, [ChartSeries(title, points, "marks", error_bars)], note)]
+
+
+def _build_lr_series(steps: Sequence[JsonObject]) -> list[ChartSeries]:
+    """Return the learning rate of each part of the model.
+
+    Parts with equal learning rates share a line.
+    """
+    lr_by_step = [
+        (line.get("step"), line["lr"]) for line in steps if isinstance(line.get("lr"), dict)
+    ]
+    parts = dict.fromkeys(part for _, lr_by_part in lr_by_step for part in lr_by_part)
+    lines = {
+        part: filter_finite((step, lr_by_part.get(part)) for step, lr_by_part in lr_by_step)
+        for part in parts
+    }
+    groups: list[tuple[list[str], list[tuple[float, float]]]] = []
+    for part, points in lines.items():
+        matching = next((names for names, other in groups if other == points), None)
+        if matching is None:
+            groups.append(([part], points))
+        else:
+            matching.append(part)
+    return [ChartSeries(", ".join(names), points) for names, points in groups]

@@ -16,12 +16,19 @@ from finesight import run_files
 from finesight.evaluate.metric_difference import MetricDifference
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
 from finesight.report import summary
-from finesight.report.example_data import ExampleDataBuilder, JsonData, ThumbnailCache
-from finesight.report.examples import EXAMPLE_KINDS, ExampleKind, ExampleSet, read_examples
-from finesight.report.html import render_page, write_page
+from finesight.report.charts import build_run_charts
+from finesight.report.examples import (
+    EXAMPLE_KINDS,
+    ExampleDataBuilder,
+    ExampleKind,
+    ExampleSet,
+    JsonData,
+    ThumbnailCache,
+    estimate_differences,
+    read_examples,
+)
+from finesight.report.html import FormulaConverter, render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
-from finesight.report.interim_differences import estimate_differences
-from finesight.report.mathml import FormulaConverter
 from finesight.report.metrics import (
     VALIDATION_LOSS,
     MetricRow,
@@ -35,9 +42,8 @@ from finesight.report.metrics import (
     format_value,
     read_metrics,
 )
-from finesight.report.run_charts import build_run_charts
 from finesight.report.run_reader import JsonObject, RunRecord, read_run
-from finesight.report.run_status import get_run_status
+from finesight.report.summary import get_run_status
 
 MAX_EXAMPLES = 2000
 """Maximum number of examples in the report of a finished run.

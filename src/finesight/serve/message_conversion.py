@@ -11,8 +11,7 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 
-from finesight.data.sample import ContentPart, ImagePart, Message, Sample, TextPart
-from finesight.data.sample_validation import validate_sample
+from finesight.data.sample import ContentPart, ImagePart, Message, Sample, TextPart, validate_sample
 from finesight.serve.api_errors import ApiError
 from finesight.serve.chat_schema import (
     AssistantMessage,

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import math
 import random
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
-
-from finesight.synth.synthetic_sample import PixelBox
+from PIL import Image, ImageDraw, ImageFont
 
 Color = tuple[int, int, int]
+
+PixelBox = tuple[int, int, int, int]
+"""Bounding box in pixels: x1, y1 (inclusive), x2, y2 (exclusive)."""
 
 INK_THRESHOLD = 64
 """Minimum coverage (0 to 255) of a pixel that belongs to the bounding box of a word."""
 
-MIN_CONTRAST = 90.0
-"""Minimum difference in luma (0 to 255) between text and background."""
+INK_LOOKUP = [255 if cover >= INK_THRESHOLD else 0 for cover in range(256)]
+"""Lookup table that maps coverage to 255 for pixels of the bounding box and to 0 for others."""
 
 TOKEN_SIZE = 28
 """Side length in pixels of the image area that becomes one token."""
-
-_NOISE_SIZE = 512
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class Canvas:
             The text with its bounding box, or None if nothing was drawn.
         """
         mask, (x, y) = self._render_text(text, font, left, baseline)
-        ink_bounds = mask.point(_INK_LOOKUP).getbbox()
+        ink_bounds = mask.point(INK_LOOKUP).getbbox()
         if ink_bounds is None:
             return None
         box = (ink_bounds[0] + x, ink_bounds[1] + y, ink_bounds[2] + x, ink_bounds[3] + y)
@@ -91,9 +87,6 @@ class Canvas:
         return middle_x + dx * cosine + dy * sine, middle_y - dx * sine + dy * cosine
 
 
-_INK_LOOKUP = [255 if cover >= INK_THRESHOLD else 0 for cover in range(256)]
-
-
 def compute_luma(color: Color) -> float:
     """Compute the luma (ITU-R BT.601) of a color, 0 to 255."""
     red, green, blue = color
@@ -104,16 +97,16 @@ def sample_color(rng: random.Random) -> Color:
     return rng.randrange(256), rng.randrange(256), rng.randrange(256)
 
 
-def sample_ink(background: Color, rng: random.Random) -> Color:
-    """Sample a text color with sufficient contrast to the background, mostly black or white."""
-    default_ink: Color = (0, 0, 0) if compute_luma(background) > 127 else (255, 255, 255)
-    if rng.random() < 0.5:
-        return default_ink
-    for _ in range(8):
-        ink = sample_color(rng)
-        if abs(compute_luma(ink) - compute_luma(background)) >= MIN_CONTRAST:
-            return ink
-    return default_ink
+@lru_cache
+def load_builtin_font(size: int) -> ImageFont.FreeTypeFont:
+    """Load the font that Pillow contains at a size in pixels per em.
+
+    The basic layout engine of Pillow is used, so that the output does not depend on other
+    libraries.
+    """
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
+    return font.font_variant(layout_engine=ImageFont.Layout.BASIC)
 
 
 def make_canvas(size: tuple[int, int], rng: random.Random, pale_fraction: float = 0.6) -> Canvas:
@@ -152,43 +145,6 @@ def round_up_size(width: int, height: int, rng: random.Random) -> tuple[int, int
     if rng.random() < 0.05:
         return width, height
     return -(-width // TOKEN_SIZE) * TOKEN_SIZE, -(-height // TOKEN_SIZE) * TOKEN_SIZE
-
-
-def apply_camera_noise(
-    image: Image.Image, rng: random.Random, strength: float = 1.0
-) -> Image.Image:
-    """Apply blur, noise or JPEG compression to an image, or return it unchanged.
-
-    `strength` scales the effect.
-    """
-    if rng.random() < 0.3:
-        image = image.filter(ImageFilter.GaussianBlur(strength * rng.uniform(0.3, 0.7)))
-    if rng.random() < 0.4:
-        image = add_noise(image, strength * rng.uniform(2, 11), rng)
-    if rng.random() < 0.25:
-        stream = io.BytesIO()
-        image.save(stream, "JPEG", quality=round(100 - strength * rng.uniform(10, 50)))
-        image = Image.open(stream).convert("RGB")
-    return image
-
-
-def add_noise(image: Image.Image, strength: float, rng: random.Random) -> Image.Image:
-    """Add random noise to an image.
-
-    `strength` is the standard deviation on the scale of 0 to 255.
-    """
-    width, height = image.size
-    x, y = rng.randrange(_NOISE_SIZE), rng.randrange(_NOISE_SIZE)
-    rows = (np.arange(height) + y) % _NOISE_SIZE
-    columns = (np.arange(width) + x) % _NOISE_SIZE
-    noise = _noise_texture()[rows[:, None], columns] * np.float32(strength)
-    pixels = np.asarray(image, dtype=np.float32) + noise[..., None]
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-@lru_cache(maxsize=1)
-def _noise_texture() -> NDArray[np.float32]:
-    return np.random.default_rng(0).standard_normal((_NOISE_SIZE, _NOISE_SIZE), dtype=np.float32)
 
 
 def _jitter_color(color: Color, max_delta: int, rng: random.Random) -> Color:

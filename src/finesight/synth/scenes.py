@@ -1,44 +1,62 @@
-"""Scenes of colored shapes, with questions that describe, count, locate and compare them."""
+"""Scenes of colored shapes in the cells of a grid."""
 
 from __future__ import annotations
 
+import math
 import random
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
+from functools import lru_cache
 
-from PIL import Image
+from PIL import Image, ImageChops, ImageDraw
 
-from finesight.synth import captions
-from finesight.synth.canvas import Canvas, apply_camera_noise, make_canvas, round_up_size
-from finesight.synth.captions import Relation, RelationTriple, describe_kind
-from finesight.synth.fonts import FontSplit
-from finesight.synth.question_templates import fill_template, sample_is_chinese
-from finesight.synth.shapes import (
-    COLORS,
-    CONTAINER_SHAPES,
-    FILLS,
-    HOLLOW_SHAPES,
-    SHAPES,
-    STRIPED_SHAPES,
-    ShapeKind,
-    are_distinct,
-    draw_shape,
+from finesight.synth.canvas import INK_LOOKUP, Canvas, Color, PixelBox, make_canvas, round_up_size
+
+COLORS: dict[str, Color] = {
+    "red": (214, 39, 40),
+    "green": (40, 150, 50),
+    "blue": (31, 80, 200),
+    "yellow": (245, 215, 40),
+    "orange": (250, 130, 20),
+    "purple": (130, 50, 170),
+    "pink": (245, 140, 190),
+    "brown": (125, 75, 35),
+    "black": (15, 15, 15),
+    "white": (250, 250, 250),
+    "gray": (130, 130, 130),
+    "cyan": (40, 200, 215),
+}
+
+SHAPES = (
+    *("circle", "oval", "square", "rectangle", "triangle", "diamond", "hexagon"),
+    *("star", "cross", "heart", "crescent", "ring", "arrow"),
 )
-from finesight.synth.synthetic_sample import (
-    ContentPart,
-    PixelBox,
-    QuestionAnswer,
-    SyntheticSample,
-    make_box_part,
-)
+
+FILLS = ("solid", "striped", "hollow")
+"""Fills of shapes.
+
+Captions name a fill unless it is solid.
+"""
+
+HOLLOW_SHAPES = ("square", "rectangle", "triangle", "diamond", "hexagon")
+"""Shapes that can be hollow.
+
+A circle is excluded, because a hollow circle would be a ring.
+"""
+
+STRIPED_SHAPES = tuple(shape for shape in SHAPES if shape not in ("ring", "crescent"))
+"""Shapes with enough area for stripes."""
+
+CONTAINER_SHAPES = ("circle", "square", "diamond", "hexagon")
+"""Shapes that can contain another shape."""
+
+_SUPERSAMPLING = 4
+_CANVAS_SIZE = 96
+_FLAT_ASPECT = 0.58
+"""Ratio of the shorter to the longer side of an oval or a rectangle."""
 
 MAX_DESCRIBED_SHAPES = 4
 """Maximum number of shapes in a described scene, not counting a nested shape."""
-
-MAX_LISTED_SHAPES = 5
 
 LARGE_SIZE_RANGE, SMALL_SIZE_RANGE = (0.82, 0.92), (0.42, 0.5)
 """Side lengths of large and small shapes, as fractions of their grid cell.
@@ -59,6 +77,23 @@ Smaller hexagons would resemble circles.
 
 _CELL_SIZE_RANGE = (48, 88)
 _MAX_IMAGE_SIZE = 288
+
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True, order=True)
+class ShapeKind:
+    """Kind of a shape: its fill, color and shape name."""
+
+    fill: str
+    color: str
+    shape: str
+
+    @property
+    def phrase(self) -> str:
+        fill = "" if self.fill == "solid" else f"{self.fill} "
+        return f"{fill}{self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -84,76 +119,6 @@ class ShapeScene:
     def outer_shapes(self) -> list[PlacedShape]:
         """Shapes that are not inside another shape, in row-major order."""
         return [shape for shape in self.shapes if shape.container is None]
-
-
-def generate_scene(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
-    """Generate an image of a few distinct shapes with a question about some of them."""
-    shape_scene = compose_scene(rng, crowded=False)
-    kind_weights = {"describe": 5.0, "all_shapes": 1.5, "find_shapes": 1.5, "shape_at": 1.5}
-    if len(shape_scene.outer_shapes) > 1:
-        kind_weights |= {"is_it": 1.5, "how_related": 1.5}
-        kind_weights["larger"] = (
-            1.2 if len({shape.is_large for shape in shape_scene.outer_shapes}) > 1 else 0.0
-        )
-    return _build_sample(shape_scene, kind_weights, rng)
-
-
-def generate_crowd(rng: random.Random, fonts: FontSplit) -> SyntheticSample:
-    """Generate an image of many shapes of few kinds.
-
-    The question is to count or locate shapes.
-    """
-    shape_scene = compose_scene(rng, crowded=True)
-    min_count = min(Counter(shape.kind for shape in shape_scene.shapes).values())
-    kind_weights = {
-        "count": 4.0,
-        "shape_at": 1.0,
-        "find_shapes": 2.0 if min_count <= MAX_LISTED_SHAPES else 0.0,
-    }
-    kind_weights["all_shapes"] = 1.0 if len(shape_scene.shapes) <= MAX_LISTED_SHAPES else 0.0
-    return _build_sample(shape_scene, kind_weights, rng)
-
-
-def list_relations(shape_scene: ShapeScene) -> list[RelationTriple]:
-    """List the relations that a caption of the scene states.
-
-    These are the relative positions of neighbors in row-major order, nested shapes, and the larger
-    of two neighbors.
-    """
-    shapes = shape_scene.outer_shapes
-    pairs = list(pairwise(shapes))
-    inside: list[RelationTriple] = [
-        (shape.kind, "inside", shape.container)
-        for shape in shape_scene.shapes
-        if shape.container is not None
-    ]
-    sizes: list[RelationTriple] = []
-    for first, second in pairs:
-        if first.is_large != second.is_large:
-            larger_shape, other = (first, second) if first.is_large else (second, first)
-            sizes.append((larger_shape.kind, "larger", other.kind))
-    return [(a.kind, get_relation(a, b), b.kind) for a, b in pairs] + inside + sizes
-
-
-def get_relation(first: PlacedShape, second: PlacedShape) -> Relation:
-    """Return the relative position of two shapes.
-
-    It is `left` or `right` if they are further apart horizontally, else `above` or `below`.
-    """
-    dx, dy = (first.cell[axis] - second.cell[axis] for axis in (0, 1))
-    if abs(dx) > abs(dy):
-        return "left" if dx < 0 else "right"
-    return "above" if dy < 0 else "below"
-
-
-def _build_sample(
-    shape_scene: ShapeScene, kind_weights: dict[str, float], rng: random.Random
-) -> SyntheticSample:
-    return SyntheticSample.from_sampler(
-        apply_camera_noise(shape_scene.image, rng),
-        partial(_sample_question, shape_scene, kind_weights),
-        rng,
-    )
 
 
 def compose_scene(rng: random.Random, *, crowded: bool) -> ShapeScene:
@@ -268,163 +233,165 @@ def _max_inner_size(container: PlacedShape) -> float:
     return 0.46 * min(x2 - x1, y2 - y1)
 
 
-QuestionAndAnswer = tuple[tuple[ContentPart, ...], tuple[ContentPart, ...]]
+def draw_shape(
+    image: Image.Image, kind: ShapeKind, center: Point, size: int, rng: random.Random
+) -> PixelBox:
+    """Draw a shape on an image and return its bounding box.
 
-
-def _ask_description(
-    shape_scene: ShapeScene, is_chinese: bool, rng: random.Random
-) -> QuestionAndAnswer:
-    kinds = [shape.kind for shape in shape_scene.shapes]
-    text = captions.write_caption(kinds, list_relations(shape_scene), is_chinese=is_chinese)
-    return fill_template("describe", rng, is_chinese=is_chinese), (text,)
-
-
-def _ask_count(shape_scene: ShapeScene, is_chinese: bool, rng: random.Random) -> QuestionAndAnswer:
-    class_name, count = sample_counted_class(shape_scene, is_chinese, rng)
-    return fill_template("count", rng, is_chinese=is_chinese, things=class_name), (str(count),)
-
-
-def sample_counted_class(
-    shape_scene: ShapeScene, is_chinese: bool, rng: random.Random
-) -> tuple[str, int]:
-    """Sample a class of shapes, such as red circles, to be counted.
-
-    Returns the plural of its name and the count, which may be 0.
+    `size` is the width in pixels.
     """
-    kind = rng.choice(shape_scene.shapes).kind
-    share = rng.random()
-    if share < 0.15:
-        return ("图形" if is_chinese else "shapes"), len(shape_scene.shapes)
-    if share < 0.4:
-        shape = kind.shape if rng.random() < 0.85 else rng.choice(SHAPES)
-        count = sum(placed_shape.kind.shape == shape for placed_shape in shape_scene.shapes)
-        return _pluralize(captions.get_shape_name(shape, is_chinese), is_chinese), count
-    color = kind.color if rng.random() < 0.85 else rng.choice(tuple(COLORS))
-    word = captions.get_color_name(color, is_chinese)
-    if share < 0.65:
-        count = sum(placed_shape.kind.color == color for placed_shape in shape_scene.shapes)
-        return (f"{word}图形" if is_chinese else f"{word} shapes"), count
-    shape = captions.get_shape_name(kind.shape, is_chinese)
-    target = (color, kind.shape)
-    count = sum(
-        (placed_shape.kind.color, placed_shape.kind.shape) == target
-        for placed_shape in shape_scene.shapes
-    )
-    return _pluralize(f"{word}{shape}" if is_chinese else f"{word} {shape}", is_chinese), count
+    mask = render_mask(kind, size)
+    bounds = mask.point(INK_LOOKUP).getbbox()
+    assert bounds, f"a {kind.phrase} of {size} pixels has no ink"
+    x, y = round(center[0] - mask.width / 2), round(center[1] - mask.height / 2)
+    image.paste(_jitter_color(COLORS[kind.color], rng), (x, y), mask)
+    return bounds[0] + x, bounds[1] + y, bounds[2] + x, bounds[3] + y
 
 
-def _pluralize(words: str, is_chinese: bool) -> str:
-    if is_chinese:
-        return words
-    return f"{words}es" if words.endswith(("s", "x")) else f"{words}s"
+def render_mask(kind: ShapeKind, size: int) -> Image.Image:
+    """Render the coverage mask of a shape.
+
+    Returns an image of mode L with `size` by `size` pixels.
+    """
+    mask = _full_mask(kind.shape)
+    if kind.fill == "striped":
+        mask = ImageChops.multiply(mask, _stripe_mask())
+        mask = ImageChops.lighter(mask, _outline_mask(kind.shape, 0.88))
+    elif kind.fill == "hollow":
+        mask = _outline_mask(kind.shape, 0.68)
+    return mask.resize((size, size), Image.Resampling.BOX)
 
 
-def _ask_shape_boxes(
-    shape_scene: ShapeScene, is_chinese: bool, rng: random.Random
-) -> QuestionAndAnswer:
-    counts = Counter(shape.kind for shape in shape_scene.shapes)
-    kind = rng.choice([kind for kind, count in counts.items() if count <= MAX_LISTED_SHAPES])
-    phrase = describe_kind(kind, is_chinese)
-    boxes = (make_box_part(phrase, shape.box) for shape in shape_scene.shapes if shape.kind == kind)
-    return fill_template("find_shapes", rng, is_chinese=is_chinese, thing=phrase), tuple(boxes)
+def are_distinct(first: Color, second: Color, min_distance: float) -> bool:
+    """Return whether two colors have at least a Euclidean distance in RGB.
+
+    The maximum distance of two colors is 441.
+    """
+    return math.dist(first, second) >= min_distance
 
 
-def _ask_all_boxes(
-    shape_scene: ShapeScene, is_chinese: bool, rng: random.Random
-) -> QuestionAndAnswer:
-    boxes = (
-        make_box_part(describe_kind(shape.kind, is_chinese), shape.box)
-        for shape in shape_scene.shapes
-    )
-    return fill_template("all_shapes", rng, is_chinese=is_chinese), tuple(boxes)
+def _jitter_color(color: Color, rng: random.Random) -> Color:
+    red, green, blue = (min(255, max(0, channel + rng.randint(-12, 12))) for channel in color)
+    return red, green, blue
 
 
-def _ask_shape_at_box(
-    shape_scene: ShapeScene, is_chinese: bool, rng: random.Random
-) -> QuestionAndAnswer:
-    containers = {shape.container for shape in shape_scene.shapes}
-    shape = rng.choice(
-        [shape for shape in shape_scene.shapes if shape.kind not in containers]
-        or shape_scene.shapes
-    )
-    box = make_box_part(None, shape.box)
-    return fill_template("shape_at", rng, is_chinese=is_chinese, box=box), (
-        describe_kind(shape.kind, is_chinese),
-    )
+@lru_cache
+def _full_mask(shape: str) -> Image.Image:
+    return _draw_mask(shape, 1.0)
 
 
-def _ask_is_related(
-    shape_scene: ShapeScene, is_chinese: bool, rng: random.Random
-) -> QuestionAndAnswer:
-    first, second = _sample_pair(shape_scene, rng)
-    actual = get_relation(first, second)
-    opposite: dict[Relation, Relation] = {
-        "left": "right",
-        "right": "left",
-        "above": "below",
-        "below": "above",
-    }
-    is_true = rng.random() < 0.5
-    relation_words = (captions.CHINESE_RELATIONS if is_chinese else captions.ENGLISH_RELATIONS)[
-        actual if is_true else opposite[actual]
-    ]
-    pair = {
-        "first": describe_kind(first.kind, is_chinese),
-        "second": describe_kind(second.kind, is_chinese),
-    }
-    answer = ("是" if is_true else "否") if is_chinese else ("yes" if is_true else "no")
-    return fill_template("is_it", rng, is_chinese=is_chinese, relation=relation_words, **pair), (
-        answer,
-    )
+@lru_cache
+def _outline_mask(shape: str, inner: float) -> Image.Image:
+    """Render the mask of a hollow shape."""
+    return ImageChops.subtract(_full_mask(shape), _draw_mask(shape, inner))
 
 
-def _ask_relation(
-    shape_scene: ShapeScene, is_chinese: bool, rng: random.Random
-) -> QuestionAndAnswer:
-    first, second = _sample_pair(shape_scene, rng)
-    relation_words = (captions.CHINESE_RELATIONS if is_chinese else captions.ENGLISH_RELATIONS)[
-        get_relation(first, second)
-    ]
-    pair = {
-        "first": describe_kind(first.kind, is_chinese),
-        "second": describe_kind(second.kind, is_chinese),
-    }
-    return fill_template("how_related", rng, is_chinese=is_chinese, **pair), (relation_words,)
+def _draw_mask(shape: str, scale: float) -> Image.Image:
+    size = _CANVAS_SIZE * _SUPERSAMPLING
+    mask = Image.new("L", (size, size))
+    drawer = ImageDraw.Draw(mask)
+    low, high = size * (1 - scale) / 2, size * (1 + scale) / 2 - 1
+    inset = (high - low) * (1 - _FLAT_ASPECT) / 2
+    if shape in ("circle", "ring", "crescent"):
+        drawer.ellipse((low, low, high, high), 255)
+    elif shape == "oval":
+        drawer.ellipse((low, low + inset, high, high - inset), 255)
+    else:
+        points = _scale_about_centroid(_get_polygon(shape), scale)
+        drawer.polygon([(x * size, y * size) for x, y in points], 255)
+    if shape == "ring":
+        edge = (high - low) * 0.22
+        drawer.ellipse((low + edge, low + edge, high - edge, high - edge), 0)
+    elif shape == "crescent":
+        offset = (high - low) * 0.3
+        drawer.ellipse(
+            (low + offset, low - offset / 4, high + offset, high + offset / 4 - offset / 2), 0
+        )
+    return mask
 
 
-def _ask_larger(shape_scene: ShapeScene, is_chinese: bool, rng: random.Random) -> QuestionAndAnswer:
-    larger_shape = rng.choice([shape for shape in shape_scene.outer_shapes if shape.is_large])
-    smaller_shape = rng.choice([shape for shape in shape_scene.outer_shapes if not shape.is_large])
-    first, second = rng.sample((larger_shape, smaller_shape), 2)
-    pair = {
-        "first": describe_kind(first.kind, is_chinese),
-        "second": describe_kind(second.kind, is_chinese),
-    }
-    return fill_template("larger", rng, is_chinese=is_chinese, **pair), (
-        describe_kind(larger_shape.kind, is_chinese),
-    )
+@lru_cache
+def _stripe_mask() -> Image.Image:
+    """Render the mask of diagonal stripes."""
+    size = _CANVAS_SIZE * _SUPERSAMPLING
+    mask = Image.new("L", (size, size))
+    drawer = ImageDraw.Draw(mask)
+    pitch = size // 5
+    for x in range(-size, size, pitch):
+        drawer.line(((x, size), (x + size, 0)), 255, pitch // 3)
+    return mask
 
 
-def _sample_pair(shape_scene: ShapeScene, rng: random.Random) -> tuple[PlacedShape, PlacedShape]:
-    first, second = rng.sample(shape_scene.outer_shapes, 2)
-    return first, second
+def _get_polygon(shape: str) -> Sequence[Point]:
+    """Return the corners of a polygonal shape in the unit square."""
+    if shape == "star":
+        return [
+            _circle_point(corner / 10, 0.5 if corner % 2 == 0 else 0.21) for corner in range(10)
+        ]
+    if shape == "hexagon":
+        return [_circle_point(corner / 6, 0.5) for corner in range(6)]
+    if shape == "heart":
+        return [_heart_point(step / 60 * 2 * math.pi) for step in range(60)]
+    return _POLYGONS[shape]
 
 
-def _sample_question(
-    shape_scene: ShapeScene, kind_weights: Mapping[str, float], rng: random.Random
-) -> QuestionAnswer:
-    """Sample a question about a scene by the weights of question types and by language."""
-    kind = rng.choices(list(kind_weights), list(kind_weights.values()))[0]
-    return QuestionAnswer(*_QUESTION_MAKERS[kind](shape_scene, sample_is_chinese(rng), rng), kind)
-
-
-_QUESTION_MAKERS: dict[str, Callable[[ShapeScene, bool, random.Random], QuestionAndAnswer]] = {
-    "describe": _ask_description,
-    "count": _ask_count,
-    "find_shapes": _ask_shape_boxes,
-    "all_shapes": _ask_all_boxes,
-    "shape_at": _ask_shape_at_box,
-    "is_it": _ask_is_related,
-    "how_related": _ask_relation,
-    "larger": _ask_larger,
+_RECTANGLE_INSET = (1 - _FLAT_ASPECT) / 2
+_CROSS_START, _CROSS_END = 0.35, 0.65
+_POLYGONS: dict[str, Sequence[Point]] = {
+    "square": ((0.04, 0.04), (0.96, 0.04), (0.96, 0.96), (0.04, 0.96)),
+    "rectangle": (
+        (0, _RECTANGLE_INSET),
+        (1, _RECTANGLE_INSET),
+        (1, 1 - _RECTANGLE_INSET),
+        (0, 1 - _RECTANGLE_INSET),
+    ),
+    "triangle": ((0.5, 0.06), (1, 0.94), (0, 0.94)),
+    "diamond": ((0.5, 0), (0.9, 0.5), (0.5, 1), (0.1, 0.5)),
+    "cross": (
+        *(
+            (_CROSS_START, 0),
+            (_CROSS_END, 0),
+            (_CROSS_END, _CROSS_START),
+            (1, _CROSS_START),
+            (1, _CROSS_END),
+            (_CROSS_END, _CROSS_END),
+        ),
+        *(
+            (_CROSS_END, 1),
+            (_CROSS_START, 1),
+            (_CROSS_START, _CROSS_END),
+            (0, _CROSS_END),
+            (0, _CROSS_START),
+            (_CROSS_START, _CROSS_START),
+        ),
+    ),
+    "arrow": (
+        *((0, 0.36), (0.55, 0.36), (0.55, 0.12), (1, 0.5)),
+        *((0.55, 0.88), (0.55, 0.64), (0, 0.64)),
+    ),
 }
+
+
+def _circle_point(fraction: float, radius: float) -> Point:
+    """Return a point on a circle.
+
+    `fraction` is the clockwise angle from the top as a fraction of the full circle.
+    """
+    angle = 2 * math.pi * (fraction - 0.25)
+    return 0.5 + radius * math.cos(angle), 0.5 + radius * math.sin(angle)
+
+
+def _heart_point(angle: float) -> Point:
+    dx = 16 * math.sin(angle) ** 3
+    dy = 13 * math.cos(angle) - 5 * math.cos(2 * angle) - 2 * math.cos(3 * angle)
+    return 0.5 + dx / 34, 0.48 - (dy - math.cos(4 * angle)) / 34
+
+
+def _scale_about_centroid(points: Sequence[Point], scale: float) -> list[Point]:
+    """Scale a polygon about the mean of its corners.
+
+    For a triangle, this point is below the center of the unit square.
+    """
+    x = sum(point[0] for point in points) / len(points)
+    y = sum(point[1] for point in points) / len(points)
+    return [(x + (px - x) * scale, y + (py - y) * scale) for px, py in points]

@@ -15,12 +15,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from finesight.storage import write_folder
-from finesight.synth import vocabulary
-from finesight.synth.canvas import Canvas, Color
-from finesight.synth.fonts import list_faces, load_font
+from finesight.synth.canvas import Canvas, Color, load_builtin_font
+
+
+def split_words(text: str) -> tuple[str, ...]:
+    """Split a text at white space."""
+    return tuple(text.split())
+
 
 TABLE_FILE = "tickets.csv"
 """Name of the label table, which has one row per image."""
@@ -81,6 +85,20 @@ _MAX_CITY_WIDTH = IMAGE_WIDTH // 2 - 12
 
 Two city names fit next to each other.
 """
+
+_ONSETS = split_words(
+    "b c d f g h j k l m n p r s t v w z bl br ch cl cr dr fl fr gl gr pl pr qu sc sh sk sl sm sn "
+    "sp st str sw th tr tw wh"
+)
+_NUCLEI = split_words("a e i o u a e i o u ai au ea ee ei ie oa oo ou y")
+_CODAS = split_words(
+    "b d g k l m n p r s t x ck ct ft ld lk ll lp lt mp nd ng nk nt rd rk rm rn rt ss st"
+)
+
+BLOCKED_FRAGMENTS = split_words(
+    "ass coc cok cum cun dic dik fag fuc fuk hor kok nig pis rap sex shi slu tit"
+)
+"""Offensive letter sequences that pseudowords must not contain."""
 
 _BAND_HEIGHT = 26
 _MARGIN = 8
@@ -149,15 +167,28 @@ def sample_ticket(rng: random.Random) -> TicketFields:
 
 def _sample_city(rng: random.Random) -> str:
     while True:
-        stem = rng.choice(_CITY_STEMS) if rng.random() < 0.25 else vocabulary.sample_pseudoword(rng)
+        stem = rng.choice(_CITY_STEMS) if rng.random() < 0.25 else sample_pseudoword(rng)
         name = f"{stem}{rng.choice(_CITY_SUFFIXES)}".capitalize()
-        is_blocked = any(fragment in name.lower() for fragment in vocabulary.BLOCKED_FRAGMENTS)
+        is_blocked = any(fragment in name.lower() for fragment in BLOCKED_FRAGMENTS)
         if (
             len(name) <= _MAX_CITY_LETTERS
             and not is_blocked
-            and _text_width(name, max(_FONT_SIZES)) <= _MAX_CITY_WIDTH
+            and load_builtin_font(max(_FONT_SIZES)).getlength(name) <= _MAX_CITY_WIDTH
         ):
             return name
+
+
+def sample_pseudoword(rng: random.Random) -> str:
+    """Sample a pseudoword of one to three syllables in lower case.
+
+    Offensive letter sequences are excluded.
+    """
+    while True:
+        syllables = rng.choice((1, 2, 2, 2, 3, 3))
+        text = "".join(rng.choice(_ONSETS) + rng.choice(_NUCLEI) for _ in range(syllables))
+        text += rng.choice(_CODAS) if rng.random() < 0.6 else ""
+        if not any(fragment in text for fragment in BLOCKED_FRAGMENTS):
+            return text
 
 
 def draw_ticket(fields: TicketFields, rng: random.Random) -> Image.Image:
@@ -188,7 +219,7 @@ def _draw_background(height: int, style: _TicketStyle, rng: random.Random) -> Ca
         canvas,
         number,
         _LABEL_SIZE,
-        IMAGE_WIDTH - _MARGIN - _text_width(number, _LABEL_SIZE),
+        IMAGE_WIDTH - _MARGIN - load_builtin_font(_LABEL_SIZE).getlength(number),
         18,
         _WHITE_COLOR,
     )
@@ -270,16 +301,8 @@ def _draw_labeled_fields(
         _draw_text(canvas, fields[name], style.font_size, x, top + 35, _INK_COLOR)
 
 
-def _load_font(size: int) -> ImageFont.FreeTypeFont:
-    return load_font(list_faces("built-in")[0], size)
-
-
-def _text_width(text: str, size: int) -> float:
-    return _load_font(size).getlength(text)
-
-
 def _draw_text(
     canvas: Canvas, text: str, size: int, x: float, baseline: float, color: Color
 ) -> None:
-    rendered = canvas.draw_text(text, _load_font(size), x, baseline, color)
+    rendered = canvas.draw_text(text, load_builtin_font(size), x, baseline, color)
     assert rendered, f"{text!r} does not fit at {x}, {baseline}"

@@ -16,8 +16,7 @@ import traceback
 from typing import BinaryIO, cast
 
 from finesight.config import TrackerKind
-from finesight.track.redaction import redact
-from finesight.track.tracker import Tracker
+from finesight.track.backends import TRACKERS, Tracker
 from finesight.track.tracker_records import (
     RECORD_ADAPTER,
     AlertRecord,
@@ -27,8 +26,8 @@ from finesight.track.tracker_records import (
     RecordReply,
     RunStarted,
     StartRecord,
+    redact,
 )
-from finesight.track.tracker_registry import create_tracker
 
 ORPHAN_TIMEOUT_S = 60.0
 """Maximum seconds to close the run after the training process has died."""
@@ -56,7 +55,7 @@ def main(kind: TrackerKind, connection: socket.socket) -> None:
     while line := lines.get():
         record = RECORD_ADAPTER.validate_json(line)
         try:
-            tracker = tracker or create_tracker(kind)
+            tracker = tracker or TRACKERS[kind]()
             reply = RecordReply(started=_dispatch_record(tracker, record))
         except Exception as error:  # any error of the package
             traceback.print_exc()

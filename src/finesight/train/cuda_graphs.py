@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from finesight.encode.packing import PackedBatch
 from finesight.infer.cuda_graph_cache import CudaGraphCache
 from finesight.model.attention import supports_varlen_attention
-from finesight.model.auto_model import AnyModel
 from finesight.model.decoder import DecoderLayer
+from finesight.model.hf_backend import AnyModel
 from finesight.model.quant.base import HAS_TRITON
 from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.vlm import VisionLanguageModel

@@ -20,13 +20,13 @@ from finesight.data.jsonl import LocatedSample
 from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
 from finesight.evaluate import custom_metric
+from finesight.evaluate.bootstrap import ConfidenceInterval
 from finesight.evaluate.generation_eval import (
     GenerationEvalResult,
     PredictFn,
     PredictOutput,
     evaluate,
 )
-from finesight.evaluate.proportions import ConfidenceInterval
 from finesight.infer.prediction import Prediction
 from finesight.train.console import ProgressCallback, TrainingConsole
 from finesight.train.dataloader import SkippedSample, read_steps

@@ -20,7 +20,7 @@ from finesight.evaluate.metric_difference import (
     compare_prediction_files,
     format_differences,
 )
-from finesight.model.auto_model import AnyModel, save_auto_model
+from finesight.model.hf_backend import AnyModel, save_auto_model
 from finesight.model.lora.layer import iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model_folder import ModelFolder

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from finesight.model.lora.fused_matmul import write_gradients_to
+from finesight.model.lora.fused import write_gradients_to
 from finesight.train.grad_accumulation import LARGE_PARAM_ELEMENTS
 
 

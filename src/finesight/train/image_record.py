@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from finesight.data.container_paths import resolve_content, split_container_path
 from finesight.data.corpus import Corpus
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_header import CorruptImageError, resolve_content, split_container_path
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import list_media_paths
 from finesight.errors import UserError

@@ -15,9 +15,9 @@ import torch
 from finesight.evaluate.eval_case import note_lines
 from finesight.model.moe import MoeExperts
 from finesight.model.quant.base import find_quantized_weights
-from finesight.model.quant.quantize import count_unquantized_layers
 from finesight.model.trainable import get_part
-from finesight.report.histograms import HistogramCounts, count_half_octaves
+from finesight.model.weights_io import count_unquantized_layers
+from finesight.report.charts import HistogramCounts, count_half_octaves
 from finesight.track.tracker_manager import TrackerManager
 from finesight.train.anomaly import AnomalyDetector
 from finesight.train.console import StepProgress, TrainingConsole

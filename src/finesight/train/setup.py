@@ -21,9 +21,8 @@ from finesight.evaluate import custom_metric
 from finesight.evaluate.task_metrics import get_task_metric
 from finesight.infer.model_loader import resolve_device, resolve_precision
 from finesight.manifest import Manifest
-from finesight.model.auto_model import AnyModel, load_auto_model
 from finesight.model.families.qwen_vl import QwenVisionEncoder
-from finesight.model.hf_backend import LIMITATIONS, HfModel
+from finesight.model.hf_backend import LIMITATIONS, AnyModel, HfModel, load_auto_model
 from finesight.model.lora.layer import stacked_row_counts
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE as ADAPTER_WEIGHTS
 from finesight.model.lora.peft_io import load_trainable_adapter
@@ -158,7 +157,7 @@ class TrainState:
         """Create the dataset of this rank's validation samples; None without validation data.
 
         It does not use shared prefixes: in evaluation mode, some families compute a token depending
-        on the length of its sample (`model.families.qwen_decoder`).
+        on the length of its sample (`model.families.qwen_vl`).
 
         Args:
             pack_tokens: Maximum number of tokens of a pack.

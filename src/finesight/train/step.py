@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finesight.encode.packing import PackedBatch, dummy_batch
 from finesight.errors import TrainingInterrupted
-from finesight.model.context_parallel import select_shard_features
+from finesight.model.attention import select_shard_features
 from finesight.train.dataloader import StepBatch, read_steps
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, build_pack_oom_error
 from finesight.train.parallel.distributed import GlobalStepStats, ProcessGroup, RankDesyncError

@@ -12,8 +12,8 @@ from finesight.config import Recipe
 from finesight.data.line_index import UnreadableFileError
 from finesight.errors import TrainingInterrupted
 from finesight.storage import require_free_space
+from finesight.track.backends import require_packages
 from finesight.track.tracker_manager import start_trackers
-from finesight.track.tracker_registry import require_packages
 from finesight.train.async_checkpoint import build_async_checkpointer
 from finesight.train.checkpoint import CheckpointManager
 from finesight.train.console import TrainingConsole

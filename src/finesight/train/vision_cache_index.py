@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from finesight.data.container_paths import sha256_content
 from finesight.data.corpus import Corpus
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_header import CorruptImageError, sha256_content
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import VisualSpan
 from finesight.errors import UserError

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from finesight.model.attention import has_amx_bf16
-from finesight.model.auto_model import AnyModel
+from finesight.model.hf_backend import AnyModel
 from finesight.model.vlm import VisionLanguageModel
 
 ENCODER_VERSION = 5

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from format_fixtures import summarize_content
 
-from finesight.data.formats.answer_boxes import format_answer, parse_answer
+from finesight.data.formats.conversation_rows import format_answer, parse_answer
 from finesight.data.formats.dataset_format import ImportContext, RowImages
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.sample import BoxPart, ContentPart, ImagePart, TextPart

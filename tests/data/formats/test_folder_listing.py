@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finesight.data.formats.folder_listing import is_json_object, list_folder
+from finesight.data.row_reader import is_json_object, list_folder
 
 
 def test_files_are_grouped_by_kind(tmp_path: Path) -> None:

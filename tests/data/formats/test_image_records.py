@@ -8,7 +8,7 @@ import pytest
 from image_fixtures import write_gray_image
 
 from finesight.data.formats.dataset_format import ExportContext
-from finesight.data.formats.image_records import (
+from finesight.data.formats.image_annotations import (
     group_boxes_by_image,
     group_texts_by_image,
     round_coordinate,

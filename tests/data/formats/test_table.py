@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from format_fixtures import list_turns, parse_record, summarize_content
 
+from finesight.data.formats.dataset_format import ImportExample
 from finesight.data.formats.table import FORMAT, suggest_mapping
-from finesight.data.import_example import ImportExample
 from finesight.errors import UserError
 
 NAN = float("nan")

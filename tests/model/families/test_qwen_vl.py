@@ -14,8 +14,12 @@ from qwen_vl_reference import CONFIGS
 
 from finesight.errors import UserError
 from finesight.model.config import ConfigReader, ModelConfig, parse_pixel_normalization
-from finesight.model.families.qwen_decoder import count_ntk_doublings, logn_scale, ntk_base
-from finesight.model.families.qwen_vl import sincos_positions
+from finesight.model.families.qwen_vl import (
+    count_ntk_doublings,
+    logn_scale,
+    ntk_base,
+    sincos_positions,
+)
 from finesight.model.trainable import MODEL_PARTS, get_part
 from finesight.model.vlm import ARCHITECTURES, VisionLanguageModel
 from finesight.model.weights_io import HubTensor, hub_tensors, init_random_model

@@ -9,14 +9,13 @@ import torch
 from lora_fixtures import make_group
 from torch import Tensor, nn
 
-from finesight.model.fused_linear import FusedLinear
-from finesight.model.lora.fused_matmul import LoraMatmul
+from finesight.model.fused_linear import FusedLinear, add_lora_delta
+from finesight.model.lora.fused import LoraMatmul
 from finesight.model.lora.layer import LoraConfig, LoraLinear
-from finesight.model.lora.lora_delta import add_lora_delta
 from finesight.model.lora.multi import MultiLora
 from finesight.model.quant.base import QuantizedWeight
-from finesight.model.quant.fp8 import Fp8Weight
-from finesight.model.quant.rowwise_quant import Fp8Matrix, Int8Matrix
+from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight
+from finesight.model.quant.int8 import Int8Matrix
 
 WIDTHS = {"gate_proj": 320, "up_proj": 192}
 Kind = Callable[[FusedLinear], None] | None

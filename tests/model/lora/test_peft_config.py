@@ -10,8 +10,8 @@ import pytest
 from lora_fixtures import edit_adapter_config, write_random_adapter
 
 from finesight.errors import UserError
-from finesight.model.lora.peft_config import PeftConfig, to_layer_name, to_module_name
-from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE, read_adapter
+from finesight.model.families.architecture import to_layer_name, to_module_name
+from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE, PeftConfig, read_adapter
 
 
 def load_error(folder: Path) -> str:

@@ -16,12 +16,10 @@ from finesight.model.fused_linear import FusedLinear, linear_concat, linear_conc
 from finesight.model.lora.layer import LoraConfig, LoraLinear
 from finesight.model.quant import fp8
 from finesight.model.quant.base import QuantizedWeight, find_quantized_weights
-from finesight.model.quant.fp8 import Fp8Weight, quantize_fp8, require_fp8_support
-from finesight.model.quant.quantize import count_unquantized_layers
-from finesight.model.quant.rowwise_quant import Fp8Matrix
+from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight, quantize_fp8, require_fp8_support
 from finesight.model.tiny import TINY_PRESETS, create_tiny_model
 from finesight.model.trainable import get_part
-from finesight.model.weights_io import load_model
+from finesight.model.weights_io import count_unquantized_layers, load_model
 from finesight.model_folder import ModelFolder
 
 WIDTHS = {"q_proj": 64, "k_proj": 16, "v_proj": 16}

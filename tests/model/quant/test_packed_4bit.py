@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from finesight.model.quant.base import WeightTensorSpec
-from finesight.model.quant.packed_4bit import (
+from finesight.model.quant.base import (
     Packed4BitMatrix,
     PackedInput,
     RmsNormParams,
+    WeightTensorSpec,
     pack_inputs,
 )
 

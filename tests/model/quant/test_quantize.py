@@ -16,6 +16,8 @@ import torch
 from engine_fixtures import make_mixed_questions
 from gptq_fixtures import GptqConfig, with_untied_head, write_quantized_model
 from hf_reference import max_relative_error
+from synthetic_tasks.dataset_writer import write_task
+from synthetic_tasks.tasks import SyntheticTask
 from torch import Tensor
 
 from finesight.config import EvalSettings, TuneSettings, WeightFormat
@@ -25,8 +27,8 @@ from finesight.encode.packing import PackedBatch, pack
 from finesight.errors import UserError
 from finesight.evaluate.generation_eval import evaluate
 from finesight.infer.model_loader import load_inference_model
-from finesight.model.auto_model import load_auto_model
 from finesight.model.fused_linear import FusedLinear
+from finesight.model.hf_backend import load_auto_model
 from finesight.model.lora.layer import iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.quant import base, nf4
@@ -36,14 +38,11 @@ from finesight.model.quant.base import (
     QuantizedMatrix,
     find_quantized_weights,
 )
-from finesight.model.quant.quantize import MATRIX_TYPES
 from finesight.model.tiny import TinyFamily, create_tiny_model
 from finesight.model.trainable import configure_tuning, get_part
 from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import hub_tensors, load_model
+from finesight.model.weights_io import MATRIX_TYPES, hub_tensors, load_model
 from finesight.model_folder import TINY_MODEL, ModelFolder
-from finesight.synth.dataset_writer import write_task
-from finesight.synth.tasks import SyntheticTask
 
 CPU = torch.device("cpu")
 FORMATS: list[WeightFormat] = [kind for kind in get_args(WeightFormat) if kind != "auto"]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from finesight.model.quant import base
-from finesight.model.quant.rowwise_quant import Fp8Matrix, Int8Matrix, RowwiseMatrix
+from finesight.model.quant.fp8 import Fp8Matrix
+from finesight.model.quant.int8 import Int8Matrix, RowwiseMatrix
 
 KINDS = [Int8Matrix, Fp8Matrix]
 TYPES = [torch.float32, torch.bfloat16, torch.float16]

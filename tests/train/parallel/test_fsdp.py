@@ -19,7 +19,7 @@ from torch import Tensor
 from finesight.digests import verify_folder
 from finesight.errors import UserError
 from finesight.infer.model_loader import resolve_model_source
-from finesight.model.auto_model import load_auto_model
+from finesight.model.hf_backend import load_auto_model
 from finesight.recipe import load_recipe
 from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE, CheckpointManager
 from finesight.train.parallel.ddp import parallelize_model

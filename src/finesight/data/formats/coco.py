@@ -26,32 +26,28 @@ from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
     ImportContext,
+    ImportExample,
     InvalidOptionError,
     RowImages,
     make_text_part,
     never_detect,
 )
-from finesight.data.formats.detection_dataset import (
+from finesight.data.formats.image_annotations import (
+    LOST_WHITESPACE,
     ImageAnnotation,
+    ImageRecord,
     ImageSize,
     ObjectAnnotation,
     build_detection_examples,
-)
-from finesight.data.formats.folder_listing import is_json_object
-from finesight.data.formats.image_records import (
-    LOST_WHITESPACE,
-    ImageRecord,
     collect_classes,
     group_boxes_by_image,
     group_texts_by_image,
     has_boxes,
     round_coordinate,
 )
-from finesight.data.import_example import ImportExample
 from finesight.data.jsonl import LocatedSample, read_data_file
-from finesight.data.limits import MAX_ANSWERS, MAX_BOXES, check_limit
-from finesight.data.row_reader import Record, RowReader, SourceRow, rows_from_items
-from finesight.data.sample import ContentPart, Message
+from finesight.data.row_reader import Record, RowReader, SourceRow, is_json_object, rows_from_items
+from finesight.data.sample import MAX_ANSWERS, MAX_BOXES, ContentPart, Message, check_limit
 from finesight.errors import UserError
 from finesight.file_name_encoding import find_existing
 

@@ -5,7 +5,7 @@
 
 A record may have any number of turns, with several images at any position in the text. If it lists
 its images under `image` or `images`, each `<image>` in the text stands for the next of them. See
-`answer_boxes` for boxes in answers.
+`conversation_rows` for boxes in answers.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from finesight.data.formats import text_export
-from finesight.data.formats.answer_boxes import parse_answer
+from finesight.data.formats import conversation_rows
+from finesight.data.formats.conversation_rows import (
+    Turn,
+    build_turns_example,
+    list_checked_images,
+    list_turn_texts,
+    parse_answer,
+    parse_turns,
+)
 from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
     DatasetFormat,
     ExportContext,
     ImportContext,
+    ImportExample,
     PlaceholderCountError,
     RowImages,
     split_at_pattern,
     strip_object_refs,
 )
 from finesight.data.formats.image_path import is_image_path
-from finesight.data.formats.turns import (
-    Turn,
-    build_turns_example,
-    list_checked_images,
-    list_turn_texts,
-    parse_turns,
-)
-from finesight.data.import_example import ImportExample
 from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import ContentPart, ImagePart, Role
@@ -118,7 +118,9 @@ def _next_image(remaining_images: Iterator[object], text: str) -> object:
     )
 
 
-def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
+def write_files(
+    samples: Sequence[LocatedSample], context: ExportContext
+) -> conversation_rows.Files:
     """Write conversations with image paths in placeholders, and boxes as JSON.
 
     Boxes are in pixels of the original image.
@@ -131,10 +133,10 @@ def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> tex
 
         turns_text = render_turns(located_sample, make_placeholder)
         turns = [{"from": role, "value": text} for role, text in turns_text]
-        return text_export.build_record(located_sample, context, {"conversations": turns})
+        return conversation_rows.build_record(located_sample, context, {"conversations": turns})
 
-    yield from text_export.write_rows(samples, make_record)
-    text_export.add_box_note(samples, context)
+    yield from conversation_rows.write_rows(samples, make_record)
+    conversation_rows.add_box_note(samples, context)
 
 
 def render_turns(
@@ -146,7 +148,7 @@ def render_turns(
         UserError: A question consists of an image file name, which an import would read as an
             image.
     """
-    turns = text_export.render_turns(located_sample, make_placeholder)
+    turns = conversation_rows.render_turns(located_sample, make_placeholder)
     paths = [text for role, text in turns if role == "user" and is_image_path(text)]
     if paths:
         raise UserError(

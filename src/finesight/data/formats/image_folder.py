@@ -14,22 +14,20 @@ from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
     ImportContext,
+    ImportExample,
     RowImages,
     make_text_part,
     never_detect,
 )
-from finesight.data.formats.folder_listing import list_folder
-from finesight.data.formats.image_records import (
+from finesight.data.formats.image_annotations import (
     LOST_WHITESPACE,
     assign_text_file,
     group_texts_by_image,
     require_inside_output,
 )
-from finesight.data.import_example import ImportExample
 from finesight.data.jsonl import LocatedSample, read_data_file
-from finesight.data.limits import MAX_LABEL_FILE_BYTES
-from finesight.data.row_reader import RowReader, SourceRow, rows_from_items
-from finesight.data.sample import Message
+from finesight.data.row_reader import RowReader, SourceRow, list_folder, rows_from_items
+from finesight.data.sample import MAX_LABEL_FILE_BYTES, Message
 from finesight.errors import UserError
 
 REASON_NO_TEXT_FILE = "images without a text file of the same name"

@@ -4,7 +4,7 @@
                    {"role": "assistant", "value": "x ^ { 2 }"}]}
 
 The rows contain no question: `--prompt` sets it. Later user messages are text unless they are image
-paths as well. See `answer_boxes` for boxes in answers.
+paths as well. See `conversation_rows` for boxes in answers.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 
-from finesight.data.formats import text_export
-from finesight.data.formats.answer_boxes import parse_answer
+from finesight.data.formats import conversation_rows
+from finesight.data.formats.conversation_rows import (
+    build_turns_example,
+    list_turn_texts,
+    parse_answer,
+    parse_turns,
+)
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
     ImportContext,
+    ImportExample,
     RowImages,
     strip_object_refs,
 )
-from finesight.data.formats.turns import build_turns_example, list_turn_texts, parse_turns
-from finesight.data.import_example import ImportExample
 from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import ContentPart, ImagePart, Role, TextPart
@@ -62,7 +66,9 @@ def is_image_path(text: str) -> bool:
     return _IMAGE_PATH.fullmatch(text.strip()) is not None
 
 
-def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
+def write_files(
+    samples: Sequence[LocatedSample], context: ExportContext
+) -> conversation_rows.Files:
     """Write conversations whose first user message is the image path.
 
     The question, which must be the same for all samples, is reported as a note.
@@ -74,8 +80,8 @@ def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> tex
     prompts: set[str] = set()
 
     def make_record(located_sample: LocatedSample) -> Record:
-        placeholder = text_export.ImagePlaceholder(located_sample, context)
-        text_turns = text_export.render_turns(located_sample, placeholder)
+        placeholder = conversation_rows.ImagePlaceholder(located_sample, context)
+        text_turns = conversation_rows.render_turns(located_sample, placeholder)
         user_index = next(
             user_index for user_index, (role, _) in enumerate(text_turns) if role == "user"
         )
@@ -92,10 +98,10 @@ def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> tex
             raise _build_unsupported_error(f"the question {prompt[:60]!r} about {name!r}")
         text_turns[user_index] = ("user", name)
         turns = [{"from": role, "value": text} for role, text in text_turns]
-        return text_export.build_record(located_sample, context, {"conversations": turns})
+        return conversation_rows.build_record(located_sample, context, {"conversations": turns})
 
-    yield from text_export.write_rows(samples, make_record)
-    text_export.add_box_note(samples, context)
+    yield from conversation_rows.write_rows(samples, make_record)
+    conversation_rows.add_box_note(samples, context)
     context.notes.append(
         f"the rows do not contain the question; --prompt {shlex.quote(prompts.pop())} does"
     )

@@ -27,26 +27,30 @@ from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
     ImportContext,
+    ImportExample,
     never_detect,
 )
-from finesight.data.formats.detection_dataset import (
+from finesight.data.formats.image_annotations import (
     ImageAnnotation,
+    ImageRecord,
     ImageSize,
     ObjectAnnotation,
     build_detection_examples,
+    group_boxes_by_image,
+    make_unique_stem,
 )
-from finesight.data.formats.folder_listing import (
+from finesight.data.jsonl import LocatedSample, read_data_file
+from finesight.data.line_index import MAX_LINE_BYTES, open_data_file
+from finesight.data.row_reader import (
     SNIFF_BYTES,
+    Record,
+    RowReader,
+    SourceRow,
     is_json_object,
     list_folder,
     open_annotation_files,
 )
-from finesight.data.formats.image_records import ImageRecord, group_boxes_by_image, make_unique_stem
-from finesight.data.import_example import ImportExample
-from finesight.data.jsonl import LocatedSample, read_data_file
-from finesight.data.limits import MAX_BOXES, check_json, check_limit
-from finesight.data.line_index import MAX_LINE_BYTES, open_data_file
-from finesight.data.row_reader import Record, RowReader, SourceRow
+from finesight.data.sample import MAX_BOXES, check_json, check_limit
 from finesight.errors import UserError
 from finesight.file_name_encoding import find_existing
 

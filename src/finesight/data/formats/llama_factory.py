@@ -10,7 +10,7 @@ instruction followed by the input on a new line; `system` and `history` are the 
 earlier turns.
 
 LLaMA-Factory messages with `role` and `content` are read as `ms-swift`. The format has no boxes of
-its own: see `answer_boxes` for boxes in answers.
+its own: see `conversation_rows` for boxes in answers.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
-from finesight.data.formats import conversations, text_export
+from finesight.data.formats import conversation_rows, conversations
+from finesight.data.formats.conversation_rows import Turn, list_turn_texts, parse_history
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
     ImportContext,
+    ImportExample,
     has_value,
 )
-from finesight.data.formats.turns import Turn, list_turn_texts, parse_history
-from finesight.data.import_example import ImportExample
 from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import Record, SourceRow
 from finesight.errors import UserError
@@ -35,7 +35,7 @@ from finesight.errors import UserError
 SHAREGPT_ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
 DATASET_INFO = {
     "finesight": {
-        "file_name": text_export.JSONL_FILE,
+        "file_name": conversation_rows.JSONL_FILE,
         "formatting": "sharegpt",
         "columns": {"messages": "conversations", "images": "images"},
     }
@@ -92,20 +92,22 @@ def _parse_alpaca(record: Record) -> list[Turn]:
     return [*parse_history(record), ("user", question), ("assistant", output)]
 
 
-def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
+def write_files(
+    samples: Sequence[LocatedSample], context: ExportContext
+) -> conversation_rows.Files:
     """Write sharegpt rows, and a dataset_info.json that registers them as `finesight`."""
 
     def make_record(located_sample: LocatedSample) -> Record:
-        placeholder = text_export.ImagePlaceholder(located_sample, context)
+        placeholder = conversation_rows.ImagePlaceholder(located_sample, context)
         text_turns = conversations.render_turns(located_sample, placeholder)
         turns = [{"from": SHAREGPT_ROLES[role], "value": text} for role, text in text_turns]
-        return text_export.build_record(
+        return conversation_rows.build_record(
             located_sample, context, {"conversations": turns, "images": placeholder.image_names}
         )
 
-    yield from text_export.write_rows(samples, make_record)
+    yield from conversation_rows.write_rows(samples, make_record)
     yield "dataset_info.json", f"{json.dumps(DATASET_INFO, indent=2)}\n".encode()
-    text_export.add_box_note(samples, context, BOX_NOTE)
+    conversation_rows.add_box_note(samples, context, BOX_NOTE)
 
 
 FORMAT = DatasetFormat(

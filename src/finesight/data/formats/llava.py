@@ -6,17 +6,21 @@ r"""The format of LLaVA: ShareGPT conversations with an image.
 
 The LLaVA guide "Finetune LLaVA on Custom Datasets" documents it. The line break after `<image>` is
 removed, because each model family adds its own. If `image` is a list, each `<image>` stands for the
-next image. See `answer_boxes` for boxes in answers.
+next image. See `conversation_rows` for boxes in answers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from finesight.data.formats import conversations, text_export
-from finesight.data.formats.dataset_format import DatasetFormat, ExportContext, ImportContext
-from finesight.data.formats.turns import list_turn_texts, parse_turns
-from finesight.data.import_example import ImportExample
+from finesight.data.formats import conversation_rows, conversations
+from finesight.data.formats.conversation_rows import list_turn_texts, parse_turns
+from finesight.data.formats.dataset_format import (
+    DatasetFormat,
+    ExportContext,
+    ImportContext,
+    ImportExample,
+)
 from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import Record, SourceRow
 from finesight.errors import UserError
@@ -58,7 +62,7 @@ def write_files(
     """
 
     def make_record(located_sample: LocatedSample) -> Record:
-        placeholder = text_export.ImagePlaceholder(located_sample, context, "<image>\n")
+        placeholder = conversation_rows.ImagePlaceholder(located_sample, context, "<image>\n")
         text_turns = conversations.render_turns(located_sample, placeholder)
         if len(placeholder.image_names) > 1 or text_turns[0][0] == "system":
             raise UserError(
@@ -70,17 +74,19 @@ def write_files(
         speakers = {"user": "human", "assistant": "gpt"}
         turns = [{"from": speakers[role], "value": text} for role, text in text_turns]
         image = {"image": placeholder.image_names[0]} if placeholder.image_names else {}
-        return text_export.build_record(located_sample, context, {**image, "conversations": turns})
+        return conversation_rows.build_record(
+            located_sample, context, {**image, "conversations": turns}
+        )
 
     for sample_index, located_sample in enumerate(samples):
         line = (
             ("," if sample_index else "[")
             + "\n"
-            + text_export.format_record(make_record, located_sample)
+            + conversation_rows.format_record(make_record, located_sample)
         )
         yield LLAVA_FILE, line.encode()
     yield LLAVA_FILE, b"\n]\n"
-    text_export.add_box_note(samples, context)
+    conversation_rows.add_box_note(samples, context)
 
 
 FORMAT = DatasetFormat(

@@ -14,7 +14,7 @@ their label; elsewhere it is text. References without a placeholder are ignored,
 
 Messages may also be given under `conversation`, as pairs of human and assistant, or under `query`,
 `response` and `history`. LLaMA-Factory messages with images have the same format. See
-`answer_boxes` for boxes in answer texts.
+`conversation_rows` for boxes in answer texts.
 """
 
 from __future__ import annotations
@@ -25,13 +25,23 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from finesight.data.boxes import BoxConvention
-from finesight.data.formats import text_export
-from finesight.data.formats.answer_boxes import format_answer, parse_answer
+from finesight.data.formats import conversation_rows
+from finesight.data.formats.conversation_rows import (
+    Turn,
+    build_turns_example,
+    format_answer,
+    list_checked_images,
+    list_images,
+    parse_answer,
+    parse_history,
+    parse_turns,
+)
 from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
     DatasetFormat,
     ExportContext,
     ImportContext,
+    ImportExample,
     RowImages,
     as_list,
     has_value,
@@ -41,15 +51,6 @@ from finesight.data.formats.dataset_format import (
     strip_object_refs,
 )
 from finesight.data.formats.query_response import add_image_placeholders
-from finesight.data.formats.turns import (
-    Turn,
-    build_turns_example,
-    list_checked_images,
-    list_images,
-    parse_history,
-    parse_turns,
-)
-from finesight.data.import_example import ImportExample
 from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import BoxPart, ContentPart, Message, Role, TextPart, format_number
@@ -231,12 +232,14 @@ class _ObjectQueue:
             )
 
 
-def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
+def write_files(
+    samples: Sequence[LocatedSample], context: ExportContext
+) -> conversation_rows.Files:
     """Write ms-swift rows with `<image>` placeholders, and boxes in pixels under `objects`."""
 
     def make_record(located_sample: LocatedSample) -> Record:
         placeholder, objects = (
-            text_export.ImagePlaceholder(located_sample, context),
+            conversation_rows.ImagePlaceholder(located_sample, context),
             _ObjectColumns([], [], []),
         )
         messages = [
@@ -248,9 +251,9 @@ def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> tex
             row["images"] = placeholder.image_names
         if objects.bbox:
             row["objects"] = asdict(objects)
-        return text_export.build_record(located_sample, context, row)
+        return conversation_rows.build_record(located_sample, context, row)
 
-    yield from text_export.write_rows(samples, make_record)
+    yield from conversation_rows.write_rows(samples, make_record)
     context.notes.append(
         "ms-swift starts relative paths at the current folder: run it in the output folder, or set"
         " ROOT_IMAGE_DIR to it"
@@ -267,7 +270,7 @@ class _ObjectColumns:
 
 
 def _iter_texts(
-    message: Message, placeholder: text_export.ImagePlaceholder, objects: _ObjectColumns
+    message: Message, placeholder: conversation_rows.ImagePlaceholder, objects: _ObjectColumns
 ) -> Iterator[str]:
     has_label = False
     for part in message.content:
@@ -275,7 +278,9 @@ def _iter_texts(
             has_label = False
             is_text = message.role == "assistant" and isinstance(part, TextPart)
             yield (
-                format_answer((part,), 1) if is_text else text_export.render_part(part, placeholder)
+                format_answer((part,), 1)
+                if is_text
+                else conversation_rows.render_part(part, placeholder)
             )
             continue
         if has_label and part.label is None:

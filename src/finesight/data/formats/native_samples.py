@@ -7,13 +7,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from finesight.data.boxes import BoxConvention
-from finesight.data.formats import text_export
-from finesight.data.formats.dataset_format import DatasetFormat, ExportContext, ImportContext
-from finesight.data.import_example import ImportExample
+from finesight.data.formats import conversation_rows
+from finesight.data.formats.dataset_format import (
+    DatasetFormat,
+    ExportContext,
+    ImportContext,
+    ImportExample,
+)
 from finesight.data.jsonl import LocatedSample, sample_from_dict, sample_to_dict
 from finesight.data.row_reader import Record, SourceRow
-from finesight.data.sample import BoxPart, ContentPart, ImagePart, Sample
-from finesight.data.sample_validation import check_limits, validate_roles, validate_sample
+from finesight.data.sample import (
+    BoxPart,
+    ContentPart,
+    ImagePart,
+    Sample,
+    check_limits,
+    validate_roles,
+    validate_sample,
+)
 
 
 def detect(records: Sequence[Record]) -> str | None:
@@ -81,12 +92,14 @@ def _with_fitted_boxes(sample: Sample, reading: ImportContext) -> Sample:
     return sample.with_parts(fitted)
 
 
-def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
+def write_files(
+    samples: Sequence[LocatedSample], context: ExportContext
+) -> conversation_rows.Files:
     """Write samples with image paths relative to the output folder."""
     for located_sample in samples:
         sample = located_sample.sample.map_paths(_make_renamer(located_sample, context))
         yield (
-            text_export.JSONL_FILE,
+            conversation_rows.JSONL_FILE,
             f"{json.dumps(sample_to_dict(sample), ensure_ascii=False)}\n".encode(),
         )
 

@@ -9,40 +9,40 @@ resolution used by the OpenAI service, is ignored. Adjacent messages of the same
 guide, are merged into one turn.
 
 An image may also be a part of type `image` with its path under `image`, `url` or `path`, or without
-a path, which stands for the next of the `images` of the record, as in TRL. See `answer_boxes` for
-boxes in answers.
+a path, which stands for the next of the `images` of the record, as in TRL. See `conversation_rows`
+for boxes in answers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from finesight.data.formats import text_export
-from finesight.data.formats.answer_boxes import parse_answer
+from finesight.data.formats import conversation_rows
+from finesight.data.formats.conversation_rows import (
+    collect_meta,
+    get_role,
+    list_checked_images,
+    parse_answer,
+    reject_unsupported_turn_keys,
+)
 from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
     DatasetFormat,
     ExportContext,
     ImportContext,
+    ImportExample,
     PlaceholderCountError,
     RowImages,
+    build_example,
     has_value,
     merge_text_parts,
     reject_unsupported_keys,
     strip_object_refs,
 )
-from finesight.data.formats.turns import (
-    collect_meta,
-    get_role,
-    list_checked_images,
-    reject_unsupported_turn_keys,
-)
 from finesight.data.image_resolver import encode_data_url
-from finesight.data.import_example import ImportExample, build_example
 from finesight.data.jsonl import LocatedSample
-from finesight.data.limits import MAX_MESSAGES, check_limit
 from finesight.data.row_reader import Record, SourceRow
-from finesight.data.sample import ContentPart, ImagePart, Role, TextPart
+from finesight.data.sample import MAX_MESSAGES, ContentPart, ImagePart, Role, TextPart, check_limit
 from finesight.errors import UserError
 
 
@@ -170,11 +170,13 @@ def _join(before: list[ContentPart], after: list[ContentPart]) -> None:
     before += after
 
 
-def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
+def write_files(
+    samples: Sequence[LocatedSample], context: ExportContext
+) -> conversation_rows.Files:
     """Write OpenAI chat messages with images as data URLs, and boxes in answers as JSON."""
 
     def make_record(located_sample: LocatedSample) -> Record:
-        text_turns = text_export.render_turns(located_sample, lambda part: "")
+        text_turns = conversation_rows.render_turns(located_sample, lambda part: "")
         messages = [
             {
                 "role": role,
@@ -186,10 +188,10 @@ def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> tex
                 text_turns, located_sample.sample.messages, strict=True
             )
         ]
-        return text_export.build_record(located_sample, context, {"messages": messages})
+        return conversation_rows.build_record(located_sample, context, {"messages": messages})
 
-    yield from text_export.write_rows(samples, make_record)
-    text_export.add_box_note(samples, context)
+    yield from conversation_rows.write_rows(samples, make_record)
+    conversation_rows.add_box_note(samples, context)
 
 
 def _build_part(part: ContentPart, located_sample: LocatedSample) -> Record:
@@ -198,7 +200,7 @@ def _build_part(part: ContentPart, located_sample: LocatedSample) -> Record:
             "type": "image_url",
             "image_url": {"url": encode_data_url(located_sample.resolve_path(part.image))},
         }
-    return {"type": "text", "text": text_export.render_part(part, lambda image: "")}
+    return {"type": "text", "text": conversation_rows.render_part(part, lambda image: "")}
 
 
 FORMAT = DatasetFormat(

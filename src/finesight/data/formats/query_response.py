@@ -5,7 +5,7 @@ r"""Rows of `query`, `response` and `image`, with boxes as JSON under `bbox_2d` 
 
 This is the query-response format of ms-swift ("Custom Dataset" in its documentation). `history`
 contains earlier turns as pairs of texts, and `system` the system prompt. Images precede the first
-question unless `<image>` placeholders set their positions. See `answer_boxes` for boxes in
+question unless `<image>` placeholders set their positions. See `conversation_rows` for boxes in
 responses.
 """
 
@@ -14,26 +14,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from finesight.data.formats import text_export
-from finesight.data.formats.answer_boxes import parse_answer
+from finesight.data.boxes import BOX_KEY
+from finesight.data.formats import conversation_rows
+from finesight.data.formats.conversation_rows import (
+    Turn,
+    build_turns_example,
+    list_checked_images,
+    parse_answer,
+    parse_history,
+)
 from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
     DatasetFormat,
     ExportContext,
     ImportContext,
+    ImportExample,
     PlaceholderCountError,
     RowImages,
     split_at_pattern,
     strip_object_refs,
 )
-from finesight.data.formats.turns import (
-    Turn,
-    build_turns_example,
-    list_checked_images,
-    parse_history,
-)
-from finesight.data.import_example import ImportExample
-from finesight.data.json_boxes import BOX_KEY
 from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import ContentPart, Role
@@ -112,12 +112,14 @@ def _get_text(record: Record, key: str) -> str:
     return value
 
 
-def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
+def write_files(
+    samples: Sequence[LocatedSample], context: ExportContext
+) -> conversation_rows.Files:
     """Write query-response rows, with earlier turns under `history` and boxes as JSON."""
 
     def make_record(located_sample: LocatedSample) -> Record:
-        placeholder = text_export.ImagePlaceholder(located_sample, context)
-        text_turns = text_export.render_turns(located_sample, placeholder)
+        placeholder = conversation_rows.ImagePlaceholder(located_sample, context)
+        text_turns = conversation_rows.render_turns(located_sample, placeholder)
         system, text_turns = (
             (text_turns[0][1], text_turns[1:]) if text_turns[0][0] == "system" else ("", text_turns)
         )
@@ -130,10 +132,10 @@ def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> tex
             row["system"] = system
         if placeholder.image_names:
             row["images"] = placeholder.image_names
-        return text_export.build_record(located_sample, context, row)
+        return conversation_rows.build_record(located_sample, context, row)
 
-    yield from text_export.write_rows(samples, make_record)
-    text_export.add_box_note(samples, context)
+    yield from conversation_rows.write_rows(samples, make_record)
+    conversation_rows.add_box_note(samples, context)
 
 
 FORMAT = DatasetFormat(

@@ -15,19 +15,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finesight.data.boxes import BoxConvention
-from finesight.data.formats import text_export
+from finesight.data.formats import conversation_rows
+from finesight.data.formats.conversation_rows import (
+    build_turns_example,
+    list_turn_texts,
+    parse_turns,
+)
 from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
     DatasetFormat,
     ExportContext,
     ImportContext,
+    ImportExample,
     RowImages,
     make_text_part,
     reject_unsupported_keys,
     split_at_pattern,
 )
-from finesight.data.formats.turns import build_turns_example, list_turn_texts, parse_turns
-from finesight.data.import_example import ImportExample
 from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import BoxPart, ContentPart, ImagePart, Message, Role
@@ -76,7 +80,9 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     return case
 
 
-def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
+def write_files(
+    samples: Sequence[LocatedSample], context: ExportContext
+) -> conversation_rows.Files:
     """Write conversations in the syntax of Qwen-VL.
 
     Box coordinates are rounded to its grid of 1000, with 999 as the maximum.
@@ -94,9 +100,9 @@ def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> tex
             }
             for message in located_sample.sample.messages
         ]
-        return text_export.build_record(located_sample, context, {"conversations": turns})
+        return conversation_rows.build_record(located_sample, context, {"conversations": turns})
 
-    yield from text_export.write_rows(samples, make_record)
+    yield from conversation_rows.write_rows(samples, make_record)
 
 
 class _PartRenderer:
@@ -114,7 +120,7 @@ class _PartRenderer:
         """
         part = message.content[part_index]
         if not isinstance(part, BoxPart):
-            text = text_export.render_part(part, self._render_image)
+            text = conversation_rows.render_part(part, self._render_image)
             return text if isinstance(part, ImagePart) else _check_no_markup(text)
         previous = message.content[part_index - 1] if part_index else None
         label = previous.label if isinstance(previous, BoxPart) else None

@@ -3,7 +3,7 @@
 The user turn consists of the image (or several, from a list), the question, and the prompt on a new
 line. A list of answers yields one training sample per answer. The columns mapped to `fields` become
 one answer, a JSON object. Boxes are the answer if there is no other one, else they follow the
-answer text on a new line. See `answer_boxes` for boxes within the answer text.
+answer text on a new line. See `conversation_rows` for boxes within the answer text.
 """
 
 from __future__ import annotations
@@ -15,24 +15,31 @@ import shlex
 from collections.abc import Collection, Iterator, Sequence
 
 from finesight.data.boxes import BoxConvention
-from finesight.data.formats import text_export
-from finesight.data.formats.answer_boxes import format_answer, parse_answer
+from finesight.data.formats import conversation_rows
+from finesight.data.formats.conversation_rows import format_answer, parse_answer
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
     ImportContext,
+    ImportExample,
     InvalidOptionError,
     RowImages,
     UnexpectedPlaceholderError,
     as_list,
     make_text_part,
 )
-from finesight.data.import_example import ImportExample
 from finesight.data.jsonl import LocatedSample
-from finesight.data.limits import MAX_ANSWERS, check_limit
 from finesight.data.row_reader import Record, SourceRow
-from finesight.data.sample import BoxPart, ContentPart, Message, TextPart, format_number
-from finesight.data.sample_validation import EmptyAnswerError
+from finesight.data.sample import (
+    MAX_ANSWERS,
+    BoxPart,
+    ContentPart,
+    EmptyAnswerError,
+    Message,
+    TextPart,
+    check_limit,
+    format_number,
+)
 from finesight.errors import UserError
 
 _COLUMN_ROLES = ("image", "answer", "question", "box", "label")
@@ -261,7 +268,9 @@ def _parse_boxes(value: object) -> list[object]:
     return items if not items or isinstance(items[0], list | tuple) else [items]
 
 
-def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> text_export.Files:
+def write_files(
+    samples: Sequence[LocatedSample], context: ExportContext
+) -> conversation_rows.Files:
     """Write table rows of image, question, answer, box and label.
 
     The `--map` options that import the table are reported as a note.
@@ -277,11 +286,11 @@ def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> tex
         if columns.setdefault("question", "question" in row) != ("question" in row):
             raise _build_unsupported_error("a mix of samples with and without questions")
         columns.update(dict.fromkeys(row, True))
-        return text_export.build_record(
+        return conversation_rows.build_record(
             located_sample, context, {role: row.get(role) for role in _COLUMN_ROLES}
         )
 
-    yield from text_export.write_rows(samples, make_record)
+    yield from conversation_rows.write_rows(samples, make_record)
     options = [f"--map {role}={role}" for role in _COLUMN_ROLES if columns.get(role)]
     prompt_options = [] if columns["question"] else ['--prompt ""']
     context.notes.append(f"to read the table: {' '.join(options + prompt_options)}")
@@ -293,9 +302,9 @@ def _build_row(located_sample: LocatedSample, context: ExportContext) -> Record:
         raise _build_unsupported_error(
             f"turns of {', '.join(message.role for message in messages)}"
         )
-    placeholder = text_export.ImagePlaceholder(located_sample, context)
+    placeholder = conversation_rows.ImagePlaceholder(located_sample, context)
     question_text = "".join(
-        text_export.render_part(part, placeholder) for part in messages[0].content
+        conversation_rows.render_part(part, placeholder) for part in messages[0].content
     )
     question = question_text.removeprefix("<image>" * len(placeholder.image_names))
     if "<image>" in question:

@@ -28,27 +28,24 @@ from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
     ImportContext,
+    ImportExample,
     never_detect,
 )
-from finesight.data.formats.detection_dataset import (
+from finesight.data.formats.image_annotations import (
     ImageAnnotation,
+    ImageRecord,
     ImageSize,
     ObjectAnnotation,
     build_detection_examples,
-)
-from finesight.data.formats.folder_listing import list_folder, open_annotation_files
-from finesight.data.formats.image_records import (
-    ImageRecord,
     group_boxes_by_image,
     make_unique_stem,
+    parse_integer,
     round_coordinate,
 )
 from finesight.data.image_header import CorruptImageError
-from finesight.data.import_example import ImportExample
-from finesight.data.integer_parsing import parse_integer
 from finesight.data.jsonl import LocatedSample, read_data_file
-from finesight.data.limits import MAX_LABEL_FILE_BYTES
-from finesight.data.row_reader import RowReader, SourceRow
+from finesight.data.row_reader import RowReader, SourceRow, list_folder, open_annotation_files
+from finesight.data.sample import MAX_LABEL_FILE_BYTES
 from finesight.errors import UserError
 from finesight.file_name_encoding import find_existing
 

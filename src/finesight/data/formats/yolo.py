@@ -31,33 +31,37 @@ from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
     ImportContext,
+    ImportExample,
     as_list,
     never_detect,
 )
-from finesight.data.formats.detection_dataset import (
+from finesight.data.formats.image_annotations import (
     ImageAnnotation,
-    ObjectAnnotation,
-    build_detection_examples,
-)
-from finesight.data.formats.folder_listing import SNIFF_BYTES, list_folder
-from finesight.data.formats.image_records import (
     ImageRecord,
+    ObjectAnnotation,
     assign_text_file,
+    build_detection_examples,
     collect_classes,
     group_boxes_by_image,
+    parse_integer,
     require_inside_output,
 )
-from finesight.data.import_example import ImportExample
-from finesight.data.integer_parsing import parse_integer
 from finesight.data.jsonl import LocatedSample, read_data_file
-from finesight.data.limits import (
+from finesight.data.line_index import open_data_file
+from finesight.data.row_reader import (
+    SNIFF_BYTES,
+    Record,
+    RowReader,
+    SourceRow,
+    list_folder,
+    rows_from_items,
+)
+from finesight.data.sample import (
     MAX_BOXES,
     MAX_DESCRIPTION_BYTES,
     MAX_LABEL_FILE_BYTES,
     check_limit,
 )
-from finesight.data.line_index import open_data_file
-from finesight.data.row_reader import Record, RowReader, SourceRow, rows_from_items
 from finesight.errors import UserError
 from finesight.file_name_encoding import find_existing
 

@@ -1,14 +1,56 @@
-"""Interface of a model family, which each family module implements for `model.vlm`."""
+"""Interface of a model family for `model.vlm`, and names of its layers in PEFT adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from finesight.model.config import ConfigReader, DecoderConfig, PixelNormalization
 from finesight.model.decoder import Decoder
-from finesight.model.lora.peft_config import TRANSFORMERS_V5_MAPPING, KeyMapping
 from finesight.model.vision_encoder import VisionEncoder
+
+KeyMapping = tuple[tuple[str, str], ...]
+"""Pairs of a prefix of native layer names and the corresponding prefix of PEFT module names."""
+
+TRANSFORMERS_V5_MAPPING: KeyMapping = (
+    ("model.layers.", "model.language_model.layers."),
+    ("visual.", "model.visual."),
+)
+"""Mapping to the module names of transformers 5 and later."""
+
+QWEN_VL_MAPPING: KeyMapping = (
+    ("model.layers.", "transformer.h."),
+    ("visual.blocks.", "transformer.visual.transformer.resblocks."),
+    ("visual.merger.attn_pool.", "transformer.visual.attn_pool."),
+)
+"""Mapping to the module names in the published code of the first Qwen-VL."""
+
+
+def to_module_name(layer: str, key_mapping: KeyMapping = TRANSFORMERS_V5_MAPPING) -> str:
+    """Map a native layer name to a PEFT module name.
+
+    With an empty mapping the name is unchanged; otherwise a prefix must match.
+    """
+    for native, foreign in key_mapping:
+        if layer.startswith(native):
+            return foreign + layer.removeprefix(native)
+    assert not key_mapping, f"no adapter is published for a layer named {layer}"
+    return layer
+
+
+def to_layer_name(
+    module: str, key_mappings: Sequence[KeyMapping] = (TRANSFORMERS_V5_MAPPING, QWEN_VL_MAPPING)
+) -> str:
+    """Map a PEFT module name to the native layer name, by the first matching prefix.
+
+    Names without a match are unchanged, such as those of transformers 4.
+    """
+    for native, foreign in chain(*key_mappings):
+        if module.startswith(foreign):
+            return native + module.removeprefix(foreign)
+    return module
+
 
 TRANSFORMERS_V5_PREFIXES = {"model.": "model.language_model.", "visual.": "model.visual."}
 """Tensor name prefixes that transformers 5 writes, by native prefix. They are accepted for every

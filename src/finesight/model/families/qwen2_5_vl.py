@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from finesight.encode.tokenized_sample import GridTHW
-from finesight.model.array_cache import array_cache
 from finesight.model.config import (
     ConfigReader,
     PixelNormalization,
@@ -21,12 +20,13 @@ from finesight.model.config import (
     parse_decoder_config,
     parse_vision_config,
 )
+from finesight.model.cpu_attention import copy_to_device
 from finesight.model.families.architecture import Architecture
 from finesight.model.layers import GatedMlp, PatchMerger, RmsNorm, VisionBlock
-from finesight.model.length_buckets import copy_to_device
 from finesight.model.vision_encoder import (
     PatchLayout,
     VisionEncoder,
+    array_cache,
     frame_lengths,
     patch_coordinates,
 )

@@ -13,9 +13,8 @@ from finesight.model.config import (
     parse_vision_config,
 )
 from finesight.model.families.architecture import Architecture
-from finesight.model.fused_gelu import QUICK_GELU
 from finesight.model.fused_linear import FusedLinear, single_output
-from finesight.model.layers import FeedForward, PatchMerger, VisionBlock
+from finesight.model.layers import QUICK_GELU, FeedForward, PatchMerger, VisionBlock
 from finesight.model.quant.fp8 import Fp8Rows, quantize_fp8_gelu
 from finesight.model.vision_encoder import VisionEncoder
 

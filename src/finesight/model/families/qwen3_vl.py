@@ -7,6 +7,7 @@ first decoder layers (DeepStack).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from finesight.encode.tokenized_sample import GridTHW
-from finesight.model.array_cache import array_cache
 from finesight.model.config import (
     ConfigReader,
     DecoderConfig,
+    MoeConfig,
     PixelNormalization,
     VisionConfig,
     get_rope_config,
@@ -26,13 +27,12 @@ from finesight.model.config import (
     parse_decoder_config,
     parse_vision_config,
 )
+from finesight.model.cpu_attention import copy_to_device
 from finesight.model.families.architecture import TRANSFORMERS_V5_PREFIXES, Architecture
-from finesight.model.fused_gelu import TANH_GELU
 from finesight.model.fused_linear import FusedLinear, single_output
-from finesight.model.layers import FeedForward, VisionBlock, empty_embedding
-from finesight.model.length_buckets import copy_to_device
+from finesight.model.layers import TANH_GELU, FeedForward, VisionBlock, empty_embedding
 from finesight.model.quant.fp8 import Fp8Rows
-from finesight.model.vision_encoder import VisionEncoder, patch_coordinates
+from finesight.model.vision_encoder import VisionEncoder, array_cache, patch_coordinates
 
 _norm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -206,4 +206,30 @@ def build_vision_encoder(
 
 ARCHITECTURE = Architecture(
     parse_qwen3_decoder_config, build_vision_encoder, TRANSFORMERS_V5_PREFIXES
+)
+
+
+def parse_qwen3_moe_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
+    """Parse the config of the Qwen3 decoder with experts from `text_config`."""
+    text = get_text_config(hf_config)
+    text.require_supported("decoder_sparse_step", 1, (1,))
+    text.require_supported("mlp_only_layers", (), ((), []))
+    text.require_supported("norm_topk_prob", True, (True,))
+    moe_config = MoeConfig(
+        # transformers 5 uses the second name.
+        num_experts=text.get_int("num_experts" if text.has("num_experts") else "num_local_experts"),
+        num_experts_per_tok=text.get_int("num_experts_per_tok"),
+        intermediate_size=text.get_int("moe_intermediate_size"),
+    )
+    if moe_config.num_experts_per_tok > moe_config.num_experts:
+        text.raise_invalid("num_experts_per_tok", f"at most the {moe_config.num_experts} experts")
+    if moe_config.intermediate_size % 8 or text.get_int("hidden_size") % 8:
+        text.raise_invalid(
+            "moe_intermediate_size", "a multiple of 8, as hidden_size, for grouped matmuls"
+        )
+    return replace(parse_qwen3_decoder_config(hf_config), moe=moe_config)
+
+
+MOE_ARCHITECTURE = Architecture(
+    parse_qwen3_moe_decoder_config, build_vision_encoder, TRANSFORMERS_V5_PREFIXES
 )

@@ -1,9 +1,9 @@
 """Elementwise Triton kernels for operations that need several memory passes in eager torch.
 
-Each has an eager counterpart in `model.fused_ops` and rounds to 16 bits at the same points. The
+Those with an eager counterpart in `model.fused_ops` round to 16 bits at the same points. The
 results are equal except where the compiler fuses a multiplication and an addition.
 
-Shapes: T tokens or patches, H heads, D head dimension; E elements of a contiguous tensor.
+Shapes: T tokens or patches, H heads, D head dimension, E elements of a contiguous tensor.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor, empty_like
 
 _WARPS = 4
+
 _BLOCK = 4096
 """Elements per program of an elementwise kernel."""
 

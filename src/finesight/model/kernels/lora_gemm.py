@@ -17,14 +17,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.kernels.dropout import SeededDropout, hash_u32, keep_mask
 from finesight.model.kernels.launch_config import (
     CONCURRENT_PROGRAMS,
     LORA_DOWN_BACKWARD_TILE,
     TileConfig,
     rows_per_chunk,
 )
-from finesight.model.kernels.primitives import Ptr, align_layouts, rank_block_size, sum_partials
+from finesight.model.kernels.primitives import (
+    Ptr,
+    SeededDropout,
+    align_layouts,
+    hash_u32,
+    keep_mask,
+    rank_block_size,
+    sum_partials,
+)
 
 DOWN_TILE, UP_TILE = TileConfig(32, 64, 4, 4), TileConfig(64, 64, 4, 2)
 """Tiles of the down-projection and the up-projection; fastest on an H200."""
@@ -298,7 +305,7 @@ def _add_lora_up_kernel(
 def add_lora_up(y_TO: Tensor, low_TR: Tensor, lora_B_OR: Tensor, scale: float) -> None:
     """Add the LoRA delta, scale * low B^T, to a 16-bit base product in place.
 
-    Rounds stochastically, see `model.lora.lora_delta`. Rows of each tensor may be strided.
+    Rounds stochastically, see `model.fused_linear`. Rows of each tensor may be strided.
     """
     (rows, width), ranks, tile = y_TO.shape, lora_B_OR.shape[1], UP_TILE
     assert low_TR.shape == (rows, ranks), f"{tuple(low_TR.shape)}, not {rows, ranks}"

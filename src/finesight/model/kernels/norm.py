@@ -10,10 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.kernels.dropout import SeededDropout, keep_mask
 from finesight.model.kernels.fp8_quantize import fp8_factor_and_scale
 from finesight.model.kernels.launch_config import MAX_PARTIAL_SUMS, TileConfig
-from finesight.model.kernels.primitives import Ptr, sum_partials
+from finesight.model.kernels.primitives import Ptr, SeededDropout, keep_mask, sum_partials
 from finesight.model.quant.fp8 import FP8_MAX, MIN_AMAX, Fp8Rows, empty_fp8_rows
 
 RMS_NORM_TILE = TileConfig(4, 0, 8, 1)

@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.kernels.int4_gemv import load_codebook_lane, lookup_codebook
-from finesight.model.kernels.int8_gemv import MatmulTiling
+from finesight.model.kernels.quant_gemv import MatmulTiling, load_codebook_lane, lookup_codebook
 
 
 def choose_gemm_tiling(out_features: int, rows: int) -> MatmulTiling:
@@ -200,7 +199,7 @@ def int4_gemm(
 def rowwise_gemm(
     x_RI: Tensor, codes_OI: Tensor, scales_O: Tensor, bias: Tensor | None, tiling: MatmulTiling
 ) -> Tensor:
-    """Compute x W^T + bias [R, O] with an INT8 or FP8 matrix of `model.quant.rowwise_quant`.
+    """Compute x W^T + bias [R, O] with an INT8 or FP8 matrix of `model.quant.int8`.
 
     The input has a 16-bit dtype.
     """

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finesight.model.kernels.dropout import SeededDropout, keep_mask
 from finesight.model.kernels.launch_config import (
     SWIGLU_BACKWARD_TILE,
     SWIGLU_TILE,
@@ -24,7 +23,9 @@ from finesight.model.kernels.launch_config import (
 )
 from finesight.model.kernels.primitives import (
     Ptr,
+    SeededDropout,
     align_layouts,
+    keep_mask,
     rank_block_size,
     sum_partials,
     times_sigmoid,

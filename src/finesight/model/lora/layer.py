@@ -16,11 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finesight.model.fused_linear import FusedLinear, add_input_gradient, linear_with_deltas
+from finesight.model.fused_linear import (
+    FusedLinear,
+    LoraDelta,
+    add_input_gradient,
+    linear_with_deltas,
+)
 from finesight.model.fused_ops import dropout, dropout_matmul
-from finesight.model.lora.fused_weight import UpProjection
-from finesight.model.lora.lora_delta import LoraDelta
-from finesight.model.quant.base import QuantizedWeight
+from finesight.model.quant.base import HAS_TRITON, QuantizedWeight
+
+if HAS_TRITON:
+    pass
+
+
+class UpProjection(NamedTuple):
+    """LoRA up-projection [O, R], with its output rows and rank columns."""
+
+    lora_B_OR: Tensor
+    output_slice: slice
+    rank_slice: slice
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finesight.model.fused_linear import FusedLinear, linear_with_deltas
+from finesight.model.fused_linear import FusedLinear, LoraDelta, linear_with_deltas
 from finesight.model.lora.layer import LoraLinear, iter_adapters
-from finesight.model.lora.lora_delta import LoraDelta
 from finesight.model.quant.base import QuantizedWeight
 
 

@@ -1,14 +1,14 @@
-"""Frozen FP8 weights with FP8 matmuls in training.
+"""Frozen FP8 weights (e4m3, Micikevicius et al. 2022, arXiv:2209.05433), with FP8 matmuls.
 
-On supported GPUs, FP8 matmuls have twice the throughput of 16-bit matmuls (e4m3 of Micikevicius et
-al. 2022, arXiv:2209.05433). Weights are quantized as in `model.quant.rowwise_quant`, with a scale
-per output. The other operand is quantized on the fly with a scale per row: the layer's input in the
-forward pass, the output gradient in the backward pass. Rows are quantized independently, so that a
-sample gives the same result in any packed batch. Gradients use e4m3 as well: e5m2 has a wider range
-with one mantissa bit less, and row scales make the range unnecessary.
+On supported GPUs, FP8 matmuls have twice the throughput of 16-bit matmuls. Weights are quantized as
+in `model.quant.int8`, with a scale per output. The other operand is quantized on the fly with a
+scale per row: the layer's input in the forward pass, the output gradient in the backward pass. Rows
+are quantized independently, so that a sample gives the same result in any packed batch. Gradients
+use e4m3 as well: e5m2 has a wider range with one mantissa bit less, and row scales make the range
+unnecessary.
 
 In evaluation mode only the weights are in FP8. Evaluation during a run then matches later
-inference, which never quantizes activations (`model.quant.rowwise_quant`).
+inference, which never quantizes activations.
 
 Shapes: T rows, O concatenated outputs of a fused linear, I inputs.
 """
@@ -24,12 +24,38 @@ from torch.autograd.function import once_differentiable
 
 from finesight.errors import UserError
 from finesight.model.fused_ops import has_kernels, quick_gelu
-from finesight.model.lora.lora_delta import LoraDelta
-from finesight.model.quant.base import HAS_TRITON, QuantizedMatrix, QuantizedWeight
-from finesight.model.quant.rowwise_quant import Fp8Matrix
+from finesight.model.quant.base import (
+    HAS_TRITON,
+    QuantizedMatrix,
+    QuantizedWeight,
+)
+from finesight.model.quant.int8 import RowwiseMatrix
 
 if HAS_TRITON:
     from finesight.model.kernels import fp8_quantize as fp8_kernels
+
+
+class Fp8Matrix(RowwiseMatrix):
+    """FP8 matrix (e4m3, three mantissa bits).
+
+    The error of an element is at most a sixteenth of it or 2^-10 of the scale, whichever is larger.
+    """
+
+    code_dtype = torch.float8_e4m3fn
+    max_code = 448.0
+
+    def round_to_codes(self, values_RI: Tensor) -> Tensor:
+        """Round scaled values to the nearest FP8 value."""
+        # The next code after the largest value is NaN; clamp quotients that were rounded up.
+        return values_RI.clamp(-self.max_code, self.max_code).to(torch.float8_e4m3fn)
+
+    def _kernels_available(self) -> bool:
+        # Older GPUs cannot convert this dtype.
+        return super()._kernels_available() and torch.cuda.get_device_capability(self.device) >= (
+            8,
+            9,
+        )
+
 
 FP8_ALIGNMENT = 16
 """Divisor that FP8 tensor cores require of the inputs and of each layer's outputs."""
@@ -180,29 +206,18 @@ class Fp8Weight(QuantizedWeight):
         ys_TO = _Fp8Linear.apply(x_TI, bias, self)  # type: ignore[no-untyped-call]
         return tuple(y_TO.view(*x.shape[:-1], y_TO.shape[1]) for y_TO in ys_TO)
 
-    def linear_fp8(self, x_TI: Tensor | Fp8Rows, bias: Tensor | None) -> tuple[Tensor, ...]:
-        """Compute x W_i^T + bias_i for each layer in FP8, without autograd."""
-        return self._linear_fp8(*self._to_fp8_rows(x_TI), bias)
-
-    def _linear_fp8(
-        self, rows: Fp8Rows, dtype: torch.dtype, bias: Tensor | None
+    def linear_fp8(
+        self, x_TI: Tensor | Fp8Rows, bias: Tensor | None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, ...]:
+        """Compute x W_i^T + bias_i for each layer in FP8, without autograd.
+
+        The outputs have the dtype of the input unless `dtype` is given.
+        """
+        rows, input_dtype = self._to_fp8_rows(x_TI)
         return tuple(
-            fp8_linear(rows, layer.codes_OI, layer.scales_O, layer_bias, dtype)
+            fp8_linear(rows, layer.codes_OI, layer.scales_O, layer_bias, dtype or input_dtype)
             for layer, layer_bias in zip(self._fp8_matrices, self.split_bias(bias), strict=True)
         )
-
-    def linear_with_deltas(
-        self, x_TI: Tensor, bias: Tensor | None, deltas: Sequence[LoraDelta]
-    ) -> tuple[Tensor, ...]:
-        """Compute x W_i^T + bias_i plus the LoRA delta of each layer, without autograd.
-
-        Used on CPUs, which accumulate the sum in fp32.
-        """
-        ys_TO = self._linear_fp8(quantize_fp8(x_TI), torch.float32, bias)
-        for layer_index, low_TR, lora_B_OR, scale in deltas:
-            ys_TO[layer_index].addmm_(low_TR.float(), lora_B_OR.float().T, alpha=scale)
-        return tuple(y_TO.to(x_TI.dtype) for y_TO in ys_TO)
 
     def linear_concat(self, x_TI: Tensor | Fp8Rows, bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias of all layers concatenated, without autograd."""

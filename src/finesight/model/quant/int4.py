@@ -20,16 +20,17 @@ from finesight.model.lora.layer import hub_name
 from finesight.model.quant.base import (
     CHUNK_ELEMENTS,
     HAS_TRITON,
+    Packed4BitMatrix,
+    PackedInput,
     QuantizedWeight,
+    RmsNormParams,
     WeightTensorSpec,
 )
-from finesight.model.quant.packed_4bit import Packed4BitMatrix, PackedInput, RmsNormParams
 from finesight.model_folder import ModelFolder
 
 if HAS_TRITON:
-    from finesight.model.kernels import int4_dequantize as int4_dequantize_kernels
-    from finesight.model.kernels import int4_gemv as int4_gemv_kernels
     from finesight.model.kernels import quant_gemm as quant_gemm_kernels
+    from finesight.model.kernels import quant_gemv as quant_gemv_kernels
 
 DEFAULT_GROUP_SIZE = 64
 """Group size of weights that are rounded to INT4 while loading."""
@@ -124,7 +125,7 @@ class Int4Matrix(Packed4BitMatrix):
         """Return the dequantized matrix [O, I], each element rounded once."""
         quant_params = self.scales_OG, self.zeros_OG, self.permutation_I, self.group_size
         if self._kernels_available():
-            return int4_dequantize_kernels.dequantize_int4(self.codes, *quant_params, dtype)
+            return quant_gemv_kernels.dequantize_int4(self.codes, *quant_params, dtype)
         w_OI = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
         rows_per_chunk = max(1, CHUNK_ELEMENTS // self.in_features)
         for rows in (
@@ -164,14 +165,14 @@ class Int4Matrix(Packed4BitMatrix):
         """
         if not self._is_unpermuted and norm is not None:
             x_1I, norm = F.rms_norm(x_1I, norm.weight_I.shape, *norm), None
-        return int4_gemv_kernels.pack_input(self._permute_input(x_1I), norm, self.group_size)
+        return quant_gemv_kernels.pack_input(self._permute_input(x_1I), norm, self.group_size)
 
     def gemv_packed(
         self, x: PackedInput, y_O: Tensor, bias_O: Tensor | None, residual_O: Tensor | None
     ) -> None:
         """Compute x W^T + bias + residual of a packed input row into `y_O`."""
         quant_params = self.codes, self.scales_OG, self.zeros_OG, self.group_size
-        int4_gemv_kernels.int4_gemv(x, *quant_params, y_O, bias_O, residual_O)
+        quant_gemv_kernels.int4_gemv(x, *quant_params, y_O, bias_O, residual_O)
 
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias [R, O] with a tensor-core kernel."""

@@ -16,12 +16,17 @@ import torch
 from torch import Tensor
 
 from finesight.errors import UserError
-from finesight.model.quant.base import HAS_TRITON, WeightTensorSpec
-from finesight.model.quant.packed_4bit import Packed4BitMatrix, PackedInput, RmsNormParams
+from finesight.model.quant.base import (
+    HAS_TRITON,
+    Packed4BitMatrix,
+    PackedInput,
+    RmsNormParams,
+    WeightTensorSpec,
+)
 
 if HAS_TRITON:
-    from finesight.model.kernels import int4_gemv as int4_gemv_kernels
     from finesight.model.kernels import quant_gemm as quant_gemm_kernels
+    from finesight.model.kernels import quant_gemv as quant_gemv_kernels
 
 BLOCK_SIZE, SCALE_BLOCK_SIZE = 64, 256
 """Number of elements that share a scale, and number of scales that share a nested scale."""
@@ -165,13 +170,13 @@ class Nf4Matrix(Packed4BitMatrix):
 
         A word holds the codes of eight adjacent inputs.
         """
-        return int4_gemv_kernels.pack_input(x_1I, norm, None)
+        return quant_gemv_kernels.pack_input(x_1I, norm, None)
 
     def gemv_packed(
         self, x: PackedInput, y_O: Tensor, bias_O: Tensor | None, residual_O: Tensor | None
     ) -> None:
         """Compute x W^T + bias + residual of a packed input row into `y_O`."""
-        int4_gemv_kernels.nf4_gemv(x, *self._kernel_args(), y_O, bias_O, residual_O)
+        quant_gemv_kernels.nf4_gemv(x, *self._kernel_args(), y_O, bias_O, residual_O)
 
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias [R, O] with a tensor-core kernel."""

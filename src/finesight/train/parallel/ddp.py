@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from finesight.config import Recipe
 from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
-from finesight.model.auto_model import AnyModel
-from finesight.model.hf_backend import HfModel
+from finesight.model.hf_backend import AnyModel, HfModel
 from finesight.model.trainable import trainable_parameters
 from finesight.train.optimizer import MasterWeightOptimizer
 from finesight.train.parallel.distributed import ProcessGroup

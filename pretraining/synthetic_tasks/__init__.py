@@ -1,0 +1,1 @@
+"""Synthetic tasks for the pretraining of finesight-tiny: images with questions and answers."""

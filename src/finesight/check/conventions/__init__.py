@@ -1,1 +1,0 @@
-"""Detect wrong box conventions (format, units, image size) from all boxes of a data file."""

@@ -1,0 +1,290 @@
+"""Find issues across samples: duplicates, contradictory or dominant answers, and leakage.
+
+Leakage is a validation image in the training data, also as a re-encoded copy.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from finesight.check.check_issues import CheckIssue, IssueImage, SampleLocation
+from finesight.check.image_catalog import ImageCatalog
+from finesight.check.near_duplicates import has_contrast
+from finesight.check.sample_issues import iter_media_paths
+from finesight.data.boxes import Box, iou
+from finesight.data.formats.dataset_format import join_text
+from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, list_media_paths
+
+MAX_SHORT_ANSWER = 40
+"""Maximum number of characters of a short answer, such as a name or number."""
+
+MIN_MULTI_ANSWER_FRACTION, MIN_LONG_ANSWER_FRACTION, MIN_MULTI_ANSWER_SAMPLES = 0.3, 0.1, 10
+"""Thresholds for questions that have several correct answers by design, such as captions.
+
+Their contradictions are not reported. The thresholds are the minimum fraction of contradictory
+samples among samples with the same question, the minimum fraction of contradictions between long
+answers, and the minimum number of such samples.
+"""
+
+MIN_MATCH_IOU = 0.5
+"""Minimum intersection over union of two boxes that mark the same object."""
+
+MAX_ANSWER_FRACTION, MIN_SAMPLES = 0.5, 20
+"""Maximum fraction of samples with the same answer, and minimum number of samples."""
+
+_MAX_PREVIEW = 60
+
+
+@dataclass(frozen=True, slots=True)
+class _AnswerRecord:
+    """Summary of an answer for comparison with the answers of other samples.
+
+    Attributes:
+        preview: Start of the answer text.
+        boxes: Image index and corners of each box in the answer.
+        image_path: First image of the sample.
+        question_hash: Hash of the question text, without its images.
+    """
+
+    location: SampleLocation
+    answer_hash: int
+    preview: str
+    boxes: tuple[tuple[int, Box], ...]
+    image_path: str
+    question_hash: int
+
+
+class ConsistencyChecker:
+    """Compare the answers of all samples in a split that share question and images.
+
+    Memory is bounded to a few hashes and a short preview per sample.
+    """
+
+    def __init__(self, catalog: ImageCatalog) -> None:
+        self._catalog = catalog
+        self._first_answers: dict[int, _AnswerRecord] = {}
+        self._conflicts: list[tuple[_AnswerRecord, _AnswerRecord]] = []
+        self._answer_counts: Counter[int] = Counter()
+        self._previews: dict[int, str] = {}
+        self._question_counts: Counter[int] = Counter()
+
+    def add_sample(self, sample: Sample, location: SampleLocation) -> Iterator[CheckIssue]:
+        """Add a sample, and yield an issue if it duplicates an earlier sample."""
+        turns = sample.messages[:-1]
+        prompt_hash = hash(tuple(self._hash_message(turn) for turn in turns))
+        answer = self._record_answer(sample, location)
+        self._question_counts[answer.question_hash] += 1
+        self._answer_counts[answer.answer_hash] += 1
+        self._previews.setdefault(answer.answer_hash, answer.preview)
+        first = self._first_answers.setdefault(prompt_hash, answer)
+        # Several answers in the same row are intended.
+        if (first.location.source, first.location.row_index) == (
+            location.source,
+            location.row_index,
+        ):
+            return
+        if first.answer_hash == answer.answer_hash:
+            yield location.create_issue(
+                "duplicate-sample",
+                f"duplicate of {first.location.where}",
+                "remove one of the two, unless the duplicate is intended",
+                fix="skipped",
+            )
+        elif _are_contradictory(first, answer):
+            self._conflicts.append((first, answer))
+
+    def find_global_issues(
+        self, sources: str
+    ) -> Iterator[tuple[SampleLocation | None, CheckIssue]]:
+        """Yield the issues that can be found only after all samples were added.
+
+        These are contradictory answers with the location of the sample, and a dominant answer with
+        None.
+        """
+        multi_answer_questions = self._find_multi_answer_questions()
+        for one, other in self._conflicts:
+            if one.boxes or other.boxes or other.question_hash not in multi_answer_questions:
+                yield other.location, _create_contradiction_issue(one, other)
+        num_samples = self._answer_counts.total()
+        (answer, count), *_ = self._answer_counts.most_common(1) or [(0, 0)]
+        if num_samples >= MIN_SAMPLES and count > MAX_ANSWER_FRACTION * num_samples:
+            message = f"{count} of {num_samples} answers are {self._previews[answer]!r}"
+            remedy = "a constant answer reaches this score: evaluate the other answers separately"
+            yield None, CheckIssue("dominant-answer", sources, message, remedy, source=sources)
+
+    def _find_multi_answer_questions(self) -> set[int]:
+        """Return the hashes of questions that have several correct answers by design."""
+        conflict_counts = Counter(other.question_hash for _, other in self._conflicts)
+        long_counts = Counter(
+            pair[1].question_hash for pair in self._conflicts if not _are_short(pair)
+        )
+        return {
+            question
+            for question, count in conflict_counts.items()
+            if count
+            >= max(
+                MIN_MULTI_ANSWER_SAMPLES,
+                MIN_MULTI_ANSWER_FRACTION * self._question_counts[question],
+            )
+            or long_counts[question]
+            >= max(
+                MIN_MULTI_ANSWER_SAMPLES, MIN_LONG_ANSWER_FRACTION * self._question_counts[question]
+            )
+        }
+
+    def _record_answer(self, sample: Sample, location: SampleLocation) -> _AnswerRecord:
+        *turns, answer = sample.messages
+        boxes = [part for part in answer.content if isinstance(part, BoxPart)]
+        text = " ".join(join_text(answer.content).split())
+        first = next(
+            (part.image for part in sample.iter_parts() if isinstance(part, ImagePart)), ""
+        )
+        return _AnswerRecord(
+            location,
+            hash((self._hash_message(answer), sample.references)),
+            text if len(text) <= _MAX_PREVIEW else f"{text[: _MAX_PREVIEW - 3]}...",
+            tuple((box.image, box.xyxy) for box in boxes),
+            first,
+            hash(tuple((turn.role, join_text(turn.content)) for turn in turns)),
+        )
+
+    def _hash_message(self, message: Message) -> int:
+        """Hash a message; images with identical content have equal hashes."""
+        segments: list[object] = [message.role]
+        for part in message.content:
+            if isinstance(part, TextPart):
+                segments.append(part.text)
+            elif isinstance(part, BoxPart):
+                segments.append((part.image, part.label, part.xyxy))
+            else:
+                segments.append(
+                    tuple(self._catalog.image_index(path) for path in list_media_paths(part))
+                )
+        return hash(tuple(segments))
+
+
+def _are_contradictory(one: _AnswerRecord, other: _AnswerRecord) -> bool:
+    """Return whether two answers to the same question differ.
+
+    Boxes are compared by overlap, texts without case and punctuation at the ends.
+    """
+    if one.boxes or other.boxes:
+        boxes_match = len(one.boxes) == len(other.boxes) and all(
+            any(image == i and iou(box, b) >= MIN_MATCH_IOU for i, b in other.boxes)
+            for image, box in one.boxes
+        )
+        return not boxes_match
+    return _normalize_text(one.preview) != _normalize_text(other.preview)
+
+
+def _are_short(pair: tuple[_AnswerRecord, _AnswerRecord]) -> bool:
+    return all(len(answer.preview) <= MAX_SHORT_ANSWER for answer in pair)
+
+
+def _normalize_text(text: str) -> str:
+    return text.casefold().strip(" .!?\"'")
+
+
+def _create_contradiction_issue(one: _AnswerRecord, other: _AnswerRecord) -> CheckIssue:
+    return other.location.create_issue(
+        "contradictory-answers",
+        f"{_format_answer(other)}, but {_format_answer(one)} at {one.location.where}",
+        "keep the correct one; if both are, merge them into one answer"
+        " or make the question more specific",
+        (_build_issue_image(other), _build_issue_image(one)) if other.image_path else (),
+    )
+
+
+def _format_answer(answer: _AnswerRecord) -> str:
+    boxes = ", ".join(f"[{', '.join(f'{n:g}' for n in box)}]" for _, box in answer.boxes[:3])
+    return " ".join(filter(None, [repr(answer.preview) if answer.preview else "", boxes]))
+
+
+def _build_issue_image(answer: _AnswerRecord) -> IssueImage:
+    boxes = tuple(box for image, box in answer.boxes if image == 0)
+    return IssueImage(Path(answer.image_path), 0, boxes)
+
+
+_REMEDY = "remove one of the two: scores on training images do not measure generalization"
+
+
+class LeakageDetector:
+    """Detect training samples that contain images of validation samples.
+
+    All validation samples must be added before the first training sample.
+    """
+
+    def __init__(self, catalog: ImageCatalog) -> None:
+        self._catalog = catalog
+        self._validation_locations: dict[int, SampleLocation] = {}
+        self._train_locations: defaultdict[int, list[SampleLocation]] = defaultdict(list)
+
+    def add_validation_sample(self, sample: Sample, location: SampleLocation) -> None:
+        """Record the images of a validation sample."""
+        for image_index in self._image_indices(sample):
+            self._validation_locations.setdefault(image_index, location)
+
+    def add_train_sample(self, sample: Sample, location: SampleLocation) -> Iterator[CheckIssue]:
+        """Record a training sample, and yield an issue per validation image in it."""
+        if not self._validation_locations:
+            return
+        for image_index in self._image_indices(sample):
+            if image_index in self._validation_locations:
+                message = f"{self._catalog.example_paths[image_index]} is in the validation data,"
+                yield self._create_issue(
+                    "leaked-image", location, image_index, image_index, message
+                )
+            else:
+                self._train_locations[image_index].append(location)
+
+    def find_near_duplicates(self) -> Iterator[tuple[SampleLocation, CheckIssue]]:
+        """Yield issues of training images that are re-encoded copies of validation images."""
+        for validation_image, train_image in self._catalog.find_near_duplicates(
+            self._validation_locations, self._train_locations
+        ):
+            message = (
+                f"{self._catalog.example_paths[train_image]} is a re-encoded copy of a validation"
+                " image,"
+            )
+            for location in self._train_locations[train_image]:
+                yield (
+                    location,
+                    self._create_issue(
+                        "leaked-image-reencoded", location, train_image, validation_image, message
+                    ),
+                )
+
+    def _image_indices(self, sample: Sample) -> list[int]:
+        """Return the catalog indices of the images in a sample.
+
+        Invalid images and images without contrast, such as blank pages, are omitted.
+        """
+        image_indices = dict.fromkeys(
+            self._catalog.image_index(path) for path in iter_media_paths(sample)
+        )
+        image_infos = self._catalog.image_infos
+        return [
+            n
+            for n in image_indices
+            if not image_infos[n].issue_code and has_contrast(image_infos[n].thumbnail)
+        ]
+
+    def _create_issue(
+        self,
+        code: str,
+        location: SampleLocation,
+        train_image: int,
+        validation_image: int,
+        message: str,
+    ) -> CheckIssue:
+        validation_location = self._validation_locations[validation_image]
+        issue_images = [
+            IssueImage(Path(self._catalog.example_paths[image_index]))
+            for image_index in (train_image, validation_image)
+        ]
+        return location.create_issue(
+            code, f"{message} {validation_location.where}", _REMEDY, tuple(issue_images), "skipped"
+        )

@@ -1,0 +1,507 @@
+"""Annotations of images: questions of an import, and one record per image of an export.
+
+With `--box-task detection`, an image yields one question that is answered by all its boxes. With
+`--box-task grounding`, it yields one question per label that is answered by the boxes of this
+label. Boxes are sorted by label, then from top to bottom and left to right.
+
+The answer for an image without objects is `none`, which is scored as no boxes; grounding skips such
+an image. An image whose objects are all of unsupported types is skipped, because `none` would be
+wrong.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finesight.data.boxes import BOX_DECIMALS, Box, BoxConvention, InvalidBoxError
+from finesight.data.formats.dataset_format import (
+    ExportContext,
+    ImportContext,
+    ImportExample,
+    InvalidOptionError,
+    RowImages,
+    make_text_part,
+)
+from finesight.data.image_header import (
+    TRANSPOSED_ORIENTATIONS,
+    CorruptImageError,
+    open_image_header,
+    read_exif_orientation,
+)
+from finesight.data.jsonl import LocatedSample
+from finesight.data.row_reader import Record, SourceRow
+from finesight.data.sample import (
+    MAX_BOXES,
+    BoxPart,
+    ContentPart,
+    ImagePart,
+    Message,
+    Sample,
+    TextPart,
+    check_limit,
+)
+from finesight.errors import UserError
+
+_DIGITS = re.compile(r"[0-9]{1,18}")
+
+
+def parse_integer(text: str) -> int | None:
+    """Parse an integer of up to 18 ASCII digits; return None for any other text."""
+    return int(text) if _DIGITS.fullmatch(text) else None
+
+
+DETECTION_PROMPT = "Locate every object of these classes in the image: {labels}."
+"""Default question for `--box-task detection`; `--prompt` overrides it."""
+
+GROUNDING_PROMPT = "Locate every {label} in the image."
+"""Default question for `--box-task grounding`; `--prompt` overrides it."""
+
+NO_OBJECTS_ANSWER = "none"
+"""Answer text for an image without objects."""
+
+REASON_UNSUPPORTED_OBJECTS = "images whose objects are all of unsupported types"
+REASON_NO_OBJECTS = "images without objects (skipped by --box-task grounding)"
+
+MAX_CLASSES = 100_000
+"""Maximum number of class names in a detection question, which is repeated for each image."""
+
+ImageSize = tuple[int, int]
+"""Height and width of an image in pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectAnnotation:
+    """An annotated object with its class name and box.
+
+    Attributes:
+        coordinates: Four coordinates in the convention of the source.
+        attributes: Further properties such as `difficult`, stored in the metadata of the sample.
+    """
+
+    label: str
+    coordinates: Sequence[object]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageAnnotation:
+    """Annotations of one image in a box dataset.
+
+    Attributes:
+        image: Path or embedded bytes of the image.
+        class_names: Class names of the full dataset, listed in detection questions.
+        declared_size: Height and width stated by the annotation file, None if missing.
+        source_notes: Counts of ignored content, by description.
+    """
+
+    image: object
+    objects: Sequence[ObjectAnnotation]
+    class_names: Sequence[str]
+    declared_size: ImageSize | None = None
+    meta: Record = field(default_factory=dict)
+    source_notes: Counter[str] = field(default_factory=Counter)
+
+
+def build_detection_examples(
+    row: SourceRow,
+    annotation: ImageAnnotation,
+    context: ImportContext,
+    default_convention: BoxConvention,
+) -> list[ImportExample]:
+    """Build the training examples of an annotated image.
+
+    Images without objects yield none for grounding, and images with only unsupported objects yield
+    none.
+
+    Raises:
+        InvalidOptionError: The prompt template is invalid.
+        InvalidBoxError: A box is outside the image, or the image has another size than declared.
+    """
+    check_limit(len(annotation.objects), MAX_BOXES, "boxes")
+    images = RowImages(context)
+    image = images.add_image(annotation.image)
+    check_declared_size(annotation.declared_size, images.paths[-1], context)
+    boxes_with_attributes = [
+        (images.create_box(obj.coordinates, obj.label, default_convention), obj.attributes)
+        for obj in annotation.objects
+    ]
+    boxes_with_attributes.sort(
+        key=lambda box_with_attributes: _box_sort_key(box_with_attributes[0])
+    )
+    context.source_notes.update(annotation.source_notes)
+    if not boxes_with_attributes and +annotation.source_notes:
+        context.skipped_rows[REASON_UNSUPPORTED_OBJECTS] += 1
+        return []
+    if context.box_task == "detection":
+        if len(annotation.class_names) > MAX_CLASSES:
+            raise InvalidOptionError(
+                f"a question with {len(annotation.class_names):,} classes",
+                where="--box-task detection",
+                expected=f"at most {MAX_CLASSES:,}",
+                remedy="use --box-task grounding, which asks for one class per question",
+            )
+        question = format_prompt(
+            context.prompt, DETECTION_PROMPT, {"labels": ", ".join(annotation.class_names)}
+        )
+        has_class_list = "{labels}" in (
+            context.prompt if context.prompt is not None else DETECTION_PROMPT
+        )
+        meta = {
+            **annotation.meta,
+            **({"classes": list(annotation.class_names)} if has_class_list else {}),
+        }
+        return [_build_example(row.id, [image, *question], boxes_with_attributes, meta)]
+    boxes_by_label: defaultdict[str, list[tuple[BoxPart, Mapping[str, Any]]]] = defaultdict(list)
+    for box, attributes in boxes_with_attributes:
+        boxes_by_label[str(box.label)].append((box, attributes))
+    context.skipped_rows.update([REASON_NO_OBJECTS] if not boxes_by_label else [])
+    return [
+        _build_example(
+            f"{row.id}-{label}",
+            [image, *format_prompt(context.prompt, GROUNDING_PROMPT, {"label": label})],
+            boxes,
+            annotation.meta,
+        )
+        for label, boxes in boxes_by_label.items()
+    ]
+
+
+def format_prompt(
+    prompt: str | None, default_template: str, values: Mapping[str, str]
+) -> list[TextPart]:
+    """Fill in the placeholders of a prompt template.
+
+    Args:
+        prompt: Template from the user, None for the default. "" yields no text part.
+        default_template: Default template of the task.
+        values: Value per placeholder. Doubled braces in the template are literal braces.
+
+    Raises:
+        InvalidOptionError: The template contains unknown placeholders, or lacks {label}, which
+            would yield the same question for every label.
+        UserError: There are no labels.
+    """
+    template = default_template if prompt is None else prompt
+    allowed = " or ".join(f"{{{name}}}" for name in values)
+    try:
+        fields = {
+            f"{name}{'!' + conversion if conversion else ''}"
+            f"{':' + format_spec if format_spec else ''}"
+            for _, name, format_spec, conversion in string.Formatter().parse(template)
+            if name is not None
+        }
+    except ValueError as error:
+        raise _build_template_error(template, str(error), allowed) from error
+    unknown = sorted(fields - values.keys())
+    if unknown:
+        raise _build_template_error(
+            template, f"{{{unknown[0]}}} is an unknown placeholder", allowed
+        )
+    if "labels" in fields and not values["labels"]:
+        raise UserError(
+            "no object of the source has a class name",
+            expected="objects with labels, or a --prompt without {labels}",
+            remedy="check the labels, or set a question with --prompt",
+        )
+    if "label" in values and "label" not in fields:
+        raise _build_template_error(
+            template, "it yields the same question for every label", allowed
+        )
+    text = template.format(**values)
+    return [make_text_part(text)] if text else []
+
+
+def check_declared_size(
+    declared: ImageSize | None, image_path: Path, context: ImportContext
+) -> None:
+    """Raise InvalidBoxError if an image has another size than its annotation file declares.
+
+    The boxes would then be in another coordinate frame: before EXIF rotation, or of a resized
+    image.
+    """
+    try:
+        actual = context.images.image_size(image_path)
+    except CorruptImageError:
+        if context.lenient:
+            return
+        raise
+    if declared is None or declared == actual:
+        return
+    message = f"the boxes refer to an image of {declared[1]} x {declared[0]} pixels, the image has "
+    message += f"{actual[1]} x {actual[0]}"
+    if declared == actual[::-1] and _is_transposed(image_path):
+        raise InvalidBoxError(
+            f"{message} after EXIF rotation: it was annotated before rotation",
+            where=str(image_path),
+            expected="boxes in the image after EXIF rotation",
+            remedy="remove the EXIF orientation from the images, so that they match the "
+            "annotations, or rotate the boxes",
+        )
+    raise InvalidBoxError(
+        message,
+        where=str(image_path),
+        expected="the annotated image in its original size",
+        remedy="use the annotated images instead of resized or cropped copies",
+    )
+
+
+def _is_transposed(image_path: Path) -> bool:
+    with open_image_header(image_path) as image:
+        return read_exif_orientation(image) in TRANSPOSED_ORIENTATIONS
+
+
+def _box_sort_key(box: BoxPart) -> tuple[str, float, float, float, float]:
+    x1, y1, x2, y2 = box.xyxy
+    return (str(box.label), y1, x1, y2, x2)
+
+
+def _build_example(
+    sample_id: str,
+    question: Sequence[ContentPart],
+    boxes_with_attributes: Sequence[tuple[BoxPart, Mapping[str, Any]]],
+    meta: Record,
+) -> ImportExample:
+    answer: tuple[ContentPart, ...] = tuple(box for box, _ in boxes_with_attributes) or (
+        TextPart(text=NO_OBJECTS_ANSWER),
+    )
+    attributes = [dict(box_attributes) for _, box_attributes in boxes_with_attributes]
+    full_meta = {**meta, **({"boxes": attributes} if any(attributes) else {})}
+    return ImportExample(
+        sample_id, (Message(role="user", content=tuple(question)),), (answer,), meta=full_meta
+    )
+
+
+def _build_template_error(template: str, reason: str, allowed: str) -> InvalidOptionError:
+    return InvalidOptionError(
+        f"the template {template[:80]!r}: {reason}",
+        where="--prompt",
+        expected=f"text with {allowed}",
+        remedy="correct the template; {{ and }} are literal braces",
+    )
+
+
+LOST_QUESTIONS = "questions, which an import regenerates from --prompt and --box-task"
+
+LOST_WHITESPACE = "white space around answers"
+
+REGENERATED_META_KEYS = frozenset({"classes"})
+"""Metadata keys that an import generates again, so that an export does not lose them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportBox:
+    """A box to export, with its label, its corners in pixels and its metadata."""
+
+    label: str
+    xyxy: Box
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class ImageRecord:
+    """An image with the answers of all its samples, as texts or as boxes."""
+
+    image_path: Path
+    answers: list[str] = field(default_factory=list)
+    boxes: list[ExportBox] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def merge_boxes(self, boxes: Sequence[ExportBox]) -> None:
+        """Add the boxes of a sample, except those that the image already has."""
+        existing = list(self.boxes)
+        for box in boxes:
+            if box in existing:
+                existing.remove(box)
+            else:
+                self.boxes.append(box)
+
+
+def group_boxes_by_image(
+    samples: Iterable[LocatedSample], context: ExportContext, meta_keys: Set[str]
+) -> list[ImageRecord]:
+    """Group the boxes of all samples by image, in order of appearance.
+
+    Args:
+        samples: Samples to export.
+        context: State of the export, which counts lost content.
+        meta_keys: Metadata keys that the format preserves.
+
+    Raises:
+        UserError: A sample is not a single question about one image, or an answer is neither
+            labeled boxes nor `none`.
+    """
+    records: dict[Path, ImageRecord] = {}
+    for located_sample in samples:
+        record = _get_record(located_sample, records, context, meta_keys)
+        record.merge_boxes(list(_iter_boxes(located_sample.sample)))
+        context.lost_counts["references"] += bool(located_sample.sample.references)
+    return list(records.values())
+
+
+def group_texts_by_image(
+    samples: Iterable[LocatedSample], context: ExportContext, meta_keys: Set[str]
+) -> list[ImageRecord]:
+    """Group the answers and references of all samples by image, in order of appearance.
+
+    Args:
+        samples: Samples to export.
+        context: State of the export, which counts lost content.
+        meta_keys: Metadata keys that the format preserves.
+
+    Raises:
+        UserError: A sample is not a single question about one image, or an answer contains boxes.
+    """
+    records: dict[Path, ImageRecord] = {}
+    for located_sample in samples:
+        record = _get_record(located_sample, records, context, meta_keys)
+        texts = [_get_answer_text(located_sample.sample), *located_sample.sample.references]
+        record.answers += [text for text in texts if text not in record.answers]
+    return list(records.values())
+
+
+def has_boxes(samples: Sequence[LocatedSample]) -> bool:
+    """Return whether the answer of any sample contains a box."""
+    return any(
+        isinstance(part, BoxPart)
+        for located_sample in samples
+        for part in located_sample.sample.messages[-1].content
+    )
+
+
+def collect_classes(records: Sequence[ImageRecord]) -> list[str]:
+    """Return all class names: those of the imported dataset in order, then new ones sorted."""
+    declared_names = [name for record in records for name in record.meta.get("classes", ())]
+    used_names = sorted({box.label for record in records for box in record.boxes})
+    return list(dict.fromkeys([*declared_names, *used_names]))
+
+
+def require_inside_output(path: Path, context: ExportContext, format_name: str) -> str:
+    """Return the path of an image relative to the output folder.
+
+    Raises:
+        UserError: The image is outside of the output folder, so that the format cannot reference
+            it.
+    """
+    name = context.image_name(path)
+    if name.startswith("../") or Path(name).is_absolute():
+        raise UserError(
+            f"the image is outside the output folder, where {format_name} cannot reference it",
+            where=str(path),
+            expected="images inside the output folder, next to their labels",
+            remedy="give --copy-images",
+        )
+    return name
+
+
+def assign_text_file(name: str, used_names: set[str]) -> str:
+    """Reserve the text file of an image, and return its name.
+
+    Raises:
+        UserError: Another image with the same stem uses the text file.
+    """
+    text = str(Path(name).with_suffix(".txt"))
+    if text in used_names:
+        raise UserError(
+            f"two images with the text file {text}",
+            expected="names with different stems",
+            remedy="rename one of the two, or export as coco",
+        )
+    used_names.add(text)
+    return text
+
+
+def make_unique_stem(stem: str, used_stems: set[str]) -> str:
+    """Reserve an unused file stem, numbered if necessary, and return it."""
+    name, suffix = stem, 2
+    while name in used_stems:
+        name, suffix = f"{stem}-{suffix}", suffix + 1
+    used_stems.add(name)
+    return name
+
+
+def round_coordinate(value: float) -> int | float:
+    """Round a coordinate to `BOX_DECIMALS`, and convert a whole number to an integer."""
+    rounded = round(value, BOX_DECIMALS)
+    return int(rounded) if rounded == int(rounded) else rounded
+
+
+def _get_record(
+    located_sample: LocatedSample,
+    records: dict[Path, ImageRecord],
+    context: ExportContext,
+    meta_keys: Set[str],
+) -> ImageRecord:
+    sample = located_sample.sample
+    path = located_sample.resolve_path(_get_single_image(sample))
+    record = records.setdefault(path, ImageRecord(path))
+    record.meta.update(sample.meta)
+    context.lost_counts[LOST_QUESTIONS] += 1
+    context.lost_counts["system prompts"] += sample.messages[0].role == "system"
+    context.lost_counts.update(
+        f"the key {key} of meta" for key in sample.meta.keys() - meta_keys - REGENERATED_META_KEYS
+    )
+    return record
+
+
+def _get_single_image(sample: Sample) -> str:
+    """Return the image path of a sample with a single question about one image.
+
+    Raises:
+        UserError: The sample has several turns, or not exactly one image.
+    """
+    turns = [message.role for message in sample.messages if message.role != "system"]
+    images = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
+    if turns != ["user", "assistant"] or len(images) != 1:
+        raise UserError(
+            f"{len(turns)} turns about {len(images)} images",
+            where=f"sample {sample.id}",
+            expected="one question about one image, and its answer",
+            remedy="export these samples in a conversation format, or remove them",
+        )
+    return images[0]
+
+
+def _iter_boxes(sample: Sample) -> Iterator[ExportBox]:
+    parts = [part for part in sample.messages[-1].content if not _is_blank(part)]
+    attributes_list = sample.meta.get("boxes", ())
+    if [part.text for part in parts if isinstance(part, TextPart)] == [NO_OBJECTS_ANSWER] and len(
+        parts
+    ) == 1:
+        return
+    for box_index, part in enumerate(parts):
+        if not isinstance(part, BoxPart) or part.label is None or not part.label.strip():
+            raise UserError(
+                f"the answer contains {str(part)[:80]}",
+                where=f"sample {sample.id}",
+                expected=f"only boxes with labels, or {NO_OBJECTS_ANSWER!r}",
+                remedy="export these samples in a conversation format, or remove them",
+            )
+        attributes = (
+            attributes_list[box_index]
+            if isinstance(attributes_list, list) and len(attributes_list) == len(parts)
+            else {}
+        )
+        yield ExportBox(part.label, part.xyxy, attributes if isinstance(attributes, dict) else {})
+
+
+def _is_blank(part: object) -> bool:
+    return isinstance(part, TextPart) and not part.text.strip()
+
+
+def _get_answer_text(sample: Sample) -> str:
+    parts = sample.messages[-1].content
+    texts = [part.text for part in parts if isinstance(part, TextPart)]
+    if len(texts) != len(parts):
+        raise UserError(
+            "a mix of answers with and without boxes",
+            where=f"sample {sample.id}",
+            expected="only text answers",
+            remedy="export the samples with boxes separately",
+        )
+    return "".join(texts)

@@ -1,0 +1,310 @@
+"""Metrics of boxes: IoU and accuracy (grounding), F1 and average precision (detection).
+
+Answers contain no confidence, so all boxes have equal scores. Average precision ranks boxes like
+COCO ranks ties: by sample order and by order within an answer. It depends slightly on this order.
+F1 does not, and is the primary metric of detection.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finesight.data.boxes import iou
+from finesight.data.sample import BoxPart
+from finesight.evaluate.bootstrap import (
+    REASON_NO_SAMPLES,
+    FloatArray,
+    SampleGroup,
+    ScoreEstimator,
+    build_grouped_sums,
+    estimate_ratio,
+    safe_divide,
+    typical_classes,
+)
+from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, mean_metrics
+
+
+def score_grounding(cases: Sequence[EvalCase]) -> MetricResult:
+    """Compute accuracy at IoU 0.5 and 0.75, mean IoU and parse rate."""
+    per_sample = [compute_box_scores(case.boxes, case.reference_boxes) for case in cases]
+    sources = {
+        "accuracy_at_0.5": "hit",
+        "accuracy_at_0.75": "hit_at_0.75",
+        "mean_iou": "iou",
+        "parse_rate": "parsed",
+    }
+    return MetricResult(per_sample, mean_metrics(per_sample, sources))
+
+
+def match_boxes(
+    predicted: Sequence[BoxPart], references: Sequence[BoxPart]
+) -> list[tuple[int, int, float]]:
+    """Match predicted and reference boxes one-to-one.
+
+    Pairs are selected greedily by descending IoU, as in detection benchmarks. Only boxes of the
+    same image match. Labels must match (ignoring case) only if the references have several labels,
+    because the question already names a single target.
+
+    Returns:
+        (predicted index, reference index, IoU) of each pair.
+    """
+    must_match_labels = len({normalize_label(t) for t in references}) > 1
+    pairs = [
+        (iou(f.xyxy, t.xyxy), i, j)
+        for i, f in enumerate(predicted)
+        for j, t in enumerate(references)
+        if f.image == t.image
+        and (not must_match_labels or normalize_label(f) == normalize_label(t))
+    ]
+    free_predicted, free_references = set(range(len(predicted))), set(range(len(references)))
+    matches = []
+    for overlap, i, j in sorted(pairs, key=lambda pair: (-pair[0], pair[1], pair[2])):
+        if overlap > 0 and i in free_predicted and j in free_references:
+            free_predicted.remove(i)
+            free_references.remove(j)
+            matches.append((i, j, overlap))
+    return matches
+
+
+def compute_box_scores(
+    predicted: Sequence[BoxPart], references: Sequence[BoxPart]
+) -> dict[str, float]:
+    """Compute the box scores of one answer: `parsed`, `iou`, `hit` and `hit_at_0.75`.
+
+    `parsed` is 1 if the answer has a box. The other scores are sums over the pairs of `match_boxes`
+    (IoU, IoU of at least 0.5 and 0.75), divided by the larger number of boxes: missing and
+    additional boxes cost the same. With one reference box and one predicted box they are the IoU
+    and accuracy of referring expressions. Without reference boxes the correct answer has no boxes.
+    """
+    max_boxes = max(len(predicted), len(references))
+    if max_boxes == 0:
+        return {"parsed": 1.0, "iou": 1.0, "hit": 1.0, "hit_at_0.75": 1.0}
+    overlaps = [overlap for _, _, overlap in match_boxes(predicted, references)]
+    return {
+        "parsed": float(len(predicted) > 0),
+        "iou": sum(overlaps) / max_boxes,
+        "hit": sum(overlap >= 0.5 for overlap in overlaps) / max_boxes,
+        "hit_at_0.75": sum(overlap >= 0.75 for overlap in overlaps) / max_boxes,
+    }
+
+
+def normalize_label(box: BoxPart) -> str:
+    """Return the label in lower case with normalized whitespace; empty without a label."""
+    return " ".join((box.label or "").casefold().split())
+
+
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALL_LEVELS = np.linspace(0.0, 1.0, 101)
+ROUNDING = 1e-9
+MAX_DETECTIONS = 100
+"""Maximum number of predicted boxes per class and image, as in COCO."""
+
+NOTE_BIASED = "biased upwards on small sets: compare it on the same samples only"
+
+
+@dataclass(frozen=True, slots=True)
+class ClassDetections:
+    """Predicted and reference boxes of one class over N samples.
+
+    Attributes:
+        sample_indices: Sample of each of D predicted boxes, in rank order.
+        is_correct: Whether each predicted box is correct at each of 10 IoU thresholds, (10, D).
+        num_references: Number of reference boxes of each sample, (N,).
+    """
+
+    sample_indices: NDArray[np.int64]
+    is_correct: NDArray[np.bool_]
+    num_references: FloatArray
+
+
+def score_detection(cases: Sequence[EvalCase]) -> MetricResult:
+    """Compute F1, precision and recall at IoU 0.5, average precision, mean IoU and parse rate.
+
+    Average precision is the mean over the classes of the references. It is reported as the mean
+    over ten IoU thresholds, at 0.5 and at 0.75. Labels must match, ignoring case.
+    """
+    classes = match_detections(cases)
+    num_predicted, num_correct, num_references = (np.zeros(len(cases)) for _ in range(3))
+    for detections in classes:
+        np.add.at(num_predicted, detections.sample_indices, 1.0)
+        np.add.at(
+            num_correct, detections.sample_indices, detections.is_correct[0].astype(np.float64)
+        )
+        num_references += detections.num_references
+    per_sample: list[MetricValues] = [
+        compute_box_scores(case.boxes, case.reference_boxes)
+        | {
+            "f1": 2 * num_correct[i] / (num_predicted[i] + num_references[i])
+            if num_predicted[i] + num_references[i]
+            else 1.0
+        }
+        for i, case in enumerate(cases)
+    ]
+    estimators = {
+        "f1_at_0.5": estimate_ratio(2 * num_correct, num_predicted + num_references),
+        "precision_at_0.5": estimate_ratio(num_correct, num_predicted),
+        "recall_at_0.5": estimate_ratio(num_correct, num_references),
+        **build_average_precision_fn(classes, len(cases)),
+        **mean_metrics(per_sample, {"mean_iou": "iou", "parse_rate": "parsed"}),
+    }
+    return MetricResult(per_sample, estimators)
+
+
+def match_detections(cases: Sequence[EvalCase]) -> list[ClassDetections]:
+    """Match predicted and reference boxes of each class, as in COCO.
+
+    Predicted boxes are matched in order. Each is matched with the unmatched reference box of the
+    highest IoU, if that IoU reaches the threshold.
+    """
+    names = sorted(
+        {normalize_label(box) for case in cases for box in (*case.boxes, *case.reference_boxes)}
+    )
+    sample_indices: dict[str, list[int]] = {name: [] for name in names}
+    is_correct: dict[str, list[NDArray[np.bool_]]] = {name: [] for name in names}
+    num_references = {name: np.zeros(len(cases)) for name in names}
+    for i, case in enumerate(cases):
+        predicted_by_class, references_by_class = (
+            _group_by_class(case.boxes),
+            _group_by_class(case.reference_boxes),
+        )
+        for image_and_class in sorted({*predicted_by_class, *references_by_class}):
+            name = image_and_class[1]
+            predicted = predicted_by_class[image_and_class][:MAX_DETECTIONS]
+            sample_indices[name] += [i] * len(predicted)
+            is_correct[name] += _match_at_thresholds(
+                predicted, references_by_class[image_and_class]
+            )
+            num_references[name][i] += len(references_by_class[image_and_class])
+    empty = np.zeros((len(IOU_THRESHOLDS), 0), np.bool_)
+    return [
+        ClassDetections(
+            np.array(sample_indices[name], np.int64),
+            np.stack(is_correct[name], axis=1) if is_correct[name] else empty,
+            num_references[name],
+        )
+        for name in names
+    ]
+
+
+def _group_by_class(boxes: Sequence[BoxPart]) -> dict[tuple[int, str], list[BoxPart]]:
+    """Group boxes by image index and label."""
+    grouped: dict[tuple[int, str], list[BoxPart]] = defaultdict(list)
+    for box in boxes:
+        grouped[box.image, normalize_label(box)].append(box)
+    return grouped
+
+
+def _match_at_thresholds(
+    predicted: Sequence[BoxPart], references: Sequence[BoxPart]
+) -> list[NDArray[np.bool_]]:
+    """Return whether each predicted box matches a reference box at each IoU threshold."""
+    overlaps = [[iou(box.xyxy, reference.xyxy) for reference in references] for box in predicted]
+    is_correct = np.zeros((len(predicted), len(IOU_THRESHOLDS)), np.bool_)
+    for t, threshold in enumerate(IOU_THRESHOLDS):
+        free_references = set(range(len(references)))
+        for i, row in enumerate(overlaps):
+            # If overlaps are equal, the later reference box is matched, as in COCO.
+            best = max(free_references, key=lambda j: (row[j], j), default=None)
+            if best is not None and row[best] >= threshold:
+                free_references.remove(best)
+                is_correct[i, t] = True
+    return list(is_correct)
+
+
+def build_average_precision_fn(
+    classes: Sequence[ClassDetections], num_samples: int
+) -> dict[str, ScoreEstimator]:
+    """Return the estimators of COCO average precision over ten thresholds, at 0.5 and at 0.75.
+
+    Average precision is the mean over 101 recall levels of the best precision at that recall or
+    above, for each class and threshold, and then the mean over the classes of the references.
+    Taking the maximum is biased upwards on small sets. Because all boxes have equal scores,
+    precision does not depend on recall, and on large sets average precision is precision times
+    recall. The interval is that of this product, which depends on counts only.
+    """
+    wanted_classes = [one for one in classes if one.num_references.any()]
+    groups = [_count_boxes(one) for one in wanted_classes]
+    by_threshold = [_compute_class_average_precision(one) for one in wanted_classes]
+    reported = np.mean(by_threshold, axis=0) if by_threshold else np.zeros(len(IOU_THRESHOLDS))
+    width = 2 + len(IOU_THRESHOLDS)
+    sizes, undefined = np.zeros(0), REASON_NO_SAMPLES
+    if groups:
+        counts = [int(np.count_nonzero(group.values[:, 1])) for group in groups]
+        parts, undefined = typical_classes(counts, num_samples)
+        squares = [(group.values[:, 1] ** 2).sum() for group in groups]
+        sizes = parts * np.sqrt(np.divide(squares, counts))
+    # The typical sample has as many predicted as reference boxes.
+    boxes = np.arange(width) < 2
+    sums = build_grouped_sums(groups, num_samples)
+    # Thresholds 0.5 and 0.75 are the first and the sixth.
+    chosen = {"ap": slice(None), "ap_50": slice(0, 1), "ap_75": slice(5, 6)}
+    return {
+        name: ScoreEstimator(
+            weighted_sums=sums,
+            score_from_sums=partial(_asymptotic_precision, thresholds=thresholds, width=width),
+            sample_rates=_compute_sample_f1(groups, num_samples)[:, thresholds].mean(axis=1),
+            pseudo_sums=np.outer(sizes, boxes).ravel(),
+            pseudo_slope=np.outer(sizes, ~boxes).ravel(),
+            is_biased=True,
+            reported_score=float(reported[thresholds].mean()),
+            undefined_reason=undefined,
+            note=NOTE_BIASED,
+        )
+        for name, thresholds in chosen.items()
+    }
+
+
+def _count_boxes(one: ClassDetections) -> SampleGroup:
+    """Count predicted, reference and correct boxes of one class in each sample.
+
+    Correct boxes are counted at each IoU threshold.
+    """
+    counts = np.zeros((len(one.num_references), 2 + len(IOU_THRESHOLDS)))
+    counts[:, 1] = one.num_references
+    np.add.at(counts[:, 0], one.sample_indices, 1.0)
+    np.add.at(counts[:, 2:], one.sample_indices, one.is_correct.T.astype(np.float64))
+    used = np.flatnonzero(counts[:, :2].any(axis=1))
+    return SampleGroup(used, counts[used])
+
+
+def _compute_sample_f1(groups: Sequence[SampleGroup], samples: int) -> FloatArray:
+    """Return the F1 of each sample at each IoU threshold: (N, 10)."""
+    boxes, right = np.zeros((samples, 1)), np.zeros((samples, len(IOU_THRESHOLDS)))
+    for group in groups:
+        boxes[group.sample_indices, 0] += group.values[:, :2].sum(axis=1)
+        right[group.sample_indices] += group.values[:, 2:]
+    return np.where(boxes > 0, safe_divide(2 * right, np.broadcast_to(boxes, right.shape)), 1.0)
+
+
+def _asymptotic_precision(sums: FloatArray, thresholds: slice, width: int) -> FloatArray:
+    """Return the large-sample limit of average precision: (R, classes * width) -> (R,)."""
+    counts = sums.reshape(len(sums), -1, width)
+    found, wanted, right = counts[..., :1], counts[..., 1:2], counts[..., 2:][..., thresholds]
+    precision = safe_divide(right, np.broadcast_to(found, right.shape))
+    recall = safe_divide(right, np.broadcast_to(wanted, right.shape))
+    # Number of the 101 recall levels reached; 0 without correct boxes.
+    reached = (np.floor(100 * recall + ROUNDING) + 1) * (right > 0)
+    by_class = (precision * reached / len(RECALL_LEVELS)).mean(axis=2)
+    return safe_divide(by_class.sum(axis=1), (counts[..., 1] > 0).sum(axis=1) * 1.0)
+
+
+def _compute_class_average_precision(detections: ClassDetections) -> FloatArray:
+    """Return the average precision of a class at each IoU threshold: (10,)."""
+    result = np.zeros(len(IOU_THRESHOLDS))
+    num_references = detections.num_references.sum()
+    for t, is_correct in enumerate(detections.is_correct):
+        # Recall increases, and precision has its maxima, at correct boxes only.
+        correct_positions = np.flatnonzero(is_correct)
+        hits = np.arange(1.0, len(correct_positions) + 1)
+        precision = hits / (correct_positions + 1 + np.spacing(1))
+        best = np.maximum.accumulate(precision[::-1])[::-1]
+        # Number of the 101 recall levels reached.
+        num_recall_levels = np.searchsorted(RECALL_LEVELS, hits / num_references, side="right")
+        result[t] = (np.diff(num_recall_levels, prepend=0) * best).sum() / len(RECALL_LEVELS)
+    return result

@@ -1,0 +1,262 @@
+"""Metrics of answer texts: OCR, visual question answering and classification.
+
+- OCR: character and word error rates, similarity and exact match.
+- Question answering, with the best reference: exact match and word F1 as in SQuAD (Rajpurkar et al.
+  2016). ANLS as in ST-VQA and DocVQA (Biten et al. 2019): 1 - edits / length of the longer text, 0
+  below 0.5, ignoring case.
+- Classification: accuracy, macro F1 and the confusion matrix. The answer must consist of the class
+  name only; case, Unicode width and surrounding punctuation are ignored. The classes are those of
+  the references; any other answer counts as `OTHER_CLASS`.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from finesight.evaluate.bootstrap import (
+    NON_NEGATIVE,
+    FloatArray,
+    SampleGroup,
+    ScoreEstimator,
+    build_grouped_sums,
+    estimate_ratio,
+    safe_divide,
+    typical_classes,
+)
+from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, mean_metrics
+
+
+def score_ocr(cases: Sequence[EvalCase]) -> MetricResult:
+    """Compute similarity, exact match, and character and word error rates.
+
+    Similarity is 1 - edits / length of the longer text, for the nearest reference. Exact match is
+    computed with and without text folding. Error rates are the sum of all edits divided by the sum
+    of all reference lengths.
+    """
+    per_sample: list[MetricValues] = []
+    character_errors, word_errors = [], []
+    for case in cases:
+        prediction, references = (
+            normalize_text(case.answer),
+            [normalize_text(truth) for truth in case.references],
+        )
+        edits, max_length, length = find_nearest_reference(prediction, references)
+        word_edits, _, word_count = find_nearest_reference(
+            prediction.split(), [truth.split() for truth in references]
+        )
+        folded = {fold_text(reference) for reference in case.references}
+        per_sample.append(
+            {
+                "similarity": 1.0 - edits / max(1, max_length),
+                "exact": float(edits == 0),
+                "exact_folded": float(fold_text(case.answer) in folded),
+                "cer": edits / max(1, length),
+                "wer": word_edits / max(1, word_count),
+            }
+        )
+        character_errors.append((edits, length))
+        word_errors.append((word_edits, word_count))
+    rate_fns = {
+        "cer": _build_error_rate_fn(character_errors),
+        "wer": _build_error_rate_fn(word_errors),
+    }
+    return MetricResult(per_sample, mean_metrics(per_sample) | rate_fns)
+
+
+def normalize_text(text: str) -> str:
+    """Normalize Unicode to NFC and whitespace to single spaces."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def fold_text(text: str) -> str:
+    """Normalize text for comparison without case, Unicode width and outer punctuation.
+
+    Text that is only punctuation is retained.
+    """
+    text = unicodedata.normalize("NFKC", normalize_text(text)).casefold()
+    punctuation = "".join(c for c in set(text) if unicodedata.category(c).startswith("P"))
+    return text.strip(punctuation + " ") or text
+
+
+def find_nearest_reference(
+    candidate: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[int, int, int]:
+    """Find the reference with the smallest edit distance, relative to the longer text.
+
+    Returns:
+        Edit distance, length of the longer text, and length of the reference.
+    """
+    distances = [
+        (
+            compute_edit_distance(candidate, reference),
+            max(len(candidate), len(reference)),
+            len(reference),
+        )
+        for reference in references
+    ]
+    return min(distances, key=lambda edits: edits[0] / max(1, edits[1]))
+
+
+def compute_edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
+    """Compute the Levenshtein distance of two token sequences.
+
+    Hyyrö's (2003) version of the bit-vector algorithm of Myers (1999): a column of the table is two
+    integers of len(a) bits, so the cost is len(b) operations on them.
+    """
+    if not a:
+        return len(b)
+    position_masks: dict[str, int] = {}
+    for i, token in enumerate(a):
+        position_masks[token] = position_masks.get(token, 0) | 1 << i
+    full_mask, last_bit = (1 << len(a)) - 1, 1 << (len(a) - 1)
+    vertical_positive, vertical_negative, distance = full_mask, 0, len(a)
+    for token in b:
+        equal = position_masks.get(token, 0)
+        diagonal = (
+            (((equal & vertical_positive) + vertical_positive) ^ vertical_positive)
+            | equal
+            | vertical_negative
+        )
+        horizontal_positive = vertical_negative | (~(diagonal | vertical_positive) & full_mask)
+        horizontal_negative = vertical_positive & diagonal
+        distance += bool(horizontal_positive & last_bit) - bool(horizontal_negative & last_bit)
+        # The first row of the table increases by 1 per column, so a 1 is shifted in.
+        horizontal_positive = (horizontal_positive << 1 | 1) & full_mask
+        horizontal_negative = horizontal_negative << 1 & full_mask
+        vertical_positive = horizontal_negative | (~(diagonal | horizontal_positive) & full_mask)
+        vertical_negative = horizontal_positive & diagonal
+    return distance
+
+
+def _build_error_rate_fn(edits: Sequence[tuple[int, int]]) -> ScoreEstimator:
+    """Return the estimator of an error rate: summed edits over summed reference lengths."""
+    edit_counts, lengths = np.array(edits, np.float64).T
+    lengths = lengths if lengths.any() else np.full_like(lengths, 1 / len(lengths))
+    return estimate_ratio(edit_counts, lengths, NON_NEGATIVE)
+
+
+ANLS_THRESHOLD = 0.5
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def score_qa(cases: Sequence[EvalCase]) -> MetricResult:
+    """Compute ANLS, exact match and word F1 with the best reference, also per sample."""
+    per_sample: list[MetricValues] = [
+        {
+            "anls": max(compute_anls(case.answer, reference) for reference in case.references),
+            "exact": max(
+                float(normalize_answer(case.answer) == normalize_answer(truth))
+                for truth in case.references
+            ),
+            "f1": max(compute_word_f1(case.answer, truth) for truth in case.references),
+        }
+        for case in cases
+    ]
+    return MetricResult(per_sample, mean_metrics(per_sample))
+
+
+def normalize_answer(text: str) -> str:
+    """Convert text to lower case without ASCII punctuation, English articles and extra spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
+
+
+def compute_word_f1(answer: str, reference: str) -> float:
+    """Compute the word F1 of two texts after normalization; 1 if both are empty."""
+    answer_words, reference_words = (
+        normalize_answer(answer).split(),
+        normalize_answer(reference).split(),
+    )
+    if not answer_words or not reference_words:
+        return float(answer_words == reference_words)
+    common = (Counter(answer_words) & Counter(reference_words)).total()
+    return 2 * common / (len(answer_words) + len(reference_words))
+
+
+def compute_anls(answer: str, reference: str) -> float:
+    """Compute the average normalized Levenshtein similarity (ANLS) of one answer.
+
+    The result is 0 or in [0.5, 1], and 1 if both texts are empty.
+    """
+    answer_text, reference_text = (" ".join(text.lower().split()) for text in (answer, reference))
+    similarity = 1.0 - compute_edit_distance(answer_text, reference_text) / max(
+        1, len(answer_text), len(reference_text)
+    )
+    return similarity if similarity >= ANLS_THRESHOLD else 0.0
+
+
+OTHER_CLASS = "(something else)"
+
+MAX_CONFUSION_PAIRS = 200
+"""Maximum number of confusion matrix entries in `details`, the most frequent ones."""
+
+
+def score_classification(cases: Sequence[EvalCase]) -> MetricResult:
+    """Compute accuracy and macro F1.
+
+    `details["confusion"]` lists [reference class, predicted class, count].
+    """
+    references = [[fold_text(reference) for reference in case.references] for case in cases]
+    classes = sorted({truth for several in references for truth in several})
+    class_set = set(classes)
+    predicted, expected = [], []
+    for case, case_references in zip(cases, references, strict=True):
+        answer = fold_text(case.answer)
+        predicted.append(answer if answer in class_set else OTHER_CLASS)
+        expected.append(answer if answer in case_references else case_references[0])
+    per_sample: list[MetricValues] = [
+        {"accuracy": float(s == r)} for s, r in zip(predicted, expected, strict=True)
+    ]
+    estimators = mean_metrics(per_sample)
+    estimators["f1_macro"] = _compute_f1_macro(
+        classes, predicted, expected, estimators["accuracy"].sample_rates
+    )
+    pairs = Counter(zip(expected, predicted, strict=True))
+    confusion_pairs = sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0]))[
+        :MAX_CONFUSION_PAIRS
+    ]
+    return MetricResult(
+        per_sample, estimators, {"confusion": [[r, s, count] for (r, s), count in confusion_pairs]}
+    )
+
+
+def _compute_f1_macro(
+    classes: Sequence[str],
+    predicted: Sequence[str],
+    expected: Sequence[str],
+    accuracies: FloatArray,
+) -> ScoreEstimator:
+    """Return the estimator of macro F1: the mean of 2 * correct / (references + predictions)."""
+    counts: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in classes}
+    for i, (s, r) in enumerate(zip(predicted, expected, strict=True)):
+        counts[r][i] = (1.0, 2.0) if s == r else (0.0, 1.0)
+        if s != r and s in counts:
+            counts[s][i] = (0.0, 1.0)
+    seen = {name: own for name, own in counts.items() if own}
+    groups = [
+        SampleGroup(np.array(list(own), np.int64), np.array(list(own.values())).reshape(-1, 2))
+        for own in seen.values()
+    ]
+    wanted = Counter(expected)
+    parts, rare = typical_classes([wanted[name] for name in seen], len(expected))
+
+    def value(sums: FloatArray) -> FloatArray:
+        hits, both = np.moveaxis(sums.reshape(len(sums), len(groups), 2), 2, 0)
+        return safe_divide(safe_divide(2 * hits, both).sum(axis=1), (both > 0).sum(axis=1) * 1.0)
+
+    return ScoreEstimator(
+        weighted_sums=build_grouped_sums(groups, len(expected)),
+        score_from_sums=value,
+        sample_rates=accuracies,
+        is_biased=True,
+        pseudo_sums=np.outer(parts, [0, 2]).ravel(),
+        pseudo_slope=np.outer(parts, [1, 0]).ravel(),
+        undefined_reason=rare,
+    )

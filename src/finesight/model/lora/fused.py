@@ -1,0 +1,286 @@
+"""Frozen weights fused with LoRA up-projections, for `model.fused_decoder`.
+
+One matmul computes base product and LoRA delta:
+[x | low] [W | B]^T = x W^T + low B^T and dy [W | B] = [dx | dlow], where `low` are the LoRA
+activations of `x`. Without an adapter this is a weight with aligned rows.
+
+Shapes: T tokens, I inputs, O concatenated outputs of a fused linear, S ranks of all its layers, R
+rank of one layer, J input columns including the LoRA ranks and padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finesight.model.cpu_attention import copy_to_device
+from finesight.model.fused_linear import (
+    FusedLinear,
+    add_lora_delta,
+    linear_concat,
+    linear_concat_backward,
+)
+from finesight.model.lora.layer import LoraLinear, UpProjection
+from finesight.model.quant.base import HAS_TRITON, QuantizedWeight
+from finesight.model.quant.fp8 import Fp8Rows, accepts_fp8_input
+
+if HAS_TRITON:
+    from finesight.model.kernels import lora_gemm as lora_gemm_kernels
+
+
+_COLUMN_ALIGNMENT = 64
+"""Column alignment: tensor cores require rows aligned to 16 bytes and are fastest at 128 bytes."""
+
+
+def padding_columns(in_features: int, num_ranks: int) -> int:
+    """Return the number of columns added to a weight for LoRA ranks and alignment."""
+    return -(-(in_features + num_ranks) // _COLUMN_ALIGNMENT) * _COLUMN_ALIGNMENT - in_features
+
+
+class UpProjectionCopy(NamedTuple):
+    """LoRA up-projection, and the view of a fused weight that holds its copy."""
+
+    lora_B_OR: Tensor
+    target_OR: Tensor
+
+
+class FusedLoraWeight:
+    """Frozen weight W with LoRA up-projections B as additional columns, [W | B].
+
+    Each layer's B is in the output rows and rank columns of this layer; other entries are zero. The
+    frozen weight becomes a view of this matrix. The up-projections are trained in their own
+    parameters and copied by `FusedWeightSync`.
+    """
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(
+        self, weight: nn.Parameter, num_ranks: int, up_projections: Sequence[UpProjection]
+    ) -> None:
+        out_features, in_features = weight.shape
+        self.weight_OJ = weight.new_zeros(
+            out_features, in_features + padding_columns(in_features, num_ranks)
+        )
+        self.weight_OJ[:, :in_features] = weight
+        weight.data = self.weight_OJ[:, :in_features]
+        self.copies: list[UpProjectionCopy] = []
+        for lora_B_OR, output_slice, rank_slice in up_projections:
+            target_OR = self.weight_OJ[output_slice, in_features:][:, rank_slice]
+            target_OR.copy_(lora_B_OR)
+            assert lora_B_OR.dtype == weight.dtype, f"an adapter in {lora_B_OR.dtype}"
+            self.copies.append(UpProjectionCopy(lora_B_OR, target_OR))
+
+    def matches(self, weight: Tensor, up_projections: Sequence[UpProjection]) -> bool:
+        """Return True if this is the fused weight of `weight` and these up-projections."""
+        copied = [pair.lora_B_OR for pair in self.copies]
+        same = len(copied) == len(up_projections) and all(
+            copied_B_OR is other.lora_B_OR
+            for copied_B_OR, other in zip(copied, up_projections, strict=True)
+        )
+        return same and self.weight_OJ.data_ptr() == weight.data_ptr()
+
+
+def fuse_lora_weight(
+    linear: FusedLinear, num_ranks: int = 0, up_projections: Sequence[UpProjection] = ()
+) -> FusedLoraWeight:
+    """Fuse the frozen weight of a linear with its up-projections, on the first call.
+
+    Callers that change the up-projections must copy them again with `FusedWeightSync`.
+    """
+    weight = linear.weight
+    assert isinstance(weight, nn.Parameter), f"cannot fuse a {type(weight).__name__}"
+    fused = linear.fused_lora_weight
+    if not (isinstance(fused, FusedLoraWeight) and fused.matches(weight, up_projections)):
+        fused = linear.fused_lora_weight = FusedLoraWeight(weight, num_ranks, up_projections)
+    return fused
+
+
+class FusedWeightSync:
+    """Synchronization of fused weights with updated LoRA up-projections, in one kernel."""
+
+    def __init__(self) -> None:
+        self._key: list[int] = []
+        self._table_P5 = torch.empty(0)
+        self._max_shape = 0, 0
+
+    @torch.no_grad()
+    def copy_up_projections(self, fused_weights: Sequence[FusedLoraWeight]) -> None:
+        """Copy the current up-projections into these fused weights."""
+        copies = [projection for fused in fused_weights for projection in fused.copies]
+        if not copies:
+            return
+        key = [tensor.data_ptr() for pair in copies for tensor in pair]
+        if key != self._key:
+            self._key = key
+            self._max_shape = tuple(
+                max(sizes) for sizes in zip(*(pair.lora_B_OR.shape for pair in copies), strict=True)
+            )
+            address_pairs = zip(key[::2], key[1::2], strict=True)
+            rows = [
+                (*pointers, *pair.lora_B_OR.shape, pair.target_OR.stride(0))
+                for pointers, pair in zip(address_pairs, copies, strict=True)
+            ]
+            self._table_P5 = copy_to_device(
+                np.array(rows, dtype=np.int64), copies[0].lora_B_OR.device
+            )
+        lora_gemm_kernels.copy_matrices(self._table_P5, *self._max_shape, copies[0].lora_B_OR)
+
+
+_GRADIENT_BUFFERS: list[Callable[[Tensor], Tensor | None]] = []
+"""Functions that find gradient buffers, set by `write_gradients_to`. They are global to all
+threads: autograd runs the backward pass in its own thread."""
+
+
+@contextmanager
+def write_gradients_to(find_buffer: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Write weight gradients into preallocated buffers within the block.
+
+    `find_buffer` returns the buffer of a weight, or None to allocate a new tensor. No weight may be
+    used by two matmuls of a forward pass, since the second gradient would overwrite the first.
+    """
+    _GRADIENT_BUFFERS.append(find_buffer)
+    try:
+        yield
+    finally:
+        _GRADIENT_BUFFERS.pop()
+
+
+def get_fused_weight(linear: FusedLinear) -> FusedLoraWeight | None:
+    """Return the fused LoRA weight of a linear, or None if it cannot be fused."""
+    adapter = linear.adapter
+    is_dense = isinstance(linear.weight, nn.Parameter) and not linear.is_sharded
+    if is_dense and isinstance(adapter, LoraLinear):
+        return fuse_lora_weight(linear, len(adapter.lora_A), adapter.up_projections())
+    return None
+
+
+class LoraMatmul(NamedTuple):
+    """Operands of the matmul of a fused linear with or without LoRA.
+
+    Attributes:
+        weight: Base weight.
+        fused_weight_OJ: Base weight fused with the up-projections, or None.
+        lora_Bs_OR: Up-projection of each layer; empty without an adapter.
+    """
+
+    in_features: int
+    num_layers: int
+    weight: Tensor | QuantizedWeight
+    bias: Tensor | None
+    fused_weight_OJ: Tensor | None
+    lora_Bs_OR: tuple[Tensor, ...]
+
+    @classmethod
+    def from_linear(cls, linear: FusedLinear) -> LoraMatmul:
+        """Collect the operands of a fused linear."""
+        common = linear.in_features, len(linear.output_sizes), linear.weight, linear.bias
+        if not isinstance(linear.adapter, LoraLinear):
+            return cls(*common, None, ())
+        fused = get_fused_weight(linear)
+        fused_weight_OJ = None if fused is None else fused.weight_OJ
+        return cls(*common, fused_weight_OJ, tuple(linear.adapter.lora_B.values()))
+
+    @property
+    def is_trainable(self) -> bool:
+        """True if the base weight is trainable."""
+        return isinstance(self.weight, Tensor) and self.weight.requires_grad
+
+    @property
+    def padding(self) -> int:
+        """Number of additional input columns for LoRA activations and alignment."""
+        return (
+            0 if self.fused_weight_OJ is None else self.fused_weight_OJ.shape[1] - self.in_features
+        )
+
+    @property
+    def accepts_fp8_input(self) -> bool:
+        """True if the input of `forward` may be quantized to FP8."""
+        return accepts_fp8_input(self.weight)
+
+    @property
+    def trainable_parameters(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias for the autograd function; None for frozen ones."""
+        weight = self.weight if isinstance(self.weight, Tensor) and self.is_trainable else None
+        return weight, self.bias if self.bias is not None and self.bias.requires_grad else None
+
+    def forward(self, x_TJ: Tensor | Fp8Rows, low_TS: Tensor | None) -> Tensor:
+        """Compute x W^T + bias plus the LoRA delta of all layers, concatenated.
+
+        `low_TS` are the LoRA activations of the input.
+        """
+        if self.fused_weight_OJ is not None and isinstance(x_TJ, Tensor):
+            return F.linear(x_TJ, self.fused_weight_OJ, self.bias)
+        y_TO = linear_concat(x_TJ, self.weight, self.bias)
+        for y, low_TR, lora_B_OR in self._split_layers(y_TO, low_TS):
+            add_lora_delta(y, low_TR, lora_B_OR)
+        return y_TO
+
+    def forward_add(self, x_TO: Tensor, h_TJ: Tensor, low_TS: Tensor | None) -> Tensor:
+        """Compute `x_TO` plus the output of `forward` for `h_TJ`."""
+        weight = self.weight if self.fused_weight_OJ is None else self.fused_weight_OJ
+        is_single_matmul = self.fused_weight_OJ is not None or not self.lora_Bs_OR
+        if is_single_matmul and self.bias is None and isinstance(weight, Tensor):
+            return torch.addmm(x_TO, h_TJ, weight.T)
+        return self.forward(h_TJ, low_TS).add_(x_TO)
+
+    def backward(self, dy_TO: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Compute the gradients of the input and of the LoRA activations.
+
+        The second is None without an adapter.
+        """
+        if self.fused_weight_OJ is None:
+            return linear_concat_backward(dy_TO, self.weight), self.lora_backward(dy_TO)
+        num_ranks = sum(lora_B_OR.shape[1] for lora_B_OR in self.lora_Bs_OR)
+        dx_TJ = dy_TO @ self.fused_weight_OJ
+        return dx_TJ[:, : self.in_features], dx_TJ[
+            :, self.in_features : self.in_features + num_ranks
+        ]
+
+    def lora_backward(self, dy_TO: Tensor) -> Tensor | None:
+        """Compute the gradient of the LoRA activations; return None without an adapter."""
+        grads = [dy @ lora_B_OR for dy, _, lora_B_OR in self._split_layers(dy_TO, None)]
+        return torch.cat(grads, 1) if grads else None
+
+    def lora_B_grads(self, dy_TO: Tensor, low_TS: Tensor | None) -> list[Tensor] | list[None]:
+        """Compute the gradients of the up-projections; return None values without an adapter."""
+        if not self.lora_Bs_OR:
+            return [None] * self.num_layers
+        return [dy.T @ low_TR for dy, low_TR, _ in self._split_layers(dy_TO, low_TS)]
+
+    def _split_layers(
+        self, y_TO: Tensor, low_TS: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield output columns, LoRA activations and up-projection of each layer with LoRA.
+
+        Without `low_TS` the second item repeats the output columns.
+        """
+        if not self.lora_Bs_OR:
+            return
+        ys = torch.split(y_TO, [len(lora_B_OR) for lora_B_OR in self.lora_Bs_OR], 1)
+        lows = ys if low_TS is None else low_TS.chunk(len(self.lora_Bs_OR), 1)
+        yield from zip(ys, lows, self.lora_Bs_OR, strict=True)
+
+    def parameter_grads(
+        self, dy_TO: Tensor, x_TI: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Compute the gradients of weight, dy^T x, and bias, the sum of dy.
+
+        Gradients of frozen parameters are None.
+        """
+        weight, bias = self.trainable_parameters
+        assert weight is None or x_TI is not None, "a trainable weight requires its saved input"
+        dw_OI = None if weight is None or x_TI is None else _weight_grad(weight, dy_TO, x_TI)
+        # Use a matmul: torch's sum over many rows needs more memory than the rows.
+        return dw_OI, None if bias is None else (dy_TO.new_ones(1, len(dy_TO)) @ dy_TO)[0]
+
+
+def _weight_grad(weight: Tensor, dy_TO: Tensor, x_TI: Tensor) -> Tensor:
+    """Compute a weight gradient, in its preallocated buffer if there is one."""
+    buffer_OI = _GRADIENT_BUFFERS[-1](weight) if _GRADIENT_BUFFERS else None
+    return torch.mm(dy_TO.T, x_TI, out=buffer_OI)

@@ -1,0 +1,348 @@
+"""HTML pages of data sets: samples as model input, and the issues of a data check."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+from finesight.check.check_issues import (
+    EXIT_CODES,
+    ISSUE_TYPES,
+    CheckIssue,
+    CheckResult,
+    IssueImage,
+)
+from finesight.data.image_header import CorruptImageError
+from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import BoxPart
+from finesight.encode.family_base import PredictedBox, scale_box
+from finesight.encode.native_renderer import IM_START, NativeRenderer
+from finesight.encode.token_table import TokenRow, iter_token_rows
+from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
+from finesight.report.html import InlineImage, build_inline_image, render_page
+from finesight.report.i18n import translate
+from finesight.vision.image_decoding import load_image
+from finesight.vision.patches import unpatchify
+
+MAX_IMAGE_SIDE = 1024
+"""Maximum width and height of an image on the page, in pixels.
+
+Larger images are shrunk for display, after the preprocessing of the model.
+"""
+
+
+def render_sample_page(
+    renderer: NativeRenderer,
+    samples: Sequence[LocatedSample],
+    source: str,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> str:
+    """Render samples as an HTML page that shows the model input.
+
+    Everything is decoded from the model input: images from patches, and boxes from token texts in
+    the format of the model family.
+
+    Args:
+        renderer: Renderer of the model.
+        samples: Samples to render.
+        source: Description of the file or split that contains the samples.
+        on_progress: Called with 1 after each sample.
+    """
+    records = []
+    for located_sample in samples:
+        records.append(_build_sample_record(renderer, located_sample))
+        on_progress(1)
+    count_labels = {
+        "num_tokens": translate("total tokens"),
+        "num_supervised_tokens": translate("total supervised tokens"),
+        "num_patches": translate("total patches"),
+    }
+    return render_page(
+        "sample",
+        records,
+        title=translate("Model input"),
+        source=source,
+        family=renderer.family.name,
+        image_rule=", ".join(
+            f"{key} {value}" for key, value in renderer.image_rule.model_dump().items()
+        ),
+        num_samples=len(records),
+        totals={
+            label: sum(record[key] for record in records) for key, label in count_labels.items()
+        },
+    )
+
+
+def _build_sample_record(renderer: NativeRenderer, located_sample: LocatedSample) -> dict[str, Any]:
+    encoded = renderer.encode(located_sample)
+    tokenized = encoded.tokenized
+    turns = list(_iter_turns(renderer, tokenized))
+    sample_boxes = [
+        part for part in located_sample.sample.iter_parts() if isinstance(part, BoxPart)
+    ]
+    images = [span for span in tokenized.spans if span.kind == "image"]
+    parsed_boxes = _parse_boxes(renderer, [turn["raw"] for turn in turns], images, sample_boxes)
+    return {
+        "id": tokenized.id,
+        "num_tokens": tokenized.num_tokens,
+        "num_supervised_tokens": tokenized.num_supervised_tokens,
+        "num_patches": tokenized.num_patches,
+        "images": list(_iter_visuals(renderer, encoded)),
+        "num_sample_boxes": len(sample_boxes),
+        "boxes": [
+            {"xyxy": box.xyxy, "label": box.label, "image_index": tokenized.spans.index(span)}
+            | {"original_box": scale_box(box.xyxy, span.resized_size, span.original_size)}
+            for span, box in parsed_boxes
+        ],
+        "turns": [{"role": turn["role"], "rows": turn["rows"]} for turn in turns],
+    }
+
+
+def _iter_turns(renderer: NativeRenderer, tokenized: TokenizedSample) -> Iterator[dict[str, Any]]:
+    """Yield the role, the token rows and the raw text of each turn.
+
+    The raw text has no image placeholders.
+    """
+    start_id = renderer.tokenizer.token_to_id(IM_START)
+    turn: list[TokenRow] = []
+    for row in (*iter_token_rows(tokenized, renderer.tokenizer), None):
+        if turn and (row is None or row.id == start_id):
+            ids = [token.id for token in turn if token.span is None]
+            raw_text = renderer.tokenizer.decode(ids, skip_special_tokens=False)
+            role = raw_text.removeprefix(IM_START).partition("\n")[0]
+            token_records = [_build_token_record(renderer, tokenized, token) for token in turn]
+            yield {"role": role, "raw": raw_text, "rows": token_records}
+            turn = []
+        if row is not None:
+            turn.append(row)
+
+
+def _build_token_record(
+    renderer: NativeRenderer, tokenized: TokenizedSample, row: TokenRow
+) -> dict[str, Any]:
+    decode = renderer.tokenizer.decode
+    kind = "text" if decode([row.id], skip_special_tokens=True) else "special"
+    if kind == "text" and "\ufffd" in decode([row.id], skip_special_tokens=False):
+        kind = "bytes"
+    token_record = {
+        "start": row.start,
+        "id": row.id,
+        "text": row.text,
+        "kind": kind,
+        "first_position": row.first_position,
+    }
+    if row.is_supervised:
+        token_record["is_supervised"] = True
+    if row.span is not None:
+        visual_index = tokenized.spans.index(row.span)
+        token_record |= {
+            "kind": "image",
+            "image_index": visual_index,
+            "end": row.stop - 1,
+            "last_position": row.last_position,
+        }
+    return token_record
+
+
+def _iter_visuals(renderer: NativeRenderer, encoded: EncodedSample) -> Iterator[dict[str, Any]]:
+    """Yield the page data of every image and video, reconstructed from patches."""
+    patch_offset = 0
+    for span in encoded.tokenized.spans:
+        t, h, w = span.grid_thw
+        stop = patch_offset + t * h * w
+        frames = unpatchify(
+            encoded.patches_ND[patch_offset:stop], span.grid_thw, renderer.patch_config
+        )
+        patch_offset = stop
+        yield {
+            "kind": span.kind,
+            "name": span.files[0].name,
+            "frames": [
+                build_inline_image(frame, MAX_IMAGE_SIDE) for frame in frames[: len(span.files)]
+            ],
+            "original_size": span.original_size,
+            "resized_size": span.resized_size,
+            "grid_thw": span.grid_thw,
+            "num_tokens": span.stop - span.start,
+        }
+
+
+def _parse_boxes(
+    renderer: NativeRenderer,
+    texts: Sequence[str],
+    images: Sequence[VisualSpan],
+    sample_boxes: Sequence[BoxPart],
+) -> list[tuple[VisualSpan, PredictedBox]]:
+    """Parse boxes from the texts of all turns, in pixels of the resized images.
+
+    The text does not identify images. If the number of boxes equals that of the sample, they are
+    assigned to the images of the sample's boxes, otherwise to the first image.
+    """
+    if not images:
+        return []
+    by_image = [
+        [
+            box
+            for text in texts
+            for box in renderer.family.read_boxes(text, image.resized_size, image.resized_size)
+        ]
+        for image in images
+    ]
+    num_boxes = len(by_image[0])
+    image_indices = (
+        [part.image for part in sample_boxes] if len(sample_boxes) == num_boxes else [0] * num_boxes
+    )
+    return [
+        (images[image_index], by_image[image_index][box_index])
+        for box_index, image_index in enumerate(image_indices)
+    ]
+
+
+MAX_IMAGES = 300
+"""Maximum number of images on the page. Further issues are listed without images."""
+
+MAX_IMAGES_PER_ISSUE = 4
+"""Maximum number of images per issue."""
+
+MAX_ISSUE_IMAGE_SIDE = 360
+"""Maximum width and height of an image of an issue, in pixels."""
+
+
+def render_check_page(
+    check_result: CheckResult,
+    max_images: int = MAX_IMAGES,
+    on_progress: Callable[[int], None] = lambda num_done: None,
+) -> str:
+    """Render the result of a data check as an HTML page.
+
+    Images are distributed over issue types, so that rare types have images as well.
+
+    Args:
+        check_result: Result of the data check.
+        max_images: Maximum number of images on the page.
+        on_progress: Called with 1 after each issue.
+    """
+    selected = _select_illustrated_issues(check_result.issues, max_images)
+    page_images = _PageImages()
+    records = []
+    for issue_index, issue in enumerate(check_result.issues):
+        selected_images = issue.images[:MAX_IMAGES_PER_ISSUE] if issue_index in selected else ()
+        records.append(
+            _build_issue_record(
+                issue,
+                [_build_image_record(issue_image, page_images) for issue_image in selected_images],
+            )
+        )
+        on_progress(1)
+    num_without_images = sum(bool(issue.images) for issue in check_result.issues) - len(selected)
+    return render_page(
+        "check",
+        {"issues": records, "images": page_images.images},
+        title=translate("Data check"),
+        check_result=check_result,
+        issue_types=_summarize_issue_types(check_result),
+        severities={
+            severity: _count_by_severity(check_result, severity) for severity in EXIT_CODES
+        },
+        num_images=sum(not isinstance(image, str) for image in page_images.images),
+        num_without_images=num_without_images,
+    )
+
+
+def _select_illustrated_issues(issues: Sequence[CheckIssue], max_images: int) -> set[int]:
+    """Return the indices of issues that get images, alternating between issue types."""
+    by_code: dict[str, list[int]] = defaultdict(list)
+    for issue_index, issue in enumerate(issues):
+        if issue.images:
+            by_code[issue.code].append(issue_index)
+    selected: set[int] = set()
+    remaining = max_images
+    for issue_index in chain.from_iterable(zip_longest(*by_code.values())):
+        if issue_index is None:
+            continue
+        remaining -= len(issues[issue_index].images[:MAX_IMAGES_PER_ISSUE])
+        if remaining < 0:
+            break
+        selected.add(issue_index)
+    return selected
+
+
+def _summarize_issue_types(check_result: CheckResult) -> list[dict[str, Any]]:
+    """Return the issue types that occur, with their counts, most severe first."""
+    listed_counts = Counter(issue.code for issue in check_result.issues)
+    return [
+        {
+            "code": code,
+            "severity": severity,
+            "description": description,
+            "count": count,
+            "num_listed": listed_counts[code],
+            "num_samples": check_result.affected_samples.get(code, 0),
+        }
+        for code, (severity, description) in ISSUE_TYPES.items()
+        if (count := check_result.issue_counts.get(code, 0))
+    ]
+
+
+def _count_by_severity(check_result: CheckResult, severity: str) -> int:
+    return sum(
+        count
+        for code, count in check_result.issue_counts.items()
+        if ISSUE_TYPES[code][0] == severity
+    )
+
+
+def _build_issue_record(issue: CheckIssue, image_records: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "code": issue.code,
+        "severity": issue.severity,
+        "description": translate(ISSUE_TYPES[issue.code][1]),
+        "location": issue.where,
+        "sample_id": issue.sample_id,
+        "message": issue.what,
+        "remedy": issue.remedy,
+        "evidence": list(issue.evidence),
+        "fix": issue.fix,
+        "images": image_records,
+        "num_more": max(0, len(issue.images) - len(image_records)),
+    }
+
+
+def _build_image_record(issue_image: IssueImage, page_images: _PageImages) -> dict[str, Any]:
+    """Return the page data of an image: its name, index and boxes with finite corners."""
+    labels = (*issue_image.labels, *[""] * len(issue_image.boxes))
+    return {
+        "name": str(issue_image.path),
+        "image_index": page_images.get_index(issue_image.path),
+        "boxes": [
+            {"xyxy": list(box), "label": label}
+            for box, label in zip(issue_image.boxes, labels, strict=False)
+            if all(map(math.isfinite, box))
+        ],
+    }
+
+
+class _PageImages:
+    """Thumbnails of a page. Each image is included once, unreadable ones as an error message."""
+
+    def __init__(self) -> None:
+        self.images: list[InlineImage | str] = []
+        self._index_by_path: dict[Path, int] = {}
+
+    def get_index(self, path: Path) -> int:
+        """Return the index of an image on the page. A new image is added."""
+        if path not in self._index_by_path:
+            self._index_by_path[path] = len(self.images)
+            self.images.append(_make_thumbnail(path))
+        return self._index_by_path[path]
+
+
+def _make_thumbnail(path: Path) -> InlineImage | str:
+    try:
+        return build_inline_image(load_image(path), MAX_ISSUE_IMAGE_SIDE)
+    except CorruptImageError as error:
+        return error.what

@@ -1,0 +1,73 @@
+"""Formula images: correct scripts, distinguishable symbols, labels that match the image."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from synthetic_tasks import formula_grammar, formulas
+
+FAMILIES = sorted(set(formulas.MATH_FONT_FAMILIES))
+
+pytestmark = pytest.mark.usefixtures("mathtext")
+
+
+def _ink(label, family="cm", size=24):
+    return formulas.render_formula(label, family, size)
+
+
+def test_spaces_do_not_end_scripts():
+    assert formulas.to_mathtext(r"x ^ { 2 } + \alpha b") == r"x^{2}+\alpha b"
+    assert _ink("x ^ { 2 }").height > _ink("x 2").height
+    assert _ink("x _ { a b }").width < _ink("x a b").width
+
+
+def test_outer_fractions_are_display_style():
+    label = r"\frac { \frac { a } { b } } { c }"
+    assert formulas.to_mathtext(label) == r"\dfrac {\frac {a}{b}}{c}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_symbols_look_different(family):
+    renderings = {}
+    for sign in formula_grammar.SYMBOLS:
+        cover = _ink(f"x {sign} y", family)
+        key = (cover.size, cover.tobytes())
+        assert key not in renderings, f"{sign} looks like {renderings[key]} in {family}"
+        renderings[key] = sign
+
+
+def test_different_formulas_look_different():
+    rng = random.Random(0)
+    labels = {formula_grammar.sample_formula(rng) for _ in range(250)}
+    renderings = {(cover.size, cover.tobytes()) for cover in map(_ink, labels)}
+    assert len(renderings) == len(labels)
+
+
+def test_formulas_render_in_every_font_family():
+    rng = random.Random(1)
+    for number in range(100):
+        label = formula_grammar.sample_formula(rng)
+        assert _ink(label, FAMILIES[number % len(FAMILIES)], 13).getbbox(), label
+
+
+def test_wide_formulas_are_scaled_down():
+    label = " + ".join("abcdefgh" * 2)
+    assert _ink(label, size=28).width > formulas.MAX_WIDTH
+    assert formulas.render_to_fit(label, "cm", 28).width <= formulas.MAX_WIDTH
+    assert formulas.render_to_fit(" + ".join("abcdefgh" * 8), "cm", 28) is None
+
+
+def test_images_have_dark_ink_on_light_background():
+    for number in range(60):
+        drawn = formulas.generate_formula(random.Random(number), "seen")
+        width, height = drawn.image.size
+        assert width <= formulas.MAX_WIDTH
+        assert height <= formulas.MAX_HEIGHT
+        pixels = np.asarray(drawn.image.convert("L"), dtype=int)
+        assert np.median(pixels) > 180
+        assert pixels.min() < 130
+        assert drawn.task_kind == "formula"
+        (label,) = drawn.answer
+        assert formula_grammar.MIN_TOKENS <= len(label.split()) <= formula_grammar.MAX_TOKENS

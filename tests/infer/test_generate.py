@@ -6,7 +6,7 @@ import torch
 from engine_fixtures import make_mixed_questions, make_sample
 
 from finesight.encode.native_renderer import NativeRenderer
-from finesight.infer.generate import generate
+from finesight.infer.engine import generate
 from finesight.infer.prediction import predict
 from finesight.model.tiny import create_tiny_model
 from finesight.model.weights_io import load_model

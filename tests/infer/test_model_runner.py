@@ -8,8 +8,7 @@ from engine_fixtures import make_mixed_questions, make_sample, run_requests, wri
 
 from finesight.encode.native_renderer import NativeRenderer
 from finesight.infer import model_runner as model_runner_module
-from finesight.infer.engine import Engine
-from finesight.infer.generate import generate
+from finesight.infer.engine import Engine, generate
 from finesight.model.tiny import create_tiny_model
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model

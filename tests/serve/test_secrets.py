@@ -28,7 +28,6 @@ SECRET = "wehrlos-4711"
 
 OPENERS = {
     "data/image_header.py": "the one that all others use",
-    "synth/canvas.py": "images that the package draws",
     "track/tracker_records.py": "the same, on their way to a tracker's process",
 }
 """Modules that open files with Pillow."""
@@ -43,7 +42,7 @@ CLIENTS = {
     "hub/transfer.py",
     "hub/http_client.py",
     "serve/image_sources.py",
-    "track/swanlab.py",
+    "track/backends.py",
 }
 """Modules that send requests: to hubs and URLs of the user, and to allowed media hosts."""
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from finesight.encode.packing import pack
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
-from finesight.infer.generate import generate
+from finesight.infer.engine import generate
 from finesight.model.vlm import VisionLanguageModel
 
 MAX_NEW_TOKENS = 48

@@ -29,11 +29,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from finesight.encode.packing import PackedBatch
-from finesight.encode.tokenized_sample import GridTHW
 from finesight.model.config import ConfigReader
 from finesight.model.vlm import ARCHITECTURES, VisionLanguageModel, build_model
 from finesight.model.weights_io import hub_tensors
 from finesight.model_folder import PREPROCESSOR_DEFAULTS
+from finesight.vision.patches import GridTHW
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class HubFaults:
     redirect_url: str | None = None
     statuses: dict[str, list[int]] = field(default_factory=dict)
     without_ranges: bool = False
+    without_sizes: bool = False
     resume_event: threading.Event = field(default_factory=threading.Event)
     stalled_event: threading.Event = field(default_factory=threading.Event)
 
@@ -142,10 +143,14 @@ class HubHandler(BaseHTTPRequestHandler):
             first, status = int(byte_range[1]), 206
             if first >= len(data):
                 return self.send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
-            more["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
+            total = "*" if faults.without_sizes else len(data)
+            more["Content-Range"] = f"bytes {first}-{len(data) - 1}/{total}"
         cuts = faults.cuts.get(name)
         end = first + cuts.pop(0) if cuts and self.command == "GET" else len(data)
-        more["Content-Length"] = str(len(data) - first)
+        if faults.without_sizes:
+            more["Connection"] = "close"
+        else:
+            more["Content-Length"] = str(len(data) - first)
         self.send_response(status)
         for header, value in more.items():
             self.send_header(header, value)
@@ -287,6 +292,10 @@ class ModelScopeHandler(HubHandler):
         entries += [_make_ms_entry(*item) for item in self.server.repositories[name].items()]
         if paged:
             number = int(query.get("PageNumber", ["1"])[0])
+            if self.server.faults.statuses.get(f"page {number}"):
+                status = self.server.faults.statuses[f"page {number}"].pop(0)
+                self._send_error(status, 10030000001, "access denied")
+                return
             size = min(self.server.page, int(query.get("PageSize", ["100"])[0]))
             entries = entries[(number - 1) * size : number * size]
         data = {"Files": entries, "LatestCommitter": {"Name": "somebody"}}

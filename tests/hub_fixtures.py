@@ -26,7 +26,7 @@ from fake_hub_servers import (
 from huggingface_hub import constants
 from PIL import Image
 
-from finesight.hub import http_client
+from finesight.hub import download
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "cache" / "token"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(http_client, "RETRY_DELAYS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(download, "RETRY_DELAYS_S", (0.0, 0.0, 0.0))
     return tmp_path / "cache"
 
 
@@ -56,6 +56,7 @@ def modelscope(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub
     """Local server of the ModelScope hub."""
     with run_hub_server(ModelScopeHandler) as hub:
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
+        monkeypatch.setattr("modelscope_hub._legacy_api.REPO_TREE_PAGE_RETRY_MAX_DELAY_SECONDS", 0)
         yield hub
 
 

@@ -74,12 +74,9 @@ def stub_triton_kernels(patch: pytest.MonkeyPatch) -> None:
         patch.delitem(sys.modules, f"finesight.{name}")
         for owner in KERNEL_USERS:
             patch.setattr(owner, KERNEL_MODULES[name], module, raising=False)
-    dropout = made["model.kernels.primitives"]
-    patch.setattr(fused_decoder, "SeededDropout", dropout.SeededDropout, raising=False)
     patch.setattr(
         fused_decoder, "RmsNormStats", made["model.kernels.lora_gemm"].RmsNormStats, raising=False
     )
-    patch.setattr(fused_ops, "NO_DROPOUT", dropout.NO_DROPOUT, raising=False)
     patch.setattr(fused_decoder, "QkvLayout", made["model.kernels.rotary"].QkvLayout, raising=False)
     patch.setattr(fused_decoder, "supports_fused_layers", lambda x_TD: True)
     for owner in (layers, fused_ops, fp8, loss):

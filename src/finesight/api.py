@@ -103,7 +103,7 @@ class Encoding:
         return self.encoded.patches_ND
 
     def __repr__(self) -> str:
-        from finesight.encode.token_table import format_token_table
+        from finesight.encode.tokenized_sample import format_token_table
 
         return "\n".join(format_token_table(self.encoded.tokenized, self.tokenizer))
 

@@ -8,8 +8,8 @@ import random
 
 import pytest
 
-from finesight.encode.box_conversion import BOX_FORMATS, FrameSizes, convert_boxes
-from finesight.encode.tokenized_sample import ImageSize
+from finesight.data.image_header import ImageSize
+from finesight.encode.box_migration import BOX_FORMATS, FrameSizes, convert_boxes
 from finesight.errors import UserError
 
 THOUSAND = (1000, 1000)

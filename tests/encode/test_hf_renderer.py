@@ -15,8 +15,7 @@ import pytest
 from finesight.config import ExactSize
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import Sample
-from finesight.encode.hf_config import import_transformers
-from finesight.encode.hf_renderer import HfRenderer
+from finesight.encode.hf_renderer import HfRenderer, import_transformers
 from finesight.encode.renderer import build_renderer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder

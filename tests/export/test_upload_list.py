@@ -17,9 +17,9 @@ from huggingface_hub import constants
 
 from finesight.errors import UserError
 from finesight.export.upload_list import list_uploads
-from finesight.hub import modelscope_upload
+from finesight.hub import modelscope
 from finesight.hub.address import parse_address
-from finesight.hub.publisher import publish_model
+from finesight.hub.repository import publish_model
 from finesight.infer.model_loader import resolve_model_source
 from finesight.model.tiny import create_tiny_model
 from finesight.model_folder import locate_model
@@ -183,5 +183,5 @@ def test_changed_folder_is_rejected(tmp_path: Path) -> None:
     ],
 )
 def test_modelscope_token_is_sent_only_to_its_hosts(url: str, shown: bool) -> None:
-    assert modelscope_upload.is_same_domain(url, "https://www.modelscope.cn") is shown
-    assert not modelscope_upload.is_same_domain("https://a.127.0.0.1/x", "https://127.0.0.1")
+    assert modelscope.is_same_domain(url, "https://www.modelscope.cn") is shown
+    assert not modelscope.is_same_domain("https://a.127.0.0.1/x", "https://127.0.0.1")

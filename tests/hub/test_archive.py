@@ -15,7 +15,7 @@ import pytest
 
 from finesight.data.row_reader import is_webdataset, open_webdataset
 from finesight.errors import UserError
-from finesight.hub import archive, archive_members
+from finesight.hub import archive
 from finesight.hub.archive import unpack_archive
 
 FILES = {"a/1.txt": b"one", "a/b/2.bin": bytes(100_000), "ü 3.txt": b"three"}
@@ -137,9 +137,9 @@ def test_wrong_declared_size_is_detected(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_member_and_size_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive_members, "MAX_MEMBERS", 2)
+    monkeypatch.setattr(archive, "MAX_MEMBERS", 2)
     assert_rejected(tmp_path, write_tar(tmp_path / "a.tar", FILES), "more than 2 files")
-    monkeypatch.setattr(archive_members, "MAX_MEMBERS", 9)
+    monkeypatch.setattr(archive, "MAX_MEMBERS", 9)
     monkeypatch.setattr(archive, "MAX_UNPACKED_BYTES", 50_000)
     assert_rejected(tmp_path, write_tar(tmp_path / "b.tar", FILES), "more than 50000 bytes")
 
@@ -214,7 +214,7 @@ def test_corrupt_archives(tmp_path: Path) -> None:
 
 
 def test_folders_count_as_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive_members, "MAX_MEMBERS", 2)
+    monkeypatch.setattr(archive, "MAX_MEMBERS", 2)
     folders = write_tar(tmp_path / "a.tar", dict.fromkeys("abc", b""), tarfile.DIRTYPE)
     assert_rejected(tmp_path, folders, "more than 2 files")
     assert_rejected(

@@ -17,13 +17,13 @@ from finesight.config import TrainFileSettings
 from finesight.data.corpus import load_corpus
 from finesight.digests import verify_folder
 from finesight.errors import UserError
-from finesight.hub import object_storage
-from finesight.hub.object_storage import fetch_objects
+from finesight.hub import url_files
+from finesight.hub.url_files import fetch_objects
 
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(object_storage, "get_objects_folder", lambda: tmp_path / "objects")
+    monkeypatch.setattr(url_files, "get_objects_folder", lambda: tmp_path / "objects")
     return tmp_path / "objects"
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
+import shutil
 import types
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,6 @@ from fake_hub_servers import COMMIT, TOKEN, FakeHubServer, HuggingFaceHandler, r
 from huggingface_hub import constants
 
 from finesight.errors import UserError
-from finesight.hub import repository, transfer
 from finesight.hub.address import HubAddress, parse_address
 from finesight.hub.repository import HubRepository, download_folder, fetch_model, open_repository
 from finesight.model_folder import DOWNLOAD_PATTERNS, locate_model
@@ -133,9 +132,9 @@ def test_concurrent_processes_download_once(hub: FakeHubServer, address: HubAddr
 def test_insufficient_disk_space(
     hub: FakeHubServer, address: HubAddress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk_stats = types.SimpleNamespace(f_bavail=10, f_frsize=1000)
-    monkeypatch.setattr(os, "statvfs", lambda folder: disk_stats)
-    with pytest.raises(UserError, match="bytes are required, 10000 are free") as raised:
+    disk_usage = types.SimpleNamespace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk_usage)
+    with pytest.raises(UserError, match="1e-05 GB are free on this disk") as raised:
         fetch_model(address, DOWNLOAD_PATTERNS)
     assert "--to" in raised.value.remedy
     assert not hub.lfs_requests
@@ -154,36 +153,35 @@ def test_busy_server_is_retried(hub: FakeHubServer, address: HubAddress) -> None
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_digest_mismatch_is_rejected(hub: FakeHubServer, address: HubAddress, name: str) -> None:
+def test_digest_mismatch_is_rejected(
+    hub: FakeHubServer, cache: Path, address: HubAddress, name: str
+) -> None:
     hub.faults.corrupted.add(name)
     with pytest.raises(UserError, match="differs from the listing: its") as raised:
         fetch_model(address, DOWNLOAD_PATTERNS)
     assert len(re.findall(r"[0-9a-f]{40,64}", raised.value.what)) == 2
-    cache_folder = repository._get_cache_folder(address)
-    assert not [path for path in cache_folder.rglob(f"*{name}*") if path.is_file()], (
-        "a corrupt file was kept"
-    )
+    kept = [path for path in cache.rglob(f"*{name}*") if path.is_file()]
+    assert not kept, "a corrupt file was kept"
 
 
 @pytest.mark.parametrize("has_total_size", [True, False])
 def test_short_file_is_not_requested_endlessly(
-    hub: FakeHubServer, address: HubAddress, monkeypatch: pytest.MonkeyPatch, has_total_size: bool
+    hub: FakeHubServer, address: HubAddress, has_total_size: bool
 ) -> None:
     opened = open_repository(address)
     hub.repositories["models/Some/model"]["model.safetensors"] = WEIGHTS[1:]
-    if not has_total_size:
-        monkeypatch.setattr(transfer, "_get_total_bytes", lambda response: None)
+    hub.faults.without_sizes = not has_total_size
     with pytest.raises(UserError, match=r"received 255999 bytes, expected|255999 of 256000 bytes"):
         opened.fetch_files(["model.safetensors"])
 
 
 def test_partial_file_of_another_version_is_discarded(
-    hub: FakeHubServer, address: HubAddress
+    hub: FakeHubServer, cache: Path, address: HubAddress
 ) -> None:
     hub.faults.cuts["model.safetensors"] = [200_000, 0, 0, 0, 0]
     with pytest.raises(UserError):
         fetch_model(address, DOWNLOAD_PATTERNS)
-    (partial,) = repository._get_cache_folder(address).rglob(".model.safetensors.partial")
+    (partial,) = cache.rglob(".model.safetensors.partial")
     partial.write_bytes(b"of an earlier revision")
     assert (fetch_model(address, DOWNLOAD_PATTERNS) / "model.safetensors").read_bytes() == WEIGHTS
 
@@ -278,7 +276,10 @@ def test_cache_is_separate_per_endpoint(
             monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
             assert (fetch_model(address, DOWNLOAD_PATTERNS) / "config.json").read_bytes() == config
     monkeypatch.setattr(constants, "ENDPOINT", "https://huggingface.co")
-    assert repository._get_cache_folder(address).parts[-4:] == ("hf", "models", "Some", "model")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="is not downloaded") as raised:
+        open_repository(address)
+    assert raised.value.where.endswith("finesight/hf/models/Some/model")
 
 
 def test_file_inside_a_file_is_rejected(hub: FakeHubServer, address: HubAddress) -> None:
@@ -377,20 +378,10 @@ def test_invalid_token(huggingface: FakeHubServer, monkeypatch: pytest.MonkeyPat
 def test_temporary_denied_page_is_retried(
     modelscope: FakeHubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finesight.hub.http_client import HttpClient
-
     modelscope.repositories["datasets/Some/set"] = {f"{n}.txt": b"a" for n in range(250)}
-    get_json, denied = HttpClient.get_json, []
-
-    def deny_once(self: HttpClient, url: str, params: dict[str, str]) -> object:
-        if params["PageNumber"] == "2" and not denied:
-            denied.append(url)
-            raise UserError("access denied")
-        return get_json(self, url, params)
-
-    monkeypatch.setattr(HttpClient, "get_json", deny_once)
+    modelscope.faults.statuses["page 2"] = [403]
     assert len(open_repository(parse_address("modelscope:datasets/Some/set")).paths) == 250
-    assert denied
+    assert not modelscope.faults.statuses["page 2"]
 
 
 def test_huggingface_hub_cache_is_reused(
@@ -418,9 +409,9 @@ def test_invalid_hub_response(modelscope: FakeHubServer, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="does not exist"):
         open_repository(parse_address("modelscope:Some/model"))
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://[")
-    with pytest.raises(UserError, match="is not an allowed address"):
+    with pytest.raises(UserError, match="is not available: InvalidURL"):
         open_repository(parse_address("modelscope:Some/model"))
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="no response: ConnectError") as raised:
+    with pytest.raises(UserError, match="is not available: NetworkError") as raised:
         open_repository(parse_address("modelscope:Some/model"))
     assert "check the connection" in raised.value.remedy

@@ -14,8 +14,8 @@ from flaky_proxy import FlakyProxy
 from tiny_task import TinyTask, read_losses
 
 from finesight.errors import UserError
-from finesight.hub import object_storage
-from finesight.hub.object_storage import fetch_objects
+from finesight.hub import url_files
+from finesight.hub.url_files import fetch_objects
 
 server = pytest.importorskip("moto.server", reason="moto is not installed")
 s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
@@ -31,7 +31,7 @@ def port() -> Iterator[int]:
 
 @pytest.fixture(autouse=True)
 def bucket(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setattr(object_storage, "get_objects_folder", lambda: tmp_path / "objects")
+    monkeypatch.setattr(url_files, "get_objects_folder", lambda: tmp_path / "objects")
     credentials = {"ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "key", "DEFAULT_REGION": "us-east-1"}
     for name, value in credentials.items():
         monkeypatch.setenv(f"AWS_{name}", value)

@@ -7,8 +7,7 @@ import pytest
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
-from finesight.encode.native_renderer import NativeRenderer
-from finesight.encode.reasoning import parse_reasoning
+from finesight.encode.native_renderer import NativeRenderer, parse_reasoning
 from finesight.encode.tokenizer import TextTokenizer, Tokenizer
 from finesight.infer.inference_service import IncrementalDetokenizer
 from finesight.model.tiny import TinyFamily, create_tiny_model

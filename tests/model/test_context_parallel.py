@@ -13,8 +13,7 @@ from fake_dist import FakeProcessGroup
 from torch import Tensor
 
 from finesight.config import PixelRange
-from finesight.encode.context_shard import ContextShard
-from finesight.encode.packing import PackedBatch, pack
+from finesight.encode.packing import ContextShard, PackedBatch, pack
 from finesight.encode.renderer import build_renderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.model import attention

@@ -169,7 +169,7 @@ def test_fused_fp8_decoder_norm_matches_two_steps(
 ) -> None:
     """Equal up to the summation order in fp32: FP8 stores change Triton's thread layout."""
     from finesight.model.kernels import norm as norm_kernels
-    from finesight.model.kernels.primitives import SeededDropout
+    from finesight.model.kernels.launch_config import SeededDropout
 
     drop = SeededDropout(torch.tensor([5], dtype=torch.int32, device="cuda"), 1, share, 1.0)
     x_TD = random_rows((50, width), 3).to("cuda", dtype)

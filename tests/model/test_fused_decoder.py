@@ -166,7 +166,7 @@ def test_fused_fp8_norms_match_unfused(
 def test_dropout_mean_matches_no_dropout() -> None:
     """The mean output over many seeds equals that without dropout where the layer is linear."""
     from finesight.model.kernels import lora_gemm as lora_gemm_kernels
-    from finesight.model.kernels.primitives import SeededDropout
+    from finesight.model.kernels.launch_config import SeededDropout
 
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(300, 384, generator=generator).to(CUDA, torch.bfloat16)
@@ -190,7 +190,7 @@ def test_backward_uses_the_forward_dropout_mask() -> None:
     from finesight.model.kernels import lora_gemm as lora_gemm_kernels
     from finesight.model.kernels import norm as norm_kernels
     from finesight.model.kernels import swiglu as swiglu_kernels
-    from finesight.model.kernels.primitives import SeededDropout
+    from finesight.model.kernels.launch_config import SeededDropout
 
     seeds = torch.tensor([11], dtype=torch.int32, device=CUDA)
     drop = SeededDropout(seeds, salt=1, p=0.4, scale=1.0)
@@ -231,7 +231,7 @@ def test_backward_uses_the_forward_dropout_mask() -> None:
 def test_dropout_masks_are_uncorrelated() -> None:
     """Masks of adjacent rows, columns and layers agree as often as by chance."""
     from finesight.model.kernels import norm as norm_kernels
-    from finesight.model.kernels.primitives import SeededDropout
+    from finesight.model.kernels.launch_config import SeededDropout
 
     ones = torch.ones(2048, 1536, device=CUDA, dtype=torch.bfloat16)
 
@@ -261,7 +261,7 @@ def test_updated_adapter_is_used_in_next_pass() -> None:
         for parameter in group.adapter.lora_B.values():
             # Its address changes as well.
             parameter.data = parameter.data * -1.5
-    laying.copy_up_projections(fused_decoder.fuse_lora_weights(groups(made)))
+    laying.copy_up_projections(groups(made))
     second = run_pass(made, torch.bfloat16, None)
     for group in groups(made):
         group.weight = torch.nn.Parameter(group.weight.detach().contiguous(), requires_grad=False)

@@ -34,13 +34,10 @@ OPENERS = {
 
 CLIENTS = {
     "doctor/hub_check.py",
+    "hub/download.py",
     "hub/huggingface.py",
-    "hub/web_files.py",
     "hub/modelscope.py",
-    "hub/modelscope_upload.py",
-    "hub/publisher.py",
-    "hub/transfer.py",
-    "hub/http_client.py",
+    "hub/url_files.py",
     "serve/image_sources.py",
     "track/backends.py",
 }

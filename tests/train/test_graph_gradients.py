@@ -59,7 +59,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor | None, None]:
-        return None, ctx.wide.parameter_grads(dy, *ctx.saved_tensors)[0], None
+        return None, ctx.wide.base_grads(dy, *ctx.saved_tensors)[0], None
 
 
 def test_large_weight_gradient_is_written_directly(

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from fake_dist import FakeProcessGroup
 from vision_cache_fixtures import CONSOLE, decide_vision_cache, make_train_state, read_all_features
 
-from finesight.encode.tokenized_sample import GridTHW
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.train import vision_cache_index
 from finesight.train.parallel.distributed import PeerFailedError, ProcessGroup, RankMonitor
 from finesight.train.setup import TrainState
 from finesight.train.signals import StopRequest
 from finesight.train.vision_cache import VisionCacheResult
+from finesight.vision.patches import GridTHW
 
 COUNT = 3
 Result = VisionCacheResult | BaseException

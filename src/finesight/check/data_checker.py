@@ -43,10 +43,10 @@ from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import is_tar_file, is_webdataset
 from finesight.data.sample import Sample
 from finesight.encode.renderer import Renderer, build_renderer
-from finesight.encode.tiktoken_tokenizer import load_tokenizer
+from finesight.encode.tokenizer import load_tokenizer
 from finesight.errors import UserError
 from finesight.hub.archive import is_archive
-from finesight.hub.object_storage import WEB_SCHEMES
+from finesight.hub.url_policy import WEB_SCHEMES
 from finesight.model_folder import locate_model
 from finesight.recipe import load_recipe
 

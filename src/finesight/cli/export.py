@@ -12,7 +12,6 @@ from finesight.cli.options import AsJsonOption
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
-    from finesight.hub.publisher import FileUpload
     from finesight.infer.model_loader import ModelSource
 
 
@@ -120,17 +119,18 @@ def _print_serving_commands(model_source: ModelSource, source: str, as_json: boo
 
 
 def _upload_to_hub(
-    source: str, out: str, files: list[FileUpload], public: bool, confirm: bool, as_json: bool
+    source: str, out: str, files: dict[str, Path], public: bool, confirm: bool, as_json: bool
 ) -> None:
     from finesight.hub.address import parse_address
-    from finesight.hub.publisher import publish_model
+    from finesight.hub.repository import publish_model
 
     address = parse_address(out)
-    total = sum(file.size for file in files)
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    total = sum(sizes.values())
     visibility = "public" if public else "private"
     if not as_json:
-        for file in files:
-            typer.echo(f"{file.size:>16,}  {file.name}")
+        for name, size in sizes.items():
+            typer.echo(f"{size:>16,}  {name}")
         typer.echo(f"{total:>16,}  bytes in {len(files)} files to {address}, {visibility}")
     page_url = None
     if confirm:
@@ -139,8 +139,7 @@ def _upload_to_hub(
             address, files, public=public, message=f"Upload {name} with finesight"
         )
     if as_json:
-        file_sizes = {file.name: file.size for file in files}
-        result = {"to": str(address), "public": public, "files": file_sizes, "page": page_url}
+        result = {"to": str(address), "public": public, "files": sizes, "page": page_url}
         typer.echo(json.dumps(result))
     else:
         typer.echo(page_url or "nothing was uploaded; add --yes to upload")

@@ -55,8 +55,7 @@ from finesight.data.sample import validate_sample
 from finesight.digests import sha256_file
 from finesight.errors import UserError, suggest_similar_path
 from finesight.file_name_encoding import to_readable_name
-from finesight.hub.archive_members import TarArchive, open_tar
-from finesight.hub.object_storage import fetch_objects
+from finesight.hub.archive import TarArchive, open_tar
 
 PACKED_SUFFIXES = (".tar", ".parquet")
 """Suffixes of sample files that contain their images."""
@@ -131,11 +130,7 @@ class ShardedSamples:
 
 
 def check_packed_url(url: str) -> str:
-    """Return the URL unchanged if it refers to a file that contains its images.
-
-    Raises:
-        UserError: The URL ends neither in .tar nor in .parquet.
-    """
+    """Return the URL unchanged if it refers to a file that contains its images."""
     if not url.lower().endswith(PACKED_SUFFIXES):
         raise UserError(
             "a file in object storage that is neither .tar nor .parquet",
@@ -152,11 +147,7 @@ def is_glob(path: Path) -> bool:
 
 
 def expand_files(path: Path) -> list[Path]:
-    """Return the files that match a glob pattern in sorted order, or the path itself.
-
-    Raises:
-        UserError: No file matches the pattern.
-    """
+    """Return the files that match a glob pattern in sorted order, or the path itself."""
     if not is_glob(path):
         return [path]
     matches = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
@@ -195,11 +186,7 @@ class TarSamples:
         return len(self.index.offsets_N1) - 1
 
     def read_sample(self, index: int) -> LocatedSample:
-        """Read a sample by index and check its types.
-
-        Raises:
-            UserError: The JSON is not a sample, or the file is corrupt or modified.
-        """
+        """Read a sample by index and check its types."""
         start, stop = self.index.offsets_N1[index : index + 2].tolist()
         with open_unchanged(self.path, self.file_state), open_tar(self.path, start) as tar:
             members = list(
@@ -233,11 +220,7 @@ class TarSamples:
 
 
 def open_tar_samples(path: Path) -> TarSamples:
-    """Open and index a tar file of samples.
-
-    Raises:
-        UserError: The tar is corrupt, or contains files without a sample.
-    """
+    """Open and index a tar file of samples."""
     with open_data_file(path) as file:
         return TarSamples(
             path,
@@ -247,11 +230,7 @@ def open_tar_samples(path: Path) -> TarSamples:
 
 
 def read_first_json(path: Path) -> bytes | None:
-    """Return the JSON file of the first sample in a tar, None without one.
-
-    Raises:
-        UserError: The tar is corrupt.
-    """
+    """Return the JSON file of the first sample in a tar, None without one."""
     with open_tar(path) as tar:
         members = next(iter_member_groups(tar), [])
         return next(
@@ -316,11 +295,7 @@ class ParquetSamples:
         return self.num_samples
 
     def read_sample(self, index: int) -> LocatedSample:
-        """Read a sample by index and check its types.
-
-        Raises:
-            UserError: The row is not a sample, or the file is corrupt or modified.
-        """
+        """Read a sample by index and check its types."""
         ends_G = self.index.extra_B
         group = int(np.searchsorted(ends_G, index, side="right"))
         group_start = int(ends_G[group - 1]) if group else 0
@@ -348,11 +323,7 @@ class ParquetSamples:
 
 
 def open_parquet_samples(path: Path) -> ParquetSamples:
-    """Open and index a Parquet file of samples.
-
-    Raises:
-        UserError: The file is corrupt or has another format.
-    """
+    """Open and index a Parquet file of samples."""
 
     def build_index() -> SampleIndex:
         ends = np.array([*accumulate(list_row_group_sizes(path))], dtype=np.int64)
@@ -372,9 +343,6 @@ def read_first_record(path: Path) -> dict[str, Any] | None:
 
     Used to detect whether the file contains samples. Returns None if the file has no rows or the
     first row is unreadable.
-
-    Raises:
-        UserError: The file is corrupt or has another format.
     """
     if not read_parquet_metadata(path).num_rows:
         return None
@@ -456,11 +424,7 @@ class Corpus:
         return source.read_sample(local_index)
 
     def read_validated(self, index: int) -> LocatedSample:
-        """Read and fully validate a sample.
-
-        Raises:
-            UserError: The sample is invalid. The error names its file and line.
-        """
+        """Read and fully validate a sample."""
         source, local_index = self._locate(index)
         located_sample = source.read_sample(local_index)
         validate_sample(
@@ -511,11 +475,12 @@ def open_sample_source(path_or_url: Path | str) -> SampleSource:
     Raises:
         UserError: No file matches, a file is unreadable, or there are no samples.
     """
-    files = (
-        expand_files(path_or_url)
-        if isinstance(path_or_url, Path)
-        else fetch_objects(check_packed_url(path_or_url))
-    )
+    if isinstance(path_or_url, Path):
+        files = expand_files(path_or_url)
+    else:
+        from finesight.hub.url_files import fetch_objects
+
+        files = fetch_objects(check_packed_url(path_or_url))
     sources = _open_files(files)
     source = sources[0] if len(files) == 1 else ShardedSamples(tuple(sources))
     if not len(source):

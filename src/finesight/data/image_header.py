@@ -97,6 +97,9 @@ def _read_range(container: Path, start: int, size: int) -> bytes:
     return data
 
 
+ImageSize = tuple[int, int]
+"""Height and width in pixels."""
+
 MAX_IMAGE_PIXELS = 64_000_000
 """Maximum number of pixels of an image (8000 x 8000).
 

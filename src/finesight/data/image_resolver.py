@@ -25,7 +25,7 @@ from finesight.storage import translate_os_errors
 
 if TYPE_CHECKING:
     # Imported for type checking only: the import is slow, and only web imports need it.
-    from finesight.hub.web_files import RemoteImages
+    from finesight.hub.url_files import RemoteImages
 
 IMAGES_FOLDER = "images"
 """Name of the output subfolder with saved and copied images."""
@@ -213,11 +213,7 @@ def _resolve_parent(path: Path) -> Path:
 
 
 def encode_data_url(path: Path) -> str:
-    """Encode an image file as a base64 data URL (RFC 2397).
-
-    Raises:
-        UserError: The file has an image format that data URLs do not support.
-    """
+    """Encode an image file as a base64 data URL (RFC 2397)."""
     data = path.read_bytes()
     suffix = next((s for magic, s in _SUFFIXES.items() if data.startswith(magic)), None)
     if suffix is None:

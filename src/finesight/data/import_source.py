@@ -44,7 +44,7 @@ from finesight.data.sample import Sample, validate_roles
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
-    from finesight.hub.web_files import RemoteImages
+    from finesight.hub.url_files import RemoteImages
 
 
 NUM_DETECTION_ROWS = 100
@@ -302,11 +302,7 @@ def _open_row_files(files: Sequence[Path]) -> RowReader:
 def _detect_format(
     first_records: Sequence[Record], source: Path, options: ImportOptions
 ) -> tuple[DatasetFormat, str]:
-    """Detect the format of a row file from its first records.
-
-    Raises:
-        UserError: No format matches, or the format is `table` and no columns are mapped.
-    """
+    """Detect the format of a row file from its first records."""
     if options.format is not None:
         data_format, detected_by = get_format(options.format), "--format"
     elif options.columns:
@@ -347,9 +343,6 @@ def is_sample_source(path: Path) -> bool:
     """Return whether a path refers to tar or Parquet files of training samples.
 
     This is the case for a glob pattern of such files, and for a file whose first row is a sample.
-
-    Raises:
-        UserError: The file is corrupt.
     """
     if path.suffix.lower() not in PACKED_SUFFIXES:
         return False
@@ -375,12 +368,7 @@ def _read_first_tar_record(path: Path) -> dict[str, object] | None:
 def open_unvalidated_samples(
     path_or_url: Path | str, options: ImportOptions, output_folder: Path
 ) -> UnvalidatedSource:
-    """Open training samples from a path, glob pattern or object storage URL without validation.
-
-    Raises:
-        UserError: The samples cannot be opened, as in `open_sample_source`, or an import option
-            does not apply to samples.
-    """
+    """Open training samples from a path, glob pattern or object storage URL without validation."""
     samples = open_sample_source(path_or_url).take(options.limit)
     stem = Path(path_or_url).stem
 

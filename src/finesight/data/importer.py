@@ -84,11 +84,7 @@ class Spool:
         self._file.close()
 
     def add(self, content: bytes) -> SpoolSpan:
-        """Append an encoded sample and return its byte range.
-
-        Raises:
-            UserError: The disk is full, or the output is much larger than the source.
-        """
+        """Append an encoded sample and return its byte range."""
         span = SpoolSpan(self.end, len(content))
         self.end += len(content)
         if self.end > max(FREE_BYTES, MAX_EXPANSION_RATIO * self._source_bytes):
@@ -124,9 +120,6 @@ def split_last_rows(rows: Sequence[ImageKeys], num_eval_rows: int) -> tuple[list
     Returns:
         Indices of the training rows and of the validation rows. There are no training rows if all
             rows are for validation.
-
-    Raises:
-        UserError: There are fewer rows, or every other row shares an image with the last ones.
     """
     num_other_rows = len(rows) - num_eval_rows
     if num_other_rows < 0:
@@ -163,9 +156,6 @@ def split_by_image(
 
     Returns:
         Indices of the training rows and of the validation rows, in ascending order.
-
-    Raises:
-        UserError: There are too few groups of rows for both splits.
     """
     groups = _group_rows(rows)
     num_eval_rows = max(1, round((1 - train_fraction) * len(rows)))
@@ -454,12 +444,7 @@ def _parse_rows(
     spool: Spool,
     names: ImageNames,
 ) -> tuple[list[RowExamples], _InvalidRows]:
-    """Parse the selected rows, write the encoded samples to the spool, and collect invalid rows.
-
-    Raises:
-        UserError: A row is invalid and `on_invalid_row` is "fail", no row is valid, or so many
-            boxes are invalid that the box convention is probably wrong.
-    """
+    """Parse the selected rows, write the encoded samples to the spool, and collect invalid rows."""
     rows: list[RowExamples] = []
     skipped = _InvalidRows()
     for row in source.iter_rows():
@@ -494,11 +479,7 @@ def _parse_rows(
 
 
 def _encode_examples(examples: list[ImportExample], names: ImageNames) -> list[_EncodedExample]:
-    """Validate the samples of a row and encode them as JSON.
-
-    Raises:
-        UserError: A sample is invalid, or the row yields too many bytes.
-    """
+    """Validate the samples of a row and encode them as JSON."""
     encoded = []
     size = 0
     for example in examples:
@@ -545,11 +526,7 @@ def _encode_sample(
     meta: dict[str, Any],
     name: Callable[[str], str],
 ) -> bytes:
-    """Encode a sample as JSON without its opening brace and ID, which `_format_line` adds.
-
-    Raises:
-        UserError: The text is not valid UTF-8, or the sample exceeds the maximum line length.
-    """
+    """Encode a sample as JSON without its opening brace and ID, which `_format_line` adds."""
     try:
         fields = sample_fields(messages, references, to_json_data(meta), name)
         encoded = encode_json_line(fields)[1:].encode()

@@ -103,11 +103,7 @@ class JsonlSamples:
         return len(self.lines)
 
     def read_sample(self, index: int) -> LocatedSample:
-        """Read a sample by index and check its types.
-
-        Raises:
-            UserError: The line is not a sample, or the file was modified.
-        """
+        """Read a sample by index and check its types."""
         return LocatedSample(
             parse_sample(self.lines[index], self.location(index)), self.path.parent
         )
@@ -122,11 +118,7 @@ class JsonlSamples:
 
 
 def open_jsonl_samples(path: Path) -> JsonlSamples:
-    """Open and index a JSONL file without parsing its samples.
-
-    Raises:
-        UserError: The file is unreadable, or a line is too long.
-    """
+    """Open and index a JSONL file without parsing its samples."""
     return JsonlSamples(index_lines(path))
 
 
@@ -212,11 +204,7 @@ def to_json_data(value: Any) -> Any:
 
 
 def sample_from_dict(record: dict[str, Any], where: str) -> Sample:
-    """Build a sample from parsed JSON data and check its types.
-
-    Raises:
-        UserError: A key or type is invalid. `where` is the location in the error message.
-    """
+    """Build a sample from parsed JSON data and check its types."""
     try:
         return Sample.model_validate(record)
     except ValidationError as error:
@@ -224,11 +212,7 @@ def sample_from_dict(record: dict[str, Any], where: str) -> Sample:
 
 
 def read_data_file(path: Path, max_bytes: int | None = None) -> bytes:
-    """Read the content of a data file without its byte order mark.
-
-    Raises:
-        UserError: The file is unreadable, or larger than `max_bytes`.
-    """
+    """Read the content of a data file without its byte order mark."""
     with open_data_file(path) as file:
         content = file.read() if max_bytes is None else file.read(max_bytes + 1)
     if max_bytes is not None and len(content) > max_bytes:
@@ -242,11 +226,7 @@ def read_data_file(path: Path, max_bytes: int | None = None) -> bytes:
 
 
 def parse_sample(line: bytes, where: str) -> Sample:
-    """Parse a JSON line as a sample and check its types.
-
-    Raises:
-        UserError: The line is not a sample. `where` is the location in the error message.
-    """
+    """Parse a JSON line as a sample and check its types."""
     check_json(line, where)
     try:
         return Sample.model_validate_json(line)

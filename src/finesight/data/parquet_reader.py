@@ -46,11 +46,7 @@ _UNREPRESENTABLE = (ValueError, OverflowError, LookupError)
 
 
 def check_row_count(path: Path, rows: int) -> None:
-    """Reject a Parquet file with more rows than bytes.
-
-    Raises:
-        UserError: All rows are identical, and reading them would take hours or exhaust the memory.
-    """
+    """Reject a Parquet file with more rows than bytes."""
     size = path.stat().st_size
     if rows > max(MAX_UNCHECKED_ROWS, size):
         raise UserError(
@@ -175,11 +171,7 @@ _DAMAGE = (
 
 
 def import_parquet(path: Path) -> Any:
-    """Import `pyarrow.parquet` on first use.
-
-    Raises:
-        UserError: pyarrow is not installed. The error names `path`, the file to be read.
-    """
+    """Import `pyarrow.parquet` on first use."""
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -192,11 +184,7 @@ def import_parquet(path: Path) -> Any:
 
 
 def read_parquet_metadata(path: Path) -> Any:
-    """Read the metadata of a Parquet file.
-
-    Raises:
-        UserError: The file is corrupt or has another format.
-    """
+    """Read the metadata of a Parquet file."""
     reject_special_file(path)
     try:
         return import_parquet(path).read_metadata(_open_non_utf8(path))
@@ -245,11 +233,7 @@ def _build_parquet_error(path: Path, error: Exception) -> UserError:
 
 
 def list_row_group_sizes(path: Path) -> tuple[int, ...]:
-    """Return the number of rows of each row group, after large groups are split.
-
-    Raises:
-        UserError: The file is corrupt or has another format.
-    """
+    """Return the number of rows of each row group, after large groups are split."""
     small_file = _ensure_small_groups(path, _file_version(path))
     return _list_group_sizes(small_file, _file_version(small_file))
 
@@ -360,9 +344,6 @@ def _ensure_small_groups(path: Path, version: int) -> Path:
     """Return a Parquet file whose row groups are at most `MAX_ROW_GROUP_BYTES`.
 
     This is the file itself, or a copy with smaller row groups that is written to the cache once.
-
-    Raises:
-        UserError: The disk has not enough free space for the copy.
     """
     largest = max((group.total_byte_size for group in _list_row_groups(path)), default=0)
     if largest <= MAX_ROW_GROUP_BYTES:

@@ -38,7 +38,7 @@ from finesight.data.sample import check_json
 from finesight.digests import DIGESTS_FILE
 from finesight.errors import UserError
 from finesight.file_name_encoding import to_readable_name
-from finesight.hub.archive_members import TarArchive, open_tar
+from finesight.hub.archive import TarArchive, open_tar
 from finesight.regular_file import reject_special_file
 
 Record = dict[str, Any]
@@ -127,11 +127,7 @@ def concat_rows(files: Sequence[Path], readers: Sequence[RowReader]) -> RowReade
 
 
 def open_row_file(source: Path) -> RowReader:
-    """Open a .json, .jsonl, .csv, .tsv or .parquet file as rows.
-
-    Raises:
-        UserError: The suffix is unknown, or the file is unreadable or contains no rows.
-    """
+    """Open a .json, .jsonl, .csv, .tsv or .parquet file as rows."""
     suffix = source.suffix.lower()
     if suffix == ".parquet":
         rows = _open_parquet(source)
@@ -203,9 +199,6 @@ def _reject_single_object(source: Path) -> None:
     """Reject a JSON file that contains a single object over several lines.
 
     Only the first line is read if it is a complete object.
-
-    Raises:
-        UserError: The file contains a single object.
     """
     with open_data_file(source) as file:
         if _is_object(next(enumerate_lines(file, source), (1, b""))[1]):
@@ -241,11 +234,7 @@ def _iter_json_lines(source: Path) -> Iterator[SourceRow]:
 
 
 def _parse_json(content: bytes, source: Path, line: int) -> Any:
-    """Parse JSON that starts at line `line` of a file.
-
-    Raises:
-        UserError: The JSON is invalid. The error names the line of the problem.
-    """
+    """Parse JSON that starts at line `line` of a file."""
     try:
         return parse_json(content)
     except ValueError as error:
@@ -372,9 +361,6 @@ def is_webdataset(path: Path) -> bool:
     """Return whether each sample in a tar has an image and text or JSON.
 
     Other tar files, including those with LabelMe JSON, are archives to unpack.
-
-    Raises:
-        UserError: The tar is corrupt.
     """
     with open_tar(path) as tar:
         first_record = None
@@ -387,11 +373,7 @@ def is_webdataset(path: Path) -> bool:
 
 
 def open_webdataset(source: Path) -> RowReader:
-    """Open a WebDataset tar as rows, one per sample.
-
-    Raises:
-        UserError: The tar is corrupt or contains no samples.
-    """
+    """Open a WebDataset tar as rows, one per sample."""
     with open_data_file(source), open_tar(source) as tar:
         num_samples = sum(1 for _ in iter_member_groups(tar))
     if num_samples == 0:
@@ -617,11 +599,7 @@ def is_json_object(path: Path) -> bool:
 
 
 def _iter_files(root: Path) -> Iterator[Path]:
-    """Yield all files below a folder, breadth first, visiting each folder once.
-
-    Raises:
-        SpecialFileError: A file is a named pipe, a socket or a device.
-    """
+    """Yield all files below a folder, breadth first, visiting each folder once."""
     visited: set[str] = set()
     waiting = deque([str(root)])
     while waiting:

@@ -36,7 +36,7 @@ from finesight.errors import UserError, suggest_similar_path
 from finesight.hub.address import is_hub_address, parse_dataset_address
 from finesight.hub.archive import ARCHIVE_SUFFIXES, is_archive, unpack_archive
 from finesight.hub.repository import HubRepository, open_repository
-from finesight.hub.web_files import RemoteImages, fetch_url, is_url
+from finesight.hub.url_files import RemoteImages, fetch_url, is_url
 from finesight.regular_file import reject_special_file
 from finesight.storage import make_folder, raise_if_exists, translate_os_errors, working_folder
 
@@ -96,9 +96,6 @@ def select_repository_files(repository: HubRepository) -> list[str]:
 
     These are the files of the requested split, or all data files if the address names none,
     together with the dataset card and the license.
-
-    Raises:
-        UserError: The requested split is ambiguous or matches no file.
     """
     paths, address = repository.paths, repository.address
     extra_files = [
@@ -143,9 +140,6 @@ def select_files(
             split.
         card: Text of the dataset card (README.md).
         source: Name of the dataset for error messages.
-
-    Raises:
-        UserError: The selection is ambiguous or matches no file.
     """
     data = filter_data_files(paths)
     if not data:
@@ -555,9 +549,6 @@ def _add_file(
     """Link or move a file to its target path; an identical existing file is accepted.
 
     Each archive may have its own license file; the first one is used.
-
-    Raises:
-        UserError: The target exists with different content.
     """
     with translate_os_errors(target):
         make_folder(target.parent)

@@ -12,6 +12,7 @@ from finesight.doctor.package_check import PACKAGE_NAME, InstalledPackages
 
 EXTRA_DESCRIPTIONS: Mapping[str, str] = {
     "hub": "Parquet files, the dataset format of hubs",
+    "modelscope": "models and data sets on ModelScope",
     "objects": "data in object storage (s3://, gs://)",
     "latex": "rendering of formulas in reports and metrics",
     "hf": "model families without a native implementation, through transformers",

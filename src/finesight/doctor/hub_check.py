@@ -18,7 +18,7 @@ import httpx2
 from finesight import __version__
 from finesight.doctor.diagnosis import Diagnosis, format_command, make_error, make_ok, make_warning
 from finesight.doctor.environment_check import PROXY_VARIABLES
-from finesight.hub.http_client import is_offline
+from finesight.hub.url_policy import is_offline
 
 HubService = Literal["huggingface", "modelscope"]
 

@@ -101,6 +101,8 @@ def _list_required_extras(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Yield (extra, setting) pairs for the extras that the settings of a recipe require."""
     if recipe.tune.quantize.nf4:
         yield "quant", "tune.quantize.nf4"
+    if recipe.model.startswith("modelscope:"):
+        yield "modelscope", "model"
     for tracker in recipe.track:
         yield TRACKERS[tracker.kind].extra, f"track={tracker.kind}"
     for file in (*recipe.data.train, *recipe.data.eval):

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.data.image_header import ImageSize
 from finesight.encode import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen_vl
 from finesight.encode.family_base import (
     ImageBox,
@@ -16,7 +17,6 @@ from finesight.encode.family_base import (
     VideoSegment,
     VisualMarkers,
 )
-from finesight.encode.tokenized_sample import ImageSize
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 
@@ -104,11 +104,7 @@ FAMILIES: Mapping[str, Callable[[ModelFolder], ModelFamily]] = {
 
 
 def load_family(folder: ModelFolder) -> ModelFamily:
-    """Create the `ModelFamily` of the model in a folder.
-
-    Raises:
-        UserError: The family is not supported.
-    """
+    """Create the `ModelFamily` of the model in a folder."""
     if folder.family not in FAMILIES:
         raise UserError(
             f"unsupported model family {folder.family}",
@@ -117,3 +113,8 @@ def load_family(folder: ModelFolder) -> ModelFamily:
             remedy="choose a model of one of these families",
         )
     return FAMILIES[folder.family](folder)
+
+
+def is_native(folder: ModelFolder) -> bool:
+    """Return whether finesight has its own implementation of the model family."""
+    return folder.family in FAMILIES

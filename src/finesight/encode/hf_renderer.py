@@ -1,12 +1,15 @@
 """Renderer of families without native code, based on the model's processor and chat template.
 
-The processor parses special tokens in texts, so texts that contain one are rejected.
+Code from model repositories is never executed: only classes of transformers itself are used. The
+processor parses special tokens in texts, so texts that contain one are rejected.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -21,8 +24,8 @@ from finesight.config import ImageRule, PixelRange
 from finesight.data.image_header import MAX_IMAGE_PIXELS
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import ContentPart, ImagePart, Message, TextPart
+from finesight.encode.family import FAMILIES
 from finesight.encode.family_base import PredictedBox
-from finesight.encode.hf_config import FROM_PRETRAINED_OPTIONS, import_transformers, load_hf_config
 from finesight.encode.native_renderer import DecodedCompletion
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
 from finesight.encode.tokenizer import LARGEST_ID, Tokenizer, check_tokenizer_file, is_rust_panic
@@ -30,6 +33,82 @@ from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 from finesight.vision.image_decoding import load_image
 from finesight.vision.resize import compute_resized_size
+
+FROM_PRETRAINED_OPTIONS = {"local_files_only": True, "trust_remote_code": False}
+"""Arguments of `from_pretrained`: no downloads, and no code from the model folder."""
+
+
+@lru_cache
+def import_transformers() -> Any:
+    """Import transformers, with hub kernels and progress bars disabled."""
+    # Hub kernels would download and execute code from the hub.
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")
+    try:
+        import transformers as package
+    except ImportError as error:
+        raise UserError(
+            f"cannot import transformers: {error}",
+            where="model",
+            expected=f"a model of the families {', '.join(FAMILIES)}, or installed transformers",
+            remedy="pip install 'finesight[hf]'",
+        ) from error
+    package.utils.logging.disable_progress_bar()
+    return package
+
+
+def load_hf_config(folder: ModelFolder) -> Any:
+    """Load the config of a model folder with transformers."""
+    package = import_transformers()
+    config_file = str(folder.path / "config.json")
+    expected = (
+        f"one of {', '.join(FAMILIES)}, or a family with an image-text-to-text class in"
+        f" transformers {package.__version__}"
+    )
+    if folder.family not in package.CONFIG_MAPPING:
+        remote_code = folder.config.get("auto_map")
+        raise UserError(
+            f"the family {folder.family} is unknown to transformers {package.__version__}"
+            + (f": it needs remote code, auto_map is {remote_code}" if remote_code else ""),
+            where=config_file,
+            expected=expected,
+            remedy="remote code is never executed: use a version of the model in transformers'"
+            " native format, if available"
+            if remote_code
+            else "choose another model, or install a transformers version with this family",
+        )
+    if "quantization_config" in folder.config:
+        quantization = folder.config["quantization_config"]
+        raise UserError(
+            f"quantized weights: quantization_config is {quantization!r:.80}",
+            where=config_file,
+            expected="weights in bf16, fp16 or fp32",
+            remedy="use the unquantized version of the model",
+        )
+    try:
+        config = package.AutoConfig.from_pretrained(str(folder.path), **FROM_PRETRAINED_OPTIONS)
+    except Exception as error:  # families raise different exceptions
+        raise UserError(
+            f"invalid config of the family {folder.family} for transformers"
+            f" {package.__version__} ({str(error).strip().splitlines()[-1].strip():.200})",
+            where=config_file,
+            expected=expected,
+            remedy="use the config.json of the published model",
+        ) from error
+    is_image_text_to_text = type(config) in package.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if not is_image_text_to_text or config.is_encoder_decoder:
+        reason = (
+            "is an encoder-decoder model"
+            if is_image_text_to_text
+            else "has no image-text-to-text class"
+        )
+        raise UserError(
+            f"the family {folder.family} {reason}",
+            where=config_file,
+            expected=expected + ", decoder-only",
+            remedy="choose another model",
+        )
+    return config
+
 
 NO_RESIZE_RULE = PixelRange(min_pixels=1, max_pixels=MAX_IMAGE_PIXELS)
 """Image rule that leaves resizing to the model's processor."""

@@ -1,12 +1,20 @@
 """Renderer of native model families, used in training and inference.
 
-Converts samples to tokens and image patches, and completions to text and boxes.
+Converts samples to tokens, M-RoPE position ids and image patches, and completions to text and
+boxes.
+
+A turn of a model with reasoning is `<think>`, newline, reasoning, newline, `</think>`, two
+newlines, answer (chat template of Qwen3-VL Thinking). The prompt ends after `<think>` and its
+newline. If `</think>` occurs several times, the answer in a turn of a sample starts after the last
+one, as in the template. The answer of a completion starts after the first one, as in vLLM, because
+it is streamed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +23,7 @@ from numpy.typing import NDArray
 
 from finesight.config import ImageRule
 from finesight.data.boxes import MAX_OVERHANG_PX
-from finesight.data.image_header import read_image_size
+from finesight.data.image_header import ImageSize, read_image_size
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import (
     BoxPart,
@@ -27,24 +35,193 @@ from finesight.data.sample import (
     VideoPart,
 )
 from finesight.encode.family import ModelFamily, load_family
-from finesight.encode.family_base import ImageBox, PredictedBox, VideoSegment
-from finesight.encode.reasoning import THINK_END, THINK_START, parse_reasoning, split_reasoning
-from finesight.encode.rope_index import get_rope_index
-from finesight.encode.tiktoken_tokenizer import load_tokenizer
-from finesight.encode.token_builder import TokenBuilder
-from finesight.encode.tokenized_sample import (
-    EncodedSample,
-    GridTHW,
-    ImageSize,
-    TokenizedSample,
-    VisualSpan,
+from finesight.encode.family_base import (
+    ImageBox,
+    PredictedBox,
+    PromptPiece,
+    SpecialToken,
+    VideoSegment,
 )
+from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
+from finesight.encode.tokenizer import TextTokenizer, load_tokenizer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 from finesight.vision.image_decoding import load_image
-from finesight.vision.patches import concat_patches, load_patch_config, patchify
+from finesight.vision.patches import (
+    GridTHW,
+    concat_patches,
+    get_frame_size,
+    load_patch_config,
+    patchify,
+    patchify_video,
+)
 from finesight.vision.resize import compute_resized_size, resolve_image_rule
-from finesight.vision.video import get_frame_size, patchify_video
+
+THINK_START = "<think>\n"
+THINK_END = "\n</think>\n\n"
+_THINK_TAG, _THINK_END_TAG = "<think>", "</think>"
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningAndAnswer:
+    """Content parts of an assistant turn, split into reasoning and answer.
+
+    `reasoning` is None if the turn contains no `</think>`.
+    """
+
+    reasoning: tuple[ContentPart, ...] | None
+    answer: tuple[ContentPart, ...]
+
+
+def split_reasoning(content: Sequence[ContentPart]) -> ReasoningAndAnswer:
+    """Split the content of an assistant turn at its last `</think>`.
+
+    A leading `<think>` and newlines around both parts are removed.
+    """
+    end_indices = [
+        index
+        for index, part in enumerate(content)
+        if isinstance(part, TextPart) and _has_end_tag(part)
+    ]
+    if not end_indices:
+        return ReasoningAndAnswer(None, tuple(content))
+    end_index = end_indices[-1]
+    part = content[end_index]
+    assert isinstance(part, TextPart), f"reasoning that ends in a {part.type} part"
+    before, _, after = part.text.rpartition(_THINK_END_TAG)
+    reasoning = [*content[:end_index], TextPart(text=before.rstrip("\n"))]
+    first = reasoning[0]
+    if isinstance(first, TextPart):
+        reasoning_text = first.text.lstrip().removeprefix(_THINK_TAG)
+        reasoning[0] = TextPart(text=reasoning_text.lstrip("\n"))
+    return ReasoningAndAnswer(
+        tuple(reasoning), (TextPart(text=after.lstrip("\n")), *content[end_index + 1 :])
+    )
+
+
+def _has_end_tag(part: TextPart) -> bool:
+    return _THINK_END_TAG in part.text
+
+
+def parse_reasoning(text: str) -> tuple[str, str]:
+    """Split the text of a completion at its first `</think>` into reasoning and answer.
+
+    The text starts within the reasoning, because the prompt already contains `<think>`. Without
+    `</think>`, the answer is empty.
+    """
+    reasoning, _, answer = text.partition(_THINK_END_TAG)
+    return reasoning.strip("\n"), answer.lstrip("\n")
+
+
+class TokenBuilder:
+    """Builds the token ids and loss mask of a sample from text and special tokens.
+
+    Adjacent texts are tokenized together, so that byte pairs merge across their boundaries as in
+    the published chat template (for example, the newline after "user" with a newline at the start
+    of a caption). Supervised and unsupervised text is never merged: during generation, the prompt
+    ends before the answer, so the answer is tokenized separately.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._loss_mask: list[bool] = []
+        self._pending_texts: list[str] = []
+        self._is_pending_supervised = False
+
+    @property
+    def length(self) -> int:
+        """Number of tokens added so far. Reading it tokenizes pending text."""
+        self._tokenize_pending()
+        return len(self._ids)
+
+    def add_text(self, text: str, *, is_supervised: bool) -> None:
+        """Append text; special tokens in it are tokenized as ordinary text."""
+        if is_supervised != self._is_pending_supervised:
+            self._tokenize_pending()
+            self._is_pending_supervised = is_supervised
+        self._pending_texts.append(text)
+
+    def add_special_token(self, token: str, *, is_supervised: bool, count: int = 1) -> None:
+        """Append a special token `count` times."""
+        self._tokenize_pending()
+        self._ids += [self._tokenizer.token_to_id(token)] * count
+        self._loss_mask += [is_supervised] * count
+
+    def add_pieces(self, pieces: Iterable[PromptPiece], *, is_supervised: bool) -> None:
+        """Append prompt pieces, each of which is text or a special token."""
+        for piece in pieces:
+            if isinstance(piece, SpecialToken):
+                self.add_special_token(piece.token, is_supervised=is_supervised)
+            else:
+                self.add_text(piece, is_supervised=is_supervised)
+
+    def flush(self) -> None:
+        """Tokenize pending text now, so that it does not merge with later text."""
+        self._tokenize_pending()
+
+    def to_arrays(self) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Return the token ids and the loss mask of all added pieces, both [T]."""
+        self._tokenize_pending()
+        return np.array(self._ids, dtype=np.int32), np.array(self._loss_mask, dtype=np.bool_)
+
+    def _tokenize_pending(self) -> None:
+        if self._pending_texts:
+            ids = self._tokenizer.encode("".join(self._pending_texts))
+            self._ids += ids
+            self._loss_mask += [self._is_pending_supervised] * len(ids)
+            self._pending_texts = []
+
+
+def get_rope_index(
+    num_tokens: int,
+    spans: Sequence[VisualSpan],
+    temporal_ids: Sequence[NDArray[np.int64]],
+    merge_size: int,
+) -> NDArray[np.int32]:
+    """Compute M-RoPE position ids [3, T] of time, height and width.
+
+    See Wang et al. 2024 (Qwen2-VL), section 2.1. A text token has the same position in all three
+    rows. The placeholder tokens of an image or video start at the next text position, to which
+    their temporal id, row and column are added. Later text continues at the largest position in any
+    row plus one, as in transformers 4.45 to 5.2, the official fine-tuning code, vLLM and SGLang.
+
+    transformers 5.3 and later continue after the larger side of the grid instead. If a video is
+    longer than its frames are wide, text then reuses positions of the video, while generation
+    continues from the largest position. Both rules agree if time is the smallest dimension
+    (tests/export/test_video_in_transformers.py).
+
+    Args:
+        num_tokens: Number of tokens of the sample.
+        spans: Images and videos in token order.
+        temporal_ids: Temporal position ids of the frame groups of each span, starting at 0.
+        merge_size: Number of patches per side of a merged token.
+    """
+    position_ids_3T = np.empty((3, num_tokens), dtype=np.int32)
+    num_filled, next_position = 0, 0
+    for span, frame_ids in zip(spans, temporal_ids, strict=True):
+        t, h, w = span.grid_thw[0], span.grid_thw[1] // merge_size, span.grid_thw[2] // merge_size
+        assert len(frame_ids) == t, f"{len(frame_ids)} temporal ids for {t} frame groups"
+        assert span.stop - span.start == t * h * w, f"{span} has not {t * h * w} placeholders"
+        next_position += span.start - num_filled
+        position_ids_3T[:, num_filled : span.start] = np.arange(
+            next_position - span.start + num_filled, next_position
+        )
+        span_ids_3M = position_ids_3T[:, span.start : span.stop]
+        span_ids_3M[0] = np.repeat(frame_ids, h * w) + next_position
+        np.add(_grid_rows_columns(t, h, w), next_position, out=span_ids_3M[1:])
+        num_filled, next_position = span.stop, next_position + max(int(frame_ids[-1]) + 1, h, w)
+    position_ids_3T[:, num_filled:] = np.arange(
+        next_position, next_position + num_tokens - num_filled
+    )
+    return position_ids_3T
+
+
+@lru_cache(maxsize=256)
+def _grid_rows_columns(t: int, h: int, w: int) -> NDArray[np.int32]:
+    """Return the row and column of each placeholder token of a grid: [2, t x h x w]."""
+    return np.indices((t, h, w), dtype=np.int32)[1:].reshape(2, -1)
+
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
@@ -428,11 +605,7 @@ def _list_visual_parts(sample: Sample) -> list[ImagePart | VideoPart]:
 
 
 def _to_image_box(box: BoxPart, images: Sequence[_VisualInput], sample_id: str) -> ImageBox:
-    """Convert a box of a sample to an `ImageBox` with the sizes of its image.
-
-    Raises:
-        UserError: The box exceeds its image, or the image does not exist.
-    """
+    """Convert a box of a sample to an `ImageBox` with the sizes of its image."""
     if box.image >= len(images):
         raise UserError(
             f"a box refers to image {box.image} (0-based)",

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.encode import json_box_format
+from finesight.data.image_header import ImageSize
+from finesight.encode import family_base
 from finesight.encode.family_base import ImageBox, PredictedBox, PromptPiece, Qwen2VLBase
-from finesight.encode.tokenized_sample import ImageSize
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 
@@ -30,13 +30,13 @@ class Qwen25VL(Qwen2VLBase):
 
     def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
         """Format boxes as JSON with coordinates in integer pixels of the resized image."""
-        return json_box_format.write_json_boxes(boxes, lambda box: box.resized_size)
+        return family_base.write_json_boxes(boxes, lambda box: box.resized_size)
 
     def read_boxes(
         self, text: str, original_size: ImageSize, resized_size: ImageSize
     ) -> list[PredictedBox]:
         """Parse the JSON boxes of an answer and scale them to the original image."""
-        return json_box_format.read_json_boxes(text, resized_size, original_size)
+        return family_base.read_json_boxes(text, resized_size, original_size)
 
     def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:
         """Return the temporal position of each frame group, rounded down.
@@ -49,11 +49,7 @@ class Qwen25VL(Qwen2VLBase):
 
 
 def from_folder(folder: ModelFolder) -> Qwen25VL:
-    """Create the Qwen2.5-VL family with `tokens_per_second` from config.json.
-
-    Raises:
-        UserError: `tokens_per_second` is not a positive value.
-    """
+    """Create the Qwen2.5-VL family with `tokens_per_second` from config.json."""
     vision = folder.config.get("vision_config")
     value = vision.get("tokens_per_second", 2) if isinstance(vision, dict) else 2
     if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.data.image_header import ImageSize
 from finesight.encode.family_base import (
     FRAME_1000,
     ImageBox,
@@ -23,7 +24,6 @@ from finesight.encode.family_base import (
     round_to_frame,
     scale_box,
 )
-from finesight.encode.tokenized_sample import ImageSize
 from finesight.model_folder import ModelFolder
 
 _NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.encode import json_box_format
+from finesight.data.image_header import ImageSize
+from finesight.encode import family_base
 from finesight.encode.family_base import (
     FRAME_1000,
     ImageBox,
@@ -20,7 +21,6 @@ from finesight.encode.family_base import (
     Qwen2VLBase,
     VideoSegment,
 )
-from finesight.encode.tokenized_sample import ImageSize
 from finesight.model_folder import ModelFolder
 
 
@@ -37,13 +37,13 @@ class Qwen3VL(Qwen2VLBase):
 
     def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
         """Format boxes as JSON with coordinates in integer thousandths of the image size."""
-        return json_box_format.write_json_boxes(boxes, lambda box: FRAME_1000)
+        return family_base.write_json_boxes(boxes, lambda box: FRAME_1000)
 
     def read_boxes(
         self, text: str, original_size: ImageSize, resized_size: ImageSize
     ) -> list[PredictedBox]:
         """Parse the JSON boxes of an answer and scale them to the original image."""
-        return json_box_format.read_json_boxes(text, FRAME_1000, original_size)
+        return family_base.read_json_boxes(text, FRAME_1000, original_size)
 
     def split_video(
         self, num_frames: int, fps: float, temporal_patch_size: int

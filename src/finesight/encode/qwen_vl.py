@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.data.image_header import ImageSize
 from finesight.encode.family_base import (
     FRAME_1000,
     QWEN_VL_MAX_COORDINATE,
@@ -22,7 +23,6 @@ from finesight.encode.family_base import (
     scale_box,
 )
 from finesight.encode.qwen2_vl import Qwen2VL
-from finesight.encode.tokenized_sample import ImageSize
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 
@@ -100,11 +100,7 @@ class QwenVL:
 
 
 def from_folder(folder: ModelFolder) -> QwenVL:
-    """Create the Qwen-VL family for a model folder.
-
-    Raises:
-        UserError: The model is a text-only Qwen, which has the same `model_type`.
-    """
+    """Create the Qwen-VL family for a model folder."""
     if not isinstance(folder.config.get("visual"), dict):
         raise UserError(
             f"visual is {folder.config.get('visual')!r:.40}: a text-only Qwen model",

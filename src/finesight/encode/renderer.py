@@ -7,8 +7,8 @@ from typing import Protocol
 
 from finesight.config import ImageRule
 from finesight.data.jsonl import LocatedSample
+from finesight.encode.family import is_native
 from finesight.encode.family_base import PredictedBox
-from finesight.encode.hf_config import is_native
 from finesight.encode.native_renderer import DecodedCompletion, NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
 from finesight.encode.tokenizer import TextTokenizer

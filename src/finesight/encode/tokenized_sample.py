@@ -1,26 +1,26 @@
-"""Data classes of tokenized samples, and of encoded samples with image patches.
+"""Tokenized samples, encoded samples with image patches, and their filter and token table.
 
 Shapes: T tokens of a sequence, N patches, D values per patch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.data.image_header import ImageSize
+from finesight.encode.tokenizer import TextTokenizer
+from finesight.errors import UserError
+from finesight.vision.patches import GridTHW
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-ImageSize = tuple[int, int]
-"""Height and width in pixels."""
-
-GridTHW = tuple[int, int, int]
-"""Number of patches along time, height and width."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,3 +107,205 @@ class EncodedSample:
     tokenized: TokenizedSample
     patches_ND: NDArray[np.uint8]
     hf_inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class CountedSample(Protocol):
+    """Interface of samples with known token counts."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_supervised_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FilteredSamples:
+    """Indices and token counts of valid samples, and the ids of skipped samples."""
+
+    sample_indices: tuple[int, ...]
+    token_counts: tuple[int, ...]
+    too_long_ids: tuple[str, ...]
+    unsupervised_ids: tuple[str, ...]
+
+    @property
+    def num_skipped(self) -> int:
+        return len(self.too_long_ids) + len(self.unsupervised_ids)
+
+
+def filter_samples(
+    samples: Iterable[CountedSample], max_length: int, on_invalid_sample: Literal["skip", "fail"]
+) -> FilteredSamples:
+    """Select the samples that have supervised tokens and at most `max_length` tokens.
+
+    Samples are never truncated, because a truncated sample loses its answer or part of an image.
+    `samples` is iterated once and not stored.
+    """
+    sample_indices, token_counts = [], []
+    too_long, unsupervised = [], []
+    max_tokens = 0
+    for index, sample in enumerate(samples):
+        max_tokens = max(max_tokens, sample.num_tokens)
+        error = find_sample_error(sample, max_length)
+        if error is None:
+            sample_indices.append(index)
+            token_counts.append(sample.num_tokens)
+        elif on_invalid_sample == "fail":
+            raise error
+        elif sample.num_tokens > max_length:
+            too_long.append(sample.id)
+        else:
+            unsupervised.append(sample.id)
+    if not sample_indices:
+        raise UserError(
+            f"none of {len(too_long) + len(unsupervised)} samples is valid: {len(too_long)}"
+            f" exceed {max_length} tokens (the longest has {max_tokens}), {len(unsupervised)}"
+            " have no answer",
+            where="data",
+            expected="samples with an assistant turn and at most data.max_length tokens",
+            remedy="raise data.max_length, or set a smaller image size",
+        )
+    return FilteredSamples(
+        tuple(sample_indices), tuple(token_counts), tuple(too_long), tuple(unsupervised)
+    )
+
+
+def find_sample_error(sample: CountedSample, max_length: int) -> UserError | None:
+    """Return an error if a sample cannot be used for training, else None."""
+    if sample.num_tokens > max_length:
+        return _build_length_error(sample.id, sample.num_tokens, max_length)
+    return None if sample.num_supervised_tokens else _build_no_answer_error(sample.id)
+
+
+def _build_length_error(sample_id: str, num_tokens: int, max_length: int) -> UserError:
+    return UserError(
+        f"{num_tokens} tokens",
+        where=f"sample {sample_id}",
+        expected=f"at most {max_length} tokens (data.max_length)",
+        remedy="raise data.max_length, set a smaller image size, or set"
+        " data.on_invalid_sample: skip",
+    )
+
+
+def _build_no_answer_error(sample_id: str) -> UserError:
+    return UserError(
+        "no assistant turn, so no supervised tokens",
+        where=f"sample {sample_id}",
+        expected="an assistant turn in every sample",
+        remedy="remove the sample, or set data.on_invalid_sample: skip",
+    )
+
+
+PositionTHW = tuple[int, int, int]
+"""Position ids of a token: time, height and width."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """Row of a token table: tokens [start, stop), which all have the same id.
+
+    A row is a single token, or all placeholder tokens of one image or video (`span`).
+    """
+
+    start: int
+    stop: int
+    id: int
+    text: str
+    is_supervised: bool
+    first_position: PositionTHW
+    last_position: PositionTHW
+    span: VisualSpan | None = None
+
+
+def iter_token_rows(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> Iterator[TokenRow]:
+    """Yield the token table rows of a sample, with one row per image or video."""
+    spans = {span.start: span for span in tokenized.spans}
+    index = 0
+    while index < tokenized.num_tokens:
+        span = spans.get(index)
+        stop = index + 1 if span is None else span.stop
+        token_id = int(tokenized.ids_T[index])
+        yield TokenRow(
+            start=index,
+            stop=stop,
+            id=token_id,
+            text=_token_text(token_id, tokenizer),
+            is_supervised=bool(tokenized.loss_mask_T[index]),
+            first_position=_get_position(tokenized, index),
+            last_position=_get_position(tokenized, stop - 1),
+            span=span,
+        )
+        index = stop
+
+
+def format_token_table(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> Iterator[str]:
+    """Yield the lines of a text table with the tokens of a sample.
+
+    The columns are token index, token id, loss (a star marks supervised tokens), position ids and
+    text.
+    """
+    span_counts = Counter(span.kind for span in tokenized.spans)
+    video_summary = f", video segments: {span_counts['video']}" if span_counts["video"] else ""
+    image_summary = (
+        f"images: {span_counts['image']}{video_summary} (patches: {tokenized.num_patches})"
+    )
+    yield f"sample {tokenized.id}"
+    yield (
+        f"tokens: {tokenized.num_tokens}, supervised: {tokenized.num_supervised_tokens},"
+        f" {image_summary}"
+    )
+    yield f"{'token':>11} {'id':>7} {'loss':<7} {'time, height, width':<27} text"
+    for row in iter_token_rows(tokenized, tokenizer):
+        loss_mark = "*" if row.is_supervised else ""
+        if row.span is None:
+            token_range, text = str(row.start), repr(row.text)
+            position_text = _format_position(row.first_position)
+        else:
+            token_range = f"{row.start}-{row.stop - 1}"
+            position_text = (
+                f"{_format_position(row.first_position)} to {_format_position(row.last_position)}"
+            )
+            text = f"{row.stop - row.start} x {row.text} {_format_span(row.span)}"
+        yield f"{token_range:>11} {row.id:>7} {loss_mark:<7} {position_text:<27} {text}"
+
+
+def token_table_to_dict(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> dict[str, Any]:
+    """Convert the token table of a sample to JSON data: token counts, images and rows."""
+    return {
+        "id": tokenized.id,
+        "num_tokens": tokenized.num_tokens,
+        "num_supervised_tokens": tokenized.num_supervised_tokens,
+        "images": [
+            {**asdict(span), "files": [str(file) for file in span.files]}
+            for span in tokenized.spans
+        ],
+        "rows": [
+            {key: value for key, value in asdict(row).items() if key != "span"}
+            for row in iter_token_rows(tokenized, tokenizer)
+        ],
+    }
+
+
+def _token_text(token_id: int, tokenizer: TextTokenizer) -> str:
+    """Return the text of a token, or the vocabulary entry of a partial character."""
+    text = tokenizer.decode([token_id], skip_special_tokens=False)
+    return tokenizer.id_to_token(token_id) if "\ufffd" in text else text
+
+
+def _get_position(tokenized: TokenizedSample, index: int) -> PositionTHW:
+    time, height, width = (int(row[index]) for row in tokenized.position_ids_3T)
+    return time, height, width
+
+
+def _format_position(position: PositionTHW) -> str:
+    return "{}, {}, {}".format(*position)
+
+
+def _format_span(span: VisualSpan) -> str:
+    (height, width), (resized_height, resized_width) = span.original_size, span.resized_size
+    size = f"{width}x{height} as {resized_width}x{resized_height}"
+    frame_note = f" and {len(span.files) - 1} more frames" if len(span.files) > 1 else ""
+    return f"({span.files[0]}{frame_note}, {size}, grid {' x '.join(map(str, span.grid_thw))})"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from finesight.digests import DIGESTS_FILE, verify_folder
 from finesight.errors import UserError
-from finesight.hub.publisher import FileUpload
 from finesight.infer.model_loader import ModelSource
 from finesight.model_folder import DOWNLOAD_PATTERNS
 
 
-def list_uploads(model_source: ModelSource, source: str) -> list[FileUpload]:
-    """List the weights, configuration and tokenizer files of a model for an upload.
+def list_uploads(model_source: ModelSource, source: str) -> dict[str, Path]:
+    """List the weights, configuration and tokenizer files of a model by their name in the upload.
 
     Code and unrelated files are excluded. `source` is the model as the user named it, for messages.
 
@@ -29,10 +29,10 @@ def list_uploads(model_source: ModelSource, source: str) -> list[FileUpload]:
     weight_files = folder.weight_files()
     if (folder.path / DIGESTS_FILE).is_file():
         verify_folder(folder.path)
-    return [
-        FileUpload(folder.find_file(path.name) or path, path.name)
+    return {
+        path.name: folder.find_file(path.name) or path
         for path in sorted(folder.path.iterdir())
         if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in DOWNLOAD_PATTERNS)
         # Weights that are not in the index belong to another model.
         if path.suffix != ".safetensors" or folder.find_file(path.name) in weight_files
-    ]
+    }

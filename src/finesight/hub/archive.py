@@ -1,33 +1,32 @@
-"""Safe extraction of zip and tar archives from untrusted sources.
+"""Safe reading and extraction of zip and tar archives from untrusted sources.
 
 Extraction rejects path traversal, links, devices, encrypted files and decompression bombs. File
-names are validated and output bytes are counted, because headers of an archive can be forged.
+names are validated and output bytes are counted, because headers of an archive can be forged. The
+WebDataset reader opens tar files with the same limits.
 """
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import errno
+import gzip
+import io
+import lzma
+import re
 import stat
 import struct
+import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import IO
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, TypeVar
 
 from finesight.errors import UserError
 from finesight.file_name_encoding import ZIP_ENCODING, decode_name, to_readable_name
-from finesight.hub.archive_members import (
-    CHUNK_BYTES,
-    TarArchive,
-    build_archive_limit_error,
-    iter_limited,
-    open_tar,
-    translate_archive_errors,
-)
-from finesight.hub.safe_path import safe_join
 from finesight.regular_file import open_regular_file
 from finesight.storage import make_folder, translate_os_errors
 
@@ -52,6 +51,48 @@ _IS_UTF8 = 0x800
 _UNICODE_PATH = 0x7075
 
 _IGNORED_MEMBERS = ("__MACOSX/", ".DS_Store", "Thumbs.db")
+
+MAX_MEMBERS = 2_000_000
+
+CHUNK_BYTES = 2**20
+MAX_READ_BYTES = 16 * CHUNK_BYTES
+"""Maximum number of bytes of a single read; a header has a few hundred."""
+
+_CORRUPT_ERRORS = (
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, struct.error,
+    # Exceptions of tarfile and zipfile for invalid numbers, names and header chains.
+    ValueError, LookupError, OverflowError, RecursionError, NotImplementedError, MemoryError,
+)  # fmt: skip
+_NON_DISK_ERRNOS = (None, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
+
+HeaderT = TypeVar("HeaderT")
+_DRIVE_PATTERN = re.compile(r"[A-Za-z]:")
+
+
+def safe_join(folder: Path, name: str, source: str) -> Path:
+    """Join an untrusted relative file name to a folder, without path traversal.
+
+    Args:
+        folder: Folder that must contain the result.
+        name: Untrusted name, with slashes or backslashes.
+        source: Origin of the name, for the error message.
+
+    Raises:
+        UserError: The name is an absolute path, or contains a drive letter, `..` or NUL.
+    """
+    # Archives from Windows separate folders with backslashes.
+    path = PurePosixPath(name.replace("\\", "/"))
+    is_unsafe = (
+        path.is_absolute() or ".." in path.parts or _DRIVE_PATTERN.match(name) or "\0" in name
+    )
+    if is_unsafe or not path.parts:
+        raise UserError(
+            f"file name {name[:200]!r} may be outside the target folder",
+            where=source,
+            expected="relative paths without `..`",
+            remedy="use it only if you trust its author: unpack it yourself and use the folder",
+        )
+    return folder.joinpath(*path.parts)
 
 
 @dataclass(slots=True)
@@ -208,3 +249,136 @@ def _build_special_file_error(archive: Path, name: str) -> UserError:
         remedy="use the archive only if you trust its author: unpack it yourself and use the"
         " folder",
     )
+
+
+@contextlib.contextmanager
+def translate_archive_errors(archive: Path) -> Iterator[None]:
+    """Convert exceptions that a corrupt archive causes to UserError.
+
+    Disk errors, such as a full disk, are not converted.
+    """
+    try:
+        yield
+    except (*_CORRUPT_ERRORS, OSError) as error:
+        # bz2 and gzip raise OSError without errno for invalid data.
+        if isinstance(error, OSError) and error.errno not in _NON_DISK_ERRNOS:
+            raise
+        raise build_corrupt_archive_error(
+            archive, f"{type(error).__name__}: {str(error)[:200]}"
+        ) from error
+
+
+def build_corrupt_archive_error(archive: Path, reason: str) -> UserError:
+    """Build the UserError for an archive that cannot be read."""
+    return UserError(
+        f"cannot be read: {reason}",
+        where=str(archive),
+        expected="a complete zip or tar archive",
+        remedy="download it again",
+    )
+
+
+def build_archive_limit_error(archive: Path, what: str, expected: str) -> UserError:
+    """Build the UserError for an archive that exceeds a size or file limit."""
+    return UserError(
+        f"it would unpack to {what}; no files were kept",
+        where=str(archive),
+        expected=expected,
+        remedy="use the archive only if you trust its author: unpack it yourself and use the"
+        " folder",
+    )
+
+
+def iter_limited(archive: Path, headers: Iterable[HeaderT]) -> Iterator[HeaderT]:
+    """Iterate over the headers of an archive, up to the maximum number of files.
+
+    Raises:
+        UserError: The archive has more than `MAX_MEMBERS` files, or a header is corrupt.
+    """
+    iterator = iter(headers)
+    for _ in range(MAX_MEMBERS):
+        with translate_archive_errors(archive):
+            header = next(iterator, None)
+        if header is None:
+            return
+        yield header
+    raise build_archive_limit_error(
+        archive, f"more than {MAX_MEMBERS} files", f"at most {MAX_MEMBERS} files"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TarArchive:
+    """An open tar archive whose headers and files are read with limits."""
+
+    archive: Path
+    file: tarfile.TarFile
+
+    def iter_headers(self) -> Iterator[tarfile.TarInfo]:
+        """Iterate over the headers of the archive.
+
+        Raises:
+            UserError: A header is corrupt. This includes a negative size, with which tarfile would
+                loop.
+        """
+        for header in iter_limited(self.archive, self.file):
+            if header.size < 0:
+                raise build_corrupt_archive_error(
+                    self.archive, f"{header.name[:200]!r} has {header.size} bytes"
+                )
+            yield header
+
+    def read_member(self, header: tarfile.TarInfo) -> bytes:
+        """Return the content of one file in the archive.
+
+        Raises:
+            UserError: The file is truncated or cannot be read.
+        """
+        with translate_archive_errors(self.archive):
+            content: bytes = self.open_member(header).read()
+        if len(content) != header.size:
+            raise build_corrupt_archive_error(self.archive, f"{header.name[:200]!r} is truncated")
+        return content
+
+    def open_member(self, header: tarfile.TarInfo) -> Any:
+        """Open one file in the archive as a stream."""
+        stream = self.file.extractfile(header)
+        assert stream is not None, f"{header.name} is a regular file without content"
+        return stream
+
+
+class _BoundedReader(io.BufferedReader):
+    """Buffered reader that rejects reads above `MAX_READ_BYTES`.
+
+    A forged tar header can declare a name of any length, which tarfile would read into memory.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0 or size > MAX_READ_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
+@contextlib.contextmanager
+def open_tar(archive: Path, start: int = 0) -> Iterator[TarArchive]:
+    """Open an uncompressed or compressed tar archive.
+
+    Args:
+        archive: Path of the archive.
+        start: Byte offset of the first header to read, in the uncompressed archive.
+
+    Raises:
+        UserError: The file is not a tar archive.
+    """
+    openers: dict[str, Callable[..., Any]]
+    openers = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    with contextlib.ExitStack() as stack:
+        with translate_archive_errors(archive):
+            raw = stack.enter_context(open_regular_file(archive))
+            opener = openers.get(archive.suffix.lower())
+            reader = _BoundedReader(
+                raw if opener is None else stack.enter_context(opener(raw, "rb"))
+            )
+            reader.seek(start)
+            file = stack.enter_context(tarfile.open(fileobj=reader, mode="r:"))
+        yield TarArchive(archive, file)

@@ -1,17 +1,19 @@
-"""File listings and cached files of the Hugging Face Hub or a mirror (HF_ENDPOINT).
+"""File listings of, uploads to and cached files of the Hugging Face Hub or a mirror (HF_ENDPOINT).
 
-The package huggingface_hub sends the listing requests and provides the token and the URLs of files.
-The module `transfer` downloads the files.
+The package huggingface_hub sends all requests except downloads, which `Downloader` resumes and
+verifies.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx2
 from huggingface_hub import (
+    CommitOperationAdd,
     HfApi,
     constants,
     get_token,
@@ -27,17 +29,24 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from finesight import __version__
 from finesight.errors import UserError
 from finesight.hub.address import HubAddress
-from finesight.hub.http_client import HttpSite, strip_query
-from finesight.hub.transfer import RemoteFile
+from finesight.hub.download import HttpSite, RemoteFile
+from finesight.hub.modelscope import build_visibility_error
+from finesight.hub.url_policy import strip_query
 
 _DEFAULT_REVISION = "main"
 _COMMIT_PATTERN = re.compile(r"[0-9a-f]{7,64}")
 _INVALID_RESPONSE_ERRORS = (ValueError, LookupError, TypeError, AttributeError)
 """Exceptions of huggingface_hub if a server other than a hub responds."""
+
+
+def get_endpoint() -> str:
+    """Return the base URL of the hub, without a trailing slash."""
+    return constants.ENDPOINT.rstrip("/")
 
 
 def list_files(address: HubAddress) -> tuple[str, list[RemoteFile]]:
@@ -123,6 +132,53 @@ def find_cached_snapshot(address: HubAddress, patterns: Sequence[str]) -> Path |
         return None
 
 
+def publish_files(
+    address: HubAddress, files: Mapping[str, Path], *, public: bool, commit_message: str
+) -> str:
+    """Publish files in a model repository on the Hugging Face Hub in one commit.
+
+    Arguments, result and errors are those of `finesight.hub.modelscope.publish_files`.
+    """
+    token, repo_url = get_token(), f"{constants.ENDPOINT}/{address.repo_id}"
+    if not token:
+        raise UserError(
+            f"no token for {address}",
+            where="HF_TOKEN",
+            expected="a token with write access",
+            remedy=f"create one at {constants.ENDPOINT}/settings/tokens, then: export"
+            " HF_TOKEN=hf_...",
+        )
+    # Its progress bars would overwrite console output and fill logs.
+    disable_progress_bars()
+    api = HfApi(token=token, library_name="finesight", library_version=__version__)
+    try:
+        try:
+            is_private = bool(api.repo_info(address.repo_id, repo_type="model").private)
+        except RepositoryNotFoundError:
+            api.create_repo(address.repo_id, repo_type="model", private=not public)
+        else:
+            if is_private == public:
+                raise build_visibility_error(address, repo_url, public)
+        operations = [
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=os.fspath(path))
+            for name, path in files.items()
+        ]
+        api.create_commit(
+            address.repo_id, operations, commit_message=commit_message, repo_type="model"
+        )
+    except HfHubHTTPError as error:
+        raise _build_write_error(address, error) from error
+    except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"uploading to {address} failed: {type(error).__name__}: {str(error).strip()[:200]}",
+            where=constants.ENDPOINT,
+            expected="a connection to the hub",
+            remedy="check the connection and HF_ENDPOINT, and start again: without the final"
+            " commit, the repository is unchanged",
+        ) from error
+    return repo_url
+
+
 def _to_remote_file(address: HubAddress, commit: str, entry: RepoFile) -> RemoteFile:
     # Files stored in git are listed with their SHA-1, files in LFS with their SHA-256.
     return RemoteFile(
@@ -183,4 +239,20 @@ def _build_refusal_error(
         where=strip_query(str(response.request.url)),
         expected="the file",
         remedy="try again later, or download it with another program and use the folder",
+    )
+
+
+def _build_write_error(address: HubAddress, error: HfHubHTTPError) -> UserError:
+    status = error.response.status_code
+    message = error.response.headers.get("x-error-message", "") or error.server_message or ""
+    is_permission_error = status in (401, 403)
+    return UserError(
+        f"the hub rejects writing to {address} with status {status} {message[:200]}".rstrip(),
+        where=constants.ENDPOINT,
+        expected=f"a token with write access to {address.repo_id.partition('/')[0]}"
+        if is_permission_error
+        else "a successful response",
+        remedy=f"create a token with write access at {constants.ENDPOINT}/settings/tokens"
+        if is_permission_error
+        else "start again later: without the final commit, the repository is unchanged",
     )

@@ -1,39 +1,51 @@
-"""File listings of ModelScope or a compatible hub (MODELSCOPE_ENDPOINT).
+"""File listings of and uploads to ModelScope or a compatible hub (MODELSCOPE_ENDPOINT).
 
-This module sends its two kinds of requests itself. The package modelscope reads its token from a
-pickle, verifies no digests if a listing has none, requires a compiled cryptography package, and has
-no offline mode.
+The package modelscope_hub sends the requests. Files are downloaded by `Downloader`, and uploaded to
+storage by this module: modelscope_hub would send the token to any storage host that the hub names,
+and would split an upload into several commits.
 """
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import hashlib
+import itertools
+import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
-from urllib.parse import urlencode
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode, urlsplit
 
 import httpx2
 
+from finesight import __version__
+from finesight.digests import sha256_file
 from finesight.errors import UserError
 from finesight.hub.address import HubAddress
-from finesight.hub.http_client import HttpClient, HttpSite, strip_query
-from finesight.hub.transfer import RemoteFile
+from finesight.hub.download import (
+    HTTP_TIMEOUT,
+    RETRY_STATUSES,
+    HttpSite,
+    RemoteFile,
+    RetryableError,
+)
+from finesight.hub.url_policy import strip_query
+
+if TYPE_CHECKING:
+    from modelscope_hub import HubApi
 
 DEFAULT_REVISION = "master"
-PAGE_SIZE = 200
-"""Number of entries per page of a dataset listing; the last page is shorter."""
 
-MAX_MODEL_ENTRIES = 3000
-"""Number of entries at which the hub truncates the listing of a model without an error."""
+MIN_LFS_BYTES = 2**20
+"""File size above which a file is uploaded with Git LFS, whatever its name."""
 
-MAX_PAGES = 5000
-MAX_PAGE_ATTEMPTS = 3
-"""Maximum attempts for each page of a dataset listing after the first.
-
-The hub sometimes rejects such a request by mistake.
-"""
+LFS_SUFFIXES = (".safetensors", ".gguf", ".bin", ".model")
+"""Suffixes of files that are uploaded with Git LFS at any size."""
 
 
 def get_endpoint() -> str:
@@ -41,6 +53,23 @@ def get_endpoint() -> str:
     configured = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or ""
     url = configured.strip() or "https://www.modelscope.cn"
     return (url if "://" in url else f"https://{url}").rstrip("/")
+
+
+def build_site(address: HubAddress) -> HttpSite:
+    """Build the `HttpSite` of a repository, with the token of the user.
+
+    Raises:
+        UserError: The token contains invalid characters.
+    """
+    token = _read_token()
+    # Older services of the hub read the cookie, newer ones the header.
+    headers = {"Authorization": f"Bearer {token}", "Cookie": f"m_session_id={token}"}
+    return HttpSite(
+        lambda response, message: _build_refusal_error(
+            address, response.status_code, message, strip_query(str(response.request.url))
+        ),
+        headers if token else {},
+    )
 
 
 def list_files(address: HubAddress) -> tuple[str, list[RemoteFile]]:
@@ -52,23 +81,98 @@ def list_files(address: HubAddress) -> tuple[str, list[RemoteFile]]:
     Raises:
         UserError: The repository is unknown or private, or the hub does not respond.
     """
-    with HttpClient(build_site(address)) as http_client:
-        entries = [
-            entry for entry in _iter_entries(address, http_client) if entry.get("Type") != "tree"
-        ]
-    files = [_to_remote_file(address, entry) for entry in entries]
+    revision = address.revision or DEFAULT_REVISION
+    with _open_api(address, _build_refusal_error) as api:
+        entries = api.list_repo_files(address.repo_id, address.repo_type, revision=revision)
+    url = f"{get_endpoint()}/api/v1/{address.repo_type}s/{address.repo_id}/repo"
+    files = [
+        RemoteFile(
+            entry.path,
+            f"{url}?{urlencode({'Revision': revision, 'FilePath': entry.path})}",
+            entry.size or None,  # 0 means an empty file or an unknown size
+            sha256=entry.sha256 or None,
+        )
+        for entry in entries
+        if entry.type != "tree"
+    ]
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.path):
         digest.update(f"{file.path}\0{file.size}\0{file.sha256}\n".encode())
     return digest.hexdigest()[:40], files
 
 
-def build_site(address: HubAddress) -> HttpSite:
-    """Build the `HttpSite` of a repository, with the token of the user.
+def publish_files(
+    address: HubAddress, files: Mapping[str, Path], *, public: bool, commit_message: str
+) -> str:
+    """Publish files in a model repository on ModelScope in one commit.
+
+    Args:
+        address: Address of the repository, which is created if it does not exist.
+        files: Local paths of the files by their name in the repository.
+        public: Whether the repository is public.
+        commit_message: Message of the commit.
+
+    Returns:
+        URL of the repository page.
 
     Raises:
-        UserError: The token contains invalid characters.
+        UserError: There is no token, the repository has another visibility, or the hub rejects a
+            request.
     """
+    if not _read_token():
+        raise UserError(
+            f"no token for {address}",
+            where="MODELSCOPE_API_TOKEN",
+            expected="a token of an account with write access",
+            remedy=f"create one at {get_endpoint()}/my/myaccesstoken, then: export"
+            " MODELSCOPE_API_TOKEN=ms-...",
+        )
+    repo_url = f"{get_endpoint()}/models/{address.repo_id}"
+    digests = {
+        path: sha256_file(path)
+        for name, path in files.items()
+        if path.stat().st_size > MIN_LFS_BYTES or name.endswith(LFS_SUFFIXES)
+    }
+    with _open_api(address, _build_write_error) as api:
+        _ensure_repository(api, address, public, repo_url)
+        objects = [{"oid": oid, "size": path.stat().st_size} for path, oid in digests.items()]
+        upload_urls = (
+            api.legacy.validate_blobs(address.repo_id, "model", objects) if objects else {}
+        )
+        for path, sha256 in digests.items():
+            url = upload_urls.get(sha256)
+            if url is not None:  # the hub does not have this object
+                _upload_object(address, url, path)
+        actions = [
+            _build_commit_action(name, path, digests.get(path)) for name, path in files.items()
+        ]
+        api.legacy.create_commit(address.repo_id, "model", actions, commit_message)
+    return repo_url
+
+
+def build_visibility_error(address: HubAddress, repo_url: str, public: bool) -> UserError:
+    """Build the UserError for a repository that exists with another visibility."""
+    current = "private" if public else "public"
+    return UserError(
+        f"the repository {address} exists and is {current}",
+        where=repo_url,
+        expected=f"a {'public' if public else 'private'} repository, or a new name",
+        remedy="remove --public" if public else "add --public to publish in a public repository",
+    )
+
+
+def is_same_domain(url: str, hub_url: str) -> bool:
+    """Return whether a URL belongs to the domain of the hub.
+
+    The token is sent only to this domain.
+    """
+    target, hub_parts = urlsplit(url), urlsplit(hub_url)
+    host, domain = target.hostname or "", (hub_parts.hostname or "").removeprefix("www.")
+    is_subdomain = not domain.replace(".", "").isdigit() and host.endswith(f".{domain}")
+    return target.scheme == hub_parts.scheme and (target.netloc == hub_parts.netloc or is_subdomain)
+
+
+def _read_token() -> str:
     token = os.environ.get("MODELSCOPE_API_TOKEN", "").strip()
     if not re.fullmatch(r"[!-~]*", token):
         raise UserError(
@@ -77,97 +181,100 @@ def build_site(address: HubAddress) -> HttpSite:
             expected="a token such as ms-... with ASCII letters, digits and punctuation",
             remedy=f"copy it again from {get_endpoint()}/my/myaccesstoken, or unset the variable",
         )
-    # Older services of the hub read the cookie, newer ones the header.
-    headers = {"Authorization": f"Bearer {token}", "Cookie": f"m_session_id={token}"}
-    return HttpSite(
-        lambda *answer: _build_refusal_error(address, *answer), headers if token else {}
-    )
+    return token
 
 
-def _iter_entries(address: HubAddress, http_client: HttpClient) -> Iterator[Mapping[str, Any]]:
-    url = f"{_api_url(address)}/repo/{'tree' if address.repo_type == 'dataset' else 'files'}"
-    params = {"Revision": address.revision or DEFAULT_REVISION, "Recursive": "True"}
-    if address.repo_type == "model":
-        entries = _fetch_page(address, http_client, url, params)
-        if len(entries) >= MAX_MODEL_ENTRIES:
-            raise UserError(
-                f"{address} has at least {MAX_MODEL_ENTRIES} files, the maximum of the"
-                " hub's listing",
-                where=url,
-                expected="a model with fewer files",
-                remedy="download it with another program and use the folder",
-            )
-        yield from entries
-        return
-    for page_number in range(1, MAX_PAGES + 1):
-        page_params = {**params, "PageNumber": str(page_number), "PageSize": str(PAGE_SIZE)}
-        entries = _fetch_page(
-            address,
-            http_client,
-            url,
-            page_params,
-            attempts=MAX_PAGE_ATTEMPTS if page_number > 1 else 1,
-        )
-        yield from entries
-        if len(entries) < PAGE_SIZE:
-            return
-
-
-def _fetch_page(
-    address: HubAddress,
-    http_client: HttpClient,
-    url: str,
-    params: Mapping[str, str],
-    attempts: int = 1,
-) -> list[Mapping[str, Any]]:
+@contextlib.contextmanager
+def _open_api(
+    address: HubAddress, build_error: Callable[[HubAddress, int, str, str], UserError]
+) -> Iterator[HubApi]:
+    """Yield a client of the hub, and convert its exceptions to UserError."""
     try:
-        payload = http_client.get_json(url, params)
-    except UserError:
-        if attempts == 1:
-            raise
-        return _fetch_page(address, http_client, url, params, attempts - 1)
-    data = payload.get("Data") if isinstance(payload, dict) else None
-    listed = data.get("Files") if isinstance(data, dict) else None
-    files = listed if isinstance(listed, list) else None
-    entries: list[Mapping[str, Any]] = (
-        [entry for entry in files if isinstance(entry, dict)] if files else []
-    )
-    if isinstance(payload, dict) and payload.get("Success") is not False and entries == files:
-        return entries
-    message = payload.get("Message") if isinstance(payload, dict) else payload
-    raise UserError(
-        f"{address} cannot be listed: {str(message)[:200]}",
-        where=url,
-        expected="the files of a repository",
-        remedy="check the name and the revision (the main branch is called master)",
-    )
-
-
-def _to_remote_file(address: HubAddress, entry: Mapping[str, Any]) -> RemoteFile:
-    path, size, sha256 = entry.get("Path"), entry.get("Size"), entry.get("Sha256")
-    if not isinstance(path, str) or not isinstance(size, int):
+        from modelscope_hub import HubApi, HubConfig
+        from modelscope_hub.errors import APIError, HubError
+    except ImportError as error:
         raise UserError(
-            f"{address}: invalid file entry {str(dict(entry))[:200]}",
-            where=_api_url(address),
-            expected="files with Path and Size",
-            remedy="check MODELSCOPE_ENDPOINT",
-        )
-    query = urlencode({"Revision": address.revision or DEFAULT_REVISION, "FilePath": path})
-    return RemoteFile(
-        path,
-        f"{_api_url(address)}/repo?{query}",
-        size or None,  # 0 means an empty file or an unknown size
-        sha256=sha256 if isinstance(sha256, str) and sha256 else None,
+            "modelscope_hub is required, but not installed",
+            where=str(address),
+            remedy="pip install 'finesight[modelscope]'",
+        ) from error
+    endpoint, token = get_endpoint(), _read_token()
+    # An empty folder, because the package reads tokens of other programs and stores an identifier.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
+            config = HubConfig(endpoint=endpoint, token=token, cache_dir=folder, config_dir=folder)
+            yield HubApi(config)
+        except APIError as error:
+            url = strip_query(error.url or endpoint)
+            raise build_error(address, error.status_code or 0, error.message, url) from error
+        except (HubError, OSError, ValueError) as error:
+            raise UserError(
+                f"{address} is not available: {type(error).__name__}: {str(error).strip()[:200]}",
+                where=endpoint,
+                expected="a connection to the hub",
+                remedy="check the connection and MODELSCOPE_ENDPOINT, and start again; with"
+                " HF_HUB_OFFLINE=1, downloaded files are used",
+            ) from error
+
+
+def _ensure_repository(api: HubApi, address: HubAddress, public: bool, repo_url: str) -> None:
+    """Create the repository unless it exists with the requested visibility."""
+    from modelscope_hub import Visibility
+    from modelscope_hub.errors import NotExistError
+
+    visibility = Visibility.PUBLIC if public else Visibility.PRIVATE
+    try:
+        info = api.legacy.get_repo_info(address.repo_id, "model")
+    except NotExistError:
+        api.create_repo(address.repo_id, "model", visibility=visibility)
+    else:
+        if info.get("Visibility") != int(visibility):
+            raise build_visibility_error(address, repo_url, public)
+
+
+def _upload_object(address: HubAddress, url: str, path: Path) -> None:
+    """Upload a file to storage with one PUT request, which is retried."""
+    headers = {"User-Agent": f"finesight/{__version__}"}
+    headers["Content-Length"] = str(path.stat().st_size)
+    if is_same_domain(url, get_endpoint()):
+        headers |= build_site(address).headers
+    for num_failures in itertools.count(1):
+        try:
+            with path.open("rb") as file:
+                response = httpx2.put(url, headers=headers, content=file, timeout=HTTP_TIMEOUT)
+            status, message = response.status_code, response.text[:200]
+        except httpx2.TransportError as error:
+            status, message = 0, f"{type(error).__name__}: {error}"
+        if 200 <= status < 300:
+            return
+        delay_s = RetryableError(message).retry_delay(num_failures)
+        if status not in (0, *RETRY_STATUSES) or delay_s is None:
+            raise _build_write_error(address, status, message, strip_query(url))
+        time.sleep(delay_s)
+
+
+def _build_commit_action(name: str, path: Path, sha256: str | None) -> dict[str, Any]:
+    base = {"action": "create", "path": name, "size": path.stat().st_size}
+    if sha256 is not None:
+        return base | {"type": "lfs", "sha256": sha256, "content": "", "encoding": ""}
+    content = base64.b64encode(path.read_bytes()).decode()
+    return base | {"type": "normal", "sha256": "", "content": content, "encoding": "base64"}
+
+
+def _build_write_error(address: HubAddress, status: int, message: str, url: str) -> UserError:
+    return UserError(
+        f"the hub rejects writing to {address} (status {status}): {message[:200]}",
+        where=url,
+        expected="a token (MODELSCOPE_API_TOKEN) with write access",
+        remedy="check name and token, and start again: without the final commit, the repository is"
+        " unchanged",
     )
 
 
-def _api_url(address: HubAddress) -> str:
-    return f"{get_endpoint()}/api/v1/{address.repo_type}s/{address.repo_id}"
-
-
-def _build_refusal_error(address: HubAddress, response: httpx2.Response, message: str) -> UserError:
+def _build_refusal_error(address: HubAddress, status: int, message: str, url: str) -> UserError:
     repo_url = f"{get_endpoint()}/{address.repo_type}s/{address.repo_id}"
-    status = response.status_code
     if status in (401, 403):
         return UserError(
             f"{address} is private or gated, or requires accepting a license (status {status})",
@@ -186,7 +293,7 @@ def _build_refusal_error(address: HubAddress, response: httpx2.Response, message
         )
     return UserError(
         f"the hub rejects the request for {address} with status {status}: {message[:200]!r}",
-        where=strip_query(str(response.request.url)),
+        where=url,
         expected="the file",
         remedy="try again later, or download it with another program and use the folder",
     )

@@ -1,4 +1,4 @@
-"""Access to the files of a hub repository at one commit.
+"""Access to the files of a hub repository at one commit, and publication of models.
 
 Files are stored in the assets cache of huggingface_hub (below HF_HOME), in one folder per hub,
 repository and commit. Mirrors have separate folders. File listings are cached as well, so that
@@ -11,20 +11,20 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 from urllib.parse import quote
 
 from finesight.bounded_files import read_json_object
 from finesight.errors import UserError
 from finesight.hub.address import HubAddress
-from finesight.hub.downloader import download_files
-from finesight.hub.http_client import HttpClient, HttpSite, is_offline
-from finesight.hub.safe_path import safe_join
-from finesight.hub.transfer import RemoteFile
-from finesight.storage import make_folder, translate_os_errors
+from finesight.hub.archive import safe_join
+from finesight.hub.download import Downloader, HttpSite, RemoteFile
+from finesight.hub.url_policy import is_offline, raise_if_offline
+from finesight.storage import make_folder, raise_if_exists, translate_os_errors
 
 DEFAULT_ENDPOINTS = {"hf": "https://huggingface.co", "modelscope": "https://www.modelscope.cn"}
 
@@ -42,6 +42,20 @@ PICKLED_WEIGHTS_PATTERN = "pytorch_model*.bin"
 
 See `finesight.pickle_conversion`.
 """
+
+
+class _Hub(Protocol):
+    """Functions of the modules `huggingface` and `modelscope`."""
+
+    def get_endpoint(self) -> str: ...
+
+    def build_site(self, address: HubAddress) -> HttpSite: ...
+
+    def list_files(self, address: HubAddress) -> tuple[str, list[RemoteFile]]: ...
+
+    def publish_files(
+        self, address: HubAddress, files: Mapping[str, Path], *, public: bool, commit_message: str
+    ) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +123,8 @@ class HubRepository:
                 " connection",
             )
         if missing:
-            with HttpClient(_build_site(self.address)) as http_client:
-                download_files(requested, folder, http_client, source)
+            with Downloader(_get_hub(self.address).build_site(self.address)) as downloader:
+                downloader.download_all(requested, folder, source)
         return folder
 
 
@@ -126,7 +140,7 @@ def open_repository(address: HubAddress) -> HubRepository:
     listing_path = _get_listing_path(address)
     if is_offline():
         return _load_listing(address, listing_path)
-    commit, files = _list_files(address)
+    commit, files = _get_hub(address).list_files(address)
     _check_path_conflicts(files, str(address))
     text = json.dumps({"commit": commit, "files": [asdict(file) for file in files]})
     for path in {listing_path, listing_path.with_name(f"{commit}.json")}:
@@ -216,7 +230,7 @@ def download_folder(repository: HubRepository, paths: Sequence[str], target: Pat
     Raises:
         UserError: The target exists, or a download fails.
     """
-    _raise_if_exists(target)
+    raise_if_exists(target)
     partial = target.absolute().with_name(
         f".{target.absolute().name}.{repository.commit[:12]}.partial"
     )
@@ -230,52 +244,61 @@ def download_folder(repository: HubRepository, paths: Sequence[str], target: Pat
         except OSError:
             if target.exists():  # another process finished first and renamed the shared folder
                 shutil.rmtree(partial, ignore_errors=True)
-            _raise_if_exists(target)
+            raise_if_exists(target)
             raise
 
 
-def _raise_if_exists(target: Path) -> None:
-    if target.exists():
+def publish_model(
+    address: HubAddress, files: Mapping[str, Path], *, public: bool, message: str
+) -> str:
+    """Upload files to a model repository in one commit.
+
+    A missing repository is created. Files that exist in the repository under other names are kept.
+
+    Args:
+        address: Address of the repository, without a revision.
+        files: Local paths of the files by their name in the repository.
+        public: Whether the repository is public.
+        message: Message of the commit.
+
+    Returns:
+        URL of the repository page.
+
+    Raises:
+        UserError: There is no token, the repository has another visibility, the hub rejects the
+            request, or HF_HUB_OFFLINE is set.
+    """
+    if address.repo_type != "model" or address.revision or address.data_part:
         raise UserError(
-            f"{target.name} exists already and is never overwritten",
-            where="--to",
-            expected="a folder that does not exist",
-            remedy="choose another name",
+            f"{address} is not a model, or has a revision",
+            where="OUT",
+            expected="hf:OWNER/NAME or modelscope:OWNER/NAME, without a revision",
+            remedy="remove the other parts",
         )
+    raise_if_offline(str(address))
+    assert files, f"no files for {address}"
+    return _get_hub(address).publish_files(address, files, public=public, commit_message=message)
 
 
 def _get_cache_folder(address: HubAddress) -> Path:
     from huggingface_hub import constants
 
     cache_root = Path(constants.HF_ASSETS_CACHE) / "finesight" / address.hub
-    if address.hub == "hf":
-        endpoint = constants.ENDPOINT
-    else:
-        from finesight.hub.modelscope import get_endpoint
-
-        endpoint = get_endpoint()
-    if endpoint.rstrip("/") != DEFAULT_ENDPOINTS[address.hub]:
-        cache_root = cache_root / quote(endpoint.rstrip("/"), safe="")
+    endpoint = _get_hub(address).get_endpoint()
+    if endpoint != DEFAULT_ENDPOINTS[address.hub]:
+        cache_root = cache_root / quote(endpoint, safe="")
     return cache_root / f"{address.repo_type}s" / address.repo_id
 
 
-def _list_files(address: HubAddress) -> tuple[str, list[RemoteFile]]:
-    list_files: Callable[[HubAddress], tuple[str, list[RemoteFile]]]
-    if address.hub == "hf":
-        from finesight.hub.huggingface import list_files
-    else:
-        from finesight.hub.modelscope import list_files
-    return list_files(address)
-
-
-def _build_site(address: HubAddress) -> HttpSite:
+def _get_hub(address: HubAddress) -> _Hub:
+    """Return the module of a hub, imported when it is needed."""
     if address.hub == "hf":
         from finesight.hub import huggingface
 
-        return huggingface.build_site(address)
+        return huggingface
     from finesight.hub import modelscope
 
-    return modelscope.build_site(address)
+    return modelscope
 
 
 def _get_listing_path(address: HubAddress) -> Path:

@@ -124,7 +124,10 @@ def _norm_linear(linear: FusedLinear, x_RD: Tensor, norm: RmsNorm) -> Tensor:
     if isinstance(linear.weight, QuantizedWeight):
         return torch.cat(linear(normed_RD), 1)
     y_RO = F.linear(normed_RD, linear.weight, linear.bias)
-    return _add_multi_lora(linear, normed_RD, y_RO)
+    multi_lora = linear.adapter
+    return (
+        multi_lora.add_delta(y_RO, normed_RD) if isinstance(multi_lora, MultiLoraLinear) else y_RO
+    )
 
 
 def _linear_add(linear: FusedLinear, x_RI: Tensor, residual_RD: Tensor) -> Tensor:
@@ -135,15 +138,8 @@ def _linear_add(linear: FusedLinear, x_RI: Tensor, residual_RD: Tensor) -> Tenso
         return _linear_single_row(linear, x_RI, residual=residual_RD)
     if isinstance(linear.weight, QuantizedWeight):
         return residual_RD + single_output(linear(x_RI))
-    return _add_multi_lora(linear, x_RI, torch.addmm(residual_RD, x_RI, linear.weight.T))
-
-
-def _add_multi_lora(linear: FusedLinear, x_RI: Tensor, y_RO: Tensor) -> Tensor:
-    multi_lora = linear.adapter
-    if not isinstance(multi_lora, MultiLoraLinear):
-        return y_RO
-    low_RS = multi_lora.scale_activations(F.linear(x_RI, multi_lora.lora_A_SI))
-    return add_lora_delta(y_RO, low_RS, multi_lora.lora_B_OS)
+    y_RD, multi_lora = torch.addmm(residual_RD, x_RI, linear.weight.T), linear.adapter
+    return multi_lora.add_delta(y_RD, x_RI) if isinstance(multi_lora, MultiLoraLinear) else y_RD
 
 
 def _linear_single_row(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finesight.encode.hf_config import import_transformers
+from finesight.encode.hf_renderer import import_transformers
 from finesight.encode.packing import pack
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError

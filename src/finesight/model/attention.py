@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finesight.encode.context_shard import ContextShard
+from finesight.encode.packing import ContextShard
 from finesight.model.cpu_attention import (
     MAX_CPU_SEQLEN,
     LengthBuckets,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from finesight.model.kernels.launch_config import NO_DROPOUT
 from finesight.model.quant.base import HAS_TRITON
 
 _KERNEL_TYPES = (torch.bfloat16, torch.float16)
@@ -22,7 +23,6 @@ _KERNEL_TYPES = (torch.bfloat16, torch.float16)
 if HAS_TRITON:
     from finesight.model.kernels import elementwise
     from finesight.model.kernels import swiglu as swiglu_kernels
-    from finesight.model.kernels.primitives import NO_DROPOUT
 
 
 def apply_rotary(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from finesight.config import WeightFormat
 from finesight.digests import DIGESTS_FILE, verify_folder
-from finesight.encode.hf_config import (
+from finesight.encode.family import is_native
+from finesight.encode.hf_renderer import (
     FROM_PRETRAINED_OPTIONS,
     import_transformers,
-    is_native,
     load_hf_config,
 )
 from finesight.encode.packing import PackedBatch

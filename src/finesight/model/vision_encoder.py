@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from finesight.encode.tokenized_sample import GridTHW
 from finesight.model.attention import Segments
 from finesight.model.config import PixelNormalization, VisionConfig
 from finesight.model.cpu_attention import copy_to_device
 from finesight.model.layers import PatchEmbed, num_checkpointed_layers, run_layer
 from finesight.model.rope import compute_vision_rope
+from finesight.vision.patches import GridTHW
 
 Given = ParamSpec("Given")
 

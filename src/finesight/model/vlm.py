@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.encode.packing import PackedBatch
-from finesight.encode.tokenized_sample import GridTHW
 from finesight.errors import UserError
 from finesight.model import fused_decoder
 from finesight.model.attention import (
@@ -40,6 +39,7 @@ from finesight.model.lora.multi import LoraRouting
 from finesight.model.moe import requires_host_sync
 from finesight.model.quant.base import QuantizedWeight
 from finesight.model.vision_encoder import VisionEncoder
+from finesight.vision.patches import GridTHW
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2_vl": qwen2_vl.ARCHITECTURE,
@@ -232,7 +232,7 @@ class VisionLanguageModel(nn.Module):
         if fused_decoder.supports_fused_layers(self.model.embed_tokens.weight):
             layers = (layer for layer in self.model.layers if isinstance(layer, DecoderLayer))
             linears = (linear for layer in layers for linear in layer.fusible_linears)
-            self._fused_weight_sync.copy_up_projections(fused_decoder.fuse_lora_weights(linears))
+            self._fused_weight_sync.copy_up_projections(linears)
         return self.apply_final_norm(
             self.forward_hidden(batch, attention, batch.logit_indices_L, features_MKD)
         )

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from finesight.encode.packing import compute_context_lengths, effective_prefix_length, plan_packs
-from finesight.encode.tokenized_sample import GridTHW
 from finesight.model.config import VisionConfig
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.sampler import StepSampler
+from finesight.vision.patches import GridTHW
 
 MAX_PLANNED_STEPS = 2000
 """Maximum number of training steps to inspect, evenly spaced over the run."""

@@ -21,8 +21,13 @@ from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import BoxPart
 from finesight.encode.family_base import PredictedBox, scale_box
 from finesight.encode.native_renderer import IM_START, NativeRenderer
-from finesight.encode.token_table import TokenRow, iter_token_rows
-from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
+from finesight.encode.tokenized_sample import (
+    EncodedSample,
+    TokenizedSample,
+    TokenRow,
+    VisualSpan,
+    iter_token_rows,
+)
 from finesight.report.html import InlineImage, build_inline_image, render_page
 from finesight.report.i18n import translate
 from finesight.vision.image_decoding import load_image

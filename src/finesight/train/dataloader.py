@@ -17,11 +17,15 @@ from torch.utils.data import Dataset, get_worker_info
 from finesight.data.corpus import Corpus
 from finesight.data.jsonl import LocatedSample
 from finesight.data.line_index import UnreadableFileError
-from finesight.encode.context_shard import ContextShard
-from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack, plan_packs
+from finesight.encode.packing import (
+    ContextShard,
+    PackedBatch,
+    find_shared_prefix_length,
+    pack,
+    plan_packs,
+)
 from finesight.encode.renderer import Renderer
-from finesight.encode.sample_filter import find_sample_error
-from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample
+from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, find_sample_error
 from finesight.errors import UserError
 from finesight.train.dataloader_workers import DataWorkerError, catch_user_error, prefetch_items
 from finesight.train.sampler import StepSampler

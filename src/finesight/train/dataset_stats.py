@@ -21,13 +21,13 @@ from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import list_media_paths
 from finesight.encode.packing import SharedPrefix
 from finesight.encode.renderer import Renderer
-from finesight.encode.sample_filter import filter_samples, find_sample_error
-from finesight.encode.tokenized_sample import GridTHW
+from finesight.encode.tokenized_sample import filter_samples, find_sample_error
 from finesight.errors import UserError
 from finesight.train.console import ProgressCallback
 from finesight.train.dataloader import SkippedSample
 from finesight.train.dataloader_workers import catch_user_error, prefetch_items
 from finesight.train.image_record import ImageState, ImageStates, read_image_state
+from finesight.vision.patches import GridTHW
 
 MAX_FULL_SCAN_SAMPLES = 500_000
 """Maximum number of samples of a completely scanned dataset; limits time and memory."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heapreplace
 
-from finesight.encode.context_shard import ContextShard, SampleShape
+from finesight.encode.packing import ContextShard, SampleShape
 from finesight.encode.tokenized_sample import TokenizedSample
 from finesight.train.dataloader import ContextParallelSampler
 from finesight.train.dataset_stats import SampleStatsMap

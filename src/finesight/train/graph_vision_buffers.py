@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from finesight.encode.packing import PAD_MULTIPLE, PackedBatch
-from finesight.encode.tokenized_sample import GridTHW
 from finesight.model.attention import Segments
 from finesight.model.lora.layer import LoraLinear
 from finesight.model.vision_encoder import PatchLayout, VisionEncoder, unique_objects
 from finesight.model.vlm import VisionLanguageModel
+from finesight.vision.patches import GridTHW
 
 MAX_GRAPH_PATCHES = 4096
 """Maximum number of patches of a pack for capturing the vision encoder.

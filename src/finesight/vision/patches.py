@@ -1,17 +1,22 @@
-"""Conversion of images to vision-encoder patches, stored as bytes before normalization."""
+"""Conversion of images and videos to vision-encoder patches, stored as bytes before normalization.
+
+Videos are sequences of frame images.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from finesight.data.image_header import CorruptImageError, ImageSize, read_image_size
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
-from finesight.vision.resize import ImageSize
+from finesight.vision.image_decoding import load_image
 
 GridTHW = tuple[int, int, int]
 """Number of patches along time, height and width."""
@@ -62,11 +67,7 @@ class PatchConfig:
 
 
 def load_patch_config(folder: ModelFolder) -> PatchConfig:
-    """Load the patch sizes of a model folder.
-
-    Raises:
-        UserError: config.json and preprocessor_config.json disagree.
-    """
+    """Load the patch sizes of a model folder."""
     preprocessor = folder.preprocessor_config
     raw_config = folder.config.get("vision_config")
     # A missing or invalid vision_config is rejected when the model is built.
@@ -206,3 +207,37 @@ def _to_channel_planes(frame: Image.Image, size: ImageSize) -> NDArray[np.uint8]
     if frame.size != (width, height):
         frame = frame.resize((width, height), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(frame).transpose(2, 0, 1))
+
+
+def get_frame_size(files: Sequence[Path]) -> ImageSize:
+    """Return the common height and width of all frames of a video.
+
+    Only image headers are read.
+
+    Raises:
+        CorruptImageError: A frame cannot be used, or the frame sizes differ.
+    """
+    assert files, "the video has no frames"
+    first_size = read_image_size(files[0])
+    for file in files[1:]:
+        size = read_image_size(file)
+        if size != first_size:
+            raise CorruptImageError(
+                f"{size[1]} x {size[0]} pixels, but the first frame has"
+                f" {first_size[1]} x {first_size[0]}",
+                where=str(file),
+                expected="frames of equal size",
+                remedy="extract the frames again at one size",
+            )
+    return first_size
+
+
+def patchify_video(
+    files: Sequence[Path], size: ImageSize, config: PatchConfig
+) -> NDArray[np.uint8]:
+    """Resize the frames of a video and split them into patches, uint8 [N, D].
+
+    Each patch spans several frames. As in the reference video processor, the last frame is repeated
+    if the last group of frames is incomplete.
+    """
+    return patchify([load_image(file) for file in files], size, config)

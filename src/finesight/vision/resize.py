@@ -7,11 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from finesight.config import ExactSize, ImageRule, LongestSide, PixelRange
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_header import CorruptImageError, ImageSize
 from finesight.errors import UserError
-
-ImageSize = tuple[int, int]
-"""Height and width in pixels."""
 
 MAX_ASPECT_RATIO = 200
 """Maximum aspect ratio; the reference processors reject other images."""
@@ -23,11 +20,7 @@ def get_default_image_rule(preprocessor: Mapping[str, Any]) -> PixelRange:
 
 
 def resolve_image_rule(preprocessor: Mapping[str, Any], requested: ImageRule | None) -> ImageRule:
-    """Return the image rule of the recipe, or the default of the model.
-
-    Raises:
-        UserError: The model supports one fixed image size and the recipe requests another.
-    """
+    """Return the image rule of the recipe, or the default of the model."""
     fixed_side = preprocessor.get("image_size")
     if fixed_side is None:
         return requested or get_default_image_rule(preprocessor)

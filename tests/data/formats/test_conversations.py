@@ -9,7 +9,7 @@ import pytest
 from format_fixtures import list_turns, parse_record
 
 from finesight.data.formats import detect_format
-from finesight.data.formats.conversations import FORMAT
+from finesight.data.formats.conversations import CONVERSATIONS
 from finesight.errors import UserError
 
 A = "<|vision_start|>a.png<|vision_end|>"
@@ -21,13 +21,13 @@ def record(*turns: tuple[str, str], **more: Any) -> dict[str, Any]:
 
 def test_prompt_of_file_is_preserved(folder: Path) -> None:
     rows = record(("user", f"COCO Yes: {A}"), ("assistant", "A dog."))
-    case = parse_record(FORMAT, {"id": "identity_1", **rows}, folder)
+    case = parse_record(CONVERSATIONS, {"id": "identity_1", **rows}, folder)
     assert case.id == "identity_1"
     assert list_turns(case) == [
         ("user", ["COCO Yes: ", folder / "a.png"]),
         ("assistant", ["A dog."]),
     ]
-    assert detect_format([rows], "here")[0] is FORMAT
+    assert detect_format([rows], "here")[0] is CONVERSATIONS
 
 
 def test_many_turns_with_interleaved_images(folder: Path) -> None:
@@ -44,7 +44,7 @@ def test_many_turns_with_interleaved_images(folder: Path) -> None:
         licence="CC0",
         year=float("nan"),
     )
-    case = parse_record(FORMAT, rows, folder)
+    case = parse_record(CONVERSATIONS, rows, folder)
     assert case.id == "rows-3"
     assert list_turns(case) == [
         ("system", ["Be brief."]),
@@ -58,7 +58,7 @@ def test_many_turns_with_interleaved_images(folder: Path) -> None:
 
 def test_images_listed_separately(folder: Path) -> None:
     rows = record(("human", "<image>\nthen <image>"), ("gpt", "Two."), images=["a.png", "b.png"])
-    assert list_turns(parse_record(FORMAT, rows, folder))[0] == (
+    assert list_turns(parse_record(CONVERSATIONS, rows, folder))[0] == (
         "user",
         [folder / "a.png", "\nthen ", folder / "b.png"],
     )
@@ -66,20 +66,20 @@ def test_images_listed_separately(folder: Path) -> None:
 
 def test_conversation_without_image(folder: Path) -> None:
     rows = record(("user", "Hello"), ("assistant", "Hi"))
-    assert list_turns(parse_record(FORMAT, rows, folder)) == [
+    assert list_turns(parse_record(CONVERSATIONS, rows, folder)) == [
         ("user", ["Hello"]),
         ("assistant", ["Hi"]),
     ]
-    assert detect_format([rows], "here")[0] is FORMAT
+    assert detect_format([rows], "here")[0] is CONVERSATIONS
 
 
 def test_prompt_is_added_to_first_question_only(folder: Path) -> None:
     rows = record(("user", A), ("assistant", "x"), ("user", "y"), ("assistant", "z"))
-    turns = list_turns(parse_record(FORMAT, rows, folder, prompt="What?"))
+    turns = list_turns(parse_record(CONVERSATIONS, rows, folder, prompt="What?"))
     assert turns[0] == ("user", [folder / "a.png", "What?"])
     assert turns[2] == ("user", ["y"])
     with pytest.raises(UserError, match="without text"):
-        parse_record(FORMAT, rows, folder)
+        parse_record(CONVERSATIONS, rows, folder)
 
 
 def test_json_boxes_in_answer(folder: Path) -> None:
@@ -88,17 +88,17 @@ def test_json_boxes_in_answer(folder: Path) -> None:
         ("gpt", 'There: {"bbox_2d": [10, 5, 20, 10], "label": "a dog"}'),
         image="a.png",
     )
-    assert list_turns(parse_record(FORMAT, rows, folder)) == [
+    assert list_turns(parse_record(CONVERSATIONS, rows, folder)) == [
         ("user", [folder / "a.png", "\nLocate it, report bbox_2d as JSON."]),
         ("assistant", ["There: ", (0, "a dog", (10.0, 5.0, 20.0, 10.0))]),
     ]
-    declared = parse_record(FORMAT, rows, folder, box_format="xywh")
+    declared = parse_record(CONVERSATIONS, rows, folder, box_format="xywh")
     assert list_turns(declared)[1][1][1] == (0, "a dog", (10.0, 5.0, 30.0, 15.0))
 
 
 def test_empty_turn_does_not_prevent_detection() -> None:
     empty = {"conversations": [{"from": "user", "value": "q"}, {"from": "gpt", "value": None}]}
-    assert detect_format([record(("user", "q"), ("gpt", "a")), empty], "here")[0] is FORMAT
+    assert detect_format([record(("user", "q"), ("gpt", "a")), empty], "here")[0] is CONVERSATIONS
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_empty_turn_does_not_prevent_detection() -> None:
 )
 def test_invalid_rows_are_rejected(folder: Path, rows: dict[str, Any], what: str) -> None:
     with pytest.raises(UserError, match=what) as caught:
-        parse_record(FORMAT, rows, folder)
+        parse_record(CONVERSATIONS, rows, folder)
     assert caught.value.expected
     assert caught.value.remedy
 
@@ -133,4 +133,4 @@ def test_invalid_rows_are_rejected(folder: Path, rows: dict[str, Any], what: str
 def test_web_address_is_not_a_path(folder: Path) -> None:
     mark = "<|vision_start|>https://example.org/a.png<|vision_end|>"
     with pytest.raises(UserError, match="a web URL"):
-        parse_record(FORMAT, record(("user", f"q {mark}"), ("gpt", "a")), folder)
+        parse_record(CONVERSATIONS, record(("user", f"q {mark}"), ("gpt", "a")), folder)

@@ -9,7 +9,7 @@ import pytest
 from format_fixtures import list_turns, parse_record
 
 from finesight.data.formats import detect_format
-from finesight.data.formats.llama_factory import FORMAT
+from finesight.data.formats.conversations import LLAMA_FACTORY
 from finesight.errors import UserError
 
 
@@ -24,13 +24,13 @@ def alpaca(instruction: object, output: object, **more: Any) -> dict[str, Any]:
 
 def test_sharegpt(folder: Path) -> None:
     rows = sharegpt("<image>human instruction", "model response", system="Be brief.", tools="")
-    assert list_turns(parse_record(FORMAT, rows, folder)) == [
+    assert list_turns(parse_record(LLAMA_FACTORY, rows, folder)) == [
         ("system", ["Be brief."]),
         ("user", [folder / "a.png", "human instruction"]),
         ("assistant", ["model response"]),
     ]
     form, reason = detect_format([rows], "here")
-    assert form is FORMAT
+    assert form is LLAMA_FACTORY
     assert "a list of images in 1 of the first 1 (sharegpt)" in reason
 
 
@@ -44,7 +44,7 @@ def test_alpaca(folder: Path) -> None:
         history=[["<image>What is it?", "A house."]],
         licence="CC0",
     )
-    case = parse_record(FORMAT, rows, folder)
+    case = parse_record(LLAMA_FACTORY, rows, folder)
     assert list_turns(case) == [
         ("system", ["Be brief."]),
         ("user", [folder / "a.png", "What is it?"]),
@@ -59,7 +59,10 @@ def test_alpaca(folder: Path) -> None:
 def test_empty_alpaca_input(folder: Path) -> None:
     for more in ({}, {"input": ""}, {"input": None}):
         rows = alpaca("<image>What?", "x", images=["a.png"], **more)
-        assert list_turns(parse_record(FORMAT, rows, folder))[0][1] == [folder / "a.png", "What?"]
+        assert list_turns(parse_record(LLAMA_FACTORY, rows, folder))[0][1] == [
+            folder / "a.png",
+            "What?",
+        ]
 
 
 def test_openai_style_rows_are_ms_swift(folder: Path) -> None:
@@ -83,6 +86,6 @@ def test_openai_style_rows_are_ms_swift(folder: Path) -> None:
 )
 def test_invalid_rows_are_rejected(folder: Path, rows: dict[str, Any], what: str) -> None:
     with pytest.raises(UserError, match=what) as caught:
-        parse_record(FORMAT, rows, folder)
+        parse_record(LLAMA_FACTORY, rows, folder)
     assert caught.value.expected
     assert caught.value.remedy

@@ -9,7 +9,7 @@ import pytest
 from format_fixtures import list_turns, parse_record
 
 from finesight.data.formats import detect_format
-from finesight.data.formats.llava import FORMAT
+from finesight.data.formats.conversations import LLAVA
 from finesight.errors import UserError
 
 
@@ -20,20 +20,20 @@ def record(question: str, answer: str, **more: Any) -> dict[str, Any]:
 
 def test_line_break_after_image_is_removed(folder: Path) -> None:
     rows = record("<image>\nWrite a prompt to generate this image.", "a beautiful painting")
-    case = parse_record(FORMAT, rows, folder)
+    case = parse_record(LLAVA, rows, folder)
     assert case.id == "997bb945"
     assert list_turns(case) == [
         ("user", [folder / "a.png", "Write a prompt to generate this image."]),
         ("assistant", ["a beautiful painting"]),
     ]
     form, reason = detect_format([rows, record("No image?", "None.", image=None)], "here")
-    assert form is FORMAT
+    assert form is LLAVA
     assert "image in 1 of the first 2" in reason
 
 
 def test_image_after_question(folder: Path) -> None:
     rows = record("What is this?\n<image>", "x")
-    assert list_turns(parse_record(FORMAT, rows, folder))[0][1] == [
+    assert list_turns(parse_record(LLAVA, rows, folder))[0][1] == [
         "What is this?\n",
         folder / "a.png",
     ]
@@ -41,7 +41,7 @@ def test_image_after_question(folder: Path) -> None:
 
 def test_boxes_in_answer(folder: Path) -> None:
     rows = record("<image>\nWhere?", 'There: {"bbox_2d": [1, 2, 30, 14]}.')
-    assert list_turns(parse_record(FORMAT, rows, folder))[1][1] == [
+    assert list_turns(parse_record(LLAVA, rows, folder))[1][1] == [
         "There: ",
         (0, None, (1, 2, 30, 14)),
         ".",
@@ -60,13 +60,13 @@ def test_boxes_in_answer(folder: Path) -> None:
 )
 def test_invalid_rows_are_rejected(folder: Path, rows: dict[str, Any], what: str) -> None:
     with pytest.raises(UserError, match=what) as caught:
-        parse_record(FORMAT, rows, folder)
+        parse_record(LLAVA, rows, folder)
     assert caught.value.expected
     assert caught.value.remedy
 
 
 def test_list_of_images(folder: Path) -> None:
     rows = record("<image>\n<image>\nWhich is larger?", "The second.", image=["a.png", "b.png"])
-    assert detect_format([rows], "here")[0] is FORMAT
+    assert detect_format([rows], "here")[0] is LLAVA
     shown = [folder / "a.png", folder / "b.png", "Which is larger?"]
-    assert list_turns(parse_record(FORMAT, rows, folder))[0][1] == shown
+    assert list_turns(parse_record(LLAVA, rows, folder))[0][1] == shown

@@ -10,7 +10,7 @@ import pytest
 from format_fixtures import list_turns, parse_record
 
 from finesight.data.formats import detect_format
-from finesight.data.formats.ms_swift import FORMAT
+from finesight.data.formats.ms_swift import MS_SWIFT
 from finesight.data.sample import VideoPart
 from finesight.errors import UserError
 
@@ -36,7 +36,7 @@ DESCRIBE = record(
 
 
 def test_boxes_are_xyxy_pixels(folder: Path) -> None:
-    assert list_turns(parse_record(FORMAT, FIND, folder)) == [
+    assert list_turns(parse_record(MS_SWIFT, FIND, folder)) == [
         ("user", [folder / "b.png", "Find the sheep in the image"]),
         (
             "assistant",
@@ -44,12 +44,12 @@ def test_boxes_are_xyxy_pixels(folder: Path) -> None:
         ),
     ]
     form, reason = detect_format([FIND], "here")
-    assert form is FORMAT
+    assert form is MS_SWIFT
     assert "objects in 1 of the first 1" in reason
 
 
 def test_reference_before_box_is_its_label(folder: Path) -> None:
-    assert list_turns(parse_record(FORMAT, DESCRIBE, folder))[1][1] == [
+    assert list_turns(parse_record(MS_SWIFT, DESCRIBE, folder))[1][1] == [
         (0, "a dog", (331.5, 61.4, 853.5, 494.8)),
         " and ",
         (0, "a woman", (676.5, 85.8, 999.5, 427.4)),
@@ -60,13 +60,15 @@ def test_reference_before_box_is_its_label(folder: Path) -> None:
 def test_normalized_boxes(folder: Path) -> None:
     objects = {"bbox": [[0.25, 0.5, 0.75, 1.0]], "bbox_type": "norm1"}
     rows = record("<image>Where?", "<bbox>", objects=objects)
-    assert list_turns(parse_record(FORMAT, rows, folder))[1][1] == [(0, None, (250, 250, 750, 500))]
+    assert list_turns(parse_record(MS_SWIFT, rows, folder))[1][1] == [
+        (0, None, (250, 250, 750, 500))
+    ]
 
 
 def test_image_id_of_box(folder: Path) -> None:
     objects = {"bbox": [[900, 400, 1000, 500], [0, 0, 40, 20]], "image_id": [1, 0]}
     rows = record("<image><image>?", "<bbox>, <bbox>", images=["a.png", "b.png"], objects=objects)
-    assert list_turns(parse_record(FORMAT, rows, folder))[1][1] == [
+    assert list_turns(parse_record(MS_SWIFT, rows, folder))[1][1] == [
         (1, None, (900, 400, 1000, 500)),
         ", ",
         (0, None, (0, 0, 40, 20)),
@@ -76,10 +78,10 @@ def test_image_id_of_box(folder: Path) -> None:
 def test_declared_box_format_has_priority(folder: Path) -> None:
     objects = {"bbox": [[100, 100, 50, 20]]}
     rows = record("<image>Where?", "<bbox>", objects=objects)
-    answer = list_turns(parse_record(FORMAT, rows, folder, box_format="xywh"))[1][1]
+    answer = list_turns(parse_record(MS_SWIFT, rows, folder, box_format="xywh"))[1][1]
     assert answer == [(0, None, (100, 100, 150, 120))]
     with pytest.raises(UserError, match="inverted") as caught:
-        parse_record(FORMAT, rows, folder)
+        parse_record(MS_SWIFT, rows, folder)
     assert "--box-format xywh" in caught.value.remedy
 
 
@@ -88,7 +90,7 @@ def test_model_markup_is_accepted(folder: Path) -> None:
         "<image>Find the <|object_ref_start|>sheep<|object_ref_end|> in the image",
         "<|box_start|>(101,201),(150,266)<|box_end|><|box_start|>(401,601),(550,666)<|box_end|>",
     )
-    question, answer = list_turns(parse_record(FORMAT, rows, folder))
+    question, answer = list_turns(parse_record(MS_SWIFT, rows, folder))
     assert question[1] == [folder / "b.png", "Find the sheep in the image"]
     assert answer[1] == [
         (0, None, pytest.approx((101, 100.5, 150, 133))),
@@ -128,7 +130,7 @@ def test_model_markup_is_accepted(folder: Path) -> None:
     ],
 )
 def test_equivalent_row_layouts(folder: Path, rows: dict[str, Any]) -> None:
-    assert list_turns(parse_record(FORMAT, rows, folder)) == [
+    assert list_turns(parse_record(MS_SWIFT, rows, folder)) == [
         ("system", ["Be brief."]),
         ("user", [folder / "a.png", "Which?"]),
         ("assistant", ["One."]),
@@ -164,14 +166,14 @@ def test_equivalent_row_layouts(folder: Path, rows: dict[str, Any]) -> None:
 )
 def test_invalid_rows_are_rejected(folder: Path, rows: dict[str, Any], what: str) -> None:
     with pytest.raises(UserError, match=what) as caught:
-        parse_record(FORMAT, rows, folder)
+        parse_record(MS_SWIFT, rows, folder)
     assert caught.value.expected
     assert caught.value.remedy
 
 
 def test_video_error_names_the_sample_format(folder: Path) -> None:
     with pytest.raises(UserError) as caught:
-        parse_record(FORMAT, record("<image>?", "x", videos=["a.mp4"]), folder)
+        parse_record(MS_SWIFT, record("<image>?", "x", videos=["a.mp4"]), folder)
     part = re.search(r"\{.*\}", caught.value.remedy)
     assert part is not None
     VideoPart.model_validate_json(part[0])
@@ -182,5 +184,5 @@ def test_rows_of_other_formats_are_not_detected(folder: Path) -> None:
         "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]
     }
     assert detect_format([baseline], "here")[0].name == "samples"
-    assert detect_format([{**baseline, "images": ["a.png"]}], "here")[0] is FORMAT
+    assert detect_format([{**baseline, "images": ["a.png"]}], "here")[0] is MS_SWIFT
     assert detect_format([{"query": "?", "response": "x"}], "here")[0].name == "query-response"

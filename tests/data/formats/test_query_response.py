@@ -9,7 +9,7 @@ import pytest
 from format_fixtures import list_turns, parse_record
 
 from finesight.data.formats import detect_format
-from finesight.data.formats.query_response import FORMAT
+from finesight.data.formats.ms_swift import QUERY_RESPONSE
 from finesight.errors import UserError
 
 QUERY = "what is written? Examples of coordinate value formats: [x1,y1,x2,y2]"
@@ -20,17 +20,17 @@ def record(response: str, **more: Any) -> dict[str, Any]:
 
 
 def answer(folder: Path, response: str, **output: Any) -> list[object]:
-    return list_turns(parse_record(FORMAT, record(response), folder, **output))[-1][1]
+    return list_turns(parse_record(QUERY_RESPONSE, record(response), folder, **output))[-1][1]
 
 
 def test_corners_in_pixels(folder: Path) -> None:
     rows = record('{"bbox_2d": [467.0, 128.0, 521.0, 161.0]}')
-    assert list_turns(parse_record(FORMAT, rows, folder)) == [
+    assert list_turns(parse_record(QUERY_RESPONSE, rows, folder)) == [
         ("user", [folder / "b.png", QUERY]),
         ("assistant", [(0, None, (467.0, 128.0, 521.0, 161.0))]),
     ]
     form, reason = detect_format([rows], "here")
-    assert form is FORMAT
+    assert form is QUERY_RESPONSE
     assert "bbox_2d in 1" in reason
 
 
@@ -60,7 +60,7 @@ def test_image_placeholders(folder: Path) -> None:
         "response": "b",
         "system": "Be brief.",
     }
-    assert list_turns(parse_record(FORMAT, rows, folder))[:2] == [
+    assert list_turns(parse_record(QUERY_RESPONSE, rows, folder))[:2] == [
         ("system", ["Be brief."]),
         ("user", [folder / "a.png", "or ", folder / "b.png", "?"]),
     ]
@@ -80,6 +80,6 @@ def test_image_placeholders(folder: Path) -> None:
 )
 def test_invalid_rows_are_rejected(folder: Path, rows: dict[str, Any], what: str) -> None:
     with pytest.raises(UserError, match=what) as caught:
-        parse_record(FORMAT, rows, folder)
+        parse_record(QUERY_RESPONSE, rows, folder)
     assert caught.value.expected
     assert caught.value.remedy

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from tiny_task import TinyTask, read_losses, write_recipe
 from torch import Tensor
 
-from finesight.encode.context_shard import SampleShape
+from finesight.encode.packing import SampleShape
 from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.distributed_sampler import DistributedSampler, build_rank_sampler

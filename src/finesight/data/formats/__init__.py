@@ -14,14 +14,10 @@ from finesight.data.formats import (
     coco,
     conversations,
     image_folder,
-    image_path,
     labelme,
-    llama_factory,
-    llava,
     ms_swift,
     native_samples,
     openai,
-    query_response,
     qwen_vl,
     table,
     voc,
@@ -39,13 +35,13 @@ FORMATS = (
     image_folder.FORMAT,
     native_samples.FORMAT,
     openai.FORMAT,
-    ms_swift.FORMAT,
+    ms_swift.MS_SWIFT,
     qwen_vl.FORMAT,
-    image_path.FORMAT,
-    query_response.FORMAT,
-    llava.FORMAT,
-    llama_factory.FORMAT,
-    conversations.FORMAT,
+    conversations.IMAGE_PATH,
+    ms_swift.QUERY_RESPONSE,
+    conversations.LLAVA,
+    conversations.LLAMA_FACTORY,
+    conversations.CONVERSATIONS,
     table.FORMAT,
 )
 """All dataset formats, in the order in which detection tries them.
@@ -61,9 +57,6 @@ def get_format(name: str, option: str = "--format") -> DatasetFormat:
     Args:
         name: Name of the format, such as "coco".
         option: Command-line option that the name comes from, for error messages.
-
-    Raises:
-        UserError: The name is unknown. The error lists all names and suggests the closest.
     """
     for data_format in FORMATS:
         if data_format.name == name:
@@ -83,9 +76,6 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
 
     Returns:
         The format, and the reason for the match.
-
-    Raises:
-        UserError: No format matches. The error suggests the closest format.
     """
     for data_format in FORMATS:
         detected_by = data_format.detect(records)

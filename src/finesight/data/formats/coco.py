@@ -36,7 +36,6 @@ from finesight.data.formats.image_annotations import (
     LOST_WHITESPACE,
     ImageAnnotation,
     ImageRecord,
-    ImageSize,
     ObjectAnnotation,
     build_detection_examples,
     collect_classes,
@@ -45,6 +44,7 @@ from finesight.data.formats.image_annotations import (
     has_boxes,
     round_coordinate,
 )
+from finesight.data.image_header import ImageSize
 from finesight.data.jsonl import LocatedSample, read_data_file
 from finesight.data.row_reader import Record, RowReader, SourceRow, is_json_object, rows_from_items
 from finesight.data.sample import MAX_ANSWERS, MAX_BOXES, ContentPart, Message, check_limit
@@ -67,10 +67,6 @@ def open_document(source: Path) -> tuple[RowReader, str] | None:
 
     Returns:
         The rows and the reason for the match, or None if the file is not a COCO document.
-
-    Raises:
-        UserError: The document has no captions or boxes, duplicate image IDs, or none of its images
-            is found.
     """
     document = _read_document(source)
     if document is None:
@@ -198,11 +194,7 @@ def _reject_duplicate_ids(ids: Counter[str], source: Path) -> None:
 
 
 def _find_image_folder(source: Path, images: Sequence[Record]) -> Path:
-    """Return the folder that contains the images of a COCO document; see the module docstring.
-
-    Raises:
-        UserError: No image is found, or several folders match equally well.
-    """
+    """Return the folder that contains the images of a COCO document; see the module docstring."""
     step = max(1, len(images) // NUM_PROBED_IMAGES)
     names = [_get_file_name(image) for image in images[::step]]
     tried_folders: list[Path] = []

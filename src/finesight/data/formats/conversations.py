@@ -1,26 +1,57 @@
-"""Conversations with image paths between `<|vision_start|>` and `<|vision_end|>` in the text.
+r"""Conversations of turns with `from` and `value`: four formats that mark images differently.
+
+conversations: image paths between `<|vision_start|>` and `<|vision_end|>`, at any position.
 
 {"conversations": [{"from": "user", "value": "COCO Yes: <|vision_start|>a.jpg<|vision_end|>"},
                    {"from": "assistant", "value": "A dog on a lawn."}]}
 
-A record may have any number of turns, with several images at any position in the text. If it lists
-its images under `image` or `images`, each `<image>` in the text stands for the next of them. See
-`conversation_rows` for boxes in answers.
+image-path: the first user message is only an image path. The rows contain no question: `--prompt`
+sets it. Later user messages are text unless they are image paths as well.
+
+{"conversations": [{"role": "user", "value": "LaTeX_OCR/0.jpg"},
+                   {"role": "assistant", "value": "x ^ { 2 }"}]}
+
+llava: the guide "Finetune LLaVA on Custom Datasets" documents it. The line break after `<image>` is
+removed, because each model family adds its own.
+
+[{"id": "1", "image": "a.jpg",
+  "conversations": [{"from": "human", "value": "<image>\nWhat is this?"},
+                    {"from": "gpt", "value": "A dog on a lawn."}]}]
+
+llama-factory: sharegpt (turns with a list of images) and alpaca, with the default names of columns
+and roles in the README of its `data` folder. In alpaca, the question is the instruction followed by
+the input on a new line; `system` and `history` are the system prompt and earlier turns.
+LLaMA-Factory messages with `role` and `content` are read as `ms-swift`.
+
+{"conversations": [{"from": "human", "value": "<image>What is this?"},
+                   {"from": "gpt", "value": "A dog."}], "images": ["a.jpg"]}
+{"instruction": "<image>What is this?", "input": "", "output": "A dog.", "images": ["a.jpg"]}
+
+If a record lists its images under `image` or `images`, each `<image>` in the text stands for the
+next of them. See `conversation_rows` for boxes in answers.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
 
-from finesight.data.formats import conversation_rows
 from finesight.data.formats.conversation_rows import (
+    JSONL_FILE,
+    Files,
     Turn,
+    add_box_note,
     build_turns_example,
+    encode_row,
     list_checked_images,
     list_turn_texts,
-    parse_answer,
+    parse_history,
+    parse_text,
     parse_turns,
+    render_turns,
+    write_rows,
 )
 from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
@@ -30,29 +61,43 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
     PlaceholderCountError,
     RowImages,
+    has_value,
     split_at_pattern,
-    strip_object_refs,
 )
-from finesight.data.formats.image_path import is_image_path
 from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import Record, SourceRow
-from finesight.data.sample import ContentPart, ImagePart, Role
+from finesight.data.sample import ContentPart, ImagePart, Role, TextPart
 from finesight.errors import UserError
 
 IMAGE_PLACEHOLDER = re.compile(
     r"<\|vision_start\|>(?P<path>(?:(?!<\|vision_).)*)<\|vision_end\|>|<image>", re.DOTALL
 )
+_IMAGE_PATH = re.compile(r"[^\n<>|]+\.(?:jpe?g|png|webp|bmp|gif|tiff?|ppm|jp2|avif)", re.IGNORECASE)
+_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
+"""Names of the roles in LLaVA and sharegpt."""
+
+LLAVA_FILE = "data.json"
+ALPACA_KEYS = ("instruction", "input", "output", "history")
+DATASET_INFO = {
+    "finesight": {
+        "file_name": JSONL_FILE,
+        "formatting": "sharegpt",
+        "columns": {"messages": "conversations", "images": "images"},
+    }
+}
+BOX_NOTE = (
+    ". LLaMA-Factory trains on these coordinates unchanged, even if it resizes images to"
+    " image_max_pixels (768 x 768 unless set): set that above your largest image"
+)
 
 
-KEYS = ("conversations", "system", *IMAGE_KEYS)
-"""Keys of a record that become content; all other keys become metadata."""
+def is_image_path(text: str) -> bool:
+    """Return whether a text consists of a single image path."""
+    return _IMAGE_PATH.fullmatch(text.strip()) is not None
 
 
-def detect(records: Sequence[Record]) -> str | None:
-    """Detect conversations of any kind, and return the reason for the match or None.
-
-    Formats with their own placeholders are tested earlier.
-    """
+def _detect_conversations(records: Sequence[Record]) -> str | None:
+    """Detect conversations of any kind; formats with their own placeholders are tested earlier."""
     turns_per_record = [list_turn_texts(record) for record in records]
     if not all(turns_per_record):
         return None
@@ -65,24 +110,50 @@ def detect(records: Sequence[Record]) -> str | None:
     )
 
 
-def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
-    """Build a training example from a conversation row."""
-    return read_conversation(row, context, parse_turns(row.record))
+def _detect_image_path(records: Sequence[Record]) -> str | None:
+    for record in records:
+        question = next((text for role, text in list_turn_texts(record) if role == "user"), "")
+        if not is_image_path(question):
+            return None
+    return f"the user text is an image path in all of the first {len(records)}"
 
 
-def read_conversation(
-    row: SourceRow, reading: ImportContext, turns: Sequence[Turn]
+def _detect_llava(records: Sequence[Record]) -> str | None:
+    """Detect LLaVA: at least one record has an `image` and `<image>`, others may be text only."""
+    num_with_images = 0
+    for record in records:
+        turns, image = list_turn_texts(record), record.get("image")
+        if not turns or not isinstance(image, str | list | None):
+            return None
+        num_with_images += image is not None and any("<image>" in text for _, text in turns)
+    reason = f"turns with `<image>`, and image in {num_with_images} of the first {len(records)}"
+    return reason if num_with_images else None
+
+
+def _detect_llama_factory(records: Sequence[Record]) -> str | None:
+    """Detect alpaca, or sharegpt in which at least one record lists images."""
+    if all({"instruction", "output"} <= record.keys() for record in records):
+        return f"keys instruction and output in all of the first {len(records)} (alpaca)"
+    if not all(list_turn_texts(record) for record in records):
+        return None
+    num_with_images = sum(isinstance(record.get("images"), list) for record in records)
+    reason = f"turns, and a list of images in {num_with_images} of the first {len(records)}"
+    return f"{reason} (sharegpt)" if num_with_images else None
+
+
+def _parse_conversation(row: SourceRow, context: ImportContext) -> ImportExample:
+    return _build_example(row, context, parse_turns(row.record))
+
+
+def _build_example(
+    row: SourceRow, context: ImportContext, turns: Sequence[Turn], *handled_keys: str
 ) -> ImportExample:
-    """Build a training example from the role and text of each turn of a row.
+    """Build a training example from turns with image placeholders."""
+    row_images = RowImages(context)
+    listed_images = list_checked_images(row.record)
+    unplaced_images = iter(listed_images)
 
-    Raises:
-        UserError: A user turn contains only a path, or images and placeholders differ in number.
-    """
-    scene = RowImages(reading)
-    named = list_checked_images(row.record)
-    unplaced = iter(named)
-
-    def parts_of(role: Role, text: str) -> Iterator[ContentPart]:
+    def parse_turn(role: Role, text: str) -> Iterator[ContentPart]:
         if role == "user" and is_image_path(text):
             raise UserError(
                 f"the user turn contains only a path, {text.strip()[:60]!r}",
@@ -90,65 +161,74 @@ def read_conversation(
                 remedy="choose --format image-path if this applies to all rows, or correct the row",
             )
         for piece in split_at_pattern(text, IMAGE_PLACEHOLDER):
-            if not isinstance(piece, str):
-                yield scene.add_image(piece["path"] or _next_image(unplaced, text))
-            elif role == "assistant":
-                yield from parse_answer(piece, scene)
-            else:
-                yield strip_object_refs(piece)
+            if isinstance(piece, str):
+                yield from parse_text(role, piece, row_images)
+                continue
+            image = piece["path"] or next(unplaced_images, None)
+            if image is None:
+                raise PlaceholderCountError(
+                    f"a placeholder without an image in the text {text[:60]!r}",
+                    expected="a path inside the placeholder, or an image under `image` or `images`",
+                    remedy="add the image, or remove the placeholder from the text",
+                )
+            yield row_images.add_image(image)
 
-    case = build_turns_example(row, reading, turns, parts_of, *KEYS)
-    left = len(list(unplaced))
-    if left:
+    keys = ("conversations", "system", *IMAGE_KEYS, *handled_keys)
+    example = build_turns_example(row, context, turns, parse_turn, *keys)
+    num_unplaced = len(list(unplaced_images))
+    if num_unplaced:
         raise PlaceholderCountError(
-            f"{len(named)} images are listed, {left} of them have no `<image>` in the text",
+            f"{len(listed_images)} images are listed, {num_unplaced} of them have no `<image>` in"
+            " the text",
             expected="one `<image>` per image",
             remedy="correct the row",
         )
-    return case
+    return example
 
 
-def _next_image(remaining_images: Iterator[object], text: str) -> object:
-    for value in remaining_images:
-        return value
-    raise PlaceholderCountError(
-        f"a placeholder without an image in the text {text[:60]!r}",
-        expected="a path inside the placeholder, or an image under `image` or `images`",
-        remedy="add the image, or remove the placeholder from the text",
-    )
+def _parse_image_path(row: SourceRow, context: ImportContext) -> ImportExample:
+    row_images = RowImages(context)
+
+    def parse_turn(role: Role, text: str) -> Iterable[ContentPart]:
+        if role == "user" and (not row_images.paths or is_image_path(text)):
+            return [row_images.add_image(text)]
+        return parse_text(role, text, row_images)
+
+    turns = parse_turns(row.record)
+    return build_turns_example(row, context, turns, parse_turn, "conversations", "system")
 
 
-def write_files(
-    samples: Sequence[LocatedSample], context: ExportContext
-) -> conversation_rows.Files:
-    """Write conversations with image paths in placeholders, and boxes as JSON.
-
-    Boxes are in pixels of the original image.
-    """
-
-    def make_record(located_sample: LocatedSample) -> Record:
-        def make_placeholder(part: ImagePart) -> str:
-            name = context.image_name(located_sample.resolve_path(part.image))
-            return f"<|vision_start|>{name}<|vision_end|>"
-
-        turns_text = render_turns(located_sample, make_placeholder)
-        turns = [{"from": role, "value": text} for role, text in turns_text]
-        return conversation_rows.build_record(located_sample, context, {"conversations": turns})
-
-    yield from conversation_rows.write_rows(samples, make_record)
-    conversation_rows.add_box_note(samples, context)
+def _parse_llava(row: SourceRow, context: ImportContext) -> ImportExample:
+    turns = [(role, text.replace("<image>\n", "<image>")) for role, text in parse_turns(row.record)]
+    return _build_example(row, context, turns)
 
 
-def render_turns(
-    located_sample: LocatedSample, make_placeholder: Callable[[ImagePart], str]
-) -> list[Turn]:
-    """Render the turns of a sample as texts with image placeholders.
+def _parse_llama_factory(row: SourceRow, context: ImportContext) -> ImportExample:
+    record = row.record
+    if "conversations" in record:
+        return _parse_conversation(row, context)
+    instruction, input_text, output = (record.get(key) for key in ALPACA_KEYS[:3])
+    if not (
+        isinstance(instruction, str)
+        and isinstance(output, str)
+        and isinstance(input_text, str | None)
+    ):
+        raise UserError(
+            ", ".join(f"{key} {str(record.get(key))[:30]!r}" for key in ALPACA_KEYS[:3]),
+            expected="three texts, input being optional",
+            remedy="correct the row",
+        )
+    question = f"{instruction}\n{input_text}" if has_value(input_text) else instruction
+    system: list[Turn] = [("system", str(record["system"]))] if record.get("system") else []
+    turns = [*system, *parse_history(record), ("user", question), ("assistant", output)]
+    return _build_example(row, context, turns, *ALPACA_KEYS)
 
-    Raises:
-        UserError: A question consists of an image file name, which an import would read as an
-            image.
-    """
-    turns = conversation_rows.render_turns(located_sample, make_placeholder)
+
+def _render_checked(
+    located_sample: LocatedSample, context: ExportContext, placeholder: str
+) -> tuple[list[Turn], list[str]]:
+    """Render turns, and reject a question that an import would read as an image path."""
+    turns, image_names = render_turns(located_sample, context, placeholder)
     paths = [text for role, text in turns if role == "user" and is_image_path(text)]
     if paths:
         raise UserError(
@@ -156,17 +236,129 @@ def render_turns(
             expected="text that is not an image file name",
             remedy="export to ms-swift or samples, or remove the sample",
         )
-    return turns
+    return turns, image_names
 
 
-FORMAT = DatasetFormat(
+def _write_conversations(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
+    def make_fields(located_sample: LocatedSample) -> Record:
+        turns, _ = _render_checked(located_sample, context, "<|vision_start|>{}<|vision_end|>")
+        return {"conversations": [{"from": role, "value": text} for role, text in turns]}
+
+    yield from write_rows(samples, context, make_fields)
+    add_box_note(samples, context)
+
+
+def _write_image_path(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
+    """Write the image path as first user message, and report the common question as a note."""
+    prompts: set[str] = set()
+
+    def make_fields(located_sample: LocatedSample) -> Record:
+        turns, image_names = render_turns(located_sample, context)
+        user_index = next(index for index, (role, _) in enumerate(turns) if role == "user")
+        image, *rest = located_sample.sample.messages[user_index].content or (None,)
+        texts = [part.text for part in rest if isinstance(part, TextPart)]
+        if not isinstance(image, ImagePart) or len(texts) < len(rest):
+            types = (part.type for part in located_sample.sample.messages[user_index].content)
+            raise _build_unsupported_error(f"a question of {', '.join(types)}")
+        name, prompt = image_names[0], "".join(texts)
+        prompts.add(prompt)
+        later_questions = [text for role, text in turns[user_index + 1 :] if role == "user"]
+        is_supported = (
+            len(image_names) == 1
+            and is_image_path(name)
+            and not any(map(is_image_path, later_questions))
+            and len(prompts) == 1
+        )
+        if not is_supported:
+            raise _build_unsupported_error(f"the question {prompt[:60]!r} about {name!r}")
+        turns[user_index] = ("user", name)
+        return {"conversations": [{"from": role, "value": text} for role, text in turns]}
+
+    yield from write_rows(samples, context, make_fields)
+    add_box_note(samples, context)
+    context.notes.append(
+        f"the rows do not contain the question; --prompt {shlex.quote(prompts.pop())} does"
+    )
+
+
+def _build_unsupported_error(what: str) -> UserError:
+    return UserError(
+        what,
+        expected="one image with a common suffix, then the same question in every sample",
+        remedy="export to conversations, which supports both",
+    )
+
+
+def _write_llava(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
+    """Write a JSON array of conversations about at most one image, without system prompt."""
+
+    def make_fields(located_sample: LocatedSample) -> Record:
+        turns, image_names = _render_checked(located_sample, context, "<image>\n")
+        if len(image_names) > 1 or turns[0][0] == "system":
+            raise UserError(
+                f"{len(image_names)} images, and turns of {', '.join(role for role, _ in turns)}",
+                expected="at most one image, and only user and assistant turns",
+                remedy="export to llama-factory or ms-swift, or remove the sample",
+            )
+        image = {"image": image_names[0]} if image_names else {}
+        rows = [{"from": _SPEAKERS[role], "value": text} for role, text in turns]
+        return {**image, "conversations": rows}
+
+    for sample_index, located_sample in enumerate(samples):
+        row = encode_row(located_sample, context, make_fields)
+        yield LLAVA_FILE, f"{',' if sample_index else '['}\n{row}".encode()
+    yield LLAVA_FILE, b"\n]\n"
+    add_box_note(samples, context)
+
+
+def _write_llama_factory(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
+    """Write sharegpt rows, and a dataset_info.json that registers them as `finesight`."""
+
+    def make_fields(located_sample: LocatedSample) -> Record:
+        turns, image_names = _render_checked(located_sample, context, "<image>")
+        rows = [{"from": _SPEAKERS[role], "value": text} for role, text in turns]
+        return {"conversations": rows, "images": image_names}
+
+    yield from write_rows(samples, context, make_fields)
+    yield "dataset_info.json", f"{json.dumps(DATASET_INFO, indent=2)}\n".encode()
+    add_box_note(samples, context, BOX_NOTE)
+
+
+CONVERSATIONS = DatasetFormat(
     name="conversations",
     description=(
         '"conversations": [{"from": "user", "value": "...<|vision_start|>path<|vision_end|>"}]'
     ),
     typical_keys=frozenset({"conversations", "from", "value"}),
-    detect=detect,
-    parse_row=parse_row,
+    detect=_detect_conversations,
+    parse_row=_parse_conversation,
     supported_options=frozenset({"prompt", "boxes"}),
-    write_files=write_files,
+    write_files=_write_conversations,
+)
+IMAGE_PATH = DatasetFormat(
+    name="image-path",
+    description='"conversations": [{"role": "user", "value": "path"}, ...], question by --prompt',
+    typical_keys=frozenset({"conversations", "role", "value"}),
+    detect=_detect_image_path,
+    parse_row=_parse_image_path,
+    supported_options=frozenset({"prompt", "boxes"}),
+    write_files=_write_image_path,
+)
+LLAVA = DatasetFormat(
+    name="llava",
+    description='"image": "path", "conversations": [{"from": "human", "value": "<image>\\n..."}]',
+    typical_keys=frozenset({"image", "conversations", "from", "value"}),
+    detect=_detect_llava,
+    parse_row=_parse_llava,
+    supported_options=frozenset({"prompt", "boxes"}),
+    write_files=_write_llava,
+)
+LLAMA_FACTORY = DatasetFormat(
+    name="llama-factory",
+    description='"conversations": [{"from": "human", "value": "<image>..."}], "images": ["path"]',
+    typical_keys=frozenset({"conversations", "from", "value", "images", "instruction", "output"}),
+    detect=_detect_llama_factory,
+    parse_row=_parse_llama_factory,
+    supported_options=frozenset({"prompt", "boxes"}),
+    write_files=_write_llama_factory,
 )

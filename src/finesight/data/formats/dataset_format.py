@@ -116,10 +116,12 @@ BoxTask = Literal["detection", "grounding"]
 
 IMAGE_KEYS = ("image", "images")
 VIDEO_KEYS = ("video", "videos")
-UNSUPPORTED_KEYS = (
-    *(*VIDEO_KEYS, "audio", "audios"),
-    *("tools", "objects", "history", "kto_tag"),
-    *("chosen", "rejected", "rejected_response", "rejected_messages"),
+UNSUPPORTED_KEYS = frozenset(
+    {
+        *(*VIDEO_KEYS, "audio", "audios"),
+        *("tools", "objects", "history", "kto_tag"),
+        *("chosen", "rejected", "rejected_response", "rejected_messages"),
+    }
 )
 """Keys of conversation records with content that an import cannot represent.
 
@@ -245,9 +247,6 @@ class ImportContext:
         """Append the text of `--prompt` to the parts of the first user turn.
 
         It starts on a new line after existing text.
-
-        Raises:
-            UserError: There is no prompt and the turn contains no text.
         """
         if self.prompt is None and not any(p.type == "text" and p.text.strip() for p in parts):
             raise UserError(
@@ -292,9 +291,6 @@ class RowImages:
             label: Label of the box.
             default: Convention of the dataset format, which user options override.
             image_index: 0-based index of the image; None is the last added image.
-
-        Raises:
-            UserError: The box precedes the first image, or is invalid.
         """
         if not self.paths:
             raise UserError(

@@ -31,6 +31,7 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.image_header import (
     TRANSPOSED_ORIENTATIONS,
     CorruptImageError,
+    ImageSize,
     open_image_header,
     read_exif_orientation,
 )
@@ -70,9 +71,6 @@ REASON_NO_OBJECTS = "images without objects (skipped by --box-task grounding)"
 
 MAX_CLASSES = 100_000
 """Maximum number of class names in a detection question, which is repeated for each image."""
-
-ImageSize = tuple[int, int]
-"""Height and width of an image in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,10 +329,6 @@ def group_boxes_by_image(
         samples: Samples to export.
         context: State of the export, which counts lost content.
         meta_keys: Metadata keys that the format preserves.
-
-    Raises:
-        UserError: A sample is not a single question about one image, or an answer is neither
-            labeled boxes nor `none`.
     """
     records: dict[Path, ImageRecord] = {}
     for located_sample in samples:
@@ -353,9 +347,6 @@ def group_texts_by_image(
         samples: Samples to export.
         context: State of the export, which counts lost content.
         meta_keys: Metadata keys that the format preserves.
-
-    Raises:
-        UserError: A sample is not a single question about one image, or an answer contains boxes.
     """
     records: dict[Path, ImageRecord] = {}
     for located_sample in samples:
@@ -382,12 +373,7 @@ def collect_classes(records: Sequence[ImageRecord]) -> list[str]:
 
 
 def require_inside_output(path: Path, context: ExportContext, format_name: str) -> str:
-    """Return the path of an image relative to the output folder.
-
-    Raises:
-        UserError: The image is outside of the output folder, so that the format cannot reference
-            it.
-    """
+    """Return the path of an image relative to the output folder."""
     name = context.image_name(path)
     if name.startswith("../") or Path(name).is_absolute():
         raise UserError(
@@ -400,11 +386,7 @@ def require_inside_output(path: Path, context: ExportContext, format_name: str) 
 
 
 def assign_text_file(name: str, used_names: set[str]) -> str:
-    """Reserve the text file of an image, and return its name.
-
-    Raises:
-        UserError: Another image with the same stem uses the text file.
-    """
+    """Reserve the text file of an image, and return its name."""
     text = str(Path(name).with_suffix(".txt"))
     if text in used_names:
         raise UserError(
@@ -450,11 +432,7 @@ def _get_record(
 
 
 def _get_single_image(sample: Sample) -> str:
-    """Return the image path of a sample with a single question about one image.
-
-    Raises:
-        UserError: The sample has several turns, or not exactly one image.
-    """
+    """Return the image path of a sample with a single question about one image."""
     turns = [message.role for message in sample.messages if message.role != "system"]
     images = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
     if turns != ["user", "assistant"] or len(images) != 1:

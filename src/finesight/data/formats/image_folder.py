@@ -82,12 +82,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
 def write_files(
     samples: Sequence[LocatedSample], context: ExportContext
 ) -> Iterator[tuple[str, bytes]]:
-    """Write a text file with the answer next to each image.
-
-    Raises:
-        UserError: An image is outside of the output folder or has several answers, or two images
-            need the same text file.
-    """
+    """Write a text file with the answer next to each image."""
     used_names: set[str] = set()
     for record in group_texts_by_image(samples, context, set()):
         name = require_inside_output(record.image_path, context, "a folder of texts")

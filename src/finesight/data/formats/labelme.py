@@ -33,12 +33,12 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.formats.image_annotations import (
     ImageAnnotation,
     ImageRecord,
-    ImageSize,
     ObjectAnnotation,
     build_detection_examples,
     group_boxes_by_image,
     make_unique_stem,
 )
+from finesight.data.image_header import ImageSize
 from finesight.data.jsonl import LocatedSample, read_data_file
 from finesight.data.line_index import MAX_LINE_BYTES, open_data_file
 from finesight.data.row_reader import (
@@ -101,11 +101,7 @@ def write_files(
 
 
 def _read_record(file: Path) -> Record:
-    """Read and validate a LabelMe file.
-
-    Raises:
-        UserError: The file is not JSON, or has no list of shapes.
-    """
+    """Read and validate a LabelMe file."""
     content = read_data_file(file, MAX_LINE_BYTES)
     check_json(content, str(file))
     try:

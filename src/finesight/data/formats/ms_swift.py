@@ -1,20 +1,24 @@
-"""The dataset format of ms-swift, with boxes under `objects`.
+r"""The dataset formats of ms-swift: messages with boxes under `objects`, and query-response.
 
 {"messages": [{"role": "user", "content": "<image>Find the <ref-object>"},
               {"role": "assistant", "content": "<bbox><bbox>"}], "images": ["a.jpg"],
  "objects": {"ref": ["sheep"], "bbox": [[90.9, 160.8, 135, 212.8], [360.9, 480.8, 495, 532.8]]}}
 
-The page "Custom Dataset" of ms-swift documents it. Placeholders in the text are replaced in order:
-`<image>` by the next of `images`, `<ref-object>` by the next of `ref`, and `<bbox>` by the next of
-`bbox`. Without `<image>` placeholders, the images precede the first question.
+The page "Custom Dataset" of ms-swift documents both. Placeholders in the text are replaced in
+order: `<image>` by the next of `images`, `<ref-object>` by the next of `ref`, and `<bbox>` by the
+next of `bbox`. Without `<image>` placeholders, the images precede the first question.
 
 A box is two corners. With `bbox_type` "real", the default, they are in pixels of the image with the
 0-based index `image_id`; with "norm1" they are normalized. A reference directly before boxes is
 their label; elsewhere it is text. References without a placeholder are ignored, as in ms-swift.
 
 Messages may also be given under `conversation`, as pairs of human and assistant, or under `query`,
-`response` and `history`. LLaMA-Factory messages with images have the same format. See
-`conversation_rows` for boxes in answer texts.
+`response` and `history`, the earlier turns as pairs of texts. LLaMA-Factory messages with images
+have the same format. Rows of `query` and `response` without `objects` are the format
+query-response, whose boxes are JSON under `bbox_2d` in the response; see `conversation_rows`.
+
+{"image": ["a.jpg"], "query": "what is written on the ghost?",
+ "response": "{\"bbox_2d\": [467, 628, 521, 661]}"}
 """
 
 from __future__ import annotations
@@ -24,17 +28,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finesight.data.boxes import BoxConvention
-from finesight.data.formats import conversation_rows
+from finesight.data.boxes import BOX_KEY, BoxConvention
 from finesight.data.formats.conversation_rows import (
+    Files,
+    PartRenderer,
     Turn,
+    add_box_note,
     build_turns_example,
     format_answer,
     list_checked_images,
     list_images,
-    parse_answer,
     parse_history,
+    parse_system,
+    parse_text,
     parse_turns,
+    render_turns,
+    write_rows,
 )
 from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
@@ -42,109 +51,108 @@ from finesight.data.formats.dataset_format import (
     ExportContext,
     ImportContext,
     ImportExample,
+    PlaceholderCountError,
     RowImages,
     as_list,
     has_value,
     make_text_part,
     reject_unsupported_keys,
     split_at_pattern,
-    strip_object_refs,
 )
-from finesight.data.formats.query_response import add_image_placeholders
 from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import BoxPart, ContentPart, Message, Role, TextPart, format_number
 from finesight.errors import UserError
 
+IMAGE_PLACEHOLDER = re.compile("<image>")
 PLACEHOLDER = re.compile(r"<image>|(?P<ref><ref-object>)?(?P<boxes>(?:<bbox>)+)|<ref-object>")
 CONVENTIONS = {"real": BoxConvention(), "norm1": BoxConvention(units="1")}
-MESSAGE_KEYS = ("messages", "conversation", "query", "response", "history", "system", "objects")
+QUERY_KEYS = ("query", "response", "history", "system", *IMAGE_KEYS)
+SWIFT_KEYS = ("messages", "conversation", "objects", *QUERY_KEYS)
 
 
-def detect(records: Sequence[Record]) -> str | None:
-    """Detect ms-swift rows, and return the reason for the match or None.
+def _detect_query_response(records: Sequence[Record]) -> str | None:
+    if not all({"query", "response"} <= record.keys() for record in records):
+        return None
+    boxes = sum(BOX_KEY in str(record["response"]) for record in records)
+    return f"keys query and response, {BOX_KEY} in {boxes} of the first {len(records)}"
 
-    All records have messages of text, or pairs under `conversation`, or a query with `objects` in
-    at least one record.
-    """
+
+def _detect_ms_swift(records: Sequence[Record]) -> str | None:
+    """Detect messages of text, pairs under `conversation`, or a query with `objects`."""
     if all(isinstance(record.get("conversation"), list) for record in records):
         return f"pairs of turns under `conversation` in all of the first {len(records)}"
     num_with_boxes = sum(has_value(record.get("objects")) for record in records)
     if all({"query", "response"} <= record.keys() for record in records):
-        return (
-            f"a query with objects in {num_with_boxes} of the first {len(records)}"
-            if num_with_boxes
-            else None
-        )
-    if not all(_has_text_messages(record) for record in records):
-        return None
+        reason = f"a query with objects in {num_with_boxes} of the first {len(records)}"
+        return reason if num_with_boxes else None
+    for record in records:
+        messages = record.get("messages")
+        if not isinstance(messages, list) or not messages:
+            return None
+        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+            return None
     num_with_images = sum(bool(list_images(record)) for record in records)
     return (
         f"messages of text, images in {num_with_images} and objects in {num_with_boxes} of the"
-        f" first {len(records)};"
-        " LLaMA-Factory's messages with images are the same"
+        f" first {len(records)}; LLaMA-Factory's messages with images are the same"
     )
 
 
-def _has_text_messages(record: Record) -> bool:
-    messages = record.get("messages")
-    return (
-        isinstance(messages, list)
-        and bool(messages)
-        and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages)
-    )
-
-
-def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
-    """Build a training example from an ms-swift row."""
-    reject_unsupported_keys(row.record, ("label",))
-    images, objects = RowImages(context), _ObjectQueue.from_value(row.record.get("objects"))
-    listed_images = list_checked_images(row.record)
+def _parse_query_response(row: SourceRow, context: ImportContext) -> ImportExample:
+    row_images, listed_images = RowImages(context), list_checked_images(row.record)
     remaining_images = iter(listed_images)
 
-    def parse_text(role: Role, text: str) -> Iterator[ContentPart]:
+    def parse_turn(role: Role, text: str) -> Iterator[ContentPart]:
+        for piece in split_at_pattern(text, IMAGE_PLACEHOLDER):
+            if isinstance(piece, str):
+                yield from parse_text(role, piece, row_images)
+            else:
+                yield row_images.add_image(next(remaining_images))
+
+    turns = _add_image_placeholders(_parse_query(row.record), len(listed_images))
+    return build_turns_example(row, context, turns, parse_turn, *QUERY_KEYS)
+
+
+def _parse_ms_swift(row: SourceRow, context: ImportContext) -> ImportExample:
+    reject_unsupported_keys(row.record, ("label",))
+    row_images, listed_images = RowImages(context), list_checked_images(row.record)
+    remaining_images = iter(listed_images)
+    objects = _ObjectQueue.from_value(row.record.get("objects"))
+
+    def parse_turn(role: Role, text: str) -> Iterator[ContentPart]:
         for piece in split_at_pattern(text, PLACEHOLDER):
             if isinstance(piece, str):
-                yield from (
-                    parse_answer(piece, images)
-                    if role == "assistant"
-                    else [strip_object_refs(piece)]
-                )
+                yield from parse_text(role, piece, row_images)
             elif piece[0] == "<image>":
-                yield images.add_image(next(remaining_images))
+                yield row_images.add_image(next(remaining_images))
             elif piece["boxes"] is None:
                 yield make_text_part(objects.next_ref())
             else:
                 label = objects.next_ref() if piece["ref"] else None
                 for _ in range(piece["boxes"].count("<bbox>")):
-                    yield objects.next_box(images, label)
+                    yield objects.next_box(row_images, label)
 
-    turns = add_image_placeholders(_parse_turns(row.record), len(listed_images))
-    case = build_turns_example(row, context, turns, parse_text, *MESSAGE_KEYS, *IMAGE_KEYS)
-    objects.check_consumed()
-    return case
+    turns = _add_image_placeholders(_parse_turns(row.record), len(listed_images))
+    example = build_turns_example(row, context, turns, parse_turn, *SWIFT_KEYS)
+    # Remaining references are ignored, as in ms-swift.
+    num_boxes_left = len(list(objects.boxes))
+    if num_boxes_left:
+        raise UserError(
+            f"{num_boxes_left} boxes under objects.bbox have no `<bbox>` in the text",
+            expected="a `<bbox>` for each box",
+            remedy="correct the row",
+        )
+    return example
 
 
 def _parse_turns(record: Record) -> list[Turn]:
-    system = record.get("system")
-    start: list[Turn] = [("system", str(system))] if system else []
     if "messages" in record:
         return parse_turns(record, "messages")
-    if "conversation" in record:
-        return start + _parse_pairs(record["conversation"])
-    query, response = record.get("query"), record.get("response")
-    if not isinstance(query, str) or not isinstance(response, str):
-        raise UserError(
-            f"a row with the keys {', '.join(map(str, record))}",
-            expected="messages, conversation, or query and response",
-            remedy="correct the row, or choose another --format",
-        )
-    return [*start, *parse_history(record), ("user", query), ("assistant", response)]
-
-
-def _parse_pairs(value: object) -> list[Turn]:
-    turns: list[Turn] = []
-    for pair in as_list(value):
+    if "conversation" not in record:
+        return _parse_query(record)
+    turns = parse_system(record)
+    for pair in as_list(record["conversation"]):
         texts = [pair.get(key) for key in ("human", "assistant")] if isinstance(pair, dict) else []
         if [type(text) for text in texts] != [str, str]:
             raise UserError(
@@ -154,6 +162,43 @@ def _parse_pairs(value: object) -> list[Turn]:
             )
         turns += [("user", str(texts[0])), ("assistant", str(texts[1]))]
     return turns
+
+
+def _parse_query(record: Record) -> list[Turn]:
+    if not {"query", "response"} <= record.keys():
+        raise UserError(
+            f"a row with the keys {', '.join(map(str, record))}",
+            expected="messages, conversation, or query and response",
+            remedy="correct the row, or choose another --format",
+        )
+    query, response = record["query"], record["response"]
+    if not isinstance(query, str) or not isinstance(response, str):
+        key = "response" if isinstance(query, str) else "query"
+        raise UserError(f"{key} is {record[key]!r}", expected="text", remedy="correct the row")
+    history = parse_history(record)
+    return [*parse_system(record), *history, ("user", query), ("assistant", response)]
+
+
+def _add_image_placeholders(turns: list[Turn], num_images: int) -> list[Turn]:
+    """Add one `<image>` per image to the first question, unless the turns have placeholders."""
+    num_placeholders = sum(len(IMAGE_PLACEHOLDER.findall(text)) for _, text in turns)
+    if num_placeholders == num_images:
+        return turns
+    if num_placeholders:
+        raise PlaceholderCountError(
+            f"{num_placeholders} `<image>` in the texts for {num_images} images",
+            expected="one per image, or none",
+            remedy="correct the row",
+        )
+    for turn_index, (role, text) in enumerate(turns):
+        if role == "user":
+            question = (role, "<image>" * num_images + text)
+            return [*turns[:turn_index], question, *turns[turn_index + 1 :]]
+    raise UserError(
+        f"{num_images} images but no user message",
+        expected="a user message that the images belong to",
+        remedy="correct the row",
+    )
 
 
 @dataclass(slots=True)
@@ -166,11 +211,7 @@ class _ObjectQueue:
 
     @classmethod
     def from_value(cls, value: object) -> _ObjectQueue:
-        """Build the queue from the value of the key `objects` of a row.
-
-        Raises:
-            UserError: The value does not have the documented structure.
-        """
+        """Build the queue from the value of the key `objects` of a row."""
         objects: dict[str, Any] = value if isinstance(value, dict) else {}
         bbox_type = objects.get("bbox_type") or "real"
         unknown = objects.keys() - {"ref", "bbox", "bbox_type", "image_id", "width", "height"}
@@ -192,11 +233,8 @@ class _ObjectQueue:
                 expected="a 0-based image index for each box",
                 remedy="correct the row",
             )
-        return cls(
-            iter(as_list(objects.get("ref"))),
-            zip(boxes, valid_ids, strict=True),
-            CONVENTIONS[bbox_type],
-        )
+        located_boxes = zip(boxes, valid_ids, strict=True)
+        return cls(iter(as_list(objects.get("ref"))), located_boxes, CONVENTIONS[bbox_type])
 
     def next_ref(self) -> str:
         ref = next(self.refs, None)
@@ -218,47 +256,6 @@ class _ObjectQueue:
             remedy="correct the row",
         )
 
-    def check_consumed(self) -> None:
-        """Raise UserError if boxes remain for which the text has no placeholder.
-
-        Remaining references are ignored, as in ms-swift.
-        """
-        num_left = len(list(self.boxes))
-        if num_left:
-            raise UserError(
-                f"{num_left} boxes under objects.bbox have no `<bbox>` in the text",
-                expected="a `<bbox>` for each box",
-                remedy="correct the row",
-            )
-
-
-def write_files(
-    samples: Sequence[LocatedSample], context: ExportContext
-) -> conversation_rows.Files:
-    """Write ms-swift rows with `<image>` placeholders, and boxes in pixels under `objects`."""
-
-    def make_record(located_sample: LocatedSample) -> Record:
-        placeholder, objects = (
-            conversation_rows.ImagePlaceholder(located_sample, context),
-            _ObjectColumns([], [], []),
-        )
-        messages = [
-            {"role": message.role, "content": "".join(_iter_texts(message, placeholder, objects))}
-            for message in located_sample.sample.messages
-        ]
-        row: Record = {"messages": messages}
-        if placeholder.image_names:
-            row["images"] = placeholder.image_names
-        if objects.bbox:
-            row["objects"] = asdict(objects)
-        return conversation_rows.build_record(located_sample, context, row)
-
-    yield from conversation_rows.write_rows(samples, make_record)
-    context.notes.append(
-        "ms-swift starts relative paths at the current folder: run it in the output folder, or set"
-        " ROOT_IMAGE_DIR to it"
-    )
-
 
 @dataclass(slots=True)
 class _ObjectColumns:
@@ -269,19 +266,34 @@ class _ObjectColumns:
     image_id: list[int]
 
 
-def _iter_texts(
-    message: Message, placeholder: conversation_rows.ImagePlaceholder, objects: _ObjectColumns
-) -> Iterator[str]:
+def _write_ms_swift(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
+    """Write messages with `<image>` placeholders, and boxes in pixels under `objects`."""
+
+    def make_fields(located_sample: LocatedSample) -> Record:
+        renderer = PartRenderer(located_sample, context)
+        objects = _ObjectColumns([], [], [])
+        messages = [
+            {"role": message.role, "content": "".join(_iter_texts(message, renderer, objects))}
+            for message in located_sample.sample.messages
+        ]
+        images = {"images": renderer.image_names} if renderer.image_names else {}
+        boxes = {"objects": asdict(objects)} if objects.bbox else {}
+        return {"messages": messages, **images, **boxes}
+
+    yield from write_rows(samples, context, make_fields)
+    context.notes.append(
+        "ms-swift starts relative paths at the current folder: run it in the output folder, or set"
+        " ROOT_IMAGE_DIR to it"
+    )
+
+
+def _iter_texts(message: Message, renderer: PartRenderer, objects: _ObjectColumns) -> Iterator[str]:
     has_label = False
     for part in message.content:
         if not isinstance(part, BoxPart):
             has_label = False
-            is_text = message.role == "assistant" and isinstance(part, TextPart)
-            yield (
-                format_answer((part,), 1)
-                if is_text
-                else conversation_rows.render_part(part, placeholder)
-            )
+            is_answer = message.role == "assistant" and isinstance(part, TextPart)
+            yield format_answer((part,), 1) if is_answer else renderer.render(part)
             continue
         if has_label and part.label is None:
             raise UserError(
@@ -298,12 +310,37 @@ def _iter_texts(
         yield "<bbox>"
 
 
-FORMAT = DatasetFormat(
+def _write_query_response(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
+    """Write rows with earlier turns under `history`, and boxes as JSON."""
+
+    def make_fields(located_sample: LocatedSample) -> Record:
+        turns, image_names = render_turns(located_sample, context)
+        system = turns[0][1] if turns[0][0] == "system" else ""
+        texts = [text for role, text in turns if role != "system"]
+        *history, last = [list(pair) for pair in zip(texts[::2], texts[1::2], strict=True)]
+        optional = {"history": history, "system": system, "images": image_names}
+        present = {key: value for key, value in optional.items() if value}
+        return {"query": last[0], "response": last[1], **present}
+
+    yield from write_rows(samples, context, make_fields)
+    add_box_note(samples, context)
+
+
+MS_SWIFT = DatasetFormat(
     name="ms-swift",
     description='"messages": [{"role": "user", "content": "<image>..."}], "images": ["path"]',
     typical_keys=frozenset({"messages", "images", "objects", "role", "content"}),
-    detect=detect,
-    parse_row=parse_row,
+    detect=_detect_ms_swift,
+    parse_row=_parse_ms_swift,
     supported_options=frozenset({"prompt", "boxes"}),
-    write_files=write_files,
+    write_files=_write_ms_swift,
+)
+QUERY_RESPONSE = DatasetFormat(
+    name="query-response",
+    description='"image": ["path"], "query": "...", "response": "..."',
+    typical_keys=frozenset({"query", "response"}),
+    detect=_detect_query_response,
+    parse_row=_parse_query_response,
+    supported_options=frozenset({"prompt", "boxes"}),
+    write_files=_write_query_response,
 )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from finesight.data.boxes import BoxConvention
-from finesight.data.formats import conversation_rows
+from finesight.data.formats.conversation_rows import JSONL_FILE, Files
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
@@ -92,20 +93,16 @@ def _with_fitted_boxes(sample: Sample, reading: ImportContext) -> Sample:
     return sample.with_parts(fitted)
 
 
-def write_files(
-    samples: Sequence[LocatedSample], context: ExportContext
-) -> conversation_rows.Files:
+def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write samples with image paths relative to the output folder."""
     for located_sample in samples:
-        sample = located_sample.sample.map_paths(_make_renamer(located_sample, context))
-        yield (
-            conversation_rows.JSONL_FILE,
-            f"{json.dumps(sample_to_dict(sample), ensure_ascii=False)}\n".encode(),
-        )
+        rename = partial(_name_image, located_sample, context)
+        record = sample_to_dict(located_sample.sample, rename)
+        yield JSONL_FILE, f"{json.dumps(record, ensure_ascii=False)}\n".encode()
 
 
-def _make_renamer(located_sample: LocatedSample, context: ExportContext) -> Callable[[str], str]:
-    return lambda name: context.image_name(located_sample.resolve_path(name))
+def _name_image(located_sample: LocatedSample, context: ExportContext, name: str) -> str:
+    return context.image_name(located_sample.resolve_path(name))
 
 
 FORMAT = DatasetFormat(

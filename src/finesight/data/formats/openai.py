@@ -16,14 +16,20 @@ for boxes in answers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 
-from finesight.data.formats import conversation_rows
 from finesight.data.formats.conversation_rows import (
-    collect_meta,
+    Files,
+    PartRenderer,
+    add_box_note,
+    build_turns_example,
     get_role,
     list_checked_images,
-    parse_answer,
+    parse_text,
     reject_unsupported_turn_keys,
+    render_turns,
+    write_rows,
 )
 from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
@@ -33,24 +39,26 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
     PlaceholderCountError,
     RowImages,
-    build_example,
     has_value,
-    merge_text_parts,
-    reject_unsupported_keys,
-    strip_object_refs,
 )
 from finesight.data.image_resolver import encode_data_url
 from finesight.data.jsonl import LocatedSample
 from finesight.data.row_reader import Record, SourceRow
-from finesight.data.sample import MAX_MESSAGES, ContentPart, ImagePart, Role, TextPart, check_limit
+from finesight.data.sample import (
+    MAX_MESSAGES,
+    ContentPart,
+    ImagePart,
+    Role,
+    TextPart,
+    check_limit,
+)
 from finesight.errors import UserError
+
+_IMAGE_VALUE_KEYS = ("image_url", "image", "url", "path")
 
 
 def detect(records: Sequence[Record]) -> str | None:
-    """Detect OpenAI chat messages, and return the reason for the match or None.
-
-    All records have messages, and at least one message has an image part.
-    """
+    """Detect messages of which at least one has an image part, and return the reason or None."""
     num_image_parts = 0
     for record in records:
         messages = record.get("messages")
@@ -59,18 +67,17 @@ def detect(records: Sequence[Record]) -> str | None:
         for message in messages:
             content = message.get("content") if isinstance(message, dict) else None
             num_image_parts += sum(map(_is_image, content)) if isinstance(content, list) else 0
-    if not num_image_parts:
-        return None
-    return (
-        f"messages with {num_image_parts} parts of type image_url or image in the first"
-        f" {len(records)}"
-    )
+    reason = f"messages with {num_image_parts} parts of type image_url or image in the first"
+    return f"{reason} {len(records)}" if num_image_parts else None
+
+
+def _is_image(item: object) -> bool:
+    return isinstance(item, dict) and item.get("type") in ("image_url", "image")
 
 
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     """Build a training example from a row of OpenAI chat messages."""
-    reject_unsupported_keys(row.record)
-    messages, images = row.record.get("messages"), RowImages(context)
+    messages, row_images = row.record.get("messages"), RowImages(context)
     if not isinstance(messages, list) or not messages:
         raise UserError(
             f"messages is {str(messages)[:60]!r}",
@@ -81,16 +88,26 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     system = row.record.get("system")
     messages = [{"role": "system", "content": system}, *messages] if has_value(system) else messages
     remaining_images = iter(list_checked_images(row.record))
-    turns: list[tuple[Role, list[ContentPart]]] = []
-    for message in messages:
-        role, content = _parse_message(message)
-        parts = [
-            part for item in content for part in _parse_part(item, role, images, remaining_images)
-        ]
-        if turns and turns[-1][0] == role:
-            _join(turns[-1][1], parts)
-        else:
-            turns.append((role, parts))
+
+    def parse_turn(role: Role, contents: Sequence[list[object]]) -> list[ContentPart]:
+        parts: list[ContentPart] = []
+        for content in contents:
+            added = [
+                part
+                for item in content
+                for part in _parse_part(item, role, row_images, remaining_images)
+            ]
+            if parts and added and parts[-1].type == "text" and added[0].type == "text":
+                parts.append(TextPart(text="\n"))
+            parts += added
+        return parts
+
+    turns = [
+        (role, [content for _, content in group])
+        for role, group in groupby(map(_parse_message, messages), key=itemgetter(0))
+    ]
+    keys = ("messages", "system", *IMAGE_KEYS)
+    example = build_turns_example(row, context, turns, parse_turn, *keys)
     num_remaining = len(list(remaining_images))
     if num_remaining:
         raise PlaceholderCountError(
@@ -98,109 +115,69 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
             expected='a part {"type": "image"} per image',
             remedy="correct the row",
         )
-    first_user = next(
-        (turn_index for turn_index, (role, _) in enumerate(turns) if role == "user"), None
-    )
-    parsed_messages = [
-        (role, context.add_prompt(parts) if turn_index == first_user else parts)
-        for turn_index, (role, parts) in enumerate(
-            (role, merge_text_parts(parts)) for role, parts in turns
-        )
-    ]
-    return build_example(
-        row.id, parsed_messages, collect_meta(row.record, "messages", "system", *IMAGE_KEYS)
-    )
+    return example
 
 
 def _parse_message(message: object) -> tuple[Role, list[object]]:
-    """Return the role and the list of content parts of an OpenAI chat message."""
-    role = (
-        get_role({**message, **_developer_as_system(message)})
-        if isinstance(message, dict)
-        else None
+    """Return the role and the list of content parts of a message; developer means system."""
+    if isinstance(message, dict):
+        role = "system" if message.get("role") == "developer" else get_role(message)
+        if role is not None:
+            reject_unsupported_turn_keys(message)
+            content = message.get("content")
+            return role, content if isinstance(content, list) else [
+                {"type": "text", "text": content}
+            ]
+    raise UserError(
+        f"the message {str(message)[:80]}",
+        expected='{"role": "system", "user" or "assistant", "content": text or a list}',
+        remedy="correct the row",
     )
-    if role is None or not isinstance(message, dict):
-        raise UserError(
-            f"the message {str(message)[:80]}",
-            expected='{"role": "system", "user" or "assistant", "content": text or a list}',
-            remedy="correct the row",
-        )
-    reject_unsupported_turn_keys(message)
-    content = message.get("content")
-    return role, content if isinstance(content, list) else [{"type": "text", "text": content}]
-
-
-def _developer_as_system(message: Record) -> Record:
-    return {"role": "system"} if message.get("role") == "developer" else {}
 
 
 def _parse_part(
-    item: object, role: Role, images: RowImages, remaining_images: Iterator[object]
+    item: object, role: Role, row_images: RowImages, remaining_images: Iterator[object]
 ) -> Iterator[ContentPart]:
     if isinstance(item, dict) and item.get("type") == "text" and isinstance(item.get("text"), str):
-        text = item["text"]
-        yield from parse_answer(text, images) if role == "assistant" else [strip_object_refs(text)]
-        return
-    if isinstance(item, dict) and _is_image(item):
-        value = next((item[key] for key in _IMAGE_KEYS if has_value(item.get(key))), None)
+        yield from parse_text(role, item["text"], row_images)
+    elif isinstance(item, dict) and _is_image(item):
+        value = next((item[key] for key in _IMAGE_VALUE_KEYS if has_value(item.get(key))), None)
         value = value.get("url") if isinstance(value, dict) and "url" in value else value
-        yield images.add_image(next(remaining_images, None) if value is None else value)
-        return
-    raise UserError(
-        f"the part {str(item)[:80]}",
-        expected='{"type": "text", "text": ...} or {"type": "image_url", "image_url": {...}}',
-        remedy="correct the row, or remove it",
-    )
+        yield row_images.add_image(next(remaining_images, None) if value is None else value)
+    else:
+        raise UserError(
+            f"the part {str(item)[:80]}",
+            expected='{"type": "text", "text": ...} or {"type": "image_url", "image_url": {...}}',
+            remedy="correct the row, or remove it",
+        )
 
 
-_IMAGE_KEYS = ("image_url", "image", "url", "path")
-
-
-def _is_image(item: object) -> bool:
-    return isinstance(item, dict) and item.get("type") in ("image_url", "image")
-
-
-def _join(before: list[ContentPart], after: list[ContentPart]) -> None:
-    """Append message content to the previous message of the same role.
-
-    Adjacent texts are separated by a line break.
-    """
-    if before and after and isinstance(before[-1], TextPart) and isinstance(after[0], TextPart):
-        before.append(TextPart(text="\n"))
-    before += after
-
-
-def write_files(
-    samples: Sequence[LocatedSample], context: ExportContext
-) -> conversation_rows.Files:
+def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write OpenAI chat messages with images as data URLs, and boxes in answers as JSON."""
 
-    def make_record(located_sample: LocatedSample) -> Record:
-        text_turns = conversation_rows.render_turns(located_sample, lambda part: "")
+    def make_fields(located_sample: LocatedSample) -> Record:
+        renderer = PartRenderer(located_sample, context, "")
+
+        def build_part(part: ContentPart) -> Record:
+            if isinstance(part, ImagePart):
+                url = encode_data_url(located_sample.resolve_path(part.image))
+                return {"type": "image_url", "image_url": {"url": url}}
+            return {"type": "text", "text": renderer.render(part)}
+
+        turns, _ = render_turns(located_sample, context, "")
         messages = [
             {
                 "role": role,
-                "content": [_build_part(part, located_sample) for part in message.content]
+                "content": list(map(build_part, message.content))
                 if any(isinstance(part, ImagePart) for part in message.content)
                 else text,
             }
-            for (role, text), message in zip(
-                text_turns, located_sample.sample.messages, strict=True
-            )
+            for (role, text), message in zip(turns, located_sample.sample.messages, strict=True)
         ]
-        return conversation_rows.build_record(located_sample, context, {"messages": messages})
+        return {"messages": messages}
 
-    yield from conversation_rows.write_rows(samples, make_record)
-    conversation_rows.add_box_note(samples, context)
-
-
-def _build_part(part: ContentPart, located_sample: LocatedSample) -> Record:
-    if isinstance(part, ImagePart):
-        return {
-            "type": "image_url",
-            "image_url": {"url": encode_data_url(located_sample.resolve_path(part.image))},
-        }
-    return {"type": "text", "text": conversation_rows.render_part(part, lambda image: "")}
+    yield from write_rows(samples, context, make_fields)
+    add_box_note(samples, context)
 
 
 FORMAT = DatasetFormat(

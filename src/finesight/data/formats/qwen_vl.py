@@ -15,11 +15,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finesight.data.boxes import BoxConvention
-from finesight.data.formats import conversation_rows
 from finesight.data.formats.conversation_rows import (
+    Files,
+    PartRenderer,
     build_turns_example,
     list_turn_texts,
     parse_turns,
+    write_rows,
 )
 from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
@@ -80,87 +82,67 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     return case
 
 
-def write_files(
-    samples: Sequence[LocatedSample], context: ExportContext
-) -> conversation_rows.Files:
+def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write conversations in the syntax of Qwen-VL.
 
     Box coordinates are rounded to its grid of 1000, with 999 as the maximum.
     """
 
-    def make_record(located_sample: LocatedSample) -> Record:
-        renderer = _PartRenderer(located_sample, context)
+    def make_fields(located_sample: LocatedSample) -> Record:
+        renderer = PartRenderer(located_sample, context, "{}")
         turns = [
-            {
-                "from": message.role,
-                "value": "".join(
-                    renderer.render_part(message, part_index)
-                    for part_index in range(len(message.content))
-                ),
-            }
+            {"from": message.role, "value": "".join(_iter_texts(message, renderer, context))}
             for message in located_sample.sample.messages
         ]
-        return conversation_rows.build_record(located_sample, context, {"conversations": turns})
+        return {"conversations": turns}
 
-    yield from conversation_rows.write_rows(samples, make_record)
+    yield from write_rows(samples, context, make_fields)
 
 
-class _PartRenderer:
-    """Render the parts of one sample in the syntax of Qwen-VL, and number its images."""
-
-    def __init__(self, located_sample: LocatedSample, context: ExportContext) -> None:
-        self._located, self._context = located_sample, context
-        self._image_paths: list[Path] = []
-
-    def render_part(self, message: Message, part_index: int) -> str:
-        """Render one part of a message as text.
-
-        Raises:
-            UserError: A text contains Qwen-VL tags, or a box cannot be represented.
-        """
-        part = message.content[part_index]
+def _iter_texts(message: Message, renderer: PartRenderer, context: ExportContext) -> Iterator[str]:
+    """Yield the text of each part of a message, and number its images."""
+    label = None
+    for part in message.content:
         if not isinstance(part, BoxPart):
-            text = conversation_rows.render_part(part, self._render_image)
-            return text if isinstance(part, ImagePart) else _check_no_markup(text)
-        previous = message.content[part_index - 1] if part_index else None
-        label = previous.label if isinstance(previous, BoxPart) else None
-        if part.image != len(self._image_paths) - 1 or (label is not None and part.label is None):
+            label = None
+            text = _check_no_markup(renderer.render(part))
+            is_image = isinstance(part, ImagePart)
+            number = len(renderer.image_paths)
+            yield f"Picture {number}: <img>{text}</img>\n" if is_image else text
+            continue
+        if part.image != len(renderer.image_paths) - 1 or (
+            label is not None and part.label is None
+        ):
             raise UserError(
-                f"a box in image {part.image} after {len(self._image_paths)} images, or one"
+                f"a box in image {part.image} after {len(renderer.image_paths)} images, or one"
                 " without a label after one with",
                 expected="boxes in the preceding image, and labels for all consecutive boxes",
                 remedy="export to ms-swift or samples, or remove the sample",
             )
-        name = None if part.label is None else _check_no_markup(make_text_part(part.label).text)
-        return ("" if name is None else f"<ref>{name}</ref>") + self._render_box(part)
+        label = part.label
+        if label is not None:
+            yield f"<ref>{_check_no_markup(make_text_part(label).text)}</ref>"
+        yield _format_box(part, renderer.image_paths[-1], context)
 
-    def _render_image(self, part: ImagePart) -> str:
-        self._image_paths.append(self._located.resolve_path(part.image))
-        name = _check_no_markup(self._context.image_name(self._image_paths[-1]))
-        return f"Picture {len(self._image_paths)}: <img>{name}</img>\n"
 
-    def _render_box(self, part: BoxPart) -> str:
-        size = self._context.image_size(self._image_paths[-1])
-        sides = (size[1], size[0], size[1], size[0])
-        grid_box = [value * 1000 / side for value, side in zip(part.xyxy, sides, strict=True)]
-        x1, y1, x2, y2 = (min(round(value), 999) for value in grid_box)
-        if x1 >= x2 or y1 >= y2:
-            raise UserError(
-                f"the box {list(part.xyxy)} is smaller than a grid cell",
-                expected="boxes larger than a thousandth of the image",
-                remedy="export to ms-swift or samples, or remove the sample",
-            )
-        is_rounded = any(abs(a - b) > 1e-3 for a, b in zip(grid_box, (x1, y1, x2, y2), strict=True))
-        self._context.lost_counts["exact box corners (rounded to a grid of 1000)"] += is_rounded
-        return f"<box>({x1},{y1}),({x2},{y2})</box>"
+def _format_box(part: BoxPart, image_path: Path, context: ExportContext) -> str:
+    height, width = context.image_size(image_path)
+    sides = (width, height, width, height)
+    grid_box = [value * 1000 / side for value, side in zip(part.xyxy, sides, strict=True)]
+    x1, y1, x2, y2 = (min(round(value), 999) for value in grid_box)
+    if x1 >= x2 or y1 >= y2:
+        raise UserError(
+            f"the box {list(part.xyxy)} is smaller than a grid cell",
+            expected="boxes larger than a thousandth of the image",
+            remedy="export to ms-swift or samples, or remove the sample",
+        )
+    is_rounded = any(abs(a - b) > 1e-3 for a, b in zip(grid_box, (x1, y1, x2, y2), strict=True))
+    context.lost_counts["exact box corners (rounded to a grid of 1000)"] += is_rounded
+    return f"<box>({x1},{y1}),({x2},{y2})</box>"
 
 
 def _check_no_markup(text: str) -> str:
-    """Return a text unchanged if it contains no Qwen-VL tags.
-
-    Raises:
-        UserError: The text contains <img>, <ref> or <box>.
-    """
+    """Return a text unchanged if it contains no Qwen-VL tags, else raise UserError."""
     if re.search(r"</?(?:img|ref|box)>", text):
         raise UserError(
             f"markup in {text[:60]!r}",

@@ -15,8 +15,13 @@ import shlex
 from collections.abc import Collection, Iterator, Sequence
 
 from finesight.data.boxes import BoxConvention
-from finesight.data.formats import conversation_rows
-from finesight.data.formats.conversation_rows import format_answer, parse_answer
+from finesight.data.formats.conversation_rows import (
+    Files,
+    PartRenderer,
+    format_answer,
+    parse_answer,
+    write_rows,
+)
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
@@ -126,9 +131,6 @@ def _read_cell(row: SourceRow, context: ImportContext, role: str) -> object:
     """Return the value of the column mapped to a role, None without a mapping.
 
     Several comma-separated columns yield a list, such as the four coordinates of a box.
-
-    Raises:
-        UserError: The table has no such column.
     """
     column = context.columns.get(role)
     if column is None:
@@ -205,11 +207,7 @@ def _is_empty(value: object) -> bool:
 
 
 def _format_member(name: str, value: object) -> str:
-    """Format a column name and its value as a member of a JSON object.
-
-    Raises:
-        UserError: The value cannot be written as JSON. The error names the column.
-    """
+    """Format a column name and its value as a member of a JSON object."""
     try:
         written = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_json_default)
         return make_text_part(f"{json.dumps(name, ensure_ascii=False)}: {written}").text
@@ -268,29 +266,21 @@ def _parse_boxes(value: object) -> list[object]:
     return items if not items or isinstance(items[0], list | tuple) else [items]
 
 
-def write_files(
-    samples: Sequence[LocatedSample], context: ExportContext
-) -> conversation_rows.Files:
+def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write table rows of image, question, answer, box and label.
 
     The `--map` options that import the table are reported as a note.
-
-    Raises:
-        UserError: A sample has several questions or a system prompt, its question is not images
-            followed by text, or only some samples have a question.
     """
     columns: dict[str, bool] = {}
 
-    def make_record(located_sample: LocatedSample) -> Record:
+    def make_fields(located_sample: LocatedSample) -> Record:
         row = _build_row(located_sample, context)
         if columns.setdefault("question", "question" in row) != ("question" in row):
             raise _build_unsupported_error("a mix of samples with and without questions")
         columns.update(dict.fromkeys(row, True))
-        return conversation_rows.build_record(
-            located_sample, context, {role: row.get(role) for role in _COLUMN_ROLES}
-        )
+        return {role: row.get(role) for role in _COLUMN_ROLES}
 
-    yield from conversation_rows.write_rows(samples, make_record)
+    yield from write_rows(samples, context, make_fields)
     options = [f"--map {role}={role}" for role in _COLUMN_ROLES if columns.get(role)]
     prompt_options = [] if columns["question"] else ['--prompt ""']
     context.notes.append(f"to read the table: {' '.join(options + prompt_options)}")
@@ -302,18 +292,13 @@ def _build_row(located_sample: LocatedSample, context: ExportContext) -> Record:
         raise _build_unsupported_error(
             f"turns of {', '.join(message.role for message in messages)}"
         )
-    placeholder = conversation_rows.ImagePlaceholder(located_sample, context)
-    question_text = "".join(
-        conversation_rows.render_part(part, placeholder) for part in messages[0].content
-    )
-    question = question_text.removeprefix("<image>" * len(placeholder.image_names))
+    renderer = PartRenderer(located_sample, context)
+    question_text = "".join(renderer.render(part) for part in messages[0].content)
+    image_names = renderer.image_names
+    question = question_text.removeprefix("<image>" * len(image_names))
     if "<image>" in question:
         raise _build_unsupported_error("an image after text")
-    row: Record = {
-        "image": placeholder.image_names[0]
-        if len(placeholder.image_names) == 1
-        else placeholder.image_names
-    }
+    row: Record = {"image": image_names[0] if len(image_names) == 1 else image_names}
     if question:
         row["question"] = question
     content = messages[1].content
@@ -324,13 +309,13 @@ def _build_row(located_sample: LocatedSample, context: ExportContext) -> Record:
         content[:first_box],
         [part for part in content[first_box:] if isinstance(part, BoxPart)],
     )
-    text = format_answer(leading_parts, len(placeholder.image_names))
+    text = format_answer(leading_parts, len(image_names))
     if len(boxes) < len(content) - first_box or (text and boxes and not text.endswith("\n")):
-        text, boxes = format_answer(content, len(placeholder.image_names)), []
+        text, boxes = format_answer(content, len(image_names)), []
     if any(box.label is not None and not box.label.strip() for box in boxes):
         raise _build_unsupported_error("a box with a blank label")
-    if boxes and len(placeholder.image_names) != 1:
-        raise _build_unsupported_error(f"boxes among {len(placeholder.image_names)} images")
+    if boxes and len(image_names) != 1:
+        raise _build_unsupported_error(f"boxes among {len(image_names)} images")
     if text:
         row["answer"] = text.removesuffix("\n") if boxes else text
     if boxes:

@@ -34,7 +34,6 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.formats.image_annotations import (
     ImageAnnotation,
     ImageRecord,
-    ImageSize,
     ObjectAnnotation,
     build_detection_examples,
     group_boxes_by_image,
@@ -42,7 +41,7 @@ from finesight.data.formats.image_annotations import (
     parse_integer,
     round_coordinate,
 )
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_header import CorruptImageError, ImageSize
 from finesight.data.jsonl import LocatedSample, read_data_file
 from finesight.data.row_reader import RowReader, SourceRow, list_folder, open_annotation_files
 from finesight.data.sample import MAX_LABEL_FILE_BYTES
@@ -178,10 +177,6 @@ def _find_image(file: Path, root: ElementTree.Element, *, required: bool) -> Pat
     """Return the image of an annotation: the first candidate path that exists.
 
     If none exists and the image is not required, the path next to the XML file is returned.
-
-    Raises:
-        CorruptImageError: The image is missing and `required` is set. The error lists all
-            candidates.
     """
     name = root.findtext("filename", "").strip().replace("\\", "/") or file.with_suffix(".jpg").name
     folder = root.findtext("folder", "").strip()

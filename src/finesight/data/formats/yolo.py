@@ -101,10 +101,6 @@ def open_folder(source: Path) -> tuple[RowReader, str] | None:
 
     Returns:
         The rows and the reason for the match, or None if the source is not a YOLO dataset.
-
-    Raises:
-        UserError: The YAML file lists no classes or no existing images, or label files have no
-            class names.
     """
     dataset = _open_from_yaml(source) or _open_from_class_names(source)
     if dataset is None:
@@ -157,10 +153,6 @@ def write_files(
     """Write data.yaml, an image list per split, and a label file next to each image.
 
     Images without a split in their metadata are assigned to `train`.
-
-    Raises:
-        UserError: An image is outside the output folder. YOLO derives the path of a label file from
-            the path of the image.
     """
     records = group_boxes_by_image(samples, context, {"split"})
     classes = collect_classes(records)
@@ -213,11 +205,7 @@ def _read_yaml(file: Path) -> Record:
 
 
 def _parse_class_names(value: object, file: Path) -> dict[int, str]:
-    """Parse the list or mapping `names` of data.yaml to class names by ID.
-
-    Raises:
-        UserError: The value is neither a list nor a mapping of class names.
-    """
+    """Parse the list or mapping `names` of data.yaml to class names by ID."""
     pairs = list(value.items()) if isinstance(value, dict) else list(enumerate(as_list(value)))
     are_valid = (
         isinstance(class_id, int) and isinstance(name, str | int) for class_id, name in pairs
@@ -255,9 +243,6 @@ def _resolve_entry(entry: str, root: str, file: Path, split: str) -> Path:
 
     Variants are tried because some tools write an additional `../`, or a `path` that is relative to
     another folder.
-
-    Raises:
-        UserError: None of the variants exists.
     """
     base_folder = file.parent
     stripped = _UPWARDS.sub("", entry)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finesight.encode.tokenized_sample import GridTHW
 from finesight.model.config import (
     ConfigReader,
     PixelNormalization,
@@ -30,6 +29,7 @@ from finesight.model.vision_encoder import (
     frame_lengths,
     patch_coordinates,
 )
+from finesight.vision.patches import GridTHW
 
 _norm = partial(RmsNorm, eps=1e-6)
 

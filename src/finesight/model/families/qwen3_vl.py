@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from finesight.encode.tokenized_sample import GridTHW
 from finesight.model.config import (
     ConfigReader,
     DecoderConfig,
@@ -33,6 +32,7 @@ from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.layers import TANH_GELU, FeedForward, VisionBlock, empty_embedding
 from finesight.model.quant.fp8 import Fp8Rows
 from finesight.model.vision_encoder import VisionEncoder, array_cache, patch_coordinates
+from finesight.vision.patches import GridTHW
 
 _norm = partial(nn.LayerNorm, eps=1e-6)
 

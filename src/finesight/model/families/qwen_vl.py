@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from finesight.encode.tokenized_sample import GridTHW
 from finesight.model.attention import AttentionBackend, Segments, varlen_attention
 from finesight.model.config import ConfigReader, DecoderConfig, PixelNormalization, VisionConfig
 from finesight.model.cpu_attention import copy_to_device
@@ -32,6 +31,7 @@ from finesight.model.layers import RmsNorm, add_norm
 from finesight.model.quant.fp8 import Fp8Rows
 from finesight.model.rope import RotaryCosSin, apply_rotary_pos_emb, inverse_frequencies
 from finesight.model.vision_encoder import VisionEncoder, patch_coordinates
+from finesight.vision.patches import GridTHW
 
 MAX_NTK_DOUBLINGS = 10
 """Maximum number of doublings of the training length: two million tokens for a length of 2048."""

@@ -1,11 +1,13 @@
-"""Launch configs of Triton kernels that determine the size of partial-sum buffers.
+"""Launch configs and arguments of Triton kernels.
 
-This module does not import Triton, since `plan` uses it as well to estimate memory.
+This module does not import Triton, since memory estimates and CPU code use it as well.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from torch import Tensor
 
 TARGET_PROGRAMS, CONCURRENT_PROGRAMS = 2048, 264
 """Number of programs that saturates a large GPU, and two programs for each SM of an H200."""
@@ -59,3 +61,33 @@ def columns_per_chunk(rows: int, width: int, tile: TileConfig) -> int:
 
 def _ceil_div(total: int, size: int) -> int:
     return -(-total // size)
+
+
+class SeededDropout(NamedTuple):
+    """Dropout of an adapter's input, with a reproducible mask.
+
+    The mask is a hash of seed, salt, row and column, so that the backward pass can recompute it.
+
+    Attributes:
+        seed_1: Seed of the forward pass (int32, on the device); None without dropout.
+        salt: Integer that is distinct for each adapter.
+        p: Dropout probability.
+        scale: Factor of retained elements, which includes the adapter's scale.
+    """
+
+    seed_1: Tensor | None
+    salt: int
+    p: float
+    scale: float
+
+    def kernel_args(self, placeholder: Tensor) -> tuple[Tensor, int, int, float]:
+        """Return the kernel arguments: seed, salt, threshold and scale.
+
+        An element is dropped if its hash, a signed 32-bit integer, is below the threshold. Without
+        a seed `placeholder` is passed, which kernels do not read.
+        """
+        seed_1 = placeholder if self.seed_1 is None else self.seed_1
+        return seed_1, self.salt, round(self.p * 2**32) - 2**31, self.scale
+
+
+NO_DROPOUT = SeededDropout(None, 0, 0.0, 1.0)

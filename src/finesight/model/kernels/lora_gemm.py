@@ -20,12 +20,12 @@ from torch import Tensor
 from finesight.model.kernels.launch_config import (
     CONCURRENT_PROGRAMS,
     LORA_DOWN_BACKWARD_TILE,
+    SeededDropout,
     TileConfig,
     rows_per_chunk,
 )
 from finesight.model.kernels.primitives import (
     Ptr,
-    SeededDropout,
     align_layouts,
     hash_u32,
     keep_mask,

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from finesight.model.kernels.fp8_quantize import fp8_factor_and_scale
-from finesight.model.kernels.launch_config import MAX_PARTIAL_SUMS, TileConfig
-from finesight.model.kernels.primitives import Ptr, SeededDropout, keep_mask, sum_partials
+from finesight.model.kernels.launch_config import MAX_PARTIAL_SUMS, SeededDropout, TileConfig
+from finesight.model.kernels.primitives import Ptr, keep_mask, sum_partials
 from finesight.model.quant.fp8 import FP8_MAX, MIN_AMAX, Fp8Rows, empty_fp8_rows
 
 RMS_NORM_TILE = TileConfig(4, 0, 8, 1)

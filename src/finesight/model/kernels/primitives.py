@@ -8,7 +8,7 @@ Shapes: M rows (tokens), N columns of an input.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 import triton
@@ -74,36 +74,6 @@ def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
         partial, y, total, chunks, block_chunks=block_chunks, block=block
     )
     return y
-
-
-class SeededDropout(NamedTuple):
-    """Dropout of an adapter's input, with a reproducible mask.
-
-    The mask is a hash of seed, salt, row and column, so that the backward pass can recompute it.
-
-    Attributes:
-        seed_1: Seed of the forward pass (int32, on the device); None without dropout.
-        salt: Integer that is distinct for each adapter.
-        p: Dropout probability.
-        scale: Factor of retained elements, which includes the adapter's scale.
-    """
-
-    seed_1: Tensor | None
-    salt: int
-    p: float
-    scale: float
-
-    def kernel_args(self, placeholder: Tensor) -> tuple[Tensor, int, int, float]:
-        """Return the kernel arguments: seed, salt, threshold and scale.
-
-        An element is dropped if its hash, a signed 32-bit integer, is below the threshold. Without
-        a seed `placeholder` is passed, which kernels do not read.
-        """
-        seed_1 = placeholder if self.seed_1 is None else self.seed_1
-        return seed_1, self.salt, round(self.p * 2**32) - 2**31, self.scale
-
-
-NO_DROPOUT = SeededDropout(None, 0, 0.0, 1.0)
 
 
 @triton.jit

@@ -18,12 +18,12 @@ from torch import Tensor
 from finesight.model.kernels.launch_config import (
     SWIGLU_BACKWARD_TILE,
     SWIGLU_TILE,
+    SeededDropout,
     columns_per_chunk,
     rows_per_chunk,
 )
 from finesight.model.kernels.primitives import (
     Ptr,
-    SeededDropout,
     align_layouts,
     keep_mask,
     rank_block_size,

@@ -10,9 +10,9 @@ rank of one layer, J input columns including the LoRA ranks and padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ from finesight.model.fused_linear import (
     linear_concat,
     linear_concat_backward,
 )
-from finesight.model.lora.layer import LoraLinear, UpProjection
+from finesight.model.kernels.launch_config import SeededDropout
+from finesight.model.lora.layer import LoraLinear
 from finesight.model.quant.base import HAS_TRITON, QuantizedWeight
 from finesight.model.quant.fp8 import Fp8Rows, accepts_fp8_input
 
@@ -43,13 +44,6 @@ def padding_columns(in_features: int, num_ranks: int) -> int:
     return -(-(in_features + num_ranks) // _COLUMN_ALIGNMENT) * _COLUMN_ALIGNMENT - in_features
 
 
-class UpProjectionCopy(NamedTuple):
-    """LoRA up-projection, and the view of a fused weight that holds its copy."""
-
-    lora_B_OR: Tensor
-    target_OR: Tensor
-
-
 class FusedLoraWeight:
     """Frozen weight W with LoRA up-projections B as additional columns, [W | B].
 
@@ -60,45 +54,52 @@ class FusedLoraWeight:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(
-        self, weight: nn.Parameter, num_ranks: int, up_projections: Sequence[UpProjection]
-    ) -> None:
+    def __init__(self, weight: nn.Parameter, adapter: LoraLinear | None) -> None:
         out_features, in_features = weight.shape
+        num_ranks = 0 if adapter is None else len(adapter.lora_A)
         self.weight_OJ = weight.new_zeros(
             out_features, in_features + padding_columns(in_features, num_ranks)
         )
         self.weight_OJ[:, :in_features] = weight
         weight.data = self.weight_OJ[:, :in_features]
-        self.copies: list[UpProjectionCopy] = []
-        for lora_B_OR, output_slice, rank_slice in up_projections:
-            target_OR = self.weight_OJ[output_slice, in_features:][:, rank_slice]
-            target_OR.copy_(lora_B_OR)
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        """Up-projections, each with the view that holds its copy."""
+        if adapter is None:
+            return
+        for name, lora_slice in adapter.slices.items():
+            lora_B_OR = adapter.lora_B[name]
             assert lora_B_OR.dtype == weight.dtype, f"an adapter in {lora_B_OR.dtype}"
-            self.copies.append(UpProjectionCopy(lora_B_OR, target_OR))
+            ranks_OS = self.weight_OJ[lora_slice.output_slice, in_features:]
+            target_OR = ranks_OS[:, lora_slice.rank_slice]
+            target_OR.copy_(lora_B_OR)
+            self.copies.append((lora_B_OR, target_OR))
 
-    def matches(self, weight: Tensor, up_projections: Sequence[UpProjection]) -> bool:
-        """Return True if this is the fused weight of `weight` and these up-projections."""
-        copied = [pair.lora_B_OR for pair in self.copies]
-        same = len(copied) == len(up_projections) and all(
-            copied_B_OR is other.lora_B_OR
-            for copied_B_OR, other in zip(copied, up_projections, strict=True)
+    def matches(self, weight: Tensor, adapter: LoraLinear | None) -> bool:
+        """Return True if this is the fused weight of `weight` and an adapter."""
+        copied = [id(lora_B_OR) for lora_B_OR, _ in self.copies]
+        current = (
+            [] if adapter is None else [id(lora_B_OR) for lora_B_OR in adapter.lora_B.values()]
         )
-        return same and self.weight_OJ.data_ptr() == weight.data_ptr()
+        return copied == current and self.weight_OJ.data_ptr() == weight.data_ptr()
 
 
-def fuse_lora_weight(
-    linear: FusedLinear, num_ranks: int = 0, up_projections: Sequence[UpProjection] = ()
-) -> FusedLoraWeight:
+def fuse_lora_weight(linear: FusedLinear) -> FusedLoraWeight:
     """Fuse the frozen weight of a linear with its up-projections, on the first call.
 
     Callers that change the up-projections must copy them again with `FusedWeightSync`.
     """
-    weight = linear.weight
+    weight, fused = linear.weight, linear.fused_lora_weight
     assert isinstance(weight, nn.Parameter), f"cannot fuse a {type(weight).__name__}"
-    fused = linear.fused_lora_weight
-    if not (isinstance(fused, FusedLoraWeight) and fused.matches(weight, up_projections)):
-        fused = linear.fused_lora_weight = FusedLoraWeight(weight, num_ranks, up_projections)
+    adapter = linear.adapter if isinstance(linear.adapter, LoraLinear) else None
+    if not (isinstance(fused, FusedLoraWeight) and fused.matches(weight, adapter)):
+        fused = linear.fused_lora_weight = FusedLoraWeight(weight, adapter)
     return fused
+
+
+def is_lora_fusible(linear: FusedLinear) -> bool:
+    """Return True if a linear has an adapter that can be fused with its weight."""
+    is_dense = isinstance(linear.weight, nn.Parameter) and not linear.is_sharded
+    return is_dense and isinstance(linear.adapter, LoraLinear)
 
 
 class FusedWeightSync:
@@ -110,26 +111,26 @@ class FusedWeightSync:
         self._max_shape = 0, 0
 
     @torch.no_grad()
-    def copy_up_projections(self, fused_weights: Sequence[FusedLoraWeight]) -> None:
-        """Copy the current up-projections into these fused weights."""
-        copies = [projection for fused in fused_weights for projection in fused.copies]
+    def copy_up_projections(self, linears: Iterable[FusedLinear]) -> None:
+        """Copy the current up-projections of these linears into their fused weights.
+
+        Missing fused weights are created. Linears that cannot be fused are omitted.
+        """
+        fusible = filter(is_lora_fusible, linears)
+        copies = [pair for linear in fusible for pair in fuse_lora_weight(linear).copies]
         if not copies:
             return
         key = [tensor.data_ptr() for pair in copies for tensor in pair]
         if key != self._key:
             self._key = key
-            self._max_shape = tuple(
-                max(sizes) for sizes in zip(*(pair.lora_B_OR.shape for pair in copies), strict=True)
-            )
-            address_pairs = zip(key[::2], key[1::2], strict=True)
-            rows = [
-                (*pointers, *pair.lora_B_OR.shape, pair.target_OR.stride(0))
-                for pointers, pair in zip(address_pairs, copies, strict=True)
+            shapes = [lora_B_OR.shape for lora_B_OR, _ in copies]
+            self._max_shape = max(rows for rows, _ in shapes), max(ranks for _, ranks in shapes)
+            table = [
+                (source.data_ptr(), target.data_ptr(), *source.shape, target.stride(0))
+                for source, target in copies
             ]
-            self._table_P5 = copy_to_device(
-                np.array(rows, dtype=np.int64), copies[0].lora_B_OR.device
-            )
-        lora_gemm_kernels.copy_matrices(self._table_P5, *self._max_shape, copies[0].lora_B_OR)
+            self._table_P5 = copy_to_device(np.array(table, dtype=np.int64), copies[0][0].device)
+        lora_gemm_kernels.copy_matrices(self._table_P5, *self._max_shape, copies[0][0])
 
 
 _GRADIENT_BUFFERS: list[Callable[[Tensor], Tensor | None]] = []
@@ -151,22 +152,22 @@ def write_gradients_to(find_buffer: Callable[[Tensor], Tensor | None]) -> Iterat
         _GRADIENT_BUFFERS.pop()
 
 
-def get_fused_weight(linear: FusedLinear) -> FusedLoraWeight | None:
-    """Return the fused LoRA weight of a linear, or None if it cannot be fused."""
-    adapter = linear.adapter
-    is_dense = isinstance(linear.weight, nn.Parameter) and not linear.is_sharded
-    if is_dense and isinstance(adapter, LoraLinear):
-        return fuse_lora_weight(linear, len(adapter.lora_A), adapter.up_projections())
-    return None
+@dataclass(frozen=True, slots=True)
+class LoraMatmul:
+    """Forward and backward matmuls of a fused linear, with the parameters of its `LoraLinear`.
 
-
-class LoraMatmul(NamedTuple):
-    """Operands of the matmul of a fused linear with or without LoRA.
+    It computes the same as `LoraLinear.forward` for concatenated outputs, given LoRA activations
+    `low` that include dropout and scale. All layers must be adapted, with equal ranks.
 
     Attributes:
+        in_features: Number of inputs.
+        num_layers: Number of layers of the fused linear.
         weight: Base weight.
+        bias: Bias, or None.
         fused_weight_OJ: Base weight fused with the up-projections, or None.
+        lora_A_SI: Stacked down-projections; None without an adapter.
         lora_Bs_OR: Up-projection of each layer; empty without an adapter.
+        dropout: Dropout and scale of the adapter's input, for the kernels.
     """
 
     in_features: int
@@ -174,17 +175,35 @@ class LoraMatmul(NamedTuple):
     weight: Tensor | QuantizedWeight
     bias: Tensor | None
     fused_weight_OJ: Tensor | None
+    lora_A_SI: Tensor | None
     lora_Bs_OR: tuple[Tensor, ...]
+    dropout: SeededDropout
 
     @classmethod
-    def from_linear(cls, linear: FusedLinear) -> LoraMatmul:
-        """Collect the operands of a fused linear."""
+    def from_linear(
+        cls, linear: FusedLinear, dropout_seed_1: Tensor | None = None, salt: int = 0
+    ) -> LoraMatmul:
+        """Collect the operands of a fused linear for one forward pass.
+
+        Args:
+            linear: Fused linear.
+            dropout_seed_1: Seed of LoRA dropout; may be None if the adapter uses no dropout.
+            salt: Distinct number of the linear in the decoder.
+        """
         common = linear.in_features, len(linear.output_sizes), linear.weight, linear.bias
-        if not isinstance(linear.adapter, LoraLinear):
-            return cls(*common, None, ())
-        fused = get_fused_weight(linear)
-        fused_weight_OJ = None if fused is None else fused.weight_OJ
-        return cls(*common, fused_weight_OJ, tuple(linear.adapter.lora_B.values()))
+        adapter = linear.adapter
+        if not isinstance(adapter, LoraLinear):
+            return cls(*common, None, None, (), SeededDropout(None, salt, 0.0, 1.0))
+        p = adapter.dropout if adapter.training else 0.0
+        assert p == 0.0 or dropout_seed_1 is not None, "dropout without a seed"
+        scale = next(iter(adapter.slices.values())).scale
+        return cls(
+            *common,
+            fuse_lora_weight(linear).weight_OJ if is_lora_fusible(linear) else None,
+            adapter.lora_A,
+            tuple(adapter.lora_B.values()),
+            SeededDropout(dropout_seed_1, salt, p, scale / (1.0 - p)),
+        )
 
     @property
     def is_trainable(self) -> bool:
@@ -204,10 +223,15 @@ class LoraMatmul(NamedTuple):
         return accepts_fp8_input(self.weight)
 
     @property
-    def trainable_parameters(self) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias for the autograd function; None for frozen ones."""
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """Inputs of the autograd function: weight, bias, lora_A and lora_B of each layer.
+
+        Frozen base parameters and missing LoRA parameters are None.
+        """
         weight = self.weight if isinstance(self.weight, Tensor) and self.is_trainable else None
-        return weight, self.bias if self.bias is not None and self.bias.requires_grad else None
+        bias = self.bias if self.bias is not None and self.bias.requires_grad else None
+        lora_Bs_OR = self.lora_Bs_OR or (None,) * self.num_layers
+        return weight, bias, self.lora_A_SI, *lora_Bs_OR
 
     def forward(self, x_TJ: Tensor | Fp8Rows, low_TS: Tensor | None) -> Tensor:
         """Compute x W^T + bias plus the LoRA delta of all layers, concatenated.
@@ -247,12 +271,6 @@ class LoraMatmul(NamedTuple):
         grads = [dy @ lora_B_OR for dy, _, lora_B_OR in self._split_layers(dy_TO, None)]
         return torch.cat(grads, 1) if grads else None
 
-    def lora_B_grads(self, dy_TO: Tensor, low_TS: Tensor | None) -> list[Tensor] | list[None]:
-        """Compute the gradients of the up-projections; return None values without an adapter."""
-        if not self.lora_Bs_OR:
-            return [None] * self.num_layers
-        return [dy.T @ low_TR for dy, low_TR, _ in self._split_layers(dy_TO, low_TS)]
-
     def _split_layers(
         self, y_TO: Tensor, low_TS: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -266,18 +284,22 @@ class LoraMatmul(NamedTuple):
         lows = ys if low_TS is None else low_TS.chunk(len(self.lora_Bs_OR), 1)
         yield from zip(ys, lows, self.lora_Bs_OR, strict=True)
 
-    def parameter_grads(
-        self, dy_TO: Tensor, x_TI: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def base_grads(self, dy_TO: Tensor, x_TI: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Compute the gradients of weight, dy^T x, and bias, the sum of dy.
 
         Gradients of frozen parameters are None.
         """
-        weight, bias = self.trainable_parameters
+        weight, bias, *_ = self.parameters
         assert weight is None or x_TI is not None, "a trainable weight requires its saved input"
         dw_OI = None if weight is None or x_TI is None else _weight_grad(weight, dy_TO, x_TI)
         # Use a matmul: torch's sum over many rows needs more memory than the rows.
         return dw_OI, None if bias is None else (dy_TO.new_ones(1, len(dy_TO)) @ dy_TO)[0]
+
+    def lora_B_grads(self, dy_TO: Tensor, low_TS: Tensor | None) -> list[Tensor] | list[None]:
+        """Compute the gradients of the up-projections; return None values without an adapter."""
+        if not self.lora_Bs_OR:
+            return [None] * self.num_layers
+        return [dy.T @ low_TR for dy, low_TR, _ in self._split_layers(dy_TO, low_TS)]
 
 
 def _weight_grad(weight: Tensor, dy_TO: Tensor, x_TI: Tensor) -> Tensor:

@@ -23,18 +23,7 @@ from finesight.model.fused_linear import (
     linear_with_deltas,
 )
 from finesight.model.fused_ops import dropout, dropout_matmul
-from finesight.model.quant.base import HAS_TRITON, QuantizedWeight
-
-if HAS_TRITON:
-    pass
-
-
-class UpProjection(NamedTuple):
-    """LoRA up-projection [O, R], with its output rows and rank columns."""
-
-    lora_B_OR: Tensor
-    output_slice: slice
-    rank_slice: slice
+from finesight.model.quant.base import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -76,15 +65,11 @@ class LoraFactors(NamedTuple):
     lora_B: Tensor
 
 
-class LoraLayout(NamedTuple):
-    """Output widths of all layers of a fused linear, and slices of the adapted ones."""
-
-    output_sizes: tuple[int, ...]
-    slices: tuple[LoraSlice, ...]
-
-
 class LoraLinear(nn.Module):
-    """LoRA adapter of some or all layers of a `FusedLinear`.
+    """LoRA adapter of some or all layers of a `FusedLinear`: its parameters and reference forward.
+
+    The fused decoder (`lora.fused`), multi-LoRA (`lora.multi`) and with it the decode step compute
+    the same from `lora_A`, `lora_B` and `slices`.
 
     `lora_A` stacks the down-projections of the adapted layers, [sum of ranks, inputs], so that the
     input is read once. `lora_B` holds one up-projection [outputs, rank] per layer. In training the
@@ -106,6 +91,7 @@ class LoraLinear(nn.Module):
         # Keep the order of the fused layers.
         self.configs = {name: configs[name] for name in linear.output_sizes if name in configs}
         self.dropout = dropout
+        self.output_sizes = tuple(linear.output_sizes.values())
         factor_dtype, device = dtype or linear.weight.dtype, linear.weight.device
         rank_sum = sum(low.rank for low in self.configs.values())
         self.lora_A = nn.Parameter(
@@ -113,25 +99,18 @@ class LoraLinear(nn.Module):
         )
         # Add them one by one: ParameterDict sorts the keys of a dict.
         self.lora_B = nn.ParameterDict()
-        for name, config in self.configs.items():
-            shape = linear.output_sizes[name], config.rank
-            self.lora_B[name] = nn.Parameter(torch.zeros(shape, dtype=factor_dtype, device=device))
-        self.slices = self._build_slices(linear.output_sizes)
-        self._layout = LoraLayout(tuple(linear.output_sizes.values()), tuple(self.slices.values()))
-
-    def _build_slices(self, output_sizes: Mapping[str, int]) -> dict[str, LoraSlice]:
-        slices, column, row = {}, 0, 0
-        for index, (name, size) in enumerate(output_sizes.items()):
+        self.slices: dict[str, LoraSlice] = {}
+        column = row = 0
+        for index, (name, size) in enumerate(linear.output_sizes.items()):
             if name in self.configs:
-                config = self.configs[name]
-                output_slice, rank_slice = (
-                    slice(column, column + size),
-                    slice(row, row + config.rank),
+                rank, scale = self.configs[name].rank, self.configs[name].scale
+                lora_B_OR = torch.zeros(size, rank, dtype=factor_dtype, device=device)
+                self.lora_B[name] = nn.Parameter(lora_B_OR)
+                self.slices[name] = LoraSlice(
+                    index, slice(column, column + size), slice(row, row + rank), scale
                 )
-                slices[name] = LoraSlice(index, output_slice, rank_slice, config.scale)
-                row += config.rank
+                row += rank
             column += size
-        return slices
 
     def forward(
         self, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None
@@ -139,25 +118,16 @@ class LoraLinear(nn.Module):
         """Compute base product plus LoRA delta of each layer, [..., I] to [..., O]."""
         is_trainable = isinstance(weight, Tensor) and weight.requires_grad
         assert not is_trainable, "the base weight of an adapter must be frozen"
-        dropout = self.dropout if self.training else 0.0
         outputs = _LoraLinearFunction.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, x.shape[-1]),
             weight,
             bias,
+            self,
+            self.dropout if self.training else 0.0,
             self.lora_A,
-            self._layout,
-            dropout,
-            *(self.lora_B[name] for name in self.slices),
+            *self.lora_B.values(),
         )
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
-
-    def up_projections(self) -> list[UpProjection]:
-        """Return the up-projections with their positions in the fused weight."""
-        slices = self.slices.items()
-        return [
-            UpProjection(self.lora_B[name], lora_slice.output_slice, lora_slice.rank_slice)
-            for name, lora_slice in slices
-        ]
 
     def factors(self) -> dict[str, LoraFactors]:
         """Return A and B of each adapted layer by layer name.
@@ -207,51 +177,39 @@ class _LoraLinearFunction(torch.autograd.Function):
         x_TI: Tensor,
         weight: Tensor | QuantizedWeight,
         bias_O: Tensor | None,
-        lora_A_SI: Tensor,
-        layout: LoraLayout,
+        adapter: LoraLinear,
         p: float,
+        lora_A_SI: Tensor,
         *lora_Bs_OR: Tensor,
     ) -> tuple[Tensor, ...]:
         full_TI, dropout_mask = x_TI, None
         if p > 0.0:
             x_TI, dropout_mask = dropout(x_TI.contiguous(), p)
         low_TS = F.linear(x_TI, lora_A_SI)
+        slices = tuple(adapter.slices.values())
         deltas = [
-            LoraDelta(
-                lora_slice.layer_index,
-                low_TS[:, lora_slice.rank_slice],
-                lora_B_OR,
-                lora_slice.scale,
-            )
-            for lora_slice, lora_B_OR in zip(layout.slices, lora_Bs_OR, strict=True)
+            LoraDelta(s.layer_index, low_TS[:, s.rank_slice], lora_B_OR, s.scale)
+            for s, lora_B_OR in zip(slices, lora_Bs_OR, strict=True)
         ]
-        ys_TO = linear_with_deltas(full_TI, weight, bias_O, layout.output_sizes, deltas)
+        ys_TO = linear_with_deltas(full_TI, weight, bias_O, adapter.output_sizes, deltas)
         ctx.save_for_backward(x_TI, dropout_mask, low_TS, lora_A_SI, *lora_Bs_OR)
         # The weight is frozen and unchanged until the backward pass.
-        ctx.weight, ctx.layout, ctx.dropout = weight, layout, p
+        ctx.weight, ctx.slices, ctx.dropout = weight, slices, p
         return ys_TO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, dropout_mask, low_TS, lora_A_SI, *lora_Bs_OR = ctx.saved_tensors
-        needs_x, _, _, needs_a, _, _, *needs_b = ctx.needs_input_grad
+        needs_x, _, _, _, _, needs_a, *needs_b = ctx.needs_input_grad
         dlow_TS = torch.empty_like(low_TS)
         dbs_OR: list[Tensor | None] = []
-        for lora_slice, lora_B_OR, needs_grad in zip(
-            ctx.layout.slices, lora_Bs_OR, needs_b, strict=True
-        ):
-            dy_TO = dys_TO[lora_slice.layer_index]
+        for s, lora_B_OR, needs_grad in zip(ctx.slices, lora_Bs_OR, needs_b, strict=True):
+            dy_TO, low_TR, db_OR = dys_TO[s.layer_index], low_TS[:, s.rank_slice], None
             # With beta 0 the first operand is only a buffer; its content is not read.
-            dlow_TS[:, lora_slice.rank_slice].addmm_(
-                dy_TO, lora_B_OR, beta=0, alpha=lora_slice.scale
-            )
-            low_TR = low_TS[:, lora_slice.rank_slice]
-            db_OR = (
-                torch.addmm(lora_B_OR, dy_TO.T, low_TR, beta=0, alpha=lora_slice.scale)
-                if needs_grad
-                else None
-            )
+            dlow_TS[:, s.rank_slice].addmm_(dy_TO, lora_B_OR, beta=0, alpha=s.scale)
+            if needs_grad:
+                db_OR = torch.addmm(lora_B_OR, dy_TO.T, low_TR, beta=0, alpha=s.scale)
             dbs_OR.append(db_OR)
         da_SI = dlow_TS.T @ x_TI if needs_a else None
         dx_TI: Tensor | None = None
@@ -261,7 +219,7 @@ class _LoraLinearFunction(torch.autograd.Function):
             else:
                 dx_TI = dropout_matmul(dlow_TS, lora_A_SI, dropout_mask, ctx.dropout)
             add_input_gradient(dx_TI, dys_TO, ctx.weight)
-        return dx_TI, None, None, da_SI, None, None, *dbs_OR
+        return dx_TI, None, None, None, None, da_SI, *dbs_OR
 
 
 class LinearRef(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finesight.model.fused_linear import FusedLinear, LoraDelta, linear_with_deltas
+from finesight.model.fused_linear import FusedLinear, LoraDelta, add_lora_delta, linear_with_deltas
 from finesight.model.lora.layer import LoraLinear, iter_adapters
 from finesight.model.quant.base import QuantizedWeight
 
@@ -118,6 +118,11 @@ class MultiLoraLinear(nn.Module):
     def scale_activations(self, low_TS: Tensor) -> Tensor:
         """Multiply LoRA activations by the scale of each rank, without changing their dtype."""
         return (low_TS * self.rank_scales_TS).to(low_TS.dtype)
+
+    def add_delta(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
+        """Add the LoRA deltas of an input to its concatenated base products, in place."""
+        low_TS = self.scale_activations(F.linear(x_TI, self.lora_A_SI))
+        return add_lora_delta(y_TO, low_TS, self.lora_B_OS)
 
     def forward(
         self, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import finesight.hub.download
 from finesight.errors import UserError
-from finesight.hub import http_client
-from finesight.hub.http_client import HttpClient, HttpSite
-from finesight.hub.transfer import RemoteFile, download_file
+from finesight.hub.download import Downloader, HttpSite, RemoteFile
 
 
 class Server(ThreadingHTTPServer):
@@ -45,7 +44,7 @@ class ReplyHandler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(http_client, "RETRY_DELAYS_S", ())
+    monkeypatch.setattr(finesight.hub.download, "RETRY_DELAYS_S", ())
     server = Server(("127.0.0.1", 0), ReplyHandler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
@@ -57,30 +56,27 @@ def site() -> HttpSite:
     return HttpSite(lambda response, body: UserError(f"status {response.status_code}: {body[:9]}"))
 
 
-def test_endless_error_body_is_bounded(server: Server) -> None:
+def test_endless_error_body_is_bounded(server: Server, tmp_path: Path) -> None:
     server.reply = (404, {"Content-Encoding": "gzip"}, gzip.compress(bytes(100_000_000)))
     tracemalloc.start()
-    with HttpClient(site()) as client, pytest.raises(UserError, match="status 404"):
-        client.get_json(server.url)
+    with pytest.raises(UserError, match="status 404"):
+        download(server, tmp_path)
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()
 
 
 @pytest.mark.parametrize("location", ["http://[::1", "https://a..b/", f"https://{'a' * 70}.com/"])
-def test_invalid_redirect_target(server: Server, location: str) -> None:
+def test_invalid_redirect_target(server: Server, tmp_path: Path, location: str) -> None:
     server.reply = (302, {"Location": location}, b"")
-    with (
-        HttpClient(site()) as client,
-        pytest.raises(UserError, match="not an allowed address") as raised,
-    ):
-        client.get_json(server.url)
+    with pytest.raises(UserError, match="not an allowed address") as raised:
+        download(server, tmp_path)
     assert "secret" not in str(raised.value)
 
 
 def test_invalid_retry_after_header(server: Server, tmp_path: Path) -> None:
     server.reply = (503, {"Retry-After": "\xb2"}, b"")
-    with HttpClient(site()) as client, pytest.raises(UserError, match="no response: status 503"):
-        client.get_json(server.url)
+    with pytest.raises(UserError, match="received 0 bytes, then status 503"):
+        download(server, tmp_path)
     chunked = {"Transfer-Encoding": "chunked"}
     server.reply = (206, {**chunked, "Content-Range": f"bytes 0-1/{'9' * 5000}"}, CHUNKS)
     assert download(server, tmp_path) == b"ab"
@@ -100,7 +96,6 @@ CHUNKS = b"2\r\nab\r\n0\r\n\r\n"
 
 
 def download(server: Server, folder: Path) -> bytes:
-    with HttpClient(site()) as client:
-        file = RemoteFile("a", server.url)
-        download_file(file, folder / "a", client, lambda count: None, threading.Event())
+    with Downloader(site()) as downloader:
+        downloader.download(RemoteFile("a", server.url), folder / "a")
     return (folder / "a").read_bytes()

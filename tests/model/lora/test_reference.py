@@ -1,0 +1,175 @@
+"""Fused matmuls, multi-LoRA and decode kernels against `LoraLinear` on random shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from finesight.model.fused_linear import FusedLinear
+from finesight.model.lora.fused import FusedWeightSync, LoraMatmul, is_lora_fusible
+from finesight.model.lora.layer import LoraConfig, LoraLinear
+from finesight.model.lora.multi import LoraRouting, MultiLora, MultiLoraLinear
+from finesight.model.quant.int8 import Int8Matrix
+
+Configs = dict[str, LoraConfig]
+SIZES = st.integers(1, 40)
+CONFIGS = st.builds(LoraConfig, st.integers(1, 9), st.floats(0.5, 16.0))
+FEW = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def make_linear(
+    widths: list[int], inputs: int, bias: bool = True, dtype: torch.dtype = torch.float64
+) -> FusedLinear:
+    """Return a frozen fused linear with random weights."""
+    torch.manual_seed(len(widths) + inputs)
+    sizes = {f"layer_{index}": width for index, width in enumerate(widths)}
+    linear = FusedLinear(inputs, sizes, bias=bias).to(dtype)
+    for parameter in linear.parameters():
+        nn.init.normal_(parameter)
+    return linear.requires_grad_(False)
+
+
+def install_adapter(linear: FusedLinear, configs: Configs) -> LoraLinear:
+    linear.adapter = adapter = LoraLinear(linear, configs, 0.0)
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    return adapter
+
+
+@FEW
+@given(st.lists(SIZES, min_size=1, max_size=4), SIZES, SIZES, CONFIGS, st.booleans(), st.booleans())
+def test_fused_matmul_matches_lora_linear(
+    widths: list[int], inputs: int, rows: int, config: LoraConfig, bias: bool, is_sharded: bool
+) -> None:
+    """Outputs and all gradients, with the adapter in the weight's matrix and separately."""
+    linear = make_linear(widths, inputs, bias)
+    adapter = install_adapter(linear, dict.fromkeys(linear.output_sizes, config))
+    linear.is_sharded = is_sharded
+    x_TI = torch.randn(rows, inputs, dtype=torch.float64, requires_grad=True)
+    expected_TO = torch.cat(linear(x_TI), 1)
+    dy_TO = torch.randn_like(expected_TO)
+    expected_grads = torch.autograd.grad(
+        expected_TO, [x_TI, adapter.lora_A, *adapter.lora_B.values()], dy_TO
+    )
+    with torch.no_grad():
+        matmul = LoraMatmul.from_linear(linear)
+        assert matmul.lora_A_SI is adapter.lora_A
+        assert is_lora_fusible(linear) is not is_sharded
+        low_TS = matmul.dropout.scale * x_TI @ matmul.lora_A_SI.T
+        padding = x_TI.new_zeros(rows, max(0, matmul.padding - low_TS.shape[1]))
+        x_TJ = torch.cat([x_TI, low_TS, padding], 1) if matmul.padding else x_TI
+        residual_TO = torch.randn_like(expected_TO)
+        torch.testing.assert_close(matmul.forward(x_TJ, low_TS), expected_TO)
+        torch.testing.assert_close(
+            matmul.forward_add(residual_TO, x_TJ, low_TS), residual_TO + expected_TO
+        )
+        dx_TI, dlow_TS = matmul.backward(dy_TO)
+        dlow_TS = matmul.dropout.scale * dlow_TS
+        da_SI, dbs_OR = dlow_TS.T @ x_TI, matmul.lora_B_grads(dy_TO, low_TS)
+        grads = [dx_TI + dlow_TS @ matmul.lora_A_SI, da_SI, *dbs_OR]
+        torch.testing.assert_close(grads, list(expected_grads))
+        torch.testing.assert_close(matmul.lora_backward(dy_TO), matmul.backward(dy_TO)[1])
+
+
+def test_replaced_up_projections_are_fused_again() -> None:
+    linear = make_linear([5, 3], 6)
+    config = dict.fromkeys(linear.output_sizes, LoraConfig(2, 4.0))
+    install_adapter(linear, config)
+    first = LoraMatmul.from_linear(linear).fused_weight_OJ
+    assert LoraMatmul.from_linear(linear).fused_weight_OJ is first
+    install_adapter(linear, config)
+    assert LoraMatmul.from_linear(linear).fused_weight_OJ is not first
+
+
+def test_weights_without_dense_values_are_not_fused() -> None:
+    linear = make_linear([16], 32)
+    FusedWeightSync().copy_up_projections([linear])
+    assert linear.fused_lora_weight is None
+    linear.set_quantized_weight(Int8Matrix)
+    install_adapter(linear, {"layer_0": LoraConfig(2, 4.0)})
+    FusedWeightSync().copy_up_projections([linear])
+    assert linear.fused_lora_weight is None
+    assert LoraMatmul.from_linear(linear).padding == 0
+
+
+def install_multi_lora(
+    linear: FusedLinear, adapters: list[Configs]
+) -> tuple[LoraRouting, list[LoraLinear | None]]:
+    """Install several adapters at once, and return them for the reference."""
+    model = nn.ModuleDict({"linear": linear})
+    multi_lora, references = MultiLora(model), []
+    for configs in adapters:
+        references.append(install_adapter(linear, configs) if configs else None)
+        multi_lora.collect_adapter()
+    routing = multi_lora.install()
+    assert routing is not None
+    return routing, references
+
+
+def expected_rows(
+    linear: FusedLinear, references: list[LoraLinear | None], chosen: list[int], x_TI: Tensor
+) -> Tensor:
+    """Return the outputs of `LoraLinear`, with the chosen adapter of each row."""
+    installed, rows = linear.adapter, []
+    for row, index in enumerate(chosen):
+        linear.adapter = references[index]
+        rows.append(torch.cat(linear(x_TI[row : row + 1]), 1))
+    linear.adapter = installed
+    return torch.cat(rows)
+
+
+@FEW
+@given(st.data(), st.lists(SIZES, min_size=1, max_size=3), SIZES, st.booleans())
+@torch.no_grad()
+def test_multi_lora_matches_lora_linear(
+    data: st.DataObject, widths: list[int], inputs: int, bias: bool
+) -> None:
+    """Adapters of any subset of the layers, with ranks and scales of their own."""
+    linear = make_linear(widths, inputs, bias)
+    layer_configs = st.dictionaries(st.sampled_from(list(linear.output_sizes)), CONFIGS)
+    adapters = data.draw(st.lists(layer_configs, min_size=1, max_size=4).filter(any))
+    chosen = data.draw(st.lists(st.integers(0, len(adapters) - 1), min_size=1, max_size=6))
+    routing, references = install_multi_lora(linear, adapters)
+    x_TI = torch.randn(len(chosen), inputs, dtype=torch.float64)
+    routing.set_mask(torch.cat([routing.build_mask(index) for index in chosen]))
+    expected_TO = expected_rows(linear, references, chosen, x_TI)
+    # The scales of the ranks are in fp32.
+    torch.testing.assert_close(torch.cat(linear(x_TI), 1), expected_TO, rtol=1e-5, atol=1e-4)
+    multi = linear.adapter
+    assert isinstance(multi, MultiLoraLinear)
+    base_TO = nn.functional.linear(x_TI, linear.weight, linear.bias)
+    torch.testing.assert_close(multi.add_delta(base_TO, x_TI), expected_TO, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@settings(FEW, max_examples=15)
+@given(st.lists(st.integers(16, 300), min_size=1, max_size=3), st.integers(16, 900), CONFIGS)
+@torch.no_grad()
+def test_decode_kernel_matches_lora_linear(
+    widths: list[int], inputs: int, config: LoraConfig
+) -> None:
+    """One row in bf16 with the kernel of the decode step, which rounds intermediate results."""
+    from finesight.infer import decode_kernels
+
+    linear = make_linear(widths, inputs, dtype=torch.float32)
+    adapters = [dict.fromkeys(list(linear.output_sizes)[:count], config) for count in (1, 3)]
+    routing, references = install_multi_lora(linear.to("cuda"), adapters)
+    routing.set_mask(routing.build_mask(1))
+    x_1I = torch.randn(1, inputs, device="cuda")
+    expected_1O = expected_rows(linear, references, [1], x_1I)
+    multi = linear.adapter
+    assert isinstance(multi, MultiLoraLinear)
+    low_1S = decode_kernels.fused_gemv(
+        x_1I.bfloat16(), multi.lora_A_SI.bfloat16(), output_scale_1O=multi.rank_scales_TS
+    )
+    y_1O = decode_kernels.fused_gemv(
+        x_1I.bfloat16(),
+        linear.weight.bfloat16(),
+        bias_O=linear.bias.bfloat16(),
+        lora_delta=decode_kernels.GemvLoraDelta(low_1S, multi.lora_B_OS.bfloat16()),
+    )
+    assert (y_1O - expected_1O).norm() <= 0.02 * expected_1O.norm()

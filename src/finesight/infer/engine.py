@@ -455,7 +455,7 @@ def iter_completions(
 
     Args:
         model: Model in evaluation mode.
-        prompts: Index and encoded prompt of each sample; read when the batch has room.
+        prompts: Index and encoded prompt of each sample; read when a sequence can start.
         prompt_lengths: Number of tokens of each prompt.
         max_new_tokens: Maximum length of a completion, at least 1.
         end_ids: Token ids that end a completion.

@@ -15,33 +15,40 @@ from finesight.doctor import diagnostics
 from finesight.doctor.diagnosis import (
     DiagnosisSection,
     format_diagnoses,
-    make_error,
-    make_ok,
-    make_warning,
+    load_catalog,
+    make_diagnosis,
 )
 from finesight.doctor.gpu_check import TorchInfo
 from finesight.errors import UserError
 
+TEXTS = {"progress": "a", "checkpoint": "b", "cause": "c"}
 FOUND = (
     DiagnosisSection(
-        "one", (make_ok("a", "well"), make_warning("b", "could\x1b be", why="so", remedy="do this"))
+        "one",
+        (
+            make_diagnosis("hub", url="https://a"),
+            make_diagnosis("model-incomplete", path="a\x1b", names="b", remedy="do this"),
+        ),
     ),
-    DiagnosisSection("two", (make_error("c", "bad", why="because", remedy="first\nsecond"),)),
+    DiagnosisSection(
+        "two",
+        (make_diagnosis("unfinished", progress="a", checkpoint="b", cause="c", resume="d\ne"),),
+    ),
 )
 
 
 def test_diagnosis_lines_and_commands() -> None:
-    assert format_diagnoses(FOUND) == [
+    assert list(format_diagnoses(FOUND)) == [
         "one",
-        "  ok       well",
-        "  warning  could\\x1b be",
-        "           why: so",
+        "  ok       https://a responds",
+        "  warning  a\\x1b: incomplete downloads: b",
+        "           why: a download was interrupted",
         "           $ do this",
         "two",
-        "  ERROR    bad",
-        "           why: because",
-        "           $ first",
-        "           $ second",
+        "  ERROR    the run is a; b",
+        "           why: c",
+        "           $ d",
+        "           $ e",
         "1 error, 1 warning",
     ]
 
@@ -127,7 +134,10 @@ def test_diagnosis_works_with_broken_torch(tmp_path: Path) -> None:
 
 
 def test_issue_requires_a_remedy() -> None:
-    with pytest.raises(TypeError):
-        make_error("code", "what", why="why")  # type: ignore[call-arg]
+    for code, entry in load_catalog().items():
+        is_ok = entry.get("severity") == "ok"
+        assert set(entry) - {"severity"} == ({"what"} if is_ok else {"what", "why", "remedy"}), code
+    with pytest.raises(KeyError):
+        make_diagnosis("gpu-busy", index=0)
     with pytest.raises(UserError):
         diagnostics.diagnose("no such thing")

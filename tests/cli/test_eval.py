@@ -10,7 +10,7 @@ from click.testing import Result
 from engine_fixtures import make_sample, write_noise_image
 from typer.testing import CliRunner
 
-from finesight.cli.evaluate import evaluate
+from finesight.cli.answers import evaluate
 from finesight.data.jsonl import write_samples
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import REASON_FEW_SAMPLES_UNBOUNDED

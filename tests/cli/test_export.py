@@ -13,7 +13,7 @@ from fake_upload_servers import UploadModelScopeHandler, UploadStorageHandler
 from hub_fixtures import cache
 from typer.testing import CliRunner, Result
 
-from finesight.cli.export import export
+from finesight.cli.models import export
 from finesight.errors import UserError
 from finesight.model.tiny import create_tiny_model
 

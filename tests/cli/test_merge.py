@@ -15,7 +15,7 @@ from hf_reference import CPU
 from lora_fixtures import tune_with_lora
 from typer.testing import CliRunner, Result
 
-from finesight.cli.merge import merge
+from finesight.cli.models import merge
 from finesight.config import PixelRange, TuneSettings
 from finesight.digests import verify_folder
 from finesight.errors import UserError

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from finesight.cli import openmp_spin
-from finesight.cli.openmp_spin import LONG_SPIN_COUNT, SHORT_SPIN_COUNT, configure_openmp_spin
+from finesight.cli import app as app_module
+from finesight.cli.app import LONG_SPIN_COUNT, SHORT_SPIN_COUNT, configure_openmp_spin
 
 
 @pytest.mark.parametrize(
@@ -32,8 +32,8 @@ def test_spin_count_depends_on_current_load(
     """Only currently running threads count, not the load average."""
     if loadavg is not None:
         (tmp_path / "loadavg").write_text(loadavg)
-    monkeypatch.setattr(openmp_spin, "LOADAVG_PATH", tmp_path / "loadavg")
-    monkeypatch.setattr(openmp_spin, "num_allowed_cpus", lambda: cores)
+    monkeypatch.setattr(app_module, "LOADAVG_PATH", tmp_path / "loadavg")
+    monkeypatch.setattr(app_module, "num_allowed_cpus", lambda: cores)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("GOMP_SPINCOUNT", "")
     monkeypatch.delenv("GOMP_SPINCOUNT")
@@ -49,10 +49,11 @@ def test_user_spin_count_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("count", ["2", "", "two"])
 def test_multi_process_runs_use_short_spin_count(
-    count: str, monkeypatch: pytest.MonkeyPatch
+    count: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The launcher sets WORLD_SIZE; invalid values are reported later."""
-    monkeypatch.setattr(openmp_spin, "_count_running_threads", lambda: 0)
+    (tmp_path / "loadavg").write_text("0.00 0.00 0.00 1/345 6789\n")
+    monkeypatch.setattr(app_module, "LOADAVG_PATH", tmp_path / "loadavg")
     monkeypatch.setenv("WORLD_SIZE", count)
     monkeypatch.setenv("GOMP_SPINCOUNT", "")
     monkeypatch.delenv("GOMP_SPINCOUNT")

@@ -9,7 +9,7 @@ from click.testing import Result
 from engine_fixtures import make_sample, write_noise_image
 from typer.testing import CliRunner
 
-from finesight.cli.predict import predict
+from finesight.cli.answers import predict
 from finesight.data.jsonl import write_samples
 from finesight.errors import UserError
 from finesight.model.tiny import create_tiny_model

@@ -11,7 +11,7 @@ from click.testing import Result
 from openai import OpenAI
 from typer.testing import CliRunner
 
-from finesight.cli.serve import serve
+from finesight.cli.servers import serve
 from finesight.errors import UserError
 
 KEY = "a-key-of-this-test-0123456789"

@@ -12,8 +12,7 @@ from click.testing import Result
 from engine_fixtures import make_sample, write_noise_image
 from typer.testing import CliRunner
 
-from finesight.cli.evaluate import evaluate
-from finesight.cli.predict import predict
+from finesight.cli.answers import evaluate, predict
 from finesight.data.jsonl import write_samples
 from finesight.errors import UserError
 from finesight.infer.engine import generate

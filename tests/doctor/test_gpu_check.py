@@ -12,7 +12,7 @@ from doctor_fixtures import find_diagnosis, list_codes, run_remedy
 
 from finesight.doctor import gpu_check, package_check
 from finesight.doctor.gpu_check import GpuInfo, GpuSystem, TorchInfo
-from finesight.doctor.probe_process import run_probe
+from finesight.doctor.probes import ProbeResult, run_probe
 
 NONE = package_check.InstalledPackages({}, (), True)
 BARE = GpuSystem(0, None, None, False, None, "ubuntu", False)
@@ -23,7 +23,7 @@ CUDA = TorchInfo("2.13.0+cu126", "", "12.6", ("sm_80", "sm_90"), (), (H200,), {}
 
 
 def diagnose(seen: GpuSystem, torch: TorchInfo, **environment: str) -> list[gpu_check.Diagnosis]:
-    return gpu_check.check_gpus(seen, torch, NONE, environment)
+    return list(gpu_check.check_gpus(seen, torch, NONE, environment))
 
 
 def test_working_gpu_has_no_issue() -> None:
@@ -173,7 +173,10 @@ def test_gpu_used_by_others_is_avoided(tmp_path: Path, monkeypatch: pytest.Monke
 def test_kernel_architecture_compatibility(
     kernel: str, capability: tuple[int, int], runs: bool
 ) -> None:
-    assert gpu_check._supports_capability(kernel, capability) is runs
+    """Check by a failing GPU, whose error is attributed to the build without such kernels."""
+    failing = replace(H200, capability=capability, error="failed")
+    found = diagnose(DRIVEN, replace(CUDA, gpus=(failing,), arch_list=(kernel,)))
+    assert list_codes(found) == ["gpu-fails" if runs else "torch-wrong-build"]
 
 
 def test_broken_torch_import_is_found_and_fixed(tmp_path: Path) -> None:
@@ -251,10 +254,10 @@ def test_crashed_child_process_is_reported(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "hangs.py").write_text("import time\nprint('{}', flush=True)\ntime.sleep(60)\n")
     monkeypatch.syspath_prepend(tmp_path)
     more = {"PYTHONPATH": str(tmp_path)}
-    assert "SIGSEGV" in run_probe("dies", [], 30, more).error
-    hung = run_probe("hangs", [], 0.5, more)
+    assert "SIGSEGV" in run_probe(["-m", "dies"], 30, more).error
+    hung = run_probe(["-m", "hangs"], 0.5, more)
     assert "timed out" in hung.error
-    assert run_probe("torch_less", [], 30, more).error.startswith("/")
+    assert run_probe(["-m", "torch_less"], 30, more).error.startswith("/")
 
 
 def test_foreign_torch_and_broken_packages_are_reported(tmp_path: Path) -> None:
@@ -265,7 +268,7 @@ def test_foreign_torch_and_broken_packages_are_reported(tmp_path: Path) -> None:
         module_file=str(tmp_path / "torch" / "__init__.py"),
         broken_packages={"PIL": "ImportError: x"},
     )
-    found = gpu_check.check_gpus(BARE, torch, installed, {})
+    found = list(gpu_check.check_gpus(BARE, torch, installed, {}))
     assert list_codes(found) == ["torch-shadowed", "package-broken"]
     assert find_diagnosis(found, "package-broken").remedy.endswith("pillow")
     torch = replace(CPU, module_file=str(tmp_path / "site-packages" / "torch" / "__init__.py"))
@@ -282,8 +285,8 @@ def test_torch_output_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
         "cuda_warnings": [],
     }
     line = json.dumps({**output, "gpus": [card], "broken_packages": {}})
-    ended = gpu_check.probe_process.ProbeResult(f"a warning\n{line}\n", "")
-    monkeypatch.setattr(gpu_check.probe_process, "run_probe", lambda *_: ended)
+    ended = ProbeResult(f"a warning\n{line}\n", "")
+    monkeypatch.setattr(gpu_check.probes, "run_probe", lambda *_: ended)
     assert gpu_check.probe_torch().gpus == (GpuInfo("X", (8, 6), 2, 1, ""),)
 
 

@@ -13,9 +13,9 @@ from doctor_fixtures import find_diagnosis, list_codes, run_remedy, run_shell
 from fake_hub_servers import TOKEN, FakeHubServer, HuggingFaceHandler, run_hub_server
 from huggingface_hub import constants
 
-from finesight.doctor import hub_check
+from finesight.doctor import network_check
 from finesight.doctor.diagnosis import Diagnosis
-from finesight.doctor.environment_check import PROXY_VARIABLES
+from finesight.doctor.network_check import PROXY_VARIABLES
 
 VARIABLES = (*PROXY_VARIABLES, "no_proxy", "NO_PROXY", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE")
 
@@ -62,8 +62,8 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Refusing]]:
     server.server_close()
 
 
-def diagnose(hub: hub_check.HubService = "huggingface") -> list[Diagnosis]:
-    return hub_check.check_hub(hub_check.probe_hub(hub, dict(os.environ)))
+def diagnose(hub: network_check.HubService = "huggingface") -> list[Diagnosis]:
+    return network_check.check_hub(network_check.probe_hub(hub, dict(os.environ)))
 
 
 def set_remedy_env(remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,10 +147,10 @@ def test_unreachable_hub_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_temporary_hub_error_is_a_hint() -> None:
-    down = hub_check.HubReachability(
-        "https://x.org", hub_check.HubResponse(503), None, None, "", ()
+    down = network_check.HubReachability(
+        "https://x.org", network_check.HubResponse(503), None, None, "", ()
     )
-    assert find_diagnosis(hub_check.check_hub(down), "hub-down").severity == "warning"
+    assert find_diagnosis(network_check.check_hub(down), "hub-down").severity == "warning"
 
 
 def test_offline_mode_sends_no_requests(

@@ -24,7 +24,7 @@ HEALTHY_MACHINE = MachineInfo(
 
 
 def diagnose(**facts: object) -> list[Diagnosis]:
-    return machine_check.check_machine(replace(HEALTHY_MACHINE, **facts))
+    return list(machine_check.check_machine(replace(HEALTHY_MACHINE, **facts)))
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def test_valid_model_has_no_issue(valid_model: Path) -> None:
 
 def test_bundled_model_is_valid_and_reinstallable(tmp_path: Path) -> None:
     assert list_codes(diagnose(TINY_MODEL_FOLDER)) == []
-    assert "--force-reinstall --no-deps finesight" in model_check._redownload_command(
+    assert "--force-reinstall --no-deps finesight" in model_check.redownload_command(
         TINY_MODEL_FOLDER
     )
 

@@ -18,7 +18,7 @@ from doctor_fixtures import (
     write_package_metadata,
 )
 
-from finesight.doctor import extras_check, package_check
+from finesight.doctor import package_check
 
 REQUIRES = (
     "safetensors>=0.7",
@@ -111,12 +111,12 @@ def test_extras_describe_features_and_missing_packages(tmp_path: Path) -> None:
     about = tmp_path / "finesight-0.1.0.dist-info" / "METADATA"
     about.write_text(about.read_text().rstrip() + "\nProvides-Extra: quant\n")
     lacking = package_check.list_packages([str(tmp_path)])
-    found = find_diagnosis(extras_check.check_extras(lacking), "extra-missing")
+    found = find_diagnosis(package_check.check_extras(lacking), "extra-missing")
     assert "4 bits" in found.what
     assert "bitsandbytes" in found.why
     assert found.remedy.endswith("-m pip install 'finesight[quant]'")
     write_package_metadata(tmp_path, "bitsandbytes", "0.50.2")
-    there = extras_check.check_extras(package_check.list_packages([str(tmp_path)]))
+    there = list(package_check.check_extras(package_check.list_packages([str(tmp_path)])))
     assert find_diagnosis(there, "extra").severity == "ok"
     # The planted metadata know of one extra only.
     assert "serve" in find_diagnosis(there, "metadata-outdated").what
@@ -124,7 +124,7 @@ def test_extras_describe_features_and_missing_packages(tmp_path: Path) -> None:
 
 def test_every_user_extra_has_a_description() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {*extras_check.EXTRA_DESCRIPTIONS, *package_check.DEV_EXTRAS} == {
+    assert {*package_check.EXTRA_DESCRIPTIONS, *package_check.DEV_EXTRAS} == {
         *project["optional-dependencies"]
     }
 

@@ -18,7 +18,7 @@ from run_dir_fixtures import (
     make_prediction_line,
 )
 
-from finesight.doctor import prediction_check, run_end_check
+from finesight.doctor import prediction_check, run_check
 from finesight.doctor.diagnosis import Diagnosis
 from finesight.report.run_reader import read_run
 
@@ -195,6 +195,6 @@ def test_out_of_memory_suggests_smaller_packs(fake_run_dir: FakeRunDir) -> None:
     record.recipe["train"] = {"pack_tokens": 4096}
     for line in record.steps:
         line |= {"pack_tokens": 4096 if line["step"] < 9 else 1024, "activation_checkpointing": 0.0}
-    found = find_diagnosis(run_end_check.check_run_end(record), "gpu-out-of-memory")
+    found = find_diagnosis(run_check.check_run_end(record), "gpu-out-of-memory")
     assert "from step 9" in found.what
     assert "train.pack_tokens=1024" in found.remedy

@@ -11,7 +11,7 @@ import yaml
 from doctor_fixtures import find_diagnosis, list_codes, write_package_metadata
 from tiny_task import make_task, write_recipe
 
-from finesight.doctor import diagnostics, package_check, recipe_check
+from finesight.doctor import diagnostics, model_check, package_check
 from finesight.doctor.diagnosis import Diagnosis
 from finesight.doctor.gpu_check import GpuInfo, TorchInfo
 from finesight.doctor.machine_check import GB, WriteLocation
@@ -21,7 +21,7 @@ OUTPUT = WriteLocation("output", Path("/runs"), 100 * GB, True)
 CPU = TorchInfo("2.13.0+cpu")
 T4 = TorchInfo("2.13.0+cu126", gpus=(GpuInfo("Tesla T4", (7, 5), 16 * GB, 15 * GB, ""),))
 NONE = package_check.InstalledPackages({}, (), True)
-AROUND = recipe_check.RecipeContext(NONE, CPU, OUTPUT)
+AROUND = model_check.RecipeContext(NONE, CPU, OUTPUT)
 
 
 @pytest.fixture
@@ -31,9 +31,9 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def diagnose(
-    path: Path, *changes: str, around: recipe_check.RecipeContext = AROUND
+    path: Path, *changes: str, around: model_check.RecipeContext = AROUND
 ) -> list[Diagnosis]:
-    return recipe_check.check_recipe(path, load_recipe(path, changes), around)
+    return model_check.check_recipe(path, load_recipe(path, changes), around)
 
 
 def remedy_overrides(path: Path, found: Diagnosis) -> list[str]:

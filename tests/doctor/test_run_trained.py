@@ -19,7 +19,7 @@ from tiny_task import TinyTask
 
 from finesight import storage
 from finesight.cli.app import run_command
-from finesight.doctor import run_end_check, training_check
+from finesight.doctor import run_check
 from finesight.doctor.diagnosis import Diagnosis
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.report.run_reader import read_run
@@ -40,7 +40,7 @@ def unfinished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def diagnose(folder: Path) -> list[Diagnosis]:
     record = read_run(folder)
-    return [*run_end_check.check_run_end(record), *training_check.check_training(record)]
+    return [*run_check.check_run_end(record), *run_check.check_training(record)]
 
 
 def run_remedy(remedy: str) -> None:
@@ -225,7 +225,7 @@ def test_running_run_is_not_touched(unfinished_run: Path) -> None:
 def test_no_disk_space_for_checkpoint_is_reported(
     unfinished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_end_check.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    monkeypatch.setattr(run_check.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
     found = find_diagnosis(diagnose(unfinished_run), "disk-full")
     assert found.remedy.startswith("du ")
 

@@ -3,50 +3,48 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from doctor_fixtures import find_diagnosis
 
-from finesight.doctor import smoke_test, smoke_test_stages
-from finesight.doctor.gpu_check import GpuInfo, TorchInfo
-from finesight.doctor.probe_process import ProbeResult
-from finesight.doctor.smoke_test import SmokeResult, SmokeStage
-
-PASSED_STAGES = tuple(SmokeStage(name, 1.0, "") for name in smoke_test.STAGES)
+from finesight.doctor import gpu_check, probes
+from finesight.doctor.gpu_check import GpuInfo, SmokeResult, TorchInfo
+from finesight.doctor.probes import ProbeResult
 
 
 def test_all_stages_pass_on_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(smoke_test_stages, "STEPS", 3)
-    monkeypatch.setattr(sys, "argv", ["smoke_child", "cpu", str(tmp_path)])
-    smoke_test_stages.main()
+    monkeypatch.setattr(probes, "NUM_STEPS", 3)
+    probes.run_smoke_stages("cpu", tmp_path)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["stage"] for line in lines] == list(smoke_test.STAGES)
+    assert [line["stage"] for line in lines] == list(gpu_check.SMOKE_TEST_STAGES)
     assert "loss" in lines[2]["what"]
 
 
 def test_each_gpu_is_tested_and_files_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     folders = []
 
-    def ended(module: str, words: list[str], seconds: float, more: dict[str, str]) -> ProbeResult:
-        folders.append(Path(words[1]))
+    def ended(words: list[str], seconds: float, more: dict[str, str]) -> ProbeResult:
+        folders.append(Path(words[4]))
         shown = more.get("CUDA_VISIBLE_DEVICES")
-        assert (words[0] == "cpu") == (shown is None)
-        lines = [json.dumps({"stage": s, "seconds": 0.5, "what": "x"}) for s in smoke_test.STAGES]
+        assert (words[3] == "cpu") == (shown is None)
+        lines = [
+            json.dumps({"stage": s, "seconds": 0.5, "what": "x"})
+            for s in gpu_check.SMOKE_TEST_STAGES
+        ]
         return ProbeResult(
             "\n".join(lines[:2] if shown == "1" else lines), "no" if shown == "1" else ""
         )
 
-    monkeypatch.setattr(smoke_test.probe_process, "run_probe", ended)
+    monkeypatch.setattr(gpu_check.probes, "run_probe", ended)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     card = GpuInfo("X", (9, 0), 1, 1, "")
-    tried = smoke_test.run_smoke_tests(TorchInfo("2", gpus=(card, card)))
+    tried = gpu_check.run_smoke_tests(TorchInfo("2", gpus=(card, card)))
     assert [one.device for one in tried] == ["CPU", "GPU 0", "GPU 1"]
     assert not any(folder.exists() for folder in folders)
-    found = smoke_test.check_smoke_tests(tried)
+    found = list(gpu_check.check_smoke_tests(tried))
     assert [one.severity for one in found] == ["ok", "ok", "error"]
     assert "stage train failed: no" in found[2].what
     assert found[2].remedy == "export CUDA_VISIBLE_DEVICES=0"
@@ -54,8 +52,8 @@ def test_each_gpu_is_tested_and_files_are_removed(monkeypatch: pytest.MonkeyPatc
 
 def test_failing_cpu_suggests_quickstart() -> None:
     found = find_diagnosis(
-        smoke_test.check_smoke_tests(
-            [SmokeResult("CPU", None, PASSED_STAGES[:1], "Illegal instruction")]
+        gpu_check.check_smoke_tests(
+            [SmokeResult("CPU", None, ("load 1.0 s",), "Illegal instruction")]
         ),
         "smoke-test",
     )

@@ -18,7 +18,7 @@ from run_dir_fixtures import (
     make_step_line,
 )
 
-from finesight.doctor import training_check
+from finesight.doctor import run_check
 from finesight.doctor.diagnosis import Diagnosis
 from finesight.recipe import load_recipe
 from finesight.report.run_reader import read_run
@@ -39,7 +39,7 @@ def diagnose(
     made.write_lines("metrics.jsonl", [START_RECORD | {"num_workers": 2}, *lines])
     if result:
         made.write_finished(**result)
-    return training_check.check_training(read_run(made.folder))
+    return run_check.check_training(read_run(made.folder))
 
 
 def steps(loss: Callable[[int], float], count: int = 60, **more: object) -> list[JsonLine]:

@@ -15,7 +15,7 @@ import typer
 from engine_fixtures import make_sample, write_noise_image
 from typer.testing import CliRunner
 
-from finesight.cli.predict import predict
+from finesight.cli.answers import predict
 from finesight.config import EvalSettings, Recipe
 from finesight.data.jsonl import LocatedSample, write_samples
 from finesight.data.sample import BoxPart, TextPart

@@ -7,43 +7,92 @@ that `--help` stays fast.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
 from io import TextIOWrapper
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from finesight import __version__
+from finesight.cli.answers import evaluate, predict
 from finesight.cli.chat import chat
-from finesight.cli.compare import compare
-from finesight.cli.convert import convert
 from finesight.cli.data_check import check
-from finesight.cli.data_export import export_data
-from finesight.cli.data_import import import_data
-from finesight.cli.data_migrate import migrate
-from finesight.cli.data_plan import plan
-from finesight.cli.data_show import show
+from finesight.cli.data_files import export_data, import_data, migrate
+from finesight.cli.data_recipe import plan, show
 from finesight.cli.doctor import doctor
-from finesight.cli.download import download
-from finesight.cli.evaluate import evaluate
-from finesight.cli.export import export
-from finesight.cli.launch import launch
-from finesight.cli.merge import merge
-from finesight.cli.openmp_spin import configure_openmp_spin
-from finesight.cli.plain_help import PlainHelpCommand
-from finesight.cli.predict import predict
-from finesight.cli.quickstart import quickstart
-from finesight.cli.report import report
-from finesight.cli.serve import serve
-from finesight.cli.train import train
-from finesight.cli.web import web
+from finesight.cli.models import download, export, merge
+from finesight.cli.reports import compare, report
+from finesight.cli.servers import serve, web
+from finesight.cli.training import convert, launch, quickstart, train
 from finesight.errors import TrainingInterrupted, UserError
+from finesight.host_memory import num_allowed_cpus
 
 EXIT_USER_ERROR = 2
 EXIT_CHECKPOINTED = 75
 EXIT_INTERRUPTED = 130
+
+LONG_SPIN_COUNT, SHORT_SPIN_COUNT = 20_000, 2_000
+"""Spin counts (GOMP_SPINCOUNT). On two cores of a Xeon, LONG_SPIN_COUNT shortens a LoRA step by 20
+%. Two concurrent runs on the same cores take twice as long with LONG_SPIN_COUNT as with
+SHORT_SPIN_COUNT, and many times as long with the default of 300,000."""
+
+LOADAVG_PATH = Path("/proc/loadavg")
+
+_PLACEHOLDERS = {
+    "int": "INTEGER",
+    "float": "NUMBER",
+    "str": "TEXT",
+    "path": "PATH",
+    "file": "FILE",
+    "dir": "FOLDER",
+}
+"""Placeholder of each Python type that typer prints, such as `<int range>`."""
+
+_TYPE_NAME = re.compile(rf"<(?:list\[)?({'|'.join(_PLACEHOLDERS)})(?: range)?\]?>", re.IGNORECASE)
+
+
+class PlainHelpCommand(TyperCommand):
+    """A command whose help shows `RECIPE [KEY=VALUE]...` and `--limit INTEGER`.
+
+    Typer prints names of Python types instead, such as `{RECIPE} <path>` and `--limit <int range>`.
+    """
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the words of the usage line after the command."""
+        arguments = [p for p in self.get_params(ctx) if p.param_type_name == "argument"]
+        return [str(self.options_metavar), *map(_format_argument, arguments)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the sections of arguments and options."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is None:
+                continue
+            name, text = record
+            if param.param_type_name == "argument":
+                sections["Arguments"].append((_format_argument(param), text))
+            else:
+                name = _TYPE_NAME.sub(lambda match: _PLACEHOLDERS[match[1].lower()], name)
+                sections["Options"].append((name, text))
+        for title, rows in sections.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+def _format_argument(param: Any) -> str:
+    """Format an argument: `NAME` if required, else `[NAME]`, with `...` for several values."""
+    name = param.metavar or param.name.upper()
+    return (name if param.required else f"[{name}]") + ("..." if param.nargs != 1 else "")
+
 
 app = typer.Typer(
     name="finesight",
@@ -146,3 +195,21 @@ def main() -> None:
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8
     sys.exit(run_command(sys.argv[1:]))
+
+
+def configure_openmp_spin() -> None:
+    """Set the OpenMP spin count for this process and its children, before torch loads libgomp.
+
+    Idle threads spin before they sleep. A long spin shortens training steps on an idle machine, and
+    slows down concurrent processes on a busy one. The count is short if other threads use half of
+    the CPUs, if their number is unknown (macOS), or if this process is one of several ranks.
+    Unrelated processes that start at the same moment are not detected.
+    """
+    is_idle = False
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        # The fourth field of proc_loadavg(5) includes this thread.
+        num_running = int(LOADAVG_PATH.read_text().split()[3].partition("/")[0]) - 1
+        is_single_process = os.environ.get("WORLD_SIZE", "1") == "1"
+        is_idle = is_single_process and 2 * num_running < num_allowed_cpus()
+    spin_count = LONG_SPIN_COUNT if is_idle else SHORT_SPIN_COUNT
+    os.environ.setdefault("GOMP_SPINCOUNT", str(spin_count))

@@ -55,7 +55,7 @@ def doctor(
     Example: finesight doctor runs/latex
     """
     from finesight.doctor import diagnostics
-    from finesight.doctor.diagnosis import count_errors, diagnoses_to_dict, format_diagnoses
+    from finesight.doctor.diagnosis import count_severity, diagnoses_to_dict, format_diagnoses
     from finesight.errors import UserError
 
     if subject is None:
@@ -76,5 +76,5 @@ def doctor(
         if as_json
         else "\n".join(format_diagnoses(diagnosis))
     )
-    if count_errors(diagnosis):
+    if count_severity(diagnosis, "error"):
         raise typer.Exit(EXIT_ERROR_FOUND)

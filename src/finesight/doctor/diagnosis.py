@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, Literal
+
+import yaml
 
 from finesight.errors import UserError, escape_unprintable
 
@@ -22,9 +26,6 @@ DiagnosisSeverity = Literal["error", "warning", "ok"]
 class Diagnosis:
     """Result of one check of `finesight doctor`.
 
-    Create it with `make_error`, `make_warning` or `make_ok`, which require a reason and a remedy
-    for each problem.
-
     Attributes:
         code: Identifier of the check.
         severity: Severity of the result.
@@ -39,10 +40,6 @@ class Diagnosis:
     why: str = ""
     remedy: str = ""
 
-    def as_json(self) -> dict[str, str]:
-        """Convert the diagnosis to a JSON object."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
 class DiagnosisSection:
@@ -52,27 +49,29 @@ class DiagnosisSection:
     diagnoses: tuple[Diagnosis, ...]
 
 
-def make_error(code: str, what: str, *, why: str, remedy: str) -> Diagnosis:
-    """Create a diagnosis of a problem that must be fixed."""
-    return Diagnosis(
-        code, "error", escape_unprintable(what), escape_unprintable(why), escape_unprintable(remedy)
-    )
+@cache
+def load_catalog() -> Mapping[str, Mapping[str, Any]]:
+    """Load the texts of all diagnoses by code from `diagnoses.yaml`."""
+    file = importlib.resources.files("finesight.doctor") / "diagnoses.yaml"
+    content: dict[str, dict[str, Any]] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return content
 
 
-def make_warning(code: str, what: str, *, why: str, remedy: str) -> Diagnosis:
-    """Create a diagnosis of something that works but can be improved."""
-    return Diagnosis(
-        code,
-        "warning",
-        escape_unprintable(what),
-        escape_unprintable(why),
-        escape_unprintable(remedy),
-    )
+def make_diagnosis(
+    code: str, severity: DiagnosisSeverity | None = None, /, **values: object
+) -> Diagnosis:
+    """Create a diagnosis from its texts in the catalog.
 
-
-def make_ok(code: str, what: str) -> Diagnosis:
-    """Create a diagnosis that reports no problem."""
-    return Diagnosis(code, "ok", escape_unprintable(what))
+    Args:
+        code: Code in the catalog, possibly with a variant after a period.
+        severity: Severity; None for that of the catalog.
+        **values: Values of the placeholders in the texts.
+    """
+    entry = load_catalog()[code]
+    texts = (entry.get(name, "").format(**values) for name in ("what", "why", "remedy"))
+    what, why, remedy = map(escape_unprintable, texts)
+    catalog_severity: DiagnosisSeverity = entry.get("severity", "error")
+    return Diagnosis(code.partition(".")[0], severity or catalog_severity, what, why, remedy)
 
 
 def user_error_to_diagnosis(code: str, error: UserError, remedy: str) -> Diagnosis:
@@ -84,8 +83,8 @@ def user_error_to_diagnosis(code: str, error: UserError, remedy: str) -> Diagnos
         remedy: Shell command that fixes the problem.
     """
     what = f"{error.where}: {error.what}" if error.where else error.what
-    why = f"expected: {error.expected}" if error.expected else ""
-    return make_error(code, what, why="; ".join(filter(None, [why, error.remedy])), remedy=remedy)
+    why = "; ".join(filter(None, [error.expected and f"expected: {error.expected}", error.remedy]))
+    return Diagnosis(code, "error", *map(escape_unprintable, (what, why, remedy)))
 
 
 def format_command(*words: str) -> str:
@@ -93,47 +92,37 @@ def format_command(*words: str) -> str:
     return shlex.join(words)
 
 
-def count_errors(sections: Iterable[DiagnosisSection]) -> int:
-    """Count the diagnoses of severity error in all sections."""
-    return sum(
-        diagnosis.severity == "error" for section in sections for diagnosis in section.diagnoses
-    )
+def has_errors(diagnoses: Iterable[Diagnosis]) -> bool:
+    """Return whether a diagnosis has the severity error."""
+    return any(diagnosis.severity == "error" for diagnosis in diagnoses)
 
 
-_SEVERITY_LABELS: dict[DiagnosisSeverity, str] = {
-    "error": "ERROR",
-    "warning": "warning",
-    "ok": "ok",
-}
+def count_severity(sections: Iterable[DiagnosisSection], severity: DiagnosisSeverity) -> int:
+    """Count the diagnoses of a severity in all sections."""
+    return sum(one.severity == severity for section in sections for one in section.diagnoses)
 
 
-def format_diagnoses(sections: Sequence[DiagnosisSection]) -> list[str]:
-    """Format diagnoses as console lines, with `$` before each shell command."""
-    lines = []
+def format_diagnoses(sections: Sequence[DiagnosisSection]) -> Iterator[str]:
+    """Yield diagnoses as console lines, with `$` before each shell command."""
     for section in sections:
-        lines.append(section.title)
+        yield section.title
         for diagnosis in section.diagnoses:
-            lines.append(f"  {_SEVERITY_LABELS[diagnosis.severity]:<7}  {diagnosis.what}")
-            lines += [f"           why: {diagnosis.why}"] if diagnosis.why else []
-            lines += [f"           $ {line}" for line in diagnosis.remedy.splitlines()]
-    all_diagnoses = [diagnosis for section in sections for diagnosis in section.diagnoses]
-    counts = {
-        severity: sum(diagnosis.severity == severity for diagnosis in all_diagnoses)
-        for severity in ("error", "warning")
-    }
-    return [*lines, ", ".join(_format_count(severity, count) for severity, count in counts.items())]
-
-
-def _format_count(kind: str, count: int) -> str:
-    return f"{count or 'no'} {kind}{'' if count == 1 else 's'}"
+            label = diagnosis.severity.upper() if diagnosis.severity == "error" else None
+            yield f"  {label or diagnosis.severity:<7}  {diagnosis.what}"
+            yield from [f"           why: {diagnosis.why}"] if diagnosis.why else []
+            yield from (f"           $ {line}" for line in diagnosis.remedy.splitlines())
+    counts = {one: count_severity(sections, one) for one in ("error", "warning")}
+    yield ", ".join(
+        f"{count or 'no'} {name}{'' if count == 1 else 's'}" for name, count in counts.items()
+    )
 
 
 def diagnoses_to_dict(sections: Sequence[DiagnosisSection]) -> dict[str, Any]:
     """Convert diagnoses to a JSON object (`finesight doctor --json`)."""
     return {
-        "num_errors": count_errors(sections),
+        "num_errors": count_severity(sections, "error"),
         "diagnoses": [
-            {"section": section.title} | diagnosis.as_json()
+            {"section": section.title} | asdict(diagnosis)
             for section in sections
             for diagnosis in section.diagnoses
         ],

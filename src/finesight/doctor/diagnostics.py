@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from finesight.doctor import (
-    environment_check,
-    extras_check,
     gpu_check,
-    hub_check,
     machine_check,
     model_check,
+    network_check,
     package_check,
     prediction_check,
-    recipe_check,
-    run_end_check,
-    smoke_test,
-    training_check,
+    run_check,
 )
-from finesight.doctor.diagnosis import Diagnosis, DiagnosisSection
+from finesight.doctor.diagnosis import (
+    Diagnosis,
+    DiagnosisSection,
+    format_command,
+    user_error_to_diagnosis,
+)
 from finesight.errors import UserError
 from finesight.manifest import MANIFEST_FILE
 from finesight.model_folder import resolve_model_path
+from finesight.recipe import load_recipe
 from finesight.report.run_reader import read_run
+
+RUN_CHECKS = {
+    "run end": run_check.check_run_end,
+    "training": run_check.check_training,
+    "predictions": prediction_check.check_predictions,
+}
+"""Checks of a run by section title."""
 
 
 def diagnose_machine(
     environment: Mapping[str, str],
     *,
-    hub: hub_check.HubService | None = None,
+    hub: network_check.HubService | None = None,
     run_smoke_test: bool = True,
 ) -> list[DiagnosisSection]:
     """Check this machine: hardware, packages, environment variables and a short training run.
@@ -41,32 +49,21 @@ def diagnose_machine(
     """
     packages = package_check.list_packages()
     torch_info = gpu_check.probe_torch()
-    gpu_diagnoses = gpu_check.check_gpus(
-        gpu_check.inspect_gpu_system(environment),
-        torch_info,
-        packages,
-        environment,
-    )
-    sections = [
-        _build_section(
-            "machine",
-            machine_check.check_machine(machine_check.inspect_machine(environment, Path.cwd())),
-        ),
-        _build_section("packages", package_check.check_packages(packages)),
-        _build_section("torch and GPUs", gpu_diagnoses),
-        _build_section("environment", environment_check.check_environment(environment, packages)),
-    ]
+    gpu_system = gpu_check.inspect_gpu_system(environment)
+    machine = machine_check.inspect_machine(environment, Path.cwd())
+    sections: dict[str, Iterable[Diagnosis]] = {
+        "machine": machine_check.check_machine(machine),
+        "packages": package_check.check_packages(packages),
+        "torch and GPUs": gpu_check.check_gpus(gpu_system, torch_info, packages, environment),
+        "environment": network_check.check_environment(environment, packages),
+    }
     if hub is not None:
-        sections.append(
-            _build_section(f"hub {hub}", hub_check.check_hub(hub_check.probe_hub(hub, environment)))
-        )
+        sections[f"hub {hub}"] = network_check.check_hub(network_check.probe_hub(hub, environment))
     if run_smoke_test and not torch_info.error:
-        sections.append(
-            _build_section(
-                "smoke test", smoke_test.check_smoke_tests(smoke_test.run_smoke_tests(torch_info))
-            )
-        )
-    return [*sections, _build_section("extras", extras_check.check_extras(packages))]
+        results = gpu_check.run_smoke_tests(torch_info)
+        sections["smoke test"] = gpu_check.check_smoke_tests(results)
+    sections["extras"] = package_check.check_extras(packages)
+    return [DiagnosisSection(title, tuple(found)) for title, found in sections.items()]
 
 
 def diagnose(subject: str) -> list[DiagnosisSection]:
@@ -83,12 +80,11 @@ def diagnose(subject: str) -> list[DiagnosisSection]:
         return diagnose_recipe(path)
     if (path / MANIFEST_FILE).is_file() and not (path / "config.json").is_file():
         return diagnose_run(path)
+    if (path / model_check.ADAPTER_CONFIG_FILE).is_file():
+        return [DiagnosisSection("adapter", tuple(model_check.check_adapter(path)))]
     if path.is_dir():
-        if (path / model_check.ADAPTER_CONFIG_FILE).is_file():
-            return [_build_section("adapter", model_check.check_adapter(path))]
-        return [
-            _build_section("model", model_check.check_model(path, package_check.list_packages()))
-        ]
+        diagnoses = model_check.check_model(path, package_check.list_packages())
+        return [DiagnosisSection("model", tuple(diagnoses))]
     raise UserError(
         f"no folder or recipe {subject!r}",
         where="finesight doctor",
@@ -102,23 +98,21 @@ def diagnose_run(folder: Path) -> list[DiagnosisSection]:
     """Check a run from its recorded files, without loading the model."""
     run_record = read_run(folder)
     return [
-        _build_section("run end", run_end_check.check_run_end(run_record)),
-        _build_section("training", training_check.check_training(run_record)),
-        _build_section("predictions", prediction_check.check_predictions(run_record)),
+        DiagnosisSection(title, tuple(check(run_record))) for title, check in RUN_CHECKS.items()
     ]
 
 
 def diagnose_recipe(path: Path) -> list[DiagnosisSection]:
     """Check that this machine meets the requirements of a recipe."""
-    recipe = recipe_check.load_or_diagnose(path)
-    if isinstance(recipe, Diagnosis):
-        return [_build_section("recipe", [recipe])]
-    output_location = machine_check.inspect_location("output", recipe.output_dir)
-    context = recipe_check.RecipeContext(
-        package_check.list_packages(), gpu_check.probe_torch(), output_location
+    try:
+        recipe = load_recipe(path)
+    except UserError as error:
+        remedy = format_command("finesight", "data", "show", str(path))
+        return [DiagnosisSection("recipe", (user_error_to_diagnosis("recipe", error, remedy),))]
+    context = model_check.RecipeContext(
+        package_check.list_packages(),
+        gpu_check.probe_torch(),
+        machine_check.inspect_location("output", recipe.output_dir),
     )
-    return [_build_section("recipe", recipe_check.check_recipe(path, recipe, context))]
-
-
-def _build_section(title: str, diagnoses: list[Diagnosis]) -> DiagnosisSection:
-    return DiagnosisSection(title, tuple(diagnoses))
+    diagnoses = model_check.check_recipe(path, recipe, context)
+    return [DiagnosisSection("recipe", tuple(diagnoses))]

@@ -1,4 +1,4 @@
-"""Check NVIDIA GPUs, their driver, and the build of torch."""
+"""Check NVIDIA GPUs, their driver, the build of torch, and a short training on each device."""
 
 from __future__ import annotations
 
@@ -9,20 +9,28 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finesight.doctor import probe_process
-from finesight.doctor.diagnosis import Diagnosis, format_command, make_error, make_ok, make_warning
+from finesight.doctor import probes
+from finesight.doctor.diagnosis import Diagnosis, format_command, make_diagnosis
+from finesight.doctor.machine_check import GB
 from finesight.doctor.package_check import PIP_COMMAND, InstalledPackages
 
 TORCH_TIMEOUT_S = 120.0
 """Seconds to import torch in a child process. A slow disk needs many of them."""
 
-NVIDIA_VENDOR_ID = "0x10de"
-"""Vendor ID of NVIDIA on the PCI bus."""
+SMOKE_TEST_TIMEOUT_S = 180.0
+"""Timeout of the smoke test per device in seconds.
+
+The test takes about 10 seconds, and longer if kernels are compiled.
+"""
+
+SMOKE_TEST_STAGES = ("load", "data", "train", "generate")
 
 MIN_BF16_CAPABILITY = (8, 0)
 """Minimum CUDA compute capability for bf16 matrix products."""
@@ -32,8 +40,13 @@ MAX_USED_FRACTION = 0.1
 
 CUDA_VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
-C_COMPILERS = ("gcc", "clang")
-"""Compilers that Triton searches if the environment variable CC is unset."""
+_DRIVER_COMMANDS = {
+    "ubuntu": "sudo ubuntu-drivers install\nsudo reboot",
+    "debian": "sudo apt install nvidia-driver\nsudo reboot",
+    "fedora": "sudo dnf install akmod-nvidia\nsudo reboot",
+    "arch": "sudo pacman -S nvidia\nsudo reboot",
+}
+"""Shell commands that install a GPU driver, by `ID` of /etc/os-release."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +101,6 @@ class TorchInfo:
     """Installed torch and its GPUs.
 
     Attributes:
-        version: Version of torch.
         module_file: File that was imported.
         cuda_version: CUDA version of the build. None for a CPU build.
         arch_list: GPU architectures for which the build has kernels.
@@ -115,57 +127,40 @@ def inspect_gpu_system(environment: Mapping[str, str], root: Path = Path("/")) -
         environment: Environment variables.
         root: Root of the file system.
     """
+    path = environment.get("PATH")
     os_release = root / "etc" / "os-release"
     os_release_text = os_release.read_text(encoding="utf-8") if os_release.is_file() else ""
     entries = dict(line.split("=", 1) for line in os_release_text.splitlines() if "=" in line)
-    nvidia_smi = shutil.which("nvidia-smi", path=environment.get("PATH"))
+    driver_file = root / "proc" / "driver" / "nvidia" / "version"
+    driver_words = driver_file.read_text().splitlines()[0].split() if driver_file.is_file() else []
+    versions = (word for word in driver_words if word[0].isdigit() and "." in word)
+    # 0x10de: NVIDIA. 0x03: display controller, because GPUs also have audio devices.
+    vendor_files = (root / "sys" / "bus" / "pci" / "devices").glob("*/vendor")
+    nvidia_files = [file for file in vendor_files if file.read_text().strip() == "0x10de"]
+    classes = [file.with_name("class").read_text() for file in nvidia_files]
+    nvidia_smi = shutil.which("nvidia-smi", path=path)
+    missing_tools = []
+    # Triton searches for these compilers if CC is not set.
+    if not environment.get("CC") and not any(shutil.which(c, path=path) for c in ("gcc", "clang")):
+        missing_tools.append("C compiler")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        missing_tools.append("Python.h")
     return GpuSystem(
-        num_pci_gpus=_count_pci_gpus(root),
-        driver_version=_read_driver_version(root),
+        num_pci_gpus=sum(device_class.startswith("0x03") for device_class in classes),
+        driver_version=next(versions, "unknown") if driver_words else None,
         driver_cuda_version=_read_driver_cuda_version(),
         has_nvidia_smi=nvidia_smi is not None,
         gpu_processes=_list_gpu_processes(nvidia_smi) if nvidia_smi else (),
         visible_devices=environment.get(CUDA_VISIBLE_DEVICES),
         os_id=entries.get("ID", "").strip('"'),
         is_container=(root / ".dockerenv").exists() or (root / "run" / ".containerenv").exists(),
-        missing_build_tools=tuple(_find_missing_build_tools(environment)),
+        missing_build_tools=tuple(missing_tools),
     )
 
 
-def _find_missing_build_tools(environment: Mapping[str, str]) -> Iterator[str]:
-    path = environment.get("PATH")
-    if not environment.get("CC") and not any(
-        shutil.which(compiler, path=path) for compiler in C_COMPILERS
-    ):
-        yield "C compiler"
-    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        yield "Python.h"
-
-
-def _count_pci_gpus(root: Path) -> int:
-    devices = root / "sys" / "bus" / "pci" / "devices"
-    vendor_files = [
-        path for path in devices.glob("*/vendor") if path.read_text().strip() == NVIDIA_VENDOR_ID
-    ]
-    # 0x03: display controller. GPUs also have audio devices.
-    device_classes = [path.with_name("class").read_text() for path in vendor_files]
-    return sum(device_class.startswith("0x03") for device_class in device_classes)
-
-
-def _read_driver_version(root: Path) -> str | None:
-    path = root / "proc" / "driver" / "nvidia" / "version"
-    if not path.is_file():
-        return None
-    words = path.read_text().splitlines()[0].split()
-    return next((word for word in words if word[0].isdigit() and "." in word), "unknown")
-
-
 def _list_gpu_processes(nvidia_smi: str) -> tuple[str, ...]:
-    command = [
-        nvidia_smi,
-        "--query-compute-apps=pid,process_name,used_memory",
-        "--format=csv,noheader",
-    ]
+    query = "--query-compute-apps=pid,process_name,used_memory"
+    command = [nvidia_smi, query, "--format=csv,noheader"]
     try:
         completed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -190,23 +185,15 @@ def probe_torch(extra_env: Mapping[str, str] | None = None) -> TorchInfo:
     Args:
         extra_env: Additional environment variables of the child process.
     """
-    result = probe_process.run_probe(
-        "finesight.doctor.torch_probe", [], TORCH_TIMEOUT_S, extra_env or {}
-    )
+    arguments = ["-m", probes.__name__, "torch"]
+    result = probes.run_probe(arguments, TORCH_TIMEOUT_S, extra_env or {})
     try:
         payload: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     except (ValueError, IndexError):
         return TorchInfo(error=result.error or "no output")
-    gpus = [{**gpu, "capability": tuple(gpu["capability"])} for gpu in payload["gpus"]]
-    return TorchInfo(
-        version=payload["version"],
-        module_file=payload["module_file"],
-        cuda_version=payload["cuda_version"],
-        arch_list=tuple(payload["arch_list"]),
-        cuda_warnings=tuple(payload["cuda_warnings"]),
-        gpus=tuple(GpuInfo(**gpu) for gpu in gpus),
-        broken_packages=payload["broken_packages"],
-    )
+    gpus = [GpuInfo(**gpu | {"capability": tuple(gpu["capability"])}) for gpu in payload["gpus"]]
+    lists = {name: tuple(payload[name]) for name in ("arch_list", "cuda_warnings")}
+    return TorchInfo(**payload | lists | {"gpus": tuple(gpus)})
 
 
 def check_gpus(
@@ -214,138 +201,119 @@ def check_gpus(
     torch_info: TorchInfo,
     packages: InstalledPackages,
     environment: Mapping[str, str],
-) -> list[Diagnosis]:
+) -> Iterator[Diagnosis]:
     """Check torch and each GPU, including the result of a small matrix product.
 
     Checks that depend on a failed one are omitted.
     """
     if torch_info.error:
-        return [_diagnose_broken_torch(torch_info, environment)]
-    build_target = f"CUDA {torch_info.cuda_version}" if torch_info.cuda_version else "a CPU"
-    diagnoses = [make_ok("torch", f"torch {torch_info.version}, built for {build_target}")]
-    diagnoses += [*_check_shadowed_torch(torch_info, packages), *_check_broken_packages(torch_info)]
-    if torch_info.gpus:
-        diagnoses += [
-            diagnosis
-            for index in range(len(torch_info.gpus))
-            for diagnosis in _check_gpu(index, gpu_system, torch_info)
-        ]
-        return [
-            *diagnoses,
-            *_check_build_tools(gpu_system, packages),
-            *_check_nvidia_smi(gpu_system),
-        ]
-    return [*diagnoses, _diagnose_no_gpu(gpu_system, torch_info)]
+        yield _diagnose_broken_torch(torch_info, environment)
+        return
+    target = f"CUDA {torch_info.cuda_version}" if torch_info.cuda_version else "a CPU"
+    yield make_diagnosis("torch", version=torch_info.version, target=target)
+    installed = packages.by_name.get("torch")
+    module_file = Path(torch_info.module_file).resolve()
+    if installed and torch_info.module_file:
+        folder = installed[0].folder
+        if not module_file.is_relative_to(folder.resolve()):
+            yield make_diagnosis("torch-shadowed", file=torch_info.module_file, folder=folder)
+    for name, error in (torch_info.broken_packages or {}).items():
+        package = {"PIL": "pillow", "triton.language": "triton"}.get(name, name)
+        install = packages.install_command("--force-reinstall", "--no-deps", package)
+        yield make_diagnosis("package-broken", name=name, error=error, install=install)
+    if not torch_info.gpus:
+        yield _diagnose_no_gpu(gpu_system, torch_info)
+        return
+    for index in range(len(torch_info.gpus)):
+        yield from _check_gpu(index, gpu_system, torch_info)
+    if gpu_system.missing_build_tools and "triton" in packages.by_name:
+        yield _diagnose_missing_compiler(gpu_system)
+    if not gpu_system.has_nvidia_smi:
+        yield make_diagnosis("no-nvidia-smi")
 
 
 def _diagnose_broken_torch(torch_info: TorchInfo, environment: Mapping[str, str]) -> Diagnosis:
-    reinstall = format_command(*PIP_COMMAND, "install", "--force-reinstall", "torch")
-    path_variables = [name for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if environment.get(name)]
-    unset_commands = (
-        [f"unset {' '.join(path_variables)}   # keep it unset if this fixes the import"]
-        if path_variables
-        else []
-    )
-    return make_error(
-        "torch-broken",
-        f"torch fails to import: {torch_info.error}",
-        why="training and inference require torch"
-        + (
-            f"; {' and '.join(path_variables)} may add incompatible libraries"
-            if path_variables
-            else ""
-        ),
-        remedy="\n".join([*unset_commands, reinstall]),
-    )
-
-
-def _check_shadowed_torch(
-    torch_info: TorchInfo, packages: InstalledPackages
-) -> Iterator[Diagnosis]:
-    """Detect a torch module in another folder that hides the installed package."""
-    installed = packages.by_name.get("torch")
-    if not installed or not torch_info.module_file:
-        return
-    if not Path(torch_info.module_file).resolve().is_relative_to(installed[0].folder.resolve()):
-        yield make_error(
-            "torch-shadowed",
-            f"torch is imported from {torch_info.module_file}, not from {installed[0].folder}",
-            why="a folder in PYTHONPATH, or the current folder, shadows the installed package",
-            remedy="unset PYTHONPATH; cd ~",
+    variables = [name for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if environment.get(name)]
+    commands = [format_command(*PIP_COMMAND, "install", "--force-reinstall", "torch")]
+    path_note = ""
+    if variables:
+        path_note = f"; {' and '.join(variables)} may add incompatible libraries"
+        commands.insert(
+            0, f"unset {' '.join(variables)}   # keep it unset if this fixes the import"
         )
+    values = {"error": torch_info.error, "path_note": path_note}
+    return make_diagnosis("torch-broken", **values, commands="\n".join(commands))
 
 
-def _check_broken_packages(torch_info: TorchInfo) -> Iterator[Diagnosis]:
-    for name, error in (torch_info.broken_packages or {}).items():
-        package = {"PIL": "pillow", "triton.language": "triton"}.get(name, name)
-        yield make_error(
-            "package-broken",
-            f"{name} is installed but fails to import: {error}",
-            why="its files are corrupt, of another version, or shadowed by a folder of the"
-            " same name",
-            remedy=format_command(
-                *PIP_COMMAND, "install", "--force-reinstall", "--no-deps", package
-            ),
-        )
-
-
-def _check_gpu(index: int, gpu_system: GpuSystem, torch_info: TorchInfo) -> list[Diagnosis]:
+def _check_gpu(index: int, gpu_system: GpuSystem, torch_info: TorchInfo) -> Iterator[Diagnosis]:
+    """Check a GPU. For one that other processes use, the one with most free memory is suggested."""
     gpu = torch_info.gpus[index]
-    capability = ".".join(map(str, gpu.capability))
     if gpu.error:
-        return [_diagnose_failing_gpu(index, gpu, torch_info)]
-    bf16 = "bf16" if gpu.capability >= MIN_BF16_CAPABILITY else "fp16 (no bf16 support)"
-    memory_text = f"{(gpu.free_bytes or 0) / 1e9:.3g} of {gpu.total_bytes / 1e9:.3g} GB free"
-    diagnoses = [
-        make_ok("gpu", f"GPU {index}: {gpu.name}, {capability}, {memory_text}, uses {bf16}")
-    ]
-    used_fraction = 1 - (gpu.free_bytes or 0) / gpu.total_bytes
-    if used_fraction > MAX_USED_FRACTION:
-        diagnoses.append(_diagnose_busy_gpu(index, used_fraction, gpu_system, torch_info))
-    return diagnoses
-
-
-def _check_build_tools(gpu_system: GpuSystem, packages: InstalledPackages) -> Iterator[Diagnosis]:
-    """Check for the C compiler and headers that Triton needs to build its kernel launcher."""
-    if not gpu_system.missing_build_tools or "triton" not in packages.by_name:
+        runs = any(_supports_capability(arch, gpu.capability) for arch in torch_info.arch_list)
+        lacks_kernels = bool(torch_info.arch_list) and not runs
+        yield make_diagnosis(
+            "torch-wrong-build" if lacks_kernels or "no kernel image" in gpu.error else "gpu-fails",
+            index=index,
+            name=gpu.name,
+            error=gpu.error,
+            version=torch_info.version,
+            capability="".join(map(str, gpu.capability)),
+            architectures=", ".join(torch_info.arch_list),
+            install=install_torch_command(),
+        )
         return
+    free_bytes = [one.free_bytes or 0 for one in torch_info.gpus]
+    yield make_diagnosis(
+        "gpu",
+        index=index,
+        name=gpu.name,
+        capability=".".join(map(str, gpu.capability)),
+        free=free_bytes[index] / GB,
+        total=gpu.total_bytes / GB,
+        precision="bf16" if gpu.capability >= MIN_BF16_CAPABILITY else "fp16 (no bf16 support)",
+    )
+    used_fraction = 1 - free_bytes[index] / gpu.total_bytes
+    if used_fraction > MAX_USED_FRACTION:
+        least_used = free_bytes.index(max(free_bytes))
+        device = list_visible_devices(len(free_bytes))[least_used]
+        query = "nvidia-smi --query-compute-apps=pid,process_name,used_memory --format=csv"
+        processes = "; ".join(gpu_system.gpu_processes[:4])
+        yield make_diagnosis(
+            "gpu-busy",
+            index=index,
+            used=used_fraction,
+            processes=f" ({processes})" if processes else "",
+            remedy=query if least_used == index else f"export {CUDA_VISIBLE_DEVICES}={device}",
+        )
+
+
+def _supports_capability(arch: str, capability: tuple[int, int]) -> bool:
+    """Return whether code for an architecture runs on a GPU.
+
+    Machine code (`sm_90`, `sm_90a`) runs on GPUs of the same major version with the same or a later
+    minor version. Intermediate code (`compute_90`) runs on all later GPUs.
+    """
+    code_kind, _, number = arch.partition("_")
+    digits = "".join(filter(str.isdigit, number))
+    if not digits:
+        return False
+    built_for = int(digits[:-1] or 0), int(digits[-1])
+    is_compatible = code_kind == "compute" or built_for[0] == capability[0]
+    return is_compatible and built_for <= capability
+
+
+def _diagnose_missing_compiler(gpu_system: GpuSystem) -> Diagnosis:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    apt_command = f"sudo apt install gcc libc6-dev python{version}-dev"
     install_commands = {
-        "debian": f"sudo apt install gcc libc6-dev python{version}-dev",
-        "ubuntu": f"sudo apt install gcc libc6-dev python{version}-dev",
+        "debian": apt_command,
+        "ubuntu": apt_command,
         "fedora": f"sudo dnf install gcc python{version}-devel",
         "arch": "sudo pacman -S gcc",
     }
-    yield make_error(
-        "no-compiler",
-        f"no {' and no '.join(gpu_system.missing_build_tools)}: Triton needs them to build"
-        " its kernel launcher",
-        why="GPU training and inference fail at the first kernel",
-        remedy=install_commands.get(gpu_system.os_id, "conda install -c conda-forge c-compiler"),
-    )
-
-
-def _diagnose_busy_gpu(
-    index: int, used_fraction: float, gpu_system: GpuSystem, torch_info: TorchInfo
-) -> Diagnosis:
-    """Report a GPU that other processes use, and suggest another one.
-
-    The GPU with the most free memory is suggested.
-    """
-    free_bytes = [gpu.free_bytes or 0 for gpu in torch_info.gpus]
-    least_used = free_bytes.index(max(free_bytes))
-    remedy = f"export {CUDA_VISIBLE_DEVICES}={list_visible_devices(len(free_bytes))[least_used]}"
-    if least_used == index:
-        remedy = "nvidia-smi --query-compute-apps=pid,process_name,used_memory --format=csv"
-    process_note = (
-        f" ({'; '.join(gpu_system.gpu_processes[:4])})" if gpu_system.gpu_processes else ""
-    )
-    return make_warning(
-        "gpu-busy",
-        f"GPU {index}: other processes use {used_fraction:.0%} of its memory{process_note}",
-        why="a run that fits an idle GPU may fail to start or run out of memory",
-        remedy=remedy,
-    )
+    install = install_commands.get(gpu_system.os_id, "conda install -c conda-forge c-compiler")
+    missing = " and no ".join(gpu_system.missing_build_tools)
+    return make_diagnosis("no-compiler", missing=missing, install=install)
 
 
 def install_torch_command() -> str:
@@ -354,140 +322,107 @@ def install_torch_command() -> str:
     The package installer uv selects the build.
     """
     uv_install = (sys.executable, "-m", "uv", "pip", "install", "--python", sys.executable)
-    install = format_command(
-        *uv_install, "--reinstall-package", "torch", "--torch-backend=auto", "torch>=2.11"
-    )
+    options = ("--reinstall-package", "torch", "--torch-backend=auto", "torch>=2.11")
+    install = format_command(*uv_install, *options)
     return f"{format_command(*PIP_COMMAND, 'install', 'uv')} && {install}"
-
-
-def _diagnose_failing_gpu(index: int, gpu: GpuInfo, torch_info: TorchInfo) -> Diagnosis:
-    capability = "".join(map(str, gpu.capability))
-    lacks_kernels = torch_info.arch_list and not any(
-        _supports_capability(arch, gpu.capability) for arch in torch_info.arch_list
-    )
-    if lacks_kernels or "no kernel image" in gpu.error:
-        return make_error(
-            "torch-wrong-build",
-            f"GPU {index}: torch {torch_info.version} has no kernels for {gpu.name}"
-            f" (sm_{capability})",
-            why=f"the build supports {', '.join(torch_info.arch_list)}",
-            remedy=install_torch_command(),
-        )
-    return make_error(
-        "gpu-fails",
-        f"GPU {index}: {gpu.name} fails: {gpu.error}",
-        why="a product of two small matrices failed",
-        remedy=f"nvidia-smi --query-gpu=index,name,ecc.errors.uncorrected.volatile.total,"
-        f"memory.used --format=csv --id={index}",
-    )
-
-
-def _supports_capability(arch: str, capability: tuple[int, int]) -> bool:
-    """Return whether code for an architecture runs on a GPU.
-
-    Machine code (`sm_90`, `sm_90a`) runs on GPUs of the same major version with the same or a later
-    minor version. Intermediate code (`compute_90`) runs on all later GPUs.
-
-    Args:
-        arch: Architecture as torch names it.
-        capability: CUDA compute capability of the GPU.
-    """
-    code_kind, _, number = arch.partition("_")
-    digits = "".join(filter(str.isdigit, number))
-    if not digits:
-        return False
-    built_for = int(digits[:-1] or 0), int(digits[-1])
-    if code_kind == "compute":
-        return built_for <= capability
-    return built_for[0] == capability[0] and built_for <= capability
-
-
-def _check_nvidia_smi(gpu_system: GpuSystem) -> list[Diagnosis]:
-    if gpu_system.has_nvidia_smi:
-        return []
-    return [
-        make_warning(
-            "no-nvidia-smi",
-            "nvidia-smi is not in PATH",
-            why="finesight works without it, but cannot list other processes on the GPUs",
-            remedy="ls /usr/bin/nvidia-smi /usr/lib/wsl/lib/nvidia-smi /usr/local/nvidia/bin",
-        )
-    ]
 
 
 def _diagnose_no_gpu(gpu_system: GpuSystem, torch_info: TorchInfo) -> Diagnosis:
     """Report the reason for which torch finds no GPU."""
-    has_gpu = gpu_system.num_pci_gpus or gpu_system.driver_version or gpu_system.driver_cuda_version
-    if not has_gpu:
-        return make_ok(
-            "no-gpu", "no NVIDIA GPU: training and inference run on the CPU, which is slow"
-        )
-    if gpu_system.driver_cuda_version is None:
-        return _diagnose_missing_driver(gpu_system)
-    driver_cuda = ".".join(map(str, gpu_system.driver_cuda_version))
-    driver = f"driver {gpu_system.driver_version or '?'} (CUDA {driver_cuda})"
+    cuda_version = gpu_system.driver_cuda_version
+    if not (gpu_system.num_pci_gpus or gpu_system.driver_version or cuda_version):
+        return make_diagnosis("no-gpu")
+    if cuda_version is None:
+        if gpu_system.is_container:
+            return make_diagnosis("no-driver.container")
+        download = "xdg-open https://www.nvidia.com/drivers"
+        install = _DRIVER_COMMANDS.get(gpu_system.os_id, download)
+        return make_diagnosis("no-driver", count=max(gpu_system.num_pci_gpus, 1), install=install)
+    version = ".".join(map(str, cuda_version))
+    values = {
+        "driver": f"driver {gpu_system.driver_version or '?'} (CUDA {version})",
+        "version": torch_info.version,
+        "cuda": torch_info.cuda_version,
+        "visible": gpu_system.visible_devices,
+        "install": install_torch_command(),
+        "reason": " ".join(torch_info.cuda_warnings)[:300] or "no reason",
+    }
     if torch_info.cuda_version is None:
-        return make_error(
-            "torch-without-cuda",
-            f"torch {torch_info.version} is a CPU build, but there is a GPU with {driver}",
-            why="torch does not use the GPU",
-            remedy=install_torch_command(),
-        )
+        return make_diagnosis("torch-without-cuda", **values)
     if gpu_system.visible_devices is not None:
-        return make_error(
-            "gpus-hidden",
-            f"{CUDA_VISIBLE_DEVICES} is {gpu_system.visible_devices!r}, and torch finds no GPU",
-            why="the variable hides all GPUs, or names one that does not exist",
-            remedy=f"unset {CUDA_VISIBLE_DEVICES}",
-        )
-    required = tuple(int(number) for number in torch_info.cuda_version.split(".")[:2])
-    if gpu_system.driver_cuda_version[0] < required[0]:
-        return make_error(
-            "driver-outdated",
-            f"{driver} is older than CUDA {torch_info.cuda_version} of torch",
-            why="a driver supports CUDA up to its own major version",
-            remedy=install_torch_command(),
-        )
-    return make_error(
-        "gpu-unreachable",
-        f"torch finds no GPU with {driver}:"
-        f" {' '.join(torch_info.cuda_warnings)[:300] or 'no reason'}",
-        why="common causes: a driver update that requires a restart, or nvidia-fabricmanager"
-        " is not running on a system with several GPUs",
-        remedy="sudo reboot",
-    )
-
-
-_DRIVER_COMMANDS: Mapping[str, Sequence[str]] = {
-    "ubuntu": ("sudo ubuntu-drivers install", "sudo reboot"),
-    "debian": ("sudo apt install nvidia-driver", "sudo reboot"),
-    "fedora": ("sudo dnf install akmod-nvidia", "sudo reboot"),
-    "arch": ("sudo pacman -S nvidia", "sudo reboot"),
-}
-"""Shell commands that install a GPU driver, by `ID` of /etc/os-release."""
-
-
-def _diagnose_missing_driver(gpu_system: GpuSystem) -> Diagnosis:
-    if gpu_system.is_container:
-        return make_error(
-            "no-driver",
-            "an NVIDIA GPU is on the bus, but the driver library is missing in this container",
-            why="torch cannot use the GPU",
-            remedy="docker run --gpus all IMAGE",
-        )
-    steps = _DRIVER_COMMANDS.get(gpu_system.os_id, ("xdg-open https://www.nvidia.com/drivers",))
-    return make_error(
-        "no-driver",
-        f"{max(gpu_system.num_pci_gpus, 1)} NVIDIA GPU(s) without a driver (libcuda.so.1"
-        " is missing)",
-        why="torch cannot use the GPU",
-        remedy="\n".join(steps),
-    )
+        return make_diagnosis("gpus-hidden", **values)
+    is_outdated = cuda_version[0] < int(torch_info.cuda_version.partition(".")[0])
+    return make_diagnosis("driver-outdated" if is_outdated else "gpu-unreachable", **values)
 
 
 def list_visible_devices(num_devices: int) -> list[str]:
     """Return the value of CUDA_VISIBLE_DEVICES that selects each visible GPU alone."""
-    names = [
-        name.strip() for name in os.environ.get(CUDA_VISIBLE_DEVICES, "").split(",") if name.strip()
-    ]
+    names = os.environ.get(CUDA_VISIBLE_DEVICES, "").split(",")
+    names = [name.strip() for name in names if name.strip()]
     return names[:num_devices] if names else [str(index) for index in range(num_devices)]
+
+
+@dataclass(frozen=True, slots=True)
+class SmokeResult:
+    """Result of the smoke test on one device.
+
+    Attributes:
+        device: Display name of the device.
+        visible_device: Value of CUDA_VISIBLE_DEVICES that selects the GPU. None for the CPU.
+        stages: Descriptions of the stages that have passed.
+        error: Error of the stage after them. Empty if all stages have passed.
+    """
+
+    device: str
+    visible_device: str | None
+    stages: tuple[str, ...]
+    error: str
+
+
+def run_smoke_tests(torch_info: TorchInfo) -> list[SmokeResult]:
+    """Run the smoke test on the CPU and on each GPU. Temporary files are deleted."""
+    names = list_visible_devices(len(torch_info.gpus))
+    # GPUs are tested in parallel, each in its own process.
+    with ThreadPoolExecutor(max(1, len(names))) as pool:
+        gpu_results = pool.map(lambda i: _run_smoke_test(f"GPU {i}", names[i]), range(len(names)))
+        return [_run_smoke_test("CPU", None), *gpu_results]
+
+
+def _run_smoke_test(device: str, visible_device: str | None) -> SmokeResult:
+    with tempfile.TemporaryDirectory(prefix="finesight-doctor-") as folder:
+        # Use temporary caches and no hub.
+        extra_env = {"HF_ASSETS_CACHE": str(Path(folder) / "assets"), "HF_HUB_OFFLINE": "1"}
+        if visible_device is not None:
+            extra_env[CUDA_VISIBLE_DEVICES] = visible_device
+        device_type = "cpu" if visible_device is None else "cuda"
+        arguments = ["-m", probes.__name__, "smoke-test", device_type, folder]
+        result = probes.run_probe(arguments, SMOKE_TEST_TIMEOUT_S, extra_env)
+    stages = []
+    for line in result.stdout.splitlines():
+        if line.startswith("{"):
+            stage = json.loads(line)
+            what = f" ({stage['what']})" if stage["what"] else ""
+            stages.append(f"{stage['stage']} {stage['seconds']:.1f} s{what}")
+    return SmokeResult(device, visible_device, tuple(stages), result.error)
+
+
+def check_smoke_tests(results: Sequence[SmokeResult]) -> Iterator[Diagnosis]:
+    """Convert the result of each smoke test to a diagnosis."""
+    working = [one.visible_device for one in results if one.visible_device and not one.error]
+    for result in results:
+        advice, remedy = "exclude this GPU from runs", f"{','.join(working) or '-1'}"
+        remedy = f"export {CUDA_VISIBLE_DEVICES}={remedy}"
+        if result.visible_device is None:
+            advice, remedy = (
+                "run the command for the full error",
+                "finesight quickstart --out trial",
+            )
+        yield make_diagnosis(
+            "smoke-test.failed" if result.error else "smoke-test",
+            device=result.device,
+            passed="; ".join(result.stages) or "no stage",
+            stage=SMOKE_TEST_STAGES[min(len(result.stages), len(SMOKE_TEST_STAGES) - 1)],
+            error=result.error,
+            advice=advice,
+            remedy=remedy,
+        )

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finesight.doctor.diagnosis import Diagnosis, format_command, make_error, make_ok, make_warning
+from finesight.doctor.diagnosis import Diagnosis, DiagnosisSeverity, format_command, make_diagnosis
 from finesight.host_memory import available_memory, num_allowed_cpus, total_memory
 
 GB = 1_000_000_000
@@ -40,14 +40,7 @@ MIN_OPEN_FILES = 256
 """Minimum limit of the system on open files per process."""
 
 _VIRTUAL_FILE_SYSTEMS = (
-    "proc",
-    "sysfs",
-    "cgroup",
-    "devpts",
-    "mqueue",
-    "squashfs",
-    "iso9660",
-    "devtmpfs",
+    *("proc", "sysfs", "cgroup", "devpts", "mqueue", "squashfs", "iso9660", "devtmpfs", "tmpfs"),
 )
 
 
@@ -99,8 +92,10 @@ def inspect_machine(environment: Mapping[str, str], working_dir: Path) -> Machin
         working_dir: Current folder.
     """
     shm_path = Path("/dev/shm")
+    cache_home = environment.get("XDG_CACHE_HOME") or "~/.cache"
+    hub_cache = environment.get("HF_HOME") or os.path.join(cache_home, "huggingface")
     locations = [
-        inspect_location("models", _get_hub_cache(environment)),
+        inspect_location("models", Path(os.path.expanduser(hub_cache))),
         inspect_location(
             "temporary files", Path(environment.get("TMPDIR") or tempfile.gettempdir())
         ),
@@ -117,13 +112,6 @@ def inspect_machine(environment: Mapping[str, str], working_dir: Path) -> Machin
         locations=tuple(locations),
         largest_location=_find_largest_location(locations),
     )
-
-
-def _get_hub_cache(environment: Mapping[str, str]) -> Path:
-    """Return the cache folder of huggingface_hub."""
-    hf_home = environment.get("HF_HOME")
-    cache_home = environment.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(hf_home or os.path.join(cache_home, "huggingface")))
 
 
 def inspect_location(role: str, folder: Path) -> WriteLocation:
@@ -145,104 +133,59 @@ def _find_largest_location(locations: Sequence[WriteLocation]) -> WriteLocation 
     for line in mounts.read_text().splitlines() if mounts.is_file() else ():
         _, folder, file_system_type, *_ = line.split()
         path = Path(folder.encode().decode("unicode_escape"))
-        if (
-            file_system_type not in _VIRTUAL_FILE_SYSTEMS
-            and file_system_type != "tmpfs"
-            and os.access(path, os.W_OK)
-            and path.is_dir()
-        ):
+        if file_system_type not in _VIRTUAL_FILE_SYSTEMS and path.is_dir():
             candidates.append(inspect_location("disk", path))
     writable = [location for location in candidates if location.is_writable]
     return max(writable, key=lambda location: location.free_bytes, default=None)
 
 
-def check_machine(machine: MachineInfo) -> list[Diagnosis]:
+def check_machine(machine: MachineInfo) -> Iterator[Diagnosis]:
     """Compare the memory, disk space and limits of a machine with recommended values."""
-    diagnoses = [
-        make_ok(
-            "machine",
-            f"Python {machine.python_version}, {machine.platform_name}, {machine.num_cpus}"
-            f" cores, {machine.available_memory / GB:.3g} of"
-            f" {machine.total_memory / GB:.3g} GB memory available",
-        )
-    ]
-    for location in machine.locations:
-        diagnoses.append(_check_free_space(location, machine.largest_location))
-    return [*diagnoses, *_check_memory(machine), *_check_limits(machine)]
-
-
-def _check_free_space(location: WriteLocation, largest_location: WriteLocation | None) -> Diagnosis:
-    location_text = f"{location.folder} ({location.role})"
-    free_text = f"{location.free_bytes / GB:.3g} GB free"
-    if not location.is_writable:
-        return make_error(
-            "not-writable",
-            f"{location_text} is not writable",
-            why="it belongs to another user, is read-only, or is not a folder",
-            remedy=_relocate_command(location, largest_location),
-        )
-    if location.free_bytes >= RECOMMENDED_FREE_BYTES[location.role]:
-        return make_ok("disk", f"{location_text}: {free_text}")
-    make_diagnosis = make_error if location.free_bytes < MIN_FREE_BYTES else make_warning
-    return make_diagnosis(
-        "disk-full",
-        f"{location_text}: {free_text}",
-        why=f"{RECOMMENDED_FREE_BYTES[location.role] / GB:.3g} GB is recommended; writes fail"
-        " if the disk is full",
-        remedy=_relocate_command(location, largest_location),
+    free_memory = machine.available_memory
+    yield make_diagnosis(
+        "machine",
+        python=machine.python_version,
+        platform=machine.platform_name,
+        cpus=machine.num_cpus,
+        free=free_memory / GB,
+        total=machine.total_memory / GB,
     )
+    for location in machine.locations:
+        yield _check_location(location, machine.largest_location)
+    if free_memory < LOW_MEMORY_BYTES:
+        is_low = free_memory < MIN_MEMORY_BYTES
+        severity: DiagnosisSeverity = "error" if is_low else "warning"
+        yield make_diagnosis("low-memory", severity, free=free_memory / GB)
+    if machine.free_shm is not None and machine.free_shm < LOW_SHM_BYTES:
+        severity = "error" if machine.free_shm < MIN_SHM_BYTES else "warning"
+        yield make_diagnosis("low-shared-memory", severity, free=machine.free_shm / 1e6)
+    if machine.max_open_files < MIN_OPEN_FILES:
+        yield make_diagnosis("low-open-files-limit", limit=machine.max_open_files)
 
 
-def _relocate_command(location: WriteLocation, largest_location: WriteLocation | None) -> str:
-    """Return a shell command that selects a folder on a disk with more free space.
+def _check_location(location: WriteLocation, largest: WriteLocation | None) -> Diagnosis:
+    """Check a write location.
 
-    If no disk has enough space, the command lists the largest folders of the full disk.
+    The remedy selects a folder on the disk with the most free space, or lists the largest folders
+    of a full disk.
     """
-    if (
-        largest_location is None
-        or largest_location.free_bytes < RECOMMENDED_FREE_BYTES[location.role]
-    ):
-        return largest_files_command(_find_existing_parent(location.folder))
-    folder = str(largest_location.folder / "finesight")
-    mkdir = format_command("mkdir", "-p", folder)
-    if location.role == "models":
-        return f"{mkdir} && export HF_HOME={format_command(folder)}"
-    if location.role == "temporary files":
-        return f"{mkdir} && export TMPDIR={format_command(folder)}"
-    return f"{mkdir} && cd {format_command(folder)}"
+    text = f"{location.folder} ({location.role})"
+    needed, free = RECOMMENDED_FREE_BYTES[location.role], location.free_bytes
+    if location.is_writable and free >= needed:
+        return make_diagnosis("disk", location=text, free=free / GB)
+    if largest is None or largest.free_bytes < needed:
+        remedy = largest_files_command(_find_existing_parent(location.folder))
+    else:
+        folder = format_command(str(largest.folder / "finesight"))
+        select = {"models": "export HF_HOME=", "temporary files": "export TMPDIR="}
+        remedy = f"mkdir -p {folder} && {select.get(location.role, 'cd ')}{folder}"
+    if not location.is_writable:
+        return make_diagnosis("not-writable", location=text, remedy=remedy)
+    severity: DiagnosisSeverity = "error" if free < MIN_FREE_BYTES else "warning"
+    values = {"location": text, "free": free / GB, "needed": needed / GB, "remedy": remedy}
+    return make_diagnosis("disk-full", severity, **values)
 
 
 def largest_files_command(folder: Path) -> str:
     """Return the shell command that lists the largest folders within a folder."""
     return f"du -xh --max-depth=2 {format_command(str(folder))} | sort -h | tail -n 20"
-
-
-def _check_memory(machine: MachineInfo) -> Iterator[Diagnosis]:
-    if machine.available_memory < LOW_MEMORY_BYTES:
-        make_diagnosis = make_error if machine.available_memory < MIN_MEMORY_BYTES else make_warning
-        yield make_diagnosis(
-            "low-memory",
-            f"{machine.available_memory / GB:.3g} GB of memory is available",
-            why="loading a 2B model needs 5 GB; the system kills processes that exceed the"
-            " available memory",
-            remedy="ps -eo rss,pid,comm --sort=-rss | head",
-        )
-
-
-def _check_limits(machine: MachineInfo) -> Iterator[Diagnosis]:
-    if machine.free_shm is not None and machine.free_shm < LOW_SHM_BYTES:
-        make_diagnosis = make_error if machine.free_shm < MIN_SHM_BYTES else make_warning
-        yield make_diagnosis(
-            "low-shared-memory",
-            f"/dev/shm has {machine.free_shm / 1e6:.3g} MB free",
-            why="data loader workers exchange images there and crash if it is full",
-            remedy="sudo mount -o remount,size=8G /dev/shm   # for a container: docker run"
-            " --shm-size=8g; or train with train.num_workers=0",
-        )
-    if machine.max_open_files < MIN_OPEN_FILES:
-        yield make_error(
-            "low-open-files-limit",
-            f"a process may open only {machine.max_open_files} files",
-            why="data shards, data loader workers and the server need more",
-            remedy="ulimit -n 4096",
-        )

@@ -1,4 +1,4 @@
-"""Check installed packages for version conflicts, missing and duplicate packages."""
+"""Check installed packages for version conflicts, missing and duplicate packages, and extras."""
 
 from __future__ import annotations
 
@@ -15,18 +15,35 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from finesight.doctor.diagnosis import Diagnosis, format_command, make_error, make_ok, make_warning
+from finesight.doctor.diagnosis import Diagnosis, format_command, has_errors, make_diagnosis
 
 PACKAGE_NAME = "finesight"
+
+EXTRA_DESCRIPTIONS: Mapping[str, str] = {
+    "hub": "Parquet files, the dataset format of hubs",
+    "modelscope": "models and data sets on ModelScope",
+    "objects": "data in object storage (s3://, gs://)",
+    "latex": "rendering of formulas in reports and metrics",
+    "hf": "model families without a native implementation, through transformers",
+    "quant": "QLoRA: frozen weights in 4 bits",
+    "serve": "OpenAI-compatible API",
+    "track": "experiment tracking with SwanLab and TensorBoard",
+    "wandb": "experiment tracking with Weights & Biases",
+    "mlflow": "experiment tracking with MLflow",
+    "trackio": "experiment tracking with Trackio",
+    "qwen-vl": "tokenizer of the first Qwen-VL",
+    "web": "chat UI in the browser",
+}
+"""Description of each extra for users, by name."""
+
+DEV_EXTRAS = ("dev",)
+"""Extras for the development of finesight, which are not checked."""
 
 SITE_FOLDERS = ("site-packages", "dist-packages")
 """Names of folders that only a package installer writes to.
 
 In other folders, files that start with ~ may belong to the user.
 """
-
-DEV_EXTRAS = ("dev",)
-"""Extras for the development of finesight, which are not checked."""
 
 PIP_COMMAND = (sys.executable, "-m", "pip")
 """Command that runs pip of the current Python interpreter."""
@@ -37,8 +54,6 @@ class InstalledPackage:
     """Installed distribution, from its metadata.
 
     Attributes:
-        name: Name of the distribution.
-        version: Version of the distribution.
         folder: Folder that contains its modules.
         requires: Requirements (PEP 508).
         extras: Names of its extras.
@@ -77,6 +92,28 @@ class InstalledPackages:
         """Return the shell command that installs requirements for this Python interpreter."""
         return format_command(*PIP_COMMAND, "install", *requirements)
 
+    def install_extra_command(self, name: str) -> str:
+        """Return the shell command that installs an extra of finesight."""
+        return self.install_command(f"{PACKAGE_NAME}[{name}]")
+
+    def find_missing_packages(self) -> dict[str, list[str]]:
+        """Return the packages that each extra requires and that are not installed.
+
+        The list of a complete extra is empty. Extras that the metadata of the installed finesight
+        do not declare are omitted.
+        """
+        missing: dict[str, list[str]] = {}
+        for package in self.by_name.get(PACKAGE_NAME, ())[:1]:
+            missing = {name: [] for name in EXTRA_DESCRIPTIONS if name in package.extras}
+            for requirement in map(_parse_requirement, package.requires):
+                if requirement is None or _is_applicable(requirement, ()):
+                    continue
+                for name, names in missing.items():
+                    is_installed = self.get_version(requirement.name) is not None
+                    if _is_applicable(requirement, [name]) and not is_installed:
+                        names.append(requirement.name)
+        return missing
+
 
 def list_packages(path: Sequence[str] | None = None) -> InstalledPackages:
     """List the installed packages without importing them.
@@ -86,127 +123,99 @@ def list_packages(path: Sequence[str] | None = None) -> InstalledPackages:
     """
     search_path = list(sys.path if path is None else path)
     packages_by_name: dict[str, list[InstalledPackage]] = {}
-    seen: set[tuple[str, str, Path]] = set()
     for distribution in distributions(path=search_path):
         name = distribution.metadata["Name"]
-        folder = Path(str(distribution.locate_file("")))
-        if not name or (name, distribution.version, folder) in seen:
-            continue
-        seen.add((name, distribution.version, folder))
-        extras = tuple(distribution.metadata.get_all("Provides-Extra") or ())
         installed = InstalledPackage(
-            name, distribution.version, folder, tuple(distribution.requires or ()), extras
+            name or "",
+            distribution.version,
+            Path(str(distribution.locate_file(""))),
+            tuple(distribution.requires or ()),
+            tuple(distribution.metadata.get_all("Provides-Extra") or ()),
         )
-        packages_by_name.setdefault(canonicalize_name(name), []).append(installed)
-    folders = [
-        folder for folder in dict.fromkeys(map(Path, search_path)) if folder.name in SITE_FOLDERS
-    ]
-    leftovers = [leftover for folder in folders for leftover in sorted(folder.glob("~*"))]
-    has_pip = importlib.util.find_spec("pip") is not None
-    frozen_by_name = {name: tuple(packages) for name, packages in packages_by_name.items()}
-    return InstalledPackages(frozen_by_name, tuple(leftovers), has_pip, _is_externally_managed())
-
-
-def _is_externally_managed() -> bool:
-    marker = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
-    return sys.prefix == sys.base_prefix and marker.is_file()
+        same_name = packages_by_name.setdefault(canonicalize_name(name or ""), [])
+        if name and installed not in same_name:
+            same_name.append(installed)
+    folders = [folder for folder in map(Path, search_path) if folder.name in SITE_FOLDERS]
+    leftovers = (file for folder in dict.fromkeys(folders) for file in sorted(folder.glob("~*")))
+    managed_marker = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
+    return InstalledPackages(
+        {name: tuple(packages) for name, packages in packages_by_name.items() if packages},
+        tuple(leftovers),
+        importlib.util.find_spec("pip") is not None,
+        sys.prefix == sys.base_prefix and managed_marker.is_file(),
+    )
 
 
 def check_packages(packages: InstalledPackages) -> list[Diagnosis]:
     """Check the installed packages against the requirements of finesight."""
+    dependencies = _group_dependencies(packages)
     diagnoses = [
         *_check_python(packages),
-        *_check_unmet(packages),
-        *_check_duplicates(packages),
-        *_check_leftovers(packages),
+        *_check_unmet(packages, dependencies),
+        *_check_duplicates(packages, dependencies),
     ]
-    if not any(item.severity == "error" for item in diagnoses):
-        count = len({item.name for item in _resolve_dependencies(packages)})
-        diagnoses.insert(0, make_ok("versions", f"{count} required packages, no conflicts"))
+    if packages.leftovers:
+        names = ", ".join(path.name for path in packages.leftovers[:5])
+        remove = format_command("rm", "-r", *map(str, packages.leftovers))
+        folder = packages.leftovers[0].parent
+        diagnoses.append(make_diagnosis("leftovers", names=names, folder=folder, remove=remove))
+    if not has_errors(diagnoses):
+        diagnoses.insert(0, make_diagnosis("versions", count=len(dependencies)))
     return diagnoses
 
 
 def _check_python(packages: InstalledPackages) -> Iterator[Diagnosis]:
     if PACKAGE_NAME not in packages.by_name:
-        yield make_warning(
-            "not-installed",
-            "finesight runs from source and is not installed",
-            why="its requirements are unknown, so versions cannot be checked",
-            remedy=packages.install_command("-e", "."),
-        )
+        yield make_diagnosis("not-installed", install=packages.install_command("-e", "."))
     if packages.is_managed:
-        yield make_warning(
-            "python-managed",
-            f"{sys.executable} is managed by the operating system",
-            why="pip refuses to install packages there; create a virtual environment",
-            remedy="python3 -m venv ~/finesight && . ~/finesight/bin/activate",
-        )
+        yield make_diagnosis("python-managed", python=sys.executable)
     if not packages.has_pip:
-        yield make_warning(
-            "no-pip",
-            "pip is not installed for this Python interpreter",
-            why="the commands below require pip",
-            remedy=format_command(sys.executable, "-m", "ensurepip"),
-        )
+        install = format_command(sys.executable, "-m", "ensurepip")
+        yield make_diagnosis("no-pip", install=install)
 
 
 @dataclass(frozen=True, slots=True)
 class _Dependency:
     """Requirement of an installed package.
 
-    Attributes:
-        required_by: Package that has the requirement.
-        requirement: Required package and its version bounds.
-        is_optional: True if only an extra of finesight leads to this requirement.
+    `is_optional` is true if only an extra of finesight leads to it.
     """
 
     required_by: str
     requirement: Requirement
     is_optional: bool
 
-    @property
-    def name(self) -> str:
-        """Canonical name of the required package."""
-        return canonicalize_name(self.requirement.name)
 
-
-def _resolve_dependencies(packages: InstalledPackages) -> list[_Dependency]:
-    """Return all direct and transitive requirements of finesight.
+def _group_dependencies(packages: InstalledPackages) -> dict[str, list[_Dependency]]:
+    """Return all direct and transitive requirements of finesight by canonical package name.
 
     Requirements of extras are included if the required package is installed, since finesight uses
     it then.
     """
-    own_packages = packages.by_name.get(PACKAGE_NAME, ())[:1]
     # Each entry: requiring package, requirement, requested extras, and whether it is optional.
     queue: list[tuple[str, str, tuple[str, ...], bool]] = []
-    for package in own_packages:
-        queue += [(PACKAGE_NAME, text, (), False) for text in package.requires]
+    for package in packages.by_name.get(PACKAGE_NAME, ())[:1]:
         extras = tuple(name for name in package.extras if name not in DEV_EXTRAS)
+        queue += [(PACKAGE_NAME, text, (), False) for text in package.requires]
         queue += [(PACKAGE_NAME, text, extras, True) for text in package.requires]
-    resolved: dict[tuple[str, str], _Dependency] = {}
+    grouped: dict[str, list[_Dependency]] = {}
+    seen: set[tuple[str, str]] = set()
     while queue:
         required_by, text, extras, is_optional = queue.pop(0)
         requirement = _parse_requirement(text)
-        if (
-            (required_by, text) in resolved
-            or requirement is None
-            or not _is_applicable(requirement, extras)
-        ):
+        if requirement is None or not _is_applicable(requirement, extras):
             continue
-        dependency = _Dependency(required_by, requirement, is_optional)
-        installed = packages.by_name.get(dependency.name, ())
-        if dependency.name == PACKAGE_NAME or (
-            is_optional and required_by == PACKAGE_NAME and not installed
-        ):
+        name = canonicalize_name(requirement.name)
+        installed = packages.by_name.get(name, ())
+        is_unused = is_optional and required_by == PACKAGE_NAME and not installed
+        if (required_by, text) in seen or name == PACKAGE_NAME or is_unused:
             continue
-        resolved[required_by, text] = dependency
-        requested_extras = tuple(requirement.extras)
-        queue += [
-            (dependency.name, nested_text, requested_extras, is_optional)
-            for package in installed[:1]
-            for nested_text in package.requires
-        ]
-    return list(resolved.values())
+        seen.add((required_by, text))
+        grouped.setdefault(name, []).append(_Dependency(required_by, requirement, is_optional))
+        for package in installed[:1]:
+            nested_extras = tuple(requirement.extras)
+            queue += [(name, nested, nested_extras, is_optional) for nested in package.requires]
+    return grouped
 
 
 def _parse_requirement(text: str) -> Requirement | None:
@@ -218,20 +227,11 @@ def _parse_requirement(text: str) -> Requirement | None:
 
 def _is_applicable(requirement: Requirement, extras: Iterable[str]) -> bool:
     """Return whether a requirement applies to this machine, given the requested extras."""
-    if requirement.marker is None:
-        return True
-    marker_environment = {key: str(value) for key, value in default_environment().items()}
-    return any(
-        requirement.marker.evaluate(marker_environment | {"extra": extra})
-        for extra in ("", *extras)
+    marker, environment = requirement.marker, dict[str, str]()
+    environment |= {key: str(value) for key, value in default_environment().items()}
+    return marker is None or any(
+        marker.evaluate(environment | {"extra": extra}) for extra in ("", *extras)
     )
-
-
-def _group_by_name(packages: InstalledPackages) -> dict[str, list[_Dependency]]:
-    by_name: dict[str, list[_Dependency]] = {}
-    for dependency in _resolve_dependencies(packages):
-        by_name.setdefault(dependency.name, []).append(dependency)
-    return by_name
 
 
 def _combine_bounds(name: str, dependencies: Sequence[_Dependency]) -> str:
@@ -239,85 +239,81 @@ def _combine_bounds(name: str, dependencies: Sequence[_Dependency]) -> str:
 
     Installing a version within these bounds causes no other conflict.
     """
-    bounds = sorted(
-        {str(spec) for dependency in dependencies for spec in dependency.requirement.specifier}
-    )
-    return f"{name}{','.join(bounds)}"
+    bounds = {str(spec) for one in dependencies for spec in one.requirement.specifier}
+    return f"{name}{','.join(sorted(bounds))}"
 
 
-def _check_unmet(packages: InstalledPackages) -> Iterator[Diagnosis]:
+def _check_unmet(
+    packages: InstalledPackages, dependencies_by_name: Mapping[str, Sequence[_Dependency]]
+) -> Iterator[Diagnosis]:
     """Report missing packages and version conflicts, one diagnosis per package.
 
     Duplicate packages are reported separately, since their effective version is unknown.
     """
-    for name, dependencies in sorted(_group_by_name(packages).items()):
+    for name, dependencies in sorted(dependencies_by_name.items()):
         version = packages.get_version(name)
-        unmet = [
-            dependency
-            for dependency in dependencies
-            if version is None or not _is_satisfied(version, dependency.requirement)
-        ]
-        if unmet and len(_list_duplicates(packages, name)) < 2:
-            remedy = packages.install_command(_combine_bounds(name, dependencies))
-            yield _diagnose_unmet(name, version, unmet, remedy)
+        unmet = [one for one in dependencies if not _is_satisfied(version, one.requirement)]
+        if not unmet or len(_list_duplicates(packages, name)) > 1:
+            continue
+        required = (
+            f"{one.required_by} requires {name}{one.requirement.specifier}" for one in unmet
+        )
+        yield make_diagnosis(
+            "package-missing" if version is None else "version-conflict",
+            "warning" if all(one.is_optional for one in unmet) else "error",
+            name=name,
+            version=version,
+            required="; ".join(required),
+            install=packages.install_command(_combine_bounds(name, dependencies)),
+        )
 
 
-def _is_satisfied(version: str, requirement: Requirement) -> bool:
+def _is_satisfied(version: str | None, requirement: Requirement) -> bool:
     try:
-        return requirement.specifier.contains(Version(version), prereleases=True)
+        return version is not None and requirement.specifier.contains(Version(version), True)
     except InvalidVersion:  # handled by the maintainer of the package
         return True
 
 
-def _diagnose_unmet(
-    name: str, version: str | None, unmet: Sequence[_Dependency], remedy: str
-) -> Diagnosis:
-    why = "; ".join(
-        f"{dependency.required_by} requires {name}{dependency.requirement.specifier}"
-        for dependency in unmet
-    )
-    make_diagnosis = (
-        make_warning if all(dependency.is_optional for dependency in unmet) else make_error
-    )
-    if version is None:
-        return make_diagnosis("package-missing", f"{name} is not installed", why=why, remedy=remedy)
-    return make_diagnosis(
-        "version-conflict", f"{name} {version} is installed", why=why, remedy=remedy
-    )
-
-
 def _list_duplicates(packages: InstalledPackages, name: str) -> list[InstalledPackage]:
     """Return the distributions of a package in the same folder as the imported one."""
-    packages_of_name = packages.by_name.get(name, ())
-    return [package for package in packages_of_name if package.folder == packages_of_name[0].folder]
+    same_name = packages.by_name.get(name, ())
+    return [package for package in same_name if package.folder == same_name[0].folder]
 
 
-def _check_duplicates(packages: InstalledPackages) -> Iterator[Diagnosis]:
-    dependencies_by_name = _group_by_name(packages)
+def _check_duplicates(
+    packages: InstalledPackages, dependencies_by_name: Mapping[str, Sequence[_Dependency]]
+) -> Iterator[Diagnosis]:
     for name in sorted(packages.by_name):
         duplicates = _list_duplicates(packages, name)
         if len(duplicates) < 2:
             continue
-        versions = " and ".join(sorted(package.version for package in duplicates))
         uninstall = format_command(*PIP_COMMAND, "uninstall", "--yes", name)
-        reinstall = packages.install_command(
-            _combine_bounds(name, dependencies_by_name.get(name, ()))
-        )
-        make_diagnosis = make_error if name in dependencies_by_name else make_warning
+        bounds = _combine_bounds(name, dependencies_by_name.get(name, ()))
         yield make_diagnosis(
             "duplicate-package",
-            f"{name} is installed twice in {duplicates[0].folder}: {versions}",
-            why="an installation was interrupted: files of both versions may be mixed",
-            remedy=" && ".join([*[uninstall] * len(duplicates), reinstall]),
+            "error" if name in dependencies_by_name else "warning",
+            name=name,
+            folder=duplicates[0].folder,
+            versions=" and ".join(sorted(package.version for package in duplicates)),
+            commands=" && ".join(
+                [*[uninstall] * len(duplicates), packages.install_command(bounds)]
+            ),
         )
 
 
-def _check_leftovers(packages: InstalledPackages) -> Iterator[Diagnosis]:
-    if packages.leftovers:
-        names = ", ".join(path.name for path in packages.leftovers[:5])
-        yield make_warning(
-            "leftovers",
-            f"interrupted installations left {names} in {packages.leftovers[0].parent}",
-            why="pip prints warnings about them, and they use disk space",
-            remedy=format_command("rm", "-r", *map(str, packages.leftovers)),
+def check_extras(packages: InstalledPackages) -> Iterator[Diagnosis]:
+    """Check that extras are complete and that the installed metadata declare all of them."""
+    missing_by_extra = packages.find_missing_packages()
+    for name, missing in missing_by_extra.items():
+        yield make_diagnosis(
+            "extra-missing" if missing else "extra",
+            name=name,
+            description=EXTRA_DESCRIPTIONS[name],
+            missing=", ".join(missing),
+            install=packages.install_extra_command(name),
         )
+    unknown = [name for name in EXTRA_DESCRIPTIONS if name not in missing_by_extra]
+    if unknown and PACKAGE_NAME in packages.by_name:
+        install = packages.install_command("--no-deps", "-e", ".")
+        yield make_diagnosis("metadata-outdated", names=", ".join(unknown), install=install)

@@ -1,0 +1,249 @@
+"""Check environment variables for hubs and proxies, and the connection to a model hub.
+
+`probe_hub` is the only check of `finesight doctor` that sends requests, and only to the selected
+hub.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+import httpx2
+
+from finesight import __version__
+from finesight.doctor.diagnosis import Diagnosis, format_command, make_diagnosis
+from finesight.doctor.package_check import InstalledPackages
+from finesight.hub.url_policy import is_offline
+
+HubService = Literal["huggingface", "modelscope"]
+
+PROXY_VARIABLES = (
+    *("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
+)
+ENDPOINT_VARIABLES = {"huggingface": "HF_ENDPOINT", "modelscope": "MODELSCOPE_ENDPOINT"}
+HF_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
+"""URL schemes of supported proxies."""
+
+TIMEOUT_S = 10.0
+"""Timeout of each request to the hub in seconds."""
+
+
+def check_environment(
+    environment: Mapping[str, str], packages: InstalledPackages
+) -> list[Diagnosis]:
+    """Check the environment variables. Diagnoses never contain secret values."""
+    diagnoses = [
+        *_check_proxies(environment, packages),
+        *_check_endpoints(environment),
+        *_check_tokens(environment),
+    ]
+    for name in CERTIFICATE_VARIABLES:
+        value = environment.get(name, "")
+        if value and not Path(os.path.expanduser(value)).exists():
+            diagnoses.append(make_diagnosis("certificates-missing", name=name, value=value))
+    if environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        diagnoses.append(make_diagnosis("offline"))
+    return diagnoses or [make_diagnosis("environment")]
+
+
+def _check_proxies(
+    environment: Mapping[str, str], packages: InstalledPackages
+) -> Iterator[Diagnosis]:
+    for name in PROXY_VARIABLES:
+        value = environment.get(name, "")
+        if not value:
+            continue
+        scheme = value.partition("://")[0].lower() if "://" in value else ""
+        host = _get_host(value)
+        if scheme not in PROXY_SCHEMES or not host:
+            has_host_only = re.fullmatch(r"[A-Za-z0-9.-]+(:\d+)?/?", value)
+            yield make_diagnosis(
+                "proxy-malformed",
+                name=name,
+                description=f"{scheme or 'no'} scheme, host {host or 'none'}",
+                schemes=" or ".join(PROXY_SCHEMES),
+                remedy=f"export {name}=http://{value}" if has_host_only else f"unset {name}",
+            )
+        elif scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
+            install = packages.install_command("socksio")
+            yield make_diagnosis("proxy-socks", name=name, install=install)
+
+
+def _get_host(value: str) -> str:
+    """Return the host and port of an address without its credentials, empty if it has no host."""
+    try:
+        parts = urlsplit(value if "://" in value else f"//{value}")
+        return f"{parts.hostname}:{parts.port}" if parts.port else parts.hostname or ""
+    except ValueError:
+        return ""
+
+
+def _check_endpoints(environment: Mapping[str, str]) -> Iterator[Diagnosis]:
+    for name in ENDPOINT_VARIABLES.values():
+        value = environment.get(name, "")
+        # finesight adds the scheme for ModelScope; huggingface_hub uses its variable unchanged.
+        has_scheme = name == "MODELSCOPE_ENDPOINT" or re.match(r"https?://[^/\s]", value)
+        if value and not (has_scheme and _get_host(value)):
+            yield make_diagnosis("endpoint-malformed", name=name, value=value[:80])
+
+
+def _check_tokens(environment: Mapping[str, str]) -> Iterator[Diagnosis]:
+    for name in (*HF_TOKEN_VARIABLES, "MODELSCOPE_API_TOKEN"):
+        value = environment.get(name, "")
+        if value and not re.fullmatch(r"[!-~]+", value.strip()):
+            problem = "contains characters that are invalid in a token"
+        elif value != value.strip() or re.search(r"^['\"]|['\"]$|^Bearer", value):
+            problem = "has spaces, quotes or the word Bearer around the token"
+        elif name in HF_TOKEN_VARIABLES and value and not value.startswith("hf_"):
+            problem = "does not start with hf_"
+        else:
+            continue
+        yield make_diagnosis("token-malformed", name=name, problem=problem)
+
+
+@dataclass(frozen=True, slots=True)
+class HubResponse:
+    """HTTP status of a response of the hub, or the error if there is none."""
+
+    status: int | None
+    error: str = ""
+
+    @property
+    def is_ok(self) -> bool:
+        """True if the hub responded without an error. Status 404 is no error."""
+        return self.status is not None and (self.status < 400 or self.status == 404)
+
+    def __str__(self) -> str:
+        return self.error or f"status {self.status}"
+
+
+@dataclass(frozen=True, slots=True)
+class HubReachability:
+    """Results of the test requests to a hub.
+
+    Attributes:
+        url: Address of the hub.
+        response: Response with the proxies of the environment, if any.
+        direct_response: Response without proxies. None if no request without proxies was sent.
+        token_response: Response to a request with the token. None if there is no token.
+        token_source: Environment variable or file that contains the token.
+        proxy_variables: Environment variables that set a proxy.
+        hub: Name of the hub.
+        endpoint_variable: Environment variable that sets the address. Empty for the default
+            address.
+    """
+
+    url: str
+    response: HubResponse
+    direct_response: HubResponse | None
+    token_response: HubResponse | None
+    token_source: str
+    proxy_variables: tuple[str, ...]
+    hub: HubService = "huggingface"
+    endpoint_variable: str = ""
+
+
+def probe_hub(hub: HubService, environment: Mapping[str, str]) -> HubReachability | None:
+    """Send up to three test requests to a hub. Returns None in offline mode."""
+    if is_offline():
+        return None
+    token, token_source = None, ""
+    if hub == "huggingface":
+        from huggingface_hub import constants, get_token
+
+        url, path, token = constants.ENDPOINT.rstrip("/"), "/api/models?limit=1", get_token()
+        sources = (name for name in HF_TOKEN_VARIABLES if os.environ.get(name))
+        token_source = next(sources, constants.HF_TOKEN_PATH)
+    else:
+        from finesight.hub.modelscope import get_endpoint
+
+        url, path = get_endpoint(), "/api/v1/models"
+    proxies = tuple(variable for variable in PROXY_VARIABLES if environment.get(variable))
+    response, direct_response, token_response = _send_request(url + path), None, None
+    if proxies and not response.is_ok:
+        direct_response = _send_request(url + path, use_proxies=False)
+    # ModelScope has no address that validates a token.
+    if token and (response.is_ok or response.status in (401, 403)):
+        token_response = _send_request(f"{url}/api/whoami-v2", token=token)
+    variable = ENDPOINT_VARIABLES[hub]
+    return HubReachability(
+        *(url, response, direct_response, token_response, token_source, proxies, hub),
+        endpoint_variable=variable if environment.get(variable) else "",
+    )
+
+
+def _send_request(url: str, *, token: str = "", use_proxies: bool = True) -> HubResponse:
+    """Send one GET request. A redirect counts as a response and is not followed."""
+    headers = {"User-Agent": f"finesight/{__version__}"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    try:
+        with (
+            httpx2.Client(timeout=TIMEOUT_S, trust_env=use_proxies) as client,
+            client.stream("GET", url, headers=headers) as response,
+        ):
+            return HubResponse(response.status_code)
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, ImportError, OSError) as error:
+        return HubResponse(None, f"{type(error).__name__}: {str(error).strip()[:200]}")
+
+
+def check_hub(reachability: HubReachability | None) -> list[Diagnosis]:
+    """Diagnose the connection to a hub from the responses to the test requests.
+
+    Args:
+        reachability: Result of `probe_hub`. None in offline mode.
+    """
+    if reachability is None:
+        return [make_diagnosis("hub-offline")]
+    url, response, proxies = reachability.url, reachability.response, reachability.proxy_variables
+    host, variables = urlsplit(url).hostname or url, ", ".join(proxies)
+    if response.is_ok or (response.status == 401 and not proxies):
+        return [make_diagnosis("hub", url=url), *_check_hub_token(reachability)]
+    if reachability.direct_response is not None and reachability.direct_response.is_ok:
+        values = {"variables": variables, "host": host, "response": response}
+        return [make_diagnosis("proxy-rejects", **values)]
+    if response.status == 407:
+        values = {"variables": variables, "variable": proxies[0]}
+        return [make_diagnosis("proxy-authentication", **values)]
+    if response.status is not None and response.status >= 500:
+        return [make_diagnosis("hub-down", url=url, response=response, hub=reachability.hub)]
+    endpoint_variable = reachability.endpoint_variable
+    other = "modelscope" if reachability.hub == "huggingface" else "huggingface"
+    remedy = (
+        "export https_proxy=http://HOST:PORT   # if the network has a proxy\n"
+        f"finesight doctor --hub {other}   # test the other hub"
+    )
+    diagnosis = make_diagnosis(
+        "hub-unreachable",
+        url=url,
+        variable_note=f" ({endpoint_variable})" if endpoint_variable else "",
+        response=response,
+        host=host,
+        remedy=f"unset {endpoint_variable}" if endpoint_variable else remedy,
+    )
+    return [diagnosis]
+
+
+def _check_hub_token(reachability: HubReachability) -> Iterator[Diagnosis]:
+    response, source = reachability.token_response, reachability.token_source
+    if response is None:
+        return
+    if response.status not in (401, 403):
+        yield make_diagnosis("token", source=source)
+        return
+    remedy = f"unset {source}"
+    if os.sep in source:  # a stored token
+        hf_program = Path(sys.executable).with_name("hf")
+        program = str(hf_program) if hf_program.exists() else "hf"
+        remedy = format_command(program, "auth", "logout")
+    yield make_diagnosis("token-rejected", source=source, response=response, remedy=remedy)

@@ -37,10 +37,11 @@ from fault_injection import (
 
 from finesight.data.import_source import ImportOptions
 from finesight.data.sample import Sample
-from finesight.model.tiny import create_tiny_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pretraining"))
 from shape_images import LABELS_FILE, write_shape_images
+from tiny_model import create_tiny_model
 
 DEFAULT_OUTPUT = Path(__file__).parent / "results" / "check_faults.json"
 

@@ -59,9 +59,9 @@ def main() -> None:
     parser.add_argument("--family", default="qwen2_vl")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "pretraining"))
     import torch
-
-    from finesight.model.tiny import create_tiny_model
+    from tiny_model import create_tiny_model
 
     work, start = options.work, time.time()
     work.mkdir(parents=True)

@@ -78,7 +78,8 @@ def run_finesight(*args: str) -> None:
 
 
 def run_task(task: ReportTask, options: argparse.Namespace) -> dict[str, Any]:
-    from finesight.model.tiny import create_tiny_model
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "pretraining"))
+    from tiny_model import create_tiny_model
 
     work, start = options.work / task.name, time.time()
     work.mkdir(parents=True)

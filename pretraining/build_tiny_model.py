@@ -30,6 +30,7 @@ from rich.console import Console
 from synthetic_tasks.dataset_writer import DATA_FILE, write_mixture, write_task
 from synthetic_tasks.synthetic_sample import ContentPart
 from synthetic_tasks.tasks import EVAL_TASKS, MAIN_MIXTURE, WARMUP_MIXTURE, generate_mixture_sample
+from tiny_model import create_tiny_model
 from train_stages import LAST_STAGE, TRAIN_STAGES, TrainStage
 
 from finesight.config import EvalSettings, MetricSpec
@@ -38,7 +39,6 @@ from finesight.digests import sha256_file
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.evaluate.generation_eval import evaluate
 from finesight.infer.model_loader import load_inference_model
-from finesight.model.tiny import create_tiny_model
 from finesight.model.weights_io import save_model
 from finesight.model_folder import TINY_MODEL, ModelFolder
 from finesight.recipe import load_recipe

@@ -16,8 +16,8 @@ from docs_code_blocks import ROOT
 from fake_hub_servers import HuggingFaceHandler, ModelScopeHandler, run_hub_server
 from hub_fixtures import make_parquet
 from PIL import Image
+from tiny_model import TinyFamily, create_tiny_model
 
-from finesight.model.tiny import TinyFamily, create_tiny_model
 from finesight.model_folder import TINY_MODEL as OWN
 from finesight.model_folder import locate_model
 from finesight.synth.tickets import write_tickets

@@ -362,12 +362,13 @@ def write_samples(folder: Path, odds: Iterable[EdgeCaseImage], name: str) -> Pat
 
 
 def main() -> None:
+    from tiny_model import create_tiny_model
+
     from finesight.check.image_catalog import inspect_images
     from finesight.config import PixelRange, TrainFileSettings
     from finesight.data.corpus import load_corpus
     from finesight.data.image_header import CorruptImageError
     from finesight.encode.native_renderer import NativeRenderer
-    from finesight.model.tiny import create_tiny_model
     from finesight.model_folder import ModelFolder
 
     folder = Path(sys.argv[1])

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tiny_model import create_tiny_model
 from tokenizers import Tokenizer
 
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import Sample
-from finesight.model.tiny import create_tiny_model
 
 CHAT_TEMPLATE = """\
 {%- for turn in messages -%}

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.errors import UserError
-from finesight.worker_process import JobOutput
+from finesight.worker_pool import JobOutput
 
 
 def load(number: int) -> dict[str, Any]:

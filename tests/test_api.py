@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from docs_code_blocks import DOCS, list_code_blocks
 from PIL import Image
+from tiny_model import create_tiny_model
 from tiny_task import make_task
 
 from finesight import api
 from finesight.api import UserError
-from finesight.model.tiny import create_tiny_model
 from finesight.recipe import dump_recipe, load_recipe, recipe_from_dict
 
 PAGE = list_code_blocks(DOCS / "en" / "api.md")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_model import create_tiny_model
 from tiny_task import make_task
 
-from finesight.model.tiny import create_tiny_model
 from finesight.model_folder import TINY_MODEL
 
 PACKAGE = Path(__file__).parents[1] / "src" / "finesight"

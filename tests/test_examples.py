@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from module_loader import load_module
+from tiny_model import create_tiny_model
 
-from finesight.model.tiny import create_tiny_model
 from finesight.quickstart_demo import PROMPT, QuickstartSettings, write_recipe
 from finesight.recipe import load_recipe, recipe_from_dict
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from finesight.bounded_files import find_existing, is_utf8, iter_spellings, to_readable_name
 from finesight.errors import escape_surrogates
-from finesight.file_name_encoding import find_existing, is_utf8, iter_spellings, to_readable_name
 
 CAT = "\u4e2d\u6587\u732b"
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_model import create_tiny_model
 from torch import Tensor
 
 from finesight.digests import DIGESTS_FILE
 from finesight.errors import UserError
-from finesight.model.tiny import create_tiny_model
 from finesight.model.weights_io import load_model
 from finesight.model_folder import CONVERTED_FOLDER, PICKLE_INDEX_FILE, ModelFolder
 

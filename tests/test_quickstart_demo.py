@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
+from tiny_model import create_tiny_model
 
 from finesight.cli.app import run_command
 from finesight.errors import UserError
-from finesight.model.tiny import create_tiny_model
 from finesight.model_folder import TINY_MODEL
 from finesight.quickstart_demo import NUM_SHOWN_PREDICTIONS, QuickstartSettings, run_quickstart
 

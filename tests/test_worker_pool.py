@@ -85,7 +85,7 @@ def test_a_job_beyond_its_limits_is_killed_and_its_worker_replaced(pool, job, ar
     first = pids(pool)
     with (
         pool.borrow_worker() as worker,
-        pytest.raises(WorkerLimitError, match=r"0\.3 s of processor time"),
+        pytest.raises(WorkerLimitError, match=r"0\.3 s of CPU time"),
     ):
         worker.call(job, *args, max_cpu_s=0.3)
     second = pids(pool)
@@ -96,7 +96,7 @@ def test_a_job_beyond_its_limits_is_killed_and_its_worker_replaced(pool, job, ar
 def test_a_job_within_its_limits_is_not_killed(pool):
     with pool.borrow_worker() as worker:
         assert worker.call(jobs.allocate_memory, 30 * MIB, max_cpu_s=1).value == 30 * MIB
-        # Waiting takes no processor time.
+        # Waiting takes no CPU time.
         assert worker.call(jobs.sleep, 0.5, max_cpu_s=0.3).value == 0.5
 
 

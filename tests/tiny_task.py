@@ -13,10 +13,10 @@ import yaml
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from tiny_model import create_tiny_model
 from torch import Tensor
 
 from finesight import storage
-from finesight.model.tiny import create_tiny_model
 from finesight.recipe import load_recipe
 from finesight.train.finalize import RunResult
 from finesight.train.trainer import train

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import make_task, write_recipe
 from torch import Tensor
 
-from finesight.model.tiny import TinyFamily, create_tiny_model
 from finesight.recipe import load_recipe
 from finesight.train.console import TrainingConsole
 from finesight.train.run_dir import RunDir

@@ -1,20 +1,88 @@
-"""Read untrusted files with limits on their type, size and JSON depth.
+"""Read untrusted files with limits on type, size and JSON depth, and decode their names.
 
 Only regular files are read, since named pipes block and devices can be infinite.
+
+Python represents a file name that is not UTF-8 as text with a lone surrogate per invalid byte (PEP
+383). This text opens the file, but cannot be encoded as UTF-8. Archives from Chinese Windows have
+names in GBK; unzip keeps these bytes or decodes them as code page 437.
 """
 
 from __future__ import annotations
 
 import errno
+import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from pydantic_core import from_json
 
 from finesight.errors import UserError, suggest_similar_path
-from finesight.regular_file import SpecialFileError, open_regular_file
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class SpecialFileError(UserError):
+    """Raised for a path that is a named pipe, a socket or a device."""
+
+    @classmethod
+    def from_mode(cls, path: str | Path, mode: int) -> SpecialFileError:
+        """Build the error for a path with the file type in its `st_mode`."""
+        return cls(
+            f"{_KINDS.get(stat.S_IFMT(mode), 'a special file')}, not a regular file",
+            where=str(path),
+            expected="a regular file, or a link to one",
+            remedy="copy its content to a file, or remove it from the folder",
+        )
+
+
+def is_special_file(mode: int) -> bool:
+    """Return whether an `st_mode` is neither a regular file nor a folder."""
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def reject_special_file(path: Path) -> None:
+    """Raise SpecialFileError for an existing path that is neither a regular file nor a folder.
+
+    Called before a library opens a file by its path. Missing and inaccessible paths are accepted,
+    since opening them raises an error.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if is_special_file(mode):
+        raise SpecialFileError.from_mode(path, mode)
+
+
+def open_regular_file(path: Path) -> BufferedReader:
+    """Open a regular file for reading; never block on a named pipe.
+
+    Raises:
+        SpecialFileError: The path is a named pipe, a socket or a device.
+        OSError: The file cannot be opened.
+    """
+    reject_special_file(path)  # some devices act when they are opened
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a null character in the name
+        raise OSError(errno.EINVAL, str(error)) from error
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(fd, "rb")
+    os.close(fd)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise SpecialFileError.from_mode(path, mode)
+
 
 MAX_FILE_BYTES = 40 * 2**20
 """Maximum size in bytes of a file that is read at once.
@@ -148,3 +216,73 @@ def translate_os_errors(
             expected=expected,
             remedy=suggest_similar_path(path) if missing else remedy,
         ) from error
+
+
+CHINESE_ENCODING = "gb18030"
+"""Encoding of Chinese file names; a superset of GBK and GB 2312."""
+
+ZIP_ENCODING = "cp437"
+"""Encoding of file names in a zip archive without the UTF-8 flag."""
+
+
+def is_utf8(name: str) -> bool:
+    """Return whether a file name or path can be encoded as UTF-8."""
+    return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def to_readable_name(name: str) -> str:
+    """Return a file name or path as text that can be encoded as UTF-8.
+
+    Bytes in GBK are decoded, others are escaped as %XX. Two names may have the same result.
+    """
+    if is_utf8(name):
+        return name
+    return "/".join(map(_readable, name.split("/")))
+
+
+def _readable(name: str) -> str:
+    if is_utf8(name):
+        return name
+    try:
+        return decode_name(name.encode("utf-8", "surrogateescape"))
+    except UnicodeError:
+        return "".join(f"%{ord(c) & 0xFF:02X}" if "\ud800" <= c <= "\udfff" else c for c in name)
+
+
+def decode_name(content: bytes) -> str:
+    """Decode the bytes of a file name as UTF-8 or GBK.
+
+    Raises UnicodeDecodeError for other bytes.
+    """
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        name = content.decode(CHINESE_ENCODING)
+        if not name.isprintable():
+            raise error from None
+        return name
+
+
+def iter_spellings(name: str) -> Iterator[str]:
+    """Yield the spellings that a path may have on disk.
+
+    The path itself is first. Backslashes of Windows paths become slashes. Chinese characters are
+    also tried as GBK bytes, and as decoded by unzip.
+    """
+    yield name
+    names = [name]
+    if "\\" in name:
+        names.append(name.replace("\\", "/"))
+        yield names[-1]
+    for path in names:
+        if path.isascii() or not is_utf8(path):
+            continue
+        content = path.encode(CHINESE_ENCODING)
+        yield os.fsdecode(content)
+        yield content.decode(ZIP_ENCODING)
+
+
+def find_existing(folder: Path, name: str) -> Path | None:
+    """Return the first spelling of a path that exists below `folder`, or None."""
+    candidates = (os.path.join(folder, spelling) for spelling in iter_spellings(name))
+    return next((Path(path) for path in candidates if os.path.exists(path)), None)

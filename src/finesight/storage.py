@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Self
 
 from safetensors import SafetensorError
 
-from finesight.child_processes import FileLock
 from finesight.digests import DIGESTS_FILE, sha256_file
 from finesight.errors import UserError
 
@@ -42,6 +45,84 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter output name",
     errno.EIO: "check the disk, or choose an output folder on another one",
 }
+
+
+_forking = threading.RLock()
+"""Lock that prevents a fork while the file of a FileLock is opened or closed."""
+
+
+class FileLock:
+    """Lock on a file or folder with `flock`, which forked processes do not inherit.
+
+    The lock is released by `close`, or when the process that acquired it ends.
+    """
+
+    _open: ClassVar[set[FileLock]] = set()
+
+    def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
+        """Open `path` with the given `os.open` flags, without locking it. Raises OSError."""
+        with _forking:
+            self._descriptor: int | None = os.open(path, flags, 0o644)
+            FileLock._open.add(self)
+
+    def acquire(self, *, shared: bool = False, wait: bool = True) -> None:
+        """Acquire the lock, or convert it between shared and exclusive.
+
+        Args:
+            shared: Acquire a shared lock, which several processes can hold, instead of an exclusive
+                one.
+            wait: Wait until other processes release the lock.
+
+        Raises:
+            BlockingIOError: Another process holds the lock, and `wait` is False.
+            OSError: The file system does not support locks, as some network file systems.
+        """
+        assert self._descriptor is not None, "a lock that was closed"
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(self._descriptor, kind | (0 if wait else fcntl.LOCK_NB))
+
+    def close(self) -> None:
+        """Release the lock."""
+        with _forking:
+            FileLock._open.discard(self)
+            if self._descriptor is not None:
+                with contextlib.suppress(OSError):
+                    # Also of a process that was forked just now and has not closed its copy yet.
+                    fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+                os.close(self._descriptor)
+            self._descriptor = None
+
+    def _close_copy(self) -> None:
+        """Close the file in a forked process without releasing the lock of its parent."""
+        assert self._descriptor is not None, "a lock that was closed"
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _close_inherited_locks() -> None:
+    """Close the lock files of the parent in a process that was just forked."""
+    for lock in FileLock._open:
+        lock._close_copy()
+    FileLock._open.clear()
+    _forking.release()
+
+
+os.register_at_fork(
+    before=_forking.acquire,
+    after_in_parent=_forking.release,
+    after_in_child=_close_inherited_locks,
+)
 
 
 class FileSystem:

@@ -16,6 +16,7 @@ from fault_injection import (
     write_records,
 )
 from shape_images import LABELS_FILE, write_shape_images
+from tiny_model import create_tiny_model
 
 from finesight.check.check_issues import CheckResult
 from finesight.check.data_checker import (
@@ -25,7 +26,6 @@ from finesight.check.data_checker import (
     load_model_requirements,
 )
 from finesight.data.import_source import ImportOptions
-from finesight.model.tiny import create_tiny_model
 
 EACH = 4
 MOST = 1200

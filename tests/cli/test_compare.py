@@ -57,6 +57,17 @@ def test_prediction_files(
     assert "Unknown for prediction files" in out.read_text()
 
 
+def test_notes_name_the_metric_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [
+        str(make_run(tmp_path / name, make_sign_answers(tmp_path, marks)).folder)
+        for name, marks in (("first", [0.5] * 3), ("other", [1.0] * 3))
+    ]
+    assert run_command(["compare", *runs, "--out", str(tmp_path / "page.html")]) == 0
+    notes = capsys.readouterr().out.splitlines()
+    assert "validation_loss: no interval: only the sum over all samples is known" in notes
+    assert any(line.startswith("similarity: no interval: ") for line in notes), notes
+
+
 def test_json_output(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["compare", *runs, "--out", str(tmp_path / "page.html"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

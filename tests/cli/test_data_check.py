@@ -12,11 +12,11 @@ from check_fixtures import make_record, write_records
 from click.testing import Result
 from container_fixtures import write_parquet, write_tar_shards
 from image_fixtures import write_gray_image
+from tiny_model import create_tiny_model
 from typer.testing import CliRunner
 
 from finesight.cli.data_check import check
 from finesight.errors import UserError
-from finesight.model.tiny import create_tiny_model
 
 app = typer.Typer()
 app.command()(check)
@@ -75,11 +75,24 @@ def test_summary_table_and_first_issues(folder):
     assert output.count("remedy: correct the path") == 1
 
 
+def test_video_frames_are_counted_apart_from_images(folder):
+    records = [VALID_RECORD, make_record("1.png", "Which?"), make_record("2.png", "What?")]
+    video = {"type": "video", "frames": ["3.png", "4.png", "5.png", "6.png"]}
+    for record in records[1:]:
+        record["messages"][0]["content"][0] = video
+    source = write_records(folder / "data.jsonl", records)
+    result = run(source)
+    assert "1 image and 4 video frames, 5 unique" in result.output
+    summary = json.loads(run(source, "--json").stdout.splitlines()[-1])
+    counts = ("num_images", "num_video_frames", "num_unique_images")
+    assert [summary[name] for name in counts] == [1, 4, 5]
+
+
 def test_rows_that_are_no_samples_are_counted(folder):
     broken = {"messages": [{"role": "user", "content": [{"type": "sound"}]}]}
     source = write_records(folder / "data.jsonl", [VALID_RECORD, broken, broken, broken])
     output = run(source).output
-    assert f"{source}: 4 rows, 1 samples and 3 invalid rows, read as" in output
+    assert f"{source}: 4 rows, 1 sample and 3 invalid rows, read as" in output
     row = next(line for line in output.splitlines() if line.startswith("invalid-row"))
     assert row.split()[:5] == ["invalid-row", "error", "3", "75", "%"]
 
@@ -123,7 +136,7 @@ def test_fix_writes_valid_samples_and_reports_them(folder):
     source = write_records(folder / "data.jsonl", [VALID_RECORD, WRONG])
     result = run(source, "--fix", folder / "out")
     assert result.exit_code == 2, result.output
-    assert f"{folder / 'out/data.jsonl'}: 1 samples" in result.output
+    assert f"{folder / 'out/data.jsonl'}: 1 sample" in result.output
     assert "0 samples changed, 1 skipped" in result.output
     again = run(source, "--fix", folder / "out")
     assert isinstance(again.exception, UserError), "an existing folder is not written into"
@@ -175,9 +188,7 @@ def test_recipe_is_checked_with_its_model(folder, model):
     path.write_text(yaml.safe_dump(recipe))
     result = run(path)
     assert result.exit_code == 2, result.output
-    assert (
-        f"{validation}: 1 rows, 1 samples, read as samples (--format), validation" in result.output
-    )
+    assert f"{validation}: 1 row, 1 sample, read as samples (--format), validation" in result.output
     assert "too-long" in result.output
     assert "image-missing" not in result.output, "the recipe takes the first two samples only"
     for extra in (["--model", model], ["--limit", "1"], [train]):
@@ -194,7 +205,7 @@ def test_recipe_is_checked_with_its_model(folder, model):
     path.write_text(yaml.safe_dump(recipe | {"data": packed}))
     result = run(path)
     assert result.exit_code == 0, result.output
-    assert f"{shards}: 1 rows, 1 samples, read as samples (as in training)" in result.output
+    assert f"{shards}: 1 row, 1 sample, read as samples (as in training)" in result.output
     for other in ("none/*.tar", "none.parquet", "nothing://bucket/train.tar"):
         path.write_text(yaml.safe_dump(recipe | {"data": {"train": other}}))
         refused = run(path).exception

@@ -11,11 +11,11 @@ import typer
 from fake_hub_servers import TOKEN, FakeHubServer, run_hub_server
 from fake_upload_servers import UploadModelScopeHandler, UploadStorageHandler
 from hub_fixtures import cache
+from tiny_model import create_tiny_model
 from typer.testing import CliRunner, Result
 
 from finesight.cli.models import export
 from finesight.errors import UserError
-from finesight.model.tiny import create_tiny_model
 
 __all__ = ["cache"]
 

@@ -13,6 +13,7 @@ import typer
 from gptq_fixtures import GptqConfig, write_quantized_model
 from hf_reference import CPU
 from lora_fixtures import tune_with_lora
+from tiny_model import create_tiny_model
 from typer.testing import CliRunner, Result
 
 from finesight.cli.models import merge
@@ -22,7 +23,6 @@ from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model
 from finesight.manifest import Manifest
 from finesight.model.lora.peft_io import save_adapter
-from finesight.model.tiny import create_tiny_model
 from finesight.model.weights_io import load_model, save_model
 from finesight.model_folder import ModelFolder
 from finesight.storage import write_folder

@@ -7,12 +7,12 @@ import pytest
 import typer
 from click.testing import Result
 from engine_fixtures import make_sample, write_noise_image
+from tiny_model import create_tiny_model
 from typer.testing import CliRunner
 
 from finesight.cli.answers import predict
 from finesight.data.jsonl import write_samples
 from finesight.errors import UserError
-from finesight.model.tiny import create_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import pytest
 import yaml
 from engine_fixtures import write_noise_image
 from PIL import Image
+from tiny_model import create_tiny_model
 
 from finesight.cli.app import run_command
 from finesight.data.jsonl import read_samples
 from finesight.data.sample import BoxPart, ImagePart
-from finesight.model.tiny import create_tiny_model
 
 STEPS = 120
 

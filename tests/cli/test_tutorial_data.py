@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
+from tiny_model import create_tiny_model
 
 from finesight.cli.app import run_command
-from finesight.model.tiny import create_tiny_model
 
 Record = dict[str, Any]
 SIZES = [(640, 480), (480, 640), (800, 600)]

@@ -10,6 +10,7 @@ import pytest
 import typer
 from click.testing import Result
 from engine_fixtures import make_sample, write_noise_image
+from tiny_model import create_tiny_model
 from typer.testing import CliRunner
 
 from finesight.cli.answers import evaluate, predict
@@ -18,7 +19,6 @@ from finesight.errors import UserError
 from finesight.infer.engine import generate
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.prediction import build_questions
-from finesight.model.tiny import create_tiny_model
 from finesight.model_folder import ModelFolder
 
 FORMATS = ("nf4", "fp8", "int8", "int4")

@@ -37,7 +37,7 @@ def test_index_is_built_once_and_reloaded(
     path.write_bytes(b"one\n\ntwo\n  \nthree")
     lines = index_lines(path)
     assert len(list(cache_folder.iterdir())) == 1
-    monkeypatch.setattr("finesight.data.line_index._build_index", None)
+    monkeypatch.setattr("finesight.data.line_index.build_line_index", None)
     again = index_lines(path)
     assert is_same_index(lines, again)
     assert [again[i] for i in range(3)] == [b"one\n", b"two\n", b"three"]
@@ -94,7 +94,7 @@ def test_unused_indices_are_removed(tmp_path: Path, cache_folder: Path) -> None:
         os.utime(file, (0, 0))
     index_lines(tmp_path / "a.jsonl")
     (tmp_path / "c.jsonl").write_bytes(b"1\n")
-    line_index._remove_stale.cache_clear()
+    line_index.remove_stale_indexes.cache_clear()
     index_lines(tmp_path / "c.jsonl")
     assert len(list(cache_folder.iterdir())) == 2
 

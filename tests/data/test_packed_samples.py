@@ -198,17 +198,17 @@ def test_large_row_groups_are_split_once(
     path = write_parquet(table, tmp_path / "a.parquet", group=5, texts=texts)
     baseline = load(path)
     written: list[Path] = []
-    divide = parquet_reader._rewrite_row_groups
+    divide = parquet_reader.rewrite_row_groups
     monkeypatch.setattr(parquet_reader, "regrouped_folder", lambda: tmp_path / "divided")
     monkeypatch.setattr(parquet_reader, "MAX_ROW_GROUP_BYTES", 10)
     monkeypatch.setattr(parquet_reader, "MAX_GROUP_ROWS", 2)
     monkeypatch.setattr(
         parquet_reader,
-        "_rewrite_row_groups",
+        "rewrite_row_groups",
         lambda *paths: (written.append(paths[1]), divide(*paths)),
     )
     for _ in range(2):
-        parquet_reader._ensure_small_groups.cache_clear()
+        parquet_reader.ensure_small_groups.cache_clear()
         corpus = load(path)
         assert_same(corpus, table)
     assert parquet_reader.list_row_group_sizes(path) == (2, 2, 1, 2)

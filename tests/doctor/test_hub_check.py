@@ -63,7 +63,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Refusing]]:
 
 
 def diagnose(hub: network_check.HubService = "huggingface") -> list[Diagnosis]:
-    return network_check.check_hub(network_check.probe_hub(hub, dict(os.environ)))
+    return network_check.check_hub(hub, dict(os.environ))
 
 
 def set_remedy_env(remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,11 +146,12 @@ def test_unreachable_hub_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.remedy == "unset MODELSCOPE_ENDPOINT"
 
 
-def test_temporary_hub_error_is_a_hint() -> None:
-    down = network_check.HubReachability(
-        "https://x.org", network_check.HubResponse(503), None, None, "", ()
-    )
-    assert find_diagnosis(network_check.check_hub(down), "hub-down").severity == "warning"
+def test_temporary_hub_error_is_a_hint(
+    proxy: type[Refusing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy, "status", 503)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert find_diagnosis(diagnose(), "hub-down").severity == "warning"
 
 
 def test_offline_mode_sends_no_requests(

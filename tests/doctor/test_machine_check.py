@@ -67,7 +67,9 @@ def test_full_temp_disk_is_found_and_remedy_changes_it(small_disk: Path, tmp_pat
     (now,) = [location for location in after.locations if location.role == "temporary files"]
     assert now.folder == roomy.folder / "finesight"
     assert now.folder.is_dir()
-    assert now.free_bytes == machine_check.inspect_location("x", tmp_path).free_bytes
+    # Other processes write to the same disk between the two calls.
+    expected = machine_check.inspect_location("x", tmp_path).free_bytes
+    assert now.free_bytes == pytest.approx(expected, rel=0.05)
 
 
 def test_cache_path_that_is_a_file_is_found(tmp_path: Path) -> None:

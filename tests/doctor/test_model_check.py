@@ -13,11 +13,11 @@ import pytest
 from doctor_fixtures import find_diagnosis, list_codes, write_package_metadata
 from fake_hub_servers import FakeHubServer
 from hub_fixtures import cache, huggingface
+from tiny_model import create_tiny_model
 
 from finesight.cli.app import run_command
 from finesight.doctor import model_check, package_check
 from finesight.doctor.diagnosis import Diagnosis
-from finesight.model.tiny import create_tiny_model
 from finesight.model_folder import TINY_MODEL_FOLDER
 
 __all__ = ["cache", "huggingface"]

@@ -21,7 +21,7 @@ OUTPUT = WriteLocation("output", Path("/runs"), 100 * GB, True)
 CPU = TorchInfo("2.13.0+cpu")
 T4 = TorchInfo("2.13.0+cu126", gpus=(GpuInfo("Tesla T4", (7, 5), 16 * GB, 15 * GB, ""),))
 NONE = package_check.InstalledPackages({}, (), True)
-AROUND = model_check.RecipeContext(NONE, CPU, OUTPUT)
+AROUND = {"packages": NONE, "torch_info": CPU, "location": OUTPUT}
 
 
 @pytest.fixture
@@ -30,10 +30,8 @@ def recipe(tmp_path: Path) -> Path:
     return write_recipe(tmp_path / "my recipe.yaml", made)
 
 
-def diagnose(
-    path: Path, *changes: str, around: model_check.RecipeContext = AROUND
-) -> list[Diagnosis]:
-    return model_check.check_recipe(path, load_recipe(path, changes), around)
+def diagnose(path: Path, *changes: str, around: dict[str, object] = AROUND) -> list[Diagnosis]:
+    return model_check.check_recipe(path, load_recipe(path, changes), **around)
 
 
 def remedy_overrides(path: Path, found: Diagnosis) -> list[str]:
@@ -51,7 +49,7 @@ def test_trainable_recipe_has_no_issue(recipe: Path) -> None:
     "requested", ["train.precision=bf16", "tune.quantize.fp8=[language]"], ids=["bf16", "fp8"]
 )
 def test_unsupported_precision_is_replaced(recipe: Path, requested: str) -> None:
-    around = replace(AROUND, torch_info=T4)
+    around = AROUND | {"torch_info": T4}
     changes = ["train.device=auto", "tune.merger=frozen", requested]
     found = find_diagnosis(diagnose(recipe, *changes, around=around), "precision-unsupported")
     assert "Tesla T4 (7.5)" in found.what
@@ -73,7 +71,7 @@ def test_extra_needed_by_setting_is_named(recipe: Path, tmp_path: Path) -> None:
     about = site / "finesight-0.1.0.dist-info" / "METADATA"
     extras = "\nProvides-Extra: quant\nProvides-Extra: track\n"
     about.write_text(about.read_text().rstrip() + extras)
-    around = replace(AROUND, packages=package_check.list_packages([str(site)]))
+    around = AROUND | {"packages": package_check.list_packages([str(site)])}
     changes = ("tune.quantize.nf4=[language]", "track=tensorboard")
     found = [one for one in diagnose(recipe, *changes, around=around) if one.severity == "error"]
     assert list_codes(found) == ["recipe-needs-extra", "recipe-needs-extra"]
@@ -83,7 +81,7 @@ def test_extra_needed_by_setting_is_named(recipe: Path, tmp_path: Path) -> None:
     ]
     write_package_metadata(site, "bitsandbytes", "0.50.2")
     write_package_metadata(site, "tensorboard", "2.21")
-    around = replace(AROUND, packages=package_check.list_packages([str(site)]))
+    around = AROUND | {"packages": package_check.list_packages([str(site)])}
     assert list_codes(diagnose(recipe, *changes, around=around)) == []
 
 
@@ -95,7 +93,7 @@ def test_extra_needed_by_setting_is_named(recipe: Path, tmp_path: Path) -> None:
     ],
 )
 def test_unwritable_output_is_replaced(recipe: Path, location: WriteLocation, code: str) -> None:
-    found = find_diagnosis(diagnose(recipe, around=replace(AROUND, output_location=location)), code)
+    found = find_diagnosis(diagnose(recipe, around=AROUND | {"location": location}), code)
     assert str(load_recipe(recipe, remedy_overrides(recipe, found)).output_dir) != "/runs"
 
 

@@ -9,7 +9,7 @@ import pytest
 from doctor_fixtures import find_diagnosis
 
 from finesight.doctor import gpu_check, probes
-from finesight.doctor.gpu_check import GpuInfo, SmokeResult, TorchInfo
+from finesight.doctor.gpu_check import GpuInfo, TorchInfo
 from finesight.doctor.probes import ProbeResult
 
 
@@ -41,21 +41,18 @@ def test_each_gpu_is_tested_and_files_are_removed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gpu_check.probes, "run_probe", ended)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     card = GpuInfo("X", (9, 0), 1, 1, "")
-    tried = gpu_check.run_smoke_tests(TorchInfo("2", gpus=(card, card)))
-    assert [one.device for one in tried] == ["CPU", "GPU 0", "GPU 1"]
+    found = list(gpu_check.check_smoke_tests(TorchInfo("2", gpus=(card, card))))
+    assert [one.what.partition(":")[0] for one in found] == ["CPU", "GPU 0", "GPU 1"]
     assert not any(folder.exists() for folder in folders)
-    found = list(gpu_check.check_smoke_tests(tried))
     assert [one.severity for one in found] == ["ok", "ok", "error"]
     assert "stage train failed: no" in found[2].what
     assert found[2].remedy == "export CUDA_VISIBLE_DEVICES=0"
 
 
-def test_failing_cpu_suggests_quickstart() -> None:
-    found = find_diagnosis(
-        gpu_check.check_smoke_tests(
-            [SmokeResult("CPU", None, ("load 1.0 s",), "Illegal instruction")]
-        ),
-        "smoke-test",
-    )
+def test_failing_cpu_suggests_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = ProbeResult('{"stage": "load", "seconds": 1, "what": ""}', "Illegal instruction")
+    monkeypatch.setattr(gpu_check.probes, "run_probe", lambda *_: failed)
+    found = find_diagnosis(gpu_check.check_smoke_tests(TorchInfo("2")), "smoke-test")
     assert found.severity == "error"
+    assert "stage data failed: Illegal instruction" in found.what
     assert found.remedy.startswith("finesight quickstart")

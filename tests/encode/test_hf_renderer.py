@@ -76,8 +76,8 @@ def test_images_are_processed_once_without_later_images(
     renderer: HfRenderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Path] = []
-    image = renderer._load_image
-    monkeypatch.setattr(renderer, "_load_image", lambda path: (read.append(path), image(path))[1])
+    image = renderer.load_image
+    monkeypatch.setattr(renderer, "load_image", lambda path: (read.append(path), image(path))[1])
     first = hf_models.make_sample(tmp_path, ("Which?", "red"), ("Sure?", "yes"), num_images=2)
     assert decode_with_loss_mask(renderer, first)[1] == ["red<|im_end|>", "yes<|im_end|>"]
     assert len(read) == 2
@@ -122,8 +122,8 @@ def test_image_rule_is_applied_before_processor(folder: Path, tmp_path: Path) ->
         HfRenderer(ModelFolder(folder)),
         HfRenderer(ModelFolder(folder), rule),
     )
-    assert retained._load_image(tmp_path / "0.png").size == (40, 30)
-    assert scaled._load_image(tmp_path / "0.png").size == (9, 7)
+    assert retained.load_image(tmp_path / "0.png").size == (40, 30)
+    assert scaled.load_image(tmp_path / "0.png").size == (9, 7)
     assert (
         scaled.tokenize(located_sample).num_tokens == retained.tokenize(located_sample).num_tokens
     )

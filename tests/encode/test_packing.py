@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conversation_fixtures import make_conversation, make_folder, make_images
+from tiny_model import create_tiny_model
 
 from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import (
@@ -23,7 +24,6 @@ from finesight.encode.packing import (
     plan_packs,
 )
 from finesight.encode.tokenized_sample import EncodedSample, TokenizedSample, VisualSpan
-from finesight.model.tiny import create_tiny_model
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 from finesight.train.loss import fused_linear_cross_entropy

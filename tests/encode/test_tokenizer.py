@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from conversation_fixtures import WORDS, make_folder
+from tiny_model import SPECIAL_TOKENS
 
 from finesight.encode.tokenizer import TokenCache, Tokenizer
 from finesight.errors import UserError
-from finesight.model.tiny import SPECIAL_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_the_cache_of_texts_is_bounded_in_bytes():
 def test_texts_are_forgotten(path: Path):
     tokenizer = Tokenizer(path)
     before = tokenizer.encode("Hello")
-    assert tokenizer._cached_tokenize.bytes > 0
+    assert tokenizer.token_cache.bytes > 0
     tokenizer.clear_cache()
-    assert tokenizer._cached_tokenize.bytes == 0
+    assert tokenizer.token_cache.bytes == 0
     assert tokenizer.encode("Hello") == before

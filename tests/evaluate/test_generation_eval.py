@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_fixtures import make_sample, write_noise_image
+from tiny_model import create_tiny_model
 
 from finesight.config import EvalSettings
 from finesight.data.jsonl import LocatedSample
@@ -17,7 +18,6 @@ from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.generation_eval import evaluate
 from finesight.evaluate.task_metrics import compute_metrics
 from finesight.infer.prediction import predict
-from finesight.model.tiny import create_tiny_model
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

@@ -11,13 +11,13 @@ import torch
 from gptq_fixtures import GptqConfig, write_quantized_model
 from hf_reference import CPU
 from lora_fixtures import tune_with_lora
+from tiny_model import TinyFamily, create_tiny_model
 
 from finesight.config import Precision
 from finesight.export.hf_files import HF_ARCHITECTURES
 from finesight.export.verified_merge import VerifiedMerge, merge_and_verify
 from finesight.infer.model_loader import resolve_model_source
 from finesight.model.lora.peft_io import save_adapter
-from finesight.model.tiny import TinyFamily, create_tiny_model
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import create_tiny_model
 
 from finesight.errors import UserError
 from finesight.export.gguf import (
@@ -25,7 +26,6 @@ from finesight.export.gguf import (
 )
 from finesight.export.hf_files import complete_hf_folder
 from finesight.infer.model_loader import ModelSource
-from finesight.model.tiny import create_tiny_model
 from finesight.model.weights_io import init_random_model, save_model
 from finesight.model_folder import ModelFolder
 
@@ -135,7 +135,7 @@ def test_too_little_disk_space(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match="1,000 are free"):
+    with pytest.raises(UserError, match="1e-06 GB are free on this disk"):
         write_gguf(model, tmp_path / "gguf", converter(tmp_path))
 
 

@@ -14,14 +14,14 @@ from fake_upload_servers import (
     UploadStorageHandler,
 )
 from huggingface_hub import constants
+from tiny_model import create_tiny_model
 
 from finesight.errors import UserError
-from finesight.export.upload_list import list_uploads
+from finesight.export.hf_files import list_uploads
 from finesight.hub import modelscope
 from finesight.hub.address import parse_address
 from finesight.hub.repository import publish_model
 from finesight.infer.model_loader import resolve_model_source
-from finesight.model.tiny import create_tiny_model
 from finesight.model_folder import locate_model
 
 VARIABLES = {"hf": "HF_TOKEN", "modelscope": "MODELSCOPE_API_TOKEN"}

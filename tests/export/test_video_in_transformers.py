@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from engine_fixtures import generate_uncached, make_sample, write_noise_image
+from tiny_model import TinyFamily, create_tiny_model
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLForConditionalGeneration,
@@ -21,7 +22,6 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
-from finesight.model.tiny import TinyFamily, create_tiny_model
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

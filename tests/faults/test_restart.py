@@ -78,7 +78,8 @@ def test_run_is_unlocked_when_its_process_is_killed(recipe: Path) -> None:
         end = time.monotonic() + GUARD
         while running(started) and time.monotonic() < end:
             time.sleep(0.02)
-        assert not running(started)
+        commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in running(started)]
+        assert not commands
     finally:
         for pid in running(started):
             os.kill(pid, signal.SIGKILL)

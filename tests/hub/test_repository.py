@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import types
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -331,6 +332,15 @@ def test_unsendable_token_is_rejected(
     with pytest.raises(UserError, match="some of which are invalid in a token") as raised:
         open_repository(parse_address("modelscope:Some/model"))
     assert "töken" not in str(raised.value)
+
+
+def test_missing_modelscope_package_is_reported(
+    modelscope: FakeHubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "modelscope_hub", None)
+    with pytest.raises(UserError, match=r"pip install 'finesight\[modelscope\]'"):
+        open_repository(parse_address("modelscope:Some/model"))
+    assert not modelscope.requests
 
 
 def test_repository_with_only_pickled_weights(hub: FakeHubServer, address: HubAddress) -> None:

@@ -14,6 +14,7 @@ from engine_fixtures import (
     install_request_adapters,
     make_mixed_questions,
 )
+from tiny_model import create_tiny_model
 
 from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
@@ -21,7 +22,6 @@ from finesight.infer.decode_step import supports_fused_decode
 from finesight.infer.engine import Engine
 from finesight.infer.request import GenerationRequest
 from finesight.model.rope import RotaryCosSin, apply_rotary_pos_emb
-from finesight.model.tiny import create_tiny_model
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

@@ -18,6 +18,7 @@ from engine_fixtures import (
     run_requests,
     write_noise_image,
 )
+from tiny_model import create_tiny_model
 
 from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
@@ -26,7 +27,6 @@ from finesight.infer import scheduler as scheduler_area
 from finesight.infer.block_manager import append_tokens
 from finesight.infer.engine import CPU_BLOCK_SIZE, Engine, compute_cache_capacity, generate
 from finesight.infer.request import DecodingConstraint, GenerationRequest, SamplingParams
-from finesight.model.tiny import create_tiny_model
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

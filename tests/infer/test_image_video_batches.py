@@ -16,12 +16,12 @@ from engine_fixtures import (
     run_requests,
     write_noise_image,
 )
+from tiny_model import TinyFamily, create_tiny_model
 
 from finesight.data.jsonl import LocatedSample
 from finesight.encode.native_renderer import NativeRenderer
 from finesight.infer.engine import Engine
 from finesight.infer.prediction import predict
-from finesight.model.tiny import TinyFamily, create_tiny_model
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

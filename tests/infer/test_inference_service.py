@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from engine_fixtures import make_mixed_questions, make_sample
+from tiny_model import create_tiny_model
 
 from finesight.data.jsonl import LocatedSample
 from finesight.encode.native_renderer import NativeRenderer
@@ -25,7 +26,6 @@ from finesight.infer.model_loader import InferenceModel
 from finesight.infer.model_runner import ModelRunner
 from finesight.infer.prediction import predict
 from finesight.infer.request import CompletionDelta, GenerationOptions, SamplingParams
-from finesight.model.tiny import create_tiny_model
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 

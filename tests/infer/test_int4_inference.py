@@ -10,6 +10,7 @@ import torch
 from engine_fixtures import generate_cached, install_request_adapters, make_mixed_questions
 from gptq_fixtures import GptqConfig, pack_weight, with_untied_head, write_quantized_model
 from hf_reference import CPU, max_relative_error
+from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
 from finesight.encode.native_renderer import NativeRenderer
@@ -18,7 +19,6 @@ from finesight.infer.engine import generate
 from finesight.infer.model_loader import load_inference_model
 from finesight.model.quant.base import MAX_GEMM_ROWS, MAX_GEMV_ROWS
 from finesight.model.quant.int4 import Int4Matrix
-from finesight.model.tiny import TinyFamily, create_tiny_model
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

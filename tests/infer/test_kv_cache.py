@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny_model import TINY_PRESETS
 from torch import Tensor
 
 from finesight.infer.kv_cache import (
@@ -15,7 +16,6 @@ from finesight.infer.kv_cache import (
     get_kv_bytes_per_token,
 )
 from finesight.model.attention import PackedAttention, Segments
-from finesight.model.tiny import TINY_PRESETS
 
 LAYERS, HEADS, KEY_HEADS, WIDTH = 2, 4, 2, 8
 CPU = torch.device("cpu")

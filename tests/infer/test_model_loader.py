@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_fixtures import make_sample, write_noise_image
+from tiny_model import create_tiny_model
 
 from finesight.config import ExactSize, LoraSettings, TuneSettings
 from finesight.encode.native_renderer import NativeRenderer
@@ -15,7 +16,6 @@ from finesight.infer.model_loader import load_inference_model, resolve_device, r
 from finesight.infer.prediction import predict
 from finesight.manifest import Manifest
 from finesight.model.lora.peft_io import save_adapter
-from finesight.model.tiny import create_tiny_model
 from finesight.model.trainable import configure_tuning
 from finesight.model.weights_io import load_model, save_model
 from finesight.model_folder import ModelFolder

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from engine_fixtures import make_mixed_questions, make_sample, write_noise_image
+from tiny_model import create_tiny_model
 
 from finesight.data.image_header import CorruptImageError
 from finesight.data.jsonl import LocatedSample
@@ -15,7 +16,6 @@ from finesight.encode.native_renderer import NativeRenderer
 from finesight.infer.engine import generate
 from finesight.infer.model_runner import ModelRunner
 from finesight.infer.prediction import Prediction, build_prediction, build_questions, predict
-from finesight.model.tiny import create_tiny_model
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

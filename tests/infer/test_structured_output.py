@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_model import create_tiny_model
 
 from finesight.encode.native_renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.infer.structured_output import GrammarCompiler, GrammarConstraint
-from finesight.model.tiny import create_tiny_model
 from finesight.model_folder import ModelFolder
 
 FAMILIES = ["qwen", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]

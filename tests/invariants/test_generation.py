@@ -18,6 +18,7 @@ from engine_fixtures import (
     make_mixed_questions,
     run_engine,
 )
+from tiny_model import create_tiny_model
 
 from finesight.data.jsonl import LocatedSample
 from finesight.encode.native_renderer import NativeRenderer
@@ -27,7 +28,6 @@ from finesight.infer.engine import Engine, generate
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel
 from finesight.infer.request import GenerationOptions, GenerationRequest, SamplingParams
-from finesight.model.tiny import create_tiny_model
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

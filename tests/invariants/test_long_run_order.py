@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from finesight.config import TrainSettings
 from finesight.data.corpus import Corpus
 from finesight.data.jsonl import JsonlSamples
-from finesight.data.line_index import IndexedLines, SampleIndex
+from finesight.data.line_index import SampleIndex
 from finesight.data.sample_order import SampleOrder
 from finesight.train.distributed_sampler import DistributedSampler
 from finesight.train.parallel.distributed import ProcessGroup
@@ -39,7 +39,7 @@ def make_sampler() -> TrainSampler:
     empty = np.empty(0, np.int64)
     # Every line begins at byte 0: they are counted and never read.
     indices = [SampleIndex(np.broadcast_to(np.int64(0), size + 1), empty, "") for size in SIZES]
-    files = [JsonlSamples(IndexedLines(Path(), index, (0, 0))) for index in indices]
+    files = [JsonlSamples(Path(), index, (0, 0)) for index in indices]
     corpus = Corpus(tuple(files), WEIGHTS, "fingerprint")
     train = TrainSettings(batch_size=BATCH, epochs=EPOCHS, data_seed=11)
     return TrainSampler(corpus, range(SAMPLES), train)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from engine_fixtures import RequestEvents, make_mixed_questions, run_engine
 from lora_fixtures import TUNE_SETTINGS, install_random_adapter
+from tiny_model import create_tiny_model
 
 from finesight.data.jsonl import LocatedSample
 from finesight.encode.native_renderer import NativeRenderer
@@ -25,7 +26,6 @@ from finesight.model.lora.layer import iter_adapters
 from finesight.model.lora.merge import merge_adapters
 from finesight.model.lora.multi import MultiLora
 from finesight.model.lora.peft_io import save_adapter
-from finesight.model.tiny import create_tiny_model
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 from engine_fixtures import make_sample, write_noise_image
+from tiny_model import create_tiny_model
 from typer.testing import CliRunner
 
 from finesight.cli.answers import predict
@@ -21,7 +22,6 @@ from finesight.data.jsonl import LocatedSample, write_samples
 from finesight.data.sample import BoxPart, TextPart
 from finesight.evaluate.generation_eval import evaluate
 from finesight.infer.model_loader import load_inference_model
-from finesight.model.tiny import create_tiny_model
 from finesight.train.trainer import train
 
 SIZES = [(84, 56), (56, 56), (112, 56), (56, 112)]

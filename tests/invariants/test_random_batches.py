@@ -10,6 +10,7 @@ import torch
 from conversation_fixtures import make_conversation, make_images
 from engine_fixtures import RequestEvents, run_engine
 from lora_fixtures import TUNE_SETTINGS, install_random_adapter
+from tiny_model import TinyFamily, create_tiny_model
 
 from finesight.data.jsonl import LocatedSample
 from finesight.encode.native_renderer import NativeRenderer
@@ -19,7 +20,6 @@ from finesight.infer.engine import Engine
 from finesight.infer.prediction import predict
 from finesight.infer.request import GenerationRequest, SamplingParams
 from finesight.model.lora.multi import MultiLora
-from finesight.model.tiny import TinyFamily, create_tiny_model
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conversation_fixtures import make_conversation, make_images
 from hf_reference import max_relative_error
+from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
 from finesight.config import TuneSettings
@@ -16,7 +17,6 @@ from finesight.data.sample import Message, TextPart
 from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack, pad_batch
 from finesight.encode.tokenized_sample import EncodedSample
-from finesight.model.tiny import TinyFamily, create_tiny_model
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model

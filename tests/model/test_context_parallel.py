@@ -10,6 +10,7 @@ import pytest
 import torch
 from conversation_fixtures import make_conversation, make_images
 from fake_dist import FakeProcessGroup
+from tiny_model import create_tiny_model
 from torch import Tensor
 
 from finesight.config import PixelRange
@@ -18,7 +19,6 @@ from finesight.encode.renderer import build_renderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.model import attention
 from finesight.model.attention import select_shard_features
-from finesight.model.tiny import create_tiny_model
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

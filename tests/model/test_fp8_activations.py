@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_reference import max_relative_error
+from tiny_model import TINY_PRESETS, TinyFamily, create_tiny_model
 from torch import Tensor, nn
 
 from finesight.model.fused_linear import FusedLinear, linear_concat
@@ -15,7 +16,6 @@ from finesight.model.layers import RmsNorm, add_norm
 from finesight.model.lora.layer import LoraConfig, LoraLinear
 from finesight.model.quant import fp8
 from finesight.model.quant.fp8 import Fp8Matrix, Fp8Rows, Fp8Weight, quantize_fp8, quantize_fp8_gelu
-from finesight.model.tiny import TINY_PRESETS, TinyFamily, create_tiny_model
 from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

@@ -96,12 +96,12 @@ def test_kernel_is_used_only_for_supported_inputs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(layers, "has_kernels", lambda x: True)
-    monkeypatch.setattr(layers, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(layers, "is_hopper", lambda device: True)
     monkeypatch.setattr(layers, "gemm_gelu_kernels", SaturatedDevice(), raising=False)
     with torch.no_grad():
         given = change(layer(16, 16).bfloat16(), torch.ones(32, 16, dtype=torch.bfloat16))
-        assert (layers._kernel_operands(*given) is not None) == taken
-    assert layers._kernel_operands(*given) is None, "gradients required"
+        assert (layers.gemm_gelu_operands(*given) is not None) == taken
+    assert layers.gemm_gelu_operands(*given) is None, "gradients required"
 
 
 def with_adapter(group: FusedLinear) -> FusedLinear:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from engine_fixtures import make_mixed_questions
 from safetensors.torch import load_file, save_file
+from tiny_model import create_tiny_model
 from torch import Tensor
 
 from finesight.config import TuneSettings
@@ -25,7 +26,6 @@ from finesight.model.lora.peft_io import (
     load_adapter,
     save_adapter,
 )
-from finesight.model.tiny import create_tiny_model
 from finesight.model.trainable import configure_tuning, get_part, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model, save_model, stored_precision

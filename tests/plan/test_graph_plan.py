@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import create_tiny_model
 from tiny_task import make_task
 from torch import Tensor
 
@@ -15,7 +16,6 @@ from finesight.config import PixelRange, TrainFileSettings, TrainSettings, TuneS
 from finesight.data.corpus import load_corpus
 from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PackedBatch, pack
-from finesight.model.tiny import create_tiny_model
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model

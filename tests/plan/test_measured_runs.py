@@ -138,7 +138,7 @@ def _has_settings(run: MeasuredRun, call: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_memory_within_10_and_time_within_20_percent(shared: Path, run: MeasuredRun) -> None:
+def test_memory_within_10_and_time_within_15_percent(shared: Path, run: MeasuredRun) -> None:
     target = build_named_target("H200", "bf16")
     recipe = Recipe(
         model=run.model,
@@ -169,7 +169,7 @@ def test_memory_within_10_and_time_within_20_percent(shared: Path, run: Measured
     # before or after that.
     encoder_bytes = sum(p.nbytes for p in planned.model.visual.parameters()) * run.uses_vision_cache
     assert (peak_memory.allocated - encoder_bytes) / 1.1e9 < peak_gb < peak_memory.allocated / 0.9e9
-    assert step.total == pytest.approx(seconds, rel=0.2)
+    assert step.total == pytest.approx(seconds, rel=0.15)
 
 
 def make_pack(run: MeasuredRun, token_ratio: float) -> PlannedPack:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from memory_profile import profile_memory
 from stub_kernels import stub_triton_kernels
+from tiny_model import create_tiny_model
 from tiny_task import make_task
 
 from finesight.config import PixelRange, TrainFileSettings, TrainSettings, TuneSettings
@@ -18,7 +19,6 @@ from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack
 from finesight.model.lora.layer import stacked_row_counts
 from finesight.model.quant.base import HAS_TRITON
-from finesight.model.tiny import create_tiny_model
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model

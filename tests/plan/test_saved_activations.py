@@ -9,6 +9,7 @@ import pytest
 import torch
 from memory_profile import profile_memory
 from stub_kernels import stub_triton_kernels
+from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import make_task
 from torch import Tensor
 
@@ -21,7 +22,6 @@ from finesight.model.fused_linear import FusedLinear
 from finesight.model.layers import GatedMlp
 from finesight.model.quant.base import HAS_TRITON
 from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight
-from finesight.model.tiny import TinyFamily, create_tiny_model
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model

@@ -6,9 +6,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from tiny_model import create_tiny_model
 
 from finesight.config import QuantizablePart, Recipe, TrainFileSettings, TuneSettings
-from finesight.model.tiny import create_tiny_model
 from finesight.model_folder import ModelFolder
 from finesight.plan.peak_memory import USABLE_MEMORY_FRACTION
 from finesight.plan.planned_model import PlannedModel, build_planned_model

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_model import create_tiny_model
 
 from finesight.config import Recipe, TrainFileSettings
-from finesight.model.tiny import create_tiny_model
 from finesight.model_folder import ModelFolder
 from finesight.plan.planned_model import PlannedModel, build_planned_model
 from finesight.plan.planned_pack import PlannedPack

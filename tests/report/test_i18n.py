@@ -22,7 +22,12 @@ from finesight.report.i18n import (
 )
 from finesight.report.run_page import render_run_page
 
-SOURCES = Path(i18n.__file__).parent
+PACKAGE = Path(i18n.__file__).parents[1]
+SOURCES = [
+    file
+    for file in (*PACKAGE.rglob("*.py"), *(PACKAGE / "report" / "templates").iterdir())
+    if file.suffix in (".py", ".html", ".js")
+]
 TRANSLATE_CALL = re.compile(r'\btranslate\(\s*"((?:[^"\\]|\\.)*)"')
 SAME = {"", "CER", "WER", "F1", "AP", "BLEU", "ANLS", "CIDEr-D", "ROUGE-L"}
 """Texts that are equal in both languages."""
@@ -40,12 +45,9 @@ def list_placeholders(text: str) -> list[str]:
 def test_every_page_text_is_translated() -> None:
     with use_language("zh"):
         known = get_translations()
-    show = SOURCES.parent / "cli" / "data_show.py"
-    files = [*SOURCES.glob("*.py"), *(SOURCES / "templates").iterdir(), show]
     found = {
         text.replace('\\"', '"')
-        for file in files
-        if file.suffix in (".py", ".html", ".js")
+        for file in SOURCES
         for text in TRANSLATE_CALL.findall(file.read_text(encoding="utf-8"))
     }
     assert len(found) > 150
@@ -53,16 +55,10 @@ def test_every_page_text_is_translated() -> None:
 
 
 def test_translation_table_has_no_unused_text() -> None:
-    modules = ("bootstrap", "metric_difference", "box_metrics")
-    notes = (f"evaluate/{name}.py" for name in modules)
-    names = ("check/check_issues.py", "cli/data_show.py", *notes)
-    extra = [SOURCES.parent / name for name in names]
-    files = [*SOURCES.glob("*.py"), *(SOURCES / "templates").iterdir(), *extra]
     joined = "".join(
         # Strings that are broken over lines are one.
         re.sub(r'"\s*\n\s*"', "", file.read_text(encoding="utf-8"))
-        for file in files
-        if file.suffix in (".py", ".html", ".js")
+        for file in SOURCES
     )
     with use_language("zh"):
         for text, output in get_translations().items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,12 @@ import pytest
 from comparison_fixtures import RECIPE, make_run, make_sign_answers, start_record
 
 from finesight.evaluate.metric_difference import compare_prediction_files
-from finesight.report.comparison import MetricComparisonRow, compare_metrics, read_compared_runs
+from finesight.report.comparison import (
+    MetricComparisonRow,
+    compare_metrics,
+    compare_samples,
+    read_compared_runs,
+)
 
 MIXED, BETTER = [0.5, 1.0, 0.25, 0.5, 0.75, 0.5, 0.5, 0.25], [1.0] * 8
 
@@ -44,6 +50,42 @@ def test_predictions_file_is_scored_with_intervals(tmp_path: Path) -> None:
     own, copied = comparison_rows(first, saved)["similarity"].cells
     assert (copied.value, copied.interval) == (own.value, own.interval)
     assert (copied.change, copied.verdict) == (0.0, "same")
+
+
+def strip_scores(path: Path, **more: object) -> Path:
+    """Replace the scores of a prediction file by those of an unknown metric."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    records = [json.dumps(line | {"scores": {"unknown": 0.0}} | more) for line in lines]
+    path.write_text("\n".join(records) + "\n")
+    return path
+
+
+def test_missing_scores_of_a_predictions_file_are_computed(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "first", make_sign_answers(tmp_path, MIXED)).folder
+    shutil.copy(first / "predictions" / "after.jsonl", tmp_path / "saved.jsonl")
+    saved = strip_scores(tmp_path / "saved.jsonl")
+    rows = comparison_rows(first, saved)
+    assert "unknown" not in rows
+    own, computed = rows["similarity"].cells
+    assert (computed.value, computed.interval, computed.verdict) == (
+        own.value,
+        own.interval,
+        "same",
+    )
+    runs = read_compared_runs([first, saved])
+    assert runs[1].metric == "ocr"
+    samples = compare_samples(runs)
+    assert samples.metric == "similarity"
+    assert all(None not in sample.scores for sample in samples.displayed)
+
+
+def test_scores_are_not_computed_without_references(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "first", make_sign_answers(tmp_path, MIXED)).folder
+    shutil.copy(first / "predictions" / "after.jsonl", tmp_path / "saved.jsonl")
+    saved = strip_scores(tmp_path / "saved.jsonl", gold="")
+    run = read_compared_runs([first, saved])[1]
+    assert (run.metric, run.score_names) == (None, {"unknown"})
+    assert comparison_rows(first, saved)["similarity"].cells[1].value is None
 
 
 def test_different_metric_or_data_is_not_compared(tmp_path: Path) -> None:

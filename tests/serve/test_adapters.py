@@ -19,6 +19,7 @@ from api_server_fixtures import (
 )
 from lora_fixtures import TUNE_SETTINGS, randomize_parameters
 from openai import NotFoundError
+from tiny_model import create_tiny_model
 
 from finesight.config import TuneSettings
 from finesight.data.jsonl import LocatedSample
@@ -28,7 +29,6 @@ from finesight.infer.model_loader import load_inference_model, load_multi_adapte
 from finesight.infer.prediction import predict
 from finesight.model.lora.layer import iter_adapters
 from finesight.model.lora.peft_io import save_adapter
-from finesight.model.tiny import create_tiny_model
 from finesight.model.trainable import configure_tuning
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

@@ -162,7 +162,7 @@ def test_slow_image_headers_are_rejected(strict_server, kind):
             strict_server, "POST", FILES, body, {"Content-Type": content_type}
         )
     assert (status, error["param"]) == (400, "messages.0.content.1")
-    assert "processor time" in error["message"]
+    assert "CPU time" in error["message"]
     assert (uploaded, output["error"]["param"]) == (400, "file")
     assert send_request(strict_server, "GET", FILES)[1]["data"] == []
     assert set(statuses) <= {200}
@@ -194,7 +194,7 @@ def test_cpu_time_limit_covers_all_images(inference_model, tmp_path):
             make_chat_body(get_model_name(server), [make_image_content(file.getvalue())] * 30),
         )
     assert status == 400
-    assert "processor time" in error["message"]
+    assert "CPU time" in error["message"]
 
 
 def save_image(kind: str) -> bytes:

@@ -33,7 +33,7 @@ OPENERS = {
 """Modules that open files with Pillow."""
 
 CLIENTS = {
-    "doctor/hub_check.py",
+    "doctor/network_check.py",
     "hub/download.py",
     "hub/huggingface.py",
     "hub/modelscope.py",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import queue
+import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -159,6 +161,26 @@ def test_tracker_of_killed_run_marks_it_failed(
             return
         time.sleep(0.02)
     raise AssertionError("nobody has closed it")
+
+
+def test_tracker_ends_when_its_connection_is_reset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_broken_tracker(monkeypatch, tmp_path, "raises")
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "finesight.track.tracker_process", "swanlab"]
+    with theirs:
+        fd = theirs.fileno()
+        process = subprocess.Popen([*command, str(fd)], pass_fds=[fd])
+    with ours:
+        ours.sendall(begin(tmp_path).model_dump_json().encode() + b"\n")
+        assert select.select([ours], [], [], LONG)[0], "no reply"
+    # Closing a socket with unread data resets the connection.
+    try:
+        assert process.wait(LONG) == 0
+    finally:
+        process.kill()
+    assert (tmp_path / "swanlab" / "finished-crashed").exists()
 
 
 def test_tracker_process_ignores_job_signals(

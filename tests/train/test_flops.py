@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import make_task
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +19,6 @@ from finesight.config import PixelRange, TrainFileSettings, TuneSettings
 from finesight.data.corpus import load_corpus
 from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PackedBatch, pack
-from finesight.model.tiny import TinyFamily, create_tiny_model
 from finesight.model.trainable import configure_tuning
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from hf_reference import CPU
+from tiny_model import TINY_PRESETS, create_tiny_model
 from tiny_task import TinyTask
 
 from finesight.errors import UserError
@@ -18,7 +19,6 @@ from finesight.infer.model_loader import load_inference_model, resolve_model_sou
 from finesight.model.lora.merge import merge_to_folder
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.quant.fp8 import Fp8Weight
-from finesight.model.tiny import TINY_PRESETS, create_tiny_model
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_model import create_tiny_model
 from tiny_task import make_task
 from torch import Tensor
 
@@ -18,7 +19,6 @@ from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PAD_MULTIPLE, PackedBatch, pack
 from finesight.model import attention, layers
 from finesight.model.attention import Segments
-from finesight.model.tiny import create_tiny_model
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import create_tiny_model
 from torch import Tensor, nn
 
 from finesight.config import TrainSettings, TuneSettings
 from finesight.model.lora.layer import stacked_row_counts
-from finesight.model.tiny import create_tiny_model
 from finesight.model.trainable import configure_tuning
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder

@@ -10,15 +10,14 @@ import numpy as np
 from finesight.config import TrainSettings
 from finesight.data.corpus import Corpus
 from finesight.data.jsonl import JsonlSamples
-from finesight.data.line_index import IndexedLines, SampleIndex
+from finesight.data.line_index import SampleIndex
 from finesight.train.sampler import SequentialSampler, TrainSampler
 
 
 def corpus(sizes: tuple[int, ...], weights: tuple[float, ...]) -> Corpus:
     empty = np.empty(0, np.int64)
     files = [
-        JsonlSamples(IndexedLines(Path(), SampleIndex(np.arange(size + 1), empty, ""), (0, 0)))
-        for size in sizes
+        JsonlSamples(Path(), SampleIndex(np.arange(size + 1), empty, ""), (0, 0)) for size in sizes
     ]
     return Corpus(tuple(files), weights, "fingerprint")
 

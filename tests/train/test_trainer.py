@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_model import create_tiny_model
 from tiny_task import TinyTask, read_losses
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -18,7 +19,6 @@ from finesight import digests, storage
 from finesight.data.image_header import CorruptImageError
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model
-from finesight.model.tiny import create_tiny_model
 from finesight.recipe import load_recipe
 from finesight.train import trainer
 from finesight.train.dataloader import StepBatch

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import TinyFamily
 from vision_cache_fixtures import build_vision_store, make_train_state
 
 from finesight.config import VisionCacheMode
 from finesight.host_memory import available_memory
-from finesight.model.tiny import TinyFamily
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.vision_cache_tier import (
     CacheTier,

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from PIL import Image
+from tiny_model import TinyFamily
 from tiny_task import TinyTask, make_task, read_final_files, read_losses, write_recipe
 from vision_cache_fixtures import (
     LORA,
@@ -25,7 +26,6 @@ from finesight.data.image_header import CorruptImageError
 from finesight.data.line_index import UnreadableFileError
 from finesight.encode.tokenized_sample import TokenizedSample
 from finesight.errors import TrainingInterrupted
-from finesight.model.tiny import TinyFamily
 from finesight.report.run_reader import read_run
 from finesight.report.summary import compute_phases
 from finesight.storage import remove_folder

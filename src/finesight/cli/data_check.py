@@ -27,7 +27,7 @@ from finesight.errors import UserError
 
 if TYPE_CHECKING:
     from finesight.check.check_issues import CheckIssue
-    from finesight.check.data_checker import ImportCheckInput, ModelRequirements, SampleCheckInput
+    from finesight.check.data_checker import CheckInput, ModelRequirements
 
 MAX_PRINTED_ISSUES = 3
 """Maximum number of printed examples per kind of issue; further ones are only counted."""
@@ -151,7 +151,7 @@ def check(
 
 
 def _run_check(
-    inputs: Sequence[ImportCheckInput | SampleCheckInput],
+    inputs: Sequence[CheckInput],
     model_context: ModelRequirements,
     fix: Path | None,
     html: Path | None,
@@ -162,7 +162,7 @@ def _run_check(
 
     Returns the exit code for the highest severity of the issues.
     """
-    from finesight.check.check_issues import exit_code, format_summary, summary_to_dict
+    from finesight.check.check_issues import format_summary, summary_to_dict
     from finesight.check.data_checker import DataChecker
     from finesight.report.data_pages import render_check_page
     from finesight.report.html import raise_if_not_generated, write_page
@@ -194,7 +194,7 @@ def _run_check(
         echo_json(summary_to_dict(result, fix_summary))
     elif fix_summary:
         typer.echo("\n".join(["", *fix_summary.as_lines()]))
-    return exit_code(result.severity)
+    return result.exit_code
 
 
 @contextmanager

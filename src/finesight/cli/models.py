@@ -291,7 +291,7 @@ def export(
     if out is None:
         _print_serving_commands(model_source, source, as_json)
     elif is_hub:
-        from finesight.export.upload_list import list_uploads
+        from finesight.export.hf_files import list_uploads
 
         _upload_to_hub(source, out, list_uploads(model_source, source), public, confirm, as_json)
     else:

@@ -279,13 +279,14 @@ def launch(
 
     Example: finesight launch recipe.yaml --on slurm --nodes 1:4 --partition gpu --submit
     """
-    from finesight.launch.job_submission import (
+    from finesight.launch.launch_job import (
         FILE_SUFFIXES,
+        LaunchJob,
+        NodeSpec,
         build_submit_command,
         submit_job,
         write_job_file,
     )
-    from finesight.launch.launch_job import LaunchJob, NodeSpec
 
     engine_options = {
         "partition": partition,
@@ -329,13 +330,11 @@ def _check_options(engine: LaunchEngine, engine_options: dict[str, str | None]) 
 def _build_job_text(
     engine: LaunchEngine, job: LaunchJob, engine_options: dict[str, str | None]
 ) -> str:
-    from finesight.launch.cloud_manifests import (
+    from finesight.launch.launch_scripts import (
         ContainerImage,
+        SlurmOptions,
         build_kubeflow_job,
         build_skypilot_task,
-    )
-    from finesight.launch.launch_scripts import (
-        SlurmOptions,
         build_slurm_script,
         build_torchrun_script,
     )

@@ -24,8 +24,7 @@ from finesight.convert.external_config import (
 )
 from finesight.convert.llama_factory import LlamaFactoryConverter
 from finesight.convert.ms_swift import MsSwiftConverter
-from finesight.convert.recipe_draft import RecipeDraft
-from finesight.convert.trainer_converter import TrainerConverter
+from finesight.convert.trainer_converter import RecipeDraft, TrainerConverter
 from finesight.errors import UserError
 from finesight.storage import raise_if_exists, write_file
 

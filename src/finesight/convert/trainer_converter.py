@@ -11,12 +11,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from finesight.bounded_files import parse_json, read_json
 from finesight.convert.config_loader import UNKNOWN_COUNT
-from finesight.convert.external_config import ExternalConfig
+from finesight.convert.external_config import ConversionNote, ExternalConfig
 from finesight.convert.model_detection import FamilySettings, detect_family
-from finesight.convert.recipe_draft import RecipeDraft, SettingValue
-from finesight.errors import UserError
+from finesight.errors import UserError, escape_unprintable
+
+SettingValue = str | bool | int | float | None | list[object] | dict[str, object]
 
 NOTE_UNKNOWN_PROCESSES = " (number of GPUs unknown: multiply by it)"
 PARTS = ("vision", "merger", "language")
@@ -60,6 +63,56 @@ class DatasetSource:
         path = Path(name)
         stem = path.stem if path.stem not in _GENERIC_NAMES else path.parent.name or path.stem
         return re.sub(r"[^\w.-]+", "-", self.title or stem).strip("-.") or "data"
+
+
+class RecipeDraft:
+    """Recipe under construction, with notes for the user and commands that import its data."""
+
+    def __init__(self) -> None:
+        self.settings: dict[str, SettingValue] = {}
+        self.notes: list[ConversionNote] = []
+        self.import_commands: list[str] = []
+        self._comments: dict[str, str] = {}
+
+    def set(self, name: str, value: SettingValue, comment: str = "") -> None:
+        """Set a setting by its dotted name, with an optional YAML comment on its line."""
+        self.settings[name] = value
+        if comment:
+            self._comments[name] = " ".join(escape_unprintable(comment).split())
+
+    def add_difference(self, key: str, value: object, text: str) -> None:
+        """Add a note about a setting whose effect differs in finesight, with a recommendation."""
+        self.notes.append(ConversionNote("differs", key, str(value), text))
+
+    def add_note(self, key: str, value: object, text: str) -> None:
+        """Add a note about how a setting was converted."""
+        self.notes.append(ConversionNote("note", key, str(value), text))
+
+    def to_yaml(self, title: str) -> str:
+        """Format the recipe as YAML with one line per setting.
+
+        Sections and settings have the order in which they were set first.
+        """
+        position_by_prefix: dict[str, int] = {}
+        paths: dict[str, list[int]] = {}
+        for name in self.settings:
+            prefixes = [name[: match.start()] for match in re.finditer(r"\.|$", name)]
+            for prefix in prefixes:
+                position_by_prefix.setdefault(prefix, len(position_by_prefix))
+            paths[name] = [position_by_prefix[prefix] for prefix in prefixes]
+        lines, section = [f"# {escape_unprintable(title)}"], list[str]()
+        for name in sorted(paths, key=paths.__getitem__):
+            *groups, last = name.split(".")
+            for depth, group in enumerate(groups):
+                if groups[: depth + 1] != section[: depth + 1]:
+                    lines.append(f"{'  ' * depth}{group}:")
+            section = groups
+            value = yaml.safe_dump(
+                [self.settings[name]], default_flow_style=True, allow_unicode=True, width=1 << 30
+            )
+            comment = f"  # {self._comments[name]}" if name in self._comments else ""
+            lines.append(f"{'  ' * len(groups)}{last}: {value.strip()[1:-1]}{comment}")
+        return "\n".join(lines) + "\n"
 
 
 class TrainerConverter(ABC):

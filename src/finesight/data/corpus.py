@@ -20,8 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from finesight.bounded_files import parse_json
-from finesight.child_processes import exit_with_parent
+from finesight.bounded_files import parse_json, to_readable_name
 from finesight.config import DataFileSettings, TrainFileSettings
 from finesight.data.image_header import parquet_row_path, tar_member_path
 from finesight.data.jsonl import (
@@ -32,7 +31,7 @@ from finesight.data.jsonl import (
     sample_from_dict,
 )
 from finesight.data.line_index import (
-    FileState,
+    IndexedFile,
     SampleIndex,
     load_or_build_index,
     open_data_file,
@@ -54,8 +53,8 @@ from finesight.data.row_reader import iter_member_groups, split_member_name
 from finesight.data.sample import validate_sample
 from finesight.digests import sha256_file
 from finesight.errors import UserError, suggest_similar_path
-from finesight.file_name_encoding import to_readable_name
 from finesight.hub.archive import TarArchive, open_tar
+from finesight.worker_pool import exit_with_parent
 
 PACKED_SUFFIXES = (".tar", ".parquet")
 """Suffixes of sample files that contain their images."""
@@ -96,20 +95,20 @@ class ShardedSamples:
     def __init__(self, sources: Sequence[SampleSource], limit: int | None = None) -> None:
         self._sources = sources
         self._ends = list(accumulate(map(len, sources)))
-        self._num_samples = self._ends[-1] if limit is None else min(limit, self._ends[-1])
+        num_samples = sum(map(len, sources))
+        self._num_samples = num_samples if limit is None else min(limit, num_samples)
 
     @property
     def digest(self) -> str:
         """SHA-256 over the digests of all shards."""
-        return hashlib.sha256(
-            "".join(source.digest for source in self._sources).encode()
-        ).hexdigest()
+        digests = "".join(source.digest for source in self._sources)
+        return hashlib.sha256(digests.encode()).hexdigest()
 
     def __len__(self) -> int:
         return self._num_samples
 
     def read_sample(self, index: int) -> LocatedSample:
-        """Read a sample by index and check its types. Raises UserError."""
+        """Read a sample by index and check its types."""
         source, local_index = self._locate(index)
         return source.read_sample(local_index)
 
@@ -123,10 +122,10 @@ class ShardedSamples:
         return ShardedSamples(self._sources, limit)
 
     def _locate(self, index: int) -> tuple[SampleSource, int]:
+        assert 0 <= index < len(self), f"sample {index} of {len(self)}"
         source_index = bisect_right(self._ends, index)
-        return self._sources[source_index], index - (
-            self._ends[source_index] - len(self._sources[source_index])
-        )
+        source = self._sources[source_index]
+        return source, index - self._ends[source_index] + len(source)
 
 
 def check_packed_url(url: str) -> str:
@@ -162,28 +161,12 @@ def expand_files(path: Path) -> list[Path]:
     return files
 
 
-@dataclass(frozen=True, slots=True)
-class TarSamples:
+class TarSamples(IndexedFile):
     """Random access to the samples of an indexed tar file.
 
     The tar headers and files of sample k are in the bytes from `offsets_N1[k]` to `offsets_N1[k +
-    1]`.
+    1]`. The digest covers all member names, sizes and sample JSON, but not the content of images.
     """
-
-    path: Path
-    index: SampleIndex
-    file_state: FileState
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all member names, sizes and sample JSON in hexadecimal.
-
-        The content of images is not included, as for other data files.
-        """
-        return self.index.digest
-
-    def __len__(self) -> int:
-        return len(self.index.offsets_N1) - 1
 
     def read_sample(self, index: int) -> LocatedSample:
         """Read a sample by index and check its types."""
@@ -213,10 +196,6 @@ class TarSamples:
     def location(self, index: int) -> str:
         """Return file and 1-based sample number for messages."""
         return f"{self.path}, sample {index + 1}"
-
-    def take(self, limit: int | None) -> TarSamples:
-        """Return a view of the first `limit` samples; None means all."""
-        return replace(self, index=self.index.take(limit))
 
 
 def open_tar_samples(path: Path) -> TarSamples:
@@ -274,22 +253,14 @@ JSON_COLUMNS = ("messages", "references", "meta")
 
 
 @dataclass(frozen=True, slots=True)
-class ParquetSamples:
+class ParquetSamples(IndexedFile):
     """Random access to the first `num_samples` samples of an indexed Parquet file.
 
     The extra values of the index are the cumulative row counts at the end of each row group.
     """
 
-    path: Path
-    index: SampleIndex
-    file_state: FileState
     num_samples: int
     has_images: bool
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the file content in hexadecimal."""
-        return self.index.digest
 
     def __len__(self) -> int:
         return self.num_samples
@@ -413,40 +384,30 @@ class Corpus:
         return [self.read_validated(index) for index in range(len(self))[:limit]]
 
     def __len__(self) -> int:
-        return self._ends[-1] if self.sources else 0
+        return len(self._samples)
 
     def __getitem__(self, index: int) -> LocatedSample:
         """Read a sample and check its types.
 
         The content is not validated again: samples are expected to have passed `read_validated`.
         """
-        source, local_index = self._locate(index)
-        return source.read_sample(local_index)
+        return self._samples.read_sample(index)
 
     def read_validated(self, index: int) -> LocatedSample:
         """Read and fully validate a sample."""
-        source, local_index = self._locate(index)
-        located_sample = source.read_sample(local_index)
+        located_sample = self[index]
         validate_sample(
-            located_sample.sample, source.location(local_index), require_answer=self.require_answer
+            located_sample.sample, self.location(index), require_answer=self.require_answer
         )
         return located_sample
 
     def location(self, index: int) -> str:
         """Return the location of a sample for messages, such as `train.jsonl:12`."""
-        source, local_index = self._locate(index)
-        return source.location(local_index)
-
-    def _locate(self, index: int) -> tuple[SampleSource, int]:
-        assert 0 <= index < len(self), f"sample {index} of {len(self)}"
-        source_index = bisect_right(self._ends, index)
-        return self.sources[source_index], index - (
-            self._ends[source_index] - len(self.sources[source_index])
-        )
+        return self._samples.location(index)
 
     @cached_property
-    def _ends(self) -> list[int]:
-        return list(accumulate(self.source_sizes))
+    def _samples(self) -> ShardedSamples:
+        return ShardedSamples(self.sources)
 
 
 def load_corpus(files: Sequence[DataFileSettings], *, require_answer: bool = True) -> Corpus:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finesight.bounded_files import is_utf8, iter_spellings, to_readable_name
 from finesight.data.image_header import (
     CorruptImageError,
     is_container_path,
@@ -20,7 +21,6 @@ from finesight.data.image_header import (
 )
 from finesight.digests import sha256_file
 from finesight.errors import UserError
-from finesight.file_name_encoding import is_utf8, iter_spellings, to_readable_name
 from finesight.storage import translate_os_errors
 
 if TYPE_CHECKING:

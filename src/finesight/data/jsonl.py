@@ -83,43 +83,18 @@ def read_samples(path: Path, *, require_answer: bool = True) -> list[Sample]:
     return samples
 
 
-@dataclass(frozen=True, slots=True)
-class JsonlSamples:
+class JsonlSamples(IndexedLines):
     """Random access to the samples of an indexed JSONL file."""
-
-    lines: IndexedLines
-
-    @property
-    def path(self) -> Path:
-        """Path of the JSONL file."""
-        return self.lines.path
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the file content in hexadecimal."""
-        return self.lines.index.digest
-
-    def __len__(self) -> int:
-        return len(self.lines)
 
     def read_sample(self, index: int) -> LocatedSample:
         """Read a sample by index and check its types."""
-        return LocatedSample(
-            parse_sample(self.lines[index], self.location(index)), self.path.parent
-        )
-
-    def location(self, index: int) -> str:
-        """Return file and line number of a sample for messages."""
-        return self.lines.location(index)
-
-    def take(self, limit: int | None) -> JsonlSamples:
-        """Return a view of the first `limit` samples; None means all."""
-        return JsonlSamples(self.lines.take(limit))
+        return LocatedSample(parse_sample(self[index], self.location(index)), self.path.parent)
 
 
 def open_jsonl_samples(path: Path) -> JsonlSamples:
     """Open and index a JSONL file without parsing its samples."""
-    return JsonlSamples(index_lines(path))
+    lines = index_lines(path)
+    return JsonlSamples(path, lines.index, lines.file_state)
 
 
 def build_no_samples_error(path: Path | str) -> UserError:
@@ -223,6 +198,19 @@ def read_data_file(path: Path, max_bytes: int | None = None) -> bytes:
             remedy="split the file, or remove it from the folder",
         )
     return content.removeprefix(UTF8_BOM)
+
+
+def read_text_file(path: Path, max_bytes: int | None = None) -> str:
+    """Read the text of a data file in UTF-8; see `read_data_file`."""
+    try:
+        return read_data_file(path, max_bytes).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"byte {error.start} is not UTF-8 text",
+            where=str(path),
+            expected="a file in UTF-8",
+            remedy="save the file as UTF-8",
+        ) from error
 
 
 def parse_sample(line: bytes, where: str) -> Sample:

@@ -15,14 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.bounded_files import translate_os_errors
+from finesight.bounded_files import open_regular_file, translate_os_errors
 from finesight.errors import UserError
-from finesight.regular_file import open_regular_file
 from finesight.storage import make_folder, write_file
 
 MIN_INDEXED_BYTES = {"lines": 2**28, "tar": 2**24, "parquet": 2**24}
@@ -134,7 +133,7 @@ def _write_index(cache_path: Path, file_identity: bytes, index: SampleIndex) -> 
     checksum = hashlib.sha256(payload_N.data).digest()
     try:
         make_folder(cache_path.parent)
-        _remove_stale(cache_path.parent)
+        remove_stale_indexes(cache_path.parent)
         write_file(cache_path, checksum + payload_N.tobytes())
     except (UserError, OSError):
         # The cache is optional.
@@ -142,7 +141,7 @@ def _write_index(cache_path: Path, file_identity: bytes, index: SampleIndex) -> 
 
 
 @lru_cache
-def _remove_stale(folder: Path) -> None:
+def remove_stale_indexes(folder: Path) -> None:
     """Delete unused indexes from the cache, once per process.
 
     An index is written per shard, so the scan would otherwise run thousands of times.
@@ -176,27 +175,36 @@ class UnreadableFileError(UserError):
 
 
 @dataclass(frozen=True, slots=True)
-class IndexedLines:
-    """Random access to the non-blank lines of a file.
-
-    Lines are read on access, provided that the file is unmodified. Line k starts at byte
-    `offsets_N1[k]` of the index and ends before `offsets_N1[k + 1]`; blank lines may follow it. The
-    extra values of the index hold, for each blank line, the number of non-blank lines before it.
-    """
+class IndexedFile:
+    """Random access to the samples of an indexed file, provided that it is unmodified."""
 
     path: Path
     index: SampleIndex
     file_state: FileState
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hexadecimal that identifies the samples and their order."""
+        return self.index.digest
+
     def __len__(self) -> int:
         return len(self.index.offsets_N1) - 1
 
-    def __getitem__(self, index: int) -> bytes:
-        """Read a line by index.
+    def take(self, limit: int | None) -> Self:
+        """Return a view of the first `limit` samples; None means all."""
+        return replace(self, index=self.index.take(limit))
 
-        Raises:
-            UnreadableFileError: The file is missing or modified.
-        """
+
+class IndexedLines(IndexedFile):
+    """Random access to the non-blank lines of a file.
+
+    Line k starts at byte `offsets_N1[k]` of the index and ends before `offsets_N1[k + 1]`; blank
+    lines may follow it. The extra values of the index hold, for each blank line, the number of
+    non-blank lines before it.
+    """
+
+    def __getitem__(self, index: int) -> bytes:
+        """Read a line by index."""
         start, stop = self.index.offsets_N1[index : index + 2].tolist()
         with open_unchanged(self.path, self.file_state) as file:
             file.seek(start)
@@ -208,10 +216,6 @@ class IndexedLines:
         num_blank = np.searchsorted(self.index.extra_B, index, side="right")
         return f"{self.path}:{index + 1 + num_blank}"
 
-    def take(self, limit: int | None) -> IndexedLines:
-        """Return a view of the first `limit` non-blank lines; None means all."""
-        return replace(self, index=self.index.take(limit))
-
 
 def index_lines(path: Path) -> IndexedLines:
     """Index all lines of a file in one pass, or load the cached index.
@@ -222,12 +226,12 @@ def index_lines(path: Path) -> IndexedLines:
     with open_data_file(path) as file:
         return IndexedLines(
             path,
-            load_or_build_index(file, path, "lines", lambda: _build_index(file, path)),
+            load_or_build_index(file, path, "lines", lambda: build_line_index(file, path)),
             read_file_state(file),
         )
 
 
-def _build_index(file: BinaryIO, path: Path) -> SampleIndex:
+def build_line_index(file: BinaryIO, path: Path) -> SampleIndex:
     sha256 = hashlib.sha256()
     starts: list[NDArray[np.int64]] = []
     blanks: list[NDArray[np.int64]] = []

@@ -15,11 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from finesight.bounded_files import is_utf8, reject_special_file
 from finesight.data.line_index import hash_file_identity
 from finesight.data.sample import check_limit
 from finesight.errors import UserError
-from finesight.file_name_encoding import is_utf8
-from finesight.regular_file import reject_special_file
 from finesight.storage import require_free_space, write_folder_once
 
 MAX_ROW_BYTES = 2**28
@@ -234,13 +233,13 @@ def _build_parquet_error(path: Path, error: Exception) -> UserError:
 
 def list_row_group_sizes(path: Path) -> tuple[int, ...]:
     """Return the number of rows of each row group, after large groups are split."""
-    small_file = _ensure_small_groups(path, _file_version(path))
+    small_file = ensure_small_groups(path, _file_version(path))
     return _list_group_sizes(small_file, _file_version(small_file))
 
 
 def read_text_columns(path: Path, group: int) -> Any:
     """Read all columns of a row group except the images, as a pyarrow table."""
-    small_file = _ensure_small_groups(path, _file_version(path))
+    small_file = ensure_small_groups(path, _file_version(path))
     return _read_text_columns(small_file, _file_version(small_file), group)
 
 
@@ -269,7 +268,7 @@ def read_parquet_image(path: Path, row: int, name: str) -> bytes:
         OSError: The image is missing or unreadable.
     """
     try:
-        return _find_image(_ensure_small_groups(path, _file_version(path)), row, name)
+        return _find_image(ensure_small_groups(path, _file_version(path)), row, name)
     except (ValueError, NotImplementedError, LookupError, OverflowError, MemoryError) as error:
         raise OSError(f"cannot be read as Parquet: {error}") from error
 
@@ -340,7 +339,7 @@ def _list_row_groups(path: Path) -> list[Any]:
 
 
 @lru_cache(1024)
-def _ensure_small_groups(path: Path, version: int) -> Path:
+def ensure_small_groups(path: Path, version: int) -> Path:
     """Return a Parquet file whose row groups are at most `MAX_ROW_GROUP_BYTES`.
 
     This is the file itself, or a copy with smaller row groups that is written to the cache once.
@@ -358,7 +357,7 @@ def _ensure_small_groups(path: Path, version: int) -> Path:
             folder, num_bytes, purpose, "free some space, or write the file with row_group_size=100"
         )
         print(f"{purpose} (written once)", file=sys.stderr)
-        _rewrite_row_groups(path, staging / path.name)
+        rewrite_row_groups(path, staging / path.name)
 
     write_folder_once(folder, write)
     return folder / path.name
@@ -372,7 +371,7 @@ def regrouped_folder() -> Path:
     return Path(constants.HF_ASSETS_CACHE) / "finesight" / "parquet"
 
 
-def _rewrite_row_groups(path: Path, target: Path) -> None:
+def rewrite_row_groups(path: Path, target: Path) -> None:
     parquet = import_parquet(path)
     # Read page by page, so that no complete column of a large row group is in memory.
     with (

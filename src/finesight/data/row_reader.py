@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from finesight.bounded_files import parse_json
+from finesight.bounded_files import parse_json, reject_special_file, to_readable_name
 from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.jsonl import read_data_file
 from finesight.data.line_index import UTF8_BOM, enumerate_lines, open_data_file
@@ -37,9 +37,7 @@ from finesight.data.parquet_reader import (
 from finesight.data.sample import check_json
 from finesight.digests import DIGESTS_FILE
 from finesight.errors import UserError
-from finesight.file_name_encoding import to_readable_name
 from finesight.hub.archive import TarArchive, open_tar
-from finesight.regular_file import reject_special_file
 
 Record = dict[str, Any]
 """A dataset row as JSON-like data; rows from Parquet may contain bytes."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from finesight.bounded_files import reject_special_file
 from finesight.bounded_yaml import load_yaml
 from finesight.data.formats import FORMATS
 from finesight.data.image_header import IMAGE_SUFFIXES
@@ -37,7 +38,6 @@ from finesight.hub.address import is_hub_address, parse_dataset_address
 from finesight.hub.archive import ARCHIVE_SUFFIXES, is_archive, unpack_archive
 from finesight.hub.repository import HubRepository, open_repository
 from finesight.hub.url_files import RemoteImages, fetch_url, is_url
-from finesight.regular_file import reject_special_file
 from finesight.storage import make_folder, raise_if_exists, translate_os_errors, working_folder
 
 SELF_CONTAINED_SUFFIXES = (".parquet", ".tar")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -85,11 +84,6 @@ def user_error_to_diagnosis(code: str, error: UserError, remedy: str) -> Diagnos
     what = f"{error.where}: {error.what}" if error.where else error.what
     why = "; ".join(filter(None, [error.expected and f"expected: {error.expected}", error.remedy]))
     return Diagnosis(code, "error", *map(escape_unprintable, (what, why, remedy)))
-
-
-def format_command(*words: str) -> str:
-    """Quote and join the words of a shell command."""
-    return shlex.join(words)
 
 
 def has_errors(diagnoses: Iterable[Diagnosis]) -> bool:

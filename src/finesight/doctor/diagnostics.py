@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from finesight.doctor import (
 from finesight.doctor.diagnosis import (
     Diagnosis,
     DiagnosisSection,
-    format_command,
     user_error_to_diagnosis,
 )
 from finesight.errors import UserError
@@ -58,10 +58,9 @@ def diagnose_machine(
         "environment": network_check.check_environment(environment, packages),
     }
     if hub is not None:
-        sections[f"hub {hub}"] = network_check.check_hub(network_check.probe_hub(hub, environment))
+        sections[f"hub {hub}"] = network_check.check_hub(hub, environment)
     if run_smoke_test and not torch_info.error:
-        results = gpu_check.run_smoke_tests(torch_info)
-        sections["smoke test"] = gpu_check.check_smoke_tests(results)
+        sections["smoke test"] = gpu_check.check_smoke_tests(torch_info)
     sections["extras"] = package_check.check_extras(packages)
     return [DiagnosisSection(title, tuple(found)) for title, found in sections.items()]
 
@@ -107,12 +106,13 @@ def diagnose_recipe(path: Path) -> list[DiagnosisSection]:
     try:
         recipe = load_recipe(path)
     except UserError as error:
-        remedy = format_command("finesight", "data", "show", str(path))
+        remedy = shlex.join(["finesight", "data", "show", str(path)])
         return [DiagnosisSection("recipe", (user_error_to_diagnosis("recipe", error, remedy),))]
-    context = model_check.RecipeContext(
+    diagnoses = model_check.check_recipe(
+        path,
+        recipe,
         package_check.list_packages(),
         gpu_check.probe_torch(),
         machine_check.inspect_location("output", recipe.output_dir),
     )
-    diagnoses = model_check.check_recipe(path, recipe, context)
     return [DiagnosisSection("recipe", tuple(diagnoses))]

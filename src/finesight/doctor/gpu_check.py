@@ -5,19 +5,20 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finesight.doctor import probes
-from finesight.doctor.diagnosis import Diagnosis, format_command, make_diagnosis
+from finesight.doctor.diagnosis import Diagnosis, make_diagnosis
 from finesight.doctor.machine_check import GB
 from finesight.doctor.package_check import PIP_COMMAND, InstalledPackages
 
@@ -234,7 +235,7 @@ def check_gpus(
 
 def _diagnose_broken_torch(torch_info: TorchInfo, environment: Mapping[str, str]) -> Diagnosis:
     variables = [name for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if environment.get(name)]
-    commands = [format_command(*PIP_COMMAND, "install", "--force-reinstall", "torch")]
+    commands = [shlex.join([*PIP_COMMAND, "install", "--force-reinstall", "torch"])]
     path_note = ""
     if variables:
         path_note = f"; {' and '.join(variables)} may add incompatible libraries"
@@ -323,8 +324,8 @@ def install_torch_command() -> str:
     """
     uv_install = (sys.executable, "-m", "uv", "pip", "install", "--python", sys.executable)
     options = ("--reinstall-package", "torch", "--torch-backend=auto", "torch>=2.11")
-    install = format_command(*uv_install, *options)
-    return f"{format_command(*PIP_COMMAND, 'install', 'uv')} && {install}"
+    install = shlex.join([*uv_install, *options])
+    return f"{shlex.join([*PIP_COMMAND, 'install', 'uv'])} && {install}"
 
 
 def _diagnose_no_gpu(gpu_system: GpuSystem, torch_info: TorchInfo) -> Diagnosis:
@@ -362,33 +363,36 @@ def list_visible_devices(num_devices: int) -> list[str]:
     return names[:num_devices] if names else [str(index) for index in range(num_devices)]
 
 
-@dataclass(frozen=True, slots=True)
-class SmokeResult:
-    """Result of the smoke test on one device.
-
-    Attributes:
-        device: Display name of the device.
-        visible_device: Value of CUDA_VISIBLE_DEVICES that selects the GPU. None for the CPU.
-        stages: Descriptions of the stages that have passed.
-        error: Error of the stage after them. Empty if all stages have passed.
-    """
-
-    device: str
-    visible_device: str | None
-    stages: tuple[str, ...]
-    error: str
-
-
-def run_smoke_tests(torch_info: TorchInfo) -> list[SmokeResult]:
+def check_smoke_tests(torch_info: TorchInfo) -> Iterator[Diagnosis]:
     """Run the smoke test on the CPU and on each GPU. Temporary files are deleted."""
     names = list_visible_devices(len(torch_info.gpus))
     # GPUs are tested in parallel, each in its own process.
     with ThreadPoolExecutor(max(1, len(names))) as pool:
-        gpu_results = pool.map(lambda i: _run_smoke_test(f"GPU {i}", names[i]), range(len(names)))
-        return [_run_smoke_test("CPU", None), *gpu_results]
+        results = [("CPU", *_run_smoke_test(None))]
+        gpu_results = zip(names, pool.map(_run_smoke_test, names), strict=True)
+        working = []
+        for index, (name, (stages, error)) in enumerate(gpu_results):
+            results.append((f"GPU {index}", stages, error))
+            working += [] if error else [name]
+    for device, stages, error in results:
+        advice = "exclude this GPU from runs"
+        remedy = f"export {CUDA_VISIBLE_DEVICES}={','.join(working) or '-1'}"
+        if device == "CPU":
+            advice = "run the command for the full error"
+            remedy = "finesight quickstart --out trial"
+        yield make_diagnosis(
+            "smoke-test.failed" if error else "smoke-test",
+            device=device,
+            passed="; ".join(stages) or "no stage",
+            stage=SMOKE_TEST_STAGES[min(len(stages), len(SMOKE_TEST_STAGES) - 1)],
+            error=error,
+            advice=advice,
+            remedy=remedy,
+        )
 
 
-def _run_smoke_test(device: str, visible_device: str | None) -> SmokeResult:
+def _run_smoke_test(visible_device: str | None) -> tuple[list[str], str]:
+    """Return the stages that have passed on a GPU, or on the CPU for None, and the error."""
     with tempfile.TemporaryDirectory(prefix="finesight-doctor-") as folder:
         # Use temporary caches and no hub.
         extra_env = {"HF_ASSETS_CACHE": str(Path(folder) / "assets"), "HF_HUB_OFFLINE": "1"}
@@ -403,26 +407,4 @@ def _run_smoke_test(device: str, visible_device: str | None) -> SmokeResult:
             stage = json.loads(line)
             what = f" ({stage['what']})" if stage["what"] else ""
             stages.append(f"{stage['stage']} {stage['seconds']:.1f} s{what}")
-    return SmokeResult(device, visible_device, tuple(stages), result.error)
-
-
-def check_smoke_tests(results: Sequence[SmokeResult]) -> Iterator[Diagnosis]:
-    """Convert the result of each smoke test to a diagnosis."""
-    working = [one.visible_device for one in results if one.visible_device and not one.error]
-    for result in results:
-        advice, remedy = "exclude this GPU from runs", f"{','.join(working) or '-1'}"
-        remedy = f"export {CUDA_VISIBLE_DEVICES}={remedy}"
-        if result.visible_device is None:
-            advice, remedy = (
-                "run the command for the full error",
-                "finesight quickstart --out trial",
-            )
-        yield make_diagnosis(
-            "smoke-test.failed" if result.error else "smoke-test",
-            device=result.device,
-            passed="; ".join(result.stages) or "no stage",
-            stage=SMOKE_TEST_STAGES[min(len(result.stages), len(SMOKE_TEST_STAGES) - 1)],
-            error=result.error,
-            advice=advice,
-            remedy=remedy,
-        )
+    return stages, result.error

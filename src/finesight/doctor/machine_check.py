@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finesight.doctor.diagnosis import Diagnosis, DiagnosisSeverity, format_command, make_diagnosis
+from finesight.doctor.diagnosis import Diagnosis, DiagnosisSeverity, make_diagnosis
 from finesight.host_memory import available_memory, num_allowed_cpus, total_memory
 
 GB = 1_000_000_000
@@ -176,7 +177,7 @@ def _check_location(location: WriteLocation, largest: WriteLocation | None) -> D
     if largest is None or largest.free_bytes < needed:
         remedy = largest_files_command(_find_existing_parent(location.folder))
     else:
-        folder = format_command(str(largest.folder / "finesight"))
+        folder = shlex.join([str(largest.folder / "finesight")])
         select = {"models": "export HF_HOME=", "temporary files": "export TMPDIR="}
         remedy = f"mkdir -p {folder} && {select.get(location.role, 'cd ')}{folder}"
     if not location.is_writable:
@@ -188,4 +189,4 @@ def _check_location(location: WriteLocation, largest: WriteLocation | None) -> D
 
 def largest_files_command(folder: Path) -> str:
     """Return the shell command that lists the largest folders within a folder."""
-    return f"du -xh --max-depth=2 {format_command(str(folder))} | sort -h | tail -n 20"
+    return f"du -xh --max-depth=2 {shlex.join([str(folder)])} | sort -h | tail -n 20"

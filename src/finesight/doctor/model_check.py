@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -15,7 +15,6 @@ from finesight.config import Recipe
 from finesight.digests import DIGESTS_FILE, verify_folder
 from finesight.doctor.diagnosis import (
     Diagnosis,
-    format_command,
     has_errors,
     make_diagnosis,
     user_error_to_diagnosis,
@@ -88,7 +87,7 @@ def check_adapter(path: Path) -> list[Diagnosis]:
         if (path / DIGESTS_FILE).is_file():
             verify_folder(path)
     except UserError as error:
-        remedy = format_command("ls", "-l", str(path))
+        remedy = shlex.join(["ls", "-l", str(path)])
         return [user_error_to_diagnosis("adapter", error, remedy)]
     return [make_diagnosis("adapter", path=path)]
 
@@ -110,12 +109,12 @@ def redownload_command(path: Path) -> str:
     """
     if path.resolve() == TINY_MODEL_FOLDER.resolve():
         options = ("--force-reinstall", "--no-deps", PACKAGE_NAME)
-        return format_command(*PIP_COMMAND, "install", *options)
+        return shlex.join([*PIP_COMMAND, "install", *options])
     source = find_hub_source(path)
     if source is None:
-        return format_command("finesight", "download", "OWNER/NAME", "--to", f"{path}-again")
-    remove = format_command("rm", "-r", str(path))
-    return f"{remove} && {format_command('finesight', 'download', source)}"
+        return shlex.join(["finesight", "download", "OWNER/NAME", "--to", f"{path}-again"])
+    remove = shlex.join(["rm", "-r", str(path)])
+    return f"{remove} && {shlex.join(['finesight', 'download', source])}"
 
 
 def _check_download(path: Path, redownload: str) -> Iterator[Diagnosis]:
@@ -127,7 +126,7 @@ def _check_download(path: Path, redownload: str) -> Iterator[Diagnosis]:
                 if stream.read(len(LFS_POINTER_PREFIX)) == LFS_POINTER_PREFIX:
                     pointers.append(file.name)
     if pointers:
-        lfs_pull = format_command("git", "-C", str(path), "lfs", "pull")
+        lfs_pull = shlex.join(["git", "-C", str(path), "lfs", "pull"])
         remedy = lfs_pull if (path / ".git").exists() else redownload
         names = ", ".join(pointers[:3])
         yield make_diagnosis("model-lfs-pointers", path=path, names=names, remedy=remedy)
@@ -158,7 +157,7 @@ def _check_weights(folder: ModelFolder, redownload: str) -> Iterator[Diagnosis]:
     has_pickle = any(folder.find_file(name) for name in pickle_names)
     if has_pickle and not (folder.find_file("model.safetensors") or folder.find_file(index.name)):
         # Pickles are converted on first use. This check writes no files.
-        remedy = format_command("df", "-h", str(folder.path))
+        remedy = shlex.join(["df", "-h", str(folder.path)])
         yield make_diagnosis("model-pickled", path=folder.path, remedy=remedy)
         return
     try:
@@ -192,28 +191,26 @@ def _read_tensor_names(file: Path) -> frozenset[str]:
         ) from error
 
 
-@dataclass(frozen=True, slots=True)
-class RecipeContext:
-    """State of the machine against which a recipe is checked."""
-
-    packages: InstalledPackages
-    torch_info: TorchInfo
-    output_location: WriteLocation
-
-
-def check_recipe(path: Path, recipe: Recipe, context: RecipeContext) -> list[Diagnosis]:
+def check_recipe(
+    path: Path,
+    recipe: Recipe,
+    packages: InstalledPackages,
+    torch_info: TorchInfo,
+    location: WriteLocation,
+) -> list[Diagnosis]:
     """Detect problems that would stop `finesight train` on this machine.
 
     Args:
         path: Path of the recipe.
         recipe: Content of the recipe.
-        context: State of the machine.
+        packages: Installed packages.
+        torch_info: Installed torch and its GPUs.
+        location: Output folder.
     """
-    train_command = format_command("finesight", "train", str(path))
-    location = context.output_location
+    train_command = shlex.join(["finesight", "train", str(path)])
     diagnoses = [
-        *_check_extras(recipe, context.packages),
-        *_check_precision(train_command, recipe, context.torch_info),
+        *_check_extras(recipe, packages),
+        *_check_precision(train_command, recipe, torch_info),
     ]
     # A run writes checkpoints, predictions and a report.
     if not location.is_writable or location.free_bytes < GB:
@@ -224,7 +221,7 @@ def check_recipe(path: Path, recipe: Recipe, context: RecipeContext) -> list[Dia
         text = str(file.path)
         is_local_path = "://" not in text and not any(character in text for character in "*?[")
         if is_local_path and not os.path.exists(text):
-            find = format_command("find", ".", "-name", Path(text).name)
+            find = shlex.join(["find", ".", "-name", Path(text).name])
             diagnoses.append(
                 make_diagnosis("data-missing", file=text, folder=Path.cwd(), find=find)
             )
@@ -232,7 +229,7 @@ def check_recipe(path: Path, recipe: Recipe, context: RecipeContext) -> list[Dia
         diagnoses.append(make_diagnosis("not-evaluated.recipe"))
     folder = resolve_model_path(recipe.model)
     if folder.is_dir() and (folder / "config.json").is_file():
-        diagnoses += check_model(folder, context.packages)
+        diagnoses += check_model(folder, packages)
     if not has_errors(diagnoses):
         diagnoses.insert(0, make_diagnosis("recipe", path=path))
     return diagnoses

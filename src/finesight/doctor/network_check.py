@@ -1,6 +1,6 @@
 """Check environment variables for hubs and proxies, and the connection to a model hub.
 
-`probe_hub` is the only check of `finesight doctor` that sends requests, and only to the selected
+`check_hub` is the only check of `finesight doctor` that sends requests, and only to the selected
 hub.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from finesight import __version__
-from finesight.doctor.diagnosis import Diagnosis, format_command, make_diagnosis
+from finesight.doctor.diagnosis import Diagnosis, make_diagnosis
 from finesight.doctor.package_check import InstalledPackages
 from finesight.hub.url_policy import is_offline
 
@@ -127,59 +128,64 @@ class HubResponse:
         return self.error or f"status {self.status}"
 
 
-@dataclass(frozen=True, slots=True)
-class HubReachability:
-    """Results of the test requests to a hub.
-
-    Attributes:
-        url: Address of the hub.
-        response: Response with the proxies of the environment, if any.
-        direct_response: Response without proxies. None if no request without proxies was sent.
-        token_response: Response to a request with the token. None if there is no token.
-        token_source: Environment variable or file that contains the token.
-        proxy_variables: Environment variables that set a proxy.
-        hub: Name of the hub.
-        endpoint_variable: Environment variable that sets the address. Empty for the default
-            address.
-    """
-
-    url: str
-    response: HubResponse
-    direct_response: HubResponse | None
-    token_response: HubResponse | None
-    token_source: str
-    proxy_variables: tuple[str, ...]
-    hub: HubService = "huggingface"
-    endpoint_variable: str = ""
-
-
-def probe_hub(hub: HubService, environment: Mapping[str, str]) -> HubReachability | None:
-    """Send up to three test requests to a hub. Returns None in offline mode."""
+def check_hub(hub: HubService, environment: Mapping[str, str]) -> list[Diagnosis]:
+    """Check the connection to a hub with up to three requests, none in offline mode."""
     if is_offline():
-        return None
-    token, token_source = None, ""
+        return [make_diagnosis("hub-offline")]
+    token = None
     if hub == "huggingface":
         from huggingface_hub import constants, get_token
 
         url, path, token = constants.ENDPOINT.rstrip("/"), "/api/models?limit=1", get_token()
-        sources = (name for name in HF_TOKEN_VARIABLES if os.environ.get(name))
-        token_source = next(sources, constants.HF_TOKEN_PATH)
     else:
         from finesight.hub.modelscope import get_endpoint
 
         url, path = get_endpoint(), "/api/v1/models"
-    proxies = tuple(variable for variable in PROXY_VARIABLES if environment.get(variable))
-    response, direct_response, token_response = _send_request(url + path), None, None
-    if proxies and not response.is_ok:
-        direct_response = _send_request(url + path, use_proxies=False)
+    proxies = [variable for variable in PROXY_VARIABLES if environment.get(variable)]
+    response = _send_request(url + path)
+    values = {
+        "hub": hub,
+        "url": url,
+        "host": urlsplit(url).hostname or url,
+        "response": response,
+        "variables": ", ".join(proxies),
+    }
     # ModelScope has no address that validates a token.
-    if token and (response.is_ok or response.status in (401, 403)):
-        token_response = _send_request(f"{url}/api/whoami-v2", token=token)
-    variable = ENDPOINT_VARIABLES[hub]
-    return HubReachability(
-        *(url, response, direct_response, token_response, token_source, proxies, hub),
-        endpoint_variable=variable if environment.get(variable) else "",
+    token_diagnoses = [_check_hub_token(url, token)] if token else []
+    if response.is_ok or (response.status == 401 and not proxies):
+        return [make_diagnosis("hub", **values), *token_diagnoses]
+    if proxies and _send_request(url + path, use_proxies=False).is_ok:
+        return [make_diagnosis("proxy-rejects", **values)]
+    if response.status == 407:
+        return [make_diagnosis("proxy-authentication", **values, variable=proxies[0])]
+    if response.status is not None and response.status >= 500:
+        return [make_diagnosis("hub-down", **values)]
+    variable = ENDPOINT_VARIABLES[hub] if environment.get(ENDPOINT_VARIABLES[hub]) else ""
+    other = "modelscope" if hub == "huggingface" else "huggingface"
+    remedy = (
+        "export https_proxy=http://HOST:PORT   # if the network has a proxy\n"
+        f"finesight doctor --hub {other}   # test the other hub"
     )
+    values["variable_note"] = f" ({variable})" if variable else ""
+    remedy = f"unset {variable}" if variable else remedy
+    return [make_diagnosis("hub-unreachable", **values, remedy=remedy)]
+
+
+def _check_hub_token(url: str, token: str) -> Diagnosis:
+    """Validate a token of Hugging Face."""
+    from huggingface_hub import constants
+
+    variables = (name for name in HF_TOKEN_VARIABLES if os.environ.get(name))
+    source = next(variables, constants.HF_TOKEN_PATH)
+    response = _send_request(f"{url}/api/whoami-v2", token=token)
+    if response.status not in (401, 403):
+        return make_diagnosis("token", source=source)
+    remedy = f"unset {source}"
+    if source not in HF_TOKEN_VARIABLES:
+        hf_program = Path(sys.executable).with_name("hf")
+        program = str(hf_program) if hf_program.exists() else "hf"
+        remedy = shlex.join([program, "auth", "logout"])
+    return make_diagnosis("token-rejected", source=source, response=response, remedy=remedy)
 
 
 def _send_request(url: str, *, token: str = "", use_proxies: bool = True) -> HubResponse:
@@ -195,55 +201,3 @@ def _send_request(url: str, *, token: str = "", use_proxies: bool = True) -> Hub
             return HubResponse(response.status_code)
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, ImportError, OSError) as error:
         return HubResponse(None, f"{type(error).__name__}: {str(error).strip()[:200]}")
-
-
-def check_hub(reachability: HubReachability | None) -> list[Diagnosis]:
-    """Diagnose the connection to a hub from the responses to the test requests.
-
-    Args:
-        reachability: Result of `probe_hub`. None in offline mode.
-    """
-    if reachability is None:
-        return [make_diagnosis("hub-offline")]
-    url, response, proxies = reachability.url, reachability.response, reachability.proxy_variables
-    host, variables = urlsplit(url).hostname or url, ", ".join(proxies)
-    if response.is_ok or (response.status == 401 and not proxies):
-        return [make_diagnosis("hub", url=url), *_check_hub_token(reachability)]
-    if reachability.direct_response is not None and reachability.direct_response.is_ok:
-        values = {"variables": variables, "host": host, "response": response}
-        return [make_diagnosis("proxy-rejects", **values)]
-    if response.status == 407:
-        values = {"variables": variables, "variable": proxies[0]}
-        return [make_diagnosis("proxy-authentication", **values)]
-    if response.status is not None and response.status >= 500:
-        return [make_diagnosis("hub-down", url=url, response=response, hub=reachability.hub)]
-    endpoint_variable = reachability.endpoint_variable
-    other = "modelscope" if reachability.hub == "huggingface" else "huggingface"
-    remedy = (
-        "export https_proxy=http://HOST:PORT   # if the network has a proxy\n"
-        f"finesight doctor --hub {other}   # test the other hub"
-    )
-    diagnosis = make_diagnosis(
-        "hub-unreachable",
-        url=url,
-        variable_note=f" ({endpoint_variable})" if endpoint_variable else "",
-        response=response,
-        host=host,
-        remedy=f"unset {endpoint_variable}" if endpoint_variable else remedy,
-    )
-    return [diagnosis]
-
-
-def _check_hub_token(reachability: HubReachability) -> Iterator[Diagnosis]:
-    response, source = reachability.token_response, reachability.token_source
-    if response is None:
-        return
-    if response.status not in (401, 403):
-        yield make_diagnosis("token", source=source)
-        return
-    remedy = f"unset {source}"
-    if os.sep in source:  # a stored token
-        hf_program = Path(sys.executable).with_name("hf")
-        program = str(hf_program) if hf_program.exists() else "hf"
-        remedy = format_command(program, "auth", "logout")
-    yield make_diagnosis("token-rejected", source=source, response=response, remedy=remedy)

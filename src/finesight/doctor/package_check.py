@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from finesight.doctor.diagnosis import Diagnosis, format_command, has_errors, make_diagnosis
+from finesight.doctor.diagnosis import Diagnosis, has_errors, make_diagnosis
 
 PACKAGE_NAME = "finesight"
 
@@ -90,7 +91,7 @@ class InstalledPackages:
 
     def install_command(self, *requirements: str) -> str:
         """Return the shell command that installs requirements for this Python interpreter."""
-        return format_command(*PIP_COMMAND, "install", *requirements)
+        return shlex.join([*PIP_COMMAND, "install", *requirements])
 
     def install_extra_command(self, name: str) -> str:
         """Return the shell command that installs an extra of finesight."""
@@ -156,7 +157,7 @@ def check_packages(packages: InstalledPackages) -> list[Diagnosis]:
     ]
     if packages.leftovers:
         names = ", ".join(path.name for path in packages.leftovers[:5])
-        remove = format_command("rm", "-r", *map(str, packages.leftovers))
+        remove = shlex.join(["rm", "-r", *map(str, packages.leftovers)])
         folder = packages.leftovers[0].parent
         diagnoses.append(make_diagnosis("leftovers", names=names, folder=folder, remove=remove))
     if not has_errors(diagnoses):
@@ -170,7 +171,7 @@ def _check_python(packages: InstalledPackages) -> Iterator[Diagnosis]:
     if packages.is_managed:
         yield make_diagnosis("python-managed", python=sys.executable)
     if not packages.has_pip:
-        install = format_command(sys.executable, "-m", "ensurepip")
+        install = shlex.join([sys.executable, "-m", "ensurepip"])
         yield make_diagnosis("no-pip", install=install)
 
 
@@ -288,7 +289,7 @@ def _check_duplicates(
         duplicates = _list_duplicates(packages, name)
         if len(duplicates) < 2:
             continue
-        uninstall = format_command(*PIP_COMMAND, "uninstall", "--yes", name)
+        uninstall = shlex.join([*PIP_COMMAND, "uninstall", "--yes", name])
         bounds = _combine_bounds(name, dependencies_by_name.get(name, ()))
         yield make_diagnosis(
             "duplicate-package",

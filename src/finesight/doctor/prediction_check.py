@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -26,7 +27,7 @@ from finesight.check.box_hypothesis import (
 from finesight.config import ExactSize, LongestSide
 from finesight.data.image_header import read_image_size
 from finesight.data.sample import BoxPart
-from finesight.doctor.diagnosis import Diagnosis, format_command, make_diagnosis
+from finesight.doctor.diagnosis import Diagnosis, make_diagnosis
 from finesight.doctor.run_check import load_run_recipe, rerun_command, scale_duration
 from finesight.errors import UserError
 from finesight.report.run_reader import RunRecord, read_json_lines
@@ -131,7 +132,7 @@ def _diagnose_worse(run_record: RunRecord, change: RecordedDifference, text: str
     if best > change.after:
         remedy = rerun_command(run_record, "eval.every=0.1", "eval.patience=2")
         return make_diagnosis("metric-worse.peak", change=text, best=best, step=step, remedy=remedy)
-    remedy = format_command("finesight", "report", str(run_record.folder))
+    remedy = shlex.join(["finesight", "report", str(run_record.folder)])
     return make_diagnosis("metric-worse", change=text, remedy=remedy)
 
 
@@ -144,7 +145,7 @@ def _diagnose_unclear(run_record: RunRecord, change: RecordedDifference, text: s
     if settings is not None and settings.limit:
         # The interval width is proportional to 1 / sqrt(number of samples).
         options = ("--limit", str(4 * settings.limit))
-        remedy = format_command("finesight", "eval", str(run_record.folder), *options)
+        remedy = shlex.join(["finesight", "eval", str(run_record.folder), *options])
     return make_diagnosis("metric-unclear", change=text, interval=interval, remedy=remedy)
 
 
@@ -164,7 +165,7 @@ def _check_unfinished(
     if num_repeating * 2 < len(unfinished) and longest > 0.9 * shortest:
         folder = run_record.folder
         options = ["--max-new-tokens", str(4 * limit), "--out", str(folder / "longer.jsonl")]
-        remedy = format_command("finesight", "eval", str(folder), *options)
+        remedy = shlex.join(["finesight", "eval", str(folder), *options])
         lengths = {"limit": limit, "longest": longest, "shortest": shortest}
         yield make_diagnosis("answers-cut-off", **counts, **lengths, remedy=remedy)
         return
@@ -214,7 +215,7 @@ def _check_box_conventions(
             best=best_iou,
             current=current_iou,
             options=options,
-            remedy=format_command("finesight", "data", "check", recipe_path),
+            remedy=shlex.join(["finesight", "data", "check", recipe_path]),
         )
 
 

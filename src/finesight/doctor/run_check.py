@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 
 from finesight.config import DataSettings, Recipe, TrainFileSettings
 from finesight.digests import verify_folder
-from finesight.doctor.diagnosis import Diagnosis, format_command, has_errors, make_diagnosis
+from finesight.doctor.diagnosis import Diagnosis, has_errors, make_diagnosis
 from finesight.doctor.machine_check import GB, largest_files_command
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder, resolve_model_path
@@ -91,7 +92,7 @@ OVERFIT_RATIO = 1.05
 def resume_command(run_record: RunRecord, *overrides: str) -> str:
     """Return the shell command that resumes a run from its newest checkpoint."""
     recipe_path = str(run_record.folder / RECIPE_FILE)
-    return format_command("finesight", "train", recipe_path, *overrides, "--resume")
+    return shlex.join(["finesight", "train", recipe_path, *overrides, "--resume"])
 
 
 def rerun_command(run_record: RunRecord, *overrides: str) -> str:
@@ -105,7 +106,7 @@ def rerun_command(run_record: RunRecord, *overrides: str) -> str:
     while (free := folder.with_name(f"{folder.name}-{suffix}")).exists():
         suffix += 1
     recipe_path = str(folder / RECIPE_FILE)
-    return format_command("finesight", "train", recipe_path, *overrides, f"output_dir={free}")
+    return shlex.join(["finesight", "train", recipe_path, *overrides, f"output_dir={free}"])
 
 
 def load_run_recipe(run_record: RunRecord) -> Recipe:
@@ -204,7 +205,7 @@ def _check_nonfinite_steps(run_record: RunRecord) -> Iterator[Diagnosis]:
         count=sum(is_nonfinite),
         total=len(is_nonfinite),
         samples=samples,
-        remedy=format_command("finesight", "data", "check", recipe_path),
+        remedy=shlex.join(["finesight", "data", "check", recipe_path]),
     )
 
 
@@ -274,7 +275,7 @@ def _check_base_model(run_record: RunRecord) -> Iterator[Diagnosis]:
     if not isinstance(base_model, str) or not (path.is_absolute() or path.is_dir()):
         return
     if not path.is_dir():
-        remedy = format_command("find", "/", "-xdev", "-type", "d", "-name", path.name)
+        remedy = shlex.join(["find", "/", "-xdev", "-type", "d", "-name", path.name])
         yield make_diagnosis("base-missing", path=path, remedy=remedy)
         return
     try:
@@ -283,7 +284,7 @@ def _check_base_model(run_record: RunRecord) -> Iterator[Diagnosis]:
         fingerprint = error.what
     if fingerprint != expected:
         values = {"path": path, "fingerprint": fingerprint, "expected": str(expected)}
-        remedy = format_command("finesight", "doctor", str(path))
+        remedy = shlex.join(["finesight", "doctor", str(path)])
         yield make_diagnosis("base-changed", **values, remedy=remedy)
 
 
@@ -296,14 +297,14 @@ def _check_files(run_record: RunRecord) -> Iterator[Diagnosis]:
                 verify_folder(folder / part)
         except UserError as error:
             # A run without a result writes the final files again from the last checkpoint.
-            remove = format_command("rm", "-r", str(folder / part), str(folder / RESULT_FILE))
+            remove = shlex.join(["rm", "-r", str(folder / part), str(folder / RESULT_FILE)])
             remedy = f"{remove} && {resume_command(run_record)}"
             problem = f"{error.where}: {error.what}"
             yield make_diagnosis("weights-damaged", problem=problem, remedy=remedy)
     if run_record.unreadable_files:
         files, remedy = (
             ", ".join(run_record.unreadable_files),
-            format_command("ls", "-l", str(folder)),
+            shlex.join(["ls", "-l", str(folder)]),
         )
         yield make_diagnosis("records-damaged", files=files, remedy=remedy)
     try:
@@ -314,7 +315,7 @@ def _check_files(run_record: RunRecord) -> Iterator[Diagnosis]:
             "error" if run_record.result is None else "warning",
             problem=f"{error.where}: {error.what}",
             advice=error.remedy,
-            remedy=format_command("finesight", "doctor", str(folder / RECIPE_FILE)),
+            remedy=shlex.join(["finesight", "doctor", str(folder / RECIPE_FILE)]),
         )
 
 
@@ -342,10 +343,10 @@ def _fix_samples_command(run_record: RunRecord, reason: str) -> str:
     files = [Path(file.path) for file in load_run_recipe(run_record).data.train]
     if len(files) != 1 or files[0].suffix != ".jsonl":
         recipe_path = str(run_record.folder / RECIPE_FILE)
-        return format_command("finesight", "data", "check", recipe_path)
+        return shlex.join(["finesight", "data", "check", recipe_path])
     parent = files[0].parent
     fixed = parent.parent / f"{parent.name or 'data'}-fixed"
-    check = format_command("finesight", "data", "check", str(files[0]), "--fix", str(fixed))
+    check = shlex.join(["finesight", "data", "check", str(files[0]), "--fix", str(fixed)])
     # The check exits with 2 after fixing issues.
     return f"{check}\n{rerun_command(run_record, f'data.train={fixed / files[0].name}')}"
 
@@ -461,7 +462,7 @@ def _check_loss(run_record: RunRecord, curve: LossCurve | None) -> Iterator[Diag
             **values,
         )
     elif curve.is_flat:
-        show = format_command("finesight", "data", "show", str(run_record.folder / RECIPE_FILE))
+        show = shlex.join(["finesight", "data", "show", str(run_record.folder / RECIPE_FILE)])
         if medians[0] < MIN_LEARNABLE_LOSS:
             yield make_diagnosis("low-initial-loss", first=medians[0], remedy=show, **values)
             return

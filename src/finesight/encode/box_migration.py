@@ -25,7 +25,7 @@ from finesight.data.boxes import BOX_KEY, parse_json_box, split_at_boxes, strip_
 from finesight.data.formats.conversation_rows import ROLE_KEYS, ROLES
 from finesight.data.image_header import ImageSize
 from finesight.data.image_resolver import ImageResolver
-from finesight.data.jsonl import read_data_file
+from finesight.data.jsonl import read_text_file
 from finesight.encode.family_base import (
     FRAME_1000,
     QWEN_VL_MAX_COORDINATE,
@@ -449,7 +449,7 @@ def migrate_box_file(
         return convert_boxes(text, source_format, target_format, get_frames)
 
     state = _MigrationState(convert)
-    chunks = list(_split_json(_read_text(file), file))
+    chunks = list(_split_json(read_text_file(file), file))
     converted = "".join(_convert_chunk(text, records, state) for text, records in chunks)
     if state.errors:
         raise _build_migration_error(state.errors, file)
@@ -517,18 +517,6 @@ def _get_resized_size(
     return compute_resized_size(
         images.image_size(path), resize_spec.image_rule, resize_spec.factor, str(path)
     )
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return read_data_file(file).decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"byte {error.start} is not UTF-8 text",
-            where=str(file),
-            expected="a UTF-8 file",
-            remedy="save the file as UTF-8",
-        ) from error
 
 
 def _split_json(text: str, file: Path) -> Iterator[tuple[str, list[tuple[str, Any]]]]:

@@ -440,7 +440,7 @@ class HfRenderer:
     def _to_chat_part(self, part: ContentPart, folder: Path, sample_id: str) -> dict[str, Any]:
         """Convert a content part to the dict that transformers chat templates expect."""
         if isinstance(part, ImagePart):
-            return {"type": "image", "image": self._load_image(folder / part.image)}
+            return {"type": "image", "image": self.load_image(folder / part.image)}
         assert isinstance(part, TextPart), f"a {part.type} in sample {sample_id}"
         found_tokens = [token for token in self._special_tokens if token in part.text]
         if found_tokens:
@@ -452,7 +452,8 @@ class HfRenderer:
             )
         return {"type": "text", "text": part.text}
 
-    def _load_image(self, path: Path) -> Image.Image:
+    def load_image(self, path: Path) -> Image.Image:
+        """Load an image and resize it by the image rule of the recipe."""
         image = load_image(path)
         if self.image_rule == NO_RESIZE_RULE:
             return image

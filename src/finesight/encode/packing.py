@@ -200,6 +200,11 @@ def compute_context_lengths(lengths: Sequence[int], prefix_length: int) -> tuple
     return prefix, *(prefix_length + length for length in others)
 
 
+def compute_cu_seqlens(lengths: Sequence[int]) -> NDArray[np.int32]:
+    """Return the cumulative lengths of packed sequences, starting at 0."""
+    return np.cumsum([0, *lengths], dtype=np.int32)
+
+
 def pack(
     samples: Sequence[EncodedSample],
     patch_buffer: NDArray[np.uint8] | None = None,
@@ -241,7 +246,7 @@ def pack(
         )
         token_ranges.insert(0, (tokenized_samples[0], 0, prefix_length))
     lengths = [end - start for _, start, end in token_ranges]
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    cu_seqlens = compute_cu_seqlens(lengths)
     # Index of each sample's first token if the prefix directly preceded its other tokens.
     sample_offsets = cu_seqlens[-len(tokenized_samples) - 1 : -1] - prefix_length
     ids_T = np.concatenate([one.ids_T[a:b] for one, a, b in token_ranges])
@@ -265,7 +270,7 @@ def pack(
         ),
         ids_T=torch.from_numpy(ids_T.astype(np.int64)),
         position_ids_3T=torch.from_numpy(position_ids_3T.astype(np.int64)),
-        cu_seqlens_S1=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        cu_seqlens_S1=torch.from_numpy(cu_seqlens),
         patches_ND=torch.from_numpy(
             concat_patches([one.patches_ND for one in samples], patch_buffer)
         ),

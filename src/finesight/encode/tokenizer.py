@@ -130,7 +130,7 @@ class CachedTokenizer(ABC):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._cached_tokenize = TokenCache(self._tokenize)
+        self.token_cache = TokenCache(self._tokenize)
 
     def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
         # Spawned worker processes load the file again; pickling would lose encode_special_tokens.
@@ -138,11 +138,11 @@ class CachedTokenizer(ABC):
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Tokenize text; special tokens in it are tokenized as ordinary text."""
-        return self._cached_tokenize(text) if text else ()
+        return self.token_cache(text) if text else ()
 
     def clear_cache(self) -> None:
         """Remove all cached token ids."""
-        self._cached_tokenize.clear()
+        self.token_cache.clear()
 
     @abstractmethod
     def _tokenize(self, text: str) -> tuple[int, ...]:

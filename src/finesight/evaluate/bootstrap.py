@@ -54,10 +54,7 @@ def clopper_pearson_interval(successes: float, trials: float) -> ConfidenceInter
 def tango_interval(num_gained: float, num_lost: float, num_trials: float) -> ConfidenceInterval:
     """Compute the 95 % score interval of the difference of two paired proportions (Tango 1998).
 
-    Args:
-        num_gained: Pairs that fail before and succeed after.
-        num_lost: Pairs that succeed before and fail after.
-        num_trials: All pairs.
+    `num_gained` pairs fail before and succeed after, `num_lost` pairs the reverse.
     """
     z = NormalDist().inv_cdf((1 + CONFIDENCE_LEVEL) / 2)
     change = (num_gained - num_lost) / num_trials
@@ -170,7 +167,6 @@ class ScoreEstimator:
     """Estimator of a score of N samples, computed from K sums over the samples.
 
     Attributes:
-        weighted_sums: Computes the sums of each resample.
         score_from_sums: Computes the score from the sums, (R, K) -> (R,).
         sample_rates: Contribution of each sample on the scale of the score, shape (N,); for a mean
             the values themselves.
@@ -184,7 +180,6 @@ class ScoreEstimator:
             proportion.
         reported_score: Score of the set if it differs from `score_from_sums` of its sums.
         undefined_reason: Reason why neither the score nor a difference has an interval.
-        note: Warning to display with the score.
     """
 
     weighted_sums: WeightedSumsFn
@@ -247,7 +242,6 @@ def estimate_ratio(
     Args:
         numerator: Numerator of each sample, shape (N,).
         denominator: Denominator of each sample, shape (N,), not negative.
-        bounds: Bounds of the score.
     """
     columns = np.stack([numerator, denominator], axis=1)
     total = float(denominator.sum())
@@ -277,7 +271,6 @@ def estimate_mean(values: FloatArray, bounds: ScoreBounds = BOUNDED) -> ScoreEst
 
     Args:
         values: Value of each sample, shape (N,).
-        bounds: Bounds of the values.
     """
     ones = np.ones_like(values)
     columns = np.stack([values, ones], axis=1)
@@ -313,7 +306,6 @@ def typical_classes(counts: Sequence[int], num_samples: int) -> tuple[FloatArray
 
     Args:
         counts: Number of samples of each class, shape (C,).
-        num_samples: Number of all samples.
 
     Returns:
         The shares, shape (C,), and the reason why the mean has no interval, or an empty string.
@@ -465,7 +457,6 @@ class _ResampleChunk:
         """Return the score of each resample, shape (R,).
 
         Args:
-            estimator: Estimator of the score.
             rate: Rate of the pseudo-observation; None for no pseudo-observation.
         """
         if estimator.weighted_sums not in self._sums:

@@ -57,8 +57,6 @@ def resolve_metric_path(metric: str, run_dir: Path, *, prefer_copy: bool = False
 
     Args:
         metric: Task name, or `FILE.py:FUNCTION`.
-        run_dir: Run folder.
-        prefer_copy: Use the copy whenever it exists.
     """
     path_and_function = parse_metric_path(metric)
     if path_and_function is None or not (run_dir / METRIC_COPY_FILE).is_file():
@@ -70,10 +68,6 @@ def resolve_metric_path(metric: str, run_dir: Path, *, prefer_copy: bool = False
 
 def load_custom_metric(file: Path, function: str) -> MetricFn:
     """Load a custom metric from a Python file.
-
-    Args:
-        file: Python file, which is executed.
-        function: Name of the function that scores one case.
 
     Returns:
         A function that scores a list of cases. It raises UserError if the custom function fails.
@@ -237,7 +231,6 @@ def check_recipe_metric(
     """Check whether a training run may execute the metric of its recipe; see `check_metric`.
 
     Args:
-        recipe: Recipe of the run.
         path: Recipe file; None for settings created in Python.
         overrides: Recipe overrides; `eval.metric=...` counts as named by the user.
         trust: Whether the user passed `--trust-metric`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,12 +31,8 @@ class EvalCase:
     """Prediction and references of one evaluated sample.
 
     Attributes:
-        answer: Predicted text.
-        boxes: Predicted boxes.
         references: Reference texts; any of them is correct.
         reference_boxes: Reference boxes; all of them are expected.
-        id: Id of the sample.
-        stopped: Whether the completion ended with an end token.
     """
 
     answer: str
@@ -52,7 +48,6 @@ class MetricResult:
     """Result of a task metric on N predictions.
 
     Attributes:
-        per_sample: Scores of each prediction.
         estimators: Estimators of the scores over all predictions, by name.
         details: Additional machine-readable results, such as a confusion matrix or scores by field.
     """
@@ -78,12 +73,18 @@ class MetricResult:
         return {name: note for name, note in notes.items() if note}
 
 
-def note_lines(notes: Mapping[str, str]) -> list[str]:
+def group_notes(notes: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Return the different names of scores by note, from pairs of name and note."""
+    names_by_note: dict[str, dict[str, None]] = {}
+    for name, note in notes:
+        if note:
+            names_by_note.setdefault(note, {})[name] = None
+    return {note: list(names) for note, names in names_by_note.items()}
+
+
+def note_lines(notes: Iterable[tuple[str, str]]) -> list[str]:
     """Format one line per distinct note, preceded by the names of its scores."""
-    names: dict[str, list[str]] = {}
-    for name, note in notes.items():
-        names.setdefault(note, []).append(name)
-    return [f"{', '.join(several)}: {note}" for note, several in names.items() if note]
+    return [f"{', '.join(names)}: {note}" for note, names in group_notes(notes).items()]
 
 
 MetricFn = Callable[[Sequence[EvalCase]], MetricResult]
@@ -98,7 +99,6 @@ def mean_metrics(
     """Return the estimators of the means of per-sample scores.
 
     Args:
-        per_sample: Scores of each sample.
         names: Name of the per-sample score by the name of its mean; by default, all scores with the
             same names.
         bounds: Bounds of all scores, or of some by name; others are in [0, 1].

@@ -133,7 +133,6 @@ class GenerationEvalResult:
         scores: Scores of the task, and `stopped`, the share of completions with an end token.
         corrupt_samples: (sample id, reason) of samples with unreadable images, which are excluded.
         intervals: 95 % confidence interval of each score; None if undefined.
-        details: Additional results of the task metric.
         notes: Warnings and reasons for missing intervals, by the name of the score.
     """
 
@@ -170,7 +169,7 @@ class GenerationEvalResult:
         header = (
             f"{self.metric}: {len(self.predictions)} samples{skipped_note}, with 95 % intervals"
         )
-        notes = note_lines(self.notes)
+        notes = note_lines(self.notes.items())
         return "\n".join(
             [
                 header,
@@ -223,9 +222,6 @@ def evaluate(
     Uses the first `settings.limit` samples and restores the model's training mode.
 
     Args:
-        model: Model to evaluate.
-        renderer: Renderer of the model.
-        samples: Validation samples with reference answers.
         settings: Metric, sample limit, batch size and maximum completion length.
         predictions_file: Output file of predictions with scores, one JSON object per line.
         on_progress: Called after each step with the number of finished completions; an exception

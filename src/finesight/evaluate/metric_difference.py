@@ -243,7 +243,7 @@ def format_differences(
         )
         rows.append((difference.name + primary_mark, *values, interval_text, difference.verdict))
     return "\n".join(
-        [align_columns(rows, 1), *note_lines({one.name: one.note for one in differences})]
+        [align_columns(rows, 1), *note_lines((one.name, one.note) for one in differences)]
     )
 
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 from finesight.errors import UserError
-from finesight.export.free_space import check_free_space
 from finesight.infer.model_loader import ModelSource
 from finesight.model.weights_io import stored_precision
-from finesight.storage import raise_if_exists, write_folder
+from finesight.storage import raise_if_exists, require_free_space, write_folder
 
 GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 
@@ -108,7 +107,12 @@ def write_gguf(
     raise_if_exists(out)
     weight_files = folder.weight_files()
     size_factor = 2 if outtype == "f32" and stored_precision(folder) != "fp32" else 1
-    check_free_space(out, size_factor * sum(file.stat().st_size for file in weight_files))
+    require_free_space(
+        out,
+        size_factor * sum(file.stat().st_size for file in weight_files),
+        "the GGUF files",
+        "free some space, or choose another output folder",
+    )
     mmproj_outtype: GgufType = "f16" if outtype == "q8_0" else outtype
     command = [str(python or sys.executable), str(converter), str(folder.path.resolve())]
     with write_folder(out) as partial:

@@ -14,20 +14,86 @@ Shapes: n tokens of a completion, V vocabulary.
 from __future__ import annotations
 
 import math
+import random
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from finesight.data.corpus import load_corpus
+from finesight.data.image_header import CorruptImageError
+from finesight.data.jsonl import LocatedSample
+from finesight.data.sample import ImagePart, Message, Sample, TextPart
 from finesight.encode.packing import pack
+from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
 from finesight.infer.engine import generate
 from finesight.model.vlm import VisionLanguageModel
+from finesight.recipe import load_recipe
+from finesight.run_files import RECIPE_FILE
+from finesight.synth.scenes import compose_scene
+
+IMAGE_SEED = 20260
+"""Random seed of the images that are generated if a run has no validation samples."""
+
+MAX_SCANNED_SAMPLES = 200
+"""Maximum number of validation samples that are searched for images."""
+
+
+def load_validation_samples(source: str, max_samples: int) -> list[LocatedSample]:
+    """Load the first validation samples with images of a run.
+
+    Returns an empty list if `source` has no recipe, or if its validation data cannot be read.
+    """
+    path = Path(source) / RECIPE_FILE
+    if not path.is_file():
+        return []
+    try:
+        recipe = load_recipe(path)
+        corpus = load_corpus(recipe.data.eval) if recipe.data.eval else ()
+        candidates = [corpus[i] for i in range(min(len(corpus), MAX_SCANNED_SAMPLES))]
+    except UserError:
+        return []
+    return [candidate for candidate in candidates if _has_image(candidate)][:max_samples]
+
+
+def draw_questions(folder: Path, num_questions: int) -> list[LocatedSample]:
+    """Save generated images of shapes in a folder, and return one question about each."""
+    questions = []
+    for index in range(num_questions):
+        rng = random.Random(f"scene {IMAGE_SEED} {index}")
+        compose_scene(rng, crowded=False).image.save(folder / f"{index}.png")
+        parts = (ImagePart(image=f"{index}.png"), TextPart(text="Describe this image."))
+        sample = Sample(
+            id=f"generated {index}", messages=(Message(role="user", content=parts),), meta={}
+        )
+        questions.append(LocatedSample(sample, folder))
+    return questions
+
+
+def encode_prompts(
+    renderer: Renderer, questions: Sequence[LocatedSample]
+) -> list[tuple[LocatedSample, EncodedSample]]:
+    """Encode questions as prompts, and omit those that cannot be encoded."""
+    encoded_samples = []
+    for question in questions:
+        try:
+            prompt = renderer.load_patches(renderer.tokenize_prompt(question))
+        except (CorruptImageError, UserError):
+            continue
+        encoded_samples.append((question, prompt))
+    return encoded_samples
+
+
+def _has_image(located_sample: LocatedSample) -> bool:
+    return any(isinstance(part, ImagePart) for part in located_sample.sample.iter_parts())
+
 
 MAX_NEW_TOKENS = 48
 """Maximum number of tokens per compared completion, because their logits are kept in memory."""

@@ -196,7 +196,7 @@ def _format_scores(run_record: RunRecord | None) -> list[str]:
     if not rows:
         return []
     header = "| validation samples | before | after | 95 % interval |\n| --- | --- | --- | --- |"
-    notes = note_lines({name: get_note(after, name) for name in scores["after"]})
+    notes = note_lines((name, get_note(after, name)) for name in scores["after"])
     return ["## Evaluation", "\n".join([header, *rows]), *notes]
 
 

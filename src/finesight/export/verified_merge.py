@@ -19,15 +19,15 @@ from finesight.encode.renderer import Renderer, build_renderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
 from finesight.export import merge_parity
-from finesight.export.free_space import check_free_space
 from finesight.export.hf_files import complete_hf_folder, find_dropped_sampling, find_missing_files
-from finesight.export.merge_parity import MergeParity, ModelOutputs
-from finesight.export.model_card import ModelCardInfo, write_model_card
-from finesight.export.parity_questions import (
+from finesight.export.merge_parity import (
+    MergeParity,
+    ModelOutputs,
     draw_questions,
     encode_prompts,
     load_validation_samples,
 )
+from finesight.export.model_card import ModelCardInfo, write_model_card
 from finesight.infer.model_loader import ModelSource, resolve_device, resolve_model_source
 from finesight.model.config import ConfigReader
 from finesight.model.lora.layer import iter_adapters
@@ -45,7 +45,7 @@ from finesight.model.trainable import ModelPart
 from finesight.model.vlm import VisionLanguageModel, build_model
 from finesight.model.weights_io import DTYPES, hub_tensors, load_model
 from finesight.model_folder import ModelFolder
-from finesight.storage import raise_if_exists, write_folder
+from finesight.storage import raise_if_exists, require_free_space, write_folder
 
 NUM_PARITY_SAMPLES = 4
 """Default number of questions on which the merged and the trained model are compared."""
@@ -118,8 +118,11 @@ def merge_and_verify(
     small_file_bytes = sum(
         path.stat().st_size for path in base_folder.path.iterdir() if _is_small(path)
     )
-    check_free_space(
-        out, num_params * DTYPES[weight_precision].itemsize + small_file_bytes + DISK_RESERVE_BYTES
+    require_free_space(
+        out,
+        num_params * DTYPES[weight_precision].itemsize + small_file_bytes + DISK_RESERVE_BYTES,
+        "the merged model",
+        "free some space, or choose another output folder",
     )
     target = _select_compute_target(device, num_params, fallback_dtype)
     with tempfile.TemporaryDirectory() as temp_dir, write_folder(out) as folder:

@@ -25,9 +25,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
+from finesight.bounded_files import ZIP_ENCODING, decode_name, open_regular_file, to_readable_name
 from finesight.errors import UserError
-from finesight.file_name_encoding import ZIP_ENCODING, decode_name, to_readable_name
-from finesight.regular_file import open_regular_file
 from finesight.storage import make_folder, translate_os_errors
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")

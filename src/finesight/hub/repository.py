@@ -40,7 +40,7 @@ Commands that do not load weights do not download these large files.
 PICKLED_WEIGHTS_PATTERN = "pytorch_model*.bin"
 """Pattern of pickled weights that can be converted without executing code.
 
-See `finesight.pickle_conversion`.
+See `finesight.model_folder`.
 """
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finesight.encode.packing import PackedBatch, plan_packs
+from finesight.encode.packing import PackedBatch, compute_cu_seqlens, plan_packs
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.infer.block_manager import get_span_patches
 from finesight.infer.cuda_graph_cache import CudaGraphCache
@@ -304,7 +304,7 @@ def _pack_chunks(
     tokenized_prompts = [prompt.encoded.tokenized for prompt in prompts]
     slices = [slice(chunk.start, chunk.stop) for chunk in chunks]
     lengths = tuple(chunk.stop - chunk.start for chunk in chunks)
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    cu_seqlens = compute_cu_seqlens(lengths)
     ids_T = np.concatenate(
         [o.ids_T[token_slice] for o, token_slice in zip(tokenized_prompts, slices, strict=True)]
     )
@@ -332,7 +332,7 @@ def _pack_chunks(
         grid_thw=(),
         ids_T=torch.from_numpy(ids_T.astype(np.int64)),
         position_ids_3T=torch.from_numpy(position_ids_3T.astype(np.int64)),
-        cu_seqlens_S1=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        cu_seqlens_S1=torch.from_numpy(cu_seqlens),
         patches_ND=torch.empty(0, 0, dtype=torch.uint8),
         visual_indices_M=torch.from_numpy(np.concatenate(visual_indices)),
         logit_indices_L=empty_L,

@@ -37,11 +37,7 @@ ALIGNMENT = 8
 
 
 def num_checkpointed_layers(fraction: float, num_layers: int) -> int:
-    """Return the number of layers with activation checkpointing, counted from the first.
-
-    The first layers are chosen because the backward pass recomputes them after the activations of
-    the last ones have been freed.
-    """
+    """Return the number of layers with activation checkpointing, counted from the first."""
     # Round first: in floating point, 0.28 x 25 is slightly more than 7.
     return math.ceil(round(fraction * num_layers, 6))
 
@@ -49,10 +45,7 @@ def num_checkpointed_layers(fraction: float, num_layers: int) -> int:
 def run_layer(
     layer: nn.Module, checkpointed: bool, *inputs: object, preserve_rng_state: bool = True
 ) -> Any:
-    """Run a layer, with activation checkpointing if `checkpointed`.
-
-    With `preserve_rng_state` the recomputation uses the RNG state of the forward pass.
-    """
+    """Run a layer, with activation checkpointing if `checkpointed`."""
     if checkpointed and torch.is_grad_enabled():
         return checkpoint(
             layer, *inputs, use_reentrant=False, preserve_rng_state=preserve_rng_state
@@ -77,7 +70,6 @@ class RmsNorm(nn.RMSNorm):
     """RMS norm with a trainable weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize the last dimension of [..., width]."""
         assert self.eps is not None, "a norm without eps"
         return rms_norm(x, self.weight, self.eps)
 
@@ -85,12 +77,7 @@ class RmsNorm(nn.RMSNorm):
 def add_norm(
     x_ND: Tensor, y_ND: Tensor | None, norm: nn.Module, next_linear: FusedLinear
 ) -> tuple[Tensor, Tensor | Fp8Rows]:
-    """Add the output of a block to the residual stream and normalize the sum.
-
-    Returns:
-        The sum x + y (x if `y_ND` is None), and its norm, quantized to FP8 if `next_linear` accepts
-        that.
-    """
+    """Add the output of a block to the residual stream and normalize the sum."""
     if y_ND is not None:
         if has_kernels(x_ND) and not torch.is_grad_enabled():
             fused = _fused_add_norm(x_ND, y_ND, norm, to_fp8=next_linear.accepts_fp8_input)
@@ -116,10 +103,7 @@ def _fused_add_norm(
 
 
 class FeedForward(nn.Module, ABC):
-    """MLP that exposes its first linear layer.
-
-    The preceding norm is quantized to FP8 if this layer accepts that.
-    """
+    """MLP that exposes its first linear layer."""
 
     @property
     @abstractmethod
@@ -138,11 +122,9 @@ class GatedMlp(FeedForward):
 
     @property
     def input_linear(self) -> FusedLinear:
-        """Fused gate and up projections."""
         return self.gate_up_proj
 
     def forward(self, x_TD: Tensor | Fp8Rows) -> Tensor:
-        """Apply the MLP, [T, width] to [T, width]."""
         if self.padding_columns and isinstance(x_TD, Tensor) and has_kernels(x_TD):
             return self._forward_padded(x_TD)
         gate, up = self.gate_up_proj(x_TD)
@@ -168,11 +150,7 @@ class GatedMlp(FeedForward):
         )
 
     def _forward_padded(self, x_TD: Tensor) -> Tensor:
-        """Compute the MLP with zero-padded rows of the `down_proj` weight.
-
-        Required for intermediate sizes that are not aligned for tensor cores, such as 3420 in
-        Qwen2.5-VL's vision encoder.
-        """
+        """Compute the MLP with zero-padded rows of the `down_proj` weight."""
         gate_up, down = self.gate_up_proj, self.down_proj
         assert isinstance(gate_up.weight, nn.Parameter), "the gate and up weights must be dense"
         assert isinstance(down.weight, nn.Parameter), "the down weight must be dense"
@@ -187,11 +165,7 @@ class GatedMlp(FeedForward):
 
 
 def _must_copy(linear: FusedLinear) -> bool:
-    """Return True if padding must copy the weight in each forward pass.
-
-    Trainable weights are views of master buffers and sharded weights are managed by FSDP, so
-    neither can be replaced by a padded weight.
-    """
+    """Return True if padding must copy the weight in each forward pass."""
     return linear.is_sharded or (
         isinstance(linear.weight, nn.Parameter) and linear.weight.requires_grad
     )
@@ -212,11 +186,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Linear(config.patch_dim, config.hidden_size, bias=bias)
 
     def forward(self, patches_ND: Tensor) -> Tensor:
-        """Normalize uint8 patches and project them to [N, width].
-
-        Patches have the shape [N, channels x frames x patch x patch]. Without the frames, [N,
-        channels x patch x patch], they are repeated for all frames.
-        """
+        """Normalize uint8 patches and project them to [N, width]."""
         scale, mean, std = (
             self.normalization.rescale_factor,
             self.normalization.mean,
@@ -244,7 +214,6 @@ class VisionAttention(nn.Module):
         self.proj = FusedLinear(hidden_size, {"proj": hidden_size}, bias=True)
 
     def forward(self, x_ND: Tensor | Fp8Rows, rotary: RotaryCosSin, segments: Segments) -> Tensor:
-        """Apply attention to patches, [N, width] to [N, width]."""
         num_heads = self.num_heads
         qkv_NE = single_output(self.qkv(x_ND))
         qk_NHD, v_NHD = torch.split(
@@ -277,12 +246,6 @@ class VisionBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Compute the block with deferred residual additions.
 
-        Args:
-            x_ND: Residual stream.
-            y_ND: Output of the previous block that is not yet added to the stream, or None.
-            rotary: Rotary embedding of the patches.
-            segments: Attention segments.
-
         Returns:
             Residual stream and MLP output. The next block adds them, fused with its first norm.
         """
@@ -307,21 +270,13 @@ class PatchMerger(nn.Module):
         )
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Map patches [N, width] to features [M, out_width].
-
-        The patches of each merged square must be adjacent.
-        """
         hidden = single_output(self.mlp["0"](self.ln_q(x_ND).view(-1, self.merged_size)))
         return single_output(self.mlp["2"](F.gelu(hidden)))
 
 
 @dataclass(frozen=True)
 class FusedGelu:
-    """GELU approximation of the form x sigmoid(linear x + cubic x^3).
-
-    See Hendrycks & Gimpel 2016, arXiv:1606.08415. `eager` computes the same function without the
-    fused kernel.
-    """
+    """GELU approximation of the form x sigmoid(linear x + cubic x^3)."""
 
     linear: float
     cubic: float
@@ -329,7 +284,7 @@ class FusedGelu:
 
     def apply_linear(self, linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> Tensor:
         """Apply a linear layer and the GELU, [N, D] to [N, F]."""
-        operands = _kernel_operands(linear, x_ND)
+        operands = gemm_gelu_operands(linear, x_ND)
         if operands is None:
             return self.eager(single_output(linear(x_ND)))
         return gemm_gelu_kernels.gemm_gelu(
@@ -344,12 +299,8 @@ _TANH_SCALE = 2 * math.sqrt(2 / math.pi)
 TANH_GELU = FusedGelu(_TANH_SCALE, _TANH_SCALE * 0.044715, partial(F.gelu, approximate="tanh"))
 
 
-def _kernel_operands(linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> tuple[Tensor, Tensor] | None:
-    """Return the operands of the fused kernel, or None if it cannot be used.
-
-    The kernel requires 16-bit dense rows and weight without gradients or an adapter, a Hopper GPU
-    and a sufficiently large matmul.
-    """
+def gemm_gelu_operands(linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> tuple[Tensor, Tensor] | None:
+    """Return the operands of the fused kernel, or None if it cannot be used."""
     w_FD = linear.weight
     if linear.adapter is not None or torch.is_grad_enabled():
         return None
@@ -358,7 +309,7 @@ def _kernel_operands(linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> tuple[Tenso
     tma_aligned = _is_tma_aligned(x_ND) and _is_tma_aligned(w_FD) and len(w_FD) % ALIGNMENT == 0
     if (
         tma_aligned
-        and _is_hopper(x_ND.device)
+        and is_hopper(x_ND.device)
         and gemm_gelu_kernels.saturates_device(len(x_ND), len(w_FD), x_ND.device)
     ):
         return x_ND, w_FD
@@ -366,12 +317,11 @@ def _kernel_operands(linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> tuple[Tenso
 
 
 def _is_tma_aligned(x: Tensor) -> bool:
-    """Return True if the rows of a matrix are aligned for TMA copies."""
     return x.stride(1) == 1 and x.stride(0) % ALIGNMENT == 0 and x.data_ptr() % 16 == 0
 
 
 @lru_cache
-def _is_hopper(device: torch.device) -> bool:
+def is_hopper(device: torch.device) -> bool:
     """Return True for Hopper GPUs; the fused kernel is untested on newer tensor cores."""
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     return is_nvidia and torch.cuda.get_device_capability(device) == (9, 0)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, Literal, NotRequired, TypedDict
 
 from finesight.report.i18n import translate
@@ -32,11 +33,8 @@ class ChartSeries:
     """Input of a chart: one series of values by step.
 
     Attributes:
-        name: Name in the legend.
-        points: Pairs of step and value.
         style: `line`, `faint` (a line behind its smoothed series), or `marks` (a line with
             markers).
-        error_bars: Triples of step, low and high.
     """
 
     name: str
@@ -47,12 +45,7 @@ class ChartSeries:
 
 @dataclass(frozen=True)
 class AxisTick:
-    """Tick of a chart axis.
-
-    Attributes:
-        offset: Coordinate in SVG units.
-        label: Formatted value.
-    """
+    """Tick of a chart axis."""
 
     offset: float
     label: str
@@ -63,9 +56,6 @@ class ChartLine:
     """Drawn line of a chart, in SVG coordinates.
 
     Attributes:
-        name: Name of the series.
-        style: Style of the series.
-        path: SVG path of the line.
         markers: Coordinates (x, y) of the markers.
         error_bars: Coordinates (x, y of high, y of low) of the error bars.
     """
@@ -94,9 +84,6 @@ class ChartData(TypedDict):
     """Chart data for the JavaScript of the page, which shows values under the cursor.
 
     Attributes:
-        x: Low and high end of the x axis.
-        y: Low and high end of the y axis.
-        series: Points of each line.
         labels: Texts for x values 0, 1, 2 and so on. Only histograms have them.
     """
 
@@ -185,6 +172,15 @@ class _AxisScale:
             ),
         )
 
+    def build_step_path(self, values: Sequence[float]) -> str:
+        """Return the path of a histogram line, one horizontal segment per value."""
+        bottom = self.to_y(0)
+        segments = [f"M{self.to_x(0):g} {bottom:g}"]
+        segments += [
+            f"V{self.to_y(value):g}H{self.to_x(index + 1):g}" for index, value in enumerate(values)
+        ]
+        return "".join([*segments, f"V{bottom:g}"])
+
 
 def filter_finite(points: Iterable[tuple[object, object]]) -> list[Point]:
     """Return the points whose step and value are finite numbers.
@@ -206,13 +202,9 @@ def downsample(points: Sequence[Point], max_points: int = MAX_POINTS) -> list[Po
     for bucket_index in range(num_buckets):
         start = bucket_index * len(points) // num_buckets
         bucket = points[start : (bucket_index + 1) * len(points) // num_buckets]
-        extremes = {min(bucket, key=_get_value), max(bucket, key=_get_value)}
+        extremes = {min(bucket, key=itemgetter(1)), max(bucket, key=itemgetter(1))}
         downsampled += sorted(extremes)
     return downsampled
-
-
-def _get_value(point: Point) -> float:
-    return point[1]
 
 
 def smooth_points(points: Sequence[Point]) -> list[Point]:
@@ -243,10 +235,6 @@ def compute_ticks(
     """Return about `num_ticks` round values for an axis from `low` to `high`.
 
     Args:
-        low: Lower end of the axis.
-        high: Upper end of the axis.
-        num_ticks: Approximate number of ticks.
-        integer_only: Use integer distances between ticks.
         include_ends: Add the next round values below `low` and above `high`.
     """
     if high - low <= 1e-6 * max(abs(low), abs(high)):
@@ -342,36 +330,30 @@ def build_histogram(
     nonempty = [(name, counts) for name, counts in counts_by_run if counts]
     if not nonempty:
         return None
-    low = min(int(bin_index) for _, counts in nonempty for bin_index in counts)
-    high = max(int(bin_index) for _, counts in nonempty for bin_index in counts)
-    percentages = [
-        (
-            name,
-            [
-                100 * counts.get(str(bin_index), 0) / sum(counts.values())
-                for bin_index in range(low, high + 1)
-            ],
-        )
-        for name, counts in nonempty
-    ]
-    y_tick_values = compute_ticks(
-        0.0, max(max(values) for _, values in percentages), 4, include_ends=True
-    )
-    edges = [math.ceil(2 ** (bin_index / 2) - 1e-9) for bin_index in range(low, high + 2)]
+    bins = [int(name) for _, counts in nonempty for name in counts]
+    low, high = min(bins), max(bins)
+    percentages = []
+    for name, counts in nonempty:
+        total = sum(counts.values())
+        values = [100 * counts.get(str(index), 0) / total for index in range(low, high + 1)]
+        percentages.append((name, values))
+    max_percentage = max(max(values) for _, values in percentages)
+    y_tick_values = compute_ticks(0.0, max_percentage, 4, include_ends=True)
+    edges = [math.ceil(2 ** (index / 2) - 1e-9) for index in range(low, high + 2)]
     label_interval = max(1, math.ceil(len(edges) / 7))
-    scale = _HistogramScale(len(edges) - 1, y_tick_values[-1])
+    scale = _AxisScale(0, len(edges) - 1, 0, y_tick_values[-1])
     return Chart(
         title=title,
         caption=caption,
         summary=_summarize_histogram(title, percentages, edges),
         lines=tuple(
-            ChartLine(name, "line", scale.build_path(values), (), ())
+            ChartLine(name, "line", scale.build_step_path(values), (), ())
             for name, values in percentages
         ),
         x_ticks=tuple(
-            AxisTick(scale.to_x(bin_index), f"{edge:,}")
-            for bin_index, edge in enumerate(edges)
-            if bin_index % label_interval == 0
+            AxisTick(scale.to_x(index), f"{edge:,}")
+            for index, edge in enumerate(edges)
+            if index % label_interval == 0
         ),
         y_ticks=tuple(AxisTick(scale.to_y(value), f"{value:g} %") for value in y_tick_values),
         data=ChartData(
@@ -381,8 +363,7 @@ def build_histogram(
                 SeriesData(
                     name=name,
                     points=[
-                        (bin_index, value, f"{format_exact(value)} %")
-                        for bin_index, value in enumerate(values)
+                        (x, value, f"{format_exact(value)} %") for x, value in enumerate(values)
                     ],
                 )
                 for name, values in percentages
@@ -395,44 +376,14 @@ def build_histogram(
     )
 
 
-class _HistogramScale:
-    def __init__(self, num_bins: int, max_percentage: float) -> None:
-        self._num_bins, self._max_percentage = num_bins, max_percentage
-
-    def to_x(self, edge: int) -> float:
-        return round(MARGIN_LEFT + edge / self._num_bins * (WIDTH - MARGIN_LEFT - MARGIN_RIGHT), 1)
-
-    def to_y(self, percentage: float) -> float:
-        return round(
-            HEIGHT
-            - MARGIN_BOTTOM
-            - percentage / self._max_percentage * (HEIGHT - MARGIN_TOP - MARGIN_BOTTOM),
-            1,
-        )
-
-    def build_path(self, percentages: Sequence[float]) -> str:
-        segments = [f"M{self.to_x(0):g} {self.to_y(0):g}"]
-        segments += [
-            f"V{self.to_y(value):g}H{self.to_x(bin_index + 1):g}"
-            for bin_index, value in enumerate(percentages)
-        ]
-        return "".join([*segments, f"V{self.to_y(0):g}"])
-
-
 def _summarize_histogram(
     title: str, percentages: Sequence[tuple[str, Sequence[float]]], edges: list[int]
 ) -> str:
     descriptions = []
     for name, values in percentages:
-        bin_index = max(range(len(values)), key=values.__getitem__)
-        descriptions.append(
-            translate(
-                "{} mostly {:,} to {:,}",
-                name,
-                edges[bin_index],
-                max(edges[bin_index], edges[bin_index + 1] - 1),
-            )
-        )
+        index = max(range(len(values)), key=values.__getitem__)
+        low, high = edges[index], max(edges[index], edges[index + 1] - 1)
+        descriptions.append(translate("{} mostly {:,} to {:,}", name, low, high))
     return translate("{}: {}", title, translate("; ").join(descriptions))
 
 
@@ -441,45 +392,46 @@ def build_run_charts(run_record: RunRecord) -> list[Chart]:
 
     They show loss, primary metric, learning rate, gradient norm, throughput and MFU.
     """
-    steps = run_record.steps
+    evaluations = run_record.evaluations
+    points = {
+        name: filter_finite((line.get("step"), line.get(name)) for line in run_record.steps)
+        for name in ("loss", "grad_norm", "samples_per_s", "mfu")
+    }
+    validation_points = filter_finite(
+        (line.get("step"), line.get("validation_loss")) for line in evaluations
+    )
+    mfu_percentages = [(step, 100 * mfu) for step, mfu in points["mfu"]]
     charts = [
         build_chart(
             translate("Loss"),
             [
-                *_build_smoothed_series(translate("training"), _read_points(steps, "loss")),
-                _build_validation_series(run_record),
+                *_build_smoothed_series(translate("training"), points["loss"]),
+                ChartSeries(translate("validation"), validation_points, "marks"),
             ],
             translate("nats per supervised token"),
         ),
-        *_build_primary_metric_chart(run_record),
-        build_chart(translate("Learning rate"), _build_lr_series(steps)),
+        _build_primary_metric_chart(evaluations),
+        build_chart(translate("Learning rate"), _build_lr_series(run_record.steps)),
         build_chart(
             translate("Gradient norm"),
-            _build_smoothed_series(translate("norm"), _read_points(steps, "grad_norm")),
+            _build_smoothed_series(translate("norm"), points["grad_norm"]),
             translate("before clipping"),
         ),
         build_chart(
             translate("Throughput"),
-            _build_smoothed_series(translate("samples/s"), _read_points(steps, "samples_per_s")),
+            _build_smoothed_series(translate("samples/s"), points["samples_per_s"]),
             translate("samples/s"),
         ),
         build_chart(
             translate("MFU"),
-            _build_smoothed_series(
-                translate("MFU"),
-                [(x, 100 * y) for x, y in _read_points(steps, "mfu")],
-            ),
+            _build_smoothed_series(translate("MFU"), mfu_percentages),
             translate("% of the measured peak FLOPS"),
         ),
     ]
     return [chart for chart in charts if chart is not None]
 
 
-def _read_points(lines: Sequence[JsonObject], name: str) -> list[tuple[float, float]]:
-    return filter_finite((line.get("step"), line.get(name)) for line in lines)
-
-
-def _build_smoothed_series(name: str, points: Sequence[tuple[float, float]]) -> list[ChartSeries]:
+def _build_smoothed_series(name: str, points: Sequence[Point]) -> list[ChartSeries]:
     """Return a series and, if it has many points, its smoothed version."""
     smoothed = smooth_points(points)
     if not smoothed:
@@ -487,21 +439,13 @@ def _build_smoothed_series(name: str, points: Sequence[tuple[float, float]]) -> 
     return [ChartSeries(name, points, "faint"), ChartSeries(translate("smoothed"), smoothed)]
 
 
-def _build_validation_series(run_record: RunRecord) -> ChartSeries:
-    return ChartSeries(
-        translate("validation"), _read_points(run_record.evaluations, "validation_loss"), "marks"
-    )
-
-
-def _build_primary_metric_chart(run_record: RunRecord) -> list[Chart | None]:
-    names = [
-        line["primary_metric"] for line in run_record.evaluations if line.get("primary_metric")
-    ]
+def _build_primary_metric_chart(evaluations: Sequence[JsonObject]) -> Chart | None:
+    names = [line["primary_metric"] for line in evaluations if line.get("primary_metric")]
     if not names:
-        return []
+        return None
     name = str(names[-1])
     points, error_bars = [], []
-    for line in run_record.evaluations:
+    for line in evaluations:
         scores: Any = line.get("scores")
         points += filter_finite([(line.get("step"), scores.get(name) if scores else None)])
         interval = read_interval(line, name)
@@ -509,7 +453,7 @@ def _build_primary_metric_chart(run_record: RunRecord) -> list[Chart | None]:
             error_bars.append((float(line["step"]), *interval))
     note = translate("validation, bars: 95 % intervals" if error_bars else "validation")
     title = format_metric_name(name)
-    return [build_chart(title, [ChartSeries(title, points, "marks", error_bars)], note)]
+    return build_chart(title, [ChartSeries(title, points, "marks", error_bars)], note)
 
 
 def _build_lr_series(steps: Sequence[JsonObject]) -> list[ChartSeries]:
@@ -520,16 +464,8 @@ def _build_lr_series(steps: Sequence[JsonObject]) -> list[ChartSeries]:
     lr_by_step = [
         (line.get("step"), line["lr"]) for line in steps if isinstance(line.get("lr"), dict)
     ]
-    parts = dict.fromkeys(part for _, lr_by_part in lr_by_step for part in lr_by_part)
-    lines = {
-        part: filter_finite((step, lr_by_part.get(part)) for step, lr_by_part in lr_by_step)
-        for part in parts
-    }
-    groups: list[tuple[list[str], list[tuple[float, float]]]] = []
-    for part, points in lines.items():
-        matching = next((names for names, other in groups if other == points), None)
-        if matching is None:
-            groups.append(([part], points))
-        else:
-            matching.append(part)
-    return [ChartSeries(", ".join(names), points) for names, points in groups]
+    parts_by_line: dict[tuple[Point, ...], list[str]] = {}
+    for part in dict.fromkeys(part for _, lr_by_part in lr_by_step for part in lr_by_part):
+        points = filter_finite((step, lr_by_part.get(part)) for step, lr_by_part in lr_by_step)
+        parts_by_line.setdefault(tuple(points), []).append(part)
+    return [ChartSeries(", ".join(parts), points) for points, parts in parts_by_line.items()]

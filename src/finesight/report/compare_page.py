@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finesight.evaluate.eval_case import note_lines
 from finesight.evaluate.metric_difference import align_columns
 from finesight.report import summary
 from finesight.report.charts import (
@@ -45,8 +46,9 @@ from finesight.report.metrics import (
     format_metric_name,
     format_notes,
     format_value,
+    read_metrics,
 )
-from finesight.report.run_reader import JsonObject, RunRecord
+from finesight.report.run_reader import RunRecord, list_image_folders
 
 DiffRow = tuple[str, list[str]]
 """Row of the table of differences: a name, and its value in each run."""
@@ -75,26 +77,38 @@ DATA_TITLES = {
 
 
 def diff_configs(runs: Sequence[ComparedRun]) -> list[DiffRow]:
-    """Return the settings, data statistics and versions that differ between runs."""
-    recipes = [_flatten_settings(run.run_record.recipe) if run.run_record else {} for run in runs]
-    names = dict.fromkeys(name for recipe in recipes for name in recipe)
-    rows = [
-        (name, [recipe.get(name, MISSING_VALUE) for recipe in recipes])
+    """Return the settings, data statistics and versions that differ between runs.
+
+    Prediction files have no recorded values.
+    """
+    rows = []
+    for collect in (_collect_settings, _collect_run_facts):
+        for name, values in _build_rows(runs, collect):
+            recorded = {value for value, run in zip(values, runs, strict=True) if run.run_record}
+            if len(recorded) > 1 and name not in IGNORED_SETTINGS:
+                rows.append((name, values))
+    return rows
+
+
+def compare_costs(runs: Sequence[ComparedRun]) -> list[DiffRow]:
+    """Return the throughput, memory and time of each run."""
+    return _build_rows(runs, _collect_costs)
+
+
+def _build_rows(
+    runs: Sequence[ComparedRun], collect: Callable[[RunRecord], dict[str, str]]
+) -> list[DiffRow]:
+    """Return one row per name that `collect` returns for any run."""
+    values_by_run = [collect(run.run_record) if run.run_record else {} for run in runs]
+    names = dict.fromkeys(name for run_values in values_by_run for name in run_values)
+    return [
+        (name, [run_values.get(name, MISSING_VALUE) for run_values in values_by_run])
         for name in names
-        if name not in IGNORED_SETTINGS
     ]
-    values_by_run = [_collect_run_facts(run.run_record) if run.run_record else {} for run in runs]
-    for name in dict.fromkeys(name for run_values in values_by_run for name in run_values):
-        rows.append((name, [run_values.get(name, MISSING_VALUE) for run_values in values_by_run]))
-    return [(name, values) for name, values in rows if _has_differences(values, runs)]
 
 
-def _has_differences(values: Sequence[str], runs: Sequence[ComparedRun]) -> bool:
-    """Return whether runs differ in a value. Prediction files have no recorded values."""
-    run_values = [
-        value for value, run in zip(values, runs, strict=True) if run.run_record is not None
-    ]
-    return len(set(run_values)) > 1
+def _collect_settings(run_record: RunRecord) -> dict[str, str]:
+    return _flatten_settings(run_record.recipe)
 
 
 def _flatten_settings(content: object, prefix: str = "") -> dict[str, str]:
@@ -122,14 +136,10 @@ def _collect_run_facts(run_record: RunRecord) -> dict[str, str]:
                 facts_by_title[translate(title)] = f"{data[key]:,}"
             elif data.get(key):
                 facts_by_title[translate(title)] = str(data[key])[:DIGEST_CHARS]
-    facts_by_title[translate("base model, SHA-256")] = str(
-        run_record.manifest.get("base_fingerprint")
-    )[:DIGEST_CHARS]
-    for key, title in (
-        ("device", "device"),
-        ("precision", "dtype"),
-        ("world_size", "world size"),
-    ):
+    base_digest = str(run_record.manifest.get("base_fingerprint"))[:DIGEST_CHARS]
+    facts_by_title[translate("base model, SHA-256")] = base_digest
+    titles = {"device": "device", "precision": "dtype", "world_size": "world size"}
+    for key, title in titles.items():
         if start.get(key) is not None:
             facts_by_title[translate(title)] = str(start[key])
     versions: Any = start.get("versions")
@@ -138,35 +148,15 @@ def _collect_run_facts(run_record: RunRecord) -> dict[str, str]:
     return facts_by_title
 
 
-def get_size_histogram(run_record: RunRecord, name: str) -> object:
-    """Return a histogram of the training samples that the run has recorded.
-
-    Args:
-        run_record: Content of the run directory.
-        name: `tokens` per sample or `patches` per image.
-    """
-    size_histograms: Any = summary.get_last_start(run_record).get("size_histograms")
-    return size_histograms.get(name) if isinstance(size_histograms, dict) else None
-
-
-def compare_costs(runs: Sequence[ComparedRun]) -> list[DiffRow]:
-    """Return the throughput, memory and time of each run."""
-    values_by_run = [_collect_costs(run.run_record) if run.run_record else {} for run in runs]
-    names = dict.fromkeys(name for run_values in values_by_run for name in run_values)
-    return [
-        (name, [run_values.get(name, MISSING_VALUE) for run_values in values_by_run])
-        for name in names
-    ]
-
-
 def _collect_costs(run_record: RunRecord) -> dict[str, str]:
-    total_s = sum(phase.seconds for phase in summary.compute_phases(run_record))
+    phases = summary.compute_phases(run_record)
+    total_s = sum(phase.seconds for phase in phases)
     num_devices = summary.get_last_start(run_record).get("world_size")
     num_devices = num_devices if isinstance(num_devices, int) else 1
     return {
         translate("total time"): summary.format_duration(total_s),
         translate("device hours"): f"{total_s * num_devices / 3600:,.3g}",
-        **{phase.name: phase.duration_text for phase in summary.compute_phases(run_record)},
+        **{phase.name: phase.duration_text for phase in phases},
         **dict(summary.summarize_cost(run_record)),
     }
 
@@ -206,7 +196,8 @@ class RunComparison:
         """Format the primary metric and validation loss of each run as a console table.
 
         Differences are relative to the baseline and have 95 % intervals. Prediction files do not
-        record the primary metric: without a run, all metrics are listed.
+        record the primary metric: without a run, all metrics are listed. A metric that a prediction
+        file cannot have, such as the validation loss, is omitted.
         """
         lines = [("run", "metric", "value", "difference", "95 % interval", "")]
         has_primary = any(row.is_primary for row in self.metric_rows)
@@ -217,8 +208,9 @@ class RunComparison:
         ]
         for row in rows:
             for run, cell in zip(self.runs, row.cells, strict=True):
-                lines.append((run.label, row.name, *_format_cell(cell)))
-        return "\n".join([align_columns(lines, 2), *format_notes(iter_notes(rows))])
+                if cell.value is not None or run.run_record is not None:
+                    lines.append((run.label, row.name, *_format_cell(cell)))
+        return "\n".join([align_columns(lines, 2), *note_lines(iter_notes(rows))])
 
 
 def iter_notes(rows: Sequence[MetricComparisonRow]) -> Iterator[tuple[str, str]]:
@@ -254,7 +246,6 @@ def write_compare_page(
 
     Args:
         paths: Run directories and prediction files. The first one is the baseline.
-        out: Output file.
         language: Language of the page, by default that of the locale.
 
     Raises:
@@ -270,10 +261,11 @@ def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLE
     """Render the comparison of runs as an HTML page in the current language."""
     runs = comparison.runs
     samples = compare_samples(runs, max_samples)
+    records = [run.run_record for run in runs if run.run_record is not None]
+    file_folders = [run.path.parent for run in runs if run.run_record is None]
+    folders = [*list_image_folders(records), *file_folders]
     has_latex = any(run.metric == "latex" for run in runs)
-    sample_data = build_sample_data(
-        samples, _list_image_folders(runs), FormulaConverter() if has_latex else None
-    )
+    sample_data = build_sample_data(samples, folders, FormulaConverter() if has_latex else None)
     charts = [chart for chart in _build_charts(runs) if chart is not None]
     histograms = [chart for chart in _build_histograms(runs) if chart is not None]
     labels = [run.label for run in runs]
@@ -325,92 +317,52 @@ def _describe_selection(samples: ComparedSamples) -> str:
 
 def _build_charts(runs: Sequence[ComparedRun]) -> list[Chart | None]:
     """Return charts of training loss, validation loss and primary metric, one line per run."""
-    training, validation, scores = [], [], []
-    for run in runs:
-        if run.run_record is None:
-            continue
-        steps, evaluations = run.run_record.steps, run.run_record.evaluations
-        losses = filter_finite((line.get("step"), line.get("loss")) for line in steps)
+    recorded = [(run, run.run_record) for run in runs if run.run_record is not None]
+    training: list[ChartSeries] = []
+    validation: list[ChartSeries] = []
+    scores: list[ChartSeries] = []
+    primary_metrics = {str(run.evaluation.get("primary_metric")) for run, _ in recorded}
+    for run, run_record in recorded:
+        losses = filter_finite((line.get("step"), line.get("loss")) for line in run_record.steps)
         training.append(ChartSeries(run.label, smooth_points(losses) or losses))
-        points = filter_finite(
-            (line.get("step"), line.get(VALIDATION_LOSS)) for line in evaluations
-        )
-        validation.append(ChartSeries(run.label, points, "marks"))
-        score = filter_finite(
-            (line.get("step"), _get_primary_score(run, line)) for line in evaluations
-        )
-        scores.append(ChartSeries(run.label, score, "marks"))
-    primary_metrics = [str(run.evaluation.get("primary_metric")) for run in runs if run.run_record]
+        metrics = [(line.get("step"), read_metrics(line)) for line in run_record.evaluations]
+        for name, series in ((VALIDATION_LOSS, validation), (min(primary_metrics), scores)):
+            points = filter_finite((step, values.get(name)) for step, values in metrics)
+            series.append(ChartSeries(run.label, points, "marks"))
+    loss_caption = translate("nats per supervised token")
     charts = [
         build_chart(translate("Loss"), training, translate("training, smoothed")),
-        build_chart(
-            translate("Validation loss"), validation, translate("nats per supervised token")
-        ),
+        build_chart(translate("Validation loss"), validation, loss_caption),
     ]
-    if len(set(primary_metrics)) == 1:
-        charts.append(
-            build_chart(format_metric_name(primary_metrics[0]), scores, translate("validation"))
-        )
+    if len(primary_metrics) == 1:
+        title = format_metric_name(min(primary_metrics))
+        charts.append(build_chart(title, scores, translate("validation")))
     return charts
-
-
-def _get_primary_score(run: ComparedRun, line: JsonObject) -> object:
-    scores = line.get("scores")
-    return scores.get(run.evaluation.get("primary_metric")) if isinstance(scores, dict) else None
 
 
 def _build_histograms(runs: Sequence[ComparedRun]) -> list[Chart | None]:
     """Return histograms of tokens per sample, patches per image and tokens per answer."""
-    recorded_runs = [run for run in runs if run.run_record is not None]
-
-    def read_size_histograms(name: str) -> list[tuple[str, HistogramCounts]]:
-        return [
-            (run.label, parse_counts(get_size_histogram(run.run_record, name)))
-            for run in recorded_runs
-            if run.run_record is not None
-        ]
-
-    completion_histograms = [
-        (run.label, count_half_octaves(_list_completion_lengths(run))) for run in runs
-    ]
+    counts_by_name: dict[str, list[tuple[str, HistogramCounts]]] = {"tokens": [], "patches": []}
+    for run in runs:
+        if run.run_record is None:
+            continue
+        recorded: Any = summary.get_last_start(run.run_record).get("size_histograms")
+        for name, counts in counts_by_name.items():
+            content = recorded.get(name) if isinstance(recorded, dict) else None
+            counts.append((run.label, parse_counts(content)))
+    completion_counts: list[tuple[str, HistogramCounts]] = []
+    for run in runs:
+        lengths = [prediction.record.get("num_tokens") for prediction in run.predictions.values()]
+        known_lengths = [length for length in lengths if isinstance(length, int)]
+        completion_counts.append((run.label, count_half_octaves(known_lengths)))
+    titles = (
+        ("Tokens per sample", "share of training samples", counts_by_name["tokens"]),
+        ("Patches per image", "share of training images", counts_by_name["patches"]),
+        ("Tokens per answer", "share of validation samples", completion_counts),
+    )
     return [
-        build_histogram(
-            translate("Tokens per sample"),
-            translate("share of training samples"),
-            read_size_histograms("tokens"),
-        ),
-        build_histogram(
-            translate("Patches per image"),
-            translate("share of training images"),
-            read_size_histograms("patches"),
-        ),
-        build_histogram(
-            translate("Tokens per answer"),
-            translate("share of validation samples"),
-            completion_histograms,
-        ),
-    ]
-
-
-def _list_completion_lengths(run: ComparedRun) -> list[int]:
-    counts = (prediction.record.get("num_tokens") for prediction in run.predictions.values())
-    return [count for count in counts if isinstance(count, int)]
-
-
-def _list_image_folders(runs: Sequence[ComparedRun]) -> list[Path]:
-    """Return the folders to which relative image paths may refer.
-
-    These are the current folder, the working directories in which the runs were started, and the
-    folders of prediction files.
-    """
-    start_folders = [
-        line.get("working_dir") for run in runs if run.run_record for line in run.run_record.starts
-    ]
-    file_folders = [run.path.parent for run in runs if run.run_record is None]
-    return [
-        Path(),
-        *(Path(folder) for folder in start_folders if isinstance(folder, str)),
-        *file_folders,
+        build_histogram(translate(title), translate(caption), counts)
+        for title, caption, counts in titles
     ]
 
 

@@ -10,12 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from finesight.errors import UserError, suggest_similar_path
-from finesight.evaluate import custom_metric
 from finesight.evaluate.bootstrap import UNBOUNDED
-from finesight.evaluate.eval_case import EvalCase, MetricResult, mean_metrics
+from finesight.evaluate.eval_case import MetricResult, mean_metrics
 from finesight.evaluate.metric_difference import (
     MetricDifference,
     ScoredPrediction,
@@ -24,13 +23,19 @@ from finesight.evaluate.metric_difference import (
     index_by_sample,
     read_predictions,
 )
-from finesight.evaluate.task_metrics import LOWER_IS_BETTER, TASK_METRICS, compute_metrics
+from finesight.evaluate.task_metrics import (
+    LOWER_IS_BETTER,
+    TASK_METRICS,
+    check_references,
+    compute_metrics,
+)
 from finesight.report.examples import (
     MAX_SCORES,
     MIN_SCORE_CHANGE,
     ExampleDataBuilder,
     JsonData,
     read_scores,
+    select_by_quota,
     select_sample_metric,
 )
 from finesight.report.html import FormulaConverter
@@ -64,14 +69,11 @@ class ComparedRun:
     """Input of a comparison: a run or a prediction file.
 
     Attributes:
-        letter: Letter that identifies the run on the page.
         name: Shortest path suffix that is unique among the inputs.
-        path: Run directory or prediction file.
         run_record: Content of the run directory. None for a prediction file.
         status: Status of the run. None for a prediction file.
         evaluation: Evaluation of the final weights, or the last one. Empty for a prediction file.
         metric: Task metric. None if unknown.
-        predictions: Predictions of the evaluation by sample.
     """
 
     letter: str
@@ -87,6 +89,11 @@ class ComparedRun:
     def label(self) -> str:
         """Display name of the run: its letter and its name."""
         return f"{self.letter} {self.name}"
+
+    @property
+    def score_names(self) -> set[str]:
+        """Names of the per-sample scores."""
+        return {name for prediction in self.predictions.values() for name in prediction.scores}
 
     def get_setting(self, group: str, name: str) -> object:
         """Return a recipe setting of the run, or None if it is not recorded."""
@@ -116,30 +123,23 @@ def read_compared_runs(paths: Sequence[Path]) -> list[ComparedRun]:
                 expected="different runs",
                 remedy="Give each run only once.",
             )
-    runs = [
-        _read_compared_run(*arguments)
-        for arguments in zip(
-            string.ascii_uppercase, _shortest_unique_names(paths), paths, strict=False
-        )
-    ]
-    return [_infer_metric(run, runs) for run in runs]
-
-
-def _shortest_unique_names(paths: Sequence[Path]) -> list[str]:
-    """Return the shortest suffix of each path that distinguishes it from the others."""
+    # The shortest path suffixes that are unique.
     parts = [path.resolve().parts for path in paths]
+    names = [str(path) for path in paths]
     for count in range(1, max(map(len, parts))):
         suffixes = ["/".join(path_parts[-count:]) for path_parts in parts]
         if len(set(suffixes)) == len(suffixes):
-            return suffixes
-    return [str(path) for path in paths]
+            names = suffixes
+            break
+    inputs = zip(string.ascii_uppercase, names, paths, strict=False)
+    runs = [_read_compared_run(*arguments) for arguments in inputs]
+    return [run if run.run_record else _infer_metric(run, runs) for run in runs]
 
 
 def _read_compared_run(letter: str, name: str, path: Path) -> ComparedRun:
     if path.is_file():
-        return ComparedRun(
-            letter, name, path, None, None, {}, None, _index_by_sample(read_predictions(path))
-        )
+        predictions = _read_predictions(path)
+        return ComparedRun(letter, name, path, None, None, {}, None, predictions)
     if not path.exists():
         raise UserError(
             f"no such file or directory: {path}",
@@ -160,15 +160,10 @@ def _read_compared_run(letter: str, name: str, path: Path) -> ComparedRun:
     evaluation = (
         final_evaluation if isinstance(final_evaluation, dict) else run_record.evaluations[-1]
     )
-    predictions_files = run_record.predictions_files
-    predictions = (
-        _index_by_sample(read_predictions(predictions_files[-1]))
-        if predictions_files and read_metrics(evaluation)
-        else {}
-    )
+    files = run_record.predictions_files
+    predictions = _read_predictions(files[-1]) if files and read_metrics(evaluation) else {}
     settings = run_record.recipe.get("eval")
     metric = settings.get("metric") if isinstance(settings, dict) else None
-    metric_name = metric if isinstance(metric, str) else None
     return ComparedRun(
         letter,
         name,
@@ -176,29 +171,39 @@ def _read_compared_run(letter: str, name: str, path: Path) -> ComparedRun:
         run_record,
         get_run_status(run_record),
         evaluation,
-        metric_name,
+        metric if isinstance(metric, str) else None,
         predictions,
     )
 
 
+def _read_predictions(path: Path) -> dict[SampleKey, ScoredPrediction]:
+    return index_by_sample(read_predictions(path), lambda prediction: prediction.case.id)
+
+
 def _infer_metric(run: ComparedRun, runs: Sequence[ComparedRun]) -> ComparedRun:
-    """Set the task metric of a prediction file.
+    """Set the task metric of a prediction file, which does not record it.
 
-    The file does not record it. It is the metric of a run whose predictions have the same score
-    names.
+    It is the metric of a run whose predictions have the same score names. Otherwise, the scores of
+    the metric of all runs are computed if the file contains the references.
     """
-    names = {name for prediction in run.predictions.values() for name in prediction.scores}
-    for other_run in runs:
-        other_names = {
-            name for prediction in other_run.predictions.values() for name in prediction.scores
-        }
-        if run.run_record is None and other_run.metric is not None and other_names == names:
-            return replace(run, metric=other_run.metric)
-    return run
-
-
-def _index_by_sample(predictions: Sequence[ScoredPrediction]) -> dict[SampleKey, ScoredPrediction]:
-    return index_by_sample(predictions, lambda prediction: prediction.case.id)
+    metrics = {other_run.metric: other_run for other_run in runs if other_run.metric is not None}
+    for metric, other_run in metrics.items():
+        if other_run.score_names == run.score_names:
+            return replace(run, metric=metric)
+    task_metric = next((task for task in TASK_METRICS if [task] == list(metrics)), None)
+    cases = [prediction.case for prediction in run.predictions.values()]
+    if task_metric is None or not cases:
+        return run
+    try:
+        check_references(task_metric, [(case.references, case.reference_boxes) for case in cases])
+    except UserError:
+        return run
+    per_sample = compute_metrics(task_metric, cases).per_sample
+    predictions = {
+        key: replace(prediction, scores=scores, record=prediction.record | {"scores": scores})
+        for (key, prediction), scores in zip(run.predictions.items(), per_sample, strict=True)
+    }
+    return replace(run, metric=task_metric, predictions=predictions)
 
 
 def find_common_samples(
@@ -219,76 +224,51 @@ def find_common_samples(
 
 
 def _get_question(prediction: ScoredPrediction) -> tuple[object, ...]:
-    case: EvalCase = prediction.case
+    case = prediction.case
     return prediction.record.get("prompt"), case.references, case.reference_boxes
-
-
-def is_custom_metric(metric: str | None) -> bool:
-    """Return whether a metric is unknown or a user-defined program.
-
-    Reports never execute such programs.
-    """
-    return (
-        metric is None
-        or custom_metric.parse_metric_path(metric) is not None
-        or metric not in TASK_METRICS
-    )
 
 
 def list_warnings(reference_run: ComparedRun, other_run: ComparedRun) -> list[str]:
     """Return warnings about differences that limit the comparison of two runs."""
-    warnings = []
     common_keys, num_mismatched = find_common_samples(reference_run, other_run)
     names = reference_run.label, other_run.label
-    if reference_run.metric != other_run.metric:
-        metrics = (
-            reference_run.metric or translate("unknown"),
-            other_run.metric or translate("unknown"),
-        )
+    metrics = reference_run.metric, other_run.metric
+    num_samples = len(reference_run.predictions), len(other_run.predictions)
+    texts: list[tuple[str, tuple[object, ...]]] = []
+    if metrics[0] != metrics[1]:
         text = "{} uses the metric {}, {} uses {}: their scores are not compared."
-        warnings.append(translate(text, names[0], metrics[0], names[1], metrics[1]))
+        shown = [metric or translate("unknown") for metric in metrics]
+        texts.append((text, (names[0], shown[0], names[1], shown[1])))
     elif not common_keys:
-        warnings.append(
-            translate(
-                "{} and {} have no validation samples in common and are not compared.", *names
-            )
-        )
-    elif (counts := (len(reference_run.predictions), len(other_run.predictions))) != (
-        len(common_keys),
-        len(common_keys),
-    ):
+        text = "{} and {} have no validation samples in common and are not compared."
+        texts.append((text, names))
+    elif num_samples != (len(common_keys), len(common_keys)):
         text = "{} and {} are compared on the {:,} samples that both answered, of {:,} and {:,}."
-        warnings.append(translate(text, *names, len(common_keys), *counts))
-    if reference_run.metric == other_run.metric == "detection" and len(
-        reference_run.predictions
-    ) != len(other_run.predictions):
+        texts.append((text, (*names, len(common_keys), *num_samples)))
+    if metrics == ("detection", "detection") and num_samples[0] != num_samples[1]:
         text = (
             "Average precision decreases with the size of a dataset. {} and {} answered {:,} and"
             " {:,} samples, so their AP values are not comparable. The differences use the samples"
             " that both answered."
         )
-        warnings.append(
-            translate(text, *names, len(reference_run.predictions), len(other_run.predictions))
-        )
+        texts.append((text, (*names, *num_samples)))
     if num_mismatched:
         text = (
             "{} and {}: {:,} samples of the same ID differ in question or reference answers and are"
             " excluded."
         )
-        warnings.append(translate(text, *names, num_mismatched))
-    max_new_tokens = [
-        run.get_setting("eval", "max_new_tokens") for run in (reference_run, other_run)
-    ]
-    if None not in max_new_tokens and max_new_tokens[0] != max_new_tokens[1]:
+        texts.append((text, (*names, num_mismatched)))
+    limits = [run.get_setting("eval", "max_new_tokens") for run in (reference_run, other_run)]
+    if None not in limits and limits[0] != limits[1]:
         text = (
             "{} generated at most {} tokens per answer, {} at most {}. Truncated answers count as"
             " incorrect."
         )
-        warnings.append(translate(text, names[0], max_new_tokens[0], names[1], max_new_tokens[1]))
+        texts.append((text, (names[0], limits[0], names[1], limits[1])))
     if reason := explain_loss_mismatch(reference_run, other_run):
         text = "The validation losses of {} and {} are not compared: {}."
-        warnings.append(translate(text, *names, translate(reason)))
-    return warnings
+        texts.append((text, (*names, translate(reason))))
+    return [translate(text, *values) for text, values in texts]
 
 
 def explain_loss_mismatch(reference_run: ComparedRun, other_run: ComparedRun) -> str:
@@ -299,7 +279,11 @@ def explain_loss_mismatch(reference_run: ComparedRun, other_run: ComparedRun) ->
     reference_record, other_record = reference_run.run_record, other_run.run_record
     if reference_record is None or other_record is None:
         return ""
-    fingerprints = [_get_eval_fingerprint(record) for record in (reference_record, other_record)]
+    fingerprints = [
+        get_data_stats(record, "eval").get("fingerprint")
+        or record.checkpoint_identity.get("data.eval")
+        for record in (reference_record, other_record)
+    ]
     if fingerprints[0] != fingerprints[1]:
         return "the validation data differ"
     if reference_record.manifest.get("family") != other_record.manifest.get("family"):
@@ -307,12 +291,6 @@ def explain_loss_mismatch(reference_run: ComparedRun, other_run: ComparedRun) ->
     if reference_record.manifest.get("system_prompt") != other_record.manifest.get("system_prompt"):
         return "the system prompts differ"
     return ""
-
-
-def _get_eval_fingerprint(run_record: RunRecord) -> object:
-    return get_data_stats(run_record, "eval").get(
-        "fingerprint"
-    ) or run_record.checkpoint_identity.get("data.eval")
 
 
 @dataclass(frozen=True)
@@ -323,7 +301,6 @@ class MetricCell(MetricChange):
         value: Value of the metric. None if the run does not have it.
         interval: 95 % confidence interval.
         difference: Difference from the baseline. None for the baseline, or if not comparable.
-        note: Reason of a missing interval, or a warning.
     """
 
     value: float | None
@@ -335,6 +312,9 @@ class MetricCell(MetricChange):
     def change(self) -> float | None:
         """Value of the run minus value of the baseline, on common samples. None if unknown."""
         return None if self.difference is None else self.difference.after - self.difference.before
+
+
+MISSING_CELL = MetricCell(None, None, None)
 
 
 @dataclass(frozen=True)
@@ -351,7 +331,7 @@ class MetricComparisonRow:
         return self.name in LOWER_IS_BETTER
 
 
-class MetricResultCache:
+class _MetricResultCache:
     """Cache of metric results by run and subset of samples."""
 
     def __init__(self) -> None:
@@ -367,100 +347,68 @@ class MetricResultCache:
         predictions = [run.predictions[key] for key in keys]
         if cache_key not in self._results and predictions:
             task = next((task for task in TASK_METRICS if task == run.metric), None)
-            if task is not None and not is_custom_metric(run.metric):
-                self._results[cache_key] = compute_metrics(
-                    task, [prediction.case for prediction in predictions]
-                )
+            if task is not None:
+                cases = [prediction.case for prediction in predictions]
+                self._results[cache_key] = compute_metrics(task, cases)
             elif len({frozenset(prediction.scores) for prediction in predictions}) == 1:
                 per_sample = [prediction.scores for prediction in predictions]
-                self._results[cache_key] = MetricResult(
-                    per_sample, mean_metrics(per_sample, bounds=UNBOUNDED)
-                )
+                estimators = mean_metrics(per_sample, bounds=UNBOUNDED)
+                self._results[cache_key] = MetricResult(per_sample, estimators)
         return self._results.get(cache_key)
 
 
 def compare_metrics(runs: Sequence[ComparedRun]) -> list[MetricComparisonRow]:
     """Compare all metrics of all runs. The primary metric is first, the validation loss last."""
-    result_cache = MetricResultCache()
-    metrics_by_run = [_collect_metrics(run, result_cache) for run in runs]
-    differences_by_run = [
-        {},
-        *(_compute_differences(runs[0], other_run, result_cache) for other_run in runs[1:]),
-    ]
+    result_cache = _MetricResultCache()
+    cells_by_run = [_collect_cells(run, result_cache) for run in runs]
+    names = {name for cells in cells_by_run for name in cells}
     primary_metrics = [str(run.evaluation.get("primary_metric") or "") for run in runs]
     primary_metric = next(filter(None, primary_metrics), "")
-    names = dict.fromkeys(
-        [primary_metric, *(name for metrics in metrics_by_run for name in metrics)]
-    )
-    order = [name for name in names if name and name != VALIDATION_LOSS]
+    order = dict.fromkeys([primary_metric, *(name for cells in cells_by_run for name in cells)])
+    for run, cells in zip(runs[1:], cells_by_run[1:], strict=True):
+        for name, difference in _compute_differences(runs[0], run, result_cache).items():
+            cells[name] = replace(cells.get(name, MISSING_CELL), difference=difference)
     return [
         MetricComparisonRow(
-            name,
-            name == primary_metric,
-            [
-                _build_cell(metrics.get(name), differences.get(name))
-                for metrics, differences in zip(metrics_by_run, differences_by_run, strict=True)
-            ],
+            name, name == primary_metric, [cells.get(name, MISSING_CELL) for cells in cells_by_run]
         )
-        for name in (*order, VALIDATION_LOSS)
-        if any(name in metrics for metrics in metrics_by_run)
+        for name in (*(name for name in order if name != VALIDATION_LOSS), VALIDATION_LOSS)
+        if name in names
     ]
 
 
-class _RunMetric(NamedTuple):
-    """Metric value of a run. The note explains a missing interval or is a warning."""
-
-    value: float
-    interval: IntervalBounds | None
-    note: str
-
-
-def _build_cell(metric: _RunMetric | None, difference: MetricDifference | None) -> MetricCell:
-    value, interval, note = metric or (None, None, "")
-    return MetricCell(value, interval, difference, note)
-
-
-def _collect_metrics(run: ComparedRun, result_cache: MetricResultCache) -> dict[str, _RunMetric]:
+def _collect_cells(run: ComparedRun, result_cache: _MetricResultCache) -> dict[str, MetricCell]:
     """Return the recorded metrics of a run, or compute those of a prediction file."""
     if run.run_record is not None:
-        metrics = read_metrics(run.evaluation)
+        line = run.evaluation
         return {
-            name: _RunMetric(
-                value, read_interval(run.evaluation, name), get_note(run.evaluation, name)
-            )
-            for name, value in metrics.items()
+            name: MetricCell(value, read_interval(line, name), None, get_note(line, name))
+            for name, value in read_metrics(line).items()
         }
     metric_result = result_cache.get_result(run, list(run.predictions))
     if metric_result is None:
         return {}
     intervals, notes = metric_result.intervals(), metric_result.notes()
     return {
-        name: _RunMetric(value, parse_interval(intervals[name]), notes.get(name, ""))
+        name: MetricCell(value, parse_interval(intervals[name]), None, notes.get(name, ""))
         for name, value in metric_result.scores.items()
     }
 
 
 def _compute_differences(
-    reference_run: ComparedRun, other_run: ComparedRun, result_cache: MetricResultCache
+    reference_run: ComparedRun, other_run: ComparedRun, result_cache: _MetricResultCache
 ) -> dict[str, MetricDifference]:
     differences: dict[str, MetricDifference] = {}
-    keys, _ = find_common_samples(reference_run, other_run)
+    pair = reference_run, other_run
+    keys, _ = find_common_samples(*pair)
     if reference_run.metric == other_run.metric and keys:
-        before, after = (result_cache.get_result(run, keys) for run in (reference_run, other_run))
+        before, after = (result_cache.get_result(run, keys) for run in pair)
         if before is not None and after is not None:
-            differences = {
-                difference.name: difference for difference in compare_results(before, after)
-            }
-    losses = [
-        read_metrics(run.evaluation).get(VALIDATION_LOSS) for run in (reference_run, other_run)
-    ]
-    if (
-        losses[0] is not None
-        and losses[1] is not None
-        and not explain_loss_mismatch(reference_run, other_run)
-    ):
+            differences = {one.name: one for one in compare_results(before, after)}
+    before_loss, after_loss = (read_metrics(run.evaluation).get(VALIDATION_LOSS) for run in pair)
+    if before_loss is not None and after_loss is not None and not explain_loss_mismatch(*pair):
         differences[VALIDATION_LOSS] = build_unsampled_difference(
-            VALIDATION_LOSS, losses[0], losses[1]
+            VALIDATION_LOSS, before_loss, after_loss
         )
     return differences
 
@@ -508,10 +456,7 @@ class ComparedSamples:
     """Validation samples of a comparison page.
 
     Attributes:
-        displayed: Samples on the page, largest differences first.
         counts: Number of samples by class, including those that are not displayed.
-        metric: Name of the compared per-sample score.
-        max_score: Maximum of this score.
     """
 
     displayed: list[ComparedSample]
@@ -526,28 +471,19 @@ class ComparedSamples:
 
 
 def compare_samples(runs: Sequence[ComparedRun], max_samples: int = MAX_SAMPLES) -> ComparedSamples:
-    """Compare the validation samples that the baseline and another run answered.
-
-    Args:
-        runs: Compared runs, the baseline first.
-        max_samples: Maximum number of displayed samples.
-    """
+    """Compare the validation samples that the baseline and another run answered."""
     reference_run = runs[0]
     common_keys = [
         set(reference_run.predictions),
         *(set(find_common_samples(reference_run, other_run)[0]) for other_run in runs[1:]),
-    ]
-    sample_keys = [
-        key
-        for key in reference_run.predictions
-        if any(key in run_keys for run_keys in common_keys[1:])
     ]
     lines_by_sample = [
         [
             run.predictions[key].record if key in run_keys else None
             for run, run_keys in zip(runs, common_keys, strict=True)
         ]
-        for key in sample_keys
+        for key in reference_run.predictions
+        if any(key in run_keys for run_keys in common_keys[1:])
     ]
     primary_metric = reference_run.evaluation.get("primary_metric")
     metric = select_sample_metric(
@@ -555,11 +491,16 @@ def compare_samples(runs: Sequence[ComparedRun], max_samples: int = MAX_SAMPLES)
         [line for lines in lines_by_sample for line in lines if line is not None],
     )
     max_score = MAX_SCORES.get(metric, 1.0)
-    samples = [_classify_sample(lines, metric, max_score) for lines in lines_by_sample]
-    counts = Counter(sample.kind for sample in samples)
+    groups: dict[AgreementKind, list[ComparedSample]] = {kind: [] for kind in AGREEMENT_KINDS}
+    for lines in lines_by_sample:
+        sample = _classify_sample(lines, metric, max_score)
+        groups[sample.kind].append(sample)
+    groups["differ"].sort(key=lambda sample: -sample.score_range)
+    # The other classes get a quarter each.
+    quotas = [max_samples // 2, max_samples // 4, max_samples // 4]
     return ComparedSamples(
-        _select_samples(samples, max_samples),
-        {kind: counts[kind] for kind in AGREEMENT_KINDS},
+        select_by_quota(list(groups.values()), quotas, max_samples),
+        {kind: len(group) for kind, group in groups.items()},
         metric,
         max_score,
     )
@@ -571,33 +512,12 @@ def _classify_sample(
     scores = [read_scores(line).get(metric) if line else None for line in lines]
     known_scores = [score for score in scores if score is not None]
     score_range = max(known_scores, default=0.0) - min(known_scores, default=0.0)
-    kind: AgreementKind = (
-        "right" if known_scores and min(known_scores) >= max_score - MIN_SCORE_CHANGE else "wrong"
-    )
-    return ComparedSample(
-        lines, scores, "differ" if score_range > MIN_SCORE_CHANGE else kind, score_range
-    )
-
-
-def _select_samples(samples: Sequence[ComparedSample], max_samples: int) -> list[ComparedSample]:
-    """Select at most `max_samples` samples, largest score differences first.
-
-    Samples with different scores get half, the other classes a quarter each. Classes with more
-    samples use the quotas of smaller ones.
-    """
-    groups = {
-        kind: [sample for sample in samples if sample.kind == kind] for kind in AGREEMENT_KINDS
-    }
-    groups["differ"].sort(key=lambda sample: -sample.score_range)
-    fixed_quotas = {
-        "differ": max_samples // 2,
-        "wrong": max_samples // 4,
-        "right": max_samples // 4,
-    }
-    quotas = {kind: min(len(group), fixed_quotas[kind]) for kind, group in groups.items()}
-    for kind, group in groups.items():
-        quotas[kind] += min(len(group) - quotas[kind], max_samples - sum(quotas.values()))
-    return [sample for kind, group in groups.items() for sample in group[: quotas[kind]]]
+    kind: AgreementKind = "wrong"
+    if score_range > MIN_SCORE_CHANGE:
+        kind = "differ"
+    elif known_scores and min(known_scores) >= max_score - MIN_SCORE_CHANGE:
+        kind = "right"
+    return ComparedSample(lines, scores, kind, score_range)
 
 
 def build_sample_data(

@@ -52,8 +52,6 @@ def render_sample_page(
     the format of the model family.
 
     Args:
-        renderer: Renderer of the model.
-        samples: Samples to render.
         source: Description of the file or split that contains the samples.
         on_progress: Called with 1 after each sample.
     """
@@ -227,8 +225,6 @@ def render_check_page(
     Images are distributed over issue types, so that rare types have images as well.
 
     Args:
-        check_result: Result of the data check.
-        max_images: Maximum number of images on the page.
         on_progress: Called with 1 after each issue.
     """
     selected = _select_illustrated_issues(check_result.issues, max_images)
@@ -243,12 +239,19 @@ def render_check_page(
             )
         )
         on_progress(1)
+    num_unique = check_result.num_unique_images
+    files_text = translate("{:,} images ({:,} unique)", check_result.num_images, num_unique)
+    if check_result.num_video_frames:
+        text = "{:,} images and {:,} video frames ({:,} unique)"
+        counts = check_result.num_images, check_result.num_video_frames, num_unique
+        files_text = translate(text, *counts)
     num_without_images = sum(bool(issue.images) for issue in check_result.issues) - len(selected)
     return render_page(
         "check",
         {"issues": records, "images": page_images.images},
         title=translate("Data check"),
         check_result=check_result,
+        files_text=files_text,
         issue_types=_summarize_issue_types(check_result),
         severities={
             severity: _count_by_severity(check_result, severity) for severity in EXIT_CODES

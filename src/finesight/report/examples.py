@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,8 @@ from finesight.report.i18n import translate
 from finesight.report.metrics import format_metric_name
 from finesight.report.run_reader import JsonObject, is_finite, read_json_lines
 from finesight.vision.image_decoding import load_image
+
+T = TypeVar("T")
 
 ExampleKind = Literal["better", "worse", "wrong", "right"]
 EXAMPLE_KINDS: tuple[ExampleKind, ...] = ("worse", "better", "wrong", "right")
@@ -127,19 +129,21 @@ def read_examples(
         before: Prediction file before training. None if missing.
         after: Prediction file after training. None if missing.
         primary_metric: Primary metric of the run, by which examples are classified.
-        max_examples: Maximum number of displayed examples.
     """
     line_pairs = list(pair_predictions(before, after))
     metric = select_sample_metric(
         primary_metric, [line for pair in line_pairs for line in pair if line is not None]
     )
-    examples = [
-        _classify_example(before_line, after_line, metric) for before_line, after_line in line_pairs
-    ]
-    counts = Counter(example.kind for example in examples)
+    groups: dict[ExampleKind, list[Example]] = {kind: [] for kind in EXAMPLE_KINDS}
+    for pair in line_pairs:
+        example = _classify_example(*pair, metric)
+        groups[example.kind].append(example)
+    for group in groups.values():
+        group.sort(key=lambda example: -abs(example.change))
+    quotas = [max_examples // len(EXAMPLE_KINDS)] * len(EXAMPLE_KINDS)
     return ExampleSet(
-        displayed=_select_examples(examples, max_examples),
-        counts={kind: counts[kind] for kind in EXAMPLE_KINDS},
+        displayed=select_by_quota(list(groups.values()), quotas, max_examples),
+        counts={kind: len(group) for kind, group in groups.items()},
         metric=metric,
         is_paired=before is not None and after is not None,
     )
@@ -186,38 +190,30 @@ def _classify_example(before: JsonObject | None, after: JsonObject | None, metri
     before_score, after_score = (
         read_scores(line).get(metric) if line else None for line in (before, after)
     )
-    change = (
-        after_score - before_score if before_score is not None and after_score is not None else 0.0
-    )
-    max_score = MAX_SCORES.get(metric, 1.0)
+    change = 0.0
+    if before_score is not None and after_score is not None:
+        change = after_score - before_score
     last_score = after_score if after_score is not None else before_score
-    kind: ExampleKind = (
-        "right"
-        if last_score is not None and last_score >= max_score - MIN_SCORE_CHANGE
-        else "wrong"
-    )
+    max_score = MAX_SCORES.get(metric, 1.0)
+    kind: ExampleKind = "wrong"
     if abs(change) > MIN_SCORE_CHANGE:
         kind = "better" if change > 0 else "worse"
+    elif last_score is not None and last_score >= max_score - MIN_SCORE_CHANGE:
+        kind = "right"
     return Example(before, after, kind, change)
 
 
-def _select_examples(examples: Iterable[Example], max_examples: int) -> list[Example]:
-    """Select at most `max_examples` examples, largest score changes first.
+def select_by_quota(
+    groups: Sequence[Sequence[T]], quotas: Sequence[int], max_items: int
+) -> list[T]:
+    """Select at most `max_items` items, the first ones of each group up to its quota.
 
-    Each class gets a quarter of the examples. Classes with more examples use quotas of smaller
-    ones.
+    Groups with more items use the rest of the quotas of smaller ones.
     """
-    by_kind: dict[ExampleKind, list[Example]] = {kind: [] for kind in EXAMPLE_KINDS}
-    for example in examples:
-        by_kind[example.kind].append(example)
-    for group in by_kind.values():
-        group.sort(key=lambda example: -abs(example.change))
-    quotas = {
-        kind: min(len(group), max_examples // len(EXAMPLE_KINDS)) for kind, group in by_kind.items()
-    }
-    for kind, group in by_kind.items():
-        quotas[kind] += min(len(group) - quotas[kind], max_examples - sum(quotas.values()))
-    return [example for kind, group in by_kind.items() for example in group[: quotas[kind]]]
+    counts = [min(len(group), quota) for group, quota in zip(groups, quotas, strict=True)]
+    for index, group in enumerate(groups):
+        counts[index] += min(len(group) - counts[index], max_items - sum(counts))
+    return [item for group, count in zip(groups, counts, strict=True) for item in group[:count]]
 
 
 def read_image_paths(line: JsonObject) -> list[str]:
@@ -242,20 +238,10 @@ def estimate_differences(
 ) -> dict[str, MetricDifference]:
     """Estimate the differences of all metrics that are means over samples.
 
-    Args:
-        before: Earlier prediction file.
-        after: Later prediction file.
-        before_metrics: Recorded metrics of the earlier evaluation.
-        after_metrics: Recorded metrics of the later evaluation.
-
     Returns:
         Difference with confidence interval by metric name. Other metrics are omitted.
     """
-    line_pairs = [
-        (before_line, after_line)
-        for before_line, after_line in pair_predictions(before, after)
-        if before_line is not None and after_line is not None
-    ]
+    line_pairs = [pair for pair in pair_predictions(before, after) if None not in pair]
     old_means: dict[str, ScoreEstimator] = {}
     new_means: dict[str, ScoreEstimator] = {}
     if not line_pairs:
@@ -270,22 +256,14 @@ def estimate_differences(
             abs(before_scores.mean() - before_metrics[name]) < MAX_MEAN_ERROR
             and abs(after_scores.mean() - after_metrics[name]) < MAX_MEAN_ERROR
         ):
-            bounds = (
-                BOUNDED if _is_bounded(before_scores) and _is_bounded(after_scores) else UNBOUNDED
-            )
-            old_means[name], new_means[name] = (
-                estimate_mean(before_scores, bounds),
-                estimate_mean(after_scores, bounds),
-            )
+            all_scores = np.concatenate([before_scores, after_scores])
+            bounds = BOUNDED if ((all_scores >= 0) & (all_scores <= 1)).all() else UNBOUNDED
+            old_means[name] = estimate_mean(before_scores, bounds)
+            new_means[name] = estimate_mean(after_scores, bounds)
     return {difference.name: difference for difference in compare_estimators(old_means, new_means)}
 
 
-def _is_bounded(values: FloatArray) -> bool:
-    """Return whether all scores are between 0 and 1."""
-    return bool(((values >= 0) & (values <= 1)).all())
-
-
-def _read_score_column(metric: str, lines: tuple[JsonObject, ...]) -> FloatArray | None:
+def _read_score_column(metric: str, lines: tuple[Any, ...]) -> FloatArray | None:
     """Return one score of every prediction, or None if any prediction lacks it."""
     if metric == "stopped":
         return np.array([float(line.get("stopped") is True) for line in lines])
@@ -397,29 +375,20 @@ class ExampleDataBuilder:
         Returns None without decoding if the image has more than `max_source_pixels`.
         """
         try:
-            path = self._resolve_path(name)
+            candidates = [folder / name for folder in self._folders]
+            path = next((file for file in candidates if file.exists()), Path(name))
             height, width = read_image_size(path)
             if height * width > max_source_pixels:
                 return None
             scale = min(1.0, math.sqrt(max_pixels / (width * height)))
-            longest, shortest = (
-                max(1, round(side_fn(width, height) * scale)) for side_fn in (max, min)
-            )
-            inline_image = build_inline_image(
-                load_image(path, min_side=shortest), longest, THUMBNAIL_QUALITY
-            )
+            longest = max(1, round(max(width, height) * scale))
+            image = load_image(path, min_side=max(1, round(min(width, height) * scale)))
+            inline_image = build_inline_image(image, longest, THUMBNAIL_QUALITY)
         except CorruptImageError as error:
             return {"path": name, "error": error.what}
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # permission, null byte in path
+        except (OSError, ValueError) as error:  # permission, null byte in path
             return {"path": name, "error": f"unreadable ({error})"}
         return {"path": name, "src": inline_image["src"], "width": width, "height": height}
-
-    def _resolve_path(self, name: str) -> Path:
-        candidates = [folder / name for folder in self._folders]
-        return next((candidate for candidate in candidates if candidate.exists()), Path(name))
 
     def _build_example(self, example: Example, image_indices: dict[str, int]) -> JsonData:
         return {
@@ -474,29 +443,14 @@ def read_boxes(content: object) -> list[JsonData]:
     Each box has `image` (index), `label` and `xyxy` (corners in pixels).
     """
     boxes = content if isinstance(content, list) else []
-    return [
-        _to_box_data(box)
-        for box in boxes[:MAX_BOXES]
-        if isinstance(box, dict) and _has_valid_corners(box)
-    ]
-
-
-def _to_box_data(box: JsonObject) -> JsonData:
-    label = box.get("label")
-    return {
-        "image": box.get("image", 0),
-        "label": str(label)[:80] if label else "",
-        "xyxy": [float(corner) for corner in box["xyxy"]],
-    }
-
-
-def _has_valid_corners(box: JsonObject) -> bool:
-    corners = box.get("xyxy")
-    return isinstance(corners, list) and len(corners) == 4 and _all_finite(corners)
-
-
-def _all_finite(values: Iterable[object]) -> bool:
-    return all(map(is_finite, values))
+    valid_boxes = []
+    for box in boxes[:MAX_BOXES]:
+        corners = box.get("xyxy") if isinstance(box, dict) else None
+        if isinstance(corners, list) and len(corners) == 4 and all(map(is_finite, corners)):
+            label = str(box["label"])[:80] if box.get("label") else ""
+            xyxy = [float(corner) for corner in corners]
+            valid_boxes.append({"image": box.get("image", 0), "label": label, "xyxy": xyxy})
+    return valid_boxes
 
 
 def _truncate(text: str, max_chars: int = MAX_ANSWER_CHARS) -> str:

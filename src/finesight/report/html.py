@@ -46,7 +46,6 @@ class InlineImage(TypedDict):
     Attributes:
         src: Data URL, possibly of a smaller version of the image.
         width: Width of the original image, to which boxes refer.
-        height: Height of the original image.
     """
 
     src: str
@@ -216,10 +215,7 @@ def render_page(
     given SHA-256, and embedded images.
 
     Args:
-        template: Name of the template.
         data: JSON data without NaN or infinity, available to scripts as `DATA`.
-        assets: Names of additional styles and scripts.
-        **values: Values of the template.
     """
     names = dict.fromkeys(("base", *assets, template))
     script, style = (

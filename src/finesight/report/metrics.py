@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from finesight.evaluate.eval_case import group_notes
 from finesight.evaluate.metric_difference import (
     REASON_UNSAMPLED,
     MetricDifference,
@@ -104,11 +105,9 @@ class MetricChange(ABC):
     def change_interval(self) -> IntervalBounds | None:
         """95 % confidence interval of the difference. None if unknown."""
         difference = self.difference
-        return (
-            None
-            if difference is None or difference.low is None or difference.high is None
-            else (difference.low, difference.high)
-        )
+        if difference is None or difference.low is None or difference.high is None:
+            return None
+        return difference.low, difference.high
 
     @property
     def verdict(self) -> Verdict:
@@ -126,9 +125,6 @@ class MetricRow(MetricChange):
     """Metric before and after training, with 95 % confidence intervals.
 
     Unknown values are None.
-
-    Attributes:
-        notes: Reasons of missing intervals, and warnings.
     """
 
     name: str
@@ -150,11 +146,9 @@ class MetricRow(MetricChange):
     def description(self) -> str:
         """Translated description of the metric, and whether lower or higher is better."""
         direction = translate("lower is better" if self.lower_is_better else "higher is better")
-        return (
-            translate("{}; {}", translate(METRIC_DESCRIPTIONS[self.name]), direction)
-            if self.name in METRIC_DESCRIPTIONS
-            else direction
-        )
+        if self.name not in METRIC_DESCRIPTIONS:
+            return direction
+        return translate("{}; {}", translate(METRIC_DESCRIPTIONS[self.name]), direction)
 
     @property
     def verdict_text(self) -> str:
@@ -189,21 +183,18 @@ def build_metric_rows(
             difference = build_unsampled_difference(
                 name, before_value, after_value, REASON_UNSAMPLED if name == VALIDATION_LOSS else ""
             )
-        intervals = [read_interval(line, name) for line in (before, after)]
+        notes = [get_note(line, name) for line in (before, after)]
         metric_rows.append(
             MetricRow(
-                name,
-                name == primary_metric,
-                name in LOWER_IS_BETTER,
-                before_value,
-                intervals[0],
-                after_value,
-                intervals[1],
-                difference,
-                (
-                    *(get_note(line, name) for line in (before, after)),
-                    difference.note if difference else "",
-                ),
+                name=name,
+                is_primary=name == primary_metric,
+                lower_is_better=name in LOWER_IS_BETTER,
+                before=before_value,
+                before_interval=read_interval(before, name),
+                after=after_value,
+                after_interval=read_interval(after, name),
+                difference=difference,
+                notes=(*notes, difference.note if difference else ""),
             )
         )
     return metric_rows
@@ -245,13 +236,9 @@ def format_notes(notes: Iterable[tuple[str, str]]) -> list[str]:
     Args:
         notes: Pairs of metric name and note. Empty notes are omitted.
     """
-    names_by_note: dict[str, dict[str, None]] = {}
-    for name, note in notes:
-        names_by_note.setdefault(note, {})[format_metric_name(name)] = None
     return [
-        translate("{}: {}", translate(", ").join(names), translate(note))
-        for note, names in names_by_note.items()
-        if note
+        translate("{}: {}", translate(", ").join(map(format_metric_name, names)), translate(note))
+        for note, names in group_notes(notes).items()
     ]
 
 
@@ -282,10 +269,10 @@ def describe_change(row: MetricRow) -> str:
     interval_text = format_change_interval(row.change_interval)
     confidence_text = "more than expected by chance"
     if row.verdict == "unsure":
-        excludes_zero = row.change_interval[0] > 0 or row.change_interval[1] < 0
-        confidence_text = (
-            "on too few samples for a verdict" if excludes_zero else "which may be due to chance"
-        )
+        low, high = row.change_interval
+        confidence_text = "which may be due to chance"
+        if low > 0 or high < 0:
+            confidence_text = "on too few samples for a verdict"
     return translate(
         "{}, {}: the 95 % interval of the difference is {}.",
         change_text,
@@ -307,19 +294,13 @@ def format_change(value: float) -> str:
 
 def format_change_interval(interval: IntervalBounds) -> str:
     """Format the confidence interval of a difference, with signs."""
-    return translate(
-        "{} to {}",
-        *(f"{'−' if bound < 0 else '+'}{format_bound(abs(bound))}" for bound in interval),
-    )
+    low, high = (f"{'−' if bound < 0 else '+'}{format_bound(abs(bound))}" for bound in interval)
+    return translate("{} to {}", low, high)
 
 
 def format_interval(interval: IntervalBounds | None) -> str:
     """Format the confidence interval of a metric; empty if unknown."""
-    return (
-        ""
-        if interval is None
-        else translate("{} to {}", format_bound(interval[0]), format_bound(interval[1]))
-    )
+    return translate("{} to {}", *map(format_bound, interval)) if interval else ""
 
 
 def format_bound(value: float) -> str:

@@ -31,7 +31,6 @@ from finesight.report.html import FormulaConverter, render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.report.metrics import (
     VALIDATION_LOSS,
-    MetricRow,
     build_metric_rows,
     describe_change,
     format_change,
@@ -42,7 +41,7 @@ from finesight.report.metrics import (
     format_value,
     read_metrics,
 )
-from finesight.report.run_reader import JsonObject, RunRecord, read_run
+from finesight.report.run_reader import JsonObject, RunRecord, list_image_folders, read_run
 from finesight.report.summary import get_run_status
 
 MAX_EXAMPLES = 2000
@@ -102,9 +101,7 @@ def write_report(
     """Write the HTML report of a run.
 
     Args:
-        run_dir: Run directory.
         out: Output file, by default `report.html` in the run directory.
-        max_examples: Maximum number of examples.
         language: Language of the page, by default that of the locale.
         live_state: Cache that the training process passes. None for a report after training.
 
@@ -125,18 +122,20 @@ def render_run_page(
 ) -> str:
     """Render the report of a run in the current language. The run may be unfinished."""
     run_record = read_run(run_dir)
-    examples, example_data = (
-        live_state.get_examples(run_record, max_examples)
-        if live_state
-        else _build_examples(run_record, max_examples)
-    )
-    now, run_status = (
-        datetime.now(UTC),
-        get_run_status(run_record, is_training=live_state is not None),
-    )
+    if live_state:
+        examples, example_data = live_state.get_examples(run_record, max_examples)
+    else:
+        examples, example_data = _build_examples(run_record, max_examples)
+    now = datetime.now(UTC)
+    run_status = get_run_status(run_record, is_training=live_state is not None)
     charts = build_run_charts(run_record)
     evaluations = _select_evaluations(run_record)
     evaluation_names = _name_evaluations(run_record, evaluations)
+    live_data = None
+    if run_status.kind == "running":
+        interval_s = live_state.interval_s if live_state else 0.0
+        live_data = {"written_at": now.timestamp(), "interval_s": interval_s}
+    questions = [example["question"] for example in example_data["examples"]]
     return render_page(
         "run",
         data={
@@ -144,12 +143,7 @@ def render_run_page(
             "charts": [chart.data for chart in charts],
             "metric": format_metric_name(examples.metric),
             "evaluation_names": evaluation_names,
-            "live": {
-                "written_at": now.timestamp(),
-                "interval_s": live_state.interval_s if live_state else 0.0,
-            }
-            if run_status.kind == "running"
-            else None,
+            "live": live_data,
         },
         assets=["results"],
         run_status=run_status,
@@ -165,7 +159,7 @@ def render_run_page(
         report_command=summary.format_command("report", str(run_record.folder)),
         **_build_result_context(run_record, evaluations),
         **_build_examples_context(run_record, examples),
-        **_build_summary_context(run_record, _get_first_question(example_data["examples"])),
+        **_build_summary_context(run_record, questions[0] if questions else ""),
     )
 
 
@@ -174,19 +168,18 @@ def _build_result_context(
 ) -> dict[str, Any]:
     """Return the template values of the result section."""
     metric_rows = build_metric_rows(evaluations, _read_differences(run_record, evaluations))
-    row = next(
-        (row for row in metric_rows if row.is_primary), metric_rows[-1] if metric_rows else None
-    )
+    primary_rows = [row for row in metric_rows if row.is_primary]
+    row = next(iter([*primary_rows, *metric_rows[-1:]]), None)
     has_intervals = any(
         row.before_interval or row.after_interval or row.change_interval for row in metric_rows
     )
+    # The metrics that assess a run.
+    names = dict.fromkeys([row.name, VALIDATION_LOSS]) if row else ()
     return {
         "metric_rows": metric_rows,
         "primary_row": row,
         "change_text": describe_change(row) if row else "",
-        "best_notes": [
-            _describe_best(run_record, name, evaluations[-1]) for name in _get_primary_names(row)
-        ],
+        "best_notes": [_describe_best(run_record, name, evaluations[-1]) for name in names],
         "has_intervals": has_intervals,
         "notes": format_notes((row.name, note) for row in metric_rows for note in row.notes),
         **_build_details(evaluations[-1] if evaluations else {}),
@@ -196,11 +189,6 @@ def _build_result_context(
         "format_change": format_change,
         "format_change_interval": format_change_interval,
     }
-
-
-def _get_primary_names(row: MetricRow | None) -> list[str]:
-    """Return the metrics that assess a run: primary metric and validation loss."""
-    return list(dict.fromkeys([row.name, VALIDATION_LOSS])) if row else []
 
 
 def _describe_best(run_record: RunRecord, name: str, final_evaluation: JsonObject) -> str:
@@ -243,8 +231,6 @@ class _FieldScores(BaseModel):
 
 
 class _Details(BaseModel):
-    """Per-class and per-field results of an evaluation that the report displays."""
-
     confusion: list[tuple[str, str, int]] = []
     fields: dict[str, _FieldScores] = {}
 
@@ -287,7 +273,7 @@ def _build_summary_context(run_record: RunRecord, question: str) -> dict[str, An
     """Return the template values of the summary, cost, data and command sections."""
     return {
         "summary": summary.summarize_run(run_record),
-        "param_rows": [_ParamChangeRow.from_json(row) for row in run_record.param_changes or ()],
+        "param_rows": list(map(_build_param_row, run_record.param_changes or ())),
         "phases": summary.compute_phases(run_record),
         "cost_items": summary.summarize_cost(run_record),
         "remarks": summary.list_remarks(run_record),
@@ -298,49 +284,28 @@ def _build_summary_context(run_record: RunRecord, question: str) -> dict[str, An
     }
 
 
-@dataclass(frozen=True)
-class _ParamChangeRow:
-    """Formatted row of the parameter audit (`param_audit.json`), one per part of the model."""
-
-    name: str
-    is_trained: bool
-    num_tensors: str
-    num_params: str
-    num_changed: str
-    relative_change: str
-    is_expected: bool
-    check_text: str
-
-    @classmethod
-    def from_json(cls, line: JsonObject) -> _ParamChangeRow:
-        is_trained, num_changed = bool(line.get("is_trained")), int(line.get("num_changed") or 0)
-        num_with_grad, relative_change = (
-            int(line.get("num_with_grad") or 0),
-            line.get("relative_change"),
-        )
-        is_expected = bool(num_changed and num_with_grad) if is_trained else not num_changed
-        check_texts = {
-            (True, True): translate("yes: {:,} tensors with gradients", num_with_grad),
-            (True, False): translate("no: trainable but not updated"),
-            (False, True): translate("yes: bitwise unchanged"),
-            (False, False): translate("no: frozen but changed"),
-        }
-        return cls(
-            name=str(line.get("part")),
-            is_trained=is_trained,
-            num_tensors=f"{int(line.get('num_tensors') or 0):,}",
-            num_params=f"{int(line.get('num_params') or 0):,}",
-            num_changed=f"{num_changed:,}",
-            relative_change=f"{100 * relative_change:.3g} %"
-            if is_trained and relative_change is not None
-            else "",
-            is_expected=is_expected,
-            check_text=check_texts[is_trained, is_expected],
-        )
-
-
-def _get_first_question(examples: list[Any]) -> str:
-    return examples[0]["question"] if examples else ""
+def _build_param_row(line: JsonObject) -> dict[str, Any]:
+    """Return a formatted row of the parameter audit, for one part of the model."""
+    is_trained, num_changed = bool(line.get("is_trained")), int(line.get("num_changed") or 0)
+    num_with_grad = int(line.get("num_with_grad") or 0)
+    relative_change = line.get("relative_change") if is_trained else None
+    is_expected = bool(num_changed and num_with_grad) if is_trained else not num_changed
+    check_texts = {
+        (True, True): translate("yes: {:,} tensors with gradients", num_with_grad),
+        (True, False): translate("no: trainable but not updated"),
+        (False, True): translate("yes: bitwise unchanged"),
+        (False, False): translate("no: frozen but changed"),
+    }
+    return {
+        "name": str(line.get("part")),
+        "is_trained": is_trained,
+        "num_tensors": f"{int(line.get('num_tensors') or 0):,}",
+        "num_params": f"{int(line.get('num_params') or 0):,}",
+        "num_changed": f"{num_changed:,}",
+        "relative_change": "" if relative_change is None else f"{100 * relative_change:.3g} %",
+        "is_expected": is_expected,
+        "check_text": check_texts[is_trained, is_expected],
+    }
 
 
 def _get_metric(run_record: RunRecord) -> str | None:
@@ -348,22 +313,18 @@ def _get_metric(run_record: RunRecord) -> str | None:
     return settings.get("metric") if isinstance(settings, dict) else None
 
 
-def _read_run_examples(run_record: RunRecord, max_examples: int) -> ExampleSet:
+def _build_examples(
+    run_record: RunRecord, max_examples: int, thumbnails: ThumbnailCache | None = None
+) -> tuple[ExampleSet, JsonData]:
     """Read examples from the predictions before training and the latest ones."""
     files = run_record.predictions_files
     first = files[0] if files and files[0].stem == "before" else None
     last = files[-1] if files and files[-1] != first else None
-    return read_examples(first, last, _get_primary_metric(run_record), max_examples)
-
-
-def _build_examples(
-    run_record: RunRecord, max_examples: int, thumbnails: ThumbnailCache | None = None
-) -> tuple[ExampleSet, JsonData]:
-    examples = _read_run_examples(run_record, max_examples)
+    examples = read_examples(first, last, _get_primary_metric(run_record), max_examples)
     formula_converter = FormulaConverter() if _get_metric(run_record) == "latex" else None
-    return examples, ExampleDataBuilder(
-        _list_image_folders(run_record), formula_converter, thumbnails
-    ).build(examples.displayed)
+    folders = list_image_folders([run_record])
+    builder = ExampleDataBuilder(folders, formula_converter, thumbnails)
+    return examples, builder.build(examples.displayed)
 
 
 def _get_primary_metric(run_record: RunRecord) -> str | None:
@@ -382,11 +343,8 @@ def _select_evaluations(run_record: RunRecord) -> list[JsonObject]:
         before, after = run_record.result.get("before"), run_record.result.get("after")
         if isinstance(before, dict) and isinstance(after, dict):
             return [before, after]
-    return (
-        [run_record.evaluations[0], run_record.evaluations[-1]]
-        if len(run_record.evaluations) > 1
-        else run_record.evaluations
-    )
+    evaluations = run_record.evaluations
+    return [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
 
 
 def _name_evaluations(run_record: RunRecord, evaluations: Sequence[JsonObject]) -> list[str]:
@@ -416,12 +374,3 @@ def _read_differences(
         return {}
     before_metrics, after_metrics = (read_metrics(line) for line in evaluations)
     return estimate_differences(files[0], files[-1], before_metrics, after_metrics)
-
-
-def _list_image_folders(run_record: RunRecord) -> list[Path]:
-    """Return the folders to which relative image paths may refer.
-
-    These are the current folder and the working directories in which the run was started.
-    """
-    start_folders: Any = [line.get("working_dir") for line in run_record.starts]
-    return [Path(), *(Path(folder) for folder in start_folders if isinstance(folder, str))]

@@ -7,7 +7,7 @@ are recorded.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -52,10 +52,6 @@ class RunRecord:
     """Content of a run directory.
 
     Attributes:
-        folder: Run directory.
-        recipe: Settings of the recipe.
-        recipe_text: Recipe file as text.
-        manifest: Content of the manifest.
         steps: Lines of `metrics.jsonl` for training steps.
         evaluations: Lines of `metrics.jsonl` for evaluations.
         starts: Lines of `metrics.jsonl` for the start of each training process.
@@ -67,7 +63,6 @@ class RunRecord:
         checkpoint_identity: Fingerprints of data and base model in the newest checkpoint.
         end_event: Line of `metrics.jsonl` for the interruption or failure of the last training
             process. None if there was none.
-        unreadable_files: Names of damaged files.
     """
 
     folder: Path
@@ -106,10 +101,6 @@ class RunRecord:
 
 def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
     """Read the content of a run directory.
-
-    Args:
-        folder: Run directory.
-        where: Command to name in the error.
 
     Raises:
         UserError: `folder` is not a run directory.
@@ -151,11 +142,20 @@ def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
     )
 
 
+def list_image_folders(run_records: Iterable[RunRecord]) -> list[Path]:
+    """Return the folders to which relative image paths may refer.
+
+    These are the current folder and the working directories in which the runs were started.
+    """
+    starts = [line for run_record in run_records for line in run_record.starts]
+    folders: list[Any] = [line.get("working_dir") for line in starts]
+    return [Path(), *(Path(folder) for folder in folders if isinstance(folder, str))]
+
+
 def read_json_lines(path: Path, damaged_lines: list[int] | None = None) -> Iterator[JsonObject]:
     """Yield the objects of a JSON Lines file, without invalid lines.
 
     Args:
-        path: File to read.
         damaged_lines: List to which the numbers of invalid lines are added, from 1. A truncated
             last line is omitted, since a process may be writing it.
     """
@@ -194,16 +194,13 @@ def _read_result(content: JsonObject) -> JsonObject:
 
 def _drop_invalid_values(line: JsonObject) -> JsonObject:
     """Replace the values of a line that have an unexpected type by None."""
-    return {
-        key: value if key not in FIELD_TYPES or _has_type(value, FIELD_TYPES[key]) else None
-        for key, value in line.items()
-    }
 
+    def is_valid(key: str, value: object) -> bool:
+        if FIELD_TYPES.get(key) is float:
+            return isinstance(value, int | float) and abs(value) < MAX_ABS_VALUE
+        return key not in FIELD_TYPES or isinstance(value, FIELD_TYPES[key])
 
-def _has_type(value: object, expected_type: type) -> bool:
-    if expected_type is float:
-        return isinstance(value, int | float) and abs(value) < MAX_ABS_VALUE
-    return isinstance(value, expected_type)
+    return {key: value if is_valid(key, value) else None for key, value in line.items()}
 
 
 class _RunFolderReader:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, Literal
+from typing import Literal
 
 from finesight import run_files
 from finesight.report.i18n import translate
@@ -45,13 +45,7 @@ class TimePhase:
 
 @dataclass(frozen=True)
 class SkippedGroup:
-    """Skipped samples of a run with the same reason.
-
-    Attributes:
-        reason: Reason for skipping the samples.
-        count: Number of samples.
-        ids: IDs of the first samples as text.
-    """
+    """Skipped samples of a run with the same reason."""
 
     reason: str
     count: int
@@ -120,23 +114,14 @@ def get_model_name(run_record: RunRecord) -> str:
 
 def count_training_samples(run_record: RunRecord) -> int | None:
     """Return the number of distinct training samples, or None if unknown."""
-    num_samples = _get_data_entry(run_record, "train").get("num_samples")
+    num_samples = get_data_stats(run_record, "train").get("num_samples")
     if isinstance(num_samples, int):
         return num_samples
     # Older runs recorded the epoch of each step only.
     epoch = run_record.steps[-1].get("epoch") if run_record.steps else None
     num_processed = sum(int(line.get("num_samples") or 0) for line in run_record.steps)
-    return (
-        round(num_processed / epoch)
-        if isinstance(epoch, float) and epoch > 0 and num_processed
-        else None
-    )
-
-
-def _get_data_entry(run_record: RunRecord, name: str) -> JsonObject:
-    data = get_last_start(run_record).get("data")
-    entry: Any = data.get(name) if isinstance(data, dict) else None
-    return entry if isinstance(entry, dict) else {}
+    has_epoch = isinstance(epoch, float) and epoch > 0
+    return round(num_processed / epoch) if has_epoch and epoch and num_processed else None
 
 
 def describe_trained_parts(run_record: RunRecord) -> str:
@@ -153,29 +138,23 @@ def describe_trained_parts(run_record: RunRecord) -> str:
         phrases.append(translate("{} with LoRA of rank {}", join_words(lora_parts), rank))
     if full_parts:
         phrases.append(translate("{} with full fine-tuning", join_words(full_parts)))
-    quantization_texts = {
-        "nf4": "frozen weights of {} in NF4",
-        "fp8": "frozen weights of {} in FP8",
-    }
     quantize = tune.get("quantize")
     quantize = quantize if isinstance(quantize, dict) else {}
-    for key, text in quantization_texts.items():
-        quantized_parts = quantize.get(key)
-        if isinstance(quantized_parts, list) and quantized_parts:
-            phrases.append(translate(text, join_words(quantized_parts)))
+    texts = {"nf4": "frozen weights of {} in NF4", "fp8": "frozen weights of {} in FP8"}
+    for key, text in texts.items():
+        if isinstance(quantize.get(key), list) and quantize[key]:
+            phrases.append(translate(text, join_words(quantize[key])))
     return translate("; ").join(phrases) or translate(NOT_RECORDED)
 
 
 def summarize_run(run_record: RunRecord) -> str:
     """Summarize a run in two sentences: model, data, trained parts and progress."""
-    num_samples, epoch = (
-        count_training_samples(run_record),
-        run_record.steps[-1].get("epoch") if run_record.steps else 0,
-    )
+    num_samples = count_training_samples(run_record)
+    epoch = run_record.steps[-1].get("epoch") if run_record.steps else 0
     samples_text = translate(" on {:,} samples", num_samples) if num_samples else ""
-    epochs_text = (
-        translate(", {:.4g} epoch" if epoch == 1 else ", {:.4g} epochs", epoch) if epoch else ""
-    )
+    epochs_text = ""
+    if epoch:
+        epochs_text = translate(", {:.4g} epoch" if epoch == 1 else ", {:.4g} epochs", epoch)
     return translate(
         "{} fine-tuned{}{}: {}. The run is {}.",
         get_model_name(run_record),
@@ -209,37 +188,25 @@ def summarize_cost(run_record: RunRecord) -> list[SummaryItem]:
     if not seconds:
         return [(translate("training steps"), translate("none yet"))]
     mean_mfu = sum(float(line.get("mfu") or 0) * float(line["step_s"]) for line in steps) / seconds
-    num_tokens, num_supervised_tokens = (
-        _sum_field(steps, "num_tokens"),
-        _sum_field(steps, "num_supervised_tokens"),
-    )
+    peak_gb = max(float(line.get("peak_memory_gb") or 0) for line in steps)
+    num_samples, num_tokens = _sum_field(steps, "num_samples"), _sum_field(steps, "num_tokens")
     total_seconds = seconds + _sum_field(run_record.vision_cache_builds, "vision_cache_s")
     data_wait_fraction = _compute_data_wait_fraction(run_record)
-    return _translate_names(
-        ("samples/s", f"{_sum_field(steps, 'num_samples') / total_seconds:,.4g}"),
-        ("tokens/s", f"{num_tokens / total_seconds:,.0f}"),
-        ("median step", format_duration(median(float(line["step_s"]) for line in steps))),
-        (
-            "MFU",
-            f"{100 * mean_mfu:.3g} %" if mean_mfu else translate(NOT_RECORDED),
-        ),
-        (
-            "data wait",
-            translate(NOT_RECORDED)
-            if data_wait_fraction is None
-            else f"{100 * data_wait_fraction:.2g} %",
-        ),
-        ("peak memory", _format_peak_memory(steps)),
-        ("processed samples", f"{_sum_field(steps, 'num_samples'):,.0f}"),
-        ("processed tokens", f"{num_tokens:,.0f}"),
-        ("supervised tokens", f"{num_supervised_tokens:,.0f}"),
-        ("skipped steps", f"{max(int(line.get('skipped_steps') or 0) for line in steps):,}"),
-        ("starts", str(len(run_record.starts)) if run_record.starts else translate(NOT_RECORDED)),
-    )
-
-
-def _translate_names(*items: SummaryItem) -> list[SummaryItem]:
-    return [(translate(name), text) for name, text in items]
+    missing = translate(NOT_RECORDED)
+    texts = {
+        "samples/s": f"{num_samples / total_seconds:,.4g}",
+        "tokens/s": f"{num_tokens / total_seconds:,.0f}",
+        "median step": format_duration(median(float(line["step_s"]) for line in steps)),
+        "MFU": f"{100 * mean_mfu:.3g} %" if mean_mfu else missing,
+        "data wait": missing if data_wait_fraction is None else f"{100 * data_wait_fraction:.2g} %",
+        "peak memory": f"{peak_gb:.3g} GB" if peak_gb else missing,
+        "processed samples": f"{num_samples:,.0f}",
+        "processed tokens": f"{num_tokens:,.0f}",
+        "supervised tokens": f"{_sum_field(steps, 'num_supervised_tokens'):,.0f}",
+        "skipped steps": f"{max(int(line.get('skipped_steps') or 0) for line in steps):,}",
+        "starts": str(len(run_record.starts)) if run_record.starts else missing,
+    }
+    return [(translate(name), text) for name, text in texts.items()]
 
 
 def list_remarks(run_record: RunRecord) -> list[str]:
@@ -271,22 +238,15 @@ def list_memory_remarks(run_record: RunRecord) -> list[str]:
     """Return a note on settings that the run changed after running out of GPU memory."""
     settings = run_record.recipe.get("train")
     settings = settings if isinstance(settings, dict) else {}
-    pack_tokens, activation_checkpointing = (
-        settings.get("pack_tokens"),
-        settings.get("activation_checkpointing"),
-    )
+    pack_tokens = settings.get("pack_tokens")
+    activation_checkpointing = settings.get("activation_checkpointing")
     changes = []
     for line in run_record.steps:
-        step, new_pack_tokens = line["step"], line.get("pack_tokens")
-        if (
-            new_pack_tokens is not None
-            and pack_tokens is not None
-            and new_pack_tokens != pack_tokens
-        ):
-            changes.append(
-                translate("packs of at most {:,} tokens from step {:,}", new_pack_tokens, step)
-            )
-            pack_tokens = new_pack_tokens
+        step, new_tokens = line["step"], line.get("pack_tokens")
+        if None not in (new_tokens, pack_tokens) and new_tokens != pack_tokens:
+            text = "packs of at most {:,} tokens from step {:,}"
+            changes.append(translate(text, new_tokens, step))
+            pack_tokens = new_tokens
         if float(line.get("activation_checkpointing") or 0) > float(activation_checkpointing or 0):
             changes.append(translate("activation checkpointing from step {:,}", step))
             activation_checkpointing = True
@@ -294,11 +254,6 @@ def list_memory_remarks(run_record: RunRecord) -> list[str]:
         return []
     text = "The run ran out of GPU memory and continued with less: {}."
     return [translate(text, join_words(changes))]
-
-
-def _format_peak_memory(steps: Iterable[JsonObject]) -> str:
-    peak_gb = max((float(line.get("peak_memory_gb") or 0) for line in steps), default=0.0)
-    return f"{peak_gb:.3g} GB" if peak_gb else translate(NOT_RECORDED)
 
 
 def _sum_field(lines: Iterable[JsonObject], name: str) -> float:
@@ -310,7 +265,9 @@ def list_skipped_samples(run_record: RunRecord) -> list[SkippedGroup]:
     """Return the skipped samples of a run by reason, most frequent reason first."""
     ids_by_reason: defaultdict[str, list[str]] = defaultdict(list)
     for line in run_record.skipped_samples:
-        ids_by_reason[_strip_path(str(line.get("reason")))].append(str(line.get("id")))
+        reason = str(line.get("reason"))
+        # Without the image path at the start, so that equal reasons match.
+        ids_by_reason[reason.partition(": ")[2] or reason].append(str(line.get("id")))
     for line in run_record.steps:
         ids_by_reason[translate("images that could not be decoded during training")] += [
             str(name) for name in line.get("skipped_samples") or ()
@@ -322,47 +279,32 @@ def list_skipped_samples(run_record: RunRecord) -> list[SkippedGroup]:
     ]
 
 
-def _strip_path(reason: str) -> str:
-    """Remove the image path at the start of a reason, so that equal reasons match."""
-    return reason.partition(": ")[2] or reason
-
-
 def list_versions(run_record: RunRecord) -> list[SummaryItem]:
     """Return the versions of packages, the device, the model family and the start time."""
     start = get_last_start(run_record)
     recorded_versions = start.get("versions") or run_record.manifest.get("versions")
     package_versions: JsonObject = recorded_versions if isinstance(recorded_versions, dict) else {}
     device = f"{start['device']}, {start.get('precision')}" if start.get("device") else ""
+    missing = translate(NOT_RECORDED)
+    started_at = str(run_record.starts[0]["started_at"]) if run_record.starts else missing
     return [
         *((name, str(value)) for name, value in package_versions.items()),
-        (translate("device"), device or translate(NOT_RECORDED)),
-        (
-            translate("model family"),
-            str(run_record.manifest.get("family", translate(NOT_RECORDED))),
-        ),
-        (
-            translate("started"),
-            str(run_record.starts[0]["started_at"])
-            if run_record.starts
-            else translate(NOT_RECORDED),
-        ),
+        (translate("device"), device or missing),
+        (translate("model family"), str(run_record.manifest.get("family", missing))),
+        (translate("started"), started_at),
     ]
 
 
 def list_checksums(run_record: RunRecord) -> list[SummaryItem]:
     """Return the SHA-256 digests of base model, data and trained weights."""
-    items = [
-        (
-            translate("base model"),
-            str(run_record.manifest.get("base_fingerprint") or translate(NOT_RECORDED)),
-        )
-    ]
+    missing = translate(NOT_RECORDED)
+    base_digest = str(run_record.manifest.get("base_fingerprint") or missing)
+    items = [(translate("base model"), base_digest)]
     for name, title in (("train", "training data"), ("eval", "validation data")):
-        digest = _get_data_entry(run_record, name).get(
-            "fingerprint"
-        ) or run_record.checkpoint_identity.get(f"data.{name}")
+        digest = get_data_stats(run_record, name).get("fingerprint")
+        digest = digest or run_record.checkpoint_identity.get(f"data.{name}")
         if digest or name == "train":
-            items.append((translate(title), str(digest or translate(NOT_RECORDED))))
+            items.append((translate(title), str(digest or missing)))
     empty_items = [(translate("trained weights"), translate("not written yet"))]
     return [*items, *(run_record.weight_digests.items() or empty_items)]
 
@@ -371,18 +313,15 @@ def list_commands(run_record: RunRecord, prompt: str) -> list[SummaryItem]:
     """Return shell commands that use, resume or repeat a run.
 
     Args:
-        run_record: Content of the run directory.
         prompt: Prompt of a validation sample, used as an example.
     """
     folder = str(run_record.folder)
     example_prompt = prompt if prompt and len(prompt) <= 200 else "TEXT"
     items = []
     if run_record.weight_digests:
+        predict_command = format_command("predict", folder, "IMAGE", "--prompt", example_prompt)
         items = [
-            (
-                translate("Predict"),
-                format_command("predict", folder, "IMAGE", "--prompt", example_prompt),
-            ),
+            (translate("Predict"), predict_command),
             (translate("Evaluate again"), format_command("eval", folder)),
         ]
         if any(name.startswith("adapter/") for name in run_record.weight_digests):
@@ -440,8 +379,6 @@ class RunStatus:
     """Status and progress of a run.
 
     Attributes:
-        kind: Kind of status.
-        step: Number of finished steps.
         total_steps: Total number of steps. None if unknown.
         remaining_s: Estimated remaining seconds of an active run. None if unknown.
         reason: Recorded reason of an interruption or failure. None if unknown.
@@ -462,49 +399,40 @@ class RunStatus:
         if self.kind == "running" and not self.step:
             return translate("The run is in progress, before its first step.")
         if self.kind == "running" and self.remaining_s is not None:
-            return translate(
-                "The run is in progress: {}, about {} remaining.",
-                steps,
-                _format_remaining(self.remaining_s),
-            )
-        return translate(
-            {
-                "finished": "The run is finished: {}.",
-                "running": "The run is in progress: {}.",
-                "interrupted": "The run was interrupted after {}.",
-                "failed": "The run failed after {}.",
-                "killed": "The run was killed after {}: its process or machine ended without a"
-                " message.",
-            }[self.kind],
-            steps,
-        )
+            remaining = _format_remaining(self.remaining_s)
+            return translate("The run is in progress: {}, about {} remaining.", steps, remaining)
+        texts = {
+            "finished": "The run is finished: {}.",
+            "running": "The run is in progress: {}.",
+            "interrupted": "The run was interrupted after {}.",
+            "failed": "The run failed after {}.",
+            "killed": "The run was killed after {}: its process or machine ended without a"
+            " message.",
+        }
+        return translate(texts[self.kind], steps)
 
 
 def get_run_status(run_record: RunRecord, is_training: bool = False) -> RunStatus:
     """Return the status of a run.
 
     Args:
-        run_record: Content of the run directory.
         is_training: True if the calling process is training this run.
     """
-    kind = _classify_status(run_record, is_training)
+    end_event = run_record.end_event or {}
+    kind: StatusKind = "killed"
+    if run_record.result is not None:
+        kind = "finished"
+    elif end_event:
+        kind = "interrupted" if end_event.get("status") == "interrupted" else "failed"
+    elif is_training or _is_training_in(run_record.folder):
+        kind = "running"
     return RunStatus(
         kind=kind,
         step=get_last_step(run_record),
         total_steps=get_total_steps(run_record),
         remaining_s=_estimate_remaining_s(run_record) if kind == "running" else None,
-        reason=str(run_record.end_event["reason"])
-        if run_record.end_event and run_record.end_event.get("reason")
-        else None,
+        reason=str(end_event["reason"]) if end_event.get("reason") else None,
     )
-
-
-def _classify_status(run_record: RunRecord, is_training: bool) -> StatusKind:
-    if run_record.result is not None:
-        return "finished"
-    if run_record.end_event is not None:
-        return "interrupted" if run_record.end_event.get("status") == "interrupted" else "failed"
-    return "running" if is_training or _is_training_in(run_record.folder) else "killed"
 
 
 def _is_training_in(folder: Path) -> bool:
@@ -527,27 +455,18 @@ def _is_training_in(folder: Path) -> bool:
 
 def _estimate_remaining_s(run_record: RunRecord) -> float | None:
     """Estimate the seconds of the remaining steps and evaluations; None if unknown."""
-    total_steps, current_step = (
-        get_total_steps(run_record),
-        get_last_step(run_record),
-    )
+    total_steps, current_step = get_total_steps(run_record), get_last_step(run_record)
     recent = run_record.steps[-NUM_RECENT_STEPS:]
     if not total_steps or not current_step or not recent:
         return None
+    steps_left = total_steps - current_step
     interim_evaluations = [line for line in run_record.evaluations if line.get("step")]
-    seconds = (total_steps - current_step) * mean(float(line["step_s"]) for line in recent)
-    # At the same frequency as before, and once at the end.
-    num_evaluations_left = (
-        len(interim_evaluations) * (total_steps - current_step) / current_step + 1
-    )
-    return seconds + num_evaluations_left * _mean_evaluation_s(
-        interim_evaluations or run_record.evaluations
-    )
-
-
-def _mean_evaluation_s(evaluations: list[JsonObject]) -> float:
+    evaluations = interim_evaluations or run_record.evaluations
     durations = [float(line["eval_s"]) for line in evaluations if line.get("eval_s") is not None]
-    return mean(durations) if durations else 0.0
+    # At the same frequency as before, and once at the end.
+    num_evaluations_left = len(interim_evaluations) * steps_left / current_step + 1
+    step_s = mean(float(line["step_s"]) for line in recent)
+    return steps_left * step_s + num_evaluations_left * (mean(durations) if durations else 0.0)
 
 
 def _format_remaining(seconds: float) -> str:

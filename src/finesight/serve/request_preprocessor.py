@@ -28,8 +28,7 @@ from finesight.serve.worker_jobs import (
     tokenize_sample,
 )
 from finesight.vision.patches import concat_patches
-from finesight.worker_pool import Worker, WorkerLostError, WorkerPool, WorkerReply
-from finesight.worker_process import JobOutput
+from finesight.worker_pool import JobOutput, Worker, WorkerLostError, WorkerPool, WorkerReply
 
 MAX_CHARS_PER_TOKEN = 16
 """Maximum number of characters per token of the context length.

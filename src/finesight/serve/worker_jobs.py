@@ -32,7 +32,7 @@ from finesight.serve.chat_schema import (
 )
 from finesight.serve.message_conversion import build_sample, get_image_name, iter_images
 from finesight.serve.server_limits import ServerLimits
-from finesight.worker_process import JobOutput
+from finesight.worker_pool import JobOutput
 
 GrammarSpec = tuple[str, tuple[Any, ...]]
 """Grammar for structured output: its kind in `compile_grammar`, and its arguments."""

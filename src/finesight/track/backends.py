@@ -39,7 +39,6 @@ class Tracker(ABC):
     `tracker_manager.RESPONSE_TIMEOUT_S`.
 
     Attributes:
-        extra: Extra of finesight that installs the package.
         telemetry_off_env: Environment variables that disable error and usage reports of the
             package. Variables that the user sets take precedence.
     """

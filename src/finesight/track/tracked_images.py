@@ -37,7 +37,6 @@ def render_example_images(before: Path, after: Path) -> list[TrackedImage]:
 
     Args:
         before: Prediction file before training; may be missing, or equal to `after`.
-        after: Prediction file of the current evaluation.
 
     Returns:
         One captioned image per sample. Samples without a readable image are skipped.

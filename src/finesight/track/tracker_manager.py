@@ -75,13 +75,8 @@ class TrackerClient:
 
     Creating it starts the thread and the process of the tracker.
 
-    Args:
-        kind: Tracker package.
-        log_file: File for the output of the tracker process.
-
     Attributes:
         num_submitted: Number of submitted records, including dropped ones.
-        num_delivered: Number of records that the tracker accepted.
     """
 
     def __init__(self, kind: TrackerKind, log_file: Path) -> None:
@@ -232,12 +227,6 @@ class TrackerManager:
     """Send records to all trackers of a run.
 
     Only `finish_run` blocks. Messages of trackers are logged at the next call of a method.
-
-    Args:
-        recipe: Recipe with the trackers.
-        run_dir: Run folder.
-        step: Number of finished steps.
-        log: Logs a message.
     """
 
     def __init__(self, recipe: Recipe, run_dir: Path, step: int, log: LogFn) -> None:
@@ -380,12 +369,6 @@ def start_trackers(
     """Start the trackers of a recipe, and close their runs when the `with` block ends.
 
     An exception in the block marks the runs as interrupted or failed, and propagates.
-
-    Args:
-        recipe: Recipe with the trackers.
-        run_dir: Run folder.
-        step: Number of finished steps.
-        log: Logs a message.
     """
     tracker_manager = TrackerManager(recipe, run_dir, step, log)
     try:

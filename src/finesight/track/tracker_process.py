@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from typing import BinaryIO, cast
 
 from finesight.config import TrackerKind
@@ -73,8 +74,10 @@ def _read_lines(file: BinaryIO, lines: queue.SimpleQueue[bytes]) -> None:
     At its end, when the training process has finished or died, end this process after
     ORPHAN_TIMEOUT_S, even if the package hangs.
     """
-    for line in file:
-        lines.put(line)
+    # The connection is reset when the training process dies before it has read a reply.
+    with suppress(ConnectionError):
+        for line in file:
+            lines.put(line)
     lines.put(b"")
     threading.Event().wait(ORPHAN_TIMEOUT_S)
     os._exit(1)

@@ -122,11 +122,6 @@ class StartRecord(_TrackerMessage):
     """Record that starts or resumes a run in the tracker.
 
     Attributes:
-        tracker: Settings of the tracker in the recipe.
-        name: Name of the run.
-        folder: Folder for local files of the tracker.
-        settings: Recipe and facts about the run.
-        step: Number of finished steps.
         id: Run id of the tracker; None for a new run.
     """
 

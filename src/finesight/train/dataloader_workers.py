@@ -13,8 +13,8 @@ from typing import TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from finesight.child_processes import exit_with_parent
 from finesight.errors import UserError
+from finesight.worker_pool import exit_with_parent
 
 Item = TypeVar("Item")
 

@@ -218,7 +218,7 @@ class MetricsLogger:
             f"after {eval_result.step} steps: validation loss {eval_result.validation_loss:.4f}"
             f"  {summary}"
         )
-        for line in note_lines(eval_result.notes) if not eval_result.step else ():
+        for line in note_lines(eval_result.notes.items()) if not eval_result.step else ():
             self._console.log(line)
 
     def log_result(self, result: RunResult) -> None:

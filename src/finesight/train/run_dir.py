@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticSerializationError
 
 from finesight.bounded_files import parse_json, read_bytes, read_lines
-from finesight.child_processes import FileLock
 from finesight.config import MAX_COUNT, Recipe
 from finesight.errors import UserError
 from finesight.evaluate import custom_metric
@@ -31,6 +30,7 @@ from finesight.run_files import (
     SKIPPED_SAMPLES_FILE,
 )
 from finesight.storage import (
+    FileLock,
     append_line,
     flush_file,
     make_folder,

@@ -27,11 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finesight.bounded_files import parse_json
-from finesight.child_processes import FileLock
 from finesight.data.line_index import UnreadableFileError
 from finesight.errors import UserError
 from finesight.model_folder import MAX_HEADER_BYTES
-from finesight.storage import make_folder, translate_os_errors
+from finesight.storage import FileLock, make_folder, translate_os_errors
 
 MAX_STORE_BYTES = 64 << 30
 """Maximum size of the feature files of all vision encoders, in bytes."""

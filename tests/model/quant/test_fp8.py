@@ -9,6 +9,7 @@ import pytest
 import torch
 from gptq_fixtures import with_untied_head
 from hf_reference import CPU
+from tiny_model import TINY_PRESETS, create_tiny_model
 from torch import Tensor, nn
 
 from finesight.errors import UserError
@@ -17,7 +18,6 @@ from finesight.model.lora.layer import LoraConfig, LoraLinear
 from finesight.model.quant import fp8
 from finesight.model.quant.base import QuantizedWeight, find_quantized_weights
 from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight, quantize_fp8, require_fp8_support
-from finesight.model.tiny import TINY_PRESETS, create_tiny_model
 from finesight.model.trainable import get_part
 from finesight.model.weights_io import count_unquantized_layers, load_model
 from finesight.model_folder import ModelFolder
@@ -144,8 +144,8 @@ def test_backward_uses_the_forward_codes() -> None:
     """Only the gradient is rounded."""
     group = make_layer()
     dy_TO = random_rows((30, sum(WIDTHS.values())))
-    rows = quantize_fp8(dy_TO, torch.cat([m.scales_O for m in get_fp8_weight(group)._fp8_matrices]))
-    codes_OI = torch.cat([m.codes_OI for m in get_fp8_weight(group)._fp8_matrices]).double()
+    rows = quantize_fp8(dy_TO, torch.cat([m.scales_O for m in get_fp8_weight(group).matrices]))
+    codes_OI = torch.cat([m.codes_OI for m in get_fp8_weight(group).matrices]).double()
     exact = rows.scales_T1.double() * (rows.codes_TI.double() @ codes_OI)
     found = linear_concat_backward(dy_TO, get_fp8_weight(group)).double()
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6 * float(exact.abs().max()))
@@ -243,14 +243,14 @@ def test_transposed_weight_is_created_by_first_backward() -> None:
     weight, x_TI = get_fp8_weight(group), random_rows((5, INPUTS))
     total = sum(WIDTHS.values())
     linear_concat(x_TI, weight, None)
-    assert weight._backward_codes is None
+    assert weight.backward_codes is None
     assert sum(buffer.nbytes for buffer in weight.buffers()) == total * INPUTS + 4 * total
     assert len({buffer.untyped_storage().data_ptr() for buffer in weight.buffers()}) == 2
     back_TI = linear_concat_backward(random_values((5, total)), weight)
-    assert weight._backward_codes is not None
-    assert weight._backward_codes.codes.nbytes == total * INPUTS
+    assert weight.backward_codes is not None
+    assert weight.backward_codes.codes.nbytes == total * INPUTS
     group.to(CPU)
-    assert weight._backward_codes is None
+    assert weight.backward_codes is None
     assert torch.equal(linear_concat_backward(random_values((5, total)), weight), back_TI)
 
 
@@ -338,7 +338,7 @@ def test_gpu_products_match_the_codes(rows: int, scale: int) -> None:
     x_TI = random_rows((rows, scale * INPUTS)).cuda().bfloat16()
     dy_TO = random_rows((rows, scale * sum(WIDTHS.values())), 40).cuda().bfloat16()
     w_OI = torch.cat(list(weight.dequantize_layers())).double()
-    scales_O = torch.cat([layer.scales_O for layer in weight._fp8_matrices])
+    scales_O = torch.cat([layer.scales_O for layer in weight.matrices])
     forward = quantize_fp8(x_TI), w_OI.T, linear_concat(x_TI, weight, None)
     back = (
         quantize_fp8(dy_TO, scales_O),

@@ -18,6 +18,7 @@ from gptq_fixtures import GptqConfig, with_untied_head, write_quantized_model
 from hf_reference import max_relative_error
 from synthetic_tasks.dataset_writer import write_task
 from synthetic_tasks.tasks import SyntheticTask
+from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
 from finesight.config import EvalSettings, TuneSettings, WeightFormat
@@ -38,7 +39,6 @@ from finesight.model.quant.base import (
     QuantizedMatrix,
     find_quantized_weights,
 )
-from finesight.model.tiny import TinyFamily, create_tiny_model
 from finesight.model.trainable import configure_tuning, get_part
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import MATRIX_TYPES, hub_tensors, load_model
@@ -161,10 +161,7 @@ def test_loading_never_upcasts_a_full_matrix(
     """Dense weights are converted in chunks of rows."""
     from test_qlora import LargestTensorMode
 
-    from finesight.model.quant import int4
-
-    for module in (base, int4):
-        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 64)
     # On a CPU bitsandbytes compares every element with all 16 values at once.
     monkeypatch.setattr(nf4, "CHUNK_ELEMENTS", 64)
     folder = tiny(tmp_path)

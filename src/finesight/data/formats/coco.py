@@ -20,7 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from finesight.bounded_files import parse_json
+from finesight.bounded_files import find_existing, parse_json
 from finesight.data.boxes import BoxConvention
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
@@ -42,14 +42,13 @@ from finesight.data.formats.image_annotations import (
     group_boxes_by_image,
     group_texts_by_image,
     has_boxes,
+    parse_declared_size,
     round_coordinate,
 )
-from finesight.data.image_header import ImageSize
 from finesight.data.jsonl import LocatedSample, read_data_file
 from finesight.data.row_reader import Record, RowReader, SourceRow, is_json_object, rows_from_items
 from finesight.data.sample import MAX_ANSWERS, MAX_BOXES, ContentPart, Message, check_limit
 from finesight.errors import UserError
-from finesight.file_name_encoding import find_existing
 
 CAPTION_PROMPT = "Describe the image."
 """Default question about images with captions; `--prompt` overrides it."""
@@ -128,7 +127,12 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     check_limit(len(marked), MAX_BOXES, "boxes")
     objects = [_parse_object(one, names) for one in marked]
     image_annotation = ImageAnnotation(
-        row.record["path"], objects, list(names.values()), _read_size(image), meta, source_notes
+        row.record["path"],
+        objects,
+        list(names.values()),
+        parse_declared_size(image.get("height"), image.get("width")),
+        meta,
+        source_notes,
     )
     return build_detection_examples(row, image_annotation, context, COCO_BOX_CONVENTION)
 
@@ -275,11 +279,6 @@ def _parse_object(annotation: Record, names: dict[str, str]) -> ObjectAnnotation
             remedy="add the category, or remove the annotation",
         )
     return ObjectAnnotation(names[category], annotation["bbox"])
-
-
-def _read_size(image: Record) -> ImageSize | None:
-    height, width = image.get("height"), image.get("width")
-    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
 
 def _parse_captions(

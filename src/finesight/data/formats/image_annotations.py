@@ -57,6 +57,14 @@ def parse_integer(text: str) -> int | None:
     return int(text) if _DIGITS.fullmatch(text) else None
 
 
+NOTE_POLYGON_AS_BOX = "polygons (converted to bounding boxes)"
+
+
+def parse_declared_size(height: object, width: object) -> ImageSize | None:
+    """Return height and width that an annotation file declares, None if one is missing."""
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+
+
 DETECTION_PROMPT = "Locate every object of these classes in the image: {labels}."
 """Default question for `--box-task detection`; `--prompt` overrides it."""
 

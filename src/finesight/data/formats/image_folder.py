@@ -25,7 +25,7 @@ from finesight.data.formats.image_annotations import (
     group_texts_by_image,
     require_inside_output,
 )
-from finesight.data.jsonl import LocatedSample, read_data_file
+from finesight.data.jsonl import LocatedSample, read_text_file
 from finesight.data.row_reader import RowReader, SourceRow, list_folder, rows_from_items
 from finesight.data.sample import MAX_LABEL_FILE_BYTES, Message
 from finesight.errors import UserError
@@ -64,16 +64,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         context.skipped_rows[REASON_NO_TEXT_FILE] += 1
         return []
     file = Path(row.record["text"])
-    try:
-        text = (
-            read_data_file(file, MAX_LABEL_FILE_BYTES).decode().replace("\r\n", "\n").rstrip("\n")
-        )
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file.name}: byte {error.start} is not UTF-8 text",
-            expected="a text in UTF-8",
-            remedy="save the file as UTF-8",
-        ) from error
+    text = read_text_file(file, MAX_LABEL_FILE_BYTES).replace("\r\n", "\n").rstrip("\n")
     image = RowImages(context).add_image(row.record["image"])
     user = Message(role="user", content=context.add_prompt([image]))
     return [ImportExample(row.id, (user,), ((make_text_part(text),),))]

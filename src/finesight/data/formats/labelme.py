@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from finesight.bounded_files import parse_json
+from finesight.bounded_files import find_existing, parse_json
 from finesight.data.boxes import BoxConvention, InvalidBoxError
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
@@ -31,14 +31,15 @@ from finesight.data.formats.dataset_format import (
     never_detect,
 )
 from finesight.data.formats.image_annotations import (
+    NOTE_POLYGON_AS_BOX,
     ImageAnnotation,
     ImageRecord,
     ObjectAnnotation,
     build_detection_examples,
     group_boxes_by_image,
     make_unique_stem,
+    parse_declared_size,
 )
-from finesight.data.image_header import ImageSize
 from finesight.data.jsonl import LocatedSample, read_data_file
 from finesight.data.line_index import MAX_LINE_BYTES, open_data_file
 from finesight.data.row_reader import (
@@ -52,12 +53,9 @@ from finesight.data.row_reader import (
 )
 from finesight.data.sample import MAX_BOXES, check_json, check_limit
 from finesight.errors import UserError
-from finesight.file_name_encoding import find_existing
 
 LABELME_VERSION = "5.5.0"
 """LabelMe version that exported files declare."""
-
-NOTE_POLYGON_AS_BOX = "polygons (converted to bounding boxes)"
 
 
 def open_folder(source: Path) -> tuple[RowReader, str] | None:
@@ -82,7 +80,11 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     objects = [obj for shape in record["shapes"] for obj in _parse_shape(shape, source_notes)]
     image = _find_image(file, record)
     annotation = ImageAnnotation(
-        image, objects, row.record["classes"], _read_size(record), source_notes=source_notes
+        image,
+        objects,
+        row.record["classes"],
+        parse_declared_size(record.get("imageHeight"), record.get("imageWidth")),
+        source_notes=source_notes,
     )
     return build_detection_examples(row, annotation, context, BoxConvention())
 
@@ -189,11 +191,6 @@ def _find_image(file: Path, record: Record) -> str | bytes:
             expected="image bytes in base64, or null",
             remedy=f"move the image to {path}",
         ) from error
-
-
-def _read_size(record: Record) -> ImageSize | None:
-    height, width = record.get("imageHeight"), record.get("imageWidth")
-    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
 
 def _build_record(image_record: ImageRecord, context: ExportContext) -> Record:

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
+from finesight.bounded_files import find_existing
 from finesight.data.boxes import BOX_DECIMALS, BoxConvention, parse_coordinates
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
@@ -46,7 +47,6 @@ from finesight.data.jsonl import LocatedSample, read_data_file
 from finesight.data.row_reader import RowReader, SourceRow, list_folder, open_annotation_files
 from finesight.data.sample import MAX_LABEL_FILE_BYTES
 from finesight.errors import UserError
-from finesight.file_name_encoding import find_existing
 
 BNDBOX_TAGS = ("xmin", "ymin", "xmax", "ymax")
 OBJECT_FLAGS = ("difficult", "truncated", "occluded")

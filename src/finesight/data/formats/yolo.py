@@ -25,6 +25,7 @@ from pathlib import Path
 
 import yaml
 
+from finesight.bounded_files import find_existing
 from finesight.bounded_yaml import load_yaml
 from finesight.data.boxes import BoxConvention, InvalidBoxError
 from finesight.data.formats.dataset_format import (
@@ -36,6 +37,7 @@ from finesight.data.formats.dataset_format import (
     never_detect,
 )
 from finesight.data.formats.image_annotations import (
+    NOTE_POLYGON_AS_BOX,
     ImageAnnotation,
     ImageRecord,
     ObjectAnnotation,
@@ -46,7 +48,7 @@ from finesight.data.formats.image_annotations import (
     parse_integer,
     require_inside_output,
 )
-from finesight.data.jsonl import LocatedSample, read_data_file
+from finesight.data.jsonl import LocatedSample, read_data_file, read_text_file
 from finesight.data.line_index import open_data_file
 from finesight.data.row_reader import (
     SNIFF_BYTES,
@@ -63,13 +65,11 @@ from finesight.data.sample import (
     check_limit,
 )
 from finesight.errors import UserError
-from finesight.file_name_encoding import find_existing
 
 YOLO_BOX_CONVENTION = BoxConvention(format="cxcywh", units="1")
 SPLITS = ("train", "test", "val")
 CLASS_NAME_FILES = ("classes.txt", "obj.names", "labels/classes.txt", "_darknet.labels")
 REASON_NO_LABEL_FILE = "images without a label file"
-NOTE_POLYGON_AS_BOX = "polygons (converted to bounding boxes)"
 NOTE_KEYPOINTS = "keypoints (ignored)"
 NUM_DETECTION_FILES = 20
 
@@ -298,7 +298,7 @@ def _open_from_class_names(source: Path) -> _YoloDataset | None:
         return None
     for name in CLASS_NAME_FILES:
         if (source / name).is_file():
-            name_lines = _list_of_names(source / name)
+            name_lines = read_text_file(source / name, MAX_LABEL_FILE_BYTES).split("\n")
             # The class ID is the line number, also after an empty line.
             names = {n: text.strip() for n, text in enumerate(name_lines) if text.strip()}
             known_by = f"label files with class IDs, {name}"
@@ -318,18 +318,6 @@ def _first_lines(file: Path) -> list[str]:
         start = content.read(SNIFF_BYTES)
     lines = start.decode("utf-8", "replace").splitlines()
     return lines[:-1] if len(start) == SNIFF_BYTES and len(lines) > 1 else lines
-
-
-def _list_of_names(file: Path) -> list[str]:
-    try:
-        return read_data_file(file, MAX_LABEL_FILE_BYTES).decode().split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"byte {error.start} is not UTF-8 text",
-            where=str(file),
-            expected="the class names in UTF-8",
-            remedy="save the file as UTF-8",
-        ) from error
 
 
 def _find_label_file(image: Path) -> Path:

@@ -31,11 +31,9 @@ class Qwen2VisionMlp(FeedForward):
 
     @property
     def input_linear(self) -> FusedLinear:
-        """First linear layer of the MLP."""
         return self.fc1
 
     def forward(self, x_ND: Tensor | Fp8Rows) -> Tensor:
-        """Apply the MLP to patches, [N, width] to [N, width]."""
         if self.fc2.accepts_fp8_input:
             return single_output(self.fc2(quantize_fp8_gelu(single_output(self.fc1(x_ND)))))
         return single_output(self.fc2(QUICK_GELU.apply_linear(self.fc1, x_ND)))
@@ -44,10 +42,6 @@ class Qwen2VisionMlp(FeedForward):
 def build_vision_encoder(
     hf_config: ConfigReader, normalization: PixelNormalization
 ) -> VisionEncoder:
-    """Build the Qwen2-VL vision encoder from `vision_config`.
-
-    In this family `hidden_size` is the width of the features and `embed_dim` that of the encoder.
-    """
     vision = hf_config.section("vision_config")
     vision.require_supported("hidden_act", "quick_gelu", ("quick_gelu",))
     intermediate_size = int(vision.get_int("embed_dim") * vision.get_float("mlp_ratio"))

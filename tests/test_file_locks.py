@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from finesight.child_processes import FileLock
+from finesight.storage import FileLock
 
 KILLED_BEFORE_WORKER_STARTS = """
 import multiprocessing, os, signal, time
-from finesight.child_processes import exit_with_parent
+from finesight.worker_pool import exit_with_parent
 
 def work():
     time.sleep(0.5)  # the parent is dead by now

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_model import SPECIAL_TOKENS, TINY_PRESETS, TinyConfig, create_tiny_model
 from tokenizers import Tokenizer
 
 from finesight.errors import UserError
-from finesight.model.tiny import SPECIAL_TOKENS, TINY_PRESETS, TinyConfig, create_tiny_model
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 

@@ -22,8 +22,8 @@ from finesight.model.config import PixelNormalization, VisionConfig
 from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.fused_ops import has_kernels, quick_gelu, rms_norm, swiglu, swiglu_concat
 from finesight.model.lora.fused import fuse_lora_weight, padding_columns
-from finesight.model.quant.base import HAS_TRITON
-from finesight.model.quant.fp8 import Fp8Rows, quantize_fp8
+from finesight.model.quant.base import HAS_TRITON, Fp8Rows
+from finesight.model.quant.fp8 import quantize_fp8
 from finesight.model.rope import RotaryCosSin, apply_rotary_pos_emb
 
 if HAS_TRITON:

@@ -131,10 +131,7 @@ class GatedMlp(FeedForward):
 
     @property
     def padding_columns(self) -> int:
-        """Number of padding columns that align the rows of `down_proj` for tensor cores.
-
-        Zero if the rows are aligned, and with adapters or quantized weights.
-        """
+        """Number of padding columns that align the rows of `down_proj` for tensor cores."""
         down = self.down_proj
         all_dense = all(
             isinstance(linear.weight, nn.Parameter) and linear.adapter is None
@@ -168,11 +165,7 @@ def _must_copy(linear: FusedLinear) -> bool:
 
 
 class PatchEmbed(nn.Module):
-    """Projection of the pixels of a patch to the hidden size of the vision encoder.
-
-    The published weight is a convolution whose stride equals its kernel size. On patches this is a
-    linear layer, which is much faster.
-    """
+    """Projection of the pixels of a patch to the hidden size of the vision encoder."""
 
     def __init__(
         self, config: VisionConfig, normalization: PixelNormalization, *, bias: bool

@@ -168,11 +168,7 @@ def unique_objects(objects: Iterable[ItemT]) -> list[ItemT]:
 
 @lru_cache(maxsize=MAX_CACHED_GRIDS)
 def patch_coordinates(grid: GridTHW, merge_size: int) -> NDArray[np.int32]:
-    """Return row and column of each patch, [M, merge x merge, 2].
-
-    `grid` is the patch grid of an image or video. Merged patch squares are in reading order, with
-    the patches of a square adjacent.
-    """
+    """Return row and column of each patch, [M, merge x merge, 2]."""
     frames, height, width = grid
     row_column = np.moveaxis(np.indices((height, width), dtype=np.int32), 0, -1)
     squares = row_column.reshape(

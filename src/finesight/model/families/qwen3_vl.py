@@ -54,10 +54,7 @@ class Qwen3VisionMlp(FeedForward):
 
 
 class DeepstackMerger(nn.Module):
-    """Merger of `merge_size` x `merge_size` adjacent patches into one feature.
-
-    With `use_postshuffle_norm` the merged square is normalized, otherwise each patch.
-    """
+    """Merger of `merge_size` x `merge_size` adjacent patches into one feature."""
 
     def __init__(self, config: VisionConfig, *, use_postshuffle_norm: bool) -> None:
         super().__init__()

@@ -83,10 +83,7 @@ class FusedLoraWeight:
 
 
 def fuse_lora_weight(linear: FusedLinear) -> FusedLoraWeight:
-    """Fuse the frozen weight of a linear with its up-projections, on the first call.
-
-    Callers that change the up-projections must copy them again with `FusedWeightSync`.
-    """
+    """Fuse the frozen weight of a linear with its up-projections, on the first call."""
     weight, fused = linear.weight, linear.fused_lora_weight
     assert isinstance(weight, nn.Parameter), f"cannot fuse a {type(weight).__name__}"
     adapter = linear.adapter if isinstance(linear.adapter, LoraLinear) else None

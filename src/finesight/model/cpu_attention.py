@@ -244,7 +244,10 @@ class _CpuAttention(torch.autograd.Function):
         for weights_BQL, q_BQD, k_BLD, v_BLD, do_BQD, dq_BQD, dk_BLD, dv_BLD in zip(
             weights, *batches, strict=True
         ):
-            dscores_BQL = _score_gradients(do_BQD, v_BLD, weights_BQL)
+            dscores_BQL = torch.bmm(do_BQD, v_BLD.mT)
+            torch.ops.aten._softmax_backward_data.out(
+                dscores_BQL, weights_BQL, -1, weights_BQL.dtype, grad_input=dscores_BQL
+            )
             dq_BQD.baddbmm_(dscores_BQL, k_BLD, beta=0, alpha=scale)
             dk_BLD.baddbmm_(dscores_BQL.mT, q_BQD, beta=0, alpha=scale)
             torch.bmm(weights_BQL.mT, do_BQD, out=dv_BLD)
@@ -289,14 +292,6 @@ def _scaled_softmax(
     if causal_mask_CC is not None:
         scores_BGCS[..., -len(causal_mask_CC) :] += causal_mask_CC
     return torch.softmax(scores_BGCS, -1, out=scores_BGCS)
-
-
-def _score_gradients(do_BQD: Tensor, v_BLD: Tensor, weights_BQL: Tensor) -> Tensor:
-    dscores_BQL = torch.bmm(do_BQD, v_BLD.mT)
-    torch.ops.aten._softmax_backward_data.out(
-        dscores_BQL, weights_BQL, -1, weights_BQL.dtype, grad_input=dscores_BQL
-    )
-    return dscores_BQL
 
 
 def _select_rows(x_THD: Tensor, rows: HeadRowIndices) -> Tensor:

@@ -6,7 +6,6 @@ Shapes: T tokens, N patches, D width, M merged patch squares, R rows of a table.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -101,13 +100,13 @@ def _fused_add_norm(
     )
 
 
-class FeedForward(nn.Module, ABC):
-    """MLP that exposes its first linear layer."""
+class FeedForward(nn.Module):
+    """MLP whose first child is the linear layer that reads its input."""
 
     @property
-    @abstractmethod
     def input_linear(self) -> FusedLinear:
-        """First linear layer, which reads the input of the MLP."""
+        """First linear layer, which determines the format of the preceding norm."""
+        return next(module for module in self.children() if isinstance(module, FusedLinear))
 
 
 class GatedMlp(FeedForward):
@@ -118,10 +117,6 @@ class GatedMlp(FeedForward):
         output_sizes = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
         self.gate_up_proj = FusedLinear(hidden_size, output_sizes, bias=bias)
         self.down_proj = FusedLinear(intermediate_size, {"down_proj": hidden_size}, bias=bias)
-
-    @property
-    def input_linear(self) -> FusedLinear:
-        return self.gate_up_proj
 
     def forward(self, x_TD: Tensor | Fp8Rows) -> Tensor:
         if self.padding_columns and isinstance(x_TD, Tensor) and has_kernels(x_TD):

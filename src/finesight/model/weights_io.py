@@ -253,10 +253,10 @@ def hub_tensors(model: VisionLanguageModel) -> Iterator[HubTensor]:
     """
     skipped: list[str] = []
     for path, module in model.named_modules():
-        if any(path == prefix or path.startswith(f"{prefix}.") for prefix in skipped):
+        if f"{path}.".startswith(tuple(skipped)):
             continue
         if isinstance(module, FusedLinear):
-            skipped += [f"{path}.adapter", f"{path}.weight"]
+            skipped += [f"{path}.adapter.", f"{path}.weight."]
             yield from _linear_tensors(path, module)
             continue
         # Buffers hold constants that are stored but never trained.
@@ -495,12 +495,12 @@ def _stored_dtype(
 def _to_file_tensor(
     tensor: HubTensor, dtype: torch.dtype, source_headers: Mapping[str, TensorHeader]
 ) -> Tensor:
-    if isinstance(tensor.data, WeightTensorSpec):
-        source = source_headers[tensor.name]
-        with open_safetensors(source.file) as weights:
-            values: Tensor = weights.get_tensor(source.name)
-        return values
-    return tensor.data.to("cpu", dtype, copy=True).view(tensor.shape)
+    if not isinstance(tensor.data, WeightTensorSpec):
+        return tensor.data.to("cpu", dtype, copy=True).view(tensor.shape)
+    source = source_headers[tensor.name]
+    with open_safetensors(source.file) as weights:
+        values: Tensor = weights.get_tensor(source.name)
+    return values
 
 
 def copy_model_files(

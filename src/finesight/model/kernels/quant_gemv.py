@@ -356,14 +356,7 @@ def dequantize_int4(
     out_features, half = codes.shape
     w_OI = torch.empty(out_features, 2 * half, dtype=dtype, device=codes.device)
     _dequantize_int4_kernel[(out_features, triton.cdiv(half, _BLOCK))](
-        codes,
-        scales_OG,
-        zeros_OG,
-        permutation_I,
-        w_OI,
-        half,
-        scales_OG.shape[1],
-        group_size,
+        codes, scales_OG, zeros_OG, permutation_I, w_OI, half, scales_OG.shape[1], group_size,
         block=_BLOCK,
-    )
+    )  # fmt: skip
     return w_OI

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.config import WeightFormat
-from finesight.digests import DIGESTS_FILE, verify_folder
 from finesight.encode.family import is_native
 from finesight.encode.hf_renderer import (
     FROM_PRETRAINED_OPTIONS,
@@ -30,6 +29,7 @@ from finesight.model.trainable import HF_PREFIX, ModelPart
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import copy_model_files, load_model, save_model
 from finesight.model_folder import ModelFolder
+from finesight.storage import DIGESTS_FILE, verify_folder
 
 LIMITATIONS = (
     "has no native implementation in finesight and runs through transformers. Samples run one at a "

@@ -1,4 +1,4 @@
-"""Manifest of a run: the facts that inference and merging need."""
+"""Names of the files in a run folder, and its manifest: the facts that inference needs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ from finesight.config import ImageRule, TuneSettings
 from finesight.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
+RECIPE_FILE = "recipe.yaml"
+METRICS_FILE = "metrics.jsonl"
+SKIPPED_SAMPLES_FILE = "skipped_samples.jsonl"
+IMAGES_FILE = "images.safetensors"
+PARAM_AUDIT_FILE = "param_audit.json"
+RESULT_FILE = "result.json"
+REPORT_FILE = "report.html"
+CHECKPOINTS_FOLDER = "checkpoints"
+PREDICTIONS_FOLDER = "predictions"
+ADAPTER_FOLDER = "adapter"
+MODEL_FOLDER = "model"
+TRACKING_FOLDER = "track"
 
 FORMAT_VERSION = 2
 """Version of the keys in a manifest; manifests of other versions are rejected."""
@@ -23,11 +35,8 @@ class Manifest(BaseModel):
     """Content of `manifest.json` in a run folder and in a merged model folder.
 
     Attributes:
-        format_version: Version of the keys.
-        base_model: Name or path of the base model in the recipe.
         base_fingerprint: SHA-256 over index and headers of the weight files of the base model. A
             base model with another fingerprint is rejected.
-        image_rule: Image rule of the run: that of the recipe, or the default of the family.
         system_prompt: System prompt of the run; None for a family without one.
     """
 
@@ -45,11 +54,7 @@ class Manifest(BaseModel):
 
 
 def load_manifest(path: Path) -> Manifest:
-    """Read and validate a manifest.
-
-    Raises:
-        UserError: The file is unreadable or invalid, or has another format version.
-    """
+    """Read and validate a manifest."""
     content = read_bytes(path, expected="the manifest of a run", remedy=_REMEDY)
     _check_format_version(content, path)
     try:

@@ -25,8 +25,7 @@ from pathlib import Path
 
 import yaml
 
-from finesight.bounded_files import find_existing
-from finesight.bounded_yaml import load_yaml
+from finesight.bounded_files import find_existing, load_yaml
 from finesight.data.boxes import BoxConvention, InvalidBoxError
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
@@ -82,10 +81,8 @@ class _YoloDataset:
     """Class names and images of a YOLO dataset.
 
     Attributes:
-        class_names: Class name by class ID.
         images: Split and path of each image; the split is "" in a dataset without splits.
         has_keypoints: Whether label lines contain keypoints after the box.
-        detected_by: Reason for the match.
     """
 
     class_names: dict[int, str]

@@ -38,7 +38,7 @@ def test_primary_score_is_first_and_loss_is_last() -> None:
     found = build_metric_rows([before, after], {})
     assert [one.name for one in found] == ["similarity", "stopped", "new", "validation_loss"]
     assert [one.is_primary for one in found] == [True, False, False, False]
-    assert [one.lower_is_better for one in found] == [False, False, False, True]
+    assert ["lower is better" in one.description for one in found] == [False, False, False, True]
     assert found[0].before_interval == pytest.approx((0.15, 0.25))
     assert [one.verdict for one in found] == ["better", "better", "", "better"]
     assert found[2].before is None

@@ -20,7 +20,6 @@ from finesight.report.charts import build_run_charts
 from finesight.report.examples import (
     EXAMPLE_KINDS,
     ExampleDataBuilder,
-    ExampleKind,
     ExampleSet,
     JsonData,
     ThumbnailCache,
@@ -41,7 +40,13 @@ from finesight.report.metrics import (
     format_value,
     read_metrics,
 )
-from finesight.report.run_reader import JsonObject, RunRecord, list_image_folders, read_run
+from finesight.report.run_reader import (
+    JsonObject,
+    RunRecord,
+    as_object,
+    list_image_folders,
+    read_run,
+)
 from finesight.report.summary import get_run_status
 
 MAX_EXAMPLES = 2000
@@ -56,13 +61,13 @@ MAX_LIVE_EXAMPLES = 200
 MAX_DETAIL_ROWS = 20
 """Maximum number of rows in the tables of class confusions and of field scores."""
 
-KIND_LABELS: dict[ExampleKind, str] = {
+KIND_LABELS: dict[str, str] = {
     "better": "improved",
     "worse": "worsened",
     "wrong": "still incorrect",
     "right": "still correct",
 }
-UNPAIRED_KIND_LABELS: dict[ExampleKind, str] = {"wrong": "incorrect", "right": "correct"}
+UNPAIRED_KIND_LABELS: dict[str, str] = {"wrong": "incorrect", "right": "correct"}
 
 
 @dataclass
@@ -84,7 +89,7 @@ class LiveReportState:
         file_versions = [
             (str(path), path.stat().st_mtime_ns) for path in run_record.predictions_files
         ]
-        cache_key = max_examples, _get_primary_metric(run_record), tuple(file_versions)
+        cache_key = max_examples, run_record.primary_metric, tuple(file_versions)
         if cache_key != self._cache_key:
             self._cached_examples = _build_examples(run_record, max_examples, self._thumbnails)
             self._cache_key = cache_key
@@ -250,7 +255,7 @@ def _build_examples_context(run_record: RunRecord, examples: ExampleSet) -> dict
     }
 
 
-def _describe_examples(examples: ExampleSet, kind_labels: dict[ExampleKind, str]) -> str:
+def _describe_examples(examples: ExampleSet, kind_labels: dict[str, str]) -> str:
     """Describe how examples are classified, and how many are not displayed."""
     text = "{:,} validation samples."
     if examples.metric and examples.is_paired:
@@ -309,8 +314,7 @@ def _build_param_row(line: JsonObject) -> dict[str, Any]:
 
 
 def _get_metric(run_record: RunRecord) -> str | None:
-    settings = run_record.recipe.get("eval")
-    return settings.get("metric") if isinstance(settings, dict) else None
+    return as_object(run_record.recipe.get("eval")).get("metric")
 
 
 def _build_examples(
@@ -320,18 +324,11 @@ def _build_examples(
     files = run_record.predictions_files
     first = files[0] if files and files[0].stem == "before" else None
     last = files[-1] if files and files[-1] != first else None
-    examples = read_examples(first, last, _get_primary_metric(run_record), max_examples)
+    examples = read_examples(first, last, run_record.primary_metric, max_examples)
     formula_converter = FormulaConverter() if _get_metric(run_record) == "latex" else None
     folders = list_image_folders([run_record])
     builder = ExampleDataBuilder(folders, formula_converter, thumbnails)
     return examples, builder.build(examples.displayed)
-
-
-def _get_primary_metric(run_record: RunRecord) -> str | None:
-    primary_metrics = [
-        line["primary_metric"] for line in run_record.evaluations if line.get("primary_metric")
-    ]
-    return str(primary_metrics[-1]) if primary_metrics else None
 
 
 def _select_evaluations(run_record: RunRecord) -> list[JsonObject]:
@@ -352,9 +349,10 @@ def _name_evaluations(run_record: RunRecord, evaluations: Sequence[JsonObject]) 
     names = []
     for line in evaluations:
         step = line.get("step") or 0
-        is_final = run_record.result is not None and step == summary.get_last_step(run_record)
-        step_name = translate("after step {:,}", step) if step else translate("before")
-        names.append(translate("after") if is_final else step_name)
+        name = translate("after step {:,}", step) if step else translate("before")
+        if run_record.result is not None and step == summary.get_last_step(run_record):
+            name = translate("after")
+        names.append(name)
     return names
 
 

@@ -56,17 +56,7 @@ class AttentionBackend(Protocol):
         ...
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        """Compute the attention of the new tokens in one decoder layer.
-
-        Args:
-            layer_index: Index of the decoder layer.
-            q_THD: Queries of the new tokens.
-            k_TKD: Keys of the new tokens; K < H with grouped-query attention.
-            v_TKD: Values of the new tokens.
-
-        Returns:
-            Attention output of each query, [T, H, D].
-        """
+        """Compute the attention of the new tokens in one decoder layer."""
         ...
 
 
@@ -75,11 +65,6 @@ class Segments:
     """Boundaries of the attention segments in a packed tensor.
 
     A segment is a sequence of the decoder, or a frame or window of the vision encoder.
-
-    Attributes:
-        lengths: Length of each segment in tokens or patches.
-        cu_seqlens_S1: Cumulative lengths, starting at 0 (int32, on the device).
-        max_seqlen: Length of the longest segment.
     """
 
     lengths: tuple[int, ...]
@@ -123,11 +108,9 @@ class PackedAttention:
 
     @property
     def context_lengths_T(self) -> Tensor:
-        """Length of the sequence that each token belongs to, [T]."""
         return self.segments.context_lengths_T
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        """Compute causal attention within each sequence; see `AttentionBackend`."""
         return varlen_attention(q_THD, k_TKD, v_TKD, self.segments, causal=True)
 
 
@@ -149,10 +132,7 @@ class SharedPrefixIndices(NamedTuple):
 
 
 class _ExpandSharedPrefix(torch.autograd.Function):
-    """Autograd function that copies packed rows [T, ...] to expanded rows [M, ...].
-
-    The backward pass sums the gradients of all copies of the prefix.
-    """
+    """Autograd function that copies packed rows [T, ...] to expanded rows [M, ...]."""
 
     @staticmethod
     def forward(ctx: Any, x_TX: Tensor, indices: SharedPrefixIndices) -> Tensor:
@@ -186,14 +166,9 @@ class SharedPrefixAttention(PackedAttention):
 
     @property
     def context_lengths_T(self) -> Tensor:
-        """Raise AssertionError: context lengths are undefined with a shared prefix.
-
-        A token of the shared prefix belongs to several sequences.
-        """
         raise AssertionError("prefix tokens belong to several sequences and have no context length")
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        """Compute attention with the shared prefix; see `AttentionBackend`."""
         segments, full_segments = self.segments, self.full_segments
         if _use_triton_attention(q_THD, full_segments):
             cu_seqlens = varlen_kernels.CuSeqlens(
@@ -236,10 +211,7 @@ class SharedPrefixAttention(PackedAttention):
 
     @cached_property
     def indices(self) -> SharedPrefixIndices:
-        """Row indices of the expanded batch, computed on the device.
-
-        When a CUDA graph is replayed, the sequence lengths are known on the device only.
-        """
+        """Row indices of the expanded batch, computed on the device."""
         (cu_seqlens_S1, full_cu_seqlens_S1), prefix_length = (
             (self.segments.cu_seqlens_S1, self.full_segments.cu_seqlens_S1),
             self.prefix_length,
@@ -284,9 +256,6 @@ def varlen_attention(
         causal: Mask the keys after each query.
         key_segments: Segments of the keys if there are more keys than queries. The queries are then
             the last tokens of each segment.
-
-    Returns:
-        Attention output of each query, [T, H, D].
     """
     if key_segments is not None and supports_varlen_attention(q_THD):
         return _flash_attention(q_THD, k_TKD, v_TKD, segments, key_segments, causal)
@@ -323,7 +292,6 @@ def has_amx_bf16() -> bool:
 
 
 def _use_triton_attention(q_THD: Tensor, segments: Segments) -> bool:
-    """Return True if the Triton kernels for short segments support these queries."""
     return (
         HAS_TRITON and segments.max_seqlen <= MAX_TRITON_SEQLEN and supports_varlen_attention(q_THD)
     )
@@ -395,10 +363,7 @@ def _flash_attention(
 def _suffix_attention(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, query_segments: Segments, key_segments: Segments
 ) -> Tensor:
-    """Compute causal attention of the last tokens of each segment with SDPA.
-
-    Fallback without a variable-length kernel: one call per segment, with an explicit mask.
-    """
+    """Compute causal attention of the last tokens of each segment with SDPA."""
     enable_gqa = q_THD.shape[1] > k_TKD.shape[1]
     outputs = []
     for q_LHD, k_LKD, v_LKD in zip(
@@ -416,20 +381,14 @@ def _suffix_attention(
 
 
 def supports_varlen_attention(q_THD: Tensor) -> bool:
-    """Return True if variable-length FlashAttention supports these queries.
-
-    It requires a 16-bit dtype, a head dimension divisible by 8 and compute capability 8.0 or newer.
-    """
+    """Return True if variable-length FlashAttention supports these queries."""
     return q_THD.shape[-1] % 8 == 0 and has_tensor_cores(q_THD.dtype, q_THD.device)
 
 
 def bucketed_attention(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, buckets: LengthBuckets, causal: bool
 ) -> Tensor:
-    """Compute attention with SDPA, one call per segment length.
-
-    Fallback without a variable-length kernel.
-    """
+    """Compute attention with SDPA, one call per segment length."""
     # The fused kernels for CPU and older GPUs require as many key heads as query heads.
     repeats = q_THD.shape[1] // k_TKD.shape[1]
     if repeats > 1:
@@ -489,7 +448,6 @@ class ContextParallelAttention(PackedAttention):
 
     @property
     def context_lengths_T(self) -> Tensor:
-        """Length of the full sequence, repeated for each token of this rank."""
         cu_seqlens_S1 = self.segments.cu_seqlens_S1
         return cu_seqlens_S1.new_full((sum(self.segments.lengths),), self.context_shard.num_tokens)
 
@@ -518,10 +476,7 @@ class ContextParallelAttention(PackedAttention):
 
     @cached_property
     def _chunk_segments(self) -> tuple[tuple[Segments, Segments], ...]:
-        """Query and key segments of each chunk of this rank.
-
-        The keys of a chunk are all tokens of the sequence up to the end of the chunk.
-        """
+        """Query and key segments of each chunk of this rank."""
         device = self.segments.cu_seqlens_S1.device
         return tuple(
             (Segments.from_lengths([stop - start], device), Segments.from_lengths([stop], device))

@@ -111,23 +111,14 @@ class ConfigReader:
         return value
 
     def require_supported(self, key: str, default: object, supported: tuple[object, ...]) -> None:
-        """Raise a UserError unless the value of `key` is one of `supported`.
-
-        Rejects configs whose computation is not implemented. A missing key has the value `default`.
-        """
+        """Raise a UserError unless the value of `key` is one of `supported`."""
         if self._get(key, default) not in supported:
             self.raise_invalid(key, " or ".join(repr(value) for value in supported))
 
 
 @dataclass(frozen=True)
 class MoeConfig:
-    """Mixture-of-experts config of the decoder.
-
-    Attributes:
-        num_experts: Number of experts per layer.
-        num_experts_per_tok: Number of experts that process each token.
-        intermediate_size: Intermediate size of one expert.
-    """
+    """Mixture-of-experts config of the decoder."""
 
     num_experts: int
     num_experts_per_tok: int
@@ -197,10 +188,7 @@ class VisionConfig:
 
     @property
     def patch_shape(self) -> tuple[int, ...]:
-        """Shape of one patch as input of the published convolution weight.
-
-        Includes a frame axis if a patch covers several frames.
-        """
+        """Shape of one patch as input of the published convolution weight."""
         frames = (self.temporal_patch_size,) if self.temporal_patch_size > 1 else ()
         return (self.in_channels, *frames, self.patch_size, self.patch_size)
 
@@ -227,10 +215,7 @@ class ModelConfig:
 
 
 def sequential_mrope_axes(sections: tuple[int, ...]) -> tuple[int, ...]:
-    """Assign rotary frequencies to the axes time, height and width in consecutive sections.
-
-    `sections` holds the number of frequencies per axis.
-    """
+    """Assign rotary frequencies to the axes time, height and width in consecutive sections."""
     return tuple(row for row, size in enumerate(sections) for _ in range(size))
 
 
@@ -241,15 +226,7 @@ def parse_decoder_config(
     use_qk_norm: bool = False,
     mrope_axes: Callable[[tuple[int, ...]], tuple[int, ...]] = sequential_mrope_axes,
 ) -> DecoderConfig:
-    """Parse the decoder config from config.json.
-
-    Args:
-        hf_config: Content of config.json in either layout.
-        head_dim: Head dimension; by default the hidden size divided by the number of heads.
-        use_qk_norm: Normalize each head of queries and keys.
-        mrope_axes: Function that assigns rotary frequencies to position axes, given the number of
-            frequencies per axis (`mrope_section`).
-    """
+    """Parse the decoder config from config.json."""
     text = get_text_config(hf_config)
     text.require_supported("hidden_act", "silu", ("silu",))
     text.require_supported("use_sliding_window", False, (False,))
@@ -315,11 +292,7 @@ def parse_vision_config(
     out_hidden_size_key: str = "out_hidden_size",
     intermediate_size: int | None = None,
 ) -> VisionConfig:
-    """Parse the vision encoder config.
-
-    The key arguments are the names of settings that differ between families. `intermediate_size` is
-    read from the config if None.
-    """
+    """Parse the vision encoder config."""
     if intermediate_size is None:
         intermediate_size = vision.get_int("intermediate_size")
     rope_theta = 10000.0

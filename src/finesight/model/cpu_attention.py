@@ -44,8 +44,6 @@ def copy_to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
 class HeadRowIndices(NamedTuple):
     """Row indices that group the heads of each segment.
 
-    A row is one head of one token.
-
     Attributes:
         order_X: Row at each bucket position.
         inverse_Y: Bucket position of each row.
@@ -198,10 +196,7 @@ def _run_lengths(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
 def _source_indices(
     lengths_S: NDArray[np.int64], by_length: NDArray[np.int64], padded_S: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Return the source token of each bucket position.
-
-    Segments are in the order `by_length` and have the lengths `padded_S`.
-    """
+    """Return the source token of each bucket position."""
     starts = np.cumsum(lengths_S) - lengths_S
     padded_starts = np.cumsum(padded_S) - padded_S
     order: NDArray[np.int64] = np.repeat(starts[by_length] - padded_starts, padded_S)
@@ -310,10 +305,7 @@ def _attention_weights(q_BQD: Tensor, k_BLD: Tensor, scale: float, causal: bool)
 def _scaled_softmax(
     q_BGCD: Tensor, k_BSD: Tensor, scale: float, causal_mask_CC: Tensor | None = None
 ) -> Tensor:
-    """Compute the softmax of the attention scores of one query block.
-
-    `causal_mask_CC` is added to the scores of the last C keys.
-    """
+    """Compute the softmax of the attention scores of one query block."""
     scores_BGCS = q_BGCD.new_empty(*q_BGCD.shape[:3], k_BSD.shape[1])
     # With beta 0 the first operand is only a buffer; its content is not read.
     scores_BGCS.flatten(1, 2).baddbmm_(q_BGCD.flatten(1, 2), k_BSD.mT, beta=0, alpha=scale)
@@ -351,10 +343,7 @@ def _sum_duplicates(dx_XD: Tensor, rows: HeadRowIndices) -> Tensor:
 
 
 def _split_batches(x_XD: Tensor, buckets: LengthBuckets, num_kv_heads: int) -> Iterator[Tensor]:
-    """Yield one batch of matrices [B, Q, D] per bucket.
-
-    Each matrix holds the rows of one key head of one sequence.
-    """
+    """Yield one batch of matrices [B, Q, D] per bucket."""
     num_heads = len(x_XD) // buckets.num_positions
     parts = torch.split(x_XD, [num_heads * length * count for length, count in buckets.shapes])
     for (_, count), x in zip(buckets.shapes, parts, strict=True):

@@ -60,10 +60,7 @@ def supports_fused_layers(x_TD: Tensor) -> bool:
 
 
 class LayerDropout(NamedTuple):
-    """Seed of the LoRA dropout of one decoder layer in one forward pass.
-
-    `dropout_seed_1` may be None if no adapter uses dropout.
-    """
+    """Seed of the LoRA dropout of one decoder layer in one forward pass."""
 
     layer_index: int
     dropout_seed_1: Tensor | None
@@ -85,11 +82,7 @@ def norm_qkv_rope(
     rotary: RotaryCosSin,
     layer_dropout: LayerDropout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Apply RMS norm, QKV projection and rotary embedding of a decoder layer.
-
-    Returns:
-        The layer input for the residual connection, queries [T, H, D], keys and values [T, K, D].
-    """
+    """Apply RMS norm, QKV projection and rotary embedding of a decoder layer."""
     num_heads, num_kv_heads, _ = (size // head_dim for size in qkv.output_sizes.values())
     layout = QkvLayout(num_heads, num_kv_heads, head_dim)
     matmul = layer_dropout.prepare_matmul(qkv, 0)
@@ -170,10 +163,7 @@ def _rms_norm_lora(
 
 
 def _lora_down(d_TI: Tensor, matmul: LoraMatmul, padded_TJ: Tensor | None) -> Tensor | None:
-    """Compute LoRA activations; also write them to the padding columns of `padded_TJ`.
-
-    Returns None without an adapter.
-    """
+    """Compute LoRA activations; also write them to the padding columns of `padded_TJ`."""
     lora_A_SI = matmul.lora_A_SI
     if lora_A_SI is None:
         return None
@@ -192,12 +182,7 @@ def _lora_down_backward(
     grads: tuple[Tensor, Tensor | None],
     matmul: LoraMatmul,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the backward pass of the LoRA down-projection.
-
-    Adds the LoRA gradient to the input gradient and computes the gradient of lora_A. `grads` are
-    the gradients of the input from the base product and of the LoRA activations. Both may be views
-    of one tensor, which is freed if there are no other references.
-    """
+    """Compute the backward pass of the LoRA down-projection."""
     dn_TI, dlow_TS = grads
     if dlow_TS is None or matmul.lora_A_SI is None:
         return dn_TI, None
@@ -215,10 +200,7 @@ def out_proj_mlp(
     down: FusedLinear,
     layer_dropout: LayerDropout,
 ) -> Tensor:
-    """Compute the output projection, the residual additions and the MLP of a decoder layer.
-
-    With y = x + out(o), returns y plus the gated MLP of the RMS norm of y.
-    """
+    """Compute the output projection, the residual additions and the MLP of a decoder layer."""
     linears = enumerate((out, gate_up, down), 1)
     matmuls = [layer_dropout.prepare_matmul(linear, index) for index, linear in linears]
     parameters = (parameter for matmul in matmuls for parameter in matmul.parameters)

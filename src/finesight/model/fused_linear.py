@@ -34,10 +34,7 @@ if HAS_TRITON:
 
 
 class LoraDelta(NamedTuple):
-    """LoRA delta of one layer of a fused linear, scale * low B^T.
-
-    `low_TR` are the LoRA activations.
-    """
+    """LoRA delta of one layer of a fused linear, scale * low B^T."""
 
     layer_index: int
     low_TR: Tensor
@@ -48,10 +45,7 @@ class LoraDelta(NamedTuple):
 def linear_with_delta(
     delta: LoraDelta, x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None
 ) -> Tensor:
-    """Compute x W^T + bias plus a LoRA delta, [T, O], on a CPU.
-
-    See the module docstring for the order of the operations.
-    """
+    """Compute x W^T + bias plus a LoRA delta, [T, O], on a CPU."""
     _, low_TR, lora_B_OR, scale = delta
     y_TO = x_TI.new_empty(len(x_TI), len(w_OI))
     # With beta 0 the content of the buffer is not read.
@@ -83,12 +77,6 @@ class FusedLinear(nn.Module):
     For example, q_proj, k_proj and v_proj share one weight of shape [sum of widths, in_features]. A
     fused linear with a single layer has the name of this layer as its module name. A frozen weight
     may be quantized.
-
-    Attributes:
-        output_sizes: Output width of each layer, in the order of the rows of the weight. The keys
-            are the last components of the layers' hub names.
-        adapter: Module set by `model.lora` that computes the base product together with the LoRA
-            delta, or None.
     """
 
     weight: nn.Parameter | QuantizedWeight
@@ -113,11 +101,6 @@ class FusedLinear(nn.Module):
         """Replace the weight by empty quantized matrices, one per layer.
 
         The values of the weight are dropped; its dtype remains the compute dtype.
-
-        Args:
-            matrix_type: Constructor of a matrix, with the numbers of outputs and inputs as
-                arguments.
-            weight_type: Class of the module that holds the matrices.
         """
         matrices = [matrix_type(size, self.in_features) for size in self.output_sizes.values()]
         self._replace_weight(weight_type(matrices, self.weight.dtype))
@@ -135,10 +118,7 @@ class FusedLinear(nn.Module):
 
     @property
     def accepts_fp8_input(self) -> bool:
-        """True if callers may quantize the input to FP8.
-
-        The weight must use FP8 matmuls, and neither an adapter nor a gradient may need the input.
-        """
+        """True if callers may quantize the input to FP8."""
         return (
             self.adapter is None and not torch.is_grad_enabled() and accepts_fp8_input(self.weight)
         )
@@ -180,11 +160,7 @@ def linear_with_deltas(
     output_sizes: Sequence[int],
     deltas: Sequence[LoraDelta],
 ) -> tuple[Tensor, ...]:
-    """Compute x W_i^T + bias_i for each layer and add the LoRA deltas, without autograd.
-
-    GPUs add the deltas to the base products, CPUs the base products to the deltas; see
-    `model.fused_linear`.
-    """
+    """Compute x W_i^T + bias_i for each layer and add the LoRA deltas, without autograd."""
     if x_TI.is_cuda:
         ys_TO = linear_per_layer(x_TI, weight, bias, output_sizes)
         for layer_index, low_TR, lora_B_OR, scale in deltas:

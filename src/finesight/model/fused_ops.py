@@ -57,10 +57,7 @@ def swiglu_concat(gate_up_TF2: Tensor, padding: int) -> Tensor:
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Compute RMS norm, x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019).
-
-    The result is rounded once.
-    """
+    """Compute RMS norm, x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019)."""
     if x_TD.is_cuda or x_TD.dtype not in _KERNEL_TYPES:
         return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
     # For 16-bit dtypes on a CPU, torch saves fp32 copies of intermediate results for the backward
@@ -116,10 +113,7 @@ def _zero_indices(x: Tensor, indices: Tensor) -> Tensor:
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Return True if Triton is installed and a tensor has 16-bit elements on a GPU.
-
-    The fused elementwise kernels require this.
-    """
+    """Return True if Triton is installed and a tensor has 16-bit elements on a GPU."""
     return HAS_TRITON and x.is_cuda and x.dtype in _KERNEL_TYPES
 
 

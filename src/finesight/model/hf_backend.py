@@ -44,10 +44,7 @@ NUM_COMPARED_TOKENS = 64
 
 
 class HfLinear(FusedLinear):
-    """Linear layer of a transformers model that supports an adapter.
-
-    It replaces an `nn.Linear` and shares its parameters.
-    """
+    """Linear layer of a transformers model that supports an adapter."""
 
     def __init__(self, layer: nn.Linear, name: str) -> None:
         with torch.device("meta"):
@@ -59,7 +56,6 @@ class HfLinear(FusedLinear):
             self.register_parameter(key, parameter)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Map [..., in_features] to one tensor [..., out_features], as transformers expects."""
         return single_output(super().forward(x))
 
 
@@ -87,12 +83,10 @@ class HfModel(nn.Module):
 
     @property
     def adapter_key_mapping(self) -> KeyMapping:
-        """Mapping from native layer names to PEFT module names for saving adapters."""
         return self.adapter_key_mappings[0]
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """Weight of the output head, [V, D]; the embedding weight if tied."""
         weight: Tensor = self.inner.get_output_embeddings().weight
         return weight
 
@@ -116,10 +110,7 @@ class HfModel(nn.Module):
             self.inner.gradient_checkpointing_enable({"use_reentrant": False})
 
     def prepare_inputs(self, batch: PackedBatch) -> dict[str, Tensor]:
-        """Build the keyword arguments of the transformers model for a packed batch.
-
-        Pixel values are converted to the model's dtype.
-        """
+        """Build the keyword arguments of the transformers model for a packed batch."""
         dtype = self.inner.dtype
         extra_inputs = {
             name: value.to(dtype) if value.is_floating_point() else value
@@ -128,12 +119,7 @@ class HfModel(nn.Module):
         return {"input_ids": batch.ids_T[None], **extra_inputs}
 
     def forward(self, batch: PackedBatch, features_MKD: Tensor | None = None) -> Tensor:
-        """Compute the normalized hidden states [L, D] of the tokens that need logits.
-
-        The packed batch must hold one sample, and cached image features are not supported. The
-        first call checks that the output head alone maps the hidden states to the model's logits,
-        and raises UserError otherwise.
-        """
+        """Compute the normalized hidden states [L, D] of the tokens that need logits."""
         assert features_MKD is None, "cached image features are not supported"
         if not self._head_checked:
             self._check_head(batch)
@@ -201,12 +187,7 @@ def load_hf_model(
     weight_format: WeightFormat = "auto",
     fp8_parts: Collection[str] = (),
 ) -> HfModel:
-    """Load the model of a folder with its transformers class.
-
-    Raises:
-        UserError: The family is unsupported, a tensor is missing or has a wrong shape, the folder
-            was changed since finesight wrote it, or quantization is requested.
-    """
+    """Load the model of a folder with its transformers class."""
     if nf4_parts or fp8_parts or weight_format != "auto":
         where, requested = "--weight-format", f"weights in {weight_format}"
         if weight_format == "auto":
@@ -251,11 +232,7 @@ def load_hf_model(
 
 
 def save_hf_model(model: HfModel, folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:
-    """Write the model to `target` in the transformers format.
-
-    Tokenizer, processor and other small files are copied from `folder`. Adapters must be removed
-    before.
-    """
+    """Write the model to `target` in the transformers format."""
     copy_model_files(folder, target, dtype)
     state = model.inner.state_dict()
     copies_by_pointer: dict[int, Tensor] = {}
@@ -280,19 +257,13 @@ def load_auto_model(
     weight_format: WeightFormat = "auto",
     fp8_parts: Collection[ModelPart] = (),
 ) -> AnyModel:
-    """Load the model of a folder with native code or, for other families, transformers.
-
-    Arguments and errors are those of `load_model` and `load_hf_model`.
-    """
+    """Load the model of a folder with native code or, for other families, transformers."""
     loader = load_model if is_native(folder) else load_hf_model
     return loader(folder, dtype, device, nf4_parts, weight_format, fp8_parts)
 
 
 def save_auto_model(model: AnyModel, folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:
-    """Write the weights of a model without adapters to `target`.
-
-    Config and tokenizer files are copied from `folder`, which the model was loaded from.
-    """
+    """Write the weights of a model without adapters to `target`."""
     if isinstance(model, HfModel):
         save_hf_model(model, folder, target, dtype)
     else:

@@ -49,10 +49,7 @@ def num_checkpointed_layers(fraction: float, num_layers: int) -> int:
 def run_layer(
     layer: nn.Module, checkpointed: bool, *inputs: object, preserve_rng_state: bool = True
 ) -> Any:
-    """Run a layer, with activation checkpointing if `checkpointed`.
-
-    With `preserve_rng_state` the recomputation uses the RNG state of the forward pass.
-    """
+    """Run a layer, with activation checkpointing if `checkpointed`."""
     if checkpointed and torch.is_grad_enabled():
         return checkpoint(
             layer, *inputs, use_reentrant=False, preserve_rng_state=preserve_rng_state
@@ -77,7 +74,6 @@ class RmsNorm(nn.RMSNorm):
     """RMS norm with a trainable weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize the last dimension of [..., width]."""
         assert self.eps is not None, "a norm without eps"
         return rms_norm(x, self.weight, self.eps)
 
@@ -85,12 +81,7 @@ class RmsNorm(nn.RMSNorm):
 def add_norm(
     x_ND: Tensor, y_ND: Tensor | None, norm: nn.Module, next_linear: FusedLinear
 ) -> tuple[Tensor, Tensor | Fp8Rows]:
-    """Add the output of a block to the residual stream and normalize the sum.
-
-    Returns:
-        The sum x + y (x if `y_ND` is None), and its norm, quantized to FP8 if `next_linear` accepts
-        that.
-    """
+    """Add the output of a block to the residual stream and normalize the sum."""
     if y_ND is not None:
         if has_kernels(x_ND) and not torch.is_grad_enabled():
             fused = _fused_add_norm(x_ND, y_ND, norm, to_fp8=next_linear.accepts_fp8_input)
@@ -116,10 +107,7 @@ def _fused_add_norm(
 
 
 class FeedForward(nn.Module, ABC):
-    """MLP that exposes its first linear layer.
-
-    The preceding norm is quantized to FP8 if this layer accepts that.
-    """
+    """MLP that exposes its first linear layer."""
 
     @property
     @abstractmethod
@@ -138,11 +126,9 @@ class GatedMlp(FeedForward):
 
     @property
     def input_linear(self) -> FusedLinear:
-        """Fused gate and up projections."""
         return self.gate_up_proj
 
     def forward(self, x_TD: Tensor | Fp8Rows) -> Tensor:
-        """Apply the MLP, [T, width] to [T, width]."""
         if self.padding_columns and isinstance(x_TD, Tensor) and has_kernels(x_TD):
             return self._forward_padded(x_TD)
         gate, up = self.gate_up_proj(x_TD)
@@ -168,11 +154,7 @@ class GatedMlp(FeedForward):
         )
 
     def _forward_padded(self, x_TD: Tensor) -> Tensor:
-        """Compute the MLP with zero-padded rows of the `down_proj` weight.
-
-        Required for intermediate sizes that are not aligned for tensor cores, such as 3420 in
-        Qwen2.5-VL's vision encoder.
-        """
+        """Compute the MLP with zero-padded rows of the `down_proj` weight."""
         gate_up, down = self.gate_up_proj, self.down_proj
         assert isinstance(gate_up.weight, nn.Parameter), "the gate and up weights must be dense"
         assert isinstance(down.weight, nn.Parameter), "the down weight must be dense"
@@ -244,7 +226,6 @@ class VisionAttention(nn.Module):
         self.proj = FusedLinear(hidden_size, {"proj": hidden_size}, bias=True)
 
     def forward(self, x_ND: Tensor | Fp8Rows, rotary: RotaryCosSin, segments: Segments) -> Tensor:
-        """Apply attention to patches, [N, width] to [N, width]."""
         num_heads = self.num_heads
         qkv_NE = single_output(self.qkv(x_ND))
         qk_NHD, v_NHD = torch.split(
@@ -276,12 +257,6 @@ class VisionBlock(nn.Module):
         self, x_ND: Tensor, y_ND: Tensor | None, rotary: RotaryCosSin, segments: Segments
     ) -> tuple[Tensor, Tensor]:
         """Compute the block with deferred residual additions.
-
-        Args:
-            x_ND: Residual stream.
-            y_ND: Output of the previous block that is not yet added to the stream, or None.
-            rotary: Rotary embedding of the patches.
-            segments: Attention segments.
 
         Returns:
             Residual stream and MLP output. The next block adds them, fused with its first norm.
@@ -317,11 +292,7 @@ class PatchMerger(nn.Module):
 
 @dataclass(frozen=True)
 class FusedGelu:
-    """GELU approximation of the form x sigmoid(linear x + cubic x^3).
-
-    See Hendrycks & Gimpel 2016, arXiv:1606.08415. `eager` computes the same function without the
-    fused kernel.
-    """
+    """GELU approximation of the form x sigmoid(linear x + cubic x^3)."""
 
     linear: float
     cubic: float
@@ -345,11 +316,7 @@ TANH_GELU = FusedGelu(_TANH_SCALE, _TANH_SCALE * 0.044715, partial(F.gelu, appro
 
 
 def gemm_gelu_operands(linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> tuple[Tensor, Tensor] | None:
-    """Return the operands of the fused kernel, or None if it cannot be used.
-
-    The kernel requires 16-bit dense rows and weight without gradients or an adapter, a Hopper GPU
-    and a sufficiently large matmul.
-    """
+    """Return the operands of the fused kernel, or None if it cannot be used."""
     w_FD = linear.weight
     if linear.adapter is not None or torch.is_grad_enabled():
         return None

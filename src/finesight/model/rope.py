@@ -20,11 +20,7 @@ from finesight.model.fused_ops import apply_rotary
 
 @dataclass(frozen=True)
 class RotaryCosSin:
-    """Cosines and signed sines of the rotation angles of each token, shared by all heads.
-
-    The rotation is x cos + swap(x) sin, where swap exchanges the halves of a head and sin is
-    negative in the first half.
-    """
+    """Cosines and signed sines of the rotation angles of each token, shared by all heads."""
 
     cos_T1D: Tensor
     sin_T1D: Tensor
@@ -39,10 +35,7 @@ class RotaryCosSin:
 
 
 def apply_rotary_pos_emb(x_THD: Tensor, rotary: RotaryCosSin) -> Tensor:
-    """Rotate each head by the angles of its token, in the wider of both dtypes.
-
-    The result has the dtype of `x_THD`.
-    """
+    """Rotate each head by the angles of its token, in the wider of both dtypes."""
     return apply_rotary(x_THD, rotary.cos_T1D, rotary.sin_T1D)
 
 

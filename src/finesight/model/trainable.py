@@ -95,10 +95,6 @@ def configure_tuning(model: nn.Module, tune: TuneSettings, seed: int) -> None:
 
     Adapters of a part with the mode `lora` cover its linear layers, filtered by
     `tune.lora.target_modules`. Their initial values depend only on `seed` and the layer name.
-
-    Raises:
-        UserError: No layer of these parts has the name of a target module, a part has no layer with
-            any of these names, or a part with the mode `full` has quantized weights.
     """
     assert not list(iter_adapters(model)), "the model already has adapters"
     tuning_modes = _tuning_modes(tune)
@@ -201,8 +197,5 @@ def _sort_by_similarity(target: str, names: list[str]) -> list[str]:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters by name, in model order.
-
-    Tied parameters are listed once.
-    """
+    """Return the trainable parameters by name, in model order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

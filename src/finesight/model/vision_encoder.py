@@ -80,15 +80,7 @@ ItemT = TypeVar("ItemT")
 
 @dataclass(frozen=True)
 class PatchLayout:
-    """Patch order and attention segments for the images of a packed batch.
-
-    Attributes:
-        position_ids_N2: Row and column of each patch, in the patch order of the blocks.
-        segments: Attention segments of each block.
-        window_index_M: Indices that reorder merged patch squares from the packed order to that of
-            the blocks; None if the orders are equal.
-        reverse_index_M: Indices that restore the packed order; None if the orders are equal.
-    """
+    """Patch order and attention segments for the images of a packed batch."""
 
     position_ids_N2: Tensor
     segments: tuple[Segments, ...]
@@ -97,11 +89,7 @@ class PatchLayout:
 
 
 class VisionEncoder(nn.Module):
-    """Base class of vision encoders.
-
-    A model family defines its blocks and merger, and overrides the patch layout, position
-    embeddings and intermediate mergers as needed.
-    """
+    """Base class of vision encoders."""
 
     supports_cuda_graphs = False
     """True if training steps can capture the encoder as a CUDA graph (see
@@ -139,10 +127,7 @@ class VisionEncoder(nn.Module):
         )
 
     def segment_lengths(self, grid_thw: Sequence[GridTHW]) -> tuple[tuple[int, ...], ...]:
-        """Return the attention segment lengths of each block, by default one segment per frame.
-
-        Blocks with equal segments share the same tuple object.
-        """
+        """Return the attention segment lengths of each block, by default one segment per frame."""
         return (frame_lengths(grid_thw),) * self.config.num_layers
 
     def build_segments(
@@ -185,13 +170,6 @@ class VisionEncoder(nn.Module):
         layout: PatchLayout | None = None,
     ) -> Tensor:
         """Encode packed image patches.
-
-        Args:
-            patches_ND: uint8 patches of all images.
-            grid_thw: Patch grid of each image or video.
-            activation_checkpointing: Fraction of blocks that are checkpointed, counted from the
-                first.
-            layout: Patch layout; passed inside CUDA graphs, where the grids are unknown.
 
         Returns:
             Features [M, K, out_width]: those of the last block, then those of the DeepStack blocks.

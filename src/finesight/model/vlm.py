@@ -110,7 +110,6 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def adapter_key_mapping(self) -> KeyMapping:
-        """Mapping from native layer names to PEFT module names for saving adapters."""
         return self.architecture.adapter_key_mapping
 
     def encode_images(self, patches_ND: Tensor, grid_thw: Sequence[GridTHW]) -> Tensor:

@@ -28,10 +28,7 @@ QWEN_VL_MAPPING: KeyMapping = (
 
 
 def to_module_name(layer: str, key_mapping: KeyMapping = TRANSFORMERS_V5_MAPPING) -> str:
-    """Map a native layer name to a PEFT module name.
-
-    With an empty mapping the name is unchanged; otherwise a prefix must match.
-    """
+    """Map a native layer name to a PEFT module name."""
     for native, foreign in key_mapping:
         if layer.startswith(native):
             return foreign + layer.removeprefix(native)
@@ -42,10 +39,7 @@ def to_module_name(layer: str, key_mapping: KeyMapping = TRANSFORMERS_V5_MAPPING
 def to_layer_name(
     module: str, key_mappings: Sequence[KeyMapping] = (TRANSFORMERS_V5_MAPPING, QWEN_VL_MAPPING)
 ) -> str:
-    """Map a PEFT module name to the native layer name, by the first matching prefix.
-
-    Names without a match are unchanged, such as those of transformers 4.
-    """
+    """Map a PEFT module name to the native layer name, by the first matching prefix."""
     for native, foreign in chain(*key_mappings):
         if module.startswith(foreign):
             return native + module.removeprefix(foreign)
@@ -59,17 +53,7 @@ family."""
 
 @dataclass(frozen=True)
 class Architecture:
-    """Config parsers and weight names of a model family.
-
-    Attributes:
-        parse_decoder_config: Function that parses the decoder config from config.json. Raises
-            UserError for missing or unsupported values.
-        build_vision_encoder: Function that builds the vision encoder from config.json. Raises
-            UserError for missing or unsupported values.
-        hub_prefixes: Prefixes of published tensor names by native prefix, where they differ.
-        decoder_class: Decoder class, for families with their own.
-        adapter_key_mapping: Mapping from native layer names to PEFT module names.
-    """
+    """Config parsers and weight names of a model family."""
 
     parse_decoder_config: Callable[[ConfigReader], DecoderConfig]
     build_vision_encoder: Callable[[ConfigReader, PixelNormalization], VisionEncoder]

@@ -35,11 +35,7 @@ _norm = partial(RmsNorm, eps=1e-6)
 
 
 class WindowVisionEncoder(VisionEncoder):
-    """Vision encoder of Qwen2.5-VL with window attention.
-
-    `window_size` is the side of a window in merged patch squares. Blocks in `full_attention_blocks`
-    attend to full frames.
-    """
+    """Vision encoder of Qwen2.5-VL with window attention."""
 
     supports_cuda_graphs = True
 
@@ -63,7 +59,6 @@ class WindowVisionEncoder(VisionEncoder):
     def compute_patch_layout(
         self, grid_thw: Sequence[GridTHW], device: torch.device
     ) -> PatchLayout:
-        """Return the patch layout, with the merged squares of each window adjacent."""
         merge_size, orders, positions, num_squares = self.config.merge_size, [], [], 0
         for grid in grid_thw:
             order, _ = window_order(grid, merge_size, self.window_size)
@@ -79,7 +74,6 @@ class WindowVisionEncoder(VisionEncoder):
         )
 
     def segment_lengths(self, grid_thw: Sequence[GridTHW]) -> tuple[tuple[int, ...], ...]:
-        """Return the attention segment lengths of each block: windows or full frames."""
         merge_size = self.config.merge_size
         window_squares = [window_order(grid, merge_size, self.window_size)[1] for grid in grid_thw]
         window_lengths = (
@@ -114,10 +108,7 @@ def window_order(
 def build_vision_encoder(
     hf_config: ConfigReader, normalization: PixelNormalization
 ) -> VisionEncoder:
-    """Build the Qwen2.5-VL vision encoder from `vision_config`.
-
-    The config states `window_size` in pixels.
-    """
+    """Build the Qwen2.5-VL vision encoder from `vision_config`."""
     vision = hf_config.section("vision_config")
     vision.require_supported("hidden_act", "silu", ("silu",))
     config = parse_vision_config(vision)

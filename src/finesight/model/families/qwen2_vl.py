@@ -31,11 +31,9 @@ class Qwen2VisionMlp(FeedForward):
 
     @property
     def input_linear(self) -> FusedLinear:
-        """First linear layer of the MLP."""
         return self.fc1
 
     def forward(self, x_ND: Tensor | Fp8Rows) -> Tensor:
-        """Apply the MLP to patches, [N, width] to [N, width]."""
         if self.fc2.accepts_fp8_input:
             return single_output(self.fc2(quantize_fp8_gelu(single_output(self.fc1(x_ND)))))
         return single_output(self.fc2(QUICK_GELU.apply_linear(self.fc1, x_ND)))

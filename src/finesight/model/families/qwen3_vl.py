@@ -47,11 +47,9 @@ class Qwen3VisionMlp(FeedForward):
 
     @property
     def input_linear(self) -> FusedLinear:
-        """First linear layer of the MLP."""
         return self.linear_fc1
 
     def forward(self, x_ND: Tensor | Fp8Rows) -> Tensor:
-        """Apply the MLP to patches, [N, width] to [N, width]."""
         return single_output(self.linear_fc2(TANH_GELU.apply_linear(self.linear_fc1, x_ND)))
 
 
@@ -73,10 +71,6 @@ class DeepstackMerger(nn.Module):
         )
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Map patches [N, width] to features [M, out_width].
-
-        The patches of each merged square must be adjacent.
-        """
         normed = self.norm(x_ND.view(-1, self.norm_size)).view(-1, self.merged_size)
         return single_output(self.linear_fc2(F.gelu(single_output(self.linear_fc1(normed)))))
 
@@ -106,10 +100,7 @@ class DeepstackVisionEncoder(VisionEncoder):
         )
 
     def add_position_embeddings(self, x_ND: Tensor, grid_thw: Sequence[GridTHW]) -> Tensor:
-        """Add position embeddings, interpolated bilinearly from the trained table to each image.
-
-        The corners of table and image are aligned.
-        """
+        """Add position embeddings, interpolated bilinearly from the trained table to each image."""
         interpolations = [
             interpolate_positions(grid, self.config.merge_size, self.position_grid_size)
             for grid in grid_thw
@@ -130,11 +121,7 @@ class DeepstackVisionEncoder(VisionEncoder):
 def interpolate_positions(
     grid: GridTHW, merge_size: int, grid_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return the four table entries around each patch and their bilinear weights.
-
-    Both arrays have shape [N, 4]. The table of position embeddings has `grid_size` x `grid_size`
-    entries.
-    """
+    """Return the four table entries around each patch and their bilinear weights."""
     row_column = patch_coordinates(grid, merge_size).reshape(-1, 2)
     last_indices = np.array([grid[1] - 1, grid[2] - 1])
     # An image with a single row or column of patches uses the first one of the table.
@@ -158,10 +145,7 @@ def interpolate_positions(
 
 
 def interleaved_mrope_axes(sections: tuple[int, ...]) -> tuple[int, ...]:
-    """Assign rotary frequencies to the axes time, height and width in turn (interleaved M-RoPE).
-
-    Height and width receive the numbers of frequencies in `sections`, time the remaining ones.
-    """
+    """Assign rotary frequencies to the axes time, height and width in turn (interleaved M-RoPE)."""
     return tuple(n % 3 if n < 3 * sections[n % 3] else 0 for n in range(sum(sections)))
 
 

@@ -99,10 +99,7 @@ def lora_down(
 
 
 class RmsNormStats(NamedTuple):
-    """Weight and reciprocal RMS of the RMS norm before a linear layer.
-
-    The backward kernel recomputes the normalized input of the adapter from them.
-    """
+    """Weight and reciprocal RMS of the RMS norm before a linear layer."""
 
     weight_I: Tensor
     rstd_T: Tensor
@@ -184,14 +181,6 @@ def lora_down_backward(
 
     Here n is the input of the adapter: the RMS norm of `x_TI`, which is recomputed from
     `norm_stats`, or `x_TI` itself without a norm.
-
-    Args:
-        x_TI: Input of the norm, or of the adapter without a norm.
-        norm_stats: Weight and reciprocal RMS of the norm, if any.
-        dn_TI: Gradient of n from the base product.
-        dlow_TS: Gradient of the LoRA activations.
-        lora_A_SI: Down-projections.
-        dropout: Dropout of the adapter's input.
 
     Returns:
         The total gradient of n in a new tensor, and the gradient of lora_A, summed in a

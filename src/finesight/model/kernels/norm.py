@@ -60,11 +60,7 @@ def add_norm(
     is_layer_norm: bool,
     to_fp8: bool,
 ) -> tuple[Tensor, Tensor | Fp8Rows]:
-    """Add two tensors and apply layer norm or RMS norm to the sum.
-
-    Returns:
-        The sum x + y, and its norm, quantized to FP8 with `to_fp8`.
-    """
+    """Add two tensors and apply layer norm or RMS norm to the sum."""
     rows, width = x_ND.shape
     residual_ND = torch.empty_like(x_ND)
     normed = empty_fp8_rows(x_ND) if to_fp8 else torch.empty_like(x_ND)
@@ -120,9 +116,6 @@ def rms_norm_dropout(
 
     The norm before dropout, x / sqrt(mean(x^2) + eps) * w, is written to `n_TD`, whose rows may be
     strided, or quantized to `fp8_rows`; exactly one of them is given.
-
-    Returns:
-        The norm after dropout, and the reciprocal RMS of each row, [T] in fp32.
     """
     rows, width = x_TD.shape
     assert (n_TD is None) != (fp8_rows is None), "either a 16-bit or an FP8 output is required"

@@ -159,10 +159,7 @@ def nf4_gemm(
     x_RI: Tensor, codes: Tensor, absmax_B: Tensor, nested_absmax: Tensor, absmax_mean: Tensor,
     codebooks: tuple[Tensor, Tensor], bias: Tensor | None, tiling: MatmulTiling,
 ) -> Tensor:  # fmt: skip
-    """Compute x W^T + bias [R, O] with an NF4 matrix of `model.quant.nf4`.
-
-    The input has a 16-bit dtype and full blocks of 64 elements per row.
-    """
+    """Compute x W^T + bias [R, O] with an NF4 matrix of `model.quant.nf4`."""
     rows, in_features = x_RI.shape
     out_features = 2 * codes.numel() // in_features
     y_RO = x_RI.new_empty(rows, out_features)
@@ -180,10 +177,7 @@ def int4_gemm(
     x_RI: Tensor, codes: Tensor, scales_OG: Tensor, zeros_OG: Tensor, bias: Tensor | None,
     group_size: int, tiling: MatmulTiling,
 ) -> Tensor:  # fmt: skip
-    """Compute x W^T + bias [R, O] with an INT4 matrix of `model.quant.int4`.
-
-    The input has a 16-bit dtype and a row size divisible by 64.
-    """
+    """Compute x W^T + bias [R, O] with an INT4 matrix of `model.quant.int4`."""
     rows, in_features = x_RI.shape
     out_features = len(codes)
     y_RO = x_RI.new_empty(rows, out_features)
@@ -199,10 +193,7 @@ def int4_gemm(
 def rowwise_gemm(
     x_RI: Tensor, codes_OI: Tensor, scales_O: Tensor, bias: Tensor | None, tiling: MatmulTiling
 ) -> Tensor:
-    """Compute x W^T + bias [R, O] with an INT8 or FP8 matrix of `model.quant.int8`.
-
-    The input has a 16-bit dtype.
-    """
+    """Compute x W^T + bias [R, O] with an INT8 or FP8 matrix of `model.quant.int8`."""
     rows, (out_features, in_features) = len(x_RI), codes_OI.shape
     y_RO = x_RI.new_empty(rows, out_features)
     _rowwise_gemm_kernel[(triton.cdiv(out_features, tiling.block_outputs),)](

@@ -25,13 +25,7 @@ from finesight.model.quant.base import PackedInput, RmsNormParams
 
 
 class MatmulTiling(NamedTuple):
-    """Tiling of a matmul with a quantized matrix.
-
-    Attributes:
-        block_outputs: Outputs per program.
-        block_chunks: Chunks or groups of inputs per step.
-        num_warps: Warps per program.
-    """
+    """Tiling of a matmul with a quantized matrix."""
 
     block_outputs: int
     block_chunks: int

@@ -154,13 +154,7 @@ def _swiglu_lora_backward_kernel(
 
 
 class SwigluGradients(NamedTuple):
-    """Gradients of `swiglu_lora`.
-
-    Attributes:
-        gate_up_TF2: Gradient of the fused gate and up projections.
-        h_TF: Recomputed output h of SwiGLU, or None if it was not requested.
-        lora_A_RF: Gradient of lora_A, or None without an adapter.
-    """
+    """Gradients of `swiglu_lora`."""
 
     gate_up_TF2: Tensor
     h_TF: Tensor | None

@@ -112,10 +112,7 @@ class FusedWeightSync:
 
     @torch.no_grad()
     def copy_up_projections(self, linears: Iterable[FusedLinear]) -> None:
-        """Copy the current up-projections of these linears into their fused weights.
-
-        Missing fused weights are created. Linears that cannot be fused are omitted.
-        """
+        """Copy the current up-projections of these linears into their fused weights."""
         fusible = filter(is_lora_fusible, linears)
         copies = [pair for linear in fusible for pair in fuse_lora_weight(linear).copies]
         if not copies:
@@ -158,16 +155,6 @@ class LoraMatmul:
 
     It computes the same as `LoraLinear.forward` for concatenated outputs, given LoRA activations
     `low` that include dropout and scale. All layers must be adapted, with equal ranks.
-
-    Attributes:
-        in_features: Number of inputs.
-        num_layers: Number of layers of the fused linear.
-        weight: Base weight.
-        bias: Bias, or None.
-        fused_weight_OJ: Base weight fused with the up-projections, or None.
-        lora_A_SI: Stacked down-projections; None without an adapter.
-        lora_Bs_OR: Up-projection of each layer; empty without an adapter.
-        dropout: Dropout and scale of the adapter's input, for the kernels.
     """
 
     in_features: int
@@ -183,13 +170,7 @@ class LoraMatmul:
     def from_linear(
         cls, linear: FusedLinear, dropout_seed_1: Tensor | None = None, salt: int = 0
     ) -> LoraMatmul:
-        """Collect the operands of a fused linear for one forward pass.
-
-        Args:
-            linear: Fused linear.
-            dropout_seed_1: Seed of LoRA dropout; may be None if the adapter uses no dropout.
-            salt: Distinct number of the linear in the decoder.
-        """
+        """Collect the operands of a fused linear for one forward pass."""
         common = linear.in_features, len(linear.output_sizes), linear.weight, linear.bias
         adapter = linear.adapter
         if not isinstance(adapter, LoraLinear):
@@ -212,7 +193,6 @@ class LoraMatmul:
 
     @property
     def padding(self) -> int:
-        """Number of additional input columns for LoRA activations and alignment."""
         return (
             0 if self.fused_weight_OJ is None else self.fused_weight_OJ.shape[1] - self.in_features
         )
@@ -224,20 +204,14 @@ class LoraMatmul:
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
-        """Inputs of the autograd function: weight, bias, lora_A and lora_B of each layer.
-
-        Frozen base parameters and missing LoRA parameters are None.
-        """
+        """Inputs of the autograd function: weight, bias, lora_A and lora_B of each layer."""
         weight = self.weight if isinstance(self.weight, Tensor) and self.is_trainable else None
         bias = self.bias if self.bias is not None and self.bias.requires_grad else None
         lora_Bs_OR = self.lora_Bs_OR or (None,) * self.num_layers
         return weight, bias, self.lora_A_SI, *lora_Bs_OR
 
     def forward(self, x_TJ: Tensor | Fp8Rows, low_TS: Tensor | None) -> Tensor:
-        """Compute x W^T + bias plus the LoRA delta of all layers, concatenated.
-
-        `low_TS` are the LoRA activations of the input.
-        """
+        """Compute x W^T + bias plus the LoRA delta of all layers, concatenated."""
         if self.fused_weight_OJ is not None and isinstance(x_TJ, Tensor):
             return F.linear(x_TJ, self.fused_weight_OJ, self.bias)
         y_TO = linear_concat(x_TJ, self.weight, self.bias)
@@ -254,10 +228,7 @@ class LoraMatmul:
         return self.forward(h_TJ, low_TS).add_(x_TO)
 
     def backward(self, dy_TO: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Compute the gradients of the input and of the LoRA activations.
-
-        The second is None without an adapter.
-        """
+        """Compute the gradients of the input and of the LoRA activations."""
         if self.fused_weight_OJ is None:
             return linear_concat_backward(dy_TO, self.weight), self.lora_backward(dy_TO)
         num_ranks = sum(lora_B_OR.shape[1] for lora_B_OR in self.lora_Bs_OR)
@@ -274,10 +245,7 @@ class LoraMatmul:
     def _split_layers(
         self, y_TO: Tensor, low_TS: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield output columns, LoRA activations and up-projection of each layer with LoRA.
-
-        Without `low_TS` the second item repeats the output columns.
-        """
+        """Yield output columns, LoRA activations and up-projection of each layer with LoRA."""
         if not self.lora_Bs_OR:
             return
         ys = torch.split(y_TO, [len(lora_B_OR) for lora_B_OR in self.lora_Bs_OR], 1)
@@ -285,10 +253,7 @@ class LoraMatmul:
         yield from zip(ys, lows, self.lora_Bs_OR, strict=True)
 
     def base_grads(self, dy_TO: Tensor, x_TI: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Compute the gradients of weight, dy^T x, and bias, the sum of dy.
-
-        Gradients of frozen parameters are None.
-        """
+        """Compute the gradients of weight, dy^T x, and bias, the sum of dy."""
         weight, bias, *_ = self.parameters
         assert weight is None or x_TI is not None, "a trainable weight requires its saved input"
         dw_OI = None if weight is None or x_TI is None else _weight_grad(weight, dy_TO, x_TI)

@@ -28,29 +28,18 @@ from finesight.model.quant.base import QuantizedWeight
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """LoRA rank and alpha of one layer.
-
-    The weight delta is `scale * B A` with `scale = alpha / rank`.
-    """
+    """LoRA rank and alpha of one layer."""
 
     rank: int
     alpha: float
 
     @property
     def scale(self) -> float:
-        """Scale of the LoRA delta, alpha / rank."""
         return self.alpha / self.rank
 
 
 class LoraSlice(NamedTuple):
-    """Position of one adapted layer within a fused linear.
-
-    Attributes:
-        layer_index: Index of the layer in the fused linear.
-        output_slice: Columns of the fused output.
-        rank_slice: Rows of the stacked lora_A.
-        scale: Scale of the LoRA delta.
-    """
+    """Position of one adapted layer within a fused linear."""
 
     layer_index: int
     output_slice: slice
@@ -67,9 +56,6 @@ class LoraFactors(NamedTuple):
 
 class LoraLinear(nn.Module):
     """LoRA adapter of some or all layers of a `FusedLinear`: its parameters and reference forward.
-
-    The fused decoder (`lora.fused`), multi-LoRA (`lora.multi`) and with it the decode step compute
-    the same from `lora_A`, `lora_B` and `slices`.
 
     `lora_A` stacks the down-projections of the adapted layers, [sum of ranks, inputs], so that the
     input is read once. `lora_B` holds one up-projection [outputs, rank] per layer. In training the
@@ -130,10 +116,7 @@ class LoraLinear(nn.Module):
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     def factors(self) -> dict[str, LoraFactors]:
-        """Return A and B of each adapted layer by layer name.
-
-        A is a view of the stacked `lora_A`.
-        """
+        """Return A and B of each adapted layer by layer name."""
         return {
             name: LoraFactors(self.lora_A[lora_slice.rank_slice], self.lora_B[name])
             for name, lora_slice in self.slices.items()
@@ -231,11 +214,7 @@ class LinearRef(NamedTuple):
 
 
 def stacked_row_counts(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the number of rows of each layer in stacked parameters, by parameter name.
-
-    Stacked parameters are fused weights and lora_A. Matrices that are published fused, such as the
-    qkv of a vision encoder, count as one layer.
-    """
+    """Return the number of rows of each layer in stacked parameters, by parameter name."""
     row_counts: dict[str, tuple[int, ...]] = {}
     for path, module in model.named_modules():
         if isinstance(module, FusedLinear):
@@ -268,9 +247,6 @@ def iter_adapters(model: nn.Module) -> Iterator[tuple[str, FusedLinear, LoraLine
 
 
 def hub_name(path: str, output_name: str) -> str:
-    """Return the hub name of one layer of a fused linear, without `.weight`.
-
-    `path` is the module path of the fused linear.
-    """
+    """Return the hub name of one layer of a fused linear, without `.weight`."""
     parent, dot, _ = path.rpartition(".")
     return f"{parent}{dot}{output_name}"

@@ -58,10 +58,7 @@ def merge_adapters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def dequantize_model(model: nn.Module) -> int:
-    """Replace all quantized weights by dequantized values, rounded once to the compute dtype.
-
-    Returns the number of dequantized layers.
-    """
+    """Replace all quantized weights by dequantized values, rounded once to the compute dtype."""
     num_layers = 0
     for module in model.modules():
         if isinstance(module, FusedLinear) and isinstance(module.weight, QuantizedWeight):
@@ -89,14 +86,7 @@ def round_weights(model: VisionLanguageModel, dtype: torch.dtype) -> None:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """Result of `merge_to_folder`.
-
-    Attributes:
-        folder: Path of the merged model.
-        merged_layers: Number of layers with a merged adapter.
-        dequantized_layers: Number of layers that were dequantized.
-        precision: Name of the dtype of the written weights.
-    """
+    """Result of `merge_to_folder`."""
 
     folder: Path
     merged_layers: int
@@ -116,10 +106,7 @@ def require_native_family(base_folder: ModelFolder) -> None:
 
 
 def resolve_precision(base_folder: ModelFolder, requested: Precision) -> tuple[str, torch.dtype]:
-    """Return the dtype name of merged weights and the dtype for loading the base model.
-
-    `auto` keeps the dtype of the base weights, or fp32 if they are mixed.
-    """
+    """Return the dtype name of merged weights and the dtype for loading the base model."""
     stored = stored_precision(base_folder)
     resolved = stored if requested == "auto" else requested
     # For another output dtype the base is loaded in fp32, so that the sum is rounded only once.
@@ -138,17 +125,6 @@ def merge_to_folder(
     The merge runs on the CPU. The base weights are used as published, even if the run quantized
     them; GPTQ weights are dequantized. The result is not verified here; see
     `export.verified_merge`.
-
-    Args:
-        base_folder: Folder of the base model.
-        adapter: Folder of the adapter; None only dequantizes the base model.
-        out: New folder; removed after an error.
-        precision: Output dtype, as in `resolve_precision`.
-        manifest: Manifest of the run, as in `save_merged_model`.
-
-    Raises:
-        UserError: `out` exists, the adapter is incompatible (for example trained on another base),
-            or the disk is full.
     """
     require_native_family(base_folder)
     with write_folder(out) as folder:
@@ -184,10 +160,7 @@ def save_merged_model(
 
 
 def public_model_name(base_model: str) -> str:
-    """Return the public name of a base model.
-
-    Hub names are unchanged; of a local path, only the last component is returned.
-    """
+    """Return the public name of a base model."""
     return base_model if parse_model_address(base_model) is not None else Path(base_model).name
 
 
@@ -209,11 +182,7 @@ def _write_pixel_limits(folder: Path, pixel_range: PixelRange) -> None:
 
 
 def _with_pixel_limits(settings: dict[str, Any], pixel_range: PixelRange) -> dict[str, Any]:
-    """Return image settings with these pixel limits.
-
-    The limits have the names of transformers 4. If `size` is present, they are also written there,
-    with the names of transformers 5.
-    """
+    """Return image settings with these pixel limits."""
     limited = settings | {
         "min_pixels": pixel_range.min_pixels,
         "max_pixels": pixel_range.max_pixels,

@@ -36,10 +36,7 @@ class LoraRouting:
         self.rank_scales_TX = self._scales_NX[:1]
 
     def register_ranks(self, scales_NS: Tensor) -> slice:
-        """Register the ranks of a linear and return their slice of all ranks.
-
-        `scales_NS` holds the scale of each rank in the row of its adapter and zeros elsewhere.
-        """
+        """Register the ranks of a linear and return their slice of all ranks."""
         start = sum(scales.shape[1] for scales in self._scales)
         self._scales.append(scales_NS)
         self._scales_NX = torch.cat(self._scales, 1)
@@ -54,10 +51,7 @@ class LoraRouting:
         return mask_1N.to(self._device)
 
     def set_mask(self, mask_TN: Tensor) -> None:
-        """Select the adapter of each token of the next forward pass.
-
-        `mask_TN` holds one-hot masks; a single row applies to all tokens.
-        """
+        """Select the adapter of each token of the next forward pass."""
         self.rank_scales_TX = mask_TN @ self._scales_NX
 
 
@@ -109,10 +103,7 @@ class MultiLoraLinear(nn.Module):
 
     @property
     def rank_scales_TS(self) -> Tensor:
-        """LoRA scale of each rank for each token of the next forward pass.
-
-        The scales of ranks of other adapters are zero.
-        """
+        """LoRA scale of each rank for each token of the next forward pass."""
         return self._routing.rank_scales_TX[:, self._routing_slice]
 
     def scale_activations(self, low_TS: Tensor) -> Tensor:
@@ -158,10 +149,7 @@ class MultiLora:
         self._adapters.append(collected)
 
     def install(self) -> LoraRouting | None:
-        """Install all collected adapters in the model.
-
-        Returns the routing that selects adapters per token, or None if there are no adapters.
-        """
+        """Install all collected adapters in the model."""
         any_adapter = next((m for members in self._adapters for m in members.values()), None)
         if any_adapter is None:
             return None

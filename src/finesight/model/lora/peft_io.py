@@ -103,10 +103,7 @@ Alpha = Annotated[int | float, Field(ge=-1e9, le=1e9)]
 
 
 class PeftConfig(BaseModel):
-    """Supported settings of a PEFT config.
-
-    `read_peft_config` raises an error that names any other active setting.
-    """
+    """Supported settings of a PEFT config."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -126,10 +123,7 @@ class PeftConfig(BaseModel):
     layers_pattern: str | list[str] | None = None
 
     def is_target(self, module: str) -> bool:
-        """Return True if peft would adapt the linear layer with this module name.
-
-        Callers exclude the output head, which peft never adapts.
-        """
+        """Return True if peft would adapt the linear layer with this module name."""
         if self.target_modules is None or _matches(self.exclude_modules, module):
             return False
         if isinstance(self.target_modules, str):
@@ -196,10 +190,7 @@ def _first_match(patterns: Mapping[str, Value], module: str, default: Value) -> 
 
 
 def _detect_key_mapping(modules: Collection[str], key_mappings: Sequence[KeyMapping]) -> KeyMapping:
-    """Return the mapping that matches all PEFT module names in an adapter file.
-
-    It is empty for the module names of transformers 4.
-    """
+    """Return the mapping that matches all PEFT module names in an adapter file."""
     for key_mapping in key_mappings:
         if all(
             module.startswith(tuple(foreign for _, foreign in key_mapping)) for module in modules
@@ -210,16 +201,7 @@ def _detect_key_mapping(modules: Collection[str], key_mappings: Sequence[KeyMapp
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """Description of a PEFT adapter.
-
-    Attributes:
-        base_model: Folder or hub name of the base model, as stated in the config.
-        base_fingerprint: Fingerprint of the base model if finesight wrote the adapter, else None.
-        dropout: LoRA dropout probability.
-        configs: Rank and alpha of each layer by native layer name.
-        peft_config: Settings in the PEFT config.
-        key_mapping: Mapping to the module names in the adapter file.
-    """
+    """Description of a PEFT adapter."""
 
     base_model: str
     base_fingerprint: str | None
@@ -240,18 +222,7 @@ def build_adapter_spec(
     fingerprint: str | None,
     key_mappings: Sequence[KeyMapping] = (TRANSFORMERS_V5_MAPPING, QWEN_VL_MAPPING),
 ) -> AdapterSpec:
-    """Build the description of an adapter from its settings and the ranks in its file.
-
-    Args:
-        peft_config: Settings from `read_peft_config`.
-        path: Path of the settings file, for error messages.
-        ranks: Rank of each layer by its module name in the file.
-        fingerprint: Fingerprint of the base, if finesight wrote the adapter.
-        key_mappings: Supported mappings of layer names to module names.
-
-    Raises:
-        UserError: A rank differs from the one in the settings.
-    """
+    """Build the description of an adapter from its settings and the ranks in its file."""
     configs = {}
     for module, rank in ranks.items():
         lora_config = peft_config.lora_config(module)
@@ -274,12 +245,7 @@ def build_adapter_spec(
 
 
 def read_peft_config(path: Path) -> PeftConfig:
-    """Read `adapter_config.json`.
-
-    Raises:
-        UserError: The file is missing or damaged, or an active setting is not supported; the
-            message names it.
-    """
+    """Read `adapter_config.json`."""
     remedy = "give the folder of an adapter saved by finesight or peft"
     if not path.is_file():
         raise UserError(f"{path.name} is missing", where=str(path.parent), remedy=remedy)
@@ -330,10 +296,7 @@ def _check_supported(peft_config: PeftConfig, path: Path) -> None:
 
 
 def _remedy(unsupported: Mapping[str, object]) -> str:
-    """Return the remedy for unsupported settings in an error message.
-
-    It is merging with peft if peft supports all of these settings, otherwise training again.
-    """
+    """Return the remedy for unsupported settings in an error message."""
     fixed = [name for name in unsupported if name in _NOT_MERGED]
     if unsupported.get("peft_type") in _PROMPTS:
         fixed.append("peft_type")
@@ -371,14 +334,6 @@ def save_adapter(
     """Write the LoRA adapters of a model to a folder, in PEFT format and fp32.
 
     The folder must exist; use `storage.write_folder` for an atomic write.
-
-    Args:
-        folder: Target folder.
-        model: Model with adapters.
-        base_model: Folder or hub name of the base model.
-        base_fingerprint: Fingerprint of the base, stored in the file header; loading rejects
-            another base.
-        master_values: More precise values (fp32 master weights) by native parameter name.
     """
     master_values = master_values or {}
     layers: dict[str, LoraConfig] = {}
@@ -466,10 +421,7 @@ def _as_int_if_integral(value: float) -> int | float:
 def build_target_pattern(
     selected: list[str], available: list[str], key_mapping: KeyMapping = TRANSFORMERS_V5_MAPPING
 ) -> str:
-    """Build a regular expression for `target_modules` that matches exactly the selected layers.
-
-    A list item such as `gate_proj` would also match Qwen2.5-VL's vision encoder.
-    """
+    """Build a regular expression for `target_modules` that matches exactly the selected layers."""
     layer_indices = _group_layer_indices(available)
     unnumbered = [
         re.escape(to_module_name(name, key_mapping))
@@ -506,13 +458,7 @@ def _group_layer_indices(names: list[str]) -> dict[tuple[str, str], list[int]]:
 def read_adapter(
     folder: Path, key_mappings: Sequence[KeyMapping] = (TRANSFORMERS_V5_MAPPING, QWEN_VL_MAPPING)
 ) -> tuple[AdapterSpec, dict[str, LoraFactors]]:
-    """Read a PEFT adapter: its description, and the LoRA matrices by native layer name.
-
-    Raises:
-        UserError: A file is missing or damaged, a setting is unsupported (DoRA, trained biases and
-            others), a key is no LoRA matrix, a layer has only one matrix or duplicates, or the
-            ranks contradict the config.
-    """
+    """Read a PEFT adapter: its description, and the LoRA matrices by native layer name."""
     # Read the config first, because most unsupported settings also change the tensor keys.
     settings = read_peft_config(folder / ADAPTER_CONFIG_FILE)
     if (folder / DIGESTS_FILE).exists():
@@ -543,10 +489,7 @@ def read_adapter(
 
 
 def _merge_remedy(keys: Sequence[str]) -> str:
-    """Return the remedy for adapter files with complete tensors, such as embeddings.
-
-    Returns an empty string if peft cannot have written the keys.
-    """
+    """Return the remedy for adapter files with complete tensors, such as embeddings."""
     if not all(key.startswith(_PEFT_PREFIX) and key.endswith((".weight", ".bias")) for key in keys):
         return ""
     return "merge the adapter into its base with peft (merge_and_unload), and use the merged model"
@@ -599,12 +542,6 @@ def load_adapter(
     dtype: torch.dtype | None = None,
 ) -> AdapterSpec:
     """Load the adapter of `folder` into a model and freeze all parameters.
-
-    Args:
-        model: Model without adapters.
-        folder: Adapter folder.
-        base_folder: Folder of the base model; its fingerprint must match the adapter's.
-        dtype: Dtype of the adapter; the model's by default.
 
     Raises:
         UserError: `read_adapter` fails, the adapter was trained on another base, or a layer is

@@ -35,14 +35,7 @@ kernel."""
 
 @dataclass(frozen=True)
 class WeightTensorSpec:
-    """Tensor in a weight file that a matrix is loaded from.
-
-    Attributes:
-        name: Suffix of the tensor name.
-        shape: Shape in the file.
-        dtypes: Allowed dtypes, by their names in safetensors files.
-        load: Function that loads the values.
-    """
+    """Tensor in a weight file that a matrix is loaded from."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,7 +44,11 @@ class WeightTensorSpec:
 
 
 class QuantizedMatrix(nn.Module, ABC):
-    """Frozen quantized matrix [O, I] with matmul kernels and dequantization."""
+    """Frozen quantized matrix [O, I] with matmul kernels and dequantization.
+
+    By default it is computed from a dense weight while loading, in chunks of rows. The codes of a
+    row depend on that row alone.
+    """
 
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
@@ -59,21 +56,54 @@ class QuantizedMatrix(nn.Module, ABC):
 
     @property
     def num_elements(self) -> int:
-        """Number of elements of the dequantized matrix."""
         return self.out_features * self.in_features
 
     @property
     def device(self) -> torch.device:
-        """Device of the quantized codes."""
         return next(self.buffers()).device
 
-    @abstractmethod
     def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
-        """Return the file tensors that the matrix is loaded from."""
+        """Return the file tensors that the matrix is loaded from, by default a dense weight."""
+        shape = self.out_features, self.in_features
+        return (WeightTensorSpec("weight", shape, tuple(SAFETENSORS_DTYPES), self.quantize),)
 
-    @abstractmethod
+    @torch.no_grad()
+    def quantize(self, values_OI: Tensor) -> None:
+        """Quantize a dense matrix [O, I] on the device of the quantized weights."""
+        shape = tuple(values_OI.shape)
+        assert shape == (self.out_features, self.in_features), (
+            f"{shape}, not {self.out_features, self.in_features}"
+        )
+        self.quantize_values(values_OI)
+
+    def quantize_values(self, values_OI: Tensor) -> None:
+        """Quantize a dense matrix of the right shape."""
+        for rows in self._row_chunks():
+            self.quantize_rows(rows, values_OI[rows].to(self.device).float())
+
+    def quantize_rows(self, rows: slice, values_RI: Tensor) -> None:
+        """Quantize a range of rows, [R, I] in fp32."""
+        raise NotImplementedError
+
+    def dequantize_rows(self, rows: slice) -> Tensor:
+        """Return the dequantized values of a range of rows, [R, I] in fp32."""
+        raise NotImplementedError
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the dequantized matrix [O, I] in bf16, fp16 or fp32."""
+        """Return the dequantized matrix [O, I] in bf16, fp16 or fp32, each element rounded once."""
+        w_OI = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
+        for rows in self._row_chunks():
+            w_OI[rows] = self.dequantize_rows(rows).to(dtype)
+        return w_OI
+
+    def _row_chunks(self) -> Iterator[slice]:
+        step = max(1, CHUNK_ELEMENTS // self.in_features)
+        return (slice(start, start + step) for start in range(0, self.out_features, step))
+
+    @property
+    def has_kernels(self) -> bool:
+        """True if Triton kernels can run on the device of the codes."""
+        return HAS_TRITON and self.device.type == "cuda"
 
     @abstractmethod
     def supports_kernels(self) -> bool:
@@ -87,35 +117,6 @@ class QuantizedMatrix(nn.Module, ABC):
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias [R, O] with a tensor-core kernel, for 16-bit rows."""
 
-    def _dense_spec(self, load: Callable[[Tensor], None]) -> tuple[WeightTensorSpec, ...]:
-        """Return the spec of a dense weight that is quantized while loading."""
-        return (
-            WeightTensorSpec(
-                "weight", (self.out_features, self.in_features), tuple(SAFETENSORS_DTYPES), load
-            ),
-        )
-
-    def _check_shape(self, values_OI: Tensor) -> None:
-        shape = tuple(values_OI.shape)
-        assert shape == (self.out_features, self.in_features), (
-            f"{shape}, not {self.out_features, self.in_features}"
-        )
-
-    def kernel_matmul(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Compute x W^T + bias with a kernel for quantized weights, without autograd.
-
-        Returns None if no kernel supports the matrix, the device or the number of rows.
-        """
-        num_rows = x.numel() // self.in_features
-        if not (x.is_cuda and self.supports_kernels()) or not 0 < num_rows <= MAX_GEMM_ROWS:
-            return None
-        use_gemm = num_rows > 1 and has_tensor_cores(x.dtype, x.device)
-        if not use_gemm and num_rows > MAX_GEMV_ROWS:
-            return None
-        x_RI = x.reshape(num_rows, self.in_features).contiguous()
-        y_RO = self.gemm(x_RI, bias) if use_gemm else self.gemv(x_RI, bias)
-        return y_RO.view(*x.shape[:-1], self.out_features)
-
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias with autograd, [..., I] to [..., O].
 
@@ -125,56 +126,22 @@ class QuantizedMatrix(nn.Module, ABC):
         return y
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias without autograd, [..., I] to [..., O]."""
-        y = self.kernel_matmul(x, bias)
-        return F.linear(x, self.dequantize(x.dtype), bias) if y is None else y
+        """Compute x W^T + bias without autograd, by a kernel for quantized weights if possible."""
+        num_rows = x.numel() // self.in_features
+        if x.is_cuda and 0 < num_rows <= MAX_GEMM_ROWS and self.supports_kernels():
+            use_gemm = num_rows > 1 and has_tensor_cores(x.dtype, x.device)
+            if use_gemm or num_rows <= MAX_GEMV_ROWS:
+                x_RI = x.reshape(num_rows, self.in_features).contiguous()
+                y_RO = self.gemm(x_RI, bias) if use_gemm else self.gemv(x_RI, bias)
+                return y_RO.view(*x.shape[:-1], self.out_features)
+        return F.linear(x, self.dequantize(x.dtype), bias)
 
 
 @lru_cache
 def has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return True if Triton and flash attention can use tensor cores for this dtype.
-
-    Requires 16-bit dtypes and compute capability 8.0 or newer.
-    """
+    """Return True if Triton and flash attention can use tensor cores for this dtype."""
     is_16_bit = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     return is_16_bit and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-class OnlineQuantizedMatrix(QuantizedMatrix):
-    """Quantized matrix that is computed from a dense weight while loading.
-
-    Rows are quantized in chunks. The codes of each row depend on that row alone.
-    """
-
-    def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
-        """Return the spec of the dense weight."""
-        return self._dense_spec(self.quantize)
-
-    @torch.no_grad()
-    def quantize(self, values_OI: Tensor) -> None:
-        """Quantize a dense matrix [O, I] on the device of the quantized weights."""
-        self._check_shape(values_OI)
-        for rows in self._row_chunks():
-            self.quantize_rows(rows, values_OI[rows].to(self.device).float())
-
-    @abstractmethod
-    def quantize_rows(self, rows: slice, values_RI: Tensor) -> None:
-        """Quantize a range of rows, [R, I] in fp32."""
-
-    @abstractmethod
-    def dequantize_rows(self, rows: slice) -> Tensor:
-        """Return the dequantized values of a range of rows, [R, I] in fp32."""
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the dequantized matrix [O, I], each element rounded once."""
-        w_OI = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
-        for rows in self._row_chunks():
-            w_OI[rows] = self.dequantize_rows(rows).to(dtype)
-        return w_OI
-
-    def _row_chunks(self) -> Iterator[slice]:
-        step = max(1, CHUNK_ELEMENTS // self.in_features)
-        return (slice(start, start + step) for start in range(0, self.out_features, step))
 
 
 class _QuantizedMatmul(torch.autograd.Function):
@@ -204,17 +171,14 @@ class QuantizedWeight(nn.Module):
 
     @property
     def matrices(self) -> tuple[QuantizedMatrix, ...]:
-        """Quantized matrices of the layers, in order."""
         return tuple(layer for layer in self.layers if isinstance(layer, QuantizedMatrix))
 
     @property
     def device(self) -> torch.device:
-        """Device of the quantized codes."""
         return self.matrices[0].device
 
     @property
     def num_elements(self) -> int:
-        """Number of elements of the dequantized weight."""
         return sum(matrix.num_elements for matrix in self.matrices)
 
     def dequantize(self) -> Tensor:
@@ -264,12 +228,7 @@ class RmsNormParams(NamedTuple):
 
 
 class PackedInput(NamedTuple):
-    """Input row in the layout that GEMV kernels for 4-bit matrices read.
-
-    Attributes:
-        values_8N: Inputs of the k-th code of all words, for each of the 8 codes of a word.
-        group_sums_G: Sum of the inputs of each group, for formats with zero points; else None.
-    """
+    """Input row in the layout that GEMV kernels for 4-bit matrices read."""
 
     values_8N: Tensor
     group_sums_G: Tensor | None
@@ -278,13 +237,8 @@ class PackedInput(NamedTuple):
 class Packed4BitMatrix(QuantizedMatrix):
     """Quantized 4-bit matrix whose GEMV kernel requires a packed input row."""
 
-    @property
-    def is_unpermuted(self) -> bool:
-        """True if the columns are in their original order.
-
-        Matrices of a fused linear can then share the packed input.
-        """
-        return True
+    is_unpermuted = True
+    """True if the columns are in their original order."""
 
     @abstractmethod
     def pack_input(self, x_1I: Tensor, norm: RmsNormParams | None) -> PackedInput:
@@ -297,7 +251,6 @@ class Packed4BitMatrix(QuantizedMatrix):
         """Compute x W^T + bias + residual of a packed input row into `y_O`."""
 
     def gemv(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias [R, O], row by row."""
         y_RO = x_RI.new_empty(len(x_RI), self.out_features)
         for x_1I, y_O in zip(torch.split(x_RI, 1), y_RO, strict=True):
             self.gemv_packed(self.pack_input(x_1I, None), y_O, bias, None)
@@ -307,10 +260,7 @@ class Packed4BitMatrix(QuantizedMatrix):
 def pack_inputs(
     matrices: Sequence[Packed4BitMatrix], x_1I: Tensor, norm: RmsNormParams | None
 ) -> Iterator[PackedInput]:
-    """Yield the packed input row for each matrix of a fused linear.
-
-    The row is packed once unless the columns of a matrix are permuted.
-    """
+    """Yield the packed input row for each matrix of a fused linear."""
     shared = matrices[0].pack_input(x_1I, norm)
     all_unpermuted = all(matrix.is_unpermuted for matrix in matrices)
     yield shared

@@ -45,16 +45,13 @@ class Fp8Matrix(RowwiseMatrix):
     max_code = 448.0
 
     def round_to_codes(self, values_RI: Tensor) -> Tensor:
-        """Round scaled values to the nearest FP8 value."""
         # The next code after the largest value is NaN; clamp quotients that were rounded up.
         return values_RI.clamp(-self.max_code, self.max_code).to(torch.float8_e4m3fn)
 
-    def _kernels_available(self) -> bool:
+    @property
+    def has_kernels(self) -> bool:
         # Older GPUs cannot convert this dtype.
-        return super()._kernels_available() and torch.cuda.get_device_capability(self.device) >= (
-            8,
-            9,
-        )
+        return super().has_kernels and torch.cuda.get_device_capability(self.device) >= (8, 9)
 
 
 FP8_ALIGNMENT = 16
@@ -68,10 +65,7 @@ MIN_AMAX = 1e-30
 
 
 def require_fp8_support(device: torch.device, setting: str) -> None:
-    """Raise UserError if the GPU has no FP8 matmuls.
-
-    The error names `setting`. CPUs are accepted, since they emulate FP8.
-    """
+    """Raise UserError if the GPU has no FP8 matmuls."""
     if device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
@@ -197,7 +191,6 @@ class Fp8Weight(QuantizedWeight):
         return self.backward_codes
 
     def linear_per_layer(self, x: Tensor | Fp8Rows, bias: Tensor | None) -> tuple[Tensor, ...]:
-        """Compute x W_i^T + bias_i for each layer, with autograd unless `x` is FP8."""
         if isinstance(x, Fp8Rows):
             return self.linear_fp8(x, bias)
         if not self.training:
@@ -209,10 +202,7 @@ class Fp8Weight(QuantizedWeight):
     def linear_fp8(
         self, x_TI: Tensor | Fp8Rows, bias: Tensor | None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, ...]:
-        """Compute x W_i^T + bias_i for each layer in FP8, without autograd.
-
-        The outputs have the dtype of the input unless `dtype` is given.
-        """
+        """Compute x W_i^T + bias_i for each layer in FP8, without autograd."""
         rows, input_dtype = self._to_fp8_rows(x_TI)
         return tuple(
             fp8_linear(rows, layer.codes_OI, layer.scales_O, layer_bias, dtype or input_dtype)
@@ -220,7 +210,6 @@ class Fp8Weight(QuantizedWeight):
         )
 
     def linear_concat(self, x_TI: Tensor | Fp8Rows, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias of all layers concatenated, without autograd."""
         if not (self.training or isinstance(x_TI, Fp8Rows)):
             return super().linear_concat(x_TI, bias)
         rows, dtype = self._to_fp8_rows(x_TI)
@@ -233,14 +222,12 @@ class Fp8Weight(QuantizedWeight):
         return quantize_fp8(x_TI), x_TI.dtype
 
     def linear_concat_backward(self, dy_TO: Tensor) -> Tensor:
-        """Compute dy W, the input gradient for the concatenated output gradients."""
         if not self.training:
             return super().linear_concat_backward(dy_TO)
         rows = quantize_fp8(dy_TO, self._concatenate().scales)
         return fp8_linear(rows, *self._transpose(), None, dy_TO.dtype)
 
     def add_input_gradient(self, dx_TI: Tensor, dys_TO: Sequence[Tensor]) -> None:
-        """Add the input gradient of a fused linear, the sum of dy_i W_i, to `dx_TI`."""
         if not self.training:
             super().add_input_gradient(dx_TI, dys_TO)
             return
@@ -248,10 +235,7 @@ class Fp8Weight(QuantizedWeight):
 
 
 def accepts_fp8_input(weight: Tensor | QuantizedWeight) -> bool:
-    """Return True if the weight quantizes its input to FP8.
-
-    Callers may then pass an input that is already quantized.
-    """
+    """Return True if the weight quantizes its input to FP8."""
     return isinstance(weight, Fp8Weight) and weight.training
 
 

@@ -216,6 +216,11 @@ def list_remarks(run_record: RunRecord) -> list[str]:
             " use smaller image files, or reduce the image size of the model (image.max_pixels)."
         )
         remarks.append(translate(text, 100 * fraction, workers_text))
+    return [*remarks, *list_memory_remarks(run_record)]
+
+
+def list_memory_remarks(run_record: RunRecord) -> list[str]:
+    """Return a note on settings that the run changed after running out of GPU memory."""
     settings = as_object(run_record.recipe.get("train"))
     pack_tokens = settings.get("pack_tokens")
     is_checkpointing = float(settings.get("activation_checkpointing") or 0) > 0
@@ -229,10 +234,8 @@ def list_remarks(run_record: RunRecord) -> list[str]:
         if line.get("activation_checkpointing") and not is_checkpointing:
             changes.append(translate("activation checkpointing from step {:,}", step))
             is_checkpointing = True
-    if changes:
-        text = "The run ran out of GPU memory and continued with less: {}."
-        remarks.append(translate(text, join_words(changes)))
-    return remarks
+    text = "The run ran out of GPU memory and continued with less: {}."
+    return [translate(text, join_words(changes))] if changes else []
 
 
 def _sum_field(lines: Iterable[JsonObject], name: str) -> float:

@@ -48,11 +48,7 @@ class AttentionBackend(Protocol):
 
     @property
     def context_lengths_T(self) -> Tensor:
-        """Context length of the sequence of each new token, [T] on the device.
-
-        During generation this is the length of the prompt. Decoders whose rotary base depends on
-        the context length use it.
-        """
+        """Context length of the sequence of each new token, [T] on the device."""
         ...
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
@@ -119,11 +115,6 @@ class SharedPrefixIndices(NamedTuple):
 
     The packed batch has T rows and stores the prefix of P tokens once. In the expanded batch of M
     rows, each sequence starts with a copy of the prefix.
-
-    Attributes:
-        source_indices_M: Packed row that each expanded row is copied from.
-        position_indices_T: Expanded row of each packed row.
-        prefix_indices_SP: Expanded rows of the prefix in each sequence.
     """
 
     source_indices_M: Tensor
@@ -143,10 +134,8 @@ class _ExpandSharedPrefix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_MX: Tensor) -> tuple[Tensor, None]:
         _, position_indices_T, prefix_indices_SP = ctx.indices
-        dx_TX, shape = (
-            dy_MX.index_select(0, position_indices_T),
-            (*prefix_indices_SP.shape, *dy_MX.shape[1:]),
-        )
+        shape = *prefix_indices_SP.shape, *dy_MX.shape[1:]
+        dx_TX = dy_MX.index_select(0, position_indices_T)
         # Sum the prefix gradients of all sequences in fp32 and round once.
         prefix_grads_SPX = dy_MX.index_select(0, prefix_indices_SP.flatten()).view(shape)
         wide_dtype = torch.promote_types(dy_MX.dtype, torch.float32)
@@ -190,48 +179,39 @@ class SharedPrefixAttention(PackedAttention):
 
     @property
     def prefix_length(self) -> int:
-        """Number of tokens in the shared prefix."""
         return self.segments.lengths[0]
 
     @cached_property
     def full_segments(self) -> Segments:
-        """Segments of the expanded batch, in which each sequence starts with the prefix."""
-        first, *others = self.segments.lengths
-        lengths, cu_seqlens_S1 = (first, *(first + n for n in others)), self.segments.cu_seqlens_S1
-        num_prefixes_S1 = torch.arange(-1, len(others) + 1, device=cu_seqlens_S1.device).clamp_(
-            min=0
-        )
+        cu_seqlens_S1, (first, *others) = self.segments.cu_seqlens_S1, self.segments.lengths
+        lengths = first, *(first + length for length in others)
+        num_prefixes_S1 = torch.arange(-1, len(others) + 1, device=cu_seqlens_S1.device).clamp(0)
         full_cu_seqlens_S1 = (cu_seqlens_S1 + num_prefixes_S1 * first).to(cu_seqlens_S1.dtype)
         return Segments(lengths, full_cu_seqlens_S1, max(lengths))
 
     @cached_property
     def length_buckets(self) -> LengthBuckets:
-        """Sequences including their prefix, grouped into padded buckets for a CPU."""
         return bucket_shared_prefix(self.segments.lengths)
 
     @cached_property
     def indices(self) -> SharedPrefixIndices:
         """Row indices of the expanded batch, computed on the device."""
-        (cu_seqlens_S1, full_cu_seqlens_S1), prefix_length = (
-            (self.segments.cu_seqlens_S1, self.full_segments.cu_seqlens_S1),
-            self.prefix_length,
-        )
-        token_T = torch.arange(
-            self.num_tokens, device=cu_seqlens_S1.device, dtype=cu_seqlens_S1.dtype
-        )
-        position_indices_T = token_T + prefix_length * torch.searchsorted(
-            cu_seqlens_S1[1:], token_T, right=True
-        )
-        prefix_indices_SP = full_cu_seqlens_S1[:-1, None] + token_T[:prefix_length]
+        cu_seqlens_S1, prefix_length = self.segments.cu_seqlens_S1, self.prefix_length
+        full_cu_seqlens_S1 = self.full_segments.cu_seqlens_S1
         num_positions = self.num_tokens + prefix_length * (len(cu_seqlens_S1) - 2)
         position_M = torch.arange(
             num_positions, device=cu_seqlens_S1.device, dtype=cu_seqlens_S1.dtype
         )
+        token_T = position_M[: self.num_tokens]
+        sequence_T = torch.searchsorted(cu_seqlens_S1[1:], token_T, right=True)
+        prefix_indices_SP = full_cu_seqlens_S1[:-1, None] + token_T[:prefix_length]
         sequence_M = torch.searchsorted(full_cu_seqlens_S1[1:], position_M, right=True)
         offset_M = position_M - full_cu_seqlens_S1[sequence_M]
         suffix_source_M = cu_seqlens_S1[sequence_M] + offset_M - prefix_length * (sequence_M > 0)
         source_indices_M = torch.where(offset_M < prefix_length, offset_M, suffix_source_M)
-        return SharedPrefixIndices(source_indices_M, position_indices_T, prefix_indices_SP)
+        return SharedPrefixIndices(
+            source_indices_M, token_T + prefix_length * sequence_T, prefix_indices_SP
+        )
 
 
 def varlen_attention(
@@ -275,11 +255,7 @@ def varlen_attention(
 
 
 def _use_cpu_attention(q_THD: Tensor, segments: Segments) -> bool:
-    """Return True if explicit matmuls are faster than torch's fused CPU attention.
-
-    Without gradients on a CPU with AMX, the fused kernel is faster (twice as fast for a vision
-    encoder on a Xeon).
-    """
+    """Return True if explicit matmuls are faster than torch's fused CPU attention."""
     if q_THD.device.type != "cpu" or q_THD.dtype != torch.bfloat16:
         return False
     return segments.max_seqlen <= MAX_CPU_SEQLEN and (torch.is_grad_enabled() or not has_amx_bf16())
@@ -342,20 +318,20 @@ def _flash_attention(
     # Imported lazily: this loads torch's compiler, which takes as long as importing torch.
     from torch.nn.attention.varlen import varlen_attn
 
-    # If a segment has fewer queries than keys, the causal mask is aligned to its last key.
-    window = (-1, 0) if causal else (-1, -1)
-    cu_seqlens = (
+    # If a segment has fewer queries than keys, the causal mask is aligned to its last key. Releases
+    # before 2.12 support grouped-query attention without a flag.
+    options: dict[str, Any] = {"enable_gqa": True} if _TORCH_VERSION >= (2, 12) else {}
+    o_THD = varlen_attn(
+        q_THD,
+        k_TKD,
+        v_TKD,
         query_segments.cu_seqlens_S1,
         key_segments.cu_seqlens_S1,
         query_segments.max_seqlen,
         key_segments.max_seqlen,
+        window_size=(-1, 0) if causal else (-1, -1),
+        **options,
     )
-    arguments = (q_THD, k_TKD, v_TKD, *cu_seqlens)
-    if _TORCH_VERSION >= (2, 12):
-        o_THD = varlen_attn(*arguments, window_size=window, enable_gqa=True)
-    else:
-        # Earlier releases support grouped-query attention without a flag.
-        o_THD = varlen_attn(*arguments, window_size=window)
     assert isinstance(o_THD, Tensor), f"varlen_attn returned {type(o_THD)}"
     return o_THD
 
@@ -364,7 +340,6 @@ def _suffix_attention(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, query_segments: Segments, key_segments: Segments
 ) -> Tensor:
     """Compute causal attention of the last tokens of each segment with SDPA."""
-    enable_gqa = q_THD.shape[1] > k_TKD.shape[1]
     outputs = []
     for q_LHD, k_LKD, v_LKD in zip(
         torch.split(q_THD, [*query_segments.lengths]),
@@ -374,7 +349,7 @@ def _suffix_attention(
     ):
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_LHD, k_LKD, v_LKD))
         all_true = torch.ones(len(q_LHD), len(k_LKD), dtype=torch.bool, device=q.device)
-        mask = all_true.tril(len(k_LKD) - len(q_LHD))
+        mask, enable_gqa = all_true.tril(len(k_LKD) - len(q_LHD)), q.shape[1] > k.shape[1]
         o_1HLD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
         outputs.append(o_1HLD.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
@@ -432,10 +407,7 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather_rows(rows_R: Tensor, world_size: int) -> Tensor:
-    """Gather rows from all ranks by an all-gather, [P, R, ...].
-
-    Every rank must pass the same number of rows. The backward pass reduce-scatters the gradients.
-    """
+    """Gather the same number of rows from all ranks, [P, R, ...], with reduce-scatter backward."""
     apply: Callable[..., Tensor] = _AllGather.apply
     return apply(rows_R, world_size)
 
@@ -498,11 +470,7 @@ class ContextParallelAttention(PackedAttention):
 
 
 def exchange_features(features_MFD: Tensor, shard: ContextShard) -> Tensor:
-    """Exchange image features so that each rank has those of its own image tokens.
-
-    Each rank encodes a part of the frames, which may belong to tokens of other ranks. This is a
-    collective operation that all ranks must call.
-    """
+    """Exchange image features so that each rank has those of its own image tokens."""
     # At least one row, so that the features of a dummy image remain in the autograd graph.
     max_features = max(1, *shard.features_per_rank)
     local_MFD = features_MFD[: shard.features_per_rank[shard.rank]]

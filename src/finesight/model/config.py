@@ -45,7 +45,6 @@ class ConfigReader:
         )
 
     def has(self, key: str) -> bool:
-        """Return True if `key` is present and not null."""
         return self._values.get(key) is not None
 
     def _get(self, key: str, default: object) -> object:
@@ -73,7 +72,6 @@ class ConfigReader:
         return float(value)
 
     def get_bool(self, key: str, default: bool) -> bool:
-        """Return a boolean, or `default` if the key is missing."""
         value = self._get(key, default)
         if not isinstance(value, bool):
             self.raise_invalid(key, "true or false")
@@ -104,7 +102,6 @@ class ConfigReader:
         return floats
 
     def get_str(self, key: str) -> str:
-        """Return the string stored under `key`."""
         value = self._values.get(key)
         if not isinstance(value, str):
             self.raise_invalid(key, "a string")
@@ -154,22 +151,13 @@ class DecoderConfig:
     moe: MoeConfig | None = None
 
     def prefix_cache_key(self, num_tokens: int) -> str:
-        """Return a key that separates prompts which cannot share KV cache entries.
-
-        Prompts of `num_tokens` tokens with equal keys have equal keys and values for a shared
-        prefix. Configs whose rotary base depends on the prompt length override this.
-        """
+        """Return a key that separates prompts which cannot share KV cache entries."""
         return ""
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Vision encoder config.
-
-    A patch covers `temporal_patch_size` frames of `patch_size` x `patch_size` pixels. The merger
-    combines each square of `merge_size` x `merge_size` patches into one feature with the hidden
-    size of the decoder.
-    """
+    """Vision encoder config."""
 
     hidden_size: int
     intermediate_size: int

@@ -81,7 +81,6 @@ class LengthBuckets:
 
     @property
     def num_positions(self) -> int:
-        """Number of positions in all buckets, including padding."""
         return sum(length * count for length, count in self.shapes)
 
     def head_rows(self, num_heads: int) -> HeadRowIndices:
@@ -111,7 +110,6 @@ class LengthBuckets:
         return HeadRowIndices(order_X, inverse_Y, unused_Y if len(unused_Y) else None, copies_RC)
 
     def _repeat_per_head(self, values_P: Tensor, offsets_H: Tensor) -> Tensor:
-        """Repeat position values for each head and add the head's offset."""
         parts = torch.split(values_P, [length * count for length, count in self.shapes])
         lengths = (length for length, _ in self.shapes)
         repeated = (
@@ -162,11 +160,7 @@ def bucket_with_padding(lengths: Sequence[int], device: torch.device) -> LengthB
 
 
 def bucket_shared_prefix(lengths: Sequence[int]) -> LengthBuckets:
-    """Build padded buckets of sequences with a shared prefix, on the CPU.
-
-    `lengths` starts with that of the prefix. Every sequence contains a copy of the prefix tokens,
-    which are marked as duplicates in all sequences except the first.
-    """
+    """Build padded buckets of sequences with a shared prefix, on the CPU."""
     prefix_length, *suffix_lengths = lengths
     full_lengths = [prefix_length + length for length in suffix_lengths]
     starts = np.cumsum([prefix_length, *suffix_lengths[:-1]])
@@ -315,7 +309,6 @@ def _scaled_softmax(
 
 
 def _score_gradients(do_BQD: Tensor, v_BLD: Tensor, weights_BQL: Tensor) -> Tensor:
-    """Compute the gradients of the attention scores before the softmax."""
     dscores_BQL = torch.bmm(do_BQD, v_BLD.mT)
     torch.ops.aten._softmax_backward_data.out(
         dscores_BQL, weights_BQL, -1, weights_BQL.dtype, grad_input=dscores_BQL

@@ -60,7 +60,6 @@ class DecoderAttention(nn.Module):
         self.o_proj = FusedLinear(q_size, {"o_proj": config.hidden_size}, bias=False)
 
     def forward(self, x_TD: Tensor, rotary: RotaryCosSin, attention: AttentionBackend) -> Tensor:
-        """Map hidden states [T, D] to attention outputs [T, D]."""
         shape = (len(x_TD), -1, self.head_dim)
         q_THD, k_TKD, v_TKD = (y.view(shape) for y in self.qkv_proj(x_TD))
         if self.q_norm is not None and self.k_norm is not None:
@@ -91,10 +90,7 @@ class DecoderLayer(nn.Module):
         attention: AttentionBackend,
         logit_indices_L: Tensor | None = None,
     ) -> Tensor:
-        """Map hidden states [T, D] to [T, D].
-
-        With `logit_indices_L`, only these tokens pass the MLP and are returned, [L, D].
-        """
+        """Map hidden states [T, D] to [T, D]."""
         if isinstance(attention, PackedAttention) and self.can_fuse(x_TD):
             return self._forward_fused(x_TD, rotary, attention, logit_indices_L)
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotary, attention)
@@ -167,7 +163,6 @@ class Decoder(nn.Module):
         return compute_mrope(position_ids_3T, self.config, dtype)
 
     def embed(self, ids_T: Tensor) -> Tensor:
-        """Embed token ids, [T] to [T, D]."""
         return F.embedding(ids_T, self.embed_tokens.weight)
 
     def forward(

@@ -55,7 +55,6 @@ def is_fusible(linear: FusedLinear) -> bool:
 
 
 def supports_fused_layers(x_TD: Tensor) -> bool:
-    """Return True if the fused kernels support the device and dtype of the hidden states."""
     return HAS_TRITON and len(x_TD) > 0 and supports_varlen_attention(x_TD.unsqueeze(0))
 
 
@@ -147,11 +146,7 @@ class _NormQkvRope(torch.autograd.Function):
 def _rms_norm_lora(
     x_TD: Tensor, w_D: Tensor, eps: float, matmul: LoraMatmul
 ) -> tuple[Tensor | Fp8Rows, Tensor, Tensor | None]:
-    """Compute the RMS norm, the reciprocal RMS of each row and the LoRA activations.
-
-    With a fused LoRA weight, the norm has padding columns that hold the LoRA activations. The norm
-    is quantized to FP8 if the linear accepts FP8 input.
-    """
+    """Compute the RMS norm, the reciprocal RMS of each row and the LoRA activations."""
     if matmul.accepts_fp8_input:
         fp8_rows = empty_fp8_rows(x_TD)
         d_TD, rstd_T = norm_kernels.rms_norm_dropout(x_TD, w_D, eps, None, matmul.dropout, fp8_rows)

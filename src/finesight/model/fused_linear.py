@@ -98,16 +98,12 @@ class FusedLinear(nn.Module):
         matrix_type: Callable[[int, int], QuantizedMatrix],
         weight_type: type[QuantizedWeight] = QuantizedWeight,
     ) -> None:
-        """Replace the weight by empty quantized matrices, one per layer.
-
-        The values of the weight are dropped; its dtype remains the compute dtype.
-        """
+        """Replace the weight by empty quantized matrices, one per layer."""
         matrices = [matrix_type(size, self.in_features) for size in self.output_sizes.values()]
         self._replace_weight(weight_type(matrices, self.weight.dtype))
 
     @torch.no_grad()
     def dequantize(self) -> None:
-        """Replace a quantized weight by its dequantized values."""
         if isinstance(self.weight, QuantizedWeight):
             self._replace_weight(nn.Parameter(torch.cat(list(self.weight.dequantize_layers()))))
 
@@ -124,7 +120,6 @@ class FusedLinear(nn.Module):
         )
 
     def forward(self, x: Tensor | Fp8Rows) -> tuple[Tensor, ...]:
-        """Map [..., in_features] to one output [..., width] per layer."""
         if self.adapter is not None:
             return tuple(self.adapter(x, self.weight, self.bias))
         return linear_per_layer(x, self.weight, self.bias, tuple(self.output_sizes.values()))

@@ -92,15 +92,11 @@ class HfModel(nn.Module):
 
     @property
     def max_position_embeddings(self) -> int:
-        """Context length of the model."""
         return int(self.inner.config.get_text_config().max_position_embeddings)
 
     @property
     def activation_checkpointing(self) -> float:
-        """Fraction of layers with activation checkpointing.
-
-        transformers checkpoints all layers for any fraction above 0.
-        """
+        """Fraction of layers with activation checkpointing."""
         return self._activation_checkpointing
 
     @activation_checkpointing.setter
@@ -187,7 +183,6 @@ def load_hf_model(
     weight_format: WeightFormat = "auto",
     fp8_parts: Collection[str] = (),
 ) -> HfModel:
-    """Load the model of a folder with its transformers class."""
     if nf4_parts or fp8_parts or weight_format != "auto":
         where, requested = "--weight-format", f"weights in {weight_format}"
         if weight_format == "auto":
@@ -232,7 +227,6 @@ def load_hf_model(
 
 
 def save_hf_model(model: HfModel, folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:
-    """Write the model to `target` in the transformers format."""
     copy_model_files(folder, target, dtype)
     state = model.inner.state_dict()
     copies_by_pointer: dict[int, Tensor] = {}
@@ -257,13 +251,11 @@ def load_auto_model(
     weight_format: WeightFormat = "auto",
     fp8_parts: Collection[ModelPart] = (),
 ) -> AnyModel:
-    """Load the model of a folder with native code or, for other families, transformers."""
     loader = load_model if is_native(folder) else load_hf_model
     return loader(folder, dtype, device, nf4_parts, weight_format, fp8_parts)
 
 
 def save_auto_model(model: AnyModel, folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:
-    """Write the weights of a model without adapters to `target`."""
     if isinstance(model, HfModel):
         save_hf_model(model, folder, target, dtype)
     else:

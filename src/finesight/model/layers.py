@@ -37,11 +37,7 @@ ALIGNMENT = 8
 
 
 def num_checkpointed_layers(fraction: float, num_layers: int) -> int:
-    """Return the number of layers with activation checkpointing, counted from the first.
-
-    The first layers are chosen because the backward pass recomputes them after the activations of
-    the last ones have been freed.
-    """
+    """Return the number of layers with activation checkpointing, counted from the first."""
     # Round first: in floating point, 0.28 x 25 is slightly more than 7.
     return math.ceil(round(fraction * num_layers, 6))
 
@@ -169,11 +165,7 @@ class GatedMlp(FeedForward):
 
 
 def _must_copy(linear: FusedLinear) -> bool:
-    """Return True if padding must copy the weight in each forward pass.
-
-    Trainable weights are views of master buffers and sharded weights are managed by FSDP, so
-    neither can be replaced by a padded weight.
-    """
+    """Return True if padding must copy the weight in each forward pass."""
     return linear.is_sharded or (
         isinstance(linear.weight, nn.Parameter) and linear.weight.requires_grad
     )
@@ -194,11 +186,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Linear(config.patch_dim, config.hidden_size, bias=bias)
 
     def forward(self, patches_ND: Tensor) -> Tensor:
-        """Normalize uint8 patches and project them to [N, width].
-
-        Patches have the shape [N, channels x frames x patch x patch]. Without the frames, [N,
-        channels x patch x patch], they are repeated for all frames.
-        """
+        """Normalize uint8 patches and project them to [N, width]."""
         scale, mean, std = (
             self.normalization.rescale_factor,
             self.normalization.mean,
@@ -282,10 +270,6 @@ class PatchMerger(nn.Module):
         )
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Map patches [N, width] to features [M, out_width].
-
-        The patches of each merged square must be adjacent.
-        """
         hidden = single_output(self.mlp["0"](self.ln_q(x_ND).view(-1, self.merged_size)))
         return single_output(self.mlp["2"](F.gelu(hidden)))
 
@@ -333,7 +317,6 @@ def gemm_gelu_operands(linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> tuple[Ten
 
 
 def _is_tma_aligned(x: Tensor) -> bool:
-    """Return True if the rows of a matrix are aligned for TMA copies."""
     return x.stride(1) == 1 and x.stride(0) % ALIGNMENT == 0 and x.data_ptr() % 16 == 0
 
 

@@ -15,11 +15,7 @@ from finesight.model.fused_ops import swiglu
 
 
 def requires_host_sync(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return True if the matmuls of the experts synchronize the host with the device.
-
-    Without a grouped matmul, torch loops over the experts and reads their row counts from the
-    device, which prevents CUDA graphs.
-    """
+    """Return True if the matmuls of the experts synchronize the host with the device."""
     has_grouped_mm = dtype == torch.bfloat16 and device.type == "cuda"
     return not has_grouped_mm or torch.cuda.get_device_capability(device) < (9, 0)
 

@@ -27,7 +27,6 @@ class RotaryCosSin:
 
     @classmethod
     def from_angles(cls, angles_TF: Tensor, dtype: torch.dtype) -> RotaryCosSin:
-        """Compute cosines and sines of fp32 angles in radians, rounded once to `dtype`."""
         cos_TF, sin_TF = angles_TF.cos(), angles_TF.sin()
         cos_TD = torch.cat([cos_TF, cos_TF], -1)
         sin_TD = torch.cat([-sin_TF, sin_TF], -1)

@@ -91,11 +91,7 @@ def get_part(name: str) -> ModelPart:
 
 
 def configure_tuning(model: nn.Module, tune: TuneSettings, seed: int) -> None:
-    """Set `requires_grad` of every parameter and add LoRA adapters.
-
-    Adapters of a part with the mode `lora` cover its linear layers, filtered by
-    `tune.lora.target_modules`. Their initial values depend only on `seed` and the layer name.
-    """
+    """Set `requires_grad` of every parameter and add LoRA adapters."""
     assert not list(iter_adapters(model)), "the model already has adapters"
     tuning_modes = _tuning_modes(tune)
     _check_quantized_parts(model, tuning_modes)
@@ -178,10 +174,7 @@ def _is_target(name: str, target: str) -> bool:
 
 
 def _name_suffixes(names: Iterable[str]) -> list[str]:
-    """Return the distinct name suffixes of linear layers.
-
-    A suffix is the last component of the name, or the last two if the last one is a number.
-    """
+    """Return the distinct name suffixes of linear layers."""
     suffixes: dict[str, None] = {}
     for name in names:
         pieces = name.split(".")

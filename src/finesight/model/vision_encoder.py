@@ -133,7 +133,6 @@ class VisionEncoder(nn.Module):
     def build_segments(
         self, grid_thw: Sequence[GridTHW], device: torch.device
     ) -> tuple[Segments, ...]:
-        """Build the attention segments of each block on the device."""
         lengths_by_block = self.segment_lengths(grid_thw)
         segments_by_id = {
             id(block_lengths): Segments.from_lengths(block_lengths, device)
@@ -147,12 +146,10 @@ class VisionEncoder(nn.Module):
 
     @property
     def features_per_token(self) -> int:
-        """Number of features per merged patch square, K."""
         return 1 + len(self.deepstack_indexes)
 
     @property
     def min_grid(self) -> GridTHW:
-        """Patch grid of the smallest supported image: frames, rows, columns."""
         return 1, self.config.merge_size, self.config.merge_size
 
     @property
@@ -211,7 +208,6 @@ class VisionEncoder(nn.Module):
 
 
 def frame_lengths(grid_thw: Sequence[GridTHW]) -> tuple[int, ...]:
-    """Return the number of patches in each frame of each image or video."""
     return tuple(h * w for t, h, w in grid_thw for _ in range(t))
 
 

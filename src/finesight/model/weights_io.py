@@ -48,10 +48,7 @@ from finesight.model_folder import PICKLE_INDEX_FILE, PREPROCESSOR_DEFAULTS, Mod
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Header entry of a tensor in a safetensors file.
-
-    `name` is the published name of the tensor and `native_name` its name in the native model.
-    """
+    """Header entry of a tensor in a safetensors file."""
 
     file: Path
     name: str
@@ -61,14 +58,12 @@ class TensorHeader:
 
     @property
     def layer_name(self) -> str:
-        """Native name of the layer that owns the tensor."""
         return self.native_name.rpartition(".")[0]
 
 
 def read_headers(
     files: Sequence[Path], to_native_name: Callable[[str], str] = str
 ) -> list[TensorHeader]:
-    """Read the header entries of safetensors files."""
     headers = []
     for file in files:
         with open_safetensors(file) as weights:
@@ -220,12 +215,7 @@ _OWN_FILES = {DIGESTS_FILE, MANIFEST_FILE, _INDEX_FILE, PICKLE_INDEX_FILE, "conf
 
 @dataclass(frozen=True)
 class HubTensor:
-    """Tensor of the published model and its location in the native model.
-
-    `name` is the native name, which `Architecture.to_hub_name` maps to the published one. `data` is
-    a view of the parameter that holds the tensor, or part of a quantized matrix: fused linears hold
-    several tensors, and the patch embedding is flattened. `shape` is the published shape.
-    """
+    """Tensor of the published model and its location in the native model."""
 
     name: str
     data: Tensor | WeightTensorSpec
@@ -237,7 +227,6 @@ class HubTensor:
 
     @property
     def dtypes(self) -> Collection[str]:
-        """Dtypes that a file may have for this tensor, by their safetensors names."""
         return self.data.dtypes if isinstance(self.data, WeightTensorSpec) else SAFETENSORS_DTYPES
 
     @property
@@ -254,7 +243,6 @@ class HubTensor:
         return self.shape in (header.shape, (first, *others[::-1]) if len(others) == 2 else None)
 
     def load(self, values: Tensor) -> None:
-        """Load the values of a file tensor, and quantize them if the model requires it."""
         if isinstance(self.data, WeightTensorSpec):
             self.data.load(values)
         else:
@@ -373,10 +361,7 @@ def _find_transposed_experts(
 def _drop_zero_biases(
     headers: Sequence[TensorHeader], expected: Mapping[str, HubTensor]
 ) -> list[TensorHeader]:
-    """Remove the zero biases that AutoGPTQ adds to layers without a bias.
-
-    Raises UserError for a bias with other values.
-    """
+    """Remove the zero biases that AutoGPTQ adds to layers without a bias."""
     zero_biases = [
         t
         for t in headers
@@ -415,10 +400,7 @@ def stored_precision(folder: ModelFolder) -> str:
 def _check_tensors(
     headers: Sequence[TensorHeader], expected: Mapping[str, HubTensor], folder: Path
 ) -> None:
-    """Check that every expected tensor exists exactly once, and no others.
-
-    Only names, shapes and dtypes in the file headers are checked. Raises UserError.
-    """
+    """Check that every expected tensor exists exactly once, and no others."""
     unknown = [t for t in headers if t.native_name not in expected]
     if unknown:
         names = [t.name for t in unknown]
@@ -531,11 +513,7 @@ def _to_file_tensor(
 def copy_model_files(
     folder: ModelFolder, target: Path, dtype: torch.dtype, dropped_keys: Collection[str] = ()
 ) -> None:
-    """Copy config.json and other small files of a model folder to `target`.
-
-    The config is written with `dtype` and without `dropped_keys`. Weights, manifests and digests
-    are not copied.
-    """
+    """Copy config.json and other small files of a model folder to `target`."""
     for path in sorted(folder.path.iterdir()):
         is_copied = path.suffix in _COPIED_SUFFIXES or path.name.startswith(("LICENSE", "NOTICE"))
         source = folder.find_file(path.name) if is_copied else None

@@ -93,11 +93,7 @@ class WindowVisionEncoder(VisionEncoder):
 def window_order(
     grid: GridTHW, merge_size: int, window_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the order of merged patch squares by window, and the window sizes.
-
-    The squares of an image or video are sorted by frame, window and position in the window, each in
-    reading order. Windows at the right and bottom edges are smaller. Sizes are in squares.
-    """
+    """Return the order of merged patch squares by window, and the window sizes."""
     frames, height, width = grid[0], grid[1] // merge_size, grid[2] // merge_size
     frame, row, column = np.indices((frames, height, width)).reshape(3, -1)
     num_columns, num_rows = -(-width // window_size), -(-height // window_size)
@@ -108,7 +104,6 @@ def window_order(
 def build_vision_encoder(
     hf_config: ConfigReader, normalization: PixelNormalization
 ) -> VisionEncoder:
-    """Build the Qwen2.5-VL vision encoder from `vision_config`."""
     vision = hf_config.section("vision_config")
     vision.require_supported("hidden_act", "silu", ("silu",))
     config = parse_vision_config(vision)

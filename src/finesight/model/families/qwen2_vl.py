@@ -42,10 +42,6 @@ class Qwen2VisionMlp(FeedForward):
 def build_vision_encoder(
     hf_config: ConfigReader, normalization: PixelNormalization
 ) -> VisionEncoder:
-    """Build the Qwen2-VL vision encoder from `vision_config`.
-
-    In this family `hidden_size` is the width of the features and `embed_dim` that of the encoder.
-    """
     vision = hf_config.section("vision_config")
     vision.require_supported("hidden_act", "quick_gelu", ("quick_gelu",))
     intermediate_size = int(vision.get_int("embed_dim") * vision.get_float("mlp_ratio"))

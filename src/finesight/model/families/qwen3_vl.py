@@ -150,7 +150,6 @@ def interleaved_mrope_axes(sections: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def parse_qwen3_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
-    """Parse the Qwen3 decoder config from `text_config`."""
     text = get_text_config(hf_config)
     text.require_supported("attention_bias", False, (False,))
     get_rope_config(text).require_supported("mrope_interleaved", True, (True,))
@@ -165,7 +164,6 @@ def parse_qwen3_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
 def build_vision_encoder(
     hf_config: ConfigReader, normalization: PixelNormalization
 ) -> VisionEncoder:
-    """Build the Qwen3-VL vision encoder from `vision_config`."""
     vision = hf_config.section("vision_config")
     vision.require_supported("hidden_act", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
     config = parse_vision_config(vision)
@@ -194,7 +192,6 @@ ARCHITECTURE = Architecture(
 
 
 def parse_qwen3_moe_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
-    """Parse the config of the Qwen3 decoder with experts from `text_config`."""
     text = get_text_config(hf_config)
     text.require_supported("decoder_sparse_step", 1, (1,))
     text.require_supported("mlp_only_layers", (), ((), []))

@@ -39,12 +39,7 @@ MAX_NTK_DOUBLINGS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class QwenDecoderConfig(DecoderConfig):
-    """Config of the Qwen-7B decoder.
-
-    The base model was trained on sequences of `train_length` tokens. Beyond this length, the rotary
-    base grows with the sequence length (dynamic NTK), and queries are scaled by the logarithm of
-    their position (LogN).
-    """
+    """Config of the Qwen-7B decoder."""
 
     train_length: int
     use_dynamic_ntk: bool
@@ -195,16 +190,11 @@ def ntk_base(rope_theta: float, head_dim: int, num_doublings: int) -> float:
 
 
 def logn_scale(position_ids: Tensor, train_length: int) -> Tensor:
-    """Return the LogN scale of the query at each position.
-
-    The scale is log(n) / log(train_length) for positions beyond the training length and 1 up to it
-    (Bai et al. 2023, arXiv 2309.16609). It is computed in fp64.
-    """
+    """Return the LogN scale of the query at each position."""
     return ((position_ids + 1).double().log() / math.log(train_length)).clamp_min(1.0).float()
 
 
 def parse_qwen_decoder_config(hf_config: ConfigReader) -> QwenDecoderConfig:
-    """Parse the Qwen-7B decoder config from config.json."""
     hf_config.require_supported("rotary_pct", 1.0, (1.0,))
     hf_config.require_supported("no_bias", True, (True,))
     hf_config.require_supported("scale_attn_weights", True, (True,))
@@ -359,7 +349,6 @@ class AttentionPool(nn.Module):
 
     @torch.no_grad()
     def init_position_embeddings(self) -> None:
-        """Initialize the position embeddings with the values of published models."""
         num_queries, hidden_size = self.pos_embed.shape
         self.pos_embed.copy_(
             torch.from_numpy(sincos_positions(math.isqrt(num_queries), hidden_size))
@@ -475,7 +464,6 @@ def sincos_positions(grid_size: int, embedding_dim: int) -> NDArray[np.float32]:
 def build_vision_encoder(
     hf_config: ConfigReader, normalization: PixelNormalization
 ) -> QwenVisionEncoder:
-    """Build the vision encoder of the first Qwen-VL from `visual`."""
     visual = hf_config.section("visual")
     patch_size, out_hidden_size = visual.get_int("patch_size"), visual.get_int("output_dim")
     grid_size, pixel_rest = divmod(visual.get_int("image_size"), patch_size)

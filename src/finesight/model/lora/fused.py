@@ -75,7 +75,6 @@ class FusedLoraWeight:
             self.copies.append((lora_B_OR, target_OR))
 
     def matches(self, weight: Tensor, adapter: LoraLinear | None) -> bool:
-        """Return True if this is the fused weight of `weight` and an adapter."""
         copied = [id(lora_B_OR) for lora_B_OR, _ in self.copies]
         current = (
             [] if adapter is None else [id(lora_B_OR) for lora_B_OR in adapter.lora_B.values()]
@@ -188,7 +187,6 @@ class LoraMatmul:
 
     @property
     def is_trainable(self) -> bool:
-        """True if the base weight is trainable."""
         return isinstance(self.weight, Tensor) and self.weight.requires_grad
 
     @property
@@ -199,7 +197,6 @@ class LoraMatmul:
 
     @property
     def accepts_fp8_input(self) -> bool:
-        """True if the input of `forward` may be quantized to FP8."""
         return accepts_fp8_input(self.weight)
 
     @property
@@ -238,7 +235,6 @@ class LoraMatmul:
         ]
 
     def lora_backward(self, dy_TO: Tensor) -> Tensor | None:
-        """Compute the gradient of the LoRA activations; return None without an adapter."""
         grads = [dy @ lora_B_OR for dy, _, lora_B_OR in self._split_layers(dy_TO, None)]
         return torch.cat(grads, 1) if grads else None
 
@@ -268,6 +264,5 @@ class LoraMatmul:
 
 
 def _weight_grad(weight: Tensor, dy_TO: Tensor, x_TI: Tensor) -> Tensor:
-    """Compute a weight gradient, in its preallocated buffer if there is one."""
     buffer_OI = _GRADIENT_BUFFERS[-1](weight) if _GRADIENT_BUFFERS else None
     return torch.mm(dy_TO.T, x_TI, out=buffer_OI)

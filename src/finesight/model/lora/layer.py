@@ -226,11 +226,7 @@ def stacked_row_counts(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def find_adaptable_layers(model: nn.Module) -> dict[str, LinearRef]:
-    """Return the linear layers that support an adapter, by hub name without `.weight`.
-
-    The head and the patch embedding (published as a convolution) are excluded: the head is trained
-    fully or frozen (`tune.embeddings`), and the patch embedding is as small as an adapter.
-    """
+    """Return the linear layers that support an adapter, by hub name without `.weight`."""
     layers: dict[str, LinearRef] = {}
     for path, module in model.named_modules():
         if isinstance(module, FusedLinear) and not path.startswith(("lm_head", "visual.patch_")):
@@ -247,6 +243,5 @@ def iter_adapters(model: nn.Module) -> Iterator[tuple[str, FusedLinear, LoraLine
 
 
 def hub_name(path: str, output_name: str) -> str:
-    """Return the hub name of one layer of a fused linear, without `.weight`."""
     parent, dot, _ = path.rpartition(".")
     return f"{parent}{dot}{output_name}"

@@ -35,11 +35,7 @@ MAX_SHARD_BYTES = 5e9
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> int:
-    """Merge all LoRA adapters of a model into its weights and remove them.
-
-    The sum of weight and `scale * B A` is computed in fp32 and rounded once to the weight's dtype.
-    Returns the number of merged layers.
-    """
+    """Merge all LoRA adapters of a model into its weights and remove them."""
     num_merged = 0
     for path, linear, adapter in list(iter_adapters(model)):
         assert isinstance(linear.weight, nn.Parameter), (
@@ -146,11 +142,7 @@ def save_merged_model(
     manifest: Manifest | None,
     max_shard_bytes: float = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a merged model with config and tokenizer files to the empty folder `folder`.
-
-    `manifest` describes the run of the adapter. It is copied, so that inference uses the same
-    prompts, but without the local path of the base model.
-    """
+    """Write a merged model with config and tokenizer files to the empty folder `folder`."""
     save_model(model, base_folder, folder, dtype, max_shard_bytes)
     if manifest is not None:
         named = manifest.model_copy(update={"base": public_model_name(manifest.base_model)})
@@ -182,7 +174,6 @@ def _write_pixel_limits(folder: Path, pixel_range: PixelRange) -> None:
 
 
 def _with_pixel_limits(settings: dict[str, Any], pixel_range: PixelRange) -> dict[str, Any]:
-    """Return image settings with these pixel limits."""
     limited = settings | {
         "min_pixels": pixel_range.min_pixels,
         "max_pixels": pixel_range.max_pixels,

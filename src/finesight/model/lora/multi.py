@@ -44,14 +44,12 @@ class LoraRouting:
         return slice(start, start + scales_NS.shape[1])
 
     def build_mask(self, adapter_index: int | None) -> Tensor:
-        """Return the one-hot mask [1, N] that selects an adapter, or zeros for None."""
         mask_1N = torch.zeros(1, self.num_adapters, dtype=torch.float32)
         if adapter_index is not None:
             mask_1N[0, adapter_index] = 1
         return mask_1N.to(self._device)
 
     def set_mask(self, mask_TN: Tensor) -> None:
-        """Select the adapter of each token of the next forward pass."""
         self.rank_scales_TX = mask_TN @ self._scales_NX
 
 
@@ -103,11 +101,9 @@ class MultiLoraLinear(nn.Module):
 
     @property
     def rank_scales_TS(self) -> Tensor:
-        """LoRA scale of each rank for each token of the next forward pass."""
         return self._routing.rank_scales_TX[:, self._routing_slice]
 
     def scale_activations(self, low_TS: Tensor) -> Tensor:
-        """Multiply LoRA activations by the scale of each rank, without changing their dtype."""
         return (low_TS * self.rank_scales_TS).to(low_TS.dtype)
 
     def add_delta(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
@@ -118,7 +114,6 @@ class MultiLoraLinear(nn.Module):
     def forward(
         self, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Compute the base product plus LoRA deltas, [..., I] to one [..., O] per layer."""
         x_TI = x.reshape(-1, x.shape[-1])
         low_TS = self.scale_activations(F.linear(x_TI, self.lora_A_SI))
         lora_Bs_OS = torch.split(self.lora_B_OS, list(self._output_sizes))

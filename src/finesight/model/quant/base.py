@@ -77,12 +77,10 @@ class QuantizedMatrix(nn.Module, ABC):
         self.quantize_values(values_OI)
 
     def quantize_values(self, values_OI: Tensor) -> None:
-        """Quantize a dense matrix of the right shape."""
         for rows in self._row_chunks():
             self.quantize_rows(rows, values_OI[rows].to(self.device).float())
 
     def quantize_rows(self, rows: slice, values_RI: Tensor) -> None:
-        """Quantize a range of rows, [R, I] in fp32."""
         raise NotImplementedError
 
     def dequantize_rows(self, rows: slice) -> Tensor:
@@ -159,10 +157,7 @@ class _QuantizedMatmul(torch.autograd.Function):
 
 
 class QuantizedWeight(nn.Module):
-    """Quantized weight of a fused linear, with one matrix per layer.
-
-    `dtype` is the compute dtype, which is also that of bias and adapter.
-    """
+    """Quantized weight of a fused linear, with one matrix per layer."""
 
     def __init__(self, matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) -> None:
         super().__init__()
@@ -182,7 +177,6 @@ class QuantizedWeight(nn.Module):
         return sum(matrix.num_elements for matrix in self.matrices)
 
     def dequantize(self) -> Tensor:
-        """Return the dequantized matrices of all layers, concatenated."""
         matrices = [*self.dequantize_layers()]
         return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
@@ -202,15 +196,12 @@ class QuantizedWeight(nn.Module):
             dx_TI.addmm_(dy_TO, w_OI)
 
     def linear_concat(self, x_TI: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias of all layers concatenated, without autograd."""
         return F.linear(x_TI, self.dequantize(), bias)
 
     def linear_concat_backward(self, dy_TO: Tensor) -> Tensor:
-        """Compute dy W, the input gradient for the concatenated output gradients."""
         return dy_TO @ self.dequantize()
 
     def split_bias(self, bias: Tensor | None) -> Sequence[Tensor | None]:
-        """Split a bias by layer; None values without a bias."""
         sizes = [matrix.out_features for matrix in self.matrices]
         return [None] * len(sizes) if bias is None else torch.split(bias, sizes)
 

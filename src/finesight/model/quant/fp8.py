@@ -36,10 +36,7 @@ if HAS_TRITON:
 
 
 class Fp8Matrix(RowwiseMatrix):
-    """FP8 matrix (e4m3, three mantissa bits).
-
-    The error of an element is at most a sixteenth of it or 2^-10 of the scale, whichever is larger.
-    """
+    """FP8 matrix (e4m3, three mantissa bits)."""
 
     code_dtype = torch.float8_e4m3fn
     max_code = 448.0
@@ -87,17 +84,12 @@ class Fp8Rows(NamedTuple):
 
 
 def empty_fp8_rows(x_TI: Tensor) -> Fp8Rows:
-    """Allocate FP8 rows with the shape of a tensor."""
     scales_T1 = x_TI.new_empty(len(x_TI), 1, dtype=torch.float32)
     return Fp8Rows(x_TI.new_empty(x_TI.shape, dtype=FP8_DTYPE), scales_T1)
 
 
 def quantize_fp8(x_TI: Tensor, column_scales_I: Tensor | None = None) -> Fp8Rows:
-    """Quantize the rows of a tensor to FP8, optionally after scaling its columns.
-
-    The error of an element is at most a sixteenth of it or 2^-10 of the row's scale, whichever is
-    larger. Rows with non-finite elements become NaN.
-    """
+    """Quantize the rows of a tensor to FP8, optionally after scaling its columns."""
     if HAS_TRITON and x_TI.is_cuda:
         return Fp8Rows(
             *fp8_kernels.quantize_fp8_rows(x_TI, column_scales_I, FP8_DTYPE, FP8_MAX, MIN_AMAX)
@@ -182,7 +174,6 @@ class Fp8Weight(QuantizedWeight):
         return self._forward_codes
 
     def _transpose(self) -> _ScaledCodes:
-        """Return the transposed codes [I, O] with unit scales for the backward pass."""
         if self.backward_codes is None:
             codes_IO = self._concatenate().codes.t().contiguous()
             self.backward_codes = _ScaledCodes(
@@ -216,7 +207,6 @@ class Fp8Weight(QuantizedWeight):
         return fp8_linear(rows, *self._concatenate(), bias, dtype)
 
     def _to_fp8_rows(self, x_TI: Tensor | Fp8Rows) -> tuple[Fp8Rows, torch.dtype]:
-        """Quantize the input to FP8 and return it with the output dtype."""
         if isinstance(x_TI, Fp8Rows):
             return x_TI, self.dtype
         return quantize_fp8(x_TI), x_TI.dtype

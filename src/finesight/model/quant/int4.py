@@ -131,7 +131,6 @@ class Int4Matrix(Packed4BitMatrix):
         return torch.empty_like(values_RI).index_copy_(1, self.permutation_I.long(), values_RI)
 
     def _expand_groups(self, values: Tensor) -> Tensor:
-        """Repeat the values of each group for all inputs of the group."""
         return values.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
 
     def supports_kernels(self) -> bool:
@@ -161,11 +160,7 @@ class Int4Matrix(Packed4BitMatrix):
 
 
 class RtnInt4Matrix(Int4Matrix):
-    """INT4 matrix [O, I] rounded to nearest while loading, with about 4.38 bits per element.
-
-    The 16 codes of a group cover the range from its minimum to its maximum, including zero. The
-    error of an element is at most half a scale, plus the fp16 rounding of the scale.
-    """
+    """INT4 matrix [O, I] rounded to nearest while loading, with about 4.38 bits per element."""
 
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__(

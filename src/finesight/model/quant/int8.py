@@ -75,10 +75,7 @@ class RowwiseMatrix(QuantizedMatrix):
 
 
 class Int8Matrix(RowwiseMatrix):
-    """INT8 matrix with codes from -127 to 127.
-
-    The error of an element is at most half a scale, 1/254 of the largest magnitude in its row.
-    """
+    """INT8 matrix with codes from -127 to 127."""
 
     code_dtype = torch.int8
     max_code = 127.0

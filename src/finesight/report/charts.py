@@ -394,14 +394,14 @@ def _build_primary_metric_chart(run_record: RunRecord) -> Chart | None:
 
 
 def _build_lr_series(run_record: RunRecord) -> list[ChartSeries]:
-    """Return the learning rate of each part of the model. Parts with equal rates share a line."""
-    rates = [
+    """Return the learning rate of each part of the model. Parts with equal values share a line."""
+    values = [
         (line.get("step"), line["lr"])
         for line in run_record.steps
         if isinstance(line.get("lr"), dict)
     ]
     parts_by_line: dict[tuple[Point, ...], list[str]] = {}
-    for part in dict.fromkeys(part for _, lr_by_part in rates for part in lr_by_part):
-        points = filter_finite((step, lr_by_part.get(part)) for step, lr_by_part in rates)
+    for part in dict.fromkeys(part for _, lr_by_part in values for part in lr_by_part):
+        points = filter_finite((step, lr_by_part.get(part)) for step, lr_by_part in values)
         parts_by_line.setdefault(tuple(points), []).append(part)
     return [ChartSeries(", ".join(parts), points) for points, parts in parts_by_line.items()]

@@ -246,17 +246,8 @@ _DIFFERENCES: TypeAdapter[list[MetricDifference]] = TypeAdapter(list[MetricDiffe
 def _build_examples_context(run_record: RunRecord, examples: ExampleSet) -> dict[str, Any]:
     """Return the template values of the examples section."""
     kind_labels = KIND_LABELS if examples.is_paired else UNPAIRED_KIND_LABELS
+    labels = {kind: translate(label) for kind, label in kind_labels.items()}
     displayed_counts = Counter(example.kind for example in examples.displayed)
-    return {
-        "examples": examples,
-        "kind_labels": [(kind, translate(label)) for kind, label in kind_labels.items()],
-        "displayed_counts": {kind: displayed_counts[kind] for kind in EXAMPLE_KINDS},
-        "examples_note": _describe_examples(examples, kind_labels),
-    }
-
-
-def _describe_examples(examples: ExampleSet, kind_labels: dict[str, str]) -> str:
-    """Describe how examples are classified, and how many are not displayed."""
     text = "{:,} validation samples."
     if examples.metric and examples.is_paired:
         text = (
@@ -266,19 +257,23 @@ def _describe_examples(examples: ExampleSet, kind_labels: dict[str, str]) -> str
     elif examples.metric:
         text = "{:,} validation samples, classified by {}: the maximum is correct."
     note = translate(text, examples.total, format_metric_name(examples.metric))
-    hidden_texts = [
-        translate("{:,} {}", count, translate(kind_labels[kind]))
-        for kind, count in examples.count_hidden().items()
-    ]
-    text = " Not on this page: {}. The run folder contains all of them."
-    return note + (translate(text, summary.join_words(hidden_texts)) if hidden_texts else "")
+    hidden = examples.count_hidden()
+    if hidden:
+        hidden_texts = [translate("{:,} {}", count, labels[kind]) for kind, count in hidden.items()]
+        text = " Not on this page: {}. The run folder contains all of them."
+        note += translate(text, summary.join_words(hidden_texts))
+    return {
+        "examples": examples,
+        "kind_labels": list(labels.items()),
+        "displayed_counts": {kind: displayed_counts[kind] for kind in EXAMPLE_KINDS},
+        "examples_note": note,
+    }
 
 
 def _build_summary_context(run_record: RunRecord, question: str) -> dict[str, Any]:
     """Return the template values of the summary, cost, data and command sections."""
     return {
         "summary": summary.summarize_run(run_record),
-        "param_rows": list(map(_build_param_row, run_record.param_changes or ())),
         "phases": summary.compute_phases(run_record),
         "cost_items": summary.summarize_cost(run_record),
         "remarks": summary.list_remarks(run_record),
@@ -286,30 +281,6 @@ def _build_summary_context(run_record: RunRecord, question: str) -> dict[str, An
         "commands": summary.list_commands(run_record, question),
         "versions": summary.list_versions(run_record),
         "checksums": summary.list_checksums(run_record),
-    }
-
-
-def _build_param_row(line: JsonObject) -> dict[str, Any]:
-    """Return a formatted row of the parameter audit, for one part of the model."""
-    is_trained, num_changed = bool(line.get("is_trained")), int(line.get("num_changed") or 0)
-    num_with_grad = int(line.get("num_with_grad") or 0)
-    relative_change = line.get("relative_change") if is_trained else None
-    is_expected = bool(num_changed and num_with_grad) if is_trained else not num_changed
-    check_texts = {
-        (True, True): translate("yes: {:,} tensors with gradients", num_with_grad),
-        (True, False): translate("no: trainable but not updated"),
-        (False, True): translate("yes: bitwise unchanged"),
-        (False, False): translate("no: frozen but changed"),
-    }
-    return {
-        "name": str(line.get("part")),
-        "is_trained": is_trained,
-        "num_tensors": f"{int(line.get('num_tensors') or 0):,}",
-        "num_params": f"{int(line.get('num_params') or 0):,}",
-        "num_changed": f"{num_changed:,}",
-        "relative_change": "" if relative_change is None else f"{100 * relative_change:.3g} %",
-        "is_expected": is_expected,
-        "check_text": check_texts[is_trained, is_expected],
     }
 
 

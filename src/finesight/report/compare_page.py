@@ -36,15 +36,10 @@ from finesight.report.examples import MAX_SCORES, ExampleDataBuilder, ExampleSet
 from finesight.report.html import FormulaConverter, render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.report.metrics import (
+    TEMPLATE_FUNCTIONS,
     VALIDATION_LOSS,
-    VERDICT_TEXTS,
-    describe_metric,
-    format_change,
-    format_change_interval,
-    format_interval,
     format_metric_name,
     format_notes,
-    format_value,
     read_metrics,
 )
 from finesight.report.run_reader import RunRecord, as_object, list_image_folders
@@ -272,9 +267,7 @@ def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLE
         title=translate("Comparison of {} runs", len(runs)),
         runs=runs,
         labels=labels,
-        model_names=[
-            summary.get_model_name(run.run_record) if run.run_record else "" for run in runs
-        ],
+        get_model_name=summary.get_model_name,
         metric_rows=comparison.metric_rows,
         warnings=comparison.warnings,
         config_diff=diff_configs(runs),
@@ -287,13 +280,7 @@ def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLE
         note=_describe_selection(samples),
         metric_name=format_metric_name(samples.metric) or translate("score"),
         notes=format_notes(iter_notes(comparison.metric_rows)),
-        describe_metric=describe_metric,
-        verdict_texts={kind: translate(text) for kind, text in VERDICT_TEXTS.items()},
-        format_value=format_value,
-        format_metric_name=format_metric_name,
-        format_interval=format_interval,
-        format_change=format_change,
-        format_change_interval=format_change_interval,
+        **TEMPLATE_FUNCTIONS,
     )
 
 

@@ -114,8 +114,13 @@ class MetricChange(ABC):
             return ""
         if self.change == 0:
             return "same"
-        difference_verdict = self.difference.verdict
-        return difference_verdict if difference_verdict in ("better", "worse") else "unsure"
+        verdict = self.difference.verdict
+        return "unsure" if verdict == "no clear change" else verdict
+
+    @property
+    def verdict_text(self) -> str:
+        """Translated verdict on the difference."""
+        return translate(VERDICT_TEXTS[self.verdict])
 
 
 @dataclass(frozen=True)
@@ -138,16 +143,6 @@ class MetricRow(MetricChange):
     def change(self) -> float | None:
         """Value after training minus value before."""
         return None if self.before is None or self.after is None else self.after - self.before
-
-    @property
-    def description(self) -> str:
-        """Translated description of the metric, and whether lower or higher is better."""
-        return describe_metric(self.name)
-
-    @property
-    def verdict_text(self) -> str:
-        """Translated verdict on the difference."""
-        return translate(VERDICT_TEXTS[self.verdict])
 
 
 def build_metric_rows(
@@ -292,3 +287,17 @@ def format_interval(interval: IntervalBounds | None) -> str:
 def format_bound(value: float) -> str:
     """Format one bound of a confidence interval."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+TEMPLATE_FUNCTIONS = {
+    function.__name__: function
+    for function in (
+        describe_metric,
+        format_change,
+        format_change_interval,
+        format_interval,
+        format_metric_name,
+        format_value,
+    )
+}
+"""Functions of this module that page templates use."""

@@ -29,12 +29,10 @@ from finesight.report.examples import (
 from finesight.report.html import FormulaConverter, render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.report.metrics import (
+    TEMPLATE_FUNCTIONS,
     VALIDATION_LOSS,
     build_metric_rows,
     describe_change,
-    format_change,
-    format_change_interval,
-    format_interval,
     format_metric_name,
     format_notes,
     format_value,
@@ -164,7 +162,9 @@ def render_run_page(
         report_command=summary.format_command("report", str(run_record.folder)),
         **_build_result_context(run_record, evaluations),
         **_build_examples_context(run_record, examples),
-        **_build_summary_context(run_record, questions[0] if questions else ""),
+        **TEMPLATE_FUNCTIONS,
+        summary=summary,
+        example_question=questions[0] if questions else "",
     )
 
 
@@ -188,11 +188,6 @@ def _build_result_context(
         "has_intervals": has_intervals,
         "notes": format_notes((row.name, note) for row in metric_rows for note in row.notes),
         **_build_details(evaluations[-1] if evaluations else {}),
-        "format_value": format_value,
-        "format_metric_name": format_metric_name,
-        "format_interval": format_interval,
-        "format_change": format_change,
-        "format_change_interval": format_change_interval,
     }
 
 
@@ -267,20 +262,6 @@ def _build_examples_context(run_record: RunRecord, examples: ExampleSet) -> dict
         "kind_labels": list(labels.items()),
         "displayed_counts": {kind: displayed_counts[kind] for kind in EXAMPLE_KINDS},
         "examples_note": note,
-    }
-
-
-def _build_summary_context(run_record: RunRecord, question: str) -> dict[str, Any]:
-    """Return the template values of the summary, cost, data and command sections."""
-    return {
-        "summary": summary.summarize_run(run_record),
-        "phases": summary.compute_phases(run_record),
-        "cost_items": summary.summarize_cost(run_record),
-        "remarks": summary.list_remarks(run_record),
-        "skipped_groups": summary.list_skipped_samples(run_record),
-        "commands": summary.list_commands(run_record, question),
-        "versions": summary.list_versions(run_record),
-        "checksums": summary.list_checksums(run_record),
     }
 
 

@@ -34,8 +34,7 @@ from finesight.evaluate.eval_case import (
     MetricValues,
     mean_metrics,
 )
-from finesight.manifest import MANIFEST_FILE
-from finesight.run_files import RECIPE_FILE
+from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
 from finesight.storage import append_line, make_folder
 
 METRIC_COPY_FILE = "metric.py"

@@ -22,6 +22,10 @@ def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 3.4e38
 
 
+def _is_int(value: object, minimum: int) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= MAX_INT
+
+
 class ConfigReader:
     """Typed access to the keys of a JSON config.
 
@@ -60,7 +64,7 @@ class ConfigReader:
     def get_int(self, key: str, default: int | None = None) -> int:
         """Return an integer from 1 to MAX_INT, or `default` if the key is missing."""
         value = self._get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_INT:
+        if not _is_int(value, 1):
             self.raise_invalid(key, f"an integer from 1 to {MAX_INT}")
         return value
 
@@ -82,24 +86,16 @@ class ConfigReader:
         value = self._values.get(key)
         if not isinstance(value, list | tuple):
             self.raise_invalid(key, "a list of integers")
-        ints = tuple(
-            item
-            for item in value
-            if isinstance(item, int) and not isinstance(item, bool) and 0 <= item <= MAX_INT
-        )
-        if len(ints) != len(value):
+        if not all(_is_int(item, 0) for item in value):
             self.raise_invalid(key, f"a list of integers from 0 to {MAX_INT}")
-        return ints
+        return tuple(value)
 
     def get_floats(self, key: str, length: int) -> tuple[float, ...]:
         """Return the list of `length` finite floats stored under `key`."""
         value = self._values.get(key)
-        if not isinstance(value, list | tuple) or len(value) != length:
+        if not isinstance(value, list | tuple) or [*map(_is_number, value)] != [True] * length:
             self.raise_invalid(key, f"a list of {length} values")
-        floats = tuple(float(item) for item in value if _is_number(item))
-        if len(floats) != length:
-            self.raise_invalid(key, f"a list of {length} values")
-        return floats
+        return tuple(map(float, value))
 
     def get_str(self, key: str) -> str:
         value = self._values.get(key)
@@ -228,10 +224,8 @@ def parse_decoder_config(
     sections = rope.get_ints("mrope_section")
     if head_dim is None:
         if hidden_size % num_heads or (hidden_size // num_heads) % 2:
-            text.raise_invalid(
-                "num_attention_heads",
-                f"a divisor of hidden_size {hidden_size} with an even quotient",
-            )
+            expected = f"a divisor of hidden_size {hidden_size} with an even quotient"
+            text.raise_invalid("num_attention_heads", expected)
         head_dim = hidden_size // num_heads
         text.require_supported("head_dim", None, (None, head_dim))
     if num_heads % num_kv_heads:
@@ -242,6 +236,8 @@ def parse_decoder_config(
         rope.raise_invalid(
             "mrope_section", "sections that can be interleaved, with the first as the longest"
         )
+    # The top-level value takes precedence: the config class of the text part has another default.
+    tied = text.get_bool("tie_word_embeddings", False)
     return DecoderConfig(
         vocab_size=text.get_int("vocab_size"),
         hidden_size=hidden_size,
@@ -255,11 +251,7 @@ def parse_decoder_config(
         rope_theta=(rope if rope.has("rope_theta") else text).get_float("rope_theta"),
         mrope_axes=mrope_axes(sections),
         max_position_embeddings=text.get_int("max_position_embeddings", 32768),
-        # The top-level value takes precedence: the config class of the text part has another
-        # default.
-        tie_word_embeddings=hf_config.get_bool(
-            "tie_word_embeddings", text.get_bool("tie_word_embeddings", False)
-        ),
+        tie_word_embeddings=hf_config.get_bool("tie_word_embeddings", tied),
     )
 
 
@@ -281,14 +273,12 @@ def parse_vision_config(
     intermediate_size: int | None = None,
 ) -> VisionConfig:
     """Parse the vision encoder config."""
-    if intermediate_size is None:
-        intermediate_size = vision.get_int("intermediate_size")
     rope_theta = 10000.0
     if vision.has("rope_parameters"):
         rope_theta = vision.section("rope_parameters").get_float("rope_theta", rope_theta)
     config = VisionConfig(
         hidden_size=vision.get_int(hidden_size_key),
-        intermediate_size=intermediate_size,
+        intermediate_size=intermediate_size or vision.get_int("intermediate_size"),
         num_layers=vision.get_int("depth"),
         num_heads=vision.get_int("num_heads"),
         out_hidden_size=vision.get_int(out_hidden_size_key),
@@ -313,10 +303,9 @@ def parse_pixel_normalization(
     """Parse the pixel normalization from preprocessor_config.json."""
     preprocessor.require_supported("do_normalize", True, (True,))
     preprocessor.require_supported("do_rescale", True, (True,))
-    if min(preprocessor.get_floats("image_std", num_channels)) <= 0:
+    std = preprocessor.get_floats("image_std", num_channels)
+    if min(std) <= 0:
         preprocessor.raise_invalid("image_std", f"a list of {num_channels} positive values")
-    return PixelNormalization(
-        rescale_factor=preprocessor.get_float("rescale_factor", 1 / 255),
-        mean=preprocessor.get_floats("image_mean", num_channels),
-        std=preprocessor.get_floats("image_std", num_channels),
-    )
+    rescale_factor = preprocessor.get_float("rescale_factor", 1 / 255)
+    mean = preprocessor.get_floats("image_mean", num_channels)
+    return PixelNormalization(rescale_factor, mean, std)

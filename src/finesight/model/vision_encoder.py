@@ -5,12 +5,10 @@ Shapes: N patches, D hidden size, M merged patch squares, K features of each.
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,56 +22,8 @@ from finesight.model.layers import PatchEmbed, num_checkpointed_layers, run_laye
 from finesight.model.rope import compute_vision_rope
 from finesight.vision.patches import GridTHW
 
-Given = ParamSpec("Given")
-
-Arrays = TypeVar("Arrays", bound=NDArray[Any] | tuple[NDArray[Any], ...])
-
-CACHE_BYTES = 64 << 20
-"""Default memory limit of one cached function, in bytes: enough for the results of hundreds of
-image sizes with a thousand tokens each."""
-
-
-def array_cache(
-    max_bytes: int = CACHE_BYTES,
-) -> Callable[[Callable[Given, Arrays]], Callable[Given, Arrays]]:
-    """Cache the arrays that a function returns, keyed by its arguments.
-
-    The least recently used results are evicted when the cached arrays exceed `max_bytes` in total;
-    `functools.lru_cache` limits only the number of results. Callers share the arrays and must not
-    modify them.
-    """
-
-    def decorate(function: Callable[Given, Arrays]) -> Callable[Given, Arrays]:
-        results: OrderedDict[Hashable, Arrays] = OrderedDict()
-        lock, cached_bytes = threading.Lock(), 0
-
-        @functools.wraps(function)
-        def cached(*args: Given.args, **kwargs: Given.kwargs) -> Arrays:
-            nonlocal cached_bytes
-            key = (args, tuple(kwargs.items()))
-            with lock:
-                if key in results:
-                    results.move_to_end(key)
-                    return results[key]
-            result = function(*args, **kwargs)
-            with lock:
-                if key not in results:
-                    results[key] = result
-                    cached_bytes += _bytes(result)
-                while cached_bytes > max_bytes:
-                    cached_bytes -= _bytes(results.popitem(last=False)[1])
-            return result
-
-        return cached
-
-    return decorate
-
-
-def _bytes(arrays: NDArray[Any] | tuple[NDArray[Any], ...]) -> int:
-    return (
-        arrays.nbytes if isinstance(arrays, np.ndarray) else sum(array.nbytes for array in arrays)
-    )
-
+MAX_CACHED_GRIDS = 128
+"""Number of image sizes whose patch indices are cached. Callers must not modify the arrays."""
 
 ItemT = TypeVar("ItemT")
 
@@ -93,7 +43,7 @@ class VisionEncoder(nn.Module):
 
     supports_cuda_graphs = False
     """True if training steps can capture the encoder as a CUDA graph (see
-    `train.graph_vision_buffers`). This requires that only the patch layout depends on image sizes:
+    `train.graph_buffers`). This requires that only the patch layout depends on image sizes:
     position embeddings ignore the grids, and segments are frames or windows."""
 
     def __init__(
@@ -216,7 +166,7 @@ def unique_objects(objects: Iterable[ItemT]) -> list[ItemT]:
     return [*{id(item): item for item in objects}.values()]
 
 
-@array_cache()
+@lru_cache(maxsize=MAX_CACHED_GRIDS)
 def patch_coordinates(grid: GridTHW, merge_size: int) -> NDArray[np.int32]:
     """Return row and column of each patch, [M, merge x merge, 2].
 

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finesight.config import WeightFormat
-from finesight.digests import DIGESTS_FILE, verify_folder
 from finesight.errors import UserError
 from finesight.manifest import MANIFEST_FILE
 from finesight.model.config import ConfigReader
@@ -31,6 +30,7 @@ from finesight.model.quant.base import (
     QuantizedWeight,
     WeightTensorSpec,
     find_quantized_weights,
+    split_outputs,
 )
 from finesight.model.quant.fp8 import FP8_ALIGNMENT, Fp8Matrix, Fp8Weight
 from finesight.model.quant.int4 import RtnInt4Matrix, gptq_group_size, quantize_gptq_layers
@@ -44,6 +44,7 @@ from finesight.model.vlm import (
     raise_on_failed_allocation,
 )
 from finesight.model_folder import PICKLE_INDEX_FILE, PREPROCESSOR_DEFAULTS, ModelFolder
+from finesight.storage import DIGESTS_FILE, verify_folder
 
 
 @dataclass(frozen=True)
@@ -279,7 +280,7 @@ def _linear_tensors(path: str, linear: FusedLinear) -> Iterator[HubTensor]:
         if isinstance(weight, QuantizedWeight)
         else torch.split(weight.detach(), sizes)
     )
-    biases = [None] * len(sizes) if bias is None else torch.split(bias.detach(), sizes)
+    biases = split_outputs(None if bias is None else bias.detach(), sizes)
     for output, layer_weight, layer_bias in zip(linear.output_sizes, weights, biases, strict=True):
         layer = hub_name(path, output)
         if isinstance(layer_weight, QuantizedMatrix):

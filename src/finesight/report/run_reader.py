@@ -14,12 +14,22 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from finesight import bounded_files, run_files
-from finesight.bounded_files import MAX_LINE_BYTES, parse_json, read_text
-from finesight.bounded_yaml import load_yaml
-from finesight.digests import DIGESTS_FILE
+from finesight import bounded_files
+from finesight.bounded_files import MAX_LINE_BYTES, load_yaml, parse_json, read_text
 from finesight.errors import UserError
-from finesight.manifest import MANIFEST_FILE
+from finesight.manifest import (
+    ADAPTER_FOLDER,
+    CHECKPOINTS_FOLDER,
+    MANIFEST_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    PARAM_AUDIT_FILE,
+    PREDICTIONS_FOLDER,
+    RECIPE_FILE,
+    RESULT_FILE,
+    SKIPPED_SAMPLES_FILE,
+)
+from finesight.storage import DIGESTS_FILE
 
 JsonObject = dict[str, Any]
 """JSON object of a run: a record of a step, an evaluation or a prediction."""
@@ -93,7 +103,7 @@ class RunRecord:
 
         The order is: before training, during training by step, after training.
         """
-        folder = self.folder / run_files.PREDICTIONS_FOLDER
+        folder = self.folder / PREDICTIONS_FOLDER
         paths = {path.stem: path for path in folder.glob("*.jsonl") if path.is_file()}
         interim_names = [name for name in paths if name.removeprefix("step-").isdecimal()]
         interim_names.sort(key=lambda name: (int(name.removeprefix("step-")), name))
@@ -114,13 +124,13 @@ def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
             remedy="Use the output directory of a run.",
         )
     reader = _RunFolderReader(folder)
-    lines = [_drop_invalid_values(line) for line in reader.read_lines(run_files.METRICS_FILE)]
+    lines = [_drop_invalid_values(line) for line in reader.read_lines(METRICS_FILE)]
     lines = [line for line in lines if line.get("step") is not None]
     events = [line for line in lines if line.get("started_at") or line.get("ended_at")]
-    reader.record_irregular_files(run_files.PREDICTIONS_FOLDER)
-    param_changes = reader.read_json(run_files.PARAM_AUDIT_FILE)
-    text = reader.read_text(run_files.RECIPE_FILE) or ""
-    result = _drop_invalid_values(as_object(reader.read_json(run_files.RESULT_FILE)))
+    reader.record_irregular_files(PREDICTIONS_FOLDER)
+    param_changes = reader.read_json(PARAM_AUDIT_FILE)
+    text = reader.read_text(RECIPE_FILE) or ""
+    result = _drop_invalid_values(as_object(reader.read_json(RESULT_FILE)))
     for name in ("before", "after"):
         if result.get(name) is not None:
             result[name] = _drop_invalid_values(result[name])
@@ -133,7 +143,7 @@ def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
         evaluations=[line for line in lines if "validation_loss" in line],
         starts=[line for line in lines if line.get("started_at")],
         vision_cache_builds=[line for line in lines if "vision_cache_s" in line],
-        skipped_samples=list(reader.read_lines(run_files.SKIPPED_SAMPLES_FILE)),
+        skipped_samples=list(reader.read_lines(SKIPPED_SAMPLES_FILE)),
         param_changes=[_drop_invalid_values(as_object(row)) for row in param_changes]
         if isinstance(param_changes, list)
         else None,
@@ -225,7 +235,7 @@ class _RunFolderReader:
         try:
             return as_object(load_yaml(text))
         except yaml.YAMLError:
-            self.unreadable_files.append(run_files.RECIPE_FILE)
+            self.unreadable_files.append(RECIPE_FILE)
             return {}
 
     def read_lines(self, name: str) -> Iterator[JsonObject]:
@@ -252,17 +262,17 @@ class _RunFolderReader:
         """Return the SHA-256 digests of the trained weights by path in the run directory."""
         return {
             f"{part}/{name}": str(value)
-            for part in (run_files.ADAPTER_FOLDER, run_files.MODEL_FOLDER)
+            for part in (ADAPTER_FOLDER, MODEL_FOLDER)
             for name, value in as_object(self.read_json(f"{part}/{DIGESTS_FILE}")).items()
             if name.endswith(".safetensors")
         }
 
     def read_checkpoint_identity(self) -> JsonObject:
         """Return the fingerprints of data and base model in the newest checkpoint."""
-        checkpoints = self._folder / run_files.CHECKPOINTS_FOLDER
+        checkpoints = self._folder / CHECKPOINTS_FOLDER
         step_texts = [path.name.removeprefix("step-") for path in checkpoints.glob("step-*")]
         steps = sorted(int(step_text) for step_text in step_texts if step_text.isdecimal())
         if not steps:
             return {}
-        state_file = f"{run_files.CHECKPOINTS_FOLDER}/step-{steps[-1]}/state.json"
+        state_file = f"{CHECKPOINTS_FOLDER}/step-{steps[-1]}/state.json"
         return as_object(as_object(self.read_json(state_file)).get("identity"))

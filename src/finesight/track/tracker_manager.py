@@ -23,7 +23,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from finesight.bounded_files import read_bytes
 from finesight.config import Recipe, TrackerKind, TrackerSettings
 from finesight.errors import TrainingInterrupted, UserError
-from finesight.run_files import TRACKING_FOLDER
+from finesight.manifest import TRACKING_FOLDER
 from finesight.storage import write_file
 from finesight.track.backends import TRACKERS
 from finesight.track.tracker_records import (

@@ -20,6 +20,7 @@ from gptq_fixtures import (
     write_quantized_model,
 )
 from hf_reference import max_relative_error
+from lora_fixtures import merge_to_folder
 from safetensors.torch import load_file
 from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
@@ -30,7 +31,6 @@ from finesight.encode.packing import PackedBatch, pack
 from finesight.errors import UserError
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora.layer import LoraConfig, LoraLinear, iter_adapters
-from finesight.model.lora.merge import merge_to_folder
 from finesight.model.lora.peft_io import load_adapter, save_adapter
 from finesight.model.quant import base
 from finesight.model.quant.base import find_quantized_weights

@@ -6,7 +6,7 @@ Most blocks attend within windows of 112 x 112 pixels, a few to the full frame.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -23,9 +23,9 @@ from finesight.model.cpu_attention import copy_to_device
 from finesight.model.families.architecture import Architecture
 from finesight.model.layers import GatedMlp, PatchMerger, RmsNorm, VisionBlock
 from finesight.model.vision_encoder import (
+    MAX_CACHED_GRIDS,
     PatchLayout,
     VisionEncoder,
-    array_cache,
     frame_lengths,
     patch_coordinates,
 )
@@ -89,7 +89,7 @@ class WindowVisionEncoder(VisionEncoder):
         )
 
 
-@array_cache()
+@lru_cache(maxsize=MAX_CACHED_GRIDS)
 def window_order(
     grid: GridTHW, merge_size: int, window_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -15,7 +15,8 @@ from finesight.model.config import (
 from finesight.model.families.architecture import Architecture
 from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.layers import QUICK_GELU, FeedForward, PatchMerger, VisionBlock
-from finesight.model.quant.fp8 import Fp8Rows, quantize_fp8_gelu
+from finesight.model.quant.base import Fp8Rows
+from finesight.model.quant.fp8 import quantize_fp8_gelu
 from finesight.model.vision_encoder import VisionEncoder
 
 _norm = partial(nn.LayerNorm, eps=1e-6)

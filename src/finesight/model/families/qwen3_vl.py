@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch.nn.functional as F
@@ -30,8 +30,8 @@ from finesight.model.cpu_attention import copy_to_device
 from finesight.model.families.architecture import TRANSFORMERS_V5_PREFIXES, Architecture
 from finesight.model.fused_linear import FusedLinear, single_output
 from finesight.model.layers import TANH_GELU, FeedForward, VisionBlock, empty_embedding
-from finesight.model.quant.fp8 import Fp8Rows
-from finesight.model.vision_encoder import VisionEncoder, array_cache, patch_coordinates
+from finesight.model.quant.base import Fp8Rows
+from finesight.model.vision_encoder import MAX_CACHED_GRIDS, VisionEncoder, patch_coordinates
 from finesight.vision.patches import GridTHW
 
 _norm = partial(nn.LayerNorm, eps=1e-6)
@@ -117,7 +117,7 @@ class DeepstackVisionEncoder(VisionEncoder):
         return x_ND + position_embeddings_ND.to(x_ND.dtype)
 
 
-@array_cache()
+@lru_cache(maxsize=MAX_CACHED_GRIDS)
 def interpolate_positions(
     grid: GridTHW, merge_size: int, grid_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

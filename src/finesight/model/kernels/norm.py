@@ -13,7 +13,8 @@ from torch import Tensor
 from finesight.model.kernels.fp8_quantize import fp8_factor_and_scale
 from finesight.model.kernels.launch_config import MAX_PARTIAL_SUMS, SeededDropout, TileConfig
 from finesight.model.kernels.primitives import Ptr, keep_mask, sum_partials
-from finesight.model.quant.fp8 import FP8_MAX, MIN_AMAX, Fp8Rows, empty_fp8_rows
+from finesight.model.quant.base import Fp8Rows
+from finesight.model.quant.fp8 import FP8_MAX, MIN_AMAX, empty_fp8_rows
 
 RMS_NORM_TILE = TileConfig(4, 0, 8, 1)
 """Tile of the RMS norm kernel, whose programs process complete rows; fastest on an H200."""

@@ -28,8 +28,8 @@ from finesight.model.fused_linear import (
 )
 from finesight.model.kernels.launch_config import SeededDropout
 from finesight.model.lora.layer import LoraLinear
-from finesight.model.quant.base import HAS_TRITON, QuantizedWeight
-from finesight.model.quant.fp8 import Fp8Rows, accepts_fp8_input
+from finesight.model.quant.base import HAS_TRITON, Fp8Rows, QuantizedWeight
+from finesight.model.quant.fp8 import accepts_fp8_input
 
 if HAS_TRITON:
     from finesight.model.kernels import lora_gemm as lora_gemm_kernels

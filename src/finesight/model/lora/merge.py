@@ -7,7 +7,6 @@ quantized.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,10 @@ from finesight.hub.address import parse_model_address
 from finesight.manifest import MANIFEST_FILE, Manifest
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora.layer import iter_adapters
-from finesight.model.lora.peft_io import load_adapter
 from finesight.model.quant.base import QuantizedWeight
 from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import DTYPES, hub_tensors, load_model, save_model, stored_precision
+from finesight.model.weights_io import DTYPES, hub_tensors, save_model, stored_precision
 from finesight.model_folder import PREPROCESSOR_FILE, PROCESSOR_FILE, ModelFolder
-from finesight.storage import write_folder
 
 MAX_SHARD_BYTES = 5e9
 """Maximum size of a weight file in bytes, as is usual on model hubs."""
@@ -80,16 +77,6 @@ def round_weights(model: VisionLanguageModel, dtype: torch.dtype) -> None:
         tensor.data.copy_(tensor.data.to(dtype))
 
 
-@dataclass(frozen=True)
-class MergeResult:
-    """Result of `merge_to_folder`."""
-
-    folder: Path
-    merged_layers: int
-    dequantized_layers: int
-    precision: str
-
-
 def require_native_family(base_folder: ModelFolder) -> None:
     """Raise UserError for a model family without a native implementation."""
     if not is_native(base_folder):
@@ -107,31 +94,6 @@ def resolve_precision(base_folder: ModelFolder, requested: Precision) -> tuple[s
     resolved = stored if requested == "auto" else requested
     # For another output dtype the base is loaded in fp32, so that the sum is rounded only once.
     return resolved, DTYPES[stored] if resolved == stored else torch.float32
-
-
-def merge_to_folder(
-    base_folder: ModelFolder,
-    adapter: Path | None,
-    out: Path,
-    precision: Precision = "auto",
-    manifest: Manifest | None = None,
-) -> MergeResult:
-    """Merge an adapter into its base model and write the result to a new folder.
-
-    The merge runs on the CPU. The base weights are used as published, even if the run quantized
-    them; GPTQ weights are dequantized. The result is not verified here; see
-    `export.verified_merge`.
-    """
-    require_native_family(base_folder)
-    with write_folder(out) as folder:
-        resolved, compute_dtype = resolve_precision(base_folder, precision)
-        model = load_model(base_folder, compute_dtype, torch.device("cpu"))
-        dequantized_layers = dequantize_model(model)
-        if adapter is not None:
-            load_adapter(model, adapter, base_folder=base_folder, dtype=torch.float32)
-        merged_layers = merge_adapters(model)
-        save_merged_model(model, base_folder, folder, DTYPES[resolved], manifest)
-    return MergeResult(out, merged_layers, dequantized_layers, resolved)
 
 
 def save_merged_model(
@@ -160,30 +122,22 @@ def _write_pixel_limits(folder: Path, pixel_range: PixelRange) -> None:
     """Write the pixel limits of the run to the image settings of a merged model.
 
     Existing files are changed. A new file is written only if there is none, since it would hide the
-    patch and color settings of the others.
+    patch and color settings of the others. The limits have the names of transformers 4; `size`, if
+    present, has those of transformers 5.
     """
+    smallest, largest = pixel_range.min_pixels, pixel_range.max_pixels
+
+    def limit(settings: dict[str, Any]) -> dict[str, Any]:
+        size = {"size": {"shortest_edge": smallest, "longest_edge": largest}}
+        limits = {"min_pixels": smallest, "max_pixels": largest}
+        return settings | limits | (size if "size" in settings else {})
+
     processor, preprocessor_path = _read_json(folder / PROCESSOR_FILE), folder / PREPROCESSOR_FILE
     nested = processor.get("image_processor")
     if isinstance(nested, dict):
-        processor["image_processor"] = _with_pixel_limits(nested, pixel_range)
-        _write_json(folder / PROCESSOR_FILE, processor)
+        _write_json(folder / PROCESSOR_FILE, processor | {"image_processor": limit(nested)})
     if preprocessor_path.exists() or not isinstance(nested, dict):
-        _write_json(
-            preprocessor_path, _with_pixel_limits(_read_json(preprocessor_path), pixel_range)
-        )
-
-
-def _with_pixel_limits(settings: dict[str, Any], pixel_range: PixelRange) -> dict[str, Any]:
-    limited = settings | {
-        "min_pixels": pixel_range.min_pixels,
-        "max_pixels": pixel_range.max_pixels,
-    }
-    if "size" in settings:
-        limited["size"] = {
-            "shortest_edge": pixel_range.min_pixels,
-            "longest_edge": pixel_range.max_pixels,
-        }
-    return limited
+        _write_json(preprocessor_path, limit(_read_json(preprocessor_path)))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -75,25 +75,22 @@ class MultiLoraLinear(nn.Module):
         block_diagonals: list[Tensor] = []
         scales: list[Tensor] = []
         self._rank_slices: list[slice | None] = []
-        """Columns of the stacked ranks that belong to each layer; None for layers without an
-        adapter."""
+        """Columns of the stacked ranks of each layer; None for layers without an adapter."""
+        start = 0
         for name, width in linear.output_sizes.items():
-            adapted = [
-                (n, m) for n, m in enumerate(adapters) if m is not None and name in m.configs
-            ]
-            start = sum(len(a_RI) for a_RI in lora_As_RI)
-            factors = [(n, m.configs[name].scale, m.factors()[name]) for n, m in adapted]
-            lora_Bs_OR = [lora_B_OR for _, _, (_, lora_B_OR) in factors]
-            for adapter_index, scale, (lora_A_RI, _) in factors:
-                lora_As_RI.append(lora_A_RI)
-                scale_NR = lora_A_RI.new_zeros(len(adapters), len(lora_A_RI), dtype=torch.float32)
-                scale_NR[adapter_index] = scale
-                scales.append(scale_NR)
-            stop = sum(len(a_RI) for a_RI in lora_As_RI)
-            self._rank_slices.append(slice(start, stop) if lora_Bs_OR else None)
-            block_diagonals.append(
-                torch.cat(lora_Bs_OR, 1) if lora_Bs_OR else reference.new_zeros(width, 0)
-            )
+            lora_Bs_OR = [reference.new_zeros(width, 0)]
+            for index, adapter in enumerate(adapters):
+                if adapter is not None and name in adapter.configs:
+                    lora_A_RI, lora_B_OR = adapter.factors()[name]
+                    lora_As_RI.append(lora_A_RI)
+                    lora_Bs_OR.append(lora_B_OR)
+                    rank = len(lora_A_RI)
+                    scales.append(lora_A_RI.new_zeros(len(adapters), rank, dtype=torch.float32))
+                    scales[-1][index] = adapter.configs[name].scale
+            block_diagonals.append(torch.cat(lora_Bs_OR, 1))
+            stop = start + block_diagonals[-1].shape[1]
+            self._rank_slices.append(slice(start, stop) if stop > start else None)
+            start = stop
         lora_B_OS: Tensor = torch.block_diag(*block_diagonals)  # type: ignore[no-untyped-call]
         self.register_buffer("lora_A_SI", torch.cat(lora_As_RI).detach(), persistent=False)
         self.register_buffer("lora_B_OS", lora_B_OS.detach(), persistent=False)

@@ -7,7 +7,7 @@ inputs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -156,6 +156,19 @@ class _QuantizedMatmul(torch.autograd.Function):
         return dy @ ctx.matrix.dequantize(dy.dtype), None, None
 
 
+class Fp8Rows(NamedTuple):
+    """Rows quantized to FP8, with the values `codes_TI` times `scales_T1`."""
+
+    codes_TI: Tensor
+    scales_T1: Tensor
+
+
+def split_outputs(x: Tensor | None, sizes: Iterable[int]) -> Sequence[Tensor | None]:
+    """Split the rows of a fused parameter by layer; None values for a missing parameter."""
+    sizes = list(sizes)
+    return [None] * len(sizes) if x is None else torch.split(x, sizes)
+
+
 class QuantizedWeight(nn.Module):
     """Quantized weight of a fused linear, with one matrix per layer."""
 
@@ -185,25 +198,30 @@ class QuantizedWeight(nn.Module):
         for matrix in self.matrices:
             yield matrix.dequantize(self.dtype)
 
-    def linear_per_layer(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-        """Compute x W_i^T + bias_i of each layer, with autograd."""
+    def linear_per_layer(self, x: Tensor | Fp8Rows, bias: Tensor | None) -> tuple[Tensor, ...]:
+        """Compute x W_i^T + bias_i of each layer, with autograd unless `x` is FP8."""
         pairs = zip(self.matrices, self.split_bias(bias), strict=True)
-        return tuple(matrix(x, layer_bias) for matrix, layer_bias in pairs)
+        return tuple(matrix(require_dense(x), layer_bias) for matrix, layer_bias in pairs)
 
     def add_input_gradient(self, dx_TI: Tensor, dys_TO: Sequence[Tensor]) -> None:
         """Add the input gradient of a fused linear, the sum of dy_i W_i, to `dx_TI`."""
         for dy_TO, w_OI in zip(dys_TO, self.dequantize_layers(), strict=True):
             dx_TI.addmm_(dy_TO, w_OI)
 
-    def linear_concat(self, x_TI: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x_TI, self.dequantize(), bias)
+    def linear_concat(self, x_TI: Tensor | Fp8Rows, bias: Tensor | None) -> Tensor:
+        return F.linear(require_dense(x_TI), self.dequantize(), bias)
 
     def linear_concat_backward(self, dy_TO: Tensor) -> Tensor:
         return dy_TO @ self.dequantize()
 
     def split_bias(self, bias: Tensor | None) -> Sequence[Tensor | None]:
-        sizes = [matrix.out_features for matrix in self.matrices]
-        return [None] * len(sizes) if bias is None else torch.split(bias, sizes)
+        return split_outputs(bias, (matrix.out_features for matrix in self.matrices))
+
+
+def require_dense(x: Tensor | Fp8Rows) -> Tensor:
+    """Return the input of a weight that is not FP8."""
+    assert isinstance(x, Tensor), "FP8 input for a weight that is not FP8"
+    return x
 
 
 def find_quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:

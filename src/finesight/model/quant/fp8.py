@@ -26,6 +26,7 @@ from finesight.errors import UserError
 from finesight.model.fused_ops import has_kernels, quick_gelu
 from finesight.model.quant.base import (
     HAS_TRITON,
+    Fp8Rows,
     QuantizedMatrix,
     QuantizedWeight,
 )
@@ -74,13 +75,6 @@ def require_fp8_support(device: torch.device, setting: str) -> None:
             expected="8.9 or newer (Ada, Hopper, Blackwell), or a CPU, which emulates FP8",
             remedy=f"leave {setting} out",
         )
-
-
-class Fp8Rows(NamedTuple):
-    """Rows quantized to FP8, with the values `codes_TI` times `scales_T1`."""
-
-    codes_TI: Tensor
-    scales_T1: Tensor
 
 
 def empty_fp8_rows(x_TI: Tensor) -> Fp8Rows:

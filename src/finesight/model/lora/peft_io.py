@@ -421,7 +421,12 @@ def read_adapter(
             duplicates.append(key)
         pair[match["side"]] = match["module"], tensor
     where = str(folder / ADAPTER_WEIGHTS_FILE)
-    _raise_for_keys(invalid, "are not factors of linear layers", where, _merge_remedy(invalid))
+    # Complete tensors, such as embeddings, can only be merged.
+    is_complete = all(
+        k.startswith(_PEFT_PREFIX) and k.endswith((".weight", ".bias")) for k in invalid
+    )
+    remedy = _MERGE_WITH_PEFT if is_complete else ""
+    _raise_for_keys(invalid, "are not factors of linear layers", where, remedy)
     _raise_for_keys(duplicates, "duplicate the layers of other keys", where)
     unpaired = [f"{pair[s][0]}.lora_{s}" for pair in sides.values() if len(pair) == 1 for s in pair]
     _raise_for_keys(unpaired, "lack the other factor of their layer (A or B)", where)
@@ -440,14 +445,6 @@ def read_adapter(
         configs[name] = lora_config
     key_mapping = _detect_key_mapping([pair["A"][0] for pair in sides.values()], key_mappings)
     return AdapterSpec(settings, metadata.get(_FINGERPRINT_KEY), configs, key_mapping), factors
-
-
-def _merge_remedy(keys: Sequence[str]) -> str:
-    """Return the remedy for adapter files with complete tensors, such as embeddings."""
-    is_complete = all(
-        key.startswith(_PEFT_PREFIX) and key.endswith((".weight", ".bias")) for key in keys
-    )
-    return _MERGE_WITH_PEFT if is_complete else ""
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -35,8 +35,12 @@ from finesight.plan.settings_search import PlannedSteps
 from finesight.train import cuda_graphs
 from finesight.train.cuda_graphs import MAX_GRAPHS
 from finesight.train.dataset_stats import SampleStats
-from finesight.train.graph_buffers import MAX_GRAPH_TOKENS, GraphInputs, GraphShape
-from finesight.train.graph_vision_buffers import GraphVisionShape
+from finesight.train.graph_buffers import (
+    MAX_GRAPH_TOKENS,
+    GraphInputs,
+    GraphShape,
+    GraphVisionShape,
+)
 
 CPU = torch.device("cpu")
 GPU = ComputeConfig(is_cuda=True, element_size=2, has_varlen_attention=True)

@@ -30,7 +30,7 @@ from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.model import attention
 from finesight.model.trainable import trainable_parameters
-from finesight.train import cuda_graphs, graph_gradients, graph_vision_buffers
+from finesight.train import cuda_graphs, graph_buffers
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.graph_buffers import GraphInputs, GraphShape
 
@@ -320,7 +320,7 @@ def test_graph_replay_matches_eager_training(
     samples = encode_samples(folder)
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 0)
     # So that some take their way by the hooks, and others not.
-    monkeypatch.setattr(graph_gradients, "LARGE_PARAM_ELEMENTS", 10_000)
+    monkeypatch.setattr(graph_buffers, "LARGE_PARAM_ELEMENTS", 10_000)
     monkeypatch.setattr(attention, "MAX_TRITON_SEQLEN", short)
     packs = [packed(samples[start : start + 4]).to(cuda) for start in (0, 4, 0, 4, 2, 0)]
     learning = list(trainable_parameters(model).values())
@@ -364,7 +364,7 @@ def test_shared_graph_matches_eager_training(folder: Path, monkeypatch: pytest.M
     passes = CudaGraphRunner(model, learning)
     monkeypatch.setattr(cuda_graphs, "MIN_STARVED_PACKS", 0)
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 100)
-    monkeypatch.setattr(graph_vision_buffers, "MAX_GRAPH_PATCHES", 0)
+    monkeypatch.setattr(graph_buffers, "MAX_GRAPH_PATCHES", 0)
     # Of so few tokens a replay always is the sooner one; but a test hangs on no clock.
     monkeypatch.setattr(passes._timer, "is_replay_faster", lambda tokens: True)
     # Simulate that each shape has occurred, and none was captured.

@@ -14,9 +14,8 @@ from torch import Tensor
 from finesight.encode.packing import pack
 from finesight.model.trainable import trainable_parameters
 from finesight.train import cuda_graphs
-from finesight.train.cuda_graphs import CudaGraphRunner
+from finesight.train.cuda_graphs import CudaGraphRunner, GraphTimer
 from finesight.train.graph_buffers import GraphShape
-from finesight.train.graph_timing import GraphTimer
 
 
 class FakeEvent:

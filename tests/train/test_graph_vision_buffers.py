@@ -23,10 +23,11 @@ from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
-from finesight.train import cuda_graphs, graph_vision_buffers
+from finesight.train import cuda_graphs, graph_buffers
 from finesight.train.cuda_graphs import CudaGraphRunner
-from finesight.train.graph_buffers import GraphInputs, GraphShape
-from finesight.train.graph_vision_buffers import (
+from finesight.train.graph_buffers import (
+    GraphInputs,
+    GraphShape,
     GraphVisionShape,
     can_capture_vision,
     should_capture_vision,
@@ -185,7 +186,7 @@ def test_capturable_vision_encoders(folder: Path, monkeypatch: pytest.MonkeyPatc
     odd = make_model(folder, "qwen2_vl")
     odd.visual.config = replace(odd.visual.config, num_heads=odd.visual.config.hidden_size // 4)
     assert not can_capture_vision(odd), "heads that the kernel does not take"
-    monkeypatch.setattr(graph_vision_buffers, "MAX_GRAPH_PATCHES", 99)
+    monkeypatch.setattr(graph_buffers, "MAX_GRAPH_PATCHES", 99)
     assert not is_captured("qwen2_vl", ALL)
     assert not should_capture_vision(0, 0.0), "texts"
 
@@ -243,7 +244,7 @@ def test_each_pack_gets_its_own_gradients(
     run_graphs_eagerly(monkeypatch)
     model = make_model(folder, family, dict.fromkeys(parts, "full"))
     few, many = packs(folder, family, 1)[0], packs(folder, family, 5)[0]
-    monkeypatch.setattr(graph_vision_buffers, "MAX_GRAPH_PATCHES", len(many.patches_ND) - 1)
+    monkeypatch.setattr(graph_buffers, "MAX_GRAPH_PATCHES", len(many.patches_ND) - 1)
     texts = replace(
         few,
         grid_thw=(),
@@ -280,7 +281,7 @@ def test_shared_graph_gives_each_pack_its_gradients(
     monkeypatch.setattr(cuda_graphs, "_has_half_free", lambda device: True)
     monkeypatch.setattr("finesight.train.graph_buffers.MAX_PADDING_DIVISOR", 1)
     # The vision encoder runs eagerly; captured, it would need equal numbers of images.
-    monkeypatch.setattr(graph_vision_buffers, "MAX_GRAPH_PATCHES", 0)
+    monkeypatch.setattr(graph_buffers, "MAX_GRAPH_PATCHES", 0)
     model = make_model(folder, family, {"merger": "full", "language": "full"})
     few, more = packs(folder, family, 2)[0], packs(folder, family, 3)[0]
     texts = replace(

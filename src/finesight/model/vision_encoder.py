@@ -43,7 +43,7 @@ class VisionEncoder(nn.Module):
 
     supports_cuda_graphs = False
     """True if training steps can capture the encoder as a CUDA graph (see
-    `train.graph_vision_buffers`). This requires that only the patch layout depends on image sizes:
+    `train.graph_buffers`). This requires that only the patch layout depends on image sizes:
     position embeddings ignore the grids, and segments are frames or windows."""
 
     def __init__(

@@ -14,8 +14,8 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.plan.planned_pack import PlannedPack
 from finesight.plan.saved_activations import INDEX_BYTES, ComputeConfig
 from finesight.train.cuda_graphs import has_few_trainable_params, should_capture
-from finesight.train.graph_buffers import GraphShape
-from finesight.train.graph_vision_buffers import (
+from finesight.train.graph_buffers import (
+    GraphShape,
     GraphVisionShape,
     can_capture_vision,
     should_capture_vision,

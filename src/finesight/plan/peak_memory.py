@@ -16,16 +16,19 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.plan.activation_memory import ActivationMemory, MemorySnapshot
 from finesight.plan.planned_pack import PlannedPack
 from finesight.plan.saved_activations import FP32_BYTES, ComputeConfig
-from finesight.train.adamw import MAX_CHUNK_ELEMENTS
 from finesight.train.cuda_graphs import MAX_GRAPHS
 from finesight.train.grad_accumulation import LARGE_PARAM_ELEMENTS
 from finesight.train.graph_buffers import GraphShape
-from finesight.train.muon import MAX_STACK_ELEMENTS
 from finesight.train.optim_states import BLOCK_SIZE
-from finesight.train.optimizer import MasterWeightOptimizer, ParamGroup
+from finesight.train.optimizer import (
+    MAX_CHUNK_ELEMENTS,
+    MAX_STACK_ELEMENTS,
+    MasterWeightOptimizer,
+    ParamGroup,
+)
 
 ADAMW_STEP_BYTES = 20
-"""Workspace bytes per parameter of an AdamW step on a CPU, without a kernel (`train.adamw`)."""
+"""Workspace bytes per parameter of an AdamW step on a CPU, without a kernel (`train.optimizer`)."""
 
 CUBLAS_WORKSPACE_BYTES = 70 << 20
 """Bytes of the cuBLAS workspace that torch allocates on compute capability 9.0.

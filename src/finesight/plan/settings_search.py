@@ -21,8 +21,7 @@ from finesight.plan.planned_pack import PlannedPack, plan_step_packs
 from finesight.plan.step_time import StepTime
 from finesight.train.cuda_graphs import MAX_GRAPHS
 from finesight.train.dataset_stats import SampleStats
-from finesight.train.graph_buffers import GraphShape
-from finesight.train.graph_vision_buffers import can_capture_vision, should_capture_vision
+from finesight.train.graph_buffers import GraphShape, can_capture_vision, should_capture_vision
 
 MIN_EFFICIENT_PACK_TOKENS = 4096
 """Pack size in tokens that saturates a GPU. Smaller packs are launch-bound."""

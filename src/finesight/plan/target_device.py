@@ -17,7 +17,7 @@ from finesight.model.attention import supports_varlen_attention
 from finesight.model.weights_io import DTYPES
 from finesight.plan.gpu_specs import find_gpu_spec
 from finesight.plan.saved_activations import ComputeConfig
-from finesight.train.dataloader_workers import default_num_workers
+from finesight.train.dataloader import default_num_workers
 from finesight.train.flops import measure_peak_flops
 from finesight.train.logging import get_device_name
 

@@ -12,12 +12,12 @@ import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from finesight.model.quant.base import HAS_TRITON
-from finesight.train.muon import MatrixSlice
 
 if HAS_TRITON:
     from finesight.train import optimizer_kernels
@@ -25,8 +25,16 @@ if HAS_TRITON:
 LARGE_PARAM_ELEMENTS = 1 << 20
 """Number of elements from which a parameter's gradient is accumulated by an autograd hook.
 
-CUDA graphs write the gradients of these parameters to static buffers (`train.graph_gradients`).
+CUDA graphs write the gradients of these parameters to static buffers (`train.graph_buffers`).
 """
+
+
+class MatrixSlice(NamedTuple):
+    """Elements of a matrix in the flat buffer of its parameter group, and its shape."""
+
+    flat_slice: slice
+    num_rows: int
+    num_columns: int
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,13 @@ import torch
 from torch import Tensor
 
 from finesight.model.kernels.runtime import tl, triton
-from finesight.train.master_weights import SplitBf16Master
-from finesight.train.optim_states import ADAM_EPS, BLOCK_SIZE, AdamWHyperparams, OptimState
+from finesight.train.optim_states import (
+    ADAM_EPS,
+    BLOCK_SIZE,
+    AdamWHyperparams,
+    OptimState,
+    SplitBf16Master,
+)
 
 TILE_ROWS = 8
 """Number of rows of a tile; a row has 256 elements."""

@@ -25,15 +25,18 @@ from torch import Tensor
 
 from finesight.encode.packing import SampleShape
 from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE
+from finesight.train.dataloader import StepBatch
 from finesight.train.dataset_stats import SampleStats
-from finesight.train.distributed_sampler import DistributedSampler, build_rank_sampler
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, max_unsplit_packs
 from finesight.train.parallel.distributed import (
     PeerFailedError,
     ProcessGroup,
-    RankCommand,
+    RankDesyncError,
     RankMonitor,
 )
+from finesight.train.sampler import DistributedSampler
+from finesight.train.setup import build_rank_sampler
+from finesight.train.step import sync_step
 
 
 def read_trained_state(folder: Path) -> dict[str, Tensor]:
@@ -107,23 +110,46 @@ def test_out_of_memory_reduces_budget_on_all_ranks() -> None:
     assert run_ranks([no_op, no_op]) == [None, None]
 
 
-def test_mismatched_collectives_are_detected() -> None:
-    """A rank in another collective is reported to the main process."""
+def test_failure_is_reported_in_next_collective() -> None:
+    """All ranks then exchange their state."""
+    store = dist.HashStore()
+    ranks = [ProcessGroup(n, 3, monitor=RankMonitor(store, n, 3)) for n in range(3)]
+
+    def fail_after(group: ProcessGroup, collective: Callable[[], object]) -> list[list[int]]:
+        with pytest.raises(PeerFailedError, match="rank 1 of 3 failed"):
+            collective()
+        return group.sync_failure([group.rank, 15])
+
+    def check_errors() -> None:
+        with ranks[0].sync_errors():
+            pass
+
+    with ThreadPoolExecutor(3) as pool:
+        failed = pool.submit(ranks[1].sync_failure, [1, 0])
+        others = [
+            pool.submit(fail_after, ranks[0], check_errors),
+            pool.submit(fail_after, ranks[2], partial(ranks[2].broadcast_str, "")),
+        ]
+        for result in (failed, *others):
+            assert result.result() == [[0, 15], [1, 0], [2, 15]]
+
+
+def test_ranks_at_different_steps_are_detected() -> None:
+    """The error contains both step numbers, or both collectives."""
     store = dist.HashStore()
     first, second = (ProcessGroup(n, 2, monitor=RankMonitor(store, n, 2)) for n in range(2))
     with ThreadPoolExecutor(1) as pool:
-        waits = pool.submit(second.sync_command, RankCommand.WAIT)
-        with pytest.raises(PeerFailedError, match="rank 1 of 2"), first.sync_errors():
+        other = pool.submit(sync_step, second, StepBatch(4, (), (), ()))
+        with pytest.raises(RankDesyncError, match=r"rank 0 at 3 \(step\), rank 1 at 4 \(step\)"):
+            sync_step(first, StepBatch(3, (), (), ()))
+        assert isinstance(other.exception(), RankDesyncError)
+        other = pool.submit(second.broadcast_str, "")
+        with (
+            pytest.raises(RankDesyncError, match=r"rank 0 .* \(status\), rank 1 .* \(data\)"),
+            first.sync_errors(),
+        ):
             pass
-        assert waits.result().command is RankCommand.WAIT
-        waits = pool.submit(second.sync_command, RankCommand.WAIT)
-        assert first.sync_command(RankCommand.SHUTDOWN).command is RankCommand.SHUTDOWN
-        assert waits.result().command is RankCommand.SHUTDOWN
-        for signal_number in (0, 15):
-            fails = pool.submit(second.sync_command, RankCommand.FAILED, signal=signal_number)
-            with pytest.raises(PeerFailedError, match="rank 1 of 2"):
-                first.sync_command(RankCommand.SAVE)
-            assert fails.result().command is RankCommand.SAVE
+        assert isinstance(other.exception(), RankDesyncError)
 
 
 def test_training_is_equal_for_any_world_size(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import torch
 from report_speed import make_box_examples
 from rich.console import Console
 
-from finesight.run_files import PREDICTIONS_FOLDER
+from finesight.manifest import PREDICTIONS_FOLDER
 from finesight.train import finalize
 from finesight.train.checkpoint import TrainProgress
 from finesight.train.console import TrainingConsole

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from finesight.bounded_yaml import load_yaml
+from finesight.bounded_files import load_yaml
 from finesight.check.check_issues import ISSUE_TYPES
 from finesight.cli.app import app
 from finesight.data.formats import FORMATS

@@ -1,4 +1,4 @@
-"""Manifest of a run: the facts that inference and merging need."""
+"""Names of the files in a run folder, and its manifest: the facts that inference needs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ from finesight.config import ImageRule, TuneSettings
 from finesight.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
+RECIPE_FILE = "recipe.yaml"
+METRICS_FILE = "metrics.jsonl"
+SKIPPED_SAMPLES_FILE = "skipped_samples.jsonl"
+IMAGES_FILE = "images.safetensors"
+PARAM_AUDIT_FILE = "param_audit.json"
+RESULT_FILE = "result.json"
+REPORT_FILE = "report.html"
+CHECKPOINTS_FOLDER = "checkpoints"
+PREDICTIONS_FOLDER = "predictions"
+ADAPTER_FOLDER = "adapter"
+MODEL_FOLDER = "model"
+TRACKING_FOLDER = "track"
 
 FORMAT_VERSION = 2
 """Version of the keys in a manifest; manifests of other versions are rejected."""

@@ -25,9 +25,9 @@ from finesight.data.importer import import_dataset
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.evaluate.metric_difference import read_predictions
 from finesight.infer.model_loader import select_cpu_precision
+from finesight.manifest import PREDICTIONS_FOLDER, REPORT_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.recipe import load_recipe
-from finesight.run_files import PREDICTIONS_FOLDER, REPORT_FILE
 from finesight.storage import write_file
 from finesight.synth.tickets import TABLE_FILE, TICKET_FIELDS, write_tickets
 from finesight.train.finalize import RunResult

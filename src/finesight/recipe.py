@@ -16,11 +16,10 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from finesight.bounded_files import translate_os_errors
-from finesight.bounded_yaml import ComposedYaml, TooManyValuesError, load_yaml
+from finesight.bounded_files import ComposedYaml, TooManyValuesError, load_yaml, translate_os_errors
 from finesight.config import Recipe, SettingsSection
 from finesight.errors import UserError
-from finesight.run_files import RECIPE_FILE
+from finesight.manifest import RECIPE_FILE
 
 MAX_RECIPE_BYTES = 2**20
 """Maximum size of a recipe file in bytes; typical recipes have a few thousand."""

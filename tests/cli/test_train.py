@@ -18,7 +18,7 @@ import pytest
 import torch
 from tiny_task import make_task, read_final_files, read_losses, write_recipe
 
-from finesight import digests
+from finesight import storage
 from finesight.cli.app import run_command
 
 COMMAND = [sys.executable, "-c", "from finesight.cli.app import main; main()", "train"]
@@ -100,7 +100,7 @@ def test_signal_saves_checkpoint_and_exits_with_75(
     assert "--resume" in printed_text
     finished = len(read_losses(stopped))
     assert 4 <= finished < 165
-    digests.verify_folder(stopped / "checkpoints" / f"step-{finished}")
+    storage.verify_folder(stopped / "checkpoints" / f"step-{finished}")
     texts = []
     for output, more in ((stopped, ["--resume"]), (full, [])):
         command = [*COMMAND, *settings, f"output_dir={output}", *more]
@@ -160,7 +160,7 @@ def test_killed_data_workers_leave_a_checkpoint(recipe: Path, tmp_path: Path) ->
     assert "Traceback" not in printed_text
     finished = len(read_losses(killed))
     assert finished < 165
-    digests.verify_folder(killed / "checkpoints" / f"step-{finished}")
+    storage.verify_folder(killed / "checkpoints" / f"step-{finished}")
     for output, more in ((killed, ["--resume"]), (full, [])):
         assert run_command(["train", *settings, "data.eval=[]", f"output_dir={output}", *more]) == 0
     assert read_final_files(killed) == read_final_files(full)

@@ -15,7 +15,6 @@ from lora_fixtures import tune_with_lora
 from PIL import Image
 
 from finesight.config import Device, Precision, TuneSettings
-from finesight.digests import verify_folder
 from finesight.errors import UserError
 from finesight.export import verified_merge
 from finesight.export.hf_files import find_missing_files
@@ -26,6 +25,7 @@ from finesight.manifest import Manifest
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE, save_adapter
 from finesight.model.weights_io import load_model
 from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, ModelFolder
+from finesight.storage import verify_folder
 
 PARTS = {"language": "lora", "vision": "lora", "merger": "lora"}
 TUNE: dict[str, Any] = PARTS | {"lora": {"rank": 4, "alpha": 4}}

@@ -10,7 +10,7 @@ from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
 
 from finesight import storage
 from finesight.cli.app import run_command as command
-from finesight.digests import verify_folder
+from finesight.storage import verify_folder
 
 
 class NearlyFullDisk(storage.FileSystem):

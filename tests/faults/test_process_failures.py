@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
 
-from finesight.digests import verify_folder
+from finesight.storage import verify_folder
 from finesight.train import trainer
 from finesight.train.dataloader import StepBatch
 from finesight.train.setup import TrainState

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from mutations import at, mutated_bytes
-from test_bounded_yaml import LAUGHS, MERGED
+from test_bounded_files import LAUGHS, MERGED
 from tiny_task import make_task
 
 from finesight.cli.app import run_command

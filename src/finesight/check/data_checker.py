@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from finesight.bounded_yaml import load_yaml
+from finesight.bounded_files import load_yaml
 from finesight.check.box_hypothesis import BoxClaim
 from finesight.check.check_issues import (
     ISSUE_TYPES,

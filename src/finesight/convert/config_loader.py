@@ -12,8 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from finesight.bounded_files import parse_json
-from finesight.bounded_yaml import load_yaml
+from finesight.bounded_files import load_yaml, parse_json
 from finesight.convert.external_config import (
     ConversionNote,
     ExternalConfig,

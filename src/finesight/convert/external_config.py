@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from finesight.bounded_yaml import load_yaml
+from finesight.bounded_files import load_yaml
 from finesight.errors import UserError
 
 SourceProgram = Literal["ms-swift", "LLaMA-Factory"]

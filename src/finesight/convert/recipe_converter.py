@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from finesight.bounded_yaml import load_yaml
+from finesight.bounded_files import load_yaml
 from finesight.config import Recipe
 from finesight.convert.config_loader import CONVERTED_VARIABLES, load_external_config
 from finesight.convert.external_config import (

@@ -51,9 +51,9 @@ from finesight.data.parquet_reader import (
 from finesight.data.row_reader import MemberGroup as Members
 from finesight.data.row_reader import iter_member_groups, split_member_name
 from finesight.data.sample import validate_sample
-from finesight.digests import sha256_file
 from finesight.errors import UserError, suggest_similar_path
 from finesight.hub.archive import TarArchive, open_tar
+from finesight.storage import sha256_file
 from finesight.worker_pool import exit_with_parent
 
 PACKED_SUFFIXES = (".tar", ".parquet")

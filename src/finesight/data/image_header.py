@@ -19,8 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from finesight.data.parquet_reader import read_parquet_image
-from finesight.digests import sha256_file
 from finesight.errors import UserError
+from finesight.storage import sha256_file
 
 MAX_MEMBER_BYTES = 256 * 2**20
 """Maximum number of bytes of an image in a tar, read into memory at once."""

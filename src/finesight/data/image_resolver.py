@@ -19,9 +19,8 @@ from finesight.data.image_header import (
     read_image_size,
     resolve_content,
 )
-from finesight.digests import sha256_file
 from finesight.errors import UserError
-from finesight.storage import translate_os_errors
+from finesight.storage import sha256_file, translate_os_errors
 
 if TYPE_CHECKING:
     # Imported for type checking only: the import is slow, and only web imports need it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,7 +40,7 @@ from finesight.data.row_reader import (
     open_webdataset,
 )
 from finesight.data.sample import Sample, validate_roles
-from finesight.errors import UserError
+from finesight.errors import UserError, suggest_name
 
 if TYPE_CHECKING:
     from finesight.hub.url_files import RemoteImages
@@ -233,12 +232,11 @@ def _check_options(options: ImportOptions) -> None:
     """Reject import options that are invalid for every source."""
     unknown = sorted(options.columns.keys() - set(table_format.MAPPABLE_COLUMNS))
     if unknown:
-        matches = difflib.get_close_matches(unknown[0], table_format.MAPPABLE_COLUMNS, n=1)
         raise UserError(
             f"unknown role {unknown[0]!r}",
             where="--map",
             expected=f"one of {', '.join(table_format.MAPPABLE_COLUMNS)}",
-            remedy=f"did you mean {matches[0]}?" if matches else "remove the column",
+            remedy=suggest_name(unknown[0], table_format.MAPPABLE_COLUMNS, "remove the column"),
         )
     if options.train_fraction is not None and options.eval_last is not None:
         raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +31,7 @@ from finesight.data.sample import (
     format_number,
     validate_sample,
 )
-from finesight.errors import UserError
+from finesight.errors import UserError, suggest_name
 
 SAMPLE_KEYS = tuple(
     dict.fromkeys(
@@ -254,14 +253,13 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
             remedy="import it with `finesight data import` first",
         )
     if error_type == "extra_forbidden":
-        matches = difflib.get_close_matches(str(error_location[-1]), SAMPLE_KEYS, n=1)
         return UserError(
             f"unknown key {key} with the value {value_repr}",
             where=where,
             expected=f"the keys {', '.join(SAMPLE_KEYS)}",
-            remedy=f"did you mean {matches[0]}?"
-            if matches
-            else "remove it; `meta` accepts arbitrary metadata",
+            remedy=suggest_name(
+                str(error_location[-1]), SAMPLE_KEYS, "remove it; `meta` accepts arbitrary metadata"
+            ),
         )
     expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if error_type == "union_tag_invalid":

@@ -35,9 +35,9 @@ from finesight.data.parquet_reader import (
     translate_parquet_errors,
 )
 from finesight.data.sample import check_json
-from finesight.digests import DIGESTS_FILE
 from finesight.errors import UserError
 from finesight.hub.archive import TarArchive, open_tar
+from finesight.storage import DIGESTS_FILE
 
 Record = dict[str, Any]
 """A dataset row as JSON-like data; rows from Parquet may contain bytes."""

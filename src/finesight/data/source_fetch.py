@@ -20,8 +20,7 @@ from typing import Any
 
 import yaml
 
-from finesight.bounded_files import reject_special_file
-from finesight.bounded_yaml import load_yaml
+from finesight.bounded_files import load_yaml, reject_special_file
 from finesight.data.formats import FORMATS
 from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.import_source import ImportOptions

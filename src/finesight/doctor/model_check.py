@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 
 from finesight.bounded_files import read_json, read_json_object
 from finesight.config import Recipe
-from finesight.digests import DIGESTS_FILE, verify_folder
 from finesight.doctor.diagnosis import (
     Diagnosis,
     has_errors,
@@ -30,6 +29,7 @@ from finesight.doctor.package_check import (
 from finesight.encode.family import FAMILIES
 from finesight.errors import UserError
 from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder, resolve_model_path
+from finesight.storage import DIGESTS_FILE, verify_folder
 from finesight.track.backends import TRACKERS
 
 LFS_POINTER_PREFIX = b"version https://git-lfs.github.com/spec/"

@@ -16,10 +16,16 @@ from statistics import median
 from pydantic import ValidationError
 
 from finesight.config import DataSettings, Recipe, TrainFileSettings
-from finesight.digests import verify_folder
 from finesight.doctor.diagnosis import Diagnosis, has_errors, make_diagnosis
 from finesight.doctor.machine_check import GB, largest_files_command
 from finesight.errors import UserError
+from finesight.manifest import (
+    ADAPTER_FOLDER,
+    CHECKPOINTS_FOLDER,
+    MODEL_FOLDER,
+    RECIPE_FILE,
+    RESULT_FILE,
+)
 from finesight.model_folder import ModelFolder, resolve_model_path
 from finesight.recipe import load_recipe
 from finesight.report.run_reader import JsonObject, RunRecord, is_finite
@@ -33,13 +39,7 @@ from finesight.report.summary import (
     list_memory_remarks,
     list_skipped_samples,
 )
-from finesight.run_files import (
-    ADAPTER_FOLDER,
-    CHECKPOINTS_FOLDER,
-    MODEL_FOLDER,
-    RECIPE_FILE,
-    RESULT_FILE,
-)
+from finesight.storage import verify_folder
 
 MAX_NONFINITE_STEPS = 5
 """Number of consecutive steps with a non-finite loss after which a run stops."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from finesight.bounded_files import read_json_object
-from finesight.digests import DIGESTS_FILE, verify_folder
 from finesight.errors import UserError
 from finesight.infer.model_loader import ModelSource
 from finesight.model_folder import (
@@ -19,6 +18,7 @@ from finesight.model_folder import (
     PROCESSOR_FILE,
     ModelFolder,
 )
+from finesight.storage import DIGESTS_FILE, verify_folder
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 

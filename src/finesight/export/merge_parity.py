@@ -34,9 +34,9 @@ from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
 from finesight.infer.generate import generate
+from finesight.manifest import RECIPE_FILE
 from finesight.model.vlm import VisionLanguageModel
 from finesight.recipe import load_recipe
-from finesight.run_files import RECIPE_FILE
 from finesight.synth.scenes import compose_scene
 
 IMAGE_SEED = 20260

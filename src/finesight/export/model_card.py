@@ -13,8 +13,7 @@ from typing import Any
 import yaml
 
 from finesight import __version__
-from finesight.bounded_files import read_bytes
-from finesight.bounded_yaml import load_yaml
+from finesight.bounded_files import load_yaml, read_bytes
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import note_lines
 from finesight.export.hf_files import HF_ARCHITECTURES

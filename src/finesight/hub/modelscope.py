@@ -24,7 +24,6 @@ from urllib.parse import urlencode, urlsplit
 import httpx2
 
 from finesight import __version__
-from finesight.digests import sha256_file
 from finesight.errors import UserError
 from finesight.hub.address import HubAddress
 from finesight.hub.download import (
@@ -35,6 +34,7 @@ from finesight.hub.download import (
     RetryableError,
 )
 from finesight.hub.url_policy import strip_query
+from finesight.storage import sha256_file
 
 if TYPE_CHECKING:
     from modelscope_hub import HubApi

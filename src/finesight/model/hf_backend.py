@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.config import WeightFormat
-from finesight.digests import DIGESTS_FILE, verify_folder
 from finesight.encode.family import is_native
 from finesight.encode.hf_renderer import (
     FROM_PRETRAINED_OPTIONS,
@@ -30,6 +29,7 @@ from finesight.model.trainable import HF_PREFIX, ModelPart
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import copy_model_files, load_model, save_model
 from finesight.model_folder import ModelFolder
+from finesight.storage import DIGESTS_FILE, verify_folder
 
 LIMITATIONS = (
     "has no native implementation in finesight and runs through transformers. Samples run one at a "
@@ -135,44 +135,39 @@ class HfModel(nn.Module):
         addition; they raise UserError.
         """
         if self.inner.base_model is self.inner or self.inner.get_output_embeddings() is None:
-            raise UserError(
+            raise _unsupported_head(
                 f"the class {type(self.inner).__name__} has no base model apart from its head",
-                where="model",
-                expected="hidden states and a head, from which the loss is computed",
-                remedy="choose another family; inference with this one works",
+                "hidden states and a head, from which the loss is computed",
             )
         was_training = self.training
         self.eval()
-        token_indices = batch.logit_indices_L[:NUM_COMPARED_TOKENS]
+        indices = batch.logit_indices_L[:NUM_COMPARED_TOKENS]
         # Nearly all classes can skip the logits of other tokens, which may be gigabytes.
-        supports_logits_to_keep = "logits_to_keep" in signature(self.inner.forward).parameters
-        logits_kwargs = {"logits_to_keep": token_indices} if supports_logits_to_keep else {}
-        model_logits_CV = (
-            self.inner(**self.prepare_inputs(batch), use_cache=False, **logits_kwargs)
-            .logits[0]
-            .float()
-        )
-        model_logits_CV = (
-            model_logits_CV if supports_logits_to_keep else model_logits_CV[token_indices]
-        )
-        head_logits_CV = F.linear(
-            self._forward_hidden(batch)[token_indices], self.lm_head_weight
-        ).float()
+        skips_logits = "logits_to_keep" in signature(self.inner.forward).parameters
+        options = {"logits_to_keep": indices} if skips_logits else {}
+        out = self.inner(**self.prepare_inputs(batch), use_cache=False, **options)
+        model_logits_CV = (out.logits[0] if skips_logits else out.logits[0][indices]).float()
+        h_CD = self._forward_hidden(batch)[indices]
+        head_logits_CV = F.linear(h_CD, self.lm_head_weight).float()
         self.train(was_training)
-        relative_error = (
-            model_logits_CV - head_logits_CV
-        ).abs().max() / model_logits_CV.abs().max().clamp(min=1e-6)
+        largest = model_logits_CV.abs().max().clamp(min=1e-6)
+        relative_error = (model_logits_CV - head_logits_CV).abs().max() / largest
         # The tolerance allows for the rounding of both results to the model's dtype.
         if not relative_error <= max(1e-4, 2 * torch.finfo(self.inner.dtype).eps):
-            family = self.inner.config.model_type
-            raise UserError(
-                f"logits of {family} differ by {float(relative_error):.2g} of the largest from "
-                "hidden states times head",
-                where="model",
-                expected="logits equal to hidden states times head weight, from which the loss is "
-                "computed",
-                remedy="choose another family; inference with this one works",
+            raise _unsupported_head(
+                f"logits of {self.inner.config.model_type} differ by {float(relative_error):.2g} "
+                "of the largest from hidden states times head",
+                "logits equal to hidden states times head weight, from which the loss is computed",
             )
+
+
+def _unsupported_head(problem: str, expected: str) -> UserError:
+    return UserError(
+        problem,
+        where="model",
+        expected=expected,
+        remedy="choose another family; inference with this one works",
+    )
 
 
 def load_hf_model(
@@ -199,26 +194,25 @@ def load_hf_model(
     weights_folder = folder.weight_files()[0].parent
     if (weights_folder / DIGESTS_FILE).is_file():
         verify_folder(weights_folder)
-    inner, loading_info = import_transformers().AutoModelForImageTextToText.from_pretrained(
+    transformers = import_transformers()
+    inner, loading_info = transformers.AutoModelForImageTextToText.from_pretrained(
         str(weights_folder),
         config=config,
         # Ignore the folder's settings: decoding is greedy, and penalties damage correct
         # repetitions.
-        generation_config=import_transformers().GenerationConfig(),
+        generation_config=transformers.GenerationConfig(),
         dtype=dtype,
         use_safetensors=True,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         **FROM_PRETRAINED_OPTIONS,
     )
-    invalid_keys = [
-        *loading_info["missing_keys"],
-        *(str(key) for key in loading_info["mismatched_keys"]),
-    ]
+    mismatched = (str(key) for key in loading_info["mismatched_keys"])
+    invalid_keys = sorted([*loading_info["missing_keys"], *mismatched])
     if invalid_keys:
-        listed = ", ".join(sorted(invalid_keys)[:5])
         raise UserError(
-            f"{len(invalid_keys)} tensors are missing or of another shape: {listed}",
+            f"{len(invalid_keys)} tensors are missing or of another shape: "
+            f"{', '.join(invalid_keys[:5])}",
             where=str(folder.path),
             expected="all tensors of config.json",
             remedy="download the model again",

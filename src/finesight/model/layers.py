@@ -95,10 +95,9 @@ def _fused_add_norm(
     if not isinstance(norm, nn.LayerNorm | RmsNorm) or norm.eps is None:
         return None
     is_layer_norm = isinstance(norm, nn.LayerNorm)
-    bias_D = norm.bias if isinstance(norm, nn.LayerNorm) else None
-    norm_parameters = norm.weight, bias_D, norm.eps
+    parameters = norm.weight, norm.bias if isinstance(norm, nn.LayerNorm) else None, norm.eps
     return norm_kernels.add_norm(
-        x_ND, y_ND, *norm_parameters, is_layer_norm=is_layer_norm, to_fp8=to_fp8
+        x_ND, y_ND, *parameters, is_layer_norm=is_layer_norm, to_fp8=to_fp8
     )
 
 
@@ -137,17 +136,14 @@ class GatedMlp(FeedForward):
         Zero if the rows are aligned, and with adapters or quantized weights.
         """
         down = self.down_proj
-        linears = self.gate_up_proj, down
         all_dense = all(
-            isinstance(linear.weight, nn.Parameter) and linear.adapter is None for linear in linears
+            isinstance(linear.weight, nn.Parameter) and linear.adapter is None
+            for linear in (self.gate_up_proj, down)
         )
-        if down.in_features % ALIGNMENT == 0 or not all_dense:
+        missing = -down.in_features % ALIGNMENT
+        if not missing or not all_dense:
             return 0
-        return (
-            -down.in_features % ALIGNMENT
-            if _must_copy(down)
-            else padding_columns(down.in_features, 0)
-        )
+        return missing if _must_copy(down) else padding_columns(down.in_features, 0)
 
     def _forward_padded(self, x_TD: Tensor) -> Tensor:
         """Compute the MLP with zero-padded rows of the `down_proj` weight."""
@@ -187,17 +183,13 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches_ND: Tensor) -> Tensor:
         """Normalize uint8 patches and project them to [N, width]."""
-        scale, mean, std = (
-            self.normalization.rescale_factor,
-            self.normalization.mean,
-            self.normalization.std,
-        )
-        channels = patches_ND.chunk(len(mean), dim=1)
+        norm, dtype = self.normalization, self.proj.weight.dtype
+        channels = patches_ND.chunk(len(norm.mean), dim=1)
         # With Python scalars torch converts the bytes to fp32 without copying constants to the
         # device.
-        dtype = self.proj.weight.dtype
         normalized = [
-            (x * (scale / std[c])).sub_(mean[c] / std[c]).to(dtype) for c, x in enumerate(channels)
+            (x * (norm.rescale_factor / std)).sub_(mean / std).to(dtype)
+            for x, mean, std in zip(channels, norm.mean, norm.std, strict=True)
         ]
         frames = self.proj.in_features // patches_ND.shape[1]
         y_ND: Tensor = self.proj(torch.cat([x for x in normalized for _ in range(frames)], 1))
@@ -306,14 +298,11 @@ def gemm_gelu_operands(linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> tuple[Ten
         return None
     if not (isinstance(x_ND, Tensor) and isinstance(w_FD, Tensor) and has_kernels(x_ND)):
         return None
-    tma_aligned = _is_tma_aligned(x_ND) and _is_tma_aligned(w_FD) and len(w_FD) % ALIGNMENT == 0
-    if (
-        tma_aligned
-        and is_hopper(x_ND.device)
-        and gemm_gelu_kernels.saturates_device(len(x_ND), len(w_FD), x_ND.device)
-    ):
-        return x_ND, w_FD
-    return None
+    is_aligned = _is_tma_aligned(x_ND) and _is_tma_aligned(w_FD) and len(w_FD) % ALIGNMENT == 0
+    if not (is_aligned and is_hopper(x_ND.device)):
+        return None
+    is_large = gemm_gelu_kernels.saturates_device(len(x_ND), len(w_FD), x_ND.device)
+    return (x_ND, w_FD) if is_large else None
 
 
 def _is_tma_aligned(x: Tensor) -> bool:

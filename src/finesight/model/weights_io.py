@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finesight.config import WeightFormat
-from finesight.digests import DIGESTS_FILE, verify_folder
 from finesight.errors import UserError
 from finesight.manifest import MANIFEST_FILE
 from finesight.model.config import ConfigReader
@@ -45,6 +44,7 @@ from finesight.model.vlm import (
     raise_on_failed_allocation,
 )
 from finesight.model_folder import PICKLE_INDEX_FILE, PREPROCESSOR_DEFAULTS, ModelFolder
+from finesight.storage import DIGESTS_FILE, verify_folder
 
 
 @dataclass(frozen=True)

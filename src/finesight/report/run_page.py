@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from finesight import run_files
 from finesight.evaluate.metric_difference import MetricDifference
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
+from finesight.manifest import REPORT_FILE
 from finesight.report import summary
 from finesight.report.charts import build_run_charts
 from finesight.report.examples import (
@@ -111,7 +111,7 @@ def write_report(
     Raises:
         UserError: `run_dir` is not a run, or the file cannot be written.
     """
-    target = out or run_dir / run_files.REPORT_FILE
+    target = out or run_dir / REPORT_FILE
     with use_language(language or detect_language()):
         write_page(target, render_run_page(run_dir, max_examples, live_state))
     return target

@@ -14,12 +14,22 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from finesight import bounded_files, run_files
-from finesight.bounded_files import MAX_LINE_BYTES, parse_json, read_text
-from finesight.bounded_yaml import load_yaml
-from finesight.digests import DIGESTS_FILE
+from finesight import bounded_files
+from finesight.bounded_files import MAX_LINE_BYTES, load_yaml, parse_json, read_text
 from finesight.errors import UserError
-from finesight.manifest import MANIFEST_FILE
+from finesight.manifest import (
+    ADAPTER_FOLDER,
+    CHECKPOINTS_FOLDER,
+    MANIFEST_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    PARAM_AUDIT_FILE,
+    PREDICTIONS_FOLDER,
+    RECIPE_FILE,
+    RESULT_FILE,
+    SKIPPED_SAMPLES_FILE,
+)
+from finesight.storage import DIGESTS_FILE
 
 JsonObject = dict[str, Any]
 """JSON object of a run: a record of a step, an evaluation or a prediction."""
@@ -87,7 +97,7 @@ class RunRecord:
 
         The order is: before training, during training by step, after training.
         """
-        folder = self.folder / run_files.PREDICTIONS_FOLDER
+        folder = self.folder / PREDICTIONS_FOLDER
         paths = {path.stem: path for path in folder.glob("*.jsonl") if path.is_file()}
         step_texts = {name: name.removeprefix("step-") for name in paths}
         interim_names = sorted(
@@ -113,12 +123,12 @@ def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
             remedy="Use the output directory of a run.",
         )
     reader = _RunFolderReader(folder)
-    lines = [_drop_invalid_values(line) for line in reader.read_lines(run_files.METRICS_FILE)]
+    lines = [_drop_invalid_values(line) for line in reader.read_lines(METRICS_FILE)]
     lines = [line for line in lines if line.get("step") is not None]
     start_end_events = [line for line in lines if line.get("started_at") or line.get("ended_at")]
-    reader.record_irregular_files(run_files.PREDICTIONS_FOLDER)
-    param_changes = reader.read_json(run_files.PARAM_AUDIT_FILE)
-    text = reader.read_text(run_files.RECIPE_FILE) or ""
+    reader.record_irregular_files(PREDICTIONS_FOLDER)
+    param_changes = reader.read_json(PARAM_AUDIT_FILE)
+    text = reader.read_text(RECIPE_FILE) or ""
     return RunRecord(
         folder=folder,
         recipe=reader.parse_recipe(text),
@@ -128,11 +138,11 @@ def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
         evaluations=[line for line in lines if "validation_loss" in line],
         starts=[line for line in lines if line.get("started_at")],
         vision_cache_builds=[line for line in lines if "vision_cache_s" in line],
-        skipped_samples=list(reader.read_lines(run_files.SKIPPED_SAMPLES_FILE)),
+        skipped_samples=list(reader.read_lines(SKIPPED_SAMPLES_FILE)),
         param_changes=[_drop_invalid_values(_as_object(row)) for row in param_changes]
         if isinstance(param_changes, list)
         else None,
-        result=_read_result(_as_object(reader.read_json(run_files.RESULT_FILE))) or None,
+        result=_read_result(_as_object(reader.read_json(RESULT_FILE))) or None,
         weight_digests=reader.read_weight_digests(),
         checkpoint_identity=reader.read_checkpoint_identity(),
         end_event=start_end_events[-1]
@@ -232,7 +242,7 @@ class _RunFolderReader:
         try:
             return _as_object(load_yaml(text))
         except yaml.YAMLError:
-            self.unreadable_files.append(run_files.RECIPE_FILE)
+            self.unreadable_files.append(RECIPE_FILE)
             return {}
 
     def read_lines(self, name: str) -> Iterator[JsonObject]:
@@ -258,7 +268,7 @@ class _RunFolderReader:
     def read_weight_digests(self) -> dict[str, str]:
         """Return the SHA-256 digests of the trained weights by path in the run directory."""
         weight_digests: dict[str, str] = {}
-        for part in (run_files.ADAPTER_FOLDER, run_files.MODEL_FOLDER):
+        for part in (ADAPTER_FOLDER, MODEL_FOLDER):
             digests = _as_object(self.read_json(f"{part}/{DIGESTS_FILE}"))
             weight_digests |= {
                 f"{part}/{name}": str(value)
@@ -269,12 +279,10 @@ class _RunFolderReader:
 
     def read_checkpoint_identity(self) -> JsonObject:
         """Return the fingerprints of data and base model in the newest checkpoint."""
-        checkpoints = self._folder / run_files.CHECKPOINTS_FOLDER
+        checkpoints = self._folder / CHECKPOINTS_FOLDER
         step_texts = [path.name.removeprefix("step-") for path in checkpoints.glob("step-*")]
         steps = sorted(int(step_text) for step_text in step_texts if step_text.isdecimal())
         if not steps:
             return {}
-        state = _as_object(
-            self.read_json(f"{run_files.CHECKPOINTS_FOLDER}/step-{steps[-1]}/state.json")
-        )
+        state = _as_object(self.read_json(f"{CHECKPOINTS_FOLDER}/step-{steps[-1]}/state.json"))
         return _as_object(state.get("identity"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Literal
 
-from finesight import run_files
+from finesight.manifest import METRICS_FILE
 from finesight.report.i18n import translate
 from finesight.report.run_reader import JsonObject, RunRecord
 
@@ -443,7 +443,7 @@ def _is_training_in(folder: Path) -> bool:
     except BlockingIOError:
         return True
     except OSError:
-        metrics_file = folder / run_files.METRICS_FILE
+        metrics_file = folder / METRICS_FILE
         return (
             metrics_file.is_file()
             and time.time() - metrics_file.stat().st_mtime < LIVENESS_TIMEOUT_S

@@ -23,13 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finesight.bounded_files import read_bytes
-from finesight.digests import verify_folder
 from finesight.errors import UserError
 from finesight.storage import (
     move_folder,
     remove_folder,
     remove_partial_files,
     translate_os_errors,
+    verify_folder,
     write_folder,
 )
 from finesight.train.oom import MemoryBudget

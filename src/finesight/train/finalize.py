@@ -24,12 +24,12 @@ from finesight.evaluate.metric_difference import (
     compare_prediction_files,
     format_differences,
 )
+from finesight.manifest import PARAM_AUDIT_FILE, RESULT_FILE
 from finesight.model.hf_backend import AnyModel, save_auto_model
 from finesight.model.lora.layer import iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model_folder import ModelFolder
 from finesight.report.run_page import MAX_EXAMPLES, MAX_LIVE_EXAMPLES, LiveReportState, write_report
-from finesight.run_files import PARAM_AUDIT_FILE, RESULT_FILE
 from finesight.storage import write_file, write_folder
 from finesight.train.checkpoint import BestEval, CheckpointManager, TrainProgress
 from finesight.train.console import TrainingConsole

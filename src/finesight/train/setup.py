@@ -16,7 +16,6 @@ from torch import Tensor
 
 from finesight import __version__
 from finesight.config import Recipe
-from finesight.digests import sha256_file
 from finesight.encode.packing import PackedBatch, SampleShape, pad_batch
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.errors import UserError
@@ -35,6 +34,7 @@ from finesight.model.quant.nf4 import import_bitsandbytes
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import ModelFolder, get_portable_name
+from finesight.storage import sha256_file
 from finesight.train.checkpoint import (
     CheckpointManager,
     CheckpointState,

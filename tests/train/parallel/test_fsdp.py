@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from tiny_task import TinyTask, read_losses, write_recipe
 from torch import Tensor
 
-from finesight.digests import verify_folder
 from finesight.errors import UserError
 from finesight.infer.model_loader import resolve_model_source
 from finesight.model.hf_backend import load_auto_model
 from finesight.recipe import load_recipe
+from finesight.storage import verify_folder
 from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE, CheckpointManager
 from finesight.train.parallel.ddp import parallelize_model
 from finesight.train.parallel.distributed import ProcessGroup

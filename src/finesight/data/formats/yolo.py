@@ -25,8 +25,7 @@ from pathlib import Path
 
 import yaml
 
-from finesight.bounded_files import find_existing
-from finesight.bounded_yaml import load_yaml
+from finesight.bounded_files import find_existing, load_yaml
 from finesight.data.boxes import BoxConvention, InvalidBoxError
 from finesight.data.formats.dataset_format import (
     DatasetFormat,

@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finesight.bounded_files import read_bytes
-from finesight.digests import DIGESTS_FILE, verify_folder
 from finesight.errors import UserError
 from finesight.model.families.architecture import (
     QWEN_VL_MAPPING,
@@ -45,6 +44,7 @@ from finesight.model.lora.layer import (
     iter_adapters,
 )
 from finesight.model_folder import ModelFolder
+from finesight.storage import DIGESTS_FILE, verify_folder
 
 _IGNORED_SETTINGS = {
     "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",

@@ -92,7 +92,7 @@ def test_traced_cpu_memory_matches_allocated_memory(
 ) -> None:
     batch = make_batch(task, family)
     for case in CASES:
-        if family == "qwen" and case.tune == "partial lora":
+        if family in ("qwen", "qwen3_vl_moe") and case.tune == "partial lora":
             continue
         model = load_model(ModelFolder(task / family), dtype, torch.device("cpu")).train()
         configure_tuning(model, TuneSettings.model_validate(TUNES[case.tune]), 0)

@@ -173,6 +173,10 @@ class MemoryTracker(TorchDispatchMode):
         if func is torch.ops.aten.native_dropout_backward.default:
             # One kernel on a GPU; torch decomposes it on the meta device.
             outputs = torch.empty_like(args[0])
+        elif func is torch.ops.aten._grouped_mm.default:
+            # The meta kernel accepts bf16 only.
+            operands = [matrix.to(torch.bfloat16) for matrix in args[:2]]
+            outputs = func(*operands, *args[2:], **(kwargs or {})).to(args[0].dtype)
         else:
             outputs = func(*_move_indices(args), **(kwargs or {}))
         for output in (outputs,) if isinstance(outputs, Tensor) else tree_leaves(outputs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from finesight.encode.packing import PackedBatch, pack
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
-from finesight.model_folder import ModelFolder
+from finesight.model_folder import ModelFolder, locate_model
 from finesight.plan.dry_run import ComputeTarget
 from finesight.plan.planned_model import build_meta_model
 from finesight.plan.planned_pack import PlannedPack
@@ -99,26 +100,31 @@ def test_traced_cpu_memory_matches_allocated_memory(
         model.activation_checkpointing = case.checkpointed_fraction
         forward(model, batch).backward()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
-        with profile_memory() as saved:
-            loss = forward(model, batch)
-        with profile_memory() as backward:
-            loss.backward()  # type: ignore[no-untyped-call]
+        # Reference cycles of the previous model must not be freed while memory is measured.
+        gc.collect()
+        with profile_memory() as measured:
+            forward(model, batch).backward()  # type: ignore[no-untyped-call]
         tracer = make_tracer(task, family, ComputeTarget(is_cuda=False, dtype=dtype), case.tune)
         traced = tracer.trace(make_planned_pack(batch), case.checkpointed_fraction)
-        print(family, dtype, case, traced.saved / saved.live_bytes, traced.total / max(saved.peak_bytes, saved.live_bytes + backward.peak_bytes))
+        # With trainable embeddings, the trace is up to 6 % too high.
+        tolerance = 0.065 if case.tune == "all" else 0.02
+        assert traced.total == pytest.approx(measured.peak_bytes, rel=tolerance), case
 
 
-@pytest.mark.parametrize("is_last", [False, True], ids=["middle", "last"])
-def test_fused_layer_saves_required_activations(task: Path, is_last: bool) -> None:
-    """A middle layer adds norms, attention and MLP; the last one keeps supervised tokens only."""
-    pack = PlannedPack((512, 512), (), 256)
-    saved = []
-    for num_layers in (3, 2) if not is_last else (2, 1):
-        tracer = make_tracer(task, "qwen2_vl", GPU, "lora")
-        config, layer = tracer.model.config.decoder, tracer.model.model.layers[1]
-        tracer.model.model.layers = torch.nn.ModuleList([layer] * 0)
-        saved.append(num_layers)
-    print(config)
+def test_fused_layer_saves_required_activations() -> None:
+    model = build_meta_model(locate_model("finesight-tiny"), GPU.dtype, (), ()).train()
+    configure_tuning(model, TuneSettings.model_validate(TUNES["lora"]), 0)
+    config, pack, saved = model.config.decoder, PlannedPack((512, 512), (), 256), []
+    for _ in range(2):
+        saved.append(StepTracer(model, GPU).trace(pack, 0.0).saved)
+        del model.model.layers[2]
+    hidden_size, kv_size = config.hidden_size, config.num_kv_heads * config.head_dim
+    attention = 2 * hidden_size + 4 + 2 * 3 * 8  # input, its norm, three LoRA projections
+    attention += 2 * (2 * hidden_size + 2 * kv_size) + 4 * config.num_heads + 2 * 8
+    mlp = 2 * hidden_size + 4 + 2 * 2 * config.intermediate_size + 2 * 3 * 8
+    # The trace rounds allocations to blocks.
+    expected_bytes = pack.num_tokens * (attention + mlp)
+    assert saved[0] - saved[1] == pytest.approx(expected_bytes, rel=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -126,7 +132,8 @@ def test_activation_checkpointing_saves_less_on_a_gpu(task: Path, family: str) -
     planned_pack = make_planned_pack(make_batch(task, family))
     tracer = make_tracer(task, family, GPU, "lora")
     saved = [tracer.trace(planned_pack, fraction).saved for fraction in (0.0, 0.5, 1.0)]
-    print(family, saved)
+    assert saved[1] < 0.55 * saved[0]
+    assert saved[2] < 0.2 * saved[0]
 
 
 @pytest.mark.gpu

@@ -122,7 +122,7 @@ def emulate_device(target: ComputeTarget) -> Iterator[None]:
             (F, "scaled_dot_product_attention", _emulate_sdpa),
             (base, "get_device_capability", get_capability),
             (F, "rms_norm", _emulate_rms_norm if target.is_cuda else F.rms_norm),
-            (fused_ops, "sample_dropped_indices", sample_indices),
+            (fused_ops, "draw_dropped_indices", sample_indices),
             (torch.cuda, "get_device_capability", get_capability),
             (torch.cuda, "get_device_properties", lambda device: _Gpu),
             (JITFunction, "run", _skip_launch),
@@ -141,7 +141,7 @@ def _skip_launch(*arguments: object, **options: object) -> None:
     """Replace the launch of a Triton kernel."""
 
 
-class MemoryTracker(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Tracks the bytes of live storages, without those of the given tensors.
 
     Attributes:
@@ -153,7 +153,7 @@ class MemoryTracker(TorchDispatchMode):
     """
 
     def __init__(self, known_tensors: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._storages: dict[int, Any] = {
             id(storage): storage
             for storage in (tensor.untyped_storage() for tensor in known_tensors)

@@ -137,7 +137,7 @@ class StepTracer:
 
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         hooks = [
-            parameter.register_post_accumulate_grad_hook(
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 free_gradient if id(parameter) in accumulated_ids else tracker.add_gradient
             )
             for parameter in parameters

@@ -26,7 +26,7 @@ from finesight.data.formats.conversation_rows import ROLE_KEYS, ROLES
 from finesight.data.image_header import ImageSize
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.jsonl import read_text_file
-from finesight.encode.family_base import (
+from finesight.encode.family import (
     FRAME_1000,
     QWEN_VL_MAX_COORDINATE,
     BoxCorners,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from finesight.data.sample import BoxPart, Sample, TextPart
-from finesight.encode.native_renderer import split_reasoning
+from finesight.encode.renderer import split_reasoning
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import (
     BOUNDED,

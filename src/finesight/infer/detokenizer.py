@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from finesight.encode.native_renderer import THINK_END
+from finesight.encode.renderer import THINK_END
 from finesight.encode.tokenizer import TextTokenizer
 
 _REPLACEMENT_CHAR = "�"

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.config import WeightFormat
-from finesight.encode.family import is_native
 from finesight.encode.hf_renderer import (
     FROM_PRETRAINED_OPTIONS,
     import_transformers,
     load_hf_config,
 )
 from finesight.encode.packing import PackedBatch
+from finesight.encode.renderer import is_native
 from finesight.errors import UserError
 from finesight.model.families.architecture import KeyMapping
 from finesight.model.fused_linear import FusedLinear, single_output

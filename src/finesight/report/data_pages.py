@@ -19,8 +19,8 @@ from finesight.check.check_issues import (
 from finesight.data.image_header import CorruptImageError
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import BoxPart
-from finesight.encode.family_base import PredictedBox, scale_box
-from finesight.encode.native_renderer import IM_START, NativeRenderer
+from finesight.encode.family import PredictedBox, scale_box
+from finesight.encode.renderer import IM_START, NativeRenderer
 from finesight.encode.tokenized_sample import (
     EncodedSample,
     TokenizedSample,

@@ -16,7 +16,7 @@ from types import FrameType
 
 import uvicorn
 
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel

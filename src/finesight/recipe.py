@@ -341,7 +341,6 @@ def _parse_override(override: str) -> tuple[str, object]:
 
 
 def _apply_override(content: dict[str, Any], name: str, value: object, override: str) -> SettingKey:
-    """Apply one override to the nested settings, and return its key."""
     key: SettingKey = tuple(
         int(p) if _LIST_INDEX.fullmatch(p) else p for p in name.strip().split(".")
     )
@@ -446,7 +445,6 @@ def _format_expected(key: SettingKey, error: ErrorDetails) -> str:
 
 
 def _list_group_names(group: SettingKey) -> list[str]:
-    """Return the names of the settings and subsections in the section `group`."""
     prefix = "".join(f"{segment}." for segment in group if isinstance(segment, str))
     suffixes = (n.removeprefix(prefix) for n in list_setting_names() if n.startswith(prefix))
     return list(dict.fromkeys(name.split(".")[0] for name in suffixes))
@@ -517,7 +515,6 @@ def _truncate(text: str) -> str:
 def _format_location(
     source: str, key: SettingKey, lines: dict[SettingKey, int], overridden: dict[SettingKey, str]
 ) -> str:
-    """Return the location of a setting for messages: its override, or file and line."""
     for depth in range(len(key), 0, -1):
         if key[:depth] in overridden:
             return f"override {overridden[key[:depth]]}"

@@ -202,7 +202,6 @@ def _run_job(
 def _outcome(
     function: Callable[[], JobOutput],
 ) -> tuple[dict[str, Any], Sequence[NDArray[np.generic]]]:
-    """Call a function, and return its output or error as a reply."""
     try:
         output = function()
     except UserError as error:

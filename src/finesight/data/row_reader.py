@@ -228,7 +228,6 @@ def _iter_json_lines(source: Path) -> Iterator[SourceRow]:
 
 
 def _parse_json(content: bytes, source: Path, line: int) -> Any:
-    """Parse JSON that starts at line `line` of a file."""
     try:
         return parse_json(content)
     except ValueError as error:

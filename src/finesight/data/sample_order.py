@@ -64,7 +64,6 @@ class SampleOrder:
         return np.concatenate(source_indices)[order]
 
     def _epoch_slice(self, source: int, epoch: int) -> NDArray[np.int64]:
-        """Return the indices within a source that the source contributes to an epoch."""
         size, count = self._sizes[source], self._samples_per_epoch[source]
         start, stop = epoch * count, (epoch + 1) * count
         passes = range(start // size, -(-stop // size))

@@ -264,7 +264,6 @@ def _clamp_below_1000(box: ImageBox) -> ImageBox:
 
 
 def _join_pieces(pieces: Sequence[PromptPiece], target_format: str) -> str:
-    """Join prompt pieces to text, with the special tokens of the target format."""
     token_names = BOX_TOKENS if target_format == "qwen_vl" else {}
     return "".join(
         token_names.get(piece.token, piece.token) if isinstance(piece, SpecialToken) else piece
@@ -529,7 +528,6 @@ def _split_json(text: str, file: Path) -> Iterator[tuple[str, list[tuple[str, An
 
 
 def _convert_chunk(text: str, records: list[tuple[str, Any]], state: _MigrationState) -> str:
-    """Convert the answers of a JSON chunk, and record counts and errors in `state`."""
     literal_indices = itertools.count()
     changes: dict[int, str] = {}
     for location, record in records:

@@ -586,7 +586,6 @@ class NativeRenderer(Renderer):
     def _build_visuals(
         self, part: ImagePart | VideoPart, located_sample: LocatedSample
     ) -> list[_VisualInput]:
-        """Return the input of an image, or one input per segment of a video."""
         if isinstance(part, ImagePart):
             path = located_sample.resolve_path(part.image)
             return [
@@ -659,7 +658,6 @@ def _list_visual_parts(sample: Sample) -> list[ImagePart | VideoPart]:
 
 
 def _to_image_box(box: BoxPart, images: Sequence[_VisualInput], sample_id: str) -> ImageBox:
-    """Convert a box of a sample to an `ImageBox` with the sizes of its image."""
     if box.image >= len(images):
         raise UserError(
             f"a box refers to image {box.image} (0-based)",

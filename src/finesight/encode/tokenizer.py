@@ -280,7 +280,6 @@ def _is_valid_charsmap(charsmap: object) -> bool:
 def _translate_library_errors(
     path: Path, error_types: type[Exception] | tuple[()] = ()
 ) -> Iterator[None]:
-    """Convert errors of the given types and panics of the Rust library to UserError."""
     try:
         yield
     except BaseException as error:

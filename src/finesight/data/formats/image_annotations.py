@@ -424,7 +424,6 @@ def _get_record(
 
 
 def _get_single_image(sample: Sample) -> str:
-    """Return the image path of a sample with a single question about one image."""
     turns = [message.role for message in sample.messages if message.role != "system"]
     images = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
     if turns != ["user", "assistant"] or len(images) != 1:

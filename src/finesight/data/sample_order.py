@@ -76,10 +76,10 @@ class SampleOrder:
 
 
 def _random_permutation(size: int, *key: int) -> NDArray[np.int64]:
-    return _stable_argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(size))
+    return stable_argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(size))
 
 
-def _stable_argsort(values_N: NDArray[np.uint64]) -> NDArray[np.int64]:
+def stable_argsort(values_N: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Return the indices that sort the values; equal values keep their order.
 
     Equivalent to `argsort(kind="stable")` in a third of the time.

@@ -245,6 +245,14 @@ def generate_completions(
     return tuple(tuple(sequence) for sequence in output_ids)
 
 
+def generate_outputs(
+    model: VisionLanguageModel, prompts: Sequence[EncodedSample], eos_ids: Sequence[int]
+) -> ModelOutputs:
+    """Generate completions, and compute the logits of their tokens."""
+    completions = generate_completions(model, prompts, eos_ids)
+    return ModelOutputs(completions, compute_logits(model, prompts, completions))
+
+
 @torch.no_grad()
 def compute_logits(
     model: VisionLanguageModel,

@@ -68,11 +68,6 @@ _COMMON_NAMES = {
 }
 
 
-def detect(records: Sequence[Record]) -> str | None:
-    """Return None: a table is never detected, but selected with --map or --format."""
-    return None
-
-
 def suggest_mapping(record: Record) -> str:
     """Suggest `--map` options for a record, based on common column names."""
     options = []
@@ -333,8 +328,6 @@ def _build_unsupported_error(what: str) -> UserError:
 FORMAT = DatasetFormat(
     name="table",
     description="any columns, named by --map image=COLUMN --map answer=COLUMN",
-    typical_keys=frozenset(),
-    detect=detect,
     parse_row=parse_row,
     supported_options=frozenset({"map", "prompt", "boxes"}),
     write_files=write_files,

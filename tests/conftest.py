@@ -8,7 +8,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from tiers import is_slow
 
+TESTS = Path(__file__).parent
 _ASSETS = pytest.StashKey[str]()
 
 
@@ -20,7 +22,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--type-blocks", action="store_true", help="tests/docs types what pages tell to type"
     )
-    parser.addoption("--slow", action="store_true", help="run tests marked slow, such as fuzzing")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,13 +33,13 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.update(XDG_STATE_HOME=config.stash[_ASSETS])
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests marked slow unless `--slow` is given."""
-    if config.getoption("--slow"):
-        return
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the slow tier; tests marked `fuzz` belong to their own tier."""
     for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="slow test: run with --slow"))
+        test_id = f"{item.path.relative_to(TESTS).as_posix()}::{item.name}"
+        fixtures = item.fixturenames if isinstance(item, pytest.Function) else ()
+        if not item.get_closest_marker("fuzz") and is_slow(test_id, fixtures):
+            item.add_marker("slow")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

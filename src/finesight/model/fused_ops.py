@@ -26,11 +26,7 @@ if HAS_TRITON:
 
 
 def apply_rotary(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
-    """Apply rotary embeddings: x cos + swap(x) sin.
-
-    `swap` exchanges the halves of a head; `sin` is negative in the first half. The computation uses
-    the wider of both dtypes and the result has the dtype of `x_THD`.
-    """
+    """Apply rotary embeddings: x cos + swap(x) sin."""
     y_THD: Tensor = _ApplyRotary.apply(x_THD, cos_T1D, sin_T1D)  # type: ignore[no-untyped-call]
     return y_THD
 
@@ -75,7 +71,7 @@ def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """
     if x.is_cuda:
         return torch.native_dropout(x, p, True)
-    dropped_indices = _sample_dropped_indices(x.numel(), p)
+    dropped_indices = sample_dropped_indices(x.numel(), p)
     return _zero_indices(x * (1.0 / (1.0 - p)), dropped_indices), dropped_indices
 
 
@@ -89,7 +85,7 @@ def dropout_matmul(x_TS: Tensor, y_SD: Tensor, dropout_mask: Tensor, p: float) -
     return _zero_indices(torch.addmm(x_TS[:1, :1], x_TS, y_SD, beta=0, alpha=scale), dropout_mask)
 
 
-def _sample_dropped_indices(num_elements: int, p: float) -> Tensor:
+def sample_dropped_indices(num_elements: int, p: float) -> Tensor:
     """Sample the indices of dropped elements in ascending order.
 
     On a CPU torch draws one random value per element. Here each random value is the gap to the next

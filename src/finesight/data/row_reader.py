@@ -126,9 +126,8 @@ def open_row_file(source: Path) -> RowReader:
     if suffix == ".parquet":
         rows = _open_parquet(source)
     elif suffix in (".csv", ".tsv"):
-        rows = _rows_from_list(
-            _read_csv(source, "\t" if suffix == ".tsv" else _detect_delimiter(source))
-        )
+        table = _read_csv(source, "\t" if suffix == ".tsv" else _detect_delimiter(source))
+        rows = RowReader(len(table), lambda start, stop: itertools.islice(table, start, stop))
     elif suffix in (".json", ".jsonl"):
         rows = _open_json(source)
     else:
@@ -143,10 +142,6 @@ def open_row_file(source: Path) -> RowReader:
             "contains no rows", where=str(source), expected="at least one", remedy="check the file"
         )
     return rows
-
-
-def _rows_from_list(rows: list[SourceRow]) -> RowReader:
-    return RowReader(len(rows), lambda start, stop: itertools.islice(rows, start, stop))
 
 
 def _read_text(source: Path) -> str:

@@ -83,7 +83,7 @@ def split_reasoning(content: Sequence[ContentPart]) -> ReasoningAndAnswer:
     end_indices = [
         index
         for index, part in enumerate(content)
-        if isinstance(part, TextPart) and _has_end_tag(part)
+        if isinstance(part, TextPart) and _THINK_END_TAG in part.text
     ]
     if not end_indices:
         return ReasoningAndAnswer(None, tuple(content))
@@ -99,10 +99,6 @@ def split_reasoning(content: Sequence[ContentPart]) -> ReasoningAndAnswer:
     return ReasoningAndAnswer(
         tuple(reasoning), (TextPart(text=after.lstrip("\n")), *content[end_index + 1 :])
     )
-
-
-def _has_end_tag(part: TextPart) -> bool:
-    return _THINK_END_TAG in part.text
 
 
 def parse_reasoning(text: str) -> tuple[str, str]:
@@ -472,7 +468,8 @@ class NativeRenderer(Renderer):
     ) -> TokenizedSample:
         inputs_by_part = [
             self._build_visuals(part, located_sample)
-            for part in _list_visual_parts(located_sample.sample)
+            for part in located_sample.sample.iter_parts()
+            if isinstance(part, ImagePart | VideoPart)
         ]
         images = [
             vision_input
@@ -651,10 +648,6 @@ def _get_nested(config: Mapping[str, Any], key: str) -> object:
         inner = config.get(section)
         config = inner if isinstance(inner, dict) else {}
     return config.get(last)
-
-
-def _list_visual_parts(sample: Sample) -> list[ImagePart | VideoPart]:
-    return [part for part in sample.iter_parts() if isinstance(part, ImagePart | VideoPart)]
 
 
 def _to_image_box(box: BoxPart, images: Sequence[_VisualInput], sample_id: str) -> ImageBox:

@@ -109,7 +109,6 @@ def _build_settings_error(error: ValidationError, settings: dict[str, Any]) -> U
 
 
 MAX_LISTED_DETAILS = 10
-"""Maximum number of confusions and of fields listed in a text table."""
 
 
 PredictOutput = tuple[list[Prediction], dict[int, str]]

@@ -40,7 +40,6 @@ MAX_DEPTH = 64
 """Maximum nesting depth of an answer; a deeper answer is invalid."""
 
 MAX_LISTED_FIELDS = 200
-"""Maximum number of fields in `details`, the most frequent ones."""
 
 _CODE_FENCE = "```"
 

@@ -56,7 +56,6 @@ TASK_METRICS: dict[TaskName, TaskMetric] = {
 }
 
 LOWER_IS_BETTER = frozenset({"edit_distance", "cer", "wer", "validation_loss"})
-"""Names of scores for which lower is better."""
 
 
 def get_task_metric(metric: MetricSpec) -> TaskMetric:

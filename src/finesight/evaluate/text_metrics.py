@@ -180,7 +180,6 @@ def compute_anls(answer: str, reference: str) -> float:
 OTHER_CLASS = "(something else)"
 
 MAX_CONFUSION_PAIRS = 200
-"""Maximum number of confusion matrix entries in `details`, the most frequent ones."""
 
 
 def score_classification(cases: Sequence[EvalCase]) -> MetricResult:

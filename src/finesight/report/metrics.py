@@ -52,7 +52,6 @@ METRIC_DESCRIPTIONS = {
     "cider_d": "TF-IDF n-gram similarity to the reference captions",
     "rouge_l": "longest common subsequence of words",
 }
-"""Descriptions of built-in metrics for report readers."""
 
 METRIC_TITLES = {
     VALIDATION_LOSS: "validation loss",

@@ -93,7 +93,6 @@ Tokenizer files have up to 35 MB. Parsed JSON takes up to 30 times its size in m
 """
 
 MAX_LINE_BYTES = 8 * 2**20
-"""Maximum size of a line in a JSON Lines file, in bytes."""
 
 
 def read_bytes(
@@ -102,9 +101,6 @@ def read_bytes(
     """Read a regular file of at most `max_bytes` bytes.
 
     Folders, named pipes, devices and larger files are rejected before they are read.
-
-    Raises:
-        UserError: The file is unreadable; the error contains `expected` and `remedy`.
     """
     with (
         translate_os_errors(path, expected=expected, remedy=remedy),
@@ -187,9 +183,6 @@ def read_lines(
     """Yield the lines of a regular file of any size, with their line ends.
 
     A line of more than `max_bytes` bytes is truncated and has no line end.
-
-    Raises:
-        UserError: The file is unreadable; the error contains `expected` and `remedy`.
     """
     with (
         translate_os_errors(path, expected=expected, remedy=remedy),
@@ -291,7 +284,6 @@ def find_existing(folder: Path, name: str) -> Path | None:
 
 
 MAX_DEPTH = 64
-"""Maximum number of nested mappings and sequences."""
 
 MAX_ALIASED_VALUES = 100_000
 """Maximum number of values that aliases expand to.
@@ -324,10 +316,6 @@ class TooManyValuesError(yaml.MarkedYAMLError):
 
 class ComposedYaml:
     """A parsed YAML text: its syntax tree with line numbers, and its data.
-
-    Args:
-        text: YAML text.
-        values: Maximum number of values.
 
     Attributes:
         root: Root node of the syntax tree; None for an empty text.

@@ -41,12 +41,6 @@ class UserError(Exception):
 
     The message states location, problem, expected value and remedy. It needs no traceback and is
     safe to print.
-
-    Attributes:
-        what: The problem, such as an invalid value.
-        where: The location: file and line, setting or argument.
-        expected: Description of a valid value.
-        remedy: Command or change that fixes the problem.
     """
 
     def __init__(self, what: str, *, where: str = "", expected: str = "", remedy: str = "") -> None:

@@ -35,11 +35,8 @@ class Manifest(BaseModel):
     """Content of `manifest.json` in a run folder and in a merged model folder.
 
     Attributes:
-        format_version: Version of the keys.
-        base_model: Name or path of the base model in the recipe.
         base_fingerprint: SHA-256 over index and headers of the weight files of the base model. A
             base model with another fingerprint is rejected.
-        image_rule: Image rule of the run: that of the recipe, or the default of the family.
         system_prompt: System prompt of the run; None for a family without one.
     """
 
@@ -57,11 +54,7 @@ class Manifest(BaseModel):
 
 
 def load_manifest(path: Path) -> Manifest:
-    """Read and validate a manifest.
-
-    Raises:
-        UserError: The file is unreadable or invalid, or has another format version.
-    """
+    """Read and validate a manifest."""
     content = read_bytes(path, expected="the manifest of a run", remedy=_REMEDY)
     _check_format_version(content, path)
     try:

@@ -39,9 +39,6 @@ def convert_pickled_weights(files: Sequence[Path], target: Path) -> None:
 
     A pickle can execute code when it is loaded. The `weights_only` loader of torch prevents this:
     it builds tensors and rejects everything else.
-
-    Raises:
-        UserError: A file requires more than tensors or is corrupt, or `target` cannot be written.
     """
     if _is_up_to_date(files, target):
         return
@@ -210,13 +207,10 @@ _QWEN_VL_FAMILY = "qwen"
 _FAMILIES_WITH_DEFAULTS = ("qwen2_vl", "qwen2_5_vl")
 
 TINY_MODEL = "finesight-tiny"
-"""Name of the bundled model, as in `model: finesight-tiny` in a recipe."""
 
 TINY_MODEL_FOLDER = Path(__file__).resolve().parent / "assets" / TINY_MODEL
-"""Path of the bundled model's folder."""
 
 MAX_HEADER_BYTES = 100_000_000
-"""Maximum size of the header of a safetensors file in bytes, as defined by the format."""
 
 MAX_LAYERS = 1000
 """Maximum number of layers in a config. The largest models have about a hundred; each takes
@@ -406,10 +400,6 @@ class ModelFolder:
 
         The weights of hub models are downloaded on access. Pickled weights are converted into
         CONVERTED_FOLDER, and again if they changed.
-
-        Raises:
-            UserError: There are no weights, an index lists a missing file, or a pickle contains
-                more than tensors.
         """
         self.fetch_weights()
         single = self.find_file("model.safetensors")
@@ -491,10 +481,6 @@ def locate_model(name_or_path: str) -> ModelFolder:
     access. The bare name `finesight-tiny` is always the bundled model, so that recipes and runs do
     not depend on the working directory; a folder of that name is `./finesight-tiny`. An existing
     folder takes precedence over a hub model of the same name, without network access.
-
-    Raises:
-        UserError: The folder is missing, or the model is unavailable (unknown, gated, offline, not
-            installed).
     """
     path = resolve_model_path(name_or_path)
     if name_or_path == TINY_MODEL and not any(path.glob("*.safetensors")):

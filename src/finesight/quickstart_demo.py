@@ -35,10 +35,8 @@ from finesight.train.trainer import train
 
 PROMPT = "Read the ticket."
 NUM_SHOWN_PREDICTIONS = 4
-"""Number of tickets whose predictions are printed."""
 
 MAX_SHOWN_ISSUES = 3
-"""Maximum number of printed issues per issue code of the data check."""
 
 _COLUMNS = {"image": "image", "fields": ",".join(TICKET_FIELDS)}
 
@@ -150,11 +148,7 @@ def run_quickstart(
 
 
 def write_recipe(out: Path, plan: QuickstartSettings) -> Path:
-    """Write the recipe of the quickstart into the folder `out`, unless it exists.
-
-    Raises:
-        UserError: `out` contains other files.
-    """
+    """Write the recipe of the quickstart into the folder `out`, unless it exists."""
     recipe = out / "recipe.yaml"
     string_values = {
         "model": plan.model,

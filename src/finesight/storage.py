@@ -72,7 +72,6 @@ class FileLock:
         Args:
             shared: Acquire a shared lock, which several processes can hold, instead of an exclusive
                 one.
-            wait: Wait until other processes release the lock.
 
         Raises:
             BlockingIOError: Another process holds the lock, and `wait` is False.

@@ -344,7 +344,6 @@ class Worker:
 
         Args:
             function: Module-level function. Its first argument is the state of the pool.
-            max_cpu_s: Maximum CPU time in seconds.
             deadline: Time on the clock of `time.monotonic` at which waiting ends.
 
         Raises:
@@ -462,8 +461,6 @@ class WorkerPool:
         setup: Module-level function that returns the state that all jobs share. It runs in the
             template process and must not start threads.
         args: Arguments of `setup`; they are pickled.
-        num_idle: Number of idle workers to fork in advance.
-        memory_bytes: Memory limit of a worker, in addition to the memory of the template process.
     """
 
     def __init__(

@@ -30,7 +30,6 @@ class ExportSummary:
 
     Attributes:
         lost_counts: Counts of sample content that the format cannot represent, by description.
-        notes: Notes for the user about reading the exported files.
     """
 
     format: str
@@ -47,10 +46,6 @@ def export_dataset(
     """Export samples to a folder in a format that `finesight data import` can read.
 
     Images are referenced by their path relative to `out`, or copied to the folder `out`/images.
-
-    Raises:
-        UserError: `out` exists, the format is unknown, an image is missing, or the format cannot
-            represent a sample. `out` is not created.
     """
     data_format = get_format(format_name, "--to")
     assert data_format.write_files is not None, f"no exporter for {format_name}"

@@ -98,7 +98,6 @@ def _read_range(container: Path, start: int, size: int) -> bytes:
 
 
 ImageSize = tuple[int, int]
-"""Height and width in pixels."""
 
 MAX_IMAGE_PIXELS = 64_000_000
 """Maximum number of pixels of an image (8000 x 8000).
@@ -121,7 +120,6 @@ IMAGE_SUFFIXES = frozenset(
         *(".tif", ".tiff", ".ppm", ".jp2", ".avif"),
     }
 )
-"""Suffixes of image files, in lower case."""
 
 EXIF_ORIENTATION_TAG = 0x0112
 TRANSPOSED_ORIENTATIONS = frozenset({5, 6, 7, 8})

@@ -48,8 +48,6 @@ class ImageResolver:
     slashes.
 
     Args:
-        folder: Folder of the data file.
-        output_folder: Folder of the import, in which embedded images are saved.
         validate: Reject missing and invalid images. Otherwise, they keep their expected path.
         exact_paths: Search relative paths only in `folder` and without variations, as in training.
         web_images: Downloader of image URLs. None rejects URLs.

@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 
 NUM_DETECTION_ROWS = 100
-"""Number of rows that are examined to detect the dataset format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +55,9 @@ class ImportOptions:
 
     Attributes:
         format: Name of the dataset format, None to detect it.
-        columns: Column name per role (`--map ROLE=COLUMN`).
-        prompt: Question or prompt template from the user.
         row_range: Slice bounds of the rows, 0-based. None means the first or last row.
-        limit: Maximum number of rows within `row_range`.
-        eval_last: Number of rows at the end for validation.
         train_fraction: Fraction of the rows for training; the rest is for validation.
-        seed: Seed of the random split by `train_fraction`.
         box_task: Whether box datasets become detection or grounding questions.
-        on_invalid_row: Fail at invalid rows, or skip them.
         row_files: Files of a folder that contain its rows; empty to detect them.
         web_images: Downloader of image URLs, None to reject URLs.
         allowed_root: Folder of an untrusted source: images outside of it are rejected.
@@ -93,8 +86,6 @@ class ImportSource:
     """An opened dataset with its detected format and selected rows.
 
     Attributes:
-        detected_by: Reason for the detected format, shown to the user.
-        columns: Keys of the first selected row.
         row_bounds: First and last (exclusive) selected row, 0-based.
     """
 
@@ -115,7 +106,6 @@ class ImportSource:
         """Create the import context that parses the rows of this source.
 
         Args:
-            options: Options of the import.
             output_folder: Folder below which embedded images are saved.
             lenient: Accept invalid images and boxes unchanged, for data checks.
         """
@@ -193,20 +183,12 @@ def open_unvalidated(
 
     Missing and corrupt images keep their expected paths. Embedded images are saved below
     `output_folder`, which must exist. See `UnvalidatedRow` for invalid rows and boxes.
-
-    Raises:
-        UserError: The source cannot be opened, as in `open_source`.
     """
     return UnvalidatedSource(open_source(source, options), options, output_folder)
 
 
 def open_source(source: Path, options: ImportOptions) -> ImportSource:
-    """Open a dataset, detect its format, and select its rows.
-
-    Raises:
-        UserError: The source is unreadable, its format is ambiguous, an option does not apply, or
-            no rows are selected.
-    """
+    """Open a dataset, detect its format, and select its rows."""
     _check_options(options)
     rows, data_format, detected_by = _open_rows(source, options)
     start, stop, _ = slice(*options.row_range).indices(rows.num_rows)

@@ -40,7 +40,6 @@ SAMPLE_KEYS = tuple(
         for name in kind.model_fields
     )
 )
-"""All keys of samples, messages and content parts."""
 
 FOREIGN_KEYS = frozenset(
     ("image", "images", "conversations", "conversation", "query", "response", "objects")
@@ -64,14 +63,6 @@ def read_samples(path: Path, *, require_answer: bool = True) -> list[Sample]:
     """Read and validate all samples of a JSONL file. Blank lines are skipped.
 
     Image paths are returned as stored in the file.
-
-    Args:
-        path: JSONL file.
-        require_answer: Reject samples without a final assistant message.
-
-    Raises:
-        UserError: The file is unreadable or empty, or a sample is invalid. The error names file and
-            line.
     """
     samples = []
     for line, where in read_lines(path):
@@ -123,7 +114,6 @@ def sample_to_dict(sample: Sample, renamed: Callable[[str], str] | None = None) 
     """Convert a sample to JSON data without empty keys.
 
     Args:
-        sample: The sample.
         renamed: Function that maps each image and frame path to the path to write. None keeps them.
     """
     fields = sample_fields(sample.messages, sample.references, sample.meta, renamed or str)

@@ -57,8 +57,6 @@ class SourceRow:
     Attributes:
         number: 1-based line number in JSON Lines, else 1-based row number.
         location: Location of the row for messages, such as "line 12".
-        record: Keys and values of the row.
-        stem: Name of the source file without suffix, used for generated IDs.
     """
 
     number: int
@@ -79,7 +77,6 @@ class RowReader:
     """Access to the rows of a dataset.
 
     Attributes:
-        num_rows: Total number of rows.
         iter_range: Function that yields the rows from `start` to `stop` (exclusive), 0-based.
     """
 
@@ -96,7 +93,6 @@ def rows_from_items(
     """Create a row reader that builds one row per item on access.
 
     Args:
-        items: Items such as file paths, one per row.
         make_row: Function that builds a row from its 1-based number and its item.
     """
 
@@ -563,11 +559,7 @@ def open_annotation_files(
     """Open annotation files as rows, one per image.
 
     Args:
-        files: All candidate annotation files.
-        stem: Name used for generated IDs.
         description: Description of the format, part of the reason for the match.
-        is_annotation: Function that returns whether a file is an annotation of the format.
-        read_classes: Function that returns the class names in a file.
 
     Returns:
         The rows and the reason for the match, or None if none of the first files is an annotation

@@ -73,7 +73,6 @@ class SelectedFiles:
         row_files: Files with rows, in order. Empty for a dataset that consists of image folders.
         support_files: Files that the rows may reference, such as images and archives.
         split: Name of the selected split, None if the repository has no splits.
-        other_splits: Names of the splits that are not selected.
     """
 
     row_files: tuple[str, ...]
@@ -134,11 +133,8 @@ def select_files(
     """Select the files of a split, a subset, SUBSET/SPLIT, or a single file.
 
     Args:
-        paths: Paths of all files of the repository.
         selector: Requested split, subset, SUBSET/SPLIT or file path. None selects the default
             split.
-        card: Text of the dataset card (README.md).
-        source: Name of the dataset for error messages.
     """
     data = filter_data_files(paths)
     if not data:
@@ -341,12 +337,7 @@ def fetch_source(
 
     Args:
         source: Local path, archive, hub address or URL.
-        out: Output folder of the import.
-        options: Import options.
         hosts: Host names from which sources and images may be downloaded.
-
-    Raises:
-        UserError: The source is unavailable, or `out` exists.
     """
     raise_if_exists(out)
     if hosts:

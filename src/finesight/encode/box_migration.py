@@ -45,7 +45,6 @@ from finesight.vision.resize import compute_resized_size
 
 BOX_FORMATS = ("qwen_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PIXEL_BOX_FORMAT = "qwen2_5_vl"
-"""Box format with coordinates in pixels of the resized image."""
 
 _JSON_FORMATS = ("qwen2_5_vl", "qwen3_vl")
 
@@ -97,13 +96,7 @@ def convert_boxes(
     around the JSON.
 
     Args:
-        text: Answer.
-        source_format: Current box format, one of `BOX_FORMATS`.
-        target_format: New box format.
         get_frames: Returns source and target frame; called only if there are boxes.
-
-    Returns:
-        The converted text and the number of boxes.
     """
     for name, pattern in _FORMAT_PATTERNS.items():
         foreign_box = (
@@ -336,7 +329,6 @@ POINT_KEY = "point_2d"
 
 NON_PATH_KEYS = ("type", "detail")
 MAX_LISTED_ERRORS = 5
-"""Maximum number of answers listed in an error message."""
 
 _IMAGE_TAG = re.compile(
     r"<img>([^<]*)</img>|<\|vision_start\|>((?:(?!<\|vision_).)*)<\|vision_end\|>", re.DOTALL
@@ -351,12 +343,7 @@ _BOX_FORMAT_REQUEST = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class ResizeSpec:
-    """Image resizing of a Qwen2.5-VL model, which determines the pixels of its boxes.
-
-    Attributes:
-        image_rule: Resize rule.
-        factor: Both sides of a resized image are multiples of this.
-    """
+    """Image resizing of a Qwen2.5-VL model, which determines the pixels of its boxes."""
 
     image_rule: ImageRule
     factor: int
@@ -389,9 +376,7 @@ class _TextNode:
     """A string value of a JSON record.
 
     Attributes:
-        literal_index: Index among all string literals of the JSON text.
         role: Role of the message that contains the text; None if it is not part of a message.
-        is_image: Whether the string is the name of an image.
     """
 
     literal_index: int
@@ -422,15 +407,8 @@ def migrate_box_file(
     """Convert the boxes of a dataset file from one box format to another.
 
     Args:
-        file: Input file, JSON or JSONL.
-        out: New output file.
-        source_format: Box format of the input, one of `BOX_FORMATS`.
-        target_format: Box format of the output.
         resize_spec: Required if and only if one format is qwen2_5_vl, whose boxes are in pixels of
             the resized image of the record.
-
-    Raises:
-        UserError: `out` exists, or a box is invalid; no file is written.
     """
     _check_arguments(out, source_format, target_format, resize_spec)
     images = ImageResolver(file.parent, out.parent)

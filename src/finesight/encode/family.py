@@ -55,7 +55,6 @@ class ModelFamily(Protocol):
         """Return the special tokens and text around an image or video in the prompt.
 
         Args:
-            kind: Type of the input.
             visual_number: 1-based number of the image or video in the conversation.
         """
 
@@ -68,29 +67,16 @@ class ModelFamily(Protocol):
         """Parse the boxes of a generated answer.
 
         Args:
-            text: Answer, including its special tokens.
             original_size: Size of the original image. The returned boxes are in its pixels.
-            resized_size: Size of the resized image that the model received.
         """
 
     def split_video(
         self, num_frames: int, fps: float, temporal_patch_size: int
     ) -> list[VideoSegment]:
-        """Split a video into the segments that the prompt contains separately.
-
-        Args:
-            num_frames: Number of frames of the video.
-            fps: Frames per second.
-            temporal_patch_size: Number of frames that each patch covers.
-        """
+        """Split a video into the segments that the prompt contains separately."""
 
     def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:
-        """Return the temporal position id of each frame group of a video, starting at 0.
-
-        Args:
-            grid_t: Number of frame groups (patches along time).
-            seconds_per_grid: Time between consecutive frame groups.
-        """
+        """Return the temporal position id of each frame group of a video, starting at 0."""
 
 
 FAMILIES: Mapping[str, Callable[[ModelFolder], ModelFamily]] = {

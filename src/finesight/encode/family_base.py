@@ -61,8 +61,6 @@ class VideoSegment:
 
     Attributes:
         timestamp_text: Text before the frames; empty without a timestamp.
-        frame_slice: Frames of the segment.
-        seconds_per_grid: Time between consecutive frame groups of the segment.
     """
 
     timestamp_text: str
@@ -148,10 +146,6 @@ def write_json_boxes(
     """Format one box as a JSON object, or several boxes as a list.
 
     Corners are rounded to integers.
-
-    Args:
-        boxes: Boxes in pixels of their original images.
-        get_frame: Returns the coordinate frame (height, width) of a box.
     """
     items = [_to_json_item(box, get_frame(box)) for box in boxes]
     return [json.dumps(items[0] if len(items) == 1 else items, ensure_ascii=False)]

@@ -157,7 +157,6 @@ class HfRenderer:
         """Load the tokenizer and the processor of a model folder.
 
         Args:
-            folder: Model folder.
             image_rule: Image rule of the recipe; None for the resizing of the processor.
             system_prompt: System prompt of the recipe; None for the default of the chat template.
         """

@@ -192,10 +192,8 @@ def get_rope_index(
     (tests/export/test_video_in_transformers.py).
 
     Args:
-        num_tokens: Number of tokens of the sample.
         spans: Images and videos in token order.
         temporal_ids: Temporal position ids of the frame groups of each span, starting at 0.
-        merge_size: Number of patches per side of a merged token.
     """
     position_ids_3T = np.empty((3, num_tokens), dtype=np.int32)
     num_filled, next_position = 0, 0
@@ -232,8 +230,6 @@ class DecodedCompletion:
     """Text of a generated completion, separated into reasoning and answer.
 
     Attributes:
-        text: Answer without special tokens.
-        raw_text: Answer with special tokens.
         reasoning: Reasoning before the answer; None for models without reasoning.
     """
 
@@ -265,7 +261,6 @@ class _RenderState:
         images: All images of the sample, including those of later turns, because boxes may refer to
             any image.
         spans: Images and video segments rendered so far.
-        temporal_ids: Temporal position ids of each span.
     """
 
     sample_id: str
@@ -301,7 +296,6 @@ class NativeRenderer:
         """Load the tokenizer and check its token ids against config.json.
 
         Args:
-            folder: Model folder.
             image_rule: Image rule of the recipe; None for the default of the model.
             system_prompt: System prompt of the recipe; None for the default of the family.
         """
@@ -391,8 +385,6 @@ class NativeRenderer:
         """Parse the boxes of an answer, in pixels of an original image.
 
         Args:
-            raw_text: Answer with special tokens.
-            spans: Images and videos of the prompt.
             image_index: Index of the image that the boxes refer to, because answers do not name an
                 image.
 

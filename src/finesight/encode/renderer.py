@@ -59,12 +59,8 @@ def build_renderer(
     """Create the native renderer of a model family, or else the transformers renderer.
 
     Args:
-        folder: Model folder.
         image_rule: Image rule of the recipe; None for the default of the model.
         system_prompt: System prompt of the recipe; None for the default of the model.
-
-    Raises:
-        UserError: The family is not supported.
     """
     if is_native(folder):
         return NativeRenderer(folder, image_rule, system_prompt)

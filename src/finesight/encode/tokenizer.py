@@ -35,16 +35,10 @@ MAX_TEXT_SHARE = 16
 """Texts that need more than 1 / MAX_TEXT_SHARE of the cache memory are not cached."""
 
 _ID_BYTES = 28
-"""Size of a Python int in bytes."""
 
 
 class TokenCache:
-    """LRU cache of the token ids of texts, with a memory limit.
-
-    Args:
-        tokenize: Function that tokenizes a text.
-        max_bytes: Memory limit for the cached texts and their token ids.
-    """
+    """LRU cache of the token ids of texts, with a memory limit."""
 
     def __init__(
         self, tokenize: Callable[[str], tuple[int, ...]], max_bytes: int = CACHE_BYTES
@@ -227,7 +221,6 @@ def check_tokenizer_file(path: Path, *, is_native_family: bool, vocabulary: int)
     the embedding.
 
     Args:
-        path: Path of the `tokenizer.json`.
         is_native_family: Whether the family has a byte-level vocabulary, so that only
             ALLOWED_NORMALIZERS are accepted.
         vocabulary: Number of rows of the token embedding; all token ids must be smaller.
@@ -328,7 +321,6 @@ PRETOKENIZE_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Pre-tokenization pattern of all Qwen tokenizers."""
 
 SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),

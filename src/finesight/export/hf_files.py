@@ -34,7 +34,6 @@ HF_PROCESSORS: Mapping[str, str] = {
     "qwen2_vl": "Qwen2VLProcessor",
     "qwen2_5_vl": "Qwen2_5_VLProcessor",
 }
-"""Processor class of each family, for folders that do not name it."""
 
 GREEDY_CONFIG = {"do_sample": True, "temperature": 1e-6, "top_k": 1, "repetition_penalty": 1.0}
 """Greedy decoding without penalties, as in the evaluation.

@@ -41,12 +41,7 @@ class ModelCardInfo:
     """Content of the model card of a merged model.
 
     Attributes:
-        source: Run, adapter or model that was merged.
-        model_source: Base model, adapter and manifest of the source.
-        name: Title of the card: the name of the output folder.
-        precision: Data type of the weights.
         dequantized_layers: Number of layers dequantized from 4 bits.
-        parity: Comparison with the trained model.
         missing_files: Files that other programs need and the base model does not contain.
         dropped_sampling: Generation settings of the base model that were removed.
     """

@@ -64,11 +64,7 @@ class VerifiedMerge:
     """A merged model that was compared with the trained model.
 
     Attributes:
-        folder: Folder of the merged model.
-        merged_layers: Number of layers with adapters.
         dequantized_layers: Number of layers dequantized from 4 bits.
-        precision: Data type of the written weights.
-        parity: Results of the comparison.
         missing_files: Files that other programs need and the base model does not contain.
         dropped_sampling: Generation settings of the base model that were removed.
     """
@@ -96,15 +92,8 @@ def merge_and_verify(
     """Merge an adapter into a new folder, and compare it with the trained model.
 
     Args:
-        source: Run, adapter or model as the user named it.
-        model_source: Base model and adapter of `source`, from `resolve_model_source`.
-        out: Folder to create.
-        precision: Data type of the written weights.
-        device: Device of the comparison.
         num_samples: Number of questions about images: validation samples of the run, or generated
             images.
-        max_shard_bytes: Maximum size of a weight file in bytes.
-        log: Prints a progress message.
 
     Raises UserError for an existing `out`, too little disk space, an unsupported family, an
     incompatible adapter, and a merged model that differs from the trained one. `out` does not exist
@@ -185,11 +174,7 @@ class _WrittenOutputs:
     """Logits before the model is saved, for the completions of base and adapter.
 
     Attributes:
-        merged_layers: Number of layers with adapters.
         dequantized_layers: Number of layers dequantized from 4 bits.
-        adapter_outputs: Completions and logits of the base model with the adapter.
-        base_logits: Logits of the base model.
-        merged_logits: Logits of the merged weights.
         rounded_logits: Logits of the merged weights in the written precision; None if rounding is
             lossless.
     """

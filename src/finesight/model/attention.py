@@ -145,11 +145,7 @@ class _ExpandSharedPrefix(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True)
 class SharedPrefixAttention(PackedAttention):
-    """Causal attention of sequences that share a prefix, which is computed once.
-
-    The first segment is the prefix. The tokens of each other segment attend to the prefix and to
-    earlier tokens of their own segment. `num_tokens` is the total number of packed tokens.
-    """
+    """Causal attention of sequences that share a prefix, which is computed once."""
 
     num_tokens: int
 
@@ -227,15 +223,6 @@ def varlen_attention(
 
     Uses FlashAttention or Triton kernels for variable lengths where the device supports them,
     explicit matmuls or one SDPA call per segment length otherwise.
-
-    Args:
-        q_THD: Queries of all segments.
-        k_TKD: Keys of all segments.
-        v_TKD: Values of all segments.
-        segments: Segments of the queries, and of the keys without `key_segments`.
-        causal: Mask the keys after each query.
-        key_segments: Segments of the keys if there are more keys than queries. The queries are then
-            the last tokens of each segment.
     """
     if key_segments is not None and supports_varlen_attention(q_THD):
         return _flash_attention(q_THD, k_TKD, v_TKD, segments, key_segments, causal)
@@ -424,10 +411,7 @@ class ContextParallelAttention(PackedAttention):
         return cu_seqlens_S1.new_full((sum(self.segments.lengths),), self.context_shard.num_tokens)
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        """Compute the attention output of this rank's tokens.
-
-        This is a collective operation: all ranks must call it for the same layer.
-        """
+        """Compute the attention output of this rank's tokens."""
         k_WKD, v_WKD = self._all_gather_kv(torch.stack([k_TKD, v_TKD], dim=1)).unbind(1)
         queries = torch.split(q_THD, self.context_shard.lengths)
         outputs = [

@@ -124,22 +124,12 @@ def bucket_by_length(lengths: Sequence[int], device: torch.device) -> LengthBuck
     contiguous = _run_lengths(lengths)
     if len(contiguous) == len(set(lengths)):
         return LengthBuckets(contiguous)
-    lengths_S = np.array(lengths)
-    by_length = np.argsort(lengths_S, kind="stable")
-    order = _source_indices(lengths_S, by_length, lengths_S[by_length])
-    inverse = np.argsort(order)
-    return LengthBuckets(
-        _run_lengths(lengths_S[by_length].tolist()),
-        copy_to_device(order, device),
-        copy_to_device(inverse, device),
-    )
+    return _sort_segments(np.array(lengths), np.sort(lengths), device)
 
 
 def bucket_with_padding(lengths: Sequence[int], device: torch.device) -> LengthBuckets:
     """Group segments of similar length into buckets and pad each bucket to one length."""
-    lengths_S = np.array(lengths)
-    by_length = np.argsort(lengths_S, kind="stable")
-    sorted_S = lengths_S[by_length]
+    sorted_S = np.sort(lengths)
     padded_S = np.empty_like(sorted_S)
     stop = len(padded_S)
     while stop:
@@ -149,13 +139,23 @@ def bucket_with_padding(lengths: Sequence[int], device: torch.device) -> LengthB
         stop = int(start)
     if np.array_equal(padded_S, sorted_S):
         return bucket_by_length(lengths, device)
-    order = _source_indices(lengths_S, by_length, padded_S)
+    return _sort_segments(np.array(lengths), padded_S, device)
+
+
+def _sort_segments(
+    lengths_S: NDArray[np.int64], padded_S: NDArray[np.int64], device: torch.device
+) -> LengthBuckets:
+    """Sort segments by length and pad them to `padded_S`, in ascending order."""
+    by_length = np.argsort(lengths_S, kind="stable")
+    starts = np.cumsum(lengths_S) - lengths_S
     within = np.arange(padded_S.sum()) - np.repeat(np.cumsum(padded_S) - padded_S, padded_S)
-    padding = within >= np.repeat(sorted_S, padded_S)
+    order = np.repeat(starts[by_length], padded_S) + within
+    padding = within >= np.repeat(lengths_S[by_length], padded_S)
     order[padding] = 0
     real = np.flatnonzero(~padding)
     inverse = real[np.argsort(order[real])]
-    tensors = (copy_to_device(array, device) for array in (order, inverse, padding))
+    arrays = (order, inverse, padding) if padding.any() else (order, inverse)
+    tensors = (copy_to_device(array, device) for array in arrays)
     return LengthBuckets(_run_lengths(padded_S.tolist()), *tensors)
 
 
@@ -187,16 +187,6 @@ def _run_lengths(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple((length, len(list(group))) for length, group in groupby(lengths))
 
 
-def _source_indices(
-    lengths_S: NDArray[np.int64], by_length: NDArray[np.int64], padded_S: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Return the source token of each bucket position."""
-    starts = np.cumsum(lengths_S) - lengths_S
-    padded_starts = np.cumsum(padded_S) - padded_S
-    order: NDArray[np.int64] = np.repeat(starts[by_length] - padded_starts, padded_S)
-    return order + np.arange(len(order))
-
-
 MAX_CPU_SEQLEN = 512
 """Maximum sequence length, in tokens, for which matmuls are faster than torch's fused attention."""
 
@@ -226,11 +216,8 @@ class _CpuAttention(torch.autograd.Function):
     ) -> Tensor:
         scale = q_THD.shape[-1] ** -0.5
         query_rows, key_rows = (buckets.head_rows(x.shape[1]) for x in (q_THD, k_TKD))
-        q_XD, k_XD, v_XD = (
-            _select_rows(q_THD, query_rows),
-            _select_rows(k_TKD, key_rows),
-            _select_rows(v_TKD, key_rows),
-        )
+        q_XD = _select_rows(q_THD, query_rows)
+        k_XD, v_XD = (_select_rows(x, key_rows) for x in (k_TKD, v_TKD))
         o_XD = torch.empty_like(q_XD)
         weights: list[Tensor] = []
         batches = (_split_batches(x, buckets, k_TKD.shape[1]) for x in (q_XD, k_XD, v_XD, o_XD))
@@ -245,12 +232,8 @@ class _CpuAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do_THD: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        query_rows, key_rows, weights = (
-            HeadRowIndices(*saved[:4]),
-            HeadRowIndices(*saved[4:8]),
-            saved[11:],
-        )
-        q_XD, k_XD, v_XD = saved[8:11]
+        query_rows, key_rows = HeadRowIndices(*saved[:4]), HeadRowIndices(*saved[4:8])
+        (q_XD, k_XD, v_XD), weights = saved[8:11], saved[11:]
         scale, num_kv_heads = ctx.scale, ctx.num_kv_heads
         do_XD = _select_rows(do_THD, query_rows)
         if query_rows.padding_Y is not None:
@@ -261,7 +244,10 @@ class _CpuAttention(torch.autograd.Function):
         for weights_BQL, q_BQD, k_BLD, v_BLD, do_BQD, dq_BQD, dk_BLD, dv_BLD in zip(
             weights, *batches, strict=True
         ):
-            dscores_BQL = _score_gradients(do_BQD, v_BLD, weights_BQL)
+            dscores_BQL = torch.bmm(do_BQD, v_BLD.mT)
+            torch.ops.aten._softmax_backward_data.out(
+                dscores_BQL, weights_BQL, -1, weights_BQL.dtype, grad_input=dscores_BQL
+            )
             dq_BQD.baddbmm_(dscores_BQL, k_BLD, beta=0, alpha=scale)
             dk_BLD.baddbmm_(dscores_BQL.mT, q_BQD, beta=0, alpha=scale)
             torch.bmm(weights_BQL.mT, do_BQD, out=dv_BLD)
@@ -306,14 +292,6 @@ def _scaled_softmax(
     if causal_mask_CC is not None:
         scores_BGCS[..., -len(causal_mask_CC) :] += causal_mask_CC
     return torch.softmax(scores_BGCS, -1, out=scores_BGCS)
-
-
-def _score_gradients(do_BQD: Tensor, v_BLD: Tensor, weights_BQL: Tensor) -> Tensor:
-    dscores_BQL = torch.bmm(do_BQD, v_BLD.mT)
-    torch.ops.aten._softmax_backward_data.out(
-        dscores_BQL, weights_BQL, -1, weights_BQL.dtype, grad_input=dscores_BQL
-    )
-    return dscores_BQL
 
 
 def _select_rows(x_THD: Tensor, rows: HeadRowIndices) -> Tensor:

@@ -26,11 +26,7 @@ if HAS_TRITON:
 
 
 def apply_rotary(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
-    """Apply rotary embeddings: x cos + swap(x) sin.
-
-    `swap` exchanges the halves of a head; `sin` is negative in the first half. The computation uses
-    the wider of both dtypes and the result has the dtype of `x_THD`.
-    """
+    """Apply rotary embeddings: x cos + swap(x) sin."""
     y_THD: Tensor = _ApplyRotary.apply(x_THD, cos_T1D, sin_T1D)  # type: ignore[no-untyped-call]
     return y_THD
 

@@ -6,7 +6,6 @@ Shapes: T tokens, N patches, D width, M merged patch squares, R rows of a table.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -101,13 +100,13 @@ def _fused_add_norm(
     )
 
 
-class FeedForward(nn.Module, ABC):
-    """MLP that exposes its first linear layer."""
+class FeedForward(nn.Module):
+    """MLP whose first child is the linear layer that reads its input."""
 
     @property
-    @abstractmethod
     def input_linear(self) -> FusedLinear:
-        """First linear layer, which reads the input of the MLP."""
+        """First linear layer, which determines the format of the preceding norm."""
+        return next(module for module in self.children() if isinstance(module, FusedLinear))
 
 
 class GatedMlp(FeedForward):
@@ -119,10 +118,6 @@ class GatedMlp(FeedForward):
         self.gate_up_proj = FusedLinear(hidden_size, output_sizes, bias=bias)
         self.down_proj = FusedLinear(intermediate_size, {"down_proj": hidden_size}, bias=bias)
 
-    @property
-    def input_linear(self) -> FusedLinear:
-        return self.gate_up_proj
-
     def forward(self, x_TD: Tensor | Fp8Rows) -> Tensor:
         if self.padding_columns and isinstance(x_TD, Tensor) and has_kernels(x_TD):
             return self._forward_padded(x_TD)
@@ -131,10 +126,7 @@ class GatedMlp(FeedForward):
 
     @property
     def padding_columns(self) -> int:
-        """Number of padding columns that align the rows of `down_proj` for tensor cores.
-
-        Zero if the rows are aligned, and with adapters or quantized weights.
-        """
+        """Number of padding columns that align the rows of `down_proj` for tensor cores."""
         down = self.down_proj
         all_dense = all(
             isinstance(linear.weight, nn.Parameter) and linear.adapter is None
@@ -168,11 +160,7 @@ def _must_copy(linear: FusedLinear) -> bool:
 
 
 class PatchEmbed(nn.Module):
-    """Projection of the pixels of a patch to the hidden size of the vision encoder.
-
-    The published weight is a convolution whose stride equals its kernel size. On patches this is a
-    linear layer, which is much faster.
-    """
+    """Projection of the pixels of a patch to the hidden size of the vision encoder."""
 
     def __init__(
         self, config: VisionConfig, normalization: PixelNormalization, *, bias: bool

@@ -126,7 +126,7 @@ class VisionEncoder(nn.Module):
             assert len(patches_ND) == expected, f"{len(patches_ND)} patches for grids of {expected}"
             layout = self.compute_patch_layout(grid_thw, patches_ND.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_encoder_trainable):
-            # Reorder uint8 patches, the smallest representation.
+            # Reorder uint8 patches, the smallest representation; the copy is freed afterwards.
             x_ND = self.patch_embed(self._reorder_patches(patches_ND, layout.window_index_M))
             x_ND = self.add_position_embeddings(x_ND, grid_thw)
             rotary = compute_vision_rope(layout.position_ids_N2, self.config)
@@ -144,11 +144,9 @@ class VisionEncoder(nn.Module):
         mergers = zip(self.deepstack_merger_list, deepstack_hidden, strict=True)
         merged = [self.merger(x_ND), *(merger(h_ND) for merger, h_ND in mergers)]
         features_MKD = torch.stack(merged, 1)
-        return (
-            features_MKD
-            if layout.reverse_index_M is None
-            else features_MKD.index_select(0, layout.reverse_index_M)
-        )
+        if layout.reverse_index_M is None:
+            return features_MKD
+        return features_MKD.index_select(0, layout.reverse_index_M)
 
     def _reorder_patches(self, patches_ND: Tensor, window_index_M: Tensor | None) -> Tensor:
         if window_index_M is None:
@@ -168,11 +166,7 @@ def unique_objects(objects: Iterable[ItemT]) -> list[ItemT]:
 
 @lru_cache(maxsize=MAX_CACHED_GRIDS)
 def patch_coordinates(grid: GridTHW, merge_size: int) -> NDArray[np.int32]:
-    """Return row and column of each patch, [M, merge x merge, 2].
-
-    `grid` is the patch grid of an image or video. Merged patch squares are in reading order, with
-    the patches of a square adjacent.
-    """
+    """Return row and column of each patch, [M, merge x merge, 2]."""
     frames, height, width = grid
     row_column = np.moveaxis(np.indices((height, width), dtype=np.int32), 0, -1)
     squares = row_column.reshape(

@@ -76,14 +76,9 @@ class VisionLanguageModel(nn.Module):
         self._fused_weight_sync = FusedWeightSync()
         self.visual = visual
         self.model = architecture.decoder_class(config.decoder)
-        decoder_config = config.decoder
-        self.lm_head = (
-            None
-            if decoder_config.tie_word_embeddings
-            else FusedLinear(
-                decoder_config.hidden_size, {"lm_head": decoder_config.vocab_size}, bias=False
-            )
-        )
+        width, vocab_size = config.decoder.hidden_size, config.decoder.vocab_size
+        is_tied = config.decoder.tie_word_embeddings
+        self.lm_head = None if is_tied else FusedLinear(width, {"lm_head": vocab_size}, bias=False)
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -117,11 +112,7 @@ class VisionLanguageModel(nn.Module):
     def _resolve_features(
         self, batch: PackedBatch, cached_features_MKD: Tensor | None
     ) -> Tensor | None:
-        """Return the features of the batch's image tokens, [M, K, D], or None without images.
-
-        Cached features are returned unchanged. With context parallelism and without cached
-        features, all ranks must call this.
-        """
+        """Return the features of the batch's image tokens, [M, K, D], or None without images."""
         shard = batch.context_shard
         if cached_features_MKD is not None:
             return cached_features_MKD

@@ -77,10 +77,10 @@ def read_headers(
     return headers
 
 
-def _damaged_file(problem: str, where: Path, expected: str) -> UserError:
-    return UserError(
-        problem, where=str(where), expected=expected, remedy="download the model again"
-    )
+def _damaged_file(
+    problem: str, where: Path, expected: str, remedy: str = "download the model again"
+) -> UserError:
+    return UserError(problem, where=str(where), expected=expected, remedy=remedy)
 
 
 def _tensor_error(names: list[str], problem: str, expected: str, where: Path) -> UserError:
@@ -90,15 +90,14 @@ def _tensor_error(names: list[str], problem: str, expected: str, where: Path) ->
 
 
 @contextmanager
-def open_safetensors(file: Path) -> Iterator[Any]:
+def open_safetensors(file: Path, remedy: str = "download the model again") -> Iterator[Any]:
     """Open a safetensors file for reading; raises UserError if it is damaged."""
     try:
         with safe_open(file, framework="pt") as file_handle:
             yield file_handle
     except (SafetensorError, OSError) as error:
-        raise _damaged_file(
-            f"not a complete safetensors file ({error})", file, "a safetensors file as published"
-        ) from error
+        problem = f"not a complete safetensors file ({error})"
+        raise _damaged_file(problem, file, "a safetensors file as published", remedy) from error
 
 
 MATRIX_TYPES: Mapping[str, Callable[[int, int], QuantizedMatrix]] = {
@@ -123,10 +122,6 @@ def quantize_model_parts(
     instead. Vision encoder and merger then remain in their stored dtype: they process an image
     once, with more rows than quantized kernels accelerate, and their errors affect all later
     tokens. A tied head remains as well, because it is the embedding table.
-
-    Raises:
-        UserError: Quantization was requested for a tied head or for a decoder with experts, or a
-            package is missing. The message names `folder`.
     """
     requests: list[tuple[Collection[ModelPart], str, str]] = [
         (nf4_parts, "nf4", "tune.quantize.nf4"),
@@ -257,10 +252,10 @@ def hub_tensors(model: VisionLanguageModel) -> Iterator[HubTensor]:
     """
     skipped: list[str] = []
     for path, module in model.named_modules():
-        if any(path == prefix or path.startswith(f"{prefix}.") for prefix in skipped):
+        if f"{path}.".startswith(tuple(skipped)):
             continue
         if isinstance(module, FusedLinear):
-            skipped += [f"{path}.adapter", f"{path}.weight"]
+            skipped += [f"{path}.adapter.", f"{path}.weight."]
             yield from _linear_tensors(path, module)
             continue
         # Buffers hold constants that are stored but never trained.
@@ -305,10 +300,6 @@ def load_model(
     Layers published with GPTQ (`model.quant.int4`) remain in that format. Layers of `nf4_parts` are
     quantized one by one while they are read, from the stored dtype, so that the codes do not depend
     on the compute dtype. `quantize_model_parts` describes the formats.
-
-    Raises:
-        UserError: A file is damaged or was changed since finesight wrote it; a tensor is missing,
-            unknown, duplicate or wrongly shaped; or a quantization is unsupported.
     """
     group_size = gptq_group_size(folder)
     hf_config = ConfigReader(folder.config, str(folder.path / "config.json"))
@@ -503,12 +494,12 @@ def _stored_dtype(
 def _to_file_tensor(
     tensor: HubTensor, dtype: torch.dtype, source_headers: Mapping[str, TensorHeader]
 ) -> Tensor:
-    if isinstance(tensor.data, WeightTensorSpec):
-        source = source_headers[tensor.name]
-        with open_safetensors(source.file) as weights:
-            values: Tensor = weights.get_tensor(source.name)
-        return values
-    return tensor.data.to("cpu", dtype, copy=True).view(tensor.shape)
+    if not isinstance(tensor.data, WeightTensorSpec):
+        return tensor.data.to("cpu", dtype, copy=True).view(tensor.shape)
+    source = source_headers[tensor.name]
+    with open_safetensors(source.file) as weights:
+        values: Tensor = weights.get_tensor(source.name)
+    return values
 
 
 def copy_model_files(

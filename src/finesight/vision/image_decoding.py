@@ -46,7 +46,6 @@ def load_image(
     pixels is checked before decoding.
 
     Args:
-        max_pixels: Maximum number of pixels.
         min_side: Allows decoding a JPEG at 1/2, 1/4 or 1/8 of its size with no side below this.
             The complete file is still validated.
 

@@ -55,7 +55,6 @@ def get_format(name: str, option: str = "--format") -> DatasetFormat:
 
     Args:
         name: Name of the format, such as "coco".
-        option: Command-line option that the name comes from, for error messages.
     """
     for data_format in FORMATS:
         if data_format.name == name:
@@ -70,11 +69,7 @@ def get_format(name: str, option: str = "--format") -> DatasetFormat:
 
 
 def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat, str]:
-    """Detect the dataset format of the first records of a source.
-
-    Returns:
-        The format, and the reason for the match.
-    """
+    """Detect the dataset format of the first records of a source."""
     for data_format in FORMATS:
         detected_by = data_format.detect(records)
         if detected_by is not None:

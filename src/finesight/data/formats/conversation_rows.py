@@ -197,10 +197,6 @@ def build_turns_example(
     """Build a training example from the turns of a row.
 
     Args:
-        row: Dataset row.
-        context: State of the import.
-        turns: Role and content of each turn, such as its text.
-        parse_turn: Function that parses the content of a turn, given its role.
         *handled_keys: Keys of the row that the format has parsed. Other keys become metadata or,
             with unsupported content, are rejected.
     """
@@ -365,16 +361,7 @@ def add_box_note(
 def render_turns(
     located_sample: LocatedSample, context: ExportContext, placeholder: str = "<image>"
 ) -> tuple[list[Turn], list[str]]:
-    """Render the turns of a sample as texts, with boxes in answers as JSON.
-
-    Args:
-        located_sample: The sample.
-        context: State of the export.
-        placeholder: Text of an image, in which `{}` stands for its name.
-
-    Returns:
-        The turns, and the image names in order.
-    """
+    """Render the turns of a sample as texts, with boxes in answers as JSON."""
     sample = located_sample.sample
     num_images = sum(isinstance(part, ImagePart) for part in sample.iter_parts())
     renderer = PartRenderer(located_sample, context, placeholder)

@@ -58,7 +58,6 @@ _SEPARATOR = re.compile(r"(?<=[\d.\])])[\s;]+(?=[\d.+\-\[(])")
 """Pattern of white space or a semicolon between coordinates or boxes in a cell."""
 
 MAX_CELL_CHARS = 2**20
-"""Maximum number of characters of a table cell with boxes."""
 
 _COMMON_NAMES = {
     "image": ("image", "img", "picture", "path", "file"),

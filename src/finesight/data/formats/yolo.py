@@ -81,10 +81,8 @@ class _YoloDataset:
     """Class names and images of a YOLO dataset.
 
     Attributes:
-        class_names: Class name by class ID.
         images: Split and path of each image; the split is "" in a dataset without splits.
         has_keypoints: Whether label lines contain keypoints after the box.
-        detected_by: Reason for the match.
     """
 
     class_names: dict[int, str]

@@ -30,10 +30,6 @@ class Qwen2VisionMlp(FeedForward):
         self.fc1 = FusedLinear(hidden_size, {"fc1": intermediate_size}, bias=True)
         self.fc2 = FusedLinear(intermediate_size, {"fc2": hidden_size}, bias=True)
 
-    @property
-    def input_linear(self) -> FusedLinear:
-        return self.fc1
-
     def forward(self, x_ND: Tensor | Fp8Rows) -> Tensor:
         if self.fc2.accepts_fp8_input:
             return single_output(self.fc2(quantize_fp8_gelu(single_output(self.fc1(x_ND)))))

@@ -45,19 +45,12 @@ class Qwen3VisionMlp(FeedForward):
         self.linear_fc1 = FusedLinear(hidden_size, {"linear_fc1": intermediate_size}, bias=True)
         self.linear_fc2 = FusedLinear(intermediate_size, {"linear_fc2": hidden_size}, bias=True)
 
-    @property
-    def input_linear(self) -> FusedLinear:
-        return self.linear_fc1
-
     def forward(self, x_ND: Tensor | Fp8Rows) -> Tensor:
         return single_output(self.linear_fc2(TANH_GELU.apply_linear(self.linear_fc1, x_ND)))
 
 
 class DeepstackMerger(nn.Module):
-    """Merger of `merge_size` x `merge_size` adjacent patches into one feature.
-
-    With `use_postshuffle_norm` the merged square is normalized, otherwise each patch.
-    """
+    """Merger of `merge_size` x `merge_size` adjacent patches into one feature."""
 
     def __init__(self, config: VisionConfig, *, use_postshuffle_norm: bool) -> None:
         super().__init__()

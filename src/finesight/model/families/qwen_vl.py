@@ -300,11 +300,7 @@ class QwenVisionBlock(nn.Module):
 
 
 class ResamplerAttention(nn.Module):
-    """Cross-attention from the resampler's queries to the patches of an image.
-
-    The QKV projections are published as one weight but have different inputs; adapters do not
-    support this.
-    """
+    """Cross-attention from the resampler's queries to the patches of an image."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -428,11 +424,7 @@ def _interpolate_table(table_SD: Tensor, num_positions: int) -> Tensor:
 
 @lru_cache
 def _bicubic_weights(source: int, target: int, device: torch.device) -> Tensor:
-    """Return the matrix of a bicubic interpolation, [target x target, source x source].
-
-    A matmul with it takes negligible time, whereas torch's interpolation takes a tenth of a
-    training step.
-    """
+    """Return the matrix of a bicubic interpolation, [target x target, source x source]."""
     with torch.inference_mode(False):
         basis = torch.eye(source**2).view(1, source**2, source, source)
         interpolated = F.interpolate(

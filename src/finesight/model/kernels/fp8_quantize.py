@@ -91,9 +91,6 @@ def quantize_fp8_rows(
     With `column_scales_I` the columns are scaled first; with `gelu` quick GELU is applied first,
     rounded to the dtype of `x_TI`. The largest magnitude of a row, at least `min_amax`, has the
     code `max_code`.
-
-    Returns:
-        Codes [T, I] and fp32 scales [T, 1].
     """
     x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
     rows, num_columns = x_TI.shape

@@ -211,11 +211,7 @@ def _launch_lora_down_backward(
     lora_A_SI: Tensor,
     dropout: SeededDropout,
 ) -> Tensor:
-    """Launch the backward kernel of the LoRA down-projection and return the gradient of lora_A.
-
-    `input_grads` are the gradient from the base product and the output buffer for the total
-    gradient; None skips the input gradient.
-    """
+    """Launch the backward kernel of the LoRA down-projection and return the gradient of lora_A."""
     (rows, width), ranks, tile = x_TI.shape, len(lora_A_SI), LORA_DOWN_BACKWARD_TILE
     column_tiles = triton.cdiv(width, tile.block_n)
     per_chunk = rows_per_chunk(rows, column_tiles, CONCURRENT_PROGRAMS)
@@ -236,10 +232,7 @@ def _launch_lora_down_backward(
 
 
 def _split_ranks(ranks: int) -> tuple[int, int]:
-    """Split the ranks into two power-of-two blocks.
-
-    The second block is 0 if it would not reduce the padding.
-    """
+    """Split the ranks into two power-of-two blocks."""
     padded_ranks = rank_block_size(ranks)
     is_split_cheaper = padded_ranks >= 64 and 4 * ranks <= 3 * padded_ranks
     return (padded_ranks // 2, padded_ranks // 4) if is_split_cheaper else (padded_ranks, 0)
@@ -292,10 +285,7 @@ def _add_lora_up_kernel(
 
 
 def add_lora_up(y_TO: Tensor, low_TR: Tensor, lora_B_OR: Tensor, scale: float) -> None:
-    """Add the LoRA delta, scale * low B^T, to a 16-bit base product in place.
-
-    Rounds stochastically, see `model.fused_linear`. Rows of each tensor may be strided.
-    """
+    """Add the LoRA delta, scale * low B^T, to a 16-bit base product in place."""
     (rows, width), ranks, tile = y_TO.shape, lora_B_OR.shape[1], UP_TILE
     assert low_TR.shape == (rows, ranks), f"{tuple(low_TR.shape)}, not {rows, ranks}"
     assert len(lora_B_OR) == width, f"{len(lora_B_OR)} outputs, not {width}"

@@ -83,10 +83,7 @@ class FusedLoraWeight:
 
 
 def fuse_lora_weight(linear: FusedLinear) -> FusedLoraWeight:
-    """Fuse the frozen weight of a linear with its up-projections, on the first call.
-
-    Callers that change the up-projections must copy them again with `FusedWeightSync`.
-    """
+    """Fuse the frozen weight of a linear with its up-projections, on the first call."""
     weight, fused = linear.weight, linear.fused_lora_weight
     assert isinstance(weight, nn.Parameter), f"cannot fuse a {type(weight).__name__}"
     adapter = linear.adapter if isinstance(linear.adapter, LoraLinear) else None
@@ -251,8 +248,12 @@ class LoraMatmul:
     def base_grads(self, dy_TO: Tensor, x_TI: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Compute the gradients of weight, dy^T x, and bias, the sum of dy."""
         weight, bias, *_ = self.parameters
-        assert weight is None or x_TI is not None, "a trainable weight requires its saved input"
-        dw_OI = None if weight is None or x_TI is None else _weight_grad(weight, dy_TO, x_TI)
+        dw_OI = None
+        if weight is not None:
+            assert x_TI is not None, "a trainable weight requires its saved input"
+            # Write to the preallocated buffer if there is one.
+            buffer_OI = _GRADIENT_BUFFERS[-1](weight) if _GRADIENT_BUFFERS else None
+            dw_OI = torch.mm(dy_TO.T, x_TI, out=buffer_OI)
         # Use a matmul: torch's sum over many rows needs more memory than the rows.
         return dw_OI, None if bias is None else (dy_TO.new_ones(1, len(dy_TO)) @ dy_TO)[0]
 
@@ -261,8 +262,3 @@ class LoraMatmul:
         if not self.lora_Bs_OR:
             return [None] * self.num_layers
         return [dy.T @ low_TR for dy, low_TR, _ in self._split_layers(dy_TO, low_TS)]
-
-
-def _weight_grad(weight: Tensor, dy_TO: Tensor, x_TI: Tensor) -> Tensor:
-    buffer_OI = _GRADIENT_BUFFERS[-1](weight) if _GRADIENT_BUFFERS else None
-    return torch.mm(dy_TO.T, x_TI, out=buffer_OI)

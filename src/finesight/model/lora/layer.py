@@ -89,12 +89,11 @@ class LoraLinear(nn.Module):
         column = row = 0
         for index, (name, size) in enumerate(linear.output_sizes.items()):
             if name in self.configs:
-                rank, scale = self.configs[name].rank, self.configs[name].scale
+                rank, columns = self.configs[name].rank, slice(column, column + size)
                 lora_B_OR = torch.zeros(size, rank, dtype=factor_dtype, device=device)
                 self.lora_B[name] = nn.Parameter(lora_B_OR)
-                self.slices[name] = LoraSlice(
-                    index, slice(column, column + size), slice(row, row + rank), scale
-                )
+                ranks, scale = slice(row, row + rank), self.configs[name].scale
+                self.slices[name] = LoraSlice(index, columns, ranks, scale)
                 row += rank
             column += size
 
@@ -131,16 +130,13 @@ class LoraLinear(nn.Module):
         dtype, device and set of adapted layers.
         """
         for name, (lora_A_RI, lora_B_OR) in self.factors().items():
-            generator = torch.Generator().manual_seed(_derive_seed(seed, hub_name(path, name)))
-            bound = lora_A_RI.shape[1] ** -0.5
-            drawn = torch.empty(lora_A_RI.shape).uniform_(-bound, bound, generator=generator)
-            lora_A_RI.copy_(drawn)
+            digest = hashlib.sha256(f"{seed}:{hub_name(path, name)}".encode()).digest()
+            layer_seed = int.from_bytes(digest[:8], "little") >> 1
+            bound, generator = lora_A_RI.shape[1] ** -0.5, torch.Generator().manual_seed(layer_seed)
+            lora_A_RI.copy_(
+                torch.empty(lora_A_RI.shape).uniform_(-bound, bound, generator=generator)
+            )
             lora_B_OR.zero_()
-
-
-def _derive_seed(seed: int, name: str) -> int:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 class _LoraLinearFunction(torch.autograd.Function):
@@ -197,10 +193,11 @@ class _LoraLinearFunction(torch.autograd.Function):
         da_SI = dlow_TS.T @ x_TI if needs_a else None
         dx_TI: Tensor | None = None
         if needs_x:
-            if dropout_mask is None:
-                dx_TI = dlow_TS @ lora_A_SI
-            else:
-                dx_TI = dropout_matmul(dlow_TS, lora_A_SI, dropout_mask, ctx.dropout)
+            dx_TI = (
+                dlow_TS @ lora_A_SI
+                if dropout_mask is None
+                else dropout_matmul(dlow_TS, lora_A_SI, dropout_mask, ctx.dropout)
+            )
             add_input_gradient(dx_TI, dys_TO, ctx.weight)
         return dx_TI, None, None, None, None, da_SI, *dbs_OR
 

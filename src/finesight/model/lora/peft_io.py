@@ -20,7 +20,6 @@ from typing import Annotated, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -43,6 +42,7 @@ from finesight.model.lora.layer import (
     hub_name,
     iter_adapters,
 )
+from finesight.model.weights_io import open_safetensors
 from finesight.model_folder import ModelFolder
 from finesight.storage import DIGESTS_FILE, verify_folder
 
@@ -421,7 +421,12 @@ def read_adapter(
             duplicates.append(key)
         pair[match["side"]] = match["module"], tensor
     where = str(folder / ADAPTER_WEIGHTS_FILE)
-    _raise_for_keys(invalid, "are not factors of linear layers", where, _merge_remedy(invalid))
+    # Complete tensors, such as embeddings, can only be merged.
+    is_complete = all(
+        k.startswith(_PEFT_PREFIX) and k.endswith((".weight", ".bias")) for k in invalid
+    )
+    remedy = _MERGE_WITH_PEFT if is_complete else ""
+    _raise_for_keys(invalid, "are not factors of linear layers", where, remedy)
     _raise_for_keys(duplicates, "duplicate the layers of other keys", where)
     unpaired = [f"{pair[s][0]}.lora_{s}" for pair in sides.values() if len(pair) == 1 for s in pair]
     _raise_for_keys(unpaired, "lack the other factor of their layer (A or B)", where)
@@ -442,14 +447,6 @@ def read_adapter(
     return AdapterSpec(settings, metadata.get(_FINGERPRINT_KEY), configs, key_mapping), factors
 
 
-def _merge_remedy(keys: Sequence[str]) -> str:
-    """Return the remedy for adapter files with complete tensors, such as embeddings."""
-    is_complete = all(
-        key.startswith(_PEFT_PREFIX) and key.endswith((".weight", ".bias")) for key in keys
-    )
-    return _MERGE_WITH_PEFT if is_complete else ""
-
-
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = folder / ADAPTER_WEIGHTS_FILE
     if not path.is_file():
@@ -464,15 +461,9 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             expected=f"a PEFT adapter: {ADAPTER_CONFIG_FILE} and {ADAPTER_WEIGHTS_FILE}",
             remedy=remedy,
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = file.keys()
-            tensors = {key: file.get_tensor(key) for key in keys}
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"not readable as safetensors: {error}", where=str(path), remedy="copy the file again"
-        ) from error
+    with open_safetensors(path, remedy="copy the file again") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
     if not tensors:
         raise UserError("the adapter holds no tensors", where=str(path), remedy="save it again")
     return tensors, metadata

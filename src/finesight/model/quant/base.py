@@ -116,10 +116,7 @@ class QuantizedMatrix(nn.Module, ABC):
         """Compute x W^T + bias [R, O] with a tensor-core kernel, for 16-bit rows."""
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias with autograd, [..., I] to [..., O].
-
-        The backward pass dequantizes the matrix again instead of storing it.
-        """
+        """Compute x W^T + bias with autograd, [..., I] to [..., O]."""
         y: Tensor = _QuantizedMatmul.apply(x, bias, self)  # type: ignore[no-untyped-call]
         return y
 

@@ -156,23 +156,20 @@ class Fp8Weight(QuantizedWeight):
         """Concatenate codes and scales of all layers; the layers' tensors become views of them."""
         if self._forward_codes is None:
             layers = self._fp8_matrices
-            concatenated = _ScaledCodes(
-                _concat([layer.codes_OI for layer in layers], 0),
-                _concat([layer.scales_O for layer in layers], 0),
-            )
+            codes_OI = _concat([layer.codes_OI for layer in layers], 0)
+            scales_O = _concat([layer.scales_O for layer in layers], 0)
             widths = [layer.out_features for layer in layers]
-            views = (torch.split(part, widths) for part in concatenated)
-            for layer, codes_OI, scales_O in zip(layers, *views, strict=True):
-                layer.codes_OI, layer.scales_O = codes_OI, scales_O
-            self._forward_codes = concatenated
+            views = torch.split(codes_OI, widths), torch.split(scales_O, widths)
+            for layer, codes, scales in zip(layers, *views, strict=True):
+                layer.codes_OI, layer.scales_O = codes, scales
+            self._forward_codes = _ScaledCodes(codes_OI, scales_O)
         return self._forward_codes
 
     def _transpose(self) -> _ScaledCodes:
         if self.backward_codes is None:
             codes_IO = self._concatenate().codes.t().contiguous()
-            self.backward_codes = _ScaledCodes(
-                codes_IO, codes_IO.new_ones(len(codes_IO), dtype=torch.float32)
-            )
+            unit_scales_I = codes_IO.new_ones(len(codes_IO), dtype=torch.float32)
+            self.backward_codes = _ScaledCodes(codes_IO, unit_scales_I)
         return self.backward_codes
 
     def linear_per_layer(self, x: Tensor | Fp8Rows, bias: Tensor | None) -> tuple[Tensor, ...]:

@@ -203,8 +203,9 @@ def score_classification(cases: Sequence[EvalCase]) -> MetricResult:
         classes, predicted, expected, estimators["accuracy"].sample_rates
     )
     counts = Counter(zip(expected, predicted, strict=True))
-    confusion = sorted(([*pair, n] for pair, n in counts.items()), key=lambda row: (-row[2], row))
-    return MetricResult(per_sample, estimators, {"confusion": confusion[:MAX_CONFUSION_PAIRS]})
+    pairs = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_CONFUSION_PAIRS]
+    confusion = [[*pair, count] for pair, count in pairs]
+    return MetricResult(per_sample, estimators, {"confusion": confusion})
 
 
 def _compute_f1_macro(

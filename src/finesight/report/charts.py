@@ -6,13 +6,13 @@ A page draws axis ticks and downsampled lines. Its script shows values under the
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import itemgetter
 from typing import Any, Literal, NotRequired, TypedDict
 
+from finesight.manifest import HistogramCounts
 from finesight.report.i18n import translate
 from finesight.report.metrics import format_metric_name, read_interval
 from finesight.report.run_reader import JsonObject, RunRecord, is_finite
@@ -291,19 +291,6 @@ def _summarize_chart(title: str, series: Sequence[ChartSeries]) -> str:
             values = item.name, format_exact(y1), f"{x1:g}", format_exact(y2), f"{x2:g}"
             descriptions.append(translate("{} {} at step {}, {} at step {}", *values))
     return translate("{}: {}", title, translate("; ").join(descriptions))
-
-
-HistogramCounts = Mapping[str, int]
-"""Number of values by bin. A bin is half an octave wide.
-
-Bin k covers values from 2^(k/2) to below 2^((k+1)/2). Keys are strings, as in JSON.
-"""
-
-
-def count_half_octaves(values: Iterable[int]) -> dict[str, int]:
-    """Count positive integers by bins of half an octave (`HistogramCounts`)."""
-    counts = Counter(math.floor(2 * math.log2(value) + 1e-9) for value in values if value > 0)
-    return {str(bin_index): counts[bin_index] for bin_index in sorted(counts)}
 
 
 def parse_counts(content: object) -> HistogramCounts:

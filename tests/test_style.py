@@ -21,7 +21,9 @@ def add(a: int, b: int) -> int:
     if a < 0:
         raise ValueError(f"a is {a}, below zero")
     assert b < 9, f"b is {b}"
-    return a + b
+    total = a
+    total += b
+    return total
 '''
 
 OFFENCES = {
@@ -44,6 +46,7 @@ OFFENCES = {
     "share of poor docstring summaries": '"""What it is."""\n',
     "newcomer searches without a hit": GOOD,
     "misuses of glossary terms": "def f(tower: int) -> None: ...\n",
+    "median lines of a function body": "def f() -> int:\n    return 1\n\n\n" * 3,
     "areas in a cycle of imports": "def f() -> None:\n    from finesight.b import x\n",
     "test lines per source line, least": GOOD * 3,
 }

@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from finesight.encode.native_renderer import NativeRenderer, parse_reasoning
 from finesight.encode.tokenizer import TextTokenizer, Tokenizer
-from finesight.infer.detokenizer import IncrementalDetokenizer
+from finesight.infer.inference_service import IncrementalDetokenizer
 from finesight.model_folder import ModelFolder
 
 END = 256

@@ -20,8 +20,7 @@ from finesight.data.jsonl import LocatedSample
 from finesight.encode.native_renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.infer import inference_service as area
-from finesight.infer.engine import Engine
-from finesight.infer.generate import generate
+from finesight.infer.engine import Engine, generate
 from finesight.infer.inference_service import GenerationStream, InferenceService, ServiceBusyError
 from finesight.infer.model_loader import InferenceModel
 from finesight.infer.model_runner import ModelRunner

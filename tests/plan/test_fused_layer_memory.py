@@ -14,14 +14,13 @@ import pytest
 import torch
 from decoder_fixtures import SMALL_DECODER
 from memory_profile import MemoryProfile, profile_memory
-from stub_kernels import stub_triton_kernels
+from stub_kernels import stub_triton_kernels, without_triton
 from torch import nn
 
 from finesight.model.attention import PackedAttention, Segments, SharedPrefixAttention
 from finesight.model.config import DecoderConfig
 from finesight.model.decoder import DecoderLayer
 from finesight.model.lora.layer import LoraConfig, LoraLinear
-from finesight.model.quant.base import HAS_TRITON
 from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight
 from finesight.model.quant.int8 import Int8Matrix
 from finesight.model.rope import RotaryCosSin
@@ -196,7 +195,7 @@ class MeasuredLayer:
         )
 
 
-@pytest.mark.skipif(HAS_TRITON, reason="requires an installation without Triton")
+@without_triton
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_estimated_bytes_match_allocated_bytes(
     case: LayerCase, monkeypatch: pytest.MonkeyPatch
@@ -208,7 +207,7 @@ def test_estimated_bytes_match_allocated_bytes(
     assert layer.measure_bytes() == layer.estimated_bytes()
 
 
-@pytest.mark.skipif(HAS_TRITON, reason="requires an installation without Triton")
+@without_triton
 def test_extra_weight_columns_are_allocated_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -225,7 +224,7 @@ def test_extra_weight_columns_are_allocated_once(
         assert (padding_bytes > 0) == (tune != "full")
 
 
-@pytest.mark.skipif(HAS_TRITON, reason="requires an installation without Triton")
+@without_triton
 @pytest.mark.parametrize("has_input_grad", [True, False])
 def test_fp8_codes_are_duplicated_if_gradients_pass(
     has_input_grad: bool, monkeypatch: pytest.MonkeyPatch

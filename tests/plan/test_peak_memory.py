@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from memory_profile import profile_memory
-from stub_kernels import stub_triton_kernels
+from stub_kernels import stub_triton_kernels, without_triton
 from tiny_model import create_tiny_model
 from tiny_task import make_task
 
@@ -18,7 +18,6 @@ from finesight.data.corpus import load_corpus
 from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack
 from finesight.model.lora.layer import stacked_row_counts
-from finesight.model.quant.base import HAS_TRITON
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
@@ -145,7 +144,7 @@ def test_long_sequence_peak_is_within_six_percent(
     assert estimated == pytest.approx(measured, rel=0.06)
 
 
-@pytest.mark.skipif(HAS_TRITON, reason="requires an installation without Triton")
+@without_triton
 @pytest.mark.parametrize("checkpointed_fraction", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("tune", [LORA, ALL_BUT_VISION], ids=["lora", "all but vision"])
 @pytest.mark.parametrize("shares_prefix", [False, True])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from memory_profile import profile_memory
-from stub_kernels import stub_triton_kernels
+from stub_kernels import stub_triton_kernels, without_triton
 from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import make_task
 from torch import Tensor
@@ -20,7 +20,6 @@ from finesight.encode.packing import PackedBatch, pack
 from finesight.model.decoder import DecoderLayer
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.layers import GatedMlp
-from finesight.model.quant.base import HAS_TRITON
 from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
@@ -211,7 +210,7 @@ def test_fused_kernels_store_required_activations(task: Path) -> None:
     assert last_bytes == num_tokens * attention + num_labels * (mlp + 2 * hidden_size)
 
 
-@pytest.mark.skipif(HAS_TRITON, reason="requires an installation without Triton")
+@without_triton
 @pytest.mark.parametrize("is_fp8", [False, True], ids=["plain", "fp8"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_frozen_vision_encoder_memory(
@@ -243,7 +242,7 @@ def test_frozen_vision_encoder_memory(
             )
 
 
-@pytest.mark.skipif(HAS_TRITON, reason="requires an installation without Triton")
+@without_triton
 @pytest.mark.parametrize("is_trainable", [True, False])
 def test_padded_columns_of_odd_inner_width(
     is_trainable: bool, monkeypatch: pytest.MonkeyPatch
@@ -296,7 +295,7 @@ def test_estimated_gpu_bytes_match_autograd(task: Path, family: str) -> None:
         assert expected == pytest.approx(measured, rel=TOLERANCE), name
 
 
-@pytest.mark.skipif(HAS_TRITON, reason="requires an installation without Triton")
+@without_triton
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_fused_kernel_bytes_match_autograd(
     task: Path, family: str, monkeypatch: pytest.MonkeyPatch

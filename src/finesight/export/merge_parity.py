@@ -33,7 +33,7 @@ from finesight.encode.packing import pack
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
-from finesight.infer.generate import generate
+from finesight.infer.engine import generate
 from finesight.manifest import RECIPE_FILE
 from finesight.model.vlm import VisionLanguageModel
 from finesight.recipe import load_recipe

@@ -243,7 +243,7 @@ def varlen_attention(
 
 def _use_cpu_attention(q_THD: Tensor, segments: Segments) -> bool:
     """Return True if explicit matmuls are faster than torch's fused CPU attention."""
-    if q_THD.device.type != "cpu" or q_THD.dtype != torch.bfloat16:
+    if q_THD.is_cuda or q_THD.dtype != torch.bfloat16:
         return False
     return segments.max_seqlen <= MAX_CPU_SEQLEN and (torch.is_grad_enabled() or not has_amx_bf16())
 

@@ -71,7 +71,7 @@ def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """
     if x.is_cuda:
         return torch.native_dropout(x, p, True)
-    dropped_indices = _sample_dropped_indices(x.numel(), p)
+    dropped_indices = sample_dropped_indices(x.numel(), p)
     return _zero_indices(x * (1.0 / (1.0 - p)), dropped_indices), dropped_indices
 
 
@@ -85,7 +85,7 @@ def dropout_matmul(x_TS: Tensor, y_SD: Tensor, dropout_mask: Tensor, p: float) -
     return _zero_indices(torch.addmm(x_TS[:1, :1], x_TS, y_SD, beta=0, alpha=scale), dropout_mask)
 
 
-def _sample_dropped_indices(num_elements: int, p: float) -> Tensor:
+def sample_dropped_indices(num_elements: int, p: float) -> Tensor:
     """Sample the indices of dropped elements in ascending order.
 
     On a CPU torch draws one random value per element. Here each random value is the gap to the next

@@ -126,11 +126,8 @@ class VisionEncoder(nn.Module):
             assert len(patches_ND) == expected, f"{len(patches_ND)} patches for grids of {expected}"
             layout = self.compute_patch_layout(grid_thw, patches_ND.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_encoder_trainable):
-            if layout.window_index_M is not None:
-                # Reorder uint8 patches, the smallest representation.
-                squares = torch.unflatten(patches_ND, 0, (-1, self.config.merge_size**2))
-                patches_ND = squares.index_select(0, layout.window_index_M).flatten(0, 1)
-            x_ND = self.patch_embed(patches_ND)
+            # Reorder uint8 patches, the smallest representation; the copy is freed afterwards.
+            x_ND = self.patch_embed(self._reorder_patches(patches_ND, layout.window_index_M))
             x_ND = self.add_position_embeddings(x_ND, grid_thw)
             rotary = compute_vision_rope(layout.position_ids_N2, self.config)
             deepstack_hidden, y_ND = [], None
@@ -150,6 +147,12 @@ class VisionEncoder(nn.Module):
         if layout.reverse_index_M is None:
             return features_MKD
         return features_MKD.index_select(0, layout.reverse_index_M)
+
+    def _reorder_patches(self, patches_ND: Tensor, window_index_M: Tensor | None) -> Tensor:
+        if window_index_M is None:
+            return patches_ND
+        squares = torch.unflatten(patches_ND, 0, (-1, self.config.merge_size**2))
+        return squares.index_select(0, window_index_M).flatten(0, 1)
 
 
 def frame_lengths(grid_thw: Sequence[GridTHW]) -> tuple[int, ...]:

@@ -77,10 +77,10 @@ def read_headers(
     return headers
 
 
-def _damaged_file(problem: str, where: Path, expected: str) -> UserError:
-    return UserError(
-        problem, where=str(where), expected=expected, remedy="download the model again"
-    )
+def _damaged_file(
+    problem: str, where: Path, expected: str, remedy: str = "download the model again"
+) -> UserError:
+    return UserError(problem, where=str(where), expected=expected, remedy=remedy)
 
 
 def _tensor_error(names: list[str], problem: str, expected: str, where: Path) -> UserError:
@@ -90,15 +90,14 @@ def _tensor_error(names: list[str], problem: str, expected: str, where: Path) ->
 
 
 @contextmanager
-def open_safetensors(file: Path) -> Iterator[Any]:
+def open_safetensors(file: Path, remedy: str = "download the model again") -> Iterator[Any]:
     """Open a safetensors file for reading; raises UserError if it is damaged."""
     try:
         with safe_open(file, framework="pt") as file_handle:
             yield file_handle
     except (SafetensorError, OSError) as error:
-        raise _damaged_file(
-            f"not a complete safetensors file ({error})", file, "a safetensors file as published"
-        ) from error
+        problem = f"not a complete safetensors file ({error})"
+        raise _damaged_file(problem, file, "a safetensors file as published", remedy) from error
 
 
 MATRIX_TYPES: Mapping[str, Callable[[int, int], QuantizedMatrix]] = {

@@ -12,7 +12,7 @@ from PIL import Image
 
 from finesight.data.image_header import CorruptImageError, read_image_size
 from finesight.data.sample import BoxPart
-from finesight.infer.box_drawing import draw_boxes
+from finesight.infer.prediction import draw_boxes
 from finesight.report.examples import pair_predictions, read_boxes, read_image_paths
 from finesight.report.run_reader import JsonObject
 from finesight.track.tracker_records import TrackedImage

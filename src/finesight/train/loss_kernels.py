@@ -8,11 +8,10 @@ Shapes: C rows of a chunk, V vocabulary size, T rows with a label.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from finesight.model.kernels.primitives import Ptr
+from finesight.model.kernels.runtime import tl, triton
 
 _BLOCK_SIZE, _NUM_WARPS = 4096, 8
 """Vocabulary entries per block, and warps per program of the kernel."""

@@ -12,10 +12,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from finesight.model.kernels.runtime import tl, triton
 from finesight.train.optim_states import (
     ADAM_EPS,
     BLOCK_SIZE,

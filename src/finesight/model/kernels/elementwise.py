@@ -8,9 +8,9 @@ Shapes: T tokens or patches, H heads, D head dimension, E elements of a contiguo
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from torch import Tensor, empty_like
+
+from finesight.model.kernels.runtime import tl, triton
 
 _WARPS = 4
 

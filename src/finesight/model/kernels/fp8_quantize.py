@@ -8,11 +8,10 @@ Shapes: T rows, I elements of a row or of its power-of-two head, J elements of t
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from finesight.model.kernels.elementwise import quick_gelu_rounded
+from finesight.model.kernels.runtime import tl, triton
 
 _MAX_REGISTER_ROW = 16384
 """Maximum number of elements of a row that fits the registers of a program."""

@@ -12,13 +12,11 @@ import math
 from functools import lru_cache
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from finesight.model.kernels.launch_config import TileConfig
 from finesight.model.kernels.primitives import Ptr, times_sigmoid
+from finesight.model.kernels.runtime import TensorDescriptor, tl, triton
 
 GEMM_TILE, BLOCK_K, GROUP_M = TileConfig(128, 256, 8, 3), 64, 16
 """Rows and outputs per tile, inputs per step, and row tiles per group that share cached operands.

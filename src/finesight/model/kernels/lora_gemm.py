@@ -13,8 +13,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from finesight.model.kernels.launch_config import (
@@ -32,6 +30,7 @@ from finesight.model.kernels.primitives import (
     rank_block_size,
     sum_partials,
 )
+from finesight.model.kernels.runtime import tl, triton
 
 DOWN_TILE, UP_TILE = TileConfig(32, 64, 4, 4), TileConfig(64, 64, 4, 2)
 """Tiles of the down-projection and the up-projection; fastest on an H200."""

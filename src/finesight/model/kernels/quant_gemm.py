@@ -13,11 +13,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from finesight.model.kernels.quant_gemv import MatmulTiling, load_codebook_lane, lookup_codebook
+from finesight.model.kernels.runtime import tl, triton
 
 
 def choose_gemm_tiling(out_features: int, rows: int) -> MatmulTiling:

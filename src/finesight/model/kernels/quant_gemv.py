@@ -17,10 +17,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from finesight.model.kernels.runtime import tl, triton
 from finesight.model.quant.base import PackedInput, RmsNormParams
 
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from finesight.model.kernels.launch_config import TileConfig
 from finesight.model.kernels.primitives import Ptr
+from finesight.model.kernels.runtime import tl, triton
 
 MAX_HEADS_PER_PROGRAM = 32
 """Maximum number of heads of a row per program; fastest on an H200."""

@@ -11,8 +11,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from finesight.model.kernels.launch_config import (
@@ -30,6 +28,7 @@ from finesight.model.kernels.primitives import (
     sum_partials,
     times_sigmoid,
 )
+from finesight.model.kernels.runtime import tl, triton
 
 
 @triton.jit(do_not_specialize=["rows", "salt", "threshold"])

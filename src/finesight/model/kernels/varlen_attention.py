@@ -19,12 +19,11 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from finesight.model.kernels.launch_config import TileConfig
 from finesight.model.kernels.primitives import Ptr, sum_partials
+from finesight.model.kernels.runtime import tl, triton
 
 FORWARD_TILE = TileConfig(64, 32, 4, 3)
 

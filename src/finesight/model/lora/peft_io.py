@@ -20,7 +20,6 @@ from typing import Annotated, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -43,6 +42,7 @@ from finesight.model.lora.layer import (
     hub_name,
     iter_adapters,
 )
+from finesight.model.weights_io import open_safetensors
 from finesight.model_folder import ModelFolder
 from finesight.storage import DIGESTS_FILE, verify_folder
 
@@ -461,15 +461,9 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             expected=f"a PEFT adapter: {ADAPTER_CONFIG_FILE} and {ADAPTER_WEIGHTS_FILE}",
             remedy=remedy,
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = file.keys()
-            tensors = {key: file.get_tensor(key) for key in keys}
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"not readable as safetensors: {error}", where=str(path), remedy="copy the file again"
-        ) from error
+    with open_safetensors(path, remedy="copy the file again") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
     if not tensors:
         raise UserError("the adapter holds no tensors", where=str(path), remedy="save it again")
     return tensors, metadata

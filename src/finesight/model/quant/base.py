@@ -21,8 +21,11 @@ from torch.autograd.function import once_differentiable
 SAFETENSORS_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 """Names of dense dtypes in settings, by their names in safetensors files."""
 
-HAS_TRITON = find_spec("triton") is not None
-"""True if Triton is installed."""
+HAS_TRITON = find_spec("triton") is not None or torch.version.cuda is None
+"""True if the Triton kernels can be imported.
+
+Without GPU support in torch, the kernels are placeholders for memory estimates.
+"""
 
 MAX_GEMV_ROWS, MAX_GEMM_ROWS = 8, 64
 """Maximum number of input rows for GEMV kernels, and for tensor-core (GEMM) kernels on quantized
@@ -132,11 +135,16 @@ class QuantizedMatrix(nn.Module, ABC):
         return F.linear(x, self.dequantize(x.dtype), bias)
 
 
-@lru_cache
 def has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
     """Return True if Triton and flash attention can use tensor cores for this dtype."""
-    is_16_bit = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    return is_16_bit and torch.cuda.get_device_capability(device) >= (8, 0)
+    is_16_bit = dtype in (torch.bfloat16, torch.float16)
+    return is_16_bit and get_device_capability(device) >= (8, 0)
+
+
+@lru_cache
+def get_device_capability(device: torch.device) -> tuple[int, int]:
+    """Return the CUDA compute capability of a device, or (0, 0) without CUDA."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 class _QuantizedMatmul(torch.autograd.Function):

@@ -88,7 +88,6 @@ def note_lines(notes: Iterable[tuple[str, str]]) -> list[str]:
 
 
 MetricFn = Callable[[Sequence[EvalCase]], MetricResult]
-"""Function that scores one or more predictions."""
 
 
 def mean_metrics(

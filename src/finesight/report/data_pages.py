@@ -209,10 +209,8 @@ MAX_IMAGES = 300
 """Maximum number of images on the page. Further issues are listed without images."""
 
 MAX_IMAGES_PER_ISSUE = 4
-"""Maximum number of images per issue."""
 
 MAX_ISSUE_IMAGE_SIDE = 360
-"""Maximum width and height of an image of an issue, in pixels."""
 
 
 def render_check_page(

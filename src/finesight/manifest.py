@@ -1,8 +1,11 @@
-"""Names of the files in a run folder, and its manifest: the facts that inference needs."""
+"""Names and formats of the files in a run folder, and its manifest, which inference reads."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,6 +27,22 @@ PREDICTIONS_FOLDER = "predictions"
 ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
 TRACKING_FOLDER = "track"
+
+MAX_DATA_WAIT_FRACTION = 0.03
+"""Fraction of data wait in the step time above which the report gives advice."""
+
+HistogramCounts = Mapping[str, int]
+"""Number of values by bin. A bin is half an octave wide.
+
+Bin k covers values from 2^(k/2) to below 2^((k+1)/2). Keys are strings, as in JSON.
+"""
+
+
+def count_half_octaves(values: Iterable[int]) -> dict[str, int]:
+    """Count positive integers by bins of half an octave (`HistogramCounts`)."""
+    counts = Counter(math.floor(2 * math.log2(value) + 1e-9) for value in values if value > 0)
+    return {str(bin_index): counts[bin_index] for bin_index in sorted(counts)}
+
 
 FORMAT_VERSION = 2
 """Version of the keys in a manifest; manifests of other versions are rejected."""

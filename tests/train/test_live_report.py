@@ -66,7 +66,7 @@ def test_live_report_shows_newest_progress(run: RunDir) -> None:
 def test_slow_report_lowers_the_update_rate(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Updates take at most 1/300 of the time."""
 
-    def slow(*rest: object) -> None:
+    def slow(*rest: object, **options: object) -> None:
         start = time.thread_time()
         while time.thread_time() - start < 0.05:
             pass

@@ -27,7 +27,7 @@ from finesight.doctor.package_check import (
     install_command,
     install_extra_command,
 )
-from finesight.encode.family import FAMILIES
+from finesight.encode.renderer import FAMILIES
 from finesight.errors import UserError
 from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder, resolve_model_path
 from finesight.storage import DIGESTS_FILE, verify_folder

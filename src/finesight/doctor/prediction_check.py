@@ -120,7 +120,7 @@ def _check_primary_metric(run_record: RunRecord) -> Iterator[Diagnosis]:
         yield make_diagnosis("metric", **values)
     elif change.verdict == "worse":
         scores = [((line.get("scores") or {}).get(primary), line["step"]) for line in evaluations]
-        numbers = [one for one in scores if one[1] and isinstance(one[0], int | float)]
+        numbers = [(value, s) for value, s in scores if s and isinstance(value, int | float)]
         best, step = max(numbers, default=(-math.inf, 0))
         if best > change.after:
             remedy = rerun_command(run_record, "eval.every=0.1", "eval.patience=2")

@@ -27,6 +27,7 @@ from finesight.errors import UserError
 from finesight.manifest import (
     ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
+    MAX_DATA_WAIT_FRACTION,
     MODEL_FOLDER,
     RECIPE_FILE,
     RESULT_FILE,
@@ -35,7 +36,6 @@ from finesight.model_folder import ModelFolder, resolve_model_path
 from finesight.recipe import load_recipe
 from finesight.report.run_reader import JsonObject, RunRecord, is_finite
 from finesight.report.summary import (
-    MAX_DATA_WAIT_FRACTION,
     count_training_samples,
     describe_progress,
     get_last_start,

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -24,7 +24,9 @@ from finesight.evaluate.bootstrap import (
 )
 from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, note_lines
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER, compute_metrics
-from finesight.infer.prediction import Prediction
+
+if TYPE_CHECKING:
+    from finesight.infer.prediction import Prediction
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.config import WeightFormat
-from finesight.encode.family import is_native
-from finesight.encode.hf_renderer import (
-    FROM_PRETRAINED_OPTIONS,
-    import_transformers,
-    load_hf_config,
-)
 from finesight.encode.packing import PackedBatch
+from finesight.encode.renderer import is_native
 from finesight.errors import UserError
 from finesight.model.families.architecture import KeyMapping
 from finesight.model.fused_linear import FusedLinear, single_output
@@ -189,6 +184,13 @@ def load_hf_model(
             expected="a native family; transformers uses the published weights",
             remedy=f"leave {where} out",
         )
+    # Native families do not need this backend.
+    from finesight.encode.hf_renderer import (
+        FROM_PRETRAINED_OPTIONS,
+        import_transformers,
+        load_hf_config,
+    )
+
     config = load_hf_config(folder)
     # Weights published as pickles are converted to safetensors in a separate folder.
     weights_folder = folder.weight_files()[0].parent

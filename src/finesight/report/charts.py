@@ -6,19 +6,18 @@ A page draws axis ticks and downsampled lines. Its script shows values under the
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import itemgetter
 from typing import Any, Literal
 
+from finesight.manifest import HistogramCounts
 from finesight.report.i18n import translate
 from finesight.report.metrics import format_metric_name, read_interval, read_metrics
 from finesight.report.run_reader import RunRecord, is_finite
 
 Point = tuple[float, float]
-"""A (step, value) pair."""
 
 MAX_POINTS = 1000
 """Maximum number of points of a line. A screen cannot show more."""
@@ -251,19 +250,6 @@ def format_exact(value: float) -> str:
     if magnitude and (magnitude < 1e-3 or magnitude >= 1e7):
         return f"{value:.3e}"
     return f"{value:,.1f}" if magnitude >= 1000 else f"{value:.4g}"
-
-
-HistogramCounts = Mapping[str, int]
-"""Number of values by bin. A bin is half an octave wide.
-
-Bin k covers values from 2^(k/2) to below 2^((k+1)/2). Keys are strings, as in JSON.
-"""
-
-
-def count_half_octaves(values: Iterable[int]) -> dict[str, int]:
-    """Count positive integers by bins of half an octave (`HistogramCounts`)."""
-    counts = Counter(math.floor(2 * math.log2(value) + 1e-9) for value in values if value > 0)
-    return {str(bin_index): counts[bin_index] for bin_index in sorted(counts)}
 
 
 def parse_counts(content: object) -> HistogramCounts:

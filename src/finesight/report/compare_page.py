@@ -10,14 +10,13 @@ from typing import Any
 
 from finesight.evaluate.eval_case import note_lines
 from finesight.evaluate.metric_difference import align_columns
+from finesight.manifest import HistogramCounts, count_half_octaves
 from finesight.report import summary
 from finesight.report.charts import (
     Chart,
     ChartSeries,
-    HistogramCounts,
     build_chart,
     build_histogram,
-    count_half_octaves,
     filter_finite,
     parse_counts,
     smooth_points,
@@ -53,7 +52,6 @@ IGNORED_SETTINGS = {"output_dir"}
 """Settings that are not compared because they always differ."""
 
 DIGEST_CHARS = 12
-"""Number of characters of a SHA-256 digest that are displayed."""
 
 DATA_TITLES = {
     "train": {

@@ -13,14 +13,11 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Literal
 
-from finesight.manifest import METRICS_FILE
+from finesight.manifest import MAX_DATA_WAIT_FRACTION, METRICS_FILE
 from finesight.report.i18n import translate
 from finesight.report.run_reader import JsonObject, RunRecord, as_object
 
 NOT_RECORDED = "not recorded"
-
-MAX_DATA_WAIT_FRACTION = 0.03
-"""Fraction of data wait in the step time above which the report gives advice."""
 
 SummaryItem = tuple[str, str]
 """Pair of name and text in a list of the report."""

@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cached_property
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
@@ -29,7 +30,6 @@ from finesight.model.hf_backend import AnyModel, save_auto_model
 from finesight.model.lora.layer import iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model_folder import ModelFolder
-from finesight.report.run_page import MAX_EXAMPLES, MAX_LIVE_EXAMPLES, LiveReportState, write_report
 from finesight.storage import write_file, write_folder
 from finesight.train.checkpoint import BestEval, CheckpointManager, TrainProgress
 from finesight.train.console import TrainingConsole
@@ -37,6 +37,9 @@ from finesight.train.evaluation import EvalResult, load_eval_history
 from finesight.train.param_audit import ParamChange, check_param_changes
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import TrainState
+
+if TYPE_CHECKING:
+    from finesight.report.run_page import LiveReportState
 
 
 class RunResult(BaseModel):
@@ -179,8 +182,9 @@ def load_final_weights(
 def write_run_report(
     run_dir: RunDir,
     console: TrainingConsole,
-    max_examples: int = MAX_EXAMPLES,
     live_report: LiveReportState | None = None,
+    *,
+    is_complete: bool = True,
 ) -> None:
     """Write `report.html` of a run.
 
@@ -189,9 +193,13 @@ def write_run_report(
     Args:
         run_dir: Run directory.
         console: Console for messages.
-        max_examples: Maximum number of example predictions in the report.
         live_report: State of the live report while the run is in progress.
+        is_complete: Whether the run is finished. The report then has more examples.
     """
+    # Only the main process needs the report.
+    from finesight.report.run_page import MAX_EXAMPLES, MAX_LIVE_EXAMPLES, write_report
+
+    max_examples = MAX_EXAMPLES if is_complete else MAX_LIVE_EXAMPLES
     try:
         page = write_report(run_dir.path, max_examples=max_examples, live_state=live_report)
     except Exception as error:
@@ -377,10 +385,15 @@ class LiveReport:
         self, run_dir: RunDir, console: TrainingConsole, interval_s: float = REPORT_INTERVAL_S
     ) -> None:
         self._run_dir, self._console, self._min_interval_s = run_dir, console, interval_s
-        self._live = LiveReportState(interval_s=interval_s)
         self._write_lock = threading.Lock()
         self._stop_event = threading.Event()
         self._thread: threading.Thread | None = None
+
+    @cached_property
+    def _live(self) -> LiveReportState:
+        from finesight.report.run_page import LiveReportState
+
+        return LiveReportState(interval_s=self._min_interval_s)
 
     @property
     def interval_s(self) -> float:
@@ -390,7 +403,7 @@ class LiveReport:
     def write(self) -> None:
         """Write the report now; errors are logged."""
         with self._write_lock:
-            write_run_report(self._run_dir, self._console, MAX_LIVE_EXAMPLES, self._live)
+            write_run_report(self._run_dir, self._console, self._live, is_complete=False)
 
     def stop(self) -> None:
         """Stop the background thread after its current update."""
@@ -406,24 +419,26 @@ class LiveReport:
         An exception in the context is recorded in `metrics.jsonl` with the current step, shown in a
         final report, and raised again.
         """
-        context = contextvars.copy_context()
-        self._thread = threading.Thread(target=context.run, args=[self._write_loop], daemon=True)
+        # Import the report now: workers may be forked while the thread runs.
+        live, context = self._live, contextvars.copy_context()
+        arguments = [self._write_loop, live]
+        self._thread = threading.Thread(target=context.run, args=arguments, daemon=True)
         self._thread.start()
         try:
             yield
         except Exception as error:
             self.stop()
             self._record_end(error, progress.step)
-            write_run_report(self._run_dir, self._console, MAX_LIVE_EXAMPLES)
+            write_run_report(self._run_dir, self._console, is_complete=False)
             raise
         finally:
             self.stop()
 
-    def _write_loop(self) -> None:
-        while not self._stop_event.wait(self._live.interval_s):
+    def _write_loop(self, live: LiveReportState) -> None:
+        while not self._stop_event.wait(live.interval_s):
             start = time.thread_time()
             self.write()
-            self._live.interval_s = max(
+            live.interval_s = max(
                 self._min_interval_s, MIN_IDLE_RATIO * (time.thread_time() - start)
             )
 

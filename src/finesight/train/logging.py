@@ -16,12 +16,11 @@ import torch
 from finesight.encode.packing import PackedBatch
 from finesight.evaluate.eval_case import note_lines
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
+from finesight.manifest import HistogramCounts, count_half_octaves
 from finesight.model.moe import MoeExperts
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.trainable import get_part
 from finesight.model.weights_io import count_unquantized_layers
-from finesight.report.charts import HistogramCounts, count_half_octaves
-from finesight.track.tracked_images import render_example_images
 from finesight.track.tracker_manager import TrackerManager
 from finesight.train.anomaly import AnomalyDetector
 from finesight.train.console import StepProgress, TrainingConsole
@@ -110,6 +109,9 @@ class TrackingEvents:
         scores = {f"scores/{score}": value for score, value in eval_result.scores.items()}
         loss = {"validation_loss": eval_result.validation_loss}
         self._tracking.log_metrics(eval_result.step, loss | scores)
+        # Only needed with a tracker.
+        from finesight.track.tracked_images import render_example_images
+
         predictions_dir = self._state.run_dir.predictions_dir
         images = render_example_images(
             predictions_dir / "before.jsonl", predictions_dir / f"{name}.jsonl"

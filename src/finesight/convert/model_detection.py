@@ -40,9 +40,11 @@ def _list_families() -> list[FamilySettings]:
     families = []
     for name, entry in load_rules_file()["families"].items():
         texts = {key: tuple(entry[key].split()) for key in ("names", *PARTS)}
-        numbers = (entry[key] for key in ("token_size", "min_pixels", "max_length"))
+        numbers = {key: entry[key] for key in ("token_size", "min_pixels", "max_length")}
         layers = {part: texts[part] for part in PARTS}
-        families.append(FamilySettings(name, texts["names"], entry["pattern"], *numbers, layers))
+        families.append(
+            FamilySettings(name, texts["names"], entry["pattern"], **numbers, layers=layers)
+        )
     return families
 
 

@@ -185,8 +185,8 @@ class MsSwiftConverter(TrainerConverter):
                 self.set_lora_targets(family, {*PARTS}, "target_modules", targets, True)
         self.set_lora_config(config.get_float("lora_alpha") or 0.0, "modules_to_save")
         self.config = config
-        keys = ("quant_method", "quant_bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
-        self.set_quantization(["language"], *keys)
+        quant = ("quant_method", "quant_bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+        self.set_quantization(["language"], *quant)
 
     def _note_frozen_parameters(self) -> None:
         """Add notes about settings that freeze parameters by name, which recipes do not support.

@@ -102,6 +102,7 @@ class FakeGpu:
 def test_larger_packs_are_captured_if_launch_bound(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Takes long: larger packs are captured only after many passes."""
     card = FakeGpu()
     monkeypatch.setattr(cuda_graphs, "_is_capturable", lambda model, device: True)
     monkeypatch.setattr(cuda_graphs, "CudaGraphCache", CountingGraphCache)

@@ -21,7 +21,9 @@ def add(a: int, b: int) -> int:
     if a < 0:
         raise ValueError(f"a is {a}, below zero")
     assert b < 9, f"b is {b}"
-    return a + b
+    total = a
+    total += b
+    return total
 '''
 
 OFFENCES = {
@@ -44,6 +46,7 @@ OFFENCES = {
     "share of poor docstring summaries": '"""What it is."""\n',
     "newcomer searches without a hit": GOOD,
     "misuses of glossary terms": "def f(tower: int) -> None: ...\n",
+    "median lines of a function body": "def f() -> int:\n    return 1\n\n\n" * 3,
     "areas in a cycle of imports": "def f() -> None:\n    from finesight.b import x\n",
     "test lines per source line, least": GOOD * 3,
 }
@@ -183,11 +186,57 @@ def test_glossary_page_lists_the_avoided_terms():
         assert page.rstrip().split("\n")[-len(rows) :] == rows
 
 
+BUDGETS = {
+    "source files",
+    "source lines",
+    "files under 60 lines",
+    "private functions under 4 lines with one use",
+    "modules that the trainer imports",
+    "lines that the trainer imports",
+}
+TRAINER = """from typing import TYPE_CHECKING
+
+from finesight.a import add
+
+if TYPE_CHECKING:
+    from finesight.b import A
+
+
+def _short():
+    from finesight.b import add
+    return add
+
+
+_short()
+"""
+
+
+def test_size_budgets(tmp_path):
+    """The trainer imports itself and `a`; other imports are in a function or for types."""
+    project = _project(tmp_path, GOOD + "x = 1\n" * (60 - GOOD.count("\n")))
+    package = project / "src" / "finesight"
+    (package / "train").mkdir()
+    (package / "train" / "trainer.py").write_text(TRAINER)
+    (package / "c.py").write_text("")
+    measures = {one.name: one.value for one in CODE_MEASURES.measure_project(project)}
+    lines = {m: len((package / f"{m}.py").read_text().splitlines()) for m in ("a", "b")}
+    num_trainer_lines = TRAINER.count("\n")
+    assert {name: measures[name] for name in BUDGETS} == {
+        "source files": 4,
+        "source lines": lines["a"] + lines["b"] + num_trainer_lines,
+        "files under 60 lines": 3,
+        "private functions under 4 lines with one use": 1,
+        "modules that the trainer imports": 2,
+        "lines that the trainer imports": lines["a"] + num_trainer_lines,
+    }
+
+
 def test_every_measure_has_a_violation_case(tmp_path):
     others = {
         *("vague names of files and folders", "module names used twice"),
         *("glossary exceptions", "unused glossary exceptions"),
         *("test lines per source line, most", "private names of the package used in tests"),
+        *BUDGETS,
     }
     measures = CODE_MEASURES.measure_project(_project(tmp_path, GOOD))
     assert {one.name for one in measures} == {*OFFENCES, *PAGE_OFFENCES, *others}

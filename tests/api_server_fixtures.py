@@ -20,7 +20,7 @@ import numpy as np
 from openai import OpenAI
 from PIL import Image
 
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.infer.inference_service import InferenceService, ServiceStats
 from finesight.infer.model_loader import InferenceModel
 from finesight.model.vlm import VisionLanguageModel

@@ -249,12 +249,7 @@ class ModelFolder:
         content = self._read_json_file("config.json")
         for key, count in _iter_layer_counts(content):
             if count > MAX_LAYERS:
-                raise UserError(
-                    f"{key} is {count}",
-                    where=str(self.path / "config.json"),
-                    expected=f"at most {MAX_LAYERS} layers",
-                    remedy="use the config.json of the published model",
-                )
+                raise self._build_config_error(f"{key} is {count}", f"at most {MAX_LAYERS} layers")
         return content
 
     @cached_property
@@ -262,11 +257,8 @@ class ModelFolder:
         """Model family: `model_type` in the config, independent of the folder name."""
         family = self.config.get("model_type")
         if not isinstance(family, str):
-            raise UserError(
-                f"model_type is {family!r}",
-                where=str(self.path / "config.json"),
-                expected="the name of the model's family, such as qwen2_vl",
-                remedy="use the config.json of the published model",
+            raise self._build_config_error(
+                f"model_type is {family!r}", "the name of the model's family, such as qwen2_vl"
             )
         return family
 
@@ -291,18 +283,15 @@ class ModelFolder:
         for key in ("patch_size", "merge_size", "temporal_patch_size", *size_keys):
             value = merged[key]
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(
-                    f"{key} is {value!r}",
-                    where=str(self.path / name),
-                    expected="an integer of at least 1",
-                    remedy="use the preprocessor_config.json of the published model",
+                raise self._build_config_error(
+                    f"{key} is {value!r}", "an integer of at least 1", name, PREPROCESSOR_FILE
                 )
         if merged["min_pixels"] > merged["max_pixels"]:
-            raise UserError(
+            raise self._build_config_error(
                 f"min_pixels {merged['min_pixels']} is above max_pixels {merged['max_pixels']}",
-                where=str(self.path / name),
-                expected="a range of pixels",
-                remedy="use the preprocessor_config.json of the published model",
+                "a range of pixels",
+                name,
+                PREPROCESSOR_FILE,
             )
         return merged
 
@@ -327,11 +316,8 @@ class ModelFolder:
         for key, default in values.items():
             value = visual.get(key, default)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(
-                    f"visual.{key} is {visual.get(key)!r}",
-                    where=str(self.path / "config.json"),
-                    expected="an integer of at least 1",
-                    remedy="use the config.json of the published model",
+                raise self._build_config_error(
+                    f"visual.{key} is {visual.get(key)!r}", "an integer of at least 1"
                 )
             values[key] = value
         image_size, patch_size, num_queries = values.values()
@@ -458,6 +444,12 @@ class ModelFolder:
                 remedy="download the index again",
             )
         return sorted(set(weight_map.values()))
+
+    def _build_config_error(
+        self, what: str, expected: str, name: str = "config.json", published: str = "config.json"
+    ) -> UserError:
+        remedy = f"use the {published} of the published model"
+        return UserError(what, where=str(self.path / name), expected=expected, remedy=remedy)
 
     def _read_json_file(self, name: str) -> dict[str, Any]:
         return _read_json(self._require_file(name))

@@ -181,7 +181,6 @@ def _read_head(table: Path) -> str:
 
 
 def _import_table(table: Path, out: Path, settings: QuickstartSettings) -> str:
-    """Import the label file as samples, and return the equivalent command."""
     target = out / "data"
     if not target.exists():
         import_options = ImportOptions(
@@ -199,7 +198,6 @@ def _format_command(*arguments: str | Path) -> str:
 
 
 def _check_recipe_data(recipe: Path) -> str:
-    """Check the data of the recipe, and return the summary of `finesight data check`."""
     check_result = check_sources(*inputs_from_recipe(recipe))
     return "\n".join(f"   {line}" for line in format_summary(check_result, MAX_SHOWN_ISSUES))
 

@@ -356,7 +356,7 @@ def _lock_folder(folder: Path, *, wait: bool = False) -> Iterator[bool]:
 
 def _write_digests(folder: Path) -> None:
     file_system = _FILE_SYSTEM.get()
-    files = _list_files(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     assert files, f"no files were written to {folder}"
     names = [file.relative_to(folder).as_posix() for file in files]
     # Read again while they are flushed.
@@ -463,10 +463,6 @@ def remove_partial_files(folder: Path) -> None:
 
 def _partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}{_PARTIAL_SUFFIX}")
-
-
-def _list_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _write_new_file(path: Path, pieces: Iterable[bytes]) -> None:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from finesight.encode.family_base import ImageBox, PredictedBox
+from finesight.encode.family import ImageBox, PredictedBox
 from finesight.encode.qwen2_5_vl import Qwen25VL
 
 FAMILY = Qwen25VL()

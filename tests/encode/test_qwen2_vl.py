@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from finesight.encode.family_base import ImageBox, PredictedBox, SpecialToken
+from finesight.encode.family import ImageBox, PredictedBox, SpecialToken
 from finesight.encode.qwen2_vl import Qwen2VL
 
 FAMILY = Qwen2VL()

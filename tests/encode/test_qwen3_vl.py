@@ -14,9 +14,9 @@ from PIL import Image
 
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, VideoPart
-from finesight.encode.family_base import ImageBox, PredictedBox
-from finesight.encode.native_renderer import NativeRenderer, parse_reasoning, split_reasoning
+from finesight.encode.family import ImageBox, PredictedBox
 from finesight.encode.qwen3_vl import Qwen3VL
+from finesight.encode.renderer import NativeRenderer, parse_reasoning, split_reasoning
 from finesight.evaluate.eval_case import get_reference_answer
 from finesight.model_folder import ModelFolder
 

@@ -18,7 +18,8 @@ from finesight.config import Device, Precision, TuneSettings
 from finesight.errors import UserError
 from finesight.export import verified_merge
 from finesight.export.hf_files import find_missing_files
-from finesight.export.verified_merge import VerifiedMerge, merge_and_verify
+from finesight.export.model_card import VerifiedMerge
+from finesight.export.verified_merge import merge_and_verify
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
 from finesight.infer.prediction import build_questions, predict
 from finesight.manifest import Manifest

@@ -8,7 +8,7 @@ from tiny_model import TinyFamily, create_tiny_model
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
-from finesight.encode.native_renderer import NativeRenderer, parse_reasoning
+from finesight.encode.renderer import NativeRenderer, parse_reasoning
 from finesight.encode.tokenizer import TextTokenizer, Tokenizer
 from finesight.infer.inference_service import IncrementalDetokenizer
 from finesight.model_folder import ModelFolder

@@ -20,7 +20,7 @@ from engine_fixtures import (
 )
 from tiny_model import create_tiny_model
 
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.errors import UserError
 from finesight.infer import scheduler as scheduler_area

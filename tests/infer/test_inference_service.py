@@ -17,7 +17,7 @@ from engine_fixtures import make_mixed_questions, make_sample
 from tiny_model import create_tiny_model
 
 from finesight.data.jsonl import LocatedSample
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.infer import inference_service as area
 from finesight.infer.engine import Engine, generate

@@ -13,7 +13,7 @@ from hf_reference import CPU, max_relative_error
 from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.infer.engine import generate
 from finesight.infer.model_loader import load_inference_model

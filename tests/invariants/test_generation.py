@@ -21,7 +21,7 @@ from engine_fixtures import (
 from tiny_model import create_tiny_model
 
 from finesight.data.jsonl import LocatedSample
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import EncodedSample
 from finesight.infer import scheduler as scheduler_area
 from finesight.infer.engine import Engine, generate

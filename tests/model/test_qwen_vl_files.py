@@ -16,8 +16,8 @@ from tiny_model import create_tiny_model
 from torch import Tensor
 
 from finesight.config import TuneSettings
-from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PackedBatch, pack
+from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.model.lora.layer import iter_adapters
 from finesight.model.lora.peft_io import (

@@ -15,8 +15,8 @@ from tiny_task import make_task
 
 from finesight.config import PixelRange, TrainFileSettings, TrainSettings, TuneSettings
 from finesight.data.corpus import load_corpus
-from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack
+from finesight.encode.renderer import NativeRenderer
 from finesight.model.lora.layer import stacked_row_counts
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from finesight.config import PixelRange, TrainFileSettings, TuneSettings
 from finesight.data.corpus import load_corpus
-from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PackedBatch, pack
+from finesight.encode.renderer import NativeRenderer
 from finesight.model.decoder import DecoderLayer
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.layers import GatedMlp

@@ -15,8 +15,8 @@ from torch import Tensor
 from finesight.config import LongestSide, PixelRange, TrainFileSettings
 from finesight.data.corpus import Corpus, load_corpus
 from finesight.data.image_header import CorruptImageError
-from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PackedBatch
+from finesight.encode.renderer import NativeRenderer
 from finesight.model_folder import ModelFolder
 from finesight.train.dataloader import (
     DataWorkerError,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from finesight.config import PixelRange, TrainFileSettings, TuneSettings
 from finesight.data.corpus import load_corpus
-from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PAD_MULTIPLE, PackedBatch, pack
+from finesight.encode.renderer import NativeRenderer
 from finesight.model import attention, layers
 from finesight.model.attention import Segments
 from finesight.model.trainable import configure_tuning, trainable_parameters

@@ -81,7 +81,6 @@ The smallest candidate just contains all boxes. In larger frames, all boxes woul
 """
 
 NUM_COARSE_IMAGES = 150
-"""Number of images that are measured in the coarse search."""
 
 NUM_SEEDS = 3
 """Number of sizes of each resize rule that are refined."""
@@ -215,7 +214,6 @@ def _group_by_kind(frames: Sequence[BoxFrame]) -> list[list[int]]:
 
 
 MIN_SAMPLES = 20
-"""Minimum number of samples for which a convention is tested."""
 
 MAX_INVALID_FRACTION = 0.05
 """Maximum fraction of samples with impossible boxes that is attributed to annotation errors."""

@@ -232,8 +232,6 @@ class DataChecker:
         """Open all data files. Raises UserError like `open_unvalidated`."""
         self._requirements = model or ModelRequirements()
         self._max_issues = max_issues
-        self._on_issue: Callable[[CheckIssue], None] = _no_callback
-        self._on_progress: Callable[[int], None] = _no_callback
         ordered_inputs = sorted(inputs, key=lambda check_input: not check_input.is_validation)
         self._inputs = [
             (one, _open_source(one, output_folder / f"source-{n}"))
@@ -274,26 +272,17 @@ class DataChecker:
         """
         self._on_issue, self._on_progress = on_issue, on_progress
         with open_executor(0 if single_process else self.num_rows) as executor:
-            catalog = ImageCatalog(executor)
-            leakage = LeakageDetector(catalog)
-            consistency_by_split = {
+            self._catalog = catalog = ImageCatalog(executor)
+            self._leakage = LeakageDetector(catalog)
+            self._consistency = {
                 is_validation: ConsistencyChecker(catalog) for is_validation in (True, False)
             }
-            source_stats = [
-                self._check_source(
-                    check_input,
-                    source,
-                    catalog,
-                    leakage,
-                    consistency_by_split[check_input.is_validation],
-                )
-                for check_input, source in self._inputs
-            ]
-            for is_validation, consistency in consistency_by_split.items():
+            source_stats = [self._check_source(*pair) for pair in self._inputs]
+            for is_validation, consistency in self._consistency.items():
                 names = [str(s.path) for s, _ in self._inputs if s.is_validation is is_validation]
                 for issue_location, issue in consistency.find_global_issues(", ".join(names)):
                     self._add_issue(issue, issue_location)
-            for location, issue in leakage.find_near_duplicates():
+            for location, issue in self._leakage.find_near_duplicates():
                 self._add_issue(issue, location)
         code_order = list(ISSUE_TYPES)
         sorted_issues = sorted(self._issues, key=lambda issue: code_order.index(issue.code))
@@ -309,44 +298,28 @@ class DataChecker:
         )
         return result, catalog
 
-    def _check_source(
-        self,
-        check_input: CheckInput,
-        source: UnvalidatedSource,
-        catalog: ImageCatalog,
-        leakage: LeakageDetector,
-        consistency: ConsistencyChecker,
-    ) -> SourceStats:
+    def _check_source(self, check_input: CheckInput, source: UnvalidatedSource) -> SourceStats:
         claims = BoxClaimCollector()
         num_samples = num_unreadable = 0
-        for group in catalog.process_groups(_group_rows(source), _iter_image_paths):
+        name = str(check_input.path)
+        for group in self._catalog.process_groups(_group_rows(source), _iter_image_paths):
             for row_index, row in group:
-                name = str(check_input.path)
-                location_text = format_location(name, row.location)
+                where = format_location(name, row.location)
                 if row.error is not None:
                     num_unreadable += 1
-                    location = SampleLocation(name, location_text, "", row_index, -1)
+                    location = SampleLocation(name, where, "", row_index, -1)
                     self._add_issue(issue_from_error(row.error, location), location)
                 for sample_index, sample in enumerate(row.samples):
-                    location = SampleLocation(
-                        name, location_text, sample.id, row_index, sample_index
-                    )
-                    self._check_sample(sample, location, catalog, consistency)
-                    if check_input.is_validation:
-                        leakage.add_validation_sample(sample, location)
-                    else:
-                        for issue in leakage.add_train_sample(sample, location):
-                            self._add_issue(issue, location)
+                    location = SampleLocation(name, where, sample.id, row_index, sample_index)
+                    self._check_sample(sample, location, is_validation=check_input.is_validation)
                 num_samples += len(row.samples)
-                claims.add_row(row, location_text, catalog)
+                claims.add_row(row, where, self._catalog)
             self._on_progress(len(group))
-        for convention_issue in find_convention_issues(claims.claims):
-            takes_options = "boxes" in source.source.data_format.supported_options
-            self._add_issue(
-                convention_issue.to_check_issue(str(check_input.path), takes_options=takes_options)
-            )
+        takes_options = "boxes" in source.source.data_format.supported_options
+        for issue in find_convention_issues(claims.claims):
+            self._add_issue(issue.to_check_issue(name, takes_options=takes_options))
         return SourceStats(
-            path=str(check_input.path),
+            path=name,
             is_validation=check_input.is_validation,
             format=source.source.data_format.name,
             detected_by=source.source.detected_by,
@@ -356,21 +329,20 @@ class DataChecker:
         )
 
     def _check_sample(
-        self,
-        sample: Sample,
-        location: SampleLocation,
-        catalog: ImageCatalog,
-        consistency: ConsistencyChecker,
+        self, sample: Sample, location: SampleLocation, *, is_validation: bool
     ) -> None:
         for part in sample.iter_parts():
             if isinstance(part, VideoPart):
                 self._frame_paths.update(part.frames)
-        issues = list(
-            find_sample_issues(sample, location, catalog, self._requirements.special_tokens)
-        )
+        special_tokens = self._requirements.special_tokens
+        issues = list(find_sample_issues(sample, location, self._catalog, special_tokens))
         if all(issue.severity != "error" for issue in issues):
-            issues += consistency.add_sample(sample, location)
+            issues += self._consistency[is_validation].add_sample(sample, location)
             issues += self._check_length(sample, location)
+        if is_validation:
+            self._leakage.add_validation_sample(sample, location)
+        else:
+            issues += self._leakage.add_train_sample(sample, location)
         for issue in issues:
             self._add_issue(issue, location)
 

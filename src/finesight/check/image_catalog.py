@@ -117,7 +117,6 @@ def _start_worker() -> None:
 
 
 FILES_PER_TASK = 16
-"""Number of image files per task of a worker process."""
 
 MAX_COMPARISONS = 16
 """Maximum number of detailed comparisons per image, made with the most similar candidates."""
@@ -126,7 +125,6 @@ _MIN_SIDE = 64
 """Minimum shorter side in pixels of an image decoded for its thumbnail."""
 
 ISSUE_IMAGE_MISSING = "image-missing"
-"""Issue code of an image whose file does not exist."""
 
 _FileIdentity = tuple[int, int, int, int, str]
 """Key that identifies file content without reading it.

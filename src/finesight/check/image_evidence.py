@@ -199,10 +199,8 @@ MAX_BOXES = 1200
 """Approximate maximum number of measured boxes; at least 4 per image are measured."""
 
 NUM_CONTROLS = 3
-"""Number of control images in which each box is also measured."""
 
 MIN_IMAGES = 20
-"""Minimum number of dissimilar images for image evidence."""
 
 MAX_BRIGHTNESS_DIFF = 2.0
 """Mean brightness difference (of 255) below which two images are considered similar."""

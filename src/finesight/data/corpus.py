@@ -234,7 +234,6 @@ def _build_tar_index(path: Path) -> SampleIndex:
 
 
 def _read_sample_json(tar: TarArchive, members: Members) -> tuple[bytes, str]:
-    """Return the JSON of a sample and its folder, given its tar members."""
     for member in members:
         if split_member_name(member)[1] == "json":
             return tar.read_member(member), posixpath.dirname(member.name)

@@ -156,7 +156,6 @@ def _is_exif_rotated(path: Path) -> bool:
 
 
 def _iter_boxed_images(located_sample: LocatedSample) -> Iterator[Path]:
-    """Yield the path of the image of each box in a sample."""
     sample: Sample = located_sample.sample
     image_paths = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
     for part in sample.iter_parts():

@@ -376,6 +376,5 @@ def open_unvalidated_samples(
 
 
 def _strip_source(location: str, path_or_url: Path | str) -> str:
-    """Remove the path of the source from the location of a sample."""
     suffix = location.removeprefix(f"{path_or_url}, ")
     return suffix if suffix != location else location.rpartition("/")[2]

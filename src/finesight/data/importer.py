@@ -384,7 +384,6 @@ def _paused_gc() -> Iterator[None]:
 
 
 def _source_bytes(opened: ImportSource, request: ImportOptions) -> int:
-    """Return the total size of the source files in bytes."""
     files = request.row_files
     if not files:
         files = list_folder(opened.path).files if opened.path.is_dir() else (opened.path,)
@@ -512,7 +511,6 @@ def _format_line(name: str, encoded: bytes) -> bytes:
 def _suggest_format(
     row: SourceRow, context: ImportContext, data_format: DatasetFormat
 ) -> str | None:
-    """Return the `--format` option of another format that can parse the row, or None."""
     try:
         candidate, detected_by = detect_format([row.record], "")
         candidate.parse_examples(row, context)

@@ -126,9 +126,8 @@ def open_row_file(source: Path) -> RowReader:
     if suffix == ".parquet":
         rows = _open_parquet(source)
     elif suffix in (".csv", ".tsv"):
-        rows = _rows_from_list(
-            _read_csv(source, "\t" if suffix == ".tsv" else _detect_delimiter(source))
-        )
+        table = _read_csv(source, "\t" if suffix == ".tsv" else _detect_delimiter(source))
+        rows = RowReader(len(table), lambda start, stop: itertools.islice(table, start, stop))
     elif suffix in (".json", ".jsonl"):
         rows = _open_json(source)
     else:
@@ -143,10 +142,6 @@ def open_row_file(source: Path) -> RowReader:
             "contains no rows", where=str(source), expected="at least one", remedy="check the file"
         )
     return rows
-
-
-def _rows_from_list(rows: list[SourceRow]) -> RowReader:
-    return RowReader(len(rows), lambda start, stop: itertools.islice(rows, start, stop))
 
 
 def _read_text(source: Path) -> str:
@@ -228,7 +223,6 @@ def _iter_json_lines(source: Path) -> Iterator[SourceRow]:
 
 
 def _parse_json(content: bytes, source: Path, line: int) -> Any:
-    """Parse JSON that starts at line `line` of a file."""
     try:
         return parse_json(content)
     except ValueError as error:
@@ -553,21 +547,34 @@ def open_annotation_files(
     files: Sequence[Path],
     stem: str,
     description: str,
-    is_annotation: Callable[[Path], bool],
-    read_classes: Callable[[Path], set[str]],
+    marker: bytes,
+    read_classes: Callable[[Path], tuple[bool, set[str]]],
 ) -> tuple[RowReader, str] | None:
     """Open annotation files as rows, one per image.
 
     Args:
+        files: All candidate annotation files.
+        stem: Name used for generated IDs.
         description: Description of the format, part of the reason for the match.
+        marker: Text near the start of an annotation file, which may be invalid.
+        read_classes: Function that returns whether a file is an annotation of the format, and its
+            class names. It raises UserError for an invalid file.
 
     Returns:
         The rows and the reason for the match, or None if none of the first files is an annotation
             of the format. Each row lists the class names of all files.
     """
-    if not any(map(is_annotation, files[:NUM_DETECTION_FILES])):
+
+    def scan(file: Path) -> tuple[bool, set[str]]:
+        try:
+            return read_classes(file)
+        except UserError:  # reported when the row is parsed
+            with open_data_file(file) as content:
+                return marker in content.read(SNIFF_BYTES), set()
+
+    if not any(scan(file)[0] for file in files[:NUM_DETECTION_FILES]):
         return None
-    classes = sorted({name for file in files for name in read_classes(file)})
+    classes = sorted({name for file in files for name in scan(file)[1]})
 
     def make_row(row_number: int, file: Path) -> SourceRow:
         record = {"id": file.stem, "file": str(file), "classes": classes}

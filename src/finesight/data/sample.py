@@ -41,6 +41,15 @@ An empty list takes 2 to 3 bytes of text but 72 bytes of memory.
 """
 
 
+class InvalidRowError(UserError):
+    """Raised for content of a dataset row that its format does not allow."""
+
+    def __init__(
+        self, what: str, expected: str = "", remedy: str = "correct the row", *, where: str = ""
+    ) -> None:
+        super().__init__(what, where=where, expected=expected, remedy=remedy)
+
+
 class LimitExceededError(UserError):
     """Raised when a sample has too many boxes, parts, messages, answers or bytes."""
 

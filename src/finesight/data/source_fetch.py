@@ -521,20 +521,14 @@ def _link_files(folder: Path, paths: Sequence[str], work_folder: Path) -> None:
         unpacked = work_folder / ".unpacked"
         unpack_archive(folder / path, unpacked)
         for file in filter(Path.is_file, sorted(unpacked.rglob("*"))):
-            _add_file(file, target.parent / file.relative_to(unpacked), path, _move_file)
+            _add_file(
+                file, target.parent / file.relative_to(unpacked), path, lambda a, b: b.rename(a)
+            )
         shutil.rmtree(unpacked)
 
 
-def _is_license(file: Path) -> bool:
-    return file.name.lower().startswith(LICENSE_PREFIXES)
-
-
-def _move_file(target: Path, file: Path) -> None:
-    file.rename(target)
-
-
 def _add_file(
-    file: Path, target: Path, source: str, transfer: Callable[[Path, Path], None]
+    file: Path, target: Path, source: str, transfer: Callable[[Path, Path], object]
 ) -> None:
     """Link or move a file to its target path; an identical existing file is accepted.
 
@@ -544,7 +538,9 @@ def _add_file(
         make_folder(target.parent)
         if not os.path.lexists(target):
             transfer(target, file.resolve())
-        elif not (target.is_file() and (_is_license(target) or filecmp.cmp(file, target, False))):
+        elif not target.is_file() or not (
+            target.name.lower().startswith(LICENSE_PREFIXES) or filecmp.cmp(file, target, False)
+        ):
             raise UserError(
                 f"{target.name} is duplicated in this repository, with different content",
                 where=source,

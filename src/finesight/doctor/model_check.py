@@ -26,7 +26,7 @@ from finesight.doctor.package_check import (
     PIP_COMMAND,
     InstalledPackages,
 )
-from finesight.encode.family import FAMILIES
+from finesight.encode.renderer import FAMILIES
 from finesight.errors import UserError
 from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder, resolve_model_path
 from finesight.storage import DIGESTS_FILE, verify_folder

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,19 +26,18 @@ from finesight.data.formats.conversation_rows import ROLE_KEYS, ROLES
 from finesight.data.image_header import ImageSize
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.jsonl import read_text_file
-from finesight.encode.family_base import (
+from finesight.encode.family import (
     FRAME_1000,
-    QWEN_VL_MAX_COORDINATE,
     BoxCorners,
     ImageBox,
-    PromptPiece,
+    ModelFamily,
     SpecialToken,
     round_to_frame,
     scale_box,
 )
 from finesight.encode.qwen2_5_vl import Qwen25VL
 from finesight.encode.qwen2_vl import Qwen2VL
-from finesight.encode.qwen_vl import BOX_TOKENS
+from finesight.encode.qwen_vl import BOX_TOKENS, QwenVL
 from finesight.errors import UserError
 from finesight.storage import write_file
 from finesight.vision.resize import compute_resized_size
@@ -212,64 +211,24 @@ def _format_piece(
 ) -> str:
     if isinstance(piece, str):
         return piece
+    is_json = target_format in _JSON_FORMATS
     if isinstance(piece, LabelReference):
-        reference_pieces: list[PromptPiece] = [
-            SpecialToken("<|object_ref_start|>"),
-            piece.text,
-            SpecialToken("<|object_ref_end|>"),
-        ]
-        return (
-            piece.text
-            if target_format in _JSON_FORMATS
-            else _join_pieces(reference_pieces, target_format)
-        )
+        start, end, *_ = BOX_TOKENS.values() if target_format == "qwen_vl" else BOX_TOKENS
+        return piece.text if is_json else f"{start}{piece.text}{end}"
     source_frame, target_frame = get_frames()
+    boxes = []
     for box in piece:
         _check_in_frame(box.xyxy, source_frame, source_format)
-    if target_format in _JSON_FORMATS:
-        return _join_pieces(
-            Qwen25VL().write_boxes(
-                [_to_image_box(b, b.label, source_frame, target_frame) for b in piece]
-            ),
-            target_format,
+        # A label shared by several boxes is written once.
+        label = None if box.shares_label and not is_json else box.label
+        if label and not is_json:
+            _check_label(label, target_format)
+        boxes.append(
+            ImageBox(label, box.xyxy, original_size=source_frame, resized_size=target_frame)
         )
-    # A label shared by several boxes is written once.
-    labels = [None if box.shares_label else box.label for box in piece]
-    for label in filter(None, labels):
-        _check_label(label, target_format)
-    image_boxes = [
-        _to_image_box(box, label, source_frame, target_frame)
-        for box, label in zip(piece, labels, strict=True)
-    ]
-    if target_format == "qwen_vl":
-        image_boxes = [_clamp_below_1000(box) for box in image_boxes]
-    return _join_pieces(Qwen2VL().write_boxes(image_boxes), target_format)
-
-
-def _to_image_box(
-    box: ParsedBox, label: str | None, source_frame: ImageSize, target_frame: ImageSize
-) -> ImageBox:
-    return ImageBox(label, box.xyxy, original_size=source_frame, resized_size=target_frame)
-
-
-def _clamp_below_1000(box: ImageBox) -> ImageBox:
-    x1, y1, x2, y2 = scale_box(box.xyxy, box.original_size, FRAME_1000)
-    clamped = (
-        min(x1, QWEN_VL_MAX_COORDINATE),
-        min(y1, QWEN_VL_MAX_COORDINATE),
-        min(x2, QWEN_VL_MAX_COORDINATE),
-        min(y2, QWEN_VL_MAX_COORDINATE),
-    )
-    return ImageBox(box.label, clamped, original_size=FRAME_1000, resized_size=box.resized_size)
-
-
-def _join_pieces(pieces: Sequence[PromptPiece], target_format: str) -> str:
-    """Join prompt pieces to text, with the special tokens of the target format."""
-    token_names = BOX_TOKENS if target_format == "qwen_vl" else {}
-    return "".join(
-        token_names.get(piece.token, piece.token) if isinstance(piece, SpecialToken) else piece
-        for piece in pieces
-    )
+    families: dict[str, ModelFamily] = {"qwen_vl": QwenVL(), "qwen2_vl": Qwen2VL()}
+    pieces = families.get(target_format, Qwen25VL()).write_boxes(boxes)
+    return "".join(part.token if isinstance(part, SpecialToken) else part for part in pieces)
 
 
 def _check_label(label: str, target_format: str) -> None:
@@ -529,7 +488,6 @@ def _split_json(text: str, file: Path) -> Iterator[tuple[str, list[tuple[str, An
 
 
 def _convert_chunk(text: str, records: list[tuple[str, Any]], state: _MigrationState) -> str:
-    """Convert the answers of a JSON chunk, and record counts and errors in `state`."""
     literal_indices = itertools.count()
     changes: dict[int, str] = {}
     for location, record in records:

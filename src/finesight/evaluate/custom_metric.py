@@ -38,7 +38,6 @@ from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
 from finesight.storage import append_line, make_folder
 
 METRIC_COPY_FILE = "metric.py"
-"""Name of the copy of a metric file in a run folder."""
 
 EXPECTED_FUNCTION = "a function of one case that returns a finite number or a dict of them"
 

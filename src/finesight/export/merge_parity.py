@@ -59,7 +59,11 @@ def load_validation_samples(source: str, max_samples: int) -> list[LocatedSample
         candidates = [corpus[i] for i in range(min(len(corpus), MAX_SCANNED_SAMPLES))]
     except UserError:
         return []
-    return [candidate for candidate in candidates if _has_image(candidate)][:max_samples]
+    return [
+        candidate
+        for candidate in candidates
+        if any(isinstance(part, ImagePart) for part in candidate.sample.iter_parts())
+    ][:max_samples]
 
 
 def draw_questions(folder: Path, num_questions: int) -> list[LocatedSample]:
@@ -88,10 +92,6 @@ def encode_prompts(
             continue
         encoded_samples.append((question, prompt))
     return encoded_samples
-
-
-def _has_image(located_sample: LocatedSample) -> bool:
-    return any(isinstance(part, ImagePart) for part in located_sample.sample.iter_parts())
 
 
 MAX_NEW_TOKENS = 48
@@ -243,6 +243,14 @@ def generate_completions(
     """Generate a completion per prompt with greedy decoding, of at most MAX_NEW_TOKENS tokens."""
     output_ids = generate(model, prompts, max_new_tokens=MAX_NEW_TOKENS, end_ids=eos_ids)
     return tuple(tuple(sequence) for sequence in output_ids)
+
+
+def generate_outputs(
+    model: VisionLanguageModel, prompts: Sequence[EncodedSample], eos_ids: Sequence[int]
+) -> ModelOutputs:
+    """Generate completions, and compute the logits of their tokens."""
+    completions = generate_completions(model, prompts, eos_ids)
+    return ModelOutputs(completions, compute_logits(model, prompts, completions))
 
 
 @torch.no_grad()

@@ -65,7 +65,6 @@ def fetch_url(source: str, hosts: Sequence[str], folder: Path) -> Path:
 
 
 def _check_url(url: str, allowed_hosts: frozenset[str]) -> str:
-    """Return the host of an HTTPS URL."""
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -177,7 +176,6 @@ def _build_fetch_error(url: str, error: Exception) -> UserError:
 
 
 def _open_file_system(url: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a URL and the path within it."""
     scheme = url.partition("://")[0].lower()
     if scheme in WEB_SCHEMES:
         raise UserError(

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.config import WeightFormat
-from finesight.encode.family import is_native
 from finesight.encode.packing import PackedBatch
+from finesight.encode.renderer import is_native
 from finesight.errors import UserError
 from finesight.model.families.architecture import KeyMapping
 from finesight.model.fused_linear import FusedLinear, single_output

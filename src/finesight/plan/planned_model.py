@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from finesight.config import QuantizablePart, Recipe
-from finesight.encode.family import is_native
+from finesight.encode.renderer import is_native
 from finesight.errors import UserError
 from finesight.model.config import ConfigReader
 from finesight.model.lora.layer import find_adaptable_layers

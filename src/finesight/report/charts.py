@@ -18,7 +18,6 @@ from finesight.report.metrics import format_metric_name, read_interval, read_met
 from finesight.report.run_reader import RunRecord, is_finite
 
 Point = tuple[float, float]
-"""A (step, value) pair."""
 
 MAX_POINTS = 1000
 """Maximum number of points of a line. A screen cannot show more."""

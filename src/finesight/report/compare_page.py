@@ -52,7 +52,6 @@ IGNORED_SETTINGS = {"output_dir"}
 """Settings that are not compared because they always differ."""
 
 DIGEST_CHARS = 12
-"""Number of characters of a SHA-256 digest that are displayed."""
 
 DATA_TITLES = {
     "train": {

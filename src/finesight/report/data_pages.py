@@ -19,8 +19,8 @@ from finesight.check.check_issues import (
 from finesight.data.image_header import CorruptImageError
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import BoxPart
-from finesight.encode.family_base import PredictedBox, scale_box
-from finesight.encode.native_renderer import IM_START, NativeRenderer
+from finesight.encode.family import PredictedBox, scale_box
+from finesight.encode.renderer import IM_START, NativeRenderer
 from finesight.encode.tokenized_sample import (
     EncodedSample,
     TokenizedSample,
@@ -209,10 +209,8 @@ MAX_IMAGES = 300
 """Maximum number of images on the page. Further issues are listed without images."""
 
 MAX_IMAGES_PER_ISSUE = 4
-"""Maximum number of images per issue."""
 
 MAX_ISSUE_IMAGE_SIDE = 360
-"""Maximum width and height of an image of an issue, in pixels."""
 
 
 def render_check_page(

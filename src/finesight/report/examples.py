@@ -6,7 +6,7 @@ Page data contain thumbnails, boxes, and formulas as MathML.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,7 +24,11 @@ from finesight.evaluate.bootstrap import (
     ScoreEstimator,
     estimate_mean,
 )
-from finesight.evaluate.metric_difference import MetricDifference, compare_estimators
+from finesight.evaluate.metric_difference import (
+    MetricDifference,
+    compare_estimators,
+    index_by_sample,
+)
 from finesight.report.html import FormulaConverter, build_inline_image
 from finesight.report.i18n import translate
 from finesight.report.metrics import format_metric_name
@@ -180,14 +184,16 @@ def pair_predictions(
 
     The missing prediction of a pair is None. Samples with duplicate IDs are paired in order.
     """
-    unmatched: defaultdict[str, list[JsonObject]] = defaultdict(list)
-    for line in read_json_lines(before) if before else ():
-        unmatched[str(line.get("id"))].append(line)
-    for line in read_json_lines(after) if after else ():
-        candidates = unmatched.get(str(line.get("id")))
-        yield (candidates.pop(0) if candidates else None), line
-    for remaining in unmatched.values():
-        yield from ((line, None) for line in remaining)
+    before_lines, after_lines = (
+        index_by_sample(
+            list(read_json_lines(path)) if path else [], lambda line: str(line.get("id"))
+        )
+        for path in (before, after)
+    )
+    for key, line in after_lines.items():
+        yield before_lines.pop(key, None), line
+    for line in before_lines.values():
+        yield line, None
 
 
 def select_sample_metric(primary_metric: str | None, lines: Sequence[JsonObject]) -> str:
@@ -263,16 +269,13 @@ Thumbnails are limited by area, which keeps wide formulas and tall pages readabl
 """
 
 THUMBNAIL_QUALITY = 70
-"""JPEG quality of thumbnails."""
 
 MAX_ANSWER_CHARS = 4000
-"""Maximum number of displayed characters of an answer."""
 
 MAX_BOXES = 200
 """Maximum number of boxes that are drawn per answer."""
 
 NUM_DECODE_THREADS = 8
-"""Number of threads that decode images for thumbnails."""
 
 MAX_PARALLEL_PIXELS = 16_000_000
 """Pixels of an image above which it is not decoded in parallel with others.
@@ -282,7 +285,6 @@ gigabytes.
 """
 
 MAX_ID_CHARS = 200
-"""Maximum number of displayed characters of a sample ID."""
 
 JsonData = dict[str, Any]
 

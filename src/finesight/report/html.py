@@ -32,7 +32,6 @@ from finesight.report.i18n import LANGUAGE_TAGS, get_language, get_translations,
 from finesight.storage import write_file
 
 JPEG_QUALITY = 88
-"""Default JPEG quality of embedded images."""
 
 MAX_PNG_COLORS = 4096
 """Maximum number of colors for which PNG is tried.
@@ -88,7 +87,6 @@ MAX_FORMULA_CHARS = 2000
 """Maximum length of a LaTeX source. Longer sources are displayed as text."""
 
 MAX_TREE_DEPTH = 60
-"""Maximum nesting depth of MathML elements."""
 
 _ELEMENT_NAMES = (
     "math mrow mstyle mi mn mo mtext mspace ms mpadded mphantom mfrac msqrt mroot msub msup msubsup"

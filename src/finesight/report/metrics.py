@@ -29,64 +29,50 @@ VERDICT_TEXTS: dict[Verdict, str] = {
 
 VALIDATION_LOSS = "validation_loss"
 
-METRIC_DESCRIPTIONS = {
-    VALIDATION_LOSS: "cross-entropy of the reference answers, in nats per token",
-    "similarity": "1 minus the normalized edit distance",
-    "exact": "answers equal to a reference",
-    "exact_folded": "exact match, ignoring case and character width",
-    "edit_distance": "token edits per answer",
-    "cer": "character edits divided by the characters of the references",
-    "wer": "word edits divided by the words of the references",
-    "rendered": "formulas whose rendered image equals that of a reference",
-    "rendered_share": "samples with a reference that can be rendered",
-    "stopped": "answers that ended before the token limit",
-    "accuracy": "answers with the correct class",
-    "bleu": "precision of n-grams of up to four tokens",
-    "f1": "harmonic mean of precision and recall over words, classes or fields",
-    "ap": "average precision over ten IoU thresholds, 0.5 to 0.95",
-    "accuracy_at_0.5": "boxes with an IoU of at least 0.5",
-    "accuracy_at_0.75": "boxes with an IoU of at least 0.75",
-    "mean_iou": "overlap with the reference boxes",
-    "parse_rate": "answers that could be parsed",
-    "anls": "similarity to a reference, 0 below 0.5",
-    "cider_d": "TF-IDF n-gram similarity to the reference captions",
-    "rouge_l": "longest common subsequence of words",
+METRIC_TEXTS = {
+    VALIDATION_LOSS: (
+        "validation loss",
+        "cross-entropy of the reference answers, in nats per token",
+    ),
+    "similarity": ("similarity", "1 minus the normalized edit distance"),
+    "exact": ("exact match", "answers equal to a reference"),
+    "exact_folded": (
+        "exact match, ignoring case and width",
+        "exact match, ignoring case and character width",
+    ),
+    "edit_distance": ("edit distance", "token edits per answer"),
+    "cer": ("CER", "character edits divided by the characters of the references"),
+    "wer": ("WER", "word edits divided by the words of the references"),
+    "rendered": ("equal when rendered", "formulas whose rendered image equals that of a reference"),
+    "rendered_share": ("renderable share", "samples with a reference that can be rendered"),
+    "stopped": ("completed answers", "answers that ended before the token limit"),
+    "accuracy": ("accuracy", "answers with the correct class"),
+    "bleu": ("BLEU", "precision of n-grams of up to four tokens"),
+    "f1": ("F1", "harmonic mean of precision and recall over words, classes or fields"),
+    "ap": ("AP", "average precision over ten IoU thresholds, 0.5 to 0.95"),
+    "accuracy_at_0.5": ("accuracy at IoU 0.5", "boxes with an IoU of at least 0.5"),
+    "accuracy_at_0.75": ("accuracy at IoU 0.75", "boxes with an IoU of at least 0.75"),
+    "mean_iou": ("mean IoU", "overlap with the reference boxes"),
+    "parse_rate": ("parsable answers", "answers that could be parsed"),
+    "anls": ("ANLS", "similarity to a reference, 0 below 0.5"),
+    "cider_d": ("CIDEr-D", "TF-IDF n-gram similarity to the reference captions"),
+    "rouge_l": ("ROUGE-L", "longest common subsequence of words"),
+    "parsed": ("parsable", ""),
+    "iou": ("IoU", ""),
+    "hit": ("hit at IoU 0.5", ""),
+    "hit_at_0.75": ("hit at IoU 0.75", ""),
+    "f1_macro": ("macro F1", ""),
+    "f1_at_0.5": ("F1 at IoU 0.5", ""),
+    "precision_at_0.5": ("precision at IoU 0.5", ""),
+    "recall_at_0.5": ("recall at IoU 0.5", ""),
+    "ap_50": ("AP at IoU 0.5", ""),
+    "ap_75": ("AP at IoU 0.75", ""),
+    "bleu_1": ("BLEU-1", ""),
+    "bleu_2": ("BLEU-2", ""),
+    "bleu_3": ("BLEU-3", ""),
+    "bleu_4": ("BLEU-4", ""),
 }
-"""Descriptions of built-in metrics for report readers."""
-
-METRIC_TITLES = {
-    VALIDATION_LOSS: "validation loss",
-    "accuracy_at_0.5": "accuracy at IoU 0.5",
-    "accuracy_at_0.75": "accuracy at IoU 0.75",
-    "mean_iou": "mean IoU",
-    "parse_rate": "parsable answers",
-    "parsed": "parsable",
-    "iou": "IoU",
-    "hit": "hit at IoU 0.5",
-    "hit_at_0.75": "hit at IoU 0.75",
-    "f1": "F1",
-    "f1_macro": "macro F1",
-    "f1_at_0.5": "F1 at IoU 0.5",
-    "precision_at_0.5": "precision at IoU 0.5",
-    "recall_at_0.5": "recall at IoU 0.5",
-    "ap": "AP",
-    "ap_50": "AP at IoU 0.5",
-    "ap_75": "AP at IoU 0.75",
-    "exact": "exact match",
-    "exact_folded": "exact match, ignoring case and width",
-    "edit_distance": "edit distance",
-    "cer": "CER",
-    "wer": "WER",
-    "bleu": "BLEU",
-    **{f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)},
-    "cider_d": "CIDEr-D",
-    "rouge_l": "ROUGE-L",
-    "anls": "ANLS",
-    "rendered": "equal when rendered",
-    "rendered_share": "renderable share",
-    "stopped": "completed answers",
-}
-"""Display names of built-in metrics. Others are displayed by their own name."""
+"""Display names and descriptions of built-in metrics. Others are displayed by their own name."""
 
 IntervalBounds = tuple[float, float]
 
@@ -188,15 +174,16 @@ def build_metric_rows(
 
 def format_metric_name(metric: str) -> str:
     """Return the translated display name of a metric."""
-    return translate(METRIC_TITLES.get(metric, metric))
+    return translate(METRIC_TEXTS.get(metric, (metric, ""))[0])
 
 
 def describe_metric(metric: str) -> str:
     """Return the translated description of a metric, and whether lower or higher is better."""
     direction = "lower is better" if metric in LOWER_IS_BETTER else "higher is better"
-    if metric not in METRIC_DESCRIPTIONS:
+    _, description = METRIC_TEXTS.get(metric, ("", ""))
+    if not description:
         return translate(direction)
-    return translate("{}; {}", translate(METRIC_DESCRIPTIONS[metric]), translate(direction))
+    return translate("{}; {}", translate(description), translate(direction))
 
 
 def read_metrics(line: JsonObject) -> dict[str, float]:

@@ -54,7 +54,6 @@ Their thumbnails take about 20 MB.
 """
 
 MAX_LIVE_EXAMPLES = 200
-"""Maximum number of examples in a report that is written during training."""
 
 MAX_DETAIL_ROWS = 20
 """Maximum number of rows in the tables of class confusions and of field scores."""

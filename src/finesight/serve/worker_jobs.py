@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from finesight.data.image_header import read_image_size
 from finesight.data.jsonl import LocatedSample
 from finesight.data.sample import Sample
-from finesight.encode.native_renderer import NativeRenderer
+from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenized_sample import TokenizedSample
 from finesight.errors import UserError
 from finesight.infer.structured_output import GrammarCompiler, GrammarConstraint
@@ -146,7 +146,7 @@ def tokenize_sample(
         tokenized = state.renderer.tokenize_prompt(located_sample)
     finally:
         # Remove texts of clients from the tokenizer cache.
-        state.renderer.tokenizer.clear_cache()
+        state.renderer.tokenizer.token_cache.clear()
     if tokenized.num_tokens >= max_model_len:
         raise UserError(
             f"the prompt has {tokenized.num_tokens} tokens",

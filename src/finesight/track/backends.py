@@ -468,7 +468,6 @@ TRACKERS: dict[TrackerKind, type[Tracker]] = {
 }
 
 ALERT_LEVEL_NAMES: dict[AlertLevel, str] = {"info": "INFO", "warning": "WARN", "error": "ERROR"}
-"""Names of alert levels in W&B and Trackio."""
 
 
 def require_packages(trackers: Sequence[TrackerSettings]) -> None:

@@ -28,7 +28,6 @@ PANEL_GAP = 6
 """Gap between two panels in pixels."""
 
 MAX_CAPTION_CHARS = 1000
-"""Maximum number of characters of each text in a caption, such as the answer."""
 
 
 def render_example_images(before: Path, after: Path) -> list[TrackedImage]:

@@ -55,7 +55,6 @@ A record takes about a kilobyte, except for the images of an evaluation.
 """
 
 MAX_BATCHED_STEPS = 50
-"""Maximum number of training steps whose metrics are sent in one record."""
 
 EXIT_TIMEOUT_S = 5.0
 """Seconds that the tracker process may take to exit after the run is closed."""
@@ -207,7 +206,6 @@ FINISH_TIMEOUTS_S: dict[RunState, float] = {"finished": 60.0, "failed": 20.0, "i
 """Maximum seconds for all trackers to deliver queued records at the end of a run, by its state."""
 
 WAIT_NOTICE_DELAY_S = 2.0
-"""Seconds of waiting for trackers before a message is logged."""
 
 
 class TrackerRun(BaseModel):

@@ -128,7 +128,6 @@ def _to_finite_array(image: Image.Image) -> NDArray[np.number]:
 
 
 def _get_value_range(image: Image.Image) -> tuple[float, float]:
-    """Return the minimum and maximum pixel value."""
     width, height = image.size
     band_rows = max(1, MAX_BAND_PIXELS // width)
     bands = (

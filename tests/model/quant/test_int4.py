@@ -26,8 +26,8 @@ from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
 from finesight.config import Precision, TuneSettings
-from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PackedBatch, pack
+from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.model.fused_linear import FusedLinear
 from finesight.model.lora.layer import LoraConfig, LoraLinear, iter_adapters

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from finesight.config import EvalSettings, TuneSettings, WeightFormat
 from finesight.data.jsonl import LocatedSample, read_samples
-from finesight.encode.native_renderer import NativeRenderer
 from finesight.encode.packing import PackedBatch, pack
+from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.evaluate.generation_eval import evaluate
 from finesight.infer.model_loader import load_inference_model

@@ -331,7 +331,8 @@ class DatasetFormat:
     """A dataset format: how to detect, parse and write it.
 
     Attributes:
-        detect: Function that returns the reason why records match this format, or None.
+        detect: Function that returns the reason why records match this format, or None. By
+            default, a format is detected when its source is opened, or selected explicitly.
         supported_options: Supported import options: "map", "prompt", "boxes", "box_task".
         open_dataset: Function that opens sources other than row files, such as a folder or a COCO
             document. It returns the rows and the reason for the match, or None.
@@ -341,9 +342,9 @@ class DatasetFormat:
 
     name: str
     description: str
-    typical_keys: frozenset[str]
-    detect: Callable[[Sequence[Record]], str | None]
     parse_row: Callable[[SourceRow, ImportContext], ImportExample | list[ImportExample]]
+    typical_keys: frozenset[str] = frozenset()
+    detect: Callable[[Sequence[Record]], str | None] = lambda records: None
     supported_options: frozenset[str] = frozenset()
     open_dataset: Callable[[Path], tuple[RowReader, str] | None] | None = None
     write_files: (
@@ -354,14 +355,6 @@ class DatasetFormat:
         """Parse a row and return its examples as a list, which may be empty."""
         result = self.parse_row(row, context)
         return [result] if isinstance(result, ImportExample) else result
-
-
-def never_detect(records: Sequence[Record]) -> str | None:
-    """Return None, for formats that cannot be detected from records.
-
-    They are detected when their source is opened, or selected explicitly.
-    """
-    return None
 
 
 def split_at_pattern(text: str, pattern: re.Pattern[str]) -> Iterator[str | re.Match[str]]:

@@ -424,7 +424,6 @@ def _get_record(
 
 
 def _get_single_image(sample: Sample) -> str:
-    """Return the image path of a sample with a single question about one image."""
     turns = [message.role for message in sample.messages if message.role != "system"]
     images = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
     if turns != ["user", "assistant"] or len(images) != 1:
@@ -438,7 +437,11 @@ def _get_single_image(sample: Sample) -> str:
 
 
 def _iter_boxes(sample: Sample) -> Iterator[ExportBox]:
-    parts = [part for part in sample.messages[-1].content if not _is_blank(part)]
+    parts = [
+        part
+        for part in sample.messages[-1].content
+        if not isinstance(part, TextPart) or part.text.strip()
+    ]
     attributes_list = sample.meta.get("boxes", ())
     if [part.text for part in parts if isinstance(part, TextPart)] == [NO_OBJECTS_ANSWER] and len(
         parts
@@ -458,10 +461,6 @@ def _iter_boxes(sample: Sample) -> Iterator[ExportBox]:
             else {}
         )
         yield ExportBox(part.label, part.xyxy, attributes if isinstance(attributes, dict) else {})
-
-
-def _is_blank(part: object) -> bool:
-    return isinstance(part, TextPart) and not part.text.strip()
 
 
 def _get_answer_text(sample: Sample) -> str:

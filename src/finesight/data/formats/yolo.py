@@ -33,7 +33,6 @@ from finesight.data.formats.dataset_format import (
     ImportContext,
     ImportExample,
     as_list,
-    never_detect,
 )
 from finesight.data.formats.image_annotations import (
     NOTE_POLYGON_AS_BOX,
@@ -383,8 +382,6 @@ def _format_labels(record: ImageRecord, classes: Sequence[str], context: ExportC
 FORMAT = DatasetFormat(
     name="yolo",
     description="a folder with data.yaml or classes.txt, images, and a .txt label file per image",
-    typical_keys=frozenset(),
-    detect=never_detect,
     parse_row=parse_row,
     supported_options=frozenset({"prompt", "boxes", "box_task"}),
     open_dataset=open_folder,

@@ -15,7 +15,7 @@ from torch import nn
 
 from finesight.bounded_files import read_json_object
 from finesight.config import PixelRange, Precision
-from finesight.encode.family import is_native
+from finesight.encode.renderer import is_native
 from finesight.errors import UserError
 from finesight.hub.address import parse_model_address
 from finesight.manifest import MANIFEST_FILE, Manifest

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from finesight.model.quant.base import HAS_TRITON
-
-if HAS_TRITON:
-    from finesight.train import optimizer_kernels
+from finesight.train import kernels
 
 LARGE_PARAM_ELEMENTS = 1 << 20
 """Number of elements from which a parameter's gradient is accumulated by an autograd hook.
@@ -100,12 +98,10 @@ class GradientAccumulator:
         ]
         use_kernels = HAS_TRITON and self.device.type == "cuda"
         flat_slices = [param_slice.flat_slice for param_slice in param_slices]
-        self.tiles = optimizer_kernels.ParamTiles(flat_slices, self.device) if use_kernels else None
+        self.tiles = kernels.ParamTiles(flat_slices, self.device) if use_kernels else None
         small_slices = [flat_slices[n] for n in self._small_indices]
         self._small_tiles = (
-            optimizer_kernels.ParamTiles(small_slices, self.device)
-            if use_kernels and small_slices
-            else None
+            kernels.ParamTiles(small_slices, self.device) if use_kernels and small_slices else None
         )
         for index in self._large_indices:
             self._register_hook(index)
@@ -185,7 +181,7 @@ class GradientAccumulator:
                 self._accumulate_one(index)
         small = [n for n in self._small_indices if self.param_slices[n].parameter.grad is not None]
         if self._small_tiles is not None and small:
-            optimizer_kernels.accumulate_gradients(
+            kernels.accumulate_gradients(
                 self._small_tiles,
                 [self.param_slices[n].parameter.grad for n in self._small_indices],
                 [self._get_sum(n) for n in self._small_indices],
@@ -216,7 +212,7 @@ class GradientAccumulator:
         if not present:
             return torch.zeros((), device=self.device)
         if self.tiles is not None:
-            return optimizer_kernels.squared_norm(self.tiles, all_gradients)
+            return kernels.squared_norm(self.tiles, all_gradients)
         norms = torch._foreach_norm(
             present, 2, torch.promote_types(present[0].dtype, torch.float32)
         )

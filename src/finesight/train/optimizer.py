@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from finesight.config import StepsOrFraction, TrainSettings
 from finesight.errors import UserError
-from finesight.model.quant.base import HAS_TRITON, has_tensor_cores
+from finesight.model.quant.base import has_tensor_cores
 from finesight.model.trainable import EMBEDDING_SUFFIXES, MODEL_PARTS, ModelPart, get_part
+from finesight.train import kernels
 from finesight.train.grad_accumulation import GradientAccumulator, MatrixSlice, ParamSlice
 from finesight.train.optim_states import (
     ADAM_EPS,
@@ -87,9 +88,6 @@ class LRSchedule:
             return 0.5 * (1 + math.cos(math.pi * progress))
         return 1 - progress if self.kind == "linear" else 1.0
 
-
-if HAS_TRITON:
-    from finesight.train import optimizer_kernels
 
 MAX_CHUNK_ELEMENTS = 1 << 20
 """Elements per chunk of the step without Triton; each element takes about 20 temporary bytes."""
@@ -154,7 +152,7 @@ class AdamW:
         gradients = self._gradients.per_parameter()
         if tiles is not None:
             step_counts = self._num_steps, self._next_num_steps
-            optimizer_kernels.adamw_step(
+            kernels.adamw_step(
                 tiles, gradients, self._master_weights, states, grad_factor, step_counts, hparams
             )
             self._next_num_steps, self._num_steps = step_counts

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from tiers import is_slow
 
 TESTS = Path(__file__).parent
@@ -27,6 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """What runs keep for later ones stays apart from what is on this machine. Here, as
     huggingface_hub reads it when it is imported, and processes that tests start inherit it."""
+    settings.register_profile("finesight", deadline=None, derandomize=True)
+    settings.load_profile("finesight")
     config.stash[_ASSETS] = tempfile.mkdtemp(prefix="finesight-assets-")
     os.environ.update(HF_ASSETS_CACHE=config.stash[_ASSETS])
     # So does the list of trusted metric files.

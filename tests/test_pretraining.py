@@ -31,6 +31,7 @@ def make(out: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_pretraining_creates_a_loadable_model(tmp_path: Path) -> None:
+    """Takes long: one run of all stages, with generated images of each task."""
     try:
         fonts.require_fonts(family for family in fonts.FONT_FAMILIES if family.script == "latin")
         fonts.list_faces("seen", "chinese")

@@ -91,7 +91,10 @@ def uninterrupted_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def test_signal_saves_checkpoint_and_exits_with_75(
     recipe: Path, tmp_path: Path, uninterrupted_run: Path, number: signal.Signals
 ) -> None:
-    """The process group receives the signal, as from a terminal; the resumed run is identical."""
+    """The process group receives the signal, as from a terminal; the resumed run is identical.
+
+    Takes long: the signal is to arrive before the last of 165 steps.
+    """
     stopped = tmp_path / "stopped"
     arguments = [str(recipe), *LONG_RUN, f"output_dir={stopped}"]
     process = subprocess.Popen(
@@ -141,7 +144,10 @@ def test_full_disk_is_reported(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_killed_data_workers_leave_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
-    """Worker deaths are detected between two steps: the run saves a checkpoint and can resume."""
+    """Worker deaths are detected between two steps: the run saves a checkpoint and can resume.
+
+    Takes long: 330 steps, as many workers die only during a run of many steps.
+    """
     settings = [str(recipe), "train.epochs=60", "train.num_workers=2", "train.save_every=0"]
     killed, full = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen(

@@ -87,6 +87,7 @@ def assert_shared(course: TrainSampler, step: int, count: int) -> None:
 
 
 def test_elastic_restarts_visit_each_sample_once_per_epoch() -> None:
+    """Takes long: the order of ten million samples, computed again after each restart."""
     rng = random.Random(5)
     steps = len(make_sampler())
     day = SimulatedDay(np.full((steps, BATCH), -1, np.int64))

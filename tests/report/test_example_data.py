@@ -169,7 +169,10 @@ def test_box_coordinates_follow_decoded_image_size(tmp_path: Path) -> None:
 
 
 def test_large_images_use_bounded_memory(tmp_path: Path) -> None:
-    """Reports are rendered in training processes, which need the memory."""
+    """Reports are rendered in training processes, which need the memory.
+
+    Takes long: decodes eight images of 49 megapixels.
+    """
     Image.new("RGB", (7000, 7000)).save(tmp_path / "0.png", compress_level=1)
     for number in range(1, 8):
         os.link(tmp_path / "0.png", tmp_path / f"{number}.png")

@@ -72,7 +72,7 @@ def test_feature_offsets_are_cumulative() -> None:
 def test_images_are_identified_by_model_input(
     tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vision_store, "_SAMPLES_PER_ITEM", 2)
+    monkeypatch.setattr(vision_store, "SAMPLES_PER_ITEM", 2)
     session = make_train_state(tmp_path / "task")
     folder = tmp_path / "task"
     (folder / "train1.png").write_bytes((folder / "train0.png").read_bytes())

@@ -43,14 +43,7 @@ _VIDEO_VARIABLES = ("VIDEO", "FPS", "NFRAMES")
 
 @dataclass(frozen=True)
 class ConvertedRecipe:
-    """Result of a conversion.
-
-    Attributes:
-        program: Program of the converted configuration.
-        recipe_text: YAML text of the recipe.
-        notes: Notes for the user about settings.
-        import_commands: Shell commands that create the data files of the recipe.
-    """
+    """Result of a conversion: recipe text in YAML, notes, and commands that import its data."""
 
     program: SourceProgram
     recipe_text: str

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from finesight.config import StepsOrFraction, TrainSettings
 from finesight.errors import UserError
-from finesight.model.quant.base import HAS_TRITON, has_tensor_cores
+from finesight.model.quant.base import has_tensor_cores
 from finesight.model.trainable import EMBEDDING_SUFFIXES, MODEL_PARTS, ModelPart, get_part
+from finesight.train import kernels
 from finesight.train.grad_accumulation import GradientAccumulator, MatrixSlice, ParamSlice
 from finesight.train.optim_states import (
     ADAM_EPS,
@@ -87,9 +88,6 @@ class LRSchedule:
             return 0.5 * (1 + math.cos(math.pi * progress))
         return 1 - progress if self.kind == "linear" else 1.0
 
-
-if HAS_TRITON:
-    from finesight.train import optimizer_kernels
 
 MAX_CHUNK_ELEMENTS = 1 << 20
 """Elements per chunk of the step without Triton; each element takes about 20 temporary bytes."""
@@ -154,7 +152,7 @@ class AdamW:
         gradients = self._gradients.per_parameter()
         if tiles is not None:
             step_counts = self._num_steps, self._next_num_steps
-            optimizer_kernels.adamw_step(
+            kernels.adamw_step(
                 tiles, gradients, self._master_weights, states, grad_factor, step_counts, hparams
             )
             self._next_num_steps, self._num_steps = step_counts
@@ -252,15 +250,15 @@ class Muon:
         for flat_slice, rows, columns in matrices:
             slices_by_shape.setdefault((rows, columns), []).append(flat_slice)
         # Create the views once: a hundred matrices are slow to view in every step.
-        self._stacks = [
+        self.stacks = [
             [grad_E[flat_slice].view(shape) for flat_slice in stack]
             for shape, flat_slices in slices_by_shape.items()
             for stack in _stack_slices(flat_slices, shape)
         ]
         # Static input of the CUDA graph.
         self._lerp_weight = torch.zeros((), device=grad_E.device)
-        self._is_warmed_up = False
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self.is_warmed_up = False
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
     def step(self, lr: float, weight_decay: float, grad_factor: Tensor) -> None:
@@ -296,24 +294,24 @@ class Muon:
         if (
             not self._grad_E.is_cuda
             or self._grad_E.numel() > MAX_GRAPH_ELEMENTS
-            or not self._is_warmed_up
+            or not self.is_warmed_up
         ):
-            self._is_warmed_up = True
+            self.is_warmed_up = True
             self._compute_updates()
             return
-        if self._graph is None:
+        if self.graph is None:
             graph = torch.cuda.CUDAGraph()
             # Another thread may pin memory during the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._compute_updates()
-            self._graph = graph
-        self._graph.replay()
+            self.graph = graph
+        self.graph.replay()
 
     def _compute_updates(self) -> None:
         """Replace the gradients in the buffer by the updates for a learning rate of one."""
         self.momentum_E.lerp_(self._grad_E, self._lerp_weight)
         self._grad_E.lerp_(self.momentum_E, MOMENTUM)
-        for stack in self._stacks:
+        for stack in self.stacks:
             update_NRC = newton_schulz(torch.stack(stack))
             update_NRC.mul_(ADAMW_RMS * max(update_NRC.shape[1:]) ** 0.5)
             torch._foreach_copy_(stack, update_NRC.unbind())

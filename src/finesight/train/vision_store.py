@@ -52,7 +52,7 @@ from finesight.train.dataloader import (
 CHUNK_PATCHES = 16384
 """Number of patches at which a chunk ends; limits the memory for encoding it."""
 
-_SAMPLES_PER_ITEM = 64
+SAMPLES_PER_ITEM = 64
 """Number of samples per item of the index scan, loaded by one data loader worker."""
 
 
@@ -147,15 +147,15 @@ class ImageIndex:
 
 
 class _ImageRefReader:
-    """Reader of the images of up to `_SAMPLES_PER_ITEM` samples per call."""
+    """Reader of the images of up to `SAMPLES_PER_ITEM` samples per call."""
 
     def __init__(self, corpus: Corpus, renderer: Renderer, samples: Sequence[int]) -> None:
         self._corpus, self._renderer, self._samples = corpus, renderer, samples
         self._digests: dict[Path, str] = {}
 
     def __call__(self, item_index: int) -> list[list[ImageRef] | UserError]:
-        start = item_index * _SAMPLES_PER_ITEM
-        chunk = self._samples[start : start + _SAMPLES_PER_ITEM]
+        start = item_index * SAMPLES_PER_ITEM
+        chunk = self._samples[start : start + SAMPLES_PER_ITEM]
         return [catch_user_error(self._read_image_refs, index) for index in chunk]
 
     def _read_image_refs(self, index: int) -> list[ImageRef]:
@@ -205,7 +205,7 @@ def index_images(
     Raises:
         UserError: A sample has an error other than a corrupt image.
     """
-    item_indices = range(-(-len(samples) // _SAMPLES_PER_ITEM))
+    item_indices = range(-(-len(samples) // SAMPLES_PER_ITEM))
     refs_by_sample: dict[int, list[ImageRef]] = {}
     corrupt_samples: dict[int, CorruptImageError] = {}
     indices = iter(samples)

@@ -153,7 +153,10 @@ def test_ranks_at_different_steps_are_detected() -> None:
 
 
 def test_training_is_equal_for_any_world_size(tmp_path: Path) -> None:
-    """The last step has two samples for four ranks; each run resumes with another world size."""
+    """The last step has two samples for four ranks; each run resumes with another world size.
+
+    Takes long: six runs of up to four processes.
+    """
     task = TinyTask(tmp_path / "task")
     alone, two, four = (run_to_completion(task, count, f"run{count}") for count in (1, 2, 4))
     assert_close(two, alone)
@@ -172,7 +175,8 @@ def test_training_is_equal_for_any_world_size(tmp_path: Path) -> None:
 def test_evaluation_is_distributed(tmp_path: Path) -> None:
     """Evaluate three validation samples, one of them corrupt, on four ranks, and compare with one.
 
-    Some ranks have no sample. Only the main process uses the tracker.
+    Some ranks have no sample. Only the main process uses the tracker. Takes long: three runs of up
+    to four processes.
     """
     task = TinyTask(tmp_path / "task")
     task.recipe["track"] = ["tensorboard"]
@@ -203,7 +207,10 @@ def test_other_optimizers_match_single_process(tmp_path: Path, optimizer: str) -
 
 
 def test_failing_rank_ends_all_ranks(tmp_path: Path) -> None:
-    """A corrupt image on one rank ends the run on all ranks; the repaired run resumes."""
+    """A corrupt image on one rank ends the run on all ranks; the repaired run resumes.
+
+    Takes long: torchrun starts two runs, each in processes that import torch.
+    """
     task = TinyTask(tmp_path / "task")
     full_value = run_to_completion(task, 2, "whole", epochs=1)
     for number in (3, 4):

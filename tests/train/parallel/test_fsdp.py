@@ -98,7 +98,7 @@ def test_single_process_does_not_import_fsdp(tmp_path: Path) -> None:
 def test_training_is_equal_for_1_2_and_4_ranks(tmp_path: Path) -> None:
     """Resume each run with another world size, another sharding and smaller packs.
 
-    Some samples are then too long for one rank.
+    Some samples are then too long for one rank. Takes long: six runs of up to four processes.
     """
     task = make_mixed_task(tmp_path / "task")
     alone = run_training(task, 1, "alone")

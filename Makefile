@@ -20,7 +20,10 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 quickstart: $(VENV)/.installed
 	$(BIN)/finesight quickstart --out quickstart
 
-test: lint types layers measures unit
+# The static checks run in parallel: each uses one core.
+test: $(VENV)/.installed-dev
+	$(MAKE) --no-print-directory --jobs 2 types measures lint layers
+	$(MAKE) --no-print-directory unit
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -107,7 +107,7 @@ def measure_project(root: Path) -> list[CodeMeasure]:
 
 # Bounds that still miss their target. Lower them as the code improves; never raise them.
 MAX_TEST_LINES_PER_SOURCE_LINE = 0.95
-MAX_PRIVATE_NAMES_IN_TESTS = 132
+MAX_PRIVATE_NAMES_IN_TESTS = 40
 
 
 def _test_measures(
@@ -518,12 +518,12 @@ def _size_measures(
 
 
 # Bounds that still miss their target. Lower them as the code improves; never raise them.
-MAX_SOURCE_FILES = 303
-MAX_SOURCE_LINES = 78_300
+MAX_SOURCE_FILES = 292
+MAX_SOURCE_LINES = 75_700
 MIN_MEDIAN_FUNCTION_LINES = 6
-MAX_TRAINER_MODULES = 156
-MAX_TRAINER_LINES = 42_500
-MAX_SHORT_HELPERS = 116
+MAX_TRAINER_MODULES = 128
+MAX_TRAINER_LINES = 35_500
+MAX_SHORT_HELPERS = 105
 
 MIN_FILE_LINES = 60
 TRAINER_MODULE = f"{PACKAGE}.train.trainer"

@@ -33,6 +33,17 @@ BLOCK_BYTES = 512
 FLASH_BACKWARD_TILE, FLASH_HEAD_DIM_MULTIPLE = 128, 32
 """Padding of torch's varlen attention backward pass: rows per sequence, and head size multiple."""
 
+MAX_REORDERED_ELEMENTS = 1 << 18
+"""Maximum number of elements, approximately, that oneDNN copies to transpose a large matrix."""
+
+CPU_BATCH_PRODUCTS = (
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.bmm.out,
+    torch.ops.aten.baddbmm.default,
+    torch.ops.aten.baddbmm_.default,
+)
+"""Batched matrix products of attention on a CPU."""
+
 
 @dataclass(frozen=True, slots=True)
 class ComputeTarget:
@@ -229,7 +240,16 @@ def _kernel_workspace(func: Any, args: tuple[Any, ...]) -> int:
 
     The backward pass of FlashAttention accumulates fp32 gradients of padded queries. With
     grouped-query attention, each query head first has its own gradient of keys and values.
+
+    On a CPU, each thread of oneDNN copies the operands of a 16-bit product whose left operand is
+    transposed.
     """
+    if func in CPU_BATCH_PRODUCTS and not args[0].is_cuda:
+        x_BMK, y_BKN = args[-2:]
+        if x_BMK.element_size() != 2 or x_BMK.stride(-2) != 1:
+            return 0
+        num_copied: int = x_BMK.shape[-1] * (x_BMK.shape[-2] + y_BKN.shape[-1])
+        return 2 * torch.get_num_threads() * min(MAX_REORDERED_ELEMENTS, num_copied)
     if func.name() != "torch_attn::_varlen_attn_backward":
         return 0
     _, q_THD, k_MKD, _, _, _, cu_seqlens_S1 = args[:7]

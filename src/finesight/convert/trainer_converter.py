@@ -462,8 +462,10 @@ class TrainerConverter(ABC):
                 self.draft.add_difference("quantization", what, text)
         elif bits or (method and config.program == "ms-swift"):
             text = "weights remain in 16 bits: tune.quantize.nf4 supports 4 bits"
-            key, value = (bits_key, f"{bits} by {method or 'bnb'}") if bits else (method_key, method)
-            self.draft.add_difference(key, value, text)
+            if bits:
+                self.draft.add_difference(bits_key, f"{bits} by {method or 'bnb'}", text)
+            else:
+                self.draft.add_difference(method_key, method, text)
 
 
 def _read_deepspeed_stage(deepspeed: object) -> tuple[int | None, bool]:

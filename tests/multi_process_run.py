@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import constants
 from tiny_task import TinyTask, write_recipe
 
@@ -49,23 +49,30 @@ def run_to_completion(
 ) -> Path:
     """Train in this number of forked processes, without the launcher and its imports."""
     recipe = _write_recipe(task, name, tune, train)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # As under torchrun, the launcher has the store: it lives until the last rank ends.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    rendezvous = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "WORLD_SIZE": str(count),
+    }
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED])
     ranks = []
     for rank in range(count):
         environment = dict(os.environ)
         if count > 1:
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            environment |= rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         output = task.folder / f"{name}.rank{rank}.txt"
         arguments = ["train", str(recipe), *words]
         ranks.append(context.Process(target=_run_rank, args=(arguments, environment, output)))
         ranks[-1].start()
     for process in ranks:
         process.join(300)
+    for process in ranks:
+        process.kill()  # a hanging rank
     outputs = [(task.folder / f"{name}.rank{rank}.txt").read_text() for rank in range(count)]
     assert [process.exitcode for process in ranks] == [0] * count, "\n".join(outputs)
     return task.folder / name

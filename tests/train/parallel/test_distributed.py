@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -28,6 +29,7 @@ from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE
 from finesight.train.dataloader import StepBatch
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, max_unsplit_packs
+from finesight.train.parallel import distributed
 from finesight.train.parallel.distributed import (
     PeerFailedError,
     ProcessGroup,
@@ -150,6 +152,30 @@ def test_ranks_at_different_steps_are_detected() -> None:
         ):
             pass
         assert isinstance(other.exception(), RankDesyncError)
+
+
+def test_rank_zero_waits_until_all_ranks_leave() -> None:
+    """Rank 0 hosts the store, which the other ranks read in their last collective."""
+    store = dist.HashStore()
+    monitors = [RankMonitor(store, rank, 3) for rank in range(3)]
+    left: list[int] = []
+
+    def leave(rank: int) -> None:
+        monitors[rank].leave()
+        left.append(rank)
+
+    with ThreadPoolExecutor() as threads:
+        waiting = threads.submit(leave, 0)
+        leave(2)
+        assert not waiting.done()
+        leave(1)
+        waiting.result()
+    assert left == [2, 1, 0]
+
+
+def test_rank_zero_does_not_wait_for_lost_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "EXIT_TIMEOUT", timedelta(seconds=0.01))
+    RankMonitor(dist.HashStore(), 0, 2).leave()
 
 
 def test_training_is_equal_for_any_world_size(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -31,6 +31,9 @@ MAIN_RANK_TIMEOUT = timedelta(hours=2)
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Time that the main process waits for other ranks; also the timeout of torch collectives."""
+
+EXIT_TIMEOUT = timedelta(seconds=10)
+"""Time that rank 0 waits for the other ranks before it exits."""
 
 REQUIRED_ENV_VARS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -100,11 +103,24 @@ class RankMonitor:
         self._store.delete_key(f"{self._name}/{self._round - 2}/{self._rank}")
         try:
             self._store.wait(keys, timeout)
+            values: list[bytes] = self._store.multi_get(keys)
         except RuntimeError as error:
             self._missing_ranks = self._find_missing_ranks(keys) or "one"
             raise self._build_timeout_error(timeout) from error
-        values: list[bytes] = self._store.multi_get(keys)
         return values
+
+    def leave(self) -> None:
+        """Announce that this rank makes no further calls. Rank 0 waits for the other ranks.
+
+        Without a launcher that hosts the store, the store ends with the process of rank 0, while
+        the other ranks still read the values of the last collective.
+        """
+        keys = [f"{self._name}/exit/{rank}" for rank in range(self._world_size)]
+        # Ranks that have failed may not leave, or may have ended the store.
+        with suppress(RuntimeError):
+            self._store.set(keys[self._rank], "")
+            if self._rank == 0 and not self._missing_ranks:
+                self._store.wait(keys, EXIT_TIMEOUT)
 
     def _build_timeout_error(self, timeout: timedelta) -> RankTimeoutError:
         return RankTimeoutError(
@@ -405,6 +421,9 @@ def init_distributed() -> Iterator[ProcessGroup]:
     rank, world_size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
     # The key-value store of the rendezvous.
     monitor = RankMonitor(dist.distributed_c10d._get_default_store(), rank, world_size)
-    yield ProcessGroup(rank, world_size, local_rank, local_world_size, monitor)
+    try:
+        yield ProcessGroup(rank, world_size, local_rank, local_world_size, monitor)
+    finally:
+        monitor.leave()
     # Skipped after an exception, because the other ranks may never reach this call.
     dist.destroy_process_group()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,20 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("no folder with real data and model configurations beside the repository")
     return folder
+
+
+def pytest_collection_finish() -> None:
+    """Exclude imported modules and collected tests from garbage collection.
+
+    Training and evaluation collect garbage to free memory, over all objects of the test process.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def skip_fsync() -> Iterator[None]:
+    """Do not wait for the disk: only a power loss loses unwritten data, which tests simulate."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield

@@ -144,6 +144,8 @@ def test_traced_gpu_memory_matches_allocated_memory(task: Path, family: str) -> 
     compute = ComputeTarget(True, torch.bfloat16, capability)
     batch = make_batch(task, family)
     for tune in TUNES:
+        if family in ("qwen", "qwen3_vl_moe") and tune == "partial lora":
+            continue
         model = load_model(ModelFolder(task / family), compute.dtype, device).train()
         configure_tuning(model, TuneSettings.model_validate(TUNES[tune]), 0)
         device_batch = batch.to(device)
